@@ -1,0 +1,381 @@
+"""Every option: name, default, unit, effect. The dataclasses are the truth; YAML only overrides them.
+
+Nothing here reads another option: numbers that follow from several options are computed once, in plan.py, which also
+holds every check that crosses a border. "0 = off" and "0 = automatic" are said where they hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TinyModelConfig:
+    """Shape of the random Qwen3-architecture model that `model.path=tiny` builds."""
+
+    hidden_size: int = 256
+    """Channels."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 4
+    """Query heads; each has hidden_size / num_heads channels."""
+    num_kv_heads: int = 2
+    """Key/value heads; divides num_heads."""
+    ffn_size: int = 704
+    """Channels inside the MLP."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0 = as many as the tokenizer has. More than that is padded, fewer is refused."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained, and in which numbers."""
+
+    path: str = "tiny"
+    """`tiny` (built here, random), a local folder in Hugging Face format, or a hub name."""
+    revision: str = ""
+    """Branch or commit of a hub name; "" = the default one."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer; "" = the model's own."""
+    chat_template: str = ""
+    """File with a Jinja chat template that replaces the tokenizer's; "" = the tokenizer's, or plain text without one."""
+    trust_remote_code: bool = False
+    """Runs code that comes with the model. Only for models you have read."""
+    dtype: str = "auto"
+    """Numbers of the forward pass: float32, bfloat16 or float64. auto = bfloat16 on a GPU, float32 on a CPU.
+    Masters, gradients' sums and optimizer state are float32 for bfloat16."""
+    activation_checkpointing: bool = False
+    """Recomputes each decoder layer in the backward pass: about 30 % more time for much less memory."""
+    logits_chunk_tokens: int = 0
+    """Rows of the logits that exist at once; 0 = automatic (64 MiB of float32)."""
+    tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
+    """Only with path=tiny."""
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How weights, gradients and optimizer state are laid out over the ranks."""
+
+    name: str = "auto"
+    """single (one process), ddp (whole model on each rank), fsdp (FSDP2 shards). auto = single or ddp."""
+    device: str = "auto"
+    """cpu or cuda. auto = cuda where there is one."""
+    reshard_after_forward: bool = True
+    """fsdp: frees each layer's gathered weights after its forward; false keeps them (faster, more memory)."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How sequences are drawn, in training and as the default of evaluation."""
+
+    temperature: float = 1.0
+    """Divides the logits. 0 = greedy, for evaluation only: a policy gradient needs a temperature above 0."""
+    top_k: int = 0
+    """Draws from the k likeliest tokens only; 0 = off. Refused in training: the update assumes the full softmax."""
+    top_p: float = 1.0
+    """Draws from the smallest set with this probability; 1 = off. Refused in training."""
+    min_p: float = 0.0
+    """Drops tokens less likely than min_p times the likeliest; 0 = off. Refused in training."""
+    max_new_tokens: int = 16
+    """Limit of one turn."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a turn; they stay in its tokens."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a turn, besides the tokenizer's end-of-sequence token."""
+    backend: str = "auto"
+    """auto; module (the model's own forward); fused (a decode plan over the same parameters, common architectures)."""
+    block_tokens: int = 16
+    """Tokens of one KV-cache block."""
+    max_running: int = 0
+    """Sequences decoded together on one rank; 0 = automatic."""
+    kv_cache_gib: float = 0.0
+    """Memory of the KV cache on one rank; 0 = automatic (half of what is free on a GPU, at most 1 GiB on a CPU)."""
+    prefix_cache: bool = True
+    """Lets requests with equal beginnings share blocks."""
+    cuda_graphs: bool = True
+    """Replays decode steps as CUDA graphs. No effect on a CPU."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What one step of the loop is made of. World size never changes it."""
+
+    num_steps: int = 100
+    """Steps of the loop."""
+    prompts_per_step: int = 32
+    """Prompts whose groups make one step, over all ranks."""
+    samples_per_prompt: int = 8
+    """Episodes of one prompt: the group."""
+    optim_steps_per_batch: int = 1
+    """Optimizer steps made of one batch, each from prompts_per_step / this many prompts."""
+    epochs_per_batch: int = 1
+    """Passes over each batch; above 1 the data becomes stale and the loss must have ratios."""
+    max_tokens_per_microbatch: int = 8192
+    """Tokens of one forward pass on one rank; no effect on results."""
+    packing: bool = True
+    """Rows end to end without padding. false: one padded row per sequence (slow; to compare)."""
+    max_row_tokens: int = 0
+    """Longest row (prompt and answers); longer episodes end with stop reason "length". 0 = the model's own limit."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: str = "constant"
+    """constant, linear or cosine decay to lr * final_lr_ratio over batch.num_steps."""
+    warmup_steps: int = 0
+    """Steps of linear increase from 0."""
+    final_lr_ratio: float = 0.1
+    """Where linear and cosine end, as a part of lr."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled, per unit of learning rate."""
+    grad_clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 = no clipping."""
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """From rewards to advantages."""
+
+    name: str = "grpo"
+    """grpo, dr_grpo, rloo, reinforce++ or gae."""
+    gamma: float = 1.0
+    """Discount per token; reinforce++ and gae."""
+    lam: float = 1.0
+    """GAE's lambda; gae only."""
+    eps: float = 1e-6
+    """Added to a standard deviation before division; grpo, reinforce++ and gae."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """From log-probabilities and advantages to the loss of each token."""
+
+    name: str = "ppo"
+    """importance_sampling, reinforce, ppo, cispo or gspo."""
+    clip_low: float = 0.2
+    """Ratio may fall to 1 - clip_low; ppo, cispo and gspo."""
+    clip_high: float = 0.2
+    """Ratio may rise to 1 + clip_high; ppo, cispo and gspo."""
+    reduction: str = "token_mean"
+    """token_mean, sequence_mean, constant (divides by max_new_tokens, Dr. GRPO) or prompt_mean."""
+    correction: str = "none"
+    """Sampler/trainer mismatch and staleness: none, token_truncate, token_mask, sequence_truncate."""
+    correction_cap: float = 2.0
+    """Largest correction weight."""
+    recompute_anchor: bool = False
+    """Takes the proximal log-probabilities from one extra forward before the update instead of from the sampler."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Distance to the frozen reference: the model as it was when RL began."""
+
+    coef: float = 0.0
+    """Weight; 0 = no reference model at all."""
+    estimator: str = "k3"
+    """k1, k2 or k3 (J. Schulman, 2020)."""
+    placement: str = "loss"
+    """loss: a term of the loss. reward: subtracted from each token's reward (reinforce++ and gae only)."""
+    target: float = 0.0
+    """Adaptive coefficient that steers the mean KL per token to this; 0 = fixed."""
+    horizon: float = 10000.0
+    """Episodes over which the adaptive coefficient moves by a factor of about e."""
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which episodes are not learned from."""
+
+    zero_variance: bool = False
+    """Drops groups whose rewards are all equal."""
+    refill: bool = False
+    """Samples further prompts until prompts_per_step groups are left (dynamic sampling); needs zero_variance."""
+    max_refill_rounds: int = 8
+    """Rounds of refill before the step goes on with what it has."""
+    overlong: str = "keep"
+    """Episodes cut by a length limit: keep, mask (not trained, still in the group's baseline)."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The value model of advantage.name=gae; unused otherwise."""
+
+    lr: float = 1e-4
+    """Learning rate."""
+    clip: float = 0.2
+    """Values may move this far from the ones the advantages used; 0 = off."""
+    warmup_steps: int = 0
+    """Steps in which only the critic learns."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The algorithm as independent parts; conf/algorithm holds named combinations."""
+
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """What is played."""
+
+    name: str = "arithmetic"
+    """A registered environment: arithmetic, gsm8k, gsm8k_expressions, guess_number, or a plugin's."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that environment; an unknown one is refused."""
+    max_turns: int = 1
+    """Turns of one episode."""
+    timeout_seconds: float = 20.0
+    """Longest call of an environment or reward."""
+    on_error: str = "stop"
+    """An environment or reward that raises, hangs or returns no finite number: stop the run, or mask the episode
+    (not trained, counted as `env/invalid:sum`)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prompts come from. Environments that make their own need nothing here."""
+
+    path: str = ""
+    """Training data: a .jsonl file, or a data set id."""
+    eval_path: str = ""
+    """Held-out data; "" = the environment's own held-out part, or for a .jsonl file named train, the test file beside it."""
+    shuffle: bool = True
+    """A new order in each epoch, keyed by seed and epoch."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are refused with their line; 0 = no limit."""
+    max_prompts: int = 0
+    """Uses only the first so many; 0 = all."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    every_steps: int = 10
+    """Steps between evaluations; 0 = only before and after. One runs before the first step and one after the last."""
+    num_prompts: int = 256
+    """Held-out prompts."""
+    samples_per_prompt: int = 1
+    """Episodes of each."""
+    temperature: float = 0.0
+    """0 = greedy."""
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised training on the environment's own solutions before RL (skyrl.sft)."""
+
+    num_steps: int = 0
+    """Optimizer steps; 0 = none."""
+    rows_per_step: int = 64
+    """Rows of one step, over all ranks."""
+    lr: float = 1e-3
+    """Learning rate, with the other numbers of optim and 10 % warm-up."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved and for how long."""
+
+    every_steps: int = 20
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0 = all."""
+    keep_best: bool = True
+    """Keeps the best checkpoint by eval accuracy besides."""
+    async_save: bool = True
+    """Writes while the loop goes on."""
+    export: bool = True
+    """Writes the final weights in Hugging Face format to <run folder>/export."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where numbers go. metrics.jsonl in the run folder always exists."""
+
+    console: str = "auto"
+    """auto (live line on a terminal, plain lines otherwise), lines or off."""
+    wandb: str = "off"
+    """off, offline or online."""
+    wandb_project: str = "skyrl"
+    """Project name there."""
+    tensorboard: bool = False
+    """Writes event files to <run folder>/tensorboard."""
+    rollouts_every: int = 10
+    """Steps between dumps of all episodes (text, tokens, log-probs, rewards) to <run folder>/rollouts; 0 = never."""
+    peak_tflops: float = 0.0
+    """Peak of one device in its dtype, for MFU; 0 = known for common GPUs, else MFU is left out."""
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Switches for finding what is wrong."""
+
+    deterministic: bool = False
+    """Deterministic kernels, one order of everything: two runs give the same bits on one machine."""
+    check_replicas_every: int = 0
+    """Steps between checks that all ranks hold the same weights; 0 = never."""
+
+
+@dataclass(frozen=True)
+class RunFolderConfig:
+    """Name, place and life of a run."""
+
+    name: str = ""
+    """"" = experiment, seed and overrides, so that the same command finds its own folder again."""
+    dir: str = ""
+    """Folder; "" = runs/<name>."""
+    resume: str = "auto"
+    """auto (newest complete checkpoint of this folder, else a fresh start), never, or the path of a checkpoint."""
+    world_size: int = 0
+    """Ranks to check the plan for in a dry run; 0 = the real ones. Refused otherwise."""
+    threads: int = 0
+    """CPU threads of one rank; 0 = automatic (the machine's cores shared by its ranks)."""
+    collective_timeout_seconds: int = 300
+    """Longest wait for another rank."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole run."""
+
+    seed: int = 1
+    """Keys every draw: initial weights, data order, samples."""
+    dry_run: bool = False
+    """Checks the plan, prints it with a memory estimate, and stops."""
+    experiment: str = "arithmetic"
+    """Set by the recipes in conf/experiment; names the run."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules imported on every rank before anything is built; they register environments, rewards, losses."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)

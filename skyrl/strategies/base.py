@@ -1,0 +1,45 @@
+"""What the engine asks of a layout of weights over ranks. One instance holds one model and its optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, ContextManager, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from skyrl.types import AdamParams, Metrics
+
+Capability = Literal["tenants", "local_sampling", "reshard"]
+
+
+class Strategy(Protocol):
+    """Sums gradients over micro-batches, calls and ranks; never averages. Every method is collective.
+
+    `module` is what forward passes call. Gradients add up from one `backward` to the next until `optim_step`.
+    """
+
+    name: str
+    supports: frozenset[Capability]  # checked at start, never probed
+    module: nn.Module
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` (this rank's sum) to what is pending."""
+
+    def optim_step(self, adam: AdamParams) -> Metrics:
+        """Sums the pending gradient over ranks, clips it, makes one AdamW step and clears it.
+
+        Returns {"grad_norm:mean"} of the summed gradient before clipping. A gradient that is not finite raises
+        RuntimeError on every rank before any weight changes. With nothing pending the gradient counts as zero.
+        """
+
+    def gathered(self) -> ContextManager[nn.Module]:
+        """Inside, the module holds whole weights on every rank and may be called without collectives."""
+
+    def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
+        """Tensors and DTensors by name, ready for torch.distributed.checkpoint; full precision (masters)."""
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
+        """Takes back what `state_dict` gave, after it was filled."""
+
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Whole weights on the CPU of rank 0 ({} elsewhere), named as in the module."""

@@ -1,0 +1,199 @@
+"""The data that crosses a folder border, with shapes. No logic beyond checks; imports without torch.
+
+Shape letters used in the whole project: P prompts, G samples of a prompt, D rows, S sequences in a pack, T packed
+tokens, L length of one row, V vocabulary, H heads, K key/value heads, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ints = np.ndarray  # int64, one dimension
+Floats = np.ndarray  # float32 or float64, one dimension
+Message = dict[str, Any]  # {"role": "user", "content": "..."}
+Metrics = dict[str, float]  # the key ends in its reduction: "loss:sum", "ratio:mean", "length:max", "length:min"
+StopReason = Literal["stop", "length", "aborted"]  # a stop rule or end of episode; token limit; cut short by us
+
+
+class UserError(ValueError):
+    """Something a person can fix: the message is one line with place, given value, allowed values and remedy."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task given to an environment. `extra` is private to the environment (the answer, for example)."""
+
+    uid: str
+    env: str
+    messages: list[Message]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw one sequence. Log-probabilities are those of softmax(logits / temperature), over all of V.
+
+    temperature 0 means greedy (log-probabilities then at temperature 1). top_k 0, top_p 1, min_p 0 switch each cut
+    off; the cuts change what is drawn, never the log-probabilities that are reported. `stop` strings and
+    `stop_token_ids` end the sequence and stay in its tokens. `seed` keys the draws: position j of a request uses draw
+    j of that seed, whatever else runs beside it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Draw one continuation of `tokens` [L]. Requests with equal tokens share their prefill."""
+
+    uid: str
+    tokens: Ints
+    params: SamplingParams
+    model: str = "policy"
+    version: int | None = None  # None: the weights as they are now
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was drawn: tokens and log-probabilities [L], stop tokens included, and the version of the weights."""
+
+    uid: str
+    tokens: Ints
+    logprobs: Floats
+    stop: StopReason
+    version: int
+
+
+@dataclass
+class Turn:
+    """One call of the sampler inside an episode. `context` [L] are the very ids the sampler was given."""
+
+    context: Ints
+    sample: Sample
+    reward: float = 0.0
+
+
+@dataclass
+class Episode:
+    """A prompt played to its end. `reward` is the sum over turns; `invalid` marks a failed verifier (masked, counted)."""
+
+    prompt: Prompt
+    index: int  # which of the G samples of its prompt
+    turns: list[Turn]
+    reward: float
+    stop: StopReason
+    metrics: Metrics = field(default_factory=dict)
+    invalid: str = ""  # why the reward is not a score; "" when it is one
+
+
+@dataclass
+class Datum:
+    """One trainable row, already shifted: targets[i] is the token after tokens[i]. All arrays are [L].
+
+    `weights` is mask and reduction in one: 0 means not trained. `logprobs` are under the policy that sampled
+    (behaviour), `anchor` under the proximal policy (falls back to `logprobs`), `reference` under the frozen model.
+    """
+
+    tokens: Ints
+    targets: Ints
+    weights: Floats
+    model: str = "policy"
+    logprobs: Floats | None = None
+    advantages: Floats | None = None
+    anchor: Floats | None = None
+    reference: Floats | None = None
+    values: Floats | None = None
+    returns: Floats | None = None
+    name: str = ""  # names the row in errors: "uid/sample/turn"
+
+    def __post_init__(self) -> None:
+        length = len(self.tokens)
+        for key in ("targets", "weights", "logprobs", "advantages", "anchor", "reference", "values", "returns"):
+            value = getattr(self, key)
+            if value is not None and len(value) != length:
+                raise UserError(f"row {self.name or '?'}: {key} has {len(value)} entries, tokens has {length}")
+        if length == 0:
+            raise UserError(f"row {self.name or '?'}: empty")
+
+
+@dataclass
+class Microbatch:
+    """Rows packed end to end: T tokens of S sequences. `starts_S1` [S+1] int32 are the borders, `row_T` [T] int64
+    the sequence of each token. Optional fields are None when no row of the batch has them; float tensors have the
+    dtype of the loss (float32, or float64 for a float64 model)."""
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    positions_T: Tensor
+    row_T: Tensor
+    starts_S1: Tensor
+    max_length: int
+    weights_T: Tensor
+    logprobs_T: Tensor | None = None
+    advantages_T: Tensor | None = None
+    anchor_T: Tensor | None = None
+    reference_T: Tensor | None = None
+    values_T: Tensor | None = None
+    returns_T: Tensor | None = None
+
+
+@dataclass
+class ForwardOutput:
+    """What a model says about a Microbatch: log pi(target) in nats, entropy in nats, values; each [T], loss dtype."""
+
+    logprobs_T: Tensor
+    entropy_T: Tensor | None = None
+    values_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name (algorithms.losses.LOSSES) and every number it needs.
+
+    loss_T = policy_T * correction_T + kl_coef * kl_T - entropy_coef * entropy_T, then weighted and summed.
+    `params` are the keyword arguments of the named loss. `correction` is algorithms.losses.CORRECTIONS' name for the
+    sampler/trainer mismatch, capped at `correction_cap`. `temperature` is the one the rows were sampled at.
+    """
+
+    name: str
+    params: dict[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    correction: str = "none"
+    correction_cap: float = 2.0
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """One AdamW step. grad_clip_norm 0 means no clipping. Weight decay is decoupled: p -= lr * weight_decay * p."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass
+class TrainOutput:
+    """logprobs: one [L] array per row given, in that order; metrics: the same on every rank."""
+
+    logprobs: list[Floats]
+    metrics: Metrics
+    values: list[Floats] | None = None
