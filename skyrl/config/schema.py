@@ -39,7 +39,7 @@ class ModelConfig:
     tokenizer: str = ""
     """Folder or hub name of the tokenizer; "" = the model's own."""
     chat_template: str = ""
-    """File with a Jinja chat template that replaces the tokenizer's; "" = the tokenizer's, or plain text without one."""
+    """File with a Jinja chat template that replaces the tokenizer's; "" = the tokenizer's, or plain text without."""
     trust_remote_code: bool = False
     """Runs code that comes with the model. Only for models you have read."""
     dtype: str = "auto"
@@ -256,7 +256,7 @@ class DataConfig:
     path: str = ""
     """Training data: a .jsonl file, or a data set id."""
     eval_path: str = ""
-    """Held-out data; "" = the environment's own held-out part, or for a .jsonl file named train, the test file beside it."""
+    """Held-out data; "" = the environment's own held-out part, or the test file beside a .jsonl file named train."""
     shuffle: bool = True
     """A new order in each epoch, keyed by seed and epoch."""
     max_prompt_tokens: int = 0

@@ -1,0 +1,49 @@
+# `make train` on a fresh machine needs Python 3.10 or newer and nothing else; it installs into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# Options for every pip install, for example PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+PIP_ARGS ?=
+# Options for a run: make train ARGS="seed=2 batch.num_steps=50"
+ARGS ?=
+# Processes of `make train`.
+RANKS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## makes .venv with the pinned versions
+
+# torch first and alone: a wheel from a local folder or a CPU index then wins over the CUDA build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("skyrl: error: Python 3.10 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARGS
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node=$(RANKS) -m skyrl.train $(ARGS)
+
+test: $(STAMP) ## the CPU suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(STAMP) ## what takes minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
+
+lint: $(STAMP) ## ruff: format and rules
+	$(BIN)/ruff format --check skyrl tests benchmarks
+	$(BIN)/ruff check skyrl tests benchmarks
+
+bench: $(STAMP) ## every benchmark in benchmarks/; writes JSON beside them
+	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "skyrl: error: no benchmarks/bench_*.py here"; exit 2; }
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS); done
+
+clean: ## removes caches and builds; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find skyrl tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,164 @@
+"""What `python -m skyrl.train` and `python -m skyrl.sft` share: Hydra's command line around one function per run."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from skyrl.config.load import VERSION_BASE, config_dir, explain, finish, register_schema, tell
+from skyrl.types import UserError
+
+USAGE_ERROR = 2
+# torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
+FOLLOWER_SECONDS = 3.0
+_SHOWN = ("job", "hydra", "all")
+# Hydra's flags -> allowed values; () = any, None = takes none.
+FLAGS: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--hydra-help", "--version", "--resolve"), None),
+    **dict.fromkeys(("-c", "--cfg"), _SHOWN),
+    **dict.fromkeys(("-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"), ()),
+    **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+    **dict.fromkeys(("-sc", "--shell-completion"), None),
+}
+
+
+def rank() -> int:
+    """This process's rank under torchrun or srun, 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of this job, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_entry(mode: str) -> None:
+    """Runs skyrl.trainer.<mode>(cfg) for the command line, once or once per point of a sweep (-m).
+
+    Exit codes: 0; 2 with one line for what a person can fix; 1 with a traceback for anything else. Every rank runs
+    this; only rank 0 prints what all of them would print.
+    """
+    args = sys.argv[1:]
+    if any(arg in ("-h", "--help") for arg in args):
+        if rank() == 0:
+            from skyrl.config.help import help_text
+
+            print(help_text(mode))
+        return
+    try:
+        _Entry(mode, args).run()
+    except UserError as error:
+        _leave(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(explain(error))
+
+
+def _leave(message: str) -> None:
+    """Ends the process with one line: rank 0's, or, when rank 0 saw no error, that of the rank that did."""
+    if rank() == 0:
+        tell(message)
+    else:
+        time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here when rank 0 failed as well
+        tell(f"rank {rank()}: {message}")
+    sys.exit(USAGE_ERROR)
+
+
+def split_args(args: list[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, overrides); argparse wants all overrides in one place. Raises UserError."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("-"):
+            overrides.append(arg)
+            continue
+        flag, equals, value = arg.partition("=")
+        if flag == "--dry-run":
+            overrides.append("dry_run=true")
+            continue
+        if flag not in FLAGS:
+            raise UserError(f"{flag}: no such flag; options are written option=value, --help lists them")
+        wanted = FLAGS[flag]
+        if wanted is None:
+            flags.append(flag)
+            continue
+        if not equals and rest and (not wanted or rest[0] in wanted):
+            value = rest.pop(0)
+        if not value and "all" in wanted and flag == "--info":
+            value = "all"
+        if not value or (wanted and value not in wanted):
+            raise UserError(f"{flag}={value}: needs a value" + (f", one of {', '.join(wanted)}" if wanted else ""))
+        flags.append(f"{flag}={value}" if flag.startswith("--") else flag)
+        flags += [] if flag.startswith("--") else [value]
+    return flags, overrides
+
+
+class _Entry:
+    """One command line. Hydra composes before the first job, in silence on all ranks but 0."""
+
+    def __init__(self, mode: str, args: list[str]) -> None:
+        self.mode = mode
+        self.args = args
+        self.failed = 0
+        self.code = 0
+
+    def run(self) -> None:
+        register_schema()
+        # Without it Hydra prints its own error and exits; we want the exception, to say it in one line.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        with tempfile.TemporaryDirectory(prefix="skyrl-sweep-") as folder:
+            # Hydra's sweeper writes multirun.yaml; the run folders hold all that is in it.
+            flags, overrides = split_args(self.args)
+            if not any(flag.startswith(("--info", "--hydra-help")) for flag in flags):
+                flags += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+            sys.argv[1:] = [*flags, f"hydra.sweep.dir={folder}", *overrides]  # what the user says comes last and wins
+            self._compose_and_run()
+        if self.failed:
+            print(f"skyrl: {self.failed} run(s) of the sweep failed", file=sys.stderr, flush=True)
+            sys.exit(self.code)
+
+    def _compose_and_run(self) -> None:
+        quiet = rank() != 0
+        self.stdout, self.stderr = sys.stdout, sys.stderr
+        main = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(self.job)
+        if not quiet:
+            main()
+            return
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            main()
+
+    def job(self, composed: DictConfig) -> None:
+        """One run. In a sweep of one process a failed point is told and counted, and the next one starts."""
+        with redirect_stdout(self.stdout), redirect_stderr(self.stderr):
+            sweep = "-m" in self.args or "--multirun" in self.args
+            try:
+                self._run_one(composed)
+            except UserError as error:
+                if not sweep or world_size() > 1:
+                    _leave(str(error))
+                tell(str(error))
+                self.failed, self.code = self.failed + 1, max(self.code, USAGE_ERROR)
+            except Exception as error:
+                traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+                sys.stderr.flush()
+                if not sweep or world_size() > 1:
+                    sys.exit(1)  # other ranks may wait for us in a collective: only the end of the job frees them
+                self.failed, self.code = self.failed + 1, max(self.code, 1)
+
+    def _run_one(self, composed: DictConfig) -> None:
+        cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
+        # By name: this folder lies below the trainer, and a command line that is wrong should not wait for torch.
+        getattr(importlib.import_module("skyrl.trainer"), self.mode)(cfg)

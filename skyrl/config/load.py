@@ -1,0 +1,212 @@
+"""Command line and YAML to a frozen RunConfig. Hydra composes, the dataclasses decide; every error is one line.
+
+Reads no weights, no data and no GPU; imports without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from skyrl.config.options import all_options, groups, short_names, suggest
+from skyrl.config.schema import RunConfig
+from skyrl.types import UserError
+
+VERSION_BASE = "1.3"
+SCHEMA_NAME = "skyrl_schema"
+MAX_SUFFIX = 40
+# Overrides that do not say what a run computes, or that its name already holds.
+UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: beside the modules in an installed wheel, at the root of the repository otherwise."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"no conf/config.yaml in {package} or {package.parent}; install skyrl again")
+
+
+def register_schema() -> None:
+    """Gives Hydra the dataclasses as the base that YAML and command line may only override.
+
+    OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
+    goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key.
+    """
+    node = OmegaConf.structured(RunConfig)
+    _thaw(node)
+    node.env.options._set_flag("struct", False)
+    ConfigStore.instance().store(SCHEMA_NAME, node=node)
+
+
+def _thaw(node: DictConfig) -> None:
+    node._set_flag("readonly", None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _thaw(child)
+
+
+def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunConfig:
+    """The RunConfig that `python -m skyrl.<mode> <overrides>` would run, run.name and run.dir filled.
+
+    Raises: UserError for an unknown option, group or recipe, or a value of the wrong type.
+    """
+    register_schema()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+            composed = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    return finish(composed, overrides, mode=mode)
+
+
+def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train") -> RunConfig:
+    """A composed config as a frozen RunConfig with run.name and run.dir filled."""
+    _refuse_unknown(composed, RunConfig, "")
+    try:
+        cfg = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    name = cfg.run.name or default_name(cfg, overrides, mode=mode)
+    if "/" in name or name.startswith("."):
+        raise UserError(f"run.name={name}: a name has no / and no leading dot; give a folder with run.dir")
+    run = dataclasses.replace(cfg.run, name=name)
+    cfg = dataclasses.replace(cfg, run=run)
+    return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(resolve_run_dir(cfg))))
+
+
+def resolve_run_dir(cfg: RunConfig) -> Path:
+    """The run folder: run.dir, or runs/<run.name> in the current directory."""
+    return Path(cfg.run.dir) if cfg.run.dir else Path("runs") / cfg.run.name
+
+
+def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train") -> str:
+    """ "<experiment>[-sft]-seed<seed>[-<other overrides>]": the same command finds the same folder again.
+
+    The order of the overrides does not matter; of two for one option the last counts, as it does in Hydra. A suffix
+    above 40 characters, or with characters that are unsafe in a file name, becomes 6 hex digits of a hash.
+    """
+    kept: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        key = re.sub(r"@.*", "", key)
+        if key.split(".")[0] not in UNNAMED:
+            kept[key] = value
+    name = f"{cfg.experiment}{'' if mode == 'train' else '-' + mode}-seed{cfg.seed}"
+    if not kept:
+        return name
+    short = short_names()
+    suffix = "-".join(sorted(f"{short.get(key, key)}={value}" for key, value in kept.items()))
+    if len(suffix) > MAX_SUFFIX or not re.fullmatch(r"[A-Za-z0-9._=+-]+", suffix):
+        text = "\n".join(sorted(f"{key}={value}" for key, value in kept.items()))
+        suffix = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{name}-{suffix}"
+
+
+def _refuse_unknown(node: DictConfig, cls: type, prefix: str) -> None:
+    """`+name=value` can put a key beside the fields of a dataclass, where nothing would ever read it."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in node:
+        path = f"{prefix}{key}"
+        if key not in fields:
+            raise UserError(unknown_option(path))
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
+            _refuse_unknown(child, OmegaConf.get_type(child), path + ".")
+    for key in fields:
+        if key not in node:
+            raise UserError(f"{prefix}{key}: cannot be removed; give it another value")
+
+
+def unknown_option(path: str) -> str:
+    """The one line for an option that does not exist."""
+    meant = suggest(path, tuple(folder.name for folder in config_dir().iterdir() if folder.is_dir()))
+    return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")
+
+
+def explain(error: BaseException) -> str:
+    """One line for a person from what Hydra or OmegaConf raised: place, given value, what is allowed."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}: write option=value, and put a value with special characters in quotes: "
+            f"option='\"a=b\"'"
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = ", ".join(sorted(str(option) for option in error.options or []))
+        return f"{group or 'config'}={name}: no such file in conf/{group}; choose one of: {known}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if removed := re.search(r"Error merging override ~([^\s=]+)", str(error)):
+        return f"{removed.group(1)}: cannot be removed; give it another value"
+    given = re.search(r"Error merging override \+*([^\s=]+)=(.*)", str(error))
+    named = re.search(r"Could not (?:override|append value to) '([^']+)'", str(error))
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        path = str(cause.full_key)
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or named:
+            return unknown_option(named.group(1) if named else path)
+        return _wrong_value(path, given.group(2) if given and given.group(1) == path else None, cause)
+    if named:
+        return unknown_option(named.group(1))
+    if isinstance(error, ConfigCompositionException) and "Ambiguous value" in str(error):
+        return str(error).splitlines()[0] + "; a list needs brackets, [1,2]; a sweep over values needs -m"
+    return " ".join(str(error).split("See https://")[0].split())
+
+
+def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException) -> str:
+    text = f"{path}={value}" if value is not None else path
+    for option in all_options():
+        if option.path == path:
+            return f"{text}: needs a value of type {option.type} (default {option.default!r}): {option.doc}"
+    if path in groups():
+        names = ", ".join(option.path for option in all_options() if option.path.startswith(path + "."))
+        return f"{text}: is a group of options; set one of {names}"
+    return f"{text}: {str(cause).splitlines()[0]}"
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """Plain dicts, lists and numbers, nested as the dataclasses are."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The RunConfig with these values; what is absent keeps its default. Raises UserError for an unknown key."""
+    register_schema()
+    try:
+        composed = OmegaConf.merge(ConfigStore.instance().load(f"{SCHEMA_NAME}.yaml").node, values)
+        assert isinstance(composed, DictConfig)
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+
+
+def save_config(cfg: RunConfig, path: Path) -> None:
+    """Writes the resolved config as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))), encoding="utf-8")
+
+
+def read_config(path: Path) -> RunConfig:
+    """What save_config wrote."""
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a config; expected a YAML mapping")
+    return from_dict({str(key): value for key, value in values.items()})
+
+
+def tell(text: str) -> None:
+    """One line to standard error, at once."""
+    print(f"skyrl: error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,12 @@
+"""Supervised training on an environment's own solutions: `python -m skyrl.sft [option=value ...]`."""
+
+from skyrl.config.entry import run_entry
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_entry("sft")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""RL: `python -m skyrl.train [option=value ...]`, or the same under torchrun. `--help` lists everything."""
+
+from skyrl.config.entry import run_entry
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_entry("train")
+
+
+if __name__ == "__main__":
+    main()

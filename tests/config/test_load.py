@@ -1,0 +1,99 @@
+"""Composition, errors in one line, names of runs, storage of the resolved config."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from skyrl.config import load
+from skyrl.config.load import load_config
+from skyrl.config.schema import RunConfig
+from skyrl.types import UserError
+
+
+def line_of(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_overrides_reach_the_frozen_config():
+    cfg = load_config(["optim.lr=3e-4", "sampler.stop=[a,b]", "env.options.digits=3", "env.options.x.y=z"])
+    assert isinstance(cfg, RunConfig)
+    assert cfg.optim.lr == 3e-4
+    assert cfg.sampler.stop == ["a", "b"]
+    assert cfg.env.options["digits"] == 3 and cfg.env.options["x"] == {"y": "z"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_group_choice_on_the_command_line_beats_the_recipe():
+    assert load_config(["algorithm=dapo"]).algorithm.filters.refill
+    assert not load_config([]).algorithm.filters.refill
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lrr=1", "optim.lrr: no such option; did you mean optim.lr?"),
+        ("+optim.lrr=1", "optim.lrr: no such option; did you mean optim.lr?"),
+        ("algorthm=ppo", "algorthm: no such option; did you mean algorithm?"),
+        ("clip_low=1", "clip_low: no such option; did you mean algorithm.loss.clip_low?"),
+        ("zzz=1", "zzz: no such option; --help lists all options"),
+        ("+optim={a: 1}", "optim"),
+        ("optim.lr=abc", "optim.lr=abc: needs a value of type float"),
+        ("optim.lr=null", "optim.lr=null: needs a value of type float"),
+        ("batch.num_steps=1.5", "batch.num_steps=1.5: needs a value of type int"),
+        ("sampler.stop=x", "sampler.stop=x: needs a value of type list[str]"),
+        ("optim=3", "optim=3: is a group of options"),
+        ("~optim.lr", "optim.lr: cannot be removed"),
+        ("optim.lr=1,2", "a sweep over values needs -m"),
+        ("optim.lr=(]", "cannot read 'optim.lr=(]'"),
+        ("foo", "cannot read 'foo'"),
+        ("experiment=nothing", "experiment=nothing: no such file in conf/experiment; choose one of: arithmetic"),
+        ("run.name=a/b", "run.name=a/b"),
+    ],
+)
+def test_each_mistake_is_one_line_with_its_place(override, said):
+    assert said in line_of(override)
+
+
+def test_same_command_same_name_in_any_order():
+    one = load_config(["optim.lr=0.001", "sampler.top_k=0"])
+    two = load_config(["sampler.top_k=0", "optim.lr=0.5", "optim.lr=0.001"])
+    assert one.run.name == two.run.name == "arithmetic-seed1-optim.lr=0.001-top_k=0"
+    assert one.run.dir == "runs/" + one.run.name
+
+
+def test_names_tell_different_commands_apart():
+    commands = [
+        [],
+        ["seed=2"],
+        ["optim.lr=0.01"],
+        ["warmup.lr=0.01"],
+        ["model.path=/a/b"],
+        ["model.path=/a-b"],
+        ["algorithm=dapo"],
+    ]
+    names = [load_config(command).run.name for command in commands]
+    assert len(set(names)) == len(names)
+    assert load_config([]).run.name != load_config([], mode="sft").run.name
+    assert all(len(name) <= 60 and "/" not in name for name in names)
+
+
+def test_places_and_switches_do_not_change_the_name():
+    plain = load_config([]).run.name
+    assert load_config(["run.threads=2", "tracking.wandb=off", "debug.deterministic=true"]).run.name == plain
+    given = load_config(["run.name=mine", "run.dir=/tmp/there"])
+    assert (given.run.name, given.run.dir) == ("mine", "/tmp/there")
+
+
+def test_resolved_config_survives_storage(tmp_path):
+    cfg = load_config(["optim.lr=1e-6", "sampler.stop=['#','a: b']", "env.options={digits: 2, ops: ['+','*']}"])
+    load.save_config(cfg, tmp_path / "config.yaml")
+    assert load.read_config(tmp_path / "config.yaml") == cfg
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch"]["num_steps"] == cfg.batch.num_steps
+    assert load.from_dict(load.to_dict(cfg)) == cfg
+    with pytest.raises(UserError, match="optim.lrr: no such option"):
+        load.from_dict({"optim": {"lrr": 1}})
