@@ -1,0 +1,130 @@
+"""Paged blocks of the KV cache: who holds which, which can be shared, which can be thrown away. Holds no tensors.
+
+A block is free, held (by one or more sequences) or cached (held by nobody, content still valid). Content is found
+again by exact comparison: a block's key is the id of the block content before it and the bytes of its own tokens, so
+two contents never meet by a hash collision.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+
+ROOT = 0  # the content id before the first block of every sequence
+Key = tuple[int, bytes]
+
+
+class BlockPool:
+    """Blocks 1 .. num_blocks, each of `block_tokens` tokens. Block 0 is never handed out: padding writes there."""
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self.num_blocks, self.block_tokens = num_blocks, block_tokens
+        self._free = list(range(num_blocks, 0, -1))
+        self._holders = [0] * (num_blocks + 1)
+        self._key: list[Key | None] = [None] * (num_blocks + 1)
+        self._content: dict[Key, tuple[int, int]] = {}  # key -> (content id, block)
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._next_id = ROOT + 1
+        self.peak = 0
+
+    def available(self) -> int:
+        """Blocks that can be allocated now: free or cached."""
+        return len(self._free) + len(self._cached)
+
+    def held(self) -> int:
+        """Blocks that some sequence holds."""
+        return self.num_blocks - self.available()
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens need."""
+        return -(-num_tokens // self.block_tokens)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks of unknown content, one holder each. The caller has checked available()."""
+        if count > self.available():
+            raise RuntimeError(f"{count} blocks asked for, {self.available()} available")
+        blocks = []
+        for _ in range(count):
+            if self._free:
+                block = self._free.pop()
+            else:
+                block, _ = self._cached.popitem(last=False)
+                self._unpublish(block)
+            self._holders[block] = 1
+            blocks.append(block)
+        self.peak = max(self.peak, self.held())
+        return blocks
+
+    def share(self, blocks: list[int]) -> list[int]:
+        """The same blocks with one more holder each."""
+        for block in blocks:
+            if self._holders[block] == 0:
+                del self._cached[block]
+            self._holders[block] += 1
+        self.peak = max(self.peak, self.held())
+        return list(blocks)
+
+    def release(self, blocks: list[int]) -> None:
+        """Takes one holder from each. Published ones stay cached; the end of a sequence is evicted before its start."""
+        for block in reversed(blocks):
+            if self._holders[block] < 1:
+                raise RuntimeError(f"block {block} released more often than held")
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if self._key[block] is None:
+                    self._free.append(block)
+                else:
+                    self._cached[block] = None
+
+    def lookup(self, tokens: np.ndarray) -> list[int]:
+        """The blocks that hold the longest known beginning of `tokens` in whole blocks; takes no holder."""
+        blocks: list[int] = []
+        parent, size = ROOT, self.block_tokens
+        for end in range(size, len(tokens) + 1, size):
+            found = self._content.get((parent, tokens[end - size : end].tobytes()))
+            if found is None:
+                break
+            parent, block = found
+            blocks.append(block)
+        return blocks
+
+    def publish(self, tokens: np.ndarray, blocks: list[int]) -> None:
+        """Makes the whole blocks of `tokens`, held in `blocks`, findable. Known content keeps its first block."""
+        parent, size = ROOT, self.block_tokens
+        for index in range(len(tokens) // size):
+            key = (parent, tokens[index * size : (index + 1) * size].tobytes())
+            found = self._content.get(key)
+            if found is None:
+                block = blocks[index]
+                self._unpublish(block)  # its old key leads nowhere when the content before it was evicted
+                found = (self._next_id, block)
+                self._next_id += 1
+                self._content[key], self._key[block] = found, key
+            parent = found[0]
+
+    def forget(self) -> None:
+        """Drops every published content; cached blocks become free."""
+        for block in list(self._cached):
+            self._free.append(block)
+        self._cached.clear()
+        for key in self._content.values():
+            self._key[key[1]] = None
+        self._content.clear()
+
+    def check(self) -> None:
+        """Raises RuntimeError when a block is lost, doubled or in a wrong place."""
+        free, cached = set(self._free), set(self._cached)
+        held = {block for block in range(1, self.num_blocks + 1) if self._holders[block] > 0}
+        together = len(self._free) + len(self._cached) + len(held)
+        if free & cached or free & held or cached & held or together != self.num_blocks:
+            raise RuntimeError(f"{len(free)} free + {len(cached)} cached + {len(held)} held != {self.num_blocks}")
+        for key, (_, block) in self._content.items():
+            if self._key[block] != key or block in free:
+                raise RuntimeError(f"block {block} is published under a content it does not hold")
+
+    def _unpublish(self, block: int) -> None:
+        key = self._key[block]
+        if key is not None:
+            del self._content[key]
+            self._key[block] = None

@@ -1,0 +1,295 @@
+"""The in-process sampler: continuous batching over the policy's own parameters, on one rank, without a collective."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyrl.config.schema import SamplerConfig
+from skyrl.models.forward import CausalLM
+from skyrl.sampler import draw
+from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.paged import Batch, KVCache, LayerShape, ModuleRunner
+from skyrl.sampler.probe import layer_shapes
+from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
+from skyrl.sampler.stop import Decode, StringStop
+from skyrl.types import Metrics, Sample, SampleRequest, UserError
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+class Runner(Protocol):
+    """Computes logits over the cache. Draws nothing, decides nothing."""
+
+    name: str
+
+    def prefill(self, pieces: list[Piece]) -> Tensor | None:
+        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
+
+    def decode(self, batch: Batch) -> Tensor:
+        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
+
+    def refresh(self) -> None:
+        """The parameters changed in place."""
+
+
+class LocalSampler:
+    """Draws sequences in continuous batches (see base.Sampler). Built by make_sampler."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        cache: KVCache,
+        scheduler: Scheduler,
+        *,
+        decode: Decode,
+        max_length: int,
+        vocab_size: int,
+        version: int,
+    ) -> None:
+        self._runner, self._cache, self._scheduler, self._decode = runner, cache, scheduler, decode
+        self._max_length, self._vocab_size, self._version = max_length, vocab_size, version
+        self._uids: set[str] = set()
+        self._arrived = 0
+        self._drawn = 0
+        self._running: _Running | None = None  # arrays of the running set; None when it changed
+
+    @property
+    def backend(self) -> str:
+        """Which path computes: module or fused."""
+        return self._runner.name
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that is drawn from."""
+        return self._version
+
+    def add(self, request: SampleRequest) -> None:
+        """Queues a request. Raises UserError when it can never fit or a parameter is out of range."""
+        where = f"request {request.uid}"
+        draw.check(request.params, where)
+        context = np.ascontiguousarray(request.tokens, dtype=np.int64)
+        limit = min(len(context) + request.params.max_tokens, self._max_length)
+        pool = self._scheduler.pool
+        if request.uid in self._uids:
+            raise UserError(f"{where}: the same uid is already queued; give each request its own")
+        if request.version not in (None, self._version):
+            raise UserError(f"{where}: version {request.version} is gone; this sampler draws from {self._version}")
+        if len(context) == 0 or context.min() < 0 or context.max() >= self._vocab_size:
+            raise UserError(f"{where}: needs 1 or more tokens, each in 0 .. {self._vocab_size - 1}")
+        if len(context) >= self._max_length:
+            raise UserError(
+                f"{where}: {len(context)} tokens leave no room to draw within max_length={self._max_length}; "
+                "shorten the prompt or raise batch.max_row_tokens"
+            )
+        if pool.blocks_for(limit) > pool.num_blocks:
+            raise UserError(
+                f"{where}: {limit} tokens need {pool.blocks_for(limit)} cache blocks, there are {pool.num_blocks}; "
+                "raise sampler.kv_cache_gib or lower sampler.max_new_tokens"
+            )
+        tokens = np.zeros(limit, dtype=np.int64)
+        tokens[: len(context)] = context
+        strings = StringStop(request.params.stop, self._decode) if request.params.stop else None
+        room = np.zeros(limit - len(context), dtype=np.float32)
+        self._scheduler.add(
+            Sequence(self._arrived, request.uid, request.params, tokens, len(context), len(context), room, strings)
+        )
+        self._arrived += 1
+        self._uids.add(request.uid)
+
+    @torch.no_grad()
+    def step(self) -> list[Sample]:
+        """One iteration: a prefill step while one is due, else one token of every running sequence. Returns what
+        finished, in the order of the requests."""
+        pieces = self._scheduler.prefill()
+        if pieces:
+            return self._prefill(pieces)
+        if not self._scheduler.running:
+            return []
+        return self._decode_step()
+
+    def unfinished(self) -> int:
+        """Requests queued or running."""
+        return self._scheduler.unfinished()
+
+    @torch.no_grad()
+    def refresh(self, version: int) -> None:
+        """The weights changed to `version`: forgets cached prefixes. Only while nothing is unfinished."""
+        if self.unfinished():
+            raise RuntimeError(f"refresh({version}) with {self.unfinished()} unfinished requests")
+        self._scheduler.pool.forget()
+        self._runner.refresh()
+        self._version = version
+
+    def metrics(self) -> Metrics:
+        """Since the last call: tokens drawn, prefill tokens, tokens reused, preemptions, peak use of the cache."""
+        pool, counts = self._scheduler.pool, self._scheduler.counts
+        values = {
+            "sampler/tokens:sum": float(self._drawn),
+            "sampler/prefill_tokens:sum": float(counts.prefill_tokens),
+            "sampler/reused_tokens:sum": float(counts.reused_tokens),
+            "sampler/preemptions:sum": float(counts.preemptions),
+            "sampler/cache_peak:max": pool.peak / pool.num_blocks,
+        }
+        self._drawn, self._scheduler.counts, pool.peak = 0, Counts(), pool.held()
+        return values
+
+    def _prefill(self, pieces: list[Piece]) -> list[Sample]:
+        logits = self._runner.prefill(pieces)
+        groups = self._scheduler.prefilled(pieces)
+        if logits is None:
+            return []
+        forks: list[Fork] = [fork for group in groups for fork in group]
+        self._cache.copy([fork.copy for fork in forks if fork.copy])
+        sequences = [fork.sequence for fork in forks]
+        if len(sequences) > len(groups):
+            rows = [row for row, group in enumerate(groups) for _ in group]
+            logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
+        drawing = _Running(sequences, self._cache, self._vocab_size)
+        finished = self._accept(drawing, *drawing.draw(logits))
+        self._running = None
+        return finished
+
+    def _decode_step(self) -> list[Sample]:
+        preempted = self._scheduler.grow()
+        if self._running is None or preempted:
+            self._running = _Running(self._scheduler.running, self._cache, self._vocab_size)
+        running = self._running
+        running.extend_tables()
+        logits = self._runner.decode(running.batch)
+        finished = self._accept(running, *running.draw(logits))
+        if finished:
+            self._running = None
+        return finished
+
+    def _accept(self, running: _Running, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[Sample]:
+        """Appends what was drawn to the sequences and takes out those that end."""
+        if not np.isfinite(logprobs_B).all():
+            bad = [s.uid for s, good in zip(running.sequences, np.isfinite(logprobs_B), strict=True) if not good]
+            raise RuntimeError(f"the model gives logits that are not finite, first for request {bad[0]}")
+        self._drawn += len(tokens_B)
+        ended = running.append(tokens_B, logprobs_B)
+        samples = []
+        for index, reason in ended:
+            sequence = running.sequences[index]
+            self._scheduler.finish(sequence)
+            self._uids.discard(sequence.uid)
+            drawn = slice(sequence.start, sequence.length)
+            logprobs = sequence.logprobs[: sequence.length - sequence.start].copy()
+            samples.append(
+                (sequence.order, Sample(sequence.uid, sequence.tokens[drawn].copy(), logprobs, reason, self._version))
+            )
+        return [sample for _, sample in sorted(samples, key=lambda pair: pair[0])]
+
+
+class _Running:
+    """Sequences that draw together, as arrays that are built once and then advanced."""
+
+    def __init__(self, sequences: list[Sequence], cache: KVCache, vocab_size: int) -> None:
+        self.sequences = list(sequences)
+        device, params = cache.device, [s.params for s in self.sequences]
+        self._device = device
+        self.lengths_B = np.array([s.length for s in self.sequences], dtype=np.int64)
+        self._starts_B = np.array([s.start for s in self.sequences], dtype=np.int64)
+        self._limits_B = np.array([len(s.tokens) for s in self.sequences], dtype=np.int64)
+        self._streams_B = draw.stream([p.seed for p in params])
+        self._rules = draw.Rules.of(params, vocab_size, device)
+        width = max((len(p.stop_token_ids) for p in params), default=0)
+        self._stops_BN = np.full((len(params), width), -1, dtype=np.int64)
+        for row, p in zip(self._stops_BN, params, strict=True):
+            row[: len(p.stop_token_ids)] = p.stop_token_ids
+        self._strings = [index for index, s in enumerate(self.sequences) if s.strings is not None]
+        self._size = cache.block_tokens
+        blocks = -(-int(self._limits_B.max(initial=1)) // self._size)
+        table_BW = np.zeros((len(params), blocks), dtype=np.int32)
+        self._known_B = np.zeros(len(params), dtype=np.int64)
+        tokens_B = np.array([s.tokens[s.length - 1] for s in self.sequences], dtype=np.int64)
+        self.batch = Batch(tokens_B, self.lengths_B - 1, table_BW)
+
+    def extend_tables(self) -> None:
+        """Takes over the blocks that the scheduler added since the last call."""
+        for index in np.flatnonzero(self.lengths_B > self._known_B * self._size):
+            blocks = self.sequences[index].blocks
+            self.batch.table_BW[index, : len(blocks)] = blocks
+            self._known_B[index] = len(blocks)
+
+    def draw(self, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Draws one token of each sequence from its row: tokens, log-probabilities."""
+        uniforms_B = torch.from_numpy(draw.uniforms(self._streams_B, self.lengths_B - self._starts_B))
+        tokens_B, logprobs_B = draw.draw(logits_BV, self._rules, uniforms_B.to(self._device))
+        return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
+
+    def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, str]]:
+        """Adds a token to each sequence; returns (index, stop reason) of those that end."""
+        drawn = zip(self.sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
+        for sequence, token, logprob in drawn:
+            length = sequence.length
+            sequence.tokens[length] = token
+            sequence.logprobs[length - sequence.start] = logprob
+            sequence.length = length + 1
+        self.lengths_B += 1
+        self.batch.tokens_B[:] = tokens_B
+        self.batch.positions_B += 1
+        stopped_B = (self._stops_BN == tokens_B[:, None]).any(1)
+        for index in self._strings:
+            stopped_B[index] |= self.sequences[index].strings.push(int(tokens_B[index]))
+        full_B = self.lengths_B >= self._limits_B
+        return [(int(i), "stop" if stopped_B[i] else "length") for i in np.flatnonzero(stopped_B | full_B)]
+
+
+def make_sampler(
+    model: CausalLM, cfg: SamplerConfig, *, decode: Decode, max_length: int, version: int = 0
+) -> LocalSampler:
+    """A sampler over the parameters of `model`, which it reads live: call refresh(version) after they change.
+
+    `decode` turns token ids into text, for stop strings. `max_length` bounds context and drawn tokens together (stop
+    reason "length"). No token ends a sequence by itself: put the end-of-sequence ids into
+    SamplingParams.stop_token_ids. cfg.backend "fused" raises UserError where the architecture has no fused plan or the
+    plan disagrees with the module; "auto" then uses the module and logs one line.
+    """
+    if max_length > model.max_positions:
+        raise UserError(f"batch.max_row_tokens={max_length}: the model has {model.max_positions} positions; lower it")
+    shapes = layer_shapes(model)
+    parameter = next(model.parameters())
+    num_blocks = _num_blocks(cfg, shapes, parameter, max_length)
+    cache = KVCache(shapes, num_blocks, cfg.block_tokens, parameter.dtype, parameter.device)
+    on_gpu = parameter.device.type == "cuda"
+    scheduler = Scheduler(
+        BlockPool(num_blocks, cfg.block_tokens),
+        max_running=cfg.max_running or (256 if on_gpu else 128),
+        max_prefill_tokens=8192 if on_gpu else 2048,
+        share=cfg.prefix_cache,
+    )
+    return LocalSampler(
+        ModuleRunner(model, cache),
+        cache,
+        scheduler,
+        decode=decode,
+        max_length=max_length,
+        vocab_size=model.vocab_size,
+        version=version,
+    )
+
+
+def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, max_length: int) -> int:
+    """Blocks within the memory budget. Automatic: at most what max_running sequences of max_length can use."""
+    each = KVCache.block_bytes(shapes, cfg.block_tokens, parameter.dtype)
+    if cfg.kv_cache_gib > 0:
+        blocks = int(cfg.kv_cache_gib * GIB) // each - 1  # one is for padding
+        if blocks < 1:
+            raise UserError(
+                f"sampler.kv_cache_gib={cfg.kv_cache_gib}: one block of {cfg.block_tokens} tokens takes "
+                f"{each / GIB:.3g} GiB; allowed: two blocks or more"
+            )
+        return blocks
+    budget = GIB
+    if parameter.device.type == "cuda":
+        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
+    most = (cfg.max_running or 256) * -(-max_length // cfg.block_tokens)
+    return max(1, min(budget // each - 1, most))

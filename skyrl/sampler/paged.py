@@ -1,0 +1,260 @@
+"""The paged KV cache, attention over it, and the runner that uses the model's own forward.
+
+Works for every layer that hands queries, keys and values to skyrl.models.attention: any head counts, sliding windows,
+soft caps. Written in plain torch operations; fused.py and cuda.py replace parts of it where that is faster.
+
+Legend: n sequences of a group, L query tokens of each, W blocks of each, S keys = W * block_tokens; B sequences of a
+decode step; T tokens of a step; H heads, K key/value heads, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skyrl.models.forward import CausalLM
+from skyrl.sampler.scheduler import Piece
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps of a token."""
+
+    num_heads: int  # K
+    key_size: int
+    value_size: int
+
+
+class KVCache:
+    """Keys [blocks, K, block_tokens, C] and values of every layer. Block 0 takes the writes of padding.
+
+    Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
+    """
+
+    def __init__(
+        self, shapes: list[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
+
+        def room(heads: int, size: int) -> Tensor:
+            return torch.zeros(num_blocks + 1, heads, block_tokens, size, dtype=dtype, device=device)
+
+        self.keys = [room(shape.num_heads, shape.key_size) for shape in shapes]
+        self.values = [room(shape.num_heads, shape.value_size) for shape in shapes]
+
+    @staticmethod
+    def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers."""
+        channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
+        return channels * block_tokens * dtype.itemsize
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies blocks: (from, to) each."""
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+
+@dataclass
+class Group:
+    """Sequences that attend together: L query rows each (padded with row 0), keys gathered from W blocks each."""
+
+    rows_nL: Tensor  # index into T
+    positions_nL: Tensor
+    table_nW: Tensor
+    valid: Tensor | None  # index of the real ones among the n * L rows; None = all
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    gathers: dict[int, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, num_keys: int, dtype: torch.dtype) -> Tensor:
+        """0 where a key is seen and -inf elsewhere, [n, 1, L, S]."""
+        if window not in self.masks:
+            key_S = torch.arange(num_keys, device=self.rows_nL.device)
+            position_nL1 = self.positions_nL.unsqueeze(-1)
+            seen = key_S <= position_nL1
+            if window is not None:
+                seen &= key_S > position_nL1 - window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+            self.masks[window] = mask.unsqueeze(1)
+        return self.masks[window]
+
+    def gather(self, cache_NKSC: Tensor) -> Tensor:
+        """This group's part of one cache tensor, [n, K, S, C]."""
+        blocks, heads, size, channels = cache_NKSC.shape
+        if heads not in self.gathers:
+            head_K1 = torch.arange(heads, device=cache_NKSC.device).unsqueeze(1)
+            self.gathers[heads] = (self.table_nW.unsqueeze(1) * heads + head_K1).flatten()
+        picked = cache_NKSC.view(blocks * heads, size * channels).index_select(0, self.gathers[heads])
+        return picked.view(len(self.table_nW), heads, -1, channels)
+
+
+class PagedAttention:
+    """Attention of one step: stores the new keys and values, then attends over the blocks of each sequence."""
+
+    def __init__(self, cache: KVCache, slots_T: Tensor, groups: list[Group]) -> None:
+        self._cache, self._slots_T, self._groups = cache, slots_T, groups
+        self._writes: dict[int, Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query_HTC: Tensor,
+        key_KTC: Tensor,
+        value_KTC: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See skyrl.models.attention.Attention."""
+        self.write(layer, key_KTC.transpose(0, 1), value_KTC.transpose(0, 1))
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        out_THC = query_HTC.new_empty(query_HTC.shape[1], query_HTC.shape[0], values.shape[-1])
+        for group in self._groups:
+            (count, length), heads = group.rows_nL.shape, query_HTC.shape[0]
+            rows = group.rows_nL.flatten()
+            q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
+            k_nKSC, v_nKSC = group.gather(keys), group.gather(values)
+            mask = group.mask(window, k_nKSC.shape[2], query_HTC.dtype)
+            out = attention(q_nHLC, k_nKSC, v_nKSC, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
+            if group.valid is not None:
+                out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
+            out_THC.index_copy_(0, rows, out)
+        return out_THC
+
+    def write(self, layer: int, key_TKC: Tensor, value_TKC: Tensor) -> None:
+        """Stores the step's keys and values in their slots."""
+        heads, size = key_TKC.shape[1], self._cache.block_tokens
+        if heads not in self._writes:
+            head_K = torch.arange(heads, device=self._slots_T.device)
+            block_T1, offset_T1 = (self._slots_T // size).unsqueeze(1), (self._slots_T % size).unsqueeze(1)
+            self._writes[heads] = ((block_T1 * heads + head_K) * size + offset_T1).flatten()
+        for cache, new in ((self._cache.keys[layer], key_TKC), (self._cache.values[layer], value_TKC)):
+            channels = new.shape[-1]
+            cache.view(-1, channels).index_copy_(0, self._writes[heads], new.reshape(-1, channels))
+
+
+def attention(
+    q_nHLC: Tensor, k_nKSC: Tensor, v_nKSC: Tensor, mask_n1LS: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """softmax(scale * q k + mask) v, [n, H, L, C]; the queries that share a key/value head are grouped, not copied."""
+    count, heads, length, channels = q_nHLC.shape
+    kv_heads = k_nKSC.shape[1]
+    group = heads // kv_heads
+    if length == 1:  # the queries of one key/value head take the place of L
+        q_nHLC = q_nHLC.reshape(count, kv_heads, group, channels)
+    elif group > 1:
+        k_nKSC, v_nKSC = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_nKSC, v_nKSC))
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
+    else:
+        scores = torch.matmul(q_nHLC * scale, k_nKSC.transpose(2, 3))
+        scores = torch.tanh(scores / softcap) * softcap + mask_n1LS
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        out = torch.matmul(scores.softmax(-1, dtype=wide).to(v_nKSC.dtype), v_nKSC)
+    return out.reshape(count, heads, length, -1)
+
+
+@dataclass
+class Batch:
+    """The running sequences as arrays; numpy, so that bookkeeping costs no tensor calls."""
+
+    tokens_B: np.ndarray  # int64, the newest token of each
+    positions_B: np.ndarray  # int64, its position
+    table_BW: np.ndarray  # int32, blocks of each; 0 beyond its own
+
+
+def prefill_attention(cache: KVCache, pieces: list[Piece]) -> tuple[Tensor, Tensor, PagedAttention]:
+    """tokens_T, positions_T and the attention of a prefill step."""
+    size, device = cache.block_tokens, cache.device
+    tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in pieces])
+    positions = np.concatenate([np.arange(p.start, p.end) for p in pieces])
+    tables = [np.array(p.sequence.blocks, dtype=np.int64) for p in pieces]
+    slots = np.concatenate(
+        [
+            table[np.arange(p.start, p.end) // size] * size + np.arange(p.start, p.end) % size
+            for p, table in zip(pieces, tables, strict=True)
+        ]
+    )
+    firsts = np.cumsum([0] + [p.end - p.start for p in pieces])
+    groups = []
+    for members in _alike([p.end - p.start for p in pieces]):
+        lengths = [pieces[i].end - pieces[i].start for i in members]
+        width = max(-(-pieces[i].end // size) for i in members)
+        rows = np.zeros((len(members), max(lengths)), dtype=np.int64)
+        where = np.zeros_like(rows)
+        table = np.zeros((len(members), width), dtype=np.int64)
+        valid = np.arange(rows.shape[1]) < np.array(lengths)[:, None]
+        for at, i in enumerate(members):
+            rows[at, : lengths[at]] = np.arange(firsts[i], firsts[i + 1])
+            where[at, : lengths[at]] = np.arange(pieces[i].start, pieces[i].end)
+            used = min(width, len(tables[i]))
+            table[at, :used] = tables[i][:used]
+        real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)
+        groups.append(Group(*(torch.from_numpy(x).to(device) for x in (rows, where, table)), valid=real))
+    tensors = [torch.from_numpy(x).to(device) for x in (tokens, positions, slots)]
+    return tensors[0], tensors[1], PagedAttention(cache, tensors[2], groups)
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Indices in groups whose padding to the longest costs at most a third more rows."""
+    groups: list[list[int]] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and 3 * lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= 4 * (total + lengths[i]):
+            groups[-1].append(i)
+            total += lengths[i]
+        else:
+            groups.append([i])
+            total = lengths[i]
+    return groups
+
+
+def decode_attention(cache: KVCache, batch: Batch) -> tuple[Tensor, Tensor, PagedAttention]:
+    """tokens_B, positions_B and the attention of a decode step."""
+    size, device = cache.block_tokens, cache.device
+    width = int(batch.positions_B.max()) // size + 1
+    slots = batch.table_BW[np.arange(len(batch.tokens_B)), batch.positions_B // size].astype(np.int64) * size
+    slots += batch.positions_B % size
+    tokens, positions, slots_B = (
+        torch.from_numpy(x).to(device) for x in (batch.tokens_B.copy(), batch.positions_B.copy(), slots)
+    )
+    table = torch.from_numpy(batch.table_BW[:, :width].astype(np.int64)).to(device)
+    rows = torch.arange(len(tokens), device=device).unsqueeze(1)
+    return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, None)])
+
+
+class ModuleRunner:
+    """Runs the model's own forward over the cache: the reference, and the path of every architecture."""
+
+    name = "module"
+
+    def __init__(self, model: CausalLM, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+
+    def prefill(self, pieces: list[Piece]) -> Tensor | None:
+        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
+        tokens_T, positions_T, attend = prefill_attention(self._cache, pieces)
+        hidden_TC = self._model.hidden(tokens_T, positions_T, attend)
+        return self._model.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
+
+    def decode(self, batch: Batch) -> Tensor:
+        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
+        tokens_B, positions_B, attend = decode_attention(self._cache, batch)
+        return self._model.logits(self._model.hidden(tokens_B, positions_B, attend))
+
+    def refresh(self) -> None:
+        """Nothing to do: the module reads its parameters."""
+
+
+def last_rows(hidden_TC: Tensor, pieces: list[Piece]) -> Tensor:
+    """The rows of `hidden_TC` that give the logits of complete pieces."""
+    ends = np.cumsum([p.end - p.start for p in pieces]) - 1
+    rows = [int(end) for end, p in zip(ends, pieces, strict=True) if p.complete]
+    return hidden_TC.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TC.device))

@@ -1,0 +1,217 @@
+"""Who runs next: admission, prefill in chunks, growth and preemption. Decides with numbers only; computes nothing.
+
+Order is that of arrival everywhere. Sequences with equal tokens are prefilled once: the first leads, the others (its
+twins) wait beside it and are forked from it when it is done. When blocks run out, the youngest running sequence gives
+its blocks back and later starts again from its tokens, the drawn ones included.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.stop import StringStop
+from skyrl.types import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request on its way. tokens [limit] holds context and drawn tokens; the first `length` are valid."""
+
+    order: int
+    uid: str
+    params: SamplingParams
+    tokens: np.ndarray
+    start: int  # length of the context
+    length: int
+    logprobs: np.ndarray  # [limit - start] float32
+    strings: StringStop | None = None
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
+    waiting: bool = True
+
+    def __lt__(self, other: Sequence) -> bool:
+        return self.order < other.order
+
+
+@dataclass
+class Piece:
+    """Part of a prefill: tokens start .. end of a sequence, whose earlier ones are in the cache."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether its last row gives the logits to draw from."""
+        return self.end == self.sequence.length
+
+
+@dataclass
+class Fork:
+    """A twin that takes over a prefilled context. copy: (from, to) block of the unfinished last block, or None."""
+
+    sequence: Sequence
+    copy: tuple[int, int] | None
+
+
+@dataclass
+class Counts:
+    """What happened since the numbers were last taken."""
+
+    prefill_tokens: int = 0
+    reused_tokens: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Queue and running set of one sampler.
+
+    `max_prefill_tokens` bounds one prefill step; `share` False switches off every reuse (twins included).
+    """
+
+    def __init__(self, pool: BlockPool, *, max_running: int, max_prefill_tokens: int, share: bool) -> None:
+        self.pool, self.max_running, self.max_prefill_tokens, self.share = pool, max_running, max_prefill_tokens, share
+        self.running: list[Sequence] = []  # by order
+        self.counts = Counts()
+        self._heap: list[Sequence] = []  # waiting; may hold stale entries of sequences that were taken as twins
+        self._alike: dict[bytes, list[Sequence]] = {}  # waiting sequences by content
+        self._num_waiting = 0
+        self._prefilling: list[Sequence] = []
+        self._twins: dict[int, list[Sequence]] = {}  # order of the leader -> its twins
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence, new or preempted."""
+        sequence.waiting, sequence.computed, sequence.blocks = True, 0, []
+        heapq.heappush(self._heap, sequence)
+        self._alike.setdefault(self._content(sequence), []).append(sequence)
+        self._num_waiting += 1
+
+    def unfinished(self) -> int:
+        """Sequences waiting, prefilling or running."""
+        twins = sum(len(twins) for twins in self._twins.values())
+        return self._num_waiting + len(self._prefilling) + twins + len(self.running)
+
+    def prefill(self) -> list[Piece]:
+        """Admits what fits and returns the pieces of the next prefill step; [] when there is nothing to prefill."""
+        room = self.max_prefill_tokens - sum(s.length - s.computed for s in self._prefilling)
+        while room > 0:
+            sequence = self._admit()
+            if sequence is None:
+                break
+            room -= sequence.length - sequence.computed
+        pieces, left = [], self.max_prefill_tokens
+        for sequence in self._prefilling:
+            if left == 0:
+                break
+            end = min(sequence.length, sequence.computed + left)
+            pieces.append(Piece(sequence, sequence.computed, end))
+            left -= end - sequence.computed
+        return pieces
+
+    def prefilled(self, pieces: list[Piece]) -> list[list[Fork]]:
+        """Books a prefill step as done. For each complete piece: the sequences that draw from its logits."""
+        forks = []
+        for piece in pieces:
+            leader = piece.sequence
+            self.counts.prefill_tokens += piece.end - leader.computed
+            leader.computed = piece.end
+            if not piece.complete:
+                continue
+            self._prefilling.remove(leader)
+            forks.append([Fork(leader, None)] + [self._fork(leader, twin) for twin in self._twins.pop(leader.order)])
+            self.running += [fork.sequence for fork in forks[-1]]
+        self.running.sort()
+        return forks
+
+    def grow(self) -> list[Sequence]:
+        """Gives every running sequence the block its newest token needs; returns the ones preempted for it."""
+        size, preempted = self.pool.block_tokens, []
+        for sequence in list(self.running):
+            if sequence.length <= len(sequence.blocks) * size or sequence.waiting:
+                continue
+            while self.pool.available() == 0 and not sequence.waiting:
+                youngest = self.running.pop()
+                self._give_back(youngest)
+                self.add(youngest)
+                self.counts.preemptions += 1
+                preempted.append(youngest)
+            if not sequence.waiting:
+                sequence.blocks += self.pool.allocate(1)
+        return preempted
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a running sequence out; its blocks stay findable until they are needed."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+
+    def _content(self, sequence: Sequence) -> bytes:
+        return sequence.tokens[: sequence.length].tobytes()
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if self.share:  # the newest token was drawn but never computed
+            self.pool.publish(sequence.tokens[: sequence.length - 1], sequence.blocks)
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+
+    def _places(self) -> int:
+        twins = sum(len(twins) for twins in self._twins.values())
+        return self.max_running - len(self.running) - len(self._prefilling) - twins
+
+    def _admit(self) -> Sequence | None:
+        """The next waiting sequence with blocks for its tokens, made a leader; None when none fits or none waits."""
+        while self._heap and not self._heap[0].waiting:
+            heapq.heappop(self._heap)
+        if not self._heap or self._places() < 1:
+            return None
+        leader, size = self._heap[0], self.pool.block_tokens
+        tokens = leader.tokens[: leader.length]
+        known = self.pool.lookup(tokens[:-1]) if self.share else []  # the last token is computed for its logits
+        held = self.pool.share(known)
+        need = self.pool.blocks_for(leader.length) - len(known)
+        # one spare block per running sequence, or admission and preemption would take turns
+        spare = len(self.running) + len(self._prefilling)
+        if self.pool.available() < need + (spare if spare else 0):
+            self.pool.release(held)
+            return None
+        heapq.heappop(self._heap)
+        leader.blocks, leader.computed = held + self.pool.allocate(need), len(known) * size
+        self.counts.reused_tokens += leader.computed
+        twins = self._take(leader)
+        if self.share:
+            self.pool.publish(tokens, leader.blocks)
+        self._prefilling.append(leader)
+        self._twins[leader.order] = twins
+        return leader
+
+    def _take(self, leader: Sequence) -> list[Sequence]:
+        """Takes the leader, and the twins that there is room for, out of the queue."""
+        content = self._content(leader)
+        alike = self._alike[content]
+        alike.remove(leader)
+        leader.waiting, self._num_waiting = False, self._num_waiting - 1
+        tail = 1 if leader.length % self.pool.block_tokens else 0
+        twins: list[Sequence] = []
+        places = self._places() - 1
+        for twin in sorted(alike) if self.share else []:
+            spare = len(self.running) + len(self._prefilling) + len(twins) + 1
+            if len(twins) >= places or self.pool.available() < tail + spare:
+                break
+            twin.waiting, self._num_waiting = False, self._num_waiting - 1
+            twin.blocks = self.pool.allocate(tail)
+            alike.remove(twin)
+            twins.append(twin)
+        if not alike:
+            del self._alike[content]
+        return twins
+
+    def _fork(self, leader: Sequence, twin: Sequence) -> Fork:
+        whole = leader.length // self.pool.block_tokens
+        copy = (leader.blocks[whole], twin.blocks[0]) if twin.blocks else None
+        twin.blocks = self.pool.share(leader.blocks[:whole]) + twin.blocks
+        self.counts.reused_tokens += twin.length
+        return Fork(twin, copy)
