@@ -1,0 +1,246 @@
+"""From rewards to one advantage per sampled token: numpy on the host, float64 inside, float32 out.
+
+Does not reduce, clip or drop anything: reductions are in weights.py, filters in filters.py. Groups live whole on one
+rank; statistics of the whole batch go through `all_sum`, which every rank calls equally often, also without rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from skyrl.registry import Registry
+from skyrl.types import Floats, Ints, UserError
+
+if TYPE_CHECKING:
+    from skyrl.config.schema import AdvantageConfig
+
+AllSum = Callable[[np.ndarray], np.ndarray]  # sums a small float64 vector over all ranks
+Span = tuple[int, int]  # rows [first, end) of one episode
+
+
+@dataclass
+class RewardRows:
+    """The rows of one rank with their rewards; lists have D entries, arrays of row d have its length [L].
+
+    An episode is named by (group, episode) and may have several rows (turns whose history was rewritten), which stand
+    together in time order. `masks` is True where the model sampled the token; a turn's reward sits on its last sampled
+    token and rewards are 0 elsewhere. `valid_D` is False for an episode without a score: it is in no baseline, its
+    rewards are never read, and its advantages are 0. `values` are the critic's, read at sampled tokens only.
+    Raises RuntimeError when the arrays contradict this, because then they were built wrongly.
+    """
+
+    group_D: Ints
+    episode_D: Ints
+    rewards: list[Floats]
+    masks: list[np.ndarray]
+    valid_D: np.ndarray
+    values: list[Floats] | None = None
+
+    def __post_init__(self) -> None:
+        counts = [len(self.group_D), len(self.episode_D), len(self.rewards), len(self.masks), len(self.valid_D)]
+        if self.values is not None:
+            counts.append(len(self.values))
+        if len(set(counts)) != 1:
+            raise RuntimeError(f"RewardRows: the fields have different numbers of rows: {counts}")
+        for d, (reward, mask) in enumerate(zip(self.rewards, self.masks, strict=True)):
+            lengths = {len(reward), len(mask)} | ({len(self.values[d])} if self.values is not None else set())
+            if len(lengths) != 1 or mask.dtype != bool:
+                raise RuntimeError(f"RewardRows: row {d} needs a bool mask and equal lengths, got {sorted(lengths)}")
+            if self.valid_D[d] and not np.isfinite(reward[mask]).all():
+                raise RuntimeError(f"RewardRows: row {d} is valid but has a reward that is not finite")
+            if self.valid_D[d] and (reward[~mask] != 0).any():
+                raise RuntimeError(f"RewardRows: row {d} has a reward on a token that was not sampled")
+
+    def episodes(self) -> list[Span]:
+        """The rows [first, end) of each episode, in order. Raises RuntimeError if an episode's rows stand apart."""
+        spans: list[Span] = []
+        seen: set[tuple[int, int]] = set()
+        first = 0
+        keys = list(zip(self.group_D.tolist(), self.episode_D.tolist(), strict=True))
+        for d in range(1, len(keys) + 1):
+            if d < len(keys) and keys[d] == keys[first]:
+                continue
+            if keys[first] in seen:
+                raise RuntimeError(f"RewardRows: rows of episode {keys[first]} do not stand together")
+            if len(set(np.asarray(self.valid_D[first:d], dtype=bool).tolist())) > 1:
+                raise RuntimeError(f"RewardRows: episode {keys[first]} is valid in one row and not in another")
+            seen.add(keys[first])
+            spans.append((first, d))
+            first = d
+        return spans if keys else []
+
+
+@dataclass
+class Advantages:
+    """One array [L] float32 per row, 0 where nothing was sampled. `returns` are the critic's targets (gae only)."""
+
+    advantages: list[Floats]
+    returns: list[Floats] | None = None
+
+
+AdvantageFn = Callable[[RewardRows, "AdvantageConfig", AllSum], Advantages]
+ADVANTAGES: Registry[AdvantageFn] = Registry("advantage")
+
+
+def kl_rewards(
+    rewards: list[Floats], masks: list[np.ndarray], logprobs: list[Floats], reference: list[Floats], coef: float
+) -> list[Floats]:
+    """Rewards minus coef * k1 at each sampled token, float64 [L] per row; unsampled entries keep their reward.
+
+    k1 = logprobs - reference in nats, where `logprobs` are the sampling policy's. Its sum over an episode is an
+    unbiased estimate of that episode's KL, and as a reward (not a loss) its gradient is right, see kl.py.
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2; Ouyang et al. 2022, arXiv 2203.02155.
+    """
+    out = []
+    for reward, mask, logprob, ref in zip(rewards, masks, logprobs, reference, strict=True):
+        row = np.array(reward, dtype=np.float64)
+        row[mask] -= coef * (np.asarray(logprob, np.float64)[mask] - np.asarray(ref, np.float64)[mask])
+        out.append(row)
+    return out
+
+
+def _spread(rows: RewardRows, score_of_row_D: np.ndarray) -> Advantages:
+    return Advantages(
+        [np.where(mask, a, 0.0).astype(np.float32) for mask, a in zip(rows.masks, score_of_row_D, strict=True)]
+    )
+
+
+def _per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> Advantages:
+    """Gives every sampled token of an episode `centre(scores of its group)[episode]`; groups of one get 0."""
+    spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
+    members: dict[int, list[int]] = {}
+    for e, (first, _) in enumerate(spans):
+        members.setdefault(int(rows.group_D[first]), []).append(e)
+    score_E = np.array([sum(np.asarray(r, np.float64).sum() for r in rows.rewards[a:b]) for a, b in spans])
+    advantage_D = np.zeros(len(rows.rewards))
+    for group_E in members.values():
+        if len(group_E) < 2:
+            continue
+        for e, advantage in zip(group_E, centre(score_E[group_E]), strict=True):
+            advantage_D[spans[e][0] : spans[e][1]] = advantage
+    return _spread(rows, advantage_D)
+
+
+@ADVANTAGES.register("grpo")
+def grpo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+    """(R - mean) / (std + eps) over the scores R of a group, the same for every sampled token of the episode.
+
+    std is the sample standard deviation (n - 1), as torch.std; the paper does not say which. Groups whose scores are
+    all equal, and groups of one, get exactly 0. An episode of several rows has one score, the sum of its rewards.
+    Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
+    """
+
+    def centre(score_G: np.ndarray) -> np.ndarray:
+        if (score_G == score_G[0]).all():
+            return np.zeros_like(score_G)
+        return (score_G - score_G.mean()) / (score_G.std(ddof=1) + cfg.eps)
+
+    return _per_group(rows, centre)
+
+
+@ADVANTAGES.register("dr_grpo")
+def dr_grpo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+    """R - mean over the scores of a group, without dividing by their spread.
+
+    Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. The paper's other
+    half, no division by the answer's length, is loss.reduction=constant.
+    """
+    return _per_group(rows, lambda score_G: score_G - score_G.mean())
+
+
+@ADVANTAGES.register("rloo")
+def rloo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+    """R minus the mean score of the other episodes of its group: dr_grpo times n / (n - 1).
+
+    Groups of one have no others and get 0. Source: Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for
+    Free!); Ahmadian et al. 2024, arXiv 2402.14740.
+    """
+    return _per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
+
+
+def _whiten(tokens: list[np.ndarray], eps: float, all_sum: AllSum) -> list[np.ndarray]:
+    """(x - mean) / (std + eps) over the tokens of all ranks; population std (n). Two calls of all_sum, always.
+
+    Two passes, because the one-pass formula E[x^2] - E[x]^2 loses every digit when the spread is small.
+    """
+    flat = np.concatenate(tokens) if tokens else np.zeros(0)
+    count, total = all_sum(np.array([len(flat), flat.sum()], dtype=np.float64))
+    mean = total / max(count, 1.0)
+    (squares,) = all_sum(np.array([np.square(flat - mean).sum()], dtype=np.float64))
+    std = np.sqrt(squares / max(count, 1.0))
+    if std + eps == 0.0:
+        return [np.zeros_like(x) for x in tokens]
+    return [(x - mean) / (std + eps) for x in tokens]
+
+
+def _join(arrays: list[Floats], masks: list[np.ndarray]) -> np.ndarray:
+    """The sampled tokens of one episode's rows, end to end: what was observed is skipped."""
+    return np.concatenate([np.asarray(a, np.float64)[m] for a, m in zip(arrays, masks, strict=True)])
+
+
+def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray]) -> list[Floats]:
+    """The inverse of _join for all episodes; 0 in rows that no span names."""
+    out = [np.zeros(len(mask), dtype=np.float32) for mask in masks]
+    for values, (first, end) in zip(tokens, spans, strict=True):
+        position = 0
+        for d in range(first, end):
+            count = int(masks[d].sum())
+            out[d][masks[d]] = values[position : position + count]
+            position += count
+    return out
+
+
+@ADVANTAGES.register("reinforce++")
+def reinforce_plus_plus(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+    """Discounted sum of the rewards from each token to the end of its episode, whitened over the whole batch.
+
+    The discount counts sampled tokens; rows of one episode follow each other. Without a group baseline, so
+    samples_per_prompt may be 1. The paper's KL penalty is kl.placement=reward. Population std over all sampled tokens
+    of all ranks. Source: Hu 2025 (REINFORCE++), arXiv 2501.03262, section 3.
+    """
+    spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
+    tokens = []
+    for first, end in spans:
+        returns = _join(rows.rewards[first:end], rows.masks[first:end])
+        for t in range(len(returns) - 2, -1, -1):
+            returns[t] += cfg.gamma * returns[t + 1]
+        tokens.append(returns)
+    return Advantages(_split(_whiten(tokens, cfg.eps, all_sum), spans, rows.masks))
+
+
+@ADVANTAGES.register("gae")
+def gae(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+    """Generalised advantage estimation over the sampled tokens of an episode, whitened over the whole batch.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next *sampled* token,
+    also across turns and rows; after the last one V = 0, also for episodes cut by a length limit (no bootstrap).
+    returns = unwhitened A + V. Tokens of an episode without a score get their own value as return, so that the critic
+    has no error there. Source: Schulman et al. 2016, arXiv 1506.02438. Raises UserError without values.
+    """
+    if rows.values is None:
+        raise UserError(
+            "algorithm.advantage.name: gae got no values; give the run a critic, or choose one that needs none"
+        )
+    kept, tokens, returns = [], [], []
+    all_spans = rows.episodes()
+    for first, end in all_spans:
+        values = _join(rows.values[first:end], rows.masks[first:end])
+        if not rows.valid_D[first]:
+            returns.append(values)
+            continue
+        rewards = _join(rows.rewards[first:end], rows.masks[first:end])
+        advantages = np.zeros_like(values)
+        next_value = next_advantage = 0.0
+        for t in range(len(values) - 1, -1, -1):
+            delta = rewards[t] + cfg.gamma * next_value - values[t]
+            next_advantage = delta + cfg.gamma * cfg.lam * next_advantage
+            advantages[t], next_value = next_advantage, values[t]
+        kept.append((first, end))
+        tokens.append(advantages)
+        returns.append(advantages + values)
+    whitened = _whiten(tokens, cfg.eps, all_sum)
+    return Advantages(_split(whitened, kept, rows.masks), _split(returns, all_spans, rows.masks))

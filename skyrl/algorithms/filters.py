@@ -1,0 +1,68 @@
+"""Which groups and episodes are not learned from: pure functions on host data, and the counts for the metrics.
+
+Dropping is the trainer's act; these functions only say what. Order: drop groups, compute advantages over everything
+that is left, then mask over-long episodes, so that they stay in their group's baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from skyrl.types import Metrics, StopReason, UserError
+
+OVERLONG_MODES = ("keep", "mask")
+"""Values of filters.overlong."""
+
+
+def zero_variance_groups(rewards_PG: Sequence[Sequence[float]], tolerance: float = 0.0) -> np.ndarray:
+    """Keep mask [P] bool: True for groups whose largest and smallest score differ by more than `tolerance`.
+
+    `rewards_PG[p]` holds the scores of the *valid* episodes of prompt p (groups may differ in size). Fewer than two
+    scores have no variance: such a group is dropped, since its centred advantage is 0. Raises RuntimeError for a score
+    that is not finite. Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2 (dynamic sampling).
+    Differs: compares scores, not accuracy, so groups of partial credit stay.
+    """
+    keep_P = np.zeros(len(rewards_PG), dtype=bool)
+    for p, scores in enumerate(rewards_PG):
+        score_G = np.asarray(scores, dtype=np.float64)
+        if not np.isfinite(score_G).all():
+            raise RuntimeError(f"zero_variance_groups: group {p} has a score that is not finite")
+        keep_P[p] = len(score_G) > 1 and score_G.max() - score_G.min() > tolerance
+    return keep_P
+
+
+def overlong_rows(stop_D: Sequence[StopReason]) -> np.ndarray:
+    """[D] bool: True for rows of episodes that a length limit cut. `stop_D` is the *episode's* stop reason per row."""
+    return np.array([stop == "length" for stop in stop_D], dtype=bool)
+
+
+def trained_masks(
+    masks: list[np.ndarray], stop_D: Sequence[StopReason], valid_D: np.ndarray, overlong: str
+) -> list[np.ndarray]:
+    """The masks that reductions and weights are made from: all False for rows that are not learned from.
+
+    Those are the rows of episodes without a score and, with overlong="mask", of episodes cut by a length limit.
+    Source: DAPO, arXiv 2503.14476, section 3.4 (overlong filtering). Raises UserError for an unknown mode.
+    """
+    if overlong not in OVERLONG_MODES:
+        raise UserError(f"algorithm.filters.overlong: {overlong!r} is none of {', '.join(OVERLONG_MODES)}")
+    drop_D = ~np.asarray(valid_D, dtype=bool)
+    if overlong == "mask":
+        drop_D = drop_D | overlong_rows(stop_D)
+    return [np.zeros_like(mask) if drop else mask for mask, drop in zip(masks, drop_D, strict=True)]
+
+
+def filter_metrics(keep_P: np.ndarray, stop_E: Sequence[StopReason], valid_E: np.ndarray) -> Metrics:
+    """This rank's counts for the metrics: groups seen and dropped; episodes seen, over-long and without a score.
+
+    `keep_P` is zero_variance_groups' answer (count it even when nothing is dropped); `*_E` have one entry per episode.
+    """
+    return {
+        "filters/groups:sum": float(len(keep_P)),
+        "filters/zero_variance_groups:sum": float((~np.asarray(keep_P, dtype=bool)).sum()),
+        "filters/episodes:sum": float(len(stop_E)),
+        "filters/overlong_episodes:sum": float(overlong_rows(stop_E).sum()),
+        "filters/invalid_episodes:sum": float((~np.asarray(valid_E, dtype=bool)).sum()),
+    }

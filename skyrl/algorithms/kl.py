@@ -1,0 +1,97 @@
+"""Per-token KL estimators and the coefficient that follows a target. Nothing here reduces or samples.
+
+With x drawn from the policy pi and r = log pi(x) - log ref(x), E[k1] = E[k3] = KL(pi || ref), and k2 is close to it
+when the policies are near (J. Schulman, Approximating KL Divergence, 2020, joschu.net/blog/kl-approx.html). That says
+nothing about gradients. As a *term of the loss* the expected on-policy gradients are (Tang and Munos 2025,
+arXiv 2506.09477; Liu et al. 2025, arXiv 2510.01555; tests/algorithms/test_kl.py checks them by enumeration):
+
+    k1    0: nothing is held back, only noise is added. Use it as a reward (kl.placement=reward), where it is right.
+    k2    the gradient of KL(pi || ref): the one to take for the reverse KL.
+    k3    the gradient of KL(ref || pi): mass-covering; equal to k2 in first order around pi = ref.
+
+All three as losses are per-token terms: what a token does to the KL of later tokens is left out. k1 in the reward
+with gamma 1 has it. Off-policy (several updates per batch) each is biased further: the expectation is over the policy
+that sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from skyrl.registry import Registry
+from skyrl.types import UserError
+
+KL_ESTIMATORS: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("KL estimator")
+
+NO_GRADIENT_IN_LOSS = frozenset({"k1"})
+"""Estimators whose expected on-policy gradient is 0 as a loss term: plan.py refuses them with kl.placement=loss."""
+
+
+@KL_ESTIMATORS.register("k1")
+def k1(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
+    """log pi - log ref, [T] in nats: unbiased, high variance, may be negative. As a loss it regularises nothing."""
+    return logprobs_T - reference_T
+
+
+@KL_ESTIMATORS.register("k2")
+def k2(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
+    """(log pi - log ref)^2 / 2, [T] in nats^2: biased value, but its gradient is that of KL(pi || ref) on-policy."""
+    return 0.5 * (logprobs_T - reference_T).square()
+
+
+@KL_ESTIMATORS.register("k3")
+def k3(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
+    """ref/pi - 1 - log(ref/pi), [T] in nats: unbiased, never negative. Its gradient on-policy is KL(ref || pi)'s.
+
+    The form of the GRPO paper (arXiv 2402.03300, equation 4). exp(ref - pi) grows without bound where the policy has
+    left the reference far behind.
+    """
+    difference_T = reference_T - logprobs_T
+    return torch.expm1(difference_T) - difference_T
+
+
+class AdaptiveKL:
+    """KL coefficient that is multiplied towards a target after each step.
+
+    coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon: `horizon` episodes at the limit of the error
+    move it by about 20 %. Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2 (their code's form with a
+    horizon). Differs: `kl` and `target` are means per token, not sums per episode.
+    Raises UserError for numbers with which it could not work.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float) -> None:
+        if not (coef > 0 and math.isfinite(coef)):
+            raise UserError(f"algorithm.kl.coef: {coef} cannot adapt; with kl.target give a starting value above 0")
+        if not (target > 0 and math.isfinite(target)):
+            raise UserError(f"algorithm.kl.target: {target} is no target; give a value above 0, or 0 for a fixed coef")
+        if not horizon > 0:
+            raise UserError(f"algorithm.kl.horizon: {horizon} must be above 0 episodes")
+        self.coef, self.target, self.horizon = float(coef), float(target), float(horizon)
+
+    def update(self, kl: float, episodes: int) -> float:
+        """The coefficient for the next step. `kl` and `episodes` are global numbers, equal on every rank.
+
+        Raises RuntimeError when kl is not finite, UserError when one step has more episodes than the horizon (the
+        coefficient could change its sign).
+        """
+        if not math.isfinite(kl):
+            raise RuntimeError(f"adaptive KL: the measured KL is {kl}")
+        if episodes > self.horizon:
+            raise UserError(
+                f"algorithm.kl.horizon: {self.horizon:g} is below the {episodes} episodes of one step; make it larger"
+            )
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * episodes / self.horizon
+        return self.coef
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps; target and horizon come from the config."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.coef = float(state["coef"])

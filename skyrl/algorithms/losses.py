@@ -1,0 +1,465 @@
+"""The loss of each token, unreduced: `compute_loss` for the engine, the named losses and the mismatch corrections.
+
+The engine sums weights_T * loss_T; nothing here averages, and no term sees how tokens are packed. Arguments reach a
+loss through `sanitised` only: tokens with weight 0 are not trained, whatever their optional fields hold (NaN too).
+
+Ratios are exp(log pi - base). The base is `anchor_T` if the rows have it, else `logprobs_T` (behaviour). With a
+correction and no anchor the base is the current policy itself: the correction then carries the whole importance
+weight and the ratio is 1, so that no weight is applied twice. That is exact for the first update of a batch; for
+later ones it switches PPO's clipping off, so plan.py must ask for recompute_anchor there (see `stale_needs_anchor`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from skyrl.algorithms.kl import KL_ESTIMATORS
+from skyrl.registry import Registry
+from skyrl.types import ForwardOutput, LossSpec, Microbatch, UserError
+
+if TYPE_CHECKING:
+    from skyrl.config.schema import AlgorithmConfig, CriticConfig
+
+TokenMetrics = dict[str, Tensor]  # [T] tensors; the key ends in the reduction over trained tokens: "ratio:mean"
+LossFn = Callable[..., tuple[Tensor, TokenMetrics]]
+Bound = float | Tensor  # one number, or one per token [T]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss with what it needs. `needs` are Microbatch fields that must be there; `logprobs_T` may be `anchor_T`.
+
+    kind: "policy" (may have a correction, KL and entropy terms), "supervised" (KL and entropy), "critic" (neither).
+    `params` are the keyword arguments with their defaults. `ratio`: clips or weights by pi / base.
+    """
+
+    fn: LossFn
+    needs: tuple[str, ...]
+    params: dict[str, float]
+    kind: Literal["policy", "supervised", "critic"]
+    ratio: bool
+
+    def __post_init__(self) -> None:
+        # The registry tells a re-imported thing from a second one of the same name by this attribute.
+        object.__setattr__(self, "__qualname__", f"{self.fn.__module__}.{self.fn.__qualname__}")
+
+
+LOSSES: Registry[Loss] = Registry("loss")
+CORRECTIONS: Registry[Callable[..., Tensor]] = Registry("correction")
+
+
+def register_loss(
+    name: str,
+    *,
+    needs: tuple[str, ...],
+    kind: Literal["policy", "supervised", "critic"] = "policy",
+    ratio: bool = False,
+) -> Callable[[LossFn], LossFn]:
+    """Decorator that puts fn(outputs, rows, *, param=default, ...) -> (loss_T, metrics) into LOSSES.
+
+    The names that `needs` may hold are Microbatch's optional fields. Raises UserError for another name, for a
+    parameter without a default, or when `name` is taken.
+    """
+    known = {f.name for f in fields(Microbatch) if f.default is None}
+    if unknown := set(needs) - known:
+        raise UserError(f"loss {name!r}: needs {sorted(unknown)}; a loss may need: {', '.join(sorted(known))}")
+
+    def keep(fn: LossFn) -> LossFn:
+        keywords = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        if bare := [p.name for p in keywords if p.default is p.empty]:
+            raise UserError(f"loss {name!r}: parameter {bare[0]} needs a default value")
+        LOSSES.register(name)(Loss(fn, needs, {p.name: p.default for p in keywords}, kind, ratio))
+        return fn
+
+    return keep
+
+
+# ---- helpers of the losses; `rows` and `outputs` are sanitised from here on
+
+
+def _trained(rows: Microbatch) -> Tensor:
+    return rows.weights_T != 0
+
+
+def _base(rows: Microbatch) -> Tensor:
+    base_T = rows.anchor_T if rows.anchor_T is not None else rows.logprobs_T
+    assert base_T is not None  # compute_loss has checked the loss's needs
+    return base_T
+
+
+def _bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, trained_T: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - clip_low and 1 + clip_high as tensors; per-token bounds are sanitised here as the rows are elsewhere."""
+    low_T, high_T = (torch.as_tensor(c, dtype=like_T.dtype, device=like_T.device) for c in (clip_low, clip_high))
+    return 1.0 - torch.where(trained_T, low_T, 0.0), 1.0 + torch.where(trained_T, high_T, 0.0)
+
+
+def _sum_by_row(x_T: Tensor, rows: Microbatch) -> Tensor:
+    """Sums [S] of x over the tokens of each row."""
+    return x_T.new_zeros(len(rows.starts_S1) - 1).index_add(0, rows.row_T, x_T)
+
+
+def _ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> TokenMetrics:
+    """approx_kl is k3 of KL(base || pi), with tokens drawn from the base: ratio - 1 - log ratio."""
+    ratio_T, log_ratio_T = ratio_T.detach(), log_ratio_T.detach()
+    return {
+        "ratio:mean": ratio_T,
+        "ratio:max": ratio_T,
+        "clipped:mean": clipped_T.to(ratio_T.dtype),
+        "approx_kl:mean": torch.expm1(log_ratio_T) - log_ratio_T,
+    }
+
+
+def _clipped_surrogate(ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
+    """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0."""
+    advantages_T = rows.advantages_T
+    clipped_T = ((advantages_T > 0) & (ratio_T > high_T)) | ((advantages_T < 0) & (ratio_T < low_T))
+    bounded_T = torch.minimum(torch.maximum(ratio_T.detach(), low_T), high_T)
+    return -torch.where(clipped_T, bounded_T, ratio_T) * advantages_T, clipped_T
+
+
+# ---- losses
+
+
+@register_loss("reinforce", needs=("advantages_T",))
+def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
+    """-A log pi: the plain policy gradient, right for on-policy data; a correction may weight it otherwise.
+
+    Source: Williams 1992, Simple statistical gradient-following algorithms, Machine Learning 8.
+    """
+    return -rows.advantages_T * outputs.logprobs_T, {}
+
+
+@register_loss("importance_sampling", needs=("logprobs_T", "advantages_T"), ratio=True)
+def importance_sampling(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
+    """-(pi / base) A, unclipped: the per-token off-policy gradient; equal in gradient to reinforce on-policy.
+
+    Source: shared by all surrogate objectives, e.g. arXiv 1707.06347 equation 6. Same as Tinker's loss of this name.
+    """
+    log_ratio_T = outputs.logprobs_T - _base(rows)
+    ratio_T = torch.exp(log_ratio_T)
+    metrics = _ratio_metrics(ratio_T, torch.zeros_like(ratio_T, dtype=torch.bool), log_ratio_T)
+    return -ratio_T * rows.advantages_T, metrics
+
+
+@register_loss("ppo", needs=("logprobs_T", "advantages_T"), ratio=True)
+def ppo(
+    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 0.2, clip_high: Bound = 0.2
+) -> tuple[Tensor, TokenMetrics]:
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / base; clipped tokens get no gradient.
+
+    Source: Schulman et al. 2017 (PPO), arXiv 1707.06347, equation 7; separate bounds: DAPO, arXiv 2503.14476,
+    section 3.1. Differs: no dual clip.
+    """
+    log_ratio_T = outputs.logprobs_T - _base(rows)
+    ratio_T = torch.exp(log_ratio_T)
+    bounds = _bounds(clip_low, clip_high, ratio_T, _trained(rows))
+    loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
+    return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+
+
+@register_loss("cispo", needs=("logprobs_T", "advantages_T"), ratio=True)
+def cispo(
+    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 1.0, clip_high: Bound = 3.0
+) -> tuple[Tensor, TokenMetrics]:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: clipped tokens keep a gradient, of bounded weight.
+
+    Source: MiniMax-M1, arXiv 2506.13585, section 3.1. Defaults bound r to [0, 4], as Tinker does;
+    the paper uses no lower bound. Differs: length normalisation lives in weights.
+    """
+    log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
+    ratio_T = torch.exp(log_ratio_T)
+    low_T, high_T = _bounds(clip_low, clip_high, ratio_T, _trained(rows))
+    weight_T = torch.minimum(torch.maximum(ratio_T, low_T), high_T)
+    clipped_T = (ratio_T < low_T) | (ratio_T > high_T)
+    return -weight_T * rows.advantages_T * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+
+
+@register_loss("gspo", needs=("logprobs_T", "advantages_T"), ratio=True)
+def gspo(
+    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4
+) -> tuple[Tensor, TokenMetrics]:
+    """-min(s_t A, clip(s_t) A) with s_t = sg(s) pi / sg(pi) and s = exp(mean of log pi / base over the row's tokens).
+
+    The token form (GSPO-token): its value and clipping are the sequence's, its gradient passes through each token, so
+    that per-token weights and advantages work; with one advantage per row and sequence_mean it is GSPO. The mean is
+    over trained tokens of one row. Source: Zheng et al. 2025, arXiv 2507.18071, equations 5, 13 and 14; defaults of
+    its section 5.1. Clip ranges made for ppo (0.2) hardly ever clip here. Differs: a row is the sequence, also when an
+    episode has several rows.
+    """
+    trained_T = _trained(rows)
+    log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
+    count_S = _sum_by_row(trained_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
+    log_sequence_T = (_sum_by_row(torch.where(trained_T, log_ratio_T, 0.0), rows) / count_S)[rows.row_T]
+    ratio_T = torch.exp(log_sequence_T) * torch.exp(outputs.logprobs_T - outputs.logprobs_T.detach())
+    bounds = _bounds(clip_low, clip_high, ratio_T, trained_T)
+    loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
+    return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+
+
+@register_loss("dro", needs=("logprobs_T", "advantages_T"), ratio=True)
+def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float = 0.05) -> tuple[Tensor, TokenMetrics]:
+    """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
+
+    Source: Richemond et al. 2024 (Direct Reward Optimisation), arXiv 2405.19107. Differs: per token, as Tinker's loss
+    of this name; A (reward minus soft value) is the caller's; reached through Tinker, not through LossConfig.
+    """
+    log_ratio_T = outputs.logprobs_T - _base(rows)
+    loss_T = -(rows.advantages_T * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
+    ratio_T = torch.exp(log_ratio_T.detach())
+    return loss_T, _ratio_metrics(ratio_T, torch.zeros_like(ratio_T, dtype=torch.bool), log_ratio_T)
+
+
+@register_loss("cross_entropy", needs=(), kind="supervised")
+def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
+    """-log pi of the target in nats. Weights may be negative."""
+    return -outputs.logprobs_T, {"nll:mean": -outputs.logprobs_T.detach()}
+
+
+@register_loss("value", needs=("values_T", "returns_T"), kind="critic")
+def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float = 0.2) -> tuple[Tensor, TokenMetrics]:
+    """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2; clip 0 is the plain squared error.
+
+    `rows.values_T` are v_old, the values the advantages were made with. Source: the clipped value loss of PPO's
+    reference code (OpenAI baselines, ppo2), discussed in Engstrom et al. 2020, arXiv 2005.12729.
+    """
+    error_T = (outputs.values_T - rows.returns_T).square()
+    clipped_T = torch.zeros_like(error_T, dtype=torch.bool)
+    if clip > 0:
+        bounded_T = rows.values_T + (outputs.values_T - rows.values_T).clamp(-clip, clip)
+        bounded_error_T = (bounded_T - rows.returns_T).square()
+        clipped_T = bounded_error_T > error_T
+        error_T = torch.where(clipped_T, bounded_error_T, error_T)
+    metrics = {
+        "value_error:mean": (outputs.values_T - rows.returns_T).detach().abs(),
+        "value_clipped:mean": clipped_T.to(error_T.dtype),
+        "value:mean": outputs.values_T.detach(),
+        "return:mean": rows.returns_T,
+    }
+    return 0.5 * error_T, metrics
+
+
+# ---- corrections of the mismatch between the policy that sampled and the one that is trained; all detached
+
+
+@CORRECTIONS.register("none")
+def no_correction(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
+    """Weight 1 everywhere, [T]."""
+    return torch.ones_like(log_ratio_T)
+
+
+@CORRECTIONS.register("token_truncate")
+def token_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
+    """min(anchor / behaviour, cap) per token, [T].
+
+    Source: Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (blog; "TIS");
+    truncated weights: Ionides 2008.
+    """
+    return torch.exp(log_ratio_T).clamp(max=cap)
+
+
+@CORRECTIONS.register("token_mask")
+def token_mask(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
+    """anchor / behaviour where it lies in [1 / cap, cap], else 0, per token, [T].
+
+    Source: IcePop (Ling team 2025, blog "Small Leak Can Sink a Great Ship"; Ring-1T report, arXiv 2510.18855).
+    Differs: the bounds are 1 / cap and cap, theirs are two separate numbers.
+    """
+    ratio_T = torch.exp(log_ratio_T)
+    return torch.where((ratio_T >= 1.0 / cap) & (ratio_T <= cap), ratio_T, 0.0)
+
+
+@CORRECTIONS.register("sequence_truncate")
+def sequence_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
+    """min(product of anchor / behaviour over the row's trained tokens, cap), the same for the whole row, [T].
+
+    The unbiased weight of a sequence before truncation; its spread grows with length.
+    Source: sequence-level importance sampling as in Ionides 2008 (truncated importance sampling).
+    """
+    log_sequence_S = _sum_by_row(torch.where(_trained(rows), log_ratio_T, 0.0), rows)
+    return torch.exp(log_sequence_S).clamp(max=cap)[rows.row_T]
+
+
+# ---- what the engine calls
+
+
+def sanitised(outputs: ForwardOutput, rows: Microbatch) -> tuple[ForwardOutput, Microbatch]:
+    """Both arguments with 0 at every untrained token (weight 0) of every optional field and output.
+
+    Before any arithmetic, because torch.where after it would still multiply a NaN by a zero gradient. Outputs stay
+    connected to the graph, so that a microbatch of padding has a gradient (of zeros) too.
+    """
+    trained_T = _trained(rows)
+
+    def clean(x_T: Tensor | None) -> Tensor | None:
+        return None if x_T is None else torch.where(trained_T, x_T, torch.zeros_like(x_T))
+
+    optional = {f.name: clean(getattr(rows, f.name)) for f in fields(Microbatch) if f.default is None}
+    outputs = ForwardOutput(clean(outputs.logprobs_T), clean(outputs.entropy_T), clean(outputs.values_T))
+    return outputs, replace(rows, **optional)
+
+
+def check_spec(spec: LossSpec) -> Loss:
+    """The loss that `spec` names. Raises UserError, naming the field, for anything that does not apply to it."""
+    loss = LOSSES.get(spec.name, "loss")
+    if unknown := sorted(set(spec.params) - set(loss.params)):
+        allowed = ", ".join(sorted(loss.params)) or "none"
+        raise UserError(f"loss {spec.name}: no parameter called {unknown[0]!r}; its parameters are: {allowed}")
+    KL_ESTIMATORS.get(spec.kl_estimator, f"loss {spec.name}, kl_estimator")
+    CORRECTIONS.get(spec.correction, f"loss {spec.name}, correction")
+    if spec.correction != "none":
+        if loss.kind != "policy":
+            raise UserError(f"loss {spec.name}: correction {spec.correction!r} is for policy losses; use none")
+        least = 1.0 if spec.correction == "token_mask" else 0.0
+        if not spec.correction_cap > least:
+            raise UserError(f"loss {spec.name}: correction_cap {spec.correction_cap} must be above {least:g}")
+    if loss.kind == "critic" and (spec.kl_coef or spec.entropy_coef):
+        raise UserError(f"loss {spec.name}: kl_coef and entropy_coef are for policies; set both to 0")
+    return loss
+
+
+def _with_fields(rows: Microbatch, names: list[str], spec: LossSpec) -> Microbatch:
+    """Raises UserError if one of these fields is None, unless nothing here is trained (padding): then it is zeros."""
+    missing = [name for name in names if getattr(rows, name) is None]
+    if not missing:
+        return rows
+    if bool(_trained(rows).any()):
+        name = missing[0].removesuffix("_T")
+        other = " or anchor" if name == "logprobs" else ""
+        raise UserError(f"loss {spec.name}: the rows have no {name}{other}; give each row {name} [L]")
+    return replace(rows, **{name: torch.zeros_like(rows.weights_T) for name in missing})
+
+
+def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
+    names = [n for n in loss.needs if not (n == "logprobs_T" and rows.anchor_T is not None)]
+    if spec.correction != "none":
+        names.append("logprobs_T")
+    if spec.kl_coef != 0.0:
+        names.append("reference_T")
+    return names
+
+
+def _mismatch_metrics(outputs: ForwardOutput, rows: Microbatch) -> TokenMetrics:
+    """Distance of the current policy from the one that sampled; its KL is k3 of KL(behaviour || current)."""
+    gap_T = outputs.logprobs_T.detach() - rows.logprobs_T
+    return {
+        "logprob_gap:mean": gap_T.abs(),
+        "logprob_gap:max": gap_T.abs(),
+        "logprob_gap_kl:mean": torch.expm1(gap_T) - gap_T,
+    }
+
+
+def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tuple[Tensor, TokenMetrics]:
+    """policy * correction + kl_coef * KL - entropy_coef * entropy of each token, [T], not yet weighted; and metrics.
+
+    Untrained tokens have loss 0 and gradient 0 whatever they hold. Metrics are detached [T] tensors, to be reduced
+    over trained tokens: those of the loss; "entropy:mean"; "kl_reference:mean" (by spec.kl_estimator) when rows have a
+    reference; "logprob_gap:*" when rows have behaviour log-probs; with a correction its mean weight and the part of the
+    tokens at the cap or at 0.
+    Raises UserError when a needed field is missing or an option does not apply.
+    """
+    loss = check_spec(spec)
+    rows = _with_fields(rows, _needed_fields(loss, rows, spec), spec)
+    if loss.kind == "critic" and outputs.values_T is None:
+        raise UserError(f"loss {spec.name}: model without a value head; train it on a critic")
+    if spec.entropy_coef != 0.0 and outputs.entropy_T is None:
+        raise RuntimeError(
+            f"loss {spec.name}: entropy_coef is {spec.entropy_coef}, but the forward pass gave no entropy"
+        )
+    outputs, rows = sanitised(outputs, rows)
+    metrics: TokenMetrics = {}
+    correction_T = None
+    if spec.correction != "none":
+        if rows.anchor_T is None:
+            rows = replace(rows, anchor_T=outputs.logprobs_T.detach())
+        log_ratio_T = rows.anchor_T - rows.logprobs_T
+        correction_T = CORRECTIONS.get(spec.correction)(log_ratio_T, rows, spec.correction_cap).detach()
+        metrics["correction:mean"] = correction_T
+        changed_T = (correction_T >= spec.correction_cap) | (correction_T == 0)
+        metrics["correction_capped:mean"] = changed_T.to(correction_T.dtype)
+    loss_T, own_metrics = loss.fn(outputs, rows, **spec.params)
+    metrics.update(own_metrics)
+    if correction_T is not None:
+        loss_T = loss_T * correction_T
+    if loss.kind == "critic":
+        return torch.where(_trained(rows), loss_T, 0.0), metrics
+    if rows.reference_T is not None:
+        kl_T = KL_ESTIMATORS.get(spec.kl_estimator)(outputs.logprobs_T, rows.reference_T)
+        metrics["kl_reference:mean"] = kl_T.detach()
+        if spec.kl_coef != 0.0:
+            loss_T = loss_T + spec.kl_coef * kl_T
+    if outputs.entropy_T is not None:
+        metrics["entropy:mean"] = outputs.entropy_T.detach()
+        if spec.entropy_coef != 0.0:
+            loss_T = loss_T - spec.entropy_coef * outputs.entropy_T
+    if rows.logprobs_T is not None:
+        metrics.update(_mismatch_metrics(outputs, rows))
+    return torch.where(_trained(rows), loss_T, 0.0), metrics
+
+
+# ---- from the config
+
+
+CLIP_FIELDS = ("clip_low", "clip_high")
+"""LossConfig's fields that are parameters of some losses."""
+
+
+def config_fields(name: str) -> frozenset[str]:
+    """The fields of LossConfig that have an effect with the policy loss `name` (for plan.py's refusals).
+
+    `correction_cap` counts as applying; it has an effect only with a correction. `recompute_anchor` without ratio
+    matters only with a correction (the loss itself reads no base): that case is plan.py's to look at.
+    """
+    loss = LOSSES.get(name, "algorithm.loss.name")
+    common = {"name", "reduction", "correction", "correction_cap", "recompute_anchor", "entropy_coef"}
+    return frozenset(common | {name for name in CLIP_FIELDS if name in loss.params})
+
+
+def policy_losses() -> list[str]:
+    """Names that algorithm.loss.name may have, sorted."""
+    return [name for name in LOSSES.names() if LOSSES.get(name).kind == "policy"]
+
+
+def stale_needs_anchor(name: str, correction: str, recompute_anchor: bool) -> bool:
+    """True where several updates per batch would silently lose the ratio: a ratio loss with a correction, no anchor."""
+    return LOSSES.get(name, "algorithm.loss.name").ratio and correction != "none" and not recompute_anchor
+
+
+def clip_params(low_threshold: Bound, high_threshold: Bound) -> dict[str, Any]:
+    """clip_low and clip_high for absolute bounds of the ratio, e.g. (0.8, 1.2): the form in which Tinker gives them."""
+    return {"clip_low": 1.0 - low_threshold, "clip_high": high_threshold - 1.0}
+
+
+def make_spec(cfg: AlgorithmConfig, temperature: float) -> LossSpec:
+    """The policy's LossSpec: passes only parameters that the named loss has; KL only with kl.placement=loss.
+
+    An adaptive coefficient replaces kl_coef at each step. Raises UserError for a loss that trains no policy and for
+    numbers that do not apply.
+    """
+    loss = LOSSES.get(cfg.loss.name, "algorithm.loss.name")
+    if loss.kind != "policy":
+        raise UserError(
+            f"algorithm.loss.name: {cfg.loss.name!r} trains no policy; choose one of: {', '.join(policy_losses())}"
+        )
+    spec = LossSpec(
+        name=cfg.loss.name,
+        params={name: getattr(cfg.loss, name) for name in CLIP_FIELDS if name in loss.params},
+        temperature=temperature,
+        kl_coef=cfg.kl.coef if cfg.kl.placement == "loss" else 0.0,
+        kl_estimator=cfg.kl.estimator,
+        entropy_coef=cfg.loss.entropy_coef,
+        correction=cfg.loss.correction,
+        correction_cap=cfg.loss.correction_cap,
+    )
+    check_spec(spec)
+    return spec
+
+
+def make_value_spec(critic: CriticConfig) -> LossSpec:
+    """The critic's LossSpec."""
+    return LossSpec(name="value", params={"clip": critic.clip})
