@@ -1,0 +1,120 @@
+"""A Hugging Face folder that transformers (and what builds on it) loads: safetensors, config, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from skyrl.models.load import build_net
+from skyrl.models.weights import INDEX, SINGLE
+from skyrl.types import UserError
+
+SHARD_BYTES = 5 << 30
+PREFIX = "net."
+
+
+def export_model(
+    state: dict[str, Tensor],
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `folder`, which AutoModelForCausalLM and AutoTokenizer load and which gives the same log-probabilities.
+
+    `state`: whole weights on the CPU, named as in CausalLM ("net.model..."), tied ones once; a value head is left
+    out. Written under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name
+    is replaced. Raises: UserError when the disk does not take it, with what was there before left as it was.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.partial")
+    weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write_weights(_original_names(weights, config), part, dtype, shard_bytes)
+        _write_config(config, part, dtype)
+        tokenizer.save_pretrained(part)
+        _flush(part)
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        _flush_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(
+            f"export to {folder} failed: {error.strerror or error}; free space there or choose another folder"
+        ) from error
+
+
+def _original_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Names and shapes as in the files that the family is published in (single experts instead of fused ones)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    net = build_net(copy.deepcopy(config), torch.float32)
+    return revert_weight_conversion(net, weights)
+
+
+def _write_weights(weights: dict[str, Tensor], part: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, value in weights.items():
+        count = value.numel() * (dtype.itemsize if value.is_floating_point() else value.element_size())
+        if shards[-1] and size + count > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + count, total + count
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, keys in zip(names, shards, strict=True):
+        cast = {k: weights[k].to(dtype) if weights[k].is_floating_point() else weights[k] for k in keys}
+        try:
+            save_file({k: v.contiguous().clone() for k, v in cast.items()}, part / file, metadata={"format": "pt"})
+        except Exception as error:  # safetensors wraps the system's error in its own
+            if "I/O error" in str(error) or "No space" in str(error):
+                raise OSError(str(error)) from error
+            raise
+    if len(shards) > 1:
+        weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (part / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def _write_config(config: Any, part: Path, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(config)
+    config._attn_implementation_internal = None  # ours is not known where this is loaded
+    config.dtype = dtype
+    config.save_pretrained(part)
+    GenerationConfig.from_model_config(config).save_pretrained(part)
+
+
+def _flush(part: Path) -> None:
+    for path in part.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(part)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

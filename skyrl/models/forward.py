@@ -1,0 +1,233 @@
+"""A transformers model as training sees it: packed rows in, log-probabilities, entropy or values out.
+
+The model itself is unchanged; only its attention goes through skyrl.models.attention, and its head is applied in
+blocks (skyrl.models.logprobs). Dropout and router noise stay off: the sampler has none, and training log-probabilities
+have to be those of the policy that sampled.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from skyrl.models.attention import NAME, Attention, register
+from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
+from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
+from skyrl.models.support import head_spec
+from skyrl.types import ForwardOutput, Microbatch, UserError
+
+__all__ = ["CausalLM", "collate"]
+
+
+class CausalLM(nn.Module):
+    """`net`, a transformers causal LM with attn_implementation "skyrl", and what training and sampling ask of it.
+
+    Parameters are named as in `net` with "net." before; a critic (`head` "value") has "value_head.weight" and ".bias"
+    in place of the output embedding. Always in eval mode. Everything that training needs happens inside `forward`, so
+    that the module can be the root of a sharded model.
+    """
+
+    def __init__(
+        self, net: PreTrainedModel, head: Literal["logits", "value"] = "logits", *, chunk_tokens: int = 0
+    ) -> None:
+        super().__init__()
+        register()
+        if net.config._attn_implementation != NAME:
+            net.set_attn_implementation(NAME)
+        self.net = net
+        self.head = head
+        self.chunk_tokens = chunk_tokens
+        self.head_spec = head_spec(net.config)
+        self.vocab_size: int = net.get_input_embeddings().weight.shape[0]
+        embedding = net.get_input_embeddings().weight
+        if head == "value":
+            channels = net.config.get_text_config().hidden_size
+            self.value_head = nn.Linear(channels, 1, device=embedding.device, dtype=embedding.dtype)
+            _drop_output(net)
+        else:
+            output = net.get_output_embeddings()
+            if type(output) is not nn.Linear:
+                kind = type(output).__name__
+                raise UserError(f"model.path: {net.config.model_type} has a {kind} as its head, which is not supported")
+            self.vocab_size = output.weight.shape[0]
+        self.train(False)
+
+    # ---- shape of the model ----------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.net.config
+
+    @property
+    def max_positions(self) -> int:
+        """Longest row that the model was made for; a large number where its config has no limit."""
+        return int(getattr(self.net.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        output = self.net.get_output_embeddings()
+        return output is not None and output.weight is self.net.get_input_embeddings().weight
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head: embeddings, layers, final norm."""
+        return self.net.base_model
+
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last: units of sharding and of activation checkpointing."""
+        count = self.net.config.get_text_config().num_hidden_layers
+        for module in self.decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return list(module)
+        raise UserError(f"model.path: found no list of {count} decoder layers in {self.net.config.model_type}")
+
+    def output_weight(self) -> tuple[Tensor, Tensor | None]:
+        """weight [V, C] and bias [V] (or None) of the head."""
+        output = self.net.get_output_embeddings()
+        return output.weight, output.bias
+
+    # ---- modes -----------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Stays in eval mode whatever is asked: no dropout, no router noise. Gradients do not depend on the mode."""
+        return super().train(False)
+
+    def checkpoint_layers(self) -> None:
+        """Recomputes each decoder layer in the backward pass. Once, before the layers are sharded; no new names."""
+        dtype = next(self.parameters()).dtype
+        for layer in self.layers():
+            layer.forward = partial(checkpoint, partial(_run_precise, layer.forward, dtype), use_reentrant=False)
+
+    def to(self, *args: Any, **kwargs: Any) -> CausalLM:
+        """As nn.Module.to, but a dtype is for parameters only: rotary frequencies lose digits when they are cast."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        buffers = {id(buffer) for buffer in self.buffers()}
+
+        def move(t: Tensor) -> Tensor:
+            cast = None if id(t) in buffers or not t.is_floating_point() else dtype
+            return t.to(device if not t.is_meta else None, cast, non_blocking)
+
+        return _keep_ties(self, lambda: self._apply(move))
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> CausalLM:
+        """Memory for parameters on the meta device; other parameters and all buffers keep their values."""
+
+        def move(t: Tensor) -> Tensor:
+            return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+
+        return _keep_ties(self, lambda: self._apply(move, recurse=recurse))
+
+    # ---- computation -----------------------------------------------------------------------------------------------
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+        """Final, normed hidden states [T, C] in the model's dtype; `attention` says which tokens see which."""
+        with precise(self.net.get_input_embeddings().weight.dtype):
+            out = self.decoder(
+                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, skyrl_attention=attention
+            )
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] in float32 (float64 for float64), with the family's own scaling and capping; no gradient."""
+        weight_VC, bias_V = self.output_weight()
+        with torch.no_grad():
+            flat = matmul_float(hidden.reshape(-1, hidden.shape[-1]), weight_VC, bias_V)
+            return finish_logits(flat, self.head_spec).view(*hidden.shape[:-1], -1)
+
+    def forward(
+        self, mb: Microbatch, *, temperature: float = 1.0, entropy: bool = False, packing: bool = True
+    ) -> ForwardOutput:
+        """log pi(target) at `temperature`, with entropy if asked; from a critic values, and zeros for logprobs_T.
+
+        packing=False computes each row padded to the longest one, by another attention: slow, to compare with.
+        Shapes [T], float32 (float64 for a float64 model). Raises: UserError for a row beyond max_positions.
+        """
+        if mb.max_length > self.max_positions:
+            raise UserError(
+                f"a row of {mb.max_length} tokens is longer than the {self.max_positions} positions of this model; "
+                "lower batch.max_row_tokens"
+            )
+        if packing:
+            hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.max_length))
+        else:
+            hidden_TC = self._hidden_padded(mb)
+        if self.head == "value":
+            values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype))
+            return ForwardOutput(torch.zeros_like(values_T), None, values_T)
+        weight_VC, bias_V = self.output_weight()
+        logprobs_T, entropy_T = log_probs(
+            hidden_TC,
+            weight_VC,
+            mb.targets_T,
+            bias_V=bias_V,
+            temperature=temperature,
+            head=self.head_spec,
+            entropy=entropy,
+            chunk_tokens=self.chunk_tokens,
+        )
+        return ForwardOutput(logprobs_T, entropy_T)
+
+    def _hidden_padded(self, mb: Microbatch) -> Tensor:
+        rows, length = mb.starts_S1.shape[0] - 1, mb.max_length
+        place_T = mb.row_T * length + mb.positions_T
+        tokens = mb.tokens_T.new_zeros(rows * length).scatter(0, place_T, mb.tokens_T)
+        positions = torch.arange(length, device=tokens.device).repeat(rows)
+        return F.embedding(place_T, self.hidden(tokens, positions, PaddedAttention(rows, length)))
+
+
+class _StayDouble(TorchFunctionMode):
+    """Turns casts to float32 into casts to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = [torch.float64 if a is torch.float32 else a for a in args]
+        kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """For float64 models: no step inside is rounded to float32, as norms, rotary embeddings and routers of transformers
+    are; without it two layouts of the same float64 computation differ by 1e-8. Nothing for other dtypes."""
+    return _StayDouble() if dtype == torch.float64 else nullcontext()
+
+
+def _run_precise(forward: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    with precise(dtype):  # the recomputation runs in the backward pass, outside of hidden()
+        return forward(*args, **kwargs)
+
+
+def _drop_output(net: PreTrainedModel) -> None:
+    """Takes the output embedding out of a critic, so that no unused weight is trained, sharded or saved."""
+    output = net.get_output_embeddings()
+    for name, module in list(net.named_modules()):
+        if module is output and output is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(parent), leaf, nn.Identity())
+    # transformers would tie the removed weight again on save and load
+    net.config.tie_word_embeddings = False
+
+
+def _keep_ties(module: CausalLM, change: Any) -> CausalLM:
+    """Runs `change`, which may replace parameters, and makes names that shared one parameter share it again."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    change()
+    for names in shared.values():
+        first = module.get_parameter(names[0])
+        for name in names[1:]:
+            owner, _, leaf = name.rpartition(".")
+            if getattr(module.get_submodule(owner), leaf) is not first:
+                setattr(module.get_submodule(owner), leaf, first)
+    return module

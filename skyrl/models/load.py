@@ -1,0 +1,227 @@
+"""From `model.*` options to a module with weights and a tokenizer; and the probe that checks it before training.
+
+The module is built with its parameters on the meta device and its buffers real, so that rotary frequencies are those
+of transformers to the last bit and no memory is spent before a strategy has decided what each rank holds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from skyrl.config.schema import ModelConfig
+from skyrl.models.attention import NAME, register
+from skyrl.models.forward import CausalLM, precise
+from skyrl.models.packed import PackedAttention, loss_dtype
+from skyrl.models.support import check_module, check_supported
+from skyrl.models.tiny import tiny_config, tiny_tokenizer
+from skyrl.models.weights import fill_from, init_random, init_value_head
+from skyrl.types import UserError
+
+TINY = "tiny"
+PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+Head = Literal["logits", "value"]
+
+
+def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:
+    """The local folder of a model: `path` itself, or the hub's copy of it, fetched if need be.
+
+    Raises: UserError that says what was looked for, when there is neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and weights:
+            raise UserError(f"{where}={path}: the folder has no config.json; give a folder in Hugging Face format")
+        return folder
+    looked = f"no folder {folder.absolute()}"
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"{where}={path}: {looked}, and a hub name looks like org/name; give one of these, or `tiny`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{where}={path}: {looked}, and the hub gave no model of that name ({reason}); hub names look like org/name"
+        ) from error
+
+
+def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
+    """The transformers config of `model.path`, checked. Raises UserError for a model that is not supported."""
+    if cfg.path == TINY:
+        return tiny_config(cfg.tiny, len(tokenizer if tokenizer is not None else tiny_tokenizer()))
+    folder = locate(cfg.path, cfg.revision)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={cfg.path}: transformers cannot read its config: {reason}") from error
+    check_supported(config)
+    return config
+
+
+def build_net(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """A transformers causal LM with meta parameters in `dtype` and real buffers (in their own dtype, on the CPU)."""
+    register()
+    with init_empty_weights(include_buffers=False):
+        try:
+            net = AutoModelForCausalLM.from_config(
+                config, attn_implementation=NAME, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"model.path: model type {config.model_type!r} is not supported as a causal LM: {reason}"
+            ) from error
+    net.tie_weights()  # the empty-weights context has made separate parameters of tied ones
+    check_module(net)
+    config.dtype = dtype
+    net.config.dtype = dtype
+    return net
+
+
+def build_on_meta(
+    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, head: Head = "logits", dtype: torch.dtype = torch.float32
+) -> CausalLM:
+    """The module of `cfg` with parameters in `dtype` on the meta device; its buffers are real and right.
+
+    `load_into` gives it weights, before or after it was sharded. Raises: UserError for a model that cannot be had or
+    is not supported, or a tokenizer with more entries than the model.
+    """
+    net = build_net(read_config(cfg, tokenizer), dtype, trust_remote_code=cfg.trust_remote_code)
+    model = CausalLM(net, head, chunk_tokens=cfg.logits_chunk_tokens).to(dtype)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"model.tokenizer={cfg.tokenizer or cfg.path}: it has {len(tokenizer)} entries, the model only "
+            f"{model.vocab_size}; give the model's own tokenizer"
+        )
+    if cfg.activation_checkpointing:
+        model.checkpoint_layers()
+    return model
+
+
+def load_into(model: CausalLM, cfg: ModelConfig, *, device: torch.device | str, seed: int) -> None:
+    """Weights of `cfg.path` for a module from `build_on_meta`, sharded or not; `tiny` and value heads from `seed`.
+
+    Memory is taken on `device` for what is still on the meta device. Each tensor is read, cast and copied on its own;
+    a sharded parameter reads only this rank's rows, except where transformers fuses several tensors into one.
+    No communication. Raises: UserError for files that do not fit the config, naming tensors.
+    """
+    model.to_empty(device=device)
+    if cfg.path == TINY:
+        init_random(model, seed, residual_layers=len(model.layers()))
+        return
+    fill_from(model.net, locate(cfg.path, cfg.revision))
+    if model.head == "value":
+        init_value_head(model, seed)
+
+
+def build_model(
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head: Head = "logits",
+    seed: int = 1,
+) -> CausalLM:
+    """The whole model of `cfg` with weights, on `device`: build_on_meta, then load_into."""
+    model = build_on_meta(cfg, tokenizer, head=head, dtype=dtype)
+    load_into(model, cfg, device=device, seed=seed)
+    return model
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `cfg`, with its chat template replaced if `model.chat_template` names a file.
+
+    Raises: UserError for a tokenizer that cannot be read or has no end-of-sequence token, or a missing template.
+    """
+    source = cfg.tokenizer or cfg.path
+    if source == TINY:
+        tokenizer: PreTrainedTokenizerBase = tiny_tokenizer()
+    else:
+        where = "model.tokenizer" if cfg.tokenizer else "model.path"
+        folder = locate(source, "" if cfg.tokenizer else cfg.revision, where=where, weights=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{where}={source}: no tokenizer can be read there ({reason}); set model.tokenizer"
+            ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.tokenizer={source}: the tokenizer has no end-of-sequence token; give one that has")
+    if cfg.chat_template:
+        file = Path(cfg.chat_template).expanduser()
+        if not file.is_file():
+            raise UserError(f"model.chat_template={cfg.chat_template}: no such file; give one with a Jinja template")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+class _Recorder:
+    """Attends as PackedAttention and notes which layer asked for which window."""
+
+    def __init__(self, inner: PackedAttention) -> None:
+        self.inner = inner
+        self.windows: dict[int, int | None] = {}
+
+    def attend(self, layer: int, *args: Tensor, **kwargs: Any) -> Tensor:
+        self.windows[layer] = kwargs["window"]
+        return self.inner.attend(layer, *args, **kwargs)
+
+
+def probe(model: CausalLM) -> None:
+    """Compares a packed forward of two short rows with transformers' own plain one; for whole, unsharded weights.
+
+    Raises: UserError with the model type when log-probabilities differ by more than PROBE_TOLERANCE, or a layer does
+    not ask for the attention that the config says: the families that check_supported cannot know about.
+    """
+    if model.head != "logits":
+        return
+    net, config = model.net, model.net.config
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, model.vocab_size, (n,), generator=generator).to(device) for n in (7, 4)]
+    starts = torch.tensor([0, 7, 11], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(len(row), device=device) for row in rows])
+    recorder = _Recorder(PackedAttention(starts, 7))
+    with torch.no_grad():
+        ours = torch.log_softmax(model.logits(model.hidden(torch.cat(rows), positions, recorder)), -1)
+        plain = plain_logprobs(net, rows)
+    gap = float((ours - torch.cat(plain)).abs().max())
+    if not gap <= PROBE_TOLERANCE[next(model.parameters()).dtype]:
+        raise UserError(
+            f"model.path: model type {config.model_type!r} is not supported: packed log-probabilities differ from "
+            f"transformers' own by {gap:.2g}"
+        )
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        asked = recorder.windows.get(layer, "nothing")
+        due = config.sliding_window if kind == "sliding_attention" else None
+        if asked != due:
+            raise UserError(
+                f"model.path: model type {config.model_type!r} is not supported: layer {layer} is {kind} (window {due}) "
+                f"but asked for {asked}"
+            )
+
+
+def plain_logprobs(net: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+    """log softmax [L, V] of each row by transformers' own forward with eager attention, one row at a time."""
+    net.set_attn_implementation("eager")
+    try:
+        out = []
+        for row in rows:
+            with precise(next(net.parameters()).dtype):
+                logits = net(input_ids=row[None], use_cache=False).logits[0]
+            out.append(torch.log_softmax(logits.to(loss_dtype(logits.dtype)), -1))
+        return out
+    finally:
+        net.set_attn_implementation(NAME)

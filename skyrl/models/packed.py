@@ -1,0 +1,317 @@
+"""Attention over rows that lie end to end (training), and the collation of rows into a Microbatch.
+
+Letters: H heads, K key/value heads, G = H / K, T packed tokens, L length of one row, B rows of a bucket, C channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skyrl.types import Datum, Microbatch, UserError
+
+# Above this many scores of one bucket (B x H x L x L) the fused kernel is used, which keeps none of them.
+MAX_SCORES = 1 << 26
+# Rows shorter than this part of the longest row of their bucket open a bucket of their own.
+BUCKET_RATIO = 0.75
+
+OPTIONAL_FIELDS = ("logprobs", "advantages", "anchor", "reference", "values", "returns")
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Numbers of log-probabilities and losses for a model in `dtype`: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def collate(rows: list[Datum], dtype: torch.dtype, device: torch.device | str) -> Microbatch:
+    """Rows packed end to end in the order given; positions restart at 0 in each.
+
+    `dtype` is that of the float fields (see loss_dtype). An optional field is there when any row has it.
+    Raises: UserError naming the first row that lacks a field which other rows have; ValueError without rows.
+    """
+    if not rows:
+        raise ValueError("a microbatch needs at least one row")
+    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+    starts = np.zeros(len(rows) + 1, dtype=np.int32)
+    starts[1:] = np.cumsum(lengths)
+
+    def ints(arrays: list[Any]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False)).to(device)
+
+    def floats(key: str) -> Tensor | None:
+        arrays = [getattr(row, key) for row in rows]
+        if all(array is None for array in arrays):
+            return None
+        for i, array in enumerate(arrays):
+            if array is None:
+                raise UserError(
+                    f"row {rows[i].name or i}: no {key}, which other rows of the batch have; give all or none"
+                )
+        return torch.from_numpy(np.concatenate(arrays)).to(device=device, dtype=dtype)
+
+    weights_T = floats("weights")
+    assert weights_T is not None
+    return Microbatch(
+        tokens_T=ints([row.tokens for row in rows]),
+        targets_T=ints([row.targets for row in rows]),
+        positions_T=ints([np.arange(n) for n in lengths]),
+        row_T=ints([np.repeat(np.arange(len(rows)), lengths)]),
+        starts_S1=torch.from_numpy(starts).to(device),
+        max_length=int(lengths.max()),
+        weights_T=weights_T,
+        **{f"{key}_T": floats(key) for key in OPTIONAL_FIELDS},
+    )
+
+
+def banned(length: int, window: int | None, device: torch.device) -> Tensor:
+    """True [L, L] where query i must not see key j: j after i, or not among the `window` tokens up to i."""
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return behind < 0 if window is None else (behind < 0) | (behind >= window)
+
+
+@lru_cache(maxsize=1)
+def varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """torch's variable-length attention and the names of its arguments; None where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+class _Gather(torch.autograd.Function):
+    """x_NC[index_M]; every row of x appears at most once outside padding, so the gradient is again a gather or a copy.
+
+    `back_N`: where each row of x went. None when some rows of x are padding: their gradient is 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, index_M: Tensor, back_N: Tensor | None) -> Tensor:
+        ctx.index_M, ctx.back_N, ctx.rows = index_M, back_N, x_NC.shape[0]
+        return x_NC.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_MC = grads[0]
+        if ctx.back_N is not None:
+            return grad_MC.index_select(0, ctx.back_N), None, None
+        out_NC = grad_MC.new_zeros((ctx.rows, grad_MC.shape[1]))
+        return out_NC.index_copy_(0, ctx.index_M, grad_MC), None, None
+
+
+@dataclass
+class _Layout:
+    """For one number of heads: `out_N` takes packed rows [T * heads] into the buckets [B, heads, L], `back` returns."""
+
+    out_N: Tensor
+    back: Tensor
+
+
+class PackedAttention:
+    """Causal attention inside each packed row; exact and differentiable.
+
+    CUDA in half precision: torch's varlen kernel, except with softcap. Otherwise rows of similar length are padded
+    together in buckets; there scores are computed with batched matrix products, because on a CPU the fused kernel's
+    bfloat16 backward is about ten times slower (and equal in float32), unless they would take too much memory.
+    """
+
+    def __init__(self, starts_S1: Tensor, max_length: int) -> None:
+        self.starts_S1, self.max_length, self.device = starts_S1, max_length, starts_S1.device
+        self._layouts: dict[int, _Layout] = {}
+        self._bias: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        self._bucket_list: list[list[int]] | None = None
+
+    # Buckets: rows sorted by length, longest first; each bucket is padded to its longest row.
+
+    def _buckets(self) -> list[list[int]]:
+        if self._bucket_list is None:
+            starts = self.starts_S1.tolist()
+            self._starts = starts
+            self._lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+            self._bucket_list = []
+            for row in sorted(range(len(self._lengths)), key=lambda s: -self._lengths[s]):
+                if self._bucket_list:
+                    longest = self._lengths[self._bucket_list[-1][0]]
+                    if self._lengths[row] >= BUCKET_RATIO * longest or longest <= 16:
+                        self._bucket_list[-1].append(row)
+                        continue
+                self._bucket_list.append([row])
+        return self._bucket_list
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [(len(rows), self._lengths[rows[0]]) for rows in self._buckets()]
+
+    def _layout(self, heads: int) -> _Layout:
+        if heads not in self._layouts:
+            out, back, base = [], np.zeros((self.starts_list()[-1], heads), dtype=np.int64), 0
+            for rows in self._buckets():
+                longest = self._lengths[rows[0]]
+                first = np.array([self._starts[s] for s in rows])
+                length = np.array([self._lengths[s] for s in rows])
+                # Padding repeats the row's first token: finite, never seen by a real query, dropped on the way back.
+                offset = np.where(np.arange(longest)[None, :] < length[:, None], np.arange(longest)[None, :], 0)
+                token_BL = first[:, None] + offset
+                source_BHL = token_BL[:, None, :] * heads + np.arange(heads)[None, :, None]
+                place_BHL = base + np.arange(source_BHL.size).reshape(source_BHL.shape)
+                real_BL = np.arange(longest)[None, :] < length[:, None]
+                back[token_BL[real_BL]] = place_BHL.transpose(0, 2, 1)[real_BL]
+                out.append(source_BHL.reshape(-1))
+                base += source_BHL.size
+            to = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
+            self._layouts[heads] = _Layout(to(np.concatenate(out)), to(back.reshape(-1)))
+        return self._layouts[heads]
+
+    def starts_list(self) -> list[int]:
+        """Borders of the rows as numbers."""
+        self._buckets()
+        return self._starts
+
+    def attend(
+        self,
+        layer: int,
+        query_HTC: Tensor,
+        key_KTC: Tensor,
+        value_KTC: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See attention.Attention."""
+        if window is not None and window >= self.max_length:
+            window = None
+        if query_HTC.is_cuda and query_HTC.dtype in (torch.bfloat16, torch.float16) and not softcap:
+            out_THC = self._varlen(query_HTC, key_KTC, value_KTC, scale, window)
+            if out_THC is not None:
+                return out_THC
+        return self._bucketed(query_HTC, key_KTC, value_KTC, scale, window, softcap)
+
+    def _varlen(self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None) -> Any:
+        """[T, H, C], or None where this torch's kernel cannot do it."""
+        found = varlen()
+        channels = query_HTC.shape[-1]
+        if found is None or channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
+            return None
+        attn, names = found
+        if "scale" not in names or "window_size" not in names:
+            return None
+        query, key, value = (x.transpose(0, 1).contiguous() for x in (query_HTC, key_KTC, value_KTC))
+        more: dict[str, Any] = {}
+        if query.shape[1] != key.shape[1]:
+            if "enable_gqa" in names:
+                more["enable_gqa"] = True
+            else:
+                group = query.shape[1] // key.shape[1]
+                key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        starts = self.starts_S1.to(torch.int32)
+        left = -1 if window is None else window - 1
+        size = self.max_length
+        return attn(query, key, value, starts, starts, size, size, scale=scale, window_size=(left, 0), **more)
+
+    def _bucketed(
+        self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None, softcap: Any
+    ) -> Tensor:
+        heads, tokens, _ = query_HTC.shape
+        kv_heads = key_KTC.shape[0]
+
+        def spread(x_HTC: Tensor) -> Tensor:
+            layout = self._layout(x_HTC.shape[0])
+            flat = x_HTC.transpose(0, 1).reshape(-1, x_HTC.shape[-1])
+            return _Gather.apply(flat, layout.out_N, layout.back)
+
+        query, key, value = spread(query_HTC), spread(key_KTC), spread(value_KTC)
+        shapes = self._shapes()
+        sizes = [rows * longest for rows, longest in shapes]
+        parts = zip(
+            shapes,
+            query.split([n * heads for n in sizes]),
+            key.split([n * kv_heads for n in sizes]),
+            value.split([n * kv_heads for n in sizes]),
+            strict=True,
+        )
+        outs = []
+        for (rows, longest), q, k, v in parts:
+            q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
+            k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
+            cut = None if window is not None and window >= longest else window
+            if rows * heads * longest * longest <= MAX_SCORES or softcap:
+                out = self._products(q, k, v, scale, cut, softcap)
+            else:
+                out = self._fused(q, k, v, scale, cut)
+            outs.append(out.reshape(rows * heads * longest, -1))
+        packed = outs[0] if len(outs) == 1 else torch.cat(outs)
+        padded = packed.shape[0] != tokens * heads
+        layout = self._layout(heads)
+        out = _Gather.apply(packed, layout.back, None if padded else layout.out_N)
+        return out.view(tokens, heads, -1)
+
+    def _products(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any) -> Tensor:
+        """q [B, K, G, L, C], k and v [B, K, L, C] -> [B, K, G, L, C], by two batched products and a softmax."""
+        rows, kv_heads, group, longest, channels = q.shape
+        bias = self._causal_bias(group, longest, window, q.dtype).expand(rows * kv_heads, -1, -1)
+        q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
+        if softcap:
+            scores = torch.bmm(q, k.transpose(1, 2)) * scale
+            scores = torch.tanh(scores / softcap) * softcap + bias
+        else:
+            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+        out = torch.bmm(torch.softmax(scores, -1), v.reshape(rows * kv_heads, longest, -1))
+        return out.view(rows, kv_heads, group, longest, -1)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """The same by scaled_dot_product_attention, which never holds all scores."""
+        rows, kv_heads, group, longest, channels = q.shape
+        q = q.reshape(rows * kv_heads, group, longest, channels)
+        k, v = (x.reshape(rows * kv_heads, 1, longest, -1).expand(-1, group, -1, -1) for x in (k, v))
+        mask = None if window is None else ~banned(longest, window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return out.view(rows, kv_heads, group, longest, -1)
+
+    def _causal_bias(self, group: int, longest: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 or -inf, [G * L, L]; every query sees at least itself, so no row of a softmax is empty."""
+        place = (group, longest, window, dtype)
+        if place not in self._bias:
+            bias = torch.zeros(longest, longest, dtype=dtype, device=self.device)
+            self._bias[place] = bias.masked_fill_(banned(longest, window, self.device), float("-inf")).repeat(group, 1)
+        return self._bias[place]
+
+
+class PaddedAttention:
+    """One padded row per sequence, [S * L] tokens in all: plain masked softmax, the slow path to compare with."""
+
+    def __init__(self, num_rows: int, length: int) -> None:
+        self.num_rows, self.length = num_rows, length
+
+    def attend(
+        self,
+        layer: int,
+        query_HTC: Tensor,
+        key_KTC: Tensor,
+        value_KTC: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See attention.Attention."""
+        group = query_HTC.shape[0] // key_KTC.shape[0]
+
+        def rows(x_HTC: Tensor) -> Tensor:
+            return x_HTC.unflatten(1, (self.num_rows, self.length)).transpose(0, 1)
+
+        query, key, value = rows(query_HTC), rows(key_KTC), rows(value_KTC)
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.transpose(-1, -2) * scale
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(banned(self.length, window, scores.device), float("-inf"))
+        out = torch.softmax(scores, -1, dtype=loss_dtype(scores.dtype)).to(value.dtype) @ value
+        return out.permute(0, 2, 1, 3).flatten(0, 1)

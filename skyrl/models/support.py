@@ -1,0 +1,88 @@
+"""Which model families are supported, and what their heads do; everything else is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from skyrl.models.logprobs import HeadSpec
+from skyrl.types import UserError
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Their rotary frequencies depend on the longest row of the batch, so log-probabilities would depend on the packing.
+BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+# Config fields that change logits between the hidden state and the softmax, beyond what head_spec applies.
+UNKNOWN_HEAD_FIELDS = ("lm_head_multiplier", "output_multiplier_scale", "output_logit_soft_cap", "logits_soft_cap")
+
+
+def head_spec(config: Any) -> HeadSpec:
+    """Scale and soft-capping that the family applies to its logits (Gemma, Cohere, Granite, ...)."""
+    config = config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
+        scaling = float(config.logits_scaling)
+        scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return HeadSpec(scale, float(getattr(config, "final_logit_softcapping", None) or 0.0))
+
+
+def check_supported(config: Any) -> None:
+    """Raises UserError, with the model type and the reason, for a family that skyrl cannot train exactly.
+
+    What a config does not tell is found by check_module (from the built module) and load.probe (from numbers).
+    """
+    kind = getattr(config, "model_type", type(config).__name__)
+
+    def refuse(reason: str) -> None:
+        raise UserError(
+            f"model.path: model type {kind!r} is not supported: {reason}; use a decoder-only text model with softmax "
+            "attention, such as qwen2, qwen3, llama, mistral, gemma2, gemma3_text, phi3, olmo2, mixtral or qwen3_moe"
+        )
+
+    if getattr(config, "is_encoder_decoder", False):
+        refuse("it is an encoder-decoder")
+    parts = [
+        name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None) is not None
+    ]
+    if parts:
+        refuse(f"it takes more than text (its config has {', '.join(parts)})")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if others:
+        refuse(f"it has layers of type {', '.join(others)}")
+    if getattr(config, "kv_lora_rank", None):
+        refuse("its keys and values are compressed (multi-head latent attention)")
+    if getattr(config, "num_kv_shared_layers", None):
+        refuse("its layers share keys and values")
+    for field in UNKNOWN_HEAD_FIELDS:
+        if getattr(config, field, None) not in (None, 1.0):
+            refuse(f"its head rescales logits ({field})")
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", "rope", "rotary"):
+        refuse(f"position_embedding_type={config.position_embedding_type}")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type", one.get("type")) in BATCH_DEPENDENT_ROPE:
+            refuse(f"rope_type {one.get('rope_type', one.get('type'))} depends on the longest row of a batch")
+    if getattr(config, "quantization_config", None) is not None:
+        refuse("its weights are quantized")
+
+
+def check_module(net: Any) -> None:
+    """The checks that need the built (meta) module. Raises UserError with the model type."""
+    kind = net.config.model_type
+
+    def refuse(reason: str) -> None:
+        raise UserError(f"model.path: model type {kind!r} is not supported: {reason}")
+
+    if getattr(net, "_is_stateful", False):
+        refuse("it carries a recurrent state")
+    if net.base_model is net:
+        refuse("it has no decoder apart from its head")
+    if not getattr(net.base_model, "_supports_attention_backend", False):
+        refuse("its attention does not go through transformers' attention interface")
+    names = [name for name, _ in net.named_parameters()]
+    if any(name.endswith((".sinks", ".sink")) for name in names):
+        refuse("it has attention sinks")
+    if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in net.modules()):
+        refuse("it has convolutions")

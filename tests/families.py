@@ -1,0 +1,64 @@
+"""Small random models of the families that are verified: 2 layers, a sliding window shorter than a row of 24."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+
+WINDOW = 8
+_SIZES: dict[str, Any] = dict(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=1,
+)
+
+
+def _config(kind: str, **more: Any) -> Callable[[], Any]:
+    return lambda: getattr(tf, kind)(**{**_SIZES, **more})
+
+
+_SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
+_SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen2": _config("Qwen2Config", tie_word_embeddings=True),
+    "qwen3": _config("Qwen3Config"),
+    "llama3": _config("LlamaConfig", rope_parameters={**_SCALED, "original_max_position_embeddings": 32}),
+    "mistral": _config("MistralConfig", sliding_window=WINDOW),
+    "gemma2": _config(
+        "Gemma2Config", attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8, **_SLIDING
+    ),
+    "gemma3": _config("Gemma3TextConfig", query_pre_attn_scalar=8, **_SLIDING),
+    "phi3": _config("Phi3Config"),
+    "olmo2": _config("Olmo2Config"),
+    "qwen3_moe": _config(
+        "Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "granite": _config("GraniteConfig", logits_scaling=3.0, embedding_multiplier=2.0),
+    "cohere": _config("CohereConfig", logit_scale=0.25),
+}
+
+
+def make_net(name: str, *, seed: int = 0, std: float = 0.3, attention: str = "eager") -> Any:
+    """A whole float32 transformers model of that family. Weights are large, so that a mistake shows in the logits;
+    biases and norms are random too."""
+    torch.manual_seed(seed)
+    net = tf.AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation=attention).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in net.parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            param.copy_(noise * std if param.ndim > 1 else param + 0.1 * noise)
+    return net
