@@ -1,0 +1,236 @@
+"""The folder of one run: who may write to it, what made it, and its metrics cut back to a checkpoint.
+
+One live run per folder, held by a lock that ends with the process. Everything here runs on rank 0; it raises there, and
+the caller tells the other ranks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import skyrl
+from skyrl.types import UserError
+
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class RunFolder:
+    """Paths of a run and, on rank 0, its lock. On other ranks `open` and `close` do nothing.
+
+    Files: config.yaml, versions.json, metrics.jsonl, lock; folders: checkpoints, rollouts, export, wandb, tensorboard.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank = Path(path), rank
+        self.checkpoints = self.path / "checkpoints"
+        self.rollouts = self.path / "rollouts"
+        self.export = self.path / "export"
+        self.metrics = self.path / "metrics.jsonl"
+        self._lock: int | None = None
+        if rank == 0:
+            # A forked child that outlives this process would go on holding the lock.
+            os.register_at_fork(after_in_child=self.close)
+
+    def open(
+        self,
+        config: dict[str, Any],
+        *,
+        diff: Callable[[dict[str, Any], dict[str, Any]], list[str]] | None = None,
+        command: list[str] | None = None,
+    ) -> list[str]:
+        """Creates the folder, takes its lock, writes config.yaml and versions.json; returns lines worth showing.
+
+        A config.yaml of an earlier start that differs is kept as config.<n>.yaml, and the differences are among the
+        lines, as told by `diff(before, now)` (None: every value that changed). Values must be plain YAML.
+        Raises: UserError when another live run holds the folder or it cannot be written.
+        """
+        if self.rank != 0:
+            return []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = self._take_lock()
+            lines += self._keep_config(config, diff or config_changes)
+            self._keep_versions(command if command is not None else sys.argv)
+        except OSError as problem:
+            self.close()
+            raise UserError(
+                f"run.dir={self.path}: cannot be used ({problem.strerror}: {problem.filename}); make it writable, free "
+                "some space, or give another run.dir"
+            ) from None
+        except UserError:
+            self.close()
+            raise
+        return lines
+
+    def close(self) -> None:
+        """Gives the lock back. The end of the process does it too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> list[str]:
+        path = self.path / "lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            holder = _holder(path)
+            os.close(handle)
+            if problem.errno in _UNSUPPORTED:
+                return [f"run.dir={self.path}: this file system has no locks; start no second run on this folder"]
+            if problem.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(
+                f"run.dir={self.path}: in use by another run ({holder}); wait for it, end it, or give another run.dir "
+                "or run.name"
+            ) from None
+        self._lock = handle
+        text = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(text).encode(), 0)
+        return []
+
+    def _keep_config(self, config: dict[str, Any], diff: Callable[..., list[str]]) -> list[str]:
+        path = self.path / "config.yaml"
+        lines: list[str] = []
+        if path.exists():
+            try:
+                before = yaml.safe_load(path.read_text())
+            except yaml.YAMLError:
+                before = None
+            changes = diff(before, config) if isinstance(before, dict) else ["the config.yaml there cannot be read"]
+            if not changes:
+                return []
+            number = 1
+            while (kept := self.path / f"config.{number}.yaml").exists():
+                number += 1
+            path.rename(kept)
+            lines = [f"options differ from the last start in {self.path} (kept in {kept.name}): {'; '.join(changes)}"]
+        write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
+        return lines
+
+    def _keep_versions(self, command: list[str]) -> None:
+        path = self.path / "versions.json"
+        try:
+            starts = json.loads(path.read_text()) if path.exists() else []
+        except ValueError:
+            starts = []  # a record for people; the run does not depend on it
+        write_atomically(path, json.dumps([*starts, {**collect_versions(), "command": command}], indent=1) + "\n")
+
+
+def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """One "path: old -> new" for each value that differs, in the order of `now`."""
+    changes = []
+    for key in [*now, *(key for key in before if key not in now)]:
+        old, new = before.get(key, "(absent)"), now.get(key, "(absent)")
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += config_changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key}: {old} -> {new}")
+    return changes
+
+
+def collect_versions() -> dict[str, Any]:
+    """Versions of what computes, the machine, and the commit when skyrl runs from a git checkout."""
+    found: dict[str, Any] = {"started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "skyrl": skyrl.__version__}
+    for name in ("torch", "transformers", "numpy", "accelerate", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    found |= {"python": platform.python_version(), "platform": platform.platform(), "host": socket.gethostname()}
+    root = Path(skyrl.__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        found["commit"] = _git(root, "rev-parse", "HEAD")
+        found["uncommitted_changes"] = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    return found
+
+
+def check_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
+    """Raises UserError when the disk of `path` (which may not exist yet) has less than `needed_bytes` free."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise UserError(
+            f"run.dir={path}: {purpose} needs {needed_bytes / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB; "
+            "free some space or give a run.dir on another disk"
+        )
+
+
+def cut_metrics(path: Path, num_bytes: int) -> list[str]:
+    """Cuts metrics.jsonl back to its first `num_bytes`, the length a checkpoint recorded; returns lines worth showing.
+
+    What lies behind was written after that checkpoint and is computed again. The file is replaced as a whole, so a
+    kill leaves the old or the new one. A file shorter than that has lost lines elsewhere: it stays, and a line says so.
+    """
+    there = path.stat().st_size if path.exists() else 0
+    if there < num_bytes:
+        return [f"{path}: {there} bytes, the checkpoint knew {num_bytes}; some earlier steps are missing in it"]
+    if there == num_bytes:
+        return []
+    with open(path, "rb") as stream:
+        kept = stream.read(num_bytes)
+    if kept and not kept.endswith(b"\n"):
+        raise UserError(
+            f"{path}: byte {num_bytes}, where the checkpoint ends, is not the end of a line: the file was changed; "
+            "move it away and start again"
+        )
+    write_atomically(path, kept)
+    return []
+
+
+def drop_rollouts(folder: Path, step: int) -> None:
+    """Deletes dumped episodes of steps after `step`: after a change of world size, old parts would stay among new."""
+    for path in Path(folder).glob("*-r*.jsonl"):
+        number = path.name.split("-r")[0]
+        if number.isdigit() and int(number) > step:
+            path.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file has the old or the new content whatever happens; synced to the disk."""
+    data = content.encode() if isinstance(content, str) else content
+    tmp = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with open(tmp, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def _holder(path: Path) -> str:
+    try:
+        text = json.loads(path.read_text())
+        return f"process {text['pid']} on {text['host']}, since {text['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not written its name yet"
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

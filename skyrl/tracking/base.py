@@ -1,0 +1,216 @@
+"""Numbers of a step: gathered under their reductions, timed, and handed to every sink as one record.
+
+Records of equal runs are equal, except for keys under the prefixes of WALL_CLOCK: nothing else may depend on the clock
+or the machine's load.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from skyrl.config.schema import RunConfig
+from skyrl.types import Metrics
+
+WALL_CLOCK = ("time/", "speed/", "memory/")
+Record = dict[str, Any]  # {"step": 3, "phase": "rl", "reward:mean": 0.5, ...}, in the order it is written
+
+
+class Sink(Protocol):
+    """Where records go. Called on rank 0 only."""
+
+    def write(self, record: Record) -> None:
+        """Takes one finished step. Raises UserError for what a person can fix (a full disk)."""
+
+    def begin(self, name: str) -> None:
+        """A phase of the step, for example "collect", begins; for live displays."""
+
+    def sync(self) -> None:
+        """Makes what was written safe from a kill; called before a checkpoint."""
+
+    def close(self) -> None:
+        """The run ends."""
+
+
+class Tally:
+    """Metrics of one step, merged by the end of their key: sums add, max and min compare, means are averaged plainly.
+
+    Plainly: a step with several optimizer calls logs the average of their means, each call counting the same.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        """Raises ValueError for a key without :sum, :mean, :max or :min."""
+        for key, value in metrics.items():
+            if key.rpartition(":")[2] not in _REDUCTIONS:
+                raise ValueError(
+                    f"metric {key!r}: the key must end in one of {', '.join(':' + r for r in _REDUCTIONS)}"
+                )
+            self._values.setdefault(key, []).append(float(value))
+
+    def result(self) -> Metrics:
+        """Merged values, sorted by key."""
+        return {key: _REDUCTIONS[key.rpartition(":")[2]](self._values[key]) for key in sorted(self._values)}
+
+
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "sum": sum,
+    "mean": lambda values: sum(values) / len(values),
+    "max": max,
+    "min": min,
+}
+
+
+class Tracker:
+    """Collects one step's metrics and times; writes them to all sinks. A Tracker without sinks ignores everything.
+
+    Metrics given must be global already (the engine's are): only rank 0 has sinks. `peak_flops` is the peak of all
+    devices together in FLOP/s, for MFU; None leaves MFU out.
+    """
+
+    def __init__(self, sinks: list[Sink], *, metrics_path: Path | None = None, peak_flops: float | None = None) -> None:
+        self.sinks, self.metrics_path, self.peak_flops = sinks, metrics_path, peak_flops
+        self._tally = Tally()
+        self._start = time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        """Adds metrics to the step that is under way."""
+        if self.sinks:
+            self._tally.add(metrics)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Times what happens inside as "time/<name>_seconds:sum". Spans of one name add up; nested ones overlap."""
+        for sink in self.sinks:
+            sink.begin(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({f"time/{name}_seconds:sum": time.perf_counter() - start})
+
+    def finish_step(self, step: int, phase: str) -> Metrics:
+        """Ends the step: adds its duration and speeds, writes it to every sink, returns its metrics.
+
+        Ranks but 0 get {}. The duration runs from the last finish_step (or `restart_clock`) to now.
+        """
+        if not self.sinks:
+            return {}
+        now = time.perf_counter()
+        self.add({"time/step_seconds:sum": now - self._start})
+        self._start = now
+        metrics = self._tally.result()
+        metrics |= speeds(metrics, self.peak_flops)
+        self._tally = Tally()
+        record = {"step": step, "phase": phase, **dict(sorted(metrics.items()))}
+        for sink in self.sinks:
+            sink.write(record)
+        return metrics
+
+    def restart_clock(self) -> None:
+        """Begins the step's duration now: set-up before the first step is not part of it."""
+        self._start = time.perf_counter()
+
+    def sync(self) -> int:
+        """Makes all records safe from a kill; returns the length of metrics.jsonl in bytes (0 on ranks but 0).
+
+        A checkpoint keeps that number: a resumed run cuts the file back to it.
+        """
+        for sink in self.sinks:
+            sink.sync()
+        return self.metrics_path.stat().st_size if self.metrics_path is not None and self.metrics_path.exists() else 0
+
+    def close(self) -> None:
+        """Ends every sink. Adding afterwards is ignored."""
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            sink.close()
+
+
+def speeds(metrics: Metrics, peak_flops: float | None = None) -> Metrics:
+    """Rates from a step's counts and times; each only when its parts are there and its time is above 0.
+
+    speed/tokens_per_second: tokens drawn (in a step without sampling: tokens trained) over the whole step;
+    speed/sampled_tokens_per_second: tokens drawn over the collect span; speed/trained_tokens_per_second: all tokens
+    forwarded over the train span; speed/mfu: FLOPs of training and sampling over what all devices
+    could do in the whole step.
+    """
+    flops = [metrics[key] for key in ("flops/train:sum", "flops/sample:sum") if key in metrics]
+    made = metrics.get("sampled_tokens:sum", metrics.get("trained_tokens:sum"))
+    parts = {
+        "speed/tokens_per_second:mean": (made, "time/step_seconds:sum", 1.0),
+        "speed/sampled_tokens_per_second:mean": (metrics.get("sampled_tokens:sum"), "time/collect_seconds:sum", 1.0),
+        "speed/trained_tokens_per_second:mean": (metrics.get("tokens:sum"), "time/train_seconds:sum", 1.0),
+        "speed/mfu:mean": (sum(flops) if flops and peak_flops else None, "time/step_seconds:sum", peak_flops or 1.0),
+    }
+    found = {}
+    for key, (count, clock, scale) in parts.items():
+        seconds = metrics.get(clock, 0.0)
+        if count is not None and seconds > 0:
+            found[key] = count / seconds / scale
+    return found
+
+
+def without_wall_clock(record: Record) -> Record:
+    """The part of a record that two equal deterministic runs must agree on, bit for bit."""
+    return {key: value for key, value in record.items() if not key.startswith(WALL_CLOCK)}
+
+
+def memory_metrics() -> Metrics:
+    """This process's peak memory in GiB: of the GPU since the start where there is one, and of the process itself."""
+    import resource
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    metrics = {"memory/peak_process_gib:max": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if torch.cuda.is_available():
+        metrics["memory/peak_gpu_gib:max"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
+
+
+def make_tracker(
+    cfg: RunConfig,
+    folder: Path,
+    rank: int,
+    *,
+    resume_from: int | None = None,
+    world_size: int = 1,
+    gpu_name: str = "",
+) -> Tracker:
+    """The Tracker that cfg.tracking asks for, writing to the run folder; without sinks on ranks but 0.
+
+    resume_from: the length of metrics.jsonl that the checkpoint kept, to which it is cut back (0 = begin it again: an
+    earlier start was killed before its first checkpoint); None = a new run, which refuses a file that has lines.
+    gpu_name: torch's name of the device, for MFU.
+    Raises: UserError for a package that is missing, a file that cannot be written, or metrics of another run.
+    """
+    if rank != 0:
+        return Tracker([])
+    from skyrl.tracking.console import ConsoleSink
+    from skyrl.tracking.flops import peak_flops
+    from skyrl.tracking.jsonl import JsonlSink
+
+    options, folder = cfg.tracking, Path(folder)
+    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", resume_from=resume_from)]
+    if options.wandb != "off":
+        from skyrl.tracking.wandb import WandbSink
+
+        sinks.append(WandbSink(cfg, folder))
+    if options.tensorboard:
+        from skyrl.tracking.tensorboard import TensorBoardSink
+
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
+    if options.console != "off":
+        totals = {"warmup": cfg.warmup.num_steps, "rl": cfg.batch.num_steps}
+        live = options.console == "auto" and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        sinks.append(ConsoleSink(totals, stream=sys.stdout, live=live))
+    peak = options.peak_tflops * 1e12 if options.peak_tflops > 0 else peak_flops(gpu_name)
+    return Tracker(sinks, metrics_path=folder / "metrics.jsonl", peak_flops=peak * world_size if peak else None)

@@ -1,0 +1,43 @@
+"""TensorBoard event files. Imported only when it is switched on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skyrl.tracking.base import Record
+from skyrl.types import UserError
+
+
+class TensorBoardSink:
+    """Writes each record's numbers under "<phase>/<key>" at its step.
+
+    A resumed run adds an event file; where steps were written twice, TensorBoard shows both points.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: UserError when tensorboard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                'tracking.tensorboard=true: the package tensorboard is not installed; pip install "skyrl[tensorboard]" '
+                "or give tracking.tensorboard=false"
+            ) from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        """Writes one record."""
+        for key, value in record.items():
+            if key not in ("step", "phase"):
+                self._writer.add_scalar(f"{record['phase']}/{key.replace(':', '.')}", value, record["step"])
+
+    def begin(self, name: str) -> None:
+        """Nothing: only finished steps are written."""
+
+    def sync(self) -> None:
+        """Hands everything to the system."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        self._writer.close()
