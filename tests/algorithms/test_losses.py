@@ -243,7 +243,7 @@ def test_value_loss_equals_the_slow_loop(clip: float) -> None:
     values, grad = [], []
     clipped = 0
     for t in range(len(loss_T)):
-        v, old, target = (float(x[t]) for x in (outputs.values_T, rows.values_T, rows.returns_T))
+        v, old, target = (float(x[t].detach()) for x in (outputs.values_T, rows.values_T, rows.returns_T))
         w = float(rows.weights_T[t])
         plain = (v - target) ** 2
         held = min(max(v, old - clip), old + clip)
@@ -296,7 +296,7 @@ def test_corrections_weight_the_policy_term_only(name: str, correction: str, has
     for t, (value, grad) in enumerate(policy):
         on, w = float(rows.weights_T[t] != 0), float(rows.weights_T[t])
         gap = float(current[t] - rows.reference_T[t])
-        want.append(value * weight[t] + on * (kl * 0.5 * gap**2 - entropy * float(outputs.entropy_T[t])))
+        want.append(value * weight[t] + on * (kl * 0.5 * gap**2 - entropy * float(outputs.entropy_T[t].detach())))
         want_grad.append(w * (grad * weight[t] + kl * gap))
     close(loss_T, want)
     close(grads[0], want_grad)
@@ -361,6 +361,7 @@ def test_poison_at_untrained_tokens_changes_nothing(name: str, bad: float) -> No
             assert metrics.keys() == want_metrics.keys()
             for key in metrics:
                 assert torch.equal(metrics[key], want_metrics[key]) and not metrics[key].requires_grad
+                assert torch.isfinite(metrics[key]).all()
 
 
 def test_trained_nan_is_not_hidden() -> None:
@@ -384,6 +385,7 @@ def test_padding_only_batches_have_a_zero_gradient_whatever_fields_they_lack(nam
     loss_T.sum().backward()
     grad = outputs.values_T.grad if name == "value" else outputs.logprobs_T.grad
     assert not loss_T.any() and grad is not None and not grad.any()
+    assert all(torch.isfinite(metric).all() for metric in metrics.values())
 
 
 @pytest.mark.parametrize("name", LOSSES.names())
@@ -426,7 +428,7 @@ def test_metrics_equal_the_slow_loop() -> None:
     _, _, metrics = run(outputs, rows, spec("ppo", params={"clip_low": 0.15, "clip_high": 0.3}))
     for t in torch.nonzero(rows.weights_T)[:, 0].tolist():
         lp, anchor, behaviour, ref, a = (
-            float(x[t])
+            float(x[t].detach())
             for x in (outputs.logprobs_T, rows.anchor_T, rows.logprobs_T, rows.reference_T, rows.advantages_T)
         )
         r = math.exp(lp - anchor)
@@ -436,7 +438,7 @@ def test_metrics_equal_the_slow_loop() -> None:
             "clipped:mean": float((a > 0 and r > 1.3) or (a < 0 and r < 0.85)),
             "approx_kl:mean": r - 1 - math.log(r),
             "kl_reference:mean": math.exp(ref - lp) - 1 - (ref - lp),
-            "entropy:mean": float(outputs.entropy_T[t]),
+            "entropy:mean": float(outputs.entropy_T[t].detach()),
             "logprob_gap:mean": abs(lp - behaviour),
             "logprob_gap:max": abs(lp - behaviour),
             "logprob_gap_kl:mean": math.exp(lp - behaviour) - 1 - (lp - behaviour),
@@ -543,10 +545,15 @@ def test_a_plugin_registers_a_loss_and_mistakes_are_named() -> None:
         outputs, rows = make_batch(0)
         got = run(outputs, rows, spec("half"))[0]
         torch.testing.assert_close(got, 0.5 * run(outputs, rows, spec("reinforce"))[0])
+        for kind in ("policy", "critic"):  # a loss that is not 0 at untrained tokens is made so
+            register_loss(f"one_{kind}", needs=(), kind=kind)(lambda out, r: (out.logprobs_T * 0 + 1, {}))
+            loss_T = run(outputs, rows, spec(f"one_{kind}"))[0]
+            torch.testing.assert_close(loss_T, (rows.weights_T != 0).double())
         with pytest.raises(UserError, match="registered twice"):
             register_loss("half", needs=())(lambda outputs, rows: None)
     finally:
-        del LOSSES._things["half"]
+        for name in ("half", "one_policy", "one_critic"):
+            LOSSES._things.pop(name, None)
     with pytest.raises(UserError, match="reward_T"):
         register_loss("other", needs=("reward_T",))
     with pytest.raises(UserError, match="default"):

@@ -74,7 +74,8 @@ def test_ranks_do_not_matter_and_call_all_sum_once(name: str, over_ranks) -> Non
 @pytest.mark.parametrize("name", REDUCTIONS.names())
 def test_nothing_trained_gives_zero_weights_and_no_rows_give_none(name: str) -> None:
     reduce = REDUCTIONS.get(name)
-    (weights,) = reduce([np.zeros(3, dtype=bool)], np.array([0]), np.array([0]), identity, constant=4.0)
+    with np.errstate(all="raise"):
+        (weights,) = reduce([np.zeros(3, dtype=bool)], np.array([0]), np.array([0]), identity, constant=4.0)
     assert weights.tolist() == [0.0, 0.0, 0.0]
     assert reduce([], np.zeros(0, int), np.zeros(0, int), identity, constant=4.0) == []
 
