@@ -13,8 +13,10 @@ from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM
 from skyrl.sampler import draw
 from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.fused import FusedRunner
 from skyrl.sampler.paged import Batch, KVCache, LayerShape, ModuleRunner
-from skyrl.sampler.probe import layer_shapes
+from skyrl.sampler.plan import make_plan
+from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
 from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
 from skyrl.sampler.stop import Decode, StringStop
 from skyrl.types import Metrics, Sample, SampleRequest, UserError
@@ -255,7 +257,8 @@ def make_sampler(
     """
     if max_length > model.max_positions:
         raise UserError(f"batch.max_row_tokens={max_length}: the model has {model.max_positions} positions; lower it")
-    shapes = layer_shapes(model)
+    calls = layer_calls(model)
+    shapes = [call.shape for call in calls]
     parameter = next(model.parameters())
     num_blocks = _num_blocks(cfg, shapes, parameter, max_length)
     cache = KVCache(shapes, num_blocks, cfg.block_tokens, parameter.dtype, parameter.device)
@@ -267,7 +270,7 @@ def make_sampler(
         share=cfg.prefix_cache,
     )
     return LocalSampler(
-        ModuleRunner(model, cache),
+        _make_runner(model, cfg, calls, cache, max_length),
         cache,
         scheduler,
         decode=decode,
@@ -275,6 +278,37 @@ def make_sampler(
         vocab_size=model.vocab_size,
         version=version,
     )
+
+
+_VERDICTS: dict[str, str] = {}  # signature -> why the fused plan is not used; "" = it agrees with the module
+
+
+def _make_runner(
+    model: CausalLM, cfg: SamplerConfig, calls: list[LayerCall], cache: KVCache, max_length: int
+) -> Runner:
+    """The fused plan where there is one that agrees with the module, as far as cfg.backend allows it."""
+    module = ModuleRunner(model, cache)
+    if cfg.backend == "module":
+        return module
+    if cfg.backend not in ("auto", "fused"):
+        raise UserError(f"sampler.backend={cfg.backend}; choose one of: auto, fused, module")
+    plan, fused, name = make_plan(model, calls, max_length), None, signature(model)
+    reason = plan if isinstance(plan, str) else _VERDICTS.get(name)
+    if not isinstance(plan, str):
+        fused = FusedRunner(plan, cache)
+        if reason is None:
+            reason = _VERDICTS[name] = disagreement(fused, module, cache)
+    if not reason:
+        return fused
+    if cfg.backend == "fused":
+        raise UserError(f"sampler.backend=fused: {reason}; use auto or module")
+    if name not in _LOGGED:
+        _LOGGED.add(name)
+        log.info("sampling with the model's own forward: %s", reason)
+    return module
+
+
+_LOGGED: set[str] = set()
 
 
 def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, max_length: int) -> int:

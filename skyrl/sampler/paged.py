@@ -98,7 +98,7 @@ class PagedAttention:
     """Attention of one step: stores the new keys and values, then attends over the blocks of each sequence."""
 
     def __init__(self, cache: KVCache, slots_T: Tensor, groups: list[Group]) -> None:
-        self._cache, self._slots_T, self._groups = cache, slots_T, groups
+        self.cache, self._slots_T, self.groups = cache, slots_T, groups
         self._writes: dict[int, Tensor] = {}
 
     def attend(
@@ -114,9 +114,9 @@ class PagedAttention:
     ) -> Tensor:
         """See skyrl.models.attention.Attention."""
         self.write(layer, key_KTC.transpose(0, 1), value_KTC.transpose(0, 1))
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         out_THC = query_HTC.new_empty(query_HTC.shape[1], query_HTC.shape[0], values.shape[-1])
-        for group in self._groups:
+        for group in self.groups:
             (count, length), heads = group.rows_nL.shape, query_HTC.shape[0]
             rows = group.rows_nL.flatten()
             q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
@@ -130,12 +130,12 @@ class PagedAttention:
 
     def write(self, layer: int, key_TKC: Tensor, value_TKC: Tensor) -> None:
         """Stores the step's keys and values in their slots."""
-        heads, size = key_TKC.shape[1], self._cache.block_tokens
+        heads, size = key_TKC.shape[1], self.cache.block_tokens
         if heads not in self._writes:
             head_K = torch.arange(heads, device=self._slots_T.device)
             block_T1, offset_T1 = (self._slots_T // size).unsqueeze(1), (self._slots_T % size).unsqueeze(1)
             self._writes[heads] = ((block_T1 * heads + head_K) * size + offset_T1).flatten()
-        for cache, new in ((self._cache.keys[layer], key_TKC), (self._cache.values[layer], value_TKC)):
+        for cache, new in ((self.cache.keys[layer], key_TKC), (self.cache.values[layer], value_TKC)):
             channels = new.shape[-1]
             cache.view(-1, channels).index_copy_(0, self._writes[heads], new.reshape(-1, channels))
 

@@ -1,0 +1,94 @@
+"""Which parameters a decode plan needs, found in the module by structure. No copies: the plan refers to the module.
+
+A plan covers decoders made of RMSNorm, rotary attention with grouped heads (optionally normed and biased) and a gated
+SiLU MLP. Anything else is answered with the reason, and the module path is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from skyrl.models.forward import CausalLM
+from skyrl.sampler.probe import LayerCall
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The modules of one decoder layer; `qk_norms` is None where queries and keys are not normed."""
+
+    input_norm: nn.Module
+    qkv: list[nn.Linear]
+    qk_norms: tuple[nn.Module, nn.Module] | None
+    out: nn.Linear
+    mlp_norm: nn.Module
+    gate_up: list[nn.Linear]
+    down: nn.Linear
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decoder as data. cos_LC and sin_LC are the rotary tables in the model's dtype, L = longest row."""
+
+    layers: list[LayerPlan]
+    embedding: nn.Embedding
+    norm: nn.Module
+    head: nn.Linear
+    heads: int
+    kv_heads: int
+    channels: int  # of one head
+    eps: float
+    scale: float
+    cos_LC: Tensor
+    sin_LC: Tensor
+
+
+def make_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> Plan | str:
+    """The plan of a model, or why there is none. `calls` is what its layers ask of attention."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"no decode plan for model type {config.model_type}"
+    if any(call != calls[0] for call in calls) or calls[0].window is not None or calls[0].softcap is not None:
+        return "layers differ or have a window or a soft cap"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"activation {config.hidden_act}"
+    if model.head_spec.scale != 1.0 or model.head_spec.softcap:
+        return "scaled or capped logits"
+    call, decoder = calls[0], model.decoder
+    layers = [_layer(layer) for layer in model.layers()]
+    eps = {float(_eps(norm)) for layer in layers for norm in (layer.input_norm, layer.mlp_norm)}
+    eps |= {float(_eps(norm)) for layer in layers for norm in layer.qk_norms or ()} | {float(_eps(decoder.norm))}
+    if len(eps) != 1:
+        return "norms with different eps"
+    positions = torch.arange(max_length, device=decoder.embed_tokens.weight.device).unsqueeze(0)
+    cos, sin = decoder.rotary_emb(decoder.embed_tokens.weight[:1].unsqueeze(0), positions)
+    channels = call.shape.key_size
+    if cos.shape[-1] != channels or call.shape.value_size != channels:
+        return "rotary over a part of the channels, or values of another size"
+    head = model.net.get_output_embeddings()
+    return Plan(
+        layers, decoder.embed_tokens, decoder.norm, head, call.num_heads, call.shape.num_heads, channels,
+        eps.pop(), call.scale, cos[0].contiguous(), sin[0].contiguous(),
+    )  # fmt: skip
+
+
+def _eps(norm: nn.Module) -> float:
+    return norm.variance_epsilon
+
+
+def _layer(layer: nn.Module) -> LayerPlan:
+    attend, mlp = layer.self_attn, layer.mlp
+    norms = (attend.q_norm, attend.k_norm) if hasattr(attend, "q_norm") else None
+    return LayerPlan(
+        input_norm=layer.input_layernorm,
+        qkv=[attend.q_proj, attend.k_proj, attend.v_proj],
+        qk_norms=norms,
+        out=attend.o_proj,
+        mlp_norm=layer.post_attention_layernorm,
+        gate_up=[mlp.gate_proj, mlp.up_proj],
+        down=mlp.down_proj,
+    )
