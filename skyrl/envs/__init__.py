@@ -1,0 +1,28 @@
+"""Environments; importing this registers the built-in ones. Imports without torch."""
+
+from skyrl.envs import arithmetic, expressions, gsm8k, guess_number, single_turn
+from skyrl.envs.base import (
+    ENVIRONMENTS,
+    Environment,
+    StepResult,
+    environment_options,
+    make_environment,
+    register_environment,
+)
+from skyrl.envs.guard import Guard, Outcome
+
+__all__ = [
+    "ENVIRONMENTS",
+    "Environment",
+    "Guard",
+    "Outcome",
+    "StepResult",
+    "arithmetic",
+    "environment_options",
+    "expressions",
+    "gsm8k",
+    "guess_number",
+    "make_environment",
+    "register_environment",
+    "single_turn",
+]

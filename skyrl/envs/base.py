@@ -1,0 +1,167 @@
+"""What an environment is, how one is found by name and made from options. Plain Python: no torch, no tokens.
+
+An environment speaks messages and text. Who plays it (collect.py) turns messages into tokens, draws the answer, and
+calls it through guard.py, so an environment may raise, hang or return nonsense without spoiling a run silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from skyrl.config.schema import DataConfig, EnvConfig
+from skyrl.envs.jsonl import data_file, read_prompts
+from skyrl.registry import Registry
+from skyrl.types import Message, Metrics, Prompt, UserError
+
+Split = Literal["train", "test"]
+
+
+@dataclass
+class StepResult:
+    """What an environment answers to one turn of the model.
+
+    `reward` belongs to this turn; an episode's reward is the sum. `observation` is what the model reads next (at least
+    one message unless `done`). Metric keys end in their reduction (":mean", ":sum", ":max", ":min"); "correct:mean",
+    0 or 1 on the last step, is what evaluation calls accuracy.
+    """
+
+    reward: float
+    done: bool
+    observation: list[Message] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=dict)
+
+
+class Environment:
+    """One instance plays one episode at a time: reset, step until done, close.
+
+    Subclasses write `step`; the keyword arguments of their constructor are the options a user sets as env.options.<x>,
+    checked against the annotations. A constructor argument called `max_turns` receives env.max_turns. Instances are
+    made per episode, so keep constructors cheap (files and models belong in module level caches).
+    """
+
+    name: ClassVar[str] = ""  # set by register_environment
+    prompt: Prompt
+
+    def reset(self, prompt: Prompt) -> list[Message]:
+        """Starts an episode and returns the messages the model answers first. Here: the prompt's own messages."""
+        self.prompt = prompt
+        return list(prompt.messages)
+
+    def step(self, text: str) -> StepResult:
+        """Scores one turn of the model: `text` is what it wrote, without the stop token."""
+        raise NotImplementedError(f"environment {self.name!r} has no step()")
+
+    def close(self) -> None:
+        """Frees what reset and step took. Called once, also after an error."""
+
+    @classmethod
+    def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
+        """The prompts of this environment for "train" or "test"; uids "<env>/<split>/<n>". Options are checked already.
+
+        `Prompt.extra["answer"]` is what rewards compare with, `extra["solution"]` a text to imitate in supervised
+        warm-up, `extra["source"]` the file:line it came from. Here: rows of data.path (test: of data.eval_path or the
+        test file beside it) with a field "messages" or "prompt"; all other fields go to `extra`.
+        """
+        del options, seed
+        return read_prompts(data_file(data, split), cls.name, split, data.max_prompts if split == "train" else 0)
+
+
+ENVIRONMENTS: Registry[type[Environment]] = Registry("environment")
+
+
+def register_environment(name: str) -> Callable[[type[Environment]], type[Environment]]:
+    """Class decorator: makes an Environment known as env.name=<name>.
+
+    Raises UserError for something that is no Environment, a name that is taken, or a class that has a name already.
+    """
+
+    def keep(cls: type[Environment]) -> type[Environment]:
+        if not (isinstance(cls, type) and issubclass(cls, Environment)):
+            raise UserError(f"register_environment({name!r}): {cls!r} is no subclass of skyrl.api.Environment")
+        if cls.__dict__.get("name", name) != name:
+            raise UserError(
+                f"register_environment({name!r}): {cls.__name__} is called {cls.name!r} already; subclass it"
+            )
+        kept = ENVIRONMENTS.register(name)(cls)
+        kept.name = name
+        return kept
+
+    return keep
+
+
+def environment_options(cfg: EnvConfig) -> dict[str, Any]:
+    """Keyword arguments for the environment cfg.name: cfg.options, checked, and max_turns where it is taken.
+
+    Raises UserError naming env.options.<x> for an unknown option, a wrong type or a missing one.
+    """
+    allowed, open_ended = _signature(ENVIRONMENTS.get(cfg.name, "env.name"))
+    for key, value in cfg.options.items():
+        if key == "max_turns" and key in allowed:
+            raise UserError("env.options.max_turns: this is an option of every environment; set env.max_turns instead")
+        if key not in allowed and not open_ended:
+            names = ", ".join(n for n in allowed if n != "max_turns") or "none"
+            raise UserError(f"env.options.{key}: environment {cfg.name!r} has no such option; it has: {names}")
+        hint = allowed[key][0] if key in allowed else Any
+        if not _matches(value, hint):
+            raise UserError(f"env.options.{key}={value!r}: environment {cfg.name!r} wants {_spell(hint)} here")
+    options = dict(cfg.options)
+    if "max_turns" in allowed:
+        options["max_turns"] = cfg.max_turns
+    for key, (hint, required) in allowed.items():
+        if required and key not in options:
+            raise UserError(f"env.options.{key}: environment {cfg.name!r} needs it; give it {_spell(hint)}")
+    return options
+
+
+def make_environment(cfg: EnvConfig) -> Environment:
+    """A new environment for one episode, or several one after the other. Raises UserError for bad options."""
+    return ENVIRONMENTS.get(cfg.name, "env.name")(**environment_options(cfg))
+
+
+@functools.cache
+def _signature(cls: type[Environment]) -> tuple[dict[str, tuple[Any, bool]], bool]:
+    """Options of a class as {name: (type, required)}, and whether it takes any name. Cached: made once per class."""
+    if cls.__init__ is object.__init__:
+        return {}, False
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError:  # a name that exists for type checkers only; its options go unchecked
+        hints = {}
+    allowed: dict[str, tuple[Any, bool]] = {}
+    open_ended = False
+    for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            open_ended = True
+        elif parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+            required = parameter.default is inspect.Parameter.empty
+            allowed[parameter.name] = (hints.get(parameter.name, Any), required)
+    return allowed, open_ended
+
+
+def _matches(value: object, hint: Any) -> bool:
+    """Whether a value from YAML fits an annotation. Annotations that YAML cannot express are not checked."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        inner = arguments[0] if arguments else Any
+        return isinstance(value, (list, tuple)) and all(_matches(item, inner) for item in value)
+    if hint is type(None):
+        return value is None
+    if hint in (int, float):  # True is an int for Python, hardly ever for a person
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, list, dict) else True
+
+
+def _spell(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of: " + ", ".join(str(argument) for argument in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,336 @@
+"""Calls to code that users write: bounded in time, checked, and never turned into a score when they fail.
+
+Three nets, because no single one catches everything:
+
+1. SIGALRM interrupts Python code, sleeping, waiting, and regular expressions. Main thread only.
+2. A daemon thread ends the process (exit status 70, one line) when a call is 5 s beyond its deadline: C code that
+   ignores signals, code that swallows the interrupt, or a call off the main thread, where no signal arrives.
+3. C code that never lets go of the interpreter stops that thread as well. Then faulthandler's own thread, which needs
+   no interpreter, ends the process (exit status 1) 30 s beyond the deadline with a dump that shows the guilty line.
+
+Uses ITIMER_REAL during a call (a timer that was running is restored) and faulthandler.dump_traceback_later while
+calls come in; another user of the latter in the same process loses its setting.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import numbers
+import os
+import signal
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+from skyrl.config.schema import EnvConfig
+from skyrl.envs.base import Environment, StepResult
+from skyrl.envs.jsonl import messages_problem
+from skyrl.types import Message, Prompt, UserError
+
+EXIT_STATUS = 70  # EX_SOFTWARE
+GRACE_SECONDS = 5.0
+LAST_RESORT_SECONDS = 30.0
+POLL_SECONDS = 0.25
+
+_REDUCTIONS = (":mean", ":sum", ":max", ":min")
+_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib")) + ("<frozen",)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a call returned, or, under env.on_error=mask, in one line why it failed. A failure is not a score."""
+
+    value: T | None = None
+    invalid: str = ""
+
+
+class _Interrupt(BaseException):
+    """Raised into user code at the deadline. No Exception, so that `except Exception` there does not swallow it."""
+
+
+class Guard:
+    """Calls environments under env.timeout_seconds and env.on_error. One per thread that plays episodes.
+
+    On the main thread an overlong call is interrupted. On any other thread it can only be waited for: it fails when it
+    returns late, and the whole process ends 5 s after the deadline if it does not return. KeyboardInterrupt passes.
+    `with guard:` around a batch of calls ends the third net with the batch instead of a quarter of a second later.
+    """
+
+    def __init__(self, cfg: EnvConfig) -> None:
+        if not (math.isfinite(cfg.timeout_seconds) and cfg.timeout_seconds > 0):
+            raise UserError(f"env.timeout_seconds={cfg.timeout_seconds}: wanted a finite number above 0")
+        if cfg.on_error not in ("stop", "mask"):
+            raise UserError(f"env.on_error={cfg.on_error!r}: choose stop or mask")
+        self.timeout_seconds, self.on_error = cfg.timeout_seconds, cfg.on_error
+        self._armed = False
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _WATCHDOG.rest()
+
+    def call(self, method: Callable[..., T], *arguments: Any, prompt: Prompt, what: str = "") -> Outcome[T]:
+        """method(*arguments), timed and checked. `method` is the reset, step or close of an environment, as in
+        guard.call(env.step, text, prompt=prompt); anything else callable is timed only.
+
+        A reset must give at least one message; a step a StepResult whose reward and metrics are finite numbers (they
+        become floats) and which is done or has a message to answer. A failure is Outcome(invalid=<one line>) under
+        on_error=mask. Under on_error=stop it raises UserError, one line: environment, reward function, prompt and its
+        file:line, what happened and where, what to do. `what` names the call there; "" = environment and method.
+        """
+        who = (method, prompt, what, self.timeout_seconds)
+        cause: BaseException | None = None
+        advice = "fix it"
+        try:
+            result, seconds = self._timed(method, arguments, who)
+        except _Interrupt as interrupt:
+            problem, advice = self._overlong(_place(interrupt)), "make it faster, raise that limit"
+        except (Exception, SystemExit) as error:  # whatever user code raises; sys.exit() there must not end the run
+            problem, cause = f"raised {_describe(error)}", error
+        else:
+            if seconds <= self.timeout_seconds:
+                try:
+                    return Outcome(_checked(method, result))
+                except BadResult as error:
+                    problem = f"returned {error}"
+            else:
+                problem, advice = self._overlong(f", {seconds:.1f} s"), "make it faster, raise that limit"
+        line = f"{blame(method, prompt, what)}: {problem}"
+        if self.on_error == "mask":
+            return Outcome(invalid=line)
+        raise UserError(f"{line}; {advice}, or set env.on_error=mask to leave such episodes out of training") from cause
+
+    def _overlong(self, detail: str) -> str:
+        return f"took longer than env.timeout_seconds={self.timeout_seconds:g}{detail}"
+
+    def _timed(self, call: Callable[..., T], arguments: tuple, who: tuple) -> tuple[T, float]:
+        """The result and how many seconds it took, with the nets above around the call."""
+        me = threading.get_ident()
+        start = time.monotonic()
+        _WATCHDOG.begin(me, start + self.timeout_seconds + GRACE_SECONDS, who)
+        try:
+            if me != threading.main_thread().ident:
+                return call(*arguments), time.monotonic() - start
+            return self._interruptible(call, arguments, start), time.monotonic() - start
+        finally:
+            _WATCHDOG.end(me)
+
+    def _interruptible(self, call: Callable[..., T], arguments: tuple, start: float) -> T:
+        outer, repeat = signal.setitimer(signal.ITIMER_REAL, 0.0)
+        handler = signal.signal(signal.SIGALRM, self._alarm)
+        try:
+            try:
+                self._armed = True
+                # Repeats, for an interrupt that falls into a __del__ or a callback is dropped by Python.
+                signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds, 1.0)
+                return call(*arguments)
+            finally:
+                self._armed = False  # the alarm may still go off right before this line; never after it
+        finally:
+            self._armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            # None: a handler that was not installed from Python; signal() cannot put it back.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+            if outer:
+                left = outer - (time.monotonic() - start)
+                signal.setitimer(signal.ITIMER_REAL, max(left, 1e-6), repeat)
+
+    def _alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._armed:
+            raise _Interrupt
+
+
+class BadResult(ValueError):
+    """What an environment returned is not what it promised; the message goes on after the word "returned"."""
+
+
+def _checked(method: Callable, value: Any) -> Any:
+    if not isinstance(getattr(method, "__self__", None), Environment):
+        return value
+    if method.__name__ == "step":
+        return check_step(value)
+    return check_messages(value) if method.__name__ == "reset" else value
+
+
+def check_messages(value: object) -> list[Message]:
+    """`value`, when it is a list of at least one message. Raises BadResult."""
+    problem = messages_problem(value)
+    if problem:
+        raise BadResult(f"{_short(value)} as messages: it {problem}")
+    return value
+
+
+def check_step(value: object) -> StepResult:
+    """`value`, when it is a sound StepResult; reward and metrics become floats. Raises BadResult."""
+    if not isinstance(value, StepResult):
+        raise BadResult(f"{_short(value)}, wanted a StepResult")
+    value.reward = _finite(value.reward, "reward")
+    if type(value.done).__name__ not in ("bool", "bool_"):  # Python's, numpy's
+        raise BadResult(f"{_short(value.done)} as done, wanted True or False")
+    value.done = bool(value.done)
+    if value.observation or not value.done:
+        problem = messages_problem(value.observation)
+        if problem:
+            raise BadResult(f"{_short(value.observation)} as observation: it {problem}")
+    if not isinstance(value.metrics, dict):
+        raise BadResult(f"{_short(value.metrics)} as metrics, wanted a dict")
+    for key, number in value.metrics.items():
+        if not (isinstance(key, str) and key.endswith(_REDUCTIONS)):
+            raise BadResult(f"metric {key!r}: its name must end in one of {', '.join(_REDUCTIONS)}")
+        value.metrics[key] = _finite(number, f"metric {key!r}")
+    return value
+
+
+def _finite(value: object, what: str) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
+    if not isinstance(value, numbers.Real) and type(value).__name__ != "bool_":  # numpy's bool is no Real
+        raise BadResult(f"{_short(value)} as {what}, wanted a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadResult(f"{_short(value)} as {what}, wanted a finite number")
+    return number
+
+
+def blame(method: Callable, prompt: Prompt, what: str = "") -> str:
+    """Who was called for what: environment and method (or `what`), reward function, prompt and its file:line."""
+    env = getattr(method, "__self__", None)
+    called = getattr(method, "__name__", "call")
+    name = getattr(env, "name", "") or type(env).__name__
+    reward = getattr(env, "reward_name", "")
+    source = prompt.extra.get("source")
+    return (
+        (what or (f"environment {name}.{called}" if isinstance(env, Environment) else called))
+        + (f" (reward {reward})" if reward else "")
+        + f", prompt {prompt.uid}"
+        + (f" ({source})" if source else "")
+    )
+
+
+def _describe(error: BaseException) -> str:
+    """Type, message and place of an exception, in one line."""
+    return f"{type(error).__name__}: {_one_line(str(error))}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """ " at file:line" of the innermost code that is neither this file nor an installed library; "" without one."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def _short(value: object) -> str:
+    try:
+        return _one_line(repr(value), 60)
+    except Exception:  # a repr of the user's own that raises
+        return f"a {type(value).__name__}"
+
+
+def _one_line(text: str, limit: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+class _Watchdog:
+    """One thread for the process; sees every call that is running and ends the process when one is far too late.
+
+    faulthandler is armed before user code starts and again at every poll while calls come in, so it only goes off
+    when this thread could not run for the whole time, that is, when something kept the interpreter to itself.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[float, tuple]] = {}  # thread -> when to end the process, who
+        self._thread: threading.Thread | None = None
+        self._recent = False
+        self._armed = False
+        self._longest = 0.0
+        self._lock = threading.Lock()
+        os.register_at_fork(before=self._fork, after_in_parent=self._forked, after_in_child=self._forget)
+
+    def _fork(self) -> None:
+        """Before a fork: faulthandler must be off, for the child would wait for its thread for ever."""
+        self._lock.acquire()
+        if self._armed:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _forked(self) -> None:
+        if self._armed:
+            self._arm()
+        self._lock.release()
+
+    def _forget(self) -> None:
+        """In the child, which has a copy of the locked lock and none of the thread."""
+        self._calls, self._thread, self._armed, self._lock = {}, None, False, threading.Lock()
+
+    def begin(self, thread: int, deadline: float, who: tuple) -> None:
+        self._longest = max(self._longest, who[3])
+        self._calls[thread] = (deadline, who)  # before looking at _armed: the thread disarms in the other order
+        self._recent = True
+        if not self._armed:
+            self._start()
+
+    def end(self, thread: int) -> None:
+        self._calls.pop(thread, None)
+
+    def rest(self) -> None:
+        """Disarms the last resort, unless another thread's call is running."""
+        with self._lock:
+            self._disarm()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="skyrl-env-watchdog", daemon=True)
+                self._thread.start()
+            self._arm()
+
+    def _arm(self) -> None:
+        faulthandler.dump_traceback_later(self._longest + LAST_RESORT_SECONDS, exit=True, file=2)
+        self._armed = True
+
+    def _disarm(self) -> None:
+        if self._armed and not self._calls:
+            self._armed = self._recent = False
+            faulthandler.cancel_dump_traceback_later()
+            if self._calls:  # a call that began in between and saw it armed
+                self._arm()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            calls = list(self._calls.values())
+            for deadline, who in calls:
+                if now > deadline:
+                    self._end_process(*who)
+            with self._lock:
+                if calls or self._recent:
+                    self._recent = False
+                    self._arm()
+                else:
+                    self._disarm()
+
+    def _end_process(self, method: Callable, prompt: Prompt, what: str, timeout_seconds: float) -> None:
+        line = (
+            f"error: {blame(method, prompt, what)}: hangs, {GRACE_SECONDS:g} s beyond env.timeout_seconds="
+            f"{timeout_seconds:g}, in code that cannot be interrupted; ending this process. "
+            "Bound the time inside it, or run it in a child process.\n"
+        )
+        try:
+            os.write(2, line.encode())  # not sys.stderr: the call that hangs may hold its lock
+        finally:
+            os._exit(EXIT_STATUS)
+
+
+_WATCHDOG = _Watchdog()

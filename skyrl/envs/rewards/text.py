@@ -1,0 +1,24 @@
+"""Rewards that compare characters."""
+
+from __future__ import annotations
+
+from skyrl.envs.rewards.base import reference, register_reward
+from skyrl.types import Prompt
+
+
+@register_reward("exact")
+def exact(text: str, prompt: Prompt) -> float:
+    """1.0 when the text is the answer, character by character, apart from white space around it; else 0.0."""
+    return float(text.strip() == reference(prompt).strip())
+
+
+@register_reward("characters")
+def characters(text: str, prompt: Prompt) -> float:
+    """Part of the positions with the right character, 0.0 to 1.0; 1.0 only for the exact answer.
+
+    Positions are counted over the longer of the two, so too long is as wrong as too short. A dense signal for short
+    answers such as digits.
+    """
+    given, wanted = text.strip(), reference(prompt).strip()
+    longer = max(len(given), len(wanted))
+    return sum(a == b for a, b in zip(given, wanted, strict=False)) / longer if longer else 1.0

@@ -1,0 +1,37 @@
+"""One question, one answer, one reward function. The parent of the built-in single-turn environments."""
+
+from __future__ import annotations
+
+from skyrl.envs.base import Environment, StepResult, register_environment
+from skyrl.envs.rewards import REWARDS
+from skyrl.types import UserError
+
+
+@register_environment("single_turn")
+class SingleTurn(Environment):
+    """Rows of data.path (field "messages" or "prompt", usually "answer") scored by a reward function.
+
+    reward: a registered reward function. correct_reward: an answer with at least this reward counts as correct in the
+    accuracy that evaluation reports; no effect on training.
+    """
+
+    def __init__(self, *, reward: str, correct_reward: float = 1.0) -> None:
+        self.reward_name = reward  # guard.py names it in errors
+        self._reward = REWARDS.get(reward, "env.options.reward")
+        self._correct_reward = correct_reward
+
+    def step(self, text: str) -> StepResult:
+        """Scores the answer; always the last step."""
+        reward = self._reward(text, self.prompt)
+        return StepResult(reward, True, metrics={"correct:mean": float(self.is_correct(text, reward))})
+
+    def is_correct(self, text: str, reward: float) -> bool:
+        """Whether the answer counts as right in evaluation. Here: the reward reaches correct_reward."""
+        del text
+        return reward >= self._correct_reward
+
+
+def require(condition: bool, option: str, value: object, wanted: str) -> None:
+    """Raises UserError naming env.options.<option> unless the condition holds."""
+    if not condition:
+        raise UserError(f"env.options.{option}={value!r}: wanted {wanted}")

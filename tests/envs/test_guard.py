@@ -1,0 +1,301 @@
+"""The guard against environments that raise, hang or return nonsense. The hangs are real ones."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from skyrl.config.schema import EnvConfig
+from skyrl.envs.base import Environment, StepResult
+from skyrl.envs.guard import Guard
+from skyrl.types import Prompt, UserError
+
+REPO = Path(__file__).parents[2]
+PROMPT = Prompt("play/train/7", "play", [{"role": "user", "content": "?"}], {"source": "rows.jsonl:8"})
+
+
+class Play(Environment):
+    """Does in step() what it was made with."""
+
+    name = "play"
+
+    def __init__(self, action):
+        self.action = action
+
+    def step(self, text):
+        result = self.action(text)
+        return result if isinstance(result, StepResult) or result is None else StepResult(result, True)
+
+
+def guard(on_error="mask", timeout_seconds=0.3):
+    return Guard(EnvConfig(name="play", timeout_seconds=timeout_seconds, on_error=on_error))
+
+
+def invalid(action, timeout_seconds=5.0):
+    outcome = guard(timeout_seconds=timeout_seconds).call(Play(action).step, "x", prompt=PROMPT)
+    assert outcome.value is None and "\n" not in outcome.invalid
+    return outcome.invalid
+
+
+def loop(text):
+    while True:
+        pass
+
+
+def test_good_result_passes_and_becomes_floats():
+    import numpy as np
+
+    result = StepResult(np.float32(0.5), np.bool_(True), metrics={"correct:mean": True})
+    value = guard().call(Play(lambda text: result).step, "x", prompt=PROMPT).value
+    assert (value.reward, value.done, value.metrics) == (0.5, True, {"correct:mean": 1.0})
+    assert type(value.reward) is float and type(value.done) is bool and type(value.metrics["correct:mean"]) is float
+
+
+def test_stop_raises_one_line_that_names_everything():
+    def bad(text):
+        return 1 / 0
+
+    with pytest.raises(UserError) as caught:
+        env = Play(bad)
+        env.reward_name = "mine"
+        guard("stop").call(env.step, "x", prompt=PROMPT)
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in ("environment play.step", "(reward mine)", "play/train/7", "rows.jsonl:8", "ZeroDivisionError"):
+        assert part in line
+    here = bad.__code__
+    assert f"{here.co_filename}:{here.co_firstlineno + 1}" in line and "env.on_error=mask" in line
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_place_is_the_users_line_not_the_librarys():
+    import json
+
+    def bad(text):
+        return json.loads("{")
+
+    assert f"test_guard.py:{bad.__code__.co_firstlineno + 1}" in invalid(bad)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), "1", [1.0], 10**400, 1j])
+def test_reward_that_is_no_finite_number_is_no_score(reward):
+    assert "as reward, wanted a" in invalid(lambda text: StepResult(reward, True))
+
+
+def test_other_bad_results():
+    assert "wanted a StepResult" in invalid(lambda text: None)
+    assert "as done" in invalid(lambda text: StepResult(0.0, "no"))
+    assert "as observation" in invalid(lambda text: StepResult(0.0, False))
+    assert "as observation" in invalid(lambda text: StepResult(0.0, False, [{"role": "user", "content": 3}]))
+    assert "role 'uesr'" in invalid(lambda text: StepResult(0.0, False, [{"role": "uesr", "content": "3"}]))
+    assert "must end in one of" in invalid(lambda text: StepResult(0.0, True, metrics={"correct": 1.0}))
+    assert "metric 'a:sum'" in invalid(lambda text: StepResult(0.0, True, metrics={"a:sum": float("nan")}))
+    assert "raised SystemExit" in invalid(lambda text: sys.exit(0))
+    assert "raised RecursionError" in invalid(lambda text: (lambda f: f(f))(lambda f: f(f)))
+    assert "raised ValueError: two lines" in invalid(lambda text: int([].append(1) or "", 10) if 0 else _raise())
+
+
+def _raise():
+    raise ValueError("two\nlines")
+
+
+def test_reset_must_give_messages():
+    class Silent(Environment):
+        def reset(self, prompt):
+            return []
+
+    outcome = guard().call(Silent().reset, PROMPT, prompt=PROMPT)
+    assert "Silent.reset" in outcome.invalid and "at least one message" in outcome.invalid
+    assert guard().call(Environment().reset, PROMPT, prompt=PROMPT).value == PROMPT.messages
+    assert guard().call(Environment().close, prompt=PROMPT).invalid == ""
+
+
+def catastrophic_regex(text):
+    import re
+
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
+@pytest.mark.parametrize(
+    "hang", [loop, lambda text: time.sleep(60), catastrophic_regex, lambda text: threading.Event().wait()]
+)
+def test_hang_is_interrupted(hang):
+    start = time.monotonic()
+    assert "took longer than env.timeout_seconds=0.3 at " in invalid(hang, timeout_seconds=0.3)
+    assert 0.25 < time.monotonic() - start < 3.0
+
+
+def test_interrupt_is_not_swallowed_by_except_exception_and_late_returns_fail():
+    def stubborn(text):
+        try:
+            time.sleep(60)
+        except Exception:
+            return 1.0
+
+    def deaf(text):
+        try:
+            time.sleep(60)
+        except BaseException:
+            return 1.0
+
+    assert "took longer" in invalid(stubborn, 0.3)
+    assert "took longer" in invalid(deaf, 0.3)
+
+
+def test_late_result_off_the_main_thread_fails():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(invalid(lambda text: time.sleep(0.3), 0.1)))
+    thread.start()
+    thread.join()
+    assert "took longer than env.timeout_seconds=0.1, 0.3 s" in found[0]
+
+
+def test_handler_and_running_timer_are_restored():
+    fired = []
+    before = signal.signal(signal.SIGALRM, lambda *_: fired.append(time.monotonic()))
+    mine = signal.getsignal(signal.SIGALRM)
+    old = signal.setitimer(signal.ITIMER_REAL, 0.5)
+    start = time.monotonic()
+    try:
+        invalid(loop, 0.2)
+        guard().call(Play(lambda text: 1.0).step, "x", prompt=PROMPT)
+        assert signal.getsignal(signal.SIGALRM) is mine and not fired
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.35
+        while not fired and time.monotonic() < start + 5:
+            time.sleep(0.01)
+        assert 0.45 < fired[0] - start < 1.5
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *old)
+    assert invalid(loop, 0.2)  # and again, after everything
+
+
+def test_no_alarm_is_left_behind():
+    signal_before, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        invalid(loop, 0.1)
+        assert signal.getsignal(signal.SIGALRM) is signal_before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def test_keyboard_interrupt_passes():
+    def press(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guard().call(Play(press).step, "x", prompt=PROMPT)
+
+
+def test_interrupts_at_every_moment_lose_nothing():
+    """Calls that last just about as long as the deadline: a result or a time-out, never a stray interrupt."""
+    tight = guard(timeout_seconds=0.002)
+    outcomes = {True: 0, False: 0}
+
+    def busy(seconds):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+        return 1.0
+
+    for i in range(300):
+        env = Play(lambda text, i=i: busy(0.0017 + i % 30 * 2e-5))
+        outcomes[bool(tight.call(env.step, "x", prompt=PROMPT).invalid)] += 1
+    time.sleep(0.01)
+    assert outcomes[True] > 0 and sum(outcomes.values()) == 300
+
+
+def test_overhead_is_microseconds():
+    env, cheap = Play(lambda text: 1.0), guard(timeout_seconds=20.0)
+    best = 1.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(500):
+            cheap.call(env.step, "x", prompt=PROMPT)
+        best = min(best, (time.perf_counter() - start) / 500)
+    assert best < 200e-6  # about 9e-6 on a quiet machine; the bound only catches a thread or a process per call
+
+
+def test_bad_settings_are_refused():
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="env.timeout_seconds"):
+            Guard(EnvConfig(timeout_seconds=value))
+    with pytest.raises(UserError, match="env.on_error='ignore'"):
+        Guard(EnvConfig(on_error="ignore"))
+
+
+def start(body, **constants):
+    """A Python process that plays one step of an environment with this body of step(); quick nets."""
+    script = """
+        import collections, itertools, os, signal, sys, threading, time
+        import skyrl.envs.guard as g
+        from skyrl.api import *
+        from skyrl.config.schema import EnvConfig
+        {constants}
+        class Stuck(Environment):
+            name = "stuck"
+            def step(self, text):
+                {body}
+        def play():
+            prompt = Prompt("stuck/train/3", "stuck", [{{"role": "user", "content": "?"}}], {{"source": "rows.jsonl:4"}})
+            guard = g.Guard(EnvConfig(timeout_seconds=0.3, on_error="mask"))
+            with guard:
+                print(guard.call(Stuck().step, "x", prompt=prompt))
+        {call}
+    """
+    call = constants.pop("call", "play()")
+    lines = "; ".join(f"g.{key} = {value}" for key, value in constants.items()) or "pass"
+    code = textwrap.dedent(script).format(body=body, constants=lines, call=call)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_watchdog_ends_the_process_with_one_line():
+    """Signals blocked for the thread, as C code does it: the interrupt cannot arrive. The real 5 s of grace."""
+    begin = time.monotonic()
+    process = start("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); time.sleep(60)")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 70 and out == ""
+    assert 5.0 < time.monotonic() - begin < 25
+    assert err.count("\n") == 1 and "environment stuck.step, prompt stuck/train/3 (rows.jsonl:4): hangs" in err
+
+
+def test_watchdog_off_the_main_thread():
+    call = "t = threading.Thread(target=play); t.start(); t.join()"
+    process = start("time.sleep(60)", GRACE_SECONDS=0.5, call=call)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 70 and err.count("\n") == 1 and "stuck/train/3" in err
+
+
+def test_watchdog_works_in_a_forked_child():
+    call = (
+        "g.Guard(EnvConfig()).call(len, '', prompt=None); pid = os.fork(); "
+        "play() if pid == 0 else sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    )
+    body = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); time.sleep(60)"
+    process = start(body, GRACE_SECONDS=0.5, call=call)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 70 and "stuck/train/3" in err
+
+
+def test_code_that_never_lets_go_of_the_interpreter_ends_the_process():
+    process = start("collections.deque(itertools.repeat(None), maxlen=0)", LAST_RESORT_SECONDS=1.0)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "in step" in err and "Timeout" in err
+
+
+def test_last_resort_is_off_between_batches():
+    """A process that is busy with other things after its batch must not be ended."""
+    call = "play(); collections.deque(itertools.repeat(None, 4 * 10**8), maxlen=0); time.sleep(1); print('alive')"
+    process = start("return StepResult(1.0, True)", LAST_RESORT_SECONDS=0.4, call=call)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.endswith("alive\n"), err
