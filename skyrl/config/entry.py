@@ -160,5 +160,12 @@ class _Entry:
 
     def _run_one(self, composed: DictConfig) -> None:
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
+        if cfg.dry_run:
+            from skyrl.config.plan import dry_run
+
+            text = dry_run(cfg, cfg.run.world_size or world_size())
+            if rank() == 0:
+                print(text, flush=True)
+            return
         # By name: this folder lies below the trainer, and a command line that is wrong should not wait for torch.
         getattr(importlib.import_module("skyrl.trainer"), self.mode)(cfg)

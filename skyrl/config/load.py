@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from skyrl.config.options import all_options, groups, short_names, suggest
+from skyrl.config.rules import check_typed, ignored_on_resume
 from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
 
@@ -80,6 +82,7 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+    check_typed(cfg, typed_options(overrides))
     name = cfg.run.name or default_name(cfg, overrides, mode=mode)
     if "/" in name or name.startswith("."):
         raise UserError(f"run.name={name}: a name has no / and no leading dot; give a folder with run.dir")
@@ -93,18 +96,22 @@ def resolve_run_dir(cfg: RunConfig) -> Path:
     return Path(cfg.run.dir) if cfg.run.dir else Path("runs") / cfg.run.name
 
 
+def typed_options(overrides: Sequence[str]) -> dict[str, str]:
+    """Option or group -> value as typed, for each override; the last one counts, as it does in Hydra."""
+    typed: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        typed[re.sub(r"@.*", "", key)] = value
+    return typed
+
+
 def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train") -> str:
     """ "<experiment>[-sft]-seed<seed>[-<other overrides>]": the same command finds the same folder again.
 
     The order of the overrides does not matter; of two for one option the last counts, as it does in Hydra. A suffix
     above 40 characters, or with characters that are unsafe in a file name, becomes 6 hex digits of a hash.
     """
-    kept: dict[str, str] = {}
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        key = re.sub(r"@.*", "", key)
-        if key.split(".")[0] not in UNNAMED:
-            kept[key] = value
+    kept = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
     name = f"{cfg.experiment}{'' if mode == 'train' else '-' + mode}-seed{cfg.seed}"
     if not kept:
         return name
@@ -205,6 +212,44 @@ def read_config(path: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a config; expected a YAML mapping")
     return from_dict({str(key): value for key, value in values.items()})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _that_count(cfg: RunConfig | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    flat = _flat(to_dict(cfg) if isinstance(cfg, RunConfig) else cfg)
+    return flat, str(flat.get("optim.schedule"))
+
+
+def config_diff(before: RunConfig | dict[str, Any], now: RunConfig | dict[str, Any]) -> list[str]:
+    """ "option: before -> now" for every option that changes what a resumed run computes, sorted; [] = may go on.
+
+    Left out are places, speed and layout (rules.ignored_on_resume). Takes resolved configs, or their dicts.
+    """
+    (old, old_schedule), (new, new_schedule) = _that_count(before), _that_count(now)
+    lines = []
+    for path in sorted(old.keys() | new.keys()):
+        if path in old and path in new and old[path] == new[path]:
+            continue
+        if ignored_on_resume(path, old_schedule) and ignored_on_resume(path, new_schedule):
+            continue
+        lines.append(f"{path}: {old.get(path, '(absent)')} -> {new.get(path, '(absent)')}")
+    return lines
+
+
+def config_digest(cfg: RunConfig | dict[str, Any]) -> str:
+    """16 hex digits, equal for two configs between which config_diff finds nothing."""
+    flat, schedule = _that_count(cfg)
+    kept = {path: value for path, value in flat.items() if not ignored_on_resume(path, schedule)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tell(text: str) -> None:

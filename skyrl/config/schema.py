@@ -162,7 +162,7 @@ class LossConfig:
     """From log-probabilities and advantages to the loss of each token."""
 
     name: str = "ppo"
-    """importance_sampling, reinforce, ppo, cispo or gspo."""
+    """importance_sampling, reinforce, ppo, cispo, gspo or dro."""
     clip_low: float = 0.2
     """Ratio may fall to 1 - clip_low; ppo, cispo and gspo."""
     clip_high: float = 0.2

@@ -1,0 +1,108 @@
+"""`skyrl-tx`: train, sft, export, runs. Imports each command's code only when it is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from skyrl.types import UserError
+
+USAGE = """\
+skyrl-tx <command> [arguments]
+
+  train [option=value ...]        RL; the same as python -m skyrl.train. --dry-run checks the plan and stops
+  sft [option=value ...]          supervised training; the same as python -m skyrl.sft
+  export <checkpoint> <folder>    weights of a checkpoint in Hugging Face format
+  runs [folder]                   a table of the runs in a folder (default: runs)
+
+skyrl-tx train --help lists all options. Several processes: torchrun --nproc_per_node=N -m skyrl.train ..."""
+
+
+def main() -> None:
+    """Runs the command line; 0, or 2 with one line for what a person can fix."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    try:
+        if args[0] not in COMMANDS:
+            raise UserError(f"{args[0]}: no such command; choose one of: {', '.join(COMMANDS)}")
+        COMMANDS[args[0]](args[1:])
+    except UserError as error:
+        print(f"skyrl: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _train(args: list[str]) -> None:
+    from skyrl.config.entry import run_entry
+
+    sys.argv[1:] = args
+    run_entry("train")
+
+
+def _sft(args: list[str]) -> None:
+    from skyrl.config.entry import run_entry
+
+    sys.argv[1:] = args
+    run_entry("sft")
+
+
+def _export(args: list[str]) -> None:
+    if len(args) != 2 or args[0].startswith("-"):
+        raise UserError(f"export {' '.join(args)}: needs a checkpoint and a folder to write to")
+    if not Path(args[0]).is_dir():
+        raise UserError(f"export {args[0]}: no such checkpoint; runs/<name>/checkpoints has those of a run")
+    from skyrl.checkpoint import export_checkpoint
+
+    export_checkpoint(Path(args[0]), Path(args[1]))
+    print(f"wrote {args[1]}")
+
+
+def _runs(args: list[str]) -> None:
+    if len(args) > 1 or args[:1] in (["-h"], ["--help"]):
+        raise UserError(f"runs {' '.join(args)}: takes at most one folder")
+    folder = Path(args[0]) if args else Path("runs")
+    if not folder.is_dir():
+        raise UserError(f"runs: no folder {folder} here; give one, or start a run first")
+    print(runs_table(folder))
+
+
+def last_values(metrics: Path) -> tuple[int | None, float | None]:
+    """(last step, last held-out accuracy) in a metrics.jsonl; None where it has none. A cut last line is skipped."""
+    step: int | None = None
+    accuracy: float | None = None
+    with metrics.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a live or killed run may have half a line at the end
+            if not isinstance(row, dict):
+                continue
+            step = row.get("step", step)
+            accuracy = row.get("eval/accuracy:mean", accuracy)
+    return step, accuracy
+
+
+def runs_table(folder: Path) -> str:
+    """Name, last step, held-out accuracy and whether the final model is there, one run a line, newest last."""
+    found = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=lambda run: run.stat().st_mtime)
+    if not found:
+        return f"no runs in {folder}"
+    width = max(len("run"), *(len(run.name) for run in found))
+    lines = [f"{'run':<{width}}  {'step':>6}  {'accuracy':>8}  export"]
+    for run in found:
+        step, accuracy = last_values(run / "metrics.jsonl")
+        shown = "-" if accuracy is None else f"{accuracy:.3f}"
+        export = "yes" if (run / "export" / "config.json").is_file() else "-"
+        lines.append(f"{run.name:<{width}}  {'-' if step is None else step:>6}  {shown:>8}  {export}")
+    return "\n".join(lines)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "sft": _sft, "export": _export, "runs": _runs}
+
+
+if __name__ == "__main__":
+    main()

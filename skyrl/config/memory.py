@@ -1,0 +1,229 @@
+"""How much memory one rank needs, by a written formula, before anything is built. Needs torch, except for tiny.
+
+All sizes in bytes. Not counted: the interpreter and CUDA context (about 0.5 to 1 GiB), the allocator's fragmentation,
+and the rows themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from skyrl.config.schema import RunConfig, TinyModelConfig
+from skyrl.types import UserError
+
+GIB = 2**30
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+# Of models/tiny.py, which needs torch; tests hold them equal.
+TINY_VOCAB = 100
+TINY_POSITIONS = 4096
+LOGITS_CHUNK_BYTES = 64 << 20
+CPU_CACHE_LIMIT = GIB
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the plan has to know about a model. `num_parameters` counts tied weights once."""
+
+    name: str
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    max_positions: int
+
+    def cache_bytes_per_token(self, dtype: str) -> int:
+        """Keys and values of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * BYTES[dtype]
+
+
+def model_facts(cfg: RunConfig) -> ModelFacts:
+    """Facts about model.path: by formula for tiny, else from its config and a model built on the meta device.
+
+    Raises UserError when there is no such model. Reads no weights; a hub name needs the hub, or its cache.
+    """
+    return tiny_facts(cfg.model.tiny) if cfg.model.path == "tiny" else _facts_of(cfg)
+
+
+def tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
+    """The Qwen3 that model.path=tiny builds: tied embeddings, no biases, norms on queries and keys."""
+    hidden, head = tiny.hidden_size, tiny.hidden_size // tiny.num_heads
+    vocab = tiny.vocab_size or TINY_VOCAB
+    attention = 2 * hidden * head * (tiny.num_heads + tiny.num_kv_heads)
+    layer = attention + 3 * hidden * tiny.ffn_size + 2 * hidden + 2 * head
+    return ModelFacts(
+        name="tiny",
+        num_parameters=vocab * hidden + tiny.num_layers * layer + hidden,
+        num_layers=tiny.num_layers,
+        hidden_size=hidden,
+        ffn_size=tiny.ffn_size,
+        num_heads=tiny.num_heads,
+        num_kv_heads=tiny.num_kv_heads,
+        head_size=head,
+        vocab_size=vocab,
+        max_positions=TINY_POSITIONS,
+    )
+
+
+def _facts_of(cfg: RunConfig) -> ModelFacts:
+    path, folder = cfg.model.path, Path(cfg.model.path).expanduser()
+    if not path:
+        raise UserError("model.path: empty; give tiny, a folder in Hugging Face format or a hub name")
+    if path.startswith((".", "/", "~")) and not folder.is_dir():
+        raise UserError(f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"model.path={path}: has no config.json; give a folder in Hugging Face format")
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise UserError(
+            f"model.path={path}: its size needs torch and transformers ({error}); install skyrl whole"
+        ) from error
+    source = str(folder) if folder.is_dir() else path
+    trust = cfg.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(source, revision=cfg.model.revision or None, trust_remote_code=trust)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.path={path}: no model can be read there ({reason}); give tiny, a folder in Hugging Face format, or "
+            "a hub name that this machine can reach or has in its cache"
+        ) from error
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    # A mixture of experts runs some of its experts on each token.
+    ffn = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    return ModelFacts(
+        name=text.model_type,
+        num_parameters=sum(p.numel() for p in module.parameters()),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_size=ffn * active,
+        num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab_size=text.vocab_size,
+        max_positions=text.max_position_embeddings,
+    )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank by what they are for. The sampler's cache is what a whole rollout would use, capped as the
+    sampler caps it; `least_cache` is one longest row, without which nothing can be sampled."""
+
+    weights: int
+    masters: int
+    gradients: int
+    optimizer: int
+    reference: int
+    critic: int
+    activations: int
+    logits: int
+    gathered: int
+    cache: int
+    least_cache: int
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time, the cache aside."""
+        return self.weights + self.masters + self.gradients + self.optimizer + self.reference + self.critic
+
+    @property
+    def peak(self) -> int:
+        """The larger of a training and a sampling phase; the cache stays through both."""
+        return self.resident + self.cache + max(self.activations + self.logits, self.gathered)
+
+    @property
+    def least(self) -> int:
+        """The peak with the smallest cache that works."""
+        return self.peak - self.cache + self.least_cache
+
+
+def estimate(
+    cfg: RunConfig, facts: ModelFacts, *, world_size: int, dtype: str, strategy: str, device: str, row_tokens: int
+) -> MemoryEstimate:
+    """Memory of one rank.
+
+    Weights are in `dtype`, masters, gradient sums and Adam's two moments in float32 (float64 for float64); fsdp
+    divides all of them by the ranks and keeps no second copy of the weights but while sampling. A decoder layer keeps,
+    per token, about 8 hidden states, queries, keys, values and their product, and 4 FFN states; with activation
+    checkpointing one hidden state, and one layer whole at a time. The critic is a second policy without logits.
+    """
+    compute, master = BYTES[dtype], max(4, BYTES[dtype])
+    parts = world_size if strategy == "fsdp" else 1
+    share = math.ceil(facts.num_parameters / parts)
+    sharded = strategy == "fsdp"
+    weights = share * (master if sharded else compute)
+    masters = 0 if sharded or compute == master else share * master
+    gradients, optimizer = share * master, 2 * share * master
+    algorithm = cfg.algorithm
+    critic = weights + masters + gradients + optimizer if algorithm.advantage.name == "gae" else 0
+    layer = 8 * facts.hidden_size + 2 * facts.head_size * (facts.num_heads + facts.num_kv_heads) + 4 * facts.ffn_size
+    tokens = max(cfg.batch.max_tokens_per_microbatch, min(row_tokens, facts.max_positions))
+    if cfg.model.activation_checkpointing:
+        kept = facts.num_layers * facts.hidden_size + layer
+    else:
+        kept = facts.num_layers * layer
+    chunk = min(cfg.model.logits_chunk_tokens, tokens) * facts.vocab_size * 4 or LOGITS_CHUNK_BYTES
+    per_token = facts.cache_bytes_per_token(dtype)
+    running = math.ceil(cfg.batch.prompts_per_step / world_size) * cfg.batch.samples_per_prompt
+    running = min(running, cfg.sampler.max_running or (256 if device == "cuda" else 128))
+    cache = running * row_tokens * per_token
+    if cfg.sampler.kv_cache_gib:
+        cache = int(cfg.sampler.kv_cache_gib * GIB)
+    elif device == "cpu":
+        cache = min(cache, CPU_CACHE_LIMIT)
+    return MemoryEstimate(
+        weights=weights,
+        masters=masters,
+        gradients=gradients,
+        optimizer=optimizer,
+        reference=weights if algorithm.kl.coef > 0 else 0,
+        critic=critic,
+        activations=tokens * kept * compute,
+        logits=2 * chunk,  # the chunk and its gradient
+        gathered=facts.num_parameters * compute if sharded else 0,
+        cache=cache,
+        least_cache=min(cache, row_tokens * per_token),
+    )
+
+
+def available(device: str) -> tuple[int, str] | None:
+    """(bytes that one rank may use, of what), or None when this machine has no such device."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        properties = torch.cuda.get_device_properties(index)
+        return properties.total_memory, properties.name
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // ranks, f"the machine's memory, shared by {ranks} rank(s)"
+
+
+def check_fits(cfg: RunConfig, facts: ModelFacts, need: MemoryEstimate, device: str) -> None:
+    """Raises UserError when not even the smallest cache makes this rank fit. No check for a device that is not here."""
+    room = available(device)
+    if room is None or need.least <= room[0]:
+        return
+    remedies = "fewer batch.max_tokens_per_microbatch, model.activation_checkpointing=true, strategy.name=fsdp over "
+    raise UserError(
+        f"model.path={cfg.model.path}: {facts.num_parameters / 1e9:.2f}G parameters need about {need.least / GIB:.1f} "
+        f"GiB on each rank, there are {room[0] / GIB:.1f} GiB ({room[1]}); try {remedies}more ranks, or a smaller model"
+    )

@@ -1,0 +1,275 @@
+"""The Plan: every number that follows from several options, computed once and frozen, after every rule was checked.
+
+Prompts are dealt round robin: rank r plays prompts r, r + world_size, ... of a step. The engine only sums, so a number
+of ranks that does not divide prompts_per_step costs idle time on some ranks and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from skyrl.config import rules
+from skyrl.config.memory import GIB, MemoryEstimate, ModelFacts, available, check_fits, estimate, model_facts
+from skyrl.config.schema import OptimConfig, RunConfig
+from skyrl.types import AdamParams, SamplingParams, UserError
+
+__all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "model_facts"]
+
+Due = Literal["eval", "save", "rollouts", "replicas"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, in numbers. The same on every rank, whatever the rank.
+
+    `max_row_tokens` is 0 when neither the options nor model facts say it: then the model does.
+    """
+
+    cfg: RunConfig
+    world_size: int
+    device: str
+    dtype: str
+    strategy: str
+    max_row_tokens: int
+    num_steps: int
+    prompts_per_update: int
+    updates_per_step: int
+    needs_reference: bool
+    needs_critic: bool
+    sampling: SamplingParams
+    eval_sampling: SamplingParams
+    facts: ModelFacts | None = None
+    memory: MemoryEstimate | None = None
+
+    def prompts_on_rank(self, rank: int) -> int:
+        """How many of a step's prompts rank `rank` plays."""
+        return len(range(rank, self.cfg.batch.prompts_per_step, self.world_size))
+
+    @property
+    def prompts_per_rank(self) -> int:
+        """The most prompts of one step that any rank plays."""
+        return self.prompts_on_rank(0)
+
+    def lr_at(self, step: int) -> float:
+        """The policy's learning rate in step `step`, counted from 0."""
+        return learning_rate(self.cfg.optim, self.cfg.optim.lr, step, self.num_steps, self.cfg.optim.warmup_steps)
+
+    def adam_at(self, step: int) -> AdamParams:
+        """The policy's optimizer step in step `step`, counted from 0."""
+        return self._adam(self.lr_at(step))
+
+    def critic_adam_at(self, step: int) -> AdamParams:
+        """The critic's: the same schedule from algorithm.critic.lr."""
+        optim = self.cfg.optim
+        return self._adam(learning_rate(optim, self.cfg.algorithm.critic.lr, step, self.num_steps, optim.warmup_steps))
+
+    def warmup_adam_at(self, step: int) -> AdamParams:
+        """Supervised warm-up, step counted from 0: optim's schedule from warmup.lr over warmup.num_steps, whose first
+        tenth rises."""
+        steps = self.cfg.warmup.num_steps
+        return self._adam(learning_rate(self.cfg.optim, self.cfg.warmup.lr, step, steps, math.ceil(steps / 10)))
+
+    def _adam(self, lr: float) -> AdamParams:
+        optim = self.cfg.optim
+        return AdamParams(
+            lr=lr,
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            grad_clip_norm=optim.grad_clip_norm,
+        )
+
+    def policy_learns(self, step: int) -> bool:
+        """False in the first steps, counted from 0, in which only the critic does."""
+        return not self.needs_critic or step >= self.cfg.algorithm.critic.warmup_steps
+
+    def due(self, kind: Due, step: int) -> bool:
+        """Whether `kind` happens after `step` finished steps. Evaluation and saving also after the last one."""
+        cfg = self.cfg
+        every = {
+            "eval": cfg.eval.every_steps,
+            "save": cfg.checkpoint.every_steps,
+            "rollouts": cfg.tracking.rollouts_every,
+            "replicas": cfg.debug.check_replicas_every,
+        }[kind]
+        if kind in ("eval", "save") and step == self.num_steps:
+            return True
+        return every > 0 and step > 0 and step % every == 0
+
+
+def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
+    """Learning rate in step `step` of `num_steps`, counted from 0.
+
+    Rises linearly so that step warmup_steps - 1 is the first at the peak (step 0 is already above 0), then follows
+    optim.schedule; the last step is exactly at peak * final_lr_ratio for linear and cosine.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if optim.schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
+    left = 1.0 - done if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (optim.final_lr_ratio + (1.0 - optim.final_lr_ratio) * left)
+
+
+def make_plan(
+    cfg: RunConfig, world_size: int, *, model_facts: ModelFacts | None = None, device: str | None = None
+) -> Plan:
+    """The plan of `cfg` on `world_size` ranks. `device`: cpu or cuda; None = strategy.device, or what is here.
+
+    With model facts also the row limit and the memory estimate; then a model that does not fit in this machine is
+    refused, unless run.world_size says that another machine is meant. Raises UserError for every broken rule.
+    """
+    rules.check(cfg)
+    rules.check_world(cfg, world_size)
+    device = device or _device(cfg)
+    dtype = cfg.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    strategy = cfg.strategy.name
+    if strategy == "auto":
+        strategy = "single" if world_size == 1 else "ddp"
+    row_tokens, memory = cfg.batch.max_row_tokens, None
+    if model_facts is not None:
+        if row_tokens > model_facts.max_positions:
+            raise UserError(
+                f"batch.max_row_tokens={row_tokens}: the model has {model_facts.max_positions} positions; give at most "
+                "that, or 0"
+            )
+        row_tokens = row_tokens or model_facts.max_positions
+        if cfg.sampler.max_new_tokens >= row_tokens:
+            raise UserError(
+                f"sampler.max_new_tokens={cfg.sampler.max_new_tokens}: leaves no room for a prompt in rows of "
+                f"{row_tokens} tokens; lower it"
+            )
+        memory = estimate(
+            cfg,
+            model_facts,
+            world_size=world_size,
+            dtype=dtype,
+            strategy=strategy,
+            device=device,
+            row_tokens=_typical_row(cfg, row_tokens),
+        )
+        if not cfg.run.world_size:
+            check_fits(cfg, model_facts, memory, device)
+    batch, algorithm = cfg.batch, cfg.algorithm
+    return Plan(
+        cfg=cfg,
+        world_size=world_size,
+        device=device,
+        dtype=dtype,
+        strategy=strategy,
+        max_row_tokens=row_tokens,
+        num_steps=batch.num_steps,
+        prompts_per_update=batch.prompts_per_step // batch.optim_steps_per_batch,
+        updates_per_step=batch.optim_steps_per_batch * batch.epochs_per_batch,
+        needs_reference=algorithm.kl.coef > 0,
+        needs_critic=algorithm.advantage.name == "gae",
+        sampling=_sampling(cfg, cfg.sampler.temperature),
+        eval_sampling=_sampling(cfg, cfg.eval.temperature),
+        facts=model_facts,
+        memory=memory,
+    )
+
+
+def dry_run(cfg: RunConfig, world_size: int) -> str:
+    """Checks everything that can be checked without building, and returns the plan as text. Raises UserError."""
+    make_plan(cfg, world_size)  # the rules first: a model may take a while to look at
+    return describe(cfg, make_plan(cfg, world_size, model_facts=model_facts(cfg)))
+
+
+def _device(cfg: RunConfig) -> str:
+    if cfg.strategy.device != "auto":
+        return cfg.strategy.device
+    try:
+        import torch
+    except ImportError:  # a login node
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _typical_row(cfg: RunConfig, limit: int) -> int:
+    """Tokens of one row for the cache's estimate: all turns, and prompts as long as they may be, or as long again as
+    the answers where there is no limit."""
+    answers = cfg.sampler.max_new_tokens * cfg.env.max_turns
+    return min(limit, answers + (cfg.data.max_prompt_tokens or max(answers, 128)))
+
+
+def _sampling(cfg: RunConfig, temperature: float) -> SamplingParams:
+    sampler = cfg.sampler
+    return SamplingParams(
+        max_tokens=sampler.max_new_tokens,
+        temperature=temperature,
+        top_k=sampler.top_k,
+        top_p=sampler.top_p,
+        min_p=sampler.min_p,
+        stop=tuple(sampler.stop),
+        stop_token_ids=tuple(sampler.stop_token_ids),
+    )
+
+
+def describe(cfg: RunConfig, plan: Plan) -> str:
+    """The plan as a table for a person, without a line break at the end."""
+    batch, algorithm = cfg.batch, cfg.algorithm
+    uneven = batch.prompts_per_step % plan.world_size
+    least = plan.prompts_on_rank(plan.world_size - 1)
+    episodes = batch.prompts_per_step * batch.samples_per_prompt
+    lines = [
+        ("run", f"{cfg.run.name} in {cfg.run.dir}"),
+        ("ranks", f"{plan.world_size} x {plan.device}, {plan.strategy}, {plan.dtype}"),
+        (
+            "step",
+            f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples = {episodes} episodes; "
+            + (f"{least} or {plan.prompts_per_rank}" if uneven else f"{plan.prompts_per_rank}")
+            + " prompts on a rank",
+        ),
+        ("updates", f"{plan.updates_per_step} a step, {plan.prompts_per_update} prompts each; {plan.num_steps} steps"),
+        (
+            "algorithm",
+            f"{algorithm.advantage.name}, {algorithm.loss.name}, {algorithm.loss.reduction}"
+            + (f", KL {algorithm.kl.coef:g} in the {algorithm.kl.placement}" if plan.needs_reference else "")
+            + (", critic" if plan.needs_critic else ""),
+        ),
+        ("lr", f"{plan.lr_at(0):.3g} first, {cfg.optim.lr:.3g} peak, {plan.lr_at(plan.num_steps - 1):.3g} last"),
+        (
+            "warm-up",
+            f"{cfg.warmup.num_steps} steps x {cfg.warmup.rows_per_step} rows" if cfg.warmup.num_steps else "none",
+        ),
+        (
+            "rows",
+            f"at most {plan.max_row_tokens or 'as many as the model has'} tokens, {cfg.sampler.max_new_tokens} a turn",
+        ),
+    ]
+    if plan.facts is not None and plan.memory is not None:
+        lines += _describe_memory(plan, plan.facts, plan.memory)
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def _describe_memory(plan: Plan, facts: ModelFacts, memory: MemoryEstimate) -> list[tuple[str, str]]:
+    lines = [
+        (
+            "model",
+            f"{facts.name}, {facts.num_parameters / 1e6:,.1f}M parameters, {facts.num_layers} layers, hidden "
+            f"{facts.hidden_size}, vocabulary {facts.vocab_size}",
+        ),
+        ("memory", "estimate for one rank, GiB"),
+    ]
+    names = "weights masters gradients optimizer reference critic activations logits gathered cache".split()
+    for name in names:
+        size = getattr(memory, name)
+        if size:
+            lines.append(("", f"{name:<14}{size / GIB:>9.3f}"))
+    lines.append(("", f"{'peak':<14}{memory.peak / GIB:>9.3f}"))
+    if plan.cfg.run.world_size:
+        lines.append(("", "not compared with this machine: the plan is for another one (run.world_size)"))
+        return lines
+    room = available(plan.device)
+    if room is None:
+        lines.append(("", f"no {plan.device} device here to compare with"))
+    else:
+        lines.append(("", f"{'available':<14}{room[0] / GIB:>9.3f}  {room[1]}"))
+    return lines

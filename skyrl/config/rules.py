@@ -1,0 +1,362 @@
+"""Every rule between options, each with one line for the person. No torch, unless a plugin's name has to be found.
+
+The names and the "applies to" tables repeat what skyrl.algorithms registers, so that a login node without torch can
+check a run; tests/config/test_rules.py holds the two equal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from skyrl.config.options import all_options
+from skyrl.config.schema import RunConfig
+from skyrl.types import UserError
+
+GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo")
+TOKEN_REWARD_ADVANTAGES = ("reinforce++", "gae")
+ADVANTAGES = GROUP_ADVANTAGES + TOKEN_REWARD_ADVANTAGES
+LOSSES = ("importance_sampling", "reinforce", "ppo", "cispo", "gspo", "dro")
+CLIPPED_LOSSES = ("ppo", "cispo", "gspo")
+RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro")
+REDUCTIONS = ("token_mean", "sequence_mean", "constant", "prompt_mean")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16", "float64"),
+    "strategy.name": ("auto", "single", "ddp", "fsdp"),
+    "strategy.device": ("auto", "cpu", "cuda"),
+    "sampler.backend": ("auto", "module", "fused"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "algorithm.advantage.name": ADVANTAGES,
+    "algorithm.loss.name": LOSSES,
+    "algorithm.loss.reduction": REDUCTIONS,
+    "algorithm.loss.correction": CORRECTIONS,
+    "algorithm.kl.estimator": KL_ESTIMATORS,
+    "algorithm.kl.placement": ("loss", "reward"),
+    "algorithm.filters.overlong": ("keep", "mask"),
+    "env.on_error": ("stop", "mask"),
+    "tracking.console": ("auto", "lines", "off"),
+    "tracking.wandb": ("off", "offline", "online"),
+}
+# Where a plugin may add names: option -> (module, registry).
+PLUGIN_CHOICES = {
+    "algorithm.advantage.name": ("skyrl.algorithms.advantages", "ADVANTAGES"),
+    "algorithm.loss.name": ("skyrl.algorithms.losses", "LOSSES"),
+    "algorithm.loss.reduction": ("skyrl.algorithms.weights", "REDUCTIONS"),
+    "algorithm.loss.correction": ("skyrl.algorithms.losses", "CORRECTIONS"),
+    "algorithm.kl.estimator": ("skyrl.algorithms.kl", "KL_ESTIMATORS"),
+}
+AT_LEAST_ONE = (
+    "model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.num_kv_heads model.tiny.ffn_size "
+    "sampler.max_new_tokens sampler.block_tokens batch.num_steps batch.prompts_per_step batch.samples_per_prompt "
+    "batch.optim_steps_per_batch batch.epochs_per_batch batch.max_tokens_per_microbatch "
+    "algorithm.filters.max_refill_rounds env.max_turns eval.num_prompts eval.samples_per_prompt warmup.rows_per_step "
+    "run.collective_timeout_seconds"
+).split()
+ABOVE_ZERO = (
+    "optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr warmup.lr "
+    "env.timeout_seconds"
+).split()
+PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio algorithm.advantage.gamma algorithm.advantage.lam".split()
+BELOW_ONE = ("optim.beta1", "optim.beta2")
+
+
+def option(cfg: RunConfig, path: str) -> Any:
+    """The value at a dotted path."""
+    value: Any = cfg
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _algorithm(cfg: RunConfig) -> tuple[str, str]:
+    return cfg.algorithm.advantage.name, cfg.algorithm.loss.name
+
+
+def _ratio(cfg: RunConfig) -> bool:
+    return cfg.algorithm.loss.name in RATIO_LOSSES or cfg.algorithm.loss.name not in LOSSES
+
+
+def _clipped(cfg: RunConfig) -> bool:
+    return cfg.algorithm.loss.name in CLIPPED_LOSSES or cfg.algorithm.loss.name not in LOSSES
+
+
+def _advantage(cfg: RunConfig, names: tuple[str, ...]) -> bool:
+    return cfg.algorithm.advantage.name in names or cfg.algorithm.advantage.name not in ADVANTAGES
+
+
+def _corrects(cfg: RunConfig) -> bool:
+    return cfg.algorithm.loss.correction != "none"
+
+
+# Path or group -> (where it has an effect, what that is in words). Elsewhere only its default is accepted.
+# A plugin's advantage or loss may read any field of its group.
+APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
+    "algorithm.advantage.gamma": (
+        lambda cfg: _advantage(cfg, TOKEN_REWARD_ADVANTAGES),
+        "with algorithm.advantage.name=reinforce++ or gae",
+    ),
+    "algorithm.advantage.lam": (lambda cfg: _advantage(cfg, ("gae",)), "with algorithm.advantage.name=gae"),
+    "algorithm.advantage.eps": (
+        lambda cfg: _advantage(cfg, ("grpo", "reinforce++", "gae")),
+        "with algorithm.advantage.name=grpo, reinforce++ or gae",
+    ),
+    "algorithm.loss.clip_low": (_clipped, "with algorithm.loss.name=ppo, cispo or gspo"),
+    "algorithm.loss.clip_high": (_clipped, "with algorithm.loss.name=ppo, cispo or gspo"),
+    "algorithm.loss.correction_cap": (_corrects, "with algorithm.loss.correction other than none"),
+    "algorithm.loss.recompute_anchor": (
+        lambda cfg: _ratio(cfg) or _corrects(cfg),
+        "with a loss that has ratios (ppo, cispo, gspo, importance_sampling) or a correction",
+    ),
+    "algorithm.kl.estimator": (
+        lambda cfg: cfg.algorithm.kl.coef > 0 and (cfg.algorithm.kl.placement == "loss" or _kl_is_k1(cfg)),
+        "with algorithm.kl.coef above 0 and algorithm.kl.placement=loss (in the reward it is always k1)",
+    ),
+    "algorithm.kl.placement": (lambda cfg: cfg.algorithm.kl.coef > 0, "with algorithm.kl.coef above 0"),
+    "algorithm.kl.target": (lambda cfg: cfg.algorithm.kl.coef > 0, "with algorithm.kl.coef above 0, where it starts"),
+    "algorithm.kl.horizon": (lambda cfg: cfg.algorithm.kl.target > 0, "with algorithm.kl.target above 0"),
+    "algorithm.filters.refill": (
+        lambda cfg: cfg.algorithm.filters.zero_variance,
+        "with algorithm.filters.zero_variance=true, which makes the gaps",
+    ),
+    "algorithm.filters.max_refill_rounds": (
+        lambda cfg: cfg.algorithm.filters.refill,
+        "with algorithm.filters.refill=true",
+    ),
+    "algorithm.critic": (
+        lambda cfg: cfg.algorithm.advantage.name == "gae",
+        "with algorithm.advantage.name=gae, the only one with a critic",
+    ),
+    "optim.final_lr_ratio": (lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=linear or cosine"),
+    "model.revision": (lambda cfg: cfg.model.path != "tiny", "with a hub name in model.path"),
+    "model.trust_remote_code": (lambda cfg: cfg.model.path != "tiny", "with another model.path than tiny"),
+}
+# The same for what recipes set for one choice among several: refused only when typed on the command line.
+APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
+    "model.tiny": (lambda cfg: cfg.model.path == "tiny", "with model.path=tiny"),
+    "warmup.rows_per_step": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
+    "warmup.lr": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
+    "strategy.reshard_after_forward": (lambda cfg: cfg.strategy.name == "fsdp", "with strategy.name=fsdp"),
+    "tracking.wandb_project": (lambda cfg: cfg.tracking.wandb != "off", "with tracking.wandb=offline or online"),
+}
+
+
+def _kl_is_k1(cfg: RunConfig) -> bool:
+    return cfg.algorithm.kl.estimator == "k1"
+
+
+def check(cfg: RunConfig) -> None:
+    """Raises UserError for the first rule that `cfg` breaks, whatever the number of ranks."""
+    for problems in (_choices, _ranges, _inapplicable, _sampling, _batches, _algorithms, _places):
+        for problem in problems(cfg):
+            raise UserError(problem)
+
+
+def check_typed(cfg: RunConfig, keys: Iterable[str]) -> None:
+    """Raises UserError for an option typed by hand (`keys`) that has no effect in `cfg`."""
+    for key in keys:
+        for path, (applies, words) in APPLIES_TYPED.items():
+            if (key == path or key.startswith(path + ".")) and not applies(cfg):
+                raise UserError(f"{key}={option(cfg, key)}: has an effect only {words}; leave it out")
+
+
+def check_world(cfg: RunConfig, world_size: int) -> None:
+    """Raises UserError for a rule that `cfg` breaks on this many ranks."""
+    if world_size < 1:
+        raise UserError(f"run.world_size={world_size}: must be at least 1")
+    if cfg.strategy.name == "single" and world_size > 1:
+        raise UserError(
+            f"strategy.name=single: for one process, but there are {world_size}; use auto, ddp or fsdp, or start "
+            "without torchrun"
+        )
+    prompts = cfg.batch.prompts_per_step
+    if prompts < world_size:
+        raise UserError(
+            f"batch.prompts_per_step={prompts}: fewer than the {world_size} ranks, so some would have nothing to do; "
+            f"give at least {world_size}, or start fewer processes"
+        )
+
+
+def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
+    """Allowed values, with those that plugins have registered when the given one is not ours."""
+    allowed = CHOICES[path]
+    if cfg.plugins and path in PLUGIN_CHOICES and option(cfg, path) not in allowed:
+        for plugin in cfg.plugins:
+            importlib.import_module(plugin)
+        module, registry = PLUGIN_CHOICES[path]
+        allowed += tuple(n for n in getattr(importlib.import_module(module), registry).names() if n not in allowed)
+    return allowed
+
+
+def _choices(cfg: RunConfig) -> Iterator[str]:
+    for path in CHOICES:
+        value, allowed = option(cfg, path), _names(cfg, path)
+        if value not in allowed:
+            yield f"{path}={value}: choose one of: {', '.join(allowed)}"
+
+
+def _ranges(cfg: RunConfig) -> Iterator[str]:
+    for known in all_options():
+        value = option(cfg, known.path)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{known.path}={value}: must be a finite number (default {known.default!r})"
+        if isinstance(value, (int, float)) and value < 0:
+            yield f"{known.path}={value}: must not be negative (default {known.default!r})"
+    for path in AT_LEAST_ONE:
+        if option(cfg, path) < 1:
+            yield f"{path}={option(cfg, path)}: must be at least 1"
+    for path in ABOVE_ZERO:
+        if not option(cfg, path) > 0:
+            yield f"{path}={option(cfg, path)}: must be above 0"
+    for path in PARTS:
+        if not 0 <= option(cfg, path) <= 1:
+            yield f"{path}={option(cfg, path)}: must lie between 0 and 1"
+    for path in BELOW_ONE:
+        if not 0 <= option(cfg, path) < 1:
+            yield f"{path}={option(cfg, path)}: must be at least 0 and below 1"
+    if cfg.algorithm.loss.clip_low > 1:
+        yield f"algorithm.loss.clip_low={cfg.algorithm.loss.clip_low}: must be at most 1, where the ratio may fall to 0"
+    if not all(cfg.sampler.stop):
+        yield "sampler.stop: an empty string would stop every turn at once; remove it"
+
+
+def _inapplicable(cfg: RunConfig) -> Iterator[str]:
+    for known in all_options():
+        for path, (applies, words) in APPLIES.items():
+            inside = known.path == path or known.path.startswith(path + ".")
+            if inside and option(cfg, known.path) != known.default and not applies(cfg):
+                value = option(cfg, known.path)
+                yield f"{known.path}={value}: has an effect only {words}; leave it at {known.default!r}"
+
+
+def _sampling(cfg: RunConfig) -> Iterator[str]:
+    sampler = cfg.sampler
+    if not sampler.temperature > 0:
+        yield (
+            "sampler.temperature=0: greedy samples have no policy gradient; give a temperature above 0 (for evaluation "
+            "there is eval.temperature)"
+        )
+    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+        if getattr(sampler, name) != off:
+            yield (
+                f"sampler.{name}={getattr(sampler, name)}: refused in training, because the update uses the full "
+                f"softmax and would be wrong for what was cut; leave it at {off}"
+            )
+    if cfg.eval.temperature == 0 and cfg.eval.samples_per_prompt > 1:
+        yield (
+            f"eval.samples_per_prompt={cfg.eval.samples_per_prompt}: greedy episodes of one prompt are all equal; give "
+            "eval.temperature above 0, or 1 sample"
+        )
+    longest = cfg.batch.max_row_tokens
+    if longest and longest <= sampler.max_new_tokens:
+        yield (
+            f"batch.max_row_tokens={longest}: leaves no room for a prompt beside "
+            f"sampler.max_new_tokens={sampler.max_new_tokens}; raise it, or 0 for the model's own limit"
+        )
+    elif longest and cfg.data.max_prompt_tokens + sampler.max_new_tokens > longest:
+        yield (
+            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens}: with "
+            f"sampler.max_new_tokens={sampler.max_new_tokens} above batch.max_row_tokens={longest}; lower one of them"
+        )
+
+
+def _batches(cfg: RunConfig) -> Iterator[str]:
+    batch, optim = cfg.batch, cfg.optim
+    if batch.prompts_per_step % batch.optim_steps_per_batch:
+        divisors = [n for n in range(1, batch.prompts_per_step + 1) if batch.prompts_per_step % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - batch.optim_steps_per_batch))[:3])
+        yield (
+            f"batch.optim_steps_per_batch={batch.optim_steps_per_batch}: does not divide "
+            f"batch.prompts_per_step={batch.prompts_per_step}; near ones that do: {', '.join(map(str, near))}"
+        )
+    if optim.warmup_steps > batch.num_steps:
+        yield f"optim.warmup_steps={optim.warmup_steps}: above batch.num_steps={batch.num_steps}; lower it"
+    if cfg.algorithm.critic.warmup_steps >= batch.num_steps:
+        yield (
+            f"algorithm.critic.warmup_steps={cfg.algorithm.critic.warmup_steps}: the policy would never learn in "
+            f"batch.num_steps={batch.num_steps}; lower it"
+        )
+
+
+def _algorithms(cfg: RunConfig) -> Iterator[str]:
+    (advantage, loss), algorithm, batch = _algorithm(cfg), cfg.algorithm, cfg.batch
+    if batch.samples_per_prompt < 2 and (advantage in GROUP_ADVANTAGES or algorithm.filters.zero_variance):
+        who = f"algorithm.advantage.name={advantage}" if advantage in GROUP_ADVANTAGES else "filters.zero_variance"
+        yield (
+            f"batch.samples_per_prompt={batch.samples_per_prompt}: {who} compares the samples of a prompt; give at "
+            "least 2, or use reinforce++ or gae"
+        )
+    updates = batch.optim_steps_per_batch * batch.epochs_per_batch
+    corrects, anchored = _corrects(cfg), algorithm.loss.recompute_anchor
+    if updates > 1 and not _ratio(cfg) and (not corrects or anchored):
+        yield (
+            f"algorithm.loss.name={loss}: has no ratio, so it is wrong for the {updates} updates of one batch "
+            "(batch.optim_steps_per_batch * batch.epochs_per_batch); use ppo, cispo, gspo or importance_sampling, or 1"
+        )
+    if updates > 1 and _ratio(cfg) and corrects and not anchored:
+        yield (
+            f"algorithm.loss.correction={algorithm.loss.correction}: with {updates} updates of one batch the loss "
+            "would lose its ratio; set algorithm.loss.recompute_anchor=true"
+        )
+    if algorithm.kl.coef > 0 and algorithm.kl.placement == "reward" and not _advantage(cfg, TOKEN_REWARD_ADVANTAGES):
+        yield (
+            f"algorithm.kl.placement=reward: rewards per token need algorithm.advantage.name=reinforce++ or gae, not "
+            f"{advantage}; use algorithm.kl.placement=loss"
+        )
+    if algorithm.kl.coef > 0 and algorithm.kl.placement == "loss" and _kl_is_k1(cfg):
+        yield (
+            "algorithm.kl.estimator=k1: as a term of the loss its expected gradient is 0; use k2 or k3, or "
+            "algorithm.kl.placement=reward"
+        )
+    episodes = batch.prompts_per_step * batch.samples_per_prompt
+    if algorithm.kl.target > 0 and algorithm.kl.horizon < episodes:
+        yield f"algorithm.kl.horizon={algorithm.kl.horizon:g}: below the {episodes} episodes of one step; raise it"
+
+
+def _places(cfg: RunConfig) -> Iterator[str]:
+    if cfg.run.world_size and not cfg.dry_run:
+        yield (
+            f"run.world_size={cfg.run.world_size}: only for a dry run; a real run counts its processes (torchrun "
+            "--nproc_per_node), or add dry_run=true"
+        )
+    tiny = cfg.model.tiny
+    if cfg.model.path == "tiny" and (tiny.hidden_size % tiny.num_heads or tiny.hidden_size // tiny.num_heads % 2):
+        yield (
+            f"model.tiny.hidden_size={tiny.hidden_size}: must give an even number of channels to each of "
+            f"model.tiny.num_heads={tiny.num_heads}"
+        )
+    if cfg.model.path == "tiny" and tiny.num_heads % tiny.num_kv_heads:
+        yield f"model.tiny.num_kv_heads={tiny.num_kv_heads}: must divide model.tiny.num_heads={tiny.num_heads}"
+    if not cfg.model.path:
+        yield "model.path: empty; give tiny, a folder in Hugging Face format or a hub name"
+
+
+def ignored_on_resume(path: str, schedule: str) -> bool:
+    """Options that may differ between a checkpoint and the run that goes on from it.
+
+    They change where or how fast, not what is computed. batch.num_steps may, if no learning rate depends on it
+    (`schedule` is optim.schedule).
+    """
+    if path == "batch.num_steps":
+        return schedule == "constant"
+    return path.startswith(RESUME_GROUPS) or path in RESUME_OPTIONS
+
+
+RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.")
+RESUME_OPTIONS = frozenset(
+    "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
+    "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "
+    "sampler.prefix_cache sampler.cuda_graphs debug.check_replicas_every".split()
+)
+
+
+def unknown_paths() -> list[str]:
+    """Paths in this file's tables that are no options: empty, or the schema has moved on without us."""
+    known = {o.path for o in all_options()}
+    tables: list[Iterable[str]] = [CHOICES, AT_LEAST_ONE, ABOVE_ZERO, PARTS, BELOW_ONE, RESUME_OPTIONS, PLUGIN_CHOICES]
+    paths = {path for table in tables for path in table} | {p for p in (*APPLIES, *APPLIES_TYPED)}
+    return sorted(p for p in paths if p not in known and not any(k.startswith(p + ".") for k in known))

@@ -1,0 +1,145 @@
+"""Every rule between options refuses what it should, in one line, and the tables agree with what is registered."""
+
+import pytest
+
+from skyrl.algorithms import advantages, kl, losses, weights
+from skyrl.config import rules
+from skyrl.config.load import load_config
+from skyrl.config.plan import make_plan
+from skyrl.types import UserError
+
+
+def line_of(*overrides: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as error:
+        make_plan(load_config(overrides), world_size)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_tables_equal_the_registries():
+    assert sorted(rules.ADVANTAGES) == advantages.ADVANTAGES.names()
+    assert sorted(rules.LOSSES) == losses.policy_losses()
+    assert sorted(rules.REDUCTIONS) == weights.REDUCTIONS.names()
+    assert sorted(rules.CORRECTIONS) == losses.CORRECTIONS.names()
+    assert sorted(rules.KL_ESTIMATORS) == kl.KL_ESTIMATORS.names()
+    assert {n for n in rules.LOSSES if losses.LOSSES.get(n).ratio} == set(rules.RATIO_LOSSES)
+    assert {n for n in rules.LOSSES if "clip_low" in losses.config_fields(n)} == set(rules.CLIPPED_LOSSES)
+    assert {"k1"} == kl.NO_GRADIENT_IN_LOSS
+
+
+def test_tables_name_only_options_that_exist():
+    assert rules.unknown_paths() == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ("model.dtype=int8", "model.dtype=int8: choose one of: auto"),
+        ("algorithm.loss.name=sum", "algorithm.loss.name=sum: choose one of: importance_sampling"),
+        ("optim.lr=inf", "optim.lr=inf: must be a finite number"),
+        ("optim.lr=-1", "optim.lr=-1.0: must not be negative"),
+        ("optim.lr=0", "optim.lr=0.0: must be above 0"),
+        ("optim.beta2=1", "optim.beta2=1.0: must be at least 0 and below 1"),
+        ("batch.num_steps=0", "batch.num_steps=0: must be at least 1"),
+        ("sampler.top_p=1.5", "sampler.top_p=1.5: must lie between 0 and 1"),
+        ("algorithm.loss.clip_low=1.5", "algorithm.loss.clip_low=1.5: must be at most 1"),
+        ("sampler.stop=['']", "sampler.stop: an empty string"),
+        ("algorithm.advantage.gamma=0.9", "algorithm.advantage.gamma=0.9: has an effect only with"),
+        ("algorithm.advantage.lam=0.9", "algorithm.advantage.lam=0.9: has an effect only with"),
+        ("algorithm=dr_grpo algorithm.advantage.eps=1", "algorithm.advantage.eps=1.0: has an effect only with"),
+        ("algorithm=rloo algorithm.loss.clip_low=0.1", "algorithm.loss.clip_low=0.1: has an effect only with"),
+        ("algorithm.loss.correction_cap=3", "algorithm.loss.correction_cap=3.0: has an effect only with"),
+        ("algorithm=rloo algorithm.loss.recompute_anchor=true", "algorithm.loss.recompute_anchor=True: has an effect"),
+        ("algorithm.kl.estimator=k2", "algorithm.kl.estimator=k2: has an effect only with"),
+        ("algorithm.kl.target=0.1", "algorithm.kl.target=0.1: has an effect only with"),
+        ("algorithm.kl.coef=0.1 algorithm.kl.horizon=999", "algorithm.kl.horizon=999.0: has an effect only with"),
+        ("algorithm.filters.refill=true", "algorithm.filters.refill=True: has an effect only with"),
+        ("algorithm.filters.max_refill_rounds=2", "algorithm.filters.max_refill_rounds=2: has an effect only with"),
+        ("algorithm.critic.lr=1e-3", "algorithm.critic.lr=0.001: has an effect only with"),
+        ("optim.final_lr_ratio=0.5", "optim.final_lr_ratio=0.5: has an effect only with"),
+        ("model.revision=main", "model.revision=main: has an effect only with"),
+        ("model.path=x model.tiny.num_layers=2", "model.tiny.num_layers=2: has an effect only with"),
+        ("warmup.num_steps=0 warmup.lr=1e-4", "warmup.lr=0.0001: has an effect only with"),
+        ("sampler.temperature=0", "sampler.temperature=0: greedy samples have no policy gradient"),
+        ("sampler.top_k=5", "sampler.top_k=5: refused in training"),
+        ("sampler.top_p=0.9", "sampler.top_p=0.9: refused in training"),
+        ("sampler.min_p=0.1", "sampler.min_p=0.1: refused in training"),
+        ("eval.samples_per_prompt=4 eval.temperature=0", "eval.samples_per_prompt=4: greedy episodes"),
+        ("batch.max_row_tokens=4 sampler.max_new_tokens=8", "batch.max_row_tokens=4: leaves no room"),
+        (
+            "batch.max_row_tokens=40 sampler.max_new_tokens=20 data.max_prompt_tokens=30",
+            "data.max_prompt_tokens=30: with sampler.max_new_tokens=20 above batch.max_row_tokens=40",
+        ),
+        (
+            "batch.prompts_per_step=32 batch.optim_steps_per_batch=5",
+            "batch.optim_steps_per_batch=5: does not divide batch.prompts_per_step=32; near ones that do: 2, 4, 8",
+        ),
+        ("batch.num_steps=10 optim.warmup_steps=11", "optim.warmup_steps=11: above batch.num_steps=10"),
+        ("batch.samples_per_prompt=1", "batch.samples_per_prompt=1: algorithm.advantage.name=grpo compares"),
+        (
+            "algorithm=reinforce_pp batch.samples_per_prompt=1 algorithm.filters.zero_variance=true",
+            "batch.samples_per_prompt=1: filters.zero_variance compares",
+        ),
+        ("algorithm=rloo batch.epochs_per_batch=2", "algorithm.loss.name=reinforce: has no ratio"),
+        (
+            "algorithm.loss.correction=token_truncate batch.epochs_per_batch=2",
+            "algorithm.loss.correction=token_truncate: with 2 updates",
+        ),
+        ("algorithm.kl.coef=0.1 algorithm.kl.placement=reward", "algorithm.kl.placement=reward: rewards per token"),
+        ("algorithm.kl.coef=0.1 algorithm.kl.estimator=k1", "algorithm.kl.estimator=k1: as a term of the loss"),
+        (
+            "algorithm.kl.coef=0.1 algorithm.kl.target=0.1 algorithm.kl.horizon=10",
+            "algorithm.kl.horizon=10: below the",
+        ),
+        ("run.world_size=4", "run.world_size=4: only for a dry run"),
+        ("model.tiny.num_heads=3", "model.tiny.hidden_size=256: must give an even number"),
+        ("model.tiny.num_kv_heads=3", "model.tiny.num_kv_heads=3: must divide"),
+        ("model.path=", "model.path: empty"),
+    ],
+)
+def test_each_rule_refuses_with_place_and_remedy(overrides, start):
+    assert line_of(*overrides.split(" ")).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "start"),
+    [
+        ("strategy.name=single", 2, "strategy.name=single: for one process, but there are 2"),
+        ("batch.prompts_per_step=4", 8, "batch.prompts_per_step=4: fewer than the 8 ranks"),
+    ],
+)
+def test_rules_about_the_number_of_ranks(overrides, world_size, start):
+    make_plan(load_config(overrides.split(" ")), 1)
+    assert line_of(*overrides.split(" "), world_size=world_size).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "algorithm=reinforce_pp batch.samples_per_prompt=1 algorithm.kl.coef=0.01 algorithm.kl.placement=reward",
+        "algorithm=rloo batch.epochs_per_batch=2 algorithm.loss.correction=token_truncate",
+        "algorithm.loss.correction=token_mask algorithm.loss.recompute_anchor=true batch.optim_steps_per_batch=4",
+        "algorithm.kl.coef=0.1 algorithm.kl.target=0.1 algorithm.kl.estimator=k2",
+        "algorithm=ppo algorithm.advantage.gamma=0.99 algorithm.critic.warmup_steps=3",
+        "strategy.name=fsdp",
+        "optim.schedule=cosine optim.final_lr_ratio=0",
+        "warmup.num_steps=0",
+    ],
+)
+def test_what_fits_together_is_accepted(overrides):
+    make_plan(load_config(overrides.split(" ")), 1)
+
+
+def test_a_plugin_may_bring_a_loss(tmp_path, monkeypatch):
+    (tmp_path / "skyrl_test_plugin.py").write_text(
+        "from skyrl.algorithms.losses import register_loss\n"
+        "@register_loss('test_plugin_loss', needs=('advantages_T',))\n"
+        "def test_plugin_loss(outputs, rows):\n"
+        "    return -rows.advantages_T * outputs.logprobs_T, {}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "choose one of" in line_of("algorithm.loss.name=test_plugin_loss")
+    try:
+        make_plan(load_config(["algorithm.loss.name=test_plugin_loss", "plugins=[skyrl_test_plugin]"]), 1)
+    finally:
+        losses.LOSSES._things.pop("test_plugin_loss", None)
