@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from skyrl.models.forward import CausalLM
 from skyrl.sampler import draw
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.fused import FusedRunner
+from skyrl.sampler.native import NativeRunner, why_not
 from skyrl.sampler.paged import Batch, KVCache, LayerShape, ModuleRunner
 from skyrl.sampler.plan import make_plan
 from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
@@ -292,23 +294,29 @@ def _make_runner(
         return module
     if cfg.backend not in ("auto", "fused"):
         raise UserError(f"sampler.backend={cfg.backend}; choose one of: auto, fused, module")
-    plan, fused, name = make_plan(model, calls, max_length), None, signature(model)
-    reason = plan if isinstance(plan, str) else _VERDICTS.get(name)
-    if not isinstance(plan, str):
-        fused = FusedRunner(plan, cache)
-        if reason is None:
-            reason = _VERDICTS[name] = disagreement(fused, module, cache)
-    if not reason:
-        return fused
+    plan = make_plan(model, calls, max_length)
+    if isinstance(plan, str):
+        reason = plan
+    else:
+        absent = why_not(plan, cache)
+        fused = FusedRunner(plan, cache) if absent else NativeRunner(plan, cache, module)
+        if absent and cache.device.type == "cpu":
+            _say_once(f"sampling without compiled kernels: {absent}")
+        name = f"{fused.name} {signature(model)}"
+        if name not in _VERDICTS:
+            _VERDICTS[name] = disagreement(fused, module, cache)
+        reason = _VERDICTS[name]
+        if not reason:
+            return fused
     if cfg.backend == "fused":
         raise UserError(f"sampler.backend=fused: {reason}; use auto or module")
-    if name not in _LOGGED:
-        _LOGGED.add(name)
-        log.info("sampling with the model's own forward: %s", reason)
+    _say_once(f"sampling with the model's own forward: {reason}")
     return module
 
 
-_LOGGED: set[str] = set()
+@lru_cache(maxsize=100)
+def _say_once(line: str) -> None:
+    log.info(line)
 
 
 def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, max_length: int) -> int:

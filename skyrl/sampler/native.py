@@ -1,0 +1,220 @@
+"""The decode plan as one call into kernels/decode.cpp, built on first use with the machine's C++ compiler.
+
+Optional: without a compiler, on another architecture or with SKYRL_CPU_KERNELS=0 the plan runs in torch operations
+(fused.py), which the log says once. The library holds plain C functions, so it depends neither on torch's nor on
+Python's version. It is kept in the user's cache folder under a name made of source, compiler and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skyrl.sampler.paged import Batch, KVCache, ModuleRunner
+from skyrl.sampler.plan import Plan
+from skyrl.sampler.scheduler import Piece
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+LONGEST_PREFILL = 1024  # tokens; longer contexts are prefilled by the module, whose attention works in tiles
+LANES, MAX_CHANNELS = 16, 1024
+_POINTER = ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, _POINTER)
+        for name in (
+            "input_norm", "qkv", "qkv_bias", "query_norm", "key_norm", "out", "out_bias", "mlp_norm",
+            "gate_up", "gate_up_bias", "down", "down_bias", "keys", "values",
+        )
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "layers", "hidden", "heads", "kv_heads", "channels", "ffn")),
+        *((name, ctypes.c_int32) for name in ("vocab", "block_tokens", "threads")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+        *((name, _POINTER) for name in ("embedding", "norm", "head", "head_bias", "cosines", "sines")),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("count", "width", "num_logits")),
+        *((name, _POINTER) for name in ("tokens", "positions", "table", "rows", "logits")),
+    ]
+
+
+def why_not(plan: Plan, cache: KVCache) -> str:
+    """Why the kernels cannot run this plan here; "" when they can."""
+    hidden, ffn = plan.embedding.embedding_dim, plan.layers[0].down.in_features
+    if cache.device.type != "cpu" or cache.dtype not in (torch.float32, torch.bfloat16):
+        return "they are for float32 and bfloat16 on a CPU"
+    if any(size % LANES for size in (hidden, ffn, plan.channels)) or plan.channels > MAX_CHANNELS:
+        return f"channels are not multiples of {LANES}"
+    return library()[1]
+
+
+@lru_cache(maxsize=1)
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The built library, or None and why there is none. Builds it at most once per machine and source."""
+    if os.environ.get("SKYRL_CPU_KERNELS", "1") == "0":
+        return None, "SKYRL_CPU_KERNELS=0"
+    compiler = next(
+        (found for name in (os.environ.get("CXX", ""), "c++", "g++") if (found := shutil.which(name))), None
+    )
+    if compiler is None:
+        return None, "no C++ compiler"
+    if platform.system() != "Linux":
+        return None, f"not tried on {platform.system()}"
+    try:
+        loaded = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{compiler} failed: {str(getattr(error, 'stderr', '') or error).strip().splitlines()[-1:]}"
+    if (loaded.skyrl_layer_size(), loaded.skyrl_model_size()) != (ctypes.sizeof(_Layer), ctypes.sizeof(_Model)):
+        return None, "the library's structs differ from ours"
+    loaded.skyrl_packed_size.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
+    loaded.skyrl_packed_size.restype = ctypes.c_int64
+    size = ctypes.c_int64
+    loaded.skyrl_pack.argtypes = [
+        ctypes.c_int32, _POINTER, _POINTER, size, size, size, ctypes.c_int32, ctypes.c_int32
+    ]  # fmt: skip
+    loaded.skyrl_forward.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
+    return loaded, ""
+
+
+def _build(compiler: str) -> Path:
+    """Path of the library. Ranks wait for the one that builds; a half-written file never has the final name."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+    parts = [SOURCE.read_text(), version, flags, " ".join(FLAGS)]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to: build anew for this process
+        folder = Path(tempfile.mkdtemp(prefix="skyrl-kernels-"))
+    target = folder / f"decode-{name}.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = folder / f"{target.name}.{os.getpid()}"
+            command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
+            # torch's own OpenMP, already loaded, is the one this resolves to: no second pool of threads
+            done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
+            if done.returncode:
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(part, target)
+    return target
+
+
+class NativeRunner:
+    """Runs a Plan by kernels/decode.cpp. The result for a row depends on nothing but that row's own sequence, to the
+    bit: neither on the batch, nor on threads, nor on whether it was prefilled or decoded (up to LONGEST_PREFILL)."""
+
+    name = "kernels"
+
+    def __init__(self, plan: Plan, cache: KVCache, module: ModuleRunner) -> None:
+        loaded, reason = library()
+        if loaded is None:
+            raise RuntimeError(reason)
+        self._library, self._plan, self._cache, self._module = loaded, plan, cache, module
+        self._half = int(cache.dtype == torch.bfloat16)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Packs the parameters as they are now."""
+        plan, cache = self._plan, self._cache
+        self._alive: list[Tensor] = []  # what the pointers point to
+        layers = (_Layer * len(plan.layers))()
+        for to, layer, keys, values in zip(layers, plan.layers, cache.keys, cache.values, strict=True):
+            to.input_norm, to.mlp_norm = self._live(layer.input_norm.weight), self._live(layer.mlp_norm.weight)
+            if layer.qk_norms is not None:
+                to.query_norm, to.key_norm = (self._live(norm.weight) for norm in layer.qk_norms)
+            to.qkv, to.qkv_bias = self._pack(layer.qkv)
+            to.out, to.out_bias = self._pack([layer.out])
+            to.gate_up, to.gate_up_bias = self._pack(layer.gate_up, interleave=True)
+            to.down, to.down_bias = self._pack([layer.down])
+            to.keys, to.values = keys.data_ptr(), values.data_ptr()
+        head, head_bias = self._pack([plan.head])
+        self._layers = layers
+        self._model = _Model(
+            dtype=self._half, layers=len(layers), hidden=plan.embedding.embedding_dim, heads=plan.heads,
+            kv_heads=plan.kv_heads, channels=plan.channels, ffn=plan.layers[0].down.in_features,
+            vocab=plan.head.out_features, block_tokens=cache.block_tokens, threads=torch.get_num_threads(),
+            eps=plan.eps, scale=plan.scale, embedding=self._live(plan.embedding.weight),
+            norm=self._live(plan.norm.weight), head=head, head_bias=head_bias, cosines=self._live(plan.cos_LC),
+            sines=self._live(plan.sin_LC), layer=ctypes.cast(layers, ctypes.POINTER(_Layer)),
+        )  # fmt: skip
+
+    def prefill(self, pieces: list[Piece]) -> Tensor | None:
+        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
+        if max(piece.end for piece in pieces) > LONGEST_PREFILL:
+            return self._module.prefill(pieces)
+        lengths = [piece.end - piece.start for piece in pieces]
+        tokens = np.concatenate([piece.sequence.tokens[piece.start : piece.end] for piece in pieces])
+        positions = np.concatenate([np.arange(piece.start, piece.end) for piece in pieces])
+        width = max(len(piece.sequence.blocks) for piece in pieces)
+        table = np.zeros((len(pieces), width), dtype=np.int32)
+        for row, piece in zip(table, pieces, strict=True):
+            row[: len(piece.sequence.blocks)] = piece.sequence.blocks
+        rows = (np.cumsum(lengths) - 1)[[piece.complete for piece in pieces]]
+        logits = self._forward(tokens, positions, np.repeat(table, lengths, axis=0), rows)
+        return logits if len(rows) else None
+
+    def decode(self, batch: Batch) -> Tensor:
+        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
+        return self._forward(batch.tokens_B, batch.positions_B, batch.table_BW, np.arange(len(batch.tokens_B)))
+
+    def _forward(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, rows: np.ndarray) -> Tensor:
+        logits = torch.empty(len(rows), self._plan.head.out_features)
+        step = _Step(
+            len(tokens), table.shape[1], len(rows), tokens.ctypes.data, positions.ctypes.data,
+            table.ctypes.data, rows.ctypes.data, logits.data_ptr(),
+        )  # fmt: skip
+        self._library.skyrl_forward(ctypes.byref(self._model), ctypes.byref(step))
+        return logits
+
+    def _live(self, parameter: Tensor) -> int:
+        self._alive.append(parameter.detach().contiguous())
+        return self._alive[-1].data_ptr()
+
+    def _pack(self, parts: list[nn.Linear], interleave: bool = False) -> tuple[int, int | None]:
+        """Packed weight and bias of several linears over one input; the bias has room for whole vectors."""
+        columns, inner = sum(part.out_features for part in parts), parts[0].in_features
+        size = self._library.skyrl_packed_size(self._half, columns, inner)
+        packed = torch.zeros(size, dtype=self._cache.dtype)
+        first, threads = 0, torch.get_num_threads()
+        for half, part in enumerate(parts):
+            weight = part.weight.detach().contiguous()
+            at = half if interleave else first
+            self._library.skyrl_pack(
+                self._half, packed.data_ptr(), weight.data_ptr(), part.out_features, inner, at, interleave, threads
+            )
+            first += part.out_features
+        self._alive.append(packed)
+        if all(part.bias is None for part in parts):
+            return packed.data_ptr(), None
+        bias = torch.zeros(-(-columns // 32) * 32, dtype=self._cache.dtype)
+        biases = [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in parts]
+        bias[:columns] = torch.cat([bias.detach() for bias in biases])
+        return packed.data_ptr(), self._live(bias)
