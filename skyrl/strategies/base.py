@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ContextManager, Literal, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Strategy(Protocol):
         RuntimeError on every rank before any weight changes. With nothing pending the gradient counts as zero.
         """
 
-    def gathered(self) -> ContextManager[nn.Module]:
+    def gathered(self) -> AbstractContextManager[nn.Module]:
         """Inside, the module holds whole weights on every rank and may be called without collectives."""
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:

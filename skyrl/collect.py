@@ -1,0 +1,268 @@
+"""Plays episodes (environment x sampler) on one rank, and turns them into rows. The only place where messages become
+tokens.
+
+Tokens are never made twice: the context of a later turn is the earlier context, the very tokens that were sampled, and
+the tokens of the environment's answer. What was sampled is what is trained, id for id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from skyrl.config.schema import EnvConfig
+from skyrl.envs.base import Environment, make_environment
+from skyrl.envs.guard import Guard
+from skyrl.sampler.base import Sampler
+from skyrl.types import (
+    Datum,
+    Episode,
+    Ints,
+    Message,
+    Prompt,
+    Sample,
+    SampleRequest,
+    SamplingParams,
+    StopReason,
+    Turn,
+    UserError,
+)
+
+_MARK = "<<<answer goes here>>>"
+
+
+class Renderer:
+    """Messages to token ids, with the tokenizer's chat template, or as plain text where there is none.
+
+    Plain text is the contents of the messages end to end. `stop_token_ids` are the tokens that end a turn.
+    """
+
+    def __init__(self, tokenizer: Any, stop_token_ids: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
+        ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.end_token_id: int | None = ends[0] if ends else None
+        self.stop_token_ids = tuple(dict.fromkeys([*ends, *stop_token_ids]))
+
+    def text(self, messages: list[Message], *, answer_next: bool) -> str:
+        """The conversation as the text a model reads, ready for an answer if asked."""
+        if not self.is_chat:
+            return "".join(str(m["content"]) for m in messages)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+
+    def start(self, messages: list[Message]) -> Ints:
+        """Ids of an opening conversation, a beginning-of-sequence token included where the tokenizer has one."""
+        text = self.text(messages, answer_next=True)
+        ids = self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]
+        if not self.is_chat and self.end_token_id is not None and ids and ids[-1] == self.end_token_id:
+            ids = ids[:-1]  # some tokenizers close every text; an opening is not closed
+        return np.asarray(ids, np.int64)
+
+    def answer(self, text: str) -> Ints:
+        """Ids of an answer as supervised training wants it: the text and the end token."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.end_token_id is not None:
+            ids = [*ids, self.end_token_id]
+        return np.asarray(ids, np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of sampled tokens without the end token, as an environment reads it."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def continuation(self, messages: list[Message], ended: bool) -> Ints:
+        """Ids that follow a sampled answer: the end of its turn (unless the sample `ended` it itself), the new
+        messages, and the opening of the next answer.
+
+        Raises UserError when the chat template does not write an assistant's turn where it stands.
+        """
+        if not self.is_chat:
+            text = "".join(str(m["content"]) for m in messages)
+        else:
+            opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
+            whole = self.text([*opening, *messages], answer_next=True)
+            before, mark, text = whole.partition(_MARK)
+            if not mark:
+                raise UserError("model.chat_template: the template does not contain the assistant's own text")
+            end = self.tokenizer.eos_token or ""
+            if ended and end and text.startswith(end):
+                text = text[len(end) :]
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+
+
+def draw_seed(*key: Any) -> int:
+    """A 63-bit seed from what is drawn (run seed, phase, prompt, sample, turn); never from rank or time."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class Play:
+    """How episodes are played: group size, sampling, limits, and the key of every draw.
+
+    `params.seed` is not used: each turn's seed comes from `key`, the prompt's position, the sample and the turn.
+    """
+
+    env: EnvConfig
+    params: SamplingParams
+    group_size: int
+    max_row_tokens: int
+    key: tuple[Any, ...]
+
+
+@dataclass
+class _Seat:
+    """An episode that is being played."""
+
+    position: int
+    index: int
+    prompt: Prompt
+    env: Environment
+    context: Ints
+    turns: list[Turn] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def collect(
+    sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], play: Play, renderer: Renderer
+) -> list[list[Episode]]:
+    """The groups of episodes of `prompts` ((position in the data, prompt) pairs), in that order, samples in order.
+
+    No collective: each rank plays its own prompts. Raises UserError when an environment or reward fails and
+    env.on_error is "stop".
+    """
+    guard = Guard(play.env)
+    groups: list[list[Episode | None]] = [[None] * play.group_size for _ in prompts]
+    seats: dict[str, tuple[int, _Seat]] = {}
+
+    def finish(group: int, seat: _Seat, stop: str, invalid: str = "") -> None:
+        reward = sum(turn.reward for turn in seat.turns)
+        metrics = {**seat.metrics, "turns:mean": float(len(seat.turns))}
+        groups[group][seat.index] = Episode(seat.prompt, seat.index, seat.turns, reward, stop, metrics, invalid)
+        guard.call(seat.env.close, prompt=seat.prompt)
+
+    def request(group: int, seat: _Seat) -> None:
+        room = play.max_row_tokens - len(seat.context)
+        if room <= 0:
+            if not seat.turns:
+                raise UserError(
+                    f"prompt {seat.prompt.uid} has {len(seat.context)} tokens, and rows end at {play.max_row_tokens}; "
+                    "raise batch.max_row_tokens or leave long prompts out with data.max_prompt_tokens"
+                )
+            finish(group, seat, "length")
+            return
+        uid = f"{seat.position}/{seat.index}/{len(seat.turns)}"
+        seed = draw_seed(*play.key, seat.position, seat.prompt.uid, seat.index, len(seat.turns))
+        params = replace(
+            play.params, max_tokens=min(room, play.params.max_tokens), seed=seed, stop_token_ids=renderer.stop_token_ids
+        )
+        seats[uid] = (group, seat)
+        sampler.add(SampleRequest(uid=uid, tokens=seat.context, params=params))
+
+    with guard:
+        for group, (position, prompt) in enumerate(prompts):
+            known: tuple[list[Message], Ints] | None = None
+            for index in range(play.group_size):
+                env = make_environment(play.env)
+                opening = guard.call(env.reset, prompt, prompt=prompt)
+                if opening.invalid:
+                    groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, opening.invalid)
+                    guard.call(env.close, prompt=prompt)
+                    continue
+                if known is None or known[0] != opening.value:
+                    known = opening.value, renderer.start(opening.value)
+                request(group, _Seat(position, index, prompt, env, known[1]))
+        while sampler.unfinished():
+            for sample in sampler.step():
+                group, seat = seats.pop(sample.uid)
+                _take_turn(guard, play, renderer, group, seat, sample, request, finish)
+    return groups  # type: ignore[return-value]
+
+
+def _take_turn(
+    guard: Guard, play: Play, renderer: Renderer, group: int, seat: _Seat, sample: Sample, request: Any, finish: Any
+) -> None:
+    """Gives a finished sample to the environment and goes on as it says."""
+    turn = Turn(seat.context, sample)
+    seat.turns.append(turn)
+    text = renderer.decode(sample.tokens.tolist())
+    outcome = guard.call(seat.env.step, text, prompt=seat.prompt)
+    if outcome.invalid:
+        finish(group, seat, "aborted", outcome.invalid)
+        return
+    result = outcome.value
+    turn.reward = float(result.reward)
+    seat.metrics.update(result.metrics)
+    if result.done or len(seat.turns) >= play.env.max_turns:
+        finish(group, seat, sample.stop)
+        return
+    ended = bool(len(sample.tokens)) and int(sample.tokens[-1]) == renderer.end_token_id
+    more = renderer.continuation(result.observation, ended)
+    seat.context = np.concatenate([seat.context, sample.tokens, more])
+    request(group, seat)
+
+
+@dataclass
+class Row:
+    """A Datum of an episode before its weights and advantages are known. `mask` [L] marks the sampled targets,
+    `rewards` [L] holds each turn's reward on the last token of that turn."""
+
+    datum: Datum
+    group: int
+    episode: int
+    mask: np.ndarray
+    rewards: np.ndarray
+    stop: StopReason
+    valid: bool
+
+
+def to_rows(groups: list[list[Episode]]) -> list[Row]:
+    """Rows of all episodes, in order. A turn whose context does not begin with everything before it opens a new row
+    of the same episode. Episodes without a sampled token give no row."""
+    rows: list[Row] = []
+    episode = 0
+    for g, group in enumerate(groups):
+        for one in group:
+            for number, turns in enumerate(_chains(one.turns)):
+                rows.append(_row(one, turns, g, episode, number))
+            episode += 1
+    return rows
+
+
+def _chains(turns: list[Turn]) -> list[list[Turn]]:
+    chains: list[list[Turn]] = []
+    known: np.ndarray = np.empty(0, np.int64)
+    for turn in turns:
+        if len(turn.sample.tokens) == 0:
+            continue
+        extends = len(turn.context) >= len(known) and np.array_equal(turn.context[: len(known)], known)
+        if chains and extends:
+            chains[-1].append(turn)
+        else:
+            chains.append([turn])
+        known = np.concatenate([turn.context, turn.sample.tokens])
+    return chains
+
+
+def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int) -> Row:
+    ids = np.concatenate([turns[-1].context, turns[-1].sample.tokens])
+    length = len(ids) - 1
+    mask = np.zeros(length, bool)
+    logprobs, rewards = np.zeros(length, np.float32), np.zeros(length, np.float32)
+    for turn in turns:
+        start = len(turn.context) - 1
+        end = start + len(turn.sample.tokens)
+        mask[start:end] = True
+        logprobs[start:end] = turn.sample.logprobs
+        rewards[end - 1] += turn.reward
+    datum = Datum(
+        tokens=ids[:-1],
+        targets=ids[1:],
+        weights=mask.astype(np.float32),
+        logprobs=logprobs,
+        name=f"{episode.prompt.uid}/{episode.index}/{part}",
+    )
+    return Row(datum, group, number, mask, rewards, episode.stop, not episode.invalid)

@@ -1,0 +1,67 @@
+"""Who computes which rows: equal work per rank, and micro-batches within a token budget, equally many per rank.
+
+All decisions are made from global numbers by the same rule on every rank. They change speed, never results: the
+engine only sums.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from skyrl.distributed.collectives import exchange, gather_objects
+from skyrl.distributed.init import World
+from skyrl.types import Datum
+
+
+def pack(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices of rows per micro-batch: longest first, each into the fullest one it fits in (best fit decreasing).
+
+    A row longer than the budget gets a micro-batch of its own. Inside a micro-batch indices rise.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [b for b, left in enumerate(room) if left >= lengths[index]]
+        if fits:
+            best = min(fits, key=lambda b: (room[b], b))
+            bins[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(max(0, budget - lengths[index]))
+    return [sorted(one) for one in bins]
+
+
+def spread(lengths: list[list[int]]) -> list[list[tuple[int, int]]]:
+    """For each rank the (source rank, index) of the rows it should compute, given every rank's row lengths.
+
+    Longest row to the least loaded rank; a rank keeps its own rows where that costs nothing. Each rank's list is
+    sorted by source.
+    """
+    rows = sorted(
+        ((n, r, i) for r, part in enumerate(lengths) for i, n in enumerate(part)), key=lambda x: (-x[0], x[1:])
+    )
+    heap = [(0, rank) for rank in range(len(lengths))]
+    out: list[list[tuple[int, int]]] = [[] for _ in lengths]
+    for n, source, index in rows:
+        load, rank = heapq.heappop(heap)
+        out[rank].append((source, index))
+        heapq.heappush(heap, (load + n, rank))
+    return [sorted(part) for part in out]
+
+
+def rebalance(world: World, rows: list[Datum], slack: float = 1.1) -> list[Datum]:
+    """The rows this rank should compute. Collective. Rows move only when the busiest rank has more than `slack` times
+    the mean number of tokens; the set of rows over all ranks stays the same."""
+    if world.size == 1:
+        return rows
+    lengths = gather_objects(world, [len(row.tokens) for row in rows])
+    loads = [sum(part) for part in lengths]
+    if max(loads) <= slack * sum(loads) / world.size:
+        return rows
+    outgoing: list[list[Datum]] = [[] for _ in range(world.size)]
+    for rank, wanted in enumerate(spread(lengths)):
+        for source, index in wanted:
+            if source == world.rank:
+                outgoing[rank].append(rows[index])
+    return [row for part in exchange(world, outgoing) for row in part]

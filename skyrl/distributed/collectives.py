@@ -1,0 +1,144 @@
+"""Small agreements between ranks over the CPU group. Everything sums or gathers; nothing averages.
+
+Each function is collective: all ranks call it, in the same order, whatever they hold. On one rank they cost nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from skyrl.distributed.init import World
+from skyrl.types import Metrics, UserError
+
+T = TypeVar("T")
+
+
+def all_sum(world: World, values: np.ndarray) -> np.ndarray:
+    """The elementwise sum over ranks, float64, equal on every rank."""
+    values = np.asarray(values, dtype=np.float64)
+    if world.size == 1:
+        return values
+    tensor = torch.from_numpy(values.copy())
+    dist.all_reduce(tensor, group=world.control)
+    return tensor.numpy()
+
+
+def gather_objects(world: World, thing: T) -> list[T]:
+    """What every rank gave, in rank order, on every rank."""
+    if world.size == 1:
+        return [thing]
+    out: list[Any] = [None] * world.size
+    dist.all_gather_object(out, thing, group=world.control)
+    return out
+
+
+def broadcast_object(world: World, thing: T) -> T:
+    """Rank 0's thing, on every rank."""
+    if world.size == 1:
+        return thing
+    box = [thing]
+    dist.broadcast_object_list(box, src=0, group=world.control)
+    return box[0]
+
+
+def on_leader(world: World, action: Callable[[], T]) -> T:
+    """Runs `action` on rank 0 and gives its result to all. A UserError there is raised on every rank, so that no rank
+    waits for one that has left."""
+    result, error = None, None
+    if world.is_leader:
+        try:
+            result = action()
+        except UserError as failure:
+            error = failure
+    result, error = broadcast_object(world, (result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def agree(world: World, action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; a UserError on any rank becomes a UserError on all of them (the lowest rank's)."""
+    result, error = None, None
+    try:
+        result = action()
+    except UserError as failure:
+        error = str(failure)
+    errors = [text for text in gather_objects(world, error) if text is not None]
+    if errors:
+        raise UserError(errors[0])
+    return result  # type: ignore[return-value]
+
+
+def exchange(world: World, outgoing: list[list[Any]]) -> list[list[Any]]:
+    """outgoing[r] goes to rank r; returns what each rank sent here, in rank order. Any picklable things."""
+    if world.size == 1:
+        return outgoing
+    payloads = [pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL) for part in outgoing]
+    sizes = gather_objects(world, [len(payload) for payload in payloads])
+    received: list[list[Any]] = [[] for _ in range(world.size)]
+    buffers, works = {}, []
+    for peer in range(world.size):
+        if peer == world.rank:
+            received[peer] = outgoing[peer]
+            continue
+        buffers[peer] = torch.empty(sizes[peer][world.rank], dtype=torch.uint8)
+        works.append(dist.irecv(buffers[peer], group=world.control, group_src=peer))
+    for peer in range(world.size):
+        if peer != world.rank:
+            tensor = torch.frombuffer(bytearray(payloads[peer]), dtype=torch.uint8)
+            works.append(dist.isend(tensor, group=world.control, group_dst=peer))
+            buffers[peer, "out"] = tensor  # kept alive until the send is done
+    for work in works:
+        work.wait()
+    for peer in range(world.size):
+        if peer != world.rank:
+            received[peer] = pickle.loads(buffers[peer].numpy().tobytes())
+    return received
+
+
+class Tally:
+    """Metrics of this rank in a form that can be summed: means as (sum, count).
+
+    Keys end in their reduction. `result` merges all ranks' tallies in rank order, so that it is the same everywhere.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, tuple[float, float]] = {}
+
+    def add(self, key: str, value: float, count: float = 1.0) -> None:
+        """Adds one observation; for ":mean" keys `value` is a sum over `count` things."""
+        kind = key.rsplit(":", 1)[-1]
+        old = self.values.get(key)
+        if kind not in ("sum", "mean", "max", "min"):
+            raise AssertionError(f"metric {key!r} does not end in :sum, :mean, :max or :min")
+        if old is None:
+            self.values[key] = (value, count)
+        elif kind in ("sum", "mean"):
+            self.values[key] = (old[0] + value, old[1] + count)
+        else:
+            self.values[key] = ((max if kind == "max" else min)(old[0], value), 1.0)
+
+    def merge(self, other: dict[str, tuple[float, float]]) -> None:
+        """Adds another tally's values."""
+        for key, (value, count) in other.items():
+            self.add(key, value, count)
+
+    def result(self, world: World) -> Metrics:
+        """The global metrics, equal on every rank. Collective. A mean over nothing is left out."""
+        total = Tally()
+        for part in gather_objects(world, self.values):
+            total.merge(part)
+        out = {}
+        for key, (value, count) in total.values.items():
+            if key.endswith(":mean"):
+                if count > 0:
+                    out[key] = value / count
+            else:
+                out[key] = value
+        return out

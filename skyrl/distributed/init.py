@@ -1,0 +1,135 @@
+"""Starts and ends the process group, and says who we are: rank, size, device, and the CPU groups beside it.
+
+The same program runs under torchrun, under srun, and alone: without RANK and WORLD_SIZE in the environment there is
+one rank and, unless a sharded strategy needs it, no process group at all.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from skyrl.config.schema import RunConfig
+from skyrl.types import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them. `control` (gloo, CPU) carries small agreements, `saving` (gloo, CPU) belongs to
+    checkpoints alone, since their collectives run beside those of training. Both are None on one rank."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any = None
+    saving: Any = None
+
+    @property
+    def is_leader(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+
+_world: World | None = None
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment variable {name}={text!r} is not a number; start with torchrun or srun") from None
+
+
+def world_size_from_environment() -> int:
+    """Ranks of this job as the launcher says; 1 without a launcher."""
+    return _environment("WORLD_SIZE", 1)
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device of this rank. Raises UserError when the one asked for is not there."""
+    count = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+    if name == "cuda" and count == 0:
+        raise UserError("strategy.device=cuda: no CUDA device is visible; use strategy.device=cpu or fix the driver")
+    if count == 0:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: {count} visible; start at most {count} processes per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this rank: the given number, else the cores this process may use shared by the node's ranks."""
+    if threads == 0:
+        if "OMP_NUM_THREADS" in os.environ and _environment("LOCAL_WORLD_SIZE", 1) == 1:
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        threads = max(1, cores // _environment("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads)
+
+
+def set_determinism(seed: int, deterministic: bool) -> None:
+    """Seeds what libraries draw from on their own (ours is keyed by data) and picks deterministic kernels."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def init_distributed(cfg: RunConfig) -> World:
+    """The world of this process; makes the process group on first use and keeps it for later runs of a sweep.
+
+    Raises UserError for a launcher environment that does not fit, RuntimeError when ranks cannot meet in time.
+    """
+    global _world
+    set_threads(cfg.run.threads)
+    set_determinism(cfg.seed, cfg.debug.deterministic)
+    rank, size, local_rank = _environment("RANK", 0), world_size_from_environment(), _environment("LOCAL_RANK", 0)
+    device = choose_device(cfg.strategy.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if _world is not None:
+        if _world.device != device:
+            raise UserError("strategy.device cannot change between the runs of one sweep; start them separately")
+        return _world
+    needs_group = size > 1 or cfg.strategy.name == "fsdp"
+    if not needs_group:
+        return World(rank=0, size=1, local_rank=local_rank, device=device)
+    timeout = timedelta(seconds=cfg.run.collective_timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        kwargs.update(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, timeout=timeout, **kwargs)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    _world = World(rank, size, local_rank, device, control, saving)
+    atexit.register(shutdown)
+    return _world
+
+
+def shutdown(*, failed: bool = False) -> None:
+    """Ends the process group. After a failure nobody is waited for: the launcher ends the other ranks."""
+    global _world
+    if _world is None:
+        return
+    world, _world = _world, None
+    if dist.is_initialized() and not failed:
+        dist.barrier(group=world.control)
+        dist.destroy_process_group()

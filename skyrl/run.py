@@ -1,0 +1,275 @@
+"""Everything that exists while a run lives: opened in one place, resumed in one place, closed in one place.
+
+The loops (trainer.py) read like the algorithm because this file holds the rest: folder and lock, engine and models,
+data, checkpoints, tracking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from skyrl.algorithms.kl import AdaptiveKL
+from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest
+from skyrl.collect import Play, Renderer
+from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
+from skyrl.config.plan import Plan, describe, make_plan, model_facts
+from skyrl.config.schema import RunConfig
+from skyrl.data import PromptStream, make_prompts
+from skyrl.distributed.collectives import agree, broadcast_object, on_leader
+from skyrl.distributed.init import World, init_distributed, world_size_from_environment
+from skyrl.engine import Engine, ModelSpec
+from skyrl.evaluate import evaluate
+from skyrl.runfolder import RunFolder, drop_rollouts
+from skyrl.tracking.base import Tracker, make_tracker
+from skyrl.tracking.rollouts import write_rollouts
+from skyrl.types import Episode, Metrics, Prompt, UserError
+
+
+@dataclass
+class RunState:
+    """What a checkpoint remembers beside tensors; replicated, and free of world size.
+
+    `phase` is "warmup" or "rl", `step` counts finished steps of it. `position` is the next prompt of the training
+    stream, `warmup_position` the same for warm-up. `done` counts steps of both phases and names checkpoints.
+    """
+
+    phase: str = "warmup"
+    step: int = 0
+    done: int = 0
+    position: int = 0
+    warmup_position: int = 0
+    kl: dict[str, float] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
+    accuracy: float | None = None
+    first_accuracy: float | None = None
+    metrics_offset: int = 0
+
+
+@dataclass
+class Run:
+    """One run on this rank."""
+
+    cfg: RunConfig
+    plan: Plan
+    world: World
+    folder: RunFolder
+    engine: Engine
+    renderer: Renderer
+    stream: PromptStream
+    held_out: Sequence[Prompt]
+    tracker: Tracker
+    checkpointer: Checkpointer
+    state: RunState
+    kl: AdaptiveKL | None
+
+    def say(self, text: str) -> None:
+        """One line for a person, from rank 0."""
+        self.tracker.say(text)
+
+    def play(self, kind: Literal["train", "eval"]) -> Play:
+        """How episodes are played; the key says what each draw belongs to."""
+        cfg, training = self.cfg, kind == "train"
+        params = self.plan.sampling if training else self.plan.eval_sampling
+        group_size = cfg.batch.samples_per_prompt if training else cfg.eval.samples_per_prompt
+        return Play(cfg.env, params, group_size, self.engine.max_row_tokens, (cfg.seed, kind))
+
+    def evaluate(self) -> Metrics:
+        """Plays the held-out prompts; adds the metrics to the current step and keeps the accuracy."""
+        with self.tracker.span("evaluate"):
+            metrics, groups = evaluate(self.engine, self.held_out, self.play("eval"), self.renderer)
+        self.tracker.add(metrics)
+        self.dump(groups, "eval")
+        self.state.accuracy = metrics.get("eval/accuracy:mean")
+        if self.state.first_accuracy is None:
+            self.state.first_accuracy = self.state.accuracy
+        return metrics
+
+    def dump(self, groups: list[list[Episode]], kind: str) -> None:
+        """Writes episodes to the run folder, when the plan says so for the step under way."""
+        every = self.cfg.tracking.rollouts_every
+        if every and (kind == "eval" or self.plan.due("rollouts", self.state.step)):
+            name = f"{'eval-' if kind == 'eval' else ''}{self.state.done:06d}"
+            write_rollouts(self.folder.rollouts, name, groups, self.renderer.tokenizer, rank=self.world.rank)
+
+    def save(self, *, block: bool = False) -> None:
+        """Saves all models and the state; returns when the weights are copied, or with `block` when all is on disk."""
+        state = self.state
+        state.kl = self.kl.state_dict() if self.kl is not None else {}
+        state.models = sorted(self.engine.models)
+        state.metrics_offset = broadcast_object(self.world, self.tracker.offset())
+        with self.tracker.span("save"):
+            self.checkpointer.save(
+                f"{state.done:06d}",
+                self.engine.state(),
+                {**dataclasses.asdict(state), "config": to_dict(self.cfg)},
+                score=state.accuracy,
+                block=block,
+            )
+
+    def start_rl(self) -> None:
+        """Makes the models that RL needs beside the policy: the frozen reference is the policy as it is now."""
+        if self.plan.needs_reference and "reference" not in self.engine.models:
+            self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
+        if self.plan.needs_critic and "critic" not in self.engine.models:
+            self.engine.create("critic", ModelSpec(head="value"))
+
+    def kl_coef(self) -> float:
+        """The KL coefficient in force."""
+        return self.kl.coef if self.kl is not None else self.cfg.algorithm.kl.coef
+
+    def __enter__(self) -> Run:
+        self.tracker.restart_clock()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Waits for writes, closes sinks, gives the lock back. After an error no other rank is waited for."""
+        try:
+            if error is None:
+                self.checkpointer.wait()
+            else:
+                self.checkpointer.close()
+            self.tracker.close()
+        finally:
+            self.folder.close()
+
+
+def open_run(cfg: RunConfig) -> Run | None:
+    """The run as it should go on: fresh, or resumed. None after a dry run, which only prints the plan.
+
+    Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
+    """
+    for plugin in cfg.plugins:
+        importlib.import_module(plugin)
+    facts = model_facts(cfg)
+    if cfg.dry_run:
+        size = cfg.run.world_size or world_size_from_environment()
+        plan = make_plan(cfg, size, model_facts=facts)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(cfg, plan))
+        return None
+    world = init_distributed(cfg)
+    plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
+    folder = _claim_folder(cfg, world)
+    try:
+        return _open(cfg, world, plan, folder)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _claim_folder(cfg: RunConfig, world: World) -> RunFolder:
+    """The run folder, locked by rank 0. Raises UserError, on every rank, when it belongs to another run."""
+    folder = RunFolder(Path(cfg.run.dir), world.rank)
+
+    def claim() -> None:
+        lines = folder.open(to_dict(cfg), command=sys.argv)
+        try:
+            _refuse_other_run(cfg, folder)
+            lines += clean_leftovers(folder.checkpoints)
+        except UserError:
+            folder.close()
+            raise
+        for line in lines:
+            print(line, flush=True)
+
+    on_leader(world, claim)
+    return folder
+
+
+def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:
+    """A folder with checkpoints may be resumed only with options that compute the same."""
+    info = find_resume(cfg.run.resume, folder.checkpoints)
+    if info is None:
+        if cfg.run.resume == "never" and latest(folder.checkpoints) is not None:
+            raise UserError(
+                f"run.resume=never: {folder.path} holds the checkpoints of an earlier run; give another run.name, or "
+                "remove that folder"
+            )
+        return
+    if info.config_digest != config_digest(cfg):
+        changes = config_diff(from_dict(info.state["config"]), cfg)
+        raise UserError(
+            f"run.resume={cfg.run.resume}: checkpoint {info.path} was made with other options "
+            f"({'; '.join(changes[:4])}); give these options, or another run.name"
+        )
+
+
+def _open(cfg: RunConfig, world: World, plan: Plan, folder: RunFolder) -> Run:
+    train_prompts, held_out = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
+    info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
+    engine = agree(world, lambda: _policy_engine(cfg, world, plan))
+    adaptive = cfg.algorithm.kl
+    run = Run(
+        cfg=cfg,
+        plan=plan,
+        world=world,
+        folder=folder,
+        engine=engine,
+        renderer=Renderer(engine.tokenizer, cfg.sampler.stop_token_ids),
+        stream=PromptStream(train_prompts, cfg.seed, cfg.data.shuffle),
+        held_out=[held_out[i] for i in range(min(len(held_out), cfg.eval.num_prompts))],
+        tracker=Tracker([]),
+        checkpointer=Checkpointer(
+            folder.checkpoints,
+            keep_last=cfg.checkpoint.keep_last,
+            keep_best=cfg.checkpoint.keep_best,
+            async_save=cfg.checkpoint.async_save,
+            rank=world.rank,
+            world_size=world.size,
+            group=world.saving,
+            config_digest=config_digest(cfg),
+        ),
+        state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
+        kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
+    )
+    offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
+    run.tracker = _make_tracker(run, offset)
+    return run
+
+
+def _make_tracker(run: Run, offset: int | None) -> Tracker:
+    """The tracker, with sinks on rank 0. Raises its UserError on every rank."""
+    cfg, world = run.cfg, run.world
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    made: list[Tracker] = []
+    on_leader(
+        world,
+        lambda: made.append(
+            make_tracker(cfg, run.folder.path, 0, resume_from=offset, world_size=world.size, gpu_name=name)
+        ),
+    )
+    return made[0] if made else Tracker([])
+
+
+def _policy_engine(cfg: RunConfig, world: World, plan: Plan) -> Engine:
+    engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens)
+    engine.create("policy", ModelSpec())
+    return engine
+
+
+def _resume(run: Run, info: CheckpointInfo) -> int | None:
+    """Puts everything back as the checkpoint says; returns where its metrics.jsonl ended, None for another folder's."""
+    saved = {key: value for key, value in info.state.items() if key != "config"}
+    run.state = RunState(**saved)
+    if len(run.state.models) > 1:
+        run.start_rl()
+    tensors = run.engine.state()
+    run.checkpointer.load(info.path, tensors)
+    run.engine.load_state(tensors)
+    if run.kl is not None and run.state.kl:
+        run.kl.load_state_dict(run.state.kl)
+    own = info.path.resolve().parent == run.folder.checkpoints.resolve()
+    if run.world.is_leader:
+        print(f"resuming from {info.path}: {run.state.phase} step {run.state.step}", flush=True)
+        if own:
+            drop_rollouts(run.folder.rollouts, run.state.done)
+    return run.state.metrics_offset if own else None

@@ -1,0 +1,162 @@
+"""FSDP2: weights, gradients and optimizer state in shards; each layer is gathered where it is needed.
+
+Masters are float32 shards (float64 for a float64 model); a bfloat16 model computes in gathered bfloat16 and reduces
+gradients in float32. Gradients are summed over ranks, not averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from skyrl.distributed.init import World
+from skyrl.strategies.base import Capability
+from skyrl.strategies.norm import square_sum
+from skyrl.types import AdamParams, Metrics
+
+
+class FSDPStrategy:
+    """Strategy protocol over `fully_shard`, one unit per decoder layer and one for the rest.
+
+    `build` makes the module, on the meta device, with masters' dtype; `fill` puts weights into a module whose
+    parameters are whole or sharded. Sampling gathers all weights once into a second, whole module in the compute
+    dtype, made by `build` too: no hook and no collective is left in it, so ranks may sample at their own pace.
+    """
+
+    name = "fsdp"
+    supports: frozenset[Capability] = frozenset({"tenants", "local_sampling", "reshard"})
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        fill: Callable[[nn.Module], None],
+        world: World,
+        *,
+        dtype: torch.dtype,
+        reshard_after_forward: bool = True,
+        trainable: bool = True,
+    ) -> None:
+        self.world = world
+        self.trainable = trainable
+        self._build = build
+        self._dtype = dtype
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
+        master = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        module = build().to(master)
+        policy = (
+            MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if dtype != master else MixedPrecisionPolicy()
+        )
+        for layer in module.layers():
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(1.0)  # sum over ranks: the loss carries every denominator
+                if world.device.type == "cpu":
+                    part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        fill(module)
+        for p in module.parameters():
+            p.requires_grad_(trainable)
+        self.module = module
+        self._whole: nn.Module | None = None
+        self._optimizer: torch.optim.AdamW | None = None
+        if trainable:
+            self._optimizer = torch.optim.AdamW(list(module.parameters()), lr=0.0, foreach=True)
+            for p in module.parameters():  # state from the start: a checkpoint always has the same tensors
+                self._optimizer.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` to the pending shards; collective (reduce-scatter per layer)."""
+        loss.backward()
+
+    def optim_step(self, adam: AdamParams) -> Metrics:
+        """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
+        assert self._optimizer is not None
+        params = list(self.module.parameters())
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        shards = [p.grad.to_local() for p in params]
+        total = torch.stack([square_sum(g) for g in shards]).sum().reshape(1)
+        dist.all_reduce(total)
+        norm = float(total.sqrt())
+        if not norm < float("inf"):
+            raise RuntimeError(f"gradient is not finite (norm {norm}); no weight was changed")
+        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+            torch._foreach_mul_(shards, adam.grad_clip_norm / norm)
+        group = self._optimizer.param_groups[0]
+        group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm:mean": norm}
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """A whole module in the compute dtype with the weights as they are now; one gather per entry, freed at exit."""
+        whole = self._build().to(self._dtype)
+        whole.to_empty(device=self.world.device)
+        _copy_buffers(self.module, whole)
+        targets = dict(whole.named_parameters())
+        with torch.no_grad():
+            for name, p in self.module.named_parameters():
+                # rounded before the gather: half the bytes, and the very values that training computes with
+                targets[name].copy_(_full(p.detach().to(self._dtype)))
+        whole.eval().requires_grad_(False)
+        yield whole
+
+    def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
+        """DTensors by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"."""
+        named = list(self.module.named_parameters())
+        out: dict[str, Any] = {"weights": {n: p.detach() for n, p in named}}
+        if optimizer and self._optimizer is not None:
+            for key in ("exp_avg", "exp_avg_sq"):
+                out[key] = {n: self._optimizer.state[p][key] for n, p in named}
+            out["step"] = self._optimizer.state[named[0][1]]["step"].clone()
+        return out
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
+        """Copies a filled `state_dict` back; shards that were filled in place stay as they are."""
+        own = self.state_dict(optimizer=optimizer)
+        for key, part in own.items():
+            if key == "step":
+                for p in self.module.parameters():
+                    self._optimizer.state[p]["step"].copy_(state["step"])
+                continue
+            for name, tensor in part.items():
+                if tensor.to_local().data_ptr() != state[key][name].to_local().data_ptr():
+                    tensor.copy_(state[key][name])
+
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Whole weights on the CPU of rank 0, gathered one by one; {} elsewhere."""
+        out = {}
+        for name, p in self.module.named_parameters():
+            whole = _full(p.detach())
+            if self.world.is_leader:
+                out[name] = whole.to("cpu", dtype, copy=True)
+        return out
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Buffers (rotary frequencies) keep their own dtype: they are copied as they are, never cast."""
+    values = dict(source.named_buffers())
+    for name, _ in list(target.named_buffers()):
+        owner_name, _, leaf = name.rpartition(".")
+        owner = target.get_submodule(owner_name)
+        persistent = leaf not in owner._non_persistent_buffers_set
+        owner.register_buffer(leaf, values[name].clone(), persistent=persistent)

@@ -1,0 +1,147 @@
+"""Whole weights on every rank: `single` on one process, `ddp` on several.
+
+All parameters live in one flat buffer, and so do the gradients' sums, the masters and Adam's moments: each parameter
+of the module is a view. One optimizer step is then a handful of kernels and one all-reduce, and whoever reads the
+module's parameters (the sampler) sees the trained weights themselves, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from skyrl.distributed.init import World
+from skyrl.strategies.base import Capability
+from skyrl.strategies.norm import square_sum
+from skyrl.types import AdamParams, Metrics
+
+_ALIGN = 64  # elements: each view starts on a cache line and on a boundary that vector kernels like
+
+
+class ReplicatedStrategy:
+    """Strategy protocol over flat buffers.
+
+    With bfloat16 parameters, gradients are added into a float32 buffer after every backward, and AdamW works on
+    float32 masters that are rounded into the parameters after each step. With float32 or float64 the parameters are
+    the masters. Ranks only sum: the all-reduce happens once, in `optim_step`.
+    """
+
+    supports: frozenset[Capability] = frozenset({"tenants", "local_sampling", "reshard"})
+
+    def __init__(self, module: nn.Module, world: World, *, trainable: bool = True) -> None:
+        self.name = "single" if world.size == 1 else "ddp"
+        self.module = module
+        self.world = world
+        self.trainable = trainable
+        self._named = list(module.named_parameters())  # tied weights appear once
+        dtype = self._named[0][1].dtype
+        if any(p.dtype != dtype for _, p in self._named):
+            raise RuntimeError("parameters of mixed dtypes")
+        self._spans: dict[str, tuple[int, int]] = {}
+        size = 0
+        for name, p in self._named:
+            self._spans[name] = (size, p.numel())
+            size += -(-p.numel() // _ALIGN) * _ALIGN
+        self.flat = torch.zeros(size, dtype=dtype, device=self._named[0][1].device)
+        for name, p in self._named:
+            view = self._view(self.flat, name, p)
+            view.copy_(p.detach())
+            p.data = view
+            p.requires_grad_(trainable)
+        self._optimizer: torch.optim.AdamW | None = None
+        if trainable:
+            self._prepare_training(dtype)
+
+    def _view(self, flat: Tensor, name: str, like: Tensor) -> Tensor:
+        start, count = self._spans[name]
+        return flat[start : start + count].view(like.shape)
+
+    def _prepare_training(self, dtype: torch.dtype) -> None:
+        low = dtype in (torch.bfloat16, torch.float16)
+        self._master = nn.Parameter(self.flat.float() if low else self.flat)
+        self._grad = torch.zeros_like(self._master)
+        self._master.grad = self._grad
+        self._optimizer = torch.optim.AdamW([self._master], lr=0.0, fused=True)
+        # State from the start, so that a checkpoint has the same tensors before and after the first step.
+        self._optimizer.state[self._master] = {
+            "step": torch.zeros((), dtype=torch.float32, device=self.flat.device),
+            "exp_avg": torch.zeros_like(self._master),
+            "exp_avg_sq": torch.zeros_like(self._master),
+        }
+        for name, p in self._named:
+            view = self._view(self._grad, name, p)
+            if low:
+                p.register_post_accumulate_grad_hook(_adds_into(view))
+            else:
+                p.grad = view  # autograd then accumulates in place
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` (this rank's sum) to what is pending."""
+        loss.backward()
+
+    def optim_step(self, adam: AdamParams) -> Metrics:
+        """One AdamW step from the sum over ranks. Returns {"grad_norm:mean"} before clipping."""
+        assert self._optimizer is not None
+        if self.world.size > 1:
+            dist.all_reduce(self._grad)
+        norm = float(square_sum(self._grad).sqrt())
+        if not norm < float("inf"):
+            raise RuntimeError(f"gradient is not finite (norm {norm}); no weight was changed")
+        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+            self._grad.mul_(adam.grad_clip_norm / norm)
+        group = self._optimizer.param_groups[0]
+        group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        self._optimizer.step()
+        self._grad.zero_()
+        if self._master.data_ptr() != self.flat.data_ptr():
+            self.flat.copy_(self._master.detach())
+        return {"grad_norm:mean": norm}
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The module itself: every rank has whole weights."""
+        yield self.module
+
+    def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
+        """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any."""
+        source = self._master.detach() if self.trainable else self.flat
+        out: dict[str, Any] = {"weights": {n: self._view(source, n, p) for n, p in self._named}}
+        if optimizer and self._optimizer is not None:
+            state = self._optimizer.state[self._master]
+            for key in ("exp_avg", "exp_avg_sq"):
+                out[key] = {n: self._view(state[key], n, p) for n, p in self._named}
+            out["step"] = state["step"].cpu()
+        return out
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
+        """Copies a filled `state_dict` back (views that were filled in place copy onto themselves)."""
+        own = self.state_dict(optimizer=optimizer)
+        for key, part in own.items():
+            if key == "step":
+                self._optimizer.state[self._master]["step"].copy_(state["step"])
+                continue
+            for name, tensor in part.items():
+                if tensor.data_ptr() != state[key][name].data_ptr():
+                    tensor.copy_(state[key][name])
+        if self.trainable and self._master.data_ptr() != self.flat.data_ptr():
+            self.flat.copy_(self._master.detach())
+
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Whole weights on the CPU of rank 0; {} elsewhere."""
+        if not self.world.is_leader:
+            return {}
+        source = self._master.detach() if self.trainable else self.flat
+        return {n: self._view(source, n, p).to("cpu", dtype, copy=True) for n, p in self._named}
+
+
+def _adds_into(view: Tensor) -> Any:
+    def hook(p: Tensor) -> None:
+        view.add_(p.grad)
+        p.grad = None
+
+    return hook
