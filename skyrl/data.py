@@ -52,7 +52,8 @@ class PromptStream:
             while len(self._orders) >= 2:
                 del self._orders[next(iter(self._orders))]
             # Sorting raw Philox words, not Generator.permutation, whose stream numpy may change between versions.
-            words = np.random.Philox(key=[self.seed & _MASK, epoch & _MASK]).random_raw(len(self.prompts))
+            key = np.array([self.seed & _MASK, epoch & _MASK], dtype=np.uint64)
+            words = np.random.Philox(key=key).random_raw(len(self.prompts))
             self._orders[epoch] = np.argsort(words, kind="stable").astype(np.int32 if len(words) < 2**31 else np.int64)
         return self._orders[epoch]
 

@@ -18,6 +18,7 @@ from skyrl.types import Prompt, UserError
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 HELD_OUT_PART = 10  # one problem in so many is held out
 MAX_DIGITS = 18  # operands fit int64
+WORK_END = ":"
 GIVE_UP_AFTER = 2000  # draws in a row without a new problem: the digits allow no more (or nearly so)
 
 
@@ -28,7 +29,9 @@ class Arithmetic(SingleTurn):
     min_digits, max_digits: digits of both operands, drawn evenly per operand (1 to 18); second_digits: exact digits of
     the second operand, 0 = like the first. operations: characters out of "+-*"; differences are never negative (the
     operands are swapped). reverse: answer with the last digit first, which is easier to write left to right. pad:
-    operands with leading zeros up to max_digits. pad_answer: answer with leading zeros up to the longest possible.
+    operands with leading zeros up to max_digits. work: the solution shows its work, "37+58=" -> "15,09:95": the sum
+    of each column with its carry, last column first, then ":" and the answer; what follows the last ":" is scored.
+    Additions only. pad_answer: answer with leading zeros up to the longest possible.
     template: the question. num_train, num_test: different problems wanted; fewer where the digits allow fewer.
     reward: "exact", "characters" or another registered one. partial: least reward of any answer that consists of
     digits only (0 = off).
@@ -44,6 +47,7 @@ class Arithmetic(SingleTurn):
         reverse: bool = False,
         pad: bool = False,
         pad_answer: bool = False,
+        work: bool = False,
         template: str = "{a}{op}{b}=",
         num_train: int = 20000,
         num_test: int = 512,
@@ -64,11 +68,14 @@ class Arithmetic(SingleTurn):
         )
         self.min_digits, self.max_digits, self.second_digits = min_digits, max_digits, second_digits
         self.operations, self.reverse, self.pad, self.pad_answer = operations, reverse, pad, pad_answer
-        self.template, self.partial = template, partial
+        require(not work or operations == "+", "work", work, 'false, or operations: "+"')
+        self.template, self.partial, self.work = template, partial, work
         self.num_problems = {"train": num_train, "test": num_test}
 
     def step(self, text: str) -> StepResult:
         """Scores the answer; always the last step."""
+        if self.work:
+            text = text.rpartition(WORK_END)[2]
         result = super().step(text)
         if self.partial and is_digits(text):
             result.reward = max(result.reward, self.partial)
@@ -115,6 +122,17 @@ class Arithmetic(SingleTurn):
         return (b, op, a) if op == "-" and a < b else (a, op, b)
 
 
+def column_sums(a: int, b: int) -> str:
+    """The sums that adding by hand writes down: each column with the carry into it, last column first, two digits
+    each: 37 and 58 -> "15,09"."""
+    sums, carry = [], 0
+    while a or b or not sums:
+        total = a % 10 + b % 10 + carry
+        sums.append(f"{total:02d}")
+        a, b, carry = a // 10, b // 10, total // 10
+    return ",".join(sums)
+
+
 def is_held_out(a: int, op: str, b: int) -> bool:
     """Which side of the split a problem is on; the same for a+b and b+a, and for all options and seeds."""
     if op != "-" and a > b:
@@ -150,9 +168,9 @@ class _Problems(Sequence[Prompt]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative and out of range as in a list
-        question, answer = self._env.question_and_answer(
-            int(self._a[index]), self._op[index].decode(), int(self._b[index])
-        )
+        a, b = int(self._a[index]), int(self._b[index])
+        question, answer = self._env.question_and_answer(a, self._op[index].decode(), b)
         message = {"role": "user", "content": question}
         uid = f"{self._name}/{self._split}/{index}"
-        return Prompt(uid, self._name, [message], {"answer": answer, "solution": answer})
+        solution = f"{column_sums(a, b)}{WORK_END}{answer}" if self._env.work else answer
+        return Prompt(uid, self._name, [message], {"answer": answer, "solution": solution})

@@ -244,7 +244,8 @@ def start(body, **constants):
             def step(self, text):
                 {body}
         def play():
-            prompt = Prompt("stuck/train/3", "stuck", [{{"role": "user", "content": "?"}}], {{"source": "rows.jsonl:4"}})
+            messages = [{{"role": "user", "content": "?"}}]
+            prompt = Prompt("stuck/train/3", "stuck", messages, {{"source": "rows.jsonl:4"}})
             guard = g.Guard(EnvConfig(timeout_seconds=0.3, on_error="mask"))
             with guard:
                 print(guard.call(Stuck().step, "x", prompt=prompt))

@@ -24,8 +24,10 @@ _NUMBER = re.compile(
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)\s?\\?%?\.?"
 )
 _UNIT = re.compile(r"(?:\s+[^\W\d_]+){1,3}\.?")
-_ANYWHERE = re.compile(r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-\u2212]?\.\d+")
-_FRACTION = re.compile(r"([-\u2212]?)(?:\\[dt]?frac\{(\d{1,30})\}\{(\d{1,30})\}|(\d{1,30})\s?/\s?(\d{1,30}))")
+_ANYWHERE = re.compile(
+    r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-\u2212]?\.\d+", re.A
+)
+_FRACTION = re.compile(r"([-\u2212]?)(?:\\[dt]?frac\{(\d{1,30})\}\{(\d{1,30})\}|(\d{1,30})\s?/\s?(\d{1,30}))", re.A)
 
 
 def parse_number(text: str) -> Fraction | None:

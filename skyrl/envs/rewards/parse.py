@@ -34,7 +34,7 @@ class Node(NamedTuple):
 
 
 _TOKEN = re.compile(
-    r"\s*(?:(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|(sqrt|frac|pi|[A-Za-z]+)|(\*\*|.))", re.S
+    r"\s*(?:(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|(sqrt|frac|pi|[A-Za-z]+)|(\*\*|.))", re.S | re.A
 )
 _SPELLINGS = [  # typographic and LaTeX forms of the same thing
     (re.compile("[\u2212\u2013\ufe63\uff0d]"), "-"),

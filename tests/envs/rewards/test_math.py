@@ -1,0 +1,131 @@
+"""Answer extraction and comparison."""
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+
+from skyrl.envs.rewards import REWARDS
+from skyrl.envs.rewards.math import answers_equal, extract_answer, last_number, parse_number
+from skyrl.types import Prompt, UserError
+
+
+def prompt(answer):
+    return Prompt("m/train/0", "m", [{"role": "user", "content": "?"}], {} if answer is None else {"answer": answer})
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("18", 18), ("-3", -3), ("+3", 3), ("1,234", 1234), ("$5.50", "5.5"), ("-$5", -5), ("$-5", -5), (".5", "0.5")]
+    + [("3.", 3), ("18.00", 18), ("50%", 50), (r"50\%", 50), (r"\$7", 7), ("\u22124", -4), (" 7 ", 7), ("007", 7)],
+)
+def test_numbers(text, value):
+    assert parse_number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-", ".", "$", "1,23", "12,34,567", "1.2.3", "9*2", "1/2", "1 2", "1e3", "x", "--3", "-$-3", "\u0663"]
+)
+def test_what_is_no_number(text):
+    assert parse_number(text) is None
+
+
+def test_numbers_survive_writing():
+    rng = random.Random(0)
+    for _ in range(500):
+        value = Fraction(rng.randrange(-(10**9), 10**9), 10 ** rng.randrange(4))
+        assert parse_number(f"{float(value):,.4f}") == value
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("so\n#### 18", "18"),
+        ("#### 1\nno\n####   2 apples \nmore", "2 apples"),
+        (r"thus \boxed{\frac{1}{2}} holds", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        ("#### 3 and \\boxed{4}", "3 and \\boxed{4}"),
+        ("the answer is 18", None),
+        ("####", None),
+        ("####\n18", None),
+        (r"\boxed{1", None),
+        ("", None),
+    ],
+)
+def test_extraction(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_last_number():
+    assert last_number("between 3 and 1,200.50 $") == "1,200.50"
+    assert last_number("it is -4.") == "-4"
+    assert last_number("none") is None
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [("18", "18"), ("18.0", "18"), ("$18", "18"), ("1,800", "1800"), ("18 eggs", "18"), ("18 dollars.", "18")]
+    + [("18%", "18"), ("0.5", "1/2"), ("2/4", "1/2"), (r"\frac{1}{2}", "0.5"), ("-.5", "-1/2"), ("blue", "blue")]
+    + [("sqrt(2)/2", "1/sqrt(2)"), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"), ("x^2+2x+1", "(x+1)^2")]
+    + [
+        (r"2\pi", "pi*2"),
+        ("x*y+x", "x(y+1)"),
+        ("sqrt(8)", "2sqrt(2)"),
+        ("(x^2-1)/(x-1)", "x+1"),
+        ("2^(1/2)", "sqrt(2)"),
+    ]
+    + [("sqrt(3+2sqrt(2))", "1+sqrt(2)")],
+)
+def test_equal(given, wanted):
+    assert answers_equal(given, wanted)
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [("17", "18"), ("", ""), ("", "0"), ("18 or 19", "18"), ("9*2", "18"), ("36/2", "18"), ("9+9", "18"), ("1.8", "18")]
+    + [
+        ("180", "18"),
+        ("-18", "18"),
+        ("18 19", "18"),
+        ("0.333", "1/3"),
+        ("1/0", "1/2"),
+        ("x+1", "x"),
+        ("sqrt(2)", "1.5"),
+    ]
+    + [("1.41421356", "sqrt(2)"), ("eggs", "gegs"), ("x^2", "x^3"), ("2pi", "pi"), ("x", "y"), ("red", "blue")]
+    + [("1/(x-x)", "x"), ("__import__('os')", "x"), ("1.4142135623730951", "sqrt(2)")],
+)
+def test_not_equal(given, wanted):
+    assert not answers_equal(given, wanted)
+
+
+def test_symbolic_comparison_is_bounded_in_time():
+    answers_equal("x*2", "2x")  # imports sympy
+    start = time.perf_counter()
+    assert answers_equal("(x+y+z+1)^9 - (1+x+z+y)^9 + x", "x + z - z")
+    nasty = [
+        "(" * 30 + "x" + "+1)^9" * 30,
+        "x^(9^9^9)",
+        "9^9^9^9",
+        "(1+sqrt(2))^10^10",
+        "x^(1/7)",
+        "(x+y+z+w)^2",
+        "x" * 50,
+    ]
+    nasty += ["(((1+sqrt(2))^9)^9)^9", "+".join(["sqrt(x)"] * 60), "(sqrt(2)+sqrt(3)+sqrt(5)+sqrt(7)+sqrt(11))^10"]
+    for text in nasty:
+        assert answers_equal(text, text)
+        answers_equal(text, text + "+0*x")
+        answers_equal(text, text.replace("9", "8"))
+    assert time.perf_counter() - start < 20
+
+
+def test_rewards():
+    math, lenient, number = REWARDS.get("math"), REWARDS.get("math_last_number"), REWARDS.get("number")
+    assert math("so #### 18", prompt("18")) == 1.0 and math("so 18", prompt("18")) == 0.0
+    assert lenient("so 18", prompt("18")) == 1.0 and lenient("18, or #### 19", prompt("18")) == 0.0
+    assert number(" .50\n", prompt("0.5")) == 1.0
+    assert number("1/2", prompt("0.5")) == number("0.5 0.5", prompt("0.5")) == number("", prompt("0.5")) == 0.0
+    with pytest.raises(UserError, match="prompt m/train/0: field 'answer' is missing"):
+        math("#### 1", prompt(None))
