@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
@@ -27,6 +28,8 @@ import yaml
 import skyrl
 from skyrl.types import UserError
 
+# "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
+ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -199,9 +202,9 @@ def cut_metrics(path: Path, num_bytes: int) -> list[str]:
 
 def drop_rollouts(folder: Path, step: int) -> None:
     """Deletes dumped episodes of steps after `step`: after a change of world size, old parts would stay among new."""
-    for path in Path(folder).glob("*-r*.jsonl"):
-        number = path.name.split("-r")[0]
-        if number.isdigit() and int(number) > step:
+    for path in Path(folder).glob("*.jsonl"):
+        name = ROLLOUT_NAME.fullmatch(path.name)
+        if name is not None and int(name["step"]) > step:
             path.unlink()
 
 

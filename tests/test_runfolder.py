@@ -126,7 +126,14 @@ def test_metrics_are_cut_back_to_the_byte(tmp_path):
 
 
 def test_rollouts_of_later_steps_are_dropped(tmp_path):
-    for name in ("000010-r0.jsonl", "000020-r0.jsonl", "000020-r1.jsonl", "note-r0.jsonl", "000030.txt"):
+    for name in (
+        "000010-r0.jsonl",
+        "000020-r0.jsonl",
+        "000020-r1.jsonl",
+        "note-r0.jsonl",
+        "000030.txt",
+        "eval-000011-r0.jsonl",
+    ):
         (tmp_path / name).write_text("")
     drop_rollouts(tmp_path, 10)
     assert sorted(os.listdir(tmp_path)) == ["000010-r0.jsonl", "000030.txt", "note-r0.jsonl"]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from skyrl.config.schema import RunConfig
 from skyrl.types import Metrics
@@ -21,14 +21,18 @@ WALL_CLOCK = ("time/", "speed/", "memory/")
 Record = dict[str, Any]  # {"step": 3, "phase": "rl", "reward:mean": 0.5, ...}, in the order it is written
 
 
-class Sink(Protocol):
-    """Where records go. Called on rank 0 only."""
+class Sink:
+    """Where records go. Called on rank 0 only. A new kind of sink overrides `write` and what else it needs."""
 
     def write(self, record: Record) -> None:
         """Takes one finished step. Raises UserError for what a person can fix (a full disk)."""
+        raise NotImplementedError
 
     def begin(self, name: str) -> None:
-        """A phase of the step, for example "collect", begins; for live displays."""
+        """A span of the step, for example "collect", begins; for live displays."""
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
 
     def sync(self) -> None:
         """Makes what was written safe from a kill; called before a checkpoint."""
@@ -49,7 +53,8 @@ class Tally:
     def add(self, metrics: Metrics) -> None:
         """Raises ValueError for a key without :sum, :mean, :max or :min."""
         for key, value in metrics.items():
-            if key.rpartition(":")[2] not in _REDUCTIONS:
+            name, _, reduction = key.rpartition(":")
+            if not name or reduction not in _REDUCTIONS:
                 raise ValueError(
                     f"metric {key!r}: the key must end in one of {', '.join(':' + r for r in _REDUCTIONS)}"
                 )
@@ -118,7 +123,12 @@ class Tracker:
         """Begins the step's duration now: set-up before the first step is not part of it."""
         self._start = time.perf_counter()
 
-    def sync(self) -> int:
+    def say(self, text: str) -> None:
+        """Shows a line to a person, above a live display."""
+        for sink in self.sinks:
+            sink.say(text)
+
+    def offset(self) -> int:
         """Makes all records safe from a kill; returns the length of metrics.jsonl in bytes (0 on ranks but 0).
 
         A checkpoint keeps that number: a resumed run cuts the file back to it.

@@ -8,22 +8,23 @@ import time
 from collections import deque
 from typing import Any, TextIO
 
-from skyrl.tracking.base import Record
+from skyrl.tracking.base import Record, Sink
 
 # (title, width, keys of which the first present counts, format)
 _COLUMNS: list[tuple[str, int, tuple[str, ...], str]] = [
-    ("loss", 9, ("loss:sum", "loss:mean"), "{:.4f}"),
+    ("loss", 8, ("loss:sum", "loss:mean"), "{:.4f}"),
     ("reward", 7, ("reward:mean",), "{:.3f}"),
     ("accuracy", 8, ("eval/accuracy:mean",), "{:.3f}"),
     ("entropy", 7, ("entropy:mean",), "{:.3f}"),
-    ("lp gap", 8, ("logprob_gap:mean",), "{:.1e}"),
+    ("lp gap", 7, ("logprob_gap:mean",), "{:.1e}"),
     ("tokens/s", 8, ("speed/tokens_per_second:mean",), "{:,.0f}"),
 ]
+_LEFT = 7  # with this, a row fits into 80 columns
 _PLAIN_SECONDS = 2.0
 _STEPS_AVERAGED = 20
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """Prints step, loss, reward, last accuracy, entropy, log-prob gap, tokens/s and time left.
 
     totals: steps of each phase, for "3/100" and the time left. live: rewrites one line with ANSI codes, and leaves a
@@ -64,12 +65,9 @@ class ConsoleSink:
         if self.live:
             self._print(f"\r\x1b[K{self._fit(f'{self._line}  {name} ...')}")
 
-    def tell(self, line: str) -> None:
+    def say(self, text: str) -> None:
         """Prints a message above the live line."""
-        self._print(f"\r\x1b[K{line}\n{self._fit(self._line)}" if self.live else line + "\n")
-
-    def sync(self) -> None:
-        """Nothing to make safe."""
+        self._print(f"\r\x1b[K{text}\n{self._fit(self._line)}" if self.live else text + "\n")
 
     def close(self) -> None:
         """Ends the live line."""
@@ -82,7 +80,8 @@ class ConsoleSink:
         self._seconds.clear()
         width = self._step_width(phase)
         header = "  ".join([f"{'step':>{width}}", *(f"{title:>{size}}" for title, size, _, _ in _COLUMNS)])
-        self._print(("\r\x1b[K" if self.live else "") + f"{header}  {'time left':>9}\n")
+        header = f"{header}  {'left':>{_LEFT}}"
+        self._print(f"\r\x1b[K{self._fit(header)}\n" if self.live else f"{header}\n")
 
     def _step_width(self, phase: str) -> int:
         return len(phase) + 2 + 2 * len(str(self.totals.get(phase, 9999)))
@@ -98,7 +97,7 @@ class ConsoleSink:
         left = None
         if total and self._seconds:
             left = (total - step) * sum(self._seconds) / len(self._seconds)
-        return "  ".join([*cells, f"{duration(left):>9}"])
+        return "  ".join([*cells, f"{duration(left):>{_LEFT}}"])
 
     def _fit(self, line: str) -> str:
         # A line that wraps could not be rewritten.

@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 from skyrl.runfolder import cut_metrics
-from skyrl.tracking.base import Record
+from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """Appends records to a file. Each line is handed to the system at once and synced at checkpoints."""
 
     def __init__(self, path: Path, *, resume_from: int | None = None) -> None:
@@ -40,9 +40,6 @@ class JsonlSink:
                 line = line[os.write(self._file, line) :]
         except OSError as problem:
             raise self._explain(problem) from None
-
-    def begin(self, name: str) -> None:
-        """Nothing: only finished steps are written."""
 
     def sync(self) -> None:
         """Waits until the disk has every line."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from skyrl.tracking.base import Record
+from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Writes each record's numbers under "<phase>/<key>" at its step.
 
     A resumed run adds an event file; where steps were written twice, TensorBoard shows both points.
@@ -30,9 +30,6 @@ class TensorBoardSink:
         for key, value in record.items():
             if key not in ("step", "phase"):
                 self._writer.add_scalar(f"{record['phase']}/{key.replace(':', '.')}", value, record["step"])
-
-    def begin(self, name: str) -> None:
-        """Nothing: only finished steps are written."""
 
     def sync(self) -> None:
         """Hands everything to the system."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
 
 from skyrl.config.schema import RunConfig
 from skyrl.runfolder import write_atomically
-from skyrl.tracking.base import Record
+from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Logs each record under "<phase>/<key>" against "<phase>/step", into <run folder>/wandb.
 
     The run's id is kept in <run folder>/wandb_id, so that a resumed run goes on in the same one. Steps that a
@@ -23,6 +24,8 @@ class WandbSink:
     def __init__(self, cfg: RunConfig, folder: Path) -> None:
         """Raises: UserError when wandb is not installed or does not start."""
         mode = cfg.tracking.wandb
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own crashes over the network
         try:
             import wandb
         except ImportError:
@@ -59,15 +62,9 @@ class WandbSink:
             self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
         self._run.log({f"{phase}/{key.replace(':', '.')}": value for key, value in record.items() if key != "phase"})
 
-    def begin(self, name: str) -> None:
-        """Nothing: only finished steps are logged."""
-
-    def sync(self) -> None:
-        """Nothing: wandb writes by itself."""
-
     def close(self) -> None:
         """Ends the run there."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def run_id(folder: Path) -> str:

@@ -1,0 +1,131 @@
+"""Every episode of a step as text, tokens, log-probs and rewards, for eyes and for checks of the metrics.
+
+One line of JSON for each episode; each rank writes the groups it played. Nothing here is read back by training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from skyrl.runfolder import ROLLOUT_NAME, write_atomically
+from skyrl.types import Episode, Metrics, UserError
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that is needed."""
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        """Text of tokens."""
+
+
+def write_rollouts(
+    folder: Path,
+    name: str,
+    groups: Sequence[Sequence[Episode]],
+    tokenizer: Decoder,
+    *,
+    rank: int,
+    advantages: Sequence[Sequence[float]] | None = None,
+) -> Path:
+    """Writes this rank's groups to <folder>/<name>-r<rank>.jsonl, whole or not at all; returns that path.
+
+    name: the step with six digits, with "<kind>-" before it for other than training ("eval-000010"). advantages: one
+    number for each episode of each group, as in `groups`. Text is decoded with special tokens visible.
+    Raises: UserError when the file cannot be written.
+    """
+    path = Path(folder) / f"{name}-r{rank}.jsonl"
+    lines = []
+    for i, group in enumerate(groups):
+        for j, episode in enumerate(group):
+            advantage = None if advantages is None else float(advantages[i][j])
+            lines.append(json.dumps(_plain(_episode_entry(episode, tokenizer, advantage)), ensure_ascii=False))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(line + "\n" for line in lines))
+    except OSError as problem:
+        raise UserError(
+            f"{path}: cannot be written ({problem.strerror}); free some space, or give tracking.rollouts_every=0"
+        ) from None
+    return path
+
+
+def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The episodes of `name` (see write_rollouts) from all ranks' files, ranks in order."""
+    found = []
+    for path in Path(folder).glob(f"{name}-r*.jsonl"):
+        match = ROLLOUT_NAME.fullmatch(path.name)
+        if match is not None and path.name == f"{name}-r{match['rank']}.jsonl":
+            found.append((int(match["rank"]), path))
+    for _, path in sorted(found):
+        with open(path, encoding="utf-8") as stream:
+            for line in stream:
+                yield json.loads(line)
+
+
+def recompute_metrics(episodes: Sequence[dict[str, Any]]) -> Metrics:
+    """Metrics of dumped episodes from nothing but their tokens and rewards, to hold against the logged ones.
+
+    Keys as logged: reward:mean and accuracy:mean (invalid episodes left out; accuracy is correct:mean of the
+    environment, else reward above 0), episodes:sum, invalid:sum, length:mean, length:max (tokens drawn in an episode),
+    cut_by_length:mean, sampled_tokens:sum, turns:mean. Means over no episodes are left out.
+    """
+    scored = [episode for episode in episodes if not episode["invalid"]]
+    lengths = [sum(len(turn["tokens"]) for turn in episode["turns"]) for episode in episodes]
+    metrics: Metrics = {
+        "episodes:sum": float(len(episodes)),
+        "invalid:sum": float(len(episodes) - len(scored)),
+        "sampled_tokens:sum": float(sum(lengths)),
+    }
+    if episodes:
+        metrics["length:mean"] = sum(lengths) / len(episodes)
+        metrics["length:max"] = float(max(lengths))
+        metrics["cut_by_length:mean"] = sum(e["stop"] == "length" for e in episodes) / len(episodes)
+        metrics["turns:mean"] = sum(len(episode["turns"]) for episode in episodes) / len(episodes)
+    if scored:
+        metrics["reward:mean"] = sum(sum(turn["reward"] for turn in e["turns"]) for e in scored) / len(scored)
+        correct = [e["metrics"].get("correct:mean", float(e["reward"] > 0)) for e in scored]
+        metrics["accuracy:mean"] = sum(correct) / len(scored)
+    return metrics
+
+
+def _episode_entry(episode: Episode, tokenizer: Decoder, advantage: float | None) -> dict[str, Any]:
+    turns = []
+    for turn in episode.turns:
+        context, tokens = [int(t) for t in turn.context], [int(t) for t in turn.sample.tokens]
+        turns.append(
+            {
+                "context_text": tokenizer.decode(context, skip_special_tokens=False),
+                "text": tokenizer.decode(tokens, skip_special_tokens=False),
+                "reward": float(turn.reward),
+                "stop": turn.sample.stop,
+                "version": turn.sample.version,
+                "context": context,
+                "tokens": tokens,
+                "logprobs": [float(value) for value in turn.sample.logprobs],
+            }
+        )
+    entry = {
+        "uid": episode.prompt.uid,
+        "env": episode.prompt.env,
+        "index": episode.index,
+        "reward": float(episode.reward),
+        "stop": episode.stop,
+        "invalid": episode.invalid,
+        "metrics": {key: float(value) for key, value in episode.metrics.items()},
+    }
+    return {**entry, **({} if advantage is None else {"advantage": advantage}), "turns": turns}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are not finite as text: JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_plain(below) for below in value]
+    return value
