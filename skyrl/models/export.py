@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -86,10 +87,8 @@ def _write_weights(weights: dict[str, Tensor], part: Path, dtype: torch.dtype, s
         cast = {k: weights[k].to(dtype) if weights[k].is_floating_point() else weights[k] for k in keys}
         try:
             save_file({k: v.contiguous().clone() for k, v in cast.items()}, part / file, metadata={"format": "pt"})
-        except Exception as error:  # safetensors wraps the system's error in its own
-            if "I/O error" in str(error) or "No space" in str(error):
-                raise OSError(str(error)) from error
-            raise
+        except SafetensorError as error:  # how it tells what the system said
+            raise OSError(str(error)) from error
     if len(shards) > 1:
         weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

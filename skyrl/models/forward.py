@@ -162,7 +162,8 @@ class CausalLM(nn.Module):
         else:
             hidden_TC = self._hidden_padded(mb)
         if self.head == "value":
-            values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype))
+            # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
+            values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype)).clone()
             return ForwardOutput(torch.zeros_like(values_T), None, values_T)
         weight_VC, bias_V = self.output_weight()
         logprobs_T, entropy_T = log_probs(
@@ -214,8 +215,6 @@ def _drop_output(net: PreTrainedModel) -> None:
         if module is output and output is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(parent), leaf, nn.Identity())
-    # transformers would tie the removed weight again on save and load
-    net.config.tie_word_embeddings = False
 
 
 def _keep_ties(module: CausalLM, change: Any) -> CausalLM:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
@@ -224,12 +225,11 @@ def _aliases(net: nn.Module) -> dict[str, str]:
 
 def _ignorable(net: Any, key: str) -> bool:
     """Keys that transformers ignores too, rotary buffers of old files, and the head where the model is a critic."""
-    import re
-
     patterns = getattr(net, "_keys_to_ignore_on_load_unexpected", None) or []
     if any(re.search(pattern, key) for pattern in patterns) or key.endswith(("rotary_emb.inv_freq", ".masked_bias")):
         return True
-    return isinstance(net.get_output_embeddings(), nn.Identity) and key.startswith("lm_head.")
+    dropped = [name for name, module in net.named_modules() if isinstance(module, nn.Identity)]
+    return any(key.startswith(f"{name}.") for name in dropped)
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:

@@ -1,0 +1,125 @@
+"""Blocked log-probabilities and entropy against plain autograd over whole logits."""
+
+import itertools
+
+import pytest
+import torch
+
+from skyrl.models.logprobs import HeadSpec, log_probs, matmul_float
+
+T, C, V = 13, 8, 300
+
+
+def plain(hidden, weight, bias, targets, temperature, head):
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32) * head.scale
+    if head.softcap:
+        z = torch.tanh(z / head.softcap) * head.softcap
+    logp = torch.log_softmax(z / temperature, -1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def inputs(dtype, bias=True, tokens=T, vocab=V):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    targets[:2] = torch.tensor([0, vocab - 1])
+    return make(tokens, C), make(vocab, C), make(vocab) if bias else None, targets
+
+
+HEADS = [HeadSpec(), HeadSpec(scale=0.3), HeadSpec(softcap=2.0), HeadSpec(scale=1.7, softcap=3.0)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_equals_plain_autograd_in_float64(head):
+    for temperature, bias, chunk in itertools.product((1.0, 0.6), (False, True), (0, 1)):
+        hidden, weight, bias_V, targets = inputs(torch.float64, bias)
+        leaves = [x for x in (hidden, weight, bias_V) if x is not None]
+        up = torch.randn(2, T, dtype=torch.float64)
+        want = plain(hidden, weight, bias_V, targets, temperature, head)
+        grads = torch.autograd.grad((want[0] * up[0] + want[1] * up[1]).sum(), leaves)
+        # chunk 1: one row of logits = V entries = 128 columns at a time, so three blocks, the last one short
+        got = log_probs(
+            hidden, weight, targets, bias_V=bias_V, temperature=temperature, head=head, entropy=True, chunk_tokens=chunk
+        )
+        ours = torch.autograd.grad((got[0] * up[0] + got[1] * up[1]).sum(), leaves)
+        for a, b in zip((*got, *ours), (*want, *grads), strict=True):
+            assert (a - b).abs().max() < 1e-12
+
+
+def test_each_output_alone_has_the_right_gradient():
+    hidden, weight, _, targets = inputs(torch.float64, bias=False)
+    want = plain(hidden, weight, None, targets, 1.0, HeadSpec())
+    got = log_probs(hidden, weight, targets, entropy=True, chunk_tokens=1)
+    for i in range(2):
+        a = torch.autograd.grad(got[i].sum(), [hidden, weight], retain_graph=True)
+        b = torch.autograd.grad(want[i].sum(), [hidden, weight], retain_graph=True)
+        assert all((x - y).abs().max() < 1e-12 for x, y in zip(a, b, strict=True))
+    without, nothing = log_probs(hidden, weight, targets, chunk_tokens=1)
+    assert nothing is None and torch.equal(without, got[0])
+
+
+def test_frozen_inputs_get_no_gradient():
+    hidden, weight, _, targets = inputs(torch.float32, bias=False)
+    weight = weight.detach()
+    log_probs(hidden, weight, targets)[0].sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_large_logits_stay_finite():
+    hidden, weight, _, targets = inputs(torch.float32, bias=False)
+    hidden, weight = (hidden * 1e3).detach().requires_grad_(), weight.detach().requires_grad_()
+    logp, entropy = log_probs(hidden, weight, targets, entropy=True, chunk_tokens=1)
+    (logp.sum() + entropy.sum()).backward()
+    want, _ = plain(hidden.double(), weight.double(), None, targets, 1.0, HeadSpec())
+    assert torch.isfinite(logp).all() and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    assert (logp - want).abs().max() < 1e-2 and (entropy >= -1e-3).all()
+
+
+def test_bfloat16_gradient_is_near_float64_and_blocks_change_nothing():
+    hidden, weight, _, targets = inputs(torch.bfloat16, bias=False, tokens=64)
+    results = []
+    for chunk in (0, 1):
+        logp, _ = log_probs(hidden, weight, targets, chunk_tokens=chunk)
+        assert logp.dtype == torch.float32
+        results.append((logp.detach(), *torch.autograd.grad(logp.sum(), [hidden, weight])))
+    precise = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logp, _ = plain(*precise, None, targets, 1.0, HeadSpec())
+    want = torch.autograd.grad(logp.sum(), precise)
+    for logp_T, dhidden, dweight in results:
+        assert dhidden.dtype == dweight.dtype == torch.bfloat16
+        for a, b in ((logp_T, logp), (dhidden, want[0]), (dweight, want[1])):
+            assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def test_temperature_must_be_positive():
+    hidden, weight, _, targets = inputs(torch.float32, bias=False)
+    with pytest.raises(ValueError, match="temperature=0"):
+        log_probs(hidden, weight, targets, temperature=0.0)
+
+
+def test_never_holds_all_logits():
+    """The largest tensor made inside, in either direction, stays at the block's size."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for one in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(one, torch.Tensor):
+                    self.size = max(self.size, one.numel())
+            return out
+
+    hidden, weight, _, targets = inputs(torch.float32, bias=False, tokens=256, vocab=4096)
+    with Largest() as seen:
+        logp, entropy = log_probs(hidden, weight, targets, entropy=True, chunk_tokens=16)
+        (logp + entropy).sum().backward()
+    assert 256 * 128 <= seen.size <= max(16 * 4096, weight.numel())
+
+
+def test_product_is_float32():
+    assert matmul_float(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.bfloat16)).dtype == (
+        torch.float32
+    )
