@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -9,7 +10,6 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,13 +23,13 @@ from skyrl.types import UserError
 USAGE_ERROR = 2
 # torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
 FOLLOWER_SECONDS = 3.0
-_SHOWN = ("job", "hydra", "all")
+INFO_FLAGS = ("-i", "--info")
 # Hydra's flags -> allowed values; () = any, None = takes none.
 FLAGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--hydra-help", "--version", "--resolve"), None),
-    **dict.fromkeys(("-c", "--cfg"), _SHOWN),
+    **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"), ()),
-    **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+    **dict.fromkeys(INFO_FLAGS, ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
     **dict.fromkeys(("-sc", "--shell-completion"), None),
 }
 
@@ -95,14 +95,14 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
         if wanted is None:
             flags.append(flag)
             continue
-        if not equals and rest and (not wanted or rest[0] in wanted):
+        if not equals and rest and (not wanted or rest[0] in wanted or flag not in INFO_FLAGS):
             value = rest.pop(0)
-        if not value and "all" in wanted and flag == "--info":
-            value = "all"
-        if not value or (wanted and value not in wanted):
-            raise UserError(f"{flag}={value}: needs a value" + (f", one of {', '.join(wanted)}" if wanted else ""))
-        flags.append(f"{flag}={value}" if flag.startswith("--") else flag)
-        flags += [] if flag.startswith("--") else [value]
+        value = value or ("all" if flag in INFO_FLAGS else "")
+        if not value:
+            raise UserError(f"{flag}: needs a value" + (f", one of {', '.join(wanted)}" if wanted else ""))
+        if wanted and value not in wanted:
+            raise UserError(f"{flag} {value}: choose one of {', '.join(wanted)}")
+        flags += [f"{flag}={value}"] if flag.startswith("--") else [flag, value]
     return flags, overrides
 
 
@@ -112,6 +112,7 @@ class _Entry:
     def __init__(self, mode: str, args: list[str]) -> None:
         self.mode = mode
         self.args = args
+        self.sweep = False
         self.failed = 0
         self.code = 0
 
@@ -119,12 +120,15 @@ class _Entry:
         register_schema()
         # Without it Hydra prints its own error and exits; we want the exception, to say it in one line.
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        with tempfile.TemporaryDirectory(prefix="skyrl-sweep-") as folder:
-            # Hydra's sweeper writes multirun.yaml; the run folders hold all that is in it.
-            flags, overrides = split_args(self.args)
-            if not any(flag.startswith(("--info", "--hydra-help")) for flag in flags):
-                flags += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-            sys.argv[1:] = [*flags, f"hydra.sweep.dir={folder}", *overrides]  # what the user says comes last and wins
+        flags, overrides = split_args(self.args)
+        self.sweep = "-m" in flags or "--multirun" in flags
+        if not any(flag.startswith(("-i", "--info", "--hydra-help")) for flag in flags):
+            flags += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        with contextlib.ExitStack() as stack:
+            if self.sweep:  # Hydra's sweeper writes multirun.yaml; the run folders hold all that is in it
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="skyrl-sweep-"))
+                flags.append(f"hydra.sweep.dir={folder}")
+            sys.argv[1:] = [*flags, *overrides]  # what the user says comes last and wins
             self._compose_and_run()
         if self.failed:
             print(f"skyrl: {self.failed} run(s) of the sweep failed", file=sys.stderr, flush=True)
@@ -137,24 +141,23 @@ class _Entry:
         if not quiet:
             main()
             return
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             main()
 
     def job(self, composed: DictConfig) -> None:
         """One run. In a sweep of one process a failed point is told and counted, and the next one starts."""
-        with redirect_stdout(self.stdout), redirect_stderr(self.stderr):
-            sweep = "-m" in self.args or "--multirun" in self.args
+        with contextlib.redirect_stdout(self.stdout), contextlib.redirect_stderr(self.stderr):
             try:
                 self._run_one(composed)
             except UserError as error:
-                if not sweep or world_size() > 1:
+                if not self.sweep or world_size() > 1:
                     _leave(str(error))
                 tell(str(error))
                 self.failed, self.code = self.failed + 1, max(self.code, USAGE_ERROR)
             except Exception as error:
                 traceback.print_exception(type(error), error, error.__traceback__.tb_next)
                 sys.stderr.flush()
-                if not sweep or world_size() > 1:
+                if not self.sweep or world_size() > 1:
                     sys.exit(1)  # other ranks may wait for us in a collective: only the end of the job frees them
                 self.failed, self.code = self.failed + 1, max(self.code, 1)
 

@@ -218,6 +218,7 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
     uneven = batch.prompts_per_step % plan.world_size
     least = plan.prompts_on_rank(plan.world_size - 1)
     episodes = batch.prompts_per_step * batch.samples_per_prompt
+    longest = f"at most {plan.max_row_tokens} tokens" if plan.max_row_tokens else "the limit of the model"
     lines = [
         ("run", f"{cfg.run.name} in {cfg.run.dir}"),
         ("ranks", f"{plan.world_size} x {plan.device}, {plan.strategy}, {plan.dtype}"),
@@ -239,10 +240,7 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
             "warm-up",
             f"{cfg.warmup.num_steps} steps x {cfg.warmup.rows_per_step} rows" if cfg.warmup.num_steps else "none",
         ),
-        (
-            "rows",
-            f"at most {plan.max_row_tokens or 'as many as the model has'} tokens, {cfg.sampler.max_new_tokens} a turn",
-        ),
+        ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn"),
     ]
     if plan.facts is not None and plan.memory is not None:
         lines += _describe_memory(plan, plan.facts, plan.memory)

@@ -1,0 +1,248 @@
+"""Numbers of the plan: shares of ranks, schedules, what is due, memory, dry runs of every recipe."""
+
+import math
+
+import pytest
+
+from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
+from skyrl.config.memory import GIB, ModelFacts, available, check_fits, estimate, model_facts, tiny_facts
+from skyrl.config.plan import describe, dry_run, make_plan
+from skyrl.config.schema import TinyModelConfig
+from skyrl.types import UserError
+
+RECIPES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+ALGORITHMS = sorted(path.stem for path in (config_dir() / "algorithm").glob("*.yaml"))
+
+
+def plan_of(*overrides: str, world_size: int = 1, **kwargs):
+    return make_plan(load_config(overrides), world_size, **kwargs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_every_prompt_is_played_by_one_rank(world_size):
+    plan = plan_of("batch.prompts_per_step=8", world_size=world_size)
+    shares = [plan.prompts_on_rank(rank) for rank in range(world_size)]
+    assert sum(shares) == 8
+    assert max(shares) - min(shares) <= 1 and max(shares) == plan.prompts_per_rank
+
+
+def test_learning_rate_rises_falls_and_ends_where_it_should():
+    plan = plan_of("batch.num_steps=21", "optim.lr=1", "optim.warmup_steps=4", "optim.schedule=linear")
+    assert [plan.lr_at(s) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert plan.lr_at(12) == pytest.approx(1 - 0.9 * 0.5)
+    assert plan.lr_at(20) == pytest.approx(0.1)
+    cosine = plan_of("batch.num_steps=21", "optim.lr=1", "optim.warmup_steps=4", "optim.schedule=cosine")
+    assert cosine.lr_at(4) == 1.0 and cosine.lr_at(20) == pytest.approx(0.1)
+    assert cosine.lr_at(8) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    rates = [cosine.lr_at(s) for s in range(4, 21)]
+    assert rates == sorted(rates, reverse=True)
+    constant = plan_of("batch.num_steps=3", "optim.lr=0.5")
+    assert {constant.lr_at(s) for s in range(3)} == {0.5}
+
+
+def test_adam_of_policy_critic_and_warmup():
+    plan = plan_of(
+        "algorithm=ppo", "optim.lr=0.1", "algorithm.critic.lr=0.2", "warmup.lr=0.3", "warmup.num_steps=20",
+        "optim.beta1=0.8", "optim.beta2=0.7", "optim.eps=1e-5", "optim.weight_decay=0.01", "optim.grad_clip_norm=2",
+        "optim.warmup_steps=2", "algorithm.critic.warmup_steps=3",
+    )  # fmt: skip
+    assert plan.adam_at(0).lr == pytest.approx(0.05) and plan.adam_at(1).lr == pytest.approx(0.1)
+    assert plan.critic_adam_at(0).lr == pytest.approx(0.1) and plan.critic_adam_at(1).lr == pytest.approx(0.2)
+    assert [plan.warmup_adam_at(s).lr for s in range(3)] == pytest.approx([0.15, 0.3, 0.3])
+    for adam in (plan.adam_at(5), plan.critic_adam_at(5), plan.warmup_adam_at(5)):
+        rest = (adam.beta1, adam.beta2, adam.eps, adam.weight_decay, adam.grad_clip_norm)
+        assert rest == (0.8, 0.7, 1e-5, 0.01, 2.0)
+    assert [plan.policy_learns(s) for s in range(5)] == [False, False, False, True, True]
+
+
+def test_what_is_due_when():
+    plan = plan_of(
+        "batch.num_steps=7", "eval.every_steps=3", "checkpoint.every_steps=0", "tracking.rollouts_every=2",
+        "debug.check_replicas_every=0",
+    )  # fmt: skip
+    due = {kind: [s for s in range(8) if plan.due(kind, s)] for kind in ("eval", "save", "rollouts", "replicas")}
+    assert due == {"eval": [3, 6, 7], "save": [7], "rollouts": [2, 4, 6], "replicas": []}
+
+
+def test_automatic_choices_are_resolved():
+    assert (plan_of(device="cpu").dtype, plan_of(device="cpu").strategy) == ("float32", "single")
+    gpu = plan_of(world_size=2, device="cuda")
+    assert (gpu.dtype, gpu.strategy) == ("bfloat16", "ddp")
+    assert plan_of("strategy.name=fsdp", "model.dtype=float64").dtype == "float64"
+    assert not plan_of().needs_reference and plan_of("algorithm.kl.coef=0.1").needs_reference
+    assert not plan_of().needs_critic and plan_of("algorithm=ppo").needs_critic
+
+
+def test_sampling_parameters_reach_both_kinds():
+    plan = plan_of("sampler.max_new_tokens=5", "sampler.stop=[x]", "sampler.stop_token_ids=[3]", "eval.temperature=0.5")
+    for params, temperature in ((plan.sampling, 1.0), (plan.eval_sampling, 0.5)):
+        assert (params.max_tokens, params.stop, params.stop_token_ids) == (5, ("x",), (3,))
+        assert params.temperature == temperature
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_every_recipe_dry_runs(recipe, world_size):
+    size = min(world_size, 32) if recipe != "gsm8k" else world_size
+    cfg = load_config([f"experiment={recipe}", "model.path=tiny", "dry_run=true", f"run.world_size={size}"])
+    text = dry_run(cfg, size)
+    assert cfg.experiment == recipe and cfg.run.name.startswith(recipe)
+    assert f"{size} x" in text and "peak" in text
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "recipe", [name for name in RECIPES if name != "ppo_critic"]
+)  # that one is about its algorithm
+def test_every_algorithm_fits_every_recipe(recipe, algorithm):
+    overrides = [f"experiment={recipe}", "model.path=tiny", f"algorithm={algorithm}"]
+    if algorithm == "rloo":
+        overrides.append("batch.optim_steps_per_batch=1")
+    make_plan(load_config(overrides), 2, device="cpu")
+
+
+def test_row_limit_comes_from_the_model_and_is_checked_against_it():
+    facts = tiny_facts(TinyModelConfig())
+    assert plan_of().max_row_tokens == 0
+    assert plan_of(model_facts=facts).max_row_tokens == facts.max_positions
+    assert plan_of("batch.max_row_tokens=99", model_facts=facts).max_row_tokens == 99
+    with pytest.raises(UserError, match="batch.max_row_tokens=9999: the model has 4096 positions"):
+        plan_of("batch.max_row_tokens=9999", model_facts=facts)
+    with pytest.raises(UserError, match="sampler.max_new_tokens=4096: leaves no room"):
+        plan_of("sampler.max_new_tokens=4096", model_facts=facts)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("shape", [{}, {"hidden_size": 64, "num_heads": 8, "num_kv_heads": 1, "vocab_size": 300}])
+def test_facts_of_tiny_equal_the_built_model(shape):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from skyrl.models.tiny import tiny_config, tiny_tokenizer
+
+    tiny = TinyModelConfig(**shape)
+    facts = tiny_facts(tiny)
+    config = tiny_config(tiny, len(tiny_tokenizer()))
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    assert facts.num_parameters == sum(p.numel() for p in module.parameters())
+    assert facts.vocab_size == config.vocab_size and facts.max_positions == config.max_position_embeddings
+    assert facts.head_size == config.head_dim and facts.num_kv_heads == config.num_key_value_heads
+
+
+def test_facts_of_a_folder_equal_its_model(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=77, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
+    assert facts.num_parameters == LlamaForCausalLM(config).num_parameters()
+    assert (facts.num_layers, facts.hidden_size, facts.ffn_size, facts.head_size) == (3, 32, 48, 8)
+    assert (facts.num_kv_heads, facts.vocab_size, facts.max_positions) == (2, 50, 77)
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(UserError) as error:
+            model_facts(load_config([f"model.path='{path}'"]))
+        assert str(error.value).startswith(f"model.path={path}:") and "\n" not in str(error.value)
+
+
+BIG = ModelFacts("big", 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
+
+
+def memory_of(*overrides: str, world_size: int = 8, dtype: str = "bfloat16", strategy: str = "fsdp"):
+    cfg = load_config(overrides)
+    return estimate(
+        cfg, BIG, world_size=world_size, dtype=dtype, strategy=strategy, device="cuda", row_tokens=2048
+    )  # fmt: skip
+
+
+def test_memory_of_weights_and_states():
+    ddp, one = memory_of(strategy="ddp"), memory_of(strategy="single", world_size=1)
+    assert ddp.resident == one.resident == 18 * BIG.num_parameters  # 2 + 4 masters + 4 gradients + 8 Adam
+    assert memory_of(strategy="ddp", dtype="float32").resident == 16 * BIG.num_parameters
+    assert memory_of(strategy="ddp", dtype="float64").resident == 32 * BIG.num_parameters
+    fsdp = memory_of()
+    assert fsdp.resident == 16 * BIG.num_parameters // 8 and fsdp.gathered == 2 * BIG.num_parameters
+    assert ddp.gathered == 0
+    assert memory_of("algorithm.kl.coef=0.1", strategy="ddp").reference == 2 * BIG.num_parameters
+    assert memory_of("algorithm=ppo").critic == 16 * BIG.num_parameters // 8
+
+
+def test_memory_of_activations_and_cache_follows_the_options():
+    plain, checkpointed = memory_of(), memory_of("model.activation_checkpointing=true")
+    assert checkpointed.activations < plain.activations / 5
+    double = memory_of("batch.max_tokens_per_microbatch=16384")
+    assert double.activations == 2 * plain.activations
+    assert memory_of("sampler.kv_cache_gib=2").cache == 2 * GIB
+    per_token = 2 * 36 * 8 * 128 * 2
+    assert memory_of("batch.prompts_per_step=8", "batch.samples_per_prompt=2").cache == 2 * 2048 * per_token
+    assert plain.least_cache == 2048 * per_token and plain.least < plain.peak
+    chunk = 100 * BIG.vocab_size * 4
+    assert memory_of("model.logits_chunk_tokens=100").logits == 2 * chunk
+
+
+def test_a_model_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr("skyrl.config.memory.available", lambda device: (8 * GIB, "a small machine"))
+    cfg = load_config([])
+    with pytest.raises(UserError, match=r"4.00G parameters need about .* GiB on each rank, there are 8.0 GiB"):
+        make_plan(cfg, 1, model_facts=BIG, device="cpu")
+    make_plan(cfg, 1, model_facts=tiny_facts(TinyModelConfig()), device="cpu")
+    other = load_config(["dry_run=true", "run.world_size=64"])
+    make_plan(other, 64 // 2, model_facts=BIG, device="cpu")  # another machine: told, not refused
+
+
+def test_available_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = available("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    shared = available("cpu")
+    assert alone is not None and shared is not None and alone[0] // 4 == shared[0]
+    need = memory_of(strategy="single", world_size=1)
+    assert (need.least > shared[0]) == _refuses(need)
+
+
+def _refuses(need) -> bool:
+    try:
+        check_fits(load_config([]), BIG, need, "cpu")
+    except UserError:
+        return True
+    return False
+
+
+def test_describe_says_that_shares_are_uneven():
+    cfg = load_config(["batch.prompts_per_step=8", "algorithm.kl.coef=0.1"])
+    text = describe(cfg, make_plan(cfg, 3))
+    assert "2 or 3 prompts on a rank" in text and "KL 0.1 in the loss" in text and "memory" not in text
+
+
+# ---- what may change on resume
+
+
+def test_diff_tells_what_changes_results_and_nothing_else():
+    before = load_config([])
+    free = load_config(
+        "run.threads=2 tracking.tensorboard=true checkpoint.every_steps=3 strategy.name=fsdp eval.every_steps=7 "
+        "batch.max_tokens_per_microbatch=99 batch.packing=false sampler.max_running=3 sampler.backend=module "
+        "batch.num_steps=500".split()
+    )
+    assert config_diff(before, free) == [] and config_digest(before) == config_digest(free)
+    changed = load_config(["optim.lr=0.5", "env.options.max_digits=4"])
+    assert f"optim.lr: {before.optim.lr} -> 0.5" in config_diff(before, changed)
+    assert any(line.startswith("env.options.max_digits: ") for line in config_diff(before, changed))
+    assert config_digest(before) != config_digest(changed)
+    assert config_diff(to_dict(before), to_dict(changed)) == config_diff(before, changed)
+
+
+def test_more_steps_change_results_only_under_a_decaying_rate():
+    linear, longer = (
+        load_config(["optim.schedule=linear"]),
+        load_config(["optim.schedule=linear", "batch.num_steps=999"]),
+    )
+    assert [line.split(":")[0] for line in config_diff(linear, longer)] == ["batch.num_steps"]

@@ -1,0 +1,68 @@
+"""skyrl-tx: commands, the table of runs, mistakes in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skyrl import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    code = "import sys; sys.modules['torch'] = None; from skyrl.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("args", [(), ("--help",), ("help",)])
+def test_help_lists_the_commands_without_torch(args):
+    done = run(*args)
+    assert done.returncode == 0
+    assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("trian",), "skyrl: error: trian: no such command; choose one of: train, sft, export, runs"),
+        (("export", "a"), "skyrl: error: export a: needs a checkpoint and a folder to write to"),
+        (("runs", "nowhere"), "skyrl: error: runs: no folder nowhere here; give one, or start a run first"),
+        (("train", "optim.lrr=1"), "skyrl: error: optim.lrr: no such option; did you mean optim.lr?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(tmp_path, args, line):
+    done = run(*args, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (2, "", line)
+
+
+def test_train_and_sft_reach_the_same_command_line(tmp_path):
+    for command, name in (("train", "arithmetic-seed3"), ("sft", "arithmetic-sft-seed3")):
+        done = run(command, "--dry-run", "seed=3", cwd=tmp_path)
+        assert done.returncode == 0 and f"{name} in runs/{name}" in done.stdout
+    assert "python -m skyrl.sft" in run("sft", "--help").stdout
+
+
+def test_runs_shows_last_step_and_accuracy(tmp_path):
+    def write(name: str, rows: list[dict], end: str = "") -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + end)
+
+    write("one", [{"step": 0, "eval/accuracy:mean": 0.25}, {"step": 1}, {"step": 2, "eval/accuracy:mean": 0.5}], '{"st')
+    write("two", [{"step": 7}])
+    write("none", [])
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "one" / "export").mkdir()
+    (tmp_path / "one" / "export" / "config.json").write_text("{}")
+    rows = {line.split()[0]: line.split()[1:] for line in cli.runs_table(tmp_path).splitlines()[1:]}
+    assert rows == {"one": ["2", "0.500", "yes"], "two": ["7", "-", "-"], "none": ["-", "-", "-"]}
+    assert cli.runs_table(tmp_path / "one") == f"no runs in {tmp_path / 'one'}"
