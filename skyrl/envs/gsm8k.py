@@ -39,8 +39,8 @@ class Gsm8k(SingleTurn):
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
         """Problems in the order of their file. The solution is the row's own, without the <<calculations>>.
 
-        A plain list: about 1.4 kB a row, texts included. Raises UserError with file:line for a row without its fields or without a
-        "####" answer, and for a data set id while the datasets package is missing.
+        A plain list: about 1.4 kB a row, texts included. Raises UserError with file:line for a row without its fields
+        or without a "####" answer, and for a data set id while the datasets package is missing.
         """
         del seed
         env = cls(**options)
