@@ -13,11 +13,9 @@ import traceback
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from skyrl.config.load import VERSION_BASE, config_dir, explain, finish, register_schema, tell
+from skyrl.config.load import COMPOSE_ERRORS, VERSION_BASE, config_dir, explain, finish, register_schema, tell
 from skyrl.types import UserError
 
 USAGE_ERROR = 2
@@ -61,7 +59,7 @@ def run_entry(mode: str) -> None:
         _Entry(mode, args).run()
     except UserError as error:
         _leave(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSE_ERRORS as error:
         _leave(explain(error))
 
 

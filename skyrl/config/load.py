@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from skyrl.config.options import all_options, groups, short_names, suggest
 from skyrl.config.rules import check_typed, ignored_on_resume
@@ -26,6 +27,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
 
 VERSION_BASE = "1.3"
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 SCHEMA_NAME = "skyrl_schema"
 MAX_SUFFIX = 40
 # Overrides that do not say what a run computes, or that its name already holds.
@@ -70,7 +72,7 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
             composed = compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSE_ERRORS as error:
         raise UserError(explain(error)) from error
     return finish(composed, overrides, mode=mode)
 
@@ -151,6 +153,16 @@ def explain(error: BaseException) -> str:
             f"cannot read {error.override!r}: write option=value, and put a value with special characters in quotes: "
             f"option='\"a=b\"'"
         )
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a file in conf"
+        return f"{place}: not YAML: {error.problem}"
+    if in_file := re.search(
+        r"In '([^']+)': (\w+) raised while composing config:\s*(.*?)\s*full_key: (\S+)", str(error), re.S
+    ):
+        file, kind, what, path = in_file.groups()
+        unknown = kind in ("ConfigKeyError", "ConfigAttributeError")
+        return f"{file}.yaml: " + (unknown_option(path) if unknown else f"{path}: {' '.join(what.split())}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = ", ".join(sorted(str(option) for option in error.options or []))
@@ -162,6 +174,8 @@ def explain(error: BaseException) -> str:
         return f"{removed.group(1)}: cannot be removed; give it another value"
     given = re.search(r"Error merging override \+*([^\s=]+)=(.*)", str(error))
     named = re.search(r"Could not (?:override|append value to) '([^']+)'", str(error))
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         path = str(cause.full_key)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or named:

@@ -145,6 +145,32 @@ def test_other_ranks_are_silent_and_end_later(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("skyrl: error: rank 1: optim.lrr")
 
 
+def test_recipes_of_ones_own_and_their_mistakes(tmp_path):
+    folder = tmp_path / "own" / "experiment"
+    folder.mkdir(parents=True)
+    head = "# @package _global_\n"
+    (folder / "good.yaml").write_text(
+        head + 'experiment: good\nbatch: {prompts_per_step: 64}\nsampler: {stop: ["\\n"]}\n'
+    )
+    (folder / "unknown.yaml").write_text(head + "batch: {prompts_per_stepp: 64}\n")
+    (folder / "wrong.yaml").write_text(head + "batch: {prompts_per_step: many}\n")
+    (folder / "broken.yaml").write_text(head + "batch: [\n")
+    done = run(tmp_path, "--config-dir", "own", "experiment=good", "dry_run=true", code=WITHOUT_TORCH)
+    assert done.returncode == 0 and "64 prompts x" in done.stdout and "good-seed1" in done.stdout
+
+    def told(name: str) -> str:
+        done = run(tmp_path, "--config-dir", "own", f"experiment={name}", code=WITHOUT_TORCH)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        return done.stderr.strip()
+
+    assert told("unknown") == (
+        "skyrl: error: experiment/unknown.yaml: batch.prompts_per_stepp: no such option; did you mean "
+        "batch.prompts_per_step?"
+    )
+    assert told("wrong").startswith("skyrl: error: experiment/wrong.yaml: batch.prompts_per_step: Value 'many'")
+    assert told("broken").startswith("skyrl: error: ") and "broken.yaml, line 3: not YAML" in told("broken")
+
+
 @pytest.mark.ranks
 def test_under_torchrun_a_mistake_is_told_once(tmp_path):
     args = ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "skyrl.train", "optim.lrr=1"]
