@@ -191,10 +191,11 @@ class Checkpointer:
         writer = _Writer(tmp)
         try:
             dcp.save(job.staged, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-        except (CheckpointException, OSError) as problem:  # raised on all ranks, after all have stopped writing
+        except CheckpointException as problem:  # raised on all ranks, after all have stopped writing
             if self.rank == 0:
                 shutil.rmtree(tmp, ignore_errors=True)  # the error below matters more; the next start tries again
-            return self._explain(job, problem)
+                verdict = self._explain(job, problem)
+            return self._broadcast(verdict)
         parts = self._gather(writer.fs.sums)
         if self.rank == 0:
             files = {name: entry for part in parts for name, entry in part.items()}

@@ -126,7 +126,12 @@ def publish(folder: Path, tmp: Path, manifest: dict[str, Any]) -> list[str]:
     final = folder / manifest["tag"]
     # A kill between the two renames leaves tmp, which clean_leftovers recognises as complete.
     trash = _to_trash(final) if final.exists() else None
-    tmp.rename(final)
+    try:
+        tmp.rename(final)
+    except OSError:
+        if trash is not None:
+            trash.rename(final)
+        raise
     _fsync_folder(folder)
     lines = [] if trash is None else _delete(trash)
     return lines + [f"checkpoint {path}: {MANIFEST} is damaged; left alone" for path in broken if path != final]

@@ -115,6 +115,7 @@ def save(folder, rank, saver, mesh):
     module._HashingStream.write = real
     dist.barrier()
     assert os.listdir(folder / "checkpoints") == ["s1"]
+    dist.barrier()
     saver.save("s3", tensors, {"step": 3}, score=None, block=True)
     dist.barrier()
     assert latest(folder / "checkpoints").tag == "s3"

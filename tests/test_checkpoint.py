@@ -171,6 +171,25 @@ def test_another_model_is_refused_with_names(tmp_path):
     assert same(part["policy"]["model"], some_tensors()["policy"]["model"])
 
 
+def test_replacing_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
+    saver = make(tmp_path)
+    saver.save("s1", some_tensors(0), {"step": 1}, score=None)
+    real = Path.rename
+
+    def rename(path, target):
+        if path.is_dir() and ".tmp-" in path.name:
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match="not saved .Input/output error.; .*last complete checkpoint is .*s1"):
+        saver.save("s1", some_tensors(1), {"step": 1}, score=None)
+    assert names(tmp_path) == ["s1"]
+    target = some_tensors(2)
+    saver.load(tmp_path / "s1", target)
+    assert same(target, some_tensors(0))
+
+
 def test_what_resume_finds(tmp_path):
     assert find_resume("auto", tmp_path / "absent") is None
     saver = make(tmp_path / "checkpoints")
