@@ -190,6 +190,29 @@ def test_replacing_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
     assert same(target, some_tensors(0))
 
 
+def test_error_of_any_single_sync_is_reported(tmp_path, monkeypatch):
+    saver = make(tmp_path)
+    saver.save("s0", some_tensors(0), {"step": 0}, score=None)
+    real, calls = os.fsync, []
+
+    def fail_once(handle):
+        calls.append(handle)
+        if len(calls) == failing:
+            raise OSError(5, "Input/output error")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    for failing in range(1, 6):  # data, DCP's metadata, manifest, the folder, the folder above
+        calls.clear()
+        with pytest.raises(UserError, match="checkpoint .*s1: not saved .Input/output error"):
+            saver.save("s1", some_tensors(1), {"step": 1}, score=None)
+        assert names(tmp_path) == (["s0"] if failing < 5 else ["s0", "s1"])
+    failing = 0
+    calls.clear()
+    saver.save("s1", some_tensors(1), {"step": 1}, score=None)
+    assert len(calls) == 5 and latest(tmp_path).tag == "s1"
+
+
 def test_what_resume_finds(tmp_path):
     assert find_resume("auto", tmp_path / "absent") is None
     saver = make(tmp_path / "checkpoints")
