@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from skyrl.algorithms.losses import compute_loss
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.distributed.balance import pack
-from skyrl.distributed.collectives import Tally, gather_objects
+from skyrl.distributed.collectives import Tally, gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
@@ -36,7 +36,7 @@ from skyrl.sampler.local import make_sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.fsdp import FSDPStrategy
 from skyrl.strategies.replicated import ReplicatedStrategy
-from skyrl.types import AdamParams, Datum, LossSpec, Metrics, TrainOutput, UserError
+from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, TrainOutput, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -147,7 +147,7 @@ class Engine:
         """Adds the gradient of the weighted sum of losses to what is pending for `model`.
 
         Metrics: "loss:sum", those of the loss (over trained tokens), "tokens:sum" (all), "trained_tokens:sum",
-        "padding:mean" (part of the micro-batch budget left empty). Raises RuntimeError on every rank, naming rows,
+        "padding:mean" (part of the micro-batch budget left empty). Raises RunError on every rank, naming rows,
         when a loss is not finite; nothing has reached the optimizer then.
         """
         return self._run(rows, loss, model, backward=True)
@@ -187,7 +187,7 @@ class Engine:
                     stats.add(total.detach(), metrics, batch.weights_T)
             if number < len(microbatches):
                 result = out.values_T if entry.spec.head == "value" else out.logprobs_T
-                (values if entry.spec.head == "value" else logprobs).append(result.detach().float())
+                (values if entry.spec.head == "value" else logprobs).append(result.detach())
         self._check_finite(rows, microbatches, stats)
         tally = stats.tally()
         tally.add("tokens:sum", float(sum(len(row.tokens) for row in rows)))
@@ -207,13 +207,16 @@ class Engine:
         ]
         found = [name for part in gather_objects(self.world, bad[:5]) for name in part]
         if found:
-            raise RuntimeError(
-                f"the loss is not finite in the micro-batch of rows {', '.join(found[:5])}; nothing was learned from it"
+            raise RunError(
+                f"the loss is not finite in the micro-batch of rows {', '.join(found[:5])}; nothing was learned from "
+                "it; lower the learning rate, or look at these rows, and go on from a checkpoint before"
             )
 
     def optim_step(self, model: str, adam: AdamParams) -> Metrics:
         """One AdamW step of `model` from everything pending; returns {"grad_norm:mean", "lr:mean"}."""
         entry = self._model(model)
+        if not entry.spec.trainable:
+            raise UserError(f"model {model!r} is frozen")
         metrics = entry.strategy.optim_step(adam)
         entry.version += 1
         return {**metrics, "lr:mean": adam.lr}
@@ -264,16 +267,17 @@ class Engine:
             entry.version += 1
 
     def export(self, model: str, folder: Path) -> None:
-        """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective."""
+        """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective.
+
+        Raises UserError, on every rank, when it cannot be written."""
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
         entry = self._model(model)
         state = entry.strategy.full_state_dict(dtype)
-        if self.world.is_leader:
-            export_model(state, entry.strategy.module.net.config, self.tokenizer, folder, dtype)
-        gather_objects(self.world, None)
+        config = entry.strategy.module.net.config
+        on_leader(self.world, lambda: export_model(state, config, self.tokenizer, folder, dtype))
 
     def check_replicas(self, model: str = "policy") -> None:
-        """Raises RuntimeError unless all ranks hold the same weights (replicated strategies). Collective."""
+        """Raises RunError unless all ranks hold the same weights (replicated strategies). Collective."""
         if self.strategy_name == "fsdp":
             return
         weights = self._model(model).strategy.state_dict(optimizer=False)["weights"]
@@ -282,7 +286,7 @@ class Engine:
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
                 name = next(n for n, a, b in zip(weights, everyone[0], other, strict=True) if a != b)
-                raise RuntimeError(f"rank {rank} holds other weights than rank 0, first in {name}")
+                raise RunError(f"rank {rank} holds other weights than rank 0, first in {name}")
 
 
 _PADDING_ROW = Datum(

@@ -11,6 +11,8 @@ def finish(run: Run) -> None:
     """Exports the policy, draws the curves and says where everything is. Safe to call again on a finished run."""
     cfg, folder, state = run.cfg, run.folder, run.state
     run.checkpointer.wait()
+    for line in run.checkpointer.poll():
+        run.say(line)
     if cfg.checkpoint.export:
         run.engine.export("policy", folder.export)
     run.tracker.offset()  # syncs

@@ -6,8 +6,8 @@ data, checkpoints, tracking.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,9 +22,11 @@ from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find
 from skyrl.collect import Play, Renderer
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.plan import Plan, describe, make_plan, model_facts
+from skyrl.config.rules import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import PromptStream, make_prompts
 from skyrl.distributed.collectives import agree, broadcast_object, on_leader
+from skyrl.distributed.failure import hold, is_lost_peer
 from skyrl.distributed.init import World, init_distributed, world_size_from_environment
 from skyrl.engine import Engine, ModelSpec
 from skyrl.evaluate import evaluate
@@ -32,6 +34,9 @@ from skyrl.runfolder import RunFolder, drop_rollouts
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, UserError
+
+SAVE_SECONDS = 15.0  # a save under way may take this long after an error
+LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
 
 
 @dataclass
@@ -135,11 +140,20 @@ class Run:
         try:
             if error is None:
                 self.checkpointer.wait()
+                self.tracker.close()
             else:
-                self.checkpointer.close()
-            self.tracker.close()
+                self._close_after(error)
         finally:
             self.folder.close()
+
+    def _close_after(self, error: BaseException) -> None:
+        """Lets a save under way complete where it can. What fails here is not told: the error before it counts."""
+        lost = is_lost_peer(error)
+        if lost:
+            hold()
+        self.checkpointer.close(LOST_PEER_SECONDS if lost else SAVE_SECONDS)
+        with contextlib.suppress(UserError):
+            self.tracker.close()
 
 
 def open_run(cfg: RunConfig) -> Run | None:
@@ -147,8 +161,7 @@ def open_run(cfg: RunConfig) -> Run | None:
 
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
     """
-    for plugin in cfg.plugins:
-        importlib.import_module(plugin)
+    import_plugins(cfg)
     facts = model_facts(cfg)
     if cfg.dry_run:
         size = cfg.run.world_size or world_size_from_environment()
@@ -158,9 +171,10 @@ def open_run(cfg: RunConfig) -> Run | None:
         return None
     world = init_distributed(cfg)
     plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
+    prompts = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
     folder = _claim_folder(cfg, world)
     try:
-        return _open(cfg, world, plan, folder)
+        return _open(cfg, world, plan, prompts, folder)
     except BaseException:
         folder.close()
         raise
@@ -203,8 +217,10 @@ def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _open(cfg: RunConfig, world: World, plan: Plan, folder: RunFolder) -> Run:
-    train_prompts, held_out = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
+def _open(
+    cfg: RunConfig, world: World, plan: Plan, prompts: tuple[Sequence[Prompt], Sequence[Prompt]], folder: RunFolder
+) -> Run:
+    train_prompts, held_out = prompts
     info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
     engine = agree(world, lambda: _policy_engine(cfg, world, plan))
     adaptive = cfg.algorithm.kl

@@ -35,6 +35,11 @@ def train(cfg: RunConfig) -> None:
     if run is None:
         return
     with run:
+        if run.state.phase == "rl" and run.state.step >= run.plan.num_steps:
+            run.say(
+                f"finished already: step {run.state.step} of {run.plan.num_steps}; give more batch.num_steps to go on, "
+                "or another run.name to start anew"
+            )
         warm_up(run)
         run.start_rl()
         reinforce(run)
@@ -190,7 +195,7 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
     rows = to_rows([group for _, group in groups])
     for row in rows:
         row.group = groups[row.group][0]
-    add_reference(run, rows)
+    kl = add_reference(run, rows)
     returns = add_advantages(run, groups, rows)
     if cfg.algorithm.loss.recompute_anchor:
         scored = engine.score([row.datum for row in rows], cfg.sampler.temperature)
@@ -217,6 +222,8 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
     lengths = [len(row.datum.tokens) for row in rows]
     flops = train_flops(model_shape(run), sum(lengths), causal_attended(lengths))
     tally.add("flops/train:sum", flops * cfg.batch.epochs_per_batch)
+    if run.kl is not None:  # last: the whole step used the coefficient that was logged
+        run.kl.update(kl, cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt)
 
 
 def model_shape(run: Run) -> ModelShape:
@@ -225,10 +232,11 @@ def model_shape(run: Run) -> ModelShape:
     return ModelShape(run.engine.num_parameters(), facts.num_layers, facts.num_heads * facts.head_size)
 
 
-def add_reference(run: Run, rows: list[Row]) -> None:
-    """Log-probabilities under the frozen reference on every row, and the adaptive coefficient's next value."""
+def add_reference(run: Run, rows: list[Row]) -> float:
+    """Log-probabilities under the frozen reference on every row; returns the mean KL per sampled token (k1), 0 without
+    a reference."""
     if not run.plan.needs_reference:
-        return
+        return 0.0
     cfg = run.cfg
     scored = run.engine.score([row.datum for row in rows], cfg.sampler.temperature, model="reference")
     sums = np.zeros(2)
@@ -238,8 +246,7 @@ def add_reference(run: Run, rows: list[Row]) -> None:
     sums = all_sum(run.world, sums)
     kl = float(sums[0] / max(1.0, sums[1]))
     run.tracker.add({"kl/behaviour_reference:mean": kl, "kl/coef:mean": run.kl_coef()})
-    if run.kl is not None:
-        run.kl.update(kl, cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt)
+    return kl
 
 
 def add_advantages(run: Run, groups: list[Group], rows: list[Row]) -> bool:

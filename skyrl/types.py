@@ -25,6 +25,10 @@ class UserError(ValueError):
     """Something a person can fix: the message is one line with place, given value, allowed values and remedy."""
 
 
+class RunError(RuntimeError):
+    """A run that must not go on, such as one whose loss is not finite: the message is one line, no traceback needed."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One task given to an environment. `extra` is private to the environment (the answer, for example)."""

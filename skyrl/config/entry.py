@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
+import json
 import os
 import sys
 import tempfile
 import time
 import traceback
+from types import ModuleType, TracebackType
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from skyrl.config.load import COMPOSE_ERRORS, VERSION_BASE, config_dir, explain, finish, register_schema, tell
-from skyrl.types import UserError
+from skyrl.types import RunError, UserError
 
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
 FOLLOWER_SECONDS = 3.0
+# What rank 0 has to say comes first, if it fails as well; the others wait this long before they look.
+AFTER_RANK_0_SECONDS = 0.5
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
 INFO_FLAGS = ("-i", "--info")
 # Hydra's flags -> allowed values; () = any, None = takes none.
 FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -45,8 +52,9 @@ def world_size() -> int:
 def run_entry(mode: str) -> None:
     """Runs skyrl.trainer.<mode>(cfg) for the command line, once or once per point of a sweep (-m).
 
-    Exit codes: 0; 2 with one line for what a person can fix; 1 with a traceback for anything else. Every rank runs
-    this; only rank 0 prints what all of them would print.
+    Exit codes: 0; 2 with one line for what a person can fix; 1 with one line for a run that cannot go on or has lost a
+    rank, or with a traceback for anything else; 130 after an interrupt. Every rank runs this; the first rank that
+    fails tells why, the others are silent.
     """
     args = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in args):
@@ -57,20 +65,85 @@ def run_entry(mode: str) -> None:
         return
     try:
         _Entry(mode, args).run()
+    except SystemExit as end:
+        _end(end.code if isinstance(end.code, int) else int(end.code is not None))
     except UserError as error:
-        _leave(str(error))
+        _end(_tell_all(str(error), USAGE_ERROR))
     except COMPOSE_ERRORS as error:
-        _leave(explain(error))
+        _end(_tell_all(explain(error), USAGE_ERROR))
+    except KeyboardInterrupt as error:
+        _end(_report(error))
 
 
-def _leave(message: str) -> None:
-    """Ends the process with one line: rank 0's, or, when rank 0 saw no error, that of the rank that did."""
-    if rank() == 0:
-        tell(message)
+def _report(error: BaseException) -> int:
+    """Tells why the run ends, in one line where that is enough; returns the exit code."""
+    if isinstance(error, UserError):
+        return _tell_all(str(error), USAGE_ERROR)
+    if isinstance(error, RunError):
+        return _tell_all(str(error), FAILURE)
+    if isinstance(error, KeyboardInterrupt):
+        return _tell_all("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return _tell_all(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        what = " ".join(str(error).split())[:200]
+        return _tell_all(
+            f"out of memory ({what}); lower batch.max_tokens_per_microbatch or sampler.kv_cache_gib, set "
+            "model.activation_checkpointing=true or strategy.name=fsdp; dry_run=true shows what needs how much",
+            FAILURE,
+        )
+    group = _group()
+    if group is not None and group.is_lost_peer(error):
+        return _tell_all(group.about_lost_peer(error), FAILURE)
+    return _tell_all("".join(traceback.format_exception(type(error), error, _own_part(error))), FAILURE, plain=True)
+
+
+def _own_part(error: BaseException) -> TracebackType | None:
+    return error.__traceback__.tb_next if error.__traceback__ is not None else None
+
+
+def _group() -> ModuleType | None:
+    """skyrl.distributed.failure, once this process is one of a group of ranks. By name: this file lies below it."""
+    init = sys.modules.get("skyrl.distributed.init")
+    return importlib.import_module("skyrl.distributed.failure") if init is not None and init.in_group() else None
+
+
+def _tell_all(message: str | None, code: int, *, plain: bool = False) -> int:
+    """Prints the message, unless another rank has told one; None: nothing to tell. Returns `code`.
+
+    Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it.
+    """
+    group, me = _group(), rank()
+    if me != 0 and message is not None:
+        time.sleep(AFTER_RANK_0_SECONDS if group is not None else FOLLOWER_SECONDS)
+    if message is None or (group is not None and not group.speak_first()):
+        time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here; with our exit it would cut short the one who tells
+        return code
+    who = f"rank {me}: " if me != 0 else ""
+    if plain:
+        print(f"{who}{message}", end="", file=sys.stderr, flush=True)
     else:
-        time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here when rank 0 failed as well
-        tell(f"rank {rank()}: {message}")
-    sys.exit(USAGE_ERROR)
+        tell(who + message)
+    _tell_launcher(who + message.rstrip().splitlines()[-1])
+    return code
+
+
+def _tell_launcher(line: str) -> None:
+    """Leaves the line where torchrun looks for it, so that its own report ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process. After an error in a group of ranks at once: the usual end would wait for the others."""
+    if code and _group() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def split_args(args: list[str]) -> tuple[list[str], list[str]]:
@@ -147,17 +220,12 @@ class _Entry:
         with contextlib.redirect_stdout(self.stdout), contextlib.redirect_stderr(self.stderr):
             try:
                 self._run_one(composed)
-            except UserError as error:
-                if not self.sweep or world_size() > 1:
-                    _leave(str(error))
-                tell(str(error))
-                self.failed, self.code = self.failed + 1, max(self.code, USAGE_ERROR)
             except Exception as error:
-                traceback.print_exception(type(error), error, error.__traceback__.tb_next)
-                sys.stderr.flush()
+                code = _report(error)
                 if not self.sweep or world_size() > 1:
-                    sys.exit(1)  # other ranks may wait for us in a collective: only the end of the job frees them
-                self.failed, self.code = self.failed + 1, max(self.code, 1)
+                    # Other ranks may wait for us in a collective: only the end of the job frees them.
+                    raise SystemExit(code) from None
+                self.failed, self.code = self.failed + 1, max(self.code, code)
 
     def _run_one(self, composed: DictConfig) -> None:
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -71,6 +72,27 @@ def option(cfg: RunConfig, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def import_plugins(cfg: RunConfig) -> None:
+    """Imports the modules that register a user's own environments, rewards and losses. Raises UserError."""
+    for plugin in cfg.plugins:
+        try:
+            importlib.import_module(plugin)
+        except UserError:
+            raise
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"plugins=[{plugin}]: no module {error.name!r}; give its dotted name, and put the folder that holds it "
+                "on PYTHONPATH"
+            ) from error
+        except Exception as error:  # whatever a user's module does when it is imported
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = " ".join(str(error).split())
+            raise UserError(
+                f"plugins=[{plugin}]: importing it raised {type(error).__name__}: {what} at {place.filename}:"
+                f"{place.lineno}; fix it there"
+            ) from error
 
 
 def _algorithm(cfg: RunConfig) -> tuple[str, str]:
@@ -185,8 +207,7 @@ def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
     """Allowed values, with those that plugins have registered when the given one is not ours."""
     allowed = CHOICES[path]
     if cfg.plugins and path in PLUGIN_CHOICES and option(cfg, path) not in allowed:
-        for plugin in cfg.plugins:
-            importlib.import_module(plugin)
+        import_plugins(cfg)
         module, registry = PLUGIN_CHOICES[path]
         allowed += tuple(n for n in getattr(importlib.import_module(module), registry).names() if n not in allowed)
     return allowed

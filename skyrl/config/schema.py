@@ -246,7 +246,7 @@ class EnvConfig:
     """Longest call of an environment or reward."""
     on_error: str = "stop"
     """An environment or reward that raises, hangs or returns no finite number: stop the run, or mask the episode
-    (not trained, counted as `env/invalid:sum`)."""
+    (not trained, counted as `invalid:sum`)."""
 
 
 @dataclass(frozen=True)

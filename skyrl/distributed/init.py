@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from skyrl.config.schema import RunConfig
+from skyrl.distributed import failure
 from skyrl.types import UserError
 
 
@@ -116,12 +117,20 @@ def init_distributed(cfg: RunConfig) -> World:
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     if size == 1 and "MASTER_ADDR" not in os.environ:
         kwargs.update(store=dist.HashStore(), rank=0, world_size=1)
+    if size > 1:
+        failure.end_with_launcher()
     dist.init_process_group(backend, timeout=timeout, **kwargs)
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    failure.remember_ranks(control)
     _world = World(rank, size, local_rank, device, control, saving)
     atexit.register(shutdown)
     return _world
+
+
+def in_group() -> bool:
+    """Whether this process is one of several ranks that have met."""
+    return _world is not None and _world.size > 1
 
 
 def shutdown(*, failed: bool = False) -> None:

@@ -21,7 +21,7 @@ from skyrl.sampler.plan import make_plan
 from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
 from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
 from skyrl.sampler.stop import Decode, StringStop
-from skyrl.types import Metrics, Sample, SampleRequest, UserError
+from skyrl.types import Metrics, RunError, Sample, SampleRequest, UserError
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,10 @@ class LocalSampler:
         """Appends what was drawn to the sequences and takes out those that end."""
         if not np.isfinite(logprobs_B).all():
             bad = [s.uid for s, good in zip(running.sequences, np.isfinite(logprobs_B), strict=True) if not good]
-            raise RuntimeError(f"the model gives logits that are not finite, first for request {bad[0]}")
+            raise RunError(
+                f"the model gives logits that are not finite, first for request {bad[0]}; go on from a checkpoint "
+                "before, with a lower learning rate"
+            )
         self._drawn += len(tokens_B)
         ended = running.append(tokens_B, logprobs_B)
         samples = []

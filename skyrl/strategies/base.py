@@ -30,7 +30,7 @@ class Strategy(Protocol):
         """Sums the pending gradient over ranks, clips it, makes one AdamW step and clears it.
 
         Returns {"grad_norm:mean"} of the summed gradient before clipping. A gradient that is not finite raises
-        RuntimeError on every rank before any weight changes. With nothing pending the gradient counts as zero.
+        RunError on every rank before any weight changes. With nothing pending the gradient counts as zero.
         """
 
     def gathered(self) -> AbstractContextManager[nn.Module]:

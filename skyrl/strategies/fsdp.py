@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from skyrl.distributed.init import World
 from skyrl.strategies.base import Capability
 from skyrl.strategies.norm import square_sum
-from skyrl.types import AdamParams, Metrics
+from skyrl.types import AdamParams, Metrics, RunError
 
 
 class FSDPStrategy:
@@ -66,11 +66,12 @@ class FSDPStrategy:
         for p in module.parameters():
             p.requires_grad_(trainable)
         self.module = module
-        self._whole: nn.Module | None = None
+        self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.AdamW | None = None
         if trainable:
-            self._optimizer = torch.optim.AdamW(list(module.parameters()), lr=0.0, foreach=True)
-            for p in module.parameters():  # state from the start: a checkpoint always has the same tensors
+            self._optimizer = torch.optim.AdamW([p for _, p in self._named], lr=0.0, foreach=True)
+            for _, p in self._named:  # state from the start: a checkpoint always has the same tensors
                 self._optimizer.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32),
                     "exp_avg": torch.zeros_like(p),
@@ -84,7 +85,8 @@ class FSDPStrategy:
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
         assert self._optimizer is not None
-        params = list(self.module.parameters())
+        self._free_gathered()
+        params = [p for _, p in self._named]
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -93,7 +95,10 @@ class FSDPStrategy:
         dist.all_reduce(total)
         norm = float(total.sqrt())
         if not norm < float("inf"):
-            raise RuntimeError(f"gradient is not finite (norm {norm}); no weight was changed")
+            raise RunError(
+                f"the gradient is not finite (norm {norm}); no weight was changed; lower the learning rate, or go on "
+                "from a checkpoint before"
+            )
         if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
             torch._foreach_mul_(shards, adam.grad_clip_norm / norm)
         group = self._optimizer.param_groups[0]
@@ -101,6 +106,12 @@ class FSDPStrategy:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm:mean": norm}
+
+    def _free_gathered(self) -> None:
+        """A forward without a backward leaves what is not resharded after it (the root, always) gathered: the next
+        forward would take these weights again, also after an optimizer step or a load."""
+        for unit in self._units:
+            unit.reshard()
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -110,7 +121,7 @@ class FSDPStrategy:
         _copy_buffers(self.module, whole)
         targets = dict(whole.named_parameters())
         with torch.no_grad():
-            for name, p in self.module.named_parameters():
+            for name, p in self._named:
                 # rounded before the gather: half the bytes, and the very values that training computes with
                 targets[name].copy_(_full(p.detach().to(self._dtype)))
         whole.eval().requires_grad_(False)
@@ -118,20 +129,20 @@ class FSDPStrategy:
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """DTensors by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"."""
-        named = list(self.module.named_parameters())
-        out: dict[str, Any] = {"weights": {n: p.detach() for n, p in named}}
+        out: dict[str, Any] = {"weights": {n: p.detach() for n, p in self._named}}
         if optimizer and self._optimizer is not None:
             for key in ("exp_avg", "exp_avg_sq"):
-                out[key] = {n: self._optimizer.state[p][key] for n, p in named}
-            out["step"] = self._optimizer.state[named[0][1]]["step"].clone()
+                out[key] = {n: self._optimizer.state[p][key] for n, p in self._named}
+            out["step"] = self._optimizer.state[self._named[0][1]]["step"].clone()
         return out
 
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
         """Copies a filled `state_dict` back; shards that were filled in place stay as they are."""
+        self._free_gathered()
         own = self.state_dict(optimizer=optimizer)
         for key, part in own.items():
             if key == "step":
-                for p in self.module.parameters():
+                for _, p in self._named:
                     self._optimizer.state[p]["step"].copy_(state["step"])
                 continue
             for name, tensor in part.items():
@@ -141,7 +152,7 @@ class FSDPStrategy:
     def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Whole weights on the CPU of rank 0, gathered one by one; {} elsewhere."""
         out = {}
-        for name, p in self.module.named_parameters():
+        for name, p in self._named:
             whole = _full(p.detach())
             if self.world.is_leader:
                 out[name] = whole.to("cpu", dtype, copy=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from skyrl.distributed.init import World
 from skyrl.strategies.base import Capability
 from skyrl.strategies.norm import square_sum
-from skyrl.types import AdamParams, Metrics
+from skyrl.types import AdamParams, Metrics, RunError
 
 _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that vector kernels like
 
@@ -91,7 +91,10 @@ class ReplicatedStrategy:
             dist.all_reduce(self._grad)
         norm = float(square_sum(self._grad).sqrt())
         if not norm < float("inf"):
-            raise RuntimeError(f"gradient is not finite (norm {norm}); no weight was changed")
+            raise RunError(
+                f"the gradient is not finite (norm {norm}); no weight was changed; lower the learning rate, or go on "
+                "from a checkpoint before"
+            )
         if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
             self._grad.mul_(adam.grad_clip_norm / norm)
         group = self._optimizer.param_groups[0]

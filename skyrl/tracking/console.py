@@ -93,7 +93,10 @@ class ConsoleSink(Sink):
         for _, size, keys, form in _COLUMNS:
             source = self._last if keys[0].startswith("eval/") else record  # accuracy stays until the next one
             value = next((float(source[key]) for key in keys if key in source), None)
-            cells.append(f"{'-' if value is None else form.format(value):>{size}}")
+            text = "-" if value is None else form.format(value)
+            if text.startswith("-0.") and float(text) == 0:
+                text = text[1:]  # a group's advantages sum to zero, and so does the loss, rounding aside
+            cells.append(f"{text:>{size}}")
         left = None
         if total and self._seconds:
             left = (total - step) * sum(self._seconds) / len(self._seconds)

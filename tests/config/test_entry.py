@@ -183,7 +183,7 @@ def test_under_torchrun_a_mistake_is_told_once(tmp_path):
         timeout=120,
     )
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "optim.lrr" in line]
+    told = [line for line in done.stderr.splitlines() if line.startswith("skyrl: error")]
     assert told == ["skyrl: error: optim.lrr: no such option; did you mean optim.lr?"]
 
 
