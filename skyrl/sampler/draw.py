@@ -65,6 +65,7 @@ class Rules:
     top_p_B: Tensor
     min_p_B: Tensor
     cut: bool  # some row has a cut
+    temperatures: np.ndarray  # float32, 0 = greedy
 
     @staticmethod
     def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Rules:
@@ -80,12 +81,14 @@ class Rules:
             top_p_B=torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64),
             min_p_B=torch.tensor([p.min_p for p in params], device=device),
             cut=cut,
+            temperatures=np.array([p.temperature for p in params], dtype=np.float32),
         )
 
     def rows(self, index: slice) -> Rules:
         """The same for some rows."""
-        some = [None if x is None else x[index] for x in (self.temperature_B1, self.greedy_B)]
-        return Rules(some[0], some[1], self.top_k_B[index], self.top_p_B[index], self.min_p_B[index], self.cut)
+        heat, greedy = (None if x is None else x[index] for x in (self.temperature_B1, self.greedy_B))
+        cuts = (x[index] for x in (self.top_k_B, self.top_p_B, self.min_p_B))
+        return Rules(heat, greedy, *cuts, self.cut, self.temperatures[index])
 
 
 def draw(logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:

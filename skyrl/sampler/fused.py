@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
+from skyrl.sampler.draw import draw
 from skyrl.sampler.paged import Batch, KVCache, PagedAttention, decode_attention, last_rows, prefill_attention
 from skyrl.sampler.plan import Plan
 from skyrl.sampler.scheduler import Piece
@@ -26,6 +27,7 @@ class FusedRunner:
     """Runs a Plan over the cache."""
 
     name = "fused"
+    draw = staticmethod(draw)
 
     def __init__(self, plan: Plan, cache: KVCache) -> None:
         self._plan, self._cache = plan, cache

@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 class Runner(Protocol):
-    """Computes logits over the cache. Draws nothing, decides nothing."""
+    """Computes logits over the cache and draws from them. Decides nothing."""
 
     name: str
 
@@ -38,6 +38,9 @@ class Runner(Protocol):
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
+
+    def draw(self, logits_BV: Tensor, rules: draw.Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+        """See draw.draw; may overwrite the logits."""
 
     def refresh(self) -> None:
         """The parameters changed in place."""
@@ -156,7 +159,7 @@ class LocalSampler:
             rows = [row for row, group in enumerate(groups) for _ in group]
             logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
         drawing = _Running(sequences, self._cache, self._vocab_size)
-        finished = self._accept(drawing, *drawing.draw(logits))
+        finished = self._accept(drawing, *drawing.draw(self._runner, logits))
         self._running = None
         return finished
 
@@ -167,7 +170,7 @@ class LocalSampler:
         running = self._running
         running.extend_tables()
         logits = self._runner.decode(running.batch)
-        finished = self._accept(running, *running.draw(logits))
+        finished = self._accept(running, *running.draw(self._runner, logits))
         if finished:
             self._running = None
         return finished
@@ -226,10 +229,10 @@ class _Running:
             self.batch.table_BW[index, : len(blocks)] = blocks
             self._known_B[index] = len(blocks)
 
-    def draw(self, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, runner: Runner, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Draws one token of each sequence from its row: tokens, log-probabilities."""
         uniforms_B = torch.from_numpy(draw.uniforms(self._streams_B, self.lengths_B - self._starts_B))
-        tokens_B, logprobs_B = draw.draw(logits_BV, self._rules, uniforms_B.to(self._device))
+        tokens_B, logprobs_B = runner.draw(logits_BV, self._rules, uniforms_B.to(self._device))
         return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
 
     def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, str]]:

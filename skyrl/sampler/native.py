@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skyrl.sampler.draw import Rules, draw
 from skyrl.sampler.paged import Batch, KVCache, ModuleRunner
 from skyrl.sampler.plan import Plan
 from skyrl.sampler.scheduler import Piece
@@ -97,6 +98,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     loaded.skyrl_pack.argtypes = [
         ctypes.c_int32, _POINTER, _POINTER, size, size, size, ctypes.c_int32, ctypes.c_int32
     ]  # fmt: skip
+    loaded.skyrl_draw.argtypes = [_POINTER, ctypes.c_int32, ctypes.c_int32, *[_POINTER] * 4, ctypes.c_int32]
     loaded.skyrl_forward.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
     return loaded, ""
 
@@ -184,6 +186,18 @@ class NativeRunner:
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         return self._forward(batch.tokens_B, batch.positions_B, batch.table_BW, np.arange(len(batch.tokens_B)))
+
+    def draw(self, logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As draw.draw, up to rounding; rows with cuts go there."""
+        if rules.cut or logits_BV.dtype != torch.float32:
+            return draw(logits_BV, rules, uniforms_B)
+        (count, vocab), logits_BV = logits_BV.shape, logits_BV.contiguous()
+        tokens_B, logprobs_B = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        self._library.skyrl_draw(
+            logits_BV.data_ptr(), count, vocab, uniforms_B.data_ptr(), rules.temperatures.ctypes.data,
+            tokens_B.data_ptr(), logprobs_B.data_ptr(), self._model.threads,
+        )  # fmt: skip
+        return tokens_B, logprobs_B
 
     def _forward(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, rows: np.ndarray) -> Tensor:
         logits = torch.empty(len(rows), self._plan.head.out_features)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyrl.models.forward import CausalLM
+from skyrl.sampler.draw import draw
 from skyrl.sampler.scheduler import Piece
 
 
@@ -234,6 +235,7 @@ class ModuleRunner:
     """Runs the model's own forward over the cache: the reference, and the path of every architecture."""
 
     name = "module"
+    draw = staticmethod(draw)
 
     def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self._model, self._cache = model, cache

@@ -93,7 +93,8 @@ def disagreement(runner: Runner, module: Runner, cache: KVCache) -> str:
         logits = []
         for sequence in sequences:  # one after the other: they may have to share a block
             end = sequence.length - 1
-            each.prefill([Piece(sequence, 0, end)])
+            if end:
+                each.prefill([Piece(sequence, 0, end)])
             batch = Batch(
                 sequence.tokens[end:], np.array([end], dtype=np.int64), np.array([sequence.blocks], dtype=np.int32)
             )

@@ -47,8 +47,12 @@ inline void put(float* p, vf v) { store(p, v); }
 inline void put(bf16* p, vf v) { store(p, narrow(v)); }
 template <class T> inline vf round_to(vf v) { if constexpr (sizeof(T) == 2) return widen(narrow(v)); else return v; }
 
-inline float sum(vf v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
-inline float largest(vf v) { float s = v[0]; for (int i = 1; i < LANES; i++) s = std::max(s, v[i]); return s; }
+inline vf rotated(vf v, int by) {
+  vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return __builtin_shuffle(v, (lane + by) & 15);
+}
+inline float sum(vf v) { for (int by : {8, 4, 2, 1}) v += rotated(v, by); return v[0]; }
+inline float largest(vf v) { for (int by : {8, 4, 2, 1}) { vf o = rotated(v, by); v = v > o ? v : o; } return v[0]; }
 
 inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
   vi low = x < -87.0f, high = x > 88.0f;
@@ -71,7 +75,9 @@ inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
 
 inline size_t panel_size(int dtype, int inner) { return size_t(dtype ? (inner + 1) / 2 * 2 : inner) * PANEL; }
 
+// The loops over rows are unrolled whole, or the accumulators would live in memory at a third of the speed.
 template <int M> inline void tile(const float* x, int stride, const float* w, int inner, vf (*acc)[2]) {
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = vf{};
   for (int k = 0; k < inner; k++, w += PANEL) {
     vf a = get(w), b = get(w + LANES);
@@ -85,6 +91,7 @@ template <int M> inline void tile(const float* x, int stride, const float* w, in
 }
 
 template <int M> inline void tile(const bf16* x, int stride, const bf16* w, int inner, vf (*acc)[2]) {
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = vf{};
   for (int k = 0; k < inner; k += 2, w += 2 * PANEL) {
 #if defined(__AVX512BF16__)
@@ -111,9 +118,11 @@ template <int M> inline void tile(const bf16* x, int stride, const bf16* w, int 
 }
 
 template <class T, int M, class Done> inline void rows_of(const T* x, int inner, const T* w, int row, Done done) {
-  vf acc[M][2];
+  vf acc[M][2], out[M][2];
   tile<M>(x + size_t(row) * inner, inner, w, inner, acc);
-  for (int m = 0; m < M; m++) done(row + m, acc[m][0], acc[m][1]);
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) out[m][0] = acc[m][0], out[m][1] = acc[m][1];
+  for (int m = 0; m < M; m++) done(row + m, out[m][0], out[m][1]);
 }
 
 // Calls done(row, columns 0-15, columns 16-31) for every row of the panel.
@@ -259,65 +268,101 @@ template <class T> inline vf dots(const T* query, const T* key, int channels) { 
 }
 
 // Sixteen vectors to one: lane i is the sum of vector i.
-inline vf sums(vf* a) {
+inline vf sums(vf* a) {  // unrolled, or `a` lives in memory
   const vi lo8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, hi8 = lo8 + 8;
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++) a[i] = __builtin_shuffle(a[i], a[i + 8], lo8) + __builtin_shuffle(a[i], a[i + 8], hi8);
   const vi lo4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, hi4 = lo4 + 4;
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++) a[i] = __builtin_shuffle(a[i], a[i + 4], lo4) + __builtin_shuffle(a[i], a[i + 4], hi4);
   const vi lo2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, hi2 = lo2 + 2;
+#pragma GCC unroll 2
   for (int i = 0; i < 2; i++) a[i] = __builtin_shuffle(a[i], a[i + 2], lo2) + __builtin_shuffle(a[i], a[i + 2], hi2);
   const vi lo1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, hi1 = lo1 + 1;
   return __builtin_shuffle(a[0], a[1], lo1) + __builtin_shuffle(a[0], a[1], hi1);
 }
 
-// out[channels] = sum_j p[j] value[j] for one query, in tiles of at most 64 channels
-template <class T, int N>
-void mix(const T* const* rows, const float* p, int keys, float inverse, T* out, int at) {
-  vf acc[N] = {};
+// out = sum_j p[j] value[j] / total for Q queries that share the values; N vectors of channels from `at` on.
+template <class T, int N, int Q>
+inline void mix(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse, T* out,
+                int channels, int at) {
+  vf acc[Q][N];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[q][n] = vf{};
   for (int j = 0; j < keys; j++) {
-    const T* v = rows[j] + at;
-    for (int n = 0; n < N; n++) acc[n] += get(v + n * LANES) * p[j];
+    const T* v = values + places[j] + at;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      vf value = get(v + n * LANES);
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; q++) acc[q][n] += value * p[size_t(q) * padded + j];
+    }
   }
-  for (int n = 0; n < N; n++) put(out + at + n * LANES, acc[n] * inverse);
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) put(out + q * channels + at + n * LANES, acc[q][n] * inverse[q]);
 }
 
-// One token, one key/value head, its `group` queries.
+template <class T, int Q>
+inline void mix_all(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
+                    T* out, int channels) {
+  int at = 0;
+  for (; at + 4 * LANES <= channels; at += 4 * LANES)
+    mix<T, 4, Q>(values, places, p, padded, keys, inverse, out, channels, at);
+  for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, out, channels, at);
+}
+
+// One token, one key/value head, its queries. `scores` has room for them all, `places` for every key.
 template <class T>
 void attend(const Model& m, const Layer& l, int head, const T* queries, const int32_t* blocks, int keys, T* out,
-            float* scores, const T** rows) {
-  int size = m.block_tokens, channels = m.channels, group = m.heads / m.kv_heads;
-  size_t stride = size_t(size) * channels;
-  const T *all_keys = (const T*)l.keys, *all_values = (const T*)l.values;
-  int padded = (keys + LANES - 1) / LANES * LANES;
+            float* scores, size_t* places) {
+  const int size = m.block_tokens, channels = m.channels, group = m.heads / m.kv_heads;
+  const int padded = (keys + LANES - 1) / LANES * LANES;
+  const T* all_keys = (const T*)l.keys;
+  for (int key = 0; key < padded;) {
+    int known = std::min(key, keys - 1);  // beyond the end: the last key again, masked below
+    size_t base = (size_t(blocks[known / size]) * m.kv_heads + head) * size;
+    for (int in = known % size; in < size && key < padded; in++, key++) {
+      places[key] = (base + in) * channels;
+      if (key >= keys - 1) in--;
+    }
+  }
+  float inverse[64];
   for (int g = 0; g < group; g++) {
     const T* query = queries + g * channels;
     float* s = scores + size_t(g) * padded;
+    vf top = set(-INFINITY);
     for (int start = 0; start < keys; start += LANES) {
       vf partial[LANES];
-      for (int j = 0; j < LANES; j++) {
-        int key = std::min(start + j, keys - 1);
-        size_t block = size_t(blocks[key / size]) * m.kv_heads + head;
-        partial[j] = dots(query, all_keys + block * stride + size_t(key % size) * channels, channels);
-      }
-      put(s + start, sums(partial) * m.scale);
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++) partial[j] = dots(query, all_keys + places[start + j], channels);
+      vf score = sums(partial) * m.scale;
+      if (start + LANES > keys)
+        for (int j = keys - start; j < LANES; j++) score[j] = -INFINITY;
+      top = score > top ? score : top;
+      put(s + start, score);
     }
-    for (int j = keys; j < padded; j++) s[j] = -INFINITY;
-    vf top = set(-INFINITY);
-    for (int j = 0; j < padded; j += LANES) { vf v = get(s + j); top = v > top ? v : top; }
     vf most = set(largest(top)), total{};
     for (int j = 0; j < padded; j += LANES) {
       vf e = exponential(get(s + j) - most);
       total += e;
       put(s + j, e);
     }
-    if (g == 0)
-      for (int key = 0; key < keys; key++)
-        rows[key] = all_values + (size_t(blocks[key / size]) * m.kv_heads + head) * stride + size_t(key % size) * channels;
-    float inverse = 1.0f / sum(total);
+    inverse[g] = 1.0f / sum(total);
+  }
+  const T* values = (const T*)l.values;
+  for (int g = 0; g < group; g += 4) {  // up to four queries read each value once
+    const float* p = scores + size_t(g) * padded;
     T* to = out + g * channels;
-    int c = 0;
-    for (; c + 64 <= channels; c += 64) mix<T, 4>(rows, s, keys, inverse, to, c);
-    for (; c < channels; c += LANES) mix<T, 1>(rows, s, keys, inverse, to, c);
+    switch (std::min(4, group - g)) {
+      case 4: mix_all<T, 4>(values, places, p, padded, keys, inverse + g, to, channels); break;
+      case 3: mix_all<T, 3>(values, places, p, padded, keys, inverse + g, to, channels); break;
+      case 2: mix_all<T, 2>(values, places, p, padded, keys, inverse + g, to, channels); break;
+      default: mix_all<T, 1>(values, places, p, padded, keys, inverse + g, to, channels);
+    }
   }
 }
 
@@ -330,8 +375,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
   T *mixed = take(size_t(count) * heads * channels), *wide_ = take(size_t(count) * m.ffn);
   int keys_max = s.width * size + LANES;
   float* scores = (float*)room + size_t(team.rank) * keys_max * (heads / kv);
-  const T** rows = (const T**)(room + sizeof(float) * size_t(team.size) * keys_max * (heads / kv));
-  rows += size_t(team.rank) * keys_max;
+  size_t* places = (size_t*)(room + (sizeof(float) * size_t(team.size) * keys_max * (heads / kv) + 63) / 64 * 64);
+  places += size_t(team.rank) * keys_max;
   const int from = team.from(count), to = team.to(count);
   for (int t = from; t < to; t++)
     std::memcpy(x + size_t(t) * hidden, (const T*)m.embedding + size_t(s.tokens[t]) * hidden, hidden * sizeof(T));
@@ -362,7 +407,7 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     for (int unit = team.from(count * kv); unit < team.to(count * kv); unit++) {
       int t = unit / kv, h = unit % kv;
       size_t at = (size_t(t) * heads + h * group) * channels;
-      attend(m, l, h, queries + at, s.table + size_t(t) * s.width, int(s.positions[t]) + 1, mixed + at, scores, rows);
+      attend(m, l, h, queries + at, s.table + size_t(t) * s.width, int(s.positions[t]) + 1, mixed + at, scores, places);
     }
     team.wait();
     linear_add(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden);
@@ -396,7 +441,7 @@ size_t room_size(const Model& m, const Step& s) {
   size_t channels = size_t(m.hidden) * 2 + size_t(3 * m.heads + 2 * m.kv_heads) * m.channels + m.ffn;
   size_t keys = size_t(s.width) * m.block_tokens + LANES;
   return channels * (std::max(s.count, s.num_logits)) * 4 + 1024 +
-         m.threads * keys * (4 * size_t(m.heads / m.kv_heads) + sizeof(void*));
+         m.threads * keys * (4 * size_t(m.heads / m.kv_heads) + sizeof(size_t)) + 64;
 }
 
 }  // namespace
@@ -433,6 +478,57 @@ void skyrl_pack(int32_t dtype, void* to, const void* from, int64_t columns, int6
       for (int64_t k = 0; k < inner; k++)
         for (int lane = 0; lane < lanes; lane++) d[k * PANEL + lane] = s[lane * inner + k];
     }
+  }
+}
+
+// Draws a token from each row of logits [count, vocab] at point uniforms[row] of the distribution at temperatures[row];
+// 0 = the likeliest. Sums of 256 weights run in float32, sums of sums in float64.
+void skyrl_draw(const float* logits, int32_t count, int32_t vocab, const double* uniforms, const float* temperatures,
+                int64_t* tokens, float* logprobs, int32_t threads) {
+  constexpr int PART = 16 * LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int row = 0; row < count; row++) {
+    const float* z = logits + size_t(row) * vocab;
+    float heat = temperatures[row] > 0 ? 1.0f / temperatures[row] : 1.0f;
+    auto scaled = [&](int at) {  // 16 logits over temperature; beyond the end -inf
+      if (at + LANES <= vocab) return get(z + at) * heat;
+      vf v = set(-INFINITY);
+      for (int i = at; i < vocab; i++) v[i - at] = z[i] * heat;
+      return v;
+    };
+    vf tops = set(-INFINITY);
+    for (int at = 0; at < vocab; at += LANES) {
+      vf v = scaled(at);
+      tops = v > tops ? v : tops;
+    }
+    float top = largest(tops);  // a NaN is not seen here, but in the total
+    auto part = [&](int from) {
+      vf total{};
+      for (int at = from; at < std::min(from + PART, vocab); at += LANES) total += exponential(scaled(at) - top);
+      return double(sum(total));
+    };
+    double total = 0;
+    for (int from = 0; from < vocab; from += PART) total += part(from);
+    int token = -1;
+    if (temperatures[row] > 0) {
+      double point = uniforms[row] * total, before = 0;
+      int from = 0;
+      for (; from + PART < vocab; from += PART) {
+        double next = before + part(from);
+        if (next > point) break;
+        before = next;
+      }
+      // rounding may leave the point beyond the last weight of this part: then the last that is not 0
+      for (int at = from; at < std::min(from + PART, vocab) && before <= point; at += LANES) {
+        vf e = exponential(scaled(at) - top);
+        for (int i = 0; i < std::min(LANES, vocab - at) && before <= point; i++)
+          if (e[i] > 0) before += e[i], token = at + i;
+      }
+    } else {
+      for (int i = 0; i < vocab && token < 0; i++) if (z[i] * heat == top) token = i;
+    }
+    tokens[row] = std::max(token, 0);
+    logprobs[row] = float(double(z[tokens[row]] * heat) - top - std::log(total));
   }
 }
 
