@@ -7,6 +7,7 @@ PIP_ARGS ?=
 ARGS ?=
 # Processes of `make train`.
 RANKS ?= 2
+BENCH ?= $(filter-out benchmarks/common.py,$(sort $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -40,9 +41,8 @@ lint: $(STAMP) ## ruff: format and rules
 	$(BIN)/ruff format --check skyrl tests benchmarks
 	$(BIN)/ruff check skyrl tests benchmarks
 
-bench: $(STAMP) ## every benchmark in benchmarks/; writes JSON beside them
-	@ls benchmarks/bench_*.py >/dev/null 2>&1 || { echo "skyrl: error: no benchmarks/bench_*.py here"; exit 2; }
-	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS); done
+bench: $(STAMP) ## the benchmarks, one after the other; BENCH=benchmarks/rl_step.py for one, ARGS=--write to keep results
+	set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 clean: ## removes caches and builds; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

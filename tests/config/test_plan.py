@@ -153,6 +153,37 @@ def test_a_missing_model_is_one_line(tmp_path):
         assert str(error.value).startswith(f"model.path={path}:") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(256, 704, 4, 2), (256, 768, 16, 8)])
+def test_activations_are_what_autograd_keeps(dtype, shape):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from skyrl.models.tiny import tiny_config
+
+    hidden, ffn, heads, kv_heads = shape
+    tiny = TinyModelConfig(hidden_size=hidden, ffn_size=ffn, num_heads=heads, num_kv_heads=kv_heads, num_layers=3)
+    module = AutoModelForCausalLM.from_config(tiny_config(tiny, 100)).to(getattr(torch, dtype)).model
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = 512
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
+    cfg = load_config([f"batch.max_tokens_per_microbatch={tokens}"])
+    need = estimate(
+        cfg, tiny_facts(tiny), world_size=1, dtype=dtype, strategy="single", device="cpu", row_tokens=tokens
+    )  # fmt: skip
+    assert out.requires_grad
+    assert need.activations == pytest.approx(sum(kept.values()), rel=0.1)
+
+
 BIG = ModelFacts("big", 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
 
 
