@@ -201,10 +201,18 @@ class PackedAttention:
         if found is None or channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
             return None
         attn, names = found
-        if "scale" not in names or "window_size" not in names:
+        more: dict[str, Any] = {}
+        if "window_size" in names:  # (left, right) besides the token itself
+            more["window_size"] = (-1 if window is None else window - 1, 0)
+        elif window is None:
+            more["is_causal"] = True
+        else:
             return None
         query, key, value = (x.transpose(0, 1).contiguous() for x in (query_HTC, key_KTC, value_KTC))
-        more: dict[str, Any] = {}
+        if "scale" in names:
+            more["scale"] = scale
+        else:
+            query = query * (scale * channels**0.5)
         if query.shape[1] != key.shape[1]:
             if "enable_gqa" in names:
                 more["enable_gqa"] = True
@@ -212,9 +220,7 @@ class PackedAttention:
                 group = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         starts = self.starts_S1.to(torch.int32)
-        left = -1 if window is None else window - 1
-        size = self.max_length
-        return attn(query, key, value, starts, starts, size, size, scale=scale, window_size=(left, 0), **more)
+        return attn(query, key, value, starts, starts, self.max_length, self.max_length, **more)
 
     def _bucketed(
         self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None, softcap: Any

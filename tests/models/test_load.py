@@ -125,7 +125,7 @@ def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tmp_path):
 UNSUPPORTED = {
     "T5Config": "encoder-decoder",
     "Gemma3Config": "more than text",
-    "MambaConfig": "layers of type linear_attention|recurrent",
+    "MambaConfig": "layers of type (linear_attention|mamba)",
     "Qwen3NextConfig": "layers of type linear_attention",
     "DeepseekV3Config": "latent attention",
     "Llama4TextConfig": "layers of type chunked_attention",
