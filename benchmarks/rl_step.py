@@ -103,6 +103,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, list[float]]:
         target = [str(ROOT / "benchmarks" / "peers" / "trl_grpo.py"), *own, *shape]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "--master_port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    environment.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true", TRL_EXPERIMENTAL_SILENCE="1")
     done = subprocess.run([*command, *target], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

@@ -16,9 +16,6 @@ import tempfile
 import time
 import warnings
 
-for name, value in {"HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "TRL_EXPERIMENTAL_SILENCE": "1"}.items():
-    os.environ.setdefault(name, value)
-
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
