@@ -17,7 +17,7 @@ def finish(run: Run) -> None:
         run.engine.export("policy", folder.export)
     run.tracker.offset()  # syncs
     picture = folder.path / "curves.png"
-    curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture, title=cfg.run.name))
+    curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
     accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
     first = f" (before RL {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
     run.say(f"done: held-out accuracy {accuracy}{first}")

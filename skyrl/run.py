@@ -44,7 +44,7 @@ class RunState:
     """What a checkpoint remembers beside tensors; replicated, and free of world size.
 
     `phase` is "warmup" or "rl", `step` counts finished steps of it. `position` is the next prompt of the training
-    stream, `warmup_position` the same for warm-up. `done` counts steps of both phases and names checkpoints.
+    stream, `warmup_position` the same for warm-up. `accuracy` was measured after `evaluated_at` steps. `done` counts steps of both phases and names checkpoints.
     """
 
     phase: str = "warmup"
@@ -55,6 +55,7 @@ class RunState:
     kl: dict[str, float] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     accuracy: float | None = None
+    evaluated_at: int = -1
     first_accuracy: float | None = None
     metrics_offset: int = 0
 
@@ -93,6 +94,7 @@ class Run:
             metrics, groups = evaluate(self.engine, self.held_out, self.play("eval"), self.renderer)
         self.tracker.add(metrics)
         self.dump(groups, "eval")
+        self.state.evaluated_at = self.state.done
         self.state.accuracy = metrics.get("eval/accuracy:mean")
         if self.state.first_accuracy is None:
             self.state.first_accuracy = self.state.accuracy
@@ -116,7 +118,7 @@ class Run:
                 f"{state.done:06d}",
                 self.engine.state(),
                 {**dataclasses.asdict(state), "config": to_dict(self.cfg)},
-                score=state.accuracy,
+                score=state.accuracy if state.evaluated_at == state.done else None,
                 block=block,
             )
 

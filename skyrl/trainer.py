@@ -83,6 +83,8 @@ def warm_up(run: Run) -> None:
         if last:
             run.evaluate()
         run.tracker.finish_step(state.step, "warmup")
+        for line in run.checkpointer.poll():
+            run.say(line)
         if last:
             state.phase, state.step = "rl", 0
         if last or (cfg.checkpoint.every_steps and state.step % cfg.checkpoint.every_steps == 0):
