@@ -129,7 +129,7 @@ def _draw(logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, 
 
 def kept(weights_BV: Tensor, rules: Rules) -> Tensor:
     """1 where a token may be drawn, 0 where a cut removes it, in the dtype of weights_BV (unnormalised, largest 1)."""
-    sorted_BV, order_BV = weights_BV.sort(1, descending=True, stable=True)
+    sorted_BV, order_BV = torch.sort(weights_BV, dim=1, descending=True, stable=True)
     rank_V = torch.arange(weights_BV.shape[1], device=weights_BV.device)
     keep_BV = rank_V < rules.top_k_B.unsqueeze(1)
     left_BV = (sorted_BV * keep_BV).cumsum(1, dtype=torch.float64)

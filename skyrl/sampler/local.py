@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from skyrl.config.schema import SamplerConfig
-from skyrl.models.forward import CausalLM
 from skyrl.sampler import draw
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.fused import FusedRunner
@@ -22,6 +21,9 @@ from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
 from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
 from skyrl.sampler.stop import Decode, StringStop
 from skyrl.types import Metrics, RunError, Sample, SampleRequest, UserError
+
+if TYPE_CHECKING:
+    from skyrl.models.forward import CausalLM
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,18 @@ decode step; T tokens of a step; H heads, K key/value heads, C channels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl.models.forward import CausalLM
 from skyrl.sampler.draw import draw
 from skyrl.sampler.scheduler import Piece
+
+if TYPE_CHECKING:
+    from skyrl.models.forward import CausalLM
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ SiLU MLP. Anything else is answered with the reason, and the module path is used
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from skyrl.models.forward import CausalLM
 from skyrl.sampler.probe import LayerCall
+
+if TYPE_CHECKING:
+    from skyrl.models.forward import CausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -52,6 +55,8 @@ def make_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> Plan 
     config = model.config
     if config.model_type not in FAMILIES:
         return f"no decode plan for model type {config.model_type}"
+    if next(model.parameters()).dtype == torch.float64:
+        return "float64: the module is the reference there"
     if any(call != calls[0] for call in calls) or calls[0].window is not None or calls[0].softcap is not None:
         return "layers differ or have a window or a soft cap"
     if config.hidden_act not in ("silu", "swish"):

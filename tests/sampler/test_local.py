@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 import torch
 
+from skyrl.sampler.native import library
 from skyrl.types import SampleRequest, SamplingParams, UserError
 from tests.sampler.tools import VOCAB, prompts, qwen3, reference_logprobs, requests, run, sampler
 
 BLOCK_GIB = 3 * 2 * 2 * 16 * 4 * 16 / 2**30  # one block of qwen3(): layers, K and V, heads, channels, bytes, tokens
 
 
-@pytest.fixture(scope="module", params=["module", "auto"])
+@pytest.fixture(scope="module", params=["module", "fused", "kernels"])
 def backend(request):
-    return request.param
+    """Name of the backend to ask for; each of the three paths runs."""
+    if request.param == "kernels" and (why := library()[1]):
+        pytest.skip(why)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "fused":
+            patch.setattr("skyrl.sampler.local.why_not", lambda plan, cache: "off in this test")
+        name = "module" if request.param == "module" else "fused"
+        assert sampler(qwen3(), backend=name).backend == request.param
+        yield name
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,191 @@
+"""The compiled kernels and the torch plan against the module path, in both number formats; building them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from skyrl.models.forward import CausalLM
+from skyrl.sampler import native
+from skyrl.types import UserError
+from tests.sampler.tools import prompts, qwen3, reference_logprobs, requests, run, sampler
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = dict(
+    vocab_size=101, hidden_size=144, intermediate_size=112, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False,
+)  # fmt: skip
+KINDS = {
+    "qwen2 biases": lambda: tf.Qwen2Config(**SIZES),
+    "qwen3 80 channels": lambda: tf.Qwen3Config(**{**SIZES, "head_dim": 80}),
+    "llama all biases": lambda: tf.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama one head each": lambda: tf.LlamaConfig(**{**SIZES, "num_key_value_heads": 6, "head_dim": 16}),
+    "mistral no window": lambda: tf.MistralConfig(**SIZES, sliding_window=None),
+    "qwen3 one key head": lambda: tf.Qwen3Config(**{**SIZES, "num_key_value_heads": 1}),
+}
+
+needs_kernels = pytest.mark.skipif(bool(native.library()[1]), reason=native.library()[1])
+
+
+def build(kind: str, dtype=torch.float32) -> CausalLM:
+    torch.manual_seed(0)
+    net = tf.AutoModelForCausalLM.from_config(KINDS[kind]()).float()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.1 * noise if parameter.ndim > 1 else parameter + 0.2 * noise)
+    return CausalLM(net).to(dtype)
+
+
+@pytest.fixture(params=["fused", pytest.param("kernels", marks=needs_kernels)])
+def path(request, monkeypatch):
+    if request.param == "fused":
+        monkeypatch.setattr("skyrl.sampler.local.why_not", lambda plan, cache: "off in this test")
+    return request.param
+
+
+@pytest.mark.parametrize("block_tokens", [16, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_equals_module_in_float32(kind, path, block_tokens):
+    model = build(kind)
+    engine = sampler(model, backend="fused", block_tokens=block_tokens)
+    assert engine.backend == path
+    asked = requests(prompts(3), samples=2, max_tokens=12)
+    drawn = run(engine, asked)
+    module = run(sampler(model, backend="module"), asked)
+    for request in asked:
+        sample = drawn[request.uid]
+        assert sample.tokens.tolist() == module[request.uid].tokens.tolist()
+        expected = reference_logprobs(model, request.tokens, sample.tokens)
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2 biases", "qwen3 80 channels"])
+def test_bfloat16_is_as_close_to_float32_as_the_module(kind, path):
+    """Scored against the float32 model of the same (rounded) weights, on the tokens each path drew."""
+    model = build(kind, torch.bfloat16)
+    exact = build(kind, torch.bfloat16).to(torch.float32)
+    asked = requests(prompts(8), samples=4, max_tokens=16)
+
+    def error(backend):
+        engine = sampler(model, backend=backend)
+        assert engine.backend == ("module" if backend == "module" else path)
+        drawn = run(engine, asked)
+        gaps = [drawn[r.uid].logprobs - reference_logprobs(exact, r.tokens, drawn[r.uid].tokens) for r in asked]
+        return np.sqrt(np.mean(np.concatenate(gaps) ** 2))
+
+    ours, theirs = error("fused"), error("module")
+    assert theirs > 1e-3  # bfloat16 really rounds here
+    assert ours < 1.25 * theirs
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_give_the_same_bits_in_any_batch_and_with_any_threads(dtype):
+    model = build("qwen2 biases", dtype)
+    asked = requests(prompts(5), samples=3)
+    base = run(sampler(model, backend="fused"), asked)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        others = [
+            run(sampler(model, backend="fused"), asked),
+            run(sampler(model, backend="fused", max_running=2, block_tokens=7), asked),
+            run(sampler(model, backend="fused", prefix_cache=False), asked[::-1]),
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        for uid, sample in base.items():
+            assert sample.tokens.tobytes() == other[uid].tokens.tobytes()
+            assert sample.logprobs.tobytes() == other[uid].logprobs.tobytes()
+
+
+@needs_kernels
+def test_long_prefills_go_through_the_module(monkeypatch):
+    monkeypatch.setattr(native, "LONGEST_PREFILL", 20)
+    model = qwen3()
+    asked = requests(prompts(6, low=10, high=40), samples=2)
+    drawn = run(sampler(model, backend="fused"), asked)
+    for request in asked:
+        expected = reference_logprobs(model, request.tokens, drawn[request.uid].tokens)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
+
+
+@needs_kernels
+def test_channels_that_do_not_fit_take_the_torch_plan():
+    assert sampler(qwen3(head_dim=8), backend="fused").backend == "fused"
+
+
+def test_float64_takes_the_module():
+    model = qwen3(dtype=torch.float64)
+    engine = sampler(model, backend="auto")
+    assert engine.backend == "module"
+    asked = requests(prompts(2), samples=2)
+    drawn = run(engine, asked)
+    for request in asked:
+        tokens = drawn[request.uid].tokens
+        logprobs = reference_logprobs(model, request.tokens, tokens)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, logprobs, atol=1e-5, rtol=0)
+
+
+def test_fused_is_refused_with_its_reason():
+    config = tf.MistralConfig(**SIZES, sliding_window=4)
+    model = CausalLM(tf.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match="sampler.backend=fused: .*window"):
+        sampler(model, backend="fused")
+    assert sampler(model, backend="auto").backend == "module"
+    with pytest.raises(UserError, match="choose one of: auto, fused, module"):
+        sampler(model, backend="vllm")
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused"])
+def test_a_plan_that_disagrees_with_the_module_is_not_used(backend, path, monkeypatch):
+    """A family whose module does something the plan does not know of."""
+    monkeypatch.setattr("skyrl.sampler.local._VERDICTS", {})
+    model = qwen3()
+    for layer in model.layers():
+        layer.mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
+    if backend == "auto":
+        assert sampler(model, backend="auto").backend == "module"
+    else:
+        with pytest.raises(UserError, match="differ by"):
+            sampler(model, backend="fused")
+
+
+def _python(code: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+ASK = "from skyrl.sampler.native import library; print(library())"
+
+
+@needs_kernels
+def test_two_ranks_build_once(tmp_path):
+    ranks = [_python(ASK, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=120)
+        assert rank.returncode == 0 and "CDLL" in out, err
+    assert len(list((tmp_path / "skyrl" / "kernels").glob("decode-*"))) == 1  # and no part of one
+
+
+def test_without_compiler_or_when_switched_off(tmp_path):
+    off = _python(ASK, SKYRL_CPU_KERNELS="0")
+    none = _python(ASK, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path), CXX="")
+    fake = tmp_path / "bad" / "c++"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    failing = _python(ASK, PATH=f"{fake.parent}:/bin:/usr/bin", CXX=str(fake), XDG_CACHE_HOME=str(tmp_path))
+    for process, reason in ((off, "SKYRL_CPU_KERNELS=0"), (none, "no C++ compiler"), (failing, "no such flag")):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "None" in out and reason in out, out + err
