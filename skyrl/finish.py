@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from skyrl.checkpoint import Checkpointer, read_checkpoint
+from skyrl.config.load import from_dict
+from skyrl.config.plan import make_plan, model_facts
 from skyrl.distributed.collectives import on_leader
+from skyrl.distributed.init import World
+from skyrl.engine import Engine, ModelSpec
 from skyrl.run import Run
 from skyrl.tracking.curves import write_curves
+from skyrl.types import UserError
 
 
 def finish(run: Run) -> None:
@@ -25,3 +36,27 @@ def finish(run: Run) -> None:
     run.say(f"  curves      {curves}")
     if cfg.checkpoint.export:
         run.say(f"  model       {folder.export}   (transformers.AutoModelForCausalLM.from_pretrained)")
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Writes the policy of a checkpoint, of any strategy and world size, as a Hugging Face folder; one process.
+
+    The config that the checkpoint keeps says which model it is. Raises UserError for a checkpoint that is damaged or
+    not there, and for a `folder` that exists.
+    """
+    if folder.exists():
+        raise UserError(f"export: {folder} exists; give a new folder")
+    info = read_checkpoint(checkpoint)
+    cfg = from_dict(info.state["config"])
+    cfg = replace(cfg, strategy=replace(cfg.strategy, name="single", device="cpu"))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    plan = make_plan(cfg, 1, model_facts=model_facts(cfg), device="cpu")
+    engine = Engine(cfg, world, dtype=plan.dtype, strategy="single", max_row_tokens=plan.max_row_tokens)
+    engine.create("policy", ModelSpec(trainable=False))
+    tensors = engine.state(optimizer=False)
+    reader = Checkpointer(
+        checkpoint.parent, keep_last=0, keep_best=False, async_save=False, rank=0, world_size=1, group=None
+    )
+    reader.load(checkpoint, tensors, partial=True)
+    engine.load_state(tensors, optimizer=False)
+    engine.export("policy", folder)

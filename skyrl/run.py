@@ -44,7 +44,8 @@ class RunState:
     """What a checkpoint remembers beside tensors; replicated, and free of world size.
 
     `phase` is "warmup" or "rl", `step` counts finished steps of it. `position` is the next prompt of the training
-    stream, `warmup_position` the same for warm-up. `accuracy` was measured after `evaluated_at` steps. `done` counts steps of both phases and names checkpoints.
+    stream, `warmup_position` the same for warm-up. `done` counts steps of both phases and names checkpoints.
+    `accuracy` was measured when `done` was `evaluated_at`.
     """
 
     phase: str = "warmup"
@@ -225,6 +226,8 @@ def _open(
     train_prompts, held_out = prompts
     info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
     engine = agree(world, lambda: _policy_engine(cfg, world, plan))
+    renderer = Renderer(engine.tokenizer, cfg.sampler.stop_token_ids)
+    agree(world, lambda: _refuse_long_prompts(cfg, world, renderer, prompts))
     adaptive = cfg.algorithm.kl
     run = Run(
         cfg=cfg,
@@ -232,7 +235,7 @@ def _open(
         world=world,
         folder=folder,
         engine=engine,
-        renderer=Renderer(engine.tokenizer, cfg.sampler.stop_token_ids),
+        renderer=renderer,
         stream=PromptStream(train_prompts, cfg.seed, cfg.data.shuffle),
         held_out=[held_out[i] for i in range(min(len(held_out), cfg.eval.num_prompts))],
         tracker=Tracker([]),
@@ -252,6 +255,22 @@ def _open(
     offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
     run.tracker = _make_tracker(run, offset)
     return run
+
+
+def _refuse_long_prompts(
+    cfg: RunConfig, world: World, renderer: Renderer, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> None:
+    """Holds every prompt against data.max_prompt_tokens, each rank its share. Raises UserError with its place."""
+    limit = cfg.data.max_prompt_tokens
+    for part in prompts if limit else ():
+        for i in range(world.rank, len(part), world.size):
+            tokens = len(renderer.start(part[i].messages))
+            if tokens > limit:
+                where = part[i].extra.get("source", f"prompt {part[i].uid}")
+                raise UserError(
+                    f"{where}: {tokens} tokens, above data.max_prompt_tokens={limit}; leave it out of the data, or "
+                    "raise that limit"
+                )
 
 
 def _make_tracker(run: Run, offset: int | None) -> Tracker:
