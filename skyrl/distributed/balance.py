@@ -35,8 +35,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 def spread(lengths: list[list[int]]) -> list[list[tuple[int, int]]]:
     """For each rank the (source rank, index) of the rows it should compute, given every rank's row lengths.
 
-    Longest row to the least loaded rank; a rank keeps its own rows where that costs nothing. Each rank's list is
-    sorted by source.
+    Longest row to the least loaded rank. Each rank's list is sorted by source.
     """
     rows = sorted(
         ((n, r, i) for r, part in enumerate(lengths) for i, n in enumerate(part)), key=lambda x: (-x[0], x[1:])

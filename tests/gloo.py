@@ -1,0 +1,80 @@
+"""Several ranks over gloo inside a test. One server process imports everything once; ranks are forked from it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "skyrl.trainer", "skyrl.sampler.native"])
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """function(*args) on `size` ranks in fresh processes, with torchrun's variables set; what each returned, in order.
+
+    `function` lives at the top of a module. Raises AssertionError with the traceback of the first rank that failed;
+    the others are killed then, as torchrun does, and when the time is over.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks = [
+            _SERVER.Process(target=_rank, args=(rank, size, port, folder, function, args), daemon=True)
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            _wait(ranks, Path(folder), timeout)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(size)]
+
+
+def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while any(process.is_alive() for process in ranks):
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+        if failed:
+            break
+        assert time.monotonic() < end, f"ranks still running after {timeout} s"
+        time.sleep(0.02)
+    for rank, process in enumerate(ranks):
+        if process.exitcode not in (None, 0):
+            text = folder / f"{rank}.error"
+            raise AssertionError(f"rank {rank}: {text.read_text() if text.exists() else f'exit {process.exitcode}'}")
+
+
+def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        result = function(*args)
+        from skyrl.distributed.init import shutdown
+
+        shutdown()
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)
+    (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))

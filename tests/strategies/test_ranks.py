@@ -1,0 +1,295 @@
+"""The engine on several ranks, under ddp and fsdp: sums, failures, sampling. Layouts: tests/test_layouts.py."""
+
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from gloo import run_ranks
+from tools import ADAM, SPEC, dealt, distance, make_engine, make_rows, weights_of
+
+from skyrl.engine import ModelSpec
+from skyrl.types import AdamParams, Datum, SampleRequest, SamplingParams, UserError
+
+pytestmark = pytest.mark.ranks
+STRATEGIES = ["ddp", "fsdp"]
+# Who computes row i of 10, on 3 ranks.
+DEALS = {
+    "even": [i % 3 for i in range(10)],
+    "unequal": [0] * 7 + [1] * 2 + [2],
+    "idle rank": [2] * 8 + [0] * 2,
+    "one rank": [1] * 10,
+}
+
+
+def share(rows, deal, engine):
+    return [row for row, rank in zip(rows, deal, strict=True) if rank == engine.world.rank]
+
+
+def drain(sampler):
+    out = []
+    while sampler.unfinished():
+        out += sampler.step()
+    return out
+
+
+def refused(call):
+    """The error of `call` on this rank, as text."""
+    try:
+        call()
+    except (RuntimeError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def one_rank(*overrides):
+    """Weights and metrics after two steps on one rank, float64."""
+    engine = make_engine("auto", "float64", *overrides)
+    metrics = [(engine.forward_backward(make_rows(n), SPEC).metrics, engine.optim_step("policy", ADAM)) for n in (0, 1)]
+    return weights_of(engine), metrics
+
+
+# ---- sums
+
+
+def deals_body(strategy):
+    found = {}
+    for name, deal in DEALS.items():
+        engine = make_engine(strategy, "float64", "batch.max_tokens_per_microbatch=60")
+        metrics = []
+        for n in (0, 1):
+            rows = share(make_rows(n), deal, engine)
+            out = engine.forward_backward(rows, SPEC)
+            assert [len(x) for x in out.logprobs] == [len(row.tokens) for row in rows]
+            metrics.append((out.metrics, engine.optim_step("policy", ADAM)))
+        found[name] = (weights_of(engine), metrics)
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whoever_computes_a_row_the_sums_are_the_same(strategy):
+    want, want_metrics = one_rank()
+    ranks = run_ranks(3, deals_body, strategy)
+    for name in DEALS:
+        weights, metrics = ranks[0][name]
+        assert distance(weights, want) < 1e-14, name
+        for (out, step), (want_out, want_step) in zip(metrics, want_metrics, strict=True):
+            assert step == pytest.approx(want_step, rel=1e-12)
+            assert out.keys() == want_out.keys()
+            for key in out.keys() - {"microbatches:max"}:
+                assert out[key] == pytest.approx(want_out[key], rel=1e-11), (name, key)
+        assert ranks[1][name][1] == ranks[2][name][1] == metrics, "metrics are the same on every rank"
+
+
+def accumulation_body(strategy):
+    rows, others = make_rows(), make_rows(5)
+
+    def run(*parts, look=False):
+        engine = make_engine(strategy, "float64")
+        for part in parts:
+            engine.forward_backward(dealt(part, engine), SPEC)
+            if look:
+                engine.forward(dealt(others, engine), SPEC)
+                engine.score(dealt(others, engine), 1.0)
+        engine.optim_step("policy", ADAM)
+        seen = engine.forward(dealt(rows, engine), SPEC).metrics["loss:sum"]
+        before = weights_of(engine)
+        zero = engine.optim_step("policy", AdamParams(lr=0.0))  # after a forward alone: nothing is pending
+        assert zero["grad_norm:mean"] == 0.0
+        after = weights_of(engine)  # collective
+        assert not before or distance(after, before) == 0.0
+        return after, seen
+
+    return run(rows), run(rows[:3], rows[3:]), run(rows[:3], [], rows[3:]), run(rows, look=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_calls_add_up_and_a_forward_leaves_no_trace(strategy):
+    (want, loss), *others = run_ranks(2, accumulation_body, strategy)[0]
+    for weights, seen in others:
+        assert distance(weights, want) < 1e-14
+        assert seen == pytest.approx(loss, rel=1e-12)
+
+
+def stale_body(reshard):
+    """score, optim_step without a backward between, score: the second one must see the new weights."""
+    engine = make_engine("fsdp", "float64", f"strategy.reshard_after_forward={reshard}")
+    rows = dealt(make_rows(), engine)
+    engine.forward_backward(rows, SPEC)
+    before = engine.score(rows, 1.0).logprobs
+    engine.optim_step("policy", AdamParams(lr=0.01))
+    after = engine.score(rows, 1.0).logprobs
+    kept = copy.deepcopy(engine.state())
+    engine.optim_step("policy", AdamParams(lr=0.01))
+    moved = engine.score(rows, 1.0).logprobs
+    engine.load_state(kept)
+    back = engine.score(rows, 1.0).logprobs
+    with engine.sampling() as sampler:
+        sampler.add(SampleRequest("a", np.array([5, 6, 7]), SamplingParams(8, seed=1)))
+        (sample,) = drain(sampler)
+    ids = np.concatenate([[5, 6, 7], sample.tokens])
+    again = engine.score([Datum(ids[:-1], ids[1:], np.ones(len(ids) - 1))], 1.0).logprobs[0][2:]
+    assert np.abs(again - sample.logprobs).max() < 1e-5
+    names = {n: type(t).__name__ for n, t in engine.state()["policy"]["weights"].items()}
+    assert set(names.values()) == {"DTensor"}, names
+    gap = [max(np.abs(a - b).max() for a, b in zip(x, y, strict=True)) for x, y in ((before, after), (after, moved))]
+    return (*gap, max(np.abs(a - b).max() for a, b in zip(after, back, strict=True)))
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_a_forward_under_fsdp_never_uses_gathered_weights_of_before(reshard):
+    for first, second, back in run_ranks(2, stale_body, reshard):
+        assert first > 1e-3 and second > 1e-3 and back == 0.0
+
+
+# ---- failures
+
+
+def failure_body(strategy):
+    engine = make_engine(strategy, "float32", "batch.max_tokens_per_microbatch=1")
+    start = weights_of(engine)
+    rows = make_rows()
+    rows[7].advantages[rows[7].weights != 0] = np.nan  # dealt to rank 1 of 2 only
+    errors = [refused(lambda: engine.forward_backward(dealt(rows, engine), SPEC))]
+    errors.append(refused(lambda: engine.optim_step("policy", ADAM)))
+    after = weights_of(engine)
+    return errors, distance(after, start) if start else 0.0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(strategy):
+    for errors, moved in run_ranks(2, failure_body, strategy):
+        assert errors[0].startswith(
+            "RunError: the loss is not finite in the micro-batch of rows row7; nothing was learned"
+        )
+        assert "gradient is not finite" in errors[1] and moved == 0.0
+
+
+def replicas_body():
+    engine = make_engine("ddp")
+    engine.check_replicas()
+    if engine.world.rank == 1:
+        engine.models["policy"].strategy.module.net.model.norm.weight.data[3] += 1e-3
+    return refused(engine.check_replicas)
+
+
+def test_a_replica_that_differs_is_named_on_every_rank():
+    texts = run_ranks(3, replicas_body)
+    assert set(texts) == {"RunError: rank 1 holds other weights than rank 0, first in net.model.norm.weight"}
+
+
+def frozen_body(strategy):
+    engine = make_engine(strategy)
+    engine.forward_backward(dealt(make_rows(), engine), SPEC)
+    engine.optim_step("policy", AdamParams(lr=0.01))
+    engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
+    rows = dealt(make_rows(3), engine)
+    same = [np.abs(a - b).max() for a, b in zip(
+        engine.score(rows, 1.0).logprobs, engine.score(rows, 1.0, model="reference").logprobs, strict=True
+    )]  # fmt: skip
+    before = weights_of(engine, "reference")
+    engine.forward_backward(rows, SPEC)
+    engine.optim_step("policy", AdamParams(lr=0.01))
+    after = weights_of(engine, "reference")
+    return (
+        max(same),
+        distance(after, before) if before else 0.0,
+        refused(lambda: engine.forward_backward(rows, SPEC, model="reference")),
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_reference_is_the_policy_as_it_was(strategy):
+    for same, moved, text in run_ranks(2, frozen_body, strategy):
+        assert same == 0.0 and moved == 0.0
+        assert text == "UserError: model 'reference' is frozen"
+
+
+# ---- sampling from what is trained
+
+
+def sampled_body(strategy, dtype):
+    engine = make_engine(strategy, dtype)
+    gaps = []
+    for number in range(3):
+        prompts = np.random.default_rng(number).integers(4, 90, (4, 6))
+        with engine.sampling() as sampler:
+            for i, prompt in enumerate(prompts):
+                for g in range(2):
+                    sampler.add(SampleRequest(f"{i}/{g}", prompt, SamplingParams(20, temperature=0.8, seed=2 * i + g)))
+            samples = {s.uid: s for s in drain(sampler)}
+        assert {s.version for s in samples.values()} == {number}
+        rows = []
+        for uid, sample in samples.items():
+            ids = np.concatenate([prompts[int(uid[0])], sample.tokens])
+            rows.append(Datum(ids[:-1], ids[1:], np.ones(len(ids) - 1), name=uid))
+        scored = engine.score(rows, 0.8).logprobs
+        gaps.append(max(np.abs(p[5:] - samples[r.name].logprobs).max() for p, r in zip(scored, rows, strict=True)))
+        engine.forward_backward(dealt(make_rows(number), engine), SPEC)
+        engine.optim_step("policy", AdamParams(lr=0.01))
+    with engine.models["policy"].strategy.gathered() as module:
+        whole = {n: p.detach().clone() for n, p in module.named_parameters()}
+    return gaps, whole, weights_of(engine)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sampler_draws_from_the_trained_weights_after_every_update(size, dtype):
+    limit = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
+    ends = {}
+    for strategy in ("single" if size == 1 else "ddp", "fsdp"):
+        for gaps, whole, weights in run_ranks(size, sampled_body, strategy, dtype):
+            assert len(gaps) == 3 and max(gaps) < limit, (strategy, gaps)
+            if weights:
+                ends[strategy] = weights
+                rounded = {n: w.to(getattr(torch, dtype)) for n, w in weights.items()}
+                assert whole.keys() == weights.keys() and all(torch.equal(whole[n], rounded[n]) for n in whole)
+    first, second = ends.values()
+    if dtype == "float32":
+        assert distance(first, second) < 1e-6
+
+
+def silent_body(strategy, folder):
+    """Each rank starts to draw only when the one before it has finished: a collective in between would never end."""
+    engine = make_engine(strategy)
+    rank, size = engine.world.rank, engine.world.size
+    with engine.sampling() as sampler:
+        while rank > 0 and not (Path(folder) / str(rank - 1)).exists():
+            time.sleep(0.01)
+        for i in range(5 * rank):  # rank 0 draws nothing at all
+            sampler.add(SampleRequest(str(i), np.arange(4, 8 + i), SamplingParams(4 + 3 * i, seed=i)))
+        count = len(drain(sampler))
+        (Path(folder) / str(rank)).touch()
+    dist.barrier(group=engine.world.control)
+    engine.forward_backward(dealt(make_rows(), engine), SPEC)
+    return count, engine.optim_step("policy", ADAM), size
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_sample_at_their_own_pace(strategy, tmp_path):
+    results = run_ranks(3, silent_body, strategy, str(tmp_path), timeout=60)
+    assert [count for count, _, _ in results] == [0, 5, 10]
+    assert len({tuple(metrics.items()) for _, metrics, _ in results}) == 1
+
+
+def buffers_body():
+    engine = make_engine("fsdp", "bfloat16")
+    module = engine.models["policy"].strategy.module
+    fresh = {n: b.clone() for n, b in module.named_buffers()}
+    engine.forward_backward(dealt(make_rows(), engine), SPEC)
+    engine.optim_step("policy", ADAM)
+    engine.load_state(copy.deepcopy(engine.state()))
+    with engine.models["policy"].strategy.gathered() as whole:
+        gathered = {n: b.clone() for n, b in whole.named_buffers()}
+    return fresh, {n: b.clone() for n, b in module.named_buffers()}, gathered
+
+
+def test_buffers_survive_sharding_and_gathering():
+    want = {n: b.clone() for n, b in make_engine().models["policy"].strategy.module.named_buffers()}
+    for found in run_ranks(2, buffers_body)[0]:
+        assert found.keys() == want.keys()
+        for name, buffer in want.items():
+            assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer), name
