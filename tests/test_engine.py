@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tools import ADAM, SPEC, distance, make_engine, make_rows, weights_of
+from small import ADAM, SPEC, distance, make_engine, make_rows, weights_of
 from transformers import AutoModelForCausalLM
 
 from skyrl.engine import ModelSpec

@@ -51,5 +51,10 @@ def test_the_steps_are_of_the_kind_that_could_tell(monkeypatch):
     assert sum(row.weights.sum() for row in rows) == pytest.approx(1.0)
     assert len({len(row.tokens) for row in rows}) > 10
     for size in (2, 4):
-        loads = [sum(len(r.tokens) for r in rows if int(r.name.split("/")[0]) % size == rank) for rank in range(size)]
-        assert max(loads) > 1.1 * sum(loads) / size, "ranks are even already: no row would move"
+        assert any(uneven(step, size) for step in range(5)), "ranks are even already: no row would move"
+
+
+def uneven(step, size):
+    rows = bench.rows_of(step, bench.World(0, 1, 0, torch.device("cpu")))
+    loads = [sum(len(r.tokens) for r in rows if int(r.name.split("/")[0]) % size == rank) for rank in range(size)]
+    return max(loads) > 1.1 * sum(loads) / size

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gloo import run_ranks
-from tools import make_rows, small_config
+from small import make_rows, small_config
 
 from skyrl.distributed.balance import pack, rebalance, spread
 from skyrl.distributed.init import init_distributed

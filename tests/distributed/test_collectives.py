@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gloo import run_ranks
-from tools import small_config
+from small import small_config
 
 from skyrl.distributed.collectives import (
     Tally,

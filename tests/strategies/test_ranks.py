@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
-from tools import ADAM, SPEC, dealt, distance, make_engine, make_rows, weights_of
+from small import ADAM, SPEC, dealt, distance, make_engine, make_rows, weights_of
 
 from skyrl.engine import ModelSpec
 from skyrl.types import AdamParams, Datum, SampleRequest, SamplingParams, UserError
