@@ -150,7 +150,8 @@ def collect(
             if not seat.turns:
                 raise UserError(
                     f"prompt {seat.prompt.uid} has {len(seat.context)} tokens, and rows end at {play.max_row_tokens}; "
-                    "raise batch.max_row_tokens or leave long prompts out with data.max_prompt_tokens"
+                    "raise batch.max_row_tokens or leave it out of the data (data.max_prompt_tokens finds such prompts "
+                    "at the start)"
                 )
             finish(group, seat, "length")
             return

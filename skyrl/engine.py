@@ -239,6 +239,7 @@ class Engine:
                 entry.sampler = self._make_sampler(module, entry.version)
             else:
                 entry.sampler.refresh(entry.version)
+                entry.sampler.metrics()  # dropped: an evaluation's counts are not the next step's
             yield entry.sampler
             if not own:
                 entry.sampler = None
@@ -255,16 +256,19 @@ class Engine:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state(self, *, optimizer: bool = True) -> dict[str, Any]:
-        """All models' tensors, by model and name, ready for a checkpoint. Views: copy before the next step."""
+        """All models' tensors and versions, by model and name, for a checkpoint. Views: copy before the next step."""
         return {
-            name: m.strategy.state_dict(optimizer=optimizer and m.spec.trainable) for name, m in self.models.items()
+            name: {**m.strategy.state_dict(optimizer=optimizer and m.spec.trainable), "version": m.version}
+            for name, m in self.models.items()
         }
 
     def load_state(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
         """Takes back what `state` gave, after a checkpoint filled it."""
         for name, entry in self.models.items():
-            entry.strategy.load_state_dict(state[name], optimizer=optimizer and entry.spec.trainable)
-            entry.version += 1
+            parts = dict(state[name])
+            entry.version = int(parts.pop("version"))
+            entry.strategy.load_state_dict(parts, optimizer=optimizer and entry.spec.trainable)
+            entry.sampler = None  # what it cached belongs to other weights, whatever their version
 
     def export(self, model: str, folder: Path) -> None:
         """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective.

@@ -134,7 +134,8 @@ def _tell_launcher(line: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with contextlib.suppress(OSError), open(path, "w") as file:
-            json.dump({"message": line, "timestamp": int(time.time())}, file)
+            extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
 
 
 def _end(code: int) -> NoReturn:
