@@ -92,7 +92,7 @@ class Turn:
 
 @dataclass
 class Episode:
-    """A prompt played to its end. `reward` is the sum over turns; `invalid` says why it is no score (masked, counted)."""
+    """A prompt played to its end. `reward` is the sum over turns; `invalid`: why it is no score (masked, counted)."""
 
     prompt: Prompt
     index: int  # which of the G samples of its prompt
