@@ -40,26 +40,32 @@ class FusedRunner:
         self._head = _Linear([plan.head], pack)
         # products in bfloat16 with a mask are faster than torch's attention for one query on a CPU, not in float32
         self._products = cache.device.type == "cpu" and cache.dtype == torch.bfloat16
+        self._qk_scale: list[Tensor | None] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Packs the parameters as they are now."""
         for linear in (*self._qkv, *self._out, *self._gate_up, *self._down, self._head):
             linear.refresh()
-        self._qk_scale = [_qk_scale(self._plan, layer.qk_norms) for layer in self._plan.layers]
+        scales = [_qk_scale(self._plan, layer.qk_norms) for layer in self._plan.layers]
+        if not self._qk_scale:
+            self._qk_scale = scales
+        for kept, new in zip(self._qk_scale, scales, strict=True):
+            if kept is not None:
+                kept.copy_(new)  # in place: a CUDA graph reads it there
 
     def prefill(self, pieces: list[Piece]) -> Tensor | None:
         """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
         tokens_T, positions_T, attention = prefill_attention(self._cache, pieces)
         hidden_TC = self.hidden(tokens_T, positions_T, attention)
-        return self._logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
+        return self.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attention = decode_attention(self._cache, batch)
         if self._products:
             attention = _ProductAttention(attention, self._plan.kv_heads)
-        return self._logits(self.hidden(tokens_B, positions_B, attention))
+        return self.logits(self.hidden(tokens_B, positions_B, attention))
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         """Final, normed hidden states [T, channels of the model]."""
@@ -86,7 +92,8 @@ class FusedRunner:
             x_TC = x_TC + self._down[index](F.silu(gate) * up)
         return F.rms_norm(x_TC, size, plan.norm.weight, eps)
 
-    def _logits(self, hidden_TC: Tensor) -> Tensor:
+    def logits(self, hidden_TC: Tensor) -> Tensor:
+        """Logits [T, V] float32."""
         if self._head.packed:
             return self._head(hidden_TC).to(torch.promote_types(hidden_TC.dtype, torch.float32))
         return matmul_float(hidden_TC, self._plan.head.weight, self._plan.head.bias)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from skyrl.config.schema import SamplerConfig
 from skyrl.sampler import draw
 from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.cuda import CudaRunner, page_size
 from skyrl.sampler.fused import FusedRunner
 from skyrl.sampler.native import NativeRunner, why_not
 from skyrl.sampler.paged import Batch, KVCache, LayerShape, ModuleRunner
@@ -270,17 +272,28 @@ def make_sampler(
     calls = layer_calls(model)
     shapes = [call.shape for call in calls]
     parameter = next(model.parameters())
-    num_blocks = _num_blocks(cfg, shapes, parameter, max_length)
-    cache = KVCache(shapes, num_blocks, cfg.block_tokens, parameter.dtype, parameter.device)
     on_gpu = parameter.device.type == "cuda"
+    max_running = cfg.max_running or (256 if on_gpu else 128)
+    page = page_size(cfg.block_tokens, calls, parameter.dtype, parameter.device)
+    size = page or cfg.block_tokens
+    if page and page != cfg.block_tokens:
+        _say_once(f"KV cache in blocks of {page} tokens, as this device's paged attention needs")
+    num_blocks = _num_blocks(cfg, shapes, parameter, size, max_running * -(-max_length // size))
+    cache = KVCache(shapes, num_blocks, size, parameter.dtype, parameter.device, tokens_first=bool(page))
     scheduler = Scheduler(
-        BlockPool(num_blocks, cfg.block_tokens),
-        max_running=cfg.max_running or (256 if on_gpu else 128),
+        BlockPool(num_blocks, size),
+        max_running=max_running,
         max_prefill_tokens=8192 if on_gpu else 2048,
         share=cfg.prefix_cache,
     )
+
+    def paged(runner: Any) -> Runner:
+        if not page:
+            return runner
+        return CudaRunner(runner, cache, max_length=max_length, max_running=max_running, graphs=cfg.cuda_graphs)
+
     return LocalSampler(
-        _make_runner(model, cfg, calls, cache, max_length),
+        _make_runner(model, cfg, calls, cache, max_length, paged),
         cache,
         scheduler,
         decode=decode,
@@ -294,32 +307,37 @@ _VERDICTS: dict[str, str] = {}  # signature -> why the fused plan is not used; "
 
 
 def _make_runner(
-    model: CausalLM, cfg: SamplerConfig, calls: list[LayerCall], cache: KVCache, max_length: int
+    model: CausalLM,
+    cfg: SamplerConfig,
+    calls: list[LayerCall],
+    cache: KVCache,
+    max_length: int,
+    paged: Callable[[Any], Runner],
 ) -> Runner:
     """The fused plan where there is one that agrees with the module, as far as cfg.backend allows it."""
+    if cfg.backend not in ("auto", "fused", "module"):
+        raise UserError(f"sampler.backend={cfg.backend}; choose one of: auto, fused, module")
     module = ModuleRunner(model, cache)
     if cfg.backend == "module":
-        return module
-    if cfg.backend not in ("auto", "fused"):
-        raise UserError(f"sampler.backend={cfg.backend}; choose one of: auto, fused, module")
+        return paged(module)
     plan = make_plan(model, calls, max_length)
     if isinstance(plan, str):
         reason = plan
     else:
         absent = why_not(plan, cache)
-        fused = FusedRunner(plan, cache) if absent else NativeRunner(plan, cache, module)
+        fused = paged(FusedRunner(plan, cache)) if absent else NativeRunner(plan, cache, module)
         if absent and cache.device.type == "cpu":
             _say_once(f"sampling without compiled kernels: {absent}")
         name = f"{fused.name} {signature(model)}"
         if name not in _VERDICTS:
-            _VERDICTS[name] = disagreement(fused, module, cache)
+            _VERDICTS[name] = disagreement(fused, paged(module), cache)
         reason = _VERDICTS[name]
         if not reason:
             return fused
     if cfg.backend == "fused":
         raise UserError(f"sampler.backend=fused: {reason}; use auto or module")
     _say_once(f"sampling with the model's own forward: {reason}")
-    return module
+    return paged(module)
 
 
 @lru_cache(maxsize=100)
@@ -327,19 +345,18 @@ def _say_once(line: str) -> None:
     log.info(line)
 
 
-def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, max_length: int) -> int:
-    """Blocks within the memory budget. Automatic: at most what max_running sequences of max_length can use."""
-    each = KVCache.block_bytes(shapes, cfg.block_tokens, parameter.dtype)
+def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, size: int, most: int) -> int:
+    """Blocks within the memory budget. Automatic: no more than `most`, what all running sequences can fill."""
+    each = KVCache.block_bytes(shapes, size, parameter.dtype)
     if cfg.kv_cache_gib > 0:
         blocks = int(cfg.kv_cache_gib * GIB) // each - 1  # one is for padding
         if blocks < 1:
             raise UserError(
-                f"sampler.kv_cache_gib={cfg.kv_cache_gib}: one block of {cfg.block_tokens} tokens takes "
+                f"sampler.kv_cache_gib={cfg.kv_cache_gib}: one block of {size} tokens takes "
                 f"{each / GIB:.3g} GiB; allowed: two blocks or more"
             )
         return blocks
     budget = GIB
     if parameter.device.type == "cuda":
         budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
-    most = (cfg.max_running or 256) * -(-max_length // cfg.block_tokens)
-    return max(1, min(budget // each - 1, most))
+    return max(1, min(budget // each - 1, 2 * most))  # twice: room for cached beginnings

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl.models.attention import Attention
 from skyrl.sampler.draw import draw
 from skyrl.sampler.scheduler import Piece
 
@@ -34,18 +35,27 @@ class LayerShape:
 
 
 class KVCache:
-    """Keys [blocks, K, block_tokens, C] and values of every layer. Block 0 takes the writes of padding.
+    """Keys [blocks, K, block_tokens, C] and values of every layer, or with `tokens_first` [blocks, block_tokens, K, C]
+    as paged kernels want them. Block 0 takes the writes of padding.
 
     Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
     """
 
     def __init__(
-        self, shapes: list[LayerShape], num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: list[LayerShape],
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        tokens_first: bool = False,
     ) -> None:
         self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
 
         def room(heads: int, size: int) -> Tensor:
-            return torch.zeros(num_blocks + 1, heads, block_tokens, size, dtype=dtype, device=device)
+            middle = (block_tokens, heads) if tokens_first else (heads, block_tokens)
+            return torch.zeros(num_blocks + 1, *middle, size, dtype=dtype, device=device)
 
         self.keys = [room(shape.num_heads, shape.key_size) for shape in shapes]
         self.values = [room(shape.num_heads, shape.value_size) for shape in shapes]
@@ -246,13 +256,21 @@ class ModuleRunner:
     def prefill(self, pieces: list[Piece]) -> Tensor | None:
         """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
         tokens_T, positions_T, attend = prefill_attention(self._cache, pieces)
-        hidden_TC = self._model.hidden(tokens_T, positions_T, attend)
-        return self._model.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
+        hidden_TC = self.hidden(tokens_T, positions_T, attend)
+        return self.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attend = decode_attention(self._cache, batch)
-        return self._model.logits(self._model.hidden(tokens_B, positions_B, attend))
+        return self.logits(self.hidden(tokens_B, positions_B, attend))
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+        """Final, normed hidden states [T, channels of the model]."""
+        return self._model.hidden(tokens_T, positions_T, attention)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., V] float32."""
+        return self._model.logits(hidden)
 
     def refresh(self) -> None:
         """Nothing to do: the module reads its parameters."""
