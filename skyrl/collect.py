@@ -73,24 +73,23 @@ class Renderer:
         """The text of sampled tokens without the end token, as an environment reads it."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def continuation(self, messages: list[Message], ended: bool) -> Ints:
-        """Ids that follow a sampled answer: the end of its turn (unless the sample `ended` it itself), the new
-        messages, and the opening of the next answer.
+    def continuation(self, messages: list[Message], last: int) -> Ints:
+        """Ids that follow a sampled answer: the end of its turn (unless `last`, the last sampled token, is that end),
+        the new messages, and the opening of the next answer.
 
         Raises UserError when the chat template does not write an assistant's turn where it stands.
         """
         if not self.is_chat:
             text = "".join(str(m["content"]) for m in messages)
-        else:
-            opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
-            whole = self.text([*opening, *messages], answer_next=True)
-            before, mark, text = whole.partition(_MARK)
-            if not mark:
-                raise UserError("model.chat_template: the template does not contain the assistant's own text")
-            end = self.tokenizer.eos_token or ""
-            if ended and end and text.startswith(end):
-                text = text[len(end) :]
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+            return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
+        _, mark, text = self.text([*opening, *messages], answer_next=True).partition(_MARK)
+        if not mark:
+            raise UserError("model.chat_template: the template does not contain the assistant's own text")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids and ids[0] == last and last in self.stop_token_ids:
+            ids = ids[1:]  # the model has written the end of its turn itself
+        return np.asarray(ids, np.int64)
 
 
 def draw_seed(*key: Any) -> int:
@@ -200,8 +199,8 @@ def _take_turn(
     if result.done or len(seat.turns) >= play.env.max_turns:
         finish(group, seat, sample.stop)
         return
-    ended = bool(len(sample.tokens)) and int(sample.tokens[-1]) == renderer.end_token_id
-    more = renderer.continuation(result.observation, ended)
+    last = int(sample.tokens[-1]) if len(sample.tokens) else -1
+    more = renderer.continuation(result.observation, last)
     seat.context = np.concatenate([seat.context, sample.tokens, more])
     request(group, seat)
 

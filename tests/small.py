@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -30,13 +28,13 @@ def small_config(*overrides: str) -> RunConfig:
     return load_config([*SMALL, *overrides])
 
 
-def make_engine(strategy: str = "auto", dtype: str = "float32", *overrides: str, world: Any = None) -> Engine:
+def make_engine(strategy: str = "auto", dtype: str = "float32", *overrides: str, row_tokens: int = 64) -> Engine:
     """An engine with a policy, in the world that the environment says."""
     cfg = small_config(f"strategy.name={strategy}", f"model.dtype={dtype}", *overrides)
-    world = world or init_distributed(cfg)
+    world = init_distributed(cfg)
     if strategy == "auto":
         strategy = "single" if world.size == 1 else "ddp"
-    engine = Engine(cfg, world, dtype=dtype, strategy=strategy, max_row_tokens=64)
+    engine = Engine(cfg, world, dtype=dtype, strategy=strategy, max_row_tokens=row_tokens)
     engine.create("policy", ModelSpec())
     return engine
 

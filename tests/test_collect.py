@@ -1,0 +1,235 @@
+"""Episodes and their rows, with a real sampler: what was sampled is what is trained, id for id."""
+
+import copy
+
+import lowercase  # noqa: F401
+import numpy as np
+import pytest
+from small import make_engine
+
+from skyrl.algorithms.filters import trained_masks
+from skyrl.collect import Play, Renderer, collect, draw_seed, to_rows
+from skyrl.config.schema import DataConfig, EnvConfig
+from skyrl.envs.base import ENVIRONMENTS, make_environment
+from skyrl.models.tiny import tiny_tokenizer
+from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError
+
+CHAT = (
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+GAME = EnvConfig(name="guess_number", max_turns=4, options={"low": 1, "high": 20})
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine("auto", "float32", "model.tiny.vocab_size=104", row_tokens=160)
+
+
+def prompts_of(env, split="train"):
+    options = dict(env.options, max_turns=env.max_turns) if env.name == "guess_number" else env.options
+    return list(enumerate(ENVIRONMENTS.get(env.name).dataset(options, DataConfig(), split, 1)))
+
+
+def play(engine, env, prompts, *, group=4, tokens=5, limit=160, key=(1, "train"), renderer=None, temperature=1.0):
+    params = SamplingParams(tokens, temperature=temperature)
+    renderer = renderer or Renderer(engine.tokenizer)
+    with engine.sampling() as sampler:
+        return collect(sampler, prompts, Play(env, params, group, limit, key), renderer)
+
+
+def ids_of(row):
+    return np.concatenate([row.datum.tokens, row.datum.targets[-1:]])
+
+
+def tokens_of(groups):
+    return [[[t.sample.tokens.tolist() for t in e.turns] for e in group] for group in groups]
+
+
+# ---- tokens
+
+
+def check_rows(groups, rows, tokenizer):
+    """Everything that must hold for unbroken episodes, against the episodes themselves."""
+    episodes = [e for group in groups for e in group]
+    assert len(rows) == len(episodes)
+    for row, episode in zip(rows, episodes, strict=True):
+        sampled = np.concatenate([turn.sample.tokens for turn in episode.turns])
+        ids = ids_of(row)
+        assert row.datum.targets[row.mask].tolist() == sampled.tolist()
+        np.testing.assert_array_equal(row.datum.tokens[1:], row.datum.targets[:-1])
+        assert row.mask.sum() == len(sampled) == (row.datum.weights != 0).sum()
+        np.testing.assert_array_equal(
+            row.datum.logprobs[row.mask], np.concatenate([t.sample.logprobs for t in episode.turns])
+        )
+        assert not row.datum.logprobs[~row.mask].any() and not row.rewards[~row.mask].any()
+        assert tokenizer.decode(row.datum.targets[row.mask]) == "".join(
+            tokenizer.decode(t.sample.tokens) for t in episode.turns
+        )
+        for turn in episode.turns:  # the sampler was given the very beginning of the row, and its answer follows
+            start = len(turn.context)
+            assert turn.context.tolist() == ids[:start].tolist()
+            assert turn.sample.tokens.tolist() == ids[start : start + len(turn.sample.tokens)].tolist()
+            assert row.rewards[start + len(turn.sample.tokens) - 2] == np.float32(turn.reward)
+        assert row.rewards.sum() == np.float32(episode.reward)
+
+
+def test_a_game_of_several_turns_trains_what_was_sampled(engine):
+    prompts = prompts_of(GAME)
+    groups = play(engine, GAME, prompts, group=8)
+    check_rows(groups, to_rows(groups), engine.tokenizer)
+    assert max(len(e.turns) for g in groups for e in g) == 4
+    assert any(e.reward == 1.0 for g in groups for e in g), "nobody guessed right: the test shows less than it could"
+    for row, episode in zip(to_rows(groups), [e for g in groups for e in g], strict=True):
+        env = make_environment(GAME)  # the same game again, in text
+        text = "".join(m["content"] for m in env.reset(episode.prompt))
+        for turn in episode.turns:
+            text += engine.tokenizer.decode(turn.sample.tokens, skip_special_tokens=False)
+            answer = env.step(engine.tokenizer.decode(turn.sample.tokens, skip_special_tokens=True))
+            assert answer.reward == turn.reward
+            text += "" if answer.done else answer.observation[0]["content"]
+        assert engine.tokenizer.decode(ids_of(row), skip_special_tokens=False) == text
+        assert episode.metrics["turns:mean"] == len(episode.turns)
+
+
+@pytest.mark.parametrize("end", ["<eos>", "<end>"])
+def test_a_chat_template_closes_each_turn_once(engine, end):
+    """`end` closes a turn in the template. A sample that wrote it itself gets no second one; a cut sample gets one that
+    is not trained. <end> is not the tokenizer's own end: it comes through sampler.stop_token_ids."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<eos>", end)
+    more = []
+    if end != "<eos>":
+        tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+        more = [tokenizer.convert_tokens_to_ids(end)]
+    renderer = Renderer(tokenizer, more)
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    env = EnvConfig(name="lowercase", max_turns=3, options={"turns": 3})
+    groups = play(engine, env, prompts_of(env)[:30], group=4, tokens=6, renderer=renderer)
+    rows = to_rows(groups)
+    check_rows(groups, rows, tokenizer)
+    ended = cut = 0
+    for row, episode in zip(rows, [e for g in groups for e in g], strict=True):
+        turns = [tokenizer.decode(t.sample.tokens, skip_special_tokens=False) for t in episode.turns]
+        text = f"[u]{episode.prompt.messages[0]['content']}{end}\n[a]"
+        for number, turn in enumerate(turns, start=1):
+            text += turn
+            if number < len(turns):
+                closed = turn.endswith(end)
+                ended, cut = ended + closed, cut + (not closed)
+                text += ("" if closed else end) + f"\n[u]({number}){end}\n[a]"
+        assert tokenizer.decode(ids_of(row), skip_special_tokens=False) == text
+        trained_ends = int((row.datum.targets[row.mask] == end_id).sum())
+        assert trained_ends == sum(turn.endswith(end) for turn in turns)
+        assert sum(t.sample.stop == "stop" and t.sample.tokens[-1] == end_id for t in episode.turns) == trained_ends
+    assert ended > 3 and cut > 3
+
+
+def test_texts_without_a_template_and_a_template_without_answers():
+    tokenizer = tiny_tokenizer()
+    plain = Renderer(tokenizer)
+    assert tokenizer.decode(plain.start([{"role": "user", "content": "1+1="}])) == "1+1="
+    assert plain.answer("2").tolist() == [*tokenizer("2")["input_ids"], tokenizer.eos_token_id]
+    assert plain.decode(plain.answer("2")) == "2"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(UserError, match="model.chat_template: the template does not contain the assistant's own text"):
+        Renderer(tokenizer).continuation([{"role": "user", "content": "x"}], -1)
+
+
+# ---- draws
+
+
+def test_samples_of_a_prompt_differ_and_depend_on_nothing_but_their_key(engine):
+    env = EnvConfig(name="lowercase")
+    prompts = prompts_of(env)[:9]
+    everyone = play(engine, env, prompts, tokens=12)
+    for group in tokens_of(everyone):
+        assert len({tuple(e[0]) for e in group}) == len(group)
+    for size in (2, 3):  # as it is dealt to ranks
+        for rank in range(size):
+            mine = prompts[rank::size]
+            assert tokens_of(play(engine, env, mine, tokens=12)) == tokens_of(everyone[rank::size])
+    assert tokens_of(play(engine, env, prompts[:2], group=2, tokens=12)) == [
+        group[:2] for group in tokens_of(everyone[:2])
+    ]
+    assert tokens_of(play(engine, env, prompts, tokens=12)) == tokens_of(everyone)
+    for other in ((2, "train"), (1, "eval")):
+        changed = tokens_of(play(engine, env, prompts, tokens=12, key=other))
+        assert all(a != b for x, y in zip(changed, tokens_of(everyone), strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_the_same_prompt_at_another_position_is_drawn_anew(engine):
+    env = EnvConfig(name="lowercase")
+    prompt = prompts_of(env)[3][1]
+    first, second = tokens_of(play(engine, env, [(3, prompt), (103, prompt)], tokens=12))
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_turns_have_seeds_of_their_own():
+    seeds = {draw_seed(1, "train", p, "uid", g, t) for p in range(10) for g in range(10) for t in range(10)}
+    assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ---- limits and failures
+
+
+def test_an_episode_ends_where_the_row_ends(engine):
+    env = EnvConfig(name="lowercase", max_turns=9, options={"turns": 9})
+    limit = 24
+    groups = play(engine, env, prompts_of(env)[:12], tokens=6, limit=limit)
+    rows = to_rows(groups)
+    assert {e.stop for g in groups for e in g} == {"length"}
+    assert all(len(ids_of(row)) <= limit for row in rows)
+    assert any(len(ids_of(row)) == limit for row in rows)
+    assert {len(e.turns) for g in groups for e in g} <= {2, 3, 4, 5, 6}
+    assert {row.stop for row in rows} == {"length"}
+    check_rows(groups, rows, engine.tokenizer)
+    with pytest.raises(
+        UserError, match=r"prompt lowercase/train/3 has 7 tokens, and rows end at 7; raise batch.max_row"
+    ):
+        play(engine, env, prompts_of(env)[3:4], limit=7)
+
+
+def test_a_rewritten_history_opens_a_new_row():
+    def turn(context, tokens, reward):
+        tokens = np.array(tokens)
+        return Turn(np.array(context), Sample("u", tokens, -0.1 * tokens.astype(np.float32), "stop", 0), reward)
+
+    prompt = Prompt("e/train/1", "e", [{"role": "user", "content": "?"}])
+    whole = [turn([1, 2], [3, 4], 0.5), turn([1, 2, 3, 4, 9], [5], 0.25)]
+    broken = [*whole, turn([1, 2, 8, 9], [6, 7], 1.0), turn([1, 2, 8, 9, 6, 7, 9], [4], 0.0)]
+    empty = [turn([1, 2], [], 0.0)]
+    groups = [[Episode(prompt, i, turns, 0.0, "stop") for i, turns in enumerate((whole, broken, empty))]]
+    rows = to_rows(groups)
+    assert [row.datum.name for row in rows] == ["e/train/1/0/0", "e/train/1/1/0", "e/train/1/1/1"]
+    assert [row.episode for row in rows] == [0, 1, 1] and [row.group for row in rows] == [0, 0, 0]
+    assert ids_of(rows[1]).tolist() == [1, 2, 3, 4, 9, 5]
+    assert ids_of(rows[2]).tolist() == [1, 2, 8, 9, 6, 7, 9, 4]
+    assert rows[1].mask.tolist() == [False, True, True, False, True]
+    assert rows[2].mask.tolist() == [False, False, False, True, True, False, True]
+    assert rows[1].rewards.tolist() == [0.0, 0.0, 0.5, 0.0, 0.25]
+    assert rows[2].rewards.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    np.testing.assert_allclose(rows[2].datum.logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
+
+
+def test_an_episode_without_a_score_is_kept_apart(engine):
+    env = EnvConfig(name="lowercase", options={"broken": 3}, on_error="mask")
+    prompts = prompts_of(env)[1:8]  # 3 and 6 are broken
+    groups = play(engine, env, prompts)
+    for (number, _), group in zip(prompts, groups, strict=True):
+        for episode in group:
+            assert bool(episode.invalid) == (number % 3 == 0)
+            assert "this prompt is broken" in episode.invalid or not episode.invalid
+    rows = to_rows(groups)
+    masks = trained_masks(
+        [row.mask for row in rows], [row.stop for row in rows], np.array([r.valid for r in rows]), "keep"
+    )
+    for row, mask in zip(rows, masks, strict=True):
+        number = int(row.datum.name.split("/")[2])
+        assert row.valid == (number % 3 != 0) and mask.any() == row.valid
+    whole = play(engine, EnvConfig(name="lowercase"), prompts)
+    assert tokens_of(whole) == tokens_of(groups), "a failure changes no draw"
+    stop = copy.copy(env)
+    object.__setattr__(stop, "on_error", "stop")
+    with pytest.raises(UserError, match="lowercase/train/3"):
+        play(engine, stop, prompts)
