@@ -115,6 +115,8 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False) -> int:
     Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it.
     """
     group, me = _group(), rank()
+    if group is not None:
+        group.let_go()
     if me != 0 and message is not None:
         time.sleep(AFTER_RANK_0_SECONDS if group is not None else FOLLOWER_SECONDS)
     if message is None or (group is not None and not group.speak_first()):

@@ -9,42 +9,83 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 SETTLE_SECONDS = 2.0  # how long we look for the rank that is gone
-_TOLD = "skyrl/told"
 _LOST = re.compile(
     r"Connection (closed|reset|refused|aborted)|Broken pipe|pair closure|Timed out waiting|timed out|NCCL|"
     r"Socket (Timeout|closed)|peer .*(closed|gone)",
     re.IGNORECASE,
 )
 _places: list[tuple[str, int]] = []  # (host, process id) of every rank
+_notes: list[Path] = []  # the folder in which ranks of this machine leave word for each other, if there is one
 _PR_SET_PDEATHSIG = 1
 
 
-def remember_ranks(group: Any) -> None:
-    """Keeps host and process id of every rank, to name the one that is lost. Collective over `group`."""
+def remember_ranks(group: Any, local_rank: int) -> None:
+    """Keeps host and process id of every rank, to name the one that is lost. Collective over `group`.
+
+    The ranks of a machine also agree on a folder in which the first that tells an error leaves word. Not the group's
+    store: without torchrun it lives in rank 0 and dies with it.
+    """
     box: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(box, (socket.gethostname(), os.getpid()), group=group)
-    _places[:] = box
+    dist.all_gather_object(box, (socket.gethostname(), os.getpid(), _make_notes(local_rank)), group=group)
+    _places[:] = [(host, pid) for host, pid, _ in box]
+    _notes[:] = [Path(folder) for host, _, folder in box if folder and host == socket.gethostname()][:1]
+
+
+def _make_notes(local_rank: int) -> str:
+    file = os.environ.get(LAUNCHER_FILE)
+    if file:
+        return str(Path(file).parent.parent)  # torchrun's folder of one attempt, with a folder for each local rank
+    try:
+        return tempfile.mkdtemp(prefix="skyrl-") if local_rank == 0 else ""
+    except OSError:  # a full disk; then each rank speaks for itself
+        return ""
+
+
+def forget_ranks() -> None:
+    """The job has ended well: removes what `remember_ranks` made."""
+    if not os.environ.get(LAUNCHER_FILE):
+        for folder in _notes:
+            shutil.rmtree(folder, ignore_errors=True)  # another rank of this machine may be faster
+    _places.clear(), _notes.clear()
 
 
 def end_with_launcher() -> None:
-    """Asks the system to end this process when the one that started it ends: a killed torchrun leaves no orphans."""
+    """This process ends when the one that started it does: a killed torchrun leaves no orphans (Linux).
+
+    And when torchrun ends it because another rank was lost, it says so first."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _ended_by_launcher)
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before we asked
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ended_by_launcher(number: int, frame: FrameType | None) -> None:
+    """The usual end by SIGTERM, after the line about a rank that is gone and could not speak for itself."""
+    gone = ended_ranks()
+    if gone and not is_told() and speak_first():
+        # not print: what it interrupts may be a print
+        os.write(2, f"skyrl: error: {_about_ranks(gone)}\n".encode())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -52,6 +93,12 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or _LOST.search(str(error).split("\n")[0]) is not None
     )
+
+
+def let_go() -> None:
+    """SIGTERM ends this process at once again: it has an error of its own, and another rank may tell it first."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def hold() -> None:
@@ -63,25 +110,20 @@ def hold() -> None:
 
 
 def speak_first() -> bool:
-    """True for the first rank of the job that asks, which then tells the error; True always without a process group."""
-    store = _store()
-    if store is None:
-        return True
-    try:
-        return store.add(_TOLD, 1) == 1
-    except RuntimeError:  # the store was in a rank that is gone; two lines are better than none
-        return True
+    """True for the first rank of this machine that asks, which then tells the error."""
+    for folder in _notes:
+        try:
+            os.close(os.open(folder / "told", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:  # two lines are better than none
+            return True
+    return True
 
 
 def is_told() -> bool:
-    """Whether some rank has told an error already."""
-    store = _store()
-    if store is None:
-        return False
-    try:
-        return store.check([_TOLD])
-    except RuntimeError:
-        return False
+    """Whether some rank of this machine has told an error already."""
+    return any((folder / "told").exists() for folder in _notes)
 
 
 def about_lost_peer(error: BaseException) -> str | None:
@@ -98,11 +140,7 @@ def about_lost_peer(error: BaseException) -> str | None:
         return None
     what = " ".join(str(error).split("\n")[0].split())
     if gone:
-        names = " and ".join(f"rank {rank} (process {_places[rank][1]})" for rank in gone)
-        return (
-            f"{names} ended without a message: killed from outside (often by the system for want of memory: see "
-            "dmesg) or crashed; what was saved is complete, and the same command goes on from the last checkpoint"
-        )
+        return _about_ranks(gone)
     if re.search("timed out", what, re.IGNORECASE):
         return (
             f"another rank did not answer within run.collective_timeout_seconds ({what}): it hangs or is much slower; "
@@ -111,6 +149,14 @@ def about_lost_peer(error: BaseException) -> str | None:
     return (
         f"the connection to another rank is lost ({what}), and all ranks of this machine are alive: look at the other "
         "machines and the network; the same command goes on from the last checkpoint"
+    )
+
+
+def _about_ranks(gone: list[int]) -> str:
+    names = " and ".join(f"rank {rank} (process {_places[rank][1]})" for rank in gone)
+    return (
+        f"{names} ended without a message: killed from outside (often by the system for want of memory: see dmesg) or "
+        "crashed; what was saved is complete, and the same command goes on from the last checkpoint"
     )
 
 
@@ -129,9 +175,3 @@ def _is_gone(pid: int) -> bool:
         return True
     except OSError:  # no /proc here, or gone between the two lines, or another user's
         return sys.platform == "linux" and not Path(f"/proc/{pid}").exists()
-
-
-def _store() -> Any:
-    if not dist.is_initialized():
-        return None
-    return dist.distributed_c10d._get_default_store()

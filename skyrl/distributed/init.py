@@ -122,7 +122,7 @@ def init_distributed(cfg: RunConfig) -> World:
     dist.init_process_group(backend, timeout=timeout, **kwargs)
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-    failure.remember_ranks(control)
+    failure.remember_ranks(control, local_rank)
     _world = World(rank, size, local_rank, device, control, saving)
     atexit.register(shutdown)
     return _world
@@ -141,4 +141,5 @@ def shutdown(*, failed: bool = False) -> None:
     world, _world = _world, None
     if dist.is_initialized() and not failed:
         dist.barrier(group=world.control)
+        failure.forget_ranks()
         dist.destroy_process_group()

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,7 @@ def _fork(order: dict, rank: int) -> int:
         sys.path.insert(0, order["cwd"])
         if order["path"]:
             sys.path.insert(0, order["path"])
+        os.environ["TMPDIR"] = tempfile.tempdir = order["cwd"]
         if order["ranks"] > 1:
             os.environ.update(
                 RANK=str(rank),

@@ -44,4 +44,4 @@ class Letters(Environment):
         if bad and self.trouble == "die":
             os.kill(os.getpid(), 9)
         reward = sum(c in "02468" for c in text[:4]) / 4
-        return StepResult(float("nan") if bad and self.trouble == "nan" else reward, done=True)
+        return StepResult(float("nan") if bad and self.trouble == "not_a_number" else reward, done=True)

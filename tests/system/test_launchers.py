@@ -1,0 +1,83 @@
+"""Under real torchrun: what a user sees when a rank fails, is killed, or the launcher itself dies."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launcher import LETTERS, environment, lines_in, torchrun, torchrun_command
+
+from skyrl.checkpoint_folder import list_checkpoints
+
+pytestmark = pytest.mark.ranks
+
+
+def processes_of(place: Path) -> list[int]:
+    """Living processes that were started in this folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").resolve() == place and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+    return condition()
+
+
+def start(place: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*torchrun_command(2), *LETTERS, *options],
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=(place / "stderr").open("w"),
+        start_new_session=True,
+    )
+
+
+def test_a_reward_that_raises_on_rank_1(tmp_path):
+    done = torchrun(*LETTERS, "env.options.trouble=raise", "env.options.rank=1", "run.dir=run", cwd=tmp_path)
+    assert done.code != 0
+    assert len(done.errors) == 1 and "rank 1: environment letters.step" in done.errors[0]
+    report = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank      : 1" in report and "raised KeyError: 'no such answer'" in report  # torchrun's last words are ours
+    before = done.stderr[: done.stderr.index("Traceback")]
+    assert len(before.splitlines()) <= 6 and processes_of(tmp_path) == []
+
+
+def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    job = start(tmp_path, "run.dir=run", "env.options.sleep=0.02")
+    assert wait_for(lambda: lines_in(metrics) >= 5, 60)
+    ranks = [pid for pid in processes_of(tmp_path) if pid != job.pid]
+    env = {pid: (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0") for pid in ranks}
+    (victim,) = [pid for pid in ranks if b"RANK=1" in env[pid]]
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    assert job.wait(30) != 0 and time.monotonic() - killed < 30
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    told = [line for line in lines if line.startswith("skyrl: error:")]
+    assert len(told) == 1 and f"rank 1 (process {victim}) ended without a message" in told[0]
+    assert not any("gloo" in line for line in lines) and wait_for(lambda: processes_of(tmp_path) == [], 5)
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")
+    done = torchrun(*LETTERS, "run.dir=run", "env.options.sleep=0.02", cwd=tmp_path)
+    assert done.code == 0 and done.stderr == "" and "resuming from" in done.stdout and lines_in(metrics) == 10
+    assert sorted(len(line) for line in done.stdout.splitlines())[-1] < 100
+
+
+def test_a_killed_launcher_leaves_no_orphans(tmp_path):
+    job = start(tmp_path, "run.dir=run", "env.options.sleep=0.05")
+    assert wait_for(lambda: lines_in(tmp_path / "run" / "metrics.jsonl") >= 2, 60)
+    assert len(processes_of(tmp_path)) >= 3
+    job.kill()
+    job.wait()
+    assert wait_for(lambda: processes_of(tmp_path) == [], 10)
