@@ -152,6 +152,9 @@ class LocalSampler:
         return values
 
     def _prefill(self, pieces: list[Piece]) -> list[Sample]:
+        if self._running is not None:
+            self._running.flush()
+            self._running = None
         logits = self._runner.prefill(pieces)
         groups = self._scheduler.prefilled(pieces)
         if logits is None:
@@ -163,16 +166,15 @@ class LocalSampler:
             rows = [row for row, group in enumerate(groups) for _ in group]
             logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
         drawing = _Running(sequences, self._cache, self._vocab_size)
-        finished = self._accept(drawing, *drawing.draw(self._runner, logits))
-        self._running = None
-        return finished
+        return self._accept(drawing, *drawing.draw(self._runner, logits))
 
     def _decode_step(self) -> list[Sample]:
-        preempted = self._scheduler.grow()
-        if self._running is None or preempted:
-            self._running = _Running(self._scheduler.running, self._cache, self._vocab_size)
         running = self._running
-        running.extend_tables()
+        if running is None or running.crowded():
+            if self._scheduler.grow() or running is None:
+                running = _Running(self._scheduler.running, self._cache, self._vocab_size)
+            running.extend_tables()
+            self._running = running
         logits = self._runner.decode(running.batch)
         finished = self._accept(running, *running.draw(self._runner, logits))
         if finished:
@@ -225,6 +227,7 @@ class _Running:
         self._known_B = np.zeros(len(params), dtype=np.int64)
         tokens_B = np.array([s.tokens[s.length - 1] for s in self.sequences], dtype=np.int64)
         self.batch = Batch(tokens_B, self.lengths_B - 1, table_BW)
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # drawn but not yet in the sequences
 
     def extend_tables(self) -> None:
         """Takes over the blocks that the scheduler added since the last call."""
@@ -241,20 +244,34 @@ class _Running:
 
     def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, str]]:
         """Adds a token to each sequence; returns (index, stop reason) of those that end."""
-        drawn = zip(self.sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
-        for sequence, token, logprob in drawn:
-            length = sequence.length
-            sequence.tokens[length] = token
-            sequence.logprobs[length - sequence.start] = logprob
-            sequence.length = length + 1
+        self._pending.append((tokens_B, logprobs_B))
         self.lengths_B += 1
         self.batch.tokens_B[:] = tokens_B
         self.batch.positions_B += 1
         stopped_B = (self._stops_BN == tokens_B[:, None]).any(1)
         for index in self._strings:
             stopped_B[index] |= self.sequences[index].strings.push(int(tokens_B[index]))
-        full_B = self.lengths_B >= self._limits_B
-        return [(int(i), "stop" if stopped_B[i] else "length") for i in np.flatnonzero(stopped_B | full_B)]
+        ended = np.flatnonzero(stopped_B | (self.lengths_B >= self._limits_B))
+        if len(ended) or self.crowded():
+            self.flush()
+        return [(int(i), "stop" if stopped_B[i] else "length") for i in ended]
+
+    def crowded(self) -> bool:
+        """Whether some sequence needs a block that it does not have yet."""
+        return bool((self.lengths_B > self._known_B * self._size).any())
+
+    def flush(self) -> None:
+        """Writes what was drawn since the last call into the sequences; the scheduler looks at them only then."""
+        if not self._pending:
+            return
+        tokens_BN = np.stack([tokens for tokens, _ in self._pending], 1)
+        logprobs_BN = np.stack([logprobs for _, logprobs in self._pending], 1)
+        for sequence, tokens, logprobs in zip(self.sequences, tokens_BN, logprobs_BN, strict=True):
+            start = sequence.length
+            sequence.length = end = start + len(tokens)
+            sequence.tokens[start:end] = tokens
+            sequence.logprobs[start - sequence.start : end - sequence.start] = logprobs
+        self._pending = []
 
 
 def make_sampler(

@@ -8,7 +8,7 @@ import torch
 
 from skyrl.sampler.native import library
 from skyrl.types import SampleRequest, SamplingParams, UserError
-from tests.sampler.tools import VOCAB, prompts, qwen3, reference_logprobs, requests, run, sampler
+from tests.sampler.tools import VOCAB, prompts, qwen3, reference_logprobs, requests, run, sampler, text
 
 BLOCK_GIB = 3 * 2 * 2 * 16 * 4 * 16 / 2**30  # one block of qwen3(): layers, K and V, heads, channels, bytes, tokens
 
@@ -85,6 +85,50 @@ def test_preemption_changes_nothing(model, asked, drawn, backend):
     tight = sampler(model, backend=backend, kv_cache_gib=9 * BLOCK_GIB)
     same(drawn, run(tight, asked))
     assert tight.metrics()["sampler/preemptions:sum"] > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_arrive_while_others_run(model, asked, drawn, backend, seed):
+    """Random arrivals, several turns, a tight cache: the samples are those of one quiet batch."""
+    rng = np.random.default_rng(seed)
+    engine = sampler(
+        model, backend=backend, kv_cache_gib=int(rng.integers(8, 30)) * BLOCK_GIB, max_running=int(rng.integers(2, 9))
+    )
+    waiting = [asked[i] for i in rng.permutation(len(asked))]
+    done, turns = {}, {}
+    while waiting or engine.unfinished():
+        for _ in range(int(rng.integers(0, 3))):
+            if waiting:
+                engine.add(waiting.pop())
+        for sample in engine.step():
+            done[sample.uid] = sample
+            if sample.uid.endswith("/0"):  # a second turn: what was drawn becomes context
+                context = np.concatenate([next(r.tokens for r in asked if r.uid == sample.uid), sample.tokens, [3]])
+                turns[sample.uid + "/turn"] = context
+                waiting.append(SampleRequest(sample.uid + "/turn", context, SamplingParams(max_tokens=9, seed=seed)))
+    second = {uid: done.pop(uid) for uid in turns}
+    same(done, drawn)
+    for uid, context in turns.items():
+        expected = reference_logprobs(model, context, second[uid].tokens)
+        np.testing.assert_allclose(second[uid].logprobs, expected, atol=1e-5, rtol=0)
+    engine._scheduler.pool.check()
+    assert engine._scheduler.pool.held() == 0
+    assert engine.metrics()["sampler/tokens:sum"] == sum(len(s.tokens) for s in [*done.values(), *second.values()])
+
+
+def test_stop_strings_across_tokens(model, backend):
+    """Letters drawn one by one; the sequence ends with the token that completes a string."""
+    asked = requests(prompts(8), samples=4, max_tokens=60, stop=("..a", "b.", ".ab"))
+    drawn = run(sampler(model, backend=backend), asked)
+    free = run(sampler(model, backend=backend), requests(prompts(8), samples=4, max_tokens=60))
+    reasons = set()
+    for uid, sample in drawn.items():
+        whole, cut = text(sample.tokens), text(sample.tokens[:-1])
+        hit = any(s in whole for s in ("..a", "b.", ".ab"))
+        assert hit == (sample.stop == "stop") and not any(s in cut for s in ("..a", "b.", ".ab"))
+        assert sample.tokens.tolist() == free[uid].tokens.tolist()[: len(sample.tokens)]
+        reasons.add(sample.stop)
+    assert reasons == {"stop", "length"}
 
 
 def test_same_requests_give_the_same_bits(model, asked, backend):
