@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# A whole run of a second or two: warm-up, RL with evaluations, checkpoints every 2 steps.
+# A whole run of a second or two: warm-up, RL with evaluations, checkpoints every 2 steps. Without a recipe, so that
+# none has to fit these tests.
 TINY = (
-    "model.tiny.hidden_size=32 model.tiny.num_heads=2 model.tiny.num_kv_heads=1 model.tiny.num_layers=1 "
+    "~experiment model.tiny.hidden_size=32 model.tiny.num_heads=2 model.tiny.num_kv_heads=1 model.tiny.num_layers=1 "
     "model.tiny.ffn_size=64 batch.num_steps=6 batch.prompts_per_step=4 batch.samples_per_prompt=4 "
     "batch.max_tokens_per_microbatch=64 warmup.num_steps=4 warmup.rows_per_step=8 warmup.lr=1e-2 optim.lr=1e-2 "
     "eval.num_prompts=8 eval.every_steps=2 checkpoint.every_steps=2 checkpoint.export=false tracking.rollouts_every=1 "
