@@ -80,7 +80,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("SKYRL_CPU_KERNELS", "1") == "0":
         return None, "SKYRL_CPU_KERNELS=0"
     compiler = next(
-        (found for name in (os.environ.get("CXX", ""), "c++", "g++") if (found := shutil.which(name))), None
+        (found for name in (os.environ.get("CXX", ""), "g++", "c++") if (found := shutil.which(name))), None
     )
     if compiler is None:
         return None, "no C++ compiler"

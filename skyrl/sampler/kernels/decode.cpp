@@ -1,5 +1,5 @@
 // One forward pass of a plain decoder (RMSNorm, rotary grouped-head attention over paged keys and values, gated SiLU)
-// for few tokens on a CPU, in one call. Plain C++17 with compiler vectors, no library: built in seconds, loaded by ctypes.
+// for few tokens on a CPU, in one call. Plain C++17 with GCC's vectors, no library: built in seconds, loaded by ctypes.
 //
 // Every token is a row: it writes its key and value to its slot, then attends to positions 0 .. its own through its
 // row of the block table. So decoding (a row per sequence) and short prefills (a row per token) are the same call.
@@ -284,8 +284,8 @@ inline vf sums(vf* a) {  // unrolled, or `a` lives in memory
 
 // out = sum_j p[j] value[j] / total for Q queries that share the values; N vectors of channels from `at` on.
 template <class T, int N, int Q>
-inline void mix(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse, T* out,
-                int channels, int at) {
+inline void mix(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
+                T* out, int channels, int at) {
   vf acc[Q][N];
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++)
@@ -398,7 +398,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
       size_t block = s.table[size_t(t) * s.width + position / size];
       for (int h = 0; h < kv; h++) {
         size_t slot = ((block * kv + h) * size + position % size) * channels;
-        rotate(in + (heads + h) * channels, (const T*)l.key_norm, cosine, sine, (T*)l.keys + slot, channels, m.eps, spare);
+        rotate(in + (heads + h) * channels, (const T*)l.key_norm, cosine, sine, (T*)l.keys + slot, channels, m.eps,
+               spare);
         std::memcpy((T*)l.values + slot, in + (heads + kv + h) * channels, channels * sizeof(T));
       }
     }
