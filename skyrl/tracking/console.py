@@ -84,7 +84,8 @@ class ConsoleSink(Sink):
         self._print(f"\r\x1b[K{self._fit(header)}\n" if self.live else f"{header}\n")
 
     def _step_width(self, phase: str) -> int:
-        return len(phase) + 2 + 2 * len(str(self.totals.get(phase, 9999)))
+        phases = {**{name: total for name, total in self.totals.items() if total}, phase: self.totals.get(phase, 9999)}
+        return max(len(name) + 2 + 2 * len(str(total)) for name, total in phases.items())
 
     def _row(self, phase: str, step: int, record: dict[str, Any]) -> str:
         total = self.totals.get(phase)
