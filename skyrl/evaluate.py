@@ -40,11 +40,12 @@ def episode_metrics(tally: Tally, groups: list[list[Episode]], prefix: str) -> N
             tally.add(f"{prefix}length:mean", float(length))
             tally.add(f"{prefix}length:max", float(length))
             tally.add(f"{prefix}cut_by_length:mean", float(episode.stop == "length"))
+            tally.add(f"{prefix}turns:mean", float(len(episode.turns)))
             if episode.invalid:
                 continue
             tally.add(f"{prefix}reward:mean", episode.reward)
             correct = episode.metrics.get("correct:mean", float(episode.reward > 0))
             tally.add(f"{prefix}accuracy:mean", correct)
             for key, value in episode.metrics.items():
-                if key != "correct:mean":
+                if key not in ("correct:mean", "turns:mean"):
                     tally.add(f"{prefix}{key}", value)
