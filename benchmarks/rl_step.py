@@ -58,8 +58,8 @@ def ours(args: argparse.Namespace) -> None:
             "algorithm.filters.zero_variance=false",
             "algorithm.filters.refill=false",
             "algorithm.filters.overlong=keep",
+            "experiment=custom",
             "env.name=even_characters",
-            "env.options={}",
             f"model.dtype={args.dtype}",
             *(f"model.tiny.{key}={value}" for key, value in tiny.items()),
             f"batch.num_steps={args.steps + args.warmup}",
@@ -101,7 +101,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, list[float]]:
     else:
         shape = [x for k, v in SHAPE.items() for x in (f"--{k.replace('_', '-')}", str(v))]
         target = [str(ROOT / "benchmarks" / "peers" / "trl_grpo.py"), *own, *shape]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
     environment.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true", TRL_EXPERIMENTAL_SILENCE="1")
     done = subprocess.run([*command, *target], capture_output=True, text=True, env=environment)

@@ -106,7 +106,10 @@ def environment_options(cfg: EnvConfig) -> dict[str, Any]:
             raise UserError("env.options.max_turns: this is an option of every environment; set env.max_turns instead")
         if key not in allowed and not open_ended:
             names = ", ".join(n for n in allowed if n != "max_turns") or "none"
-            raise UserError(f"env.options.{key}: environment {cfg.name!r} has no such option; it has: {names}")
+            raise UserError(
+                f"env.options.{key}: environment {cfg.name!r} has no such option; it has: {names} (a recipe for another "
+                "environment may have set it: start from experiment=custom)"
+            )
         hint = allowed[key][0] if key in allowed else Any
         if not _matches(value, hint):
             raise UserError(f"env.options.{key}={value!r}: environment {cfg.name!r} wants {_spell(hint)} here")
