@@ -221,9 +221,9 @@ def report(folder: Path, names: dict[str, list[str]], args: argparse.Namespace, 
             "worst_max_abs": max(pair["max_abs"] for pair in pairs),
             "pairs": pairs,
         }
-        print(
-            f"{dtype}: {len(pairs)} pairs, worst relative l2 {worst['relative_l2']:.3g} ({worst['a']} / {worst['b']})"
-        )
+        above = result[dtype]["pairs_above_limit"]
+        print(f"{dtype}: {len(pairs)} pairs, {above} above {result['limits'][dtype]:g}")
+        print(f"  worst relative l2 {worst['relative_l2']:.3g} ({worst['a']} / {worst['b']})")
     return result
 
 

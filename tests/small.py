@@ -24,7 +24,7 @@ ADAM = AdamParams(lr=1e-3, weight_decay=0.1, grad_clip_norm=0.1)
 
 
 def small_config(*overrides: str) -> RunConfig:
-    """The default recipe over a model of some 20,000 parameters."""
+    """The default recipe over a model of some 19,000 parameters."""
     return load_config([*SMALL, *overrides])
 
 
