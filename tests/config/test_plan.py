@@ -36,7 +36,7 @@ def test_learning_rate_rises_falls_and_ends_where_it_should():
     assert cosine.lr_at(8) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     rates = [cosine.lr_at(s) for s in range(4, 21)]
     assert rates == sorted(rates, reverse=True)
-    constant = plan_of("batch.num_steps=3", "optim.lr=0.5")
+    constant = plan_of("batch.num_steps=3", "optim.lr=0.5", "optim.schedule=constant")
     assert {constant.lr_at(s) for s in range(3)} == {0.5}
 
 
@@ -257,14 +257,14 @@ def test_describe_says_that_shares_are_uneven():
 
 
 def test_diff_tells_what_changes_results_and_nothing_else():
-    before = load_config([])
+    before = load_config(["optim.schedule=constant"])
     free = load_config(
         "run.threads=2 tracking.tensorboard=true checkpoint.every_steps=3 strategy.name=fsdp eval.every_steps=7 "
         "batch.max_tokens_per_microbatch=99 batch.packing=false sampler.max_running=3 sampler.backend=module "
-        "batch.num_steps=500".split()
+        "batch.num_steps=500 optim.schedule=constant".split()
     )
     assert config_diff(before, free) == [] and config_digest(before) == config_digest(free)
-    changed = load_config(["optim.lr=0.5", "env.options.max_digits=4"])
+    changed = load_config(["optim.schedule=constant", "optim.lr=0.5", "env.options.max_digits=4"])
     assert f"optim.lr: {before.optim.lr} -> 0.5" in config_diff(before, changed)
     assert any(line.startswith("env.options.max_digits: ") for line in config_diff(before, changed))
     assert config_digest(before) != config_digest(changed)

@@ -56,7 +56,7 @@ def test_tables_name_only_options_that_exist():
         ("algorithm.filters.refill=true", "algorithm.filters.refill=True: has an effect only with"),
         ("algorithm.filters.max_refill_rounds=2", "algorithm.filters.max_refill_rounds=2: has an effect only with"),
         ("algorithm.critic.lr=1e-3", "algorithm.critic.lr=0.001: has an effect only with"),
-        ("optim.final_lr_ratio=0.5", "optim.final_lr_ratio=0.5: has an effect only with"),
+        ("optim.schedule=constant optim.final_lr_ratio=0.5", "optim.final_lr_ratio=0.5: has an effect only with"),
         ("model.revision=main", "model.revision=main: has an effect only with"),
         ("model.path=x model.tiny.num_layers=2", "model.tiny.num_layers=2: has an effect only with"),
         ("warmup.num_steps=0 warmup.lr=1e-4", "warmup.lr=0.0001: has an effect only with"),
