@@ -164,7 +164,7 @@ def open_run(cfg: RunConfig) -> Run | None:
 
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
     """
-    import_plugins(cfg)
+    import_plugins(cfg.plugins)
     facts = model_facts(cfg)
     if cfg.dry_run:
         size = cfg.run.world_size or world_size_from_environment()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from skyrl.config.options import all_options
@@ -74,9 +74,9 @@ def option(cfg: RunConfig, path: str) -> Any:
     return value
 
 
-def import_plugins(cfg: RunConfig) -> None:
+def import_plugins(plugins: Sequence[str]) -> None:
     """Imports the modules that register a user's own environments, rewards and losses. Raises UserError."""
-    for plugin in cfg.plugins:
+    for plugin in plugins:
         try:
             importlib.import_module(plugin)
         except UserError:
@@ -207,7 +207,7 @@ def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
     """Allowed values, with those that plugins have registered when the given one is not ours."""
     allowed = CHOICES[path]
     if cfg.plugins and path in PLUGIN_CHOICES and option(cfg, path) not in allowed:
-        import_plugins(cfg)
+        import_plugins(cfg.plugins)
         module, registry = PLUGIN_CHOICES[path]
         allowed += tuple(n for n in getattr(importlib.import_module(module), registry).names() if n not in allowed)
     return allowed

@@ -107,8 +107,8 @@ def environment_options(cfg: EnvConfig) -> dict[str, Any]:
         if key not in allowed and not open_ended:
             names = ", ".join(n for n in allowed if n != "max_turns") or "none"
             raise UserError(
-                f"env.options.{key}: environment {cfg.name!r} has no such option; it has: {names} (a recipe for another "
-                "environment may have set it: start from experiment=custom)"
+                f"env.options.{key}: environment {cfg.name!r} has no such option; it has: {names} (a recipe of "
+                "another environment may have set it: start from experiment=custom)"
             )
         hint = allowed[key][0] if key in allowed else Any
         if not _matches(value, hint):
