@@ -7,7 +7,8 @@ PIP_ARGS ?=
 ARGS ?=
 # Processes of `make train`.
 RANKS ?= 2
-BENCH ?= $(filter-out benchmarks/common.py,$(sort $(wildcard benchmarks/*.py)))
+# learning.py reads finished runs, gpu.py wants a GPU: both are started by hand.
+BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py gpu.py),$(sort $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

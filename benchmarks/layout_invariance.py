@@ -205,7 +205,7 @@ def report(folder: Path, names: dict[str, list[str]], args: argparse.Namespace, 
         "shape": dict(zip(("hidden_size", "num_layers", "num_heads", "ffn_size"), SHAPES[args.shape], strict=True)),
         "steps": STEPS,
         "rows_per_step": GROUPS * SAMPLES,
-        "optimizer": {"lr": ADAM.lr, "eps": args.eps, "weight_decay": ADAM.weight_decay, "clip": ADAM.grad_clip_norm},
+        "optimizer": {"lr": args.lr, "eps": args.eps, "weight_decay": ADAM.weight_decay, "clip": ADAM.grad_clip_norm},
         "limits": {"float32": 1e-6, "float64": 1e-12},
         "seconds": round(seconds, 1),
     }
@@ -234,12 +234,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--dtypes", default="float32,float64")
     parser.add_argument("--eps", type=float, default=ADAM.eps, help="Adam's")
+    parser.add_argument("--lr", type=float, default=ADAM.lr, help="learning rate")
     parser.add_argument("--out", default="", help="JSON file to write")
     parser.add_argument("--inside", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtypes = tuple(args.dtypes.split(","))
     if args.inside:
-        adam = replace(ADAM, eps=args.eps)
+        adam = replace(ADAM, eps=args.eps, lr=args.lr)
         run_layouts(Path(args.inside), args.shape, layouts(int(os.environ["WORLD_SIZE"]), dtypes), adam)
         shutdown()
         return
@@ -249,7 +250,8 @@ def main() -> None:
         for world in worlds:
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__,
-                 "--shape", args.shape, "--dtypes", args.dtypes, "--eps", str(args.eps), "--inside", name],
+                 "--shape", args.shape, "--dtypes", args.dtypes, "--eps", str(args.eps), "--lr", str(args.lr),
+                 "--inside", name],
                 check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         found = {dtype: [one.name for world in worlds for one in layouts(world, (dtype,))] for dtype in dtypes}
