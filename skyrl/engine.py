@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl.algorithms.losses import compute_loss
-from skyrl.config.schema import ModelConfig, RunConfig
+from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import pack
 from skyrl.distributed.collectives import Tally, gather_objects, on_leader
 from skyrl.distributed.init import World
@@ -81,16 +81,14 @@ class Engine:
         """Makes a model called `model`. Raises UserError when the name is taken or the weights cannot be had."""
         if model in self.models:
             raise UserError(f"a model called {model!r} exists already")
+        strategy = self._strategy(spec)
         if spec.copy_of:
-            strategy = self._strategy(self.cfg.model, spec, None)
             source = self._model(spec.copy_of).strategy.state_dict(optimizer=False)["weights"]
             own = strategy.state_dict(optimizer=False)["weights"]
             with torch.no_grad():
                 for name, tensor in own.items():
                     tensor.copy_(source[name])
             strategy.load_state_dict({"weights": own}, optimizer=False)
-        else:
-            strategy = self._strategy(self.cfg.model, spec, self.cfg.seed)
         self.models[model] = _Model(spec, strategy)
         if model == "policy":
             with strategy.gathered() as module:
@@ -101,13 +99,14 @@ class Engine:
         self._model(model)
         del self.models[model]
 
-    def _strategy(self, cfg: ModelConfig, spec: ModelSpec, seed: int | None) -> Strategy:
-        """A module with weights from `model.path` (or, with seed None, whatever is in memory), laid out."""
+    def _strategy(self, spec: ModelSpec) -> Strategy:
+        """A module with the weights of `model.path`, laid out over the ranks."""
+        cfg = self.cfg.model
         if self.strategy_name == "fsdp":
             master = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
 
             def fill(module: nn.Module) -> None:
-                load_into(module, cfg, device=self.world.device, seed=self.cfg.seed if seed is None else seed)
+                load_into(module, cfg, device=self.world.device, seed=self.cfg.seed)
 
             return FSDPStrategy(
                 lambda: build_on_meta(cfg, self.tokenizer, head=spec.head, dtype=master),
@@ -146,8 +145,8 @@ class Engine:
     def forward_backward(self, rows: list[Datum], loss: LossSpec, *, model: str = "policy") -> TrainOutput:
         """Adds the gradient of the weighted sum of losses to what is pending for `model`.
 
-        Metrics: "loss:sum", those of the loss (over trained tokens), "tokens:sum" (all), "trained_tokens:sum",
-        "padding:mean" (part of the micro-batch budget left empty). Raises RunError on every rank, naming rows,
+        Metrics: "loss:sum", those of the loss (over trained tokens), "tokens:sum" (all), "trained_tokens:sum" and
+        "microbatches:max" (of any rank). Raises RunError on every rank, naming rows,
         when a loss is not finite; nothing has reached the optimizer then.
         """
         return self._run(rows, loss, model, backward=True)
