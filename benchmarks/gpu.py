@@ -147,7 +147,7 @@ def training(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float
         while sampler.unfinished():
             sampler.step()
         first = sync() - start
-    shape = ModelShape(facts.num_parameters, facts.num_layers, facts.num_heads * facts.head_size)
+    shape = ModelShape(facts.matmul_parameters, facts.num_layers, facts.num_heads * facts.head_size)
     flops = train_flops(shape, len(rows) * length, causal_attended([length] * len(rows)))
     seconds = float(np.median(times[2:] or times))
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

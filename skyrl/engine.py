@@ -126,10 +126,6 @@ class Engine:
             raise UserError(f"no model called {name!r}; there are: {', '.join(sorted(self.models))}")
         return self.models[name]
 
-    def num_parameters(self, model: str = "policy") -> int:
-        """Parameters of the whole model, tied weights once."""
-        return sum(p.numel() for p in self._model(model).strategy.module.parameters())
-
     # ---- training --------------------------------------------------------------------------------------------------
 
     def forward(self, rows: list[Datum], loss: LossSpec, *, model: str = "policy") -> TrainOutput:

@@ -127,10 +127,10 @@ def reinforce(run: Run) -> None:
     while state.step < plan.num_steps:
         tally = Tally()
         with tracker.span("collect"):
-            groups, total = collect_groups(run, tally)
+            groups, total, played = collect_groups(run, tally)
         state.step += 1
         state.done += 1
-        run.dump([group for _, group in groups], "train")
+        run.dump(played, "train")
         with tracker.span("train"):
             learn(run, groups, total, tally)
         tracker.add(tally.result(run.world))
@@ -146,8 +146,9 @@ def reinforce(run: Run) -> None:
             run.save()
 
 
-def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int]:
-    """This rank's groups of one batch, each with its place in the batch, and how many groups all ranks have together.
+def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[Episode]]]:
+    """This rank's groups of one batch, each with its place in the batch; how many groups all ranks have together; and
+    all groups that this rank played, also those that were dropped.
 
     Prompt i of the stream is played on rank i % world size. With filters.refill, further prompts are played until
     prompts_per_step groups with variance are there; what is over is dropped, by place in the stream, so that the batch
@@ -156,17 +157,17 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int]:
     cfg, state, world = run.cfg, run.state, run.world
     filters, wanted = cfg.algorithm.filters, cfg.batch.prompts_per_step
     kept: list[Group] = []
-    tokens = 0
+    played: list[list[Episode]] = []
     with run.engine.sampling("policy") as sampler:
         for _ in range(filters.max_refill_rounds if filters.refill else 1):
             positions = [i for i in range(state.position, state.position + wanted) if i % world.size == world.rank]
             prompts = [(i, run.stream.at(i)) for i in positions]
             groups = collect(sampler, prompts, run.play("train"), run.renderer)
             state.position += wanted
+            played += groups
             episode_metrics(tally, groups, prefix="")
             keep_P = zero_variance_groups([[e.reward for e in group if not e.invalid] for group in groups])
             episodes = [e for group in groups for e in group]
-            tokens += sum(len(turn.sample.tokens) for e in episodes for turn in e.turns)
             valid_E = np.array([not e.invalid for e in episodes])
             for key, value in filter_metrics(keep_P, [e.stop for e in episodes], valid_E).items():
                 tally.add(key, value)
@@ -179,13 +180,14 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int]:
                 break
         for key, value in sampler.metrics().items():
             tally.add(key, value)
+    turns = [turn for group in played for e in group for turn in e.turns]
+    tokens = sum(len(turn.sample.tokens) for turn in turns)
     tally.add("sampled_tokens:sum", float(tokens))
-    turns = [turn for _, group in kept for e in group for turn in e.turns]
     attended = sum(sample_attended(len(turn.context), len(turn.sample.tokens)) for turn in turns)
     tally.add("flops/sample:sum", forward_flops(model_shape(run), tokens, attended))
     everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]
     place = {position: number for number, position in enumerate(everyone)}
-    return [(place[i], group) for i, group in kept if i in place], len(everyone)
+    return [(place[i], group) for i, group in kept if i in place], len(everyone), played
 
 
 def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
@@ -198,7 +200,7 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
     for row in rows:
         row.group = groups[row.group][0]
     kl = add_reference(run, rows)
-    returns = add_advantages(run, groups, rows)
+    returns = add_advantages(run, rows)
     if cfg.algorithm.loss.recompute_anchor:
         scored = engine.score([row.datum for row in rows], cfg.sampler.temperature)
         for row, logprobs in zip(rows, scored.logprobs, strict=True):
@@ -231,7 +233,7 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
 def model_shape(run: Run) -> ModelShape:
     """What the FLOP formula needs of the policy."""
     facts = run.plan.facts
-    return ModelShape(run.engine.num_parameters(), facts.num_layers, facts.num_heads * facts.head_size)
+    return ModelShape(facts.matmul_parameters, facts.num_layers, facts.num_heads * facts.head_size)
 
 
 def add_reference(run: Run, rows: list[Row]) -> float:
@@ -251,7 +253,7 @@ def add_reference(run: Run, rows: list[Row]) -> float:
     return kl
 
 
-def add_advantages(run: Run, groups: list[Group], rows: list[Row]) -> bool:
+def add_advantages(run: Run, rows: list[Row]) -> bool:
     """Advantages on every row, and with a critic its values and returns. True when there are returns."""
     algorithm = run.cfg.algorithm
     masks = [row.mask for row in rows]

@@ -121,6 +121,9 @@ def test_a_batch_without_variance_is_no_step(size, tmp_path):
     assert [record["filters/zero_variance_groups:sum"] for record in seen.rl] == [8.0, 8.0]
     assert not any("grad_norm:mean" in record for record in seen.rl)
     assert all(calls == [] for calls in seen.ranks)
+    for record in seen.rl:  # what was dropped is still there to be looked at
+        found = recompute_metrics(list(read_rollouts(tmp_path / "run" / "rollouts", f"{record['step']:06d}")))
+        assert found["episodes:sum"] == 32 and {key: record[key] for key in found} == pytest.approx(found, rel=1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "prompt_mean", "constant"])

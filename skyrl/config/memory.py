@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.types import UserError
@@ -25,10 +26,12 @@ CPU_CACHE_LIMIT = GIB
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the plan has to know about a model. `num_parameters` counts tied weights once."""
+    """What the plan has to know about a model. `num_parameters` counts tied weights once, `matmul_parameters` those that
+    one token goes through: without an untied input embedding, and with the experts that it visits only."""
 
     name: str
     num_parameters: int
+    matmul_parameters: int
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -57,9 +60,11 @@ def tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
     vocab = tiny.vocab_size or TINY_VOCAB
     attention = 2 * hidden * head * (tiny.num_heads + tiny.num_kv_heads)
     layer = attention + 3 * hidden * tiny.ffn_size + 2 * hidden + 2 * head
+    parameters = vocab * hidden + tiny.num_layers * layer + hidden
     return ModelFacts(
         name="tiny",
-        num_parameters=vocab * hidden + tiny.num_layers * layer + hidden,
+        num_parameters=parameters,
+        matmul_parameters=parameters,
         num_layers=tiny.num_layers,
         hidden_size=hidden,
         ffn_size=tiny.ffn_size,
@@ -106,6 +111,7 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
     return ModelFacts(
         name=text.model_type,
         num_parameters=sum(p.numel() for p in module.parameters()),
+        matmul_parameters=_matmul_parameters(module, text),
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         ffn_size=ffn * active,
@@ -115,6 +121,19 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
     )
+
+
+def _matmul_parameters(module: Any, text: Any) -> int:
+    count = sum(p.numel() for p in module.parameters())
+    embedding, output = module.get_input_embeddings(), module.get_output_embeddings()
+    if output is not None and output.weight is not embedding.weight:
+        count -= embedding.weight.numel()
+    experts = sum(p.numel() for name, p in module.named_parameters() if ".experts." in name)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    total = next((n for n in (getattr(text, name, None) for name in names) if n), None)
+    if experts and total:
+        count -= experts * (total - text.num_experts_per_tok) // total
+    return count
 
 
 @dataclass(frozen=True)

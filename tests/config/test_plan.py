@@ -142,8 +142,22 @@ def test_facts_of_a_folder_equal_its_model(tmp_path):
     config.save_pretrained(tmp_path)
     facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
     assert facts.num_parameters == LlamaForCausalLM(config).num_parameters()
+    assert facts.matmul_parameters == facts.num_parameters - 50 * 32  # the input embedding is a look-up
     assert (facts.num_layers, facts.hidden_size, facts.ffn_size, facts.head_size) == (3, 32, 48, 8)
     assert (facts.num_kv_heads, facts.vocab_size, facts.max_positions) == (2, 50, 77)
+
+
+def test_a_token_goes_through_the_experts_it_visits_only(tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=77, tie_word_embeddings=True,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
+    assert facts.num_parameters - facts.matmul_parameters == 2 * (8 - 2) * 3 * 32 * 16
 
 
 def test_a_missing_model_is_one_line(tmp_path):
@@ -184,7 +198,7 @@ def test_activations_are_what_autograd_keeps(dtype, shape):
     assert need.activations == pytest.approx(sum(kept.values()), rel=0.1)
 
 
-BIG = ModelFacts("big", 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
+BIG = ModelFacts("big", 4_000_000_000, 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
 
 
 def memory_of(*overrides: str, world_size: int = 8, dtype: str = "bfloat16", strategy: str = "fsdp"):
