@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skyrl.config.rules import import_plugins
 from skyrl.config.schema import RunConfig
-from skyrl.envs.base import ENVIRONMENTS, Split, environment_options
+from skyrl.envs import ENVIRONMENTS, environment_options, make_environment
+from skyrl.envs.base import Split
 from skyrl.envs.jsonl import Row, messages_problem, read_jsonl, read_prompts
 from skyrl.types import Prompt, UserError
 
@@ -74,6 +76,17 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
         raise UserError(f"env.name={cfg.env.name}: its dataset() has no {split} prompts")
     _check(prompts, cfg.env.name, split)
     return prompts
+
+
+def check_task(cfg: RunConfig, *, files: bool) -> None:
+    """What a dry run can say of the task: plugins, the environment and its options, and with `files` the prompts.
+
+    Raises UserError for what is wrong. Imports plugins, and no torch unless they do.
+    """
+    import_plugins(cfg.plugins)
+    make_environment(cfg.env)
+    if files:
+        make_prompts(cfg, "train"), make_prompts(cfg, "test")
 
 
 def _check(prompts: Sequence[Prompt], env: str, split: str) -> None:

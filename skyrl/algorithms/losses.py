@@ -207,7 +207,7 @@ def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float = 0.05) -> tupl
     """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
 
     Source: Richemond et al. 2024 (Direct Reward Optimisation), arXiv 2405.19107. Differs: per token, as Tinker's loss
-    of this name; A (reward minus soft value) is the caller's; reached through Tinker, not through LossConfig.
+    of this name; A (reward minus soft value) is the caller's. From a config beta is its default.
     """
     log_ratio_T = outputs.logprobs_T - _base(rows)
     loss_T = -(rows.advantages_T * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())

@@ -236,6 +236,8 @@ class _Entry:
             from skyrl.config.plan import dry_run
 
             text = dry_run(cfg, cfg.run.world_size or world_size())
+            # By name: it lies above this folder. For another machine's plan the data need not be here.
+            importlib.import_module("skyrl.data").check_task(cfg, files=not cfg.run.world_size)
             if rank() == 0:
                 print(text, flush=True)
             return

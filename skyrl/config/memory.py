@@ -26,8 +26,8 @@ CPU_CACHE_LIMIT = GIB
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the plan has to know about a model. `num_parameters` counts tied weights once, `matmul_parameters` those that
-    one token goes through: without an untied input embedding, and with the experts that it visits only."""
+    """What the plan has to know about a model. `num_parameters` counts tied weights once; `matmul_parameters` are those
+    that one token goes through: without an untied input embedding, and with the experts that it visits only."""
 
     name: str
     num_parameters: int

@@ -82,6 +82,26 @@ def test_dry_run_prints_the_plan_without_torch_and_without_a_folder(tmp_path):
     assert "64 x cpu, ddp, float32" in done.stdout and "peak" in done.stdout and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["env.name=nope"], "env.name: no environment called 'nope'"),
+        (["env.options.x=1"], "env.options.x: environment 'arithmetic' has no such option"),
+        (["env.options.reward=nope"], "env.options.reward: no reward called 'nope'"),
+        (["plugins=[nope]"], "plugins=[nope]: no module 'nope'"),
+        (["experiment=gsm8k_expressions"], "data.path"),
+    ],
+)
+def test_dry_run_looks_at_the_task(tmp_path, options, told):
+    done = run(tmp_path, "dry_run=true", *options, code=WITHOUT_TORCH)
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_for_another_machine_needs_no_data_here(tmp_path):
+    done = run(tmp_path, "dry_run=true", "experiment=gsm8k_expressions", "run.world_size=8", code=WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_run_gets_its_name_and_leaves_no_file(tmp_path):
     done = run(tmp_path, "optim.lr=0.5")
     assert done.returncode == 0 and done.stderr == ""
