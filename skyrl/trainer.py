@@ -193,8 +193,12 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[
 def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
     """Advantages, then one optimizer step per part of the batch and pass over it. `total` groups over all ranks."""
     cfg, engine, plan = run.cfg, run.engine, run.plan
-    if total == 0:
-        return  # every group was filtered out, on all ranks
+    if total == 0:  # on all ranks
+        run.say(
+            f"step {run.state.step}: in every group all rewards were equal, nothing to learn from (see filters/* and the "
+            "rollouts)"
+        )
+        return
     step = run.state.step - 1
     rows = to_rows([group for _, group in groups])
     for row in rows:

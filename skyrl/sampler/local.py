@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -359,7 +360,8 @@ def _make_runner(
 
 @lru_cache(maxsize=100)
 def _say_once(line: str) -> None:
-    log.info(line)
+    """To standard error, from rank 0 only: a slower sampler than expected should not be a secret."""
+    log.log(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG, line)
 
 
 def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, size: int, most: int) -> int:
