@@ -195,8 +195,8 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
     cfg, engine, plan = run.cfg, run.engine, run.plan
     if total == 0:  # on all ranks
         run.say(
-            f"step {run.state.step}: in every group all rewards were equal, nothing to learn from (see filters/* and the "
-            "rollouts)"
+            f"step {run.state.step}: in every group all rewards were equal, nothing to learn from "
+            "(see filters/* and the rollouts)"
         )
         return
     step = run.state.step - 1
