@@ -36,6 +36,10 @@ class Busy(Exception):
 
 
 # ---- requests, as wire makes them. `None` = absent.
+#
+# `problem`, where a request has it: "" or what is wrong with the content of a request that is otherwise well identified.
+# The worker fails the future with this text, category user, and runs nothing: the other fields may be incomplete then.
+# (A refusal at submission would use up the client's seq_id.)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class TrainRequest:
     loss_fn: str
     loss_config: LossConfig
     forward_only: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class CreateModel:
     train_unembed: bool
     optimizer: str  # "adamw"; another type is refused through the future
     user_metadata: dict[str, str]
+    problem: str = ""
 
     @property
     def model_id(self) -> str:
@@ -93,6 +99,7 @@ class OptimStep:
     eps: float = 1e-12
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class SaveWeights:
     overwrite: bool = False
     user_metadata: dict[str, str] = field(default_factory=dict)
     age_recipients: tuple[str, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,7 @@ class LoadWeights:
     base_model: str | None = None
     user_metadata: dict[str, str] = field(default_factory=dict)
     optimizer_type: str = "adamw"
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,7 @@ class SampleQuery:
     targets: np.ndarray | None = None
     targets_csr: tuple[np.ndarray, np.ndarray] | None = None
     prompt_alt_tokens_k: int = 0
+    problem: str = ""
 
 
 Request = TrainRequest | CreateModel | OptimStep | SaveWeights | LoadWeights | UnloadModel | SampleQuery
