@@ -37,9 +37,9 @@ class Busy(Exception):
 
 # ---- requests, as wire makes them. `None` = absent.
 #
-# `problem`, where a request has it: "" or what is wrong with the content of a request that is otherwise well identified.
-# The worker fails the future with this text, category user, and runs nothing: the other fields may be incomplete then.
-# (A refusal at submission would use up the client's seq_id.)
+# `problem`, where a request has it: "" or what is wrong with the content of a request that is otherwise well
+# identified. The worker fails the future with this text, category user, and runs nothing: the other fields may be
+# incomplete then. (A refusal at submission would use up the client's seq_id.)
 
 
 @dataclass(frozen=True)
