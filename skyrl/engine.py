@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skyrl.algorithms.losses import compute_loss
 from skyrl.config.schema import RunConfig
@@ -29,13 +29,12 @@ from skyrl.distributed.collectives import Tally, gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
-from skyrl.models.load import build_model, build_on_meta, load_into, load_tokenizer, probe
+from skyrl.models.load import load_tokenizer, probe
 from skyrl.models.packed import collate, loss_dtype
 from skyrl.sampler.base import Sampler
 from skyrl.sampler.local import make_sampler
 from skyrl.strategies.base import Strategy
-from skyrl.strategies.fsdp import FSDPStrategy
-from skyrl.strategies.replicated import ReplicatedStrategy
+from skyrl.strategies.make import make_strategy
 from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, TrainOutput, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -101,25 +100,15 @@ class Engine:
 
     def _strategy(self, spec: ModelSpec) -> Strategy:
         """A module with the weights of `model.path`, laid out over the ranks."""
-        cfg = self.cfg.model
-        if self.strategy_name == "fsdp":
-            master = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
-
-            def fill(module: nn.Module) -> None:
-                load_into(module, cfg, device=self.world.device, seed=self.cfg.seed)
-
-            return FSDPStrategy(
-                lambda: build_on_meta(cfg, self.tokenizer, head=spec.head, dtype=master),
-                fill,
-                self.world,
-                dtype=self.dtype,
-                reshard_after_forward=self.cfg.strategy.reshard_after_forward,
-                trainable=spec.trainable,
-            )
-        module = build_model(
-            cfg, self.tokenizer, device=self.world.device, dtype=self.dtype, head=spec.head, seed=self.cfg.seed
+        return make_strategy(
+            self.strategy_name,
+            self.cfg,
+            self.world,
+            self.tokenizer,
+            dtype=self.dtype,
+            head=spec.head,
+            trainable=spec.trainable,
         )
-        return ReplicatedStrategy(module, self.world, trainable=spec.trainable)
 
     def _model(self, name: str) -> _Model:
         if name not in self.models:
