@@ -1,4 +1,4 @@
-"""`skyrl-tx`: train, sft, export, runs. Imports each command's code only when it is called."""
+"""`skyrl-tx`: train, sft, serve, export, runs. Imports each command's code only when it is called."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ skyrl-tx <command> [arguments]
 
   train [option=value ...]        RL; the same as python -m skyrl.train. --dry-run checks the plan and stops
   sft [option=value ...]          supervised training; the same as python -m skyrl.sft
+  serve [option=value ...]        the Tinker server; the same as python -m skyrl.serve
   export <checkpoint> <folder>    weights of a checkpoint in Hugging Face format
   runs [folder]                   a table of the runs in a folder (default: runs)
 
-skyrl-tx train --help lists all options. Several processes: torchrun --nproc_per_node=N -m skyrl.train ..."""
+skyrl-tx train --help lists all options, skyrl-tx serve --help a server's.
+Several processes: torchrun --nproc_per_node=N -m skyrl.train ..."""
 
 
 def main() -> None:
@@ -47,6 +49,13 @@ def _sft(args: list[str]) -> None:
 
     sys.argv[1:] = args
     run_entry("sft")
+
+
+def _serve(args: list[str]) -> None:
+    from skyrl.config.entry import run_entry
+
+    sys.argv[1:] = args
+    run_entry("serve")
 
 
 def _export(args: list[str]) -> None:
@@ -101,7 +110,13 @@ def runs_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "sft": _sft, "export": _export, "runs": _runs}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "sft": _sft,
+    "serve": _serve,
+    "export": _export,
+    "runs": _runs,
+}
 
 
 if __name__ == "__main__":

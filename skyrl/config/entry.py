@@ -1,4 +1,4 @@
-"""What `python -m skyrl.train` and `python -m skyrl.sft` share: Hydra's command line around one function per run."""
+"""What `python -m skyrl.train`, `.sft` and `.serve` share: Hydra's command line around one function per run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from skyrl.config.load import COMPOSE_ERRORS, VERSION_BASE, config_dir, explain, finish, register_schema, tell
+from skyrl.config.load import (
+    COMPOSE_ERRORS,
+    VERSION_BASE,
+    config_dir,
+    explain,
+    finish,
+    finish_serve,
+    register_schema,
+    tell,
+)
+from skyrl.config.schema import RunConfig
+from skyrl.config.serve import ServeConfig, dry_run_text
 from skyrl.types import RunError, UserError
 
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
@@ -50,7 +61,8 @@ def world_size() -> int:
 
 
 def run_entry(mode: str) -> None:
-    """Runs skyrl.trainer.<mode>(cfg) for the command line, once or once per point of a sweep (-m).
+    """Runs skyrl.trainer.<mode>(cfg), or skyrl.service.run.serve(cfg), for the command line, once or once per point
+    of a sweep (-m; not for serve).
 
     Exit codes: 0; 2 with one line for what a person can fix; 1 with one line for a run that cannot go on or has lost a
     rank, or with a traceback for anything else; 130 after an interrupt. Every rank runs this; the first rank that
@@ -70,26 +82,28 @@ def run_entry(mode: str) -> None:
     except UserError as error:
         _end(_tell_all(str(error), USAGE_ERROR))
     except COMPOSE_ERRORS as error:
-        _end(_tell_all(explain(error), USAGE_ERROR))
+        _end(_tell_all(explain(error, ServeConfig if mode == "serve" else RunConfig), USAGE_ERROR))
     except KeyboardInterrupt as error:
-        _end(_report(error))
+        _end(_report(error, mode))
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, mode: str) -> int:
     """Tells why the run ends, in one line where that is enough; returns the exit code."""
     if isinstance(error, UserError):
         return _tell_all(str(error), USAGE_ERROR)
     if isinstance(error, RunError):
         return _tell_all(str(error), FAILURE)
     if isinstance(error, KeyboardInterrupt):
-        return _tell_all("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        kept = "with what was saved" if mode == "serve" else "from the last checkpoint"
+        return _tell_all(f"interrupted; the same command goes on {kept}", INTERRUPTED)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return _tell_all(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         what = " ".join(str(error).split())[:200]
+        budget = "max_tokens_per_microbatch" if mode == "serve" else "batch.max_tokens_per_microbatch"
         return _tell_all(
-            f"out of memory ({what}); lower batch.max_tokens_per_microbatch or sampler.kv_cache_gib, set "
+            f"out of memory ({what}); lower {budget} or sampler.kv_cache_gib, set "
             "model.activation_checkpointing=true or strategy.name=fsdp; dry_run=true shows what needs how much",
             FAILURE,
         )
@@ -196,6 +210,8 @@ class _Entry:
         os.environ["HYDRA_FULL_ERROR"] = "1"
         flags, overrides = split_args(self.args)
         self.sweep = "-m" in flags or "--multirun" in flags
+        if self.sweep and self.mode == "serve":
+            raise UserError("-m: a server does not end by itself, so there is no sweep; start one at a time")
         if not any(flag.startswith(("-i", "--info", "--hydra-help")) for flag in flags):
             flags += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
         with contextlib.ExitStack() as stack:
@@ -211,7 +227,8 @@ class _Entry:
     def _compose_and_run(self) -> None:
         quiet = rank() != 0
         self.stdout, self.stderr = sys.stdout, sys.stderr
-        main = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name="config")(self.job)
+        name = "serve" if self.mode == "serve" else "config"
+        main = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir()), config_name=name)(self.job)
         if not quiet:
             main()
             return
@@ -224,13 +241,16 @@ class _Entry:
             try:
                 self._run_one(composed)
             except Exception as error:
-                code = _report(error)
+                code = _report(error, self.mode)
                 if not self.sweep or world_size() > 1:
                     # Other ranks may wait for us in a collective: only the end of the job frees them.
                     raise SystemExit(code) from None
                 self.failed, self.code = self.failed + 1, max(self.code, code)
 
     def _run_one(self, composed: DictConfig) -> None:
+        if self.mode == "serve":
+            self._serve(finish_serve(composed))
+            return
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
         if cfg.dry_run:
             from skyrl.config.plan import dry_run
@@ -243,3 +263,13 @@ class _Entry:
             return
         # By name: this folder lies below the trainer, and a command line that is wrong should not wait for torch.
         getattr(importlib.import_module("skyrl.trainer"), self.mode)(cfg)
+
+    def _serve(self, cfg: ServeConfig) -> None:
+        # By name: the service lies above this folder. Who may come in is looked at before any weights are.
+        importlib.import_module("skyrl.service.auth").read_keys(cfg.service)
+        if not cfg.dry_run:
+            importlib.import_module("skyrl.service.run").serve(cfg)
+            return
+        text = dry_run_text(cfg, world_size())
+        if rank() == 0:
+            print(text, flush=True)

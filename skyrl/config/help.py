@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from skyrl.config.load import config_dir
+from skyrl.config.load import SERVE_GROUPS, config_dir
 from skyrl.config.options import all_options, groups
+from skyrl.config.schema import RunConfig
+from skyrl.config.serve import ServeConfig
 
 COMMANDS = {
     "train": """\
@@ -22,6 +24,13 @@ python -m skyrl.sft warmup.num_steps=500                 supervised training on 
 torchrun --nproc_per_node=2 -m skyrl.sft                 the same on two processes
 python -m skyrl.sft -m seed=1,2,3                        one run after the other
 python -m skyrl.sft --cfg job                            prints the whole config""",
+    "serve": """\
+python -m skyrl.serve                                    the tiny model on http://127.0.0.1:8000
+torchrun --nproc_per_node=2 -m skyrl.serve model=hub model.path=DIR
+python -m skyrl.serve 'service.aliases={Qwen/Qwen3-8B: ""}' service.port=0
+python -m skyrl.serve service.host=0.0.0.0 service.keys_file=keys.txt
+python -m skyrl.serve --cfg job                          prints the whole config
+python -m skyrl.serve dry_run=true                       checks the options, prints memory""",
 }
 FLAGS = """\
 --help              this text
@@ -29,6 +38,9 @@ FLAGS = """\
 -m, --multirun      a run for each combination of values, a=1,2 b=3,4
 --info defaults     how the config was put together (also config, searchpath, plugins)
 --dry-run           the same as dry_run=true"""
+
+
+MULTIRUN = "-m, --multirun"
 
 
 def config_groups() -> dict[str, dict[str, str]]:
@@ -52,7 +64,8 @@ def _comment(file: Path) -> str:
 
 
 def help_text(mode: str) -> str:
-    """All of --help for skyrl.train or skyrl.sft."""
+    """All of --help for skyrl.train, skyrl.sft or skyrl.serve."""
+    root, used = (ServeConfig, SERVE_GROUPS) if mode == "serve" else (RunConfig, tuple(config_groups()))
     wrap = textwrap.TextWrapper(width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     parts = [
         f"python -m skyrl.{mode} [flags] [option=value ...]",
@@ -60,15 +73,18 @@ def help_text(mode: str) -> str:
         "Commands",
         textwrap.indent(COMMANDS[mode], "  "),
     ]
-    parts += ["", "Flags", textwrap.indent(FLAGS, "  ")]
+    flags = [line for line in FLAGS.splitlines() if mode != "serve" or not line.startswith(MULTIRUN)]
+    parts += ["", "Flags", textwrap.indent("\n".join(flags), "  ")]
     for group, names in config_groups().items():
+        if group not in used:
+            continue
         title = "Recipes, experiment=" if group == "experiment" else f"Groups, {group}="
         parts += ["", title]
         for name, comment in names.items():
             parts.append(textwrap.fill(f"{name:<18}{comment}", 110, initial_indent="  ", subsequent_indent=" " * 20))
     parts += ["", "Options, with the default before any recipe (--cfg job shows the values that a command would use)"]
-    abouts, last = groups(), ""
-    for option in all_options():
+    abouts, last = groups(root), ""
+    for option in all_options(root):
         group = option.path.rpartition(".")[0]
         if group != last:
             parts += ["", f"  {group}: {abouts[group]}"]

@@ -24,11 +24,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 from skyrl.config.options import all_options, groups, short_names, suggest
 from skyrl.config.rules import check_typed, ignored_on_resume
 from skyrl.config.schema import RunConfig
+from skyrl.config.serve import ServeConfig, alias_problems, check_serve
 from skyrl.types import UserError
 
 VERSION_BASE = "1.3"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 SCHEMA_NAME = "skyrl_schema"
+SERVE_SCHEMA_NAME = "skyrl_serve_schema"
+SERVE_GROUPS = ("model",)  # the folders of conf that serve.yaml uses
 MAX_SUFFIX = 40
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
@@ -47,12 +50,17 @@ def register_schema() -> None:
     """Gives Hydra the dataclasses as the base that YAML and command line may only override.
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
-    goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key.
+    goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
+    do a server's aliases.
     """
     node = OmegaConf.structured(RunConfig)
     _thaw(node)
     node.env.options._set_flag("struct", False)
     ConfigStore.instance().store(SCHEMA_NAME, node=node)
+    node = OmegaConf.structured(ServeConfig)
+    _thaw(node)
+    node.service.aliases._set_flag("struct", False)
+    ConfigStore.instance().store(SERVE_SCHEMA_NAME, node=node)
 
 
 def _thaw(node: DictConfig) -> None:
@@ -79,7 +87,7 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
 
 def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train") -> RunConfig:
     """A composed config as a frozen RunConfig with run.name and run.dir filled."""
-    _refuse_unknown(composed, RunConfig, "")
+    _refuse_unknown(composed, RunConfig, "", RunConfig)
     try:
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -91,6 +99,52 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     run = dataclasses.replace(cfg.run, name=name)
     cfg = dataclasses.replace(cfg, run=run)
     return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(resolve_run_dir(cfg))))
+
+
+def load_serve(overrides: Sequence[str] = ()) -> ServeConfig:
+    """The ServeConfig that `python -m skyrl.serve <overrides>` would use, aliases_file read. Raises UserError."""
+    register_schema()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+            composed = compose("serve", overrides=list(overrides))
+    except COMPOSE_ERRORS as error:
+        raise UserError(explain(error, ServeConfig)) from error
+    return finish_serve(composed)
+
+
+def finish_serve(composed: DictConfig) -> ServeConfig:
+    """A composed config as a frozen ServeConfig whose rules hold; service.aliases has those of aliases_file too."""
+    _refuse_unknown(composed, ServeConfig, "", ServeConfig)
+    try:
+        cfg = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, ServeConfig)) from error
+    if cfg.world_size and not cfg.dry_run:
+        raise UserError(
+            f"world_size={cfg.world_size}: only for a dry run; a real server counts its processes (torchrun "
+            "--nproc_per_node), or add dry_run=true"
+        )
+    check_serve(cfg)
+    if not cfg.service.aliases_file:
+        return cfg
+    aliases = _read_aliases(cfg) | cfg.service.aliases
+    return dataclasses.replace(cfg, service=dataclasses.replace(cfg.service, aliases=aliases))
+
+
+def _read_aliases(cfg: ServeConfig) -> dict[str, str]:
+    path = Path(cfg.service.aliases_file)
+    where = f"service.aliases_file={path}"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}; give a file with a mapping of names to weights") from error
+    except yaml.YAMLError as error:
+        raise UserError(explain(error, ServeConfig)) from error
+    if not isinstance(values, dict) or not all(isinstance(v, str) for pair in values.items() for v in pair):
+        raise UserError(f'{where}: not a mapping of names to weights; write lines such as Qwen/Qwen3-8B: ""')
+    for problem in alias_problems(cfg, values, where):
+        raise UserError(problem)
+    return values
 
 
 def resolve_run_dir(cfg: RunConfig) -> Path:
@@ -125,28 +179,29 @@ def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train
     return f"{name}-{suffix}"
 
 
-def _refuse_unknown(node: DictConfig, cls: type, prefix: str) -> None:
+def _refuse_unknown(node: DictConfig, cls: type, prefix: str, root: type) -> None:
     """`+name=value` can put a key beside the fields of a dataclass, where nothing would ever read it."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in node:
         path = f"{prefix}{key}"
         if key not in fields:
-            raise UserError(unknown_option(path))
+            raise UserError(unknown_option(path, root))
         child = node._get_node(key)
         if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
-            _refuse_unknown(child, OmegaConf.get_type(child), path + ".")
+            _refuse_unknown(child, OmegaConf.get_type(child), path + ".", root)
     for key in fields:
         if key not in node:
             raise UserError(f"{prefix}{key}: cannot be removed; give it another value")
 
 
-def unknown_option(path: str) -> str:
+def unknown_option(path: str, root: type = RunConfig) -> str:
     """The one line for an option that does not exist."""
-    meant = suggest(path, tuple(folder.name for folder in config_dir().iterdir() if folder.is_dir()))
+    folders = tuple(folder.name for folder in config_dir().iterdir() if folder.is_dir())
+    meant = suggest(path, folders if root is RunConfig else SERVE_GROUPS, root)
     return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, root: type = RunConfig) -> str:
     """One line for a person from what Hydra or OmegaConf raised: place, given value, what is allowed."""
     if isinstance(error, OverrideParseException):
         return (
@@ -162,7 +217,7 @@ def explain(error: BaseException) -> str:
     ):
         file, kind, what, path = in_file.groups()
         unknown = kind in ("ConfigKeyError", "ConfigAttributeError")
-        return f"{file}.yaml: " + (unknown_option(path) if unknown else f"{path}: {' '.join(what.split())}")
+        return f"{file}.yaml: " + (unknown_option(path, root) if unknown else f"{path}: {' '.join(what.split())}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = ", ".join(sorted(str(option) for option in error.options or []))
@@ -179,22 +234,22 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         path = str(cause.full_key)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or named:
-            return unknown_option(named.group(1) if named else path)
-        return _wrong_value(path, given.group(2) if given and given.group(1) == path else None, cause)
+            return unknown_option(named.group(1) if named else path, root)
+        return _wrong_value(path, given.group(2) if given and given.group(1) == path else None, cause, root)
     if named:
-        return unknown_option(named.group(1))
+        return unknown_option(named.group(1), root)
     if isinstance(error, ConfigCompositionException) and "Ambiguous value" in str(error):
         return str(error).splitlines()[0] + "; a list needs brackets, [1,2]; a sweep over values needs -m"
     return " ".join(str(error).split("See https://")[0].split())
 
 
-def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException) -> str:
+def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, root: type) -> str:
     text = f"{path}={value}" if value is not None else path
-    for option in all_options():
+    for option in all_options(root):
         if option.path == path:
             return f"{text}: needs a value of type {option.type} (default {option.default!r}): {option.doc}"
-    if path in groups():
-        names = ", ".join(option.path for option in all_options() if option.path.startswith(path + "."))
+    if path in groups(root):
+        names = ", ".join(option.path for option in all_options(root) if option.path.startswith(path + "."))
         return f"{text}: is a group of options; set one of {names}"
     return f"{text}: {str(cause).splitlines()[0]}"
 

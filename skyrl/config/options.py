@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import sys
 import typing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,11 +25,11 @@ class Option:
     doc: str
 
 
-@lru_cache(maxsize=1)
-def _docstrings() -> dict[tuple[str, str], str]:
+@lru_cache
+def _docstrings(module: str) -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field, in one line."""
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for item, after in zip(node.body, node.body[1:] + [None], strict=True):
@@ -52,18 +53,19 @@ def _walk(cls: type, prefix: str) -> list[Option]:
             options += _walk(types[field.name], path + ".")
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        options.append(Option(path, str(field.type), default, _docstrings().get((cls.__name__, field.name), "")))
+        doc = _docstrings(cls.__module__).get((cls.__name__, field.name), "")
+        options.append(Option(path, str(field.type), default, doc))
     return options
 
 
-@lru_cache(maxsize=1)
-def all_options() -> tuple[Option, ...]:
-    """Every option of RunConfig, in the order of the schema."""
-    return tuple(_walk(schema.RunConfig, ""))
+@lru_cache
+def all_options(root: type = schema.RunConfig) -> tuple[Option, ...]:
+    """Every option of `root`, in the order of the schema."""
+    return tuple(_walk(root, ""))
 
 
-@lru_cache(maxsize=1)
-def groups() -> dict[str, str]:
+@lru_cache
+def groups(root: type = schema.RunConfig) -> dict[str, str]:
     """Dotted path of every group of options -> what it is about (the docstring of its class)."""
 
     def walk(cls: type, prefix: str) -> dict[str, str]:
@@ -74,12 +76,12 @@ def groups() -> dict[str, str]:
                 found.update(walk(kind, prefix + name + "."))
         return found
 
-    return walk(schema.RunConfig, "")
+    return walk(root, "")
 
 
 @lru_cache(maxsize=1)
 def short_names() -> dict[str, str]:
-    """Full path -> the shortest end of it that belongs to no other option ("optim.lr" stays, "top_k" is enough)."""
+    """Full path -> the shortest end of it that no other option of a run has ("optim.lr" stays, "top_k" is enough)."""
     paths = [option.path for option in all_options()]
 
     def shortest(path: str) -> str:
@@ -93,9 +95,9 @@ def short_names() -> dict[str, str]:
     return {path: shortest(path) for path in paths}
 
 
-def suggest(path: str, extra: tuple[str, ...] = ()) -> str:
+def suggest(path: str, extra: tuple[str, ...] = (), root: type = schema.RunConfig) -> str:
     """The option or group that was probably meant by `path`; "" when nothing is close."""
-    known = [option.path for option in all_options()] + list(groups()) + list(extra)
+    known = [option.path for option in all_options(root)] + list(groups(root)) + list(extra)
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
     if close:
         return close[0]

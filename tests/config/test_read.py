@@ -3,12 +3,15 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 from skyrl.algorithms.losses import CLIP_FIELDS
 from skyrl.config.options import all_options
+from skyrl.config.serve import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files that name options without acting on them.
-SILENT = {"schema.py", "options.py", "rules.py", "help.py", "docs.py"}
+SILENT = {"schema.py", "options.py", "rules.py", "help.py", "docs.py", "serve.py"}
 
 
 def attributes_read() -> set[tuple[str, str]]:
@@ -43,3 +46,12 @@ def test_every_option_is_read_somewhere():
         if not any((holder, name) in read for holder in holders):
             unread.add(option.path)
     assert not unread
+
+
+@pytest.mark.skipif(not (ROOT / "skyrl" / "service" / "run.py").exists(), reason="no skyrl/service/run.py yet")
+def test_every_option_of_the_service_is_read_somewhere():
+    """The other options of a server become those of a run (tests/config/test_serve.py)."""
+    read = attributes_read()
+    names = [option.path for option in all_options(ServeConfig) if option.path.startswith("service.")]
+    last = [path.rpartition(".")[2] for path in names]
+    assert [name for name in last if ("service", name) not in read and ("settings", name) not in read] == []

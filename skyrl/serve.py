@@ -1,0 +1,12 @@
+"""The Tinker server: `python -m skyrl.serve [option=value ...]`, or under torchrun. `--help` lists everything."""
+
+from skyrl.config.entry import run_entry
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_entry("serve")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Who may come in: keys from a file or the environment, and addresses that are signed instead of carrying a key.
+
+A key belongs to a name, and the name owns what is made with it. Without keys everyone is the owner "local".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from skyrl.config.serve import ServiceConfig
+from skyrl.types import UserError
+
+ENVIRONMENT = "SKYRL_API_KEYS"
+LOCAL_OWNER = "local"
+SIGNED_SECONDS = 3600
+
+
+class Keys:
+    """Owner of a key. Holds digests alone, and compares a given key with every one of them in constant time."""
+
+    def __init__(self, owner_of_key: dict[str, str]) -> None:
+        self._owners = [(_digest(key), owner) for key, owner in owner_of_key.items()]
+
+    @property
+    def required(self) -> bool:
+        """Whether there are keys at all."""
+        return bool(self._owners)
+
+    def owner(self, key: str | None) -> str | None:
+        """The owner whose key this is, None for a wrong or missing one; "local" for any when there are no keys."""
+        if not self._owners:
+            return LOCAL_OWNER
+        given, found = _digest(key or ""), None
+        for known, owner in self._owners:
+            if hmac.compare_digest(known, given):
+                found = owner
+        return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_keys(service: ServiceConfig) -> Keys:
+    """The keys of service.keys_file, else of SKYRL_API_KEYS.
+
+    Raises: UserError for a line that is no `name:key`, and for an address that others reach while nobody needs a key.
+    """
+    if service.keys_file:
+        path = Path(service.keys_file).expanduser()
+        where = f"service.keys_file={service.keys_file}"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror}; give a file with one name:key a line") from error
+    else:
+        where, lines = ENVIRONMENT, os.environ.get(ENVIRONMENT, "").split(",")
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        owner, colon, key = (part.strip() for part in text.partition(":"))
+        # The key itself is never told: errors end in logs.
+        if not colon or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", owner):
+            raise UserError(f"{where}, entry {number}: write name:key, the name of letters, digits, _ . or -")
+        if not re.fullmatch(r"tml-[!-~]+", key):
+            raise UserError(
+                f"{where}, entry {number}: the key of {owner} must begin with tml- and have no spaces, since clients "
+                "refuse others"
+            )
+        if found.get(key, owner) != owner:
+            raise UserError(f"{where}, entry {number}: {owner} has the same key as {found[key]}; give each their own")
+        found[key] = owner
+    if service.keys_file and not found:
+        raise UserError(f"{where}: has no key; write one name:key a line")
+    if not found and not service.allow_anonymous and not is_loopback(service.host):
+        raise UserError(
+            f"service.host={service.host}: others could use this server without a key; give service.keys_file or "
+            f"{ENVIRONMENT}, listen on 127.0.0.1, or set service.allow_anonymous=true"
+        )
+    return Keys(found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name counts only if it is localhost."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Signer:
+    """Signs addresses for plain GETs without a key. The secret lives as long as the process, so no signature outlives
+    it."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)
+
+    def sign(self, path: str, *, seconds: int = SIGNED_SECONDS) -> tuple[str, float]:
+        """(percent-encoded `path` with its signature as a query, Unix time at which it ends)."""
+        expires = int(time.time()) + seconds
+        return f"{quote(path)}?expires={expires}&signature={self._signature(path, expires)}", float(expires)
+
+    def valid(self, path: str, expires: str, signature: str) -> bool:
+        """Whether `path` (decoded) was signed here, for an end that is not over."""
+        if not re.fullmatch(r"[0-9]{1,12}", expires) or int(expires) < time.time():
+            return False
+        return hmac.compare_digest(self._signature(path, int(expires)).encode(), signature.encode("utf-8", "replace"))
+
+    def _signature(self, path: str, expires: int) -> str:
+        return hmac.new(self._secret, f"{expires}\n{path}".encode(), hashlib.sha256).hexdigest()
