@@ -103,12 +103,20 @@ class Episode:
     invalid: str = ""  # why the reward is not a score; "" when it is one
 
 
+ROW_FIELDS = (
+    "targets weights logprobs advantages anchor reference values returns clip_low clip_high ratio_mask".split()
+)  # arrays of a row besides its tokens, one entry per token
+
+
 @dataclass
 class Datum:
     """One trainable row, already shifted: targets[i] is the token after tokens[i]. All arrays are [L].
 
     `weights` is mask and reduction in one: 0 means not trained. `logprobs` are under the policy that sampled
     (behaviour), `anchor` under the proximal policy (falls back to `logprobs`), `reference` under the frozen model.
+    For cross-entropy and scores `targets` and `weights` may both be [L, K]: K targets at each position.
+    `clip_low` and `clip_high` are the losses' parameters of these names, one per token; they win over the parameters.
+    `ratio_mask`: the tokens (not 0) whose log-ratios make up GSPO's sequence mean; without it the trained ones.
     """
 
     tokens: Ints
@@ -122,13 +130,22 @@ class Datum:
     values: Floats | None = None
     returns: Floats | None = None
     name: str = ""  # names the row in errors: "uid/sample/turn"
+    clip_low: Floats | None = None
+    clip_high: Floats | None = None
+    ratio_mask: Floats | None = None
 
     def __post_init__(self) -> None:
         length = len(self.tokens)
-        for key in ("targets", "weights", "logprobs", "advantages", "anchor", "reference", "values", "returns"):
+        for key in ROW_FIELDS:
             value = getattr(self, key)
             if value is not None and len(value) != length:
                 raise UserError(f"row {self.name or '?'}: {key} has {len(value)} entries, tokens has {length}")
+        shapes = np.shape(self.targets), np.shape(self.weights)
+        if shapes[0] != shapes[1] or len(shapes[0]) not in (1, 2):
+            raise UserError(
+                f"row {self.name or '?'}: targets have shape {list(shapes[0])} and weights {list(shapes[1])}; give "
+                "both as [L], or both as [L, K]"
+            )
         if length == 0:
             raise UserError(f"row {self.name or '?'}: empty")
 
@@ -137,7 +154,8 @@ class Datum:
 class Microbatch:
     """Rows packed end to end: T tokens of S sequences. `starts_S1` [S+1] int32 are the borders, `row_T` [T] int64
     the sequence of each token. Optional fields are None when no row of the batch has them; float tensors have the
-    dtype of the loss (float32, or float64 for a float64 model)."""
+    dtype of the loss (float32, or float64 for a float64 model). `targets_T` and `weights_T` are [T, K] when any row
+    has several targets; cells that a row lacks are target 0 with weight 0."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -152,11 +170,15 @@ class Microbatch:
     reference_T: Tensor | None = None
     values_T: Tensor | None = None
     returns_T: Tensor | None = None
+    clip_low_T: Tensor | None = None
+    clip_high_T: Tensor | None = None
+    ratio_mask_T: Tensor | None = None
 
 
 @dataclass
 class ForwardOutput:
-    """What a model says about a Microbatch: log pi(target) in nats, entropy in nats, values; each [T], loss dtype."""
+    """What a model says about a Microbatch: log pi(target) in nats, entropy in nats, values; each [T], loss dtype.
+    logprobs_T is [T, K] for targets [T, K]."""
 
     logprobs_T: Tensor
     entropy_T: Tensor | None = None
@@ -194,10 +216,36 @@ class AdamParams:
     grad_clip_norm: float = 0.0
 
 
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters: W + alpha / rank * B A, with A [rank, in] and B [out, rank]. Which products are adapted:
+    attention's, the feed-forward ones, the output embedding. Initial values depend on `seed` and names alone.
+
+    Raises UserError for a rank below 1, an alpha that is not above 0, or nothing to adapt.
+    """
+
+    rank: int
+    alpha: float = 32.0
+    seed: int = 0
+    mlp: bool = True
+    attn: bool = True
+    unembed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora.rank={self.rank}: must be at least 1")
+        if not self.alpha > 0:
+            raise UserError(f"lora.alpha={self.alpha}: must be above 0")
+        if not (self.mlp or self.attn or self.unembed):
+            raise UserError("lora: mlp, attn and unembed are all false; set at least one of them to true")
+
+
 @dataclass
 class TrainOutput:
-    """logprobs: one [L] array per row given, in that order; metrics: the same on every rank."""
+    """logprobs: one [L] (or [L, K]) array per row given, in that order; metrics: the same on every rank; losses: the
+    weighted sum of each row's losses, summed in float64 (none from a score)."""
 
     logprobs: list[Floats]
     metrics: Metrics
     values: list[Floats] | None = None
+    losses: list[float] = field(default_factory=list)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
+from skyrl.models.lora import Router, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
 from skyrl.models.support import head_spec
 from skyrl.types import ForwardOutput, Microbatch, UserError
@@ -45,6 +46,7 @@ class CausalLM(nn.Module):
         self.net = net
         self.head = head
         self.chunk_tokens = chunk_tokens
+        self.router: Router | None = None  # adapters, once models.lora.install was called
         self.head_spec = head_spec(net.config)
         self.vocab_size: int = net.get_input_embeddings().weight.shape[0]
         embedding = net.get_input_embeddings().weight
@@ -150,7 +152,9 @@ class CausalLM(nn.Module):
         """log pi(target) at `temperature`, with entropy if asked; from a critic values, and zeros for logprobs_T.
 
         packing=False computes each row padded to the longest one, by another attention: slow, to compare with.
-        Shapes [T], float32 (float64 for a float64 model). Raises: UserError for a row beyond max_positions.
+        Inside models.lora.routed, tokens go through their adapters. Shapes [T] (log-probabilities as the targets,
+        [T] or [T, K]; entropy only for [T]), float32 (float64 for a float64 model).
+        Raises: UserError for a row beyond max_positions.
         """
         if mb.max_length > self.max_positions:
             raise UserError(
@@ -165,21 +169,39 @@ class CausalLM(nn.Module):
             # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
             values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype)).clone()
             return ForwardOutput(torch.zeros_like(values_T), None, values_T)
+        entropy = entropy and mb.targets_T.ndim == 1
+        if self.router is None or not self.router.active():
+            return ForwardOutput(*self._log_probs(hidden_TC, mb.targets_T, temperature, entropy, None))
+        parts = []
+        for start, stop, pair in self.router.unembedding():
+            hidden, low = hidden_TC[start:stop], None
+            if pair is not None:
+                low = (low_rank(hidden, pair[0], pair[2]), pair[1])
+            parts.append(self._log_probs(hidden, mb.targets_T[start:stop], temperature, entropy, low))
+        if len(parts) == 1:
+            return ForwardOutput(*parts[0])
+        return ForwardOutput(torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropy else None)
+
+    def _log_probs(
+        self, hidden_TC: Tensor, targets: Tensor, temperature: float, entropy: bool, low: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
         weight_VC, bias_V = self.output_weight()
-        logprobs_T, entropy_T = log_probs(
+        return log_probs(
             hidden_TC,
             weight_VC,
-            mb.targets_T,
+            targets,
             bias_V=bias_V,
+            low_rank=low,
             temperature=temperature,
             head=self.head_spec,
             entropy=entropy,
             chunk_tokens=self.chunk_tokens,
         )
-        return ForwardOutput(logprobs_T, entropy_T)
 
     def _hidden_padded(self, mb: Microbatch) -> Tensor:
         rows, length = mb.starts_S1.shape[0] - 1, mb.max_length
+        if self.router is not None and self.router.segments:
+            self.router.pad(mb.starts_S1.tolist(), length)
         place_T = mb.row_T * length + mb.positions_T
         tokens = mb.tokens_T.new_zeros(rows * length).scatter(0, place_T, mb.tokens_T)
         positions = torch.arange(length, device=tokens.device).repeat(rows)

@@ -45,7 +45,9 @@ def finish_logits(product: Tensor, head: HeadSpec) -> Tensor:
 
 class _LogProbs(torch.autograd.Function):
     """Both directions walk over blocks of the vocabulary, so each weight row's gradient is one product over all T:
-    no float32 copy of the weight's gradient is needed. The backward pass recomputes the logits of each block."""
+    no float32 copy of the weight's gradient is needed. The backward pass recomputes the logits of each block.
+
+    Optional low-rank pair: u [T, R] and B [V, R] add u B^T to the product; targets may be [T, K]."""
 
     @staticmethod
     def forward(
@@ -53,21 +55,25 @@ class _LogProbs(torch.autograd.Function):
         hidden_TC: Tensor,
         weight_VC: Tensor,
         bias_V: Tensor | None,
-        targets_T: Tensor,
+        low_TR: Tensor | None,
+        up_VR: Tensor | None,
+        targets: Tensor,
         temperature: float,
         head: HeadSpec,
         block: int,
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         tokens, dtype = hidden_TC.shape[0], torch.float64 if hidden_TC.dtype == torch.float64 else torch.float32
+        targets_TK = targets if targets.ndim == 2 else targets[:, None]
         peak_T = torch.full((tokens,), float("-inf"), dtype=dtype, device=hidden_TC.device)
-        total_T, target_T = torch.zeros_like(peak_T), torch.zeros_like(peak_T)
+        total_T = torch.zeros_like(peak_T)
+        target_TK = torch.zeros(targets_TK.shape, dtype=dtype, device=hidden_TC.device)
         moment_T = torch.zeros_like(peak_T) if want_entropy else None  # sum of exp(z - peak) * z
+        product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
         for start in range(0, weight_VC.shape[0], block):
-            z = _block_logits(hidden_TC, weight_VC, bias_V, start, block, head, temperature)
-            inside_T = (targets_T >= start) & (targets_T < start + z.shape[1])
-            picked_T = z.gather(1, (targets_T - start).clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-            target_T = torch.where(inside_T, picked_T, target_T)
+            z = product.logits(start, block, head, temperature)
+            inside_TK, place_TK = _within(targets_TK, start, z.shape[1])
+            target_TK = torch.where(inside_TK, z.gather(1, place_TK), target_TK)
             top_T = torch.maximum(peak_T, z.amax(1))
             shrink_T = torch.exp(peak_T - top_T)
             if moment_T is None:
@@ -79,28 +85,33 @@ class _LogProbs(torch.autograd.Function):
             peak_T = top_T
         logz_T = peak_T + total_T.log()
         entropy_T = None if moment_T is None else logz_T - moment_T / total_T
-        ctx.save_for_backward(hidden_TC, weight_VC, bias_V, targets_T, logz_T, entropy_T)
+        ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T)
         ctx.plan = (temperature, head, block)
         ctx.set_materialize_grads(False)
-        return target_T - logz_T, entropy_T
+        return (target_TK - logz_T[:, None] if targets.ndim == 2 else target_TK[:, 0] - logz_T), entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        hidden_TC, weight_VC, bias_V, targets_T, logz_T, entropy_T = ctx.saved_tensors
+        hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T = ctx.saved_tensors
         temperature, head, block = ctx.plan
-        grad_T, grad_entropy_T = grads
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        if grad_T is None and grad_entropy_T is None:
-            return (None,) * 8
+        grad, grad_entropy_T = grads
+        if grad is None and grad_entropy_T is None:
+            return (None,) * 10
+        targets_TK = targets if targets.ndim == 2 else targets[:, None]
+        grad_TK = grad if grad is None or grad.ndim == 2 else grad[:, None]
         vocab = weight_VC.shape[0]
-        dhidden = torch.zeros(hidden_TC.shape, dtype=logz_T.dtype, device=hidden_TC.device) if want_hidden else None
-        dweight = torch.empty_like(weight_VC) if want_weight else None
-        dbias = torch.empty_like(bias_V) if want_bias and bias_V is not None else None
+        want = ctx.needs_input_grad
+        dhidden = torch.zeros(hidden_TC.shape, dtype=logz_T.dtype, device=hidden_TC.device) if want[0] else None
+        dweight = torch.empty_like(weight_VC) if want[1] else None
+        dbias = torch.empty_like(bias_V) if want[2] and bias_V is not None else None
+        dlow = torch.zeros(low_TR.shape, dtype=logz_T.dtype, device=low_TR.device) if want[3] else None
+        dup = torch.empty_like(up_VR) if want[4] else None
+        product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
         for start in range(0, vocab, block):
             stop = min(start + block, vocab)
-            z = _block_logits(hidden_TC, weight_VC, bias_V, start, block, head, temperature)
+            z = product.logits(start, block, head, temperature)
             capped = (z * (temperature / head.softcap)).square_() if head.softcap else None
-            dz = _logit_gradient(z, start, targets_T, logz_T, entropy_T, grad_T, grad_entropy_T)
+            dz = _logit_gradient(z, start, targets_TK, logz_T, entropy_T, grad_TK, grad_entropy_T)
             if capped is not None:  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
                 dz.mul_(capped.neg_().add_(1.0))
             dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
@@ -110,38 +121,62 @@ class _LogProbs(torch.autograd.Function):
                 torch.mm(dz.t(), hidden_TC, out=dweight[start:stop])
             if dbias is not None:
                 dbias[start:stop] = dz.sum(0, dtype=logz_T.dtype)
-        return (None if dhidden is None else dhidden.to(hidden_TC.dtype), dweight, dbias, None, None, None, None, None)
+            if dlow is not None:
+                dlow.add_(dz @ up_VR[start:stop])
+            if dup is not None:
+                torch.mm(dz.t(), low_TR, out=dup[start:stop])
+        return (
+            None if dhidden is None else dhidden.to(hidden_TC.dtype),
+            dweight,
+            dbias,
+            None if dlow is None else dlow.to(low_TR.dtype),
+            dup,
+            *(None,) * 5,
+        )
 
 
-def _block_logits(
-    hidden_TC: Tensor,
-    weight_VC: Tensor,
-    bias_V: Tensor | None,
-    start: int,
-    block: int,
-    head: HeadSpec,
-    temperature: float,
-) -> Tensor:
-    """Logits / temperature of the vocabulary entries start ... start + block, [T, block]."""
-    rows = slice(start, start + block)
-    product = matmul_float(hidden_TC, weight_VC[rows], None if bias_V is None else bias_V[rows])
-    logits = finish_logits(product, head)
-    return logits if temperature == 1.0 else logits.div_(temperature)
+@dataclass(frozen=True)
+class _Product:
+    """hidden W^T + bias, and u B^T where there is a low-rank pair, for a block of the vocabulary at a time."""
+
+    hidden_TC: Tensor
+    weight_VC: Tensor
+    bias_V: Tensor | None
+    low_TR: Tensor | None
+    up_VR: Tensor | None
+
+    def logits(self, start: int, block: int, head: HeadSpec, temperature: float) -> Tensor:
+        """Logits / temperature of the vocabulary entries start ... start + block, [T, block]."""
+        rows = slice(start, start + block)
+        product = matmul_float(self.hidden_TC, self.weight_VC[rows], None if self.bias_V is None else self.bias_V[rows])
+        if self.low_TR is not None and self.up_VR is not None:
+            if product.dtype == self.low_TR.dtype:
+                product.addmm_(self.low_TR, self.up_VR[rows].t())
+            else:
+                product.add_(matmul_float(self.low_TR, self.up_VR[rows]))
+        logits = finish_logits(product, head)
+        return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _within(targets_TK: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the block of `width` entries from `start` on, and their places in it (others: anywhere)."""
+    return (targets_TK >= start) & (targets_TK < start + width), (targets_TK - start).clamp(0, width - 1)
 
 
 def _logit_gradient(
     z: Tensor,
     start: int,
-    targets_T: Tensor,
+    targets_TK: Tensor,
     logz_T: Tensor,
     entropy_T: Tensor | None,
-    grad_T: Tensor | None,
+    grad_TK: Tensor | None,
     grad_entropy_T: Tensor | None,
 ) -> Tensor:
     """Gradient with respect to z; destroys z. With p = exp(z - logz) and H the entropy,
     d logp / dz = onehot - p and dH / dz = -p * (z - logz + H)."""
     surprise = z.sub_(logz_T[:, None])
     p = torch.exp(surprise)
+    grad_T = None if grad_TK is None else grad_TK.sum(1) if grad_TK.shape[1] > 1 else grad_TK[:, 0]
     if grad_entropy_T is not None and entropy_T is not None:
         dz = surprise.add_(entropy_T[:, None]).mul_(p).mul_(-grad_entropy_T[:, None])
         if grad_T is not None:
@@ -149,33 +184,38 @@ def _logit_gradient(
     else:
         assert grad_T is not None
         dz = p.mul_(-grad_T[:, None])
-    if grad_T is not None:
-        inside_T = (targets_T >= start) & (targets_T < start + dz.shape[1])
-        place_T = (targets_T - start).clamp(0, dz.shape[1] - 1)
-        dz.scatter_add_(1, place_T[:, None], torch.where(inside_T, grad_T, 0.0)[:, None])
+    if grad_TK is not None:
+        inside_TK, place_TK = _within(targets_TK, start, dz.shape[1])
+        dz.scatter_add_(1, place_TK, torch.where(inside_TK, grad_TK, 0.0))
     return dz
 
 
 def log_probs(
     hidden_TC: Tensor,
     weight_VC: Tensor,
-    targets_T: Tensor,
+    targets: Tensor,
     *,
     bias_V: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     head: HeadSpec = HeadSpec(),
     entropy: bool = False,
     chunk_tokens: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(logits / temperature) at the targets, and entropy if asked; [T] float32 (float64 for float64), nats.
+    """log softmax(logits / temperature) at the targets, and entropy if asked; float32 (float64 for float64), nats.
 
+    `targets` [T], or [T, K] for K of them at each position; the log-probabilities have the same shape, entropy is [T].
+    `low_rank`: (u [T, R], B [V, R]) adds u B^T to hidden W^T, before the family's scaling.
     At most 64 MiB (CPU: 8 MiB) of float32 logits exist at once, or as much as `chunk_tokens` whole rows would take, but
     no less than 128 entries of the vocabulary for all tokens.
-    Gradients are exact, for hidden, weight and bias. Raises: ValueError for a temperature that is not above 0.
+    Gradients are exact, for hidden, weight, bias and the pair. Raises: ValueError for a temperature not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: log-probabilities of training need one above 0")
     vocab, tokens = weight_VC.shape[0], max(1, hidden_TC.shape[0])
     budget = chunk_tokens * vocab if chunk_tokens else BLOCK_BYTES.get(hidden_TC.device.type, 64 << 20) // 4
     block = min(vocab, max(128, budget // tokens // 128 * 128))
-    return _LogProbs.apply(hidden_TC, weight_VC, bias_V, targets_T, float(temperature), head, block, entropy)
+    low_TR, up_VR = low_rank or (None, None)
+    return _LogProbs.apply(
+        hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, float(temperature), head, block, entropy
+    )

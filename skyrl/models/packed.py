@@ -6,9 +6,10 @@ Letters: H heads, K key/value heads, G = H / K, T packed tokens, L length of one
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ MAX_SCORES = 1 << 26
 BUCKET_RATIO = 0.75
 
 OPTIONAL_FIELDS = ("logprobs", "advantages", "anchor", "reference", "values", "returns")
+FILLED_FIELDS = ("clip_low", "clip_high", "ratio_mask")  # a row may lack them where others have them
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,11 +33,19 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def collate(rows: list[Datum], dtype: torch.dtype, device: torch.device | str) -> Microbatch:
+def collate(
+    rows: list[Datum],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    fill: Mapping[str, float] = MappingProxyType({}),
+) -> Microbatch:
     """Rows packed end to end in the order given; positions restart at 0 in each.
 
-    `dtype` is that of the float fields (see loss_dtype). An optional field is there when any row has it.
-    Raises: UserError naming the first row that lacks a field which other rows have; ValueError without rows.
+    `dtype` is that of the float fields (see loss_dtype). An optional field is there when any row has it. Rows without
+    clip bounds among rows with them get those of `fill` (else 0), rows without a ratio mask their trained tokens.
+    Targets and weights are [T, K], with the largest K, when any row has several targets.
+    Raises: UserError naming the first row that lacks another field which other rows have; ValueError without rows.
     """
     if not rows:
         raise ValueError("a microbatch needs at least one row")
@@ -46,29 +56,50 @@ def collate(rows: list[Datum], dtype: torch.dtype, device: torch.device | str) -
     def ints(arrays: list[Any]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False)).to(device)
 
-    def floats(key: str) -> Tensor | None:
-        arrays = [getattr(row, key) for row in rows]
-        if all(array is None for array in arrays):
-            return None
-        for i, array in enumerate(arrays):
-            if array is None:
-                raise UserError(
-                    f"row {rows[i].name or i}: no {key}, which other rows of the batch have; give all or none"
-                )
+    def floats(arrays: list[Any]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device=device, dtype=dtype)
 
-    weights_T = floats("weights")
-    assert weights_T is not None
     return Microbatch(
         tokens_T=ints([row.tokens for row in rows]),
-        targets_T=ints([row.targets for row in rows]),
+        targets_T=ints(_widened([row.targets for row in rows])),
         positions_T=ints([np.arange(n) for n in lengths]),
         row_T=ints([np.repeat(np.arange(len(rows)), lengths)]),
         starts_S1=torch.from_numpy(starts).to(device),
         max_length=int(lengths.max()),
-        weights_T=weights_T,
-        **{f"{key}_T": floats(key) for key in OPTIONAL_FIELDS},
+        weights_T=floats(_widened([row.weights for row in rows])),
+        **{
+            f"{key}_T": floats(arrays)
+            for key in (*OPTIONAL_FIELDS, *FILLED_FIELDS)
+            if (arrays := _optional(rows, key, fill)) is not None
+        },
     )
+
+
+def _optional(rows: list[Datum], key: str, fill: Mapping[str, float]) -> list[Any] | None:
+    """The field `key` of each row; None when no row has it."""
+    arrays = [getattr(row, key) for row in rows]
+    if all(array is None for array in arrays):
+        return None
+    for i, row in enumerate(rows):
+        if arrays[i] is not None:
+            continue
+        if key == "ratio_mask":
+            trained = row.weights != 0
+            arrays[i] = (trained.any(1) if trained.ndim == 2 else trained).astype(np.float64)
+        elif key in FILLED_FIELDS:
+            arrays[i] = np.full(len(row.tokens), fill.get(key, 0.0))
+        else:
+            raise UserError(f"row {row.name or i}: no {key}, which other rows of the batch have; give all or none")
+    return arrays
+
+
+def _widened(arrays: list[Any]) -> list[Any]:
+    """All [L], or all [L, K] with zeros where a row has fewer columns."""
+    if all(array.ndim == 1 for array in arrays):
+        return arrays
+    arrays = [array if array.ndim == 2 else array[:, None] for array in arrays]
+    width = max(array.shape[1] for array in arrays)
+    return [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
 
 
 def banned(length: int, window: int | None, device: torch.device) -> Tensor:

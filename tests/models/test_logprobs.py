@@ -47,6 +47,61 @@ def test_equals_plain_autograd_in_float64(head):
             assert (a - b).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_low_rank_pair_and_many_targets_equal_plain_autograd(head):
+    """Three blocks of the vocabulary, the last one short; targets repeat inside a position and lie in all blocks."""
+    hidden, weight, bias_V, _ = inputs(torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    low, up = (torch.randn(n, 4, generator=generator, dtype=torch.float64).requires_grad_() for n in (T, V))
+    targets = torch.randint(0, V, (T, 5), generator=generator)
+    targets[:, 1] = targets[:, 0]
+    leaves = [hidden, weight, bias_V, low, up]
+    g, g_entropy = torch.randn(T, 5, dtype=torch.float64), torch.randn(T, dtype=torch.float64)
+    dense = (hidden @ weight.T + bias_V + low @ up.T) * head.scale
+    if head.softcap:
+        dense = torch.tanh(dense / head.softcap) * head.softcap
+    logp = torch.log_softmax(dense / 0.7, -1)
+    want = logp.gather(1, targets), -(logp.exp() * logp).sum(-1)
+    grads = torch.autograd.grad((want[0] * g).sum() + (want[1] * g_entropy).sum(), leaves)
+    got = log_probs(
+        hidden,
+        weight,
+        targets,
+        bias_V=bias_V,
+        low_rank=(low, up),
+        temperature=0.7,
+        head=head,
+        entropy=True,
+        chunk_tokens=1,
+    )
+    assert got[0].shape == (T, 5)
+    ours = torch.autograd.grad((got[0] * g).sum() + (got[1] * g_entropy).sum(), leaves)
+    for a, b in zip((*got, *ours), (*want, *grads), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_one_column_of_targets_is_the_plain_case_bit_for_bit():
+    hidden, weight, _, targets = inputs(torch.float32, bias=False)
+    one, many = log_probs(hidden, weight, targets)[0], log_probs(hidden, weight, targets[:, None])[0]
+    assert torch.equal(one, many[:, 0])
+    a, b = (torch.autograd.grad(x.sum(), [hidden, weight]) for x in (one, many))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_low_rank_pair_over_a_frozen_bfloat16_head():
+    hidden, weight, _, targets = inputs(torch.bfloat16, bias=False, tokens=64)
+    hidden, weight = hidden.detach(), weight.detach()
+    low, up = (torch.randn(n, 4).bfloat16().requires_grad_() for n in (64, V))
+    want_low, want_up = (x.detach().double().requires_grad_() for x in (low, up))
+    logp = log_probs(hidden, weight, targets, low_rank=(low, up), chunk_tokens=1)[0]
+    logp.sum().backward()
+    dense = torch.log_softmax(hidden.double() @ weight.double().T + want_low @ want_up.T, -1)
+    want = dense.gather(1, targets[:, None])[:, 0]
+    want.sum().backward()
+    for a, b in ((logp, want), (low.grad, want_low.grad), (up.grad, want_up.grad)):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
 def test_each_output_alone_has_the_right_gradient():
     hidden, weight, _, targets = inputs(torch.float64, bias=False)
     want = plain(hidden, weight, None, targets, 1.0, HeadSpec())

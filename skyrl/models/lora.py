@@ -1,0 +1,233 @@
+"""Low-rank adapters over a frozen model: what is adapted, their parameters, and which tokens use which adapter.
+
+The model itself is never changed. `install` puts hooks on its products once; `routed` says for one micro-batch which
+tokens belong to which adapter. Adapters lie outside of the module, whole on every rank, however the base is laid out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skyrl.types import LoraSpec, UserError
+
+if TYPE_CHECKING:
+    from skyrl.models.forward import CausalLM
+
+Segment = tuple[int, int, "Adapter | None"]  # tokens start ... stop of a pack, and what adapts them
+
+
+class Router:
+    """Which adapter applies to which of the T packed tokens; one per model, empty outside of `routed`.
+
+    `places` are the same segments in the order of tokens that the layers see (padded rows have others). `connect`
+    makes the embeddings part of the graph, so that every layer takes part in the backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self.places: list[Segment] = []
+        self.connect = False
+
+    def active(self) -> bool:
+        """Whether any token has an adapter."""
+        return any(adapter is not None for _, _, adapter in self.segments)
+
+    def pad(self, borders: list[int], length: int) -> None:
+        """From here on the layers see each of the rows between `borders` padded to `length` tokens.
+
+        Raises: UserError for a segment that does not hold whole rows.
+        """
+        row = {border: number for number, border in enumerate(borders)}
+        for start, stop, _ in self.segments:
+            if start not in row or stop not in row:
+                raise UserError(f"batch.packing=false: adapter tokens {start} to {stop} are not whole rows")
+        self.places = [(row[start] * length, row[stop] * length, adapter) for start, stop, adapter in self.segments]
+
+    def unembedding(self) -> list[tuple[int, int, tuple[Tensor, Tensor, float] | None]]:
+        """Stretches of packed tokens with the (A, B, scale) of the output embedding, None for the base's own."""
+        out: list[tuple[int, int, tuple[Tensor, Tensor, float] | None]] = []
+        owners: list[Adapter | None] = []
+        for start, stop, adapter in self.segments:
+            owner = adapter if adapter is not None and adapter.head is not None else None
+            if out and owners[-1] is owner:
+                out[-1] = (out[-1][0], stop, out[-1][2])
+                continue
+            owners.append(owner)
+            out.append((start, stop, None if owner is None else (*owner.pairs[owner.head], owner.scale)))
+        return out
+
+
+class Adapter(nn.Module):
+    """A and B for each adapted product of a model, named "<path in net>.A" [rank, in] and ".B" [out, rank].
+
+    `pairs`: path -> (A, B); `scale`: alpha / rank; `head`: the path of the output embedding if it is adapted. A starts
+    as PEFT's (uniform within 1 / sqrt(in)), keyed by (seed, path) and drawn on the CPU: equal on every rank and device;
+    B starts at 0, so a fresh adapter changes nothing. Raises: UserError for what this model cannot adapt.
+    """
+
+    def __init__(
+        self, model: CausalLM, spec: LoraSpec, *, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.name, self.spec, self.scale = name, spec, spec.alpha / spec.rank
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        head, linears = output_path(model), adapted(model, spec)
+        self.head = head if head in linears else None
+        for path, linear in linears.items():
+            holder: nn.Module = self
+            for part in path.split("."):
+                if part not in holder._modules:
+                    holder.add_module(part, nn.Module())
+                holder = holder.get_submodule(part)
+            bound = 1.0 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
+            start = torch.rand(spec.rank, linear.in_features, generator=_generator(spec.seed, path)) * 2 - 1
+            holder.A = nn.Parameter((start * bound).to(device, dtype))
+            holder.B = nn.Parameter(torch.zeros(linear.out_features, spec.rank, device=device, dtype=dtype))
+            self.pairs[path] = (holder.A, holder.B)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, detached, not copied."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+
+def adapted(model: CausalLM, spec: LoraSpec) -> dict[str, nn.Linear]:
+    """The products that `spec` adapts, by their path in `model.net`, in the order of the module.
+
+    Found by structure: attention's are all linear maps inside the module that attends, the feed-forward ones all
+    others of a layer. Raises: UserError for `mlp` where tokens go to experts, naming the module.
+    """
+    groups = {id(module): kind for kind, modules in _groups(model).items() for module in modules}
+    wanted = {kind for kind in ("attn", "mlp", "unembed") if getattr(spec, kind)}
+    experts = _experts(model)
+    if spec.mlp and experts:
+        raise UserError(
+            f"lora.mlp: model type {model.config.model_type!r} sends tokens to experts ({experts}), which cannot be "
+            "adapted; set mlp (train_mlp) to false"
+        )
+    return {path: module for path, module in model.net.named_modules() if groups.get(id(module)) in wanted}
+
+
+def output_path(model: CausalLM) -> str | None:
+    """The path of the output embedding in `model.net`; None for a critic."""
+    output = model.net.get_output_embeddings()
+    return next((path for path, module in model.net.named_modules() if module is output), None)
+
+
+def _groups(model: CausalLM) -> dict[str, list[nn.Linear]]:
+    out: dict[str, list[nn.Linear]] = {"attn": [], "mlp": [], "unembed": []}
+    for layer in model.layers():
+        attending = [m for m in layer.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+        inside = {id(part) for m in attending for part in m.modules()}
+        for module in layer.modules():
+            if type(module) is nn.Linear:
+                out["attn" if id(module) in inside else "mlp"].append(module)
+    output = model.net.get_output_embeddings()
+    if type(output) is nn.Linear:
+        out["unembed"].append(output)
+    return out
+
+
+def _experts(model: CausalLM) -> str:
+    """The path of the first module whose parts see only some of the tokens, or ""."""
+    for path, module in model.net.named_modules():
+        stacked = any(p.ndim == 3 for p in module.parameters(recurse=False))
+        if stacked or path.rpartition(".")[2] == "experts":
+            return path
+    return ""
+
+
+def _generator(seed: int, path: str) -> torch.Generator:
+    digest = hashlib.sha256(f"lora/{seed}/{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---- hooks
+
+
+def install(model: CausalLM) -> Router:
+    """Puts hooks on everything that can be adapted, once; later calls return the same Router.
+
+    Before or after the model was sharded. Without `routed` the hooks change nothing, not even by rounding.
+    """
+    if model.router is None:
+        router = model.router = Router()
+        groups = _groups(model)
+        linears = groups["attn"] if _experts(model) else groups["attn"] + groups["mlp"]
+        paths = {id(module): path for path, module in model.net.named_modules()}
+        for linear in linears:  # the output embedding is never called in training: see CausalLM.forward
+            linear.register_forward_hook(_adds(router, paths[id(linear)]))
+        model.net.get_input_embeddings().register_forward_hook(_connects(router))
+    return model.router
+
+
+@contextmanager
+def routed(model: CausalLM, segments: list[Segment], *, connect: bool = False) -> Iterator[None]:
+    """Inside, the packed tokens of `segments` go through their adapters; a token in none of them sees the base alone.
+
+    Must last until the backward pass is over: checkpointed layers are computed again there. `segments` are in
+    order, do not overlap, and cover all T tokens. `connect`: every layer takes part in the backward pass, whichever
+    products the adapters adapt; a sharded base needs it, since its backward is a collective.
+    """
+    router = install(model)
+    if router.segments:
+        raise RuntimeError("routed() inside of routed()")
+    router.segments = router.places = merged(segments)
+    router.connect = connect
+    try:
+        yield
+    finally:
+        router.segments, router.places, router.connect = [], [], False
+
+
+def merged(segments: list[Segment]) -> list[Segment]:
+    """The same segments with neighbours of one adapter joined."""
+    out: list[Segment] = []
+    for start, stop, adapter in segments:
+        if out and out[-1][2] is adapter and out[-1][1] == start:
+            out[-1] = (out[-1][0], stop, adapter)
+        else:
+            out.append((start, stop, adapter))
+    return out
+
+
+def low_rank(x: Tensor, down: Tensor, scale: float) -> Tensor:
+    """scale * x A^T, [..., rank]: the small side of an adapter's product."""
+    return F.linear(x, down) * scale
+
+
+def _adds(router: Router, path: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        places = router.places
+        pairs = [None if adapter is None else adapter.pairs.get(path) for _, _, adapter in places]
+        if not any(pair is not None for pair in pairs):
+            return None
+        x = args[0]
+        if x.numel() != places[-1][1] * x.shape[-1]:
+            raise RuntimeError(f"{path} sees {x.numel() // x.shape[-1]} tokens, the adapters' segments {places[-1][1]}")
+        parts = []
+        for (start, stop, adapter), pair in zip(places, pairs, strict=True):
+            out = output.narrow(-2, start, stop - start)
+            if adapter is not None and pair is not None:
+                u = low_rank(x.narrow(-2, start, stop - start), pair[0], adapter.scale)
+                out = out + F.linear(u, pair[1])
+            parts.append(out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    return hook
+
+
+def _connects(router: Router) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if router.connect and torch.is_grad_enabled() and not output.requires_grad:
+            return output.detach().requires_grad_()
+        return None
+
+    return hook

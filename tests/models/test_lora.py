@@ -1,0 +1,183 @@
+"""Adapters in every verified family against merged weights in float64; routing of tokens; what starts equal."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, make_net
+from torch import nn
+
+from skyrl.config.schema import ModelConfig, TinyModelConfig
+from skyrl.models.forward import CausalLM, collate, precise
+from skyrl.models.load import build_model, load_tokenizer
+from skyrl.models.lora import Adapter, adapted, install, routed
+from skyrl.types import Datum, LoraSpec, UserError
+
+LENGTHS = (5, 24, 13, 20)
+EXPERTS = ("qwen3_moe", "mixtral")
+
+
+def make_rows(vocab=96, lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Datum(rng.integers(0, vocab, n), rng.integers(0, vocab, n), rng.normal(size=n)) for n in lengths]
+
+
+def make_model(name, dtype=torch.float64, chunk=0):
+    net = make_net(name, std=0.15).to(dtype)
+    if dtype == torch.float64:
+        net.set_experts_implementation("eager")
+    model = CausalLM(net, chunk_tokens=chunk)
+    model.requires_grad_(False)
+    return model
+
+
+def trained(model, spec, seed=1, name="a", dtype=torch.float64):
+    """An adapter that has learned something: B is not 0."""
+    adapter = Adapter(model, spec, name=name, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for a, b in adapter.pairs.values():
+            a.add_(0.1 * torch.randn(a.shape, generator=generator))
+            b.copy_(0.1 * torch.randn(b.shape, generator=generator))
+    return adapter
+
+
+def merged_net(model, adapter):
+    """A copy of the net with W + scale * B A as trainable weights; a tied output gets a weight of its own."""
+    net = copy.deepcopy(model.net)
+    for path, (a, b) in adapter.pairs.items():
+        linear = net.get_submodule(path)
+        linear.weight = nn.Parameter(linear.weight.detach() + adapter.scale * (b @ a).detach())
+        linear._forward_hooks.clear()
+    return net.requires_grad_(True)
+
+
+def plain(net, row):
+    with precise(torch.float64):
+        net.set_attn_implementation("eager")
+        logits = net(input_ids=torch.from_numpy(row.tokens)[None], use_cache=False).logits[0]
+    return torch.log_softmax(logits, -1).gather(1, torch.from_numpy(row.targets)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_numbers_and_gradients_are_those_of_merged_weights(name):
+    rows = make_rows()
+    model = make_model(name, chunk=1)
+    adapter = trained(model, LoraSpec(3, alpha=6.0, mlp=name not in EXPERTS))
+    mb = collate(rows, torch.float64, "cpu")
+    net = merged_net(model, adapter)
+    want = torch.cat([plain(net, row) for row in rows])
+    (want * mb.weights_T).sum().backward()
+    for packing in (True, False):
+        adapter.zero_grad()
+        with routed(model, [(0, 62, adapter)]):
+            got = model(mb, packing=packing)
+            (got.logprobs_T * mb.weights_T).sum().backward()
+        assert (got.logprobs_T - want).abs().max() < 1e-10
+        for path, (a, b) in adapter.pairs.items():
+            dense = net.get_submodule(path).weight.grad * adapter.scale
+            for ours, theirs in ((a.grad, b.T @ dense), (b.grad, dense @ a.T)):
+                assert (ours - theirs).abs().max() < 1e-9 * (1 + theirs.abs().max()), path
+    assert all(p.grad is None for p in model.parameters())
+    assert (model(mb).logprobs_T - want).abs().max() > 1e-2  # it does say something else than the base
+
+
+def test_what_is_adapted():
+    names = {k: {path.rpartition(".")[2] for path in adapted(make_model(k), LoraSpec(2))} for k in ("qwen2", "phi3")}
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert names["qwen2"] == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"} | mlp
+    assert names["phi3"] == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"}
+    model = make_model("llama3")
+    only = lambda **kinds: {p.rpartition(".")[2] for p in adapted(model, LoraSpec(2, **kinds))}  # noqa: E731
+    assert only(mlp=False, unembed=False) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert only(attn=False, unembed=False) == mlp and only(attn=False, mlp=False) == {"lm_head"}
+    assert len(adapted(model, LoraSpec(2))) == 15
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_refused_by_name(name):
+    with pytest.raises(UserError, match=r"lora.mlp: model type '(mixtral|qwen3_moe)'.*layers.0.mlp.experts.*mlp"):
+        Adapter(make_model(name), LoraSpec(2), name="a", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("changes", [{"rank": 0}, {"alpha": 0.0}, {"mlp": False, "attn": False, "unembed": False}])
+def test_a_spec_without_sense_is_refused(changes):
+    with pytest.raises(UserError, match="lora"):
+        LoraSpec(**{"rank": 2, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_and_no_adapter_are_the_base_bit_for_bit(dtype):
+    model = make_model("gemma2", dtype)
+    mb = collate(make_rows(), torch.float32, "cpu")
+    before = model(mb, entropy=True)
+    adapter = Adapter(model, LoraSpec(4), name="a", dtype=dtype)
+    assert {p.dtype for p in adapter.parameters()} == {dtype}
+    install(model)
+    for segments in ([], [(0, 62, None)], [(0, 62, adapter)]):
+        with routed(model, segments):
+            now = model(mb, entropy=True)
+        assert torch.equal(now.logprobs_T, before.logprobs_T) and torch.equal(now.entropy_T, before.entropy_T)
+    assert torch.equal(model(mb).logprobs_T, before.logprobs_T)
+
+
+def test_start_values_are_those_of_peft_and_keyed_by_seed_and_path():
+    model = make_model("qwen3")
+    one, same, other = (Adapter(model, LoraSpec(8, seed=s), name="a", dtype=torch.float32) for s in (0, 0, 1))
+    for path, (a, b) in one.pairs.items():
+        bound = a.shape[1] ** -0.5
+        assert 0.9 * bound < a.abs().max() <= bound and abs(float(a.detach().mean())) < 0.2 * bound and not b.any()
+        assert torch.equal(a, same.pairs[path][0]) and not torch.equal(a, other.pairs[path][0])
+        assert torch.equal(a, one.get_parameter(f"{path}.A"))
+    twins = [one.pairs[f"model.layers.{i}.self_attn.q_proj"][0] for i in (0, 1)]
+    assert not torch.equal(*twins) and one.scale == 4.0
+    few = Adapter(model, LoraSpec(8, mlp=False), name="a", dtype=torch.float32)
+    assert torch.equal(few.pairs["lm_head"][0], one.pairs["lm_head"][0])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("again", [False, True])
+def test_each_token_goes_through_its_own_adapter(packing, again):
+    """Four rows: adapter a, the base, b (no unembedding), a again; with checkpointed layers too."""
+    cfg = ModelConfig(
+        tiny=TinyModelConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48),
+        activation_checkpointing=again,
+    )
+    model = build_model(cfg, load_tokenizer(cfg), dtype=torch.float64).requires_grad_(False)
+    rows = make_rows()
+    a, b = trained(model, LoraSpec(2)), trained(model, LoraSpec(5, unembed=False), seed=2, name="b")
+    owners, want, grads = (a, None, b, a), [], {}
+    for row, owner in zip(rows, owners, strict=True):
+        mb = collate([row], torch.float64, "cpu")
+        with routed(model, [(0, len(row.tokens), owner)]):
+            out = model(mb, entropy=True)
+            want.append(out)
+            if owner is not None:
+                (out.logprobs_T * mb.weights_T + 0.1 * out.entropy_T).sum().backward()
+    for owner in (a, b):
+        grads[owner.name] = [p.grad.clone() for p in owner.parameters()]
+        owner.zero_grad()
+    mb = collate(rows, torch.float64, "cpu")
+    starts = mb.starts_S1.tolist()
+    with routed(model, list(zip(starts, starts[1:], owners, strict=False)), connect=True):
+        out = model(mb, entropy=True, packing=packing)
+        (out.logprobs_T * mb.weights_T + 0.1 * out.entropy_T).sum().backward()
+    assert (out.logprobs_T - torch.cat([x.logprobs_T for x in want])).abs().max() < 1e-12
+    assert (out.entropy_T - torch.cat([x.entropy_T for x in want])).abs().max() < 1e-12
+    for owner in (a, b):
+        for p, one in zip(owner.parameters(), grads[owner.name], strict=True):
+            assert (p.grad - one).abs().max() < 1e-12 * (1 + one.abs().max())
+
+
+def test_segments_must_fit_the_tokens():
+    model = make_model("qwen3")
+    adapter = trained(model, LoraSpec(2))
+    mb = collate(make_rows(), torch.float64, "cpu")
+    with routed(model, [(0, 61, adapter)]), pytest.raises(RuntimeError, match="sees 62 tokens, the adapters' .* 61"):
+        model(mb)
+    with routed(model, [(0, 4, adapter), (4, 62, None)]), pytest.raises(UserError, match="not whole rows"):
+        model(mb, packing=False)
+    with routed(model, [(0, 62, adapter)]), pytest.raises(RuntimeError, match="inside"), routed(model, []):
+        pass
+    assert model.router.segments == [] and not model.router.connect
