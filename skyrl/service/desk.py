@@ -1,0 +1,419 @@
+"""Where requests wait: order by seq_id, one run per request however often it is posted, fairness, futures.
+
+Pure bookkeeping under one lock, without torch, HTTP or disk. The front doors submit and ask for outcomes from their
+threads; the worker takes work and settles futures from its own.
+
+Rules (shared/tinker protocol, sections 4 and 6): a model's requests run by seq_id, not by arrival, because the client
+posts the chunks of one call in parallel. A number that never arrives is given up after `gap_seconds`. A repeated
+number finds the first request's future.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from skyrl.service.types import (
+    Accepted,
+    Busy,
+    Category,
+    CreateModel,
+    LoadWeights,
+    OptimStep,
+    Outcome,
+    Refused,
+    Request,
+    Result,
+    SampleQuery,
+    SaveWeights,
+    TrainRequest,
+    UnloadModel,
+)
+from skyrl.types import UserError
+
+Key = tuple[Any, ...]
+KEEP_SECONDS = 3600.0  # a result stays fetchable this long after it was made
+FETCHED_SECONDS = 120.0  # a result that was fetched is kept for repeated polls at least this long
+
+
+@dataclass(eq=False)
+class Job:
+    """A request with its future. `lane` is the model whose order it keeps, "" for samples."""
+
+    request_id: str
+    request: Request
+    owner: str
+    lane: str
+    key: Key | None
+    accepted: Accepted
+    arrived: float
+    state: str = "waiting"  # waiting, running, done, failed
+    result: Result | None = None
+    error: str = ""
+    category: Category = "unknown"
+    finished: float = 0.0
+    fetched: float = 0.0
+    cancelled: bool = False
+    calls: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Lane:
+    """One model's requests. `turn` is the next seq_id to run; `held` those that came early."""
+
+    owner: str
+    turn: int = 1
+    held: dict[int, Job] = field(default_factory=dict)
+    ready: deque[Job] = field(default_factory=deque)
+    served: int = 0  # when it last had a turn: the lane that waited longest comes first
+    dead: str = ""  # why nothing runs here any more
+    facts: dict[str, Any] | None = None  # of the created model
+
+
+class RequestDesk:
+    """The Desk of types.py, and the worker's side of it."""
+
+    def __init__(self, *, gap_seconds: float = 60.0, max_queued_samples: int = 4096) -> None:
+        self.gap_seconds, self.max_queued_samples = gap_seconds, max_queued_samples
+        self._lock = threading.Condition()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._by_key: dict[Key, Job] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._samples: dict[str, deque[Job]] = {}  # by owner
+        self._sample_turn: deque[str] = deque()
+        self._queued = 0  # samples that wait
+        self._cancelled: list[Job] = []
+        self._clock = itertools.count(1)
+        self._closed = ""
+        self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
+
+    # ---- the front doors' side -------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, *, owner: str) -> Accepted:
+        """See Desk. The answer to a repeated request is the first one's."""
+        with self._lock:
+            if self._closed:
+                raise Busy(self._closed)
+            lane_id, key = _place(request)
+            known = self._by_key.get(key) if key is not None else None
+            if known is not None and known.owner == owner:
+                return known.accepted
+            lane = self._lanes.get(lane_id) if lane_id else None
+            if known is not None or (lane is not None and lane.owner != owner):
+                raise UserError(f"{lane_id}: no such model")
+            if isinstance(request, SampleQuery):
+                self._check_room(request)
+            job = self._new_job(request, owner, lane_id, key)
+            if isinstance(request, SampleQuery):
+                self._queue_sample(job)
+            else:
+                self._queue_for_model(job, lane)
+            self._lock.notify_all()
+        _run(job)
+        return job.accepted
+
+    def _new_job(self, request: Request, owner: str, lane_id: str, key: Key | None) -> Job:
+        request_id = uuid.uuid4().hex
+        ids: tuple[str, ...] = ()
+        if isinstance(request, SampleQuery):
+            ids = tuple(f"{request_id}:{i}" for i in range(request.num_samples))
+        accepted = Accepted(request_id, lane_id or None, ids)
+        job = Job(request_id, request, owner, lane_id, key, accepted, time.monotonic())
+        self._jobs[request_id] = job
+        if key is not None:
+            self._by_key[key] = job
+        self._prune()
+        return job
+
+    def _check_room(self, request: SampleQuery) -> None:
+        if self._queued and self._queued + request.num_samples > self.max_queued_samples:
+            raise Busy(
+                f"{self._queued} samples are waiting, at most {self.max_queued_samples} may; try again in a moment"
+            )
+
+    def _queue_sample(self, job: Job) -> None:
+        if job.owner not in self._samples:
+            self._samples[job.owner] = deque()
+            self._sample_turn.append(job.owner)
+        self._samples[job.owner].append(job)
+        self._queued += job.request.num_samples
+
+    def _queue_for_model(self, job: Job, lane: Lane | None) -> None:
+        request = job.request
+        creates = isinstance(request, CreateModel) or (isinstance(request, LoadWeights) and request.model_id is None)
+        if creates:
+            lane = self._lanes[job.lane] = Lane(job.owner)
+            lane.ready.append(job)
+            return
+        if lane is None or lane.dead:
+            text = lane.dead if lane is not None else self._lost(job.lane, job.owner)
+            self._fail(job, text or f"{job.lane}: no such model", "user" if not text else "server")
+            return
+        seq = getattr(request, "seq_id", None)
+        if seq is None or isinstance(request, UnloadModel):
+            lane.ready.append(job)
+        elif seq < lane.turn:
+            self._fail(job, f"seq_id {seq} of {job.lane} came after its turn was given up; start a new client", "user")
+        else:
+            lane.held[seq] = job
+            _advance(lane)
+
+    def outcome(self, request_id: str, *, owner: str) -> Outcome:
+        """See Desk."""
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is None or job.owner != owner:
+                return Outcome("unknown")
+            if job.state == "done":
+                job.fetched = job.fetched or time.monotonic()
+                return Outcome("done", result=job.result)
+            if job.state == "failed":
+                return Outcome("failed", error=job.error, category=job.category)
+            return Outcome("pending", queue_state="active", reason=self._reason(job))
+
+    def _reason(self, job: Job) -> str:
+        if job.state == "running":
+            return "running"
+        if job.lane:
+            lane = self._lanes.get(job.lane)
+            if lane is not None and lane.held and min(lane.held) > lane.turn:
+                return f"waiting for request {lane.turn} of this model, which has not arrived"
+            ahead = sum(1 for other in self._lanes.values() if other.ready)
+            return f"{ahead} models have work waiting"
+        return f"{self._queued} samples are waiting"
+
+    def when_done(self, request_id: str, call: Callable[[], None]) -> None:
+        """See Desk."""
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is not None and job.state in ("waiting", "running"):
+                job.calls.append(call)
+                return
+        call()
+
+    def cancel(self, request_id: str, *, owner: str) -> None:
+        """See Desk. A sample that runs is taken out by the worker a moment later."""
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is None or job.owner != owner or not isinstance(job.request, SampleQuery):
+                return
+            if job.state == "waiting":
+                self._samples[owner].remove(job)
+                self._queued -= job.request.num_samples
+                self._fail(job, "cancelled by the client", "user")
+            elif job.state == "running":
+                job.cancelled = True
+                self._cancelled.append(job)
+                self._lock.notify_all()
+        _run(job)
+
+    def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
+        """See Desk."""
+        with self._lock:
+            lane = self._lanes.get(model_id)
+            if lane is None or lane.owner != owner or lane.facts is None:
+                raise UserError(f"{model_id}: no such model, or it is not ready")
+            return dict(lane.facts)
+
+    # ---- the worker's side -----------------------------------------------------------------------------------------
+
+    def explain_lost(self, call: Callable[[str, str], str]) -> None:
+        """`call(model_id, owner)` says why a model that is not open is gone, or "" when it never was."""
+        self._lost = call
+
+    def wait(self, seconds: float) -> None:
+        """Returns when there may be work, or after so many seconds."""
+        with self._lock:
+            if not self._has_work():
+                self._lock.wait(self._until_gap(seconds))
+
+    def has_news(self) -> bool:
+        """Whether something waits to be taken."""
+        with self._lock:
+            return self._has_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._cancelled) or self._queued > 0 or any(lane.ready for lane in self._lanes.values())
+
+    def _until_gap(self, seconds: float) -> float:
+        return min(seconds, self.gap_seconds / 4) if any(lane.held for lane in self._lanes.values()) else seconds
+
+    def take_training(self, alike: Callable[[TrainRequest], Any], max_tokens: int) -> list[Job]:
+        """The next work of models: the request that waited longest for its turn and, when that is a TrainRequest, the
+        first request of every other model with an equal `alike`, up to `max_tokens` tokens in all. [] when idle."""
+        with self._lock:
+            self._give_up_gaps()
+            lanes = sorted((lane for lane in self._lanes.values() if lane.ready), key=lambda lane: lane.served)
+            if not lanes:
+                return []
+            jobs = [self._pop(lanes[0])]
+            first = jobs[0].request
+            if isinstance(first, TrainRequest) and not first.problem:
+                tokens, kind = _tokens(first), alike(first)
+                for lane in lanes[1:]:
+                    request = lane.ready[0].request
+                    if not isinstance(request, TrainRequest) or request.problem or alike(request) != kind:
+                        continue
+                    if tokens + _tokens(request) > max_tokens:
+                        continue
+                    tokens += _tokens(request)
+                    jobs.append(self._pop(lane))
+            return jobs
+
+    def _pop(self, lane: Lane) -> Job:
+        lane.served = next(self._clock)
+        job = lane.ready.popleft()
+        job.state = "running"
+        return job
+
+    def _give_up_gaps(self) -> None:
+        now = time.monotonic()
+        for lane in self._lanes.values():
+            if lane.held and lane.turn not in lane.held:
+                first = min(lane.held)
+                if now - lane.held[first].arrived >= self.gap_seconds:
+                    lane.turn = first
+                    _advance(lane)
+
+    def take_samples(self, room: int) -> list[Job]:
+        """Sample requests for about `room` more sequences, one owner after the other in turn."""
+        taken: list[Job] = []
+        with self._lock:
+            while room > 0 and self._queued:
+                owner = self._sample_turn[0]
+                self._sample_turn.rotate(-1)
+                if not self._samples[owner]:
+                    continue
+                job = self._samples[owner].popleft()
+                job.state = "running"
+                self._queued -= job.request.num_samples
+                room -= job.request.num_samples
+                taken.append(job)
+        return taken
+
+    def take_cancelled(self) -> list[Job]:
+        """Running samples that their clients withdrew since the last call."""
+        with self._lock:
+            taken, self._cancelled = [job for job in self._cancelled if job.state == "running"], []
+        return taken
+
+    def done(self, job: Job, result: Result) -> None:
+        """Settles a future with its result."""
+        with self._lock:
+            if job.state in ("done", "failed"):
+                return
+            job.state, job.result, job.finished = "done", result, time.monotonic()
+            self._lock.notify_all()
+        _run(job)
+
+    def failed(self, job: Job, error: Refused) -> None:
+        """Settles a future with an error."""
+        with self._lock:
+            self._fail(job, error.message, error.category)
+        _run(job)
+
+    def _fail(self, job: Job, message: str, category: Category) -> None:
+        if job.state in ("done", "failed"):
+            return
+        job.state, job.error, job.category, job.finished = "failed", message, category, time.monotonic()
+
+    def opened(self, model_id: str, facts: dict[str, Any]) -> None:
+        """A model exists now; `facts` are what open_model answers."""
+        with self._lock:
+            if model_id in self._lanes:
+                self._lanes[model_id].facts = facts
+
+    def closed(self, model_id: str, why: str) -> None:
+        """A model is gone: what waits for it fails with `why`, and so does what comes later."""
+        with self._lock:
+            lane = self._lanes.get(model_id)
+            if lane is None:
+                return
+            lane.dead, lane.facts = why, None
+            jobs = [*lane.ready, *lane.held.values()]
+            lane.ready.clear()
+            lane.held.clear()
+            for job in jobs:
+                self._fail(job, why, "user")
+        for job in jobs:
+            _run(job)
+
+    def models(self) -> list[str]:
+        """The open models."""
+        with self._lock:
+            return [name for name, lane in self._lanes.items() if not lane.dead]
+
+    def close(self, why: str) -> None:
+        """Accepts nothing more, and fails what waits."""
+        with self._lock:
+            self._closed = why
+            jobs = [job for job in self._jobs.values() if job.state == "waiting"]
+            for job in jobs:
+                self._fail(job, why, "server")
+            for lane in self._lanes.values():
+                lane.ready.clear()
+                lane.held.clear()
+            self._samples.clear()
+            self._sample_turn.clear()
+            self._queued = 0
+            self._lock.notify_all()
+        for job in jobs:
+            _run(job)
+
+    def _prune(self) -> None:
+        """Forgets old futures: fetched ones after a while, others after an hour."""
+        now = time.monotonic()
+        while self._jobs:
+            job = next(iter(self._jobs.values()))
+            if job.state not in ("done", "failed"):
+                self._jobs.move_to_end(job.request_id)
+                break
+            age = now - (job.fetched or job.finished)
+            if age < (FETCHED_SECONDS if job.fetched else KEEP_SECONDS):
+                break
+            del self._jobs[job.request_id]
+            if job.key is not None:
+                self._by_key.pop(job.key, None)
+
+
+def _place(request: Request) -> tuple[str, Key | None]:
+    """The lane of a request ("" = none) and the key that makes two posts the same request."""
+    if isinstance(request, SampleQuery):
+        session = request.sampling_session_id
+        return "", None if session is None else ("sample", session, request.seq_id)
+    if isinstance(request, CreateModel):
+        return request.model_id, ("create", request.model_id)
+    if isinstance(request, LoadWeights) and request.model_id is None:
+        model_id = f"{request.session_id}:train:{request.model_seq_id}"
+        return model_id, ("create", model_id)
+    if isinstance(request, UnloadModel):
+        return request.model_id, ("unload", request.model_id)
+    assert isinstance(request, (TrainRequest, OptimStep, SaveWeights, LoadWeights))
+    key = None if request.seq_id is None else ("model", request.model_id, request.seq_id)
+    return str(request.model_id), key
+
+
+def _advance(lane: Lane) -> None:
+    """Moves the requests whose turn has come to the ready ones."""
+    while lane.turn in lane.held:
+        lane.ready.append(lane.held.pop(lane.turn))
+        lane.turn += 1
+
+
+def _tokens(request: TrainRequest) -> int:
+    return sum(len(datum.tokens) for datum in request.data)
+
+
+def _run(job: Job) -> None:
+    """Calls who waits for a settled job; outside of the lock, because they may ask the desk."""
+    if job.state not in ("done", "failed"):
+        return
+    calls, job.calls = job.calls, []
+    for call in calls:
+        call()

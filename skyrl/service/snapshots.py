@@ -1,0 +1,102 @@
+"""Weights to sample from: published by a tenant, or read from a checkpoint; never changed after.
+
+Every name has one home that outlives the device: a checkpoint on disk, or (ephemeral snapshots) host memory, from
+which the oldest move to files when there are many. The ranks hold only those that are in use.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from skyrl.service.books import Books, Content
+from skyrl.service.commands import LoadAdapter
+from skyrl.service.leader import Leader
+from skyrl.service.tenants import Tenant, Tenants
+from skyrl.service.types import Refused
+
+HOST_BYTES = 4 << 30  # ephemeral snapshots in host memory; older ones move to files
+RESIDENT = 64  # adapters on the ranks that nothing is drawn from
+
+
+@dataclass(eq=False)
+class _Resident:
+    uses: int = 0
+    used: int = 0
+
+
+class Snapshots:
+    """Published weights by name: a sampling session id (ephemeral) or a tinker:// path."""
+
+    def __init__(self, leader: Leader, books: Books, tenants: Tenants) -> None:
+        self.leader, self.books, self.tenants = leader, books, tenants
+        self._resident: dict[str, _Resident] = {}
+        self._host: OrderedDict[str, Content] = OrderedDict()
+        self._spilled: set[str] = set()
+        self._clock = itertools.count(1)
+
+    def publish(self, name: str, tenant: Tenant, content: Content | None = None) -> None:
+        """Makes the tenant's weights as they are now sampleable under `name`; no disk is touched.
+
+        `content`: what was copied to the host for a checkpoint already; without it an ephemeral copy is kept.
+        """
+        self.leader.call("publish", (name, tenant.model))
+        self._resident[name] = _Resident(used=next(self._clock))
+        if content is None:
+            self._keep(name, self.tenants.content(tenant, optimizer=False))
+        self._make_room()
+
+    def _keep(self, name: str, content: Content) -> None:
+        self._host[name] = content
+        while sum(one.nbytes() for one in self._host.values()) > HOST_BYTES and len(self._host) > 1:
+            old, weights = self._host.popitem(last=False)
+            self.books.spill(old, weights)
+            self._spilled.add(old)
+
+    def forget(self, name: str) -> None:
+        """Frees an ephemeral snapshot that nobody can ask for any more."""
+        self._host.pop(name, None)
+        if name in self._spilled:
+            self._spilled.discard(name)
+            self.books.drop_spilled(name)
+        self._evict(name)
+
+    def acquire(self, name: str, owner: str) -> None:
+        """Makes sure that the ranks hold `name`, and that they keep it until `release`. Raises Refused, UserError."""
+        if name not in self._resident:
+            content = self._find(name, owner)
+            if content.lora is None:
+                raise Refused(f"{name} holds all parameters of a model; only adapters can be sampled here")
+            self.leader.call("load_adapter", LoadAdapter(name, content.lora, content.weights))
+            self._resident[name] = _Resident()
+        entry = self._resident[name]
+        entry.uses, entry.used = entry.uses + 1, next(self._clock)
+        self._make_room()
+
+    def _find(self, name: str, owner: str) -> Content:
+        if name in self._host:
+            return self._host[name]
+        if name in self._spilled:
+            return self.books.read_spilled(name)
+        if name.startswith("tinker://"):
+            return self.books.read(name, owner)
+        raise Refused(
+            f"{name}: this snapshot was lost when the server restarted; save weights under a name to keep them",
+            "server",
+        )
+
+    def release(self, name: str) -> None:
+        """One request of `name` has ended."""
+        self._resident[name].uses -= 1
+
+    def _make_room(self) -> None:
+        idle = sorted((one.used, name) for name, one in self._resident.items() if one.uses == 0)
+        for _, name in idle[: max(0, len(idle) - RESIDENT)]:
+            self._evict(name)
+
+    def _evict(self, name: str) -> None:
+        entry = self._resident.get(name)
+        if entry is not None and entry.uses == 0:
+            del self._resident[name]
+            self.leader.call("drop_adapter", name)

@@ -1,0 +1,202 @@
+"""The models that clients train: made, loaded, parked and closed. Rank 0's replicated knowledge of them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from skyrl.config.serve import ServeConfig
+from skyrl.service.books import Books, Content
+from skyrl.service.commands import Create
+from skyrl.service.leader import Leader
+from skyrl.service.types import CreateModel, LoadWeights, Refused, ServerFacts
+from skyrl.types import LoraSpec
+
+
+@dataclass(eq=False)
+class Tenant:
+    """One model. `lora` None: all parameters. `pending`: it has a gradient. `spoiled`: a part of the step under way
+    failed, so the next optim_step is refused."""
+
+    model: str
+    owner: str
+    session: str
+    base_model: str
+    lora: LoraSpec | None
+    used: int = 0
+    steps: int = 0
+    pending: bool = False
+    spoiled: bool = False
+    parked: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """What get_info tells."""
+        lora = self.lora
+        return {
+            "base_model": self.base_model,
+            "is_lora": lora is not None,
+            "lora_rank": lora.rank if lora is not None else None,
+            "train_mlp": lora.mlp if lora is not None else True,
+            "train_attn": lora.attn if lora is not None else True,
+            "train_unembed": lora.unembed if lora is not None else True,
+        }
+
+
+class Tenants:
+    """Open models. Only the worker's thread calls it."""
+
+    def __init__(self, cfg: ServeConfig, leader: Leader, books: Books, facts: ServerFacts) -> None:
+        self.cfg, self.leader, self.books, self.server = cfg, leader, books, facts
+        self._open: dict[str, Tenant] = {}
+        self._clock = itertools.count(1)
+
+    def find(self, model: str) -> Tenant | None:
+        """The open model of that name, or None."""
+        return self._open.get(model)
+
+    def get(self, model: str) -> Tenant:
+        """The open model of that name. Raises Refused."""
+        if model not in self._open:
+            raise Refused(f"{model}: no such model")
+        return self._open[model]
+
+    def finished(self) -> list[Tenant]:
+        """Models whose session has ended or has been silent for too long."""
+        ended = self.books.ended_sessions({tenant.session for tenant in self._open.values()})
+        return [tenant for tenant in self._open.values() if tenant.session in ended]
+
+    def create(self, request: CreateModel, owner: str) -> Tenant:
+        """A new model. Raises Refused for an unknown base, a rank out of range, another optimizer, or no room."""
+        if request.problem:
+            raise Refused(request.problem)
+        self._check_base(request.base_model)
+        if request.optimizer != "adamw":
+            raise Refused(
+                f"optimizer_config type {request.optimizer!r} is refused: its update is not public; use adamw"
+            )
+        lora = None
+        if request.rank != 0:
+            if not self.server.adaptable:
+                raise Refused("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
+            if not 1 <= request.rank <= self.cfg.service.max_rank:
+                raise Refused(f"lora rank {request.rank}; allowed: 1 to {self.cfg.service.max_rank}")
+            if not (request.train_mlp or request.train_attn or request.train_unembed):
+                raise Refused("train_mlp, train_attn and train_unembed are all false; at least one has to be true")
+            seed = request.seed if request.seed is not None else self.cfg.seed
+            lora = LoraSpec(
+                rank=request.rank,
+                seed=seed,
+                mlp=request.train_mlp,
+                attn=request.train_attn,
+                unembed=request.train_unembed,
+            )
+        tenant = Tenant(request.model_id, owner, request.session_id, request.base_model, lora)
+        self._add(tenant)
+        self.books.add_run(tenant, request.user_metadata)
+        return tenant
+
+    def create_from(self, request: LoadWeights, model: str, owner: str) -> Tenant:
+        """A new model from a checkpoint: rank and flags come from there."""
+        if request.problem:
+            raise Refused(request.problem)
+        if request.optimizer_type != "adamw":
+            raise Refused(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
+        content = self.books.read(request.path, owner)
+        base = request.base_model or content.base_model
+        self._check_base(base)
+        assert request.session_id is not None
+        tenant = Tenant(model, owner, request.session_id, base, content.lora)
+        self._check_content(content, request)
+        self._add(tenant)
+        self._load(tenant, content, request.optimizer)
+        self.books.add_run(tenant, request.user_metadata)
+        return tenant
+
+    def load_into(self, tenant: Tenant, request: LoadWeights) -> None:
+        """Replaces a model's weights and, with request.optimizer, its optimizer state; without, that starts anew.
+        A pending gradient is dropped. Raises Refused when the checkpoint has another form."""
+        if request.problem:
+            raise Refused(request.problem)
+        content = self.books.read(request.path, tenant.owner)
+        self._check_content(content, request)
+        ours, theirs = tenant.lora, content.lora
+        if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
+            raise Refused(f"{request.path} has {_describe(theirs)}, {tenant.model} has {_describe(ours)}")
+        self.use(tenant.model)
+        self._load(tenant, content, request.optimizer)
+        tenant.pending = tenant.spoiled = False
+
+    def _check_content(self, content: Content, request: LoadWeights) -> None:
+        if request.optimizer and content.optimizer is None:
+            raise Refused(
+                f"{request.path} has no optimizer state; load it without, or save with save_state instead of "
+                "save_weights_for_sampler"
+            )
+        if content.lora is not None and not self.server.adaptable:
+            raise Refused(f"{request.path} is an adapter; this server trains all parameters")
+
+    def _load(self, tenant: Tenant, content: Content, optimizer: bool) -> None:
+        state: dict[str, Any] = {"weights": content.weights}
+        if optimizer:
+            assert content.optimizer is not None
+            state.update(content.optimizer)
+        self.leader.call("load", (tenant.model, state, optimizer))
+
+    def _check_base(self, name: str) -> None:
+        if name not in self.server.aliases:
+            names = ", ".join(self.server.aliases)
+            raise Refused(f"base_model {name!r} is not served here; there are: {names}; add it with service.aliases")
+
+    def _add(self, tenant: Tenant) -> None:
+        limit = self.cfg.service.max_models
+        if tenant.lora is None:
+            if not self.server.full_parameters:
+                raise Refused(
+                    "lora rank 0 asks for training of all parameters; start the server with "
+                    "service.full_parameters=true for it"
+                )
+            limit = 1
+        if len(self._open) >= limit:
+            raise Refused(
+                f"{len(self._open)} models are open, at most {limit} may be; end a session, or raise service.max_models"
+                if limit > 1
+                else "a model is open; training all parameters allows one at a time: unload it, or end its session"
+            )
+        self.leader.call("create", Create(tenant.model, tenant.lora))
+        self._open[tenant.model] = tenant
+        self.use(tenant.model)
+
+    def use(self, model: str) -> None:
+        """Marks a model as used now; parks those that were idle for longest when too many are on the device."""
+        tenant = self._open[model]
+        tenant.used, tenant.parked = next(self._clock), False
+        resident = [one for one in self._open.values() if not one.parked and one.lora is not None]
+        resident.sort(key=lambda one: one.used)
+        for idle in resident[: max(0, len(resident) - self.cfg.service.max_resident_models)]:
+            if idle.model != model:
+                self.leader.call("park", idle.model)
+                idle.parked = True
+
+    def drop(self, model: str) -> None:
+        """Closes a model and frees its memory."""
+        if self._open.pop(model, None) is not None:
+            self.leader.call("drop", model)
+
+    def content(self, tenant: Tenant, *, optimizer: bool) -> Content:
+        """Everything that a checkpoint of this model holds, on the CPU."""
+        state = self.leader.call("state", (tenant.model, optimizer))[0]
+        weights = state.pop("weights")
+        return Content(tenant.base_model, tenant.lora, weights, state if optimizer else None)
+
+
+def _form(lora: LoraSpec | None) -> tuple[Any, ...]:
+    assert lora is not None
+    return (lora.rank, lora.alpha, lora.mlp, lora.attn, lora.unembed)
+
+
+def _describe(lora: LoraSpec | None) -> str:
+    if lora is None:
+        return "all parameters"
+    parts = [name for name in ("mlp", "attn", "unembed") if getattr(lora, name)]
+    return f"a LoRA adapter of rank {lora.rank} on {', '.join(parts)}"
