@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 # Options for a run: make train ARGS="seed=2 batch.num_steps=50"
 ARGS ?=
-# Processes of `make train`.
+# Processes of `make train` and `make serve`.
 RANKS ?= 2
 # learning.py reads finished runs, gpu.py wants a GPU: both are started by hand.
 BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py gpu.py),$(sort $(wildcard benchmarks/*.py)))
@@ -14,7 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow lint bench clean
+PORT ?= 8000
+
+.PHONY: help install train serve test test-slow lint bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -26,11 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("skyrl: error: Python 3.10 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,serve,age]'
 	@touch $@
 
 train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARGS
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node=$(RANKS) -m skyrl.train $(ARGS)
+
+serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); options in ARGS
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m skyrl.serve service.port=$(PORT) $(ARGS)
 
 test: $(STAMP) ## the CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
