@@ -36,7 +36,8 @@ class Loss:
     """A loss with what it needs. `needs` are Microbatch fields that must be there; `logprobs_T` may be `anchor_T`.
 
     kind: "policy" (may have a correction, KL and entropy terms), "supervised" (KL and entropy), "critic" (neither).
-    `params` are the keyword arguments with their defaults. `ratio`: clips or weights by pi / base.
+    `params` are the keyword arguments with their defaults. `ratio`: clips or weights by pi / base. `ratio_mask`: reads
+    the rows' mask of that name, and so log-probabilities at untrained tokens. `many`: also for targets [T, K].
     """
 
     fn: LossFn
@@ -44,6 +45,8 @@ class Loss:
     params: dict[str, float]
     kind: Literal["policy", "supervised", "critic"]
     ratio: bool
+    ratio_mask: bool = False
+    many: bool = False
 
     def __post_init__(self) -> None:
         # The registry tells a re-imported thing from a second one of the same name by this attribute.
@@ -60,6 +63,8 @@ def register_loss(
     needs: tuple[str, ...],
     kind: Literal["policy", "supervised", "critic"] = "policy",
     ratio: bool = False,
+    ratio_mask: bool = False,
+    many: bool = False,
 ) -> Callable[[LossFn], LossFn]:
     """Decorator that puts fn(outputs, rows, *, param=default, ...) -> (loss_T, metrics) into LOSSES.
 
@@ -74,7 +79,7 @@ def register_loss(
         keywords = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
         if bare := [p.name for p in keywords if p.default is p.empty]:
             raise UserError(f"loss {name!r}: parameter {bare[0]} needs a default value")
-        LOSSES.register(name)(Loss(fn, needs, {p.name: p.default for p in keywords}, kind, ratio))
+        LOSSES.register(name)(Loss(fn, needs, {p.name: p.default for p in keywords}, kind, ratio, ratio_mask, many))
         return fn
 
     return keep
@@ -93,10 +98,15 @@ def _base(rows: Microbatch) -> Tensor:
     return base_T
 
 
-def _bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, trained_T: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - clip_low and 1 + clip_high as tensors; per-token bounds are sanitised here as the rows are elsewhere."""
-    low_T, high_T = (torch.as_tensor(c, dtype=like_T.dtype, device=like_T.device) for c in (clip_low, clip_high))
-    return 1.0 - torch.where(trained_T, low_T, 0.0), 1.0 + torch.where(trained_T, high_T, 0.0)
+def _bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, rows: Microbatch) -> tuple[Tensor, Tensor]:
+    """1 - clip_low and 1 + clip_high as tensors, of the rows' own bounds where they have them; per-token parameters
+    are sanitised here as the rows are elsewhere."""
+    given = (clip_low if rows.clip_low_T is None else rows.clip_low_T, rows.clip_high_T)
+    low_T, high_T = (
+        torch.where(_trained(rows), torch.as_tensor(c, dtype=like_T.dtype, device=like_T.device), 0.0)
+        for c in (given[0], clip_high if given[1] is None else given[1])
+    )
+    return 1.0 - low_T, 1.0 + high_T
 
 
 def _sum_by_row(x_T: Tensor, rows: Microbatch) -> Tensor:
@@ -158,7 +168,7 @@ def ppo(
     """
     log_ratio_T = outputs.logprobs_T - _base(rows)
     ratio_T = torch.exp(log_ratio_T)
-    bounds = _bounds(clip_low, clip_high, ratio_T, _trained(rows))
+    bounds = _bounds(clip_low, clip_high, ratio_T, rows)
     loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
     return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
@@ -174,13 +184,13 @@ def cispo(
     """
     log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
     ratio_T = torch.exp(log_ratio_T)
-    low_T, high_T = _bounds(clip_low, clip_high, ratio_T, _trained(rows))
+    low_T, high_T = _bounds(clip_low, clip_high, ratio_T, rows)
     weight_T = torch.minimum(torch.maximum(ratio_T, low_T), high_T)
     clipped_T = (ratio_T < low_T) | (ratio_T > high_T)
     return -weight_T * rows.advantages_T * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("gspo", needs=("logprobs_T", "advantages_T"), ratio=True)
+@register_loss("gspo", needs=("logprobs_T", "advantages_T"), ratio=True, ratio_mask=True)
 def gspo(
     outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4
 ) -> tuple[Tensor, TokenMetrics]:
@@ -188,16 +198,16 @@ def gspo(
 
     The token form (GSPO-token): its value and clipping are the sequence's, its gradient passes through each token, so
     that per-token weights and advantages work; with one advantage per row and sequence_mean it is GSPO. The mean is
-    over trained tokens of one row. Source: Zheng et al. 2025, arXiv 2507.18071, equations 5, 13 and 14; defaults of
-    its section 5.1. Clip ranges made for ppo (0.2) hardly ever clip here. Differs: a row is the sequence, also when an
-    episode has several rows.
+    over trained tokens of one row, or those of its ratio_mask, trained or not. Source: Zheng et al. 2025, arXiv
+    2507.18071, equations 5, 13 and 14; defaults of its section 5.1. Clip ranges made for ppo (0.2) hardly ever clip
+    here. Differs: a row is the sequence, also when an episode has several rows.
     """
-    trained_T = _trained(rows)
+    counted_T = _trained(rows) if rows.ratio_mask_T is None else rows.ratio_mask_T != 0
     log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
-    count_S = _sum_by_row(trained_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
-    log_sequence_T = (_sum_by_row(torch.where(trained_T, log_ratio_T, 0.0), rows) / count_S)[rows.row_T]
+    count_S = _sum_by_row(counted_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
+    log_sequence_T = (_sum_by_row(torch.where(counted_T, log_ratio_T, 0.0), rows) / count_S)[rows.row_T]
     ratio_T = torch.exp(log_sequence_T) * torch.exp(outputs.logprobs_T - outputs.logprobs_T.detach())
-    bounds = _bounds(clip_low, clip_high, ratio_T, trained_T)
+    bounds = _bounds(clip_low, clip_high, ratio_T, rows)
     loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
     return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
@@ -215,9 +225,9 @@ def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float = 0.05) -> tupl
     return loss_T, _ratio_metrics(ratio_T, torch.zeros_like(ratio_T, dtype=torch.bool), log_ratio_T)
 
 
-@register_loss("cross_entropy", needs=(), kind="supervised")
+@register_loss("cross_entropy", needs=(), kind="supervised", many=True)
 def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
-    """-log pi of the target in nats. Weights may be negative."""
+    """-log pi of the target in nats, or of each of K targets [T, K]. Weights may be negative."""
     return -outputs.logprobs_T, {"nll:mean": -outputs.logprobs_T.detach()}
 
 
@@ -288,16 +298,19 @@ def sequence_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tens
 # ---- what the engine calls
 
 
-def sanitised(outputs: ForwardOutput, rows: Microbatch) -> tuple[ForwardOutput, Microbatch]:
+def sanitised(
+    outputs: ForwardOutput, rows: Microbatch, also_T: Tensor | None = None
+) -> tuple[ForwardOutput, Microbatch]:
     """Both arguments with 0 at every untrained token (weight 0) of every optional field and output.
 
     Before any arithmetic, because torch.where after it would still multiply a NaN by a zero gradient. Outputs stay
-    connected to the graph, so that a microbatch of padding has a gradient (of zeros) too.
+    connected to the graph, so that a microbatch of padding has a gradient (of zeros) too. Tokens where `also_T` is
+    true keep what they hold as well.
     """
-    trained_T = _trained(rows)
+    kept_T = _trained(rows) if also_T is None else _trained(rows) | also_T
 
     def clean(x_T: Tensor | None) -> Tensor | None:
-        return None if x_T is None else torch.where(trained_T, x_T, torch.zeros_like(x_T))
+        return None if x_T is None else torch.where(kept_T, x_T, torch.zeros_like(x_T))
 
     optional = {f.name: clean(getattr(rows, f.name)) for f in fields(Microbatch) if f.default is None}
     outputs = ForwardOutput(clean(outputs.logprobs_T), clean(outputs.entropy_T), clean(outputs.values_T))
@@ -354,8 +367,25 @@ def _mismatch_metrics(outputs: ForwardOutput, rows: Microbatch) -> TokenMetrics:
     }
 
 
+def _many_targets(loss: Loss, outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tuple[Tensor, TokenMetrics]:
+    """The loss of each of K targets, [T, K]; only for losses that are made for it, with nothing added to them."""
+    if not loss.many or spec.kl_coef or spec.entropy_coef:
+        wanted = f"loss {spec.name}" if not loss.many else f"loss {spec.name} with kl_coef or entropy_coef"
+        allowed = ", ".join(name for name in LOSSES.names() if LOSSES.get(name).many)
+        raise UserError(
+            f"{wanted}: the rows have targets [L, {rows.targets_T.shape[1]}]; give one target per position, or use one "
+            f"of: {allowed} (kl_coef and entropy_coef 0)"
+        )
+    trained_TK = _trained(rows)
+    clean = torch.where(trained_TK, outputs.logprobs_T, torch.zeros_like(outputs.logprobs_T))
+    nothing: dict[str, Any] = {f.name: None for f in fields(Microbatch) if f.default is None}
+    loss_TK, metrics = loss.fn(ForwardOutput(clean), replace(rows, **nothing), **spec.params)
+    return torch.where(trained_TK, loss_TK, 0.0), metrics
+
+
 def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tuple[Tensor, TokenMetrics]:
     """policy * correction + kl_coef * KL - entropy_coef * entropy of each token, [T], not yet weighted; and metrics.
+    [T, K] for cross-entropy with K targets.
 
     Untrained tokens have loss 0 and gradient 0 whatever they hold. Metrics are detached [T] tensors, to be reduced
     over trained tokens: those of the loss; "entropy:mean"; "kl_reference:mean" (by spec.kl_estimator) when rows have a
@@ -364,6 +394,8 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
     Raises UserError when a needed field is missing or an option does not apply.
     """
     loss = check_spec(spec)
+    if rows.targets_T.ndim == 2:
+        return _many_targets(loss, outputs, rows, spec)
     rows = _with_fields(rows, _needed_fields(loss, rows, spec), spec)
     if loss.kind == "critic" and outputs.values_T is None:
         raise UserError(f"loss {spec.name}: model without a value head; train it on a critic")
@@ -371,6 +403,7 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
         raise RuntimeError(
             f"loss {spec.name}: entropy_coef is {spec.entropy_coef}, but the forward pass gave no entropy"
         )
+    given = (outputs, rows)
     outputs, rows = sanitised(outputs, rows)
     metrics: TokenMetrics = {}
     correction_T = None
@@ -382,7 +415,13 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
         metrics["correction:mean"] = correction_T
         changed_T = (correction_T >= spec.correction_cap) | (correction_T == 0)
         metrics["correction_capped:mean"] = changed_T.to(correction_T.dtype)
-    loss_T, own_metrics = loss.fn(outputs, rows, **spec.params)
+    if loss.ratio_mask and rows.ratio_mask_T is not None:  # its tokens count in a ratio without being trained
+        wide = sanitised(*given, given[1].ratio_mask_T != 0)
+        anchor_T = wide[0].logprobs_T.detach() if correction_T is not None and given[1].anchor_T is None else None
+        own = (wide[0], wide[1] if anchor_T is None else replace(wide[1], anchor_T=anchor_T))
+    else:
+        own = (outputs, rows)
+    loss_T, own_metrics = loss.fn(*own, **spec.params)
     metrics.update(own_metrics)
     if correction_T is not None:
         loss_T = loss_T * correction_T
