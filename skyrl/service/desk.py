@@ -329,13 +329,16 @@ class RequestDesk:
             if model_id in self._lanes:
                 self._lanes[model_id].facts = facts
 
-    def closed(self, model_id: str, why: str) -> None:
-        """A model is gone: what waits for it fails with `why`, and so does what comes later."""
+    def closed(self, model_id: str, why: str, *, forget: bool = False) -> None:
+        """A model is gone: what waits for it fails with `why`, and so does what comes later. forget: it never was,
+        and its name does not belong to who asked for it."""
         with self._lock:
             lane = self._lanes.get(model_id)
             if lane is None:
                 return
             lane.dead, lane.facts = why, None
+            if forget:
+                del self._lanes[model_id]
             jobs = [*lane.ready, *lane.held.values()]
             lane.ready.clear()
             lane.held.clear()

@@ -108,7 +108,7 @@ class Sampling:
                 for i, one in enumerate(params)
             ]
         if adapter:
-            self.snapshots.acquire(adapter, job.owner)
+            self.snapshots.acquire(adapter)
         self._works[job.request_id] = work
         work.missing = len(requests)
         self._place(work, requests)
@@ -121,13 +121,13 @@ class Sampling:
         path, base, sampler_id = query.model_path, query.base_model, query.sampling_session_id
         if sampler_id is not None:
             sampler = self.books.sampler(sampler_id, owner)
-            if sampler is None:
-                raise Refused(f"sampling session {sampler_id}: no such session")
-            if sampler.ephemeral:
+            if sampler.ephemeral_run is not None:
                 return sampler_id
+            if sampler.model_path and sampler.version:
+                return f"{sampler.model_path}#{sampler.version}"
             path, base = sampler.model_path, sampler.base_model
         if path:
-            return path
+            return f"{path}#{self.books.version(path, owner)}"
         if base not in self.facts.aliases:
             raise Refused(f"base_model {base!r} is not served here; there are: {', '.join(self.facts.aliases)}")
         return ""

@@ -10,7 +10,8 @@ import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from skyrl.service.books import Books, Content
+from skyrl.service.archive_content import Content
+from skyrl.service.books import Books, adapter_weights, num_bytes
 from skyrl.service.commands import LoadAdapter
 from skyrl.service.leader import Leader
 from skyrl.service.tenants import Tenant, Tenants
@@ -27,7 +28,7 @@ class _Resident:
 
 
 class Snapshots:
-    """Published weights by name: a sampling session id (ephemeral) or a tinker:// path."""
+    """Published weights by name: a sampling session id (ephemeral), or a tinker:// path with its version after "#"."""
 
     def __init__(self, leader: Leader, books: Books, tenants: Tenants) -> None:
         self.leader, self.books, self.tenants = leader, books, tenants
@@ -36,20 +37,16 @@ class Snapshots:
         self._spilled: set[str] = set()
         self._clock = itertools.count(1)
 
-    def publish(self, name: str, tenant: Tenant, content: Content | None = None) -> None:
-        """Makes the tenant's weights as they are now sampleable under `name`; no disk is touched.
-
-        `content`: what was copied to the host for a checkpoint already; without it an ephemeral copy is kept.
-        """
+    def publish(self, name: str, tenant: Tenant) -> None:
+        """Makes the tenant's weights as they are now sampleable under an ephemeral name; no disk is touched."""
         self.leader.call("publish", (name, tenant.model))
         self._resident[name] = _Resident(used=next(self._clock))
-        if content is None:
-            self._keep(name, self.tenants.content(tenant, optimizer=False))
+        self._keep(name, self.tenants.content(tenant, optimizer=False))
         self._make_room()
 
     def _keep(self, name: str, content: Content) -> None:
         self._host[name] = content
-        while sum(one.nbytes() for one in self._host.values()) > HOST_BYTES and len(self._host) > 1:
+        while sum(map(num_bytes, self._host.values())) > HOST_BYTES and len(self._host) > 1:
             old, weights = self._host.popitem(last=False)
             self.books.spill(old, weights)
             self._spilled.add(old)
@@ -62,25 +59,27 @@ class Snapshots:
             self.books.drop_spilled(name)
         self._evict(name)
 
-    def acquire(self, name: str, owner: str) -> None:
+    def acquire(self, name: str) -> None:
         """Makes sure that the ranks hold `name`, and that they keep it until `release`. Raises Refused, UserError."""
         if name not in self._resident:
-            content = self._find(name, owner)
-            if content.lora is None:
+            content = self._find(name)
+            lora = content.facts.lora
+            if lora is None:
                 raise Refused(f"{name} holds all parameters of a model; only adapters can be sampled here")
-            self.leader.call("load_adapter", LoadAdapter(name, content.lora, content.weights))
+            self.leader.call("load_adapter", LoadAdapter(name, lora, adapter_weights(content)))
             self._resident[name] = _Resident()
         entry = self._resident[name]
         entry.uses, entry.used = entry.uses + 1, next(self._clock)
         self._make_room()
 
-    def _find(self, name: str, owner: str) -> Content:
+    def _find(self, name: str) -> Content:
         if name in self._host:
             return self._host[name]
         if name in self._spilled:
             return self.books.read_spilled(name)
         if name.startswith("tinker://"):
-            return self.books.read(name, owner)
+            path, _, version = name.rpartition("#")
+            return self.books.read_version(path, version)
         raise Refused(
             f"{name}: this snapshot was lost when the server restarted; save weights under a name to keep them",
             "server",

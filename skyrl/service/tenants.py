@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from skyrl.config.serve import ServeConfig
-from skyrl.service.books import Books, Content
+from skyrl.service.archive_content import Content
+from skyrl.service.books import Books, to_content, to_state
 from skyrl.service.commands import Create
 from skyrl.service.leader import Leader
+from skyrl.service.store_records import ModelFacts
 from skyrl.service.types import CreateModel, LoadWeights, Refused, ServerFacts
 from skyrl.types import LoraSpec
 
@@ -63,7 +65,8 @@ class Tenants:
 
     def finished(self) -> list[Tenant]:
         """Models whose session has ended or has been silent for too long."""
-        ended = self.books.ended_sessions({tenant.session for tenant in self._open.values()})
+        owners = {tenant.session: tenant.owner for tenant in self._open.values()}
+        ended = self.books.ended_sessions(set(owners), owners, self.cfg.service.model_idle_seconds)
         return [tenant for tenant in self._open.values() if tenant.session in ended]
 
     def create(self, request: CreateModel, owner: str) -> Tenant:
@@ -92,9 +95,13 @@ class Tenants:
                 unembed=request.train_unembed,
             )
         tenant = Tenant(request.model_id, owner, request.session_id, request.base_model, lora)
+        self.books.check_session(request.session_id, owner)
         self._add(tenant)
-        self.books.add_run(tenant, request.user_metadata)
+        self._record(tenant, request.model_seq_id, request.user_metadata)
         return tenant
+
+    def _record(self, tenant: Tenant, number: int, metadata: dict[str, str]) -> None:
+        self.books.add_run(tenant.owner, tenant.session, number, ModelFacts(tenant.base_model, tenant.lora), metadata)
 
     def create_from(self, request: LoadWeights, model: str, owner: str) -> Tenant:
         """A new model from a checkpoint: rank and flags come from there."""
@@ -102,15 +109,16 @@ class Tenants:
             raise Refused(request.problem)
         if request.optimizer_type != "adamw":
             raise Refused(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
-        content = self.books.read(request.path, owner)
-        base = request.base_model or content.base_model
+        assert request.session_id is not None and request.model_seq_id is not None
+        self.books.check_session(request.session_id, owner)
+        content = self.books.read(request.path, owner, optimizer=request.optimizer)
+        base = request.base_model or content.facts.base_model
         self._check_base(base)
-        assert request.session_id is not None
-        tenant = Tenant(model, owner, request.session_id, base, content.lora)
+        tenant = Tenant(model, owner, request.session_id, base, content.facts.lora)
         self._check_content(content, request)
         self._add(tenant)
         self._load(tenant, content, request.optimizer)
-        self.books.add_run(tenant, request.user_metadata)
+        self._record(tenant, request.model_seq_id, request.user_metadata)
         return tenant
 
     def load_into(self, tenant: Tenant, request: LoadWeights) -> None:
@@ -118,9 +126,9 @@ class Tenants:
         A pending gradient is dropped. Raises Refused when the checkpoint has another form."""
         if request.problem:
             raise Refused(request.problem)
-        content = self.books.read(request.path, tenant.owner)
+        content = self.books.read(request.path, tenant.owner, optimizer=request.optimizer)
         self._check_content(content, request)
-        ours, theirs = tenant.lora, content.lora
+        ours, theirs = tenant.lora, content.facts.lora
         if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
             raise Refused(f"{request.path} has {_describe(theirs)}, {tenant.model} has {_describe(ours)}")
         self.use(tenant.model)
@@ -128,20 +136,11 @@ class Tenants:
         tenant.pending = tenant.spoiled = False
 
     def _check_content(self, content: Content, request: LoadWeights) -> None:
-        if request.optimizer and content.optimizer is None:
-            raise Refused(
-                f"{request.path} has no optimizer state; load it without, or save with save_state instead of "
-                "save_weights_for_sampler"
-            )
-        if content.lora is not None and not self.server.adaptable:
+        if content.facts.lora is not None and not self.server.adaptable:
             raise Refused(f"{request.path} is an adapter; this server trains all parameters")
 
     def _load(self, tenant: Tenant, content: Content, optimizer: bool) -> None:
-        state: dict[str, Any] = {"weights": content.weights}
-        if optimizer:
-            assert content.optimizer is not None
-            state.update(content.optimizer)
-        self.leader.call("load", (tenant.model, state, optimizer))
+        self.leader.call("load", (tenant.model, to_state(content), optimizer))
 
     def _check_base(self, name: str) -> None:
         if name not in self.server.aliases:
@@ -180,14 +179,15 @@ class Tenants:
 
     def drop(self, model: str) -> None:
         """Closes a model and frees its memory."""
-        if self._open.pop(model, None) is not None:
+        tenant = self._open.pop(model, None)
+        if tenant is not None:
             self.leader.call("drop", model)
+            self.books.close_run(model, tenant.owner)
 
     def content(self, tenant: Tenant, *, optimizer: bool) -> Content:
         """Everything that a checkpoint of this model holds, on the CPU."""
         state = self.leader.call("state", (tenant.model, optimizer))[0]
-        weights = state.pop("weights")
-        return Content(tenant.base_model, tenant.lora, weights, state if optimizer else None)
+        return to_content(tenant.base_model, tenant.lora, state)
 
 
 def _form(lora: LoraSpec | None) -> tuple[Any, ...]:

@@ -124,7 +124,7 @@ class Worker:
         try:
             tenant = self.tenants.create(request, job.owner)
         except (Refused, UserError) as error:
-            self.desk.closed(request.model_id, f"{request.model_id} was never made: {error}")
+            self.desk.closed(request.model_id, f"{request.model_id} was never made: {error}", forget=True)
             raise
         self._opened(tenant)
         self.desk.done(job, {"model_id": tenant.model, "type": "create_model"})
@@ -241,25 +241,26 @@ class Worker:
         if request.problem:
             raise Refused(request.problem)
         self.tenants.use(tenant.model)
-        if request.name is None:
-            self.desk.done(job, self._ephemeral(job, request, tenant))
+        if request.name is None and request.kind == "sampler_weights":
+            self.desk.done(job, self._ephemeral(request, tenant))
             return
-        path = self.books.check_save(request, tenant)
+        path = self.books.check_save(request, tenant.owner)
         content = self.tenants.content(tenant, optimizer=request.kind == "weights")
-        if request.kind == "sampler_weights":
-            self.sampling.snapshots.publish(path, tenant)
 
         def settle(size: int, error: Exception | None) -> None:
             if error is None:
-                result: dict[str, Any] = {"path": path, "size_bytes": size}
-                self.desk.done(job, result)
+                self.desk.done(job, {"path": path.uri, "size_bytes": size})
             else:
                 self.desk.failed(job, Refused(str(error), "user" if isinstance(error, UserError) else "server"))
 
-        self.books.save(request, tenant, content, settle)
+        self.books.save(request, path, tenant.owner, content, settle)
 
-    def _ephemeral(self, job: Job, request: SaveWeights, tenant: Tenant) -> dict[str, Any]:
-        sampler_id = self.books.add_ephemeral_sampler(request, tenant)
+    def _ephemeral(self, request: SaveWeights, tenant: Tenant) -> dict[str, Any]:
+        if request.sampling_session_seq_id is None:
+            raise Refused("save_weights_for_sampler: needs a path, or a sampling_session_seq_id for a snapshot")
+        sampler_id = self.books.add_ephemeral_sampler(
+            tenant.session, tenant.owner, request.sampling_session_seq_id, tenant.base_model, tenant.model
+        )
         self.sampling.snapshots.publish(sampler_id, tenant)
         return {"path": None, "sampling_session_id": sampler_id}
 
@@ -273,7 +274,7 @@ class Worker:
         try:
             tenant = self.tenants.create_from(request, model_id, job.owner)
         except (Refused, UserError) as error:
-            self.desk.closed(model_id, f"{model_id} was never made: {error}")
+            self.desk.closed(model_id, f"{model_id} was never made: {error}", forget=True)
             raise
         self._opened(tenant)
         self.desk.done(job, {"path": request.path, "model_id": model_id, "type": "load_weights"})

@@ -1,0 +1,166 @@
+"""The server on one rank: `serve` for the command line, `open_service` for whoever brings its own door.
+
+Rank 0 has the doors, the desk, the books and the worker; every other rank follows. One front door per job: a training
+run and a server are two commands.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skyrl.config.serve import ServeConfig, serve_plan, to_run_config
+from skyrl.distributed.collectives import agree, on_leader
+from skyrl.distributed.init import World, init_distributed
+from skyrl.engine import Engine
+from skyrl.models.lora import adapted
+from skyrl.sampler.stop import Decode
+from skyrl.service.books import Books
+from skyrl.service.commands import BASE, Hands
+from skyrl.service.desk import RequestDesk
+from skyrl.service.leader import Leader, follow
+from skyrl.service.types import ServerFacts
+from skyrl.service.worker import Worker
+from skyrl.types import LoraSpec, UserError
+
+TINY_NAMES = ("tiny", "skyrl/tiny")
+
+
+@dataclass
+class Service:
+    """Rank 0's side of an open server. `worker.run()` works until `worker.stop(why)`."""
+
+    cfg: ServeConfig
+    world: World
+    engine: Engine
+    desk: RequestDesk
+    books: Books
+    worker: Worker
+    facts: ServerFacts
+
+    @property
+    def decode(self) -> Decode:
+        """Token ids to text, special tokens included."""
+        return lambda tokens: self.engine.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def render(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The prompt of a chat, by the tokenizer's own template. Raises UserError when it has none."""
+        if not getattr(self.engine.tokenizer, "chat_template", None):
+            raise UserError("this model's tokenizer has no chat template; use completions, or model.chat_template")
+        out = self.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        return list(out["input_ids"] if hasattr(out, "keys") else out)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to token ids, without special tokens around it."""
+        return list(self.engine.tokenizer.encode(text, add_special_tokens=False))
+
+    def close(self) -> None:
+        """Closes the books."""
+        self.books.close()
+
+
+def open_service(cfg: ServeConfig) -> Service | None:
+    """Rank 0's Service, ready for doors; None on every other rank, after it has followed to the end.
+
+    Everything that can be refused is refused here. Raises UserError, the same on every rank.
+    """
+    run = to_run_config(cfg)
+    world = init_distributed(run)
+    plan = serve_plan(cfg, world.size)
+
+    def make() -> Hands:
+        engine = Engine(run, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens)
+        return Hands(engine, score_tokens=cfg.max_tokens_per_microbatch)
+
+    hands = agree(world, make)
+    hands.open()
+    if not world.is_leader:
+        on_leader(world, lambda: None)
+        for number in (signal.SIGTERM, signal.SIGINT):  # the leader ends the job, after the work in hand
+            signal.signal(number, signal.SIG_IGN)
+        follow(world, hands)
+        return None
+    made: list[tuple[Books, ServerFacts]] = []
+    on_leader(world, lambda: made.append(_books(cfg, hands.engine)))
+    books, facts = made[0]
+    desk = RequestDesk(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
+    leader = Leader(world, hands, timeout_seconds=cfg.collective_timeout_seconds)
+    mix = cfg.service.mix_tenants == "always"
+    worker = Worker(cfg, leader, desk, books, facts, mix=mix)
+    return Service(cfg, world, hands.engine, desk, books, worker, facts)
+
+
+def _books(cfg: ServeConfig, engine: Engine) -> tuple[Books, ServerFacts]:
+    folder = Path(cfg.service.folder).absolute()
+    books = Books(folder)
+    tokenizer_id = cfg.service.tokenizer_id
+    aliases = dict.fromkeys(names(cfg), Path(cfg.model.path))
+    if not tokenizer_id and cfg.model.path == "tiny":
+        # Clients on this machine load the tokenizer from here, under this very name when they ask for nothing else.
+        tokenizer_id = str(folder / "tokenizer")
+        engine.tokenizer.save_pretrained(tokenizer_id)
+        aliases[tokenizer_id] = Path(cfg.model.path)
+    module = engine.models[BASE].strategy.module
+    eos = getattr(module.net.generation_config, "eos_token_id", None)
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if engine.tokenizer.eos_token_id is not None:
+        eos.append(engine.tokenizer.eos_token_id)
+    facts = ServerFacts(
+        aliases=aliases,
+        model_path=cfg.model.path,
+        tokenizer_id=tokenizer_id or cfg.model.tokenizer or cfg.model.path,
+        arch=str(module.config.model_type),
+        max_context=engine.max_row_tokens,
+        vocab_size=module.vocab_size,
+        eos_token_ids=tuple(sorted(set(eos))),
+        adaptable=not cfg.service.full_parameters and bool(adapted(module, LoraSpec(rank=1, mlp=False))),
+        full_parameters=cfg.service.full_parameters,
+    )
+    return books, facts
+
+
+def names(cfg: ServeConfig) -> list[str]:
+    """Every name that clients may ask for: the configured ones, and the path itself with its last two parts."""
+    found = list(cfg.service.aliases)
+    if cfg.model.path == "tiny":
+        found += TINY_NAMES
+    else:
+        parts = Path(cfg.model.path).parts
+        found += [cfg.model.path, parts[-1], "/".join(parts[-2:])]
+    return list(dict.fromkeys(found))
+
+
+def serve(cfg: ServeConfig) -> None:
+    """Serves until SIGINT or SIGTERM; then finishes the work in hand and the saves, and returns."""
+    from skyrl.service.door import open_door
+
+    service = open_service(cfg)
+    if service is None:
+        return
+    door = open_door(service)
+    try:
+        previous = _stop_on_signals(service.worker.stop)
+        print(
+            f"skyrl: serving {cfg.model.path} on {service.world.size} x {service.world.device.type} at {door.url}\n"
+            f"skyrl: clients: TINKER_BASE_URL={door.url} TINKER_API_KEY=tml-{'<your key>' if door.keys else 'any'}; "
+            f"models: {', '.join(service.facts.aliases)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        service.worker.run()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    finally:
+        door.stop()
+        service.close()
+
+
+def _stop_on_signals(stop: Callable[[str], None]) -> dict[int, Any]:
+    def handle(number: int, frame: Any) -> None:
+        stop("the server stops")
+
+    return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
