@@ -20,6 +20,12 @@ class Sampler(Protocol):
     def unfinished(self) -> int:
         """Requests queued or running."""
 
+    def cancel(self, uid: str) -> bool:
+        """Takes a request out, queued or running; False when none of that uid is unfinished."""
+
+    def forget_adapter(self, name: str) -> None:
+        """Drops what is kept for an adapter. Raises RuntimeError while requests of it run."""
+
     def refresh(self, version: int) -> None:
         """The weights changed to `version`: forgets cached prefixes. Only while nothing is unfinished."""
 

@@ -2,7 +2,7 @@
 
 A block is free, held (by one or more sequences) or cached (held by nobody, content still valid). Content is found
 again by exact comparison: a block's key is the id of the block content before it and the bytes of its own tokens, so
-two contents never meet by a hash collision.
+two contents never meet by a hash collision. Contents begin at a root: the same tokens below two roots are two contents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-ROOT = 0  # the content id before the first block of every sequence
+ROOT = 0  # the content id before the first block of a sequence without an adapter
 Key = tuple[int, bytes]
 
 
@@ -77,10 +77,15 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def lookup(self, tokens: np.ndarray) -> list[int]:
+    def root(self) -> int:
+        """A new root: contents below it meet no others."""
+        self._next_id += 1
+        return self._next_id - 1
+
+    def lookup(self, tokens: np.ndarray, root: int = ROOT) -> list[int]:
         """The blocks that hold the longest known beginning of `tokens` in whole blocks; takes no holder."""
         blocks: list[int] = []
-        parent, size = ROOT, self.block_tokens
+        parent, size = root, self.block_tokens
         for end in range(size, len(tokens) + 1, size):
             found = self._content.get((parent, tokens[end - size : end].tobytes()))
             if found is None:
@@ -89,9 +94,9 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def publish(self, tokens: np.ndarray, blocks: list[int]) -> None:
+    def publish(self, tokens: np.ndarray, blocks: list[int], root: int = ROOT) -> None:
         """Makes the whole blocks of `tokens`, held in `blocks`, findable. Known content keeps its first block."""
-        parent, size = ROOT, self.block_tokens
+        parent, size = root, self.block_tokens
         for index in range(len(tokens) // size):
             key = (parent, tokens[index * size : (index + 1) * size].tobytes())
             found = self._content.get(key)
@@ -103,14 +108,22 @@ class BlockPool:
                 self._content[key], self._key[block] = found, key
             parent = found[0]
 
-    def forget(self) -> None:
-        """Drops every published content; cached blocks become free."""
-        for block in list(self._cached):
-            self._free.append(block)
-        self._cached.clear()
-        for key in self._content.values():
-            self._key[key[1]] = None
-        self._content.clear()
+    def withdraw(self, blocks: list[int]) -> None:
+        """Makes held blocks unfindable: their content was announced and will not be computed."""
+        for block in blocks:
+            self._unpublish(block)
+
+    def forget(self, root: int | None = None) -> None:
+        """Drops every published content (below `root` alone, if given); cached blocks of it become free."""
+        below = {root}
+        for key, (content, block) in list(self._content.items()):  # in the order of ids: parents before children
+            if root is not None and key[0] not in below:
+                continue
+            below.add(content)
+            self._unpublish(block)
+            if block in self._cached:
+                del self._cached[block]
+                self._free.append(block)
 
     def check(self) -> None:
         """Raises RuntimeError when a block is lost, doubled or in a wrong place."""

@@ -2,7 +2,7 @@
 
 Used where the installed torch has the paged form (argument `block_table`) and its kernel takes the model's layers;
 elsewhere CUDA runs the gathered attention of paged.py. A decode step is padded to one of a few batch sizes; padding
-rows write to block 0, see one key and are cut off.
+rows write to block 0, see one key and are cut off. Steps with adapters are not recorded: they run call by call.
 
 Legend: T tokens of a step, B sequences, W blocks of a sequence, H heads, K key/value heads, C channels.
 """
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from skyrl.models.attention import Attention
+from skyrl.sampler.adapters import piece_segments
 from skyrl.sampler.draw import draw
 from skyrl.sampler.paged import Batch, KVCache, last_rows
 from skyrl.sampler.scheduler import Piece
 
 if TYPE_CHECKING:
+    from skyrl.models.lora import Adapter, Segment
     from skyrl.sampler.probe import LayerCall
 
 log = logging.getLogger(__name__)
@@ -37,14 +39,19 @@ class Inner(Protocol):
 
     name: str
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
+    ) -> Tensor:
         """Final hidden states [T, channels of the model]."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [.., V] float32."""
+    def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
+        """Logits [T, V] float32."""
 
     def refresh(self) -> None:
         """The parameters changed in place."""
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what is kept of an adapter."""
 
 
 def varlen_function() -> Callable[..., Tensor] | None:
@@ -215,8 +222,9 @@ class CudaRunner:
         )
         firsts, ends = np.cumsum([0, *lengths]), [p.end for p in pieces]
         attention = VarlenAttention(self._cache, slots_T, firsts, ends, max(lengths), max(ends), table_BW)
-        hidden_TC = self._inner.hidden(tokens_T, positions_T, attention)
-        return self._inner.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
+        segments, drawing = piece_segments(pieces)
+        hidden_TC = self._inner.hidden(tokens_T, positions_T, attention, segments)
+        return self._inner.logits(last_rows(hidden_TC, pieces), drawing) if any(p.complete for p in pieces) else None
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
@@ -226,6 +234,9 @@ class CudaRunner:
             self._buffers[size] = _Buffers(self._cache, size, self._width)
         buffers = self._buffers[size]
         buffers.fill(batch, self._cache.block_tokens)
+        if batch.segments is not None:  # a graph would fix the adapters; the padding belongs to nobody
+            segments = [*batch.segments, *([(count, size, None)] if count < size else [])]
+            return self._compute(buffers, segments)[:count]
         if self._graphs and buffers.graph is None:
             self._capture(buffers)
         if buffers.graph is None:
@@ -237,8 +248,13 @@ class CudaRunner:
         """The parameters changed in place; graphs read them where they are."""
         self._inner.refresh()
 
-    def _compute(self, buffers: _Buffers) -> Tensor:
-        return self._inner.logits(self._inner.hidden(buffers.tokens, buffers.positions, buffers.attention))
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what is kept of an adapter."""
+        self._inner.forget(adapter)
+
+    def _compute(self, buffers: _Buffers, segments: list[Segment] | None = None) -> Tensor:
+        hidden = self._inner.hidden(buffers.tokens, buffers.positions, buffers.attention, segments)
+        return self._inner.logits(hidden, segments)
 
     def _capture(self, buffers: _Buffers) -> None:
         """Records one step. What it computes while warming up is what the replay computes again: same slots, same

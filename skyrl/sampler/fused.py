@@ -2,6 +2,7 @@
 
 On a CPU the weights are packed for oneDNN (one copy, rebuilt by refresh, left out above PACK_LIMIT): a packed product
 is 1.2 (bfloat16) to 2.2 times (float32) faster at the sizes of a decode step. On a GPU nothing is copied.
+Rows of one adapter lie together; a product costs two more calls for each adapter of a step.
 
 Legend: T tokens of a step (B when decoding), H heads, K key/value heads, C channels of a head, S keys.
 """
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
+from skyrl.models.lora import Adapter, Segment
+from skyrl.sampler.adapters import piece_segments
 from skyrl.sampler.draw import draw
 from skyrl.sampler.paged import Batch, KVCache, PagedAttention, decode_attention, last_rows, prefill_attention
 from skyrl.sampler.plan import Plan
@@ -33,11 +36,12 @@ class FusedRunner:
         self._plan, self._cache = plan, cache
         weights = sum(p.nbytes for p in _linear_weights(plan))
         pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and _can_pack(cache.dtype)
-        self._qkv = [_Linear(layer.qkv, pack) for layer in plan.layers]
-        self._out = [_Linear([layer.out], pack) for layer in plan.layers]
-        self._gate_up = [_Linear(layer.gate_up, pack) for layer in plan.layers]
-        self._down = [_Linear([layer.down], pack) for layer in plan.layers]
-        self._head = _Linear([plan.head], pack)
+        self._adapters: dict[int, Adapter] = {}  # by id: those whose weights the linears hold
+        self._qkv = [_Linear(plan, layer.qkv, pack) for layer in plan.layers]
+        self._out = [_Linear(plan, [layer.out], pack) for layer in plan.layers]
+        self._gate_up = [_Linear(plan, layer.gate_up, pack) for layer in plan.layers]
+        self._down = [_Linear(plan, [layer.down], pack) for layer in plan.layers]
+        self._head = _Linear(plan, [plan.head], pack)
         # products in bfloat16 with a mask are faster than torch's attention for one query on a CPU, not in float32
         self._products = cache.device.type == "cpu" and cache.dtype == torch.bfloat16
         self._qk_scale: list[Tensor | None] = []
@@ -45,7 +49,7 @@ class FusedRunner:
 
     def refresh(self) -> None:
         """Packs the parameters as they are now."""
-        for linear in (*self._qkv, *self._out, *self._gate_up, *self._down, self._head):
+        for linear in self._linears():
             linear.refresh()
         scales = [_qk_scale(self._plan, layer.qk_norms) for layer in self._plan.layers]
         if not self._qk_scale:
@@ -54,21 +58,32 @@ class FusedRunner:
             if kept is not None:
                 kept.copy_(new)  # in place: a CUDA graph reads it there
 
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what is kept of an adapter."""
+        if self._adapters.pop(id(adapter), None) is not None:
+            for linear in self._linears():
+                linear.forget(adapter)
+
     def prefill(self, pieces: list[Piece]) -> Tensor | None:
         """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
         tokens_T, positions_T, attention = prefill_attention(self._cache, pieces)
-        hidden_TC = self.hidden(tokens_T, positions_T, attention)
-        return self.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
+        segments, drawing = piece_segments(pieces)
+        hidden_TC = self.hidden(tokens_T, positions_T, attention, segments)
+        return self.logits(last_rows(hidden_TC, pieces), drawing) if any(p.complete for p in pieces) else None
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attention = decode_attention(self._cache, batch)
         if self._products:
             attention = _ProductAttention(attention, self._plan.kv_heads)
-        return self.logits(self.hidden(tokens_B, positions_B, attention))
+        return self.logits(self.hidden(tokens_B, positions_B, attention, batch.segments), batch.segments)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
+    ) -> Tensor:
         """Final, normed hidden states [T, channels of the model]."""
+        for _, _, adapter in segments or ():
+            self._take(adapter)
         plan = self._plan
         heads, kv_heads, channels, eps = plan.heads, plan.kv_heads, plan.channels, plan.eps
         x_TC = plan.embedding(tokens_T)
@@ -78,7 +93,7 @@ class FusedRunner:
         sin_T1C = torch.cat([-sin_T1C[..., :half], sin_T1C[..., half:]], -1)
         for index, layer in enumerate(plan.layers):
             normed = F.rms_norm(x_TC, size, layer.input_norm.weight, eps)
-            qkv = self._qkv[index](normed).view(-1, heads + 2 * kv_heads, channels)
+            qkv = self._qkv[index](normed, segments).view(-1, heads + 2 * kv_heads, channels)
             qk = qkv[:, : heads + kv_heads]
             if self._qk_scale[index] is not None:
                 qk = F.rms_norm(qk, (channels,), None, eps) * self._qk_scale[index]
@@ -87,16 +102,29 @@ class FusedRunner:
             seen = attention.attend(
                 index, qk[:heads], qk[heads:], value, scale=plan.scale, window=None, softcap=None
             )  # fmt: skip
-            x_TC = x_TC + self._out[index](seen.view(-1, heads * channels))
-            gate, up = self._gate_up[index](F.rms_norm(x_TC, size, layer.mlp_norm.weight, eps)).chunk(2, -1)
-            x_TC = x_TC + self._down[index](F.silu(gate) * up)
+            x_TC = x_TC + self._out[index](seen.view(-1, heads * channels), segments)
+            normed = F.rms_norm(x_TC, size, layer.mlp_norm.weight, eps)
+            gate, up = self._gate_up[index](normed, segments).chunk(2, -1)
+            x_TC = x_TC + self._down[index](F.silu(gate) * up, segments)
         return F.rms_norm(x_TC, size, plan.norm.weight, eps)
 
-    def logits(self, hidden_TC: Tensor) -> Tensor:
+    def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
         """Logits [T, V] float32."""
         if self._head.packed:
-            return self._head(hidden_TC).to(torch.promote_types(hidden_TC.dtype, torch.float32))
-        return matmul_float(hidden_TC, self._plan.head.weight, self._plan.head.bias)
+            return self._head(hidden_TC, segments).to(torch.promote_types(hidden_TC.dtype, torch.float32))
+        logits_TV = matmul_float(hidden_TC, self._plan.head.weight, self._plan.head.bias)
+        return self._head.add(hidden_TC, logits_TV, segments)
+
+    def _linears(self) -> list[_Linear]:
+        return [*self._qkv, *self._out, *self._gate_up, *self._down, self._head]
+
+    def _take(self, adapter: Adapter | None) -> None:
+        """Lets the linears join an adapter's weights, at its first use."""
+        if adapter is not None and id(adapter) not in self._adapters:
+            self._plan.check(adapter)
+            self._adapters[id(adapter)] = adapter  # kept alive, so that its id stays its own
+            for linear in self._linears():
+                linear.take(adapter)
 
 
 class _ProductAttention:
@@ -134,8 +162,9 @@ class _ProductAttention:
 class _Linear:
     """One product for several nn.Linear that read the same input; packed, or live without a copy."""
 
-    def __init__(self, parts: list[nn.Linear], pack: bool) -> None:
-        self._parts, self.packed = parts, pack
+    def __init__(self, plan: Plan, parts: list[nn.Linear], pack: bool) -> None:
+        self._plan, self._parts, self.packed = plan, parts, pack
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the adapter: A of all parts, B block by block
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
@@ -151,11 +180,37 @@ class _Linear:
             zero = [part.weight.new_zeros(part.out_features) for part in self._parts]
             self._bias = torch.cat([z if b is None else b for b, z in zip(biases, zero, strict=True)])
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def take(self, adapter: Adapter) -> None:
+        """Joins an adapter's weights for the parts, in the parts' numbers: [ranks, in] and [out, ranks]."""
+        pairs = self._plan.adapted(adapter, self._parts)
+        if any(pair is not None for pair in pairs):
+            like = self._parts[0].weight
+            zeros = [(like.new_zeros(0, p.in_features), like.new_zeros(p.out_features, 0)) for p in self._parts]
+            filled = [zero if pair is None else pair for pair, zero in zip(pairs, zeros, strict=True)]
+            downs, ups = ([tensor.detach().to(like) for tensor in side] for side in zip(*filled, strict=True))
+            self._pairs[id(adapter)] = torch.cat(downs).t(), torch.block_diag(*ups).t()
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what `take` joined."""
+        self._pairs.pop(id(adapter), None)
+
+    def add(self, x: Tensor, y: Tensor, segments: list[Segment] | None) -> Tensor:
+        """y, with scale * x A^T B^T added in place to the rows of each adapter."""
+        for start, stop, adapter in segments or ():
+            pair = None if adapter is None else self._pairs.get(id(adapter))
+            if pair is not None and pair[1].dtype == y.dtype:
+                y[start:stop].addmm_(x[start:stop] @ pair[0], pair[1], alpha=adapter.scale)
+            elif pair is not None:  # float32 logits of a model in bfloat16
+                y[start:stop] += adapter.scale * (x[start:stop] @ pair[0] @ pair[1])
+        return y
+
+    def __call__(self, x: Tensor, segments: list[Segment] | None) -> Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        outputs = [F.linear(x, part.weight, part.bias) for part in self._parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        else:
+            outputs = [F.linear(x, part.weight, part.bias) for part in self._parts]
+            y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return self.add(x, y, segments)
 
 
 def _qk_scale(plan: Plan, norms: tuple[nn.Module, nn.Module] | None) -> Tensor | None:

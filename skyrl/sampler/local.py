@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.sampler import draw
+from skyrl.sampler.adapters import AdapterBook, root_of, segments
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.cuda import CudaRunner, page_size
 from skyrl.sampler.fused import FusedRunner
@@ -27,6 +28,7 @@ from skyrl.types import Metrics, RunError, Sample, SampleRequest, UserError
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
+    from skyrl.models.lora import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,9 @@ class Runner(Protocol):
     def refresh(self) -> None:
         """The parameters changed in place."""
 
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what is kept of an adapter."""
+
 
 class LocalSampler:
     """Draws sequences in continuous batches (see base.Sampler). Built by make_sampler."""
@@ -64,17 +69,20 @@ class LocalSampler:
         max_length: int,
         vocab_size: int,
         version: int,
+        adapters: Mapping[str, Adapter],
+        base_name: str,
     ) -> None:
         self._runner, self._cache, self._scheduler, self._decode = runner, cache, scheduler, decode
         self._max_length, self._vocab_size, self._version = max_length, vocab_size, version
-        self._uids: set[str] = set()
+        self._book = AdapterBook(adapters, base_name, scheduler.pool.root)
+        self._sequences: dict[str, Sequence] = {}  # unfinished ones by uid
         self._arrived = 0
         self._drawn = 0
         self._running: _Running | None = None  # arrays of the running set; None when it changed
 
     @property
     def backend(self) -> str:
-        """Which path computes: module or fused."""
+        """Which path computes: module, fused or kernels."""
         return self._runner.name
 
     @property
@@ -83,13 +91,15 @@ class LocalSampler:
         return self._version
 
     def add(self, request: SampleRequest) -> None:
-        """Queues a request. Raises UserError when it can never fit or a parameter is out of range."""
+        """Queues a request; `model` names one of the adapters, "" or the base's name none.
+
+        Raises: UserError when it can never fit, a parameter is out of range or the adapter is not known."""
         where = f"request {request.uid}"
         draw.check(request.params, where)
         context = np.ascontiguousarray(request.tokens, dtype=np.int64)
         limit = min(len(context) + request.params.max_tokens, self._max_length)
         pool = self._scheduler.pool
-        if request.uid in self._uids:
+        if request.uid in self._sequences:
             raise UserError(f"{where}: the same uid is already queued; give each request its own")
         if request.version not in (None, self._version):
             raise UserError(f"{where}: version {request.version} is gone; this sampler draws from {self._version}")
@@ -105,15 +115,40 @@ class LocalSampler:
                 f"{where}: {limit} tokens need {pool.blocks_for(limit)} cache blocks, there are {pool.num_blocks}; "
                 "raise sampler.kv_cache_gib or lower sampler.max_new_tokens"
             )
+        known = self._book.find(request.model, where)
+        adapter = None if known is None else known.adapter
         tokens = np.zeros(limit, dtype=np.int64)
         tokens[: len(context)] = context
         strings = StringStop(request.params.stop, self._decode) if request.params.stop else None
         room = np.zeros(limit - len(context), dtype=np.float32)
-        self._scheduler.add(
-            Sequence(self._arrived, request.uid, request.params, tokens, len(context), len(context), room, strings)
-        )
+        sequence = Sequence(
+            self._arrived, request.uid, request.params, tokens, len(context), len(context), room, strings,
+            adapter=adapter, root=root_of(known),
+        )  # fmt: skip
+        self._scheduler.add(sequence)
+        self._book.count(adapter, 1)
         self._arrived += 1
-        self._uids.add(request.uid)
+        self._sequences[request.uid] = sequence
+
+    def cancel(self, uid: str) -> bool:
+        """Takes a request out, queued or running, and frees its blocks; nothing of it is returned. False when no such
+        request is unfinished."""
+        sequence = self._sequences.get(uid)
+        if sequence is None:
+            return False
+        if self._running is not None:
+            self._running.flush()
+            self._running = None
+        self._scheduler.cancel(sequence)
+        self._gone(sequence)
+        return True
+
+    def forget_adapter(self, name: str) -> None:
+        """Drops what is kept for the adapters that requests named `name`: cached beginnings, packed weights. To be
+        called when an adapter is dropped, or changed in place. Raises RuntimeError while requests of it run."""
+        for known in self._book.drop(name):
+            self._scheduler.pool.forget(known.root)
+            self._runner.forget(known.adapter)
 
     @torch.no_grad()
     def step(self) -> list[Sample]:
@@ -152,7 +187,12 @@ class LocalSampler:
         self._drawn, self._scheduler.counts, pool.peak = 0, Counts(), pool.held()
         return values
 
+    def _gone(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.uid]
+        self._book.count(sequence.adapter, -1)
+
     def _prefill(self, pieces: list[Piece]) -> list[Sample]:
+        pieces = sorted(pieces, key=lambda piece: piece.sequence.root)  # rows of one adapter lie together
         if self._running is not None:
             self._running.flush()
             self._running = None
@@ -173,7 +213,8 @@ class LocalSampler:
         running = self._running
         if running is None or running.crowded():
             if self._scheduler.grow() or running is None:
-                running = _Running(self._scheduler.running, self._cache, self._vocab_size)
+                together = sorted(self._scheduler.running, key=lambda sequence: sequence.root)
+                running = _Running(together, self._cache, self._vocab_size)
             running.extend_tables()
             self._running = running
         logits = self._runner.decode(running.batch)
@@ -196,7 +237,7 @@ class LocalSampler:
         for index, reason in ended:
             sequence = running.sequences[index]
             self._scheduler.finish(sequence)
-            self._uids.discard(sequence.uid)
+            self._gone(sequence)
             drawn = slice(sequence.start, sequence.length)
             logprobs = sequence.logprobs[: sequence.length - sequence.start].copy()
             samples.append(
@@ -227,7 +268,8 @@ class _Running:
         table_BW = np.zeros((len(params), blocks), dtype=np.int32)
         self._known_B = np.zeros(len(params), dtype=np.int64)
         tokens_B = np.array([s.tokens[s.length - 1] for s in self.sequences], dtype=np.int64)
-        self.batch = Batch(tokens_B, self.lengths_B - 1, table_BW)
+        parts = segments([s.adapter for s in self.sequences])
+        self.batch = Batch(tokens_B, self.lengths_B - 1, table_BW, parts)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # drawn but not yet in the sequences
 
     def extend_tables(self) -> None:
@@ -276,9 +318,20 @@ class _Running:
 
 
 def make_sampler(
-    model: CausalLM, cfg: SamplerConfig, *, decode: Decode, max_length: int, version: int = 0
+    model: CausalLM,
+    cfg: SamplerConfig,
+    *,
+    decode: Decode,
+    max_length: int,
+    version: int = 0,
+    adapters: Mapping[str, Adapter] | None = None,
+    base_name: str = "policy",
 ) -> LocalSampler:
     """A sampler over the parameters of `model`, which it reads live: call refresh(version) after they change.
+
+    `adapters` is looked up at every request (a live mapping): SampleRequest.model is a name in it, or "" or `base_name`
+    for none. An adapter that was published must not change; call forget_adapter when one is taken out of the mapping.
+    Given a mapping, compiled kernels do everything themselves, so that no request's bits depend on what runs beside it.
 
     `decode` turns token ids into text, for stop strings. `max_length` bounds context and drawn tokens together (stop
     reason "length"). No token ends a sequence by itself: put the end-of-sequence ids into
@@ -311,13 +364,15 @@ def make_sampler(
         return CudaRunner(runner, cache, max_length=max_length, max_running=max_running, graphs=cfg.cuda_graphs)
 
     return LocalSampler(
-        _make_runner(model, cfg, calls, cache, max_length, paged),
+        _make_runner(model, cfg, calls, cache, max_length, paged, exact=adapters is not None),
         cache,
         scheduler,
         decode=decode,
         max_length=max_length,
         vocab_size=model.vocab_size,
         version=version,
+        adapters={} if adapters is None else adapters,
+        base_name=base_name,
     )
 
 
@@ -331,6 +386,7 @@ def _make_runner(
     cache: KVCache,
     max_length: int,
     paged: Callable[[Any], Runner],
+    exact: bool,
 ) -> Runner:
     """The fused plan where there is one that agrees with the module, as far as cfg.backend allows it."""
     if cfg.backend not in ("auto", "fused", "module"):
@@ -343,7 +399,7 @@ def _make_runner(
         reason = plan
     else:
         absent = why_not(plan, cache)
-        fused = paged(FusedRunner(plan, cache)) if absent else NativeRunner(plan, cache, module)
+        fused = paged(FusedRunner(plan, cache)) if absent else NativeRunner(plan, cache, module, exact=exact)
         if absent and cache.device.type == "cpu":
             _say_once(f"sampling without compiled kernels: {absent}")
         name = f"{fused.name} {signature(model)}"

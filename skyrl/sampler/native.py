@@ -17,23 +17,28 @@ import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skyrl.models.lora import Adapter, Segment
+from skyrl.sampler.adapters import segments as segments_of
 from skyrl.sampler.draw import Rules, draw
+from skyrl.sampler.lowrank import LANES, STRUCTS, PackedAdapters, SegmentStruct
 from skyrl.sampler.paged import Batch, KVCache, ModuleRunner
 from skyrl.sampler.plan import Plan
 from skyrl.sampler.scheduler import Piece
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
+KERNELS = Path(__file__).parent / "kernels"
+SOURCE = KERNELS / "decode.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 LONGEST_PREFILL = 1024  # tokens; longer contexts are prefilled by the module, whose attention works in tiles
-LANES, MAX_CHANNELS = 16, 1024
+MAX_CHANNELS = 1024
 _POINTER = ctypes.c_void_p
 
 
@@ -59,8 +64,9 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("count", "width", "num_logits")),
+        *((name, ctypes.c_int32) for name in ("count", "width", "num_logits", "num_segments")),
         *((name, _POINTER) for name in ("tokens", "positions", "table", "rows", "logits")),
+        ("segments", ctypes.POINTER(SegmentStruct)),
     ]
 
 
@@ -90,7 +96,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         loaded = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler} failed: {str(getattr(error, 'stderr', '') or error).strip().splitlines()[-1:]}"
-    if (loaded.skyrl_layer_size(), loaded.skyrl_model_size()) != (ctypes.sizeof(_Layer), ctypes.sizeof(_Model)):
+    theirs = (loaded.skyrl_layer_size(), loaded.skyrl_model_size(), loaded.skyrl_step_size())
+    if theirs != (*map(ctypes.sizeof, (_Layer, _Model)), sum(map(ctypes.sizeof, (_Step, *STRUCTS)))):
         return None, "the library's structs differ from ours"
     loaded.skyrl_packed_size.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
     loaded.skyrl_packed_size.restype = ctypes.c_int64
@@ -108,7 +115,7 @@ def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
-    parts = [SOURCE.read_text(), version, flags, " ".join(FLAGS)]
+    parts = [*(path.read_text() for path in sorted(KERNELS.glob("*.[ch]*"))), version, flags, " ".join(FLAGS)]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
     try:
@@ -131,16 +138,20 @@ def _build(compiler: str) -> Path:
 
 class NativeRunner:
     """Runs a Plan by kernels/decode.cpp. The result for a row depends on nothing but that row's own sequence, to the
-    bit: neither on the batch, nor on threads, nor on whether it was prefilled or decoded (up to LONGEST_PREFILL)."""
+    bit: neither on the batch, nor on others' adapters, nor on threads, nor on whether it was prefilled or decoded.
+
+    `exact` keeps this also for contexts above LONGEST_PREFILL and for rows with cuts. Without, the former are prefilled
+    by the module, which is faster there, and a batch in which some row has a cut is drawn by torch."""
 
     name = "kernels"
 
-    def __init__(self, plan: Plan, cache: KVCache, module: ModuleRunner) -> None:
+    def __init__(self, plan: Plan, cache: KVCache, module: ModuleRunner, *, exact: bool = False) -> None:
         loaded, reason = library()
         if loaded is None:
             raise RuntimeError(reason)
-        self._library, self._plan, self._cache, self._module = loaded, plan, cache, module
+        self._library, self._plan, self._cache, self._module, self._exact = loaded, plan, cache, module, exact
         self._half = int(cache.dtype == torch.bfloat16)
+        self._adapters = PackedAdapters(loaded, plan, cache.dtype)
         self.refresh()
 
     def refresh(self) -> None:
@@ -170,8 +181,15 @@ class NativeRunner:
 
     def prefill(self, pieces: list[Piece]) -> Tensor | None:
         """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
-        if max(piece.end for piece in pieces) > LONGEST_PREFILL:
-            return self._module.prefill(pieces)
+        if self._exact:
+            return self._prefill(pieces)
+        logits = []  # in order: a piece may need keys of one before it
+        for long, some in groupby(pieces, lambda piece: piece.end > LONGEST_PREFILL):
+            part = (self._module.prefill if long else self._prefill)(list(some))
+            logits += [] if part is None else [part]
+        return torch.cat(logits) if logits else None
+
+    def _prefill(self, pieces: list[Piece]) -> Tensor | None:
         lengths = [piece.end - piece.start for piece in pieces]
         tokens = np.concatenate([piece.sequence.tokens[piece.start : piece.end] for piece in pieces])
         positions = np.concatenate([np.arange(piece.start, piece.end) for piece in pieces])
@@ -180,17 +198,34 @@ class NativeRunner:
         for row, piece in zip(table, pieces, strict=True):
             row[: len(piece.sequence.blocks)] = piece.sequence.blocks
         rows = (np.cumsum(lengths) - 1)[[piece.complete for piece in pieces]]
-        logits = self._forward(tokens, positions, np.repeat(table, lengths, axis=0), rows)
+        table = np.repeat(table, lengths, axis=0)
+        logits = self._forward(
+            tokens, positions, table, rows, segments_of([p.sequence.adapter for p in pieces], lengths)
+        )
         return logits if len(rows) else None
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
-        return self._forward(batch.tokens_B, batch.positions_B, batch.table_BW, np.arange(len(batch.tokens_B)))
+        rows = np.arange(len(batch.tokens_B))
+        return self._forward(batch.tokens_B, batch.positions_B, batch.table_BW, rows, batch.segments)
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drops the packed form of an adapter."""
+        self._adapters.forget(adapter)
 
     def draw(self, logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-        """As draw.draw, up to rounding; rows with cuts go there."""
-        if rules.cut or logits_BV.dtype != torch.float32:
+        """As draw.draw, up to rounding; rows with cuts go there, one by one if bits matter."""
+        if logits_BV.dtype != torch.float32 or (rules.cut and not self._exact):
             return draw(logits_BV, rules, uniforms_B)
+        tokens_B, logprobs_B = self._draw(logits_BV, rules, uniforms_B)
+        if rules.cut:
+            cut_B = (rules.top_k_B < logits_BV.shape[1]) | (rules.top_p_B < 1) | (rules.min_p_B > 0)
+            for row in np.flatnonzero(cut_B.numpy() & (rules.temperatures > 0)):
+                one = slice(row, row + 1)
+                tokens_B[one], logprobs_B[one] = draw(logits_BV[one], rules.rows(one), uniforms_B[one])
+        return tokens_B, logprobs_B
+
+    def _draw(self, logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         (count, vocab), logits_BV = logits_BV.shape, logits_BV.contiguous()
         tokens_B, logprobs_B = torch.empty(count, dtype=torch.int64), torch.empty(count)
         self._library.skyrl_draw(
@@ -199,11 +234,19 @@ class NativeRunner:
         )  # fmt: skip
         return tokens_B, logprobs_B
 
-    def _forward(self, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray, rows: np.ndarray) -> Tensor:
+    def _forward(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        table: np.ndarray,
+        rows: np.ndarray,
+        segments: list[Segment] | None,
+    ) -> Tensor:
         logits = torch.empty(len(rows), self._plan.head.out_features)
+        parts = self._adapters.segments(segments)
         step = _Step(
-            len(tokens), table.shape[1], len(rows), tokens.ctypes.data, positions.ctypes.data,
-            table.ctypes.data, rows.ctypes.data, logits.data_ptr(),
+            len(tokens), table.shape[1], len(rows), 0 if parts is None else len(parts), tokens.ctypes.data,
+            positions.ctypes.data, table.ctypes.data, rows.ctypes.data, logits.data_ptr(), parts,
         )  # fmt: skip
         self._library.skyrl_forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyrl.models.attention import Attention
+from skyrl.models.lora import Adapter, Segment, routed
+from skyrl.sampler import adapters
 from skyrl.sampler.draw import draw
 from skyrl.sampler.scheduler import Piece
 
@@ -182,6 +184,7 @@ class Batch:
     tokens_B: np.ndarray  # int64, the newest token of each
     positions_B: np.ndarray  # int64, its position
     table_BW: np.ndarray  # int32, blocks of each; 0 beyond its own
+    segments: list[Segment] | None = None  # rows of one adapter lie together; None = all are the base
 
 
 def prefill_attention(cache: KVCache, pieces: list[Piece]) -> tuple[Tensor, Tensor, PagedAttention]:
@@ -256,24 +259,33 @@ class ModuleRunner:
     def prefill(self, pieces: list[Piece]) -> Tensor | None:
         """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
         tokens_T, positions_T, attend = prefill_attention(self._cache, pieces)
-        hidden_TC = self.hidden(tokens_T, positions_T, attend)
-        return self.logits(last_rows(hidden_TC, pieces)) if any(p.complete for p in pieces) else None
+        all_rows, drawing = adapters.piece_segments(pieces)
+        hidden_TC = self.hidden(tokens_T, positions_T, attend, all_rows)
+        return self.logits(last_rows(hidden_TC, pieces), drawing) if any(p.complete for p in pieces) else None
 
     def decode(self, batch: Batch) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attend = decode_attention(self._cache, batch)
-        return self.logits(self.hidden(tokens_B, positions_B, attend))
+        return self.logits(self.hidden(tokens_B, positions_B, attend, batch.segments), batch.segments)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
+    ) -> Tensor:
         """Final, normed hidden states [T, channels of the model]."""
-        return self._model.hidden(tokens_T, positions_T, attention)
+        if segments is None:
+            return self._model.hidden(tokens_T, positions_T, attention)
+        with routed(self._model, segments):
+            return self._model.hidden(tokens_T, positions_T, attention)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [.., V] float32."""
-        return self._model.logits(hidden)
+    def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
+        """Logits [T, V] float32."""
+        return adapters.logits(self._model, hidden_TC, segments)
 
     def refresh(self) -> None:
         """Nothing to do: the module reads its parameters."""
+
+    def forget(self, adapter: Adapter) -> None:
+        """Nothing to do: the adapter's own tensors are read."""
 
 
 def last_rows(hidden_TC: Tensor, pieces: list[Piece]) -> Tensor:

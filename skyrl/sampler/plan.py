@@ -6,7 +6,7 @@ SiLU MLP. Anything else is answered with the reason, and the module path is used
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from skyrl.sampler.probe import LayerCall
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
+    from skyrl.models.lora import Adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -48,6 +49,18 @@ class Plan:
     scale: float
     cos_LC: Tensor
     sin_LC: Tensor
+    paths: dict[nn.Module, str] = field(default_factory=dict)  # of every module, in the net: the names adapters use
+
+    def adapted(self, adapter: Adapter, parts: list[nn.Linear]) -> list[tuple[Tensor, Tensor] | None]:
+        """A and B of an adapter for each of some linears; None where it has none."""
+        return [adapter.pairs.get(self.paths[part]) for part in parts]
+
+    def check(self, adapter: Adapter) -> None:
+        """Raises RuntimeError when an adapter changes something that is not in the plan."""
+        linears = [x for layer in self.layers for x in (*layer.qkv, layer.out, *layer.gate_up, layer.down)]
+        strange = set(adapter.pairs) - {self.paths[linear] for linear in (*linears, self.head)}
+        if strange:
+            raise RuntimeError(f"adapter {adapter.name!r} changes {sorted(strange)[0]}, which the decode plan lacks")
 
 
 def make_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> Plan | str:
@@ -78,6 +91,7 @@ def make_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> Plan 
     return Plan(
         layers, decoder.embed_tokens, decoder.norm, head, call.num_heads, call.shape.num_heads, channels,
         eps.pop(), call.scale, cos[0].contiguous(), sin[0].contiguous(),
+        {module: path for path, module in model.net.named_modules()},
     )  # fmt: skip
 
 

@@ -2,19 +2,24 @@
 
 Order is that of arrival everywhere. Sequences with equal tokens are prefilled once: the first leads, the others (its
 twins) wait beside it and are forked from it when it is done. When blocks run out, the youngest running sequence gives
-its blocks back and later starts again from its tokens, the drawn ones included.
+its blocks back and later starts again from its tokens, the drawn ones included. Keys and values depend on the adapter,
+so only sequences of one adapter share anything.
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.blocks import ROOT, BlockPool
 from skyrl.sampler.stop import StringStop
 from skyrl.types import SamplingParams
+
+if TYPE_CHECKING:
+    from skyrl.models.lora import Adapter
 
 
 @dataclass(eq=False)
@@ -29,6 +34,8 @@ class Sequence:
     length: int
     logprobs: np.ndarray  # [limit - start] float32
     strings: StringStop | None = None
+    adapter: Adapter | None = None
+    root: int = ROOT  # of its contents in the pool; one per adapter
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
     waiting: bool = True
@@ -79,7 +86,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by order
         self.counts = Counts()
         self._heap: list[Sequence] = []  # waiting; may hold stale entries of sequences that were taken as twins
-        self._alike: dict[bytes, list[Sequence]] = {}  # waiting sequences by content
+        self._alike: dict[tuple[int, bytes], list[Sequence]] = {}  # waiting sequences by content
         self._num_waiting = 0
         self._prefilling: list[Sequence] = []
         self._twins: dict[int, list[Sequence]] = {}  # order of the leader -> its twins
@@ -149,12 +156,61 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
 
-    def _content(self, sequence: Sequence) -> bytes:
-        return sequence.tokens[: sequence.length].tobytes()
+    def cancel(self, sequence: Sequence) -> None:
+        """Takes an unfinished sequence out, wherever it is. A running one must hold all that was drawn."""
+        leader = next((s for s in self._prefilling if sequence in self._twins[s.order]), None)
+        if sequence.waiting:
+            self._unqueue(sequence)
+        elif leader is not None:
+            self._twins[leader.order].remove(sequence)
+            self.pool.release(sequence.blocks)
+            sequence.blocks = []
+        elif sequence in self._prefilling:
+            self._cancel_leader(sequence)
+        else:
+            self.finish(sequence)
+
+    def _cancel_leader(self, leader: Sequence) -> None:
+        """Hands a started prefill to the first twin; without one, to whoever shares blocks of it."""
+        place, twins = self._prefilling.index(leader), self._twins.pop(leader.order)
+        if twins:
+            heir = twins.pop(0)
+            self.pool.release(heir.blocks)
+            heir.blocks, heir.computed = leader.blocks, leader.computed
+            self._prefilling[place], self._twins[heir.order] = heir, twins
+        else:
+            self._disown(leader, self._prefilling[place + 1 :])
+            self._prefilling.remove(leader)
+            self.pool.release(leader.blocks)
+        leader.blocks = []
+
+    def _disown(self, leader: Sequence, others: list[Sequence]) -> None:
+        """The blocks that `leader` has announced and not computed: the first of the others that counts on one computes
+        it, what nobody counts on is withdrawn."""
+        size = self.pool.block_tokens
+        missing = set(leader.blocks[leader.computed // size :])
+        for other in others:
+            first = next((i for i, block in enumerate(other.blocks) if block in missing), None)
+            if first is not None and first * size < other.computed:
+                self.counts.reused_tokens -= other.computed - first * size
+                other.computed = first * size
+                missing.difference_update(other.blocks)
+        self.pool.withdraw(sorted(missing))
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        """Out of the waiting ones; the heap drops its entry later."""
+        content = self._content(sequence)
+        self._alike[content].remove(sequence)
+        if not self._alike[content]:
+            del self._alike[content]
+        sequence.waiting, self._num_waiting = False, self._num_waiting - 1
+
+    def _content(self, sequence: Sequence) -> tuple[int, bytes]:
+        return sequence.root, sequence.tokens[: sequence.length].tobytes()
 
     def _give_back(self, sequence: Sequence) -> None:
         if self.share:  # the newest token was drawn but never computed
-            self.pool.publish(sequence.tokens[: sequence.length - 1], sequence.blocks)
+            self.pool.publish(sequence.tokens[: sequence.length - 1], sequence.blocks, sequence.root)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 
@@ -170,7 +226,9 @@ class Scheduler:
             return None
         leader, size = self._heap[0], self.pool.block_tokens
         tokens = leader.tokens[: leader.length]
-        known = self.pool.lookup(tokens[:-1]) if self.share else []  # the last token is computed for its logits
+        known = (
+            self.pool.lookup(tokens[:-1], leader.root) if self.share else []
+        )  # the last token is computed for its logits
         held = self.pool.share(known)
         need = self.pool.blocks_for(leader.length) - len(known)
         # one spare block per running sequence, or admission and preemption would take turns
@@ -183,7 +241,7 @@ class Scheduler:
         self.counts.reused_tokens += leader.computed
         twins = self._take(leader)
         if self.share:
-            self.pool.publish(tokens, leader.blocks)
+            self.pool.publish(tokens, leader.blocks, leader.root)
         self._prefilling.append(leader)
         self._twins[leader.order] = twins
         return leader

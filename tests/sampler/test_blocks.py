@@ -85,6 +85,33 @@ def test_content_published_again_after_its_beginning_was_evicted():
     pool.check()
 
 
+def test_roots_are_apart_and_forgotten_alone():
+    pool = BlockPool(6, 1)
+    roots = [0, pool.root(), pool.root()]
+    for root in roots:
+        blocks = pool.allocate(2)
+        pool.publish(tokens(1, 2), blocks, root)
+        pool.release(blocks)
+    assert len({tuple(pool.lookup(tokens(1, 2), root)) for root in roots}) == 3
+    held = pool.share(pool.lookup(tokens(1), roots[1]))
+    pool.forget(roots[1])
+    pool.check()
+    assert [len(pool.lookup(tokens(1, 2), root)) for root in roots] == [2, 0, 2]
+    pool.release(held)
+    pool.check()
+    assert len(pool._free) == 2 and pool.available() == 6
+
+
+def test_withdrawn_blocks_are_not_found():
+    pool = BlockPool(4, 2)
+    blocks = pool.allocate(2)
+    pool.publish(tokens(1, 2, 3, 4), blocks)
+    pool.withdraw(blocks[1:])
+    assert pool.lookup(tokens(1, 2, 3, 4)) == blocks[:1]
+    pool.release(blocks)
+    pool.check()
+
+
 def test_random_use_keeps_the_books():
     rng = np.random.default_rng(0)
     pool = BlockPool(40, 2)

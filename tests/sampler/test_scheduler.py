@@ -8,11 +8,11 @@ from skyrl.sampler.scheduler import Scheduler, Sequence
 from skyrl.types import SamplingParams
 
 
-def make(order, context, limit):
+def make(order, context, limit, root=0):
     tokens = np.zeros(limit, dtype=np.int64)
     tokens[: len(context)] = context
     room = np.zeros(limit - len(context), dtype=np.float32)
-    return Sequence(order, str(order), SamplingParams(1), tokens, len(context), len(context), room)
+    return Sequence(order, str(order), SamplingParams(1), tokens, len(context), len(context), room, root=root)
 
 
 def check(scheduler, chunk):
@@ -34,49 +34,146 @@ def check(scheduler, chunk):
         assert written >= len(sequence.blocks) or holders[sequence.blocks[written]] == 1
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("share", [True, False])
-def test_random_traffic(seed, share):
+class Written:
+    """What a cache would hold: (root, token, position) per place of each block."""
+
+    def __init__(self, size):
+        self._size, self._cells = size, {}
+
+    def places(self, sequence, start, end):
+        return [(sequence.blocks[i // self._size], i % self._size) for i in range(start, end)]
+
+    def write(self, sequence, start, end):
+        for i, place in zip(range(start, end), self.places(sequence, start, end), strict=True):
+            self._cells[place] = (sequence.root, *map(int, sequence.tokens[: i + 1]))
+
+    def check(self, sequence, end):
+        """Everything that a sequence attends to was computed for its very tokens and adapter."""
+        for i, place in enumerate(self.places(sequence, 0, end)):
+            assert self._cells.get(place) == (sequence.root, *map(int, sequence.tokens[: i + 1]))
+
+    def copy(self, fork):
+        for at in range(self._size if fork.copy else 0):
+            source, target = ((block, at) for block in fork.copy)
+            self._cells[target] = self._cells.get(source)
+
+
+def play(scheduler, written):
+    """One step, as the sampler does it: the sequences that draw a token."""
+    pieces = scheduler.prefill()
+    if not pieces:
+        preempted = scheduler.grow() if scheduler.running else []
+        assert all(s.waiting and not s.blocks for s in preempted)
+        assert all(len(s.blocks) * scheduler.pool.block_tokens >= s.length for s in scheduler.running)
+        for sequence in scheduler.running:
+            written.write(sequence, sequence.length - 1, sequence.length)
+            written.check(sequence, sequence.length)
+        return list(scheduler.running), bool(scheduler.running)
+    assert sum(p.end - p.start for p in pieces) <= scheduler.max_prefill_tokens and all(p.end > p.start for p in pieces)
+    for piece in pieces:  # everything before the piece is in its blocks, and its own tokens have room
+        assert piece.start == piece.sequence.computed
+        written.write(piece.sequence, piece.start, piece.end)
+    for piece in pieces:
+        written.check(piece.sequence, piece.end)
+    forks = [fork for group in scheduler.prefilled(pieces) for fork in group]
+    for fork in forks:
+        written.copy(fork)
+        written.check(fork.sequence, fork.sequence.length)
+    return [fork.sequence for fork in forks], True
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share, cancels", [(True, 0.0), (False, 0.0), (True, 0.3), (False, 0.3)])
+def test_random_traffic(seed, share, cancels):
+    """Arrivals of several adapters, endings, cancelled requests in every state; what a sequence attends to was always
+    computed for its tokens and its adapter."""
     rng = np.random.default_rng(seed)
     size, chunk = int(rng.integers(1, 6)), int(rng.integers(3, 30))
     scheduler = Scheduler(
         BlockPool(int(rng.integers(-(-40 // size), 3 * -(-40 // size))), size),
         max_running=int(rng.integers(1, 9)), max_prefill_tokens=chunk, share=share,
     )  # fmt: skip
-    contexts = [rng.integers(0, 2, rng.integers(1, 20)) for _ in range(6)]
-    waiting = [make(i, contexts[rng.integers(6)], 40) for i in range(60)]
+    roots = [0, scheduler.pool.root(), scheduler.pool.root()][: 1 + seed % 3]
+    contexts = [rng.integers(0, 2, rng.integers(1, 20)) for _ in range(3)]
+    contexts += [np.concatenate([context, [1, 0, 1]]) for context in contexts]  # beginnings of others
+    waiting = [make(i, contexts[rng.integers(6)], 40, roots[rng.integers(len(roots))]) for i in range(60)]
     goals = {s.order: int(rng.integers(s.length + 1, 41)) for s in waiting}
-    added = finished = idle = 0
-    while finished < 60:
+    written, live = Written(size), {}
+    added = idle = cancelled = 0
+    while added < 60 or live:
         for _ in range(int(rng.integers(0, 4))):
             if added < 60:
                 scheduler.add(waiting[added])
+                live[added] = waiting[added]
                 added += 1
-        assert scheduler.unfinished() == added - finished
-        pieces = scheduler.prefill()
-        drew = []
-        if pieces:
-            assert sum(p.end - p.start for p in pieces) <= chunk and all(p.end > p.start for p in pieces)
-            for piece in pieces:  # everything before the piece is in its blocks, and its own tokens have room
-                assert piece.start == piece.sequence.computed and len(piece.sequence.blocks) * size >= piece.end
-            drew = [fork.sequence for group in scheduler.prefilled(pieces) for fork in group]
-        elif scheduler.running:
-            preempted = scheduler.grow()
-            assert all(s.waiting and not s.blocks for s in preempted)
-            assert all(len(s.blocks) * size >= s.length for s in scheduler.running)
-            drew = list(scheduler.running)
+        assert scheduler.unfinished() == len(live)
+        if live and rng.random() < cancels:
+            scheduler.cancel(live.pop(rng.choice(list(live))))
+            cancelled += 1
+            check(scheduler, chunk)
+        drew, moved = play(scheduler, written)
         for sequence in drew:
             sequence.tokens[sequence.length] = rng.integers(0, 2)
             sequence.length += 1
             if sequence.length == goals[sequence.order]:
                 scheduler.finish(sequence)
-                finished += 1
+                del live[sequence.order]
         check(scheduler, chunk)
-        idle = 0 if drew or pieces or added == finished else idle + 1
+        idle = 0 if moved or not live else idle + 1
         assert idle < 5, "nothing moves"
-    assert scheduler.pool.held() == 0 and scheduler.unfinished() == 0
+    assert scheduler.pool.held() == 0 and scheduler.unfinished() == 0 and (cancelled > 5) == (cancels > 0)
     if not share:
         assert scheduler.counts.reused_tokens == 0 and not scheduler.pool._content
+
+
+def started(*contexts, chunk=4):
+    """A scheduler of blocks of 2 tokens with these sequences queued and one step of prefill done."""
+    scheduler, written = Scheduler(BlockPool(40, 2), max_running=9, max_prefill_tokens=chunk, share=True), Written(2)
+    sequences = [make(order, context, 20) for order, context in enumerate(contexts)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    play(scheduler, written)
+    return scheduler, written, sequences
+
+
+def test_a_cancelled_leader_hands_its_prefill_to_its_twin():
+    scheduler, written, (leader, twin, other) = started([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], [9])
+    blocks = list(leader.blocks)
+    scheduler.cancel(leader)
+    assert twin.blocks == blocks and twin.computed == 4 and not leader.blocks
+    drew, _ = play(scheduler, written)
+    assert drew == [twin, other] and scheduler.counts.prefill_tokens == 8
+
+
+def test_what_a_cancelled_leader_has_not_computed_is_computed_by_others():
+    scheduler, written, (leader, short, long) = started([*range(10)], [0, 1, 2, 3, 4, 5, 0], [*range(8), 0], chunk=4)
+    scheduler.max_prefill_tokens = 30
+    scheduler.prefill()  # admits the others: both count on blocks that the leader has announced
+    assert (leader.computed, short.computed, long.computed) == (4, 6, 8)
+    scheduler.cancel(leader)
+    assert (short.computed, long.computed) == (4, 6)  # 4 and 5 once, for both
+    check(scheduler, 30)
+    drew, _ = play(scheduler, written)
+    assert drew == [short, long] and scheduler.counts.prefill_tokens == 4 + 3 + 3
+    assert len(scheduler.pool.lookup(np.arange(10))) == 4
+
+
+def test_what_a_cancelled_leader_has_not_computed_is_not_found():
+    scheduler, written, (leader,) = started([*range(10)], chunk=5)
+    scheduler.cancel(leader)
+    assert scheduler.pool.lookup(np.arange(10)) == [1, 2] and scheduler.pool.held() == 0
+    scheduler.pool.check()
+
+
+def test_cancel_when_queued_and_when_running():
+    scheduler, written, (one, two) = started([1, 2, 3], [4, 5, 6, 7], chunk=3)
+    scheduler.max_running = 1
+    assert scheduler.running == [one]
+    one.length += 1
+    scheduler.cancel(two)
+    scheduler.cancel(one)
+    assert scheduler.unfinished() == 0 and scheduler.pool.held() == 0 and play(scheduler, written) == ([], False)
+    assert len(scheduler.pool.lookup(np.array([1, 2, 3, 0]))) == 1  # what was computed stays findable
 
 
 def test_the_youngest_is_preempted_and_comes_back_first():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM
+from skyrl.models.lora import Adapter
 from skyrl.sampler.local import LocalSampler, make_sampler
-from skyrl.types import Sample, SampleRequest, SamplingParams
+from skyrl.types import LoraSpec, Sample, SampleRequest, SamplingParams
 
 VOCAB = 97
 
@@ -32,8 +35,31 @@ def text(tokens) -> str:
 
 def sampler(model: CausalLM, **changes) -> LocalSampler:
     """A sampler with the module path unless told otherwise."""
-    length = changes.pop("max_length", 128)
-    return make_sampler(model, SamplerConfig(**{"backend": "module", **changes}), decode=text, max_length=length)
+    given = {"max_length": 128} | {key: changes.pop(key) for key in ("max_length", "adapters") if key in changes}
+    return make_sampler(model, SamplerConfig(**{"backend": "module", **changes}), decode=text, **given)
+
+
+def adapter(model: CausalLM, name: str, size: float = 0.1, **spec) -> Adapter:
+    """An adapter whose B is random: it changes every logit; size 0 leaves it fresh."""
+    dtype = next(model.parameters()).dtype
+    made = Adapter(
+        model, LoraSpec(**{"rank": 4, "alpha": 8.0, "seed": sum(name.encode()), **spec}), name=name, dtype=dtype
+    )
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    with torch.no_grad():
+        for _, up in made.pairs.values():
+            up.copy_(size * torch.randn(up.shape, generator=generator))
+    return made
+
+
+def merged(model: CausalLM, adapter: Adapter) -> CausalLM:
+    """The model with W + scale B A in place of every adapted W, by plain float64 arithmetic."""
+    net = copy.deepcopy(model.net)
+    for path, (down, up) in adapter.pairs.items():
+        linear = net.get_submodule(path)
+        weight = linear.weight.detach().double() + adapter.scale * up.detach().double() @ down.detach().double()
+        linear.weight = torch.nn.Parameter(weight.to(linear.weight.dtype))  # a new one: the head may be tied
+    return CausalLM(net)
 
 
 def prompts(count: int, seed: int = 0, low: int = 1, high: int = 40) -> list[np.ndarray]:
@@ -54,13 +80,18 @@ def run(engine: LocalSampler, requests: list[SampleRequest]) -> dict[str, Sample
     pool = engine._scheduler.pool
     pool.check()
     assert pool.held() == 0 and engine.step() == []
+    assert not any(known.unfinished for known in engine._book._known.values())
     return done
 
 
-def requests(contexts, samples: int = 1, **params) -> list[SampleRequest]:
-    """`samples` requests of each context, uid "prompt/sample", each with its own seed."""
+def requests(contexts, samples: int = 1, model: str = "", **params) -> list[SampleRequest]:
+    """`samples` requests of each context, uid "prompt/sample" (with a model "model:prompt/sample"), each with its own
+    seed."""
+    before = f"{model}:" if model else ""
     return [
-        SampleRequest(f"{p}/{g}", tokens, SamplingParams(**{"max_tokens": 20, "seed": 1000 * p + g, **params}))
+        SampleRequest(
+            f"{before}{p}/{g}", tokens, SamplingParams(**{"max_tokens": 20, "seed": 1000 * p + g, **params}), model
+        )
         for p, tokens in enumerate(contexts)
         for g in range(samples)
     ]

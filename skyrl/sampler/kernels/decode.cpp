@@ -4,173 +4,10 @@
 // Every token is a row: it writes its key and value to its slot, then attends to positions 0 .. its own through its
 // row of the block table. So decoding (a row per sequence) and short prefills (a row per token) are the same call.
 // bfloat16 results are rounded where the module in torch rounds them; all sums run in float32.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "lowrank.h"
+#include "products.h"
 
 namespace {
-
-constexpr int LANES = 16, PANEL = 2 * LANES;  // columns of a vector, of a weight panel
-#if defined(__AVX512F__)
-constexpr int ROWS = 12;  // rows of a tile: 24 accumulators of 32 registers
-#else
-constexpr int ROWS = 3;
-#endif
-using bf16 = uint16_t;
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-
-template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
-inline vf set(float x) { return vf{} + x; }
-
-inline float wide(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
-inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
-inline vh narrow(vf f) {  // to nearest, ties to even; NaN stays NaN
-  vu u = (vu)f, r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((r & ~nan) | (nan & 0x7fc0u), vh);
-}
-inline vf get(const float* p) { return load<vf>(p); }
-inline vf get(const bf16* p) { return widen(load<vh>(p)); }
-inline void put(float* p, vf v) { store(p, v); }
-inline void put(bf16* p, vf v) { store(p, narrow(v)); }
-template <class T> inline vf round_to(vf v) { if constexpr (sizeof(T) == 2) return widen(narrow(v)); else return v; }
-
-inline vf rotated(vf v, int by) {
-  vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return __builtin_shuffle(v, (lane + by) & 15);
-}
-inline float sum(vf v) { for (int by : {8, 4, 2, 1}) v += rotated(v, by); return v[0]; }
-inline float largest(vf v) { for (int by : {8, 4, 2, 1}) { vf o = rotated(v, by); v = v > o ? v : o; } return v[0]; }
-
-inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
-  vi low = x < -87.0f, high = x > 88.0f;
-  x = (vf)(((vi)x & ~low & ~high) | ((vi)set(88.0f) & high));
-  vf n = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
-  vi k = (vi)n - 0x4b400000;
-  n -= 12582912.0f;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return (vf)((vi)(p * (vf)((k + 127) << 23)) & ~low);
-}
-
-// ---- products: y = x w^T with w in panels of 32 columns -------------------------------------------------------------
-// bfloat16: [columns / 32][inner / 2][32][2]; float32: [columns / 32][inner][32]. Missing columns are zero.
-
-inline size_t panel_size(int dtype, int inner) { return size_t(dtype ? (inner + 1) / 2 * 2 : inner) * PANEL; }
-
-// The loops over rows are unrolled whole, or the accumulators would live in memory at a third of the speed.
-template <int M> inline void tile(const float* x, int stride, const float* w, int inner, vf (*acc)[2]) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = vf{};
-  for (int k = 0; k < inner; k++, w += PANEL) {
-    vf a = get(w), b = get(w + LANES);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      float s = x[size_t(m) * stride + k];
-      acc[m][0] += a * s;
-      acc[m][1] += b * s;
-    }
-  }
-}
-
-template <int M> inline void tile(const bf16* x, int stride, const bf16* w, int inner, vf (*acc)[2]) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = vf{};
-  for (int k = 0; k < inner; k += 2, w += 2 * PANEL) {
-#if defined(__AVX512BF16__)
-    __m512bh a = load<__m512bh>(w), b = load<__m512bh>(w + PANEL);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      int32_t pair;
-      std::memcpy(&pair, x + size_t(m) * stride + k, 4);
-      __m512bh s = (__m512bh)_mm512_set1_epi32(pair);
-      acc[m][0] = (vf)_mm512_dpbf16_ps((__m512)acc[m][0], a, s);
-      acc[m][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][1], b, s);
-    }
-#else
-    vu a = load<vu>(w), b = load<vu>(w + PANEL);
-    vf a0 = (vf)(a << 16), a1 = (vf)(a & 0xffff0000u), b0 = (vf)(b << 16), b1 = (vf)(b & 0xffff0000u);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      float s0 = wide(x[size_t(m) * stride + k]), s1 = wide(x[size_t(m) * stride + k + 1]);
-      acc[m][0] += a0 * s0 + a1 * s1;
-      acc[m][1] += b0 * s0 + b1 * s1;
-    }
-#endif
-  }
-}
-
-template <class T, int M, class Done> inline void rows_of(const T* x, int inner, const T* w, int row, Done done) {
-  vf acc[M][2], out[M][2];
-  tile<M>(x + size_t(row) * inner, inner, w, inner, acc);
-#pragma GCC unroll 12
-  for (int m = 0; m < M; m++) out[m][0] = acc[m][0], out[m][1] = acc[m][1];
-  for (int m = 0; m < M; m++) done(row + m, out[m][0], out[m][1]);
-}
-
-// Calls done(row, columns 0-15, columns 16-31) for every row of the panel.
-template <class T, class Done> inline void panel(const T* x, int count, int inner, const T* w, Done done) {
-  int parts = (count + ROWS - 1) / ROWS;
-  for (int part = 0; part < parts; part++) {
-    int row = int64_t(count) * part / parts, n = int(int64_t(count) * (part + 1) / parts) - row;
-    switch (n) {
-#define CASE(n) case n: if constexpr (n <= ROWS) rows_of<T, n>(x, inner, w, row, done); break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
-    }
-  }
-}
-
-// ---- the model ------------------------------------------------------------------------------------------------------
-
-struct Layer {
-  const void *input_norm, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias, *mlp_norm;
-  const void *gate_up, *gate_up_bias, *down, *down_bias;
-  void *keys, *values;
-};
-struct Model {
-  int32_t dtype, layers, hidden, heads, kv_heads, channels, ffn, vocab, block_tokens, threads;
-  float eps, scale;
-  const void *embedding, *norm, *head, *head_bias, *cosines, *sines;
-  const Layer* layer;
-};
-struct Step {
-  int32_t count, width, num_logits;
-  const int64_t *tokens, *positions;
-  const int32_t* table;   // [count, width]
-  const int64_t* rows;    // [num_logits]: which rows give logits
-  float* logits;          // [num_logits, vocab]
-};
-
-struct Team {  // the threads of one parallel region
-  int rank, size;
-  void wait() const {
-#if defined(_OPENMP)
-    if (size > 1) {
-#pragma omp barrier
-    }
-#endif
-  }
-  int from(int n) const { return int64_t(n) * rank / size; }
-  int to(int n) const { return int64_t(n) * (rank + 1) / size; }
-};
 
 template <class T> void rms_norm(const T* x, const T* weight, T* y, int size, float eps) {
   vf squares{};
@@ -181,15 +18,18 @@ template <class T> void rms_norm(const T* x, const T* weight, T* y, int size, fl
 
 template <class T> inline vf bias_at(const T* bias, int column) { return bias ? get(bias + column) : vf{}; }
 
-// y[row, column] = product + bias
-template <class T>
-void linear(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns) {
+// y[row, column] = product + addition + bias
+template <class T, class Part, class Pick>
+void linear(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
+            const Low& low, Part part, Pick pick) {
   int panels = (columns + PANEL - 1) / PANEL;
   for (int p = team.from(panels); p < team.to(panels); p++) {
     int c = p * PANEL;
     bool both = c + LANES < columns;
     vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
+    expand_panel<T>(low, p, columns, part, pick);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
+      low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
       put(to, a + b0);
       if (both) put(to + LANES, b + b1);
@@ -197,15 +37,18 @@ void linear(const Team& team, const T* x, int count, int inner, const T* w, cons
   }
 }
 
-// y[row, column] += product + bias
-template <class T>
-void linear_add(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns) {
+// y[row, column] += product + addition + bias
+template <class T, class Pick>
+void linear_add(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
+                const Low& low, Pick pick) {
   int panels = (columns + PANEL - 1) / PANEL;
   for (int p = team.from(panels); p < team.to(panels); p++) {
     int c = p * PANEL;
     bool both = c + LANES < columns;
     vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
+    expand_panel<T>(low, p, columns, only_part, pick);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
+      low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
       put(to, get(to) + round_to<T>(a + b0));
       if (both) put(to + LANES, get(to + LANES) + round_to<T>(b + b1));
@@ -214,12 +57,15 @@ void linear_add(const Team& team, const T* x, int count, int inner, const T* w, 
 }
 
 // y[row, channel] = silu(gate) * up; a panel holds 16 columns of each
-template <class T>
-void gated(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int ffn) {
+template <class T, class Pick>
+void gated(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int ffn,
+           const Low& low, Pick pick) {
   int panels = ffn / LANES;
   for (int p = team.from(panels); p < team.to(panels); p++) {
     vf b0 = bias_at(bias, p * LANES), b1 = bias_at(bias, ffn + p * LANES);
+    for (int half = 0; half < 2 && low.num; half++) expand<T>(low, half, p + half * panels, half, pick);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf gate, vf up) {
+      low.add(row, gate, up);
       gate = round_to<T>(gate + b0);
       up = round_to<T>(up + b1);
       vf silu = round_to<T>(gate / (1.0f + exponential(-gate)));
@@ -366,13 +212,20 @@ void attend(const Model& m, const Layer& l, int head, const T* queries, const in
   }
 }
 
-template <class T> void forward(const Model& m, const Step& s, const Team& team, char* room) {
+// `body` and `head` are the adapters of the rows and of the rows that give logits, with chunks set.
+template <class T> void forward(const Model& m, const Step& s, const Team& team, Low body, Low head, char* room) {
   const int count = s.count, hidden = m.hidden, heads = m.heads, kv = m.kv_heads, channels = m.channels;
   const int qkv_size = (heads + 2 * kv) * channels, size = m.block_tokens;
   auto take = [&](size_t n) { T* p = (T*)room; room += (n * sizeof(T) + 63) / 64 * 64; return p; };
   T *x = take(size_t(count) * hidden), *normed = take(size_t(std::max(count, s.num_logits)) * hidden);
   T *qkv = take(size_t(count) * qkv_size), *queries = take(size_t(count) * heads * channels);
   T *mixed = take(size_t(count) * heads * channels), *wide_ = take(size_t(count) * m.ffn);
+  const int most = std::max(count, s.num_logits);
+  if (body.num) {
+    body.u = head.u = take(size_t(most) * body.stride);
+    body.room = head.room = (float*)room + size_t(team.rank) * most * PANEL;
+    room += size_t(team.size) * most * PANEL * sizeof(float);
+  }
   int keys_max = s.width * size + LANES;
   float* scores = (float*)room + size_t(team.rank) * keys_max * (heads / kv);
   size_t* places = (size_t*)(room + (sizeof(float) * size_t(team.size) * keys_max * (heads / kv) + 63) / 64 * 64);
@@ -385,7 +238,13 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     for (int t = from; t < to; t++)
       rms_norm(x + size_t(t) * hidden, (const T*)l.input_norm, normed + size_t(t) * hidden, hidden, m.eps);
     team.wait();
-    linear(team, normed, count, hidden, (const T*)l.qkv, (const T*)l.qkv_bias, qkv, qkv_size);
+    auto part = [&](int group) {
+      int at = group * LANES / channels;
+      return at < heads ? 0 : at < heads + kv ? 1 : 2;
+    };
+    auto of_qkv = [i](const Adapter& a) { return a.layer[i].qkv; };
+    shrink(team, body, normed, hidden, 3, of_qkv);
+    linear(team, normed, count, hidden, (const T*)l.qkv, (const T*)l.qkv_bias, qkv, qkv_size, body, part, of_qkv);
     team.wait();
     for (int t = from; t < to; t++) {
       alignas(64) T spare[1024];
@@ -411,24 +270,34 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
       attend(m, l, h, queries + at, s.table + size_t(t) * s.width, int(s.positions[t]) + 1, mixed + at, scores, places);
     }
     team.wait();
-    linear_add(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden);
+    auto of_out = [i](const Adapter& a) { return a.layer[i].out; };
+    shrink(team, body, mixed, heads * channels, 1, of_out);
+    linear_add(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden, body, of_out);
     team.wait();
     for (int t = from; t < to; t++)
       rms_norm(x + size_t(t) * hidden, (const T*)l.mlp_norm, normed + size_t(t) * hidden, hidden, m.eps);
     team.wait();
-    gated(team, normed, count, hidden, (const T*)l.gate_up, (const T*)l.gate_up_bias, wide_, m.ffn);
+    auto of_gate_up = [i](const Adapter& a) { return a.layer[i].gate_up; };
+    shrink(team, body, normed, hidden, 2, of_gate_up);
+    gated(team, normed, count, hidden, (const T*)l.gate_up, (const T*)l.gate_up_bias, wide_, m.ffn, body, of_gate_up);
     team.wait();
-    linear_add(team, wide_, count, m.ffn, (const T*)l.down, (const T*)l.down_bias, x, hidden);
+    auto of_down = [i](const Adapter& a) { return a.layer[i].down; };
+    shrink(team, body, wide_, m.ffn, 1, of_down);
+    linear_add(team, wide_, count, m.ffn, (const T*)l.down, (const T*)l.down_bias, x, hidden, body, of_down);
     team.wait();
   }
   for (int n = team.from(s.num_logits); n < team.to(s.num_logits); n++)
     rms_norm(x + size_t(s.rows[n]) * hidden, (const T*)m.norm, normed + size_t(n) * hidden, hidden, m.eps);
   team.wait();
+  auto of_head = [](const Adapter& a) { return a.head; };
+  shrink(team, head, normed, hidden, 1, of_head);
   int panels = (m.vocab + PANEL - 1) / PANEL;
   const T* bias = (const T*)m.head_bias;  // padded to whole panels
   for (int p = team.from(panels); p < team.to(panels) && s.num_logits; p++) {
     vf b0 = bias_at(bias, p * PANEL), b1 = bias_at(bias, p * PANEL + LANES);
+    expand_panel<T>(head, p, panels * PANEL, only_part, of_head);
     panel(normed, s.num_logits, hidden, (const T*)m.head + p * panel_size(m.dtype, hidden), [&](int row, vf a, vf b) {
+      head.add(row, a, b);
       float* out = s.logits + size_t(row) * m.vocab + p * PANEL;
       alignas(64) float both[PANEL];
       put(both, round_to<T>(a + b0));
@@ -438,10 +307,12 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
   }
 }
 
-size_t room_size(const Model& m, const Step& s) {
+size_t room_size(const Model& m, const Step& s, const Low& low) {
+  size_t most = std::max(s.count, s.num_logits);
+  size_t lows = low.num ? most * (low.stride + m.threads * PANEL) * sizeof(float) + 64 : 0;
   size_t channels = size_t(m.hidden) * 2 + size_t(3 * m.heads + 2 * m.kv_heads) * m.channels + m.ffn;
   size_t keys = size_t(s.width) * m.block_tokens + LANES;
-  return channels * (std::max(s.count, s.num_logits)) * 4 + 1024 +
+  return channels * most * 4 + 1024 + lows +
          m.threads * keys * (4 * size_t(m.heads / m.kv_heads) + sizeof(size_t)) + 64;
 }
 
@@ -451,6 +322,7 @@ extern "C" {
 
 int64_t skyrl_layer_size() { return sizeof(Layer); }
 int64_t skyrl_model_size() { return sizeof(Model); }
+int64_t skyrl_step_size() { return sizeof(Step) + sizeof(Adapter) + sizeof(Segment) + sizeof(Deltas); }
 
 // Elements of the packed form of [columns, inner].
 int64_t skyrl_packed_size(int32_t dtype, int64_t columns, int64_t inner) {
@@ -536,22 +408,43 @@ void skyrl_draw(const float* logits, int32_t count, int32_t vocab, const double*
 void skyrl_forward(const Model* m, const Step* s) {
   static thread_local char* room = nullptr;
   static thread_local size_t held = 0;
-  size_t need = room_size(*m, *s);
+  Low body, head;
+  std::unique_ptr<Chunk[]> chunks;
+  if (s->num_segments) {
+    chunks.reset(new Chunk[s->count + s->num_logits]);
+    int at = 0, end = s->num_segments;
+    auto of = [&](int row) {  // rows come in rising order, but for the first look at a chunk's end
+      while (at > 0 && row < s->segments[at].start) at--;
+      while (at + 1 < end && row >= s->segments[at].stop) at++;
+      return s->segments[at].adapter;
+    };
+    for (int i = 0; i < end; i++)
+      if (const Adapter* a = s->segments[i].adapter) body.rank = std::max(body.rank, a->rank);
+    body.stride = (3 * body.rank + PANEL - 1) / PANEL * PANEL;
+    head.rank = body.rank, head.stride = body.stride;
+    body.chunks = chunks.get();
+    body.num = cut(s->count, of, chunks.get());
+    head.chunks = chunks.get() + body.num;
+    head.num = cut(s->num_logits, [&](int n) { return of(int(s->rows[n])); }, chunks.get() + body.num);
+    if (body.num) body.first = body.chunks[0].row;
+    if (head.num) head.first = head.chunks[0].row;
+  }
+  size_t need = room_size(*m, *s, body);
   if (need > held) {
     std::free(room);
     held = (need * 5 / 4 + 63) / 64 * 64;
     room = (char*)std::aligned_alloc(64, held);
   }
   char* shared = room;
+  auto run = [&](const Team& team) {
+    if (m->dtype) forward<bf16>(*m, *s, team, body, head, shared);
+    else forward<float>(*m, *s, team, body, head, shared);
+  };
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(m->threads) if (m->threads > 1)
-  {
-    Team team{omp_get_thread_num(), omp_get_num_threads()};
-    if (m->dtype) forward<bf16>(*m, *s, team, shared); else forward<float>(*m, *s, team, shared);
-  }
+  run(Team{omp_get_thread_num(), omp_get_num_threads()});
 #else
-  Team team{0, 1};
-  if (m->dtype) forward<bf16>(*m, *s, team, shared); else forward<float>(*m, *s, team, shared);
+  run(Team{0, 1});
 #endif
 }
 }

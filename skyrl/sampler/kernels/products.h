@@ -1,0 +1,144 @@
+// Vectors of 16 numbers, and products with packed weights, on a CPU. Part of decode.cpp.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16, PANEL = 2 * LANES;  // columns of a vector, of a weight panel
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;  // rows of a tile: 24 accumulators of 32 registers
+#else
+constexpr int ROWS = 3;
+#endif
+using bf16 = uint16_t;
+typedef float vf __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline vf set(float x) { return vf{} + x; }
+
+inline float wide(bf16 x) { uint32_t u = uint32_t(x) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+inline vh narrow(vf f) {  // to nearest, ties to even; NaN stays NaN
+  vu u = (vu)f, r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((r & ~nan) | (nan & 0x7fc0u), vh);
+}
+inline vf get(const float* p) { return load<vf>(p); }
+inline vf get(const bf16* p) { return widen(load<vh>(p)); }
+inline void put(float* p, vf v) { store(p, v); }
+inline void put(bf16* p, vf v) { store(p, narrow(v)); }
+template <class T> inline vf round_to(vf v) { if constexpr (sizeof(T) == 2) return widen(narrow(v)); else return v; }
+
+inline vf rotated(vf v, int by) {
+  vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return __builtin_shuffle(v, (lane + by) & 15);
+}
+inline float sum(vf v) { for (int by : {8, 4, 2, 1}) v += rotated(v, by); return v[0]; }
+inline float largest(vf v) { for (int by : {8, 4, 2, 1}) { vf o = rotated(v, by); v = v > o ? v : o; } return v[0]; }
+
+inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
+  vi low = x < -87.0f, high = x > 88.0f;
+  x = (vf)(((vi)x & ~low & ~high) | ((vi)set(88.0f) & high));
+  vf n = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
+  vi k = (vi)n - 0x4b400000;
+  n -= 12582912.0f;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return (vf)((vi)(p * (vf)((k + 127) << 23)) & ~low);
+}
+
+// ---- products: y = x w^T with w in panels of 32 columns -------------------------------------------------------------
+// bfloat16: [columns / 32][inner / 2][32][2]; float32: [columns / 32][inner][32]. Missing columns are zero.
+
+inline size_t panel_size(int dtype, int inner) { return size_t(dtype ? (inner + 1) / 2 * 2 : inner) * PANEL; }
+
+// The loops over rows are unrolled whole, or the accumulators would live in memory at a third of the speed.
+template <int M> inline void tile(const float* x, int stride, const float* w, int inner, vf (*acc)[2]) {
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = vf{};
+  for (int k = 0; k < inner; k++, w += PANEL) {
+    vf a = get(w), b = get(w + LANES);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      float s = x[size_t(m) * stride + k];
+      acc[m][0] += a * s;
+      acc[m][1] += b * s;
+    }
+  }
+}
+
+template <int M> inline void tile(const bf16* x, int stride, const bf16* w, int inner, vf (*acc)[2]) {
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = vf{};
+  for (int k = 0; k < inner; k += 2, w += 2 * PANEL) {
+#if defined(__AVX512BF16__)
+    __m512bh a = load<__m512bh>(w), b = load<__m512bh>(w + PANEL);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      int32_t pair;
+      std::memcpy(&pair, x + size_t(m) * stride + k, 4);
+      __m512bh s = (__m512bh)_mm512_set1_epi32(pair);
+      acc[m][0] = (vf)_mm512_dpbf16_ps((__m512)acc[m][0], a, s);
+      acc[m][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][1], b, s);
+    }
+#else
+    vu a = load<vu>(w), b = load<vu>(w + PANEL);
+    vf a0 = (vf)(a << 16), a1 = (vf)(a & 0xffff0000u), b0 = (vf)(b << 16), b1 = (vf)(b & 0xffff0000u);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      float s0 = wide(x[size_t(m) * stride + k]), s1 = wide(x[size_t(m) * stride + k + 1]);
+      acc[m][0] += a0 * s0 + a1 * s1;
+      acc[m][1] += b0 * s0 + b1 * s1;
+    }
+#endif
+  }
+}
+
+template <class T, int M, class Done> inline void rows_of(const T* x, int inner, const T* w, int row, Done done) {
+  vf acc[M][2], out[M][2];
+  tile<M>(x + size_t(row) * inner, inner, w, inner, acc);
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) out[m][0] = acc[m][0], out[m][1] = acc[m][1];
+  for (int m = 0; m < M; m++) done(row + m, out[m][0], out[m][1]);
+}
+
+// call(constant n), n = 1 .. ROWS
+template <class Call> inline void with_rows(int n, Call call) {
+  switch (n) {
+#define CASE(n) case n: if constexpr (n <= ROWS) call(std::integral_constant<int, n>{}); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+  }
+}
+
+// Calls done(row, columns 0-15, columns 16-31) for every row of the panel.
+template <class T, class Done> inline void panel(const T* x, int count, int inner, const T* w, Done done) {
+  int parts = (count + ROWS - 1) / ROWS;
+  for (int part = 0; part < parts; part++) {
+    int row = int64_t(count) * part / parts, n = int(int64_t(count) * (part + 1) / parts) - row;
+    with_rows(n, [&](auto m) { rows_of<T, decltype(m)::value>(x, inner, w, row, done); });
+  }
+}
+
+}  // namespace
