@@ -11,9 +11,8 @@ weights, so micro-batches, packing, world size and strategy change nothing but r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.algorithms.losses import compute_loss
+from skyrl.algorithms.losses import LOSSES, compute_loss
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import pack
-from skyrl.distributed.collectives import Tally, gather_objects, on_leader
+from skyrl.distributed.collectives import gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
 from skyrl.models.load import load_tokenizer, probe
+from skyrl.models.lora import Adapter, Segment, install, routed
 from skyrl.models.packed import collate, loss_dtype
+from skyrl.models.results import RowResults
+from skyrl.models.weights import put
 from skyrl.sampler.base import Sampler
 from skyrl.sampler.local import make_sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
-from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, TrainOutput, UserError
+from skyrl.strategies.replicated import ReplicatedStrategy
+from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, TrainOutput, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -43,11 +46,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 @dataclass(frozen=True)
 class ModelSpec:
     """What to create. `head`: logits (a policy) or value (a critic). A frozen model has no gradient and no optimizer.
-    `copy_of` starts from another model of this engine, as it is now, instead of from `model.path`."""
+    `copy_of` starts from another model of this engine, as it is now, instead of from `model.path`.
+    `lora` makes a tenant: adapters over the frozen model `base`, whole on every rank however the base is laid out."""
 
     head: Literal["logits", "value"] = "logits"
     trainable: bool = True
     copy_of: str = ""
+    lora: LoraSpec | None = None
+    base: str = ""
 
 
 @dataclass
@@ -56,6 +62,17 @@ class _Model:
     strategy: Strategy
     version: int = 0
     sampler: Sampler | None = None
+
+
+@dataclass
+class _Call:
+    """What one call of `_run` computes: with which adapter each row, and which rows together. All ranks do `count`
+    micro-batches, where a forward pass is a collective."""
+
+    base: str
+    adapters: list[Adapter | None]
+    microbatches: list[list[int]]
+    count: int
 
 
 class Engine:
@@ -73,13 +90,17 @@ class Engine:
         self.max_row_tokens = max_row_tokens
         self.tokenizer = load_tokenizer(cfg.model)
         self.models: dict[str, _Model] = {}
+        self.adapters: dict[str, Adapter] = {}  # published, read-only, by name
+        self._bases: dict[str, str] = {}  # of published adapters
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
     def create(self, model: str, spec: ModelSpec) -> None:
         """Makes a model called `model`. Raises UserError when the name is taken or the weights cannot be had."""
-        if model in self.models:
-            raise UserError(f"a model called {model!r} exists already")
+        self._check_free(model)
+        if spec.lora is not None:
+            self.models[model] = _Model(spec, self._tenant(model, spec, spec.lora))
+            return
         strategy = self._strategy(spec)
         if spec.copy_of:
             source = self._model(spec.copy_of).strategy.state_dict(optimizer=False)["weights"]
@@ -89,14 +110,32 @@ class Engine:
                     tensor.copy_(source[name])
             strategy.load_state_dict({"weights": own}, optimizer=False)
         self.models[model] = _Model(spec, strategy)
-        if model == "policy":
+        if model in ("policy", "base"):
             with strategy.gathered() as module:
                 probe(module)
 
     def delete(self, model: str) -> None:
-        """Forgets a model and frees its memory."""
-        self._model(model)
+        """Forgets a model and frees its memory. Raises UserError while tenants or published adapters use it."""
+        self._entry(model)
+        users = [name for name, entry in self.models.items() if entry.spec.base == model]
+        users += [name for name, base in self._bases.items() if base == model]
+        if users:
+            raise UserError(f"model {model!r} is the base of {', '.join(users[:5])}; delete these first")
         del self.models[model]
+
+    def _tenant(self, model: str, spec: ModelSpec, lora: LoraSpec) -> Strategy:
+        if spec.head != "logits" or not spec.trainable or spec.copy_of:
+            raise UserError(f"model {model!r}: a LoRA tenant is trainable, has head logits and copies no other model")
+        adapter = Adapter(self._base(spec.base), lora, name=model, dtype=self.dtype, device=self.world.device)
+        return ReplicatedStrategy(adapter, self.world)
+
+    def _base(self, name: str) -> CausalLM:
+        """The module of a model that adapters may be put on, with its hooks."""
+        entry = self._entry(name)
+        if entry.spec.trainable or entry.spec.head != "logits":
+            raise UserError(f"model {name!r} cannot be a base: create it with trainable=False and head logits")
+        install(entry.strategy.module)
+        return entry.strategy.module
 
     def _strategy(self, spec: ModelSpec) -> Strategy:
         """A module with the weights of `model.path`, laid out over the ranks."""
@@ -110,91 +149,189 @@ class Engine:
             trainable=spec.trainable,
         )
 
-    def _model(self, name: str) -> _Model:
+    def _entry(self, name: str) -> _Model:
         if name not in self.models:
-            raise UserError(f"no model called {name!r}; there are: {', '.join(sorted(self.models))}")
+            there = ", ".join(sorted([*self.models, *self.adapters]))
+            raise UserError(f"no model called {name!r}; there are: {there}")
         return self.models[name]
+
+    def _model(self, name: str) -> _Model:
+        """As _entry; a parked model is brought back."""
+        entry = self._entry(name)
+        if isinstance(entry.strategy, ReplicatedStrategy):
+            entry.strategy.unpark()
+        return entry
+
+    def _check_free(self, name: str) -> None:
+        if name in self.models or name in self.adapters:
+            raise UserError(f"a model called {name!r} exists already")
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def forward(self, rows: list[Datum], loss: LossSpec, *, model: str = "policy") -> TrainOutput:
-        """Log-probabilities (and values) of the rows and the loss as metrics; no gradient."""
-        with torch.no_grad():
-            return self._run(rows, loss, model, backward=False)
+    def forward(
+        self,
+        rows: list[Datum],
+        loss: LossSpec,
+        *,
+        model: str | None = "policy",
+        mix: bool = False,
+        strict: bool = True,
+    ) -> TrainOutput:
+        """Log-probabilities (and values) of the rows and the loss as metrics; no gradient.
 
-    def score(self, rows: list[Datum], temperature: float, *, model: str = "policy") -> TrainOutput:
+        As forward_backward; `model` may be frozen or a published adapter too.
+        """
+        with torch.no_grad():
+            return self._run(rows, loss, model, backward=False, mix=mix, strict=strict)
+
+    def score(self, rows: list[Datum], temperature: float, *, model: str | None = "policy") -> TrainOutput:
         """Log-probabilities (and values) of every position of the rows, without a loss and without a gradient."""
         with torch.no_grad():
             return self._run(rows, LossSpec("", temperature=temperature), model, backward=False)
 
-    def forward_backward(self, rows: list[Datum], loss: LossSpec, *, model: str = "policy") -> TrainOutput:
+    def forward_backward(
+        self,
+        rows: list[Datum],
+        loss: LossSpec,
+        *,
+        model: str | None = "policy",
+        mix: bool = False,
+        strict: bool = True,
+    ) -> TrainOutput:
         """Adds the gradient of the weighted sum of losses to what is pending for `model`.
 
+        model None: each row's own `row.model`, all of them tenants of one base. A micro-batch then holds rows of one
+        tenant, so that nothing of a tenant depends on who else is in the call, bit for bit; with `mix` tenants share
+        micro-batches. `losses` are each row's weighted sum.
         Metrics: "loss:sum", those of the loss (over trained tokens), "tokens:sum" (all), "trained_tokens:sum" and
-        "microbatches:max" (of any rank). Raises RunError on every rank, naming rows,
-        when a loss is not finite; nothing has reached the optimizer then.
+        "microbatches:max" (of any rank). Raises RunError on every rank, naming rows, when a loss is not finite;
+        nothing has reached the optimizer then. Not so with strict=False: then look at `losses`, and clear_gradient of
+        the models whose losses are not finite, which leaves the others' gradients as they should be.
+        Raises UserError on every rank for rows that are too long and for models that cannot be had or trained.
         """
-        return self._run(rows, loss, model, backward=True)
+        return self._run(rows, loss, model, backward=True, mix=mix, strict=strict)
 
-    def _run(self, rows: list[Datum], loss: LossSpec, model: str, *, backward: bool) -> TrainOutput:
-        entry = self._model(model)
-        if backward and not entry.spec.trainable:
-            raise UserError(f"model {model!r} is frozen")
-        for row in rows:
-            if len(row.tokens) > self.max_row_tokens:
-                raise UserError(
-                    f"row {row.name or '?'} has {len(row.tokens)} tokens; at most {self.max_row_tokens} fit"
-                )
-        strategy = entry.strategy
-        microbatches = pack([len(row.tokens) for row in rows], self.cfg.batch.max_tokens_per_microbatch)
-        # A sharded forward is a collective: every rank runs the same number of them, on a row of weight 0 at the end.
-        count = max(gather_objects(self.world, len(microbatches)))
-        order = [index for one in microbatches for index in one]
-        stats = _Stats(self.world.device)
-        logprobs: list[Tensor] = []
-        values: list[Tensor] = []
-        for number in range(count):
-            picked = [rows[i] for i in microbatches[number]] if number < len(microbatches) else [_PADDING_ROW]
-            batch = collate(picked, dtype=loss_dtype(self.dtype), device=self.world.device)
-            out = strategy.module(
-                batch,
-                temperature=loss.temperature,
-                entropy=bool(loss.name) and entry.spec.head == "logits",
-                packing=self.cfg.batch.packing,
+    def _run(
+        self,
+        rows: list[Datum],
+        loss: LossSpec,
+        model: str | None,
+        *,
+        backward: bool,
+        mix: bool = False,
+        strict: bool = True,
+    ) -> TrainOutput:
+        call = self._plan_call(rows, model, backward=backward, mix=mix)
+        results = RowResults(rows)
+        head = self._entry(call.base).spec.head if call.base else "logits"
+        for number in range(call.count):
+            picked = call.microbatches[number] if number < len(call.microbatches) else []
+            batch = collate(
+                [rows[i] for i in picked] or [_PADDING_ROW],
+                dtype=loss_dtype(self.dtype),
+                device=self.world.device,
+                fill={**LOSSES.get(loss.name).params, **loss.params} if loss.name else {},
             )
-            if loss.name:
-                loss_T, metrics = compute_loss(out, batch, loss)
-                total = (loss_T * batch.weights_T).sum()
-                if backward:
-                    strategy.backward(total)
-                if number < len(microbatches):
-                    stats.add(total.detach(), metrics, batch.weights_T)
-            if number < len(microbatches):
-                result = out.values_T if entry.spec.head == "value" else out.logprobs_T
-                (values if entry.spec.head == "value" else logprobs).append(result.detach())
-        self._check_finite(rows, microbatches, stats)
-        tally = stats.tally()
+            strategy = self._entry(call.base).strategy
+            with self._routing(rows, picked, call, backward=backward):
+                out = strategy.module(
+                    batch,
+                    temperature=loss.temperature,
+                    entropy=bool(loss.name) and head == "logits",
+                    packing=self.cfg.batch.packing,
+                )
+                if picked:
+                    results.add_output(picked, out.values_T if head == "value" else out.logprobs_T)
+                if loss.name:
+                    loss_T, metrics = compute_loss(out, batch, loss)
+                    total = (loss_T * batch.weights_T).sum()
+                    if backward:
+                        strategy.backward(total)
+                    if picked:
+                        results.add_loss(total, loss_T, metrics, batch)
+        if strict:
+            self._check_finite(results)
+        tally = results.tally()
         tally.add("tokens:sum", float(sum(len(row.tokens) for row in rows)))
-        tally.add("microbatches:max", float(count))
+        tally.add("microbatches:max", float(len(call.microbatches)))
         return TrainOutput(
-            logprobs=_unpack(logprobs, order, rows),
-            values=_unpack(values, order, rows) if entry.spec.head == "value" else None,
+            logprobs=[] if head == "value" else results.outputs(),
+            values=results.outputs() if head == "value" else None,
             metrics=tally.result(self.world),
+            losses=results.losses(),
         )
 
-    def _check_finite(self, rows: list[Datum], microbatches: list[list[int]], stats: _Stats) -> None:
-        bad = [
-            rows[i].name or "?"
-            for one, finite in zip(microbatches, stats.finite(), strict=False)
-            if not finite
-            for i in one
-        ]
-        found = [name for part in gather_objects(self.world, bad[:5]) for name in part]
+    def _plan_call(self, rows: list[Datum], model: str | None, *, backward: bool, mix: bool) -> _Call:
+        """Which rows go together. Agrees on it over the ranks: an error of one is raised on all of them."""
+        names = [row.model if model is None else model for row in rows]
+        uses: dict[str, tuple[str, Adapter | None]] = {}
+        microbatches: list[list[int]] = []
+        error = ""
+        try:
+            for row in rows:
+                if len(row.tokens) > self.max_row_tokens:
+                    raise UserError(
+                        f"row {row.name or '?'} has {len(row.tokens)} tokens; at most {self.max_row_tokens} fit"
+                    )
+            for name in sorted(set(names) if model is None else {model}):
+                uses[name] = self._use(name, backward=backward)
+            microbatches = _plan(rows, names, self.cfg.batch.max_tokens_per_microbatch, mix=mix)
+        except UserError as failure:
+            error = str(failure)
+        everyone = gather_objects(self.world, (error, sorted({base for base, _ in uses.values()}), len(microbatches)))
+        if errors := [text for text, _, _ in everyone if text]:
+            raise UserError(errors[0])
+        bases = sorted({base for _, part, _ in everyone for base in part})
+        if len(bases) > 1:
+            raise UserError(f"one call holds rows of several base models ({', '.join(bases)}); make a call for each")
+        if not bases:
+            return _Call("", [], [], 0)  # no rank has a row
+        collective = not isinstance(self._entry(bases[0]).strategy, ReplicatedStrategy)
+        count = max(number for _, _, number in everyone) if collective else len(microbatches)
+        return _Call(bases[0], [uses[name][1] for name in names], microbatches, count)
+
+    def _use(self, name: str, *, backward: bool) -> tuple[str, Adapter | None]:
+        """The base model and the adapter (None: the base itself) that a name stands for."""
+        if name in self.adapters:
+            if backward:
+                raise UserError(f"model {name!r} is frozen: it was published to sample from and to score with")
+            return self._bases[name], self.adapters[name]
+        entry = self._model(name)
+        if backward and not entry.spec.trainable:
+            raise UserError(f"model {name!r} is frozen")
+        return (entry.spec.base, entry.strategy.module) if entry.spec.lora is not None else (name, None)
+
+    def _routing(
+        self, rows: list[Datum], picked: list[int], call: _Call, *, backward: bool
+    ) -> AbstractContextManager[None]:
+        """Tokens to adapters, for one micro-batch; a padding row goes through none."""
+        strategy = self._entry(call.base).strategy
+        if getattr(strategy.module, "router", None) is None:
+            return nullcontext()
+        segments: list[Segment] = []
+        start = 0
+        for index in picked:
+            stop = start + len(rows[index].tokens)
+            segments.append((start, stop, call.adapters[index]))
+            start = stop
+        # ranks may train adapters of other kinds at the same time, or none: their backward collectives must agree
+        sharded = not isinstance(strategy, ReplicatedStrategy)
+        return routed(strategy.module, segments, connect=backward and sharded)
+
+    def _check_finite(self, results: RowResults) -> None:
+        found = [name for part in gather_objects(self.world, results.not_finite()[:5]) for name in part]
         if found:
             raise RunError(
                 f"the loss is not finite in the micro-batch of rows {', '.join(found[:5])}; nothing was learned from "
                 "it; lower the learning rate, or look at these rows, and go on from a checkpoint before"
             )
+
+    def clear_gradient(self, model: str) -> None:
+        """Drops what is pending for `model`. Raises UserError for a strategy that cannot."""
+        strategy = self._model(model).strategy
+        if not hasattr(strategy, "clear_gradient"):
+            raise UserError(f"strategy {strategy.name} cannot drop a pending gradient; use single, ddp or fsdp")
+        strategy.clear_gradient()
 
     def optim_step(self, model: str, adam: AdamParams) -> Metrics:
         """One AdamW step of `model` from everything pending; returns {"grad_norm:mean", "lr:mean"}."""
@@ -208,14 +345,48 @@ class Engine:
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def snapshot(self, model: str) -> int:
-        """The version of the weights as they are now. Fully trained models keep no other version."""
-        return self._model(model).version
+        """The version of the weights as they are now. Fully trained models keep no other version; of a tenant
+        `publish` does."""
+        return self._entry(model).version
+
+    def publish(self, name: str, model: str) -> None:
+        """Makes a read-only copy of the tenant `model` as it is now: the adapter `name`, to sample from and score
+        with. Raises UserError when the name is taken or `model` is no tenant."""
+        self._check_free(name)
+        entry = self._lora(model)
+        self.adapters[name] = entry.strategy.module.frozen_copy(name)
+        self._bases[name] = entry.spec.base
+
+    def load_adapter(self, name: str, spec: LoraSpec, base: str, weights: Mapping[str, Any]) -> None:
+        """Makes the adapter `name` from saved weights, the same on every rank: by parameter name, as tenant_state's
+        "weights", or (A, B) by path. Raises UserError for a name that is taken and weights that do not fit."""
+        self._check_free(name)
+        flat: dict[str, Tensor] = {}
+        for key, value in weights.items():
+            flat.update({key: value} if isinstance(value, Tensor) else {f"{key}.A": value[0], f"{key}.B": value[1]})
+        adapter = Adapter(self._base(base), spec, name=name, dtype=self.dtype, device=self.world.device, weights=flat)
+        self.adapters[name] = adapter.requires_grad_(False)
+        self._bases[name] = base
+
+    def drop_adapter(self, name: str) -> None:
+        """Forgets a published adapter; nothing may be sampling from it. Raises UserError when there is none."""
+        if name not in self.adapters:
+            raise UserError(f"no published adapter called {name!r}; there are: {', '.join(sorted(self.adapters))}")
+        del self.adapters[name], self._bases[name]
+
+    def _lora(self, model: str) -> _Model:
+        entry = self._model(model)
+        if entry.spec.lora is None:
+            raise UserError(f"model {model!r} is no LoRA tenant: its only version is the weights as they are now")
+        return entry
 
     @contextmanager
     def sampling(self, model: str = "policy") -> Iterator[Sampler]:
         """A sampler over the trained weights themselves. Entering and leaving are collective; inside, ranks are on
         their own. No training call until it is left."""
         entry = self._model(model)
+        if entry.spec.lora is not None:
+            raise UserError(f"model {model!r} is a LoRA tenant: publish it, and sample from {entry.spec.base!r}")
         with torch.no_grad(), entry.strategy.gathered() as module:
             module.eval()
             own = module is entry.strategy.module
@@ -241,18 +412,54 @@ class Engine:
 
     def state(self, *, optimizer: bool = True) -> dict[str, Any]:
         """All models' tensors and versions, by model and name, for a checkpoint. Views: copy before the next step."""
+        models = {name: self._model(name) for name in self.models}
         return {
             name: {**m.strategy.state_dict(optimizer=optimizer and m.spec.trainable), "version": m.version}
-            for name, m in self.models.items()
+            for name, m in models.items()
         }
 
     def load_state(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
         """Takes back what `state` gave, after a checkpoint filled it."""
-        for name, entry in self.models.items():
-            parts = dict(state[name])
+        for name in self.models:
+            entry, parts = self._model(name), dict(state[name])
             entry.version = int(parts.pop("version"))
             entry.strategy.load_state_dict(parts, optimizer=optimizer and entry.spec.trainable)
             entry.sampler = None  # what it cached belongs to other weights, whatever their version
+
+    def tenant_state(self, model: str, *, optimizer: bool = True) -> dict[str, Any]:
+        """Whole tensors of one model, as copies on the CPU of every rank, in full precision: "weights" and, with
+        `optimizer`, "exp_avg" and "exp_avg_sq" by parameter name, and "step". A pending gradient is not part of it."""
+        parts = self._model(model).strategy.state_dict(optimizer=optimizer)
+        step = {"step": parts.pop("step").detach().clone().cpu()} if "step" in parts else {}
+        return {key: {name: _whole(t) for name, t in part.items()} for key, part in parts.items()} | step
+
+    def load_tenant(self, model: str, state: Mapping[str, Any], *, optimizer: bool = True) -> None:
+        """Takes what `tenant_state` gave, the same on every rank; drops the pending gradient. Without `optimizer` the
+        moments start at 0 again: they belong to other weights. Raises UserError for tensors that do not fit."""
+        entry = self._model(model)
+        own = entry.strategy.state_dict(optimizer=entry.spec.trainable)
+        step = own.pop("step", None)
+        given = {key: state.get(key) if optimizer or key == "weights" else None for key in own}
+        for key, part in own.items():
+            if optimizer or key == "weights":
+                _check_fits(model, key, part, given[key])
+        for key, part in own.items():
+            for name, tensor in part.items():
+                put(tensor, torch.zeros(tensor.shape) if given[key] is None else given[key][name])
+        if step is not None:
+            own["step"] = torch.as_tensor(float(state["step"]) if optimizer else 0.0, dtype=step.dtype)
+        entry.strategy.load_state_dict(own, optimizer=entry.spec.trainable)
+        entry.sampler = None
+        if entry.spec.trainable:
+            self.clear_gradient(model)
+
+    def park(self, model: str) -> None:
+        """Moves an idle tenant's weights, masters, moments and pending gradient to host memory; any use brings it
+        back bit for bit. Raises UserError for what is no tenant."""
+        self._entry(model)
+        strategy = self._lora(model).strategy
+        assert isinstance(strategy, ReplicatedStrategy)
+        strategy.park()
 
     def export(self, model: str, folder: Path) -> None:
         """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective.
@@ -260,15 +467,18 @@ class Engine:
         Raises UserError, on every rank, when it cannot be written."""
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
         entry = self._model(model)
+        if entry.spec.lora is not None:
+            raise UserError(f"model {model!r} is a LoRA tenant, which is not a model folder; save its tenant_state")
         state = entry.strategy.full_state_dict(dtype)
         config = entry.strategy.module.net.config
         on_leader(self.world, lambda: export_model(state, config, self.tokenizer, folder, dtype))
 
     def check_replicas(self, model: str = "policy") -> None:
         """Raises RunError unless all ranks hold the same weights (replicated strategies). Collective."""
-        if self.strategy_name == "fsdp":
+        strategy = self._model(model).strategy
+        if not isinstance(strategy, ReplicatedStrategy):
             return
-        weights = self._model(model).strategy.state_dict(optimizer=False)["weights"]
+        weights = strategy.state_dict(optimizer=False)["weights"]
         digest = [float(t.double().sum()) for t in weights.values()]
         everyone = gather_objects(self.world, digest)
         for rank, other in enumerate(everyone):
@@ -282,61 +492,29 @@ _PADDING_ROW = Datum(
 )
 
 
-def _unpack(parts: list[Tensor], order: list[int], rows: list[Datum]) -> list[np.ndarray]:
-    if not parts:
-        return []
-    flat = torch.cat(parts).cpu().numpy()
-    out: list[np.ndarray] = [np.empty(0)] * len(rows)
-    start = 0
-    for index in order:
-        out[index] = flat[start : start + len(rows[index].tokens)]
-        start += len(rows[index].tokens)
+def _plan(rows: list[Datum], models: list[str], budget: int, *, mix: bool) -> list[list[int]]:
+    """Indices of rows per micro-batch. Without `mix` each model's rows are packed as if they were alone; with it a
+    model's rows lie side by side in a micro-batch."""
+    if mix:
+        packed = pack([len(row.tokens) for row in rows], budget)
+        return [sorted(one, key=lambda i: (models[i], i)) for one in packed]
+    out = []
+    for name in sorted(set(models)):
+        own = [i for i, model in enumerate(models) if model == name]
+        out += [[own[i] for i in one] for one in pack([len(rows[i].tokens) for i in own], budget)]
     return out
 
 
-class _Stats:
-    """Sums of one call's metrics, kept on the device: one transfer at the end."""
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; of a sharded tensor the whole (collective)."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().to("cpu", copy=True)
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._losses: list[Tensor] = []
-        self._sums: dict[str, list[Tensor]] = {}
-        self._trained: list[Tensor] = []
 
-    def add(self, total: Tensor, metrics: dict[str, Tensor], weights_T: Tensor) -> None:
-        trained_T = weights_T != 0
-        self._losses.append(total)
-        self._trained.append(trained_T.sum())
-        for key, value_T in metrics.items():
-            value_T = value_T.detach()
-            if key.endswith(":max"):
-                value = torch.where(trained_T, value_T, -math.inf).max()
-            elif key.endswith(":min"):
-                value = torch.where(trained_T, value_T, math.inf).min()
-            else:
-                value = torch.where(trained_T, value_T, 0.0).sum()
-            self._sums.setdefault(key, []).append(value)
-
-    def finite(self) -> list[bool]:
-        return [math.isfinite(x) for x in torch.stack(self._losses).tolist()] if self._losses else []
-
-    def tally(self) -> Tally:
-        out = Tally()
-        if not self._losses:
-            return out
-        trained = float(torch.stack(self._trained).sum())
-        out.add("loss:sum", float(torch.stack(self._losses).double().sum()))
-        out.add("trained_tokens:sum", trained)
-        if trained == 0:
-            return out
-        for key, parts in self._sums.items():
-            stacked = torch.stack(parts).double()
-            if key.endswith(":max"):
-                out.add(key, float(stacked.max()))
-            elif key.endswith(":min"):
-                out.add(key, float(stacked.min()))
-            elif key.endswith(":mean"):
-                out.add(key, float(stacked.sum()), trained)
-            else:
-                out.add(key, float(stacked.sum()))
-        return out
+def _check_fits(model: str, key: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor] | None) -> None:
+    if given is None:
+        raise UserError(f"model {model!r}: the saved state has no {key}; load it without the optimizer")
+    for name in sorted(own.keys() | given.keys()):
+        shapes = [list(part[name].shape) if name in part else "nothing" for part in (own, given)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"model {model!r}: {key} {name} is {shapes[0]} here and {shapes[1]} in the saved state")

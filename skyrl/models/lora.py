@@ -6,9 +6,10 @@ tokens belong to which adapter. Adapters lie outside of the module, whole on eve
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -70,28 +71,47 @@ class Adapter(nn.Module):
 
     `pairs`: path -> (A, B); `scale`: alpha / rank; `head`: the path of the output embedding if it is adapted. A starts
     as PEFT's (uniform within 1 / sqrt(in)), keyed by (seed, path) and drawn on the CPU: equal on every rank and device;
-    B starts at 0, so a fresh adapter changes nothing. Raises: UserError for what this model cannot adapt.
+    B starts at 0, so a fresh adapter changes nothing. `weights`, by the parameters' names, replace both.
+    Raises: UserError for what this model cannot adapt, and for weights of other names or shapes.
     """
 
     def __init__(
-        self, model: CausalLM, spec: LoraSpec, *, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        model: CausalLM,
+        spec: LoraSpec,
+        *,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.spec, self.scale = name, spec, spec.alpha / spec.rank
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         head, linears = output_path(model), adapted(model, spec)
         self.head = head if head in linears else None
+        if weights is not None:
+            _check_weights(name, linears, spec.rank, weights)
         for path, linear in linears.items():
             holder: nn.Module = self
             for part in path.split("."):
                 if part not in holder._modules:
                     holder.add_module(part, nn.Module())
                 holder = holder.get_submodule(part)
-            bound = 1.0 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
-            start = torch.rand(spec.rank, linear.in_features, generator=_generator(spec.seed, path)) * 2 - 1
-            holder.A = nn.Parameter((start * bound).to(device, dtype))
-            holder.B = nn.Parameter(torch.zeros(linear.out_features, spec.rank, device=device, dtype=dtype))
+            if weights is not None:
+                a, b = (weights[f"{path}.{side}"] for side in "AB")
+            else:
+                bound = 1.0 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
+                a = torch.rand(spec.rank, linear.in_features, generator=_generator(spec.seed, path)) * 2 - 1
+                a, b = a * bound, torch.zeros(linear.out_features, spec.rank)
+            holder.A, holder.B = (nn.Parameter(t.detach().to(device, dtype, copy=True)) for t in (a, b))
             self.pairs[path] = (holder.A, holder.B)
+
+    def frozen_copy(self, name: str) -> Adapter:
+        """The weights as they are now under another name; no gradient, and no tensor shared with this one."""
+        twin = copy.deepcopy(self).requires_grad_(False)
+        twin.name = name
+        return twin
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, detached, not copied."""
@@ -113,6 +133,24 @@ def adapted(model: CausalLM, spec: LoraSpec) -> dict[str, nn.Linear]:
             "adapted; set mlp (train_mlp) to false"
         )
     return {path: module for path, module in model.net.named_modules() if groups.get(id(module)) in wanted}
+
+
+def _check_weights(name: str, linears: dict[str, nn.Linear], rank: int, weights: Mapping[str, Tensor]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, linear in linears.items():
+        shapes[f"{path}.A"], shapes[f"{path}.B"] = (rank, linear.in_features), (linear.out_features, rank)
+    if odd := sorted(shapes.keys() ^ weights.keys()):
+        verb = "lacks" if odd[0] in shapes else "has"
+        raise UserError(
+            f"adapter {name!r}: {verb} {odd[0]} (and {len(odd) - 1} more names differ); give A and B of each adapted "
+            f"product, such as {next(iter(shapes))}"
+        )
+    for key, shape in shapes.items():
+        if tuple(weights[key].shape) != shape:
+            raise UserError(
+                f"adapter {name!r}: {key} has shape {list(weights[key].shape)}, must be {list(shape)}; the rank or the "
+                "base model is another"
+            )
 
 
 def output_path(model: CausalLM) -> str | None:

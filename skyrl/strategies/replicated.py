@@ -7,7 +7,8 @@ module's parameters (the sampler) sees the trained weights themselves, without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +39,7 @@ class ReplicatedStrategy:
         self.module = module
         self.world = world
         self.trainable = trainable
+        self._home: torch.device | None = None  # while parked: where the tensors belong
         self._named = list(module.named_parameters())  # tied weights appear once
         dtype = self._named[0][1].dtype
         if any(p.dtype != dtype for _, p in self._named):
@@ -74,11 +76,10 @@ class ReplicatedStrategy:
             "exp_avg_sq": torch.zeros_like(self._master),
         }
         for name, p in self._named:
-            view = self._view(self._grad, name, p)
             if low:
-                p.register_post_accumulate_grad_hook(_adds_into(view))
+                p.register_post_accumulate_grad_hook(_adds_into(weakref.ref(self), name))
             else:
-                p.grad = view  # autograd then accumulates in place
+                p.grad = self._view(self._grad, name, p)  # autograd then accumulates in place
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` (this rank's sum) to what is pending."""
@@ -104,6 +105,56 @@ class ReplicatedStrategy:
         if self._master.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(self._master.detach())
         return {"grad_norm:mean": norm}
+
+    def clear_gradient(self) -> None:
+        """Drops what is pending."""
+        if self.trainable:
+            self._grad.zero_()
+
+    # ---- idle models: everything in host memory
+
+    @property
+    def parked(self) -> bool:
+        """Whether weights and optimizer lie in host memory; no other method may be called then but `unpark`."""
+        return self._home is not None
+
+    def park(self) -> None:
+        """Moves weights, masters, moments and the pending gradient to host memory, pinned where there is a GPU."""
+        if self.parked:
+            return
+        home = self.flat.device
+
+        def away(t: Tensor) -> Tensor:
+            return torch.empty(t.shape, dtype=t.dtype, pin_memory=home.type == "cuda").copy_(t)
+
+        self._move(away)
+        self._home = home
+
+    def unpark(self) -> None:
+        """Moves everything back to where it was, bit for bit."""
+        if self._home is not None:
+            home, self._home = self._home, None
+            self._move(lambda t: t.to(home, copy=True))
+
+    def _move(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Puts every flat buffer through `move` and makes the parameters views of the new ones."""
+        shared = self.trainable and self._master.data_ptr() == self.flat.data_ptr()
+        self.flat = move(self.flat)
+        for name, p in self._named:
+            p.grad = None  # a gradient must lie where its parameter lies, also for a moment
+            p.data = self._view(self.flat, name, p)
+        if not self.trainable:
+            return
+        assert self._optimizer is not None
+        self._master.grad = None
+        self._master.data = self.flat if shared else move(self._master.data)
+        self._grad = move(self._grad)
+        self._master.grad = self._grad
+        state = self._optimizer.state[self._master]
+        state.update({key: move(tensor) for key, tensor in state.items()})
+        if shared:
+            for name, p in self._named:
+                p.grad = self._view(self._grad, name, p)
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -142,9 +193,13 @@ class ReplicatedStrategy:
         return {n: self._view(source, n, p).to("cpu", dtype, copy=True) for n, p in self._named}
 
 
-def _adds_into(view: Tensor) -> Any:
+def _adds_into(owner: weakref.ref[ReplicatedStrategy], name: str) -> Any:
+    """Weak, so that a model that is dropped frees its memory at once."""
+
     def hook(p: Tensor) -> None:
-        view.add_(p.grad)
+        strategy = owner()
+        assert strategy is not None and p.grad is not None
+        strategy._view(strategy._grad, name, p).add_(p.grad)
         p.grad = None
 
     return hook
