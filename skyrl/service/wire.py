@@ -59,7 +59,7 @@ PARSERS: dict[str, Callable[[Any], Request]] = {
     "asample": parse_sample,
 }
 # Of datums, chunks and tensors together. Two bytes make an empty one, and it takes some sixty in memory.
-MAX_PARTS = 1_000_000
+MAX_PARTS = 1 << 18
 _DTYPES = {proto.FLOAT32: DTYPES["float32"], proto.INT64: DTYPES["int64"]}
 _TOKENS = np.dtype("<i4")
 
@@ -103,7 +103,13 @@ def decompressed(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise UserError(f"body: {size} bytes when decompressed, at most {max_bytes} may be; send smaller parts")
         # Where the frame does not say, the buffer is max_bytes long and a longer output an error.
-        return zstandard.ZstdDecompressor().decompress(body, max_output_size=max_bytes, allow_extra_data=False)
+        found = zstandard.ZstdDecompressor().decompress(body, max_output_size=max_bytes, allow_extra_data=False)
+        if size < 0:  # and then bytes behind the frame go unnoticed: once more, now that its length is known to be fine
+            again = zstandard.ZstdDecompressor().decompressobj()
+            again.decompress(body)
+            if again.unused_data:
+                raise UserError(f"body: {len(again.unused_data)} bytes follow the zstd frame; allowed: one frame")
+        return found
     except zstandard.ZstdError as error:
         raise UserError(f"body: not a zstd frame of at most {max_bytes} bytes: {shown(str(error))}") from None
 
