@@ -11,8 +11,8 @@ weights, so micro-batches, packing, world size and strategy change nothing but r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from skyrl.models.packed import collate, loss_dtype
 from skyrl.models.results import RowResults
 from skyrl.models.weights import put
 from skyrl.sampler.base import Sampler
-from skyrl.sampler.local import make_sampler
+from skyrl.sampler.local import LocalSampler, make_sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
 from skyrl.strategies.replicated import ReplicatedStrategy
@@ -75,6 +75,14 @@ class _Call:
     count: int
 
 
+@dataclass(frozen=True)
+class Serving:
+    """A frozen base as it is sampled: whole weights, and a sampler that stays open, over all published adapters."""
+
+    module: CausalLM
+    sampler: LocalSampler
+
+
 class Engine:
     """Owner of all weights. Rows come back local, metrics come back global.
 
@@ -92,6 +100,8 @@ class Engine:
         self.models: dict[str, _Model] = {}
         self.adapters: dict[str, Adapter] = {}  # published, read-only, by name
         self._bases: dict[str, str] = {}  # of published adapters
+        self._serving: dict[str, Serving] = {}
+        self._held = ExitStack()
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
@@ -372,6 +382,8 @@ class Engine:
         """Forgets a published adapter; nothing may be sampling from it. Raises UserError when there is none."""
         if name not in self.adapters:
             raise UserError(f"no published adapter called {name!r}; there are: {', '.join(sorted(self.adapters))}")
+        if self._bases[name] in self._serving:
+            self._serving[self._bases[name]].sampler.forget_adapter(name)
         del self.adapters[name], self._bases[name]
 
     def _lora(self, model: str) -> _Model:
@@ -399,11 +411,36 @@ class Engine:
             if not own:
                 entry.sampler = None
 
+    def serving(self, base: str) -> Serving:
+        """A frozen model open for sampling, from now on: training calls may come between its steps, since they change
+        neither it nor what was published. The first call is collective (a sharded base is gathered and stays so),
+        later ones are local. Raises UserError for a model that is trained."""
+        if base not in self._serving:
+            entry = self._model(base)
+            if entry.spec.trainable:
+                raise UserError(f"model {base!r} is trained itself; only a frozen base can stay open for sampling")
+            module = self._held.enter_context(entry.strategy.gathered()).eval()
+            if module is not entry.strategy.module:
+                install(module)
+            sampler = make_sampler(
+                module,
+                self.cfg.sampler,
+                decode=self._decode,
+                max_length=self.max_row_tokens,
+                adapters=self.adapters,
+                base_name=base,
+            )
+            self._serving[base] = Serving(module, sampler)
+        return self._serving[base]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
     def _make_sampler(self, module: CausalLM, version: int) -> Sampler:
         return make_sampler(
             module,
             self.cfg.sampler,
-            decode=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=False),
+            decode=self._decode,
             max_length=self.max_row_tokens,
             version=version,
         )
