@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from skyrl.engine import Engine, ModelSpec
-from skyrl.sampler.prompts import PromptQuery, PromptStats
+from skyrl.sampler.prompts import PromptQuery, PromptStats, score_prompts
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, Sample, SampleRequest, UserError
 
 BASE = "base"
@@ -173,7 +173,8 @@ def sample(hands: Hands, common: float, part: Slice) -> Drawn:
 
 def score(hands: Hands, common: None, part: list[PromptQuery]) -> list[PromptStats]:
     """What is asked about prompts, in their order."""
-    return hands.engine.score_prompts(BASE, part, max_tokens=hands.score_tokens) if part else []
+    engine = hands.engine
+    return score_prompts(engine.serving(BASE).module, part, engine.adapters, max_tokens=hands.score_tokens)
 
 
 COMMANDS: dict[str, Callable[[Hands, Any, Any], Any]] = {

@@ -141,7 +141,12 @@ def serve(cfg: ServeConfig) -> None:
     service = open_service(cfg)
     if service is None:
         return
-    door = open_door(service)
+    try:
+        door = open_door(service)
+    except UserError:
+        service.worker.leader.stop()
+        service.close()
+        raise
     try:
         previous = _stop_on_signals(service.worker.stop)
         print(

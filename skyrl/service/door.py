@@ -1,0 +1,44 @@
+"""The HTTP door of an open service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skyrl.service.app import Serving, make_app, serve_in_thread
+from skyrl.service.auth import read_keys
+from skyrl.service.openai_params import TextTools
+from skyrl.service.run import Service
+
+
+@dataclass
+class HttpDoor:
+    """A server in a thread of its own. `keys`: whether clients need one."""
+
+    serving: Serving
+    keys: bool
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it."""
+        return self.serving.url
+
+    def stop(self) -> None:
+        """Takes no new requests; returns when those under way are answered, or after some seconds."""
+        self.serving.stop()
+
+
+def open_door(service: Service) -> HttpDoor:
+    """Serves HTTP for `service` on service.host and service.port. Raises UserError for an address or keys that cannot
+    be used."""
+    cfg = service.cfg.service
+    keys = read_keys(cfg)
+    app = make_app(
+        service.desk,
+        service.books.store,
+        service.books.archive,
+        service.facts,
+        cfg,
+        text=TextTools(service.encode, service.decode, service.render),
+        keys=keys,
+    )
+    return HttpDoor(serve_in_thread(app, cfg.host, cfg.port), keys.required)
