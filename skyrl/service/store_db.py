@@ -1,0 +1,185 @@
+"""The database below the store: one SQLite file in WAL mode, connections that threads borrow, short transactions.
+
+A transaction that acknowledges a save is synced to the disk (synchronous=FULL), and with it everything written before;
+other ones survive the death of the process, and not always that of the machine.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from skyrl.types import UserError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x736B7972  # "skyr": another program's SQLite file is refused
+BUSY_SECONDS = 30.0
+MAX_LIMIT = 1000
+Row = sqlite3.Row
+# What SQLite says of a disk, a file or another process (Python 3.10 gives no error codes).
+_OF_THE_DISK = ("disk is full", "readonly database", "disk I/O error", "unable to open", "not a database", "malformed",
+                "database is locked", "locking protocol")  # fmt: skip
+SCHEMA = """
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE sessions (
+    session_id TEXT PRIMARY KEY, owner TEXT NOT NULL, tags TEXT NOT NULL, user_metadata TEXT NOT NULL,
+    sdk_version TEXT NOT NULL, project_id TEXT, display_name TEXT, folded_name TEXT NOT NULL,
+    created_at INTEGER NOT NULL, last_heartbeat INTEGER NOT NULL,
+    status TEXT NOT NULL DEFAULT 'active', reason TEXT, detail TEXT NOT NULL DEFAULT '{}');
+CREATE INDEX sessions_by_time ON sessions (owner, created_at, session_id);
+CREATE TABLE runs (
+    run_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, owner TEXT NOT NULL, facts TEXT NOT NULL,
+    user_metadata TEXT NOT NULL, created_at INTEGER NOT NULL, last_request_at INTEGER NOT NULL, state TEXT NOT NULL);
+CREATE INDEX runs_by_time ON runs (owner, created_at);
+CREATE INDEX runs_by_session ON runs (session_id);
+CREATE TABLE samplers (
+    sampler_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, owner TEXT NOT NULL, base_model TEXT NOT NULL,
+    model_path TEXT, version TEXT, ephemeral_run TEXT, created_at INTEGER NOT NULL, lost INTEGER NOT NULL DEFAULT 0,
+    clients INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX samplers_by_session ON samplers (session_id);
+CREATE TABLE futures (
+    request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, model_id TEXT, dedup TEXT,
+    state TEXT NOT NULL, result TEXT, error TEXT NOT NULL DEFAULT '', category TEXT NOT NULL DEFAULT 'unknown',
+    created_at INTEGER NOT NULL, finished_at INTEGER, UNIQUE (owner, dedup));
+CREATE INDEX futures_by_time ON futures (created_at);
+CREATE TABLE checkpoints (
+    run_id TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, owner TEXT NOT NULL, version TEXT NOT NULL,
+    created_at INTEGER NOT NULL, size_bytes INTEGER NOT NULL, public INTEGER NOT NULL DEFAULT 0, expires_at INTEGER,
+    user_metadata TEXT NOT NULL, facts TEXT NOT NULL, has_optimizer INTEGER NOT NULL,
+    missing INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run_id, kind, name));
+CREATE INDEX checkpoints_by_time ON checkpoints (owner, created_at);
+CREATE INDEX checkpoints_by_expiry ON checkpoints (expires_at) WHERE expires_at IS NOT NULL;
+"""
+
+
+class Database:
+    """The file and its transactions. Thread-safe: each transaction borrows a connection, and returns it.
+
+    now: seconds since 1970, for tests. Raises: UserError when the file cannot be opened or is not ours.
+    """
+
+    def __init__(self, path: Path | str, *, now: Callable[[], float] = time.time) -> None:
+        self.path, self._now = Path(path), now
+        self._idle: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        with self._explained(), self._connection() as connection:
+            self._prepare(connection)
+            (self.store_id,) = connection.execute("SELECT value FROM facts WHERE key = 'store_id'").fetchone()
+
+    def close(self) -> None:
+        """Closes the connections that are not in use; the others close as they come back. No call may follow."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def micros(self) -> int:
+        """The time now in microseconds since 1970, as it stands in the tables."""
+        return int(self._now() * 1_000_000)
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A connection on which all statements see the same state."""
+        with self._transaction("BEGIN", "NORMAL") as connection:
+            yield connection
+
+    @contextmanager
+    def write(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction: committed at the end, undone if the body raises. durable: synced to the disk before this
+        returns. Raises: UserError when the disk is full or the file cannot be written."""
+        with self._transaction("BEGIN IMMEDIATE", "FULL" if durable else "NORMAL") as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, begin: str, synchronous: str) -> Iterator[sqlite3.Connection]:
+        with self._explained(), self._connection() as connection:
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            connection.execute(begin)
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # a full disk has ended it already
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"the store {self.path} is closed")
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or self._open()
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                keep = not self._closed
+                if keep:
+                    self._idle.append(connection)
+            if not keep:
+                connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.row_factory = Row
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and application != APPLICATION_ID:
+            raise UserError(f"store {self.path}: another program's database; give another file")
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise UserError(f"store {self.path}: this file system has no WAL mode; put the file on a local disk")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise UserError(
+                    f"store {self.path}: schema {version}, this skyrl knows up to {SCHEMA_VERSION}; use a newer skyrl"
+                )
+            if version == 0:
+                for statement in SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO facts VALUES ('store_id', ?)", (secrets.token_hex(16),))
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A person's line for what is wrong with the disk, the file or a text; mistakes of ours stay as they are."""
+        try:
+            yield
+        except UnicodeEncodeError:
+            raise UserError("text with half a surrogate pair: cannot be stored; send valid Unicode") from None
+        except OverflowError:
+            raise UserError("number beyond 64 bits: cannot be stored; send a smaller one") from None
+        except sqlite3.DatabaseError as error:
+            if not any(words in str(error) for words in _OF_THE_DISK):
+                raise
+            raise UserError(
+                f"store {self.path}: {error}; free space there, check its rights, or give another file"
+            ) from error
+
+
+def check_page(limit: int, offset: int) -> None:
+    """Raises: UserError unless 0 <= limit <= 1000 and 0 <= offset < 2^63."""
+    if not 0 <= limit <= MAX_LIMIT:
+        raise UserError(f"limit={limit}: give 0 to {MAX_LIMIT}")
+    if not 0 <= offset < 2**63:
+        raise UserError(f"offset={offset}: give 0 or more")

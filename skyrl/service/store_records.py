@@ -1,0 +1,358 @@
+"""What the store of the service hands out: frozen records, each with the JSON that clients read. No torch, no SQL.
+
+Times are aware datetimes in UTC, kept to the microsecond. In JSON they are ISO 8601, and fields without a value are
+absent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+from skyrl.service.types import Category, CheckpointKind
+from skyrl.types import LoraSpec, UserError
+
+KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
+CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+SCHEME = "tinker://"
+MAX_NAME = 128  # characters
+MAX_NAME_BYTES = 255  # of one folder name, on the file systems in use
+Scope = Literal["owned", "accessible"]
+RunState = Literal["open", "closed", "lost"]
+FutureState = Literal["pending", "done", "failed", "lost"]
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+class NotFound(UserError):
+    """There is no such thing, or it is another owner's: the two are told apart nowhere. HTTP 404."""
+
+
+def to_micros(moment: datetime) -> int:
+    """Microseconds since 1970 in UTC, exact. Raises: UserError for a time without a zone."""
+    if moment.tzinfo is None:
+        raise UserError(f"time {moment.isoformat()}: has no time zone; write it as 2026-01-31T12:00:00+00:00")
+    gap = moment - datetime.fromtimestamp(0, timezone.utc)
+    return (gap.days * 86400 + gap.seconds) * 1_000_000 + gap.microseconds
+
+
+def from_micros(micros: int) -> datetime:
+    """The inverse of `to_micros`."""
+    seconds, rest = divmod(micros, 1_000_000)
+    return datetime.fromtimestamp(seconds, timezone.utc).replace(microsecond=rest)
+
+
+def parse_time(text: str) -> datetime:
+    """An ISO 8601 time with a zone ("Z" too, which Python 3.10 does not read). Raises: UserError."""
+    try:
+        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+    except ValueError:
+        raise UserError(f"time {text!r}: not ISO 8601; write it as 2026-01-31T12:00:00+00:00") from None
+    return from_micros(to_micros(moment))
+
+
+def present(**fields: Any) -> Json:
+    """The fields that have a value: None is left out, times become text."""
+    plain = {key: value.isoformat() if isinstance(value, datetime) else value for key, value in fields.items()}
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def check_part(part: str, what: str, whole: str) -> str:
+    """`part` if it may be one part of a checkpoint's path and so the name of a folder. Raises: UserError.
+
+    Allowed: 1 to 128 printable characters (at most 255 bytes) without / and \\, not beginning with a dot.
+    """
+    problem = ""
+    if not part:
+        problem = "is empty"
+    elif len(part) > MAX_NAME or len(part.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        problem = "is too long"
+    elif part.startswith("."):
+        problem = "begins with a dot"
+    elif not part.isprintable() or "/" in part or "\\" in part:
+        problem = "has a character that is not allowed"
+    if problem:
+        raise UserError(
+            f"{_shown(whole)}: {what} {problem}; give 1 to {MAX_NAME} printable characters, at most {MAX_NAME_BYTES} "
+            "bytes, without / and \\, not beginning with a dot"
+        )
+    return part
+
+
+def _shown(text: str) -> str:
+    quoted = ascii(text)
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]}...'"
+
+
+@dataclass(frozen=True)
+class CheckpointPath:
+    """Where a checkpoint is, as clients write it: tinker://run_id/kind/name. Safe as three folder names once made."""
+
+    run_id: str
+    kind: CheckpointKind
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"{_shown(self.uri)}: its kind is not one of {', '.join(KINDS)}")
+        check_part(self.run_id, "the run id", self.run_id)
+        check_part(self.name, "the checkpoint's name", self.name)
+
+    @property
+    def uri(self) -> str:
+        """tinker://run_id/kind/name"""
+        return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"
+
+    @property
+    def checkpoint_id(self) -> str:
+        """kind/name"""
+        return f"{self.kind}/{self.name}"
+
+    @staticmethod
+    def parse(uri: str) -> CheckpointPath:
+        """The parts of a tinker:// path. Raises: UserError unless it has exactly three, each of allowed characters."""
+        parts = uri[len(SCHEME) :].split("/") if uri.startswith(SCHEME) else []
+        if len(parts) != 3:
+            raise UserError(
+                f"path {_shown(uri)}: write {SCHEME}<run id>/<{'|'.join(KINDS)}>/<name>, exactly three parts"
+            )
+        return CheckpointPath(parts[0], parts[1], parts[2])  # type: ignore[arg-type]  # __post_init__ checks the kind
+
+    @staticmethod
+    def of_id(run_id: str, checkpoint_id: str) -> CheckpointPath:
+        """From a run and "kind/name". Raises: UserError as `parse`."""
+        return CheckpointPath.parse(f"{SCHEME}{run_id}/{checkpoint_id}")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What must be known to make a model that a checkpoint fits into. lora None: all parameters are trained."""
+
+    base_model: str
+    lora: LoraSpec | None = None
+    optimizer: str = "adamw"
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is trained rather than the model itself."""
+        return self.lora is not None
+
+    def to_json(self) -> Json:
+        """The answer of weights_info."""
+        lora = self.lora
+        return present(
+            base_model=self.base_model,
+            is_lora=self.is_lora,
+            lora_rank=lora.rank if lora else None,
+            train_unembed=lora.unembed if lora else None,
+            train_mlp=lora.mlp if lora else None,
+            train_attn=lora.attn if lora else None,
+            optimizer_config={"type": self.optimizer},
+        )
+
+    def dump(self) -> Json:
+        """Every field, for the store and meta.json."""
+        return asdict(self)
+
+    @staticmethod
+    def parse(record: Json) -> ModelFacts:
+        """The inverse of `dump`."""
+        lora = record["lora"]
+        return ModelFacts(record["base_model"], LoraSpec(**lora) if lora else None, record["optimizer"])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved checkpoint. `version` names the very folder: a checkpoint that is overwritten has another one.
+
+    missing: its folder was not whole when the server started; it is listed nowhere and cannot be read.
+    """
+
+    path: CheckpointPath
+    owner: str
+    version: str
+    created_at: datetime
+    size_bytes: int
+    public: bool
+    expires_at: datetime | None
+    user_metadata: dict[str, str]
+    facts: ModelFacts
+    has_optimizer: bool
+    missing: bool = False
+
+    def to_json(self) -> Json:
+        """The protocol's Checkpoint."""
+        return present(
+            checkpoint_id=self.path.checkpoint_id,
+            checkpoint_type=CHECKPOINT_TYPES[self.path.kind],
+            time=self.created_at,
+            tinker_path=self.path.uri,
+            size_bytes=self.size_bytes,
+            public=self.public,
+            user_metadata=self.user_metadata,
+            expires_at=self.expires_at,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: a model that a session made. lost: it was open when a server died, and can train no more."""
+
+    run_id: str
+    session_id: str
+    owner: str
+    facts: ModelFacts
+    user_metadata: dict[str, str]
+    created_at: datetime
+    last_request_at: datetime
+    state: RunState
+    last_checkpoint: Checkpoint | None = None
+    last_sampler_checkpoint: Checkpoint | None = None
+
+    def to_json(self) -> Json:
+        """The protocol's TrainingRun. A lost run is called corrupted: the only word the protocol has for it."""
+        training, sampler = self.last_checkpoint, self.last_sampler_checkpoint
+        return present(
+            training_run_id=self.run_id,
+            base_model=self.facts.base_model,
+            model_owner=self.owner,
+            is_lora=self.facts.is_lora,
+            corrupted=self.state == "lost",
+            lora_rank=self.facts.lora.rank if self.facts.lora else None,
+            last_request_time=self.last_request_at,
+            last_checkpoint=training.to_json() if training else None,
+            last_sampler_checkpoint=sampler.to_json() if sampler else None,
+            user_metadata=self.user_metadata,
+        )
+
+
+@dataclass(frozen=True)
+class Session:
+    """A client's session. status: the protocol's JSON, or None when it neither ended nor was heard of lately."""
+
+    session_id: str
+    owner: str
+    tags: tuple[str, ...]
+    user_metadata: dict[str, str]
+    sdk_version: str
+    project_id: str | None
+    display_name: str | None
+    created_at: datetime
+    last_heartbeat: datetime
+    status: Json | None
+    run_ids: tuple[str, ...] = ()
+    sampler_ids: tuple[str, ...] = ()
+    checkpoints_count: int = 0
+    checkpoint_bytes: int = 0
+
+    def to_json(self) -> Json:
+        """The answer of GET sessions/{id}."""
+        return present(
+            training_run_ids=list(self.run_ids),
+            sampler_ids=list(self.sampler_ids),
+            user_metadata=self.user_metadata,
+            display_name=self.display_name,
+        )
+
+    def summary_json(self) -> Json:
+        """The protocol's SessionSummary. A session without a project is in "default", as the field is compulsory."""
+        return present(
+            session_id=self.session_id,
+            created_at=self.created_at,
+            owner=self.owner,
+            project_id=self.project_id or "default",
+            status=self.status,
+            checkpoints_count=self.checkpoints_count,
+            display_name=self.display_name,
+            user_metadata=self.user_metadata,
+            checkpoint_storage_bytes=self.checkpoint_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampling session: of the base, of a checkpoint (model_path and its version), or of an ephemeral snapshot of
+    `ephemeral_run`. lost: an ephemeral one whose server is gone."""
+
+    sampler_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    model_path: str | None
+    version: str | None
+    ephemeral_run: str | None
+    created_at: datetime
+    lost: bool = False
+
+    def to_json(self) -> Json:
+        """The answer of GET samplers/{id}."""
+        return present(sampler_id=self.sampler_id, base_model=self.base_model, model_path=self.model_path)
+
+
+@dataclass(frozen=True)
+class StoredFuture:
+    """What is on record of a request. result: the small JSON answer; None also when it lives in memory only.
+
+    lost: the server died before it was done, or had its result in memory only.
+    """
+
+    request_id: str
+    owner: str
+    kind: str
+    model_id: str | None
+    state: FutureState
+    result: Json | None
+    error: str
+    category: Category
+    created_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Space that the checkpoints of one owner and project take."""
+
+    owner: str
+    project_id: str | None
+    checkpoint_count: int
+    size_bytes: int
+
+    def to_json(self) -> Json:
+        """An item of billing/usage/checkpoints/current; a gigabyte is 10^9 bytes."""
+        return present(
+            project_id=self.project_id,
+            org_user_urn=self.owner,
+            checkpoint_count=self.checkpoint_count,
+            size_bytes=self.size_bytes,
+            size_gigabytes=self.size_bytes / 1e9,
+        )
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """A part of a list; total: how long the whole list is."""
+
+    items: list[T]
+    offset: int
+    limit: int
+    total: int
+
+    def cursor(self) -> Json:
+        """The protocol's Cursor."""
+        return {"offset": self.offset, "limit": self.limit, "total_count": self.total}
+
+
+@dataclass(frozen=True)
+class SearchPage:
+    """Sessions found, newest first, and where the next page begins (None at the end)."""
+
+    sessions: list[Session]
+    next_cursor: tuple[datetime, str] | None
+
+    def to_json(self) -> Json:
+        """The answer of sessions/search."""
+        cursor = None
+        if self.next_cursor:
+            cursor = present(last_created_at=self.next_cursor[0], last_session_id=self.next_cursor[1])
+        return present(sessions=[session.summary_json() for session in self.sessions], next_cursor=cursor)

@@ -1,0 +1,77 @@
+"""The adapter's files are what the real peft package reads, and mean the same there."""
+
+import json
+
+import pytest
+import torch
+from small import small_config
+from transformers import AutoModelForCausalLM
+
+from skyrl.models.tiny import tiny_config, tiny_tokenizer
+from skyrl.service.archive import Archive
+from skyrl.service.archive_content import Content, adapter_config
+from skyrl.service.store_records import CheckpointPath, ModelFacts
+from skyrl.types import LoraSpec
+
+PATH = CheckpointPath("s-1:train:0", "sampler_weights", "final")
+MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = tiny_config(small_config().model.tiny, len(tiny_tokenizer()))
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def make_adapters(model, rank, head, skip=""):
+    generator = torch.Generator().manual_seed(1)
+    modules = dict(model.named_modules())
+    paths = [path for path in modules if path.endswith(MODULES) and path != skip] + ["lm_head"] * head
+    return {
+        path: (
+            torch.randn(rank, modules[path].in_features, generator=generator),
+            torch.randn(modules[path].out_features, rank, generator=generator),
+        )
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_peft_computes_the_same_model(tmp_path, head):
+    peft = pytest.importorskip("peft")
+    model, rank, alpha = tiny_model(), 4, 32.0
+    skipped = "model.layers.1.mlp.down_proj"  # a module whose name is adapted elsewhere, and not here
+    adapters = make_adapters(model, rank, head, skipped)
+    archive = Archive(tmp_path)
+    facts = ModelFacts("org/name", LoraSpec(rank, alpha))
+    version, _ = archive.write(PATH, Content(facts, adapters=adapters))
+    archive.point(PATH, version)
+    ids = torch.arange(4, 40)[None]
+    expected = tiny_model()
+    handles = []
+    for path, (a, b) in adapters.items():
+        handles.append(
+            expected.get_submodule(path).register_forward_hook(
+                lambda _, inputs, out, a=a, b=b: out + alpha / rank * inputs[0] @ a.T @ b.T
+            )
+        )
+    with torch.no_grad():
+        base, wanted = model(ids).logits, expected(ids).logits
+        wrapped = peft.PeftModel.from_pretrained(model, archive.folder(PATH))
+        found = wrapped(ids).logits
+    assert (wanted - base).abs().max() > 0.1
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    adapted = {name.split("base_model.model.")[-1].removesuffix(".lora_A.default")
+               for name, _ in wrapped.named_modules() if name.endswith("lora_A.default")}  # fmt: skip
+    assert adapted == set(adapters)
+
+
+def test_the_config_says_what_peft_needs():
+    adapters = make_adapters(tiny_model(), 4, True)
+    config = adapter_config(ModelFacts("org/name", LoraSpec(4)), adapters)
+    wanted = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 32, "bias": "none",
+              "base_model_name_or_path": "org/name", "inference_mode": True}  # fmt: skip
+    assert wanted.items() <= config.items() and config["target_modules"] == sorted(adapters)
+    assert json.loads(json.dumps(config)) == config
+    half = adapter_config(ModelFacts("b", LoraSpec(4, alpha=0.5)), adapters)
+    assert half["lora_alpha"] == 0.5

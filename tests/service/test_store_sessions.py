@@ -1,0 +1,205 @@
+"""Sessions, their status and search, sampling sessions, owners."""
+
+import re
+import time
+
+import pytest
+
+from skyrl.service.store import Store
+from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound, parse_time
+from skyrl.service.store_sessions import ACTIVE_SECONDS, SessionQuery, StatusQuery
+from skyrl.types import UserError
+
+
+class Clock:
+    """A second passes with each look, so that no two things have one time."""
+
+    def __init__(self):
+        self.time = time.time()
+
+    def __call__(self):
+        self.time += 1.0
+        return self.time
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path, clock):
+    store = Store(tmp_path / "s.db", now=clock)
+    yield store
+    store.close()
+
+
+def found(store, owner="a", **query):
+    return [s.session_id for s in store.search_sessions(owner, SessionQuery(**query)).sessions]
+
+
+def test_life_of_a_session(store, clock):
+    session = store.create_session(
+        "a", tags=["x", "y"], user_metadata={"k": "v"}, project_id="p", display_name="My run"
+    )
+    assert re.fullmatch(r"s-[0-9a-f]{12}", session.session_id) and session.tags == ("x", "y")
+    assert session.status == {"type": "active"}
+    store.heartbeat(session.session_id, "a")
+    assert store.get_session(session.session_id, "a").last_heartbeat > session.last_heartbeat
+    assert session.to_json() == {
+        "training_run_ids": [],
+        "sampler_ids": [],
+        "user_metadata": {"k": "v"},
+        "display_name": "My run",
+    }
+    clock.time += ACTIVE_SECONDS + 10
+    silent = store.get_session(session.session_id, "a")
+    assert silent.status is None and "status" not in silent.summary_json()
+    assert [s.session_id for s in store.silent_sessions(ACTIVE_SECONDS)] == [session.session_id]
+    store.finish_session(session.session_id, "a", "errored", "why")
+    ended = {"type": "client_finished", "reason": {"type": "errored"}, "detail": "why"}
+    store.finish_session(session.session_id, "a", "success")
+    store.fail_session(session.session_id, "a", "user", {"type": "training_run", "training_run_id": "r"}, "m")
+    assert store.get_session(session.session_id, "a").summary_json()["status"] == ended  # the first word stays
+    assert store.silent_sessions(0) == []
+    with pytest.raises(UserError, match="finish reason 'bored'"):
+        store.finish_session(session.session_id, "a", "bored")
+
+
+def test_a_failed_session_tells_why(store):
+    session = store.create_session("a").session_id
+    reason = {"type": "request", "request_id": "r", "request_type": "optim_step"}
+    store.fail_session(session, "a", "internal", reason, "out of memory")
+    assert store.get_session(session, "a").status == {
+        "type": "failed", "category": "internal", "reason": reason, "message": "out of memory"
+    }  # fmt: skip
+
+
+def test_another_owner_s_session_does_not_exist(store):
+    session = store.create_session("a").session_id
+    sampler = store.create_sampler(session, "a", 0, "base").sampler_id
+    for attempt in (
+        lambda owner: store.get_session(session, owner),
+        lambda owner: store.heartbeat(session, owner),
+        lambda owner: store.finish_session(session, owner, "success"),
+        lambda owner: store.fail_session(session, owner, "user", {}, ""),
+        lambda owner: store.set_project(session, owner, "p"),
+        lambda owner: store.create_sampler(session, owner, 1, "base"),
+        lambda owner: store.create_run(session, owner, 0, ModelFacts("base")),
+        lambda owner: store.get_sampler(sampler, owner),
+        lambda owner: store.join_sampler(sampler, owner),
+    ):
+        with pytest.raises(NotFound, match="not found") as theirs:
+            attempt("b")
+        assert session in str(theirs.value)
+    assert store.list_sessions("b").items == [] and found(store, "b") == []
+    assert found(store, "b", session_id=session, owners=("a", "b")) == []
+    after = store.get_session(session, "a")
+    assert (after.status, after.project_id, after.sampler_ids, after.run_ids) == (
+        {"type": "active"}, None, (sampler,), ()
+    )  # fmt: skip
+    store.finish_session(session, "a", "success")  # the owner may
+    store.create_run(session, "a", 0, ModelFacts("base"))
+
+
+def test_summary_counts_what_the_session_s_runs_saved(store):
+    session = store.create_session("a").session_id
+    other = store.create_session("a").session_id
+    for number in range(2):
+        run = store.create_run(session, "a", number, ModelFacts("base")).run_id
+        for name in ("one", "two"):
+            store.add_checkpoint(
+                CheckpointPath(run, "weights", name), "a", version="v", size_bytes=100, facts=ModelFacts("base"),
+                has_optimizer=False, ttl_seconds=3600 if name == "two" else None,
+            )  # fmt: skip
+    summary = store.get_session(session, "a").summary_json()
+    assert (summary["checkpoints_count"], summary["checkpoint_storage_bytes"]) == (4, 400)
+    assert summary["project_id"] == "default" and summary["owner"] == "a"
+    assert store.get_session(other, "a").checkpoints_count == 0
+    store._now.time += 4000
+    assert store.get_session(session, "a").checkpoints_count == 2  # two have expired
+    assert [s.checkpoints_count for s in store.search_sessions("a", SessionQuery()).sessions] == [0, 2]
+
+
+def test_search_by_name_project_and_metadata(store):
+    one = store.create_session(
+        "a", display_name="Gro\u00dfe MATH run", user_metadata={"k": "v", "q'\"": "1"}
+    ).session_id
+    two = store.create_session("a", display_name="math eval", project_id="p", user_metadata={"k": "w"}).session_id
+    three = store.create_session("a").session_id
+    store.create_session("b", display_name="math of another owner", user_metadata={"k": "v"})
+    assert found(store) == [three, two, one]
+    assert found(store, display_name="math") == [two, one]
+    assert found(store, display_name="RUN math") == [one]
+    assert found(store, display_name="grosse") == [one]
+    assert found(store, display_name="100%") == found(store, display_name="_") == found(store, display_name=" ") == []
+    assert found(store, display_name="eval", session_id=three) == [three, two]
+    assert found(store, session_id=one) == [one] and found(store, session_id="s-0") == []
+    assert found(store, user_metadata={"k": "v"}) == [one]
+    assert found(store, user_metadata={"k": "v", "q'\"": "1"}) == [one]
+    assert found(store, user_metadata={"k": "v", "x": "1"}) == []
+    assert found(store, project_ids=("p",)) == [two]
+    assert found(store, project_ids=("p", "default")) == [three, two, one]
+    assert found(store, project_ids=()) == []
+    assert found(store, owners=("a",)) == [three, two, one] and found(store, owners=("b",)) == []
+    store.set_project(three, "a", "p")
+    assert found(store, project_ids=("p",)) == [three, two]
+
+
+def test_search_by_status(store, clock):
+    silent = store.create_session("a").session_id
+    clock.time += ACTIVE_SECONDS + 10
+    good, bad, failed, active = (store.create_session("a").session_id for _ in range(4))
+    store.finish_session(good, "a", "success")
+    store.finish_session(bad, "a", "errored")
+    store.fail_session(failed, "a", "user", {"type": "training_run", "training_run_id": "r"}, "m")
+    assert found(store, statuses=(StatusQuery("active"),)) == [active]
+    assert found(store, statuses=(StatusQuery("failed"), StatusQuery("active"))) == [active, failed]
+    assert found(store, statuses=(StatusQuery("client_finished"),)) == [bad, good]
+    assert found(store, statuses=(StatusQuery("client_finished", ("errored", "interrupted")),)) == [bad]
+    assert found(store, statuses=(StatusQuery("cancelled"),)) == []
+    assert silent in found(store)
+    with pytest.raises(UserError, match="status 'odd'"):
+        StatusQuery("odd")
+    for wrong in [("active", ("success",)), ("client_finished", ("bored",))]:
+        with pytest.raises(UserError, match="reasons"):
+            StatusQuery(*wrong)
+
+
+def test_search_pages_lose_and_repeat_nothing(tmp_path):
+    store = Store(tmp_path / "s.db", now=lambda: 1.7e9)  # all at one time: the id decides
+    every = sorted((store.create_session("a").session_id for _ in range(7)), reverse=True)
+    seen, cursor = [], None
+    for size in (3, 3, 1):
+        page = store.search_sessions("a", SessionQuery(limit=3, cursor=cursor))
+        assert len(page.sessions) == size
+        seen += [s.session_id for s in page.sessions]
+        if page.next_cursor:
+            told = page.to_json()["next_cursor"]
+            cursor = (parse_time(told["last_created_at"].replace("+00:00", "Z")), told["last_session_id"])
+            assert cursor == page.next_cursor
+    assert seen == every and page.next_cursor is None and "next_cursor" not in page.to_json()
+    assert store.list_sessions("a", limit=2, offset=1).items == every[1:3]
+    assert store.list_sessions("a", limit=2, offset=1).cursor()["total_count"] == 7
+    for limit in (0, 201):
+        with pytest.raises(UserError, match="limit"):
+            store.search_sessions("a", SessionQuery(limit=limit))
+
+
+def test_samplers(store):
+    session = store.create_session("a").session_id
+    path = f"tinker://{session}:train:0/sampler_weights/x"
+    base = store.create_sampler(session, "a", 0, "base")
+    named = store.create_sampler(session, "a", 2, "base", model_path=path, version="v1")
+    gone = store.create_sampler(session, "a", 3, "base", ephemeral_run=f"{session}:train:0")
+    assert base.sampler_id == f"{session}:sample:0"
+    assert base.to_json() == {"sampler_id": base.sampler_id, "base_model": "base"}
+    assert named.to_json() == {"sampler_id": named.sampler_id, "base_model": "base", "model_path": path}
+    with pytest.raises(UserError, match="exists"):
+        store.create_sampler(session, "a", 0, "base")
+    assert [store.join_sampler(base.sampler_id, "a") for _ in range(3)] == [1, 2, 3]
+    store.recover()
+    after = [store.get_sampler(s.sampler_id, "a") for s in (base, named, gone)]
+    assert [s.lost for s in after] == [False, False, True]
+    assert after[1].version == "v1"
+    assert store.get_session(session, "a").sampler_ids == tuple(s.sampler_id for s in (base, named, gone))
