@@ -5,9 +5,11 @@ A key belongs to a name, and the name owns what is made with it. Without keys ev
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
+import json
 import os
 import re
 import secrets
@@ -33,6 +35,10 @@ class Keys:
     def required(self) -> bool:
         """Whether there are keys at all."""
         return bool(self._owners)
+
+    def number(self, owner: str) -> int:
+        """A number for the owner's (first) key, from 1; 0 when there are no keys."""
+        return next((i for i, (_, name) in enumerate(self._owners, 1) if name == owner), 0)
 
     def owner(self, key: str | None) -> str | None:
         """The owner whose key this is, None for a wrong or missing one; "local" for any when there are no keys."""
@@ -101,8 +107,8 @@ def is_loopback(host: str) -> bool:
 
 
 class Signer:
-    """Signs addresses for plain GETs without a key. The secret lives as long as the process, so no signature outlives
-    it."""
+    """Signs addresses for plain GETs without a key, and tokens that stand for a key for a while. The secret lives as
+    long as the process, so no signature outlives it."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
@@ -118,5 +124,28 @@ class Signer:
             return False
         return hmac.compare_digest(self._signature(path, int(expires)).encode(), signature.encode("utf-8", "replace"))
 
+    def token(self, owner: str, *, seconds: int = SIGNED_SECONDS) -> str:
+        """A JWT (HS256) that stands for the owner's key. Clients read sub and org_id, and exp to renew it in time."""
+        now = int(time.time())
+        claims = {"sub": owner, "org_id": LOCAL_OWNER, "iat": now, "exp": now + seconds}
+        parts = [_base64(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
+        return ".".join([*parts, self._seal(".".join(parts))])
+
+    def token_owner(self, token: str) -> str | None:
+        """The owner of a JWT that was made here and has not expired, else None."""
+        signed, _, seal = token.rpartition(".")
+        if not hmac.compare_digest(self._seal(signed).encode(), seal.encode("utf-8", "replace")):
+            return None
+        body = signed.partition(".")[2]
+        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        return claims["sub"] if claims["exp"] > time.time() else None
+
+    def _seal(self, text: str) -> str:
+        return _base64(hmac.new(self._secret, b"jwt\n" + text.encode("utf-8", "replace"), hashlib.sha256).digest())
+
     def _signature(self, path: str, expires: int) -> str:
-        return hmac.new(self._secret, f"{expires}\n{path}".encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._secret, f"url\n{expires}\n{path}".encode(), hashlib.sha256).hexdigest()
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")

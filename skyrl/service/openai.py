@@ -1,0 +1,203 @@
+"""OpenAI-style endpoints for agents and evaluation tools: /v1/models, /v1/completions, /v1/chat/completions, and the
+same under /oai/api/v1. The model is a name that is served here or a tinker:// path of weights.
+
+A sequence is sent when it is whole: with stream=true its text comes in pieces once it is there, since the samplers hand
+out finished sequences; until then comments keep the connection open. Several samples or prompts stream as each is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from skyrl.service.http import FAULT, Call, Door, HttpError, find_owner, in_thread, problem_of, reply, tell
+from skyrl.service.openai_params import Ask, TextTools, parse_chat, parse_completion
+from skyrl.service.openai_text import Writer
+from skyrl.service.routes_session import find_weights, unknown_model
+from skyrl.service.types import Accepted, Refused, SampleQuery, SampleResult
+from skyrl.types import UserError
+
+__all__ = ["TextTools", "openai_routes"]
+
+PREFIXES = ("/v1/", "/oai/api/v1/")
+LISTED = 1000  # checkpoints in /v1/models
+COMMENT_SECONDS = 10.0
+KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error"}  # fmt: skip
+
+
+def openai_routes(door: Door, text: TextTools | None) -> list[Route]:
+    """All of them, under both prefixes."""
+    handlers = (
+        ("GET", "models", models),
+        ("GET", "models/{model:path}", model),
+        ("POST", "completions", partial(complete, text=text, chat=False)),
+        ("POST", "chat/completions", partial(complete, text=text, chat=True)),
+    )
+    return [
+        Route(prefix + path, _endpoint(door, handler), methods=[method])
+        for prefix in PREFIXES
+        for method, path, handler in handlers
+    ]
+
+
+def _endpoint(door: Door, handler: Any) -> Any:
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await handler(Call(door, request, find_owner(door, request)))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception as error:
+            known = problem_of(error)
+            if known is None:
+                tell(request, error)
+                known = HttpError(500, FAULT)
+            return reply(error_json(known), known.status, known.headers)
+
+    return endpoint
+
+
+def error_json(error: HttpError) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kind = KINDS.get(error.status, "invalid_request_error")
+    return {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
+
+
+async def models(call: Call) -> Response:
+    """Names that are served, and the caller's checkpoints that can be sampled, newest first."""
+    names = [_model(name, 0) for name in call.door.facts.aliases]
+    page = await in_thread(call.door.store.list_checkpoints, call.owner, limit=LISTED)
+    saved = [one for one in page.items if one.path.kind != "external_weights"]
+    names += [_model(one.path.uri, int(one.created_at.timestamp())) for one in saved]
+    return reply({"object": "list", "data": names})
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "skyrl"}
+
+
+async def model(call: Call) -> Response:
+    """One of them. A server in between may have made one slash of the two of tinker://."""
+    name = call.path("model")
+    if name.startswith("tinker:/") and not name.startswith("tinker://"):
+        name = "tinker://" + name[len("tinker:/") :]
+    await find_model(call, name)
+    return reply(_model(name, 0))
+
+
+async def find_model(call: Call, name: str) -> dict[str, str]:
+    """The fields of a SampleQuery that say which weights. Raises HttpError 404, UserError."""
+    if name.startswith("tinker://"):
+        await in_thread(find_weights, call.door, call.owner, name)
+        return {"model_path": name}
+    if name not in call.door.facts.aliases:
+        raise HttpError(404, unknown_model(call.door, name))
+    return {"base_model": name}
+
+
+async def complete(call: Call, *, text: TextTools | None, chat: bool) -> Response:
+    """completions and chat/completions."""
+    body = await call.json()
+    if text is None:
+        raise UserError("this server was started without a tokenizer; use asample with token ids")
+    parse = parse_chat if chat else parse_completion
+    ask: Ask = await in_thread(parse, body, text, call.door.facts)
+    weights = await find_model(call, ask.model)
+    queries = [replace(query, **weights) for query in ask.queries]
+    submitted: list[Accepted] = []
+    try:
+        for query in queries:
+            submitted.append(call.door.desk.submit(query, owner=call.owner))
+    except BaseException:
+        _cancel(call, submitted)
+        raise
+    writer = Writer(ask, text, call.door.facts, int(time.time()))
+    if ask.stream:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(_events(call, submitted, writer), media_type="text/event-stream", headers=headers)
+    results = await _gather(call, submitted, queries)
+    return reply(await in_thread(writer.whole, results))
+
+
+def _cancel(call: Call, submitted: list[Accepted]) -> None:
+    for one in submitted:
+        call.door.desk.cancel(one.request_id, owner=call.owner)
+
+
+async def _gather(call: Call, submitted: list[Accepted], queries: list[SampleQuery]) -> list[SampleResult]:
+    """All results in order. When one fails or the client leaves, the others are withdrawn."""
+    results: list[SampleResult] = []
+    try:
+        for one in submitted:
+            while (result := await _result(call, one, COMMENT_SECONDS)) is None:
+                if await call.request.is_disconnected():
+                    raise ClientDisconnect()
+            results.append(result)
+    except BaseException:
+        _cancel(call, submitted)
+        raise
+    assert len(results) == len(queries)
+    return results
+
+
+async def _result(call: Call, one: Accepted, seconds: float) -> SampleResult | None:
+    """The result, or None when it is not there after so many seconds. Raises Refused, HttpError."""
+    outcome = await call.wait(one.request_id, seconds)
+    if outcome.state == "pending":
+        if call.door.closed:
+            raise HttpError(503, "the server stops")
+        return None
+    if outcome.state == "done":
+        assert isinstance(outcome.result, SampleResult)
+        return outcome.result
+    if outcome.state == "failed" and outcome.category == "user":
+        raise Refused(outcome.error)
+    raise HttpError(500, outcome.error or "the request was lost")
+
+
+async def _events(call: Call, submitted: list[Accepted], writer: Writer) -> AsyncIterator[bytes]:
+    """The body of a streamed answer: one event per piece of text, in the order in which prompts are done."""
+    waiting = {asyncio.ensure_future(_numbered(call, i, one)) for i, one in enumerate(submitted)}
+    try:
+        for piece in writer.begin():
+            yield _event(piece)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=COMMENT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                yield b": waiting\n\n"
+            for task in done:
+                number, result = task.result()
+                for piece in await in_thread(lambda n=number, r=result: list(writer.pieces(n, r))):
+                    yield _event(piece)
+        for piece in writer.end():
+            yield _event(piece)
+        yield b"data: [DONE]\n\n"
+    except Exception as error:  # the status is sent already: an error can only be an event
+        known = problem_of(error)
+        if known is None:
+            tell(call.request, error)
+            known = HttpError(500, FAULT)
+        yield _event(error_json(known))
+    finally:  # also when the client has left
+        for task in waiting:
+            task.cancel()
+        _cancel(call, submitted)
+
+
+async def _numbered(call: Call, number: int, one: Accepted) -> tuple[int, SampleResult]:
+    while (result := await _result(call, one, COMMENT_SECONDS)) is None:
+        continue
+    return number, result
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

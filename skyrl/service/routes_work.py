@@ -1,0 +1,230 @@
+"""Endpoints that hand work to the desk, and those that fetch what became of it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, reply, route, tell
+from skyrl.service.routes_session import find_weights
+from skyrl.service.types import Accepted, CreateModel, LoadWeights, Outcome, Request, SampleQuery
+from skyrl.service.wire import PARSERS, encode_result, parse_train
+from skyrl.service.wire_fields import INT64_MAX, Fields
+from skyrl.types import UserError
+
+POLL_SECONDS = 30.0  # clients give up after 45
+CLONE = 10**9  # sequence numbers of a clone begin at its number times this
+FEED_IDS = 65536  # samples of one sampling session whose end a feed can tell
+
+
+def work_routes(door: Door) -> list[Route]:
+    """All of them."""
+    feeds = Feeds()
+    submits = [
+        route(door, "POST", name, partial(submit, parse=parse)) for name, parse in PARSERS.items() if name != "asample"
+    ]
+    return [
+        *submits,
+        route(door, "POST", "asample", partial(sample, feeds=feeds)),
+        route(door, "POST", "forward_backward", partial(train, forward_only=False)),
+        route(door, "POST", "forward", partial(train, forward_only=True)),
+        route(door, "POST", "create_custom_loss", create_custom_loss),
+        route(door, "POST", "retrieve_future", retrieve_safely(partial(retrieve_future, feeds=feeds))),
+        route(door, "POST", "retrieve_futures", partial(retrieve_futures, feeds=feeds)),
+        route(door, "POST", "cancel_future", cancel_future),
+    ]
+
+
+async def submit(call: Call, *, parse: Any) -> Response:
+    """Any request in JSON: to the desk, and the number of its future back."""
+    request: Request = parse(await call.json())
+    session_id = getattr(request, "session_id", None)
+    if isinstance(request, (CreateModel, LoadWeights)) and session_id is not None:
+        # Before the desk: a model's name begins with its session, which has to be the caller's.
+        await in_thread(call.door.store.get_session, session_id, call.owner)
+    return accepted(call.door.desk.submit(request, owner=call.owner))
+
+
+async def train(call: Call, *, forward_only: bool) -> Response:
+    """forward_backward and forward, protobuf or JSON, compressed or not."""
+    body, headers = await call.body(), call.request.headers
+    read = partial(
+        parse_train,
+        body,
+        headers.get("content-type", ""),
+        headers.get("content-encoding", ""),
+        forward_only=forward_only,
+        max_bytes=call.door.max_bytes,
+    )
+    return accepted(call.door.desk.submit(await call.parse(body, read), owner=call.owner))
+
+
+async def sample(call: Call, *, feeds: Feeds) -> Response:
+    """asample. The answer names every sequence to come."""
+    body = await call.json()
+    request = PARSERS["asample"](body)
+    assert isinstance(request, SampleQuery)
+    if request.model_path is not None and request.sampling_session_id is None:
+        await in_thread(find_weights, call.door, call.owner, request.model_path)
+    done = call.door.desk.submit(request, owner=call.owner)
+    if request.sampling_session_id is not None:
+        feeds.add(call.owner, request.sampling_session_id, request.seq_id // CLONE, done.request_id)
+    return accepted(done)
+
+
+def accepted(done: Accepted) -> Response:
+    """The acknowledgement of a submission."""
+    answer: dict[str, Any] = {"request_id": done.request_id}
+    if done.model_id is not None:
+        answer["model_id"] = done.model_id
+    if done.sequence_ids:
+        answer["sample_sequence_ids"] = list(done.sequence_ids)
+    return reply(answer)
+
+
+async def create_custom_loss(call: Call) -> Response:
+    """Refused: see client_config. Clients are told not to ask, and then compute such losses themselves."""
+    await call.body()
+    raise UserError("create_custom_loss is refused: this server runs no code of its clients; use "
+                    "forward_backward_custom with a function, which the client differentiates itself")  # fmt: skip
+
+
+# ---- futures
+
+
+def retrieve_safely(handler: Handler) -> Handler:
+    """Never a 500: clients would ask again at once, for ever. A fault is told as the failure of the request."""
+
+    async def safe(call: Call) -> Response:
+        try:
+            return await handler(call)
+        except (UserError, HttpError):
+            raise
+        except Exception as error:
+            tell(call.request, error)
+            return reply({"error": FAULT, "category": "server"})
+
+    return safe
+
+
+async def retrieve_future(call: Call, *, feeds: Feeds) -> Response:
+    """The result of a request as its client reads it, after a long poll; 408 with the reason while it is not done."""
+    fields = Fields(await call.json(), "retrieve_future")
+    request_id = fields.text("request_id")
+    outcome = await call.wait(request_id, POLL_SECONDS)
+    if outcome.state in ("done", "failed"):
+        feeds.fetched(request_id)
+    return await answer(call, request_id, outcome)
+
+
+async def answer(call: Call, request_id: str, outcome: Outcome) -> Response:
+    """An outcome as an answer of retrieve_future."""
+    if outcome.state == "unknown":
+        raise HttpError(410, f"request {request_id[:100]}: unknown, or thrown away long after it was done")
+    if outcome.state == "pending":
+        text = {"queue_state": outcome.queue_state, "queue_state_reason": outcome.reason}
+        return reply({**text, "type": "try_again", "request_id": request_id}, 408)
+    if outcome.state == "failed":
+        return reply({"error": outcome.error, "category": outcome.category})
+    accept = call.request.headers.get("accept", "")
+    assert outcome.result is not None
+    if isinstance(outcome.result, dict):
+        body, kind = encode_result(outcome.result, accept)
+    else:
+        body, kind = await in_thread(encode_result, outcome.result, accept)
+    return Response(body, media_type=kind)
+
+
+async def cancel_future(call: Call) -> Response:
+    """Withdraws a sample; nothing else can be withdrawn, and nothing is said about it."""
+    call.door.desk.cancel(Fields(await call.json(), "cancel_future").text("request_id"), owner=call.owner)
+    return Response(status_code=204)
+
+
+class Feeds:
+    """Samples on their way, by (owner, sampling session, clone), for those clients that ask for ends in batches.
+
+    Each sample that is done gets a number, its cursor. Only the event loop comes here.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, str, int], OrderedDict[str, None]] = {}
+        self._done: dict[tuple[str, str, int], OrderedDict[str, tuple[int, str]]] = {}
+        self._key_of: dict[str, tuple[str, str, int]] = {}
+        self._cursor = 0
+
+    def add(self, owner: str, session: str, clone: int, request_id: str) -> None:
+        """A sample was submitted (or again)."""
+        if request_id in self._key_of:
+            return
+        key = (owner, session, clone)
+        waiting = self._open.setdefault(key, OrderedDict())
+        waiting[request_id] = None
+        self._key_of[request_id] = key
+        if len(waiting) > FEED_IDS:
+            self.fetched(next(iter(waiting)))
+
+    def fetched(self, request_id: str) -> None:
+        """A result was handed out: nobody has to be told of it any more."""
+        key = self._key_of.pop(request_id, None)
+        if key is None:
+            return
+        for table in (self._open, self._done):
+            if key in table:
+                table[key].pop(request_id, None)
+                if not table[key]:
+                    del table[key]
+
+    def waiting(self, key: tuple[str, str, int]) -> list[str]:
+        """Samples of which no end is known yet."""
+        return list(self._open.get(key, ()))
+
+    def ended(self, key: tuple[str, str, int], request_id: str, state: str) -> None:
+        """A sample has ended."""
+        self._open[key].pop(request_id)
+        self._cursor += 1
+        self._done.setdefault(key, OrderedDict())[request_id] = (self._cursor, state)
+
+    def news(self, key: tuple[str, str, int], cursor: int) -> tuple[int, list[dict[str, str]]]:
+        """(cursor, ends) after `cursor`."""
+        found = [(at, name, state) for name, (at, state) in self._done.get(key, {}).items() if at > cursor]
+        ends = [{"state": state, "request_id": name} for _, name, state in found]
+        return max([cursor, *(at for at, _, _ in found)]), ends
+
+
+async def retrieve_futures(call: Call, *, feeds: Feeds) -> Response:
+    """Which samples of a sampling session have ended since the client's cursor, after a long poll while none has."""
+    fields = Fields(await call.json(), "retrieve_futures")
+    target = fields.section("target")
+    if target is None:
+        raise UserError("retrieve_futures: target is missing")
+    target.constant("type", "sampling_session")
+    session, clone = target.text("sampling_session_id"), target.integer("cloned_sampler_id", 0, INT64_MAX, 0)
+    key = (call.owner, session, clone)
+    cursor = fields.integer("prev_cursor", 0, INT64_MAX, 0)
+    seconds = min(POLL_SECONDS, max(0.0, fields.number("timeout", POLL_SECONDS)))
+    for request_id in fields.items("retrieved_request_ids", []):
+        feeds.fetched(str(request_id))
+    found = _look(call, feeds, key, cursor)
+    if not found[1] and seconds > 0:
+        await call.door.wait(partial(_first_of, call, feeds.waiting(key)), seconds)
+        found = _look(call, feeds, key, cursor)
+    return reply({"cursor": found[0], "completions": found[1]})
+
+
+def _first_of(call: Call, request_ids: list[str], wake: Any) -> None:
+    for request_id in request_ids:
+        call.door.desk.when_done(request_id, wake)
+
+
+def _look(call: Call, feeds: Feeds, key: tuple[str, str, int], cursor: int) -> tuple[int, list[dict[str, str]]]:
+    for request_id in feeds.waiting(key):
+        state = call.door.desk.outcome(request_id, owner=call.owner).state
+        if state != "pending":
+            # An unknown one is called failed: asking for it says the rest.
+            feeds.ended(key, request_id, "finished" if state == "done" else "failed")
+    return feeds.news(key, cursor)

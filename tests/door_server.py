@@ -1,0 +1,260 @@
+"""The HTTP door on a real port, over the real desk, store and archive; a thread answers instead of the engine.
+
+Its tokens are characters (id = code point, 0 ends a sequence); every sample is TEXT, a log-probability is -token / 100.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from skyrl.config.serve import ServiceConfig
+from skyrl.service.app import Serving, make_app, serve_in_thread
+from skyrl.service.archive import Archive
+from skyrl.service.auth import Keys
+from skyrl.service.desk import Job, RequestDesk
+from skyrl.service.openai_params import TextTools
+from skyrl.service.store import Store
+from skyrl.service.store_records import CheckpointPath, ModelFacts
+from skyrl.service.store_sync import reconcile, save_files
+from skyrl.service.types import (
+    CreateModel,
+    LoadWeights,
+    OptimStep,
+    Refused,
+    SampledSequence,
+    SampleQuery,
+    SampleResult,
+    SaveWeights,
+    ServerFacts,
+    TopK,
+    TrainRequest,
+    TrainResult,
+)
+from skyrl.types import LoraSpec, UserError
+
+TEXT = "The answer is 42. And more text follows, h\u00e9 \u20ac."
+EOS = 0
+FACTS = ServerFacts(
+    aliases={"tiny": Path("tiny"), "org/model": Path("tiny")},
+    model_path="tiny",
+    tokenizer_id="some/tokenizer",
+    arch="qwen3",
+    max_context=4096,
+    vocab_size=0x110000,
+    eos_token_ids=(EOS,),
+    adaptable=True,
+    full_parameters=False,
+)
+ADAPTER = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 9000}
+
+
+def render(messages: list[dict[str, Any]]) -> list[int]:
+    """A chat as text; refuses the role "robot" as templates do, with an error of its own."""
+    if any(message["role"] == "robot" for message in messages):
+        raise RuntimeError("role robot\nis not known")
+    return [ord(c) for c in "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "]
+
+
+CHARACTERS = TextTools(
+    encode=lambda text: [ord(c) for c in text],
+    decode=lambda ids: "".join("<end>" if i == EOS else chr(i) for i in ids),
+    render=render,
+)
+
+
+class Answers:
+    """Takes work from the desk and settles it. `hold` stops it between two pieces of work."""
+
+    def __init__(self, desk: RequestDesk, store: Store, archive: Archive) -> None:
+        self.desk, self.store, self.archive = desk, store, archive
+        self.hold, self.done = threading.Event(), False
+        self.seen: list[Any] = []
+        self._facts: dict[str, ModelFacts] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.done = True
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self.done:
+            if self.hold.is_set():
+                threading.Event().wait(0.01)
+                continue
+            for job in [*self.desk.take_training(lambda r: r.loss_fn, 1 << 20), *self.desk.take_samples(1000)]:
+                self.seen.append(job.request)
+                try:
+                    self._answer(job, job.request)
+                except (Refused, UserError) as error:
+                    self.desk.failed(job, error if isinstance(error, Refused) else Refused(str(error)))
+            self.desk.wait(0.02)
+
+    def _answer(self, job: Job, request: Any) -> None:
+        if getattr(request, "problem", ""):
+            raise Refused(request.problem)
+        if isinstance(request, CreateModel):
+            facts = ModelFacts(request.base_model, LoraSpec(rank=request.rank))
+            self._open(job.owner, request.session_id, request.model_seq_id, facts, request.user_metadata)
+            self.desk.done(job, {"model_id": request.model_id, "type": "create_model"})
+        elif isinstance(request, LoadWeights):
+            found = self.store.get_checkpoint(CheckpointPath.parse(request.path), job.owner)
+            if request.model_id is None:
+                self._open(job.owner, request.session_id, request.model_seq_id, found.facts, {})
+            self.desk.done(job, {"path": request.path, "type": "load_weights"})
+        elif isinstance(request, TrainRequest):
+            logprobs = [(-datum.tokens / 100).astype(np.float32) for datum in request.data]
+            self.desk.done(job, TrainResult(logprobs, {"loss:sum": float(len(request.data))}))
+        elif isinstance(request, OptimStep):
+            self.desk.done(job, {"metrics": {"grad_norm": 1.0, "lr": request.learning_rate}})
+        elif isinstance(request, SaveWeights):
+            self.desk.done(job, self._save(job, request))
+        elif isinstance(request, SampleQuery):
+            self.desk.done(job, sampled(request))
+        else:
+            self.desk.done(job, {"model_id": job.lane, "type": "unload_model"})
+
+    def _open(self, owner: str, session: str, number: int, facts: ModelFacts, metadata: dict[str, str]) -> None:
+        run = self.store.create_run(session, owner, number, facts, metadata)
+        self._facts[run.run_id] = facts
+        self.desk.opened(
+            run.run_id,
+            {
+                "base_model": facts.base_model,
+                "is_lora": True,
+                "lora_rank": facts.lora.rank if facts.lora else None,
+                "train_mlp": True,
+                "train_attn": True,
+                "train_unembed": True,
+            },
+        )
+
+    def _save(self, job: Job, request: SaveWeights) -> dict[str, Any]:
+        facts = self._facts[request.model_id]
+        if request.name is None:
+            session = request.model_id.split(":")[0]
+            made = self.store.create_sampler(
+                session, job.owner, request.sampling_session_seq_id, facts.base_model, ephemeral_run=request.model_id
+            )
+            return {"path": None, "sampling_session_id": made.sampler_id}
+
+        def fill(folder: Path) -> None:
+            for name, data in ADAPTER.items():
+                (folder / name).write_bytes(data)
+
+        path = CheckpointPath(request.model_id, request.kind, request.name)
+        saved = save_files(
+            self.store, self.archive, path, job.owner, facts, fill, ttl_seconds=request.ttl_seconds,
+            overwrite=request.overwrite, user_metadata=request.user_metadata,
+        )  # fmt: skip
+        return {"path": path.uri, "size_bytes": saved.size_bytes}
+
+
+def sampled(query: SampleQuery) -> SampleResult:
+    """TEXT to the first stop, or to max_tokens, or to its end."""
+    ids = [ord(c) for c in TEXT] + [EOS]
+    for stop in query.stop or ():
+        if isinstance(stop, str) and stop in TEXT:
+            ids = [ord(c) for c in TEXT[: TEXT.index(stop) + len(stop)]]
+    reason = "stop"
+    if query.max_tokens is not None and query.max_tokens < len(ids):
+        ids, reason = ids[: query.max_tokens], "length"
+
+    def top(tokens: np.ndarray, k: int, first: bool) -> TopK | None:
+        if not k:
+            return None
+        table = np.tile(tokens[:, None] if len(tokens) else np.zeros((0, 1)), (1, k)) + np.arange(k)
+        logprobs = np.tile(-np.arange(1, k + 1, dtype=np.float32), (len(tokens), 1))
+        if first:
+            table[0], logprobs[0] = 0, -99999.0
+        return TopK(table.astype(np.int32), logprobs)
+
+    tokens = np.array(ids, np.int64)
+    logprobs = (-tokens / 100).astype(np.float32)
+    one = SampledSequence(tokens, logprobs, reason, top(tokens, query.topk_sample_logprobs, False))
+    result = SampleResult([one] * query.num_samples, cache_hit_tokens=3)
+    if query.prompt_logprobs:
+        result.prompt_logprobs = (-query.prompt / 100).astype(np.float32)
+        result.prompt_logprobs[0] = np.nan
+    result.topk_prompt = top(query.prompt, query.topk_prompt_logprobs, True)
+    return result
+
+
+class Server:
+    """An open door. `client(key)` speaks HTTP to it; `call` posts JSON to the protocol's paths."""
+
+    def __init__(self, folder: Path, settings: ServiceConfig, keys: Keys, text: TextTools | None) -> None:
+        folder.mkdir(exist_ok=True)
+        self.store, self.archive = Store(folder / "service.sqlite"), Archive(folder / "checkpoints")
+        reconcile(self.store, self.archive)
+        self.desk = RequestDesk(max_queued_samples=settings.max_queued_samples)
+        self.answers = Answers(self.desk, self.store, self.archive)
+        self.app = make_app(self.desk, self.store, self.archive, FACTS, settings, text=text, keys=keys)
+        self.serving: Serving = serve_in_thread(self.app, "127.0.0.1", 0)
+        self.http = self.client()
+
+    def client(self, key: str = "tml-any") -> httpx.Client:
+        return httpx.Client(base_url=self.serving.url, headers={"X-API-Key": key}, timeout=45)
+
+    def close(self) -> None:
+        self.http.close()
+        self.serving.stop()
+        self.answers.stop()
+        self.archive.close()
+        self.store.close()
+
+    def post(self, path: str, http: httpx.Client | None = None, /, **body: Any) -> httpx.Response:
+        return (http or self.http).post(f"/api/v1/{path}", json=body)
+
+    def call(self, path: str, http: httpx.Client | None = None, /, **body: Any) -> dict[str, Any]:
+        """The answer of a call that has to work."""
+        answer = self.post(path, http, **body)
+        assert answer.status_code == 200, (path, answer.status_code, answer.text)
+        return answer.json()
+
+    def get(self, path: str, http: httpx.Client | None = None, /, **query: Any) -> dict[str, Any]:
+        answer = (http or self.http).get(f"/api/v1/{path}", params=query)
+        assert answer.status_code == 200, (path, answer.status_code, answer.text)
+        return answer.json()
+
+    def future(self, path: str, http: httpx.Client | None = None, /, **body: Any) -> dict[str, Any]:
+        """What becomes of a call that answers with a future."""
+        request_id = self.call(path, http, **body)["request_id"]
+        return self.call("retrieve_future", http, request_id=request_id, allow_metadata_only=True)
+
+    def session(self, http: httpx.Client | None = None, **body: Any) -> str:
+        return self.call("create_session", http, tags=[], user_metadata={}, sdk_version="0.38.0", **body)["session_id"]
+
+    def model(self, http: httpx.Client | None = None, number: int = 0, session: str = "", **body: Any) -> str:
+        """A trained model's id, on a session of its own unless given."""
+        return self.future(
+            "create_model", http, session_id=session or self.session(http), model_seq_id=number, base_model="tiny",
+            lora_config={"rank": 8}, **body,
+        )["model_id"]  # fmt: skip
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, keys: dict[str, str] | None = None, text: TextTools | None = CHARACTERS, **settings: Any
+) -> Iterator[Server]:
+    """A server whose state is in `folder`. keys: key -> owner."""
+    server = Server(folder, ServiceConfig(**settings), Keys(keys or {}), text)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON events of a streamed answer, which has to end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line and not line.startswith(":")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,263 @@
+"""OpenAI-style endpoints over real HTTP: answers, log-probabilities, streams and refusals."""
+
+import threading
+import time
+
+import pytest
+from door_server import TEXT, events, serving
+
+from skyrl.service.types import SampleQuery
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("door")) as server:
+        yield server
+
+
+def ask(server, path="completions", prefix="/v1/", **body):
+    return server.http.post(prefix + path, json={"model": "tiny", **body})
+
+
+def good(server, path="completions", prefix="/v1/", **body):
+    answer = ask(server, path, prefix, **body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def chat(server, **body):
+    return good(server, "chat/completions", messages=[{"role": "user", "content": "hi"}], **body)
+
+
+def last(server) -> SampleQuery:
+    return server.answers.seen[-1]
+
+
+@pytest.mark.parametrize("prefix", ["/v1/", "/oai/api/v1/"])
+def test_completion(server, prefix):
+    got = good(server, prefix=prefix, prompt="ab", max_tokens=10, temperature=0.5, top_p=0.9, top_k=5, seed=3)
+    assert got["object"] == "text_completion" and got["model"] == "tiny" and got["id"].startswith("cmpl-")
+    assert got["choices"] == [{"index": 0, "finish_reason": "length", "text": TEXT[:10], "logprobs": None}]
+    assert got["usage"] == {"prompt_tokens": 2, "completion_tokens": 10, "total_tokens": 12,
+                            "prompt_tokens_details": {"cached_tokens": 3}}  # fmt: skip
+    query = last(server)
+    assert (query.temperature, query.top_p, query.top_k, query.seed, query.base_model) == (0.5, 0.9, 5, 3, "tiny")
+    assert query.prompt.tolist() == [97, 98] and query.stop is None and query.seq_id == -1
+
+
+def test_defaults_are_those_of_openai(server):
+    good(server, prompt="ab")
+    assert last(server).max_tokens == 16 and last(server).temperature == 1.0
+    chat(server)
+    assert last(server).max_tokens is None
+
+
+def test_the_end_and_stops_are_no_text(server):
+    whole = good(server, prompt="a", max_tokens=500)["choices"][0]
+    assert whole["text"] == TEXT and whole["finish_reason"] == "stop"
+    cut = good(server, prompt="a", max_tokens=500, stop=["more", "."])["choices"][0]
+    assert cut["text"] == "The answer is 42" and cut["finish_reason"] == "stop"
+    assert good(server, prompt="a", max_tokens=500, stop=" answer")["choices"][0]["text"] == "The"
+
+
+def test_prompts_as_lists_and_ids(server):
+    got = good(server, prompt=["ab", "c"], n=2, max_tokens=3)
+    assert [choice["index"] for choice in got["choices"]] == [0, 1, 2, 3] and got["usage"]["prompt_tokens"] == 3
+    assert got["usage"]["completion_tokens"] == 12
+    assert good(server, prompt=[5, 6], max_tokens=1)["usage"]["prompt_tokens"] == 2
+    assert last(server).prompt.tolist() == [5, 6]
+    assert len(good(server, prompt=[[5, 6], [7]], max_tokens=1)["choices"]) == 2
+
+
+def test_logprobs_and_echo_of_a_completion(server):
+    got = good(server, prompt="ab", max_tokens=2, logprobs=1, echo=True)["choices"][0]
+    table = got["logprobs"]
+    assert got["text"] == "ab" + TEXT[:2] and table["tokens"] == ["a", "b", "T", "h"]
+    assert table["text_offset"] == [0, 1, 2, 3]
+    assert table["token_logprobs"] == pytest.approx([None, -0.98, -0.84, -1.04], abs=1e-6)
+    assert table["top_logprobs"] == [None, {"b": -1.0}, {"T": -1.0}, {"h": -1.0}]
+    scored = good(server, prompt="abc", max_tokens=0, logprobs=0, echo=True)
+    assert scored["choices"][0]["text"] == "abc" and scored["usage"]["completion_tokens"] == 0
+    assert len(scored["choices"][0]["logprobs"]["token_logprobs"]) == 3
+    assert scored["choices"][0]["logprobs"]["top_logprobs"] is None
+    plain = good(server, prompt="ab", max_tokens=2, logprobs=2)["choices"][0]["logprobs"]
+    assert plain["tokens"] == ["T", "h"] and len(plain["top_logprobs"][0]) == 2
+
+
+def test_chat(server):
+    got = chat(server, max_tokens=4, n=2)
+    assert got["object"] == "chat.completion" and len(got["choices"]) == 2
+    assert got["choices"][1] == {
+        "index": 1, "finish_reason": "length", "message": {"role": "assistant", "content": TEXT[:4]}, "logprobs": None,
+    }  # fmt: skip
+    assert "".join(map(chr, last(server).prompt)) == "user: hi\nassistant: "
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    good(server, "chat/completions", messages=[{"role": "user", "content": parts}], max_completion_tokens=2)
+    assert "".join(map(chr, last(server).prompt)) == "user: ab\nassistant: " and last(server).max_tokens == 2
+
+
+def test_logprobs_of_a_chat(server):
+    entry = chat(server, max_tokens=2, logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"][0]
+    assert entry["token"] == "T" and entry["bytes"] == [84] and entry["logprob"] == pytest.approx(-0.84)
+    assert [top["token"] for top in entry["top_logprobs"]] == ["T", "U"]
+    assert chat(server, max_tokens=2, logprobs=True)["choices"][0]["logprobs"]["content"][1]["top_logprobs"] == []
+
+
+def test_streams_of_completions_put_together_are_the_answer(server):
+    answer = ask(server, prompt=["a", "b"], n=2, max_tokens=500, stream=True, stream_options={"include_usage": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    seen = events(answer.text)
+    text = dict.fromkeys(range(4), "")
+    for event in seen[:-1]:
+        for choice in event["choices"]:
+            text[choice["index"]] += choice["text"]
+    assert set(text.values()) == {TEXT} and len(seen) > 8
+    ends = [c["finish_reason"] for e in seen for c in e["choices"] if c["finish_reason"]]
+    assert ends == ["stop"] * 4 and seen[-1]["choices"] == []
+    assert seen[-1]["usage"]["completion_tokens"] == 4 * (len(TEXT) + 1) and len({e["id"] for e in seen}) == 1
+
+
+def test_streams_of_chats(server):
+    answer = ask(server, "chat/completions", messages=[{"role": "user", "content": "x"}], stream=True, stop="42",
+                 logprobs=True)  # fmt: skip
+    seen = events(answer.text)
+    assert seen[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(event["object"] == "chat.completion.chunk" for event in seen)
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in seen) == "The answer is "
+    assert seen[-1]["choices"][0]["finish_reason"] == "stop" and seen[-1]["choices"][0]["logprobs"]["content"]
+
+
+def test_a_stream_that_fails_says_so(server):
+    server.answers.hold.set()
+    lines: list[str] = []
+    body = {"model": "tiny", "prompt": "a", "stream": True}
+
+    def read():
+        with server.client() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+            lines.extend(answer.iter_lines())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(100):
+            jobs = [job for job in server.desk._jobs.values() if job.state == "waiting"]
+            if jobs:
+                break
+            time.sleep(0.02)
+        server.desk.cancel(jobs[0].request_id, owner="local")
+        reader.join(10)
+    finally:
+        server.answers.hold.clear()
+    assert '"message":"cancelled by the client"' in lines[0] and "[DONE]" not in "".join(lines)
+
+
+def test_a_client_that_leaves_frees_its_place(server, monkeypatch):
+    monkeypatch.setattr("skyrl.service.openai.COMMENT_SECONDS", 0.1)
+    server.answers.hold.set()
+    try:
+        for stream in (False, True):
+            with server.client() as http:
+                http.timeout = 0.5
+                with pytest.raises(Exception, match="timed out"):
+                    with http.stream(
+                        "POST", "/v1/completions", json={"model": "tiny", "prompt": "zz", "stream": stream}
+                    ) as a:
+                        for line in a.iter_lines():
+                            if line.startswith("data"):
+                                break
+                            if line.startswith(":"):
+                                raise TimeoutError("timed out: a comment, and the client leaves")
+            for _ in range(100):
+                if not server.desk._queued:
+                    break
+                time.sleep(0.05)
+            assert server.desk._queued == 0, stream
+    finally:
+        server.answers.hold.clear()
+
+
+def test_models_and_paths(server):
+    run = server.model()
+    path = server.future("save_weights_for_sampler", model_id=run, seq_id=1, path="v1")["path"]
+    listed = server.http.get("/v1/models").json()
+    assert [one["id"] for one in listed["data"]] == ["tiny", "org/model", path]
+    assert server.http.get(f"/v1/models/{path}").json()["id"] == path
+    assert server.http.get(f"/v1/models/{path.replace('//', '/')}").json()["id"] == path
+    assert server.http.get("/v1/models/org/model").json()["id"] == "org/model"
+    assert server.http.get("/v1/models/none").status_code == 404
+    good(server, model=path, prompt="a")
+    assert (last(server).model_path, last(server).base_model) == (path, None)
+    assert ask(server, model=path + "x", prompt="a").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": "a", "model": "gpt-5"}, "model 'gpt-5' is not served here"),
+        ({"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty is refused"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias is refused"),
+        ({"prompt": "a", "best_of": 4}, "best_of=4 is refused"),
+        ({"prompt": "a", "suffix": "x"}, "suffix is refused"),
+        ({"prompt": "a", "surprise": 1}, "'surprise'"),
+        ({"prompt": "a", "n": 0}, "n=0"),
+        ({"prompt": "a", "max_tokens": 0}, "nothing would be answered"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens=-1"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "logprobs": 99}, "logprobs=99"),
+        ({"prompt": "a", "stop": [""]}, "stop; allowed"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": []}, "prompt; allowed"),
+        ({"prompt": ["a", 5]}, "prompt; allowed"),
+        ({"prompt": [5, -1]}, "prompt; allowed"),
+        ({"prompt": "a" * 4096}, "4096 tokens leave no room"),
+        ({}, "prompt is missing"),
+    ],
+)
+def test_completions_that_are_refused(server, body, told):
+    answer = ask(server, **body)
+    error = answer.json()["error"]
+    assert answer.status_code == (404 if "not served" in told else 400) and told in error["message"]
+    assert error["type"] in ("invalid_request_error", "not_found_error") and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"messages": []}, "messages is empty"),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "the chat template refuses these messages: role robot is not",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'; allowed: text"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, "tool_calls is refused"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content; allowed"),
+        ({"tools": [{"type": "function"}]}, "tools is refused"),
+        ({"response_format": {"type": "json_object"}}, "response_format is refused"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs=true"),
+        ({"presence_penalty": 1}, "presence_penalty is refused"),
+    ],
+)
+def test_chats_that_are_refused(server, body, told):
+    answer = ask(server, "chat/completions", **{"messages": [{"role": "user", "content": "x"}], **body})
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+
+
+def test_what_changes_nothing_is_taken(server):
+    chat(server, frequency_penalty=0, presence_penalty=0, logit_bias={}, tools=[], user="me", store=False, stop=None,
+         response_format={"type": "text"}, metadata={"a": "b"}, tool_choice="none")  # fmt: skip
+
+
+def test_too_much_work_and_no_tokenizer(tmp_path):
+    with serving(tmp_path, max_queued_samples=2) as server:
+        server.answers.hold.set()
+        waiting = threading.Thread(target=lambda: ask(server, prompt="a", n=2, max_tokens=1))
+        waiting.start()
+        while not server.desk._queued:
+            time.sleep(0.01)
+        answer = ask(server, prompt="a")
+        assert answer.status_code == 429 and answer.json()["error"]["type"] == "rate_limit_error"
+        server.answers.hold.clear()
+        waiting.join(10)
+    with serving(tmp_path / "other", text=None) as server:
+        assert "without a tokenizer" in ask(server, prompt="a").json()["error"]["message"]
+        assert server.http.get("/v1/models").status_code == 200
