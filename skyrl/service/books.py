@@ -17,6 +17,7 @@ import torch
 
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content, OptimizerState
+from skyrl.service.ledger import Ledger
 from skyrl.service.store import Store
 from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound, Sampler
 from skyrl.service.store_sync import expire_checkpoints, load_checkpoint, reconcile, save_checkpoint
@@ -43,6 +44,7 @@ class Books:
             self.lines.append(
                 f"{len(lost)} models were open when the last server ended; clients resume from checkpoints"
             )
+        self.ledger = Ledger(self.store)
         self._spill = folder / SPILL
         shutil.rmtree(self._spill, ignore_errors=True)  # ephemeral snapshots end with their server
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
@@ -52,6 +54,7 @@ class Books:
         """Waits for saves, then lets go of the folder."""
         self.wait()
         self._saver.shutdown()
+        self.ledger.close()
         self.archive.close()
         self.store.close()
 

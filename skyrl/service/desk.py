@@ -17,7 +17,7 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from skyrl.service.types import (
     Accepted,
@@ -60,6 +60,7 @@ class Job:
     finished: float = 0.0
     fetched: float = 0.0
     cancelled: bool = False
+    told: bool = False
     calls: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -74,6 +75,19 @@ class Lane:
     served: int = 0  # when it last had a turn: the lane that waited longest comes first
     dead: str = ""  # why nothing runs here any more
     facts: dict[str, Any] | None = None  # of the created model
+
+
+class Record(Protocol):
+    """Where futures are kept on record (ledger.py)."""
+
+    def added(self, job: Job) -> None:
+        """A request was accepted."""
+
+    def settled(self, job: Job) -> None:
+        """Its future is done or has failed."""
+
+    def recall(self, request_id: str, owner: str) -> Outcome:
+        """What is known of a request that the desk does not have."""
 
 
 class RequestDesk:
@@ -92,6 +106,7 @@ class RequestDesk:
         self._clock = itertools.count(1)
         self._closed = ""
         self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
+        self._record: Record | None = None
 
     # ---- the front doors' side -------------------------------------------------------------------------------------
 
@@ -114,8 +129,10 @@ class RequestDesk:
                 self._queue_sample(job)
             else:
                 self._queue_for_model(job, lane)
+            if self._record is not None:
+                self._record.added(job)
             self._lock.notify_all()
-        _run(job)
+        self._settled(job)
         return job.accepted
 
     def _new_job(self, request: Request, owner: str, lane_id: str, key: Key | None) -> Job:
@@ -168,6 +185,8 @@ class RequestDesk:
         """See Desk."""
         with self._lock:
             job = self._jobs.get(request_id)
+            if job is None and self._record is not None:
+                return self._record.recall(request_id, owner)
             if job is None or job.owner != owner:
                 return Outcome("unknown")
             if job.state == "done":
@@ -211,7 +230,7 @@ class RequestDesk:
                 job.cancelled = True
                 self._cancelled.append(job)
                 self._lock.notify_all()
-        _run(job)
+        self._settled(job)
 
     def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
         """See Desk."""
@@ -222,6 +241,10 @@ class RequestDesk:
             return dict(lane.facts)
 
     # ---- the worker's side -----------------------------------------------------------------------------------------
+
+    def keep_record(self, record: Record) -> None:
+        """From now on tells `record` of every future, and asks it for those of earlier servers."""
+        self._record = record
 
     def explain_lost(self, call: Callable[[str, str], str]) -> None:
         """`call(model_id, owner)` says why a model that is not open is gone, or "" when it never was."""
@@ -310,13 +333,13 @@ class RequestDesk:
                 return
             job.state, job.result, job.finished = "done", result, time.monotonic()
             self._lock.notify_all()
-        _run(job)
+        self._settled(job)
 
     def failed(self, job: Job, error: Refused) -> None:
         """Settles a future with an error."""
         with self._lock:
             self._fail(job, error.message, error.category)
-        _run(job)
+        self._settled(job)
 
     def _fail(self, job: Job, message: str, category: Category) -> None:
         if job.state in ("done", "failed"):
@@ -345,7 +368,7 @@ class RequestDesk:
             for job in jobs:
                 self._fail(job, why, "user")
         for job in jobs:
-            _run(job)
+            self._settled(job)
 
     def models(self) -> list[str]:
         """The open models."""
@@ -367,7 +390,19 @@ class RequestDesk:
             self._queued = 0
             self._lock.notify_all()
         for job in jobs:
-            _run(job)
+            self._settled(job)
+
+    def _settled(self, job: Job) -> None:
+        """Calls who waits for a job, once, if it is settled; outside of the lock, because they may ask the desk."""
+        with self._lock:
+            if job.state not in ("done", "failed") or job.told:
+                return
+            job.told = True
+            calls, job.calls = job.calls, []
+        if self._record is not None:
+            self._record.settled(job)
+        for call in calls:
+            call()
 
     def _prune(self) -> None:
         """Forgets old futures: fetched ones after a while, others after an hour."""
@@ -411,12 +446,3 @@ def _advance(lane: Lane) -> None:
 
 def _tokens(request: TrainRequest) -> int:
     return sum(len(datum.tokens) for datum in request.data)
-
-
-def _run(job: Job) -> None:
-    """Calls who waits for a settled job; outside of the lock, because they may ask the desk."""
-    if job.state not in ("done", "failed"):
-        return
-    calls, job.calls = job.calls, []
-    for call in calls:
-        call()

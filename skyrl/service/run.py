@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skyrl.config.memory import model_facts
 from skyrl.config.serve import ServeConfig, serve_plan, to_run_config
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.init import World, init_distributed
@@ -73,7 +74,8 @@ def open_service(cfg: ServeConfig) -> Service | None:
     plan = serve_plan(cfg, world.size)
 
     def make() -> Hands:
-        engine = Engine(run, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens)
+        longest = max_row_tokens(cfg)
+        engine = Engine(run, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=longest)
         return Hands(engine, score_tokens=cfg.max_tokens_per_microbatch)
 
     hands = agree(world, make)
@@ -92,6 +94,16 @@ def open_service(cfg: ServeConfig) -> Service | None:
     mix = cfg.service.mix_tenants == "always"
     worker = Worker(cfg, leader, desk, books, facts, mix=mix)
     return Service(cfg, world, hands.engine, desk, books, worker, facts)
+
+
+def max_row_tokens(cfg: ServeConfig) -> int:
+    """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
+    positions = model_facts(to_run_config(cfg)).max_positions
+    if cfg.max_row_tokens > positions:
+        raise UserError(
+            f"max_row_tokens={cfg.max_row_tokens}: the model has {positions} positions; give at most that, or 0"
+        )
+    return cfg.max_row_tokens or positions
 
 
 def _books(cfg: ServeConfig, engine: Engine) -> tuple[Books, ServerFacts]:

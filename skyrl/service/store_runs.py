@@ -110,13 +110,19 @@ class Runs(Checkpoints):
             return [checkpoint_of(row) for row in rows]
 
     def add_future(
-        self, owner: str, kind: str, *, model_id: str | None = None, dedup: str | None = None
+        self,
+        owner: str,
+        kind: str,
+        *,
+        model_id: str | None = None,
+        dedup: str | None = None,
+        request_id: str | None = None,
     ) -> tuple[StoredFuture, bool]:
         """A pending future, and True; or the owner's earlier one with the same `dedup` key, and False.
 
-        Touches the run `model_id`. dedup: the desk's text for (model, seq_id) or (session, kind, seq_id).
+        Touches the run `model_id`. request_id: a fresh one if not given. dedup: the desk's text for (model, seq_id) or (session, kind, seq_id).
         """
-        request_id, now = f"r-{secrets.token_hex(12)}", self.micros()
+        request_id, now = request_id or f"r-{secrets.token_hex(12)}", self.micros()
         with self.write() as db:
             done = db.execute(
                 "INSERT INTO futures (request_id, owner, kind, model_id, dedup, state, created_at)"
@@ -136,12 +142,12 @@ class Runs(Checkpoints):
     ) -> None:  # fmt: skip
         """The request is done (result: its small JSON answer, None if that stays in memory) or failed with an error.
 
-        Synced to the disk when there is a result, since that may acknowledge a save. The first end of a future stays:
-        a second one is a mistake of the caller's, RuntimeError.
+        Not synced: what a save promises was synced with the checkpoint's row. The first end of a future stays: a second
+        one is a mistake of the caller's, RuntimeError.
         """
         state = "failed" if failed or error else "done"
         text = None if result is None else json.dumps(result)
-        with self.write(durable=result is not None) as db:
+        with self.write() as db:
             done = db.execute(
                 "UPDATE futures SET state = ?, result = ?, error = ?, category = ?, finished_at = ?"
                 " WHERE request_id = ? AND state = 'pending'",

@@ -54,6 +54,7 @@ class Worker:
         self._next_tick = 0.0
         leader.hands.has_news = desk.has_news
         desk.explain_lost(books.explain_lost)
+        desk.keep_record(books.ledger)
 
     def stop(self, why: str) -> None:
         """Ends `run` after the work in hand; safe from a signal handler."""
