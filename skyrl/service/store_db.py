@@ -68,9 +68,13 @@ class Database:
         self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         self._closed = False
-        with self._explained(), self._connection() as connection:
-            self._prepare(connection)
-            (self.store_id,) = connection.execute("SELECT value FROM facts WHERE key = 'store_id'").fetchone()
+        try:
+            with self._explained(), self._connection() as connection:
+                self._prepare(connection)
+                (self.store_id,) = connection.execute("SELECT value FROM facts WHERE key = 'store_id'").fetchone()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Closes the connections that are not in use; the others close as they come back. No call may follow."""

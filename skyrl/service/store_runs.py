@@ -120,7 +120,8 @@ class Runs(Checkpoints):
     ) -> tuple[StoredFuture, bool]:
         """A pending future, and True; or the owner's earlier one with the same `dedup` key, and False.
 
-        Touches the run `model_id`. request_id: a fresh one if not given. dedup: the desk's text for (model, seq_id) or (session, kind, seq_id).
+        Touches the run `model_id`. request_id: a fresh one if not given. dedup: the desk's text for (model, seq_id) or
+        (session, kind, seq_id).
         """
         request_id, now = request_id or f"r-{secrets.token_hex(12)}", self.micros()
         with self.write() as db:

@@ -2,12 +2,27 @@
 
 import sqlite3
 import threading
+from contextlib import closing, contextmanager
 
 import pytest
 
 from skyrl.service.store import Store
 from skyrl.service.store_records import ModelFacts
 from skyrl.types import UserError
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "s.db")
+    yield store
+    store.close()
+
+
+@contextmanager
+def plain(path):
+    """The file as SQLite itself sees it."""
+    with closing(sqlite3.connect(path)) as db, db:
+        yield db
 
 
 def test_what_was_stored_is_there_when_opened_again(tmp_path):
@@ -21,14 +36,14 @@ def test_what_was_stored_is_there_when_opened_again(tmp_path):
     found = again.get_session(session.session_id, "a")
     assert (found.tags, found.user_metadata, found.sdk_version) == (("t",), {"k": "v"}, "0.38.0")
     assert found.run_ids == (run.run_id,)
-    with sqlite3.connect(tmp_path / "s.db") as db:
+    with plain(tmp_path / "s.db") as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    again.close()
     with pytest.raises(RuntimeError, match="closed"):
         store.heartbeat(session.session_id, "a")
 
 
-def test_two_threads_write_and_two_read(tmp_path):
-    store = Store(tmp_path / "s.db")
+def test_two_threads_write_and_two_read(store):
     session = store.create_session("a").session_id
     run = store.create_run(session, "a", 0, ModelFacts("base")).run_id
     errors, counts = [], []
@@ -62,8 +77,7 @@ def test_two_threads_write_and_two_read(tmp_path):
     assert sorted(counts) == list(range(100))  # each key was taken by exactly one of the two threads
 
 
-def test_a_transaction_that_fails_leaves_nothing(tmp_path):
-    store = Store(tmp_path / "s.db")
+def test_a_transaction_that_fails_leaves_nothing(store):
     with pytest.raises(ZeroDivisionError), store.write() as db:
         db.execute("DELETE FROM facts")
         1 / 0  # noqa: B018
@@ -73,10 +87,10 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path):
 
 def test_files_that_are_not_ours(tmp_path):
     (tmp_path / "text.db").write_text("no database, but long enough to be looked at" * 100)
-    with sqlite3.connect(tmp_path / "other.db") as db:
+    with plain(tmp_path / "other.db") as db:
         db.execute("CREATE TABLE sessions (x)")
     Store(tmp_path / "new.db").close()
-    with sqlite3.connect(tmp_path / "new.db") as db:
+    with plain(tmp_path / "new.db") as db:
         db.execute("PRAGMA user_version = 99")
     (tmp_path / "folder.db").mkdir()
     for name, words in [("text", "not a database"), ("other", "another program"), ("new", "schema 99"),
@@ -84,12 +98,11 @@ def test_files_that_are_not_ours(tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             Store(tmp_path / f"{name}.db")
         assert "\n" not in str(caught.value) and name in str(caught.value)
-    with sqlite3.connect(tmp_path / "other.db") as db:
+    with plain(tmp_path / "other.db") as db:
         assert [row[0] for row in db.execute("SELECT name FROM sqlite_master")] == ["sessions"]
 
 
-def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path):
-    store = Store(tmp_path / "s.db")
+def test_a_full_disk_is_one_line_and_changes_nothing(store):
     session = store.create_session("a").session_id
     with store.read() as db:
         (pages,) = db.execute("PRAGMA page_count").fetchone()
@@ -108,8 +121,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path):
     assert store.list_sessions("a").total == total + 1
 
 
-def test_texts_and_numbers_that_cannot_be_stored(tmp_path):
-    store = Store(tmp_path / "s.db")
+def test_texts_and_numbers_that_cannot_be_stored(store):
     with pytest.raises(UserError, match="surrogate"):
         store.create_session("a", display_name="x\ud800")
     assert store.create_session("a", user_metadata={"\ud800": "\x00'; DROP TABLE sessions; --"}).user_metadata == {

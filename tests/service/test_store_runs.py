@@ -123,6 +123,7 @@ def test_a_repeated_request_finds_its_future(store):
     other, new = store.add_future("b", "save_weights", model_id="m", dedup="m/1")  # another owner's key is another key
     assert new and other.request_id != first.request_id
     assert store.add_future("a", "sample")[1] and store.add_future("a", "sample")[1]  # without a key never the same
+    assert store.add_future("a", "sample", request_id="mine")[0] == store.get_future("mine", "a")
     store.finish_future(first.request_id, result={"path": "tinker://m/weights/x"})
     assert store.add_future("a", "save_weights", dedup="m/1")[0].result == {"path": "tinker://m/weights/x"}
     with pytest.raises(NotFound):
@@ -151,6 +152,7 @@ def test_what_a_restart_loses(tmp_path):
     told = again.get_future(failed, "a")
     assert (told.error, told.category, again.get_future(kept, "a").result) == ("no", "user", {})
     assert again.get_session(session, "a").status == {"type": "active"}  # clients go on with their sessions
+    again.close()
 
 
 def test_old_futures_are_thrown_away(store):

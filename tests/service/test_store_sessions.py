@@ -166,8 +166,8 @@ def test_search_by_status(store, clock):
             StatusQuery(*wrong)
 
 
-def test_search_pages_lose_and_repeat_nothing(tmp_path):
-    store = Store(tmp_path / "s.db", now=lambda: 1.7e9)  # all at one time: the id decides
+def test_search_pages_lose_and_repeat_nothing(store, monkeypatch):
+    monkeypatch.setattr(store, "_now", lambda: 1.7e9)  # all at one time: the id decides
     every = sorted((store.create_session("a").session_id for _ in range(7)), reverse=True)
     seen, cursor = [], None
     for size in (3, 3, 1):

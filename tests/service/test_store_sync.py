@@ -3,6 +3,7 @@
 import shutil
 import sqlite3
 import threading
+from contextlib import closing
 
 import pytest
 import torch
@@ -296,5 +297,5 @@ def test_a_save_is_synced_before_it_returns(server, monkeypatch):
     assert before == ["flush .tmp-", "flush_folder .tmp-", "flush_folder weigh", f"flush_folder {server.run[:5]}",
                       "flush_folder root"]  # fmt: skip
     assert seen[commit + 1 :] == ["flush_folder weights"]
-    with sqlite3.connect(server.folder / "s.db") as db:
+    with closing(sqlite3.connect(server.folder / "s.db")) as db:
         assert db.execute("SELECT count(*) FROM checkpoints").fetchone() == (1,)
