@@ -184,18 +184,18 @@ def estimate(
 ) -> MemoryEstimate:
     """Memory of one rank.
 
-    Weights are in `dtype`, masters, gradient sums and Adam's two moments in float32 (float64 for float64); fsdp
-    divides all of them by the ranks and keeps no second copy of the weights but while sampling. A decoder layer keeps
-    layer_values() of each token; with activation checkpointing one hidden state, and one layer whole at a time. The
-    critic is a second policy without logits.
+    Weights are in `dtype`, masters, gradient sums and Adam's two moments in float32 (float64 for float64); _shares says
+    what each strategy divides by how many ranks. Sharded weights are whole while sampling. What is offloaded to CPU
+    memory is not counted on a GPU. A decoder layer keeps layer_values() of each token; with activation checkpointing
+    one hidden state, and one layer whole at a time. The critic is a second policy without logits.
     """
     compute, master = BYTES[dtype], max(4, BYTES[dtype])
-    parts = world_size if strategy == "fsdp" else 1
-    share = math.ceil(facts.num_parameters / parts)
-    sharded = strategy == "fsdp"
-    weights = share * (master if sharded else compute)
-    masters = 0 if sharded or compute == master else share * master
-    gradients, optimizer = share * master, 2 * share * master
+    shares = _shares(cfg, facts, world_size, compute, master, strategy, device)
+    weights, masters, gradients, optimizer = shares
+    # FSDP2 lays out what is frozen beside DeepSpeed.
+    beside = "fsdp" if strategy.startswith("zero") else strategy
+    reference = _shares(cfg, facts, world_size, compute, master, beside, device)[0]
+    sharded = strategy in ("fsdp", "hsdp", "zero3")
     algorithm = cfg.algorithm
     critic = weights + masters + gradients + optimizer if algorithm.advantage.name == "gae" else 0
     layer = layer_values(facts, half=compute < 4)
@@ -218,7 +218,7 @@ def estimate(
         masters=masters,
         gradients=gradients,
         optimizer=optimizer,
-        reference=weights if algorithm.kl.coef > 0 else 0,
+        reference=reference if algorithm.kl.coef > 0 else 0,
         critic=critic,
         activations=tokens * kept * compute,
         logits=2 * chunk,  # the chunk and its gradient
@@ -226,6 +226,29 @@ def estimate(
         cache=cache,
         least_cache=min(cache, row_tokens * per_token),
     )
+
+
+def _shares(
+    cfg: RunConfig, facts: ModelFacts, world_size: int, compute: int, master: int, strategy: str, device: str
+) -> tuple[int, int, int, int]:
+    """Bytes of weights, masters, gradients and optimizer state on the device of one rank.
+
+    fsdp and hsdp keep masters and round them where they are used; DeepSpeed keeps masters besides the weights, in
+    float32 too.
+    """
+    parts = cfg.strategy.shard_size if strategy == "hsdp" else world_size
+    whole, share = facts.num_parameters, math.ceil(facts.num_parameters / parts)
+    offload = cfg.strategy.offload if device == "cuda" else "none"
+    if strategy in ("fsdp", "hsdp"):
+        return (0, 0, 0, 0) if offload == "all" else (share * master, 0, share * master, 2 * share * master)
+    if strategy.startswith("zero"):
+        stage = int(strategy[-1])
+        weights = 0 if offload == "all" else (share if stage == 3 else whole) * compute
+        if offload != "none":
+            return weights, 0, (whole if stage == 1 else 0) * compute, 0
+        return weights, share * master, (whole if stage == 1 else share) * master, 2 * share * master
+    masters = 0 if compute == master else whole * master
+    return whole * compute, masters, whole * master, 2 * whole * master
 
 
 def available(device: str) -> tuple[int, str] | None:

@@ -125,6 +125,8 @@ def make_plan(
     """
     rules.check(cfg)
     rules.check_world(cfg, world_size)
+    if not cfg.run.world_size:  # else the plan is for another machine
+        rules.check_machine(cfg)
     device = device or _device(cfg)
     dtype = cfg.model.dtype
     if dtype == "auto":
@@ -221,7 +223,7 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
     longest = f"at most {plan.max_row_tokens} tokens" if plan.max_row_tokens else "the limit of the model"
     lines = [
         ("run", f"{cfg.run.name} in {cfg.run.dir}"),
-        ("ranks", f"{plan.world_size} x {plan.device}, {plan.strategy}, {plan.dtype}"),
+        ("ranks", f"{plan.world_size} x {plan.device}, {_layout(cfg, plan)}, {plan.dtype}"),
         (
             "step",
             f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples = {episodes} episodes; "
@@ -245,6 +247,16 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
     if plan.facts is not None and plan.memory is not None:
         lines += _describe_memory(plan, plan.facts, plan.memory)
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def _layout(cfg: RunConfig, plan: Plan) -> str:
+    text = plan.strategy
+    if cfg.strategy.name == "hsdp":
+        text += f" ({plan.world_size // cfg.strategy.shard_size} copies x {cfg.strategy.shard_size} shards)"
+    return (
+        text
+        + {"none": "", "optimizer": ", optimizer in CPU memory", "all": ", all in CPU memory"}[cfg.strategy.offload]
+    )
 
 
 def _describe_memory(plan: Plan, facts: ModelFacts, memory: MemoryEstimate) -> list[tuple[str, str]]:

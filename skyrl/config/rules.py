@@ -7,6 +7,7 @@ check a run; tests/config/test_rules.py holds the two equal.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,9 +27,14 @@ REDUCTIONS = ("token_mean", "sequence_mean", "constant", "prompt_mean")
 CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+# strategy.offload -> the strategies that can do it.
+OFFLOAD = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("fsdp", "hsdp", "zero3")}
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
-    "strategy.name": ("auto", "single", "ddp", "fsdp"),
+    "strategy.name": ("auto", *STRATEGIES),
+    "strategy.offload": ("none", "optimizer", "all"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "sampler.backend": ("auto", "module", "fused"),
     "optim.schedule": ("constant", "linear", "cosine"),
@@ -153,6 +159,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         lambda cfg: cfg.algorithm.advantage.name == "gae",
         "with algorithm.advantage.name=gae, the only one with a critic",
     ),
+    "strategy.shard_size": (lambda cfg: cfg.strategy.name == "hsdp", "with strategy.name=hsdp"),
     "optim.final_lr_ratio": (lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=linear or cosine"),
     "model.revision": (lambda cfg: cfg.model.path != "tiny", "with a hub name in model.path"),
     "model.trust_remote_code": (lambda cfg: cfg.model.path != "tiny", "with another model.path than tiny"),
@@ -162,7 +169,14 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "model.tiny": (lambda cfg: cfg.model.path == "tiny", "with model.path=tiny"),
     "warmup.rows_per_step": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "warmup.lr": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
-    "strategy.reshard_after_forward": (lambda cfg: cfg.strategy.name == "fsdp", "with strategy.name=fsdp"),
+    "strategy.reshard_after_forward": (
+        lambda cfg: cfg.strategy.name in ("fsdp", "hsdp"),
+        "with strategy.name=fsdp or hsdp",
+    ),
+    "debug.check_replicas_every": (
+        lambda cfg: cfg.strategy.name in ("auto", "single", "ddp"),
+        "with strategy.name=ddp, the only one whose ranks hold the same weights for good",
+    ),
     "tracking.wandb_project": (lambda cfg: cfg.tracking.wandb != "off", "with tracking.wandb=offline or online"),
 }
 
@@ -173,7 +187,7 @@ def _kl_is_k1(cfg: RunConfig) -> bool:
 
 def check(cfg: RunConfig) -> None:
     """Raises UserError for the first rule that `cfg` breaks, whatever the number of ranks."""
-    for problems in (_choices, _ranges, _inapplicable, _sampling, _batches, _algorithms, _places):
+    for problems in (_choices, _ranges, _inapplicable, _sampling, _batches, _algorithms, _strategies, _places):
         for problem in problems(cfg):
             raise UserError(problem)
 
@@ -194,6 +208,12 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
         raise UserError(
             f"strategy.name=single: for one process, but there are {world_size}; use auto, ddp or fsdp, or start "
             "without torchrun"
+        )
+    shards = cfg.strategy.shard_size
+    if cfg.strategy.name == "hsdp" and world_size % shards:
+        raise UserError(
+            f"strategy.shard_size={shards}: does not divide the {world_size} ranks; give a divisor of {world_size}, or "
+            f"start a multiple of {shards} processes"
         )
     prompts = cfg.batch.prompts_per_step
     if prompts < world_size:
@@ -336,6 +356,30 @@ def _algorithms(cfg: RunConfig) -> Iterator[str]:
     episodes = batch.prompts_per_step * batch.samples_per_prompt
     if algorithm.kl.target > 0 and algorithm.kl.horizon < episodes:
         yield f"algorithm.kl.horizon={algorithm.kl.horizon:g}: below the {episodes} episodes of one step; raise it"
+
+
+def _strategies(cfg: RunConfig) -> Iterator[str]:
+    name, offload = cfg.strategy.name, cfg.strategy.offload
+    if offload != "none" and name not in OFFLOAD[offload]:
+        others = [f"strategy.offload={other}" for other, names in OFFLOAD.items() if name in names]
+        remedy = f"for {name} there is {' or '.join(others)}" if others else "or leave it at none"
+        yield f"strategy.offload={offload}: strategy.name={name} cannot; {' or '.join(OFFLOAD[offload])} can; {remedy}"
+    if name == "hsdp" and cfg.strategy.shard_size == 0:
+        yield (
+            "strategy.shard_size=0: strategy.name=hsdp needs to know how many ranks share one copy of the model; give "
+            "a divisor of the number of ranks, for example the GPUs of a node"
+        )
+    if name.startswith("zero") and cfg.model.dtype == "float64":
+        yield f"model.dtype=float64: DeepSpeed (strategy.name={name}) has float32 and bfloat16; use fsdp for float64"
+
+
+def check_machine(cfg: RunConfig) -> None:
+    """Raises UserError for a package that `cfg` needs and this machine lacks. Imports none of them."""
+    if cfg.strategy.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"strategy.name={cfg.strategy.name}: DeepSpeed is not installed; install the extra with "
+            "pip install 'skyrl[deepspeed]', or use strategy.name=fsdp"
+        )
 
 
 def _places(cfg: RunConfig) -> Iterator[str]:

@@ -58,11 +58,18 @@ class StrategyConfig:
     """How weights, gradients and optimizer state are laid out over the ranks."""
 
     name: str = "auto"
-    """single (one process), ddp (whole model on each rank), fsdp (FSDP2 shards). auto = single or ddp."""
+    """single (one process), ddp (whole model on each rank), fsdp (FSDP2 shards), hsdp (FSDP2 shards within groups of
+    ranks), zero1, zero2, zero3 (DeepSpeed). auto = single or ddp."""
     device: str = "auto"
     """cpu or cuda. auto = cuda where there is one."""
     reshard_after_forward: bool = True
-    """fsdp: frees each layer's gathered weights after its forward; false keeps them (faster, more memory)."""
+    """fsdp, hsdp: frees each layer's gathered weights after its forward; false keeps them (faster, more memory)."""
+    shard_size: int = 0
+    """hsdp: neighbouring ranks that share one copy of the model, for example the GPUs of a node; it divides the number
+    of ranks."""
+    offload: str = "none"
+    """What lives in CPU memory: none; optimizer (masters, moments and the optimizer step: zero1, zero2, zero3); all
+    (weights too: zero3, fsdp, hsdp)."""
 
 
 @dataclass(frozen=True)

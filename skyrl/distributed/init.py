@@ -109,7 +109,7 @@ def init_distributed(cfg: RunConfig) -> World:
         if _world.device != device:
             raise UserError("strategy.device cannot change between the runs of one sweep; start them separately")
         return _world
-    needs_group = size > 1 or cfg.strategy.name == "fsdp"
+    needs_group = size > 1 or cfg.strategy.name not in ("auto", "single", "ddp")
     if not needs_group:
         return World(rank=0, size=1, local_rank=local_rank, device=device)
     timeout = timedelta(seconds=cfg.run.collective_timeout_seconds)

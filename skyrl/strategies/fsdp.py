@@ -1,7 +1,9 @@
 """FSDP2: weights, gradients and optimizer state in shards; each layer is gathered where it is needed.
 
 Masters are float32 shards (float64 for a float64 model); a bfloat16 model computes in gathered bfloat16 and reduces
-gradients in float32. Gradients are summed over ranks, not averaged.
+gradients in float32. Gradients are summed over ranks, not averaged. HSDP is the same over a mesh of two dimensions:
+`shard_size` neighbouring ranks share one copy, and gradients are summed over the copies besides. With offload all
+shards live in CPU memory, where AdamW runs too; a layer visits the device while it computes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from skyrl.distributed.init import World
@@ -26,43 +28,59 @@ from skyrl.types import AdamParams, Metrics, RunError
 class FSDPStrategy:
     """Strategy protocol over `fully_shard`, one unit per decoder layer and one for the rest.
 
-    `build` makes the module, on the meta device, with masters' dtype; `fill` puts weights into a module whose
-    parameters are whole or sharded. Sampling gathers all weights once into a second, whole module in the compute
+    `build` makes the module, on the meta device, with masters' dtype; `fill(module, device)` puts weights into a module
+    whose parameters are whole or sharded. Sampling gathers all weights once into a second, whole module in the compute
     dtype, made by `build` too: no hook and no collective is left in it, so ranks may sample at their own pace.
+
+    shard_size: ranks that share one copy, 0 = all; it divides the world. offload: shards in CPU memory.
     """
 
-    name = "fsdp"
     supports: frozenset[Capability] = frozenset({"tenants", "local_sampling", "reshard"})
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        fill: Callable[[nn.Module], None],
+        fill: Callable[[nn.Module, torch.device], None],
         world: World,
         *,
         dtype: torch.dtype,
+        shard_size: int = 0,
+        offload: bool = False,
         reshard_after_forward: bool = True,
         trainable: bool = True,
     ) -> None:
+        self.name = "hsdp" if shard_size else "fsdp"
         self.world = world
         self.trainable = trainable
         self._build = build
         self._dtype = dtype
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
+        self._copies = world.size // shard_size if shard_size else 1
+        self._offload = offload
+        mesh = make_mesh(world, shard_size)
+        gpu = world.device.type == "cuda"
+        offload_policy = CPUOffloadPolicy(pin_memory=gpu) if offload else OffloadPolicy()
         master = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         module = build().to(master)
         policy = (
             MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if dtype != master else MixedPrecisionPolicy()
         )
         for layer in module.layers():
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(
+                layer,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload_policy,
+                reshard_after_forward=reshard_after_forward,
+            )
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sum over ranks: the loss carries every denominator
                 if world.device.type == "cpu":
                     part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-        fill(module)
+        fill(module, torch.device("cpu") if offload else world.device)
+        if offload:
+            _move_buffers(module, world.device)
         for p in module.parameters():
             p.requires_grad_(trainable)
         self.module = module
@@ -70,7 +88,9 @@ class FSDPStrategy:
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.AdamW | None = None
         if trainable:
-            self._optimizer = torch.optim.AdamW([p for _, p in self._named], lr=0.0, foreach=True)
+            # On a CPU the fused kernel is the fast one; foreach is a loop there.
+            kind = {"fused": True} if offload else {"foreach": True}
+            self._optimizer = torch.optim.AdamW([p for _, p in self._named], lr=0.0, **kind)
             for _, p in self._named:  # state from the start: a checkpoint always has the same tensors
                 self._optimizer.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32),
@@ -93,7 +113,7 @@ class FSDPStrategy:
         shards = [p.grad.to_local() for p in params]
         total = torch.stack([square_sum(g) for g in shards]).sum().reshape(1)
         dist.all_reduce(total)
-        norm = float(total.sqrt())
+        norm = float((total / self._copies).sqrt())  # every copy has added the same squares
         if not norm < float("inf"):
             raise RunError(
                 f"the gradient is not finite (norm {norm}); no weight was changed; lower the learning rate, or go on "
@@ -118,14 +138,22 @@ class FSDPStrategy:
         """A whole module in the compute dtype with the weights as they are now; one gather per entry, freed at exit."""
         whole = self._build().to(self._dtype)
         whole.to_empty(device=self.world.device)
-        _copy_buffers(self.module, whole)
+        copy_buffers(self.module, whole)
         targets = dict(whole.named_parameters())
         with torch.no_grad():
             for name, p in self._named:
                 # rounded before the gather: half the bytes, and the very values that training computes with
-                targets[name].copy_(_full(p.detach().to(self._dtype)))
+                targets[name].copy_(_full(self._visiting(p.detach().to(self._dtype))))
         whole.eval().requires_grad_(False)
         yield whole
+
+    def _visiting(self, shard: DTensor) -> DTensor:
+        """The shard on the device, so that a gather of offloaded weights does not go over the CPU's network."""
+        if not self._offload or self.world.device.type == "cpu":
+            return shard
+        local = shard.to_local().to(self.world.device)
+        mesh, placements = shard.device_mesh, shard.placements
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shard.shape, stride=shard.stride())
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """DTensors by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"."""
@@ -159,15 +187,30 @@ class FSDPStrategy:
         return out
 
 
+def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:
+    """All ranks in one dimension "dp_shard"; with `shard_size`, "dp_replicate" x "dp_shard" of that many neighbours."""
+    if not shard_size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
+    shape = (world.size // shard_size, shard_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
 def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
     """Buffers (rotary frequencies) keep their own dtype: they are copied as they are, never cast."""
-    values = dict(source.named_buffers())
-    for name, _ in list(target.named_buffers()):
+    _put_buffers(target, {name: value.clone() for name, value in source.named_buffers()})
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    _put_buffers(module, {name: value.to(device) for name, value in module.named_buffers()})
+
+
+def _put_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, _ in list(module.named_buffers()):
         owner_name, _, leaf = name.rpartition(".")
-        owner = target.get_submodule(owner_name)
+        owner = module.get_submodule(owner_name)
         persistent = leaf not in owner._non_persistent_buffers_set
-        owner.register_buffer(leaf, values[name].clone(), persistent=persistent)
+        owner.register_buffer(leaf, values[name], persistent=persistent)

@@ -13,6 +13,7 @@ from skyrl.models.load import build_model, build_on_meta, load_into
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.fsdp import FSDPStrategy
 from skyrl.strategies.replicated import ReplicatedStrategy
+from skyrl.strategies.zero import ZeroStrategy
 
 
 def make_strategy(
@@ -20,21 +21,37 @@ def make_strategy(
 ) -> Strategy:
     """A module with the weights of `model.path` under strategy `name`, ready to train or, frozen, to score with.
 
+    A frozen model beside a DeepSpeed one is laid out by FSDP2: without an optimizer ZeRO has nothing else to offer.
     Collective. Raises UserError for a model that cannot be loaded or is not supported.
     """
-    if name == "fsdp":
-        master = torch.float32 if dtype == torch.bfloat16 else dtype
-
-        def fill(module: nn.Module) -> None:
-            load_into(module, cfg.model, device=world.device, seed=cfg.seed)
-
-        return FSDPStrategy(
-            lambda: build_on_meta(cfg.model, tokenizer, head=head, dtype=master),
-            fill,
+    offload = cfg.strategy.offload
+    if name.startswith("zero") and trainable:
+        stage = int(name[-1])
+        home = torch.device("cpu") if stage == 3 else world.device
+        model = build_model(cfg.model, tokenizer, device=home, dtype=dtype, head=head, seed=cfg.seed)
+        return ZeroStrategy(
+            stage,
+            model,
+            lambda: build_on_meta(cfg.model, tokenizer, head=head, dtype=dtype),
             world,
             dtype=dtype,
-            reshard_after_forward=cfg.strategy.reshard_after_forward,
-            trainable=trainable,
+            offload=offload,
         )
-    module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, head=head, seed=cfg.seed)
-    return ReplicatedStrategy(module, world, trainable=trainable)
+    if name in ("single", "ddp"):
+        module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, head=head, seed=cfg.seed)
+        return ReplicatedStrategy(module, world, trainable=trainable)
+    master = torch.float32 if dtype == torch.bfloat16 else dtype
+
+    def fill(module: nn.Module, device: torch.device) -> None:
+        load_into(module, cfg.model, device=device, seed=cfg.seed)
+
+    return FSDPStrategy(
+        lambda: build_on_meta(cfg.model, tokenizer, head=head, dtype=master),
+        fill,
+        world,
+        dtype=dtype,
+        shard_size=cfg.strategy.shard_size if name == "hsdp" else 0,
+        offload=offload == "all",
+        reshard_after_forward=cfg.strategy.reshard_after_forward,
+        trainable=trainable,
+    )

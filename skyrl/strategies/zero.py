@@ -1,0 +1,338 @@
+"""DeepSpeed ZeRO 1, 2 and 3, set up through accelerate's plugin.
+
+zero1 shards the optimizer, zero2 gradients too, zero3 weights too. DeepSpeed owns flat buffers, hooks and collectives;
+this file holds it to the engine's meaning, with these switches of its configuration:
+
+- managed_gradient_accumulation=false: any number of `backward` calls, and `step` alone is the boundary.
+- gradient_allreduce_op=sum for 1 and 2. 3 always averages, so its loss is multiplied by the number of ranks first.
+- data_types and communication_data_type in float32: a bfloat16 model adds and reduces gradients in float32.
+- a torch AdamW also for offload (zero_force_ds_cpu_optimizer=false): no compiler on the node, the same arithmetic.
+- bf16.check_grad_overflow: a step whose gradient is not finite is not made.
+
+No loss scale. Clipping is ours, in a hook of AdamW: DeepSpeed's own adds 1e-6 to the norm. DeepSpeed copies masters
+into working weights nowhere but in `step`; after a load a step of size zero does that. None of its code is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from skyrl.distributed.init import World
+from skyrl.models.packed import collate, loss_dtype
+from skyrl.strategies.base import Capability
+from skyrl.strategies.fsdp import copy_buffers, make_mesh
+from skyrl.types import AdamParams, Datum, ForwardOutput, Metrics, Microbatch, RunError
+
+_GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroStrategy:
+    """Strategy protocol over a DeepSpeed engine; trainable models only (a frozen one has nothing for ZeRO to shard).
+
+    `model` holds whole weights, on the CPU for stage 3 and on the device otherwise; zero3 takes it apart and moves this
+    rank's part to the device. `build` makes another module on the meta device, for the whole copy that zero3 samples
+    from. offload: "optimizer" keeps masters, moments and the step in CPU memory, "all" zero3's weights too.
+
+    Checkpoints have the names, shapes and kinds of FSDP2's: each tensor is gathered on its own and cut into this rank's
+    rows. That moves all masters and moments over the network once per save and load (FSDP2 moves nothing), and holds
+    this rank's rows a second time until they are written; never more than one whole tensor.
+    """
+
+    supports: frozenset[Capability] = frozenset({"local_sampling"})
+
+    def __init__(
+        self,
+        stage: int,
+        model: nn.Module,
+        build: Callable[[], nn.Module],
+        world: World,
+        *,
+        dtype: torch.dtype,
+        offload: str = "none",
+    ) -> None:
+        self.name = f"zero{stage}"
+        self.world = world
+        self._stage, self._build, self._dtype, self._model = stage, build, dtype, model
+        self._mesh = make_mesh(world)
+        self._pending = 0
+        self._clip = 0.0
+        self._engine, self._adam = _prepare(stage, model, world, dtype=dtype, offload=offload)
+        self._named = [(name, p) for name, p in model.named_parameters()]
+        self._adam.register_step_pre_hook(self._clip_gradient)
+        self.module = _Front(self._engine, model)
+        # The zero-sized step makes moments, so that a checkpoint always has the same tensors; it counts as none.
+        self._step_of_size_zero()
+        self._set_step_count(torch.zeros(()))
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` to what is pending. zero2 and zero3 reduce here, zero1 in `optim_step`."""
+        self._engine.backward(loss * self.world.size if self._stage == 3 else loss)
+        self._pending += 1
+
+    def optim_step(self, adam: AdamParams) -> Metrics:
+        """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
+        if self._pending == 0:
+            self._backward_of_zero()
+        for group in self._adam.param_groups:
+            group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        self._clip = adam.grad_clip_norm
+        self._pending = 0
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise RunError(
+                "the gradient is not finite; no weight was changed; lower the learning rate, or go on from a "
+                "checkpoint before"
+            )
+        return {"grad_norm:mean": self._norm()}
+
+    def _norm(self) -> float:
+        # set by `step` before AdamW runs; the engine's own accessor has it only afterwards
+        return float(self._engine.optimizer._global_grad_norm)
+
+    def _clip_gradient(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        norm = self._norm()
+        if self._clip > 0 and norm > self._clip:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(self._clip / norm)
+
+    def _backward_of_zero(self) -> None:
+        """A gradient of zero by DeepSpeed's own way of making one: it has no way to step without a backward."""
+        batch = collate([_PADDING_ROW], dtype=loss_dtype(self._dtype), device=self.world.device)
+        with torch.enable_grad():
+            out = self.module(batch)
+            value_T = out.logprobs_T if out.values_T is None else out.values_T
+            self.backward((value_T * torch.zeros_like(value_T)).sum())
+
+    def _step_of_size_zero(self) -> None:
+        self._backward_of_zero()
+        self.optim_step(AdamParams(lr=0.0))
+
+    def _set_step_count(self, step: Tensor) -> None:
+        for state in self._adam.state.values():
+            state["step"].copy_(step)
+
+    # ---- weights and state -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """zero1, zero2: the model itself. zero3: a whole module in the compute dtype, gathered once, freed at exit."""
+        if self._stage < 3:
+            yield self._model
+            return
+        import deepspeed
+
+        self._engine.empty_partition_cache()  # a forward without a backward may have left weights gathered
+        whole = self._build().to(self._dtype)
+        whole.to_empty(device=self.world.device)
+        copy_buffers(self._model, whole)
+        targets = dict(whole.named_parameters())
+        with torch.no_grad():
+            for names in self._portions():
+                own = [p for name, p in self._named if name in names]
+                with deepspeed.zero.GatheredParameters(own):
+                    for name, p in zip(names, own, strict=True):
+                        targets[name].copy_(p.detach())
+        whole.eval().requires_grad_(False)
+        yield whole
+
+    def _portions(self) -> Iterator[list[str]]:
+        names, size = [], 0
+        for name, p in self._named:
+            if names and size + p.ds_numel > _GATHER_ELEMENTS:
+                yield names
+                names, size = [], 0
+            names.append(name)
+            size += p.ds_numel
+        yield names
+
+    def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
+        """DTensors by parameter name, copies: {"weights", "exp_avg", "exp_avg_sq"} and "step"; float32 masters."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        out: dict[str, Any] = {"weights": {n: self._rows(safe_get_full_fp32_param(p)) for n, p in self._named}}
+        if optimizer:
+            for key in _MOMENTS:
+                out[key] = {n: self._rows(safe_get_full_optimizer_state(p, key)) for n, p in self._named}
+            out["step"] = next(iter(self._adam.state.values()))["step"].detach().cpu().clone()
+        return out
+
+    def _rows(self, whole: Tensor) -> DTensor:
+        count = -(-whole.shape[0] // self.world.size)  # as Shard(0) deals rows
+        own = whole[self.world.rank * count : (self.world.rank + 1) * count].to(self._device, copy=True)
+        return DTensor.from_local(
+            own, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._adam.state.values()))["exp_avg"].device  # where there is room: with the masters
+
+    def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
+        """Takes a filled `state_dict`, one whole tensor at a time."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        kept = {p: {k: t.clone() for k, t in values.items()} for p, values in self._adam.state.items()}
+        with torch.no_grad():
+            for name, p in self._named:
+                safe_set_full_fp32_param(p, _full(state["weights"][name]))
+            self._step_of_size_zero()
+            for p, values in kept.items():
+                for key, tensor in values.items():
+                    self._adam.state[p][key].copy_(tensor)
+            if optimizer:
+                for key in _MOMENTS:
+                    for name, p in self._named:
+                        safe_set_full_optimizer_state(p, _full(state[key][name]), key)
+                self._set_step_count(state["step"])
+
+    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Whole masters on the CPU of rank 0, gathered one by one; {} elsewhere."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        out = {}
+        for name, p in self._named:
+            whole = safe_get_full_fp32_param(p)
+            if self.world.is_leader:
+                out[name] = whole.to("cpu", dtype, copy=True)
+        return out
+
+
+_PADDING_ROW = Datum(
+    tokens=np.zeros(1, np.int64), targets=np.zeros(1, np.int64), weights=np.zeros(1, np.float32), name="padding"
+)
+
+
+class _Bridge(nn.Module):
+    """What DeepSpeed wraps: its hooks see tensors in dicts and tuples, not in our dataclasses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, fields: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor]:
+        # Not by calling the model: the output embedding, which it uses outside of its module, then belongs to this
+        # module, whose outputs have the hook that gathers it again for the backward pass.
+        out = self.model.forward(Microbatch(**fields), **options)
+        return {key: value for key, value in vars(out).items() if value is not None}
+
+
+class _Front(nn.Module):
+    """The model's own call over DeepSpeed's engine. `net` is the model's, for its config and its names."""
+
+    def __init__(self, engine: Any, model: nn.Module) -> None:
+        super().__init__()
+        self.net = model.net
+        self._call = [engine]  # in a list: not a submodule
+
+    def forward(self, batch: Microbatch, **options: Any) -> ForwardOutput:
+        return ForwardOutput(**self._call[0](dict(vars(batch)), options))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _prepare(
+    stage: int, model: nn.Module, world: World, *, dtype: torch.dtype, offload: str
+) -> tuple[Any, torch.optim.AdamW]:
+    """DeepSpeed's engine around `model`, and the AdamW that it steps."""
+    os.environ["DS_ACCELERATOR"] = world.device.type  # before the import, which would take any GPU it finds
+    import deepspeed
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DeepSpeedPlugin
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Its own all-reduce between CPU processes of a node is compiled at the first start, which needs a compiler and
+    # leaves a lock when it is killed; without it torch's gloo does the same sums.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = _config(stage, world, dtype, offload)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    with _quiet(), _accelerate_environment(world.device):
+        AcceleratorState._reset_state(reset_partial_state=True)  # it is of the whole process; each model has a plugin
+        plugin = DeepSpeedPlugin(hf_ds_config=config)
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin,
+            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+        )
+        if stage == 3:
+            deepspeed.zero.Init(
+                module=model,
+                config_dict_or_path=plugin.deepspeed_config,
+                mem_efficient_linear=False,  # it would replace torch's linear for the whole process
+                remote_device="cpu" if offload == "all" else None,
+                pin_memory=offload == "all" and world.device.type == "cuda",
+            )
+        adam = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        engine, _ = accelerator.prepare(_Bridge(model), adam)
+    unset_hf_deepspeed_config()  # set by the plugin: transformers would take apart every model that is made from now on
+    return engine, adam
+
+
+@contextmanager
+def _accelerate_environment(device: torch.device) -> Iterator[None]:
+    """Hides what `accelerate launch` said about plugins and devices: the run's options decide. With its own flag for
+    CPUs set accelerate would wrap the model in DDP and never ask DeepSpeed; the device is named instead."""
+    kept = {key: value for key, value in os.environ.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    for key in kept:
+        del os.environ[key]
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    try:
+        yield
+    finally:
+        for key in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[key]
+        os.environ.update(kept)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints banners and build messages to stdout, which belongs to our own lines."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield
+
+
+def _config(stage: int, world: World, dtype: torch.dtype, offload: str) -> dict[str, Any]:
+    """DeepSpeed's configuration; module docstring for why."""
+    gpu = world.device.type == "cuda"
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": gpu and stage >= 2, "contiguous_gradients": True}
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # unused, but asked for
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 1 << 40,
+    }
+    if stage < 3:
+        config["gradient_allreduce_op"] = "sum"
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return config
