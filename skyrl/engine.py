@@ -125,12 +125,14 @@ class Engine:
                 probe(module)
 
     def delete(self, model: str) -> None:
-        """Forgets a model and frees its memory. Raises UserError while tenants or published adapters use it."""
+        """Forgets a model and frees its memory. Raises UserError while others need it or it is open for sampling."""
         self._entry(model)
         users = [name for name, entry in self.models.items() if entry.spec.base == model]
         users += [name for name, base in self._bases.items() if base == model]
         if users:
             raise UserError(f"model {model!r} is the base of {', '.join(users[:5])}; delete these first")
+        if model in self._serving:
+            raise UserError(f"model {model!r} is open for sampling until the end of the run")
         del self.models[model]
 
     def _tenant(self, model: str, spec: ModelSpec, lora: LoraSpec) -> Strategy:
@@ -480,6 +482,8 @@ class Engine:
         for key, part in own.items():
             if optimizer or key == "weights":
                 _check_fits(model, key, part, given[key])
+        if entry.spec.trainable:
+            self.clear_gradient(model)
         for key, part in own.items():
             for name, tensor in part.items():
                 put(tensor, torch.zeros(tensor.shape) if given[key] is None else given[key][name])
@@ -487,8 +491,6 @@ class Engine:
             own["step"] = torch.as_tensor(float(state["step"]) if optimizer else 0.0, dtype=step.dtype)
         entry.strategy.load_state_dict(own, optimizer=entry.spec.trainable)
         entry.sampler = None
-        if entry.spec.trainable:
-            self.clear_gradient(model)
 
     def park(self, model: str) -> None:
         """Moves an idle tenant's weights, masters, moments and pending gradient to host memory; any use brings it

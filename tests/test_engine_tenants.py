@@ -341,6 +341,16 @@ def test_deleting_frees_a_tenant_at_once(dtype):
         gc.enable()
 
 
+def test_a_whole_model_is_saved_and_taken_back_too():
+    engine = make_server("bfloat16", tenants=())
+    engine.create("full", ModelSpec())
+    kept = train(engine, "full", (0,))
+    want = train(engine, "full", (1,))
+    engine.forward_backward(make_rows(5), SPEC, model="full")
+    engine.load_tenant("full", kept)
+    assert not same(kept, want) and same(train(engine, "full", (1,)), want)
+
+
 # ---- refusals
 
 
@@ -370,9 +380,17 @@ def test_what_makes_no_sense_is_refused():
         with pytest.raises(UserError, match=match):
             call()
     assert engine.models.keys() == {"base", "a", "full"} and not engine.adapters
+    engine.delete("a")
+    engine.serving("base")
+    with pytest.raises(UserError, match="'base' is open for sampling"):
+        engine.delete("base")
 
 
 # ---- ranks
+
+
+def base_parameters(engine):
+    return list(engine.models["base"].strategy.module.named_parameters())
 
 
 def _on_ranks(strategy, dtype):
@@ -396,6 +414,10 @@ def _on_ranks(strategy, dtype):
     engine.park("a")
     engine.publish("old", "b")
     engine.check_replicas("a")
+    engine.create("full", ModelSpec())
+    whole, first = engine.tenant_state("full")["weights"], engine.models["full"].strategy.full_state_dict(torch.float32)
+    assert not first or all(torch.equal(t.float(), first[name]) for name, t in whole.items())
+    assert {name: t.shape for name, t in whole.items()} == {n: p.shape for n, p in base_parameters(engine)}
     scores = engine.score(named("old", 2, 3) if world.rank == 0 else [], 1.0, model=None).logprobs
     names = [] if world.rank else ["nobody"]
     try:
@@ -403,7 +425,7 @@ def _on_ranks(strategy, dtype):
         raise AssertionError("not refused")
     except UserError as error:
         assert "no model called 'nobody'" in str(error)
-    assert all(p.grad is None for p in engine.models["base"].strategy.module.parameters())
+    assert all(p.grad is None for _, p in base_parameters(engine))
     return {"a": engine.tenant_state("a"), "b": engine.tenant_state("b"), "scores": scores, "loss": out.metrics}
 
 

@@ -54,7 +54,7 @@ def merged_net(model, adapter):
 
 
 def plain(net, row):
-    with precise(torch.float64):
+    with precise(next(net.parameters()).dtype):
         net.set_attn_implementation("eager")
         logits = net(input_ids=torch.from_numpy(row.tokens)[None], use_cache=False).logits[0]
     return torch.log_softmax(logits, -1).gather(1, torch.from_numpy(row.targets)[:, None])[:, 0]
@@ -181,3 +181,24 @@ def test_segments_must_fit_the_tokens():
     with routed(model, [(0, 62, adapter)]), pytest.raises(RuntimeError, match="inside"), routed(model, []):
         pass
     assert model.router.segments == [] and not model.router.connect
+
+
+def test_numbers_are_those_of_peft():
+    """Only where peft is installed; the output embedding too."""
+    peft = pytest.importorskip("peft")
+    model = make_model("llama3", torch.float32)
+    adapter = trained(model, LoraSpec(4, alpha=10.0), dtype=torch.float32)
+    rows = make_rows()
+    mb = collate(rows, torch.float32, "cpu")
+    with routed(model, [(0, 62, adapter)]), torch.no_grad():
+        ours = model(mb).logprobs_T
+    kinds = sorted({path.rpartition(".")[2] for path in adapter.pairs})
+    other = make_model("llama3", torch.float32)
+    theirs = peft.get_peft_model(other.net, peft.LoraConfig(r=4, lora_alpha=10, target_modules=kinds))
+    with torch.no_grad():
+        for path, (a, b) in adapter.pairs.items():
+            layer = theirs.base_model.model.get_submodule(path)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+        want = torch.cat([plain(theirs.base_model.model, row) for row in rows])
+    assert (ours - want).abs().max() < 2e-5
