@@ -101,7 +101,7 @@ class Engine:
         self.adapters: dict[str, Adapter] = {}  # published, read-only, by name
         self._bases: dict[str, str] = {}  # of published adapters
         self._serving: dict[str, Serving] = {}
-        self._held = ExitStack()
+        self._held: dict[str, ExitStack] = {}
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
@@ -421,7 +421,8 @@ class Engine:
             entry = self._model(base)
             if entry.spec.trainable:
                 raise UserError(f"model {base!r} is trained itself; only a frozen base can stay open for sampling")
-            module = self._held.enter_context(entry.strategy.gathered()).eval()
+            self._held[base] = ExitStack()
+            module = self._held[base].enter_context(entry.strategy.gathered()).eval()
             if module is not entry.strategy.module:
                 install(module)
             sampler = make_sampler(
@@ -434,6 +435,22 @@ class Engine:
             )
             self._serving[base] = Serving(module, sampler)
         return self._serving[base]
+
+    def replace_base(self, base: str, weights: Mapping[str, Tensor]) -> None:
+        """Other whole weights for a frozen model, the same on every rank, by parameter name: what is sampled from then
+        on is drawn from them. Raises UserError for weights that do not fit, RuntimeError while samples are under way.
+        """
+        open_ = self._serving.get(base)
+        if open_ is not None and open_.sampler.unfinished():
+            raise RuntimeError(f"model {base!r} cannot be replaced: samples are under way")
+        self.load_tenant(base, {"weights": weights}, optimizer=False)
+        if open_ is None:
+            return
+        if open_.module is self._entry(base).strategy.module:
+            open_.sampler.refresh(open_.sampler.version + 1)
+        else:  # a gathered copy, which holds the old weights
+            self._held.pop(base).close()
+            del self._serving[base]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)

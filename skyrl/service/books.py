@@ -70,15 +70,12 @@ class Books:
         why = "was lost when the server restarted" if run.state == "lost" else "is closed"
         return f"{model_id} {why}; create a model from a saved state{last}"
 
-    def ended_sessions(self, sessions: set[str], owners: dict[str, str], idle_seconds: float) -> set[str]:
+    def ended_sessions(self, sessions: set[str], idle_seconds: float) -> set[str]:
         """Those that were finished, or were silent for `idle_seconds` (0 = any silence is fine)."""
+        if not sessions:
+            return set()
         silent = {one.session_id for one in self.store.silent_sessions(idle_seconds)} if idle_seconds else set()
-        ended = set()
-        for session in sessions:
-            status = self.store.get_session(session, owners[session]).status
-            if session in silent or (status is not None and status.get("type") not in (None, "active")):
-                ended.add(session)
-        return ended
+        return sessions & (silent | self.store.ended_sessions())
 
     def add_run(self, owner: str, session: str, model_seq_id: int, facts: ModelFacts, metadata: dict[str, str]) -> None:
         """Records a model that was made."""

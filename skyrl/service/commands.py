@@ -139,6 +139,11 @@ def load_adapter(hands: Hands, common: LoadAdapter, part: None) -> None:
     hands.engine.load_adapter(common.name, common.lora, BASE, common.weights)
 
 
+def replace_base(hands: Hands, common: dict[str, Tensor], part: None) -> None:
+    """Other whole weights to sample from."""
+    hands.engine.replace_base(BASE, common)
+
+
 def drop_adapter(hands: Hands, common: str, part: None) -> None:
     """Forgets a read-only adapter; nothing may be sampling from it."""
     hands.engine.drop_adapter(common)
@@ -181,7 +186,7 @@ COMMANDS: dict[str, Callable[[Hands, Any, Any], Any]] = {
     one.__name__: one
     for one in (
         nothing, create, drop, train, optim, clear, state, load,
-        publish, load_adapter, drop_adapter, park, sample, score,
+        publish, load_adapter, drop_adapter, replace_base, park, sample, score,
     )
 }  # fmt: skip
 """Every command there is; the leader and the followers look their methods up here."""

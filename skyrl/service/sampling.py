@@ -6,6 +6,7 @@ tenants run in one continuous batch per rank, each with its own adapter.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,33 +59,47 @@ class Sampling:
         self._cancelled: list[list[str]] = [[] for _ in range(size)]
         self._load = [0] * size
         self._questions: list[tuple[Work, PromptQuery]] = []
+        self._waiting: deque[Job] = deque()  # taken from the desk, not begun
+        self._filled = ""  # whose whole weights are sampled, where all parameters are trained
         self._leaving: list[str] = []  # adapters of cancelled requests, which the ranks still draw from
 
     @property
     def active(self) -> bool:
         """Whether there is anything to draw or to score."""
-        return bool(self._works or self._leaving)
+        return bool(self._works or self._leaving or self._waiting)
 
     def admit(self) -> None:
         """Takes requests from the desk as far as there is room, and answers questions about their prompts."""
         for job in self.desk.take_cancelled():
             self._cancel(job)
-        room = RUNNING_PER_RANK * len(self._load) - sum(self._load)
-        for job in self.desk.take_samples(room):
+        if not self._waiting:
+            self._waiting += self.desk.take_samples(RUNNING_PER_RANK * len(self._load) - sum(self._load))
+        while self._waiting:
+            job = self._waiting[0]
             try:
-                self._begin(job)
+                if not self._begin(job):
+                    break
             except Refused as refused:
                 self.desk.failed(job, refused)
             except UserError as error:
                 self.desk.failed(job, Refused(str(error)))
+            self._waiting.popleft()
         self._score()
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> bool:
+        """Starts a request; False when it has to wait for those under way, which draw from other whole weights."""
         query = job.request
         assert isinstance(query, SampleQuery)
         if query.problem:
             raise Refused(query.problem)
+        if job.cancelled:
+            raise Refused("cancelled by the client")
         adapter = self._adapter(query, job.owner)
+        if self.facts.full_parameters:
+            if adapter != self._filled and (self._works or self._leaving):
+                return False
+            self.snapshots.fill_base(adapter)
+            self._filled, adapter = adapter, ""
         # A prompt that fills the context can be scored, and nothing can be drawn after it.
         full = len(query.prompt) == self.facts.max_context and query.max_tokens == 1 and _asks(query)
         work = Work(job, query, adapter, [None] * query.num_samples)
@@ -115,6 +130,7 @@ class Sampling:
         if _asks(query):
             work.waits_for_prompt = True
             self._questions.append((work, self._question(work)))
+        return True
 
     def _adapter(self, query: SampleQuery, owner: str) -> str:
         """The name of the weights to draw from, "" for the base. Raises Refused when there are none."""
@@ -195,13 +211,14 @@ class Sampling:
     def draw(self, seconds: float) -> None:
         """A stretch of sampling on all ranks; settles what is complete."""
         if not any(self._load) and not any(self._cancelled) and not self._leaving:
-            return
+            return  # what was begun is complete, and what waits begins at the next turn
         parts = [Slice(a, b) for a, b in zip(self._queued, self._cancelled, strict=True)]
         self._queued = [[] for _ in self._load]
         self._cancelled = [[] for _ in self._load]
         answers = self.leader.call("sample", seconds, parts)
         for adapter in self._leaving:
-            self.snapshots.release(adapter)
+            if adapter:
+                self.snapshots.release(adapter)
         self._leaving = []
         for drawn in answers:
             for sample in drawn.samples:
@@ -261,14 +278,13 @@ class Sampling:
             self._load[rank] -= 1
         self._questions = [pair for pair in self._questions if pair[0] is not work]
         del self._works[work.job.request_id]
-        if work.adapter:
-            self._leaving.append(work.adapter)
+        self._leaving.append(work.adapter)
         self.desk.failed(work.job, why)
 
     def abandon(self, why: str) -> None:
         """Fails everything under way: the server stops."""
-        for work in list(self._works.values()):
-            self.desk.failed(work.job, Refused(why, "server"))
+        for job in [work.job for work in self._works.values()] + list(self._waiting):
+            self.desk.failed(job, Refused(why, "server"))
         self._works.clear()
 
 

@@ -35,10 +35,15 @@ class Snapshots:
         self._resident: dict[str, _Resident] = {}
         self._host: OrderedDict[str, Content] = OrderedDict()
         self._spilled: set[str] = set()
+        self._filled = ""  # whose whole weights the ranks sample from, where all parameters are trained
+        self._original: Content | None = None
         self._clock = itertools.count(1)
 
     def publish(self, name: str, tenant: Tenant) -> None:
         """Makes the tenant's weights as they are now sampleable under an ephemeral name; no disk is touched."""
+        if tenant.lora is None:
+            self._keep(name, self.tenants.content(tenant, optimizer=False))
+            return
         self.leader.call("publish", (name, tenant.model))
         self._resident[name] = _Resident(used=next(self._clock))
         self._keep(name, self.tenants.content(tenant, optimizer=False))
@@ -51,8 +56,18 @@ class Snapshots:
             self.books.spill(old, weights)
             self._spilled.add(old)
 
-    def forget(self, name: str) -> None:
-        """Frees an ephemeral snapshot that nobody can ask for any more."""
+    def sessions(self) -> set[str]:
+        """Sessions that ephemeral snapshots belong to."""
+        return {name.partition(":")[0] for name in (*self._host, *self._spilled)}
+
+    def forget_session(self, session: str) -> None:
+        """Frees the ephemeral snapshots of a session that has ended, except those that are being drawn from."""
+        for name in [*self._host, *self._spilled]:
+            busy = name in self._resident and self._resident[name].uses
+            if name.partition(":")[0] == session and not busy:
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
         self._host.pop(name, None)
         if name in self._spilled:
             self._spilled.discard(name)
@@ -65,7 +80,9 @@ class Snapshots:
             content = self._find(name)
             lora = content.facts.lora
             if lora is None:
-                raise Refused(f"{name} holds all parameters of a model; only adapters can be sampled here")
+                raise Refused(
+                    f"{name} holds all parameters of a model; start the server with service.full_parameters=true"
+                )
             self.leader.call("load_adapter", LoadAdapter(name, lora, adapter_weights(content)))
             self._resident[name] = _Resident()
         entry = self._resident[name]
@@ -84,6 +101,19 @@ class Snapshots:
             f"{name}: this snapshot was lost when the server restarted; save weights under a name to keep them",
             "server",
         )
+
+    def fill_base(self, name: str) -> None:
+        """Puts whole weights where the ranks sample from: those of `name`, "" for the base as it was loaded. Nothing
+        may be under way. Raises Refused, UserError."""
+        if name == self._filled:
+            return
+        if self._original is None:
+            self._original = self.tenants.base_content()
+        content = self._find(name) if name else self._original
+        if content.facts.lora is not None:
+            raise Refused(f"{name} is an adapter; this server trains and samples all parameters")
+        self.leader.call("replace_base", content.weights)
+        self._filled = name
 
     def release(self, name: str) -> None:
         """One request of `name` has ended."""

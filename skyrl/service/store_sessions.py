@@ -179,6 +179,11 @@ class Sessions(Database):
             ).fetchall()
         return [self._session(row) for row in rows]
 
+    def ended_sessions(self) -> set[str]:
+        """Ids of all owners' sessions that have ended, well or not."""
+        with self.read() as db:
+            return {row[0] for row in db.execute("SELECT session_id FROM sessions WHERE status != 'active'")}
+
     def create_sampler(
         self,
         session_id: str,

@@ -9,7 +9,7 @@ from typing import Any
 from skyrl.config.serve import ServeConfig
 from skyrl.service.archive_content import Content
 from skyrl.service.books import Books, to_content, to_state
-from skyrl.service.commands import Create
+from skyrl.service.commands import BASE, Create
 from skyrl.service.leader import Leader
 from skyrl.service.store_records import ModelFacts
 from skyrl.service.types import CreateModel, LoadWeights, Refused, ServerFacts
@@ -63,11 +63,13 @@ class Tenants:
             raise Refused(f"{model}: no such model")
         return self._open[model]
 
-    def finished(self) -> list[Tenant]:
-        """Models whose session has ended or has been silent for too long."""
-        owners = {tenant.session: tenant.owner for tenant in self._open.values()}
-        ended = self.books.ended_sessions(set(owners), owners, self.cfg.service.model_idle_seconds)
-        return [tenant for tenant in self._open.values() if tenant.session in ended]
+    def of_sessions(self, sessions: set[str]) -> list[Tenant]:
+        """The open models of these sessions."""
+        return [tenant for tenant in self._open.values() if tenant.session in sessions]
+
+    def sessions(self) -> set[str]:
+        """Sessions that have an open model."""
+        return {tenant.session for tenant in self._open.values()}
 
     def create(self, request: CreateModel, owner: str) -> Tenant:
         """A new model. Raises Refused for an unknown base, a rank out of range, another optimizer, or no room."""
@@ -183,6 +185,10 @@ class Tenants:
         if tenant is not None:
             self.leader.call("drop", model)
             self.books.close_run(model, tenant.owner)
+
+    def base_content(self) -> Content:
+        """The weights of the base model, on the CPU."""
+        return to_content(self.server.model_path, None, self.leader.call("state", (BASE, False))[0])
 
     def content(self, tenant: Tenant, *, optimizer: bool) -> Content:
         """Everything that a checkpoint of this model holds, on the CPU."""

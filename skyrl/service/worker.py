@@ -89,8 +89,13 @@ class Worker:
 
     def _tick(self) -> None:
         """What has to happen now and then: silent sessions, expired checkpoints."""
-        for tenant in self.tenants.finished():
+        snapshots = self.sampling.snapshots
+        sessions = self.tenants.sessions() | snapshots.sessions()
+        ended = self.books.ended_sessions(sessions, self.cfg.service.model_idle_seconds)
+        for tenant in self.tenants.of_sessions(ended):
             self._close(tenant.model, "its session has ended")
+        for session in ended:
+            snapshots.forget_session(session)
         self.books.expire()
 
     # ---- requests of models ----------------------------------------------------------------------------------------
