@@ -15,7 +15,8 @@ class Sampler(Protocol):
 
     def step(self) -> list[Sample]:
         """One iteration (admit and prefill, or decode one token of every running sequence); returns what finished,
-        in a fixed order. [] while nothing finished; does nothing when nothing is queued."""
+        in a fixed order. [] while nothing finished; does nothing when nothing is queued. Stop reason "aborted": the
+        request's adapter gives logits that are not finite."""
 
     def unfinished(self) -> int:
         """Requests queued or running."""

@@ -113,9 +113,13 @@ class BlockPool:
         for block in blocks:
             self._unpublish(block)
 
-    def forget(self, root: int | None = None) -> None:
-        """Drops every published content (below `root` alone, if given); cached blocks of it become free."""
-        below = {root}
+    def loose(self, blocks: list[int]) -> list[int]:
+        """Those that nobody holds and whose content is not known."""
+        return [block for block in blocks if self._holders[block] == 0 and self._key[block] is None]
+
+    def forget(self, root: int | None = None) -> list[int]:
+        """Drops every published content, or that below `root`; its cached blocks become free. Returns those."""
+        below, freed = {root}, []
         for key, (content, block) in list(self._content.items()):  # in the order of ids: parents before children
             if root is not None and key[0] not in below:
                 continue
@@ -124,6 +128,8 @@ class BlockPool:
             if block in self._cached:
                 del self._cached[block]
                 self._free.append(block)
+                freed.append(block)
+        return freed
 
     def check(self) -> None:
         """Raises RuntimeError when a block is lost, doubled or in a wrong place."""

@@ -24,7 +24,7 @@ from skyrl.sampler.plan import make_plan
 from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
 from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
 from skyrl.sampler.stop import Decode, StringStop
-from skyrl.types import Metrics, RunError, Sample, SampleRequest, UserError
+from skyrl.types import Metrics, RunError, Sample, SampleRequest, StopReason, UserError
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -139,8 +139,11 @@ class LocalSampler:
         if self._running is not None:
             self._running.flush()
             self._running = None
+        blocks = list(sequence.blocks)
         self._scheduler.cancel(sequence)
-        self._gone(sequence)
+        self._take_out(sequence, sequence.length, "aborted")
+        if sequence.adapter is not None:  # part of a prefill may not be finite, and nobody has looked yet
+            self._cache.clear(self._scheduler.pool.loose(blocks))
         return True
 
     def forget_adapter(self, name: str) -> None:
@@ -187,10 +190,6 @@ class LocalSampler:
         self._drawn, self._scheduler.counts, pool.peak = 0, Counts(), pool.held()
         return values
 
-    def _gone(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.uid]
-        self._book.count(sequence.adapter, -1)
-
     def _prefill(self, pieces: list[Piece]) -> list[Sample]:
         pieces = sorted(pieces, key=lambda piece: piece.sequence.root)  # rows of one adapter lie together
         if self._running is not None:
@@ -224,26 +223,50 @@ class LocalSampler:
         return finished
 
     def _accept(self, running: _Running, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[Sample]:
-        """Appends what was drawn to the sequences and takes out those that end."""
-        if not np.isfinite(logprobs_B).all():
-            bad = [s.uid for s, good in zip(running.sequences, np.isfinite(logprobs_B), strict=True) if not good]
+        """Appends what was drawn to the sequences and takes out those that end.
+
+        Logits that are not finite end the run, unless an adapter gave them: then all its requests end as "aborted".
+        """
+        bad = [running.sequences[row] for row in np.flatnonzero(~np.isfinite(logprobs_B))]
+        if any(sequence.adapter is None for sequence in bad):
             raise RunError(
-                f"the model gives logits that are not finite, first for request {bad[0]}; go on from a checkpoint "
+                f"the model gives logits that are not finite, first for request {bad[0].uid}; go on from a checkpoint "
                 "before, with a lower learning rate"
             )
+        broken = {sequence.root for sequence in bad}
         self._drawn += len(tokens_B)
-        ended = running.append(tokens_B, logprobs_B)
         samples = []
-        for index, reason in ended:
+        for index, reason in running.append(tokens_B, logprobs_B):
             sequence = running.sequences[index]
-            self._scheduler.finish(sequence)
-            self._gone(sequence)
-            drawn = slice(sequence.start, sequence.length)
-            logprobs = sequence.logprobs[: sequence.length - sequence.start].copy()
-            samples.append(
-                (sequence.order, Sample(sequence.uid, sequence.tokens[drawn].copy(), logprobs, reason, self._version))
-            )
+            if sequence.root not in broken:
+                self._scheduler.finish(sequence)
+                samples.append(self._take_out(sequence, sequence.length, reason))
+        if broken:
+            running.flush()
+            self._running = None
+            samples += [sample for root in sorted(broken) for sample in self._abort(root)]
         return [sample for _, sample in sorted(samples, key=lambda pair: pair[0])]
+
+    def _abort(self, root: int) -> list[tuple[int, Sample]]:
+        """Ends all requests of an adapter, with the tokens before the first that is not finite, and empties their
+        blocks."""
+        samples, blocks = [], []
+        for sequence in [s for s in self._sequences.values() if s.root == root]:
+            blocks += sequence.blocks
+            drawn = np.isfinite(sequence.logprobs[: sequence.length - sequence.start])
+            end = sequence.start + (len(drawn) if drawn.all() else int(drawn.argmin()))
+            self._scheduler.cancel(sequence)
+            samples.append(self._take_out(sequence, end, "aborted"))
+        self._cache.clear(blocks + self._scheduler.pool.forget(root))
+        return samples
+
+    def _take_out(self, sequence: Sequence, end: int, reason: StopReason) -> tuple[int, Sample]:
+        """Order and result of a sequence that the scheduler no longer has."""
+        del self._sequences[sequence.uid]
+        self._book.count(sequence.adapter, -1)
+        logprobs = sequence.logprobs[: end - sequence.start].copy()
+        tokens = sequence.tokens[sequence.start : end].copy()
+        return sequence.order, Sample(sequence.uid, tokens, logprobs, reason, self._version)
 
 
 class _Running:
@@ -285,7 +308,7 @@ class _Running:
         tokens_B, logprobs_B = runner.draw(logits_BV, self._rules, uniforms_B.to(self._device))
         return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
 
-    def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, str]]:
+    def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, StopReason]]:
         """Adds a token to each sequence; returns (index, stop reason) of those that end."""
         self._pending.append((tokens_B, logprobs_B))
         self.lengths_B += 1

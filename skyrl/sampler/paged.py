@@ -68,6 +68,13 @@ class KVCache:
         channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
         return channels * block_tokens * dtype.itemsize
 
+    def clear(self, blocks: list[int]) -> None:
+        """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""
+        if blocks:
+            index = torch.tensor(sorted(set(blocks)), device=self.device)
+            for tensor in (*self.keys, *self.values):
+                tensor.index_fill_(0, index, 0)
+
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies blocks: (from, to) each."""
         if not pairs:

@@ -279,3 +279,26 @@ def test_refresh_also_drops_what_adapters_cached(backend):
     for request in asked:
         expected = reference_logprobs(exact, request.tokens, drawn[request.uid].tokens)
         np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_that_is_not_finite_ends_its_own_requests_only(backend):
+    """Its blocks are used again at once by the others: a cache that is hardly enough, and a window of neighbours."""
+    model = qwen3()
+    adapters = several(model, "ab")
+    with torch.no_grad():
+        adapters["a"].pairs["model.layers.1.self_attn.v_proj"][1][3] = float("nan")
+    asked = mixed(["", "a", "b"], count=6)
+    block = 3 * 2 * 2 * 16 * 4 * 16 / 2**30
+    engine = sampler(model, backend=backend, adapters=adapters, kv_cache_gib=13 * block)
+    engine._scheduler.max_prefill_tokens = 30
+    drawn = run(engine, asked)
+    models = {"": model, "b": merged(model, adapters["b"])}
+    for request in asked:
+        sample = drawn[request.uid]
+        if request.model == "a":
+            assert sample.stop == "aborted" and len(sample.tokens) == len(sample.logprobs) == 0
+        else:
+            expected = reference_logprobs(models[request.model], request.tokens, sample.tokens)
+            np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5, rtol=0)
+    caches = [*engine._cache.keys, *engine._cache.values]
+    assert all(torch.isfinite(cache).all() for cache in caches)

@@ -8,7 +8,7 @@ import torch
 from skyrl.models.forward import CausalLM
 from skyrl.sampler import cuda
 from tests.families import make_net
-from tests.sampler.tools import prompts, qwen3, reference_logprobs, requests, run, sampler
+from tests.sampler.tools import adapter, merged, prompts, qwen3, reference_logprobs, requests, run, sampler
 
 
 def slow_varlen(
@@ -52,6 +52,21 @@ def test_padded_batches_and_pages(stand_in, backend):
     assert engine.metrics()["sampler/preemptions:sum"] > 0 and len(engine._runner._buffers) > 1
     for request in asked:
         expected = reference_logprobs(model, request.tokens, drawn[request.uid].tokens)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["module", "fused"])
+def test_adapters_beside_padding(stand_in, backend):
+    model = qwen3()
+    adapters = {name: adapter(model, name) for name in "ab"}
+    models = {"": model} | {name: merged(model, each) for name, each in adapters.items()}
+    asked = [r for name in models for r in requests(prompts(3), samples=2, model=name, max_tokens=12)]
+    engine = sampler(model, backend=backend, adapters=adapters)
+    assert isinstance(engine._runner, cuda.CudaRunner)
+    drawn = run(engine, asked)
+    engine.forget_adapter("a")
+    for request in asked:
+        expected = reference_logprobs(models[request.model], request.tokens, drawn[request.uid].tokens)
         np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
 
 

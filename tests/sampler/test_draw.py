@@ -11,7 +11,7 @@ from skyrl.types import SamplingParams, UserError
 V = 53
 
 
-@pytest.fixture(params=["torch", "kernels"])
+@pytest.fixture(params=["torch", "kernels", "kernels exact"])
 def function(request):
     """draw.draw, and the compiled one, which must agree."""
     if request.param == "torch":
@@ -19,7 +19,7 @@ def function(request):
     if why := library()[1]:
         pytest.skip(why)
     runner = NativeRunner.__new__(NativeRunner)
-    runner._library = library()[0]
+    runner._library, runner._exact = library()[0], request.param == "kernels exact"
     runner._model = type("Threads", (), {"threads": 1})
     return runner.draw
 
@@ -74,6 +74,20 @@ def test_inverts_the_exact_distribution(function, params):
     np.testing.assert_allclose(logprobs.numpy(), expected[tokens.numpy()], atol=2e-6, rtol=0)
     # and draws in the order of the vocabulary: that is what "inverse" means
     assert (np.diff(tokens.numpy()) >= 0).all()
+
+
+def test_exact_rows_do_not_depend_on_the_batch(function, request):
+    """Rows with cuts beside rows without: the same bits as each row alone."""
+    if "exact" not in request.node.callspec.id:
+        pytest.skip("not promised")
+    rng = np.random.default_rng(3)
+    logits = torch.from_numpy((rng.standard_normal((40, 1000)) * 2).astype(np.float32))
+    rules, points = [RULES[i % len(RULES)] for i in range(40)], torch.from_numpy(rng.random(40))
+    together = function(logits.clone(), draw.Rules.of(rules, 1000, torch.device("cpu")), points)
+    for row, rule in enumerate(rules):
+        one = slice(row, row + 1)
+        alone = function(logits[one].clone(), draw.Rules.of([rule], 1000, torch.device("cpu")), points[one])
+        assert [x[row].numpy().tobytes() for x in together] == [x[0].numpy().tobytes() for x in alone]
 
 
 def test_rows_with_different_rules_do_not_mix(function):

@@ -116,6 +116,35 @@ def test_requests_that_arrive_while_others_run(model, asked, drawn, backend, see
     assert engine.metrics()["sampler/tokens:sum"] == sum(len(s.tokens) for s in [*done.values(), *second.values()])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_cancelled_requests_leave_the_others_alone(model, asked, drawn, backend, seed):
+    """Withdrawn while queued, prefilling, waiting as a twin, running or preempted: no sample, no block, no trace."""
+    rng = np.random.default_rng(seed)
+    engine = sampler(
+        model, backend=backend, kv_cache_gib=int(rng.integers(8, 30)) * BLOCK_GIB, max_running=int(rng.integers(2, 9))
+    )
+    engine._scheduler.max_prefill_tokens = int(rng.integers(5, 60))
+    waiting, live, done, withdrawn = list(asked), [], {}, set()
+    while waiting or engine.unfinished():
+        for _ in range(int(rng.integers(0, 4))):
+            if waiting:
+                live.append(waiting.pop(0).uid)
+                engine.add(next(r for r in asked if r.uid == live[-1]))
+        if live and rng.random() < 0.25:
+            uid = live.pop(int(rng.integers(len(live))))
+            assert engine.cancel(uid) and not engine.cancel(uid)
+            withdrawn.add(uid)
+        assert engine.unfinished() == len(live)
+        for sample in engine.step():
+            done[sample.uid] = sample
+            live.remove(sample.uid)
+        engine._scheduler.pool.check()
+    assert engine._scheduler.pool.held() == 0 and len(withdrawn) > 4 and not engine.cancel("never")
+    same(done, {uid: sample for uid, sample in drawn.items() if uid not in withdrawn})
+    again = run(engine, [r for r in asked if r.uid in withdrawn])  # the names are free again
+    same(again, {uid: drawn[uid] for uid in withdrawn})
+
+
 def test_stop_strings_across_tokens(model, backend):
     """Letters drawn one by one; the sequence ends with the token that completes a string."""
     asked = requests(prompts(8), samples=4, max_tokens=60, stop=("..a", "b.", ".ab"))

@@ -19,15 +19,15 @@ template <class T> void rms_norm(const T* x, const T* weight, T* y, int size, fl
 template <class T> inline vf bias_at(const T* bias, int column) { return bias ? get(bias + column) : vf{}; }
 
 // y[row, column] = product + addition + bias
-template <class T, class Part, class Pick>
+template <class T, class Part>
 void linear(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
-            const Low& low, Part part, Pick pick) {
+            const Low& low, Part part, Pick pick, int layer) {
   int panels = (columns + PANEL - 1) / PANEL;
   for (int p = team.from(panels); p < team.to(panels); p++) {
     int c = p * PANEL;
     bool both = c + LANES < columns;
     vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
-    expand_panel<T>(low, p, columns, part, pick);
+    expand_panel<T>(low, p, columns, part, pick, layer);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
       low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
@@ -38,15 +38,15 @@ void linear(const Team& team, const T* x, int count, int inner, const T* w, cons
 }
 
 // y[row, column] += product + addition + bias
-template <class T, class Pick>
+template <class T>
 void linear_add(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
-                const Low& low, Pick pick) {
+                const Low& low, Pick pick, int layer) {
   int panels = (columns + PANEL - 1) / PANEL;
   for (int p = team.from(panels); p < team.to(panels); p++) {
     int c = p * PANEL;
     bool both = c + LANES < columns;
     vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
-    expand_panel<T>(low, p, columns, only_part, pick);
+    expand_panel<T>(low, p, columns, only_part, pick, layer);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
       low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
@@ -57,13 +57,13 @@ void linear_add(const Team& team, const T* x, int count, int inner, const T* w, 
 }
 
 // y[row, channel] = silu(gate) * up; a panel holds 16 columns of each
-template <class T, class Pick>
+template <class T>
 void gated(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int ffn,
-           const Low& low, Pick pick) {
+           const Low& low, Pick pick, int layer) {
   int panels = ffn / LANES;
   for (int p = team.from(panels); p < team.to(panels); p++) {
     vf b0 = bias_at(bias, p * LANES), b1 = bias_at(bias, ffn + p * LANES);
-    for (int half = 0; half < 2 && low.num; half++) expand<T>(low, half, p + half * panels, half, pick);
+    for (int half = 0; half < 2 && low.num; half++) expand<T>(low, half, p + half * panels, 1, half, pick, layer);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf gate, vf up) {
       low.add(row, gate, up);
       gate = round_to<T>(gate + b0);
@@ -242,9 +242,9 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
       int at = group * LANES / channels;
       return at < heads ? 0 : at < heads + kv ? 1 : 2;
     };
-    auto of_qkv = [i](const Adapter& a) { return a.layer[i].qkv; };
-    shrink(team, body, normed, hidden, 3, of_qkv);
-    linear(team, normed, count, hidden, (const T*)l.qkv, (const T*)l.qkv_bias, qkv, qkv_size, body, part, of_qkv);
+    Pick of_qkv = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].qkv; };
+    shrink(team, body, normed, hidden, 3, of_qkv, i);
+    linear(team, normed, count, hidden, (const T*)l.qkv, (const T*)l.qkv_bias, qkv, qkv_size, body, part, of_qkv, i);
     team.wait();
     for (int t = from; t < to; t++) {
       alignas(64) T spare[1024];
@@ -270,32 +270,33 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
       attend(m, l, h, queries + at, s.table + size_t(t) * s.width, int(s.positions[t]) + 1, mixed + at, scores, places);
     }
     team.wait();
-    auto of_out = [i](const Adapter& a) { return a.layer[i].out; };
-    shrink(team, body, mixed, heads * channels, 1, of_out);
-    linear_add(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden, body, of_out);
+    Pick of_out = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].out; };
+    shrink(team, body, mixed, heads * channels, 1, of_out, i);
+    linear_add(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden, body, of_out, i);
     team.wait();
     for (int t = from; t < to; t++)
       rms_norm(x + size_t(t) * hidden, (const T*)l.mlp_norm, normed + size_t(t) * hidden, hidden, m.eps);
     team.wait();
-    auto of_gate_up = [i](const Adapter& a) { return a.layer[i].gate_up; };
-    shrink(team, body, normed, hidden, 2, of_gate_up);
-    gated(team, normed, count, hidden, (const T*)l.gate_up, (const T*)l.gate_up_bias, wide_, m.ffn, body, of_gate_up);
+    Pick of_gate_up = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].gate_up; };
+    shrink(team, body, normed, hidden, 2, of_gate_up, i);
+    gated(team, normed, count, hidden, (const T*)l.gate_up, (const T*)l.gate_up_bias, wide_, m.ffn, body, of_gate_up,
+          i);
     team.wait();
-    auto of_down = [i](const Adapter& a) { return a.layer[i].down; };
-    shrink(team, body, wide_, m.ffn, 1, of_down);
-    linear_add(team, wide_, count, m.ffn, (const T*)l.down, (const T*)l.down_bias, x, hidden, body, of_down);
+    Pick of_down = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].down; };
+    shrink(team, body, wide_, m.ffn, 1, of_down, i);
+    linear_add(team, wide_, count, m.ffn, (const T*)l.down, (const T*)l.down_bias, x, hidden, body, of_down, i);
     team.wait();
   }
   for (int n = team.from(s.num_logits); n < team.to(s.num_logits); n++)
     rms_norm(x + size_t(s.rows[n]) * hidden, (const T*)m.norm, normed + size_t(n) * hidden, hidden, m.eps);
   team.wait();
-  auto of_head = [](const Adapter& a) { return a.head; };
-  shrink(team, head, normed, hidden, 1, of_head);
+  Pick of_head = [](const Adapter& a, int) -> const Delta& { return a.head; };
+  shrink(team, head, normed, hidden, 1, of_head, 0);
   int panels = (m.vocab + PANEL - 1) / PANEL;
   const T* bias = (const T*)m.head_bias;  // padded to whole panels
   for (int p = team.from(panels); p < team.to(panels) && s.num_logits; p++) {
     vf b0 = bias_at(bias, p * PANEL), b1 = bias_at(bias, p * PANEL + LANES);
-    expand_panel<T>(head, p, panels * PANEL, only_part, of_head);
+    expand_panel<T>(head, p, panels * PANEL, only_part, of_head, 0);
     panel(normed, s.num_logits, hidden, (const T*)m.head + p * panel_size(m.dtype, hidden), [&](int row, vf a, vf b) {
       head.add(row, a, b);
       float* out = s.logits + size_t(row) * m.vocab + p * PANEL;

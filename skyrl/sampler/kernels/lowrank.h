@@ -25,6 +25,7 @@ struct Adapter {
   const Deltas* layer;
   Delta head;
 };
+typedef const Delta& (*Pick)(const Adapter&, int layer);  // a product's part of an adapter
 struct Segment { int32_t start, stop; const Adapter* adapter; };  // rows of one adapter; null = none
 struct Step {
   int32_t count, width, num_logits, num_segments;
@@ -85,15 +86,15 @@ template <class Of> int cut(int count, Of of, Chunk* chunks) {
   return num;
 }
 
-template <class T, class Pick>
-void shrink(const Team& team, const Low& low, const T* x, int inner, int parts, Pick pick) {
+template <class T>
+void shrink(const Team& team, const Low& low, const T* x, int inner, int parts, Pick pick, int layer) {
   if (!low.num) return;
   int panels = (parts * low.rank + PANEL - 1) / PANEL;
   for (int unit = team.from(low.num * panels); unit < team.to(low.num * panels); unit++) {
     const Chunk& c = low.chunks[unit / panels];
     int p = unit % panels;
     if (!c.adapter || p * PANEL >= parts * c.adapter->rank) continue;
-    const T* a = (const T*)pick(*c.adapter).a;
+    const T* a = (const T*)pick(*c.adapter, layer).a;
     if (!a) continue;
     vf scale = set(c.adapter->scale);
     auto done = [&](int row, vf v, vf w) {
@@ -146,12 +147,13 @@ template <class T, int M> inline void half_rows(const T* u, int stride, const T*
   for (int m = 0; m < M; m++) put(to + m * PANEL, acc[m]);
 }
 
-// Fills half `half` of low.room for the 16 columns that are number `group` in b and read u of part `part`.
-template <class T, class Pick> void expand(const Low& low, int half, int group, int part, Pick pick) {
+// Fills half `half` of low.room for the 16 columns that are number `group` in b and read u of part `part`. The next
+// panel's are `next` groups on: each adapter's b is read in small pieces, too far apart for the processor to foresee.
+template <class T> void expand(const Low& low, int half, int group, int next, int part, Pick pick, int layer) {
   for (int i = 0; i < low.num; i++) {
     const Chunk& c = low.chunks[i];
     float* to = low.room + size_t(c.row) * PANEL + half * LANES;
-    const T* b = c.adapter ? (const T*)pick(*c.adapter).b : nullptr;
+    const T* b = c.adapter ? (const T*)pick(*c.adapter, layer).b : nullptr;
     if (!b) {
       for (int m = 0; m < c.count; m++) put(to + m * PANEL, vf{});
       continue;
@@ -159,16 +161,19 @@ template <class T, class Pick> void expand(const Low& low, int half, int group, 
     int rank = c.adapter->rank;
     const T* u = (const T*)low.u + size_t(c.row) * low.stride + part * rank;
     b += size_t(group) * rank * LANES;
+    const char* ahead = (const char*)(b + size_t(next) * rank * LANES);
+    for (size_t at = 0; at < size_t(rank) * LANES * sizeof(T); at += 64) __builtin_prefetch(ahead + at);
     with_rows(c.count, [&](auto m) { half_rows<T, decltype(m)::value>(u, low.stride, b, rank, to); });
   }
 }
 
 // The same for both halves of panel p of a product whose columns are all in one order. `part(group)` is the part of 16
 // columns.
-template <class T, class Part, class Pick> void expand_panel(const Low& low, int p, int columns, Part part, Pick pick) {
+template <class T, class Part>
+void expand_panel(const Low& low, int p, int columns, Part part, Pick pick, int layer) {
   for (int half = 0; half < 2 && low.num; half++) {
     int group = 2 * p + half;
-    if (group * LANES < columns) expand<T>(low, half, group, part(group), pick);
+    if (group * LANES < columns) expand<T>(low, half, group, 2, part(group), pick, layer);
   }
 }
 inline int only_part(int) { return 0; }
