@@ -366,6 +366,7 @@ class Engine:
         with. Raises UserError when the name is taken or `model` is no tenant."""
         self._check_free(name)
         entry = self._lora(model)
+        self._model(model)
         self.adapters[name] = entry.strategy.module.frozen_copy(name)
         self._bases[name] = entry.spec.base
 
@@ -389,7 +390,8 @@ class Engine:
         del self.adapters[name], self._bases[name]
 
     def _lora(self, model: str) -> _Model:
-        entry = self._model(model)
+        """A tenant, which may be parked."""
+        entry = self._entry(model)
         if entry.spec.lora is None:
             raise UserError(f"model {model!r} is no LoRA tenant: its only version is the weights as they are now")
         return entry
@@ -512,7 +514,6 @@ class Engine:
     def park(self, model: str) -> None:
         """Moves an idle tenant's weights, masters, moments and pending gradient to host memory; any use brings it
         back bit for bit. Raises UserError for what is no tenant."""
-        self._entry(model)
         strategy = self._lora(model).strategy
         assert isinstance(strategy, ReplicatedStrategy)
         strategy.park()

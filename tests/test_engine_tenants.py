@@ -312,8 +312,10 @@ def test_a_parked_tenant_comes_back_bit_for_bit(dtype):
         lambda e: train(e, "a", (3,)),
     ):
         engine.park("a")
-        engine.park("a")
-        assert strategy.parked and not where & {p.data_ptr() for p in strategy.module.parameters()}
+        away = {p.data_ptr() for p in strategy.module.parameters()}
+        engine.park("a")  # a second time moves nothing
+        assert strategy.parked and not where & away
+        assert away == {p.data_ptr() for p in strategy.module.parameters()}
         engine.forward_backward(named("b", 5), SPEC, model="b")  # another tenant's call does not wake it
         assert strategy.parked and engine.snapshot("a") >= 1
         engine.clear_gradient("b")
