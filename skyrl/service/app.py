@@ -48,7 +48,8 @@ def make_app(
     Raises: UserError for keys that cannot be used.
     """
     door = Door(desk, store, archive, facts, settings, read_keys(settings) if keys is None else keys)
-    routes = [*session_routes(door), *work_routes(door), *checkpoint_routes(door), *openai_routes(door, text)]
+    # Routes are tried one after the other: what is asked most comes first.
+    routes = [*work_routes(door), *session_routes(door), *checkpoint_routes(door), *openai_routes(door, text)]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such, Exception: _fault})
     app.router.redirect_slashes = False
     app.state.door = door

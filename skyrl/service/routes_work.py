@@ -11,12 +11,23 @@ from starlette.routing import Route
 
 from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, reply, route, tell
 from skyrl.service.routes_session import find_weights
-from skyrl.service.types import Accepted, CreateModel, LoadWeights, Outcome, Request, SampleQuery
+from skyrl.service.types import (
+    Accepted,
+    CreateModel,
+    LoadWeights,
+    Outcome,
+    Request,
+    Result,
+    SampleQuery,
+    SampleResult,
+    TrainResult,
+)
 from skyrl.service.wire import PARSERS, encode_result, parse_train
 from skyrl.service.wire_fields import INT64_MAX, Fields
 from skyrl.types import UserError
 
 POLL_SECONDS = 30.0  # clients give up after 45
+SMALL_TOKENS = 4096  # answers about fewer tokens are written where they are: a thread would cost more
 CLONE = 10**9  # sequence numbers of a clone begin at its number times this
 FEED_IDS = 65536  # samples of one sampling session whose end a feed can tell
 
@@ -132,11 +143,21 @@ async def answer(call: Call, request_id: str, outcome: Outcome) -> Response:
         return reply({"error": outcome.error, "category": outcome.category})
     accept = call.request.headers.get("accept", "")
     assert outcome.result is not None
-    if isinstance(outcome.result, dict):
+    if _size(outcome.result) <= SMALL_TOKENS:
         body, kind = encode_result(outcome.result, accept)
     else:
         body, kind = await in_thread(encode_result, outcome.result, accept)
     return Response(body, media_type=kind)
+
+
+def _size(result: Result) -> int:
+    """Tokens that an answer tells about."""
+    if isinstance(result, TrainResult):
+        return sum(len(one) for one in result.logprobs)
+    if isinstance(result, SampleResult):
+        prompt = 0 if result.prompt_logprobs is None else len(result.prompt_logprobs)
+        return prompt + sum(len(one.tokens) for one in result.sequences)
+    return 0
 
 
 async def cancel_future(call: Call) -> Response:
