@@ -30,15 +30,15 @@ class HttpDoor:
 def open_door(service: Service) -> HttpDoor:
     """Serves HTTP for `service` on service.host and service.port. Raises UserError for an address or keys that cannot
     be used."""
-    cfg = service.cfg.service
-    keys = read_keys(cfg)
+    settings = service.cfg.service
+    keys = read_keys(settings)
     app = make_app(
         service.desk,
         service.books.store,
         service.books.archive,
         service.facts,
-        cfg,
+        settings,
         text=TextTools(service.encode, service.decode, service.render),
         keys=keys,
     )
-    return HttpDoor(serve_in_thread(app, cfg.host, cfg.port), keys.required)
+    return HttpDoor(serve_in_thread(app, settings.host, settings.port), keys.required)
