@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train serve test test-slow lint bench clean
+.PHONY: help install train serve test test-slow test-tinker lint bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -38,10 +38,13 @@ serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); opti
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m skyrl.serve service.port=$(PORT) $(ARGS)
 
 test: $(STAMP) ## the CPU suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not tinker and not slurm" $(ARGS)
 
 test-slow: $(STAMP) ## what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not tinker and not slurm" --timeout 1800 $(ARGS)
+
+test-tinker: $(STAMP) ## twelve releases of the Tinker client and its cookbook; downloads them once
+	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
 
 lint: $(STAMP) ## ruff: format and rules
 	$(BIN)/ruff format --check skyrl tests benchmarks

@@ -63,6 +63,10 @@ class Tenants:
             raise Refused(f"{model}: no such model")
         return self._open[model]
 
+    def full(self) -> bool:
+        """Whether there is no room for one more model."""
+        return len(self._open) >= (1 if self.server.full_parameters else self.cfg.service.max_models)
+
     def of_sessions(self, sessions: set[str]) -> list[Tenant]:
         """The open models of these sessions."""
         return [tenant for tenant in self._open.values() if tenant.session in sessions]

@@ -37,6 +37,7 @@ from skyrl.types import Datum, UserError
 
 IDLE_SECONDS = 1.0
 TICK_SECONDS = 5.0
+SILENT_SECONDS = 120.0  # clients beat every 10: after this a session gives way when there is no room for a new model
 LONGEST_STRETCH = 2.0  # of sampling, after a training command that took long
 TOKENS_PER_COMMAND = 65536  # training requests of several models join up to here
 
@@ -89,14 +90,18 @@ class Worker:
 
     def _tick(self) -> None:
         """What has to happen now and then: silent sessions, expired checkpoints."""
+        self._close_ended(self.cfg.service.model_idle_seconds)
+        self.books.expire()
+
+    def _close_ended(self, idle_seconds: float) -> None:
+        """Closes models and snapshots of sessions that were finished, or were silent for so long (0 = never)."""
         snapshots = self.sampling.snapshots
         sessions = self.tenants.sessions() | snapshots.sessions()
-        ended = self.books.ended_sessions(sessions, self.cfg.service.model_idle_seconds)
+        ended = self.books.ended_sessions(sessions, idle_seconds)
         for tenant in self.tenants.of_sessions(ended):
             self._close(tenant.model, "its session has ended")
         for session in ended:
             snapshots.forget_session(session)
-        self.books.expire()
 
     # ---- requests of models ----------------------------------------------------------------------------------------
 
@@ -127,6 +132,8 @@ class Worker:
         return False
 
     def _create(self, job: Job, request: CreateModel) -> None:
+        if self.tenants.full():
+            self._close_ended(SILENT_SECONDS)
         try:
             tenant = self.tenants.create(request, job.owner)
         except (Refused, UserError) as error:
@@ -277,6 +284,8 @@ class Worker:
             self.desk.done(job, {"path": request.path, "model_id": tenant.model, "type": "load_weights"})
             return
         model_id = f"{request.session_id}:train:{request.model_seq_id}"
+        if self.tenants.full():
+            self._close_ended(SILENT_SECONDS)
         try:
             tenant = self.tenants.create_from(request, model_id, job.owner)
         except (Refused, UserError) as error:
