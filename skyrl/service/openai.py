@@ -31,8 +31,7 @@ __all__ = ["TextTools", "openai_routes"]
 PREFIXES = ("/v1/", "/oai/api/v1/")
 LISTED = 1000  # checkpoints in /v1/models
 COMMENT_SECONDS = 10.0
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error"}  # fmt: skip
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def openai_routes(door: Door, text: TextTools | None) -> list[Route]:
@@ -68,7 +67,7 @@ def _endpoint(door: Door, handler: Any) -> Any:
 
 def error_json(error: HttpError) -> dict[str, Any]:
     """An error in OpenAI's form."""
-    kind = KINDS.get(error.status, "invalid_request_error")
+    kind = KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
 
 
