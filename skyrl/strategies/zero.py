@@ -35,6 +35,7 @@ from skyrl.strategies.fsdp import copy_buffers, make_mesh
 from skyrl.types import AdamParams, Datum, ForwardOutput, Metrics, Microbatch, RunError
 
 _GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
+_BUCKET_ELEMENTS = 50_000_000  # reduced or gathered at a time: 200 MB in float32
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -137,7 +138,7 @@ class ZeroStrategy:
             return
         import deepspeed
 
-        self._engine.empty_partition_cache()  # a forward without a backward may have left weights gathered
+        self._engine.optimizer.empty_partition_cache()  # a forward without a backward may leave weights gathered
         whole = self._build().to(self._dtype)
         whole.to_empty(device=self.world.device)
         copy_buffers(self._model, whole)
@@ -185,12 +186,10 @@ class ZeroStrategy:
 
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
         """Takes a filled `state_dict`, one whole tensor at a time."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         kept = {p: {k: t.clone() for k, t in values.items()} for p, values in self._adam.state.items()}
         with torch.no_grad():
             for name, p in self._named:
-                safe_set_full_fp32_param(p, _full(state["weights"][name]))
+                self._set(p, _full(state["weights"][name]))
             self._step_of_size_zero()
             for p, values in kept.items():
                 for key, tensor in values.items():
@@ -198,8 +197,22 @@ class ZeroStrategy:
             if optimizer:
                 for key in _MOMENTS:
                     for name, p in self._named:
-                        safe_set_full_optimizer_state(p, _full(state[key][name]), key)
+                        self._set(p, _full(state[key][name]), key)
                 self._set_step_count(state["step"])
+
+    def _set(self, p: nn.Parameter, whole: Tensor, *key: str) -> None:
+        """This rank's part of a master, or with `key` of a moment, from the whole tensor."""
+        from deepspeed import utils
+
+        if self._stage < 3:
+            (utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param)(p, whole, *key)
+            return
+        # DeepSpeed's own function for whole tensors reads past the end where the ranks do not divide one
+        count = p.ds_tensor.numel()
+        own = whole.new_zeros(count)
+        part = whole.flatten()[self.world.rank * count : (self.world.rank + 1) * count]
+        own[: len(part)] = part
+        (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(p, own, *key)
 
     def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Whole masters on the CPU of rank 0, gathered one by one; {} elsewhere."""
@@ -264,7 +277,7 @@ def _prepare(
     # Its own all-reduce between CPU processes of a node is compiled at the first start, which needs a compiler and
     # leaves a lock when it is killed; without it torch's gloo does the same sums.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = _config(stage, world, dtype, offload)
+    config = _config(stage, model, world, dtype, offload)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     with _quiet(), _accelerate_environment(world.device):
         AcceleratorState._reset_state(reset_partial_state=True)  # it is of the whole process; each model has a plugin
@@ -311,10 +324,24 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _config(stage: int, world: World, dtype: torch.dtype, offload: str) -> dict[str, Any]:
+def _config(stage: int, model: nn.Module, world: World, dtype: torch.dtype, offload: str) -> dict[str, Any]:
     """DeepSpeed's configuration; module docstring for why."""
     gpu = world.device.type == "cuda"
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": gpu and stage >= 2, "contiguous_gradients": True}
+    # Buffers are taken whole at every step, whatever the size of the model.
+    bucket = min(_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters()))
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": gpu and stage >= 2,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if stage == 3:
+        # Norms and biases stay whole on every rank: a gather of their own would cost more than it saves.
+        zero["stage3_param_persistence_threshold"] = max(
+            (p.numel() for p in model.parameters() if p.ndim < 2), default=0
+        )
+        zero["stage3_prefetch_bucket_size"] = bucket
     if offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     if offload == "all":
