@@ -1,0 +1,245 @@
+"""Questions about tokens that are there already: log-probabilities, likeliest tokens, other draws. On one rank, without
+a collective; the logits of a few positions exist at a time.
+
+Legend: L tokens of a query, N positions that are looked at together, V vocabulary, K targets of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyrl.distributed.balance import pack
+from skyrl.models.lora import Adapter, routed
+from skyrl.models.packed import PackedAttention
+from skyrl.sampler import adapters as lora
+from skyrl.sampler import draw
+from skyrl.types import Floats, Ints, UserError
+
+if TYPE_CHECKING:
+    from skyrl.models.forward import CausalLM
+
+EMPTY = -99999.0  # log-probability of a cell without a token; its token is 0
+LOGITS_BYTES = 32 << 20  # of float32 logits at a time; sums in float64 take twice that
+
+
+@dataclass(frozen=True)
+class PromptQuery:
+    """What to say about `tokens` [L] under the adapter `model` ("" = none).
+
+    Positions from max(start, 1) on are looked at: `logprobs` of their tokens and the `topk` likeliest tokens, both at
+    `temperature`, and `alternatives` independent draws at temperature 1. `targets` int64 [L - 1, K] names tokens whose
+    log-probability at temperature 1 is wanted, cell [i, j] at position i + 1, -1 = none, wherever `start` is.
+    """
+
+    uid: str
+    tokens: Ints
+    model: str = ""
+    start: int = 0
+    logprobs: bool = False
+    topk: int = 0
+    temperature: float = 1.0
+    targets: np.ndarray | None = None
+    alternatives: int = 0
+    seed: int = 0
+
+
+@dataclass
+class PromptStats:
+    """The answer to one query; what was not asked for is None. Log-probabilities in nats, float32.
+
+    logprobs [L], NaN where not looked at. topk_ids int32 and topk_logprobs [L, topk], likeliest first, equals by
+    token. targets as in the query, 0.0 where -1 was. alt_tokens int64 and alt_logprobs [L - 1, alternatives], row i of
+    position i + 1. Cells without a token hold token 0 and EMPTY.
+    """
+
+    uid: str
+    logprobs: Floats | None = None
+    topk_ids: np.ndarray | None = None
+    topk_logprobs: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    alt_tokens: np.ndarray | None = None
+    alt_logprobs: np.ndarray | None = None
+
+    @staticmethod
+    def empty(query: PromptQuery) -> PromptStats:
+        """Only missing cells."""
+        length, stats = len(query.tokens), PromptStats(query.uid)
+        if query.logprobs:
+            stats.logprobs = np.full(length, np.nan, np.float32)
+        if query.topk:
+            stats.topk_ids = np.zeros((length, query.topk), np.int32)
+            stats.topk_logprobs = np.full((length, query.topk), EMPTY, np.float32)
+        if query.targets is not None:
+            stats.targets = np.zeros(query.targets.shape, np.float32)
+        if query.alternatives:
+            stats.alt_tokens = np.zeros((length - 1, query.alternatives), np.int64)
+            stats.alt_logprobs = np.full((length - 1, query.alternatives), EMPTY, np.float32)
+        return stats
+
+
+@torch.no_grad()
+def score_prompts(
+    model: CausalLM, queries: list[PromptQuery], adapters: Mapping[str, Adapter], *, max_tokens: int
+) -> list[PromptStats]:
+    """The answers in the order of the queries, computed in packs of up to `max_tokens` tokens (or one longer query).
+
+    Draw j of a position depends on (seed, position, j) and the distribution there alone. What a pack holds changes
+    values by rounding only. A model that is not finite gives values that are not.
+    Raises: UserError for an adapter that `adapters` lacks, tokens or targets out of range or of a wrong shape.
+    """
+    for query in queries:
+        _check(query, model, adapters)
+    stats = [PromptStats.empty(query) for query in queries]
+    places = [_places(query) for query in queries]
+    wanted = [index for index, some in enumerate(places) if len(some)]
+    names = sorted({queries[index].model for index in wanted})
+    for one in pack([len(queries[index].tokens) for index in wanted], max_tokens):
+        members = sorted((wanted[i] for i in one), key=lambda index: (names.index(queries[index].model), index))
+        _score_pack(model, [(queries[i], places[i], stats[i]) for i in members], adapters)
+    return stats
+
+
+def _check(query: PromptQuery, model: CausalLM, adapters: Mapping[str, Adapter]) -> None:
+    where, tokens = f"request {query.uid}", np.asarray(query.tokens)
+    length, vocab = len(tokens), model.vocab_size
+    if query.model and query.model not in adapters:
+        raise UserError(f"{where}: model={query.model!r} is not known; allowed: a published adapter, or '' for none")
+    if length == 0 or tokens.min() < 0 or tokens.max() >= vocab:
+        raise UserError(f"{where}: needs 1 or more tokens, each in 0 .. {vocab - 1}")
+    if length > model.max_positions:
+        raise UserError(f"{where}: {length} tokens; the model has {model.max_positions} positions; shorten it")
+    if not 0 < query.temperature < float("inf"):
+        raise UserError(f"{where}: temperature={query.temperature}; allowed: above 0")
+    for name in ("start", "topk", "alternatives"):
+        if getattr(query, name) < 0:
+            raise UserError(f"{where}: {name}={getattr(query, name)}; allowed: 0 or more")
+    targets = query.targets
+    if targets is not None and (targets.ndim != 2 or targets.shape[0] != length - 1):
+        raise UserError(f"{where}: targets have shape {list(targets.shape)}; allowed: [{length - 1}, K]")
+    if targets is not None and targets.size and (targets.min() < -1 or targets.max() >= vocab):
+        raise UserError(f"{where}: targets must be in 0 .. {vocab - 1}, or -1 for none")
+
+
+def _places(query: PromptQuery) -> np.ndarray:
+    """The positions that have to be looked at, rising."""
+    length = len(query.tokens)
+    seen = np.zeros(length, dtype=bool)
+    if query.logprobs or query.topk or query.alternatives:
+        seen[max(query.start, 1) :] = True
+    if query.targets is not None:
+        seen[1:] |= (query.targets >= 0).any(1)
+    return np.flatnonzero(seen)
+
+
+Member = tuple[PromptQuery, np.ndarray, PromptStats]  # a query, its positions, and where its answer goes
+
+
+def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, Adapter]) -> None:
+    device, lengths = next(model.parameters()).device, [len(query.tokens) for query, _, _ in members]
+    starts = np.cumsum([0, *lengths])
+    tokens = np.concatenate([np.asarray(query.tokens, dtype=np.int64) for query, _, _ in members])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    attention = PackedAttention(torch.from_numpy(starts.astype(np.int32)).to(device), max(lengths))
+    tokens_T, positions_T = (torch.from_numpy(x).to(device) for x in (tokens, positions))
+    used = [adapters[query.model] if query.model else None for query, _, _ in members]
+    segments = lora.segments(used, lengths)
+    if segments is None:
+        hidden_TC = model.hidden(tokens_T, positions_T, attention)
+    else:
+        with routed(model, segments):
+            hidden_TC = model.hidden(tokens_T, positions_T, attention)
+    rows = np.concatenate([start + places - 1 for start, (_, places, _) in zip(starts, members, strict=False)])
+    owners = np.repeat(np.arange(len(members)), [len(places) for _, places, _ in members])
+    step = max(1, LOGITS_BYTES // (4 * model.vocab_size))
+    for at in range(0, len(rows), step):
+        chunk = slice(at, at + step)
+        hidden_NC = hidden_TC.index_select(0, torch.from_numpy(rows[chunk]).to(device))
+        parts = lora.segments([used[owner] for owner in owners[chunk]])
+        _answer(lora.logits(model, hidden_NC, parts), owners[chunk], rows[chunk] + 1 - starts[owners[chunk]], members)
+
+
+def _answer(logits_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
+    """Writes what the logits say about positions `places` of the members `owners` (both [N]) into their answers."""
+    queries = [members[owner][0] for owner in owners]
+    for heat, kinds in _groups([query.temperature for query in queries]):
+        whole = len(kinds) == len(queries)
+        z_NV = logits_NV if whole else logits_NV[torch.from_numpy(kinds).to(logits_NV.device)]
+        if heat != 1:
+            z_NV = z_NV / heat
+        _ranked(z_NV, z_NV.logsumexp(1), owners[kinds], places[kinds], members)
+    plain = np.flatnonzero([query.targets is not None or query.alternatives > 0 for query in queries])
+    if len(plain):
+        z_NV = logits_NV[torch.from_numpy(plain).to(logits_NV.device)]
+        _named(z_NV, z_NV.logsumexp(1), owners[plain], places[plain], members)
+        _drawn(z_NV, owners[plain], places[plain], members)
+
+
+def _groups(values: list[float]) -> Iterator[tuple[float, np.ndarray]]:
+    for value in sorted(set(values)):
+        yield value, np.flatnonzero([one == value for one in values])
+
+
+def _runs(owners: np.ndarray, members: list[Member]) -> Iterator[tuple[slice, PromptQuery, PromptStats]]:
+    """The stretch of rows of each member."""
+    borders = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
+    for first, last in zip(borders[:-1], borders[1:], strict=True):
+        query, _, stats = members[owners[first]]
+        yield slice(first, last), query, stats
+
+
+def _ranked(z_NV: Tensor, norm_N: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
+    """Log-probabilities of the tokens, and the likeliest ones."""
+    for rows, query, stats in _runs(owners, members):
+        at = places[rows]
+        inside = at >= query.start  # others are here for their targets
+        if stats.logprobs is not None:
+            token_N1 = torch.from_numpy(np.asarray(query.tokens, dtype=np.int64)[at]).to(z_NV.device).unsqueeze(1)
+            logprob_N = z_NV[rows].gather(1, token_N1).squeeze(1) - norm_N[rows]
+            stats.logprobs[at[inside]] = logprob_N.float().cpu().numpy()[inside]
+        if stats.topk_ids is not None and stats.topk_logprobs is not None:
+            count = min(query.topk, z_NV.shape[1])
+            ids = z_NV[rows].topk(count, 1).indices.sort(1).values
+            values, order = (z_NV[rows].gather(1, ids) - norm_N[rows, None]).sort(dim=1, descending=True, stable=True)
+            stats.topk_ids[at[inside], :count] = ids.gather(1, order).cpu().numpy()[inside]
+            stats.topk_logprobs[at[inside], :count] = values.float().cpu().numpy()[inside]
+
+
+def _named(z_NV: Tensor, norm_N: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
+    """Log-probabilities of targets."""
+    for rows, query, stats in _runs(owners, members):
+        if query.targets is not None and stats.targets is not None and query.targets.shape[1]:
+            named_NK = np.asarray(query.targets, dtype=np.int64)[places[rows] - 1]
+            ids_NK = torch.from_numpy(named_NK.clip(0)).to(z_NV.device)
+            logprob_NK = (z_NV[rows].gather(1, ids_NK) - norm_N[rows, None]).float().cpu().numpy()
+            stats.targets[places[rows] - 1] = np.where(named_NK >= 0, logprob_NK, np.float32(0))
+
+
+def _drawn(z_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
+    """Draws by inverting the cumulative distribution, as draw.draw does."""
+    for rows, query, stats in _runs(owners, members):
+        inside = places[rows] >= max(query.start, 1)
+        if stats.alt_tokens is None or stats.alt_logprobs is None or not inside.any():
+            continue
+        points = _points(query, places[rows][inside]).to(z_NV.device)
+        some_NV = z_NV[rows][torch.from_numpy(inside).to(z_NV.device)]
+        shifted_NV = some_NV - some_NV.amax(1, keepdim=True)
+        sums_NV = shifted_NV.exp().cumsum(1, dtype=torch.float64)
+        total_N1 = sums_NV[:, -1:]
+        points = torch.minimum(points * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+        tokens_NK = torch.searchsorted(sums_NV, points, right=True).clamp_(max=z_NV.shape[1] - 1)
+        stats.alt_tokens[places[rows][inside] - 1] = tokens_NK.cpu().numpy()
+        logprob_NK = shifted_NV.gather(1, tokens_NK) - total_N1.log()
+        stats.alt_logprobs[places[rows][inside] - 1] = logprob_NK.float().cpu().numpy()
+
+
+def _points(query: PromptQuery, places: np.ndarray) -> Tensor:
+    """Numbers in [0, 1), float64 [N, alternatives]: draw number `position` of stream j of the seed."""
+    state = int(draw.stream([query.seed])[0])
+    streams = draw.stream([state + j for j in range(query.alternatives)])
+    return torch.from_numpy(draw.uniforms(streams[None, :], places[:, None]))
