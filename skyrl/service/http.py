@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -39,6 +39,7 @@ BODY_SECONDS = 120.0  # a client that sends more slowly is cut off
 SMALL_BYTES = 1 << 16  # smaller bodies are parsed where they are: a thread would cost more
 BUSY_RETRY_SECONDS = 1
 AUDIT_ENTRIES = 10_000
+REMEMBERED = 4096  # answers to posts that clients may repeat after a broken connection
 T = TypeVar("T")
 
 
@@ -54,7 +55,8 @@ class HttpError(Exception):
 class Door:
     """What the endpoints work with. `waiting` are the polls that wait; `close` wakes them, for the server to stop.
 
-    `audit` holds (time, owner, event, details) of what was done to checkpoints since the start, newest last.
+    `audit` holds (time, owner, event, details) of what was done to checkpoints since the start, newest last; `answers`
+    those of `once`, by owner, path and idempotency key.
     """
 
     desk: Desk
@@ -66,6 +68,7 @@ class Door:
     signer: Signer = field(default_factory=Signer)
     waiting: set[asyncio.Event] = field(default_factory=set)
     closed: bool = False
+    answers: OrderedDict[tuple[str, str, str], asyncio.Future[Response]] = field(default_factory=OrderedDict)
     audit: deque[tuple[datetime, str, str, dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=AUDIT_ENTRIES))
 
     @property
@@ -171,6 +174,35 @@ class Call:
 
 _CLOSE = {"connection": "close"}  # the rest of the body is not read, so nothing may follow it
 Handler = Callable[[Call], Awaitable[Response]]
+
+
+def once(handler: Handler) -> Handler:
+    """Runs a post that a client repeats (the same X-Idempotency-Key) only one time, and answers all alike. For what
+    has no number of its own by which the desk or the store would know it again. An error is not remembered."""
+
+    async def run(call: Call) -> Response:
+        token = call.request.headers.get("x-idempotency-key", "")
+        if not token:
+            return await handler(call)
+        answers, key = call.door.answers, (call.owner, call.request.url.path, token)
+        if key in answers:
+            return await asyncio.shield(answers[key])
+        answers[key] = asyncio.get_running_loop().create_future()
+        if len(answers) > REMEMBERED:
+            answers.popitem(last=False)
+        future = answers[key]
+        try:
+            future.set_result(await handler(call))
+        except BaseException as error:
+            answers.pop(key, None)
+            future.set_exception(
+                error if isinstance(error, Exception) else HttpError(503, "the request was broken off")
+            )
+            future.exception()  # looked at: nobody else may be waiting
+            raise
+        return future.result()
+
+    return run
 
 
 async def in_thread(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from skyrl.service.archive_files import TarStream
-from skyrl.service.http import Call, Door, HttpError, in_thread, reply, route, unix_time
+from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route, unix_time
 from skyrl.service.store_records import Checkpoint, CheckpointPath
 from skyrl.service.store_sync import copy_checkpoint, delete_checkpoint
 from skyrl.service.wire_fields import INT32_MAX, INT64_MAX, Fields
@@ -39,7 +39,7 @@ def checkpoint_routes(door: Door) -> list[Route]:
         route(door, "GET", RUN, get_run),
         route(door, "GET", "checkpoints", list_checkpoints),
         route(door, "POST", "weights_info", weights_info),
-        route(door, "POST", "copy_weights", copy_weights),
+        route(door, "POST", "copy_weights", once(copy_weights)),
         route(door, "GET", "download/{rest:path}", download, public=True),
         route(door, "GET", "audit", audit),
         route(door, "GET", "billing/usage/events", usage_events),

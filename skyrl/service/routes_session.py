@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.http import Call, Door, HttpError, in_thread, reply, route
+from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route
 from skyrl.service.store_records import CheckpointPath, NotFound, parse_time
 from skyrl.service.store_sessions import SessionQuery, StatusQuery
 from skyrl.service.wire_fields import INT32_MAX, Fields
@@ -28,13 +28,13 @@ def session_routes(door: Door) -> list[Route]:
         route(door, "POST", "auth/token", token),
         route(door, "GET", "auth/apikey/me", key_info),
         route(door, "DELETE", "auth/apikey/me", revoke_key),
-        route(door, "POST", "create_session", create_session),
+        route(door, "POST", "create_session", once(create_session)),
         route(door, "POST", "session_heartbeat", heartbeat),
         route(door, "POST", "telemetry", telemetry),
         route(door, "GET", "get_server_capabilities", capabilities),
         route(door, "POST", "get_info", get_info),
         route(door, "POST", "create_sampling_session", create_sampling_session),
-        route(door, "POST", "join_sampling_session", join_sampling_session),
+        route(door, "POST", "join_sampling_session", once(join_sampling_session)),
         route(door, "GET", "samplers/{sampler_id:path}", get_sampler),
         route(door, "GET", "sessions", list_sessions),
         route(door, "POST", "sessions/search", search_sessions),

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, reply, route, tell
+from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, once, reply, route, tell
 from skyrl.service.routes_session import find_weights
 from skyrl.service.types import (
     Accepted,
@@ -29,7 +29,7 @@ from skyrl.types import UserError
 POLL_SECONDS = 30.0  # clients give up after 45
 SMALL_TOKENS = 4096  # answers about fewer tokens are written where they are: a thread would cost more
 CLONE = 10**9  # sequence numbers of a clone begin at its number times this
-FEED_IDS = 65536  # samples of one sampling session whose end a feed can tell
+FEED_IDS, ALL_FEED_IDS = 65536, 1 << 20  # samples of one sampling session, and of all, whose end a feed can tell
 
 
 def work_routes(door: Door) -> list[Route]:
@@ -40,7 +40,8 @@ def work_routes(door: Door) -> list[Route]:
     ]
     return [
         *submits,
-        route(door, "POST", "asample", partial(sample, feeds=feeds)),
+        # Repetitions are known by their number; old releases sample without a session, and without one.
+        route(door, "POST", "asample", once(partial(sample, feeds=feeds))),
         route(door, "POST", "forward_backward", partial(train, forward_only=False)),
         route(door, "POST", "forward", partial(train, forward_only=True)),
         route(door, "POST", "create_custom_loss", create_custom_loss),
@@ -188,6 +189,8 @@ class Feeds:
         self._key_of[request_id] = key
         if len(waiting) > FEED_IDS:
             self.fetched(next(iter(waiting)))
+        if len(self._key_of) > ALL_FEED_IDS:  # of clients that left without asking
+            self.fetched(next(iter(self._key_of)))
 
     def fetched(self, request_id: str) -> None:
         """A result was handed out: nobody has to be told of it any more."""

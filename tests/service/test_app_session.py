@@ -1,6 +1,7 @@
 """Settings, sessions, samplers and facts over real HTTP."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from door_server import FACTS, serving
@@ -141,3 +142,23 @@ def test_get_info_says_everything(server):
 def test_a_token_stands_for_the_key(server):
     token = server.call("auth/token")["jwt"]
     assert re.fullmatch(r"eyJ[\w-]+\.[\w-]+\.[\w-]+", token)
+
+
+def test_a_repeated_post_is_done_once(server):
+    def post(key: str, path: str = "create_session", **body) -> dict:
+        return server.http.post(f"/api/v1/{path}", json=body, headers={"X-Idempotency-Key": key}).json()
+
+    with ThreadPoolExecutor(4) as pool:
+        made = {one["session_id"] for one in pool.map(post, ["a"] * 8)}
+    assert len(made) == 1 and post("b")["session_id"] not in made
+    session = made.pop()
+    assert server.http.post("/api/v1/create_session", json={}).json()["session_id"] != session
+    wrong = {"sampling_session_id": f"{session}:sample:0"}
+    assert "not found" in post("c", "join_sampling_session", **wrong)["detail"]
+    server.call("create_sampling_session", session_id=session, sampling_session_seq_id=0, base_model="tiny")
+    joined = [post("c", "join_sampling_session", **wrong)["client_counter"] for _ in range(2)]
+    assert joined == [1, 1]  # the error before was not kept
+    prompt = {"chunks": [{"tokens": [1, 2]}]}
+    assert post("d", "asample", base_model="tiny", prompt=prompt) == post(
+        "d", "asample", base_model="tiny", prompt=prompt
+    )

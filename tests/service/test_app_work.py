@@ -330,3 +330,20 @@ def test_no_such_endpoint_and_method_have_json_bodies(server):
     assert answer.status_code == 404 and "no such endpoint" in answer.json()["detail"]
     answer = server.http.get("/api/v1/create_model")
     assert answer.status_code == 405 and answer.json()["detail"]
+
+
+def test_feeds_forget_the_oldest(monkeypatch):
+    monkeypatch.setattr(routes_work, "FEED_IDS", 2)
+    monkeypatch.setattr(routes_work, "ALL_FEED_IDS", 3)
+    feeds, one, two = routes_work.Feeds(), ("a", "s", 0), ("a", "t", 0)
+    for name in ("1", "2", "3"):
+        feeds.add(*one, name)
+    assert feeds.waiting(one) == ["2", "3"]
+    for name in ("4", "5"):
+        feeds.add(*two, name)
+    assert feeds.waiting(one) == ["3"] and feeds.waiting(two) == ["4", "5"]
+    feeds.ended(two, "4", "finished")
+    assert feeds.news(two, 0)[1] == [{"state": "finished", "request_id": "4"}] and feeds.waiting(two) == ["5"]
+    for name in ("3", "4", "5", "5"):
+        feeds.fetched(name)
+    assert feeds.news(two, 0) == (0, []) and vars(feeds)["_open"] == vars(feeds)["_done"] == {}
