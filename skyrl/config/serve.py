@@ -93,7 +93,7 @@ class ServiceConfig:
     """Most tokens of one training request, or of prompt and answers of one sampling request."""
     model_idle_seconds: float = 3600.0
     """Silence of a session (no request, no heartbeat) after which its models are closed; 0 = never."""
-    gap_seconds: float = 60.0
+    gap_seconds: float = 30.0
     """How long a request waits for one with an earlier number that never came; then it goes on without it."""
     slice_seconds: float = 0.25
     """Longest stretch of sampling before training requests that wait get their turn."""

@@ -93,7 +93,7 @@ class Record(Protocol):
 class RequestDesk:
     """The Desk of types.py, and the worker's side of it."""
 
-    def __init__(self, *, gap_seconds: float = 60.0, max_queued_samples: int = 4096) -> None:
+    def __init__(self, *, gap_seconds: float = 30.0, max_queued_samples: int = 4096) -> None:
         self.gap_seconds, self.max_queued_samples = gap_seconds, max_queued_samples
         self._lock = threading.Condition()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
