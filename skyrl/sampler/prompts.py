@@ -90,7 +90,8 @@ def score_prompts(
     """The answers in the order of the queries, computed in packs of up to `max_tokens` tokens (or one longer query).
 
     Draw j of a position depends on (seed, position, j) and the distribution there alone. What a pack holds changes
-    values by rounding only. A model that is not finite gives values that are not.
+    values by rounding only; with max_tokens=1, a forward for each query, by no bit (at 16 tokens a query a third of the
+    speed, from 256 on the same). A model that is not finite gives values that are not.
     Raises: UserError for an adapter that `adapters` lacks, tokens or targets out of range or of a wrong shape.
     """
     for query in queries:

@@ -85,6 +85,32 @@ def test_equals_a_model_with_merged_weights(backend, kind, parts):
         np.testing.assert_allclose(base[request.uid].logprobs, expected, atol=1e-5, rtol=0)
 
 
+def test_some_products_of_a_group_only(backend):
+    """Of queries, keys and values the values alone; of gate and up the up alone."""
+    model = llama()
+    made = adapter(model, "one", rank=5)
+    for path in list(made.pairs):
+        if not path.endswith(("v_proj", "up_proj")):
+            del made.pairs[path]
+    made.head, exact = None, merged(model, made)
+    assert len(made.pairs) == 4
+    asked = requests(prompts(3), model="one")
+    drawn = run(sampler(model, backend=backend, adapters={"one": made}), asked)
+    for request in asked:
+        expected = reference_logprobs(exact, request.tokens, drawn[request.uid].tokens)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_of_something_else_is_an_error():
+    model = qwen3()
+    made = adapter(model, "one")
+    made.pairs["model.somewhere"] = made.pairs["lm_head"]
+    engine = sampler(model, backend="fused", adapters={"one": made})
+    engine.add(requests(prompts(1), model="one")[0])
+    with pytest.raises(RuntimeError, match="adapter 'one' changes model.somewhere"):
+        engine.step()
+
+
 def test_several_adapters_in_one_batch(backend):
     """Arrivals one after the other, so that every step holds a mixture; a cache that is too small."""
     model = llama()

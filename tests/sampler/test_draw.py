@@ -11,15 +11,17 @@ from skyrl.types import SamplingParams, UserError
 V = 53
 
 
-@pytest.fixture(params=["torch", "kernels", "kernels exact"])
+@pytest.fixture(params=["torch", "kernels"])
 def function(request):
     """draw.draw, and the compiled one, which must agree."""
-    if request.param == "torch":
-        return draw.draw
+    return draw.draw if request.param == "torch" else compiled(exact=False)
+
+
+def compiled(exact):
     if why := library()[1]:
         pytest.skip(why)
     runner = NativeRunner.__new__(NativeRunner)
-    runner._library, runner._exact = library()[0], request.param == "kernels exact"
+    runner._library, runner._exact = library()[0], exact
     runner._model = type("Threads", (), {"threads": 1})
     return runner.draw
 
@@ -76,10 +78,10 @@ def test_inverts_the_exact_distribution(function, params):
     assert (np.diff(tokens.numpy()) >= 0).all()
 
 
-def test_exact_rows_do_not_depend_on_the_batch(function, request):
-    """Rows with cuts beside rows without: the same bits as each row alone."""
-    if "exact" not in request.node.callspec.id:
-        pytest.skip("not promised")
+def test_exact_rows_do_not_depend_on_the_batch():
+    """Rows with cuts beside rows without: the same bits as each row alone, and right."""
+    function = compiled(exact=True)
+    test_rows_with_different_rules_do_not_mix(function)
     rng = np.random.default_rng(3)
     logits = torch.from_numpy((rng.standard_normal((40, 1000)) * 2).astype(np.float32))
     rules, points = [RULES[i % len(RULES)] for i in range(40)], torch.from_numpy(rng.random(40))

@@ -133,6 +133,16 @@ def test_draws_follow_the_distribution(setting):
         assert (np.abs(share - expected[position]) < bound).all()
 
 
+def test_alone_in_their_packs_queries_get_the_same_bits(setting):
+    model, adapters, _ = setting
+    asked = questions()
+    together = score_prompts(model, asked, adapters, max_tokens=1)
+    for query, stats in zip(asked, together, strict=True):
+        alone = vars(score_prompts(model, [query], adapters, max_tokens=1)[0])
+        for name, value in vars(stats).items():
+            assert np.asarray(value).tobytes() == np.asarray(alone[name]).tobytes() or value is alone[name] is None
+
+
 class _Largest(TorchDispatchMode):
     """Notes the size of the largest tensor with V columns."""
 
