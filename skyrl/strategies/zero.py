@@ -328,7 +328,8 @@ def _config(stage: int, model: nn.Module, world: World, dtype: torch.dtype, offl
     """DeepSpeed's configuration; module docstring for why."""
     gpu = world.device.type == "cuda"
     # Buffers are taken whole at every step, whatever the size of the model.
-    bucket = min(_BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters()))
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    bucket = min(_BUCKET_ELEMENTS, size + size % 2)  # DeepSpeed wants an even number
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": gpu and stage >= 2,

@@ -34,12 +34,12 @@ def test_the_run_is_one_that_could_tell(alone):
 
 
 def test_four_ranks_of_fsdp_learn_what_one_does(alone):
-    hold_equal(run_ranks(4, equal_body, ["hsdp/2", "hsdp/2+all", "fsdp+all"], STEPS), alone)
+    hold_equal(run_ranks(4, equal_body, ["hsdp/2", "fsdp+all"], STEPS), alone)
 
 
 @needs_deepspeed
 def test_two_ranks_of_deepspeed_learn_what_one_does(alone):
-    hold_equal(run_ranks(2, equal_body, ["zero1", "zero2", "zero3", "zero2+optimizer", "zero3+all"], STEPS), alone)
+    hold_equal(run_ranks(2, equal_body, ["zero1", "zero2+optimizer", "zero3+all"], STEPS), alone)
 
 
 @needs_deepspeed
@@ -73,6 +73,6 @@ def test_a_checkpoint_goes_through_zero3_and_back(tmp_path):
 @needs_deepspeed
 @pytest.mark.slow
 def test_a_checkpoint_goes_through_every_strategy(tmp_path):
-    sizes = [2, 4, 1, 2, 4, 2, 3, 2, 4, 2, 2, 1]
+    sizes = [2, 4, 1, 2, 4, 2, 3, 2, 4, 1, 2, 4, 1]
     chain = list(zip(sizes, [kind for kind in KINDS if "hsdp" not in kind] + ["ddp", "hsdp/2", "single"], strict=True))
     hold_chain(chain, tmp_path)
