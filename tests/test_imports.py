@@ -35,6 +35,7 @@ LEVELS = {
     "finish": 7.2,
     "trainer": 8,
     "service": 8,
+    "tinker": 8.1,
     "control": 8,
     "dashboard": 8,
     "train": 9,
@@ -45,7 +46,7 @@ LEVELS = {
 }
 WITHOUT_TORCH = ("skyrl.config", "skyrl.envs", "skyrl.data", "skyrl.tracking", "skyrl.dashboard", "skyrl.launch",
                  "skyrl.cli", "skyrl.api", "skyrl.types", "skyrl.registry", "skyrl.runfolder", "skyrl.train",
-                 "skyrl.sft")  # fmt: skip
+                 "skyrl.sft", "skyrl.tinker")  # fmt: skip
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
 

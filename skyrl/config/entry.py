@@ -8,10 +8,12 @@ import importlib
 import io
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
@@ -31,7 +33,7 @@ from skyrl.config.load import (
 )
 from skyrl.config.schema import RunConfig
 from skyrl.config.serve import ServeConfig, dry_run_text
-from skyrl.types import RunError, UserError
+from skyrl.types import RunError, StopRun, UserError
 
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
@@ -39,6 +41,7 @@ FOLLOWER_SECONDS = 3.0
 # What rank 0 has to say comes first, if it fails as well; the others wait this long before they look.
 AFTER_RANK_0_SECONDS = 0.5
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
+REQUEUE_FILE = "requeue"  # in the run folder: the same command should be started again
 INFO_FLAGS = ("-i", "--info")
 # Hydra's flags -> allowed values; () = any, None = takes none.
 FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -65,8 +68,8 @@ def run_entry(mode: str) -> None:
     of a sweep (-m; not for serve).
 
     Exit codes: 0; 2 with one line for what a person can fix; 1 with one line for a run that cannot go on or has lost a
-    rank, or with a traceback for anything else; 130 after an interrupt. Every rank runs this; the first rank that
-    fails tells why, the others are silent.
+    rank, or with a traceback for anything else; 75 after a signal or deadline, when the same command should be started
+    again; 130 after an interrupt. Every rank runs this; the first rank that fails tells why, the others are silent.
     """
     args = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in args):
@@ -91,8 +94,11 @@ def _report(error: BaseException, mode: str) -> int:
     """Tells why the run ends, in one line where that is enough; returns the exit code."""
     if isinstance(error, UserError):
         return _tell_all(str(error), USAGE_ERROR)
+    if isinstance(error, StopRun):
+        tell_launcher(str(error))
+        return error.exit_code
     if isinstance(error, RunError):
-        return _tell_all(str(error), FAILURE)
+        return _tell_all(str(error), FAILURE, bundle=True)
     if isinstance(error, KeyboardInterrupt):
         kept = "with what was saved" if mode == "serve" else "from the last checkpoint"
         return _tell_all(f"interrupted; the same command goes on {kept}", INTERRUPTED)
@@ -106,11 +112,13 @@ def _report(error: BaseException, mode: str) -> int:
             f"out of memory ({what}); lower {budget} or sampler.kv_cache_gib, set "
             "model.activation_checkpointing=true or strategy.name=fsdp; dry_run=true shows what needs how much",
             FAILURE,
+            bundle=True,
         )
     group = _group()
     if group is not None and group.is_lost_peer(error):
-        return _tell_all(group.about_lost_peer(error), FAILURE)
-    return _tell_all("".join(traceback.format_exception(type(error), error, _own_part(error))), FAILURE, plain=True)
+        return _tell_all(group.about_lost_peer(error), FAILURE, bundle=True)
+    trace = "".join(traceback.format_exception(type(error), error, _own_part(error)))
+    return _tell_all(trace, FAILURE, plain=True, bundle=True)
 
 
 def _own_part(error: BaseException) -> TracebackType | None:
@@ -123,10 +131,11 @@ def _group() -> ModuleType | None:
     return importlib.import_module("skyrl.distributed.failure") if init is not None and init.in_group() else None
 
 
-def _tell_all(message: str | None, code: int, *, plain: bool = False) -> int:
+def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
     """Prints the message, unless another rank has told one; None: nothing to tell. Returns `code`.
 
-    Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it.
+    Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it. With
+    `bundle` a crash bundle is left in the run folder. A traceback (`plain`) is the last thing printed.
     """
     group, me = _group(), rank()
     if group is not None:
@@ -137,21 +146,44 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False) -> int:
         time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here; with our exit it would cut short the one who tells
         return code
     who = f"rank {me}: " if me != 0 else ""
+    place, details = _last_words(message) if bundle else ("", "")
     if plain:
+        if place:
+            tell(f"rank {me} failed{place}{details}")
         print(f"{who}{message}", end="", file=sys.stderr, flush=True)
     else:
-        tell(who + message)
-    _tell_launcher(who + message.rstrip().splitlines()[-1])
+        tell(who + message + details)
+    tell_launcher(who + message.rstrip())
     return code
 
 
-def _tell_launcher(line: str) -> None:
-    """Leaves the line where torchrun looks for it, so that its own report ends with it."""
+def _last_words(message: str) -> tuple[str, str]:
+    """(" in <phase>, step <n>", "; details in <crash bundle>") while a run is watched, else ("", "")."""
+    # By name: it lies above this folder, and is there only once a run is under way.
+    module = sys.modules.get("skyrl.distributed.watch")
+    if module is None or module.current is None:
+        return "", ""
+    return module.current.last_words(message)
+
+
+def tell_launcher(text: str) -> None:
+    """Leaves the text where torchrun looks for it, so that its own report ends with it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with contextlib.suppress(OSError), open(path, "w") as file:
-            extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": line, "extraInfo": extra}}, file)
+            extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+
+
+def _refuse_restart(folder: Path) -> None:
+    """Raises StopRun when torchrun, which restarts ranks whatever their exit code, restarts a run that it stopped for
+    a signal or a deadline: the job is to be queued again, not to go on."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return
+    with contextlib.suppress(OSError, ValueError):
+        mark = json.loads((folder / REQUEUE_FILE).read_text())
+        if (mark["host"], mark["launcher"]) == (socket.gethostname(), os.getppid()):
+            raise StopRun(f"stopped and saved; {folder / REQUEUE_FILE} asks for the job to be queued again")
 
 
 def _end(code: int) -> NoReturn:
@@ -161,6 +193,14 @@ def _end(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def end_now(error: BaseException, mode: str) -> NoReturn:
+    """Tells why this process fails and ends it at once, from any thread; nothing of the program runs after."""
+    code = _report(error, mode)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def split_args(args: list[str]) -> tuple[list[str], list[str]]:
@@ -242,7 +282,7 @@ class _Entry:
                 self._run_one(composed)
             except Exception as error:
                 code = _report(error, self.mode)
-                if not self.sweep or world_size() > 1:
+                if not self.sweep or world_size() > 1 or isinstance(error, StopRun):
                     # Other ranks may wait for us in a collective: only the end of the job frees them.
                     raise SystemExit(code) from None
                 self.failed, self.code = self.failed + 1, max(self.code, code)
@@ -261,6 +301,7 @@ class _Entry:
             if rank() == 0:
                 print(text, flush=True)
             return
+        _refuse_restart(Path(cfg.run.dir))
         # By name: this folder lies below the trainer, and a command line that is wrong should not wait for torch.
         getattr(importlib.import_module("skyrl.trainer"), self.mode)(cfg)
 

@@ -140,7 +140,7 @@ def _set_topk(message: Any, table: TopK) -> None:
     message.length, message.k = table.token_ids.shape
 
 
-def _csr_values(values: np.ndarray, csr: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def csr_values(values: np.ndarray, csr: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """The cells that a layout (crow, col) names, in its order."""
     crow, col = csr
     return values[np.repeat(np.arange(len(crow) - 1), np.diff(crow)), col]
@@ -152,7 +152,7 @@ def _set_tensor(message: Any, values: np.ndarray, csr: tuple[np.ndarray, np.ndar
     if csr is None:
         message.dense = values.tobytes()
         return
-    message.sparse_csr.values = _csr_values(values, csr).tobytes()
+    message.sparse_csr.values = csr_values(values, csr).tobytes()
     message.sparse_csr.crow_indices, message.sparse_csr.col_indices = (
         np.ascontiguousarray(part, dtype="<i8").tobytes() for part in csr
     )
@@ -164,7 +164,7 @@ def _tensor_json(values: np.ndarray, csr: tuple[np.ndarray, np.ndarray] | None) 
     if csr is None:
         return {"data": values.ravel().tolist(), **found}
     crow, col = (part.tolist() for part in csr)
-    data = _csr_values(values, csr).tolist()
+    data = csr_values(values, csr).tolist()
     return {"data": data, **found, "sparse_crow_indices": crow, "sparse_col_indices": col}
 
 
@@ -180,7 +180,7 @@ def _sample_json(result: SampleResult) -> dict[str, Any]:
             None if missing else value for value, missing in zip(values.tolist(), np.isnan(values), strict=True)
         ]
     if result.topk_prompt is not None:
-        found["topk_prompt_logprobs"] = _topk_json(result.topk_prompt)
+        found["topk_prompt_logprobs"] = topk_rows(result.topk_prompt)
     if result.targets is not None:
         found["target_prompt_logprobs"] = _tensor_json(_floats(result.targets), result.targets_csr)
     if result.alt_tokens is not None and result.alt_logprobs is not None:
@@ -198,11 +198,11 @@ def _sequence_json(one: SampledSequence) -> dict[str, Any]:
         "logprobs": _floats(one.logprobs).tolist(),
     }
     if one.topk is not None:
-        found["topk_logprobs"] = _topk_json(one.topk)
+        found["topk_logprobs"] = topk_rows(one.topk)
     return found
 
 
-def _topk_json(table: TopK) -> list[list[tuple[int, float]] | None]:
+def topk_rows(table: TopK) -> list[list[tuple[int, float]] | None]:
     """Per position the (token, logprob) pairs that are there, None where there is none."""
     rows = []
     for ids, logprobs in zip(table.token_ids.tolist(), _floats(table.logprobs).tolist(), strict=True):

@@ -1,0 +1,179 @@
+"""Services inside this process (one rank) or inside forked ranks, driven by scripts over skyrl.tinker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gloo
+import numpy as np
+from small import SMALL
+
+from skyrl.tinker import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient
+
+ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=50.0)
+
+
+def options(folder: Path, *overrides: str, **more: Any) -> dict[str, Any]:
+    """A service of the small model; several micro-batches for most calls."""
+    small = [one for one in SMALL if one.startswith("model.")]
+    pairs = dict(one.split("=", 1) for one in [*small, "threads=1", "max_tokens_per_microbatch=128", *overrides])
+    return {**pairs, "service.folder": str(folder), **more}
+
+
+def open_client(folder: Path, *overrides: str, **more: Any) -> ServiceClient:
+    """A client whose service is this process, or these ranks."""
+    return ServiceClient(**options(folder, *overrides, **more))
+
+
+def on_ranks(size: int, script: Callable[..., Any], folder: Path, *overrides: str, args: Sequence[Any] = ()) -> Any:
+    """What `script(client, *args)` returns on rank 0 of a service of `size` ranks. `script` is a top-level function."""
+    return gloo.run_ranks(size, _script_rank, script, folder, overrides, tuple(args), timeout=240)[0]
+
+
+def _script_rank(script: Callable[..., Any], folder: Path, overrides: Sequence[str], args: tuple[Any, ...]) -> Any:
+    try:
+        with open_client(folder, *overrides) as client:
+            return script(client, *args)
+    except SystemExit as end:
+        assert os.environ["RANK"] != "0" and not end.code
+        return None
+
+
+@dataclass
+class Ended:
+    """How each rank of a job ended: exit codes (negative: signals), and what they printed together."""
+
+    codes: list[int | None]
+    output: str
+    seconds: float
+
+
+def run_job(size: int, script: Callable[[Path], None], folder: Path, *, timeout: float = 60.0) -> Ended:
+    """`script(folder)` on every rank, each in a process of its own. As torchrun does, the other ranks get SIGTERM when
+    one has failed. A code is None for a rank that had to be killed after `timeout` seconds."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    ranks = [gloo._SERVER.Process(target=_job_rank, args=(r, size, port, script, folder)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    told = False
+    while any(process.is_alive() for process in ranks) and time.monotonic() - start < timeout:
+        if not told and any(process.exitcode for process in ranks):
+            told = True
+            for process in ranks:
+                process.terminate()
+        time.sleep(0.05)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    text = "".join(path.read_text() for path in sorted(folder.glob("rank*.log")))
+    return Ended(codes, text, time.monotonic() - start)
+
+
+def _job_rank(rank: int, size: int, port: int, script: Callable[[Path], None], folder: Path) -> None:
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(log, 1), os.dup2(log, 2)
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_PORT=port)
+    os.environ.update({**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"})
+    code = 0
+    try:
+        script(folder)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    import atexit
+
+    atexit._run_exitfuncs()  # a forked process skips them; Python's own end runs them after the traceback
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def prompt(*tokens: int) -> ModelInput:
+    """A prompt of these tokens."""
+    return ModelInput.from_ints(list(tokens))
+
+
+def rows(seed: int, count: int = 9, longest: int = 40) -> list[Datum]:
+    """Rows for cross_entropy: ragged, some positions without weight."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        tokens = rng.integers(4, 90, int(rng.integers(3, longest)))
+        weights = (rng.random(len(tokens)) < 0.7) * rng.uniform(0.2, 1.0, len(tokens))
+        found.append(
+            Datum(
+                ModelInput.from_ints(tokens.tolist()),
+                {"target_tokens": rng.integers(4, 90, len(tokens)), "weights": weights.astype(np.float32)},
+            )
+        )
+    return found
+
+
+def rl_rows(seed: int, logprobs: Sequence[np.ndarray], given: Sequence[Datum]) -> list[Datum]:
+    """The rows `given` for ppo and its kin: as if sampled by a policy near the one that gave `logprobs`."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for datum, own in zip(given, logprobs, strict=True):
+        noise = rng.normal(0, 0.2, len(own))
+        advantages = np.where(np.arange(len(own)) < 2, 0.0, rng.normal())
+        inputs = {
+            "target_tokens": datum.loss_fn_inputs["target_tokens"],
+            "logprobs": (own + noise).astype(np.float32),
+            "advantages": advantages.astype(np.float32),
+        }
+        found.append(Datum(datum.model_input, inputs))
+    return found
+
+
+def logprobs_of(output: Any) -> list[np.ndarray]:
+    """Log-probabilities of each row."""
+    return [one["logprobs"].to_numpy() for one in output.loss_fn_outputs]
+
+
+def draw(max_tokens: int = 12, temperature: float = 1.0, seed: int | None = 5, stop: Any = ()) -> SamplingParams:
+    """Draws that only their length ends."""
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=list(stop))
+
+
+def drawn(response: Any) -> list[tuple[list[int], list[float]]]:
+    """(tokens, log-probabilities) of each sample."""
+    return [(one.tokens, one.logprobs) for one in response.sequences]
+
+
+def contents(client: ServiceClient, path: str) -> dict[str, Any]:
+    """A checkpoint's tensors by name, as arrays: weights, moments and the step."""
+    books = client._job.service.books
+    content = books.read(path, "local", optimizer=True)
+    found = {f"{name}.{part}": t for name, pair in content.adapters.items() for part, t in zip("AB", pair, strict=True)}
+    found |= content.weights
+    assert content.optimizer is not None
+    found |= {f"m:{name}": tensor for name, tensor in content.optimizer.exp_avg.items()}
+    found |= {f"v:{name}": tensor for name, tensor in content.optimizer.exp_avg_sq.items()}
+    return {name: tensor.numpy() for name, tensor in found.items()} | {"step": content.optimizer.step}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return a == b
