@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from datetime import date, datetime, timezone
 from functools import partial
@@ -77,6 +78,8 @@ async def get_run(call: Call) -> Response:
 async def run_checkpoints(call: Call) -> Response:
     """All checkpoints of a run, newest first."""
     found = await in_thread(call.door.store.run_checkpoints, call.path("run_id"), call.owner)
+    if not _knows_external(call):
+        found = [one for one in found if one.path.kind != "external_weights"]
     cursor = {"offset": 0, "limit": len(found), "total_count": len(found)}
     return reply({"checkpoints": [one.to_json() for one in found], "cursor": cursor})
 
@@ -84,8 +87,17 @@ async def run_checkpoints(call: Call) -> Response:
 async def list_checkpoints(call: Call) -> Response:
     """The owner's checkpoints of all runs, newest first."""
     limit, offset = call.whole_number("limit", 100), call.whole_number("offset", 0)
-    page = await in_thread(call.door.store.list_checkpoints, call.owner, limit=limit, offset=offset)
+    kinds = None if _knows_external(call) else ("weights", "sampler_weights")
+    page = await in_thread(call.door.store.list_checkpoints, call.owner, limit=limit, offset=offset, kinds=kinds)
     return reply({"checkpoints": [one.to_json() for one in page.items], "cursor": page.cursor()})
+
+
+def _knows_external(call: Call) -> bool:
+    """Whether this client can read the type "external": releases before 0.28 refuse a whole listing that has one."""
+    sent = call.request.headers.get("x-sdk-version") or call.request.headers.get("user-agent", "").rpartition(" ")[2]
+    release = re.match(r"(\d+)\.(\d+)", sent)
+    agent = "tinker" in call.request.headers.get("user-agent", "").lower()
+    return release is None or not agent or (int(release[1]), int(release[2])) >= (0, 28)
 
 
 async def weights_info(call: Call) -> Response:

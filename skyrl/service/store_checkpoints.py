@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from skyrl.service.store_db import Database, Row, check_page
 from skyrl.service.store_records import (
@@ -77,16 +77,22 @@ class Checkpoints(Database):
             raise UserError(f"checkpoint {path.uri}: its files were lost or damaged on the disk; delete it")
         return checkpoint_of(row)
 
-    def list_checkpoints(self, owner: str, *, limit: int = 100, offset: int = 0) -> Page[Checkpoint]:
-        """The owner's checkpoints of all runs, newest first."""
+    def list_checkpoints(
+        self, owner: str, *, limit: int = 100, offset: int = 0, kinds: Sequence[str] | None = None
+    ) -> Page[Checkpoint]:
+        """The owner's checkpoints of all runs, newest first; only those of some kinds if given."""
         check_page(limit, offset)
         values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset}
+        some = ""
+        if kinds is not None:
+            values |= {f"kind{i}": kind for i, kind in enumerate(kinds)}
+            some = f" AND kind IN ({', '.join(f':kind{i}' for i in range(len(kinds)))})"
         with self.read() as db:
             (total,) = db.execute(
-                f"SELECT count(*) FROM checkpoints c WHERE owner = :owner AND {LIVE}", values
+                f"SELECT count(*) FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}", values
             ).fetchone()
             rows = db.execute(
-                f"SELECT * FROM checkpoints c WHERE owner = :owner AND {LIVE}"
+                f"SELECT * FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}"
                 " ORDER BY created_at DESC, rowid DESC LIMIT :limit OFFSET :offset",
                 values,
             )

@@ -72,6 +72,18 @@ def test_checkpoints_are_listed_whole(server, bob, run):
     assert server.post("weights_info", bob, tinker_path=f"tinker://{run}/weights/final").status_code == 404
 
 
+def test_releases_that_cannot_read_external_checkpoints_do_not_get_them(server, run):
+    def kinds(path, version):
+        headers = {"User-Agent": f"AsyncTinker/Python {version}"}
+        answer = server.client("tml-any").get(f"/api/v1/{path}", headers=headers).json()
+        assert answer["cursor"]["total_count"] >= len(answer["checkpoints"])
+        return {entry["checkpoint_type"] for entry in answer["checkpoints"]}
+
+    for path in (f"training_runs/{run}/checkpoints", "checkpoints?limit=100&offset=0"):
+        assert kinds(path, "0.7.0") == kinds(path, "0.27.9") == {"training", "sampler"}
+        assert kinds(path, "0.28.0") == kinds(path, "0.38.0") == {"training", "sampler", "external"}
+
+
 def test_publishing_twice_is_fine_and_shows_to_others(server, bob, run):
     path = one(run, "weights/final", "/publish")
     assert bob.post(path).status_code == 404

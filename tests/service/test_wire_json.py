@@ -206,3 +206,8 @@ def test_long_prompts_are_quick():
     tokens = list(range(200_000))
     made = wire.parse_sample({**SAMPLE, "prompt": {"chunks": [{"tokens": tokens}]}})
     np.testing.assert_array_equal(made.prompt, tokens)
+
+
+def test_a_null_among_the_optimizers_numbers_is_a_nan_that_json_lost():
+    request = wire.parse_optim_step({"model_id": "m", "seq_id": 1, "adam_params": {"learning_rate": None}})
+    assert "learning_rate is null (a NaN?)" in request.problem
