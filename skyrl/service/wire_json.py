@@ -134,7 +134,7 @@ def parse_optim_step(json: Any) -> OptimStep:
                 return found
         params = adam or other
         assert params is not None
-        sent = json.get("adam_params") or json["optimizer_params"]
+        sent = json["optimizer_params" if adam is None else "adam_params"]
         if nulls := sorted(name for name, value in sent.items() if value is None):
             # Clients leave out what they do not set: their null is a NaN that JSON could not hold.
             raise UserError(f"{params.place(nulls[0])} is null (a NaN?); allowed: a finite number")
