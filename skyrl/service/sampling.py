@@ -234,6 +234,9 @@ class Sampling:
             return
         index = int(number)
         self._load[work.ranks.pop(sample.uid)] -= 1
+        if sample.stop == "aborted":
+            self._take_out(work, Refused("the model of this request gives log-probabilities that are not finite"))
+            return
         reason = "stop" if sample.stop == "stop" else "length"
         work.sequences[index] = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
         if work.query.topk_sample_logprobs and len(sample.tokens):
