@@ -8,13 +8,14 @@ the tokens of the environment's answer. What was sampled is what is trained, id 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from skyrl.config.schema import EnvConfig
+from skyrl.distributed.phases import beat
 from skyrl.envs.base import Environment, make_environment
 from skyrl.envs.guard import Guard
 from skyrl.sampler.base import Sampler
@@ -103,6 +104,7 @@ class Play:
     """How episodes are played: group size, sampling, limits, and the key of every draw.
 
     `params.seed` is not used: each turn's seed comes from `key`, the prompt's position, the sample and the turn.
+    `asked` says whether this rank shall stop playing.
     """
 
     env: EnvConfig
@@ -110,6 +112,7 @@ class Play:
     group_size: int
     max_row_tokens: int
     key: tuple[Any, ...]
+    asked: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -130,8 +133,8 @@ def collect(
 ) -> list[list[Episode]]:
     """The groups of episodes of `prompts` ((position in the data, prompt) pairs), in that order, samples in order.
 
-    No collective: each rank plays its own prompts. Raises UserError when an environment or reward fails and
-    env.on_error is "stop".
+    No collective: each rank plays its own prompts. [] when `play.asked` says stop: what was under way is dropped, and
+    its draws are the same next time. Raises UserError when an environment or reward fails and env.on_error is "stop".
     """
     guard = Guard(play.env)
     groups: list[list[Episode | None]] = [[None] * play.group_size for _ in prompts]
@@ -166,6 +169,9 @@ def collect(
         for group, (position, prompt) in enumerate(prompts):
             known: tuple[list[Message], Ints] | None = None
             for index in range(play.group_size):
+                beat()
+                if play.asked():
+                    return _dropped(guard, sampler, seats)
                 env = make_environment(play.env)
                 opening = guard.call(env.reset, prompt, prompt=prompt)
                 if opening.invalid:
@@ -176,10 +182,21 @@ def collect(
                     known = opening.value, renderer.start(opening.value)
                 request(group, _Seat(position, index, prompt, env, known[1]))
         while sampler.unfinished():
+            beat()
+            if play.asked():
+                return _dropped(guard, sampler, seats)
             for sample in sampler.step():
                 group, seat = seats.pop(sample.uid)
                 _take_turn(guard, play, renderer, group, seat, sample, request, finish)
     return groups  # type: ignore[return-value]
+
+
+def _dropped(guard: Guard, sampler: Sampler, seats: dict[str, tuple[int, _Seat]]) -> list[list[Episode]]:
+    """Takes everything back that is under way."""
+    for uid, (_, seat) in seats.items():
+        sampler.cancel(uid)
+        guard.call(seat.env.close, prompt=seat.prompt)
+    return []
 
 
 def _take_turn(

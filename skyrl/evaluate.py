@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from skyrl.collect import Play, Renderer, collect
 from skyrl.distributed.collectives import Tally
@@ -11,17 +11,23 @@ from skyrl.types import Episode, Metrics, Prompt
 
 
 def evaluate(
-    engine: Engine, prompts: Sequence[Prompt], play: Play, renderer: Renderer
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    play: Play,
+    renderer: Renderer,
+    stop_point: Callable[[], None] = lambda: None,
 ) -> tuple[Metrics, list[list[Episode]]]:
     """Global metrics ("eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above
     0; "eval/reward:mean", "eval/length:mean") and this rank's episodes. Collective.
 
-    Prompt i is played on rank i % world size; which rank plays it changes nothing.
+    Prompt i is played on rank i % world size; which rank plays it changes nothing. `stop_point` is called, on every
+    rank, when this one has played: where ranks that were asked to stop may leave.
     """
     world = engine.world
     mine = [(i, prompts[i]) for i in range(world.rank, len(prompts), world.size)]
     with engine.sampling("policy") as sampler:
         groups = collect(sampler, mine, play, renderer)
+    stop_point()
     tally = Tally()
     episode_metrics(tally, groups, prefix="eval/")
     return tally.result(world), groups

@@ -8,35 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest
 from skyrl.collect import Play, Renderer
+from skyrl.config.entry import REQUEUE_FILE
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.plan import Plan, describe, make_plan, model_facts
 from skyrl.config.rules import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import PromptStream, make_prompts
-from skyrl.distributed.collectives import agree, broadcast_object, on_leader
+from skyrl.distributed.collectives import agree, all_sum, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.failure import hold, is_lost_peer
 from skyrl.distributed.init import World, init_distributed, world_size_from_environment
+from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, inside
+from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest, save_by
+from skyrl.distributed.watch import Watch, mark_requeue
 from skyrl.engine import Engine, ModelSpec
 from skyrl.evaluate import evaluate
 from skyrl.runfolder import RunFolder, drop_rollouts
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.rollouts import write_rollouts
-from skyrl.types import Episode, Metrics, Prompt, UserError
+from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
+ENV_SECONDS = 10.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
+STOPS = "stops.jsonl"
 
 
 @dataclass
@@ -45,7 +54,8 @@ class RunState:
 
     `phase` is "warmup" or "rl", `step` counts finished steps of it. `position` is the next prompt of the training
     stream, `warmup_position` the same for warm-up. `done` counts steps of both phases and names checkpoints.
-    `accuracy` was measured when `done` was `evaluated_at`.
+    `accuracy` was measured when `done` was `evaluated_at`. `half`: the last step is learned, but its evaluation and its
+    record, of which `pending` is the part that is known, are still to come.
     """
 
     phase: str = "warmup"
@@ -59,6 +69,8 @@ class RunState:
     evaluated_at: int = -1
     first_accuracy: float | None = None
     metrics_offset: int = 0
+    half: bool = False
+    pending: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +89,8 @@ class Run:
     checkpointer: Checkpointer
     state: RunState
     kl: AdaptiveKL | None
+    watch: Watch
+    saved: tuple[int, bool] = (0, False)  # `done` and `half` of the newest checkpoint, or of the start
 
     def say(self, text: str) -> None:
         """One line for a person, from rank 0."""
@@ -87,12 +101,34 @@ class Run:
         cfg, training = self.cfg, kind == "train"
         params = self.plan.sampling if training else self.plan.eval_sampling
         group_size = cfg.batch.samples_per_prompt if training else cfg.eval.samples_per_prompt
-        return Play(cfg.env, params, group_size, self.engine.max_row_tokens, (cfg.seed, kind))
+        return Play(cfg.env, params, group_size, self.engine.max_row_tokens, (cfg.seed, kind), self.watch.asked)
+
+    @contextlib.contextmanager
+    def doing(self, phase: str, span: str, step: int) -> Iterator[None]:
+        """Tells who watches that this rank is in `phase` of step `step`, and times it as `span`."""
+        with inside(phase, step), self.tracker.span(span):
+            yield
+
+    def stop_point(self) -> None:
+        """Raises StopRun on every rank when any has been asked to stop. Collective; called where nothing of the step
+        under way has been learned yet, and between steps."""
+        if all_sum(self.world, np.array([float(self.watch.asked())]))[0]:
+            raise StopRun
+
+    @contextlib.contextmanager
+    def undone_by_stop(self) -> Iterator[None]:
+        """A StopRun inside leaves the state as it was before: the step is done again, with the same draws."""
+        before = dataclasses.asdict(self.state)
+        try:
+            yield
+        except StopRun:
+            vars(self.state).update(before)
+            raise
 
     def evaluate(self) -> Metrics:
         """Plays the held-out prompts; adds the metrics to the current step and keeps the accuracy."""
-        with self.tracker.span("evaluate"):
-            metrics, groups = evaluate(self.engine, self.held_out, self.play("eval"), self.renderer)
+        with self.doing("evaluation", "evaluate", self.state.step):
+            metrics, groups = evaluate(self.engine, self.held_out, self.play("eval"), self.renderer, self.stop_point)
         self.tracker.add(metrics)
         self.dump(groups, "eval")
         self.state.evaluated_at = self.state.done
@@ -114,7 +150,8 @@ class Run:
         state.kl = self.kl.state_dict() if self.kl is not None else {}
         state.models = sorted(self.engine.models)
         state.metrics_offset = broadcast_object(self.world, self.tracker.offset())
-        with self.tracker.span("save"):
+        state.pending = broadcast_object(self.world, self.tracker.pending()) if state.half else {}
+        with self.doing(SAVING, "save", state.step):
             self.checkpointer.save(
                 f"{state.done:06d}",
                 self.engine.state(),
@@ -122,13 +159,57 @@ class Run:
                 score=state.accuracy if state.evaluated_at == state.done else None,
                 block=block,
             )
+        self.saved = (state.done, state.half)
+
+    def leave(self) -> StopRun:
+        """All ranks have agreed to stop: saves what is not saved yet, and tells people and launcher. Collective.
+
+        Returns what `train` raises then. In the run folder: a line in stops.jsonl, and the file `requeue` when the same
+        command should be started again.
+        """
+        asked = next(r for r in gather_objects(self.world, self.watch.wanted) if r is not None)
+        if self.saved != (self.state.done, self.state.half):
+            self.save(block=True)
+        with inside(SAVING, self.state.step):
+            self.checkpointer.wait()
+            waited = gather_objects(self.world, time.monotonic() - self.watch.wanted_at if self.watch.asked() else 0.0)
+        for line in self.checkpointer.poll():
+            self.say(line)
+        if self.world.is_leader:
+            self._tell_stop(asked, max(waited))
+        return StopRun(f"stopped by {asked.reason} on rank {asked.rank}, saved", asked.exit_code)
+
+    def _tell_stop(self, asked: StopRequest, seconds: float) -> None:
+        newest = latest(self.folder.checkpoints)
+        record = {
+            **dataclasses.asdict(asked),
+            "done": self.state.done,
+            "checkpoint": newest.tag if newest is not None else "",
+            "seconds": round(seconds, 3),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        with open(self.folder.path / STOPS, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if asked.exit_code != INTERRUPTED:
+            mark_requeue(self.folder.path)
+        (self.folder.path / STOP_FILE).unlink(missing_ok=True)
+        self.say(
+            f"stopped by {asked.reason} on rank {asked.rank} in {asked.phase}; saved and left after {seconds:.1f} s; "
+            "the same command goes on"
+        )
 
     def start_rl(self) -> None:
         """Makes the models that RL needs beside the policy: the frozen reference is the policy as it is now."""
-        if self.plan.needs_reference and "reference" not in self.engine.models:
-            self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
-        if self.plan.needs_critic and "critic" not in self.engine.models:
-            self.engine.create("critic", ModelSpec(head="value"))
+        with inside(LOADING, self.state.step):
+            if self.plan.needs_reference and "reference" not in self.engine.models:
+                self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
+            if self.plan.needs_critic and "critic" not in self.engine.models:
+                self.engine.create("critic", ModelSpec(head="value"))
+
+    def proof_due(self) -> bool:
+        """Whether the step under way proves that the sampler draws from the trained weights; the first one does."""
+        every = self.cfg.debug.check_weights_every
+        return every > 0 and self.state.step % every == 0
 
     def kl_coef(self) -> float:
         """The KL coefficient in force."""
@@ -136,18 +217,26 @@ class Run:
 
     def __enter__(self) -> Run:
         self.tracker.restart_clock()
+        enter(BETWEEN_PHASES, self.state.step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Waits for writes, closes sinks, gives the lock back. After an error no other rank is waited for."""
         try:
-            if error is None:
+            if error is None or isinstance(error, StopRun):
                 self.checkpointer.wait()
                 self.tracker.close()
             else:
                 self._close_after(error)
         finally:
             self.folder.close()
+        if isinstance(error, StopRun):
+            gather_objects(self.world, None)  # as soon as one rank ends, torchrun ends the others
+            hold()
+        if error is None:
+            self.watch.close()
+        elif not isinstance(error, StopRun):
+            self.watch.relax()
 
     def _close_after(self, error: BaseException) -> None:
         """Lets a save under way complete where it can. What fails here is not told: the error before it counts."""
@@ -174,12 +263,22 @@ def open_run(cfg: RunConfig) -> Run | None:
         return None
     world = init_distributed(cfg)
     plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
-    prompts = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
-    folder = _claim_folder(cfg, world)
+    deadline = agree(world, lambda: save_by(cfg.run))
+    patience = cfg.env.timeout_seconds + ENV_SECONDS
+    watch = Watch(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
+    watch.start()
     try:
-        return _open(cfg, world, plan, prompts, folder)
+        prompts = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
+        folder = _claim_folder(cfg, world)
+        watch.claim()
+    except UserError:
+        watch.close()
+        raise
+    try:
+        return _open(cfg, world, plan, prompts, folder, watch)
     except BaseException:
         folder.close()
+        watch.relax()
         raise
 
 
@@ -192,6 +291,8 @@ def _claim_folder(cfg: RunConfig, world: World) -> RunFolder:
         try:
             _refuse_other_run(cfg, folder)
             lines += clean_leftovers(folder.checkpoints)
+            for mark in (REQUEUE_FILE, STOP_FILE):
+                (folder.path / mark).unlink(missing_ok=True)
         except UserError:
             folder.close()
             raise
@@ -221,7 +322,12 @@ def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:
 
 
 def _open(
-    cfg: RunConfig, world: World, plan: Plan, prompts: tuple[Sequence[Prompt], Sequence[Prompt]], folder: RunFolder
+    cfg: RunConfig,
+    world: World,
+    plan: Plan,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    folder: RunFolder,
+    watch: Watch,
 ) -> Run:
     train_prompts, held_out = prompts
     info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
@@ -251,9 +357,12 @@ def _open(
         ),
         state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
+        watch=watch,
     )
     offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
     run.tracker = _make_tracker(run, offset)
+    run.tracker.restore(run.state.pending)
+    run.saved = (run.state.done, run.state.half)
     return run
 
 

@@ -19,43 +19,59 @@ from skyrl.collect import Row, collect, to_rows
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
 from skyrl.distributed.collectives import Tally, all_sum, gather_objects
+from skyrl.distributed.phases import FINISHING, inside
 from skyrl.evaluate import episode_metrics
 from skyrl.finish import finish
+from skyrl.proof import Probe, check_copies, check_probe, draw_probe
 from skyrl.run import Run, open_run
 from skyrl.tracking.base import memory_metrics
 from skyrl.tracking.flops import ModelShape, causal_attended, forward_flops, sample_attended, train_flops
-from skyrl.types import Datum, Episode, LossSpec, UserError
+from skyrl.types import Datum, Episode, LossSpec, StopRun, UserError
 
 Group = tuple[int, list[Episode]]  # (place in the step's batch, its episodes)
 
 
 def train(cfg: RunConfig) -> None:
-    """The whole run: warm-up if there is one, RL, final evaluation, export. Resumes where its folder says."""
+    """The whole run: warm-up if there is one, RL, final evaluation, export. Resumes where its folder says.
+
+    Raises StopRun, when all is saved, after a signal or at a deadline.
+    """
     run = open_run(cfg)
     if run is None:
         return
     with run:
-        if run.state.phase == "rl" and run.state.step >= run.plan.num_steps:
+        if run.state.phase == "rl" and run.state.step >= run.plan.num_steps and not run.state.half:
             run.say(
                 f"finished already: step {run.state.step} of {run.plan.num_steps}; give more batch.num_steps to go on, "
                 "or another run.name to start anew"
             )
-        warm_up(run)
-        run.start_rl()
-        reinforce(run)
-        finish(run)
+        try:
+            warm_up(run)
+            run.start_rl()
+            reinforce(run)
+        except StopRun:
+            raise run.leave() from None
+        with inside(FINISHING, run.state.step):
+            finish(run)
 
 
 def sft(cfg: RunConfig) -> None:
-    """Supervised training alone: `warmup.num_steps` steps on the environment's solutions, evaluation, export."""
+    """Supervised training alone: `warmup.num_steps` steps on the environment's solutions, evaluation, export.
+
+    Raises StopRun as `train` does.
+    """
     if cfg.warmup.num_steps == 0:
         raise UserError("warmup.num_steps=0: supervised training needs at least 1 step")
     run = open_run(cfg)
     if run is None:
         return
     with run:
-        warm_up(run)
-        finish(run)
+        try:
+            warm_up(run)
+        except StopRun:
+            raise run.leave() from None
+        with inside(FINISHING, run.state.step):
+            finish(run)
 
 
 # ---- supervised ----------------------------------------------------------------------------------------------------
@@ -63,32 +79,41 @@ def sft(cfg: RunConfig) -> None:
 
 def warm_up(run: Run) -> None:
     """Cross-entropy on solutions, token mean over each step's rows; ends with an evaluation and a checkpoint."""
-    cfg, state, engine = run.cfg, run.state, run.engine
-    spec = LossSpec("cross_entropy")
+    cfg, state = run.cfg, run.state
     while state.phase == "warmup":
-        with run.tracker.span("train"):
-            first = state.warmup_position
-            rows = [
-                solution_row(run, first + i) for i in range(run.world.rank, cfg.warmup.rows_per_step, run.world.size)
-            ]
-            total = float(all_sum(run.world, np.array([sum(row.weights.sum() for row in rows)]))[0])
-            for row in rows:
-                row.weights = row.weights / total
-            run.tracker.add(engine.forward_backward(rebalance(run.world, rows), spec).metrics)
-            run.tracker.add(engine.optim_step("policy", run.plan.warmup_adam_at(state.step)))
-        state.warmup_position += cfg.warmup.rows_per_step
-        state.step += 1
-        state.done += 1
+        if not state.half:
+            with run.undone_by_stop():
+                warm_up_step(run)
         last = state.step == cfg.warmup.num_steps
         if last:
             run.evaluate()
         run.tracker.finish_step(state.step, "warmup")
+        state.half = False
         for line in run.checkpointer.poll():
             run.say(line)
         if last:
             state.phase, state.step = "rl", 0
         if last or (cfg.checkpoint.every_steps and state.step % cfg.checkpoint.every_steps == 0):
             run.save()
+
+
+def warm_up_step(run: Run) -> None:
+    """One optimizer step; `state.half` says afterwards that it is learned."""
+    cfg, state, engine = run.cfg, run.state, run.engine
+    run.stop_point()
+    with run.doing("warm-up", "train", state.step + 1):
+        first = state.warmup_position
+        rows = [solution_row(run, first + i) for i in range(run.world.rank, cfg.warmup.rows_per_step, run.world.size)]
+        total = float(all_sum(run.world, np.array([sum(row.weights.sum() for row in rows)]))[0])
+        for row in rows:
+            row.weights = row.weights / total
+        run.tracker.add(engine.forward_backward(rebalance(run.world, rows), LossSpec("cross_entropy")).metrics)
+        run.stop_point()
+        run.tracker.add(engine.optim_step("policy", run.plan.warmup_adam_at(state.step)))
+    state.warmup_position += cfg.warmup.rows_per_step
+    state.step += 1
+    state.done += 1
+    state.half = True
 
 
 def solution_row(run: Run, position: int) -> Datum:
@@ -124,26 +149,37 @@ def reinforce(run: Run) -> None:
     if state.step == 0 and state.done == 0:
         run.evaluate()  # without a warm-up nothing has been evaluated yet
         tracker.finish_step(0, "rl")
-    while state.step < plan.num_steps:
-        tally = Tally()
-        with tracker.span("collect"):
-            groups, total, played = collect_groups(run, tally)
-        state.step += 1
-        state.done += 1
-        run.dump(played, "train")
-        with tracker.span("train"):
-            learn(run, groups, total, tally)
-        tracker.add(tally.result(run.world))
-        tracker.add(memory_metrics())
-        if plan.due("replicas", state.step):
-            run.engine.check_replicas()
+    while state.step < plan.num_steps or state.half:
+        if not state.half:
+            with run.undone_by_stop():
+                reinforce_step(run)
         if plan.due("eval", state.step):
             run.evaluate()
         tracker.finish_step(state.step, "rl")
+        state.half = False
         for line in run.checkpointer.poll():
             run.say(line)
         if plan.due("save", state.step):
             run.save()
+
+
+def reinforce_step(run: Run) -> None:
+    """Plays a batch and learns from it; `state.half` says afterwards that it is learned."""
+    state, tracker = run.state, run.tracker
+    tally = Tally()
+    run.stop_point()
+    with run.doing("generation", "collect", state.step + 1):
+        groups, total, played = collect_groups(run, tally)
+    state.step += 1
+    state.done += 1
+    run.dump(played, "train")
+    with run.doing("training", "train", state.step):
+        learn(run, groups, total, tally)
+    tracker.add(tally.result(run.world))
+    tracker.add(memory_metrics())
+    if run.plan.due("replicas", state.step):
+        run.engine.check_replicas()
+    state.half = True
 
 
 def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[Episode]]]:
@@ -158,11 +194,15 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[
     filters, wanted = cfg.algorithm.filters, cfg.batch.prompts_per_step
     kept: list[Group] = []
     played: list[list[Episode]] = []
+    probe: Probe | None = None
     with run.engine.sampling("policy") as sampler:
+        if run.proof_due():
+            probe = draw_probe(run.engine, sampler, state.step)
         for _ in range(filters.max_refill_rounds if filters.refill else 1):
             positions = [i for i in range(state.position, state.position + wanted) if i % world.size == world.rank]
             prompts = [(i, run.stream.at(i)) for i in positions]
             groups = collect(sampler, prompts, run.play("train"), run.renderer)
+            run.stop_point()
             state.position += wanted
             played += groups
             episode_metrics(tally, groups, prefix="")
@@ -180,6 +220,9 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[
                 break
         for key, value in sampler.metrics().items():
             tally.add(key, value)
+    if probe is not None:
+        check_copies(run.engine)
+        check_probe(run.engine, probe)
     turns = [turn for group in played for e in group for turn in e.turns]
     tokens = sum(len(turn.sample.tokens) for turn in turns)
     tally.add("sampled_tokens:sum", float(tokens))
@@ -204,11 +247,13 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
     for row in rows:
         row.group = groups[row.group][0]
     kl = add_reference(run, rows)
+    run.stop_point()
     returns = add_advantages(run, rows)
     if cfg.algorithm.loss.recompute_anchor:
         scored = engine.score([row.datum for row in rows], cfg.sampler.temperature)
         for row, logprobs in zip(rows, scored.logprobs, strict=True):
             row.datum.anchor = logprobs
+    run.stop_point()
     spec = make_spec(cfg.algorithm, cfg.sampler.temperature)
     if run.kl is not None and spec.kl_coef:
         spec = dataclasses.replace(spec, kl_coef=run.kl.coef)
@@ -221,10 +266,14 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
             if number > 0:  # later updates see a policy that has moved: only the first is the sampler/trainer gap
                 metrics = {k: v for k, v in metrics.items() if not k.startswith("logprob_gap")}
             run.tracker.add(metrics)
+            if number == 0:  # the last place where the step can be taken back
+                run.stop_point()
             run.tracker.add(engine.optim_step("policy", plan.adam_at(step)))
         if returns:
             critic = engine.forward_backward(data, make_value_spec(cfg.algorithm.critic), model="critic").metrics
             run.tracker.add({f"critic/{key}": value for key, value in critic.items()})
+            if number == 0 and not plan.policy_learns(step):
+                run.stop_point()
             critic_step = engine.optim_step("critic", plan.critic_adam_at(step))
             run.tracker.add({f"critic/{key}": value for key, value in critic_step.items()})
     lengths = [len(row.datum.tokens) for row in rows]

@@ -29,6 +29,15 @@ class RunError(RuntimeError):
     """A run that must not go on, such as one whose loss is not finite: the message is one line, no traceback needed."""
 
 
+class StopRun(Exception):
+    """The run was asked to stop: every rank leaves the loop at the same point. `exit_code` tells the launcher whether
+    the same command should be started again (75) or a person wanted the end (130)."""
+
+    def __init__(self, message: str = "", exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One task given to an environment. `extra` is private to the environment (the answer, for example)."""

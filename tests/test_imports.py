@@ -31,6 +31,7 @@ LEVELS = {
     "checkpoint": 6.1,
     "collect": 6.1,
     "evaluate": 7,
+    "proof": 7,
     "run": 7.1,
     "finish": 7.2,
     "trainer": 8,

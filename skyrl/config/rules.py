@@ -62,7 +62,7 @@ AT_LEAST_ONE = (
     "sampler.max_new_tokens sampler.block_tokens batch.num_steps batch.prompts_per_step batch.samples_per_prompt "
     "batch.optim_steps_per_batch batch.epochs_per_batch batch.max_tokens_per_microbatch "
     "algorithm.filters.max_refill_rounds env.max_turns eval.num_prompts eval.samples_per_prompt warmup.rows_per_step "
-    "run.collective_timeout_seconds"
+    "run.collective_timeout_seconds run.join_seconds"
 ).split()
 ABOVE_ZERO = (
     "optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr warmup.lr "
@@ -415,7 +415,7 @@ RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.")
 RESUME_OPTIONS = frozenset(
     "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "
-    "sampler.prefix_cache sampler.cuda_graphs debug.check_replicas_every".split()
+    "sampler.prefix_cache sampler.cuda_graphs debug.check_replicas_every debug.check_weights_every".split()
 )
 
 

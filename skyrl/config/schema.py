@@ -340,6 +340,9 @@ class DebugConfig:
     """Deterministic kernels, one order of everything: two runs give the same bits on one machine."""
     check_replicas_every: int = 0
     """Steps between checks that all ranks hold the same weights; 0 = never."""
+    check_weights_every: int = 20
+    """Steps between proofs that the sampler draws from the trained weights (checksums, and log-probs of drawn tokens
+    against the trainer's); 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -356,8 +359,18 @@ class RunFolderConfig:
     """Ranks to check the plan for in a dry run; 0 = the real ones. Refused otherwise."""
     threads: int = 0
     """CPU threads of one rank; 0 = automatic (the machine's cores shared by its ranks)."""
-    collective_timeout_seconds: int = 300
-    """Longest wait for another rank."""
+    join_seconds: int = 300
+    """Longest wait for all ranks to be there at the start."""
+    hang_seconds: float = 40.0
+    """A rank that makes no progress for so long ends the job, named and with its stack; 0 = never. What is done for the
+    first time, loading, saving and export may take ten times as long."""
+    collective_timeout_seconds: int = 3600
+    """Longest wait for another rank that does make progress (uneven sampling)."""
+    must_save_by: str = ""
+    """Time by which the run has saved and left: 2026-05-01T18:30:00, or +seconds from the start. "" = Slurm's end of
+    the job where there is one; never = no deadline."""
+    save_margin_seconds: float = 120.0
+    """The run begins to stop so long before that time: enough to end an update and to save."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from skyrl.distributed.init import World
+from skyrl.distributed.phases import waiting
 from skyrl.types import Metrics, UserError
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ def all_sum(world: World, values: np.ndarray) -> np.ndarray:
     if world.size == 1:
         return values
     tensor = torch.from_numpy(values.copy())
-    dist.all_reduce(tensor, group=world.control)
+    with waiting("all_sum"):
+        dist.all_reduce(tensor, group=world.control)
     return tensor.numpy()
 
 
@@ -34,7 +36,8 @@ def gather_objects(world: World, thing: T) -> list[T]:
     if world.size == 1:
         return [thing]
     out: list[Any] = [None] * world.size
-    dist.all_gather_object(out, thing, group=world.control)
+    with waiting("gather_objects"):
+        dist.all_gather_object(out, thing, group=world.control)
     return out
 
 
@@ -43,7 +46,8 @@ def broadcast_object(world: World, thing: T) -> T:
     if world.size == 1:
         return thing
     box = [thing]
-    dist.broadcast_object_list(box, src=0, group=world.control)
+    with waiting("broadcast_object"):
+        dist.broadcast_object_list(box, src=0, group=world.control)
     return box[0]
 
 
@@ -94,8 +98,9 @@ def exchange(world: World, outgoing: list[list[Any]]) -> list[list[Any]]:
             tensor = torch.frombuffer(bytearray(payloads[peer]), dtype=torch.uint8)
             works.append(dist.isend(tensor, group=world.control, group_dst=peer))
             buffers[peer, "out"] = tensor  # kept alive until the send is done
-    for work in works:
-        work.wait()
+    with waiting("exchange"):
+        for work in works:
+            work.wait()
     for peer in range(world.size):
         if peer != world.rank:
             received[peer] = pickle.loads(buffers[peer].numpy().tobytes())

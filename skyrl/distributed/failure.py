@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +33,7 @@ _LOST = re.compile(
 _places: list[tuple[str, int]] = []  # (host, process id) of every rank
 _notes: list[Path] = []  # the folder in which ranks of this machine leave word for each other, if there is one
 _PR_SET_PDEATHSIG = 1
+describe_rank: Callable[[int], str] | None = None  # what a rank did last, while a watch knows it
 
 
 def remember_ranks(group: Any, local_rank: int) -> None:
@@ -83,7 +85,7 @@ def _ended_by_launcher(number: int, frame: FrameType | None) -> None:
     gone = ended_ranks()
     if gone and not is_told() and speak_first():
         # not print: what it interrupts may be a print
-        os.write(2, f"skyrl: error: {_about_ranks(gone)}\n".encode())
+        os.write(2, f"skyrl: error: {about_ranks(gone)}\n".encode())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -121,6 +123,11 @@ def speak_first() -> bool:
     return True
 
 
+def note(name: str) -> Path | None:
+    """A file that ranks of this machine share while the job lives; None when there is no place for one."""
+    return _notes[0] / name if _notes else None
+
+
 def is_told() -> bool:
     """Whether some rank of this machine has told an error already."""
     return any((folder / "told").exists() for folder in _notes)
@@ -140,7 +147,7 @@ def about_lost_peer(error: BaseException) -> str | None:
         return None
     what = " ".join(str(error).split("\n")[0].split())
     if gone:
-        return _about_ranks(gone)
+        return about_ranks(gone)
     if re.search("timed out", what, re.IGNORECASE):
         return (
             f"another rank did not answer within run.collective_timeout_seconds ({what}): it hangs or is much slower; "
@@ -152,11 +159,14 @@ def about_lost_peer(error: BaseException) -> str | None:
     )
 
 
-def _about_ranks(gone: list[int]) -> str:
+def about_ranks(gone: list[int]) -> str:
+    """One line about ranks that have ended and could not say why."""
     names = " and ".join(f"rank {rank} (process {_places[rank][1]})" for rank in gone)
+    doing = [f"rank {rank}{text}" for rank in gone if describe_rank is not None and (text := describe_rank(rank))]
+    known = f" ({'; '.join(doing)})" if doing else ""
     return (
-        f"{names} ended without a message: killed from outside (often by the system for want of memory: see dmesg) or "
-        "crashed; what was saved is complete, and the same command goes on from the last checkpoint"
+        f"{names} ended without a message{known}: killed from outside (often by the system for want of memory: see "
+        "dmesg) or crashed; what was saved is complete, and the same command goes on from the last checkpoint"
     )
 
 

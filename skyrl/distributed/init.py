@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import failure
-from skyrl.types import UserError
+from skyrl.types import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class World:
         return self.rank == 0
 
 
+JOIN_POLL_SECONDS = 0.1
 _world: World | None = None
+_store: Any = None  # where the ranks met
 
 
 def _environment(name: str, default: int) -> int:
@@ -96,9 +99,9 @@ def set_determinism(seed: int, deterministic: bool) -> None:
 def init_distributed(cfg: RunConfig) -> World:
     """The world of this process; makes the process group on first use and keeps it for later runs of a sweep.
 
-    Raises UserError for a launcher environment that does not fit, RuntimeError when ranks cannot meet in time.
+    Raises UserError for a launcher environment that does not fit, RunError when ranks cannot meet in time.
     """
-    global _world
+    global _world, _store
     set_threads(cfg.run.threads)
     set_determinism(cfg.seed, cfg.debug.deterministic)
     rank, size, local_rank = _environment("RANK", 0), world_size_from_environment(), _environment("LOCAL_RANK", 0)
@@ -115,17 +118,49 @@ def init_distributed(cfg: RunConfig) -> World:
     timeout = timedelta(seconds=cfg.run.collective_timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-    if size == 1 and "MASTER_ADDR" not in os.environ:
-        kwargs.update(store=dist.HashStore(), rank=0, world_size=1)
     if size > 1:
         failure.end_with_launcher()
-    dist.init_process_group(backend, timeout=timeout, **kwargs)
+    _store = _meet(rank, size, cfg.run.join_seconds)
+    dist.init_process_group(backend, timeout=timeout, store=_store, rank=rank, world_size=size, **kwargs)
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
     failure.remember_ranks(control, local_rank)
     _world = World(rank, size, local_rank, device, control, saving)
     atexit.register(shutdown)
     return _world
+
+
+def _meet(rank: int, size: int, seconds: int) -> Any:
+    """The store through which the ranks meet, once all of them are there. Raises RunError that names who is not."""
+    if size == 1:
+        return dist.HashStore()
+    until = time.monotonic() + seconds
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    advice = "see whether their processes have started and can reach that address, or raise run.join_seconds"
+    limit = f"within run.join_seconds={seconds}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except (dist.DistError, ValueError) as error:  # nobody answers, or a variable of the launcher is missing
+        what = " ".join(str(error).split("\n")[0].split())[:160]
+        raise RunError(f"the {size} ranks did not meet at {where} {limit} ({what}); {advice}") from None
+    # torchrun may keep one store over its restarts
+    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(f"skyrl/{attempt}", store)
+    store.set(f"here/{rank}", "1")
+    while missing := [other for other in range(size) if not store.check([f"here/{other}"])]:
+        if time.monotonic() > until:
+            some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
+        time.sleep(JOIN_POLL_SECONDS)
+    return store
+
+
+def own_store(name: str) -> Any:
+    """A connection of its own to the store where the ranks met, for a thread of its own; None on one rank. Keys are
+    below `name`."""
+    if _store is None or _world is None or _world.size == 1:
+        return None
+    return dist.PrefixStore(name, _store.clone())
 
 
 def in_group() -> bool:
@@ -135,10 +170,10 @@ def in_group() -> bool:
 
 def shutdown(*, failed: bool = False) -> None:
     """Ends the process group. After a failure nobody is waited for: the launcher ends the other ranks."""
-    global _world
+    global _world, _store
     if _world is None:
         return
-    world, _world = _world, None
+    world, _world, _store = _world, None, None
     if dist.is_initialized() and not failed:
         dist.barrier(group=world.control)
         failure.forget_ranks()

@@ -119,6 +119,15 @@ class Tracker:
             sink.write(record)
         return metrics
 
+    def pending(self) -> dict[str, list[float]]:
+        """What was added to the step under way, to be taken up by `restore` after a restart; {} on ranks but 0."""
+        return {key: list(values) for key, values in self._tally._values.items()}
+
+    def restore(self, pending: dict[str, list[float]]) -> None:
+        """Takes up a step that was under way when `pending` was made. Ignored without sinks."""
+        if self.sinks:
+            self._tally._values = {key: list(values) for key, values in pending.items()}
+
     def restart_clock(self) -> None:
         """Begins the step's duration now: set-up before the first step is not part of it."""
         self._start = time.perf_counter()

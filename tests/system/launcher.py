@@ -131,9 +131,10 @@ class Warm:
         timeout: float = 90,
         path: str = PLUGINS,
         before: str = "",
+        number: int = signal.SIGKILL,
     ) -> Done:
-        """Runs a command on some ranks. kill: asked every few milliseconds; when it says yes, kill -9 of all ranks, or
-        of those in `only`. before: Python that each rank runs first."""
+        """Runs a command on some ranks. kill: asked every few milliseconds; when it says yes, signal `number` to all
+        ranks, or to those in `only`. before: Python that each rank runs first."""
         start = time.monotonic()
         order = {"args": args, "cwd": str(cwd), "ranks": ranks, "module": module, "path": path, "before": before}
         order["port"] = free_port()
@@ -146,7 +147,7 @@ class Warm:
                 break
             if kill is not None and not killed and kill():
                 killed = True
-                self._tell({"kill": [pids[rank] for rank in (only or range(ranks))]})
+                self._tell({"kill": [pids[rank] for rank in (only or range(ranks))], "number": number})
                 self._hear()
             if time.monotonic() - start > timeout:
                 self._tell({"kill": pids})
@@ -193,7 +194,7 @@ def _serve() -> None:
         elif "kill" in order:
             for pid in order["kill"]:
                 if pid in living:
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, order.get("number", signal.SIGKILL))
             answer = {}
         else:
             for pid in list(living):

@@ -1,0 +1,149 @@
+"""What this rank is doing, and since when it stands still. Told by the loop, read by the watcher's thread (watch.py).
+
+Progress is a beat (a step of the sampler), a change of phase, an agreement begun or ended, or another line of code on
+the main thread's stack. Durations are of the monotonic clock: a wall clock that jumps changes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+OPENING, LOADING, SAVING, FINISHING, BETWEEN_PHASES = "opening", "loading", "saving", "finishing", "between phases"
+SLOW = (OPENING, LOADING, SAVING, FINISHING)  # disks and compilers: nothing there says that it goes on
+SLOW_FACTOR = 10  # how much longer these may stand still, and whatever is done for the first time
+LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work queued on a GPU shows no progress
+LIBRARY = "/torch/distributed/"
+BETWEEN = ("/torch/_ops.py", "/torch/utils/_contextlib.py")  # stand between a collective and its caller
+
+
+@dataclass
+class Place:
+    """This rank's phase and its progress. Written by the main thread, but for `moved`, `stack` and `longest`."""
+
+    phase: str = OPENING
+    step: int = 0
+    since: float = field(default_factory=time.monotonic)
+    calls: int = 0  # agreements begun: the same number on every rank that is as far
+    waits: str = ""  # the agreement it is in
+    beats: int = 0
+    patience: float = 0.0  # seconds that a single call may take by the user's own options, in any phase
+    seen: set[str] = field(default_factory=set)  # phases gone through once
+    moved: float = field(default_factory=time.monotonic)
+    stack: tuple[Any, ...] = ()
+    longest: dict[str, float] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)  # that runs the loop
+
+
+here = Place()
+
+
+def reset() -> None:
+    """A new run begins in this process."""
+    fresh = Place()
+    vars(here).update(vars(fresh))
+
+
+def enter(phase: str, step: int) -> tuple[str, int]:
+    """This rank is in `phase` of step `step` from now on; returns where it was."""
+    before = here.phase, here.step
+    here.seen.add(here.phase)
+    here.phase, here.step, here.since = phase, step, time.monotonic()
+    here.beats += 1
+    return before
+
+
+@contextmanager
+def inside(phase: str, step: int) -> Iterator[None]:
+    """`phase` for the time of the block."""
+    before = enter(phase, step)
+    try:
+        yield
+    except BaseException:
+        raise  # the phase stays what it was when things went wrong
+    else:
+        enter(*before)
+
+
+def beat() -> None:
+    """Something was done that can be done again and again; a single assignment."""
+    here.beats += 1
+
+
+@contextmanager
+def waiting(name: str) -> Iterator[None]:
+    """Around a collective: this rank waits for the others."""
+    here.calls += 1
+    outer, here.waits = here.waits, name
+    try:
+        yield
+    finally:
+        here.waits = outer
+
+
+def look(now: float) -> tuple[float, str]:
+    """(seconds without progress, the collective that this rank waits in or ""). Called by the watcher's thread."""
+    stack = (here.beats, here.calls, here.waits, here.phase, *_signature(main_frame()))
+    if stack != here.stack:
+        still = now - here.moved
+        if here.stack and here.stack[3] == here.phase:
+            here.longest[here.phase] = max(here.longest.get(here.phase, 0.0), still)
+        here.stack, here.moved = stack, now
+    return now - here.moved, here.waits or _waits_inside(main_frame())
+
+
+def forgive(now: float) -> None:
+    """Begins the stretch without progress anew: the whole process stood still, or has just been started."""
+    here.moved = now
+
+
+def allowance(hang_seconds: float) -> float:
+    """How long this rank may stand still where it is now."""
+    if here.phase in SLOW or here.phase not in here.seen:
+        return max(SLOW_FACTOR * hang_seconds, here.patience)
+    return max(hang_seconds, here.patience, LEARNED_FACTOR * here.longest.get(here.phase, 0.0))
+
+
+def main_frame() -> FrameType | None:
+    """The innermost frame of the thread that runs the loop."""
+    return sys._current_frames().get(here.thread)
+
+
+def _signature(frame: FrameType | None) -> list[int]:
+    out = []
+    while frame is not None:
+        out += [id(frame.f_code), frame.f_lasti]
+        frame = frame.f_back
+    return out
+
+
+def _waits_inside(frame: FrameType | None) -> str:
+    """The function of torch.distributed that the main thread is in; "" when it runs anything else."""
+    name = ""
+    while frame is not None:
+        file = frame.f_code.co_filename.replace("\\", "/")
+        if LIBRARY in file:
+            name = frame.f_code.co_name
+        elif name or not file.endswith(BETWEEN):
+            break
+        frame = frame.f_back
+    return name
+
+
+def stacks() -> str:
+    """Every thread's Python stack, the main one first, innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main, me = here.thread, threading.get_ident()
+    frames = sorted(sys._current_frames().items(), key=lambda pair: (pair[0] != main, pair[0]))
+    parts = []
+    for ident, frame in frames:
+        if ident != me:
+            parts.append(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(parts)

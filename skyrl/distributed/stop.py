@@ -1,0 +1,87 @@
+"""When a run has to stop: by a signal, by a file, by the clock. Who asks, and what the others are told.
+
+Nothing here waits or makes a collective; watch.py carries a request to the other ranks, and the loop agrees on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+from skyrl.config.schema import RunFolderConfig
+from skyrl.types import UserError
+
+TEMPORARY, INTERRUPTED = 75, 130  # EX_TEMPFAIL: start me again; the shell's code for Ctrl-C
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_FILE = "stop"
+END_OF_JOB = "SLURM_JOB_END_TIME"
+LONGEST_JOB = 10 * 365 * 86400  # Slurm writes a far date for a job without a limit
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Why a run stops: what was seen, on which rank, and what that rank was doing."""
+
+    reason: str
+    rank: int
+    phase: str
+    step: int
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: a person's Ctrl-C is no reason to queue the job again."""
+        return INTERRUPTED if self.reason == "SIGINT" else TEMPORARY
+
+    def to_text(self) -> str:
+        """For the store."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_text(text: str | bytes) -> StopRequest:
+        """What `to_text` gave."""
+        return StopRequest(**json.loads(text))
+
+
+def save_by(options: RunFolderConfig, environment: Mapping[str, str] = os.environ) -> float | None:
+    """The time.monotonic() at which to stop: run.must_save_by, else Slurm's end of this job, less
+    run.save_margin_seconds. None: no deadline.
+
+    The wall clock is read once, here: if it is set while the run goes on, nothing changes. Raises UserError for a time
+    that cannot be read, and for one that leaves nothing before the margin (a job queued again would stop at once,
+    over and over); after a restart by torchrun the run stops at once instead.
+    """
+    wall, now = time.time(), time.monotonic()
+    left = _seconds_left(options.must_save_by, environment.get(END_OF_JOB, ""), wall)
+    if left is None:
+        return None
+    name = f"run.must_save_by={options.must_save_by}" if options.must_save_by else f"{END_OF_JOB}"
+    margin = options.save_margin_seconds
+    if left <= margin and environment.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        raise UserError(
+            f"{name}: {left:.0f} s from now, of which run.save_margin_seconds={margin:g} are kept for saving: no time "
+            "to work; give the job more time, or lower that margin"
+        )
+    return now + max(0.0, left - margin)
+
+
+def _seconds_left(text: str, end_of_job: str, wall: float) -> float | None:
+    if text == "never":
+        return None
+    if not text:
+        if not end_of_job.isdecimal() or float(end_of_job) - wall > LONGEST_JOB:
+            return None
+        return float(end_of_job) - wall
+    try:
+        if text.startswith("+"):
+            return float(text[1:])
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() - wall
+    except (ValueError, OverflowError):
+        raise UserError(
+            f"run.must_save_by={text}: neither a time like 2026-05-01T18:30:00 (this machine's, unless it ends in Z or "
+            "an offset) nor +seconds from the start, nor never"
+        ) from None

@@ -1,0 +1,256 @@
+"""A thread beside the loop, on every rank: hears signals, the clock and the other ranks, and sees when one hangs.
+
+It makes no collective. What ranks tell each other goes through keys of the store in which they met (torchrun's, or rank
+0's), over a connection of its own, twice a second: where this rank is, that the run shall stop, that it is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed import DistError
+
+from skyrl.config.entry import REQUEUE_FILE
+from skyrl.distributed import failure, phases
+from skyrl.distributed.hang import Court
+from skyrl.distributed.init import World, own_store
+from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest
+
+LISTEN_SECONDS = 0.1
+EXCHANGE_SECONDS = 0.5
+STOP_FILE_SECONDS = 1.0
+PAUSED_SECONDS = 5.0  # a turn that took so long: the process was stopped, or the machine asleep
+AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent us already
+STORE_SECONDS = 10.0
+
+current: Watch | None = None  # the one that listens
+_runs = 0  # of this process; ranks count alike
+
+
+class Watch:
+    """Knows whether this rank has been asked to stop (`wanted`), where the others are, and who hangs.
+
+    One for each run; `start` takes over SIGTERM, SIGUSR1 and SIGINT, `close` gives them back.
+    """
+
+    def __init__(
+        self, world: World, folder: Path, *, hang_seconds: float, patience: float, save_by: float | None
+    ) -> None:
+        global _runs
+        _runs += 1
+        phases.reset()
+        phases.here.patience = patience
+        self.world, self.folder, self.save_by = world, Path(folder), save_by
+        self.wanted: StopRequest | None = None
+        self.wanted_at = 0.0
+        self.claimed = False  # rank 0 holds the run folder
+        self.store = own_store(f"watch/{_runs}")
+        if self.store is not None:
+            self.store.set_timeout(timedelta(seconds=STORE_SECONDS))
+        self.court = Court(world, self.folder, own_store(f"watch/{_runs}"), hang_seconds)
+        self._unsent = False
+        self._news = 0
+        self._turns = 0
+        self._last_turn = self._next_exchange = self._next_file = time.monotonic()
+        self._closing = False
+        self._before: dict[int, Any] = {}
+        self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._thread = threading.Thread(target=self._run, name="skyrl-watch", daemon=True)
+
+    # ---- from the main thread
+
+    def start(self) -> None:
+        """Begins to listen. A watch of an earlier run that failed ends."""
+        global current
+        if current is not None:
+            current.close()
+        if threading.current_thread() is threading.main_thread():
+            self._ears = socket.socketpair()
+            for one in self._ears:
+                one.setblocking(False)
+            # Python runs handlers between two lines of the main thread, which may wait for other ranks for long. This
+            # descriptor is written at once, and the handlers themselves do nothing.
+            signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, _heard)
+            os.register_at_fork(after_in_child=self._deaf)
+        self.court.prepare()
+        current = self
+        failure.describe_rank = self.court.describe
+        self._thread.start()
+
+    def close(self) -> None:
+        """Gives the signals back and ends the thread."""
+        global current
+        self._closing, current = True, None
+        self.relax()
+        self._thread.join(STORE_SECONDS)
+        failure.describe_rank = None
+        if self._ears is not None:
+            for one in self._ears:
+                one.close()
+            self._ears = None
+
+    def relax(self) -> None:
+        """After an error: gives the signals back and accuses nobody any more. `last_words` still works."""
+        self.court.hang_seconds = 0.0
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            self._before = {}
+
+    def claim(self) -> None:
+        """The run folder is this run's: stop files there are for us, and crash bundles may be written."""
+        self.claimed = self.court.ready = True
+
+    def asked(self) -> bool:
+        """Whether this rank has heard that the run shall stop. Not the same on every rank at a given moment."""
+        return self.wanted is not None
+
+    def last_words(self, report: str) -> tuple[str, str]:
+        """After an error of this rank: where it was (" in <phase>, step <n>") and where the crash bundle is."""
+        here = phases.here
+        place = f" in {here.phase}, step {here.step}"
+        bundle = self.court.leave_bundle(f"rank {self.world.rank}{place}:\n{report}")
+        return place, f"; details in {bundle}" if bundle else ""
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                self._turn()
+            except DistError:
+                # The store lives in the launcher or in rank 0: it is gone, and so are we soon. Signals still count.
+                self.store = self.court.store = None
+
+    def _turn(self) -> None:
+        self._listen()
+        now = time.monotonic()
+        if now - self._last_turn > PAUSED_SECONDS:
+            phases.forgive(now)
+            self.court.forget()
+        self._last_turn = now
+        if self.save_by is not None and now >= self.save_by and self.wanted is None:
+            self._ask("deadline")
+        if self.world.is_leader and now >= self._next_file:
+            self._next_file = now + STOP_FILE_SECONDS
+            if self.claimed and self.wanted is None and (self.folder / STOP_FILE).exists():
+                self._ask("stop file")
+        still, waits = phases.look(now)
+        if now >= self._next_exchange:
+            self._next_exchange = now + EXCHANGE_SECONDS
+            self._exchange(still, waits)
+            self.court.judge(now, still, waits)
+        if self.wanted is not None and phases.here.phase == phases.OPENING and not self._unsent:
+            self._leave_at_once(self.wanted.exit_code)
+
+    def _exchange(self, still: float, waits: str) -> None:
+        if self.store is None:
+            self._unsent = False
+            return
+        self._turns += 1
+        self.store.set(f"place/{self.world.rank}", json.dumps(self.court.entry(self._turns, still, waits)))
+        if self._unsent and self.wanted is not None:
+            self.store.compare_set("stop", "", self.wanted.to_text())
+            self.store.add("news", 1)
+            self._unsent = False
+        news = self.store.add("news", 0)
+        if news == self._news:
+            return
+        self._news = news
+        if self.wanted is None and self.store.check(["stop"]):
+            self.wanted, self.wanted_at = StopRequest.from_text(self.store.get("stop")), time.monotonic()
+        if self.store.check(["verdict"]):
+            self.court.obey()
+
+    def _ask(self, reason: str) -> None:
+        """Wants a stop, here at once and elsewhere with the next exchange."""
+        here = phases.here
+        self.wanted_at = time.monotonic()
+        self.wanted = StopRequest(reason, self.world.rank, here.phase, here.step)
+        self._unsent = True
+        self._next_exchange = 0.0
+
+    # ---- signals
+
+    def _listen(self) -> None:
+        if self._ears is None:
+            time.sleep(LISTEN_SECONDS)
+            return
+        ready, _, _ = select.select([self._ears[0]], [], [], LISTEN_SECONDS)
+        if ready:
+            with contextlib.suppress(BlockingIOError):
+                for number in self._ears[0].recv(4096):
+                    self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        name = signal.Signals(number).name
+        if number == signal.SIGTERM and self.wanted is None:
+            gone = failure.ended_ranks()
+            if gone or failure.is_told():
+                self._end_with_the_others(gone)
+        if self.wanted is None:
+            self._ask(name)
+            if number == signal.SIGINT and self.world.is_leader and phases.here.phase != phases.OPENING:
+                _say("interrupted: stops with a save; once more ends at once")
+        elif number == signal.SIGINT and time.monotonic() - self.wanted_at > AGAIN_SECONDS:
+            if failure.speak_first():
+                _say("error: interrupted; the same command goes on from the last checkpoint")
+            os._exit(INTERRUPTED)
+
+    def _end_with_the_others(self, gone: list[int]) -> None:
+        """torchrun ends us because another rank has ended; if it could not say so itself, we do."""
+        if gone and not failure.is_told() and failure.speak_first():
+            self.court.tell_lost(gone)
+        os._exit(128 + signal.SIGTERM)
+
+    def _leave_at_once(self, code: int) -> None:
+        """Nothing has been done yet that could be lost: loading is not waited for."""
+        if self.world.is_leader:
+            if self.claimed and code == TEMPORARY:
+                with contextlib.suppress(OSError):
+                    mark_requeue(self.folder)
+            _say(f"stopped by {self.wanted.reason} while opening; the same command starts again")
+        elif self.store is not None:
+            time.sleep(2 * EXCHANGE_SECONDS)
+        os._exit(code)
+
+    def _deaf(self) -> None:
+        """In a forked child: it must die of signals as any process does, and not speak for us."""
+        if self._ears is None:
+            return
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) is _heard:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """What arrives is read from the wakeup descriptor."""
+
+
+def _say(text: str) -> None:
+    # not print: the main thread may hold the stream's lock
+    os.write(2, f"skyrl: {text}\n".encode())
+
+
+def mark_requeue(folder: Path) -> None:
+    """Leaves the file `requeue` in the run folder: this command should be started again. It says by whom the run was
+    started, so that a restart by the same torchrun does not go on working."""
+    text = {"host": socket.gethostname(), "launcher": os.getppid(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    (folder / REQUEUE_FILE).write_text(json.dumps(text) + "\n")

@@ -1,0 +1,40 @@
+"""Makes a phase long, and tells the test when a rank is in it, and where it hangs. SKYRL_PACE is <phase>:<step>:<what>
+with what = seconds to sleep at the phase's own place, or hang; on rank SKYRL_PACE_RANK alone where that is given."""
+
+import os
+import time
+from pathlib import Path
+
+import skyrl.checkpoint
+import skyrl.engine
+import skyrl.sampler.local
+from skyrl.distributed import phases
+
+PHASE, STEP, WHAT = (os.environ.get("SKYRL_PACE", "") + "::").split(":")[:3]
+RANK = os.environ.get("RANK", "0")
+MINE = os.environ.get("SKYRL_PACE_RANK", RANK) == RANK
+
+
+def tarry(name: str = "") -> None:
+    here = phases.here
+    if MINE and (name == PHASE or (here.phase == PHASE and str(here.step) == STEP)):  # saves run beside the loop
+        Path(f"in-{RANK}").write_text(PHASE)
+        if WHAT == "hang":
+            time.sleep(3600)
+        time.sleep(float(WHAT or 0))
+
+
+def before(owner, name, phase=""):
+    real = getattr(owner, name)
+
+    def slow(*args, **kwargs):
+        tarry(phase)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, slow)
+
+
+if PHASE:
+    before(skyrl.engine.Engine, "forward_backward")
+    before(skyrl.sampler.local.LocalSampler, "step")
+    before(skyrl.checkpoint, "publish", "saving")
