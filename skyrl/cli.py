@@ -1,4 +1,4 @@
-"""`skyrl-tx`: train, sft, serve, export, runs. Imports each command's code only when it is called."""
+"""`skyrl-tx`: one command for everything. Imports each command's code only when it is called."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ skyrl-tx <command> [arguments]
   serve [option=value ...]        the Tinker server; the same as python -m skyrl.serve
   export <checkpoint> <folder>    weights of a checkpoint in Hugging Face format
   runs [folder]                   a table of the runs in a folder (default: runs)
+  launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
+  sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
+  stage <folder> [option=value]   copies model, tokenizer, data and caches for nodes without internet
+  doctor [folder] [--json]        checks this machine and the folder of runs: GPUs, network, disk, limits, clocks
 
 skyrl-tx train --help lists all options, skyrl-tx serve --help a server's.
-Several processes: torchrun --nproc_per_node=N -m skyrl.train ..."""
+Several processes: skyrl-tx launch, or torchrun --nproc_per_node=N -m skyrl.train ..."""
 
 
 def main() -> None:
@@ -78,6 +82,12 @@ def _runs(args: list[str]) -> None:
     print(runs_table(folder))
 
 
+def _launch(args: list[str]) -> None:
+    from skyrl.launch.command import launch
+
+    sys.exit(launch(args))
+
+
 def last_values(metrics: Path) -> tuple[int | None, float | None]:
     """(last step, last held-out accuracy) in a metrics.jsonl; None where it has none. A cut last line is skipped."""
     step: int | None = None
@@ -116,6 +126,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "serve": _serve,
     "export": _export,
     "runs": _runs,
+    "launch": _launch,
 }
 
 

@@ -1,0 +1,231 @@
+"""`skyrl-tx launch`: reads its flags, says what it runs, runs it, and ends with the code that a batch script needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from skyrl.config.entry import REQUEUE_FILE, split_args
+from skyrl.config.load import load_config, load_serve
+from skyrl.launch import hosts, machine, processes, sbatch, slurm_env
+from skyrl.launch.rank import BIND, LEFT, MODES
+from skyrl.types import UserError
+
+AGAIN, INTERRUPTED = processes.AGAIN, processes.INTERRUPTED
+CLOCK_SLACK_SECONDS = 5.0  # a file server's clock may be behind ours
+SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save, should it be asked to end itself
+# A task that ends first (rank 0 still writes, say) must not take the others with it, nor wait for them without end.
+SRUN_WAIT_SECONDS = 120
+EXAMPLES = """\
+examples:
+  skyrl-tx launch -- train experiment=gsm8k
+  skyrl-tx launch --nproc 4 --dry-run -- serve model.path=models/mine
+  skyrl-tx launch --hosts a,b:4 -- train strategy.name=fsdp
+  skyrl-tx launch --slurm --nodes 2 --gpus 4 --time 8:00:00 --account mine -- train run.name=long
+  skyrl-tx launch --slurm --array 1-4 --print -- train                     # a seed for each task of the array
+
+In a shell or script of a Slurm job (salloc, sbatch) it starts the ranks with srun.
+Exit codes: those of the run. 75: it was asked to stop and has saved; the same command goes on."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"launch: {message}; skyrl-tx launch --help lists the flags")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `skyrl-tx launch`."""
+    p = _Parser(
+        prog="skyrl-tx launch",
+        usage="skyrl-tx launch [flags] -- train|sft|serve [option=value ...]",
+        description="Starts a rank on each GPU, or on each core where there is none.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--nproc", default="auto", help="ranks of a node; auto: one a GPU, else one a core")
+    p.add_argument("--no-bind", action="store_true", help="leaves ranks on all cores instead of on their own")
+    p.add_argument("--max-restarts", type=int, default=0, help="restarts from the last checkpoint after a failure (0)")
+    p.add_argument("--dry-run", action="store_true", help="prints what would run")
+    group = p.add_argument_group("several hosts")
+    group.add_argument("--hosts", default="", help="names, each with :ranks if it differs: a,b:4")
+    group.add_argument("--rsh", default=hosts.RSH, help=f"how to run a line of shell on {{host}} ({hosts.RSH})")
+    group.add_argument("--port", type=int, default=0, help="rendezvous on the first host; 0: a free one")
+    sbatch.add_flags(p.add_argument_group("Slurm"))
+    for name in ("--nnodes", "--node-rank"):
+        p.add_argument(name, type=int, default=1 if name == "--nnodes" else 0, help=argparse.SUPPRESS)
+    p.add_argument("--rendezvous", default="", help=argparse.SUPPRESS)
+    p.add_argument("--address", default="", help=argparse.SUPPRESS)
+    p.add_argument("--asks-again", type=float, default=None, help=argparse.SUPPRESS)
+    p.add_argument("--orders", action="store_true", help=argparse.SUPPRESS)
+    return p
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run: train, sft or serve with its arguments, and the run folder where that is known."""
+
+    mode: str
+    args: tuple[str, ...]
+    folder: Path | None
+
+
+def launch(args: Sequence[str]) -> int:
+    """Runs the command line; the exit code. Raises UserError."""
+    args = list(args)
+    split = args.index("--") if "--" in args else next((i for i, arg in enumerate(args) if arg in MODES), len(args))
+    flags = parser().parse_args(args[:split])
+    job = read_job(args[split + 1 :] if "--" in args else args[split:])
+    if flags.asks_again is not None:  # for batch scripts: 0 if that run wants to be started again
+        return int(job.folder is None or not asks_again(job.folder, flags.asks_again))
+    if flags.slurm:
+        return sbatch.submit(flags, job.mode, job.args)
+    if flags.print:
+        raise UserError("launch: --print shows a batch script: add --slurm; --dry-run shows other commands")
+    if flags.hosts:
+        if slurm_env.in_allocation():
+            raise UserError(f"launch: --hosts={flags.hosts}: Slurm has chosen the hosts of this job; leave it out")
+        return hosts.launch(flags, job.mode, job.args)
+    if slurm_env.in_allocation() and flags.nnodes == 1:
+        return _in_slurm(flags, job)
+    return _on_this_node(flags, job)
+
+
+def read_job(args: Sequence[str]) -> Job:
+    """The command after --, its options checked before anything is started. Raises UserError."""
+    if not args or args[0] not in MODES:
+        given = f"{args[0]}: " if args else ""
+        raise UserError(f"launch: {given}say what to run after --, one of: {', '.join(MODES)}")
+    mode, rest = args[0], tuple(args[1:])
+    flags, overrides = split_args(list(rest))
+    if flags:  # a sweep, or a config folder that only Hydra's own command line knows
+        return Job(mode, rest, None)
+    if mode == "serve":
+        load_serve(overrides)
+        return Job(mode, rest, None)
+    cfg = load_config(overrides, mode=mode)
+    return Job(mode, rest, None if cfg.dry_run else Path(cfg.run.dir))
+
+
+def ranks_of(text: str, found: machine.Machine) -> int:
+    """--nproc as a number. Raises UserError when it is none, or more than there are GPUs."""
+    if text == "auto":
+        return found.default_ranks()
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"launch: --nproc={text}: give a number of ranks, or auto")
+    if found.visible_gpus and int(text) > found.visible_gpus:
+        raise UserError(f"launch: --nproc={text}: this node shows {found.visible_gpus} GPUs; give at most that")
+    return int(text)
+
+
+def torchrun(flags: argparse.Namespace, ranks: int) -> list[str]:
+    """torchrun's part of the command line: one node with a port of the kernel's choice, or one of several nodes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--nnodes={flags.nnodes}"]
+    command += ["--rdzv-backend=c10d", f"--max-restarts={flags.max_restarts}"]
+    if flags.nnodes == 1:
+        address, endpoint, conf = "127.0.0.1", "127.0.0.1:0", "is_host=1"
+    else:
+        address, endpoint = flags.address, flags.rendezvous
+        conf = f"is_host={int(flags.node_rank == 0)},join_timeout={hosts.JOIN_SECONDS}"
+    return [*command, f"--rdzv-endpoint={endpoint}", f"--rdzv-conf={conf}", f"--local-addr={address}"]
+
+
+def _on_this_node(flags: argparse.Namespace, job: Job) -> int:
+    found = machine.look()
+    ranks = ranks_of(flags.nproc, found)
+    shares = machine.shares(found, ranks, bind=not flags.no_bind)
+    command = [*torchrun(flags, ranks), f"--rdzv-id=skyrl-{os.getppid() if flags.orders else os.getpid()}"]
+    if flags.nnodes > 1:
+        command[-1] = f"--rdzv-id=skyrl-{flags.rendezvous}"
+    command += ["-m", "skyrl.launch.rank", job.mode, *job.args]
+    extra = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(shares[0].threads)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS)),
+    }
+    if flags.no_bind:
+        extra[BIND] = "none"
+    say(f"{found.describe()}; {ranks} rank{'s' * (ranks != 1)}")
+    for rank, share in enumerate(shares):
+        place = f"CPUs {machine.show_cpus(share.cpus)}" if share.cpus and ranks > 1 else "not bound"
+        say(f"local rank {rank}: {place}, {share.threads} thread{'s' * (share.threads != 1)}")
+    say(show(command, extra))
+    if flags.dry_run:
+        return 0
+    since = time.time()
+    with tempfile.TemporaryDirectory(prefix="skyrl-launch-") as folder:
+        left = Path(folder) / "left"
+        environment = {**os.environ, **extra, LEFT: str(left)}
+        code, heard = processes.run(command, environment, orders=flags.orders)
+        return verdict(code, heard, job, since, left=left.exists())
+
+
+def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
+    """The ranks as tasks of one srun step over the whole allocation."""
+    command = ["srun", "--kill-on-bad-exit=0", f"--wait={SRUN_WAIT_SECONDS}", *_tasks(flags.nproc, os.environ)]
+    command += [sys.executable, "-m", "skyrl.launch.rank", job.mode, *job.args]
+    if flags.max_restarts:
+        raise UserError("launch: --max-restarts needs torchrun; inside Slurm a failed job is queued again instead")
+    extra = {BIND: "none"} if flags.no_bind else {}
+    say(show(command, extra))
+    if flags.dry_run:
+        return 0
+    since = time.time()
+    code, heard = processes.run(command, {**os.environ, **extra}, through=True)
+    return verdict(code, heard, job, since, left=code == AGAIN)
+
+
+def _tasks(nproc: str, environment: Mapping[str, str]) -> list[str]:
+    """srun's flags for the number of ranks: as asked, one a GPU, or as the allocation was asked for."""
+    nodes = int(environment.get("SLURM_NNODES", environment.get("SLURM_JOB_NUM_NODES", "1")))
+    if nproc == "auto":
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
+        if gpus == "0" and {"SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"} & environment.keys():
+            return []
+        nproc = gpus if gpus != "0" else environment.get("SLURM_CPUS_ON_NODE", "1")
+    if not nproc.isdecimal() or int(nproc) < 1:
+        raise UserError(f"launch: --nproc={nproc}: give a number of ranks, or auto")
+    return [f"--nodes={nodes}", f"--ntasks={nodes * int(nproc)}", f"--ntasks-per-node={nproc}"]
+
+
+def verdict(code: int, heard: Sequence[int], job: Job, since: float, *, left: bool = False) -> int:
+    """The exit code for a launcher's `code`, which may hide that of the ranks (torchrun's is 1 for all).
+
+    75 when the run folder has a request to be started again that is newer than `since`, when ranks `left` before they
+    had anything to save, or when a server was asked by SIGUSR1; 130 when a person asked for the end.
+    """
+    if code == 0:
+        return 0
+    if signal.SIGINT in heard:
+        return INTERRUPTED
+    if left or (job.folder is not None and asks_again(job.folder, since)):
+        return AGAIN
+    if job.folder is None and signal.SIGUSR1 in heard:
+        return AGAIN
+    return code
+
+
+def asks_again(folder: Path, since: float) -> bool:
+    """Whether the run in `folder` has asked, after the time `since`, to be started again."""
+    try:
+        return (folder / REQUEUE_FILE).stat().st_mtime >= since - CLOCK_SLACK_SECONDS
+    except OSError:
+        return False
+
+
+def show(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A line for a shell that runs the command."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)])
+
+
+def say(text: str) -> None:
+    """One line to standard error, so that it is never part of what a run prints."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""Starts a launcher below us and passes orders on to its ranks: a signal reaches the ranks, and them alone.
+
+torchrun answers a signal by ending its ranks within 30 seconds, and dies of SIGUSR1. So it runs in a session of its
+own, out of reach of the terminal and of Slurm, and what we hear goes to the ranks; it ends when they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+AGAIN, INTERRUPTED = 75, 130
+HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PATIENCE_SECONDS = 600.0  # from a second Ctrl-C nothing is waited for; from a first signal a save may take so long
+_PDEATHSIG = 1
+
+
+class Child:
+    """A launcher below this process, and what this process has heard. `heard`: signals, oldest first."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], *, stdin: int | None = None, through: bool = False
+    ) -> None:
+        self.heard: list[int] = []
+        self.through = through
+        self.process = subprocess.Popen(
+            list(command), env=dict(environment), stdin=stdin, start_new_session=True, preexec_fn=_end_with(os.getpid())
+        )
+
+    def send(self, number: int) -> None:
+        """Passes a signal to the ranks below the launcher; to the launcher itself while there are none.
+
+        `through`: the launcher is srun, which passes SIGUSR1 on to its tasks on all nodes.
+        """
+        self.heard.append(number)
+        if self.through:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGUSR1)
+            return
+        ranks = ranks_below(self.process.pid)
+        for pid in ranks or [self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number if ranks else signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends launcher and ranks at once."""
+        for pid in [*ranks_below(self.process.pid), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """The exit code, 128 + number after a signal; kills what does not end long after it was asked to."""
+        until = None
+        while True:
+            try:
+                code = self.process.wait(0.2)
+                return code if code >= 0 else 128 - code
+            except subprocess.TimeoutExpired:
+                pass
+            if self.heard and until is None:
+                until = time.monotonic() + PATIENCE_SECONDS
+            if self.heard.count(signal.SIGINT) > 1 or (until is not None and time.monotonic() > until):
+                self.kill()
+
+
+def run(
+    command: Sequence[str], environment: Mapping[str, str], *, orders: bool = False, through: bool = False
+) -> tuple[int, list[int]]:
+    """Runs a launcher to its end, passing signals to its ranks; (exit code, signals heard).
+
+    orders: lines on standard input are names of signals to pass on, and its end asks the ranks to stop: so a launcher
+    on another host ends with the one who started it, whatever way that one ended. through: see Child.send.
+    """
+    child = Child(command, environment, stdin=subprocess.DEVNULL if orders else None, through=through)
+    with passing(child.send):
+        if orders:
+            threading.Thread(target=_obey, args=(child,), daemon=True).start()
+        return child.wait(), child.heard
+
+
+@contextlib.contextmanager
+def passing(send: Callable[[int], None]):
+    """While inside, HEARD goes to `send`."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        send(number)
+
+    before = {number: signal.signal(number, handle) for number in HEARD}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ranks_below(pid: int) -> list[int]:
+    """Processes started directly by `pid` that have a rank."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"\0LOCAL_RANK=" in b"\0" + (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue  # ended meanwhile
+    return sorted(found)
+
+
+def _obey(child: Child) -> None:
+    for line in sys.stdin:
+        number = getattr(signal, line.strip(), None)
+        if number in HEARD:
+            child.send(number)
+    child.send(signal.SIGTERM)
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """For the child, before its program starts: SIGTERM when this process dies, even of kill -9."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if library is not None:
+            library.prctl(_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(AGAIN)  # it died before we asked
+
+    return prepare

@@ -1,0 +1,129 @@
+"""`python -m skyrl.launch.rank train|sft|serve [option=value ...]`: what a launcher starts on each device.
+
+Finds its place (torchrun's or Slurm's variables), stays on its own cores, keeps kernels' caches on this node, and does
+what `python -m skyrl.<mode>` does. Exit codes are those of run_entry.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from skyrl.config.entry import run_entry
+from skyrl.launch import machine, slurm_env
+from skyrl.types import UserError
+
+AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
+MODES = ("train", "sft", "serve")
+BIND, CACHE, WARM, LEFT = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE", "SKYRL_LEFT"
+# Where libraries keep compiled kernels: on a shared file system they slow down or break the ranks of other nodes.
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_EXTENSIONS_DIR": "extensions",
+    "CUDA_CACHE_PATH": "cuda",
+}
+
+
+def main() -> None:
+    """Runs this rank."""
+    mode, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    try:
+        if mode not in MODES:
+            raise UserError(f"python -m skyrl.launch.rank {mode}: choose one of: {', '.join(MODES)}")
+        slurm_env.adopt()
+        args += settle(mode, args)
+        local_caches()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"skyrl: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    asked = _listen(mode)
+    sys.argv = [f"skyrl.{mode}", *args]
+    run_entry(mode)
+    if asked:
+        sys.exit(AGAIN)
+
+
+def settle(mode: str, args: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Binds this process to its share of the node's cores; returns the option for the number of threads.
+
+    Nobody is bound with SKYRL_BIND=none or where Slurm has bound the tasks. The option is left out where the user
+    gives it. Only several ranks on a node share it: a single one keeps what it finds.
+    """
+    ranks, local = int(environment.get("LOCAL_WORLD_SIZE", "1")), int(environment.get("LOCAL_RANK", "0"))
+    option = "threads" if mode == "serve" else "run.threads"
+    given = any(arg.partition("=")[0] == option for arg in args)
+    if ranks == 1 or given:
+        return []
+    if slurm_env.in_step(environment):
+        local = int(environment.get("SLURM_LOCALID", local))
+        if environment.get("SLURM_CPU_BIND_TYPE", "none") not in ("none", "") and hasattr(os, "sched_getaffinity"):
+            return [f"{option}={len(machine.look().cores)}"]  # these cores are this task's alone
+    share = machine.shares(machine.look(), ranks, bind=environment.get(BIND, "auto") != "none")[local]
+    if share.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, share.cpus)
+    return [f"{option}={share.threads}"]
+
+
+def local_caches(environment: MutableMapping[str, str] = os.environ) -> Path | None:
+    """Points the caches of compiled kernels to SKYRL_LOCAL_CACHE, in a Slurm job to a folder of the node's own, which
+    SKYRL_WARM_CACHE fills; variables that are set stay. Returns the folder, None where nothing was to do."""
+    place = environment.get(CACHE, "")
+    if not place and "SLURM_JOB_ID" in environment:
+        root = environment.get("SLURM_TMPDIR") or tempfile.gettempdir()
+        place = str(Path(root) / f"skyrl-{os.getuid()}-{environment['SLURM_JOB_ID']}")
+    if not place:
+        return None
+    for variable, name in CACHES.items():
+        environment.setdefault(variable, str(Path(place) / name))
+    if environment.get(WARM):
+        warm_up(Path(environment[WARM]), Path(place))
+    return Path(place)
+
+
+def warm_up(source: Path, place: Path) -> None:
+    """Fills a node's fresh cache folder from a staged one, once: the first of the node's ranks to finish a copy wins.
+
+    Raises UserError when the staged folder is not there.
+    """
+    if place.exists():
+        return
+    if not source.is_dir():
+        raise UserError(f"{WARM}={source}: no such folder; skyrl-tx stage makes one, or unset {WARM}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(prefix=place.name, dir=place.parent))
+    shutil.copytree(source, copy, dirs_exist_ok=True)
+    try:
+        copy.rename(place)
+    except OSError:  # another rank was first; a rename never replaces a folder that has something in it
+        shutil.rmtree(copy)
+
+
+def _listen(mode: str) -> list[int]:
+    """Until the run itself listens there is nothing to save: a signal ends this process with 75. A server knows SIGTERM
+    only, so SIGUSR1 becomes that, and what was heard is kept in the list that is returned: it may be started again."""
+    asked: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.environ.get(LEFT):  # torchrun would hide the code
+            os.close(os.open(os.environ[LEFT], os.O_CREAT | os.O_WRONLY))
+        os._exit(AGAIN)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGUSR1, pass_on if mode == "serve" else leave)
+    return asked
+
+
+if __name__ == "__main__":
+    main()

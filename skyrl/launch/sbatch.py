@@ -1,0 +1,151 @@
+"""`skyrl-tx launch --slurm`: the batch script of launch/slurm with this job's header, checked and submitted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from skyrl.config.entry import split_args
+from skyrl.config.load import load_config
+from skyrl.config.plan import dry_run
+from skyrl.types import UserError
+
+BODY = "# ---- what follows is the same for every job\n"
+SUBMIT_SECONDS = 60
+SAVE_SECONDS = 180
+
+
+def add_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags for a batch job."""
+    group.add_argument("--slurm", action="store_true", help="submits a batch job")
+    group.add_argument("--print", action="store_true", help="prints the batch script instead")
+    group.add_argument("--name", default="", help="of the job (run.name, or skyrl)")
+    group.add_argument("--nodes", type=int, default=1, help="number of nodes (1)")
+    group.add_argument("--gpus", type=int, default=0, help="GPUs of each node, each with a rank; 0: see --nproc")
+    group.add_argument("--cpus", type=int, default=0, help="cores of each rank; 0: as the cluster sets it")
+    group.add_argument("--time", default="", help="limit, as 8:00:00 or minutes")
+    group.add_argument("--save-seconds", type=int, default=SAVE_SECONDS, help=f"signal before it ({SAVE_SECONDS})")
+    group.add_argument("--partition", default="", help="partition")
+    group.add_argument("--account", default="", help="account")
+    group.add_argument("--array", default="", help="1-4: a job for each of these seeds")
+    group.add_argument("--max-requeues", type=int, default=50, help="how often the job may queue itself again (50)")
+    group.add_argument("--logs", default="logs", help="folder for the output (logs)")
+    group.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="any flag of sbatch: --qos=high")
+    group.add_argument("--module", action="append", default=[], help="environment module to load")
+    group.add_argument("--setup", default="", help="file to source first")
+    group.add_argument("--container", default="", help="image for apptainer (.sif) or pyxis (.sqsh)")
+    group.add_argument("--container-args", default="", help="more arguments for it")
+    group.add_argument("--staged", default="", help="folder made by skyrl-tx stage")
+    group.add_argument("--online", action="store_true", help="the nodes have internet")
+
+
+def template(mode: str) -> str:
+    """The batch script for a mode: beside the modules in an installed wheel, else at the root of the repository."""
+    name = "serve.sbatch" if mode == "serve" else "train.sbatch"
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "slurm", here.parents[2] / "launch" / "slurm"):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    raise UserError(f"launch: {name} is not in {here.parent / 'slurm'}; install skyrl again")
+
+
+def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
+    """The whole batch script. Raises UserError for flags that do not fit."""
+    ranks = flags.gpus or (1 if flags.nproc == "auto" else _number("--nproc", flags.nproc))
+    name = flags.name or next((arg[9:] for arg in args if arg.startswith("run.name=")), f"skyrl-{mode}")
+    job = "%A_%a" if flags.array else "%j"
+    header = [f"--job-name={name}", f"--nodes={flags.nodes}", f"--ntasks-per-node={ranks}"]
+    header += [f"--gpus-per-node={flags.gpus}"] if flags.gpus else []
+    header += [f"--cpus-per-task={flags.cpus}"] if flags.cpus else []
+    for flag in ("time", "partition", "account", "array"):
+        header += [f"--{flag}={getattr(flags, flag)}"] if getattr(flags, flag) else []
+    header += [f"--signal=USR1@{flags.save_seconds}", "--requeue", "--open-mode=append"]
+    header += [f"--output={Path(flags.logs).absolute()}/%x-{job}.out", *flags.sbatch]
+    exports = {
+        "SKYRL_PYTHON": sys.executable if not flags.container else "python",
+        "SKYRL_COMMAND": mode,
+        "SKYRL_RANKS_PER_NODE": str(ranks),
+        "SKYRL_MAX_REQUEUES": str(flags.max_requeues),
+        "SKYRL_MODULES": " ".join(flags.module),
+        "SKYRL_SETUP": _there("--setup", flags.setup),
+        "SKYRL_CONTAINER": _there("--container", flags.container),
+        "SKYRL_CONTAINER_ARGS": flags.container_args,
+        "SKYRL_STAGED": _there("--staged", flags.staged),
+        "SKYRL_ONLINE": "1" if flags.online else "",
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
+    for line in header:
+        if not re.fullmatch(r"-[^\n]+", line):
+            raise UserError(f"launch: --sbatch={line}: not a flag; write --sbatch=--qos=high")
+    _, found, body = template(mode).partition(BODY)
+    if not found:
+        raise UserError(f"launch: the batch script for {mode} has no line {BODY.strip()!r}; install skyrl again")
+    lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in header), ""]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
+    return "\n".join([*lines, f"set -- {shlex.join(args)}", "", BODY + body])
+
+
+def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
+    """Checks the plan for the job's size, then submits, or prints the script with --print. Raises UserError."""
+    for name in ("hosts", "max_restarts", "dry_run"):
+        if getattr(flags, name):
+            raise UserError(
+                f"launch: --{name.replace('_', '-')}: not with --slurm; leave it out (--print shows the script)"
+            )
+    if flags.nodes < 1 or flags.gpus < 0 or flags.cpus < 0 or flags.max_requeues < 0:
+        raise UserError("launch: --nodes, --gpus, --cpus, --max-requeues: give numbers that are not negative")
+    script = render(flags, mode, args)
+    _check_plan(flags, mode, args)
+    if flags.print:
+        print(script, end="")
+        return 0
+    Path(flags.logs).mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job whose folder is missing
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=SUBMIT_SECONDS
+        )
+    except FileNotFoundError:
+        raise UserError(
+            "launch: --slurm: there is no sbatch here; --print shows the script for another machine"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"launch: --slurm: sbatch gave no answer within {SUBMIT_SECONDS} s") from None
+    if done.returncode:
+        raise UserError(f"launch: --slurm: {' '.join(done.stderr.split())}")
+    print(done.stdout.strip().partition(";")[0])
+    return 0
+
+
+def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> None:
+    """What would be refused on the nodes is refused here, before the job waits in the queue."""
+    hydra, overrides = split_args(list(args))
+    if hydra:
+        raise UserError(
+            f"launch: --slurm: {hydra[0]} is for one process; a sweep is `skyrl-tx train -m hydra/launcher=slurm ...`"
+        )
+    if mode == "serve":
+        return
+    ranks = flags.gpus or (1 if flags.nproc == "auto" else int(flags.nproc))
+    staged = (Path(flags.staged) / "options").read_text().splitlines() if flags.staged else []
+    size = flags.nodes * ranks
+    # dry_run with a number of ranks: the plan is not compared with this machine's memory
+    cfg = load_config([*staged, *overrides, "dry_run=true", f"run.world_size={size}"], mode=mode)
+    dry_run(cfg, size)
+
+
+def _number(flag: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"launch: {flag}={text}: give a number of ranks, or auto")
+    return int(text)
+
+
+def _there(flag: str, path: str) -> str:
+    if path and not Path(path).exists() and "://" not in path:
+        raise UserError(f"launch: {flag}={path}: not there")
+    return str(Path(path).absolute()) if path and Path(path).exists() else path

@@ -1,0 +1,97 @@
+"""A rank's place in a Slurm step, in the variables that torchrun would set: so `srun python -m skyrl.train` is enough.
+
+Signals of Slurm then reach the ranks, and their exit code (75: queue me again) reaches the batch script.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping, MutableMapping
+
+from skyrl.launch.ports import job_port
+from skyrl.types import UserError
+
+SCONTROL_SECONDS = 20
+
+
+def in_step(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether srun has started this process as a task. The batch script has SLURM_PROCID and SLURM_NTASKS too, but no
+    step."""
+    return "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment
+
+
+def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is a shell or batch script of a Slurm job, outside any step of it."""
+    return "SLURM_JOB_ID" in environment and not in_step(environment)
+
+
+def adopt(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of several; says
+    whether it did.
+
+    Does nothing below torchrun (RANK is set), outside a step, and for a step of one task. MASTER_ADDR and MASTER_PORT
+    stay as they are where the batch script has set them. A task that sees one GPU of its own (--gpus-per-task) has
+    LOCAL_RANK 0. Raises UserError for a step whose first node has no address.
+    """
+    if "RANK" in environment or not in_step(environment) or environment["SLURM_STEP_NUM_TASKS"] == "1":
+        return False
+    node = int(environment.get("SLURM_NODEID", "0"))
+    per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_STEP_NUM_TASKS"]))
+    local = environment.get("SLURM_LOCALID", "0")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    alone = bool(visible) and "," not in visible and per_node[node] > 1
+    if not environment.get("MASTER_ADDR"):
+        environment["MASTER_ADDR"] = _first_address(environment)
+    if not environment.get("MASTER_PORT"):
+        step = environment["SLURM_STEP_ID"]
+        port = job_port(int(environment["SLURM_JOB_ID"]), int(step) if step.isdecimal() else 0)
+        environment["MASTER_PORT"] = str(port)
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
+        LOCAL_RANK="0" if alone else local,
+        LOCAL_WORLD_SIZE=str(per_node[node]),
+        GROUP_RANK=str(node),
+    )
+    return True
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text}: not as Slurm writes it; start the ranks with srun")
+        found += [int(match[1])] * int(match[2] or 1)
+    return found
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's "node[03-5,7],other"."""
+    match = re.match(r"([^\[,]*)(?:\[([^\]]*)\])?([^,\[]*)", nodes)
+    assert match is not None  # matches anything
+    prefix, numbers, suffix = match.groups()
+    return prefix + (re.split(r"[-,]", numbers)[0] if numbers else "") + suffix
+
+
+def _first_address(environment: Mapping[str, str]) -> str:
+    """The first node's name, or the address that Slurm itself uses where that name means nothing to the resolver."""
+    name = first_host(environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "")))
+    try:
+        socket.getaddrinfo(name, None)
+        return name
+    except OSError:
+        pass
+    try:
+        command = ["scontrol", "show", "node", name, "--oneliner"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        done = None
+    found = re.search(r"\bNodeAddr=(\S+)", done.stdout if done else "")
+    if found is None:
+        raise UserError(f"MASTER_ADDR: the name of this step's first node, {name!r}, has no address; set MASTER_ADDR")
+    return found[1]

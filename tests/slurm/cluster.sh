@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# A real Slurm of several nodes on one machine, for tests: no systemd, no cgroups, no accounting.
+#
+#   cluster.sh install         Debian's or Ubuntu's packages (root)
+#   cluster.sh start           a munged, a slurmctld, and one slurmd a node; prints what to export
+#   cluster.sh stop            ends what start has started, and nothing else
+#   cluster.sh run COMMAND...  start, COMMAND with SLURM_CONF set, stop; exits as COMMAND did
+#
+# SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>), SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each
+# node claims to have), SLURM_TEST_PORT (26817; this port and one more a node).
+set -euo pipefail
+
+DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}
+NODES=${SLURM_TEST_NODES:-3}
+CPUS=${SLURM_TEST_CPUS:-4}
+PORT=${SLURM_TEST_PORT:-26817}
+CONF=$DIR/slurm.conf
+
+# The daemons live in sbin, which is not on everybody's path.
+PATH=$PATH:/usr/sbin:/sbin
+
+say() { echo "cluster.sh: $*" >&2; }
+
+install() {
+    command -v slurmctld slurmd munged >/dev/null && return
+    [ "$(id -u)" = 0 ] || { say "slurmctld, slurmd and munged are missing: install slurm-wlm and munge as root"; exit 2; }
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
+}
+
+# cred_expire: a requeued job waits for twice the life of its credential, 121 s by default; below 5 is not taken.
+# config_overrides: a node may claim more cores than the machine has.
+write_conf() {
+    local host memory node
+    host=$(hostname -s)
+    memory=$(awk '/^MemTotal/ { print int($2 / 1024 * 0.9) }' /proc/meminfo)
+    {
+        cat <<END
+ClusterName=skyrl
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$PORT
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/munge
+AuthInfo=socket=$DIR/munge.sock,cred_expire=5
+StateSaveLocation=$DIR/state
+SlurmdSpoolDir=$DIR/spool.%n
+SlurmctldPidFile=$DIR/slurmctld.pid
+SlurmdPidFile=$DIR/slurmd.%n.pid
+SlurmctldLogFile=$DIR/slurmctld.log
+SlurmdLogFile=$DIR/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,sched_min_interval=10000,bf_interval=1,batch_sched_delay=0
+ReturnToService=2
+JobRequeue=1
+KillWait=20
+MinJobAge=600
+SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+END
+        for node in $(seq 0 $((NODES - 1))); do
+            echo "NodeName=node$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((PORT + 1 + node))" \
+                "CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$memory"
+        done
+        echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30"
+        echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF"
+    } >"$CONF"
+    printf 'CgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\n' >"$DIR/cgroup.conf"
+}
+
+start() {
+    local node try up
+    mkdir -p "$DIR/state"
+    chmod 755 "$DIR"
+    for node in $(seq 0 $((NODES - 1))); do mkdir -p "$DIR/spool.node$node"; done
+    [ -s "$DIR/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$DIR/munge.key")
+    write_conf
+    rm -f "$DIR/munge.sock"*
+    munged --force --key-file="$DIR/munge.key" --socket="$DIR/munge.sock" --pid-file="$DIR/munged.pid" \
+        --log-file="$DIR/munged.log" --seed-file="$DIR/munge.seed"
+    slurmctld -i -f "$CONF"
+    for node in $(seq 0 $((NODES - 1))); do slurmd -N "node$node" -f "$CONF"; done
+    export SLURM_CONF=$CONF
+    for try in $(seq 120); do
+        up=$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c -E '^(idle|mix|alloc)$' || true)
+        [ "$up" = "$NODES" ] && return
+        sleep 0.25
+    done
+    say "$up of $NODES nodes came up; see the logs in $DIR"
+    exit 1
+}
+
+stop() {
+    local file pid try pids=()
+    [ -f "$CONF" ] && SLURM_CONF=$CONF timeout 10 scancel --full -u "$(id -un)" 2>/dev/null || true
+    sleep 1
+    for file in "$DIR"/slurmd.*.pid "$DIR/slurmctld.pid" "$DIR/munged.pid"; do
+        [ -s "$file" ] || continue
+        pid=$(cat "$file")
+        # A pid file may outlive its daemon, and the number may belong to somebody else by now.
+        case $(cat "/proc/$pid/comm" 2>/dev/null) in slurmd | slurmctld | munged) pids+=("$pid"); kill "$pid" ;; esac
+    done
+    for pid in "${pids[@]}"; do
+        for try in $(seq 50); do
+            kill -0 "$pid" 2>/dev/null || break
+            sleep 0.2
+        done
+    done
+    [ -n "${SLURM_TEST_KEEP:-}" ] || rm -rf "$DIR"
+}
+
+case ${1:-} in
+install | stop) "$1" ;;
+start) install && start && echo "export SLURM_CONF=$CONF" ;;
+run)
+    shift
+    install
+    trap stop EXIT
+    start
+    "$@"
+    ;;
+*)
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac
