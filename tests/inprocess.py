@@ -177,3 +177,14 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     return a == b
+
+
+def mismatch(model: Any, begin: ModelInput, samples: list[tuple[list[int], list[float]]]) -> float:
+    """Mean |difference| between the log-probabilities of drawing tokens and those of training on them."""
+    data, known = [], []
+    for tokens, logprobs in samples:
+        whole = begin.to_ints() + tokens
+        data.append(Datum(ModelInput.from_ints(whole[:-1]), {"target_tokens": whole[1:]}))
+        known.append(np.array(logprobs))
+    found = logprobs_of(model.forward(data, "cross_entropy").result())
+    return float(np.mean([np.abs(f[-len(k) :] - k).mean() for f, k in zip(found, known, strict=True)]))

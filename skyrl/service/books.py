@@ -25,6 +25,7 @@ from skyrl.service.types import SaveWeights
 from skyrl.types import LoraSpec
 
 DATABASE, CHECKPOINTS, SPILL = "service.sqlite", "checkpoints", "snapshots"
+WRAPPER = "net."  # before the name of each parameter of a whole model, in the engine
 Settle = Callable[[int, Exception | None], None]
 
 
@@ -173,8 +174,11 @@ class Books:
 
 
 def to_content(base_model: str, lora: LoraSpec | None, state: dict[str, Any]) -> Content:
-    """An engine's tenant state as a checkpoint's content. Adapter parameters are called <module path>.A and .B."""
+    """An engine's tenant state as a checkpoint's content. Adapter parameters are called <module path>.A and .B; whole
+    models' have the names that transformers knows, without the wrapper's."""
     facts = ModelFacts(base_model, lora)
+    if lora is None:
+        state = {key: _renamed(part, lambda name: name.removeprefix(WRAPPER)) for key, part in state.items()}
     optimizer = None
     if "exp_avg" in state:
         optimizer = OptimizerState(int(state["step"]), state["exp_avg"], state["exp_avg_sq"])
@@ -194,7 +198,13 @@ def to_state(content: Content) -> dict[str, Any]:
         state.update(
             exp_avg=kept.exp_avg, exp_avg_sq=kept.exp_avg_sq, step=torch.tensor(float(kept.step), dtype=torch.float32)
         )
+    if not content.facts.is_lora:
+        state = {key: _renamed(part, lambda name: WRAPPER + name) for key, part in state.items()}
     return state
+
+
+def _renamed(part: Any, rename: Callable[[str], str]) -> Any:
+    return {rename(name): tensor for name, tensor in part.items()} if isinstance(part, dict) else part
 
 
 def adapter_weights(content: Content) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from skyrl.service.archive_content import Content
-from skyrl.service.books import Books, adapter_weights, num_bytes
+from skyrl.service.books import Books, adapter_weights, num_bytes, to_state
 from skyrl.service.commands import LoadAdapter
 from skyrl.service.leader import Leader
 from skyrl.service.tenants import Tenant, Tenants
@@ -112,7 +112,7 @@ class Snapshots:
         content = self._find(name) if name else self._original
         if content.facts.lora is not None:
             raise Refused(f"{name} is an adapter; this server trains and samples all parameters")
-        self.leader.call("replace_base", content.weights)
+        self.leader.call("replace_base", to_state(content)["weights"])
         self._filled = name
 
     def release(self, name: str) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inprocess import ADAM, contents, draw, drawn, logprobs_of, on_ranks, open_client, prompt, rl_rows, rows
+from inprocess import ADAM, contents, draw, drawn, logprobs_of, mismatch, on_ranks, open_client, prompt, rl_rows, rows
 
-from skyrl.tinker import AdamParams, Datum, ModelInput, ServiceClient
+from skyrl.tinker import AdamParams, ServiceClient
 
 LAYOUTS = [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), pytest.param((4, "ddp"), marks=pytest.mark.slow)]
 PROMPTS = [prompt(5, 6, 7), prompt(5, 6, 7, 8, 9, 10), prompt(20)]
@@ -50,17 +50,6 @@ def workout(client: ServiceClient) -> dict[str, Any]:
     out["mismatch"] = [mismatch(one, PROMPTS[0], drawn(asked[0].result()))]
     out["mismatch"].append(mismatch(two, PROMPTS[1], drawn(asked[4].result())))
     return out
-
-
-def mismatch(model: Any, begin: ModelInput, samples: list[tuple[list[int], list[float]]]) -> float:
-    """Mean |difference| between the log-probabilities of drawing tokens and those of training on them."""
-    data, known = [], []
-    for tokens, logprobs in samples:
-        whole = begin.to_ints() + tokens
-        data.append(Datum(ModelInput.from_ints(whole[:-1]), {"target_tokens": whole[1:]}))
-        known.append(np.array(logprobs))
-    found = logprobs_of(model.forward(data, "cross_entropy").result())
-    return float(np.mean([np.abs(f[-len(k) :] - k).mean() for f, k in zip(found, known, strict=True)]))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,321 @@
+"""Tenants of one service: nothing of one depends on another, bit for bit; failures stay where they are."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from inprocess import (
+    ADAM,
+    contents,
+    draw,
+    drawn,
+    logprobs_of,
+    on_ranks,
+    open_client,
+    prompt,
+    rl_rows,
+    rows,
+    same,
+)
+
+from skyrl.service.convert import to_rows
+from skyrl.service.types import OptimStep, TrainRequest
+from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient, convert
+
+PROMPT = prompt(5, 6, 7, 8)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    with open_client(tmp_path_factory.mktemp("service"), "service.gap_seconds=1") as opened:
+        yield opened
+
+
+def new(client: ServiceClient, seed: int = 7, rank: int = 4, **more: Any) -> Any:
+    return client.create_lora_training_client("tiny", rank=rank, seed=seed, **more).result()
+
+
+def train(model: Any, seed: int, steps: int = 2) -> list[Any]:
+    """Posts steps without waiting for any; the futures."""
+    futures = []
+    for step in range(steps):
+        futures.append(model.forward_backward(rows(seed + step), "cross_entropy"))
+        futures.append(model.optim_step(ADAM))
+    return futures
+
+
+def results(futures: list[Any]) -> list[Any]:
+    """What futures of training gave, comparable bit for bit."""
+    done = [future.result() for future in futures]
+    return [(one.metrics, logprobs_of(one) if hasattr(one, "loss_fn_outputs") else []) for one in done]
+
+
+def saved(client: ServiceClient, model: Any, name: str = "x") -> dict[str, Any]:
+    return contents(client, model.save_state(name, overwrite=True).result().path)
+
+
+def together_and_alone(client: ServiceClient) -> list[Any]:
+    """Two tenants trained side by side, then the same two one after the other: (results, tensors) of each."""
+    found = []
+    for together in (True, False):
+        one, two = new(client, 7), new(client, 8, rank=8, train_mlp=False)
+        if together:
+            pairs = [train(one, 100, steps=3), train(two, 200, steps=3)]
+            pairs = [results(pair) for pair in pairs]
+        else:
+            pairs = [results(train(one, 100, steps=3)), results(train(two, 200, steps=3))]
+        found.append([*pairs, saved(client, one), saved(client, two)])
+    return found
+
+
+def test_two_tenants_side_by_side_equal_each_alone(client):
+    together, alone = together_and_alone(client)
+    assert same(together, alone)
+    assert not same(together[2], together[3])
+
+
+@pytest.mark.ranks
+def test_two_tenants_on_two_ranks_equal_each_alone(tmp_path):
+    together, alone = on_ranks(2, together_and_alone, tmp_path, "strategy.name=fsdp")
+    assert same(together, alone)
+
+
+def test_a_fresh_adapter_is_the_base(client):
+    """Tokens, their log-probabilities, the prompt's, and those of training."""
+    base = client.create_sampling_client(base_model="tiny")
+    for rank in (1, 4):
+        model = new(client, seed=rank, rank=rank)
+        fresh = model.save_weights_and_get_sampling_client()
+        for params in (draw(20), draw(20, temperature=0.5), draw(20, temperature=0.0)):
+            asked = [one.sample(PROMPT, 3, params, True, topk_prompt_logprobs=3) for one in (base, fresh)]
+            ours, theirs = [future.result() for future in asked]
+            assert drawn(ours) == drawn(theirs)
+            assert ours.prompt_logprobs == theirs.prompt_logprobs
+            assert ours.topk_prompt_logprobs == theirs.topk_prompt_logprobs
+        data = rows(1)
+        found = logprobs_of(model.forward(data, "cross_entropy").result())
+        service = client._job.service  # its worker is idle now
+        request = TrainRequest("", 1, [convert.wire_datum(d, i) for i, d in enumerate(data)], "cross_entropy", {}, True)
+        plain = to_rows(request, service.facts, max_tokens=1 << 20)
+        assert same(found, [x.astype(np.float32) for x in service.engine.score(plain, 1.0, model="base").logprobs])
+
+
+def test_snapshots_never_change_and_share_a_batch(client):
+    """Draws of three sets of weights at once equal each alone, before and after further steps."""
+    one, two = new(client, 1), new(client, 2, rank=8)
+    results(train(one, 300)), results(train(two, 400))
+    samplers = [one.save_weights_and_get_sampling_client(), two.save_weights_and_get_sampling_client("two")]
+    samplers.append(client.create_sampling_client(base_model="tiny"))
+    prompts = [PROMPT, prompt(9, 10), prompt(*range(4, 40))]
+    alone = [[drawn(s.sample(p, 2, draw(24)).result()) for p in prompts] for s in samplers]
+    assert alone[0] != alone[1] != alone[2]
+    busy = train(one, 500, steps=4)
+    futures = [[s.sample(p, 2, draw(24)) for p in prompts] for s in samplers]
+    train(two, 600)
+    assert [[drawn(future.result()) for future in some] for some in futures] == alone
+    results(busy)
+    later = one.save_weights_and_get_sampling_client()
+    assert [[drawn(s.sample(p, 2, draw(24)).result()) for p in prompts] for s in samplers] == alone
+    assert drawn(later.sample(PROMPT, 2, draw(24)).result()) != alone[0][0]
+
+
+def test_a_snapshot_that_left_the_device_comes_back(client, monkeypatch, tmp_path):
+    from skyrl.service import snapshots
+
+    model = new(client, 3)
+    results(train(model, 700))
+    first = model.save_weights_and_get_sampling_client().result()
+    before = drawn(first.sample(PROMPT, 2, draw(24)).result())
+    monkeypatch.setattr(snapshots, "RESIDENT", 1)
+    monkeypatch.setattr(snapshots, "HOST_BYTES", 1)  # and on to files
+    for seed in range(3):
+        results(train(model, 710 + seed, steps=1))
+        model.save_weights_and_get_sampling_client().sample(PROMPT, 1, draw(4)).result()
+    engine = client._job.service.engine
+    assert first._sampler_id not in engine.adapters
+    assert drawn(first.sample(PROMPT, 2, draw(24)).result()) == before
+
+
+def test_chunks_that_arrive_in_any_order(client):
+    """optim_step takes exactly the forward_backwards with lower numbers, whatever came first."""
+
+    def posted(order: list[int]) -> tuple[list[Any], dict[str, Any]]:
+        model = new(client, 5)
+        desk = client._job.service.desk
+        requests: dict[int, Any] = {
+            seq: convert.train_request(
+                model.model_id, seq, next(convert.chunks(rows(40 + seq))), "cross_entropy", None, False
+            )
+            for seq in (1, 2, 3, 5)
+        }
+        requests[4] = OptimStep(model.model_id, 4, learning_rate=1e-2)
+        requests[6] = OptimStep(model.model_id, 6, learning_rate=1e-2)
+        ids = {}
+        for seq in order:
+            ids[seq] = desk.submit(requests[seq], owner="local").request_id
+            assert desk.submit(requests[seq], owner="local").request_id == ids[seq]  # posted again: the same one
+        ended = {}
+        for seq, request_id in ids.items():
+            event = threading.Event()
+            desk.when_done(request_id, event.set)
+            assert event.wait(30)
+            ended[seq] = desk.outcome(request_id, owner="local")
+            assert ended[seq].state == "done", ended[seq].error
+        model._next = 7
+        numbers = [ended[seq].result.metrics["loss:sum"] for seq in (1, 2, 3, 5)]
+        numbers += [ended[seq].result["metrics"]["grad_norm"] for seq in (4, 6)]
+        return numbers, saved(client, model)
+
+    plain = posted([1, 2, 3, 4, 5, 6])
+    assert same(posted([6, 3, 2, 5, 4, 1]), plain)
+    assert same(posted([2, 3, 1, 4, 6, 5]), plain)
+
+
+def test_a_number_that_never_comes_is_given_up(client):
+    model = new(client)
+    model._next = 2
+    start = time.monotonic()
+    assert model.forward_backward(rows(1), "cross_entropy").result(20).metrics["loss:sum"] > 0
+    assert 0.9 < time.monotonic() - start < 15
+
+
+def broken_rows(kind: str) -> tuple[list[Datum], str, dict[str, float]]:
+    """Rows that pass every check and give a loss or gradient that is not finite."""
+    logprobs = np.full(4, -1000.0, np.float32)
+    ones = np.ones(4, np.float32)
+    inputs = {"target_tokens": [5, 6, 7, 8], "logprobs": logprobs, "advantages": ones}
+    row = Datum(ModelInput.from_ints([4, 5, 6, 7]), inputs)
+    if kind == "ratio":  # exp(1000 - ...) is infinite
+        return [row], "importance_sampling", {}
+    if kind == "clipped":  # min(inf * -1, ...) too
+        negative = {**inputs, "advantages": -ones}
+        return [Datum(row.model_input, negative)], "ppo", {}
+    return [], "", {}
+
+
+@pytest.mark.parametrize("kind", ["content", "ratio", "clipped"])
+def test_a_failed_forward_backward_refuses_its_step_and_no_other(client, kind):
+    one, two, control = new(client, 11), new(client, 12), new(client, 12)
+    plain = results(train(control, 800))
+    before = saved(client, one)
+    good = one.forward_backward(rows(1), "cross_entropy")
+    if kind == "content":
+        bad = one.forward_backward(rows(2), "cross_entropy", {"beta": 1.0})
+    else:
+        bad = one.forward_backward(*broken_rows(kind))
+    other = train(two, 800)
+    more = one.forward_backward(rows(3), "cross_entropy")  # belongs to the same step
+    refused = one.optim_step(ADAM)
+    assert good.result().metrics["loss:sum"] > 0 and more.result().metrics["loss:sum"] > 0
+    with pytest.raises(RequestFailedError, match="does not apply" if kind == "content" else "not finite") as caught:
+        bad.result()
+    assert caught.value.category == "user"
+    with pytest.raises(RequestFailedError, match="a forward_backward before this optim_step failed"):
+        refused.result()
+    assert same(saved(client, one), before)
+    assert same(results(other), plain)
+    assert same(saved(client, two), saved(client, control))
+    fresh = new(client, 11)
+    assert same(results(train(one, 900)), results(train(fresh, 900)))  # nothing of the failed step is left
+    assert same(saved(client, one), saved(client, fresh))
+
+
+def test_a_model_that_went_astray_harms_no_other(client):
+    """A learning rate that blows the weights up: every answer is a number or a refusal, and the rest goes on."""
+    one, two, control = new(client, 21), new(client, 22), new(client, 22)
+    plain = results(train(control, 950, steps=4))
+    other = train(two, 950, steps=4)
+    wild, said = AdamParams(learning_rate=1e6, weight_decay=1e6), []
+    for step in range(4):
+        futures = [one.forward_backward(rows(step), "cross_entropy"), one.optim_step(wild)]
+        for future in futures:
+            try:
+                numbers = list(future.result().metrics.values())
+                assert np.isfinite(numbers).all()
+            except RequestFailedError as error:
+                said.append(str(error))
+    assert any("not finite" in text for text in said), said
+    assert same(results(other), plain)
+    sampler = one.save_weights_and_get_sampling_client()
+    try:
+        assert np.isfinite(sampler.sample(PROMPT, 1, draw(4)).result().sequences[0].logprobs).all()
+    except RequestFailedError as error:
+        said.append(str(error))
+    assert len(drawn(client.create_sampling_client(base_model="tiny").sample(PROMPT, 1, draw(4)).result())[0][0]) == 4
+
+
+def test_custom_losses(client):
+    """The same step as cross_entropy when the loss is the same; a function that fails costs its step only."""
+    import torch
+
+    one, two = new(client, 31), new(client, 31)
+    data = rows(5)
+
+    def loss(given: list[Any], logprobs: list[Any]) -> Any:
+        parts = [-(x * d.loss_fn_inputs["weights"].to_torch()).sum() for d, x in zip(given, logprobs, strict=True)]
+        return torch.stack(parts).sum(), {"rows:sum": len(parts)}
+
+    custom, step = one.forward_backward_custom(data, loss), one.optim_step(ADAM)
+    plain = two.forward_backward(data, "cross_entropy")
+    two.optim_step(ADAM).result()
+    found = custom.result().metrics
+    assert found["rows:sum"] == 9 and step.result().metrics["grad_norm"] > 0
+    assert found["loss:sum"] == pytest.approx(plain.result().metrics["loss:sum"], rel=1e-5)
+    assert same(saved(client, one), saved(client, two))
+
+    def fails(given: list[Any], logprobs: list[Any]) -> Any:
+        raise ZeroDivisionError("mine")
+
+    custom, step = one.forward_backward_custom(data, fails), one.optim_step(ADAM)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        custom.result()
+    with pytest.raises(RequestFailedError, match="a forward_backward before this"):
+        step.result()
+    assert same(results(train(one, 50)), results(train(two, 50)))
+
+
+def test_a_call_of_many_rows_is_cut_like_the_sdk_cuts_it(client):
+    one = new(client)
+    row = rows(3, count=1)[0]
+    done = one.forward([row] * 1100, "cross_entropy").result()
+    assert one._next == 3 and len(done.loss_fn_outputs) == 1100
+    single = one.forward([row], "cross_entropy").result().metrics["loss:sum"]
+    assert done.metrics["loss:sum"] == pytest.approx(1100 * single, rel=1e-5)
+
+
+def test_cancel(client):
+    """Withdrawn samples fail and leave the batch; the others finish as if alone."""
+    sampler = client.create_sampling_client(base_model="tiny").result()
+    alone = drawn(sampler.sample(PROMPT, 2, draw(200)).result())
+    long = [sampler.sample(PROMPT, 2, draw(4000, seed=i)) for i in range(4)]
+    kept = sampler.sample(PROMPT, 2, draw(200))
+    time.sleep(0.2)
+    for future in long:
+        future._cancel()
+    for future in long:
+        with pytest.raises(RequestFailedError, match="cancelled"):
+            future.result(20)
+    assert drawn(kept.result(20)) == alone
+    service = client._job.service
+    deadline = time.monotonic() + 10
+    while service.engine.serving("base").sampler.unfinished() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert service.engine.serving("base").sampler.unfinished() == 0
+
+
+def test_rl_losses_through_joined_commands(client):
+    """Requests of several models with one loss run as one command; each has its own numbers."""
+    models = [new(client, seed) for seed in (1, 2, 3)]
+    scores = [model.forward(rows(1), "cross_entropy") for model in models]
+    futures = [
+        m.forward_backward(rl_rows(1, logprobs_of(s.result()), rows(1)), "ppo")
+        for m, s in zip(models, scores, strict=True)
+    ]
+    joined = results(futures)
+    for model, score, one in zip([new(client, seed) for seed in (1, 2, 3)], scores, joined, strict=True):
+        data = rl_rows(1, logprobs_of(score.result()), rows(1))
+        assert same(results([model.forward_backward(data, "ppo")]), [one])
