@@ -23,7 +23,9 @@ def refused(done, *words, code=2):
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("skyrl: error: "), done.stderr
     for word in words:
         assert word in done.stderr
-    assert done.seconds < 30
+    # On a machine that others use too, a process gets its share of the cores only.
+    crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert done.seconds < 30 * crowd
 
 
 @pytest.mark.parametrize(
