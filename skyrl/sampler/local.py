@@ -146,6 +146,25 @@ class LocalSampler:
             self._cache.clear(self._scheduler.pool.loose(blocks))
         return True
 
+    def partial(self, uid: str) -> np.ndarray:
+        """The tokens [n] int64 that an unfinished request has so far, as a copy; none where no such request is."""
+        sequence = self._sequences.get(uid)
+        if sequence is None:
+            return np.zeros(0, dtype=np.int64)
+        tokens = sequence.tokens[sequence.start : sequence.length]
+        pending = [] if self._running is None else self._running.pending(sequence)
+        return np.concatenate([tokens, *pending])
+
+    def abandon(self) -> list[str]:
+        """Takes everything out, also after `step` has raised RunError, and empties the cache: what is not finite must
+        not reach later requests. Returns the uids, in the order of the requests."""
+        uids = list(self._sequences)
+        for uid in uids:
+            self.cancel(uid)
+        self._scheduler.pool.forget()
+        self._cache.clear(list(range(self._scheduler.pool.num_blocks + 1)))
+        return uids
+
     def forget_adapter(self, name: str) -> None:
         """Drops what is kept for the adapters that requests named `name`: cached beginnings, packed weights. To be
         called when an adapter is dropped, or changed in place. Raises RuntimeError while requests of it run."""
@@ -294,6 +313,7 @@ class _Running:
         parts = segments([s.adapter for s in self.sequences])
         self.batch = Batch(tokens_B, self.lengths_B - 1, table_BW, parts)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # drawn but not yet in the sequences
+        self._index: dict[int, int] | None = None  # rows of the sequences, by id; made when asked for
 
     def extend_tables(self) -> None:
         """Takes over the blocks that the scheduler added since the last call."""
@@ -321,6 +341,15 @@ class _Running:
         if len(ended) or self.crowded():
             self.flush()
         return [(int(i), "stop" if stopped_B[i] else "length") for i in ended]
+
+    def pending(self, sequence: Sequence) -> list[np.ndarray]:
+        """What was drawn for a sequence and is not in it yet, one token in each array."""
+        if not self._pending:
+            return []
+        if self._index is None:
+            self._index = {id(one): row for row, one in enumerate(self.sequences)}
+        row = self._index.get(id(sequence))
+        return [] if row is None else [tokens[row : row + 1] for tokens, _ in self._pending]
 
     def crowded(self) -> bool:
         """Whether some sequence needs a block that it does not have yet."""
