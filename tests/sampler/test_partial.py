@@ -21,7 +21,7 @@ def backend(request):
 
 
 def test_partial_tokens_are_a_growing_beginning_of_the_sample(backend):
-    """After every step, with preemptions, arrivals and others that end; no token is missing once a step has drawn it."""
+    """After every step, with preemptions: no token is missing once a step has drawn it."""
     model, asked = qwen3(), requests(prompts(6), samples=3)
     whole = run(sampler(model, backend=backend), asked)
     engine = sampler(model, backend=backend, kv_cache_gib=10 * BLOCK_GIB, max_running=7)
