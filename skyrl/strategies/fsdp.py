@@ -127,6 +127,11 @@ class FSDPStrategy:
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm:mean": norm}
 
+    def clear_gradient(self) -> None:
+        """Drops what is pending."""
+        for _, p in self._named:
+            p.grad = None
+
     def _free_gathered(self) -> None:
         """A forward without a backward leaves what is not resharded after it (the root, always) gathered: the next
         forward would take these weights again, also after an optimizer step or a load."""

@@ -100,6 +100,25 @@ class ZeroStrategy:
             )
         return {"grad_norm:mean": self._norm()}
 
+    def clear_gradient(self) -> None:
+        """Drops what is pending, by a step of size zero whose moments are taken back; collective."""
+        if self._pending == 0:
+            return
+        kept = self._moments()
+        for group in self._adam.param_groups:
+            group.update(lr=0.0)
+        self._pending = 0
+        self._engine.step()  # one that is not finite is dropped as well
+        self._put_back(kept)
+
+    def _moments(self) -> dict[Any, dict[str, Tensor]]:
+        return {p: {key: t.clone() for key, t in state.items()} for p, state in self._adam.state.items()}
+
+    def _put_back(self, kept: dict[Any, dict[str, Tensor]]) -> None:
+        for p, state in kept.items():
+            for key, tensor in state.items():
+                self._adam.state[p][key].copy_(tensor)
+
     def _norm(self) -> float:
         # set by `step` before AdamW runs; the engine's own accessor has it only afterwards
         return float(self._engine.optimizer._global_grad_norm)
@@ -185,15 +204,14 @@ class ZeroStrategy:
         return next(iter(self._adam.state.values()))["exp_avg"].device  # where there is room: with the masters
 
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
-        """Takes a filled `state_dict`, one whole tensor at a time."""
-        kept = {p: {k: t.clone() for k, t in values.items()} for p, values in self._adam.state.items()}
+        """Takes a filled `state_dict`, one whole tensor at a time; drops what is pending."""
+        self.clear_gradient()
+        kept = self._moments()
         with torch.no_grad():
             for name, p in self._named:
                 self._set(p, _full(state["weights"][name]))
             self._step_of_size_zero()
-            for p, values in kept.items():
-                for key, tensor in values.items():
-                    self._adam.state[p][key].copy_(tensor)
+            self._put_back(kept)
             if optimizer:
                 for key in _MOMENTS:
                     for name, p in self._named:
@@ -246,15 +264,21 @@ class _Bridge(nn.Module):
 
 
 class _Front(nn.Module):
-    """The model's own call over DeepSpeed's engine. `net` is the model's, for its config and its names."""
+    """The model's own call over DeepSpeed's engine; everything else about it is the model's."""
 
     def __init__(self, engine: Any, model: nn.Module) -> None:
         super().__init__()
-        self.net = model.net
-        self._call = [engine]  # in a list: not a submodule
+        self.__dict__["_behind"] = (engine, model)  # no submodules, and there before any other name is looked up
+        self._modules.update(model.named_children())  # the names of parameters stay
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_behind"][1], name)
 
     def forward(self, batch: Microbatch, **options: Any) -> ForwardOutput:
-        return ForwardOutput(**self._call[0](dict(vars(batch)), options))
+        return ForwardOutput(**self._behind[0](dict(vars(batch)), options))
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -279,7 +303,7 @@ def _prepare(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = _config(stage, model, world, dtype, offload)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    with _quiet(), _accelerate_environment(world.device):
+    with _quiet(), _accelerate_environment(world):
         AcceleratorState._reset_state(reset_partial_state=True)  # it is of the whole process; each model has a plugin
         plugin = DeepSpeedPlugin(hf_ds_config=config)
         accelerator = Accelerator(
@@ -302,13 +326,15 @@ def _prepare(
 
 
 @contextmanager
-def _accelerate_environment(device: torch.device) -> Iterator[None]:
+def _accelerate_environment(world: World) -> Iterator[None]:
     """Hides what `accelerate launch` said about plugins and devices: the run's options decide. With its own flag for
-    CPUs set accelerate would wrap the model in DDP and never ask DeepSpeed; the device is named instead."""
+    CPUs set accelerate would wrap the model in DDP and never ask DeepSpeed; the device is named instead. DeepSpeed
+    reads its place from a launcher's variable, which a single process may lack."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     kept = {key: value for key, value in os.environ.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
     for key in kept:
         del os.environ[key]
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(world.device)
     try:
         yield
     finally:

@@ -77,6 +77,24 @@ def nothing_pending(fresh):
     return norms, moved, weights_of(engine)
 
 
+def dropped(fresh):
+    """A gradient that was dropped leaves no trace, a finite one or not."""
+    engine = fresh()
+    strategy = engine.models["policy"].strategy
+    train(engine, 0, 1)
+    for spoil in (False, True):
+        rows = make_rows(5)
+        if spoil:
+            for row in rows:
+                row.advantages[:] = np.nan
+            refused(lambda rows=rows: engine.forward_backward(dealt(rows, engine), SPEC))
+        else:
+            engine.forward_backward(dealt(rows, engine), SPEC)
+        strategy.clear_gradient()
+    train(engine, 1, 2)
+    return weights_of(engine)
+
+
 def not_finite(fresh):
     engine = fresh()
     train(engine, 0, 1)
@@ -162,7 +180,7 @@ def whole_copy(fresh):
     return whole, weights_of(engine), buffers, held, draw(engine), strategy.supports
 
 
-CHECKS = (sums, nothing_pending, not_finite, state, whole_copy, copies)
+CHECKS = (sums, nothing_pending, dropped, not_finite, state, whole_copy, copies)
 
 
 def facts_body(kinds):
@@ -197,6 +215,11 @@ def test_without_a_gradient_momentum_and_decay_act(facts, kind):
         assert norms == [0.0, 0.0]
         if rank == 0:
             assert distance(moved, want) < 1e-6 and distance(after, moved) == 0.0
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_gradient_that_was_dropped_leaves_no_trace(facts, kind):
+    assert distance(facts[1][0][kind]["dropped"], facts[0]["dropped"]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", STAGES)
