@@ -135,7 +135,15 @@ def settle(target: Future[Any], make: Callable[[], Any]) -> None:
 def then(future: APIFuture[T], make: Callable[[T], U]) -> APIFuture[U]:
     """What `make` makes of a result to come."""
     out: Future[U] = Future()
-    future.future().add_done_callback(lambda done: settle(out, lambda: make(done.result())))
+
+    def go_on(done: Future[T]) -> None:
+        error = done.exception()  # handed on as it is: raising it again would only lengthen its traceback
+        if error is not None:
+            out.set_exception(error)
+        else:
+            settle(out, lambda: make(done.result()))
+
+    future.future().add_done_callback(go_on)
     return APIFuture(out, cancel=future._cancel)
 
 
@@ -148,9 +156,13 @@ def gather(futures: list[APIFuture[T]]) -> APIFuture[list[T]]:
     def one_is_done(done: Future[T]) -> None:
         with lock:
             left[0] -= 1
-            last = left[0] == 0
-        if last:
-            settle(out, lambda: [future.result() for future in futures])
+            if left[0]:
+                return
+        error = next((e for e in (future.future().exception() for future in futures) if e is not None), None)
+        if error is not None:
+            out.set_exception(error)
+        else:
+            out.set_result([future.result() for future in futures])
 
     for future in futures:
         future.future().add_done_callback(one_is_done)
@@ -161,15 +173,21 @@ def chain(future: APIFuture[T], make: Callable[[T], APIFuture[U]]) -> APIFuture[
     """The result of a call that begins when the one before has ended well."""
     out: Future[U] = Future()
 
-    def begin(done: Future[T]) -> None:
-        try:
-            following = make(done.result())
-        except Exception as error:  # it belongs to who waits for it
+    def begin(made: Future[APIFuture[U]]) -> None:
+        error = made.exception()
+        if error is not None:
             out.set_exception(error)
         else:
-            following.future().add_done_callback(lambda last: settle(out, last.result))
+            made.result().future().add_done_callback(hand_on)
 
-    future.future().add_done_callback(begin)
+    def hand_on(last: Future[U]) -> None:
+        error = last.exception()
+        if error is not None:
+            out.set_exception(error)
+        else:
+            out.set_result(last.result())
+
+    then(future, make).future().add_done_callback(begin)
     return APIFuture(out)
 
 

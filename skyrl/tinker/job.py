@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # it needs torch, which only an open job does
 OPTIONS_ENVIRONMENT = "SKYRL_SERVE_OPTIONS"
 BUSY_SECONDS = 0.2
 API = "/api/v1/"
+CLOSED = "the ServiceClient is closed"
 
 
 def serve_config(options: Mapping[str, Any]) -> ServeConfig:
@@ -119,9 +120,9 @@ class Job:
         desk = self.service.desk
         try:
             got = desk.submit(request, owner=self.owner)
-        except Busy as error:
+        except Busy:
             if self._closing:
-                out.set_exception(status_error(429, str(error)))
+                out.set_exception(RuntimeError(CLOSED))
                 return
             again = (BUSY_SECONDS, self._offer, request, out, convert, accepted)
             self._loop.call_soon_threadsafe(self._loop.call_later, *again)
@@ -150,6 +151,8 @@ class Job:
     def call(self, method: str, path: str, body: Any = None, **query: Any) -> APIFuture[Any]:
         """The JSON answer of an endpoint, such as ("GET", "training_runs"). Raises APIStatusError through the
         future. Parts of `path` that clients choose have to go through `part`."""
+        if self._closing:
+            raise RuntimeError(CLOSED)
         return APIFuture(asyncio.run_coroutine_threadsafe(self._answer(method, path, body, query), self._loop))
 
     async def _answer(self, method: str, path: str, body: Any, query: Mapping[str, Any]) -> Any:
@@ -200,8 +203,8 @@ class Job:
     def close(self) -> None:
         """Ends the service on all ranks, after the work in hand and all saves."""
         self._closing = True
-        self.service.worker.stop("the client is closed")
-        self.service.desk.close("the client is closed")  # wakes the worker
+        self.service.worker.stop(CLOSED)
+        self.service.desk.close(CLOSED)  # wakes the worker
         self._worker.join()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._calls.join()
