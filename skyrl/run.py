@@ -44,7 +44,7 @@ from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
-ENV_SECONDS = 10.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
+ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
 STOPS = "stops.jsonl"
 
 

@@ -30,7 +30,7 @@ STALE = 0.7  # of its patience for which a place must have stayed as it was; the
 NEARLY = 0.8  # of its patience: hangs as much as the one who is accused
 STACK_SECONDS = 2.0  # how long stacks of the others are waited for
 END_SECONDS = 15.0  # after a verdict nobody lives longer
-GOODBYE_SECONDS = 0.3
+GOODBYE_SECONDS = 0.7
 MONITORS = 4  # ranks that look at the others, besides the first of each machine: reading all places is N keys
 MAX_STACK = 64 << 10
 
@@ -104,7 +104,7 @@ class Court:
             return
         if not waits:
             if still > patience:
-                self._accuse(self._still_ones(), "makes no progress")
+                self._accuse(self._still_ones(), f"makes no progress (for {still:.0f} s)")
             return
         monitor = self.world.rank < MONITORS or self.world.local_rank == 0
         if self.store is None or not monitor or now < self._next_look:
@@ -115,11 +115,12 @@ class Court:
         if still <= patience:
             return
         if silent:
-            self._accuse(silent, "does not answer")
+            self._accuse(silent, f"does not answer any more (for at least {now - self._seen[silent[0]][1]:.0f} s)")
         elif all(p["waits_in"] and p["seconds_without_progress"] > p["patience"] for p in table.values()):
             least = min(place["agreements"] for place in table.values())
             behind = [rank for rank, place in table.items() if place["agreements"] == least]
-            self._accuse(behind, "waits, as all ranks do, in a collective that the others are not in")
+            what = "waits, as all ranks do, in a collective that the others are not in"
+            self._accuse(behind, f"{what} (for {still:.0f} s)")
 
     def _still_ones(self) -> list[int]:
         """Us, and those who stand still as we do (on GPUs a rank that waits for another looks like one that hangs)."""
@@ -156,16 +157,15 @@ class Court:
         lines = []
         for rank in culprits:
             place = table.get(rank)
-            where = (
-                f"(process {place['process']} on {place['host']}) {what} in {place['phase']}, step {place['step']}, "
-                f"for {place['seconds_without_progress']:.0f} s"
-                if place
-                else what
-            )
-            lines.append(f"rank {rank} {where}{_state(place)}")
+            who, where = "", ""
+            if place:
+                who = f" (process {place['process']} on {place['host']})"
+                where = f"; it was in {place['phase']}, step {place['step']}"
+            lines.append(f"rank {rank}{who} {what}{where}{_state(place)}")
         waiting = sorted({p["waits_in"] for r, p in table.items() if r not in culprits and p["waits_in"]})
         others = f"; other ranks wait in {', '.join(waiting)}" if waiting else ""
-        told = "\n".join(f"stack of rank {rank}:\n{stacks.get(rank, '(not known)').rstrip()}" for rank in culprits[:4])
+        loops = {rank: text.split("\n\nThread ")[0].rstrip() for rank, text in stacks.items()}  # of the main thread
+        told = "\n".join(f"stack of rank {rank}:\n{loops.get(rank, '(not known)')}" for rank in culprits[:4])
         bundle = write_bundle(self.folder, "\n".join([*lines, "", told]), table, stacks) if self.ready else ""
         head = (
             f"{'; '.join(lines)}{others} (run.hang_seconds={self.hang_seconds:g})"
@@ -176,7 +176,7 @@ class Court:
         tell_launcher(f"{head}\n{told}")
         if self.store is not None:
             self.store.set("end", "1")
-            time.sleep(GOODBYE_SECONDS)
+            time.sleep(GOODBYE_SECONDS)  # the store may live in this process
         self._end(culprits, table)
 
     # ---- the others' side
@@ -195,7 +195,8 @@ class Court:
         self._fetch_from_neighbours(verdict["culprits"])
         while time.monotonic() < self._over_at and not self.store.check(["end"]):
             time.sleep(0.1)
-        time.sleep(GOODBYE_SECONDS)
+        if self.world.is_leader:
+            time.sleep(GOODBYE_SECONDS)
         self._end(verdict["culprits"], self.table())
 
     def _give_stack(self, rank: int, text: str) -> None:
@@ -280,7 +281,7 @@ def _state(place: dict[str, Any] | None) -> str:
     try:
         state = Path(f"/proc/{place['process']}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return ", its process is gone"
+        return "; its process is gone"
     return {
         "T": ", its process is stopped (SIGSTOP)",
         "Z": ", its process is gone",

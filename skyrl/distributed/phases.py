@@ -18,6 +18,7 @@ from typing import Any
 
 OPENING, LOADING, SAVING, FINISHING, BETWEEN_PHASES = "opening", "loading", "saving", "finishing", "between phases"
 SLOW = (OPENING, LOADING, SAVING, FINISHING)  # disks and compilers: nothing there says that it goes on
+PLAYING = ("generation", "evaluation")
 SLOW_FACTOR = 10  # how much longer these may stand still, and whatever is done for the first time
 LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work queued on a GPU shows no progress
 LIBRARY = "/torch/distributed/"
@@ -34,7 +35,7 @@ class Place:
     calls: int = 0  # agreements begun: the same number on every rank that is as far
     waits: str = ""  # the agreement it is in
     beats: int = 0
-    patience: float = 0.0  # seconds that a single call may take by the user's own options, in any phase
+    patience: float = 0.0  # seconds that a call of an environment may take by the user's own options
     seen: set[str] = field(default_factory=set)  # phases gone through once
     moved: float = field(default_factory=time.monotonic)
     stack: tuple[Any, ...] = ()
@@ -106,9 +107,10 @@ def forgive(now: float) -> None:
 
 def allowance(hang_seconds: float) -> float:
     """How long this rank may stand still where it is now."""
+    least = max(hang_seconds, here.patience if here.phase in PLAYING else 0.0)
     if here.phase in SLOW or here.phase not in here.seen:
-        return max(SLOW_FACTOR * hang_seconds, here.patience)
-    return max(hang_seconds, here.patience, LEARNED_FACTOR * here.longest.get(here.phase, 0.0))
+        return SLOW_FACTOR * least
+    return max(least, LEARNED_FACTOR * here.longest.get(here.phase, 0.0))
 
 
 def main_frame() -> FrameType | None:

@@ -62,6 +62,7 @@ class Watch:
         self._unsent = False
         self._news = 0
         self._turns = 0
+        self._sent: tuple[str, int] = ("", 0)
         self._last_turn = self._next_exchange = self._next_file = time.monotonic()
         self._closing = False
         self._before: dict[int, Any] = {}
@@ -150,7 +151,7 @@ class Watch:
             if self.claimed and self.wanted is None and (self.folder / STOP_FILE).exists():
                 self._ask("stop file")
         still, waits = phases.look(now)
-        if now >= self._next_exchange:
+        if now >= self._next_exchange or self._sent != (phases.here.phase, phases.here.step):
             self._next_exchange = now + EXCHANGE_SECONDS
             self._exchange(still, waits)
             self.court.judge(now, still, waits)
@@ -162,6 +163,7 @@ class Watch:
             self._unsent = False
             return
         self._turns += 1
+        self._sent = phases.here.phase, phases.here.step
         self.store.set(f"place/{self.world.rank}", json.dumps(self.court.entry(self._turns, still, waits)))
         if self._unsent and self.wanted is not None:
             self.store.compare_set("stop", "", self.wanted.to_text())

@@ -1,14 +1,21 @@
-"""Makes a phase long, and tells the test when a rank is in it, and where it hangs. SKYRL_PACE is <phase>:<step>:<what>
-with what = seconds to sleep at the phase's own place, or hang; on rank SKYRL_PACE_RANK alone where that is given."""
+"""Makes a phase long, tells the test when a rank is in it, and goes wrong there when told to.
+
+SKYRL_PACE is <phase>:<step>:<what>, what = seconds to sleep at the phase's own place, or a way to go wrong; on rank
+SKYRL_PACE_RANK alone where that is given.
+"""
 
 import os
 import time
 from pathlib import Path
 
+import numpy as np
+
 import skyrl.checkpoint
+import skyrl.distributed.init
 import skyrl.engine
 import skyrl.sampler.local
 from skyrl.distributed import phases
+from skyrl.distributed.collectives import all_sum
 
 PHASE, STEP, WHAT = (os.environ.get("SKYRL_PACE", "") + "::").split(":")[:3]
 RANK = os.environ.get("RANK", "0")
@@ -21,6 +28,12 @@ def tarry(name: str = "") -> None:
         Path(f"in-{RANK}").write_text(PHASE)
         if WHAT == "hang":
             time.sleep(3600)
+        if WHAT == "raise":
+            raise AssertionError("something nobody thought of")
+        if WHAT == "memory":
+            raise MemoryError("no more")
+        if WHAT == "apart":
+            all_sum(skyrl.distributed.init._world, np.zeros(1))
         time.sleep(float(WHAT or 0))
 
 
