@@ -79,6 +79,8 @@ def run_entry(mode: str) -> None:
             print(help_text(mode))
         return
     try:
+        # By name: it lies above this folder. Under srun alone, RANK and the others come from Slurm's variables.
+        importlib.import_module("skyrl.launch.slurm_env").adopt()
         _Entry(mode, args).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
@@ -86,7 +88,7 @@ def run_entry(mode: str) -> None:
         _end(_tell_all(str(error), USAGE_ERROR))
     except COMPOSE_ERRORS as error:
         _end(_tell_all(explain(error, ServeConfig if mode == "serve" else RunConfig), USAGE_ERROR))
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, RunError) as error:  # RunError: from a point of a sweep that ran elsewhere
         _end(_report(error, mode))
 
 
@@ -129,6 +131,11 @@ def _group() -> ModuleType | None:
     """skyrl.distributed.failure, once this process is one of a group of ranks. By name: this file lies below it."""
     init = sys.modules.get("skyrl.distributed.init")
     return importlib.import_module("skyrl.distributed.failure") if init is not None and init.in_group() else None
+
+
+def _points() -> ModuleType:
+    """skyrl.launch.points, by name: it lies above this folder. It starts the trainer, and with it torch."""
+    return importlib.import_module("skyrl.launch.points")
 
 
 def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
@@ -255,11 +262,16 @@ class _Entry:
         if not any(flag.startswith(("-i", "--info", "--hydra-help")) for flag in flags):
             flags += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
         with contextlib.ExitStack() as stack:
+            folder = ""
             if self.sweep:  # Hydra's sweeper writes multirun.yaml; the run folders hold all that is in it
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="skyrl-sweep-"))
+                folder = _points().sweep_folder(overrides) or stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="skyrl-sweep-")
+                )
                 flags.append(f"hydra.sweep.dir={folder}")
             sys.argv[1:] = [*flags, *overrides]  # what the user says comes last and wins
             self._compose_and_run()
+            if folder and rank() == 0 and (best := _points().best_of(folder)):
+                print(best, flush=True)
         if self.failed:
             print(f"skyrl: {self.failed} run(s) of the sweep failed", file=sys.stderr, flush=True)
             sys.exit(self.code)
@@ -275,22 +287,26 @@ class _Entry:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             main()
 
-    def job(self, composed: DictConfig) -> None:
-        """One run. In a sweep of one process a failed point is told and counted, and the next one starts."""
+    def job(self, composed: DictConfig) -> float | None:
+        """One run; its held-out accuracy, which a sweeper may steer by. In a sweep of one process a failed point is told
+        and counted, and the next one starts."""
         with contextlib.redirect_stdout(self.stdout), contextlib.redirect_stderr(self.stderr):
             try:
-                self._run_one(composed)
+                return self._run_one(composed)
             except Exception as error:
                 code = _report(error, self.mode)
+                if _points().in_submitit():
+                    _points().leave(error, code)
                 if not self.sweep or world_size() > 1 or isinstance(error, StopRun):
                     # Other ranks may wait for us in a collective: only the end of the job frees them.
                     raise SystemExit(code) from None
                 self.failed, self.code = self.failed + 1, max(self.code, code)
+                return None
 
-    def _run_one(self, composed: DictConfig) -> None:
+    def _run_one(self, composed: DictConfig) -> float | None:
         if self.mode == "serve":
             self._serve(finish_serve(composed))
-            return
+            return None
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
         if cfg.dry_run:
             from skyrl.config.plan import dry_run
@@ -300,10 +316,9 @@ class _Entry:
             importlib.import_module("skyrl.data").check_task(cfg, files=not cfg.run.world_size)
             if rank() == 0:
                 print(text, flush=True)
-            return
+            return None
         _refuse_restart(Path(cfg.run.dir))
-        # By name: this folder lies below the trainer, and a command line that is wrong should not wait for torch.
-        getattr(importlib.import_module("skyrl.trainer"), self.mode)(cfg)
+        return _points().play(cfg, self.mode, sweep=self.sweep)
 
     def _serve(self, cfg: ServeConfig) -> None:
         # By name: the service lies above this folder. Who may come in is looked at before any weights are.
