@@ -21,14 +21,19 @@ KINDS = (
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
-def engine_of(kind: str, dtype: str = "float32", *overrides: str) -> Engine:
-    """An engine with a policy under `kind`; "single" and "ddp" are what the world says."""
+def options_of(kind: str) -> list[str]:
+    """strategy.* options of `kind`; "single" and "ddp" are what the world says."""
     name, _, offload = kind.partition("+")
     name, _, shards = name.partition("/")
-    options = [f"strategy.offload={offload}"] if offload else []
-    options += [f"strategy.shard_size={shards}"] if shards else []
-    name = "auto" if name in ("single", "ddp") else name
-    return make_engine(name, dtype, "batch.max_tokens_per_microbatch=60", *options, *overrides)
+    options = [f"strategy.name={'auto' if name in ('single', 'ddp') else name}"]
+    options += [f"strategy.offload={offload}"] if offload else []
+    return options + ([f"strategy.shard_size={shards}"] if shards else [])
+
+
+def engine_of(kind: str, dtype: str = "float32", *overrides: str) -> Engine:
+    """An engine with a policy under `kind`."""
+    name, *options = options_of(kind)
+    return make_engine(name.partition("=")[2], dtype, "batch.max_tokens_per_microbatch=60", *options, *overrides)
 
 
 def train(engine: Engine, first: int, last: int, *, lr: float = ADAM.lr) -> list[float]:
