@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import importlib.metadata
 import json
 import os
 import shutil
@@ -66,12 +67,24 @@ def clients_folder() -> Path:
 
 
 def release_path(release: str, *, download: bool) -> list[Path]:
-    """The folders that PYTHONPATH needs for this release: its own and the dependencies'. Missing if there are none."""
+    """The folders that PYTHONPATH needs for this release: its own and the dependencies', or none for the release that
+    this environment has anyway. Raises Missing."""
     if sys.version_info < (3, 11):
         raise Missing("the Tinker client needs Python 3.11 or newer")
+    if _own_release() == release:
+        return []
     tag = f"py{sys.version_info.major}{sys.version_info.minor}"
     deps = _installed(clients_folder() / f"dependencies-{tag}", ["--upgrade", *DEPENDENCIES], download)
     return [_installed(clients_folder() / f"tinker-{release}", ["--no-deps", f"tinker=={release}"], download), deps]
+
+
+def _own_release() -> str | None:
+    """The release that this environment has, as extra dev brings it. Not by import: in pytest, tests/tinker itself
+    answers to the name."""
+    try:
+        return importlib.metadata.version("tinker")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cookbook_python(*, download: bool) -> Path:

@@ -50,7 +50,15 @@ RECIPES: dict[str, Recipe] = {
         ("reward/total",),
         asks=False,
     ),
-    "rl_basic": _rl("rl_basic", "max_tokens=4", "lora_rank=8", "max_steps=1", steps=1, asks=False),
+    "rl_basic": _rl(
+        "rl_basic",
+        "max_tokens=4",
+        "lora_rank=8",
+        "max_steps=1",
+        "remove_constant_reward_groups=True",  # 2048 rows of 530 tokens otherwise
+        steps=1,
+        asks=False,
+    ),
     "math_rl": _rl("math_rl.train", *SMALL_MATH),
     "math_rl_async": _rl("math_rl.train", *SMALL_MATH, "max_steps_off_policy=2"),
     "math_rl_streaming": _rl(

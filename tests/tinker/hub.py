@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "Qwen/Qwen3-8B"
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <think> </think> <tool_call> </tool_call> <tool_response> </tool_response> "
-    "<|vision_start|> <|vision_end|> <|image_pad|>"
-).split()
+SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|>".split()
+# As in Qwen3's own tokenizer these are single tokens but not special: renderers write them as text.
+WORDS = "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>".split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -34,6 +33,7 @@ def byte_tokenizer() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in WORDS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",
