@@ -258,10 +258,10 @@ class RestClient:
         return self.get_training_run(CheckpointPath.parse(tinker_path).run_id, access_scope)
 
     def list_training_runs(
-        self, limit: int = 20, offset: int = 0, access_scope: str = "owned"
+        self, limit: int = 20, offset: int = 0, access_scope: str = "owned", project_id: str | None = None
     ) -> APIFuture[records.TrainingRunsResponse]:
         """Runs, newest first."""
-        query = dict(limit=limit, offset=offset, access_scope=access_scope)
+        query = dict(limit=limit, offset=offset, access_scope=access_scope, project_id=project_id)
         return self._get(records.TrainingRunsResponse, "GET", "training_runs", **query)
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[records.WeightsInfoResponse]:
@@ -321,6 +321,11 @@ class RestClient:
         """Sessions, newest first."""
         query = dict(limit=limit, offset=offset, access_scope=access_scope)
         return self._get(records.ListSessionsResponse, "GET", "sessions", **query)
+
+    def search_sessions(self, request: Any) -> APIFuture[records.SessionSearchResponse]:
+        """Sessions that match: the SDK's SessionSearchRequest, or its fields as a dict."""
+        fields = request if isinstance(request, Mapping) else request.model_dump(mode="json", exclude_none=True)
+        return self._get(records.SessionSearchResponse, "POST", "sessions/search", dict(fields))
 
     def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
         """Moves a session to a project."""
