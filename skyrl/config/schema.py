@@ -367,7 +367,7 @@ class RunFolderConfig:
     collective_timeout_seconds: int = 3600
     """Longest wait for another rank that does make progress (uneven sampling)."""
     must_save_by: str = ""
-    """Time by which the run has saved and left: 2026-05-01T18:30:00, or +seconds from the start. "" = Slurm's end of
+    """Time by which the run has saved and left: 2026-05-01T18:30:00, or seconds from the start. "" = Slurm's end of
     the job where there is one; never = no deadline."""
     save_margin_seconds: float = 120.0
     """The run begins to stop so long before that time: enough to end an update and to save."""

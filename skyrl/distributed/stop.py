@@ -77,11 +77,13 @@ def _seconds_left(text: str, end_of_job: str, wall: float) -> float | None:
             return None
         return float(end_of_job) - wall
     try:
-        if text.startswith("+"):
-            return float(text[1:])
+        return float(text)
+    except ValueError:
+        pass  # a time, then
+    try:
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() - wall
     except (ValueError, OverflowError):
         raise UserError(
             f"run.must_save_by={text}: neither a time like 2026-05-01T18:30:00 (this machine's, unless it ends in Z or "
-            "an offset) nor +seconds from the start, nor never"
+            "an offset) nor seconds from the start, nor never"
         ) from None

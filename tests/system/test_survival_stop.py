@@ -65,3 +65,58 @@ def test_a_signal_in_each_phase(warm, whole, tmp_path, phase, step, number, only
     if phase == "evaluation":  # learned, but not yet evaluated and recorded
         assert newest.state["half"] and newest.state["pending"]
     finishes_like(warm, whole, tmp_path)
+
+
+def test_a_signal_while_the_model_is_loaded(warm, tmp_path):
+    there = when(lambda: all((tmp_path / f"in-{rank}").exists() for rank in (0, 1)))
+    before = pace("opening", 0, "100")
+    done = warm.run(*RUN, cwd=tmp_path, ranks=2, kill=there, only=[1], number=signal.SIGUSR1, before=before)
+    assert done.code == LEFT and done.seconds < 60
+    assert done.stderr == "skyrl: stopped by SIGUSR1 while opening; the same command starts again\n"
+    assert (tmp_path / "run" / "requeue").exists() and not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("how", ["deadline", "stop file"])
+def test_the_clock_and_a_file_stop_a_run_too(warm, whole, tmp_path, how):
+    run = tmp_path / "run"
+    clock = ["run.must_save_by=+7", "run.save_margin_seconds=3"] if how == "deadline" else []
+
+    def touch():
+        if how == "stop file" and (tmp_path / "in-1").exists():
+            (tmp_path / "in-1").unlink()
+            (run / "stop").touch()
+        return False
+
+    done = warm.run(*RUN, *clock, cwd=tmp_path, ranks=2, kill=touch, before=pace("generation", 3, "3"))
+    assert done.code == LEFT, done.stderr
+    (stop,) = stops(run)
+    assert stop["reason"] == how and not (run / "stop").exists()
+    finishes_like(warm, whole, tmp_path)
+
+
+def test_slurms_end_of_the_job_is_a_deadline(warm, tmp_path):
+    end = "import os, time; os.environ['SLURM_JOB_END_TIME'] = str(int(time.time()) + 30)"
+    done = warm.run(*RUN, cwd=tmp_path, before=end)
+    assert done.code == 2 and len(done.errors) == 1
+    assert "SLURM_JOB_END_TIME: " in done.errors[0]
+    assert " s from now, of which run.save_margin_seconds=120 are kept" in done.errors[0]
+    later = f"{end}; os.environ['TORCHELASTIC_RESTART_COUNT'] = '1'"  # near the end of the job torchrun starts again
+    assert warm.run(*RUN, cwd=tmp_path, before=later).code == LEFT
+    done = warm.run(*RUN, "run.save_margin_seconds=20", cwd=tmp_path, before=f"{end}; {pace('training', 2, '15')}")
+    assert done.code == LEFT and stops(tmp_path / "run")[0]["reason"] == "deadline"
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(warm, whole, tmp_path):
+    there = (tmp_path / "in-0").exists
+    one = {"cwd": tmp_path, "number": signal.SIGINT}
+    done = warm.run(*RUN, **one, kill=when(there), before=pace("generation", 3, "0.5"))
+    assert done.code == INTERRUPTED and "skyrl: interrupted: stops with a save; once more ends at once" in done.stderr
+    assert stops(tmp_path / "run")[0]["reason"] == "SIGINT" and not (tmp_path / "run" / "requeue").exists()
+    (tmp_path / "in-0").unlink()
+    # the second comes while the main thread is in a call that takes long
+    twice = "import os, signal, threading as t; t.Timer(9, lambda: os.kill(os.getpid(), signal.SIGINT)).start(); "
+    done = warm.run(*RUN, **one, kill=when(there), before=twice + pace("training", 5, "35"))
+    assert done.code == INTERRUPTED and done.seconds < 20
+    assert done.errors == ["skyrl: error: interrupted; the same command goes on from the last checkpoint"]
+    done = warm.run(*RUN, cwd=tmp_path)
+    assert done.code == 0 and lines_in(tmp_path / "run" / "metrics.jsonl") == 10

@@ -48,6 +48,7 @@ def before(owner, name, phase=""):
 
 
 if PHASE:
+    before(skyrl.engine.Engine, "create")
     before(skyrl.engine.Engine, "forward_backward")
     before(skyrl.sampler.local.LocalSampler, "step")
     before(skyrl.checkpoint, "publish", "saving")
