@@ -88,6 +88,24 @@ def _launch(args: list[str]) -> None:
     sys.exit(launch(args))
 
 
+def _sweep_table(args: list[str]) -> None:
+    from skyrl.launch.table import sweep_table
+
+    sweep_table(args)
+
+
+def _stage(args: list[str]) -> None:
+    from skyrl.launch.stage import stage
+
+    stage(args)
+
+
+def _doctor(args: list[str]) -> None:
+    from skyrl.launch.doctor import doctor
+
+    sys.exit(doctor(args))
+
+
 def last_values(metrics: Path) -> tuple[int | None, float | None]:
     """(last step, last held-out accuracy) in a metrics.jsonl; None where it has none. A cut last line is skipped."""
     step: int | None = None
@@ -127,6 +145,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "runs": _runs,
     "launch": _launch,
+    "sweep-table": _sweep_table,
+    "stage": _stage,
+    "doctor": _doctor,
 }
 
 

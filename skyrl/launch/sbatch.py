@@ -132,10 +132,16 @@ def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> No
     if mode == "serve":
         return
     ranks = flags.gpus or (1 if flags.nproc == "auto" else int(flags.nproc))
-    staged = (Path(flags.staged) / "options").read_text().splitlines() if flags.staged else []
+    staged: list[str] = []
+    if flags.staged:
+        os.environ["SKYRL_STAGED"] = str(Path(flags.staged).absolute())  # staged options are written with it
+        try:
+            staged = (Path(flags.staged) / "options").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            raise UserError(f"launch: --staged={flags.staged}: not made by skyrl-tx stage") from None
     size = flags.nodes * ranks
     # dry_run with a number of ranks: the plan is not compared with this machine's memory
-    cfg = load_config([*staged, *overrides, "dry_run=true", f"run.world_size={size}"], mode=mode)
+    cfg = load_config([*overrides, *staged, "dry_run=true", f"run.world_size={size}"], mode=mode)
     dry_run(cfg, size)
 
 

@@ -1,0 +1,305 @@
+"""`skyrl-tx stage`: everything a run reads from outside, copied to a folder that nodes without internet can see.
+
+Run it where there is internet, with the options of the run. Every file is copied under a temporary name, hashed on the
+way and renamed; staging again copies only what is missing. The folder then holds
+  model, tokenizer, data, chat_template.jinja   as far as the options name them
+  hf              a Hugging Face home with the data sets that the options name by id
+  caches          compiled kernels of this machine (SKYRL_WARM_CACHE)
+  options         options to add to the command line
+  environment.sh  variables to set
+  manifest.json   size and SHA-256 of each file
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from skyrl.config.load import load_config, load_serve
+from skyrl.config.schema import ModelConfig, RunConfig
+from skyrl.data import make_prompts
+from skyrl.envs.jsonl import data_file, is_file_path
+from skyrl.runfolder import write_atomically
+from skyrl.types import UserError
+
+MANIFEST, OPTIONS, ENVIRONMENT, VARIABLE = "manifest.json", "options", "environment.sh", "SKYRL_STAGED"
+CHUNK = 16 * 2**20
+TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+WEIGHTS = (*TOKENIZER, "*.safetensors")
+KEPT_EVERY = 64  # files between two writes of the manifest
+MARGIN = 2**20
+HERE = "${oc.env:" + VARIABLE + "}"  # resolved when a run starts, so the folder may be moved
+DATA_SETS = "import sys; from skyrl.launch.stage import load_prompts; load_prompts(sys.argv[1:])"
+ENVIRONMENT_TEXT = """\
+# Source this where there is no internet.
+export SKYRL_STAGED=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"stage: {message}; skyrl-tx stage --help lists the flags")
+
+
+@dataclass
+class Stage:
+    """The folder while it is filled. `files` is the manifest: path below the folder -> size, sha256 and origin."""
+
+    folder: Path
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)
+    copied: int = 0
+    there: int = 0
+
+    @staticmethod
+    def open(folder: Path) -> Stage:
+        """The folder with what an earlier stage has left. Raises UserError for a folder of something else."""
+        manifest = folder / MANIFEST
+        if not manifest.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise UserError(f"stage {folder}: is not empty and has no {MANIFEST}; give a new folder")
+            return Stage(folder.absolute())
+        try:
+            return Stage(folder.absolute(), files=json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{manifest}: cannot be read ({error}); remove that folder and stage again") from None
+
+    def add(self, sources: Mapping[str, Path]) -> None:
+        """Copies files (path below the folder -> source) that are not there yet. Raises UserError without the space."""
+        todo = {name: source for name, source in sources.items() if not self._has(name, source)}
+        self.there += len(sources) - len(todo)
+        needed = sum(source.stat().st_size for source in todo.values())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if needed + MARGIN > free:
+            raise UserError(
+                f"stage {self.folder}: {needed / 2**30:.2f} GiB to copy, {free / 2**30:.2f} GiB free; free some space "
+                "or give a folder on another disk"
+            )
+        for number, (name, source) in enumerate(todo.items(), start=1):
+            digest = copy(source, self.folder / name)
+            self._note(name, digest, source)
+            self.copied += 1
+            if number % KEPT_EVERY == 0:
+                self.save()
+        self.save()
+
+    def note_found(self, below: str) -> None:
+        """Puts files into the manifest that something else has written below a folder of the stage."""
+        for path in sorted((self.folder / below).rglob("*")):
+            name = str(path.relative_to(self.folder))
+            if path.is_file() and not path.name.endswith(".lock") and not self._has(name, path):
+                self._note(name, digest_of(path), path)
+                self.copied += 1
+        self.save()
+
+    def save(self) -> None:
+        """Writes the manifest."""
+        write_atomically(self.folder / MANIFEST, json.dumps({"files": self.files}, indent=1, sort_keys=True) + "\n")
+
+    def _note(self, name: str, digest: str, source: Path) -> None:
+        stat = source.stat()
+        self.files[name] = {
+            "size": stat.st_size, "sha256": digest, "source": str(source.absolute()), "changed": stat.st_mtime_ns,
+        }  # fmt: skip
+
+    def _has(self, name: str, source: Path) -> bool:
+        known, target, stat = self.files.get(name), self.folder / name, source.stat()
+        same = known is not None and (known["size"], known["changed"]) == (stat.st_size, stat.st_mtime_ns)
+        return same and target.is_file() and target.stat().st_size == stat.st_size
+
+
+def copy(source: Path, target: Path) -> str:
+    """Copies a file under a temporary name, syncs it and renames it; its SHA-256."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as out:
+        try:
+            with source.open("rb") as file:
+                while block := file.read(CHUNK):
+                    digest.update(block)
+                    out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+            os.fchmod(out.fileno(), 0o644)
+            os.replace(out.name, target)
+        except BaseException:
+            os.unlink(out.name)
+            raise
+    return digest.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check(folder: Path) -> int:
+    """Hashes every file of a stage; how many there are. Raises UserError that names what is missing or differs."""
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"stage --check {folder}: has no {MANIFEST}; skyrl-tx stage makes such a folder")
+    files = Stage.open(folder).files
+    bad = []
+    for name, known in files.items():
+        path = folder / name
+        if not path.is_file():
+            bad.append(f"{name} is missing")
+        elif path.stat().st_size != known["size"] or digest_of(path) != known["sha256"]:
+            bad.append(f"{name} differs")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(f"stage --check {folder}: {'; '.join(bad[:5])}{more}; remove these files and stage again")
+    return len(files)
+
+
+def stage(args: Sequence[str]) -> None:
+    """Runs the command line. Raises UserError."""
+    p = _Parser(prog="skyrl-tx stage", usage="skyrl-tx stage <folder> [flags] [option=value ...]", allow_abbrev=False)
+    p.add_argument("folder", type=Path)
+    p.add_argument("options", nargs="*")
+    p.add_argument("--serve", action="store_true", help="the options are a server's")
+    p.add_argument("--no-caches", action="store_true", help="leaves this machine's compiled kernels out")
+    p.add_argument("--check", action="store_true", help="hashes what is there against the manifest")
+    flags = p.parse_intermixed_args(list(args))
+    if flags.check:
+        print(f"{check(flags.folder)} files are as they were staged")
+        return
+    if flags.folder.suffix == "" and "=" in flags.folder.name:
+        raise UserError(f"stage {flags.folder}: give the folder first, then options")
+    cfg = None if flags.serve else load_config(flags.options)
+    model = load_serve(flags.options).model if cfg is None else cfg.model
+    made = Stage.open(flags.folder)
+    _stage_model(made, model)
+    if cfg is not None:
+        _stage_data(made, cfg, flags.options)
+    caches = False if flags.no_caches else _stage_caches(made)
+    lines = ENVIRONMENT_TEXT
+    lines += 'export HF_HOME="$SKYRL_STAGED/hf"\n' if (made.folder / "hf").is_dir() else ""
+    lines += 'export SKYRL_WARM_CACHE="$SKYRL_STAGED/caches"\n' if caches else ""
+    write_atomically(made.folder / OPTIONS, "".join(f"{option}\n" for option in made.options))
+    write_atomically(made.folder / ENVIRONMENT, lines)
+    _tell(made, flags)
+
+
+def _tell(made: Stage, flags: argparse.Namespace) -> None:
+    size = sum(known["size"] for known in made.files.values())
+    mode = "serve" if flags.serve else "train"
+    print(f"{made.folder}: {len(made.files)} files, {size / 2**30:.3f} GiB; {made.copied} copied now")
+    print("where there is no internet:")
+    print(f"  . {shlex.quote(str(made.folder / ENVIRONMENT))}")
+    print(f"  skyrl-tx {shlex.join([mode, *flags.options, *made.options])}")
+    print("or as a Slurm job:")
+    print(
+        f"  {shlex.join(['skyrl-tx', 'launch', '--slurm', '--staged', str(made.folder), '--', mode, *flags.options])}"
+    )
+
+
+def _stage_model(made: Stage, model: ModelConfig) -> None:
+    if model.path != "tiny":
+        _stage_snapshot(made, "model", model.path, model.revision, "model.path", WEIGHTS)
+    if model.tokenizer:
+        _stage_snapshot(made, "tokenizer", model.tokenizer, "", "model.tokenizer", TOKENIZER)
+    if model.chat_template:
+        source = Path(model.chat_template)
+        if not source.is_file():
+            raise UserError(f"model.chat_template={source}: no such file")
+        made.add({"chat_template.jinja": source})
+        made.options.append(f"model.chat_template={HERE}/chat_template.jinja")
+
+
+def _stage_snapshot(made: Stage, name: str, path: str, revision: str, where: str, patterns: Sequence[str]) -> None:
+    """A model's or tokenizer's folder, or the hub's files of that name straight into the stage (resumed by the hub)."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        files = [file for file in sorted(folder.iterdir()) if any(fnmatch.fnmatch(file.name, p) for p in patterns)]
+        if not files:
+            raise UserError(f"{where}={path}: the folder has no files of a model; give one in Hugging Face format")
+        made.add({f"{name}/{file.name}": file for file in files})
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            snapshot_download(
+                path, revision=revision or None, allow_patterns=list(patterns), local_dir=made.folder / name
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{where}={path}: no folder {folder.absolute()}, and not from the hub: {reason}") from None
+        shutil.rmtree(made.folder / name / ".cache", ignore_errors=True)  # the hub's own notes
+        made.note_found(name)
+    made.options.append(f"{where}={HERE}/{name}")
+
+
+def _stage_data(made: Stage, cfg: RunConfig, options: Sequence[str]) -> None:
+    """Files of prompts, and data sets by id through the very code that will read them."""
+    paths = {"data.path": cfg.data.path, "data.eval_path": cfg.data.eval_path}
+    sets = [path for path in paths.values() if path and not is_file_path(path)]
+    if cfg.data.path and is_file_path(cfg.data.path):
+        made.add({f"data/train/{Path(cfg.data.path).name}": data_file(cfg.data, "train")})
+        made.options.append(f"data.path={HERE}/data/train/{Path(cfg.data.path).name}")
+    if cfg.data.path and not sets:
+        test = data_file(cfg.data, "test")
+        made.add({f"data/test/{test.name}": test})
+        made.options.append(f"data.eval_path={HERE}/data/test/{test.name}")
+    if not sets:
+        make_prompts(cfg, "train"), make_prompts(cfg, "test")  # what is wrong with them is better known here
+        return
+    environment = {**os.environ, "HF_HOME": str(made.folder / "hf")}
+    done = subprocess.run([sys.executable, "-c", DATA_SETS, *options], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        raise UserError(words[-1] if words else f"data.path={cfg.data.path}: could not be loaded")
+    made.note_found("hf")
+
+
+def load_prompts(options: Sequence[str]) -> None:
+    """For the process that fills the stage's Hugging Face home: loads the prompts of a run."""
+    try:
+        cfg = load_config(options)
+        make_prompts(cfg, "train"), make_prompts(cfg, "test")
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def cache_folders(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
+    """Where this machine keeps compiled kernels: name in the stage -> folder (which may not be there)."""
+    home = Path.home()
+    return {
+        "triton": Path(environment.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        "inductor": Path(
+            environment.get("TORCHINDUCTOR_CACHE_DIR")
+            or Path(tempfile.gettempdir()) / f"torchinductor_{environment.get('USER', '')}"
+        ),
+        "extensions": Path(environment.get("TORCH_EXTENSIONS_DIR") or home / ".cache" / "torch_extensions"),
+        "cuda": Path(environment.get("CUDA_CACHE_PATH") or home / ".nv" / "ComputeCache"),
+    }
+
+
+def _stage_caches(made: Stage) -> bool:
+    files = {
+        f"caches/{name}/{path.relative_to(folder)}": path
+        for name, folder in cache_folders().items()
+        for path in (sorted(folder.rglob("*")) if folder.is_dir() else ())
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+    if files:
+        made.add(files)
+    return bool(files)
