@@ -32,7 +32,7 @@ from skyrl.distributed.init import World
 from skyrl.models.packed import collate, loss_dtype
 from skyrl.strategies.base import Capability
 from skyrl.strategies.fsdp import copy_buffers, make_mesh
-from skyrl.types import AdamParams, Datum, ForwardOutput, Metrics, Microbatch, RunError
+from skyrl.types import AdamParams, Datum, ForwardOutput, Metrics, Microbatch, RunError, UserError
 
 _GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
 _BUCKET_ELEMENTS = 50_000_000  # reduced or gathered at a time: 200 MB in float32
@@ -163,23 +163,22 @@ class ZeroStrategy:
         copy_buffers(self._model, whole)
         targets = dict(whole.named_parameters())
         with torch.no_grad():
-            for names in self._portions():
-                own = [p for name, p in self._named if name in names]
-                with deepspeed.zero.GatheredParameters(own):
-                    for name, p in zip(names, own, strict=True):
+            for portion in self._portions():
+                with deepspeed.zero.GatheredParameters([p for _, p in portion]):
+                    for name, p in portion:
                         targets[name].copy_(p.detach())
         whole.eval().requires_grad_(False)
         yield whole
 
-    def _portions(self) -> Iterator[list[str]]:
-        names, size = [], 0
+    def _portions(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
+        portion, size = [], 0
         for name, p in self._named:
-            if names and size + p.ds_numel > _GATHER_ELEMENTS:
-                yield names
-                names, size = [], 0
-            names.append(name)
+            if portion and size + p.ds_numel > _GATHER_ELEMENTS:
+                yield portion
+                portion, size = [], 0
+            portion.append((name, p))
             size += p.ds_numel
-        yield names
+        yield portion
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """DTensors by parameter name, copies: {"weights", "exp_avg", "exp_avg_sq"} and "step"; float32 masters."""
@@ -288,7 +287,7 @@ def _full(tensor: Tensor) -> Tensor:
 def _prepare(
     stage: int, model: nn.Module, world: World, *, dtype: torch.dtype, offload: str
 ) -> tuple[Any, torch.optim.AdamW]:
-    """DeepSpeed's engine around `model`, and the AdamW that it steps."""
+    """DeepSpeed's engine around `model`, and the AdamW that it steps. Raises UserError for a DeepSpeed too old."""
     os.environ["DS_ACCELERATOR"] = world.device.type  # before the import, which would take any GPU it finds
     import deepspeed
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -296,6 +295,11 @@ def _prepare(
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations import unset_hf_deepspeed_config
 
+    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
+        raise UserError(
+            f"strategy.name=zero{stage}: DeepSpeed {deepspeed.__version__} averages over a set number of micro-batches "
+            "and cannot be told not to; install deepspeed>=0.19.8, or use strategy.name=fsdp"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its own all-reduce between CPU processes of a node is compiled at the first start, which needs a compiler and

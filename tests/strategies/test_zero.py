@@ -217,6 +217,18 @@ def test_without_a_gradient_momentum_and_decay_act(facts, kind):
             assert distance(moved, want) < 1e-6 and distance(after, moved) == 0.0
 
 
+def old_body():
+    import deepspeed
+
+    del deepspeed.DeepSpeedEngine.managed_gradient_accumulation
+    return refused(lambda: engine_of("zero2"))
+
+
+def test_a_deepspeed_that_would_average_is_refused():
+    (text,) = run_ranks(1, old_body)
+    assert text.startswith("UserError: strategy.name=zero2: DeepSpeed ") and "install deepspeed>=0.19.8" in text
+
+
 @pytest.mark.parametrize("kind", STAGES)
 def test_a_gradient_that_was_dropped_leaves_no_trace(facts, kind):
     assert distance(facts[1][0][kind]["dropped"], facts[0]["dropped"]) < 1e-6
