@@ -39,7 +39,7 @@ def test_four_ranks_of_fsdp_learn_what_one_does(alone):
 
 @needs_deepspeed
 def test_two_ranks_of_deepspeed_learn_what_one_does(alone):
-    hold_equal(run_ranks(2, equal_body, ["zero1", "zero2+optimizer", "zero3+all"], STEPS), alone)
+    hold_equal(run_ranks(2, equal_body, ["zero2+optimizer", "zero3+all"], STEPS), alone)
 
 
 @needs_deepspeed
@@ -61,6 +61,7 @@ def hold_chain(chain, folder):
     assert distance(found, weights) < LIMIT
 
 
+@pytest.mark.slow  # make test has the same in whole runs: tests/system/test_strategies.py
 def test_a_checkpoint_goes_from_ddp_to_hsdp_to_fsdp(tmp_path):
     hold_chain([(2, "ddp"), (4, "hsdp/2"), (2, "fsdp+all")], tmp_path)
 

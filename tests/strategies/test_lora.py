@@ -44,5 +44,6 @@ def test_a_tenant_over_hsdp_and_over_shards_in_cpu_memory():
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_beside_deepspeed_the_base_is_fsdps():
     hold_equal(run_ranks(2, tenant_body, ["zero1", "zero3+all"]))
