@@ -222,6 +222,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Waits for writes, closes sinks, gives the lock back. After an error no other rank is waited for."""
+        if error is not None and not isinstance(error, StopRun):
+            self.watch.relax()
         try:
             if error is None or isinstance(error, StopRun):
                 self.checkpointer.wait()
@@ -235,8 +237,6 @@ class Run:
             hold()
         if error is None:
             self.watch.close()
-        elif not isinstance(error, StopRun):
-            self.watch.relax()
 
     def _close_after(self, error: BaseException) -> None:
         """Lets a save under way complete where it can. What fails here is not told: the error before it counts."""

@@ -64,7 +64,7 @@ class Watch:
         self._turns = 0
         self._sent: tuple[str, int] = ("", 0)
         self._last_turn = self._next_exchange = self._next_file = time.monotonic()
-        self._closing = False
+        self._closing = self._relaxed = False
         self._before: dict[int, Any] = {}
         self._ears: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name="skyrl-watch", daemon=True)
@@ -105,6 +105,7 @@ class Watch:
 
     def relax(self) -> None:
         """After an error: gives the signals back and accuses nobody any more. `last_words` still works."""
+        self._relaxed = True
         self.court.hang_seconds = 0.0
         if self._before:
             signal.set_wakeup_fd(-1)
@@ -199,8 +200,8 @@ class Watch:
                     self._signal(number)
 
     def _signal(self, number: int) -> None:
-        if number not in SIGNALS:
-            return
+        if number not in SIGNALS or self._relaxed:
+            return  # once the main thread has an error it decides what is told, and when we end
         name = signal.Signals(number).name
         if number == signal.SIGTERM and self.wanted is None:
             gone = failure.ended_ranks()

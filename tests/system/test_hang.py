@@ -34,7 +34,10 @@ def ended(done, tmp_path, words, phases):
     return bundle, table
 
 
-@pytest.mark.parametrize(("phase", "step", "rank", "patience"), [("generation", 3, 1, 6.5), ("training", 3, 0, 3)])
+@pytest.mark.parametrize(
+    ("phase", "step", "rank", "patience"),
+    [pytest.param("generation", 3, 1, 6.5, marks=pytest.mark.slow), ("training", 3, 0, 3)],
+)
 def test_a_rank_that_hangs_is_named_with_its_stack(warm, tmp_path, phase, step, rank, patience):
     done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace(phase, step, "hang", rank))
     words = [
@@ -71,6 +74,7 @@ def test_collectives_that_do_not_fit_are_a_deadlock(warm, tmp_path):
     ended(done, tmp_path, words, {"1": "training", "0": "training"})
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_no_hang(warm, tmp_path):
     """Rank 1 plays for longer than any patience, but plays; rank 0 waits for it."""
     slow = pace("generation", 3, "2", 1)
@@ -80,7 +84,13 @@ def test_a_slow_rank_is_no_hang(warm, tmp_path):
     assert steps[6]["time/collect_seconds:sum"] > 7
 
 
-@pytest.mark.parametrize(("what", "word"), [("raise", "something nobody thought of"), ("memory", "out of memory")])
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("raise", "something nobody thought of"),
+        pytest.param("memory", "out of memory", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_raises(warm, tmp_path, what, word):
     done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace("training", 3, what, 1))
     bundle, table = ended(done, tmp_path, ["rank 1"], {"1": "training"})
