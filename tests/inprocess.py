@@ -188,3 +188,45 @@ def mismatch(model: Any, begin: ModelInput, samples: list[tuple[list[int], list[
         known.append(np.array(logprobs))
     found = logprobs_of(model.forward(data, "cross_entropy").result())
     return float(np.mean([np.abs(f[-len(k) :] - k).mean() for f, k in zip(found, known, strict=True)]))
+
+
+# ---- tenants -------------------------------------------------------------------------------------------------------
+
+
+def new(client: ServiceClient, seed: int = 7, rank: int = 4, **more: Any) -> Any:
+    """A tenant."""
+    return client.create_lora_training_client("tiny", rank=rank, seed=seed, **more).result()
+
+
+def train(model: Any, seed: int, steps: int = 2) -> list[Any]:
+    """Posts steps without waiting for any; the futures."""
+    futures = []
+    for step in range(steps):
+        futures.append(model.forward_backward(rows(seed + step), "cross_entropy"))
+        futures.append(model.optim_step(ADAM))
+    return futures
+
+
+def results(futures: list[Any]) -> list[Any]:
+    """What futures of training gave, comparable bit for bit."""
+    done = [future.result() for future in futures]
+    return [(one.metrics, logprobs_of(one) if hasattr(one, "loss_fn_outputs") else []) for one in done]
+
+
+def saved(client: ServiceClient, model: Any, name: str = "x") -> dict[str, Any]:
+    """Its tensors."""
+    return contents(client, model.save_state(name, overwrite=True).result().path)
+
+
+def together_and_alone(client: ServiceClient) -> list[Any]:
+    """Two tenants trained side by side, then the same two one after the other: (results, tensors) of each."""
+    found = []
+    for together in (True, False):
+        one, two = new(client, 7), new(client, 8, rank=8, train_mlp=False)
+        if together:
+            pairs = [train(one, 100, steps=3), train(two, 200, steps=3)]
+            pairs = [results(pair) for pair in pairs]
+        else:
+            pairs = [results(train(one, 100, steps=3)), results(train(two, 200, steps=3))]
+        found.append([*pairs, saved(client, one), saved(client, two)])
+    return found

@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inprocess import ADAM, contents, draw, drawn, logprobs_of, mismatch, open_client, prompt, rows, same
+from inprocess import (
+    ADAM,
+    contents,
+    draw,
+    drawn,
+    logprobs_of,
+    mismatch,
+    open_client,
+    prompt,
+    rows,
+    same,
+    together_and_alone,
+)
 
 from skyrl.service.types import Busy, SampleQuery
 from skyrl.tinker import RequestFailedError
@@ -127,3 +139,14 @@ def test_samples_of_whole_models(tmp_path):
         found = [drawn(future.result()) for future in futures]
         assert found[0] == found[4] == alone and found[2] == found[3] == plain and found[1] not in (alone, plain)
         assert mismatch(model, prompt(5, 6), found[1]) < 1e-4
+
+
+def test_tenants_that_share_forward_passes(tmp_path):
+    """service.mix_tenants=always: equal to each alone to rounding, no longer bit for bit."""
+    with open_client(tmp_path, "service.mix_tenants=always", "max_tokens_per_microbatch=1024") as client:
+        together, alone = together_and_alone(client)
+        for (one, _), (other, _) in zip(together[0] + together[1], alone[0] + alone[1], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        for ours, theirs in zip(together[2:], alone[2:], strict=True):
+            for name, value in theirs.items():
+                np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-6, err_msg=name)

@@ -10,21 +10,25 @@ import numpy as np
 import pytest
 from inprocess import (
     ADAM,
-    contents,
     draw,
     drawn,
     logprobs_of,
+    new,
     on_ranks,
     open_client,
     prompt,
+    results,
     rl_rows,
     rows,
     same,
+    saved,
+    together_and_alone,
+    train,
 )
 
 from skyrl.service.convert import to_rows
 from skyrl.service.types import OptimStep, TrainRequest
-from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient, convert
+from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, convert
 
 PROMPT = prompt(5, 6, 7, 8)
 
@@ -33,43 +37,6 @@ PROMPT = prompt(5, 6, 7, 8)
 def client(tmp_path_factory):
     with open_client(tmp_path_factory.mktemp("service"), "service.gap_seconds=1") as opened:
         yield opened
-
-
-def new(client: ServiceClient, seed: int = 7, rank: int = 4, **more: Any) -> Any:
-    return client.create_lora_training_client("tiny", rank=rank, seed=seed, **more).result()
-
-
-def train(model: Any, seed: int, steps: int = 2) -> list[Any]:
-    """Posts steps without waiting for any; the futures."""
-    futures = []
-    for step in range(steps):
-        futures.append(model.forward_backward(rows(seed + step), "cross_entropy"))
-        futures.append(model.optim_step(ADAM))
-    return futures
-
-
-def results(futures: list[Any]) -> list[Any]:
-    """What futures of training gave, comparable bit for bit."""
-    done = [future.result() for future in futures]
-    return [(one.metrics, logprobs_of(one) if hasattr(one, "loss_fn_outputs") else []) for one in done]
-
-
-def saved(client: ServiceClient, model: Any, name: str = "x") -> dict[str, Any]:
-    return contents(client, model.save_state(name, overwrite=True).result().path)
-
-
-def together_and_alone(client: ServiceClient) -> list[Any]:
-    """Two tenants trained side by side, then the same two one after the other: (results, tensors) of each."""
-    found = []
-    for together in (True, False):
-        one, two = new(client, 7), new(client, 8, rank=8, train_mlp=False)
-        if together:
-            pairs = [train(one, 100, steps=3), train(two, 200, steps=3)]
-            pairs = [results(pair) for pair in pairs]
-        else:
-            pairs = [results(train(one, 100, steps=3)), results(train(two, 200, steps=3))]
-        found.append([*pairs, saved(client, one), saved(client, two)])
-    return found
 
 
 def test_two_tenants_side_by_side_equal_each_alone(client):
@@ -280,7 +247,7 @@ def test_custom_losses(client):
 
 def test_a_call_of_many_rows_is_cut_like_the_sdk_cuts_it(client):
     one = new(client)
-    row = rows(3, count=1)[0]
+    row = rows(3, count=1, longest=4)[0]
     done = one.forward([row] * 1100, "cross_entropy").result()
     assert one._next == 3 and len(done.loss_fn_outputs) == 1100
     single = one.forward([row], "cross_entropy").result().metrics["loss:sum"]
