@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="prints what would run")
     group = p.add_argument_group("several hosts")
     group.add_argument("--hosts", default="", help="names, each with :ranks if it differs: a,b:4")
-    group.add_argument("--rsh", default=hosts.RSH, help=f"how to run a line of shell on {{host}} ({hosts.RSH})")
+    group.add_argument("--rsh", default=hosts.RSH, help=f"how to run a {{line}} of shell on {{host}} ({hosts.RSH})")
     group.add_argument("--port", type=int, default=0, help="rendezvous on the first host; 0: a free one")
     sbatch.add_flags(p.add_argument_group("Slurm"))
     for name in ("--nnodes", "--node-rank"):
@@ -164,8 +164,8 @@ def _on_this_node(flags: argparse.Namespace, job: Job) -> int:
     with tempfile.TemporaryDirectory(prefix="skyrl-launch-") as folder:
         left = Path(folder) / "left"
         environment = {**os.environ, **extra, LEFT: str(left)}
-        code, heard = processes.run(command, environment, orders=flags.orders)
-        return verdict(code, heard, job, since, left=left.exists())
+        code, child = processes.run(command, environment, orders=flags.orders)
+        return verdict(code, child.heard, job, since, left=child.early or left.exists())
 
 
 def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
@@ -179,8 +179,8 @@ def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
     if flags.dry_run:
         return 0
     since = time.time()
-    code, heard = processes.run(command, {**os.environ, **extra}, through=True)
-    return verdict(code, heard, job, since, left=code == AGAIN)
+    code, child = processes.run(command, {**os.environ, **extra}, through=True)
+    return verdict(code, child.heard, job, since, left=code == AGAIN)
 
 
 def _tasks(nproc: str, environment: Mapping[str, str]) -> list[str]:

@@ -87,10 +87,12 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _reach(rsh: str, host: Host, line: str) -> list[str]:
+    """The command that runs a line of shell on a host; the line comes last, or where --rsh has {line}."""
     words = shlex.split(rsh)
-    if "{host}" not in rsh:
+    if "{host}" not in rsh and "{line}" not in rsh:
         words.append(host.name)
-    return [*(word.replace("{host}", host.name) for word in words), line]
+    words = [word.replace("{host}", host.name) for word in words]
+    return [line if word == "{line}" else word for word in words] if "{line}" in words else [*words, line]
 
 
 def _command(

@@ -25,12 +25,14 @@ _PDEATHSIG = 1
 
 
 class Child:
-    """A launcher below this process, and what this process has heard. `heard`: signals, oldest first."""
+    """A launcher below this process, and what this process has heard. `heard`: signals, oldest first. `early`: a
+    signal has ended ranks, or torchrun without any, before they listened; there was nothing to save."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], *, stdin: int | None = None, through: bool = False
     ) -> None:
         self.heard: list[int] = []
+        self.early = False
         self.through = through
         self.process = subprocess.Popen(
             list(command), env=dict(environment), stdin=stdin, start_new_session=True, preexec_fn=_end_with(os.getpid())
@@ -47,6 +49,7 @@ class Child:
                 os.kill(self.process.pid, signal.SIGUSR1)
             return
         ranks = ranks_below(self.process.pid)
+        self.early |= not ranks or any(not catches(pid, number) for pid in ranks)
         for pid in ranks or [self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number if ranks else signal.SIGTERM)
@@ -74,8 +77,8 @@ class Child:
 
 def run(
     command: Sequence[str], environment: Mapping[str, str], *, orders: bool = False, through: bool = False
-) -> tuple[int, list[int]]:
-    """Runs a launcher to its end, passing signals to its ranks; (exit code, signals heard).
+) -> tuple[int, Child]:
+    """Runs a launcher to its end, passing signals to its ranks; (exit code, the child as it was).
 
     orders: lines on standard input are names of signals to pass on, and its end asks the ranks to stop: so a launcher
     on another host ends with the one who started it, whatever way that one ended. through: see Child.send.
@@ -84,7 +87,7 @@ def run(
     with passing(child.send):
         if orders:
             threading.Thread(target=_obey, args=(child,), daemon=True).start()
-        return child.wait(), child.heard
+        return child.wait(), child
 
 
 @contextlib.contextmanager
@@ -113,6 +116,16 @@ def ranks_below(pid: int) -> list[int]:
         except OSError:
             continue  # ended meanwhile
     return sorted(found)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, or ignores it; False for one that has ended."""
+    try:
+        text = (Path("/proc") / str(pid) / "status").read_text()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigCgt:", "SigIgn:"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def _obey(child: Child) -> None:

@@ -1,0 +1,78 @@
+"""Batch scripts: what launch --slurm renders, and that both of ours share one body."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from skyrl.launch import sbatch
+from skyrl.launch.command import launch
+from skyrl.types import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "launch" / "slurm"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def printed(capsys, *args):
+    assert launch(["--slurm", "--print", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_both_scripts_do_the_same_and_bash_reads_them():
+    bodies = [sbatch.template(mode).partition(sbatch.BODY)[2] for mode in ("train", "sft", "serve")]
+    assert bodies[0] and bodies[0] == bodies[1] == bodies[2]
+    for path in SCRIPTS.glob("*.sbatch"):
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", str(path)], check=True)
+
+
+def test_a_whole_script(capsys, tmp_path):
+    (tmp_path / "image.sif").touch()
+    (tmp_path / "setup.sh").touch()
+    flags = ["--nodes", "2", "--gpus", "4", "--cpus", "8", "--time", "8:00:00", "--partition", "p", "--account", "a"]
+    flags += ["--module", "cuda/12.8", "--module", "gcc", "--setup", "setup.sh", "--container", "image.sif"]
+    flags += ["--sbatch=--qos=high", "--max-requeues", "3", "--save-seconds", "240"]
+    script = printed(capsys, *flags, "--", "train", "run.name=mine", "sampler.stop=['a b']")
+    head, _, body = script.partition(sbatch.BODY)
+    wanted = [
+        "--job-name=mine", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8",
+        "--time=8:00:00", "--partition=p", "--account=a", "--signal=USR1@240", "--requeue", "--open-mode=append",
+        f"--output={tmp_path}/logs/%x-%j.out", "--qos=high",
+    ]  # fmt: skip
+    assert [line[8:] for line in head.splitlines() if line.startswith("#SBATCH")] == wanted
+    assert "export SKYRL_MODULES='cuda/12.8 gcc'\n" in head and f"export SKYRL_CONTAINER={tmp_path}/image.sif\n" in head
+    assert f"export SKYRL_SETUP={tmp_path}/setup.sh\n" in head and "export SKYRL_MAX_REQUEUES=3\n" in head
+    assert """set -- run.name=mine 'sampler.stop=['"'"'a b'"'"']'""" in head
+    assert "scontrol requeue" in body and not (tmp_path / "logs").exists()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_arrays_have_a_log_for_each_task(capsys):
+    script = printed(capsys, "--array", "1-4", "--", "train")
+    assert "#SBATCH --array=1-4\n" in script and "/%x-%A_%a.out\n" in script
+    assert "export SKYRL_COMMAND=serve\n" in printed(capsys, "--", "serve", "service.port=8001")
+
+
+def refused(*args):
+    with pytest.raises(UserError) as error:
+        launch(["--slurm", *args])
+    return str(error.value)
+
+
+def test_a_plan_that_cannot_work_is_refused_before_it_waits_in_the_queue(monkeypatch):
+    assert "did you mean optim.lr?" in refused("--", "train", "optim.lrr=1")
+    hsdp = refused("--nodes", "3", "--", "train", "strategy.name=hsdp", "strategy.shard_size=2")
+    assert "strategy.shard_size=2" in hsdp and "3" in hsdp
+    assert "not with --slurm" in refused("--max-restarts", "1", "--", "train")
+    assert "--setup=nowhere: not there" in refused("--setup", "nowhere", "--", "train")
+    assert "not a flag; write --sbatch=--qos=high" in refused("--sbatch=qos", "--", "train")
+    assert "hydra/launcher=slurm" in refused("--", "train", "-m", "seed=1,2")
+    assert "not made by skyrl-tx stage" in refused("--staged", ".", "--", "train")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "there is no sbatch here; --print shows the script" in refused("--", "train")

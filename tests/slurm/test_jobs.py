@@ -1,0 +1,174 @@
+"""Batch jobs on a real Slurm: from sbatch to a finished run, stopped, preempted, cancelled, in arrays."""
+
+import json
+import urllib.request
+
+import pytest
+from jobs import RUN, Job, command, numbers, steps, stops, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+SLOW = "env.options.sleep=0.05"
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """An uninterrupted run on two nodes."""
+    place = tmp_path_factory.mktemp("whole")
+    job = Job.submit(place, "train.sbatch", *RUN, "run.dir=run", flags=("--nodes=2",))
+    assert job.end() == "COMPLETED", job.text()
+    assert "2 nodes x 1 ranks" in job.text() and "done: held-out accuracy" in job.text()
+    return place / "run"
+
+
+def test_two_nodes_compute_what_two_ranks_here_do(whole, tmp_path):
+    done = command(
+        *("python", "-m", "skyrl.cli", "launch", "--nproc", "2", "--", "train", *RUN, "run.dir=run"),
+        cwd=tmp_path,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_three_nodes_submitted_by_launch(tmp_path):
+    launch = ["python", "-m", "skyrl.cli", "launch", "--slurm", "--nodes", "3", "--time", "20", "--name", "three"]
+    done = command(*launch, "--", "train", *RUN, "run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = Job(done.stdout.strip(), tmp_path, tmp_path / "logs" / f"three-{done.stdout.strip()}.out")
+    assert job.end() == "COMPLETED" and "3 nodes x 1 ranks" in job.text(), job.text()
+    assert steps(tmp_path / "run") == 10
+
+
+def test_a_signal_requeues_and_the_result_is_bit_equal(whole, tmp_path):
+    run = tmp_path / "run"
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, "run.dir=run", flags=("--nodes=2",))
+    until(lambda: steps(run) >= 5, 120, job)
+    job.signal()
+    assert job.end() == "COMPLETED", job.text()
+    assert job.fact("Restarts") == "1" and [stop["reason"] for stop in stops(run)] == ["SIGUSR1"]
+    assert f"job {job.id} is queued again (1 of at most 50)" in job.text() and "resuming from" in job.text()
+    assert numbers(run) == numbers(whole)
+
+
+def test_the_time_limit_requeues(whole, tmp_path):
+    """Slurm's own signal before its own limit: it comes up to a minute early, so the run is made to last longer."""
+    run = tmp_path / "run"
+    flags = ("--nodes=2", "--time=2", "--signal=USR1@45")
+    options = ("run.must_save_by=never", "env.options.sleep=1.2")
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, *options, "run.dir=run", flags=flags)
+    assert job.end(500) == "COMPLETED", job.text()
+    assert int(job.fact("Restarts")) >= 1 and {stop["reason"] for stop in stops(run)} == {"SIGUSR1"}
+    assert numbers(run) == numbers(whole)
+
+
+def test_the_deadline_is_slurms_end_of_the_job(whole, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--nodes=2", "--time=2", "--signal=USR1@1")  # the run's own deadline comes before that
+    options = ("run.save_margin_seconds=65", "env.options.sleep=1.2")
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, *options, "run.dir=run", flags=flags)
+    assert job.end(500) == "COMPLETED", job.text()
+    assert "deadline" in {stop["reason"] for stop in stops(run)}
+    assert numbers(run) == numbers(whole)
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(tmp_path):
+    run = tmp_path / "run"
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, "run.dir=run", flags=("--nodes=2",))
+    until(lambda: steps(run) >= 5, 120, job)
+    assert command("scancel", job.id, cwd=tmp_path).returncode == 0
+    assert job.end() == "CANCELLED"
+    until(lambda: "saved, not queued again" in job.text(), 30, job)
+    assert job.fact("Restarts") == "0" and len(stops(run)) == 1 and (run / "requeue").exists()
+
+
+def test_a_job_of_higher_priority_preempts(whole, tmp_path):
+    run = tmp_path / "run"
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, "env.options.sleep=0.2", "run.dir=run", flags=("--nodes=2",))
+    until(lambda: steps(run) >= 4, 120, job)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--time=2", "--wrap", "sleep 2"]
+    assert command(*urgent, cwd=tmp_path).returncode == 0
+    assert job.end() == "COMPLETED", job.text()
+    assert int(job.fact("Restarts")) >= 1 and stops(run)[0]["reason"] == "SIGTERM"
+    assert numbers(run) == numbers(whole)
+
+
+def test_requeues_are_bounded(tmp_path):
+    run = tmp_path / "run"
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, "run.dir=run", SKYRL_MAX_REQUEUES="0")
+    until(lambda: steps(run) >= 4, 120, job)
+    job.signal()
+    assert job.end() == "FAILED" and job.fact("ExitCode") == "75:0"
+    assert "has been queued again 0 times" in job.text()
+
+
+def test_a_mistake_ends_the_job_in_one_line_and_is_not_tried_again(tmp_path):
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, "optim.lrr=1", flags=("--nodes=2",))
+    assert job.end() == "FAILED" and job.fact("ExitCode") == "2:0" and job.fact("Restarts") == "0"
+    assert job.text().count("skyrl: error:") == 1 and "did you mean optim.lr?" in job.text()
+
+
+def test_a_node_that_never_comes_is_told_in_time(tmp_path):
+    """Rank 1 waits at another port: the ranks cannot meet."""
+    wrong = 'if [ $SLURM_PROCID = 1 ]; then MASTER_PORT=1; fi; exec python -m skyrl.launch.rank train "$@"'
+    step = ["srun", "-N2", "-n2", "--wait=60", "bash", "-c", wrong, "bash", *RUN, "run.dir=run", "run.join_seconds=5"]
+    done = command("salloc", "-N2", "-n2", "--time=5", *step, cwd=tmp_path, timeout=120)
+    assert done.returncode != 0
+    assert "ranks did not" in done.stderr and "run.join_seconds=5" in done.stderr
+
+
+def test_an_array_runs_a_seed_in_each_task(tmp_path):
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, flags=("--array=1-4",))
+    until(lambda: command("squeue", "-h", "-j", job.id, cwd=tmp_path).stdout == "", 300)
+    done = command("python", "-m", "skyrl.cli", "sweep-table", "--json", cwd=tmp_path)
+    (point,) = json.loads(done.stdout)["points"]
+    assert point["seeds"] == [1, 2, 3, 4] and point["unfinished"] == []
+    assert len(set(point["metrics"]["reward:mean"]["values"].values())) > 1
+
+
+def test_srun_alone_starts_ranks(whole, tmp_path):
+    step = ["srun", "-N2", "-n2", "--time=5", "python", "-m", "skyrl.train", *RUN, "run.dir=run"]
+    done = command(*step, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_launch_inside_an_allocation(whole, tmp_path):
+    step = ["python", "-m", "skyrl.cli", "launch", "--", "train", *RUN, "run.dir=run"]
+    done = command("salloc", "-N2", "--ntasks-per-node=1", "--time=5", *step, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "launch: srun --kill-on-bad-exit=0" in done.stderr
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_doctor_compares_the_clocks_of_the_nodes(tmp_path):
+    step = ["python", "-m", "skyrl.cli", "doctor", "--json"]
+    done = command("salloc", "-N2", "--ntasks-per-node=1", "--time=5", *step, cwd=tmp_path, timeout=100)
+    report = json.loads(done.stdout)
+    found = {finding["check"]: finding for finding in report["findings"]}
+    assert found["clocks"]["status"] == "ok" and "2 nodes" in found["clocks"]["seen"]
+    assert found["slurm"]["status"] == "ok" and "job" in found["slurm"]["seen"] and report["seconds"] < 60
+
+
+def test_a_server_is_queued_again_and_cancelled(tmp_path):
+    options = [option for option in RUN if option.startswith("model.tiny.")]
+    job = Job.submit(tmp_path, "serve.sbatch", *options, SKYRL_HOST="127.0.0.1")
+    where = tmp_path / f"skyrl-url-{job.id}"
+    until(where.exists, 60, job)
+    url = where.read_text().strip().rpartition(":")[2]
+
+    def healthy():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{url}/api/v1/healthz", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    until(healthy, 120, job)
+    job.signal()
+    until(lambda: job.fact("Restarts") == "1", 60, job)
+    assert "is queued again" in job.text()
+    until(lambda: job.state() == "RUNNING", 60, job)
+    until(healthy, 120, job)
+    assert command("scancel", job.id, cwd=tmp_path).returncode == 0
+    assert job.end() == "CANCELLED" and job.fact("Restarts") == "1"
+    assert not healthy()
