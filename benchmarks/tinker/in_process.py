@@ -1,0 +1,31 @@
+"""The in-process side of tinker_door.py: one measurement inside a torchrun program, through skyrl.tinker.
+
+    torchrun ... in_process.py '{"kind": "step", ...}' <weights> <answer.json> <folder of the service>
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from workload import KINDS
+
+from skyrl import tinker
+
+
+def main() -> None:
+    """Rank 0 measures and writes the answer; the other ranks work for it inside the constructor."""
+    order, weights, answer, folder = json.loads(sys.argv[1]), *sys.argv[2:5]
+    service = tinker.ServiceClient(
+        model={"path": weights},
+        threads=1,
+        service={"folder": str(Path(folder) / "state"), "aliases": {order["model"]: ""}},
+    )
+    with service:
+        seen = KINDS[order["kind"]](tinker, service, order)
+    Path(answer).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
