@@ -4,9 +4,10 @@
     python benchmarks/strategies.py --ranks 2 --kinds ddp,zero3 --steps 5 --dry
 
 All make the same steps on the same rows (PPO, 16 rows of 16 to 96 tokens, two calls a step), so the losses have to be
-equal; the gap is the largest difference from the first line's. Time: median of the steps after the first. Memory: the peak of a rank while it steps (resident on a CPU,
-allocated on a GPU) above what it had before the model was made. Bytes: payload of one rank's collectives (what goes
-in; for gathers what comes out), in one training step, in one hand-over to the sampler, in one checkpoint's tensors.
+equal; the gap is the largest difference from the first line's. Time: median of the steps after the first. Memory: the
+peak of a rank while it steps (resident on a CPU, allocated on a GPU) above what it had before the model was made.
+Bytes: payload of one rank's collectives (what goes in; for gathers what comes out), in one training step, in one
+hand-over to the sampler, in one checkpoint's tensors.
 """
 
 from __future__ import annotations
