@@ -71,6 +71,9 @@ def run_entry(mode: str) -> None:
     rank, or with a traceback for anything else; 75 after a signal or deadline, when the same command should be started
     again; 130 after an interrupt. Every rank runs this; the first rank that fails tells why, the others are silent.
     """
+    # Without it every rank whose connection to a rank that has ended breaks writes twenty lines of C++ frames, in which
+    # the one line that says why is lost. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in args):
         if rank() == 0:

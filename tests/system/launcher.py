@@ -58,7 +58,15 @@ def environment(**more: str) -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {key: value for key, value in os.environ.items() if key not in (*launcher, "HYDRA_FULL_ERROR")}
     path = os.pathsep.join([str(ROOT), PLUGINS])
-    return {**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **more}
+    # The log level is what skyrl sets itself; a process that forks ranks imports torch before that.
+    return {
+        **clean,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **more,
+    }
 
 
 def python(*args: str, cwd: Path, module: str = "skyrl.train", timeout: float = 120, **env: str) -> Done:
