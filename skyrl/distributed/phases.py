@@ -22,6 +22,7 @@ PLAYING = ("generation", "evaluation")
 SLOW_FACTOR = 10  # how much longer these may stand still, and whatever is done for the first time
 LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work queued on a GPU shows no progress
 LIBRARY = "/torch/distributed/"
+LOGGER = "/c10d_logger.py"  # wraps every collective
 BETWEEN = ("/torch/_ops.py", "/torch/utils/_contextlib.py")  # stand between a collective and its caller
 
 
@@ -132,7 +133,7 @@ def _waits_inside(frame: FrameType | None) -> str:
     while frame is not None:
         file = frame.f_code.co_filename.replace("\\", "/")
         if LIBRARY in file:
-            name = frame.f_code.co_name
+            name = name if file.endswith(LOGGER) else frame.f_code.co_name
         elif name or not file.endswith(BETWEEN):
             break
         frame = frame.f_back
