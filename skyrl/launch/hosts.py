@@ -95,6 +95,12 @@ def _reach(rsh: str, host: Host, line: str) -> list[str]:
     return [line if word == "{line}" else word for word in words] if "{line}" in words else [*words, line]
 
 
+def _line(command: Sequence[str]) -> str:
+    """A line of shell for another host: this folder, our settings, the command."""
+    settings = [f"{name}={value}" for name, value in forwarded(os.environ).items()]
+    return f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*settings, *command])}"
+
+
 def _command(
     flags: argparse.Namespace, hosts: list[Host], place: int, port: int, mode: str, args: Sequence[str]
 ) -> list[str]:
@@ -102,16 +108,13 @@ def _command(
     own = [sys.executable, "-m", "skyrl.cli", "launch", "--orders", f"--nproc={host.ranks}", f"--nnodes={len(hosts)}"]
     own += [f"--node-rank={place}", f"--rendezvous={hosts[0].address}:{port}", f"--address={host.address}"]
     own += [f"--max-restarts={flags.max_restarts}"] + ["--no-bind"] * flags.no_bind
-    settings = [f"{name}={value}" for name, value in forwarded(os.environ).items()]
-    line = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*settings, *own, '--', mode, *args])}"
+    line = _line([*own, "--", mode, *args])
     return _reach(flags.rsh, host, line)
 
 
 def _ask_port(rsh: str, host: Host) -> int:
     """A port that is free on the host where the ranks meet. Raises UserError when it cannot be reached."""
-    line = (
-        f"cd {shlex.quote(os.getcwd())} && {shlex.join([sys.executable, '-m', 'skyrl.launch.ports', str(os.getpid())])}"
-    )
+    line = _line([sys.executable, "-m", "skyrl.launch.ports", str(os.getpid())])
     command = _reach(rsh, host, line)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PORT_SECONDS, stdin=subprocess.DEVNULL)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from skyrl.config.load import load_config, load_serve
+from skyrl.config.rules import import_plugins
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.data import make_prompts
 from skyrl.envs.jsonl import data_file, is_file_path
@@ -181,11 +182,13 @@ def stage(args: Sequence[str]) -> None:
     if flags.check:
         print(f"{check(flags.folder)} files are as they were staged")
         return
-    if flags.folder.suffix == "" and "=" in flags.folder.name:
+    if "=" in str(flags.folder):
         raise UserError(f"stage {flags.folder}: give the folder first, then options")
     cfg = None if flags.serve else load_config(flags.options)
     model = load_serve(flags.options).model if cfg is None else cfg.model
     made = Stage.open(flags.folder)
+    made.folder.mkdir(parents=True, exist_ok=True)
+    made.save()
     _stage_model(made, model)
     if cfg is not None:
         _stage_data(made, cfg, flags.options)
@@ -260,6 +263,7 @@ def _stage_data(made: Stage, cfg: RunConfig, options: Sequence[str]) -> None:
         made.add({f"data/test/{test.name}": test})
         made.options.append(f"data.eval_path={HERE}/data/test/{test.name}")
     if not sets:
+        import_plugins(cfg.plugins)
         make_prompts(cfg, "train"), make_prompts(cfg, "test")  # what is wrong with them is better known here
         return
     environment = {**os.environ, "HF_HOME": str(made.folder / "hf")}
@@ -274,6 +278,7 @@ def load_prompts(options: Sequence[str]) -> None:
     """For the process that fills the stage's Hugging Face home: loads the prompts of a run."""
     try:
         cfg = load_config(options)
+        import_plugins(cfg.plugins)
         make_prompts(cfg, "train"), make_prompts(cfg, "test")
     except UserError as error:
         sys.exit(str(error))

@@ -1,5 +1,6 @@
 """Real starts: over two "hosts" of this machine, stopped by a signal, and finished on one node."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,7 +29,8 @@ def wait_for(condition, seconds, process):
     until = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > until:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(process.communicate())
         time.sleep(0.05)
 

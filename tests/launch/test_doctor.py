@@ -1,0 +1,85 @@
+"""skyrl-tx doctor: a whole report of this machine, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skyrl.launch import doctor_cluster, doctor_local
+from skyrl.launch.doctor import doctor, text, warn
+from skyrl.launch.machine import Gpu
+from skyrl.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.ranks
+def test_the_whole_report(tmp_path):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "skyrl.cli", "doctor", str(tmp_path / "runs"), "--json"],
+        env={**clean, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    report = json.loads(done.stdout)
+    found = {finding["check"]: finding for finding in report["findings"]}
+    assert done.returncode == (0 if report["ok"] else 1) and report["seconds"] < 60
+    for check in ("python", "torch", "gpus", "cpus", "memory", "shared memory", "open files", "disk", "gloo", "clock"):
+        assert found[check]["status"] in ("ok", "warn"), found[check]
+    assert "synced write" in found["disk speed"]["seen"] and "a sum of 4 MiB" in found["gloo"]["seen"]
+    assert all(finding["todo"] for finding in report["findings"] if finding["status"] != "ok")
+    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (found,) = (
+        doctor_local.disk(tmp_path / "file" / "runs") if os.geteuid() else doctor_local.disk(Path("/proc/1/runs"))
+    )
+    assert found.status == "fail" and "give" in found.todo
+
+
+def test_an_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
+    found = {finding.check: finding for finding in doctor_cluster.network()}
+    assert found["interface chosen"].status == "fail" and "NCCL_SOCKET_IFNAME=ib7" in found["interface chosen"].seen
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    assert "interface chosen" not in {finding.check for finding in doctor_cluster.network()}
+
+
+@pytest.mark.ranks
+def test_a_collective_that_fails(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    (found,) = [finding for finding in doctor_cluster.collective() if finding.check == "gloo"]
+    assert found.status == "fail" and "ib7" in found.seen and "GLOO_SOCKET_IFNAME" in found.todo
+
+
+def test_gpus_that_are_missing_different_or_wrong():
+    told = {"version": "2.13.0", "cuda": "13.0", "nccl": "2.28.0", "count": 2, "errors": [0.01, 0.02]}
+    one, other = Gpu(0, "a", "H100", 81920), Gpu(1, "b", "A100", 40960)
+    judge = doctor_local._gpu_findings
+    assert [finding.status for finding in judge([one, one], 2, told)] == ["ok", "ok"]
+    assert "different GPUs" in judge([one, other], 2, told)[1].todo
+    assert judge([one, one], 2, {**told, "errors": [0.01, float("nan")]})[1].seen.endswith("wrong products on 1")
+    missing = judge([one, other], 2, {**told, "cuda": None, "count": 0})
+    assert missing[0].status == "fail" and "sees 0 of 2 GPUs" in missing[0].seen
+
+
+def test_cores(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000")
+    assert doctor_local.cpus()[0].status == "warn" and "OMP_NUM_THREADS" in doctor_local.cpus()[0].todo
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert doctor_local.cpus()[0].status == "ok" or "cgroup" in doctor_local.cpus()[0].seen
+
+
+def test_text_and_mistakes(tmp_path):
+    assert text([warn("a", "seen", "do")]) == "warn  a  seen\n         -> do"
+    assert doctor_local.file_system(tmp_path) != ""
+    with pytest.raises(UserError, match="unrecognized arguments: --jsn"):
+        doctor(["--jsn"])
