@@ -52,7 +52,7 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")
-        if name[0] in ("c10d", "_c10d_functional") and "wait" not in name[2]:
+        if name[0] in ("c10d", "_c10d_functional") and not name[2].startswith(("wait", "_wrap")):
             kind = next((k for k in ("gather", "scatter", "reduce", "broadcast") if k in name[2]), name[2])
             kind = {"gather": "all_gather", "scatter": "reduce_scatter"}.get(kind, kind)
             kind = "all_reduce" if kind == "reduce" and "all" in name[2] else kind
