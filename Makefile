@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train serve test test-slow test-tinker lint bench clean
+.PHONY: help install train serve test test-slow test-tinker test-slurm lint bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,10 @@ test-slow: $(STAMP) ## what takes minutes
 
 test-tinker: $(STAMP) ## twelve releases of the Tinker client and its cookbook; downloads them once
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
+
+test-slurm: $(STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
+	tests/slurm/cluster.sh install
+	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
 
 lint: $(STAMP) ## ruff: format and rules
 	$(BIN)/ruff format --check skyrl tests benchmarks
