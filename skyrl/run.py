@@ -232,10 +232,10 @@ class Run:
                 self._close_after(error)
         finally:
             self.folder.close()
-        if isinstance(error, StopRun):
+        if isinstance(error, StopRun) and self.world.size > 1:
             gather_objects(self.world, None)  # as soon as one rank ends, torchrun ends the others
             hold()
-        if error is None:
+        elif error is None or isinstance(error, StopRun):
             self.watch.close()
 
     def _close_after(self, error: BaseException) -> None:

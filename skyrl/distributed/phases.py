@@ -23,6 +23,7 @@ SLOW_FACTOR = 10  # how much longer these may stand still, and whatever is done 
 LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work queued on a GPU shows no progress
 LIBRARY = "/torch/distributed/"
 LOGGER = "/c10d_logger.py"  # wraps every collective
+WATCHER = "skyrl-watch"
 BETWEEN = ("/torch/_ops.py", "/torch/utils/_contextlib.py")  # stand between a collective and its caller
 
 
@@ -141,12 +142,12 @@ def _waits_inside(frame: FrameType | None) -> str:
 
 
 def stacks() -> str:
-    """Every thread's Python stack, the main one first, innermost call last."""
+    """Every thread's Python stack but the watcher's, the main one first, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    main, me = here.thread, threading.get_ident()
+    main = here.thread
     frames = sorted(sys._current_frames().items(), key=lambda pair: (pair[0] != main, pair[0]))
     parts = []
     for ident, frame in frames:
-        if ident != me:
+        if names.get(ident) != WATCHER:
             parts.append(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}")
     return "\n".join(parts)

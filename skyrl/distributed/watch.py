@@ -67,7 +67,7 @@ class Watch:
         self._closing = self._relaxed = False
         self._before: dict[int, Any] = {}
         self._ears: tuple[socket.socket, socket.socket] | None = None
-        self._thread = threading.Thread(target=self._run, name="skyrl-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=phases.WATCHER, daemon=True)
 
     # ---- from the main thread
 
