@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from skyrl.engine import Engine, ModelSpec
@@ -19,6 +20,7 @@ from skyrl.sampler.prompts import PromptQuery, PromptStats, score_prompts
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, Sample, SampleRequest, UserError
 
 BASE = "base"
+NOT_FINITE = "the model of this request gives log-probabilities that are not finite"
 
 
 @dataclass
@@ -63,19 +65,38 @@ class LoadAdapter:
 
 @dataclass
 class Slice:
-    """One rank's share of a slice of sampling."""
+    """One rank's share of a slice of sampling. `watched`: how many tokens of a sequence are known already, for those
+    that somebody reads while they grow."""
 
     requests: list[SampleRequest]
     cancelled: list[str]
+    watched: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Drawn:
-    """What a slice gave: finished samples, requests that cannot be run and why, and how many are left."""
+    """What a slice gave: finished samples, requests that cannot be run and why, how many are left, and the new tokens
+    of watched ones."""
 
     samples: list[Sample]
     refused: list[tuple[str, str]]
     unfinished: int
+    news: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query; `tail`: of its tables only the rows from query.start on are wanted."""
+
+    query: PromptQuery
+    tail: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a rank did not do a command, or answer a question. Nothing has changed on it."""
+
+    text: str
 
 
 def nothing(hands: Hands, common: None, part: None) -> None:
@@ -154,10 +175,20 @@ def park(hands: Hands, common: str, part: None) -> None:
     hands.engine.park(common)
 
 
+def undo(hands: Hands, common: str, part: None) -> None:
+    """Forgets what was made under a name, on the ranks where it was made."""
+    engine = hands.engine
+    if common in engine.models:
+        engine.delete(common)
+    if common in engine.adapters:
+        engine.drop_adapter(common)
+
+
 def sample(hands: Hands, common: float, part: Slice) -> Drawn:
     """Admits, then draws for about `common` seconds; returns early on rank 0 when there is news, or nothing is left.
 
-    No collective is inside, so ranks may stop at different steps.
+    No collective is inside, so ranks may stop at different steps. When the base itself gives logits that are not
+    finite (whole weights of a training that went wrong), all requests of this rank are refused: they share it.
     """
     sampler = hands.engine.serving(BASE).sampler
     refused, samples = [], []
@@ -169,24 +200,77 @@ def sample(hands: Hands, common: float, part: Slice) -> Drawn:
         except UserError as error:
             refused.append((request.uid, str(error)))
     end = time.monotonic() + common
-    while sampler.unfinished():
-        samples += sampler.step()
-        if time.monotonic() >= end or hands.has_news():
-            break
-    return Drawn(samples, refused, sampler.unfinished())
+    try:
+        while sampler.unfinished():
+            samples += sampler.step()
+            if time.monotonic() >= end or hands.has_news():
+                break
+    except RunError:
+        refused += [(uid, NOT_FINITE) for uid in sampler.abandon()]
+    news = {uid: new for uid, known in part.watched.items() if len(new := sampler.partial(uid)[known:])}
+    return Drawn(samples, refused, sampler.unfinished(), news)
 
 
-def score(hands: Hands, common: None, part: list[PromptQuery]) -> list[PromptStats]:
-    """What is asked about prompts, in their order."""
+def score(hands: Hands, common: None, part: list[Question]) -> list[PromptStats | Problem]:
+    """What is asked about prompts, in their order. Keeps nothing, so one that cannot be answered harms no other."""
+    try:
+        return _scored(hands, part)
+    except (UserError, torch.OutOfMemoryError):
+        return [_scored_alone(hands, question) for question in part]
+
+
+def _scored_alone(hands: Hands, question: Question) -> PromptStats | Problem:
+    try:
+        return _scored(hands, [question])[0]
+    except UserError as error:
+        return Problem(str(error))
+    except torch.OutOfMemoryError:
+        return Problem(f"{len(question.query.tokens)} tokens and what is asked about them do not fit into memory")
+
+
+def _scored(hands: Hands, part: list[Question]) -> list[PromptStats]:
     engine = hands.engine
-    return score_prompts(engine.serving(BASE).module, part, engine.adapters, max_tokens=hands.score_tokens)
+    queries = [question.query for question in part]
+    found = score_prompts(engine.serving(BASE).module, queries, engine.adapters, max_tokens=hands.score_tokens)
+    for question, stats in zip(part, found, strict=True):
+        if question.tail and stats.topk_ids is not None and stats.topk_logprobs is not None:
+            start = question.query.start
+            stats.topk_ids, stats.topk_logprobs = stats.topk_ids[start:].copy(), stats.topk_logprobs[start:].copy()
+    return found
 
 
 COMMANDS: dict[str, Callable[[Hands, Any, Any], Any]] = {
     one.__name__: one
     for one in (
         nothing, create, drop, train, optim, clear, state, load,
-        publish, load_adapter, drop_adapter, replace_base, park, sample, score,
+        publish, load_adapter, drop_adapter, replace_base, park, undo, sample, score,
     )
 }  # fmt: skip
 """Every command there is; the leader and the followers look their methods up here."""
+
+# These raise UserError before they change anything. Any other error, of any command, ends the job.
+REFUSABLE = ("create", "load", "train", "publish", "load_adapter", "replace_base")
+# Of these one rank may have made what another had no memory for: nothing in them waits for another rank.
+LOCAL = ("publish", "load_adapter")
+
+
+def execute(hands: Hands, method: str, common: Any, part: Any) -> Any:
+    """This rank's answer to a command, or the Problem that it refuses it for."""
+    local = method in LOCAL or (method == "create" and common.lora is not None)
+    try:
+        return COMMANDS[method](hands, common, part)
+    except UserError as error:
+        if method not in REFUSABLE:
+            raise
+        return Problem(str(error))
+    except torch.OutOfMemoryError:
+        if not local:
+            raise
+        return Problem("there is no memory for one more model; unload some, or ask for a smaller rank")
+
+
+def made(method: str, common: Any) -> str:
+    """The name of what a command makes, "" for commands that make nothing."""
+    if method == "publish":
+        return common[0]
+    return common.model if method == "create" else common.name if method == "load_adapter" else ""

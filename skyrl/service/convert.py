@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from skyrl.service.limits import check_stops
 from skyrl.service.types import OptimStep, Refused, SampleQuery, ServerFacts, TrainRequest, WireDatum
 from skyrl.types import AdamParams, Datum, LossSpec, SamplingParams
 
 LARGEST = 1e6  # of any weight, advantage or log-probability: beyond it float32 sums lose what others contribute
+COLDEST = 1e-20  # logits divided by less leave the range of float32
 NOT_PUBLIC = {
     "stable_reinforce": "its mathematics are not public; use importance_sampling, ppo, cispo, dro or gspo",
     "custom": "server-side custom losses are off; the client computes forward_backward_custom itself",
@@ -215,6 +217,8 @@ def sampling_params(query: SampleQuery, facts: ServerFacts, key: str) -> list[Sa
     if wanted < 1:
         raise Refused(f"max_tokens={wanted}; allowed: 1 or more")
     _range("temperature", query.temperature, 0.0, 100.0)
+    if 0 < query.temperature < COLDEST:
+        raise Refused(f"temperature={query.temperature!r}; allowed: 0 (the likeliest token), or {COLDEST:g} to 100")
     _range("top_p", query.top_p, 0.0, 1.0, open_low=True)
     if query.top_k < -1:
         raise Refused(f"top_k={query.top_k}; allowed: -1 (off) or 1 and more")
@@ -226,6 +230,7 @@ def sampling_params(query: SampleQuery, facts: ServerFacts, key: str) -> list[Sa
         strings = tuple(str(text) for text in query.stop)  # besides the end of sequence
         if not all(strings):
             raise Refused("stop: an empty string would end every sample at once")
+        check_stops(strings)
     elif query.stop is not None:
         stop_ids = tuple(int(token) for token in query.stop)
         _check_ids(np.array(stop_ids, dtype=np.int64), facts, "stop")

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from skyrl.service.types import (
@@ -31,15 +31,23 @@ from skyrl.service.types import (
     Request,
     Result,
     SampleQuery,
+    SampleResult,
     SaveWeights,
     TrainRequest,
+    TrainResult,
     UnloadModel,
 )
-from skyrl.types import UserError
+from skyrl.types import Ints, UserError
 
 Key = tuple[Any, ...]
 KEEP_SECONDS = 3600.0  # a result stays fetchable this long after it was made
-FETCHED_SECONDS = 120.0  # a result that was fetched is kept for repeated polls at least this long
+FETCHED_SECONDS = 120.0  # a result that was fetched is kept for repeated polls this long
+RESULT_BYTES = 2 << 30  # results that wait to be fetched; beyond it the oldest of who has most are thrown away
+WAITING_BYTES = 2 << 30  # of requests that wait or run, shared by the owners that have some
+WAITING_REQUESTS = 4096  # of one model
+DEAD_LANES = 4096  # closed models of which the desk itself knows why; of older ones the record does
+LARGE_SAMPLE = 64  # a request for more samples takes the place of so many: it is drawn in parts
+JOB_BYTES, NAME_BYTES = 2048, 100  # of a future, and of the name of one sample, about
 
 
 @dataclass(eq=False)
@@ -62,6 +70,10 @@ class Job:
     cancelled: bool = False
     told: bool = False
     calls: list[Callable[[], None]] = field(default_factory=list)
+    waits: int = 0  # bytes of the request
+    size: int = 0  # bytes of the result, and of what else is kept of it
+    grown: list[tuple[int, Ints]] = field(default_factory=list)  # tokens of a streamed sample, in the order drawn
+    readers: list[Callable[[int, Ints], None]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -96,12 +108,17 @@ class RequestDesk:
     def __init__(self, *, gap_seconds: float = 30.0, max_queued_samples: int = 4096) -> None:
         self.gap_seconds, self.max_queued_samples = gap_seconds, max_queued_samples
         self._lock = threading.Condition()
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[str, Job] = {}
         self._by_key: dict[Key, Job] = {}
+        self._ended: dict[str, OrderedDict[str, Job]] = {}  # settled ones that are kept, by owner, oldest first
+        self._ended_bytes: dict[str, int] = {}
+        self._fetched: deque[Job] = deque()
+        self._waiting_bytes: dict[str, int] = {}  # of owners that have requests waiting or running
         self._lanes: dict[str, Lane] = {}
         self._samples: dict[str, deque[Job]] = {}  # by owner
         self._sample_turn: deque[str] = deque()
         self._queued = 0  # samples that wait
+        self._queued_of: dict[str, int] = {}
         self._cancelled: list[Job] = []
         self._clock = itertools.count(1)
         self._closed = ""
@@ -116,15 +133,20 @@ class RequestDesk:
             if self._closed:
                 raise Busy(self._closed)
             lane_id, key = _place(request)
+            key = None if key is None else (owner, *key)
             known = self._by_key.get(key) if key is not None else None
-            if known is not None and known.owner == owner:
+            if known is not None:
                 return known.accepted
             lane = self._lanes.get(lane_id) if lane_id else None
-            if known is not None or (lane is not None and lane.owner != owner):
+            if lane is not None and lane.owner != owner:
                 raise UserError(f"{lane_id}: no such model")
+            size = _request_bytes(request)
+            self._check_bytes(request, owner, lane, size)
             if isinstance(request, SampleQuery):
-                self._check_room(request)
+                self._check_room(request, owner)
             job = self._new_job(request, owner, lane_id, key)
+            job.waits = size
+            self._waiting_bytes[owner] = self._waiting_bytes.get(owner, 0) + size
             if isinstance(request, SampleQuery):
                 self._queue_sample(job)
             else:
@@ -139,32 +161,60 @@ class RequestDesk:
         request_id = uuid.uuid4().hex
         ids: tuple[str, ...] = ()
         if isinstance(request, SampleQuery):
-            ids = tuple(f"{request_id}:{i}" for i in range(request.num_samples))
+            most = min(request.num_samples, self.max_queued_samples)  # of more, the request will be refused
+            ids = tuple(f"{request_id}:{i}" for i in range(most))
         accepted = Accepted(request_id, lane_id or None, ids)
         job = Job(request_id, request, owner, lane_id, key, accepted, time.monotonic())
+        job.size = JOB_BYTES + NAME_BYTES * len(ids)
         self._jobs[request_id] = job
         if key is not None:
             self._by_key[key] = job
         self._prune()
         return job
 
-    def _check_room(self, request: SampleQuery) -> None:
-        if self._queued and self._queued + request.num_samples > self.max_queued_samples:
-            raise Busy(
-                f"{self._queued} samples are waiting, at most {self.max_queued_samples} may; try again in a moment"
-            )
+    def _check_room(self, request: SampleQuery, owner: str) -> None:
+        """Owners that have samples waiting share the places; one who has none may always have some."""
+        own = self._queued_of.get(owner, 0)
+        most = self.max_queued_samples // len({*self._queued_of, owner})
+        if own and own + request.num_samples > most:
+            raise Busy(f"{own} samples are waiting, at most {most} may; try again in a moment")
+
+    def _check_bytes(self, request: Request, owner: str, lane: Lane | None, size: int) -> None:
+        """Memory for what waits. The request for which a model's later ones wait always has room."""
+        if lane is not None:
+            first = getattr(request, "seq_id", None) == lane.turn and not lane.ready
+            if first and lane.held:
+                return
+            waiting = len(lane.ready) + len(lane.held)
+            if waiting >= WAITING_REQUESTS and not first:
+                raise Busy(f"{waiting} requests of this model are waiting; try again in a moment")
+        own = self._waiting_bytes.get(owner, 0)
+        most = WAITING_BYTES // len({*self._waiting_bytes, owner})
+        if own and own + size > most:
+            raise Busy(f"{own >> 20} MiB of requests are waiting, at most {most >> 20} may; try again in a moment")
 
     def _queue_sample(self, job: Job) -> None:
         if job.owner not in self._samples:
             self._samples[job.owner] = deque()
             self._sample_turn.append(job.owner)
         self._samples[job.owner].append(job)
-        self._queued += job.request.num_samples
+        self._count_samples(job, 1)
+
+    def _count_samples(self, job: Job, sign: int) -> None:
+        """Books samples that wait (+1) or wait no longer (-1)."""
+        number = sign * job.request.num_samples
+        self._queued += number
+        self._queued_of[job.owner] = self._queued_of.get(job.owner, 0) + number
+        if not self._queued_of[job.owner]:
+            del self._queued_of[job.owner]
 
     def _queue_for_model(self, job: Job, lane: Lane | None) -> None:
         request = job.request
         creates = isinstance(request, CreateModel) or (isinstance(request, LoadWeights) and request.model_id is None)
         if creates:
+            if lane is not None:  # its first future was thrown away long ago
+                self._fail(job, f"{job.lane}: exists already; give another model_seq_id", "user")
+                return
             lane = self._lanes[job.lane] = Lane(job.owner)
             lane.ready.append(job)
             return
@@ -190,9 +240,10 @@ class RequestDesk:
             if job is None or job.owner != owner:
                 return Outcome("unknown")
             if job.state == "done":
-                job.fetched = job.fetched or time.monotonic()
+                self._note_fetched(job)
                 return Outcome("done", result=job.result)
             if job.state == "failed":
+                self._note_fetched(job)
                 return Outcome("failed", error=job.error, category=job.category)
             return Outcome("pending", queue_state="active", reason=self._reason(job))
 
@@ -216,6 +267,15 @@ class RequestDesk:
                 return
         call()
 
+    def on_tokens(self, request_id: str, call: Callable[[int, Ints], None]) -> None:
+        """See Desk."""
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is not None and job.state in ("waiting", "running"):
+                for number, tokens in job.grown:
+                    call(number, tokens)
+                job.readers.append(call)
+
     def cancel(self, request_id: str, *, owner: str) -> None:
         """See Desk. A sample that runs is taken out by the worker a moment later."""
         with self._lock:
@@ -224,7 +284,7 @@ class RequestDesk:
                 return
             if job.state == "waiting":
                 self._samples[owner].remove(job)
-                self._queued -= job.request.num_samples
+                self._count_samples(job, -1)
                 self._fail(job, "cancelled by the client", "user")
             elif job.state == "running":
                 job.cancelled = True
@@ -304,21 +364,29 @@ class RequestDesk:
                     lane.turn = first
                     _advance(lane)
 
-    def take_samples(self, room: int) -> list[Job]:
-        """Sample requests for about `room` more sequences, one owner after the other in turn."""
+    def take_samples(self, room: int, *, without: frozenset[str] = frozenset()) -> list[Job]:
+        """Sample requests for about `room` more sequences, one owner after the other in turn, none of `without`."""
         taken: list[Job] = []
         with self._lock:
-            while room > 0 and self._queued:
+            while room > 0 and self._queued_of.keys() - without:
                 owner = self._sample_turn[0]
                 self._sample_turn.rotate(-1)
-                if not self._samples[owner]:
+                if owner in without or not self._samples[owner]:
                     continue
                 job = self._samples[owner].popleft()
                 job.state = "running"
-                self._queued -= job.request.num_samples
-                room -= job.request.num_samples
+                self._count_samples(job, -1)
+                room -= min(job.request.num_samples, LARGE_SAMPLE)
                 taken.append(job)
         return taken
+
+    def progress(self, job: Job, number: int, tokens: Ints) -> None:
+        """Tells the readers of a streamed request more tokens of one of its samples."""
+        with self._lock:  # also around the calls: nobody may hear them in another order
+            if job.state == "running":
+                job.grown.append((number, tokens))
+                for call in job.readers:
+                    call(number, tokens)
 
     def take_cancelled(self) -> list[Job]:
         """Running samples that their clients withdrew since the last call."""
@@ -360,8 +428,10 @@ class RequestDesk:
             if lane is None:
                 return
             lane.dead, lane.facts = why, None
-            if forget:
-                del self._lanes[model_id]
+            del self._lanes[model_id]
+            if not forget:
+                self._lanes[model_id] = lane  # to the end: the first dead ones are the oldest
+                self._forget_dead()
             jobs = [*lane.ready, *lane.held.values()]
             lane.ready.clear()
             lane.held.clear()
@@ -388,6 +458,7 @@ class RequestDesk:
             self._samples.clear()
             self._sample_turn.clear()
             self._queued = 0
+            self._queued_of.clear()
             self._lock.notify_all()
         for job in jobs:
             self._settled(job)
@@ -399,25 +470,93 @@ class RequestDesk:
                 return
             job.told = True
             calls, job.calls = job.calls, []
+            self._keep(job)
         if self._record is not None:
             self._record.settled(job)
         for call in calls:
             call()
 
+    # ---- what is kept of settled ones ------------------------------------------------------------------------------
+
+    def _keep(self, job: Job) -> None:
+        """Lets go of what a request brought, and keeps its result as long as there is room."""
+        job.request, job.grown, job.readers = _without_data(job.request), [], []
+        self._waiting_bytes[job.owner] -= job.waits
+        if not self._waiting_bytes[job.owner]:
+            del self._waiting_bytes[job.owner]
+        job.size += _result_bytes(job.result)
+        self._ended.setdefault(job.owner, OrderedDict())[job.request_id] = job
+        self._ended_bytes[job.owner] = self._ended_bytes.get(job.owner, 0) + job.size
+        while sum(self._ended_bytes.values()) > RESULT_BYTES:
+            others = {
+                owner: size - (job.size if owner == job.owner else 0) for owner, size in self._ended_bytes.items()
+            }
+            most = max(others, key=lambda owner: others[owner])
+            if not others[most]:
+                return  # this one is all there is
+            self._remove(next(iter(self._ended[most].values())))
+
+    def _note_fetched(self, job: Job) -> None:
+        if not job.fetched:
+            job.fetched = time.monotonic()
+            self._fetched.append(job)
+
     def _prune(self) -> None:
         """Forgets old futures: fetched ones after a while, others after an hour."""
         now = time.monotonic()
-        while self._jobs:
-            job = next(iter(self._jobs.values()))
-            if job.state not in ("done", "failed"):
-                self._jobs.move_to_end(job.request_id)
-                break
-            age = now - (job.fetched or job.finished)
-            if age < (FETCHED_SECONDS if job.fetched else KEEP_SECONDS):
-                break
-            del self._jobs[job.request_id]
-            if job.key is not None:
-                self._by_key.pop(job.key, None)
+        while self._fetched and now - self._fetched[0].fetched >= FETCHED_SECONDS:
+            self._remove(self._fetched.popleft())
+        for jobs in list(self._ended.values()):
+            while jobs and now - (oldest := next(iter(jobs.values()))).finished >= KEEP_SECONDS:
+                self._remove(oldest)
+
+    def _remove(self, job: Job) -> None:
+        if self._jobs.pop(job.request_id, None) is None:
+            return
+        job.result = None  # lists may hold the job itself a little longer
+        del self._ended[job.owner][job.request_id]
+        self._ended_bytes[job.owner] -= job.size
+        if not self._ended[job.owner]:
+            del self._ended[job.owner], self._ended_bytes[job.owner]
+        if job.key is not None and self._by_key.get(job.key) is job:
+            del self._by_key[job.key]
+
+    def _forget_dead(self) -> None:
+        dead = [name for name, lane in self._lanes.items() if lane.dead]
+        for name in dead[: max(0, len(dead) - DEAD_LANES)]:
+            del self._lanes[name]
+
+
+def _request_bytes(request: Request) -> int:
+    """Memory of the arrays that a request holds, and some for itself."""
+    if isinstance(request, TrainRequest):
+        arrays = [array for datum in request.data for array in (datum.tokens, *datum.inputs.values())]
+        return 1024 + sum(256 + array.nbytes for array in arrays)
+    if isinstance(request, SampleQuery):
+        csr = 0 if request.targets_csr is None else sum(part.nbytes for part in request.targets_csr)
+        return 1024 + request.prompt.nbytes + (0 if request.targets is None else request.targets.nbytes) + csr
+    return 1024
+
+
+def _result_bytes(result: Result | None) -> int:
+    if isinstance(result, TrainResult):
+        return sum(256 + array.nbytes for array in result.logprobs)
+    if not isinstance(result, SampleResult):
+        return 0
+    tables = [one.topk for one in result.sequences] + [result.topk_prompt]
+    arrays = [array for one in result.sequences for array in (one.tokens, one.logprobs)]
+    arrays += [array for table in tables if table is not None for array in (table.token_ids, table.logprobs)]
+    arrays += [result.prompt_logprobs, result.targets, result.alt_tokens, result.alt_logprobs]
+    return sum(128 + array.nbytes for array in arrays if array is not None)
+
+
+def _without_data(request: Request) -> Request:
+    """What is left of a request when nobody computes with it any more."""
+    if isinstance(request, TrainRequest):
+        return replace(request, data=[])
+    if isinstance(request, SampleQuery):
+        return replace(request, prompt=request.prompt[:0].copy(), targets=None, targets_csr=None)
+    return request
 
 
 def _place(request: Request) -> tuple[str, Key | None]:

@@ -8,6 +8,7 @@ from skyrl.service.app import Serving, make_app, serve_in_thread
 from skyrl.service.auth import read_keys
 from skyrl.service.openai_params import TextTools
 from skyrl.service.run import Service
+from skyrl.types import RunError
 
 
 @dataclass
@@ -21,6 +22,11 @@ class HttpDoor:
     def url(self) -> str:
         """Where clients reach it."""
         return self.serving.url
+
+    def check(self) -> None:
+        """Raises RunError when the thread that serves HTTP has ended: nobody could reach the server any more."""
+        if not self.serving.alive:
+            raise RunError("the HTTP thread has ended, so nobody can reach the server; the lines above say why")
 
     def stop(self) -> None:
         """Takes no new requests; returns when those under way are answered, or after some seconds."""

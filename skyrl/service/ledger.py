@@ -61,7 +61,8 @@ class Ledger:
             return Outcome("done", result=found.result)
         return Outcome(
             "failed",
-            error="this request was lost when the server restarted; go on from the last saved state",
+            error="this request was lost when the server restarted, or its result was thrown away because nobody "
+            "fetched it; go on from the last saved state",
             category="server",
         )
 

@@ -159,6 +159,7 @@ def serve(cfg: ServeConfig) -> None:
         service.worker.leader.stop()
         service.close()
         raise
+    service.worker.check = door.check
     try:
         previous = _stop_on_signals(service.worker.stop)
         print(

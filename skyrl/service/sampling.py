@@ -1,12 +1,13 @@
 """Sampling requests of all clients: which weights, which rank, what is asked besides the draws, and the answer.
 
 A request becomes draws (SampleRequest, one per sample) and questions about its prompt (PromptQuery). All draws of all
-tenants run in one continuous batch per rank, each with its own adapter.
+tenants run in one continuous batch per rank, each with its own adapter. Large requests are handed to the ranks in
+parts, in turn with the others'.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,15 +15,17 @@ import numpy as np
 from skyrl.config.serve import ServeConfig
 from skyrl.sampler.prompts import PromptQuery, PromptStats
 from skyrl.service.books import Books
-from skyrl.service.commands import BASE, Slice
+from skyrl.service.commands import BASE, NOT_FINITE, Problem, Question, Slice
 from skyrl.service.convert import check_prompt, draw_seed, sampling_params
-from skyrl.service.desk import Job, RequestDesk
+from skyrl.service.desk import LARGE_SAMPLE, Job, RequestDesk
 from skyrl.service.leader import Leader
+from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, in_turns
 from skyrl.service.snapshots import Snapshots
 from skyrl.service.types import Refused, SampledSequence, SampleQuery, SampleResult, ServerFacts, TopK
 from skyrl.types import Sample, SampleRequest, UserError
 
-RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits at the desk, where turns are fair
+RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
+TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 
 
 @dataclass(eq=False)
@@ -37,6 +40,9 @@ class Work:
     prompt: PromptStats | None = None
     waits_for_prompt: bool = False
     missing: int = 0
+    todo: deque[SampleRequest] = field(default_factory=deque)  # not handed to a rank yet
+    size: int = 0  # of the answer, at most, in bytes
+    known: dict[str, int] = field(default_factory=dict)  # draw -> tokens that its reader has
 
 
 class Sampling:
@@ -58,6 +64,8 @@ class Sampling:
         self._queued: list[list[SampleRequest]] = [[] for _ in range(size)]
         self._cancelled: list[list[str]] = [[] for _ in range(size)]
         self._load = [0] * size
+        self._todo: OrderedDict[str, deque[Work]] = OrderedDict()  # by owner: works with draws that no rank has yet
+        self._bytes = 0  # of the answers to all works, at most
         self._questions: list[tuple[Work, PromptQuery]] = []
         self._waiting: deque[Job] = deque()  # taken from the desk, not begun
         self._filled = ""  # whose whole weights are sampled, where all parameters are trained
@@ -72,61 +80,73 @@ class Sampling:
         """Takes requests from the desk as far as there is room, and answers questions about their prompts."""
         for job in self.desk.take_cancelled():
             self._cancel(job)
-        if not self._waiting:
-            self._waiting += self.desk.take_samples(RUNNING_PER_RANK * len(self._load) - sum(self._load))
+        if not (self._waiting and self.facts.full_parameters):
+            ahead = len(self._questions) + sum(min(len(w.todo), TOGETHER) for some in self._todo.values() for w in some)
+            without = frozenset(job.owner for job in self._waiting)
+            self._waiting += self.desk.take_samples(RUNNING_PER_RANK * len(self._load) - ahead, without=without)
+        later: deque[Job] = deque()
         while self._waiting:
-            job = self._waiting[0]
+            job = self._waiting.popleft()
             try:
                 if not self._begin(job):
-                    break
+                    later.append(job)
+                    if self.facts.full_parameters:
+                        break  # others would go on with the weights of now for ever
             except Refused as refused:
                 self.desk.failed(job, refused)
             except UserError as error:
                 self.desk.failed(job, Refused(str(error)))
-            self._waiting.popleft()
+        self._waiting.extendleft(reversed(later))
         self._score()
 
     def _begin(self, job: Job) -> bool:
-        """Starts a request; False when it has to wait for those under way, which draw from other whole weights."""
+        """Starts a request; False when it has to wait: for those under way, which draw from other whole weights, or
+        for memory."""
         query = job.request
         assert isinstance(query, SampleQuery)
         if query.problem:
             raise Refused(query.problem)
         if job.cancelled:
             raise Refused("cancelled by the client")
+        # A prompt that fills the context can be scored, and nothing can be drawn after it.
+        full = len(query.prompt) == self.facts.max_context and query.max_tokens == 1 and _asks(query)
+        check_prompt(query, self.facts)
+        longest = 0 if full else self.facts.max_context - len(query.prompt)
+        longest = longest if query.max_tokens is None else min(longest, query.max_tokens)
+        service = self.cfg.service
+        check_sample(
+            query,
+            longest,
+            max_request_tokens=service.max_tokens_per_request,
+            max_samples=service.max_queued_samples,
+        )
+        params = [] if full else sampling_params(query, self.facts, job.request_id)
+        size = answer_bytes(query, longest)
+        if self._works and self._bytes + size > FLIGHT_BYTES:
+            return False
         adapter = self._adapter(query, job.owner)
         if self.facts.full_parameters:
             if adapter != self._filled and (self._works or self._leaving):
                 return False
             self.snapshots.fill_base(adapter)
             self._filled, adapter = adapter, ""
-        # A prompt that fills the context can be scored, and nothing can be drawn after it.
-        full = len(query.prompt) == self.facts.max_context and query.max_tokens == 1 and _asks(query)
-        work = Work(job, query, adapter, [None] * query.num_samples)
-        if full:
-            check_prompt(query, self.facts)
-            empty = np.zeros(0)
-            work.sequences = [SampledSequence(empty.astype(np.int64), empty.astype(np.float32), "length")] * len(
-                work.sequences
-            )
-            requests = []
-        else:
-            params = sampling_params(query, self.facts, job.request_id)
-            tokens = query.num_samples * (len(query.prompt) + params[0].max_tokens)
-            if tokens > self.cfg.service.max_tokens_per_request:
-                raise Refused(
-                    f"{query.num_samples} samples of up to {tokens // query.num_samples} tokens are more than "
-                    f"service.max_tokens_per_request={self.cfg.service.max_tokens_per_request}"
-                )
-            requests = [
-                SampleRequest(f"{job.request_id}/{i}", query.prompt, one, model=adapter or BASE)
-                for i, one in enumerate(params)
-            ]
         if adapter:
+            if self.snapshots.crowded(adapter):
+                return False
             self.snapshots.acquire(adapter)
+        work = Work(job, query, adapter, [None] * query.num_samples, size=size)
+        if full:
+            nothing = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
+            work.sequences = [nothing] * query.num_samples
+        work.todo.extend(
+            SampleRequest(f"{job.request_id}/{i}", query.prompt, one, model=adapter or BASE)
+            for i, one in enumerate(params)
+        )
         self._works[job.request_id] = work
-        work.missing = len(requests)
-        self._place(work, requests)
+        self._bytes += size
+        work.missing = len(params)
+        if params:
+            self._todo.setdefault(job.owner, deque()).append(work)
         if _asks(query):
             work.waits_for_prompt = True
             self._questions.append((work, self._question(work)))
@@ -148,16 +168,25 @@ class Sampling:
             raise Refused(f"base_model {base!r} is not served here; there are: {', '.join(self.facts.aliases)}")
         return ""
 
-    def _place(self, work: Work, requests: list[SampleRequest]) -> None:
-        """The samples of one prompt share its prefill, so they stay together unless they would fill a rank."""
+    def _hand_over(self) -> None:
+        """Draws to the ranks while they have room: one owner after the other, and each one's requests in turn. The
+        samples of one prompt share its prefill, so they stay together unless they would fill a rank."""
         size = len(self._load)
-        each = len(requests) if len(requests) < 8 * size else -(-len(requests) // size)
-        for start in range(0, len(requests), max(1, each)):
+        while self._todo and min(self._load) < RUNNING_PER_RANK:
+            owner, works = self._todo.popitem(last=False)
+            work = works.popleft()
+            total = len(work.sequences)
+            each = total if total < 8 * size else min(TOGETHER, -(-total // size))
             rank = min(range(size), key=lambda r: (self._load[r], r))
-            for request in requests[start : start + each]:
+            for _ in range(min(each, len(work.todo))):
+                request = work.todo.popleft()
                 work.ranks[request.uid] = rank
                 self._queued[rank].append(request)
                 self._load[rank] += 1
+            if work.todo:
+                works.append(work)
+            if works:
+                self._todo[owner] = works
 
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
@@ -177,32 +206,47 @@ class Sampling:
         )
 
     def _score(self) -> None:
-        """Answers all questions in one command, spread over the ranks by their tokens."""
+        """Answers questions in one command, spread over the ranks by their tokens: as many as fit into its budgets,
+        one owner's after the other's. The rest comes with the next turn."""
         if not self._questions:
             return
-        asked, self._questions = self._questions, []
         size = len(self._load)
-        parts: list[list[PromptQuery]] = [[] for _ in range(size)]
+        ordered = in_turns((work.job.owner, (work, question)) for work, question in self._questions)
+        asked, tokens, cells = [], 0, 0
+        for work, question in ordered:
+            tokens += len(question.tokens)
+            cells += _table_bytes(question)
+            if asked and (tokens > SCORE_TOKENS * size or cells > SCORE_BYTES):
+                break
+            asked.append((work, question))
+        self._questions = ordered[len(asked) :]
+        parts: list[list[Question]] = [[] for _ in range(size)]
         owners: list[list[tuple[Work, PromptQuery]]] = [[] for _ in range(size)]
         loads = [0] * size
         for work, question in sorted(asked, key=lambda pair: -len(pair[1].tokens)):
             rank = min(range(size), key=lambda r: (loads[r], r))
             loads[rank] += len(question.tokens)
-            parts[rank].append(question)
+            parts[rank].append(Question(question, tail=question.uid != work.job.request_id))
             owners[rank].append((work, question))
         answers = self.leader.call("score", None, parts)
         for pairs, stats in zip(owners, answers, strict=True):
             for (work, question), one in zip(pairs, stats, strict=True):
-                self._answered(work, question, one)
+                if self._works.get(work.job.request_id) is work:  # no earlier answer has ended it
+                    self._answered(work, question, one)
 
-    def _answered(self, work: Work, question: PromptQuery, stats: PromptStats) -> None:
+    def _answered(self, work: Work, question: PromptQuery, stats: PromptStats | Problem) -> None:
+        if isinstance(stats, Problem):
+            self._take_out(work, Refused(stats.text))
+            return
+        if not _is_finite(question, stats):
+            self._take_out(work, Refused(NOT_FINITE))
+            return
         if question.uid == work.job.request_id:
             work.prompt, work.waits_for_prompt = stats, False
         else:
-            index = int(question.uid.rsplit("/", 1)[1])
-            start, sequence = len(work.query.prompt), work.sequences[index]
-            assert sequence is not None
-            sequence.topk = TopK(stats.topk_ids[start:], stats.topk_logprobs[start:])
+            sequence = work.sequences[int(question.uid.rsplit("/", 1)[1])]
+            assert sequence is not None and stats.topk_ids is not None and stats.topk_logprobs is not None
+            sequence.topk = TopK(stats.topk_ids, stats.topk_logprobs)
             work.missing -= 1
         self._finish(work)
 
@@ -210,11 +254,16 @@ class Sampling:
 
     def draw(self, seconds: float) -> None:
         """A stretch of sampling on all ranks; settles what is complete."""
+        self._hand_over()
         if not any(self._load) and not any(self._cancelled) and not self._leaving:
             return  # what was begun is complete, and what waits begins at the next turn
         parts = [Slice(a, b) for a, b in zip(self._queued, self._cancelled, strict=True)]
         self._queued = [[] for _ in self._load]
         self._cancelled = [[] for _ in self._load]
+        for work in self._works.values():
+            if work.query.stream:
+                for uid, rank in work.ranks.items():
+                    parts[rank].watched[uid] = work.known.get(uid, 0)
         answers = self.leader.call("sample", seconds, parts)
         for adapter in self._leaving:
             if adapter:
@@ -225,7 +274,17 @@ class Sampling:
                 self._drawn(sample)
             for uid, why in drawn.refused:
                 self._refused(uid, why)
+            for uid, tokens in drawn.news.items():
+                self._grown(uid, tokens)
         self._score()
+
+    def _grown(self, uid: str, tokens: np.ndarray) -> None:
+        """More tokens of a sequence that is read while it grows."""
+        request_id, _, number = uid.rpartition("/")
+        work = self._works.get(request_id)
+        if work is not None:
+            work.known[uid] = work.known.get(uid, 0) + len(tokens)
+            self.desk.progress(work.job, int(number), tokens)
 
     def _drawn(self, sample: Sample) -> None:
         request_id, _, number = sample.uid.rpartition("/")
@@ -235,7 +294,7 @@ class Sampling:
         index = int(number)
         self._load[work.ranks.pop(sample.uid)] -= 1
         if sample.stop == "aborted":
-            self._take_out(work, Refused("the model of this request gives log-probabilities that are not finite"))
+            self._take_out(work, Refused(NOT_FINITE))
             return
         reason = "stop" if sample.stop == "stop" else "length"
         work.sequences[index] = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
@@ -256,10 +315,14 @@ class Sampling:
     def _finish(self, work: Work) -> None:
         if work.missing or work.waits_for_prompt:
             return
-        del self._works[work.job.request_id]
+        self._forget(work)
         if work.adapter:
             self.snapshots.release(work.adapter)
         self.desk.done(work.job, _result(work))
+
+    def _forget(self, work: Work) -> None:
+        del self._works[work.job.request_id]
+        self._bytes -= work.size
 
     def _refused(self, uid: str, why: str) -> None:
         work = self._works.get(uid.rpartition("/")[0])
@@ -273,14 +336,22 @@ class Sampling:
             self._take_out(work, Refused("cancelled by the client"))
 
     def _take_out(self, work: Work, why: Refused) -> None:
-        for uid, rank in work.ranks.items():
-            waiting = [request for request in self._queued[rank] if request.uid != uid]
-            if len(waiting) == len(self._queued[rank]):
-                self._cancelled[rank].append(uid)
+        for rank in set(work.ranks.values()):
+            waiting = [request for request in self._queued[rank] if request.uid not in work.ranks]
+            queued = {request.uid for request in self._queued[rank]}
+            mine = [uid for uid, at in work.ranks.items() if at == rank]
             self._queued[rank] = waiting
-            self._load[rank] -= 1
+            self._cancelled[rank] += [uid for uid in mine if uid not in queued]
+            self._load[rank] -= len(mine)
+        work.ranks.clear()
+        if work.todo:
+            work.todo.clear()
+            works = self._todo[work.job.owner]
+            works.remove(work)
+            if not works:
+                del self._todo[work.job.owner]
         self._questions = [pair for pair in self._questions if pair[0] is not work]
-        del self._works[work.job.request_id]
+        self._forget(work)
         self._leaving.append(work.adapter)
         self.desk.failed(work.job, why)
 
@@ -289,6 +360,20 @@ class Sampling:
         for job in [work.job for work in self._works.values()] + list(self._waiting):
             self.desk.failed(job, Refused(why, "server"))
         self._works.clear()
+
+
+def _table_bytes(question: PromptQuery) -> int:
+    """What the tables of an answer take on the rank that makes them."""
+    targets = 0 if question.targets is None else question.targets.size
+    return CELL * (len(question.tokens) * (1 + question.topk + 2 * question.alternatives) + 2 * targets)
+
+
+def _is_finite(question: PromptQuery, stats: PromptStats) -> bool:
+    """Whether there is a number everywhere where one was asked for."""
+    tables = (stats.topk_logprobs, stats.targets, stats.alt_logprobs)
+    if any(table is not None and np.isnan(table).any() for table in tables):
+        return False
+    return stats.logprobs is None or not np.isnan(stats.logprobs[max(question.start, 1) :]).any()
 
 
 def _asks(query: SampleQuery) -> bool:

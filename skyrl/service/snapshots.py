@@ -7,6 +7,7 @@ which the oldest move to files when there are many. The ranks hold only those th
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from skyrl.service.commands import LoadAdapter
 from skyrl.service.leader import Leader
 from skyrl.service.tenants import Tenant, Tenants
 from skyrl.service.types import Refused
+
+log = logging.getLogger("skyrl.service")
 
 HOST_BYTES = 4 << 30  # ephemeral snapshots in host memory; older ones move to files
 RESIDENT = 64  # adapters on the ranks that nothing is drawn from
@@ -53,8 +56,13 @@ class Snapshots:
         self._host[name] = content
         while sum(map(num_bytes, self._host.values())) > HOST_BYTES and len(self._host) > 1:
             old, weights = self._host.popitem(last=False)
-            self.books.spill(old, weights)
-            self._spilled.add(old)
+            try:
+                self.books.spill(old, weights)
+            except OSError as error:
+                # Nobody can be told until they ask for it; the oldest is the one least likely to be asked for.
+                log.warning("the snapshot %s is lost: host memory is full and the disk refuses it: %s", old, error)
+            else:
+                self._spilled.add(old)
 
     def sessions(self) -> set[str]:
         """Sessions that ephemeral snapshots belong to."""
@@ -73,6 +81,10 @@ class Snapshots:
             self._spilled.discard(name)
             self.books.drop_spilled(name)
         self._evict(name)
+
+    def crowded(self, name: str) -> bool:
+        """Whether so many others are being drawn from that `name`, which the ranks do not hold, has to wait."""
+        return name not in self._resident and sum(one.uses > 0 for one in self._resident.values()) >= RESIDENT
 
     def acquire(self, name: str) -> None:
         """Makes sure that the ranks hold `name`, and that they keep it until `release`. Raises Refused, UserError."""
@@ -98,7 +110,8 @@ class Snapshots:
             path, _, version = name.rpartition("#")
             return self.books.read_version(path, version)
         raise Refused(
-            f"{name}: this snapshot was lost when the server restarted; save weights under a name to keep them",
+            f"{name}: this snapshot was lost when the server restarted, or had no room; save weights under a name to "
+            "keep them",
             "server",
         )
 

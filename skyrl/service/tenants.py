@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from skyrl.service.commands import BASE, Create
 from skyrl.service.leader import Leader
 from skyrl.service.store_records import ModelFacts
 from skyrl.service.types import CreateModel, LoadWeights, Refused, ServerFacts
-from skyrl.types import LoraSpec
+from skyrl.types import LoraSpec, UserError
 
 
 @dataclass(eq=False)
@@ -103,8 +105,19 @@ class Tenants:
         tenant = Tenant(request.model_id, owner, request.session_id, request.base_model, lora)
         self.books.check_session(request.session_id, owner)
         self._add(tenant)
-        self._record(tenant, request.model_seq_id, request.user_metadata)
+        with self._or_drop(tenant):
+            self._record(tenant, request.model_seq_id, request.user_metadata)
         return tenant
+
+    @contextmanager
+    def _or_drop(self, tenant: Tenant) -> Iterator[None]:
+        """Takes a new model back when what follows is refused."""
+        try:
+            yield
+        except (Refused, UserError):
+            del self._open[tenant.model]
+            self.leader.call("drop", tenant.model)
+            raise
 
     def _record(self, tenant: Tenant, number: int, metadata: dict[str, str]) -> None:
         self.books.add_run(tenant.owner, tenant.session, number, ModelFacts(tenant.base_model, tenant.lora), metadata)
@@ -123,8 +136,9 @@ class Tenants:
         tenant = Tenant(model, owner, request.session_id, base, content.facts.lora)
         self._check_content(content, request)
         self._add(tenant)
-        self._load(tenant, content, request.optimizer)
-        self._record(tenant, request.model_seq_id, request.user_metadata)
+        with self._or_drop(tenant):
+            self._load(tenant, content, request.optimizer)
+            self._record(tenant, request.model_seq_id, request.user_metadata)
         return tenant
 
     def load_into(self, tenant: Tenant, request: LoadWeights) -> None:
@@ -155,6 +169,8 @@ class Tenants:
 
     def _add(self, tenant: Tenant) -> None:
         limit = self.cfg.service.max_models
+        if tenant.model in self._open:
+            raise Refused(f"{tenant.model}: exists already; give another model_seq_id")
         if tenant.lora is None:
             if not self.server.full_parameters:
                 raise Refused(

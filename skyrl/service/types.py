@@ -147,7 +147,7 @@ class SampleQuery:
     """asample. `stop`: None = the tokenizer's end of sequence; a tuple of strings or of token ids otherwise.
 
     targets [len(prompt) - 1, K] int64, -1 = skip; `targets_csr` keeps (crow, col) when it came sparse, since the
-    answer has the same layout.
+    answer has the same layout. stream: its reader takes tokens while they are drawn (Desk.on_tokens).
     """
 
     seq_id: int
@@ -169,6 +169,7 @@ class SampleQuery:
     targets: np.ndarray | None = None
     targets_csr: tuple[np.ndarray, np.ndarray] | None = None
     prompt_alt_tokens_k: int = 0
+    stream: bool = False
     problem: str = ""
 
 
@@ -256,6 +257,11 @@ class Desk(Protocol):
 
     def when_done(self, request_id: str, call: Callable[[], None]) -> None:
         """Calls `call` once, from any thread, when the future is no longer pending (at once if it is not)."""
+
+    def on_tokens(self, request_id: str, call: Callable[[int, Ints], None]) -> None:
+        """Calls `call(sample, tokens)` with the tokens of a streamed request that were not told before, as they are
+        drawn, and at once with those that are there already. From any thread; it must not wait. A result may hold
+        more tokens than were told."""
 
     def cancel(self, request_id: str, *, owner: str) -> None:
         """Withdraws a sample that is not done; for anything else nothing happens."""

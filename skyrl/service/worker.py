@@ -6,6 +6,7 @@ round, so that neither starves. All refusals happen before a command is sent.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from skyrl.service.commands import Train
 from skyrl.service.convert import adam_params, alike, loss_spec, to_rows
 from skyrl.service.desk import Job, RequestDesk
 from skyrl.service.leader import Leader
+from skyrl.service.limits import check_width
 from skyrl.service.sampling import Sampling
 from skyrl.service.snapshots import Snapshots
 from skyrl.service.tenants import Tenant, Tenants
@@ -34,6 +36,8 @@ from skyrl.service.types import (
     UnloadModel,
 )
 from skyrl.types import Datum, UserError
+
+log = logging.getLogger("skyrl.service")
 
 IDLE_SECONDS = 1.0
 TICK_SECONDS = 5.0
@@ -53,6 +57,7 @@ class Worker:
         self.sampling = Sampling(cfg, leader, desk, books, facts, Snapshots(leader, books, self.tenants))
         self._stopping = ""
         self._next_tick = 0.0
+        self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
         leader.hands.has_news = desk.has_news
         desk.explain_lost(books.explain_lost)
         desk.keep_record(books.ledger)
@@ -90,8 +95,12 @@ class Worker:
 
     def _tick(self) -> None:
         """What has to happen now and then: silent sessions, expired checkpoints."""
-        self._close_ended(self.cfg.service.model_idle_seconds)
-        self.books.expire()
+        self.check()
+        try:
+            self._close_ended(self.cfg.service.model_idle_seconds)
+            self.books.expire()
+        except UserError as error:  # a full disk; nobody asked for anything, and the next tick tries again
+            log.warning("tidying up failed: %s", error)
 
     def _close_ended(self, idle_seconds: float) -> None:
         """Closes models and snapshots of sessions that were finished, or were silent for so long (0 = never)."""
@@ -166,7 +175,10 @@ class Worker:
             def check(request: TrainRequest = request, rows: list[Datum] = rows) -> None:
                 nonlocal spec
                 self.tenants.get(request.model_id)
+                if request.problem:
+                    raise Refused(request.problem)
                 spec = loss_spec(request)
+                check_width(request, max_tokens_per_microbatch=self.cfg.max_tokens_per_microbatch)
                 rows += to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
 
             if self._guarded(job, check):
@@ -180,7 +192,14 @@ class Worker:
             self.tenants.use(job.lane)
         forward_only = ready[0][0].request.forward_only
         model = ready[0][0].lane if len(ready) == 1 else None
-        results = self._call(ready, Train(spec, forward_only, self.mix, model))
+        try:
+            results = self._call(ready, Train(spec, forward_only, self.mix, model))
+        except UserError as error:
+            for job, _ in ready:
+                if not forward_only:
+                    self._spoil(job.lane)
+                self.desk.failed(job, Refused(str(error)))
+            return
         for (job, rows), (logprobs, losses) in zip(ready, results, strict=True):
             self._settle(job, rows, logprobs, losses)
 

@@ -104,11 +104,13 @@ def test_models_take_turns():
 
 
 def test_owners_take_turns_with_samples_and_there_is_a_limit():
-    desk = RequestDesk(max_queued_samples=6)
+    desk = RequestDesk(max_queued_samples=4)
     for seq in range(4):
         desk.submit(sample(seq, "s:sample:0"), owner="greedy")
-    desk.submit(sample(0, "t:sample:0"), owner="modest")
-    with pytest.raises(Busy, match="5 samples are waiting"):
+    with pytest.raises(Busy, match="4 samples are waiting, at most 4 may"):
+        desk.submit(sample(4, "s:sample:0"), owner="greedy")
+    desk.submit(sample(0, "t:sample:0"), owner="modest")  # who has none waiting may have some
+    with pytest.raises(Busy, match="1 samples are waiting, at most 2 may"):
         desk.submit(sample(9, "t:sample:0", count=2), owner="modest")
     assert [job.owner for job in desk.take_samples(100)] == ["greedy", "modest", "greedy", "greedy", "greedy"]
 

@@ -1,0 +1,28 @@
+"""Training of all parameters that goes wrong: the base of all draws itself is not finite."""
+
+from __future__ import annotations
+
+import pytest
+from inprocess import draw, drawn, open_client, prompt
+
+from skyrl.service.commands import NOT_FINITE
+from skyrl.tinker import AdamParams, RequestFailedError
+
+
+def test_a_whole_model_that_is_not_finite_ends_its_own_samples(tmp_path):
+    """The next weights draw as if nothing had been."""
+    with open_client(tmp_path, "service.full_parameters=true") as client:
+        base = client.create_sampling_client(base_model="tiny")
+        alone = drawn(base.sample(prompt(5, 6), 3, draw(10)).result())
+        model = client.create_lora_training_client("tiny", rank=0).result()
+        for _ in range(6):  # a zero gradient is finite; the decay multiplies every weight by -10^12
+            model.optim_step(AdamParams(learning_rate=1e6, weight_decay=1e6)).result()
+        bad = model.save_weights_and_get_sampling_client()
+        futures = [bad.sample(prompt(5, 6), 3, draw(10)), base.sample(prompt(5, 6), 3, draw(10))]
+        futures += [bad.compute_logprobs(prompt(5, 6)), base.sample(prompt(5, 6), 3, draw(10))]
+        for index, future in enumerate(futures):
+            if index % 2:
+                assert drawn(future.result()) == alone
+            else:
+                with pytest.raises(RequestFailedError, match=NOT_FINITE):
+                    future.result()
