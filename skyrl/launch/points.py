@@ -49,7 +49,7 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
     if cfg.dry_run:
         return None
     accuracy = final_values(folder / "metrics.jsonl").get(OBJECTIVE)
-    if leader:
+    if leader and folder.is_dir():
         result = {
             "name": cfg.run.name,
             "seed": cfg.seed,
@@ -133,6 +133,8 @@ def requeue(
     job = environment.get("SLURM_JOB_ID", "")
     if not job:
         return "this is no Slurm job"
+    if environment.get("SLURM_ARRAY_TASK_ID"):  # one task of an array has the number of the array: that means all tasks
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     if int(environment.get("SLURM_RESTART_COUNT", "0")) >= most:
         return f"it was {most} times already ({MAX_REQUEUES})"
     command = ["scontrol", "show", "job", job, "--oneliner"]
