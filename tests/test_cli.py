@@ -34,7 +34,11 @@ def test_help_lists_the_commands_without_torch(args):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (("trian",), "skyrl: error: trian: no such command; choose one of: train, sft, serve, export, runs, launch, sweep-table, stage, doctor"),
+        (
+            ("trian",),
+            "skyrl: error: trian: no such command; choose one of: train, sft, serve, export, runs, launch, "
+            "sweep-table, stage, doctor",
+        ),
         (("export", "a"), "skyrl: error: export a: needs a checkpoint and a folder to write to"),
         (("runs", "nowhere"), "skyrl: error: runs: no folder nowhere here; give one, or start a run first"),
         (("train", "optim.lrr=1"), "skyrl: error: optim.lrr: no such option; did you mean optim.lr?"),

@@ -291,8 +291,8 @@ class _Entry:
             main()
 
     def job(self, composed: DictConfig) -> float | None:
-        """One run; its held-out accuracy, which a sweeper may steer by. In a sweep of one process a failed point is told
-        and counted, and the next one starts."""
+        """One run; its held-out accuracy, which a sweeper may steer by. In a sweep of one process a failed point is
+        told and counted, and the next one starts."""
         with contextlib.redirect_stdout(self.stdout), contextlib.redirect_stderr(self.stderr):
             try:
                 return self._run_one(composed)
