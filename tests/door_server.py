@@ -118,7 +118,14 @@ class Answers:
         elif isinstance(request, SaveWeights):
             self.desk.done(job, self._save(job, request))
         elif isinstance(request, SampleQuery):
-            self.desk.done(job, sampled(request))
+            result = sampled(request)
+            if request.stream:  # pieces of seven tokens, a moment between them, without the last one
+                ids = result.sequences[0].tokens[:-1]
+                for start in range(0, len(ids), 7):
+                    for index in range(request.num_samples):
+                        self.desk.progress(job, index, ids[start : start + 7])
+                    threading.Event().wait(0.002)
+            self.desk.done(job, result)
         else:
             self.desk.done(job, {"model_id": job.lane, "type": "unload_model"})
 

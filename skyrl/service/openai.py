@@ -1,8 +1,9 @@
 """OpenAI-style endpoints for agents and evaluation tools: /v1/models, /v1/completions, /v1/chat/completions, and the
 same under /oai/api/v1. The model is a name that is served here or a tinker:// path of weights.
 
-A sequence is sent when it is whole: with stream=true its text comes in pieces once it is there, since the samplers hand
-out finished sequences; until then comments keep the connection open. Several samples or prompts stream as each is done.
+With stream=true text is sent while it is drawn, some pieces a second (after each slice of sampling, at most
+service.slice_seconds long): never half a character, never a part of a stop string. Log-probabilities, where asked for,
+come with the last piece of each sample. While nothing is drawn, comments keep the connection open.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import anyio
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from skyrl.service.http import FAULT, Call, Door, HttpError, find_owner, in_thread, problem_of, reply, tell
+from skyrl.service.http import FAULT, Call, Door, HttpError, find_owner, in_thread, log, problem_of, reply, tell
 from skyrl.service.openai_params import Ask, TextTools, parse_chat, parse_completion
 from skyrl.service.openai_text import Writer
 from skyrl.service.routes_session import find_weights, unknown_model
 from skyrl.service.types import Accepted, Refused, SampleQuery, SampleResult
-from skyrl.types import UserError
+from skyrl.types import Ints, UserError
 
 __all__ = ["TextTools", "openai_routes"]
 
@@ -163,20 +166,64 @@ async def _result(call: Call, one: Accepted, seconds: float) -> SampleResult | N
     raise HttpError(500, outcome.error or "the request was lost")
 
 
+class _News:
+    """What happened to the samples of one stream, from the threads that draw to the event loop that sends. An item is
+    (prompt, sample, tokens), (prompt, result), or the error that ends the stream."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[Any, ...] | Exception] = asyncio.Queue()
+
+    def hear(self, number: int, index: int, tokens: Ints) -> None:
+        """More tokens, from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, index, tokens))
+        except RuntimeError:  # the loop has ended meanwhile; who draws must not notice
+            log.debug("tokens were drawn after the door had closed")
+
+    async def follow(self, call: Call, number: int, one: Accepted) -> None:
+        """Waits for the result of one prompt."""
+        try:
+            while (result := await _result(call, one, COMMENT_SECONDS)) is None:
+                continue
+            self._queue.put_nowait((number, result))
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def take(self, seconds: float) -> list[tuple[Any, ...]]:
+        """All there is, or [] after so many seconds; tokens of one sample put together. Raises what came as error."""
+        items: list[Any] = []
+        with anyio.move_on_after(seconds):
+            items.append(await self._queue.get())
+        while items and not self._queue.empty():
+            items.append(self._queue.get_nowait())
+        found: list[tuple[Any, ...]] = []
+        for item in items:
+            if isinstance(item, Exception):
+                raise item
+            if len(item) == 3 and found and found[-1][:2] == item[:2]:
+                item = (*item[:2], np.concatenate([found.pop()[2], item[2]]))
+            found.append(item)
+        return found
+
+
 async def _events(call: Call, submitted: list[Accepted], writer: Writer) -> AsyncIterator[bytes]:
-    """The body of a streamed answer: one event per piece of text, in the order in which prompts are done."""
-    waiting = {asyncio.ensure_future(_numbered(call, i, one)) for i, one in enumerate(submitted)}
+    """The body of a streamed answer: one event per piece of text, as they are drawn."""
+    news, left = _News(), len(submitted)
+    for number, one in enumerate(submitted):
+        call.door.desk.on_tokens(one.request_id, partial(news.hear, number))
+    tasks = [asyncio.ensure_future(news.follow(call, number, one)) for number, one in enumerate(submitted)]
     try:
         for piece in writer.begin():
             yield _event(piece)
-        while waiting:
-            done, waiting = await asyncio.wait(waiting, timeout=COMMENT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
+        while left:
+            items = await news.take(COMMENT_SECONDS)
+            if not items:
                 yield b": waiting\n\n"
-            for task in done:
-                number, result = task.result()
-                for piece in await in_thread(lambda n=number, r=result: list(writer.pieces(n, r))):
-                    yield _event(piece)
+                continue
+            left -= sum(len(item) == 2 for item in items)
+            for piece in await in_thread(_written, writer, items):
+                yield _event(piece)
         for piece in writer.end():
             yield _event(piece)
         yield b"data: [DONE]\n\n"
@@ -187,15 +234,17 @@ async def _events(call: Call, submitted: list[Accepted], writer: Writer) -> Asyn
             known = HttpError(500, FAULT)
         yield _event(error_json(known))
     finally:  # also when the client has left
-        for task in waiting:
+        for task in tasks:
             task.cancel()
         _cancel(call, submitted)
 
 
-async def _numbered(call: Call, number: int, one: Accepted) -> tuple[int, SampleResult]:
-    while (result := await _result(call, one, COMMENT_SECONDS)) is None:
-        continue
-    return number, result
+def _written(writer: Writer, items: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """The events of some news."""
+    found: list[dict[str, Any]] = []
+    for item in items:
+        found += writer.grown(item[0], item[1], item[2].tolist()) if len(item) == 3 else writer.pieces(*item)
+    return found
 
 
 def _event(value: dict[str, Any]) -> bytes:

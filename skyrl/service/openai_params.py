@@ -151,8 +151,11 @@ def _ask(
     best = fields.integer("best_of", 1, 65536, count)
     if best != count:
         raise UserError(f"{fields.place('best_of')}={best} is refused: nothing is ranked here; leave it out")
+    stream, options = fields.flag("stream", False), fields.section("stream_options")
+    usage = options is not None and options.flag("include_usage", False)
     common: dict[str, Any] = {
         "seq_id": -1,
+        "stream": stream and not empty,
         "num_samples": count,
         "max_tokens": 1 if empty else limit,
         "temperature": fields.number("temperature", 1.0),
@@ -164,8 +167,6 @@ def _ask(
         "prompt_logprobs": echo and top is not None,
         "topk_prompt_logprobs": (top or 0) if echo else 0,
     }
-    stream, options = fields.flag("stream", False), fields.section("stream_options")
-    usage = options is not None and options.flag("include_usage", False)
     _rest(fields)
     for prompt in prompts:
         if not len(prompt):

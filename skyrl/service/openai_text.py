@@ -1,9 +1,9 @@
-"""Sampled sequences, to the answers of completions and chat/completions, whole or in pieces."""
+"""Sampled sequences, to the answers of completions and chat/completions, whole or in pieces while they are drawn."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 from skyrl.service.openai_params import Ask, TextTools
 from skyrl.service.types import SampledSequence, SampleResult, ServerFacts, TopK
 
-PIECE_TOKENS, MAX_PIECES = 16, 64
 NO_LOGPROB = -99999.0
 BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
 
@@ -28,8 +27,53 @@ class Token:
     at: int
 
 
+class Growing:
+    """The text of one sample while it is drawn. Gives out only what no later token can change: no half character, no
+    beginning of a stop string, no space at the end (some tokenizers join what follows it).
+
+    `before`: text that comes first, the prompt where it is echoed. A stop string in it ends nothing.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: tuple[str, ...], before: str = "") -> None:
+        self._decode, self._stops, self._before = decode, stops, before
+        self._ids: list[int] = []
+        self._sent = ""
+
+    def more(self, tokens: Sequence[int]) -> str:
+        """What is certain now and was not given out."""
+        self._ids += tokens
+        text = self._before + _certain(self._decode(self._ids), self._stops)
+        return self._give(text) if text.startswith(self._sent) else ""  # `rest` says that something is wrong
+
+    def rest(self, whole: str) -> str:
+        """What is missing of the whole text. Raises RuntimeError when other text was given out: a fault of ours or of
+        the tokenizer."""
+        if not whole.startswith(self._sent):
+            raise RuntimeError(f"a text that was streamed has changed, after {len(self._sent)} characters")
+        return self._give(whole)
+
+    def _give(self, text: str) -> str:
+        new, self._sent = text[len(self._sent) :], text
+        return new
+
+
+def _certain(text: str, stops: tuple[str, ...]) -> str:
+    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    if found:
+        return text[: min(found)]
+    text = text.rstrip(BROKEN)
+    held = 0
+    for stop in stops:
+        for size in range(min(len(stop) - 1, len(text)), held, -1):
+            if text.endswith(stop[:size]):
+                held = size
+                break
+    return text[: len(text) - held].rstrip(BROKEN).rstrip()
+
+
 class Writer:
-    """The answer to one body: `whole`, or `begin`, `pieces` of each prompt, `end`."""
+    """The answer to one body: `whole`, or `begin`, then for each prompt `grown` as often as there is news and `pieces`
+    at last, then `end`."""
 
     def __init__(self, ask: Ask, text: TextTools, facts: ServerFacts, created: int) -> None:
         self.ask, self.text, self.facts = ask, text, facts
@@ -40,6 +84,7 @@ class Writer:
             "model": ask.model,
         }
         self._drawn = self._cached = 0
+        self._growing: dict[int, Growing] = {}
 
     def whole(self, results: list[SampleResult]) -> dict[str, Any]:
         """The answer in one."""
@@ -147,25 +192,29 @@ class Writer:
             for index in range(self.ask.queries[0].num_samples):
                 yield self._event([{"index": index, "delta": {"role": "assistant", "content": ""}}])
 
+    def grown(self, number: int, index: int, tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The event, if any, of more tokens of sample `index` of prompt `number`, which is still drawn."""
+        at = self._index(number, index)
+        text = self._grower(at).more(tokens)
+        if text:
+            yield self._event([self._part(at, text, None, None)])
+
+    def _grower(self, index: int) -> Growing:
+        if index not in self._growing:
+            before = self.text.decode(self._prompt(index).tolist()) if self.ask.echo else ""
+            self._growing[index] = Growing(self.text.decode, self.ask.stops, before)
+        return self._growing[index]
+
     def pieces(self, number: int, result: SampleResult) -> Iterator[dict[str, Any]]:
-        """The events of one prompt whose samples are done."""
+        """The last events of one prompt, whose samples are done: what is missing of each text, why it ended, and all
+        of its log-probabilities."""
         self._count(result)
         for i, sequence in enumerate(result.sequences):
             choice = self._choice(self._index(number, i), result, sequence)
-            text = choice["message"]["content"] if self.ask.chat else choice["text"]
-            parts = self._split(sequence, text)
-            for part in parts[:-1]:
-                yield self._event([self._part(choice["index"], part, None, None)])
-            yield self._event([self._part(choice["index"], parts[-1], choice["logprobs"], choice["finish_reason"])])
-
-    def _split(self, sequence: SampledSequence, text: str) -> list[str]:
-        """The text in pieces of some tokens, never inside a character; at least one piece."""
-        ids, cuts = self._kept(sequence), [0]
-        for end in range(PIECE_TOKENS, len(ids), max(PIECE_TOKENS, -(-len(ids) // MAX_PIECES))):
-            upto = self.text.decode(ids[:end])
-            if not upto.endswith(BROKEN) and text.startswith(upto) and len(upto) > cuts[-1]:
-                cuts.append(len(upto))
-        return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+            whole = choice["message"]["content"] if self.ask.chat else choice["text"]
+            text = self._grower(choice["index"]).rest(whole)
+            del self._growing[choice["index"]]
+            yield self._event([self._part(choice["index"], text, choice["logprobs"], choice["finish_reason"])])
 
     def _part(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
         content = {"delta": {"content": text} if text else {}} if self.ask.chat else {"text": text}

@@ -6,6 +6,7 @@ import time
 import pytest
 from door_server import TEXT, events, serving
 
+from skyrl.service.openai_text import Growing
 from skyrl.service.types import SampleQuery
 
 
@@ -117,6 +118,36 @@ def test_streams_of_completions_put_together_are_the_answer(server):
     assert seen[-1]["usage"]["completion_tokens"] == 4 * (len(TEXT) + 1) and len({e["id"] for e in seen}) == 1
 
 
+def letters(text):
+    """Each byte is a token; a decoder writes what is no whole character as \ufffd."""
+    return list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("stops", [(), ("stop!",), ("st", "stop it", "more"), ("\u20ac\u20ac",)])
+def test_a_growing_text_gives_out_only_what_stays(size, stops):
+    """Whatever comes next: pieces put together are a beginning of the answer, in whole characters."""
+    text = "h\u00e9 \u20ac1, sto s  \U0001f600\u20ac stop it. no more \u20ac"
+    ids, decode = letters(text)
+    at = min((i for i in (text.find(stop) for stop in stops) if i >= 0), default=len(text))
+    one, seen = Growing(decode, stops, before="stop! "), ""
+    for start in range(0, len(ids), size):
+        seen += one.more(ids[start : start + size])
+        assert ("stop! " + text[:at]).startswith(seen) and "\ufffd" not in seen
+        drawn = decode(ids[: start + size]).rstrip("\ufffd")
+        if start and not any(drawn.endswith(stop[0]) or stop in drawn for stop in stops) and drawn == drawn.rstrip():
+            held = max((n for stop in stops for n in range(len(stop)) if drawn.endswith(stop[:n])), default=0)
+            assert len(seen) >= 6 + len(drawn[: len(drawn) - held].rstrip())  # and not less than it could be
+    assert seen + one.rest("stop! " + text[:at]) == "stop! " + text[:at]
+
+
+def test_a_text_that_changes_after_it_was_sent_is_a_fault():
+    one = Growing(lambda ids: "a" * len(ids), ())
+    assert one.more([1, 2]) == "aa"
+    with pytest.raises(RuntimeError, match="has changed, after 2 characters"):
+        one.rest("ab")
+
+
 def test_streams_of_chats(server):
     answer = ask(server, "chat/completions", messages=[{"role": "user", "content": "x"}], stream=True, stop="42",
                  logprobs=True)  # fmt: skip
@@ -125,6 +156,17 @@ def test_streams_of_chats(server):
     assert all(event["object"] == "chat.completion.chunk" for event in seen)
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in seen) == "The answer is "
     assert seen[-1]["choices"][0]["finish_reason"] == "stop" and seen[-1]["choices"][0]["logprobs"]["content"]
+
+
+def test_what_is_not_streamed_is_not_watched(server):
+    good(server, prompt="ab", max_tokens=4)
+    assert last(server).stream is False
+    events(ask(server, prompt="ab", max_tokens=4, stream=True).text)
+    assert last(server).stream is True
+    scored = events(ask(server, prompt="abc", max_tokens=0, logprobs=0, echo=True, stream=True).text)
+    assert last(server).stream is False and "".join(e["choices"][0]["text"] for e in scored) == "abc"
+    echoed = events(ask(server, prompt="abc", max_tokens=40, echo=True, stream=True).text)
+    assert "".join(e["choices"][0]["text"] for e in echoed) == "abc" + TEXT[:40] and len(echoed) > 2
 
 
 def test_a_stream_that_fails_says_so(server):
