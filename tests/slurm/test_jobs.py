@@ -104,12 +104,15 @@ def test_requeues_are_bounded(tmp_path):
 def test_a_mistake_ends_the_job_in_one_line_and_is_not_tried_again(tmp_path):
     job = Job.submit(tmp_path, "train.sbatch", *RUN, "optim.lrr=1", flags=("--nodes=2",))
     assert job.end() == "FAILED" and job.fact("ExitCode") == "2:0" and job.fact("Restarts") == "0"
-    assert job.text().count("skyrl: error:") == 1 and "did you mean optim.lr?" in job.text()
+    told = [line for line in job.text().splitlines() if line.startswith("skyrl: error:")]
+    assert told[0] == "skyrl: error: optim.lrr: no such option; did you mean optim.lr?"
+    assert all(line.startswith("skyrl: error: rank 1: ") for line in told[1:])  # srun ends nobody for rank 0's sake
 
 
 def test_a_node_that_never_comes_is_told_in_time(tmp_path):
     """Rank 1 waits at another port: the ranks cannot meet."""
-    wrong = 'if [ $SLURM_PROCID = 1 ]; then MASTER_PORT=1; fi; exec python -m skyrl.launch.rank train "$@"'
+    wrong = "[ $SLURM_PROCID = 1 ] && export MASTER_ADDR=127.0.0.1 MASTER_PORT=1; "
+    wrong += 'exec python -m skyrl.launch.rank train "$@"'
     step = ["srun", "-N2", "-n2", "--wait=60", "bash", "-c", wrong, "bash", *RUN, "run.dir=run", "run.join_seconds=5"]
     done = command("salloc", "-N2", "-n2", "--time=5", *step, cwd=tmp_path, timeout=120)
     assert done.returncode != 0
@@ -123,6 +126,20 @@ def test_an_array_runs_a_seed_in_each_task(tmp_path):
     (point,) = json.loads(done.stdout)["points"]
     assert point["seeds"] == [1, 2, 3, 4] and point["unfinished"] == []
     assert len(set(point["metrics"]["reward:mean"]["values"].values())) > 1
+
+
+def test_a_stopped_task_of_an_array_leaves_the_others_alone(tmp_path):
+    """One of the tasks has the array's own number, which to scontrol means all of them."""
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, flags=("--array=1-2",))
+
+    def found():
+        return sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
+
+    until(lambda: len(found()) == 2 and min(steps(path.parent) for path in found()) >= 4, 200, job)
+    command("scancel", "--signal=USR1", f"{job.id}_2", cwd=tmp_path)
+    until(lambda: command("squeue", "-h", "-j", job.id, cwd=tmp_path).stdout == "", 300)
+    runs = [path.parent for path in found()]
+    assert [len(stops(run)) for run in runs] == [0, 1] and [steps(run) for run in runs] == [10, 10]
 
 
 def test_srun_alone_starts_ranks(whole, tmp_path):
