@@ -36,10 +36,12 @@ MAX_STACK = 64 << 10
 
 
 class Court:
-    """Places of all ranks, verdicts, stacks. Used by the watcher's thread; `leave_bundle` by the main thread."""
+    """Places of all ranks, verdicts, stacks. Used by the watcher's thread, over `store`; `describe` and `leave_bundle`
+    by the main thread, over `words`."""
 
-    def __init__(self, world: World, folder: Path, store: Any, hang_seconds: float) -> None:
-        self.world, self.folder, self.store, self.hang_seconds = world, folder, store, hang_seconds
+    def __init__(self, world: World, folder: Path, store: Any, words: Any, hang_seconds: float) -> None:
+        self.world, self.folder, self.hang_seconds = world, folder, hang_seconds
+        self.store, self.words = store, words
         self.ready = False  # the run folder is ours: a bundle may be written
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> (its count, when we first saw that count)
         self._next_look = 0.0
@@ -81,9 +83,9 @@ class Court:
         return {int(key.split("/")[1]): json.loads(text) for key, text in zip(keys, store.multi_get(keys), strict=True)}
 
     def describe(self, rank: int) -> str:
-        """Words like " was in <phase>, step <n>" about a rank, as far as it is known; "" else. From any thread."""
+        """Words like " was in <phase>, step <n>" about a rank, as far as it is known; "" else."""
         try:
-            place = self.table(self.store.clone() if self.store is not None else None).get(rank)
+            place = self.table(self.words).get(rank)
         except RuntimeError:  # the store is gone too
             return ""
         return f" was in {place['phase']}, step {place['step']}" if place else ""
@@ -255,7 +257,7 @@ class Court:
             return ""
         table, stacks = {}, {self.world.rank: phases.stacks()}
         try:
-            store = self.store.clone() if self.store is not None else None
+            store = self.words
             if store is not None:
                 store.compare_set("verdict", "", json.dumps({"by": self.world.rank, "kind": "error"}))
                 store.add("news", 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +42,7 @@ class World:
         return self.rank == 0
 
 
-JOIN_POLL_SECONDS = 0.1
+JOIN_POLL_SECONDS, CONNECT_SECONDS = 0.1, 5.0
 _world: World | None = None
 _store: Any = None  # where the ranks met
 
@@ -135,12 +136,19 @@ def _meet(rank: int, size: int, seconds: int) -> Any:
     if size == 1:
         return dist.HashStore()
     until = time.monotonic() + seconds
-    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", 0)
+    where, limit = f"{host}:{port}", f"within run.join_seconds={seconds}"
     advice = "see whether their processes have started and can reach that address, or raise run.join_seconds"
-    limit = f"within run.join_seconds={seconds}"
+    if not host or not port:
+        raise UserError("MASTER_ADDR and MASTER_PORT are not both set; start with torchrun, or set them for all ranks")
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    except (dist.DistError, ValueError) as error:  # nobody answers, or a variable of the launcher is missing
+        if not keeps:
+            _reach(host, port, until)
+        store = dist.TCPStore(
+            host, port, is_master=keeps, timeout=timedelta(seconds=seconds), multi_tenant=True, wait_for_workers=False
+        )
+    except (dist.DistError, OSError) as error:
         what = " ".join(str(error).split("\n")[0].split())[:160]
         raise RunError(f"the {size} ranks did not meet at {where} {limit} ({what}); {advice}") from None
     # torchrun may keep one store over its restarts
@@ -153,6 +161,20 @@ def _meet(rank: int, size: int, seconds: int) -> Any:
             raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
         time.sleep(JOIN_POLL_SECONDS)
     return store
+
+
+def _reach(host: str, port: int, until: float) -> None:
+    """Waits until somebody listens there. Raises OSError when nobody does in time.
+
+    In Python, because torch's own waiting is deaf to signals: a launcher that ends us would have to wait for it."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(JOIN_POLL_SECONDS)
 
 
 def own_store(name: str) -> Any:

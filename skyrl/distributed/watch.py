@@ -32,7 +32,8 @@ EXCHANGE_SECONDS = 0.5
 STOP_FILE_SECONDS = 1.0
 PAUSED_SECONDS = 5.0  # a turn that took so long: the process was stopped, or the machine asleep
 AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent us already
-STORE_SECONDS = 10.0
+STORE_SECONDS = 20.0
+LAST_WORDS_SECONDS = 2.0
 
 current: Watch | None = None  # the one that listens
 _runs = 0  # of this process; ranks count alike
@@ -55,10 +56,12 @@ class Watch:
         self.wanted: StopRequest | None = None
         self.wanted_at = 0.0
         self.claimed = False  # rank 0 holds the run folder
-        self.store = own_store(f"watch/{_runs}")
+        # One connection for each thread. Made now: to connect to a store that is gone takes as long as to join.
+        self.store, words = own_store(f"watch/{_runs}"), own_store(f"watch/{_runs}")
         if self.store is not None:
             self.store.set_timeout(timedelta(seconds=STORE_SECONDS))
-        self.court = Court(world, self.folder, own_store(f"watch/{_runs}"), hang_seconds)
+            words.set_timeout(timedelta(seconds=LAST_WORDS_SECONDS))
+        self.court = Court(world, self.folder, self.store, words, hang_seconds)
         self._unsent = False
         self._news = 0
         self._turns = 0

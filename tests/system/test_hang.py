@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 from launcher import LETTERS, when
@@ -103,11 +104,17 @@ def test_a_rank_that_raises(warm, tmp_path, what, word):
         assert word in done.errors[0]
 
 
-def test_a_rank_that_is_killed(warm, tmp_path):
-    done = warm.run(
-        *RUN, cwd=tmp_path, ranks=2, kill=when((tmp_path / "in-1").exists, delay=0.4), only=[1],
-        before=pace("training", 3, "1", 1),
-    )  # fmt: skip
-    assert "ended without a message (rank 1 was in training, step 3)" in done.stderr and len(done.errors) == 1
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_rank_that_is_killed(warm, tmp_path, victim):
+    """Also rank 0, with which the store goes when there is no torchrun."""
+    there = when((tmp_path / f"in-{victim}").exists, delay=0.4)
+    start = time.monotonic()
+    done = warm.run(*RUN, cwd=tmp_path, ranks=2, kill=there, only=[victim], before=pace("training", 3, "1", victim))
+    assert len(done.errors) == 1 and f"rank {victim} (process " in done.errors[0], done.stderr
+    assert "ended without a message" in done.errors[0] and time.monotonic() - start < 60
     (bundle,) = (tmp_path / "run").glob("crash-*")
-    assert json.loads((bundle / "phases.json").read_text())["1"]["phase"] == "training"
+    if victim == 1:
+        assert "ended without a message (rank 1 was in training, step 3)" in done.errors[0]
+        assert json.loads((bundle / "phases.json").read_text())["1"]["phase"] == "training"
+    else:
+        assert "no word from the other ranks" in (bundle / "report.txt").read_text()
