@@ -22,7 +22,7 @@ from typing import Any
 
 import common
 
-sys.path.append(str(common.ROOT / "tests" / "slurm"))
+sys.path += [str(common.ROOT), str(common.ROOT / "tests" / "slurm")]
 import jobs  # noqa: E402
 
 STEPS = 16  # of RL, after 4 of warm-up

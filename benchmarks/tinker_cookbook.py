@@ -3,7 +3,7 @@
     SKYRL_TEST_CLIENTS=<folder> python benchmarks/tinker_cookbook.py [--write] [--ranks 2] [--only math_rl]
 
 Offline in an imitation hub with a random Qwen3 of hidden size 64. math_rl (arithmetic) starts from weights that
-chat_sl trained on such sums, since a random model has nothing to reinforce.
+chat_sl trained for a few steps on such sums, since a random model has nothing to reinforce.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CURVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 SUMS = (
     "dataset=sums.jsonl",
     RENDERER,
-    "batch_size=128",
-    "num_epochs=4",
-    "lora_rank=64",
-    "learning_rate=0.006",
+    "batch_size=64",
+    "lora_rank=32",
+    "learning_rate=0.01",
+    "lr_schedule=constant",
     "save_every=0",
     "eval_every=0",
     "rolling_save_every=0",
@@ -44,11 +44,15 @@ SUMS = (
 REINFORCED = (
     RENDERER,
     "group_size=16",
-    "groups_per_batch=32",
+    "groups_per_batch=16",
     "max_tokens=5",
-    "lora_rank=64",
-    "learning_rate=0.0005",
+    "lora_rank=32",
+    "learning_rate=0.001",
     "save_every=0",
+)
+NOTE = (
+    "math_rl: 0.1 of the reward is for an answer that ends in time, the rest for a right one. What rises here is the "
+    "first; adapters on a frozen random model of 64 channels do not learn to add, and right answers stay near chance."
 )
 
 
@@ -87,8 +91,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[*RECIPES])
-    parser.add_argument("--sums", type=int, default=240, help="supervised steps before math_rl's curve")
-    parser.add_argument("--steps", type=int, default=40, help="steps of math_rl's curve")
+    parser.add_argument("--sums", type=int, default=20, help="supervised steps before math_rl's curve")
+    parser.add_argument("--steps", type=int, default=25, help="steps of math_rl's curve")
     args = parser.parse_args()
     try:
         cookbook_python(download=True)
@@ -107,7 +111,7 @@ def main() -> int:
                 ends[name] = {"seconds": round(time.monotonic() - start, 1), "options": run.options, **numbers}
                 print(name, ends[name], flush=True)
             learned = curves(args.only, server.url, hub, Path(folder), args.sums, args.steps)
-    figures = {"ranks": args.ranks, "recipes": ends, "curves": learned}
+    figures = {"ranks": args.ranks, "recipes": ends, "curves": learned, "note": NOTE}
     figures = json.loads(json.dumps(figures).replace(folder, "<folder>"))
     if args.write:
         print(write("tinker_cookbook", figures))

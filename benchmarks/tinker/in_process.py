@@ -1,6 +1,6 @@
 """The in-process side of tinker_door.py: one measurement inside a torchrun program, through skyrl.tinker.
 
-    torchrun ... in_process.py '{"kind": "step", ...}' <weights> <answer.json> <folder of the service>
+torchrun ... in_process.py '{"kind": "step", ...}' <weights> <answer.json> <folder of the service>
 """
 
 from __future__ import annotations

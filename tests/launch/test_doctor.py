@@ -52,6 +52,7 @@ def test_an_interface_that_is_not_there(monkeypatch):
     assert "interface chosen" not in {finding.check for finding in doctor_cluster.network()}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_collective_that_fails(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")

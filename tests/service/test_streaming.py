@@ -100,10 +100,10 @@ def test_nothing_is_watched_when_nobody_streams(door, monkeypatch):
 
 def test_a_reader_that_leaves_ends_the_draw(door):
     http, service = door
-    with http.stream("POST", "/v1/completions", json=ask(stream=True, max_tokens=4000, temperature=0)) as answer:
+    with http.stream("POST", "/v1/completions", json=ask(stream=True, max_tokens=4000, temperature=0, n=60)) as answer:
         next(answer.iter_lines())
         assert service.worker.sampling._works
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while service.worker.sampling._works and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not service.worker.sampling._works

@@ -41,7 +41,7 @@ def test_a_stopped_point_goes_on_in_its_place_in_the_array(tmp_path):
 
     alone = tmp_path / "alone"
     alone.mkdir()
-    done = command(*TRAIN, *options, "seed=2", cwd=alone, timeout=120)
+    done = command(*TRAIN, *options, "-m", "seed=2", cwd=alone, timeout=120)
     assert done.returncode == 0, done.stderr
     assert numbers(two) == numbers(runs(alone)[0]) and two.name == runs(alone)[0].name
 

@@ -46,7 +46,7 @@ def serve(
     ranks: int = 2,
     aliases: tuple[str, ...] = (),
     tokenizer_id: str = "",
-    wait_seconds: float = 90,
+    wait_seconds: float = 240,
     port: int | None = None,
     **env: str,
 ) -> Iterator[Server]:
