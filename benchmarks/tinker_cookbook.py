@@ -80,13 +80,24 @@ def curves(names: list[str], url: str, hub: Path, folder: Path, sums: int, steps
     return found
 
 
+def end_of(name: str, url: str, hub: Path, folder: Path) -> dict[str, Any]:
+    """Seconds, options and numbers of a recipe that came to its end, or why it did not."""
+    start = time.monotonic()
+    try:
+        run = run_recipe(RECIPES[name], url, hub, folder / name, download=True, timeout=900)
+    except AssertionError as error:
+        return {"failed": str(error)[-2000:]}
+    numbers = {number: rounded(run.curve(number)) for number in RECIPES[name].numbers}
+    return {"seconds": round(time.monotonic() - start, 1), "options": run.options, **numbers}
+
+
 def rounded(values: list[float]) -> list[float]:
     """Four digits after the point."""
     return [round(value, 4) for value in values]
 
 
 def main() -> int:
-    """The command line."""
+    """The command line. Returns 1 if a recipe failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
@@ -105,17 +116,14 @@ def main() -> int:
         add_data(hub)
         with serve(Path(folder) / "server", hub / MODEL, ranks=args.ranks, aliases=(MODEL,)) as server:
             for name in (name for name in RECIPES if name in args.only):
-                start = time.monotonic()
-                run = run_recipe(RECIPES[name], server.url, hub, Path(folder) / name, download=True, timeout=900)
-                numbers = {number: rounded(run.curve(number)) for number in RECIPES[name].numbers}
-                ends[name] = {"seconds": round(time.monotonic() - start, 1), "options": run.options, **numbers}
+                ends[name] = end_of(name, server.url, hub, Path(folder))
                 print(name, ends[name], flush=True)
             learned = curves(args.only, server.url, hub, Path(folder), args.sums, args.steps)
     figures = {"ranks": args.ranks, "recipes": ends, "curves": learned, "note": NOTE}
     figures = json.loads(json.dumps(figures).replace(folder, "<folder>"))
     if args.write:
         print(write("tinker_cookbook", figures))
-    return 0
+    return int(any("failed" in one for one in ends.values()))
 
 
 if __name__ == "__main__":
