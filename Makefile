@@ -7,8 +7,8 @@ PIP_ARGS ?=
 ARGS ?=
 # Processes of `make train` and `make serve`.
 RANKS ?= 2
-# learning.py reads finished runs, gpu.py wants a GPU: both are started by hand.
-BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py gpu.py),$(sort $(wildcard benchmarks/*.py)))
+# learning.py reads finished runs, gpu.py wants a GPU, slurm.py a Slurm, tinker_*.py the clients: started by hand.
+BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py gpu.py slurm.py chaos.py tinker_matrix.py tinker_cookbook.py tinker_door.py),$(sort $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
