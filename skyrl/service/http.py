@@ -159,6 +159,11 @@ class Call:
             return {}
         return await self.parse(body, partial(read_json, body, max_bytes=self.door.max_bytes))
 
+    async def json_as(self, read: Callable[[Any], T]) -> T:
+        """read(the body as JSON), both in a thread if the body is large. Raises UserError."""
+        body = await self.body()
+        return await self.parse(body, lambda: read(read_json(body, max_bytes=self.door.max_bytes) if body else {}))
+
     async def parse(self, body: bytes, read: Callable[[], T]) -> T:
         """read(), in a thread if the body is large."""
         return read() if len(body) <= SMALL_BYTES else await in_thread(read)

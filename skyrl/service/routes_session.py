@@ -11,7 +11,7 @@ from starlette.routing import Route
 from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route
 from skyrl.service.store_records import CheckpointPath, NotFound, parse_time
 from skyrl.service.store_sessions import SessionQuery, StatusQuery
-from skyrl.service.wire_fields import INT32_MAX, Fields
+from skyrl.service.wire_fields import INT32_MAX, Fields, check_metadata
 from skyrl.types import UserError
 
 CHUNK_BYTES = 5_000_000
@@ -117,11 +117,13 @@ async def create_session(call: Call) -> Response:
     if not isinstance(metadata, dict):
         raise UserError(f"{fields.place('user_metadata')}: allowed: a map")
     tags = [str(tag)[:256] for tag in fields.items("tags", [])][:256]
+    texts = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    check_metadata(texts, fields.place("user_metadata"))
     session = await in_thread(
         call.door.store.create_session,
         call.owner,
         tags=tags,
-        user_metadata={str(k): v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()},
+        user_metadata=texts,
         sdk_version=fields.text("sdk_version", ""),
         project_id=fields.text("project_id", None),
         display_name=fields.text("display_name", None),

@@ -53,7 +53,7 @@ def work_routes(door: Door) -> list[Route]:
 
 async def submit(call: Call, *, parse: Any) -> Response:
     """Any request in JSON: to the desk, and the number of its future back."""
-    request: Request = parse(await call.json())
+    request: Request = await call.json_as(parse)
     session_id = getattr(request, "session_id", None)
     if isinstance(request, (CreateModel, LoadWeights)) and session_id is not None:
         # Before the desk: a model's name begins with its session, which has to be the caller's.
@@ -77,8 +77,7 @@ async def train(call: Call, *, forward_only: bool) -> Response:
 
 async def sample(call: Call, *, feeds: Feeds) -> Response:
     """asample. The answer names every sequence to come."""
-    body = await call.json()
-    request = PARSERS["asample"](body)
+    request = await call.json_as(PARSERS["asample"])
     assert isinstance(request, SampleQuery)
     if request.model_path is not None and request.sampling_session_id is None:
         await in_thread(find_weights, call.door, call.owner, request.model_path)

@@ -18,6 +18,7 @@ from skyrl.types import UserError
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 NAME_LENGTH = 64  # of a loss input or config key: longer ones are no names
 TEXT_LENGTH = 4096
+METADATA_LENGTH = 1 << 18  # of all names and values of one map, which are kept on the disk and listed
 _MISSING = object()
 
 # Raw arrays on the wire are little-endian.
@@ -131,6 +132,7 @@ class Fields:
             check_text(key, self.place(field) + " key", length=TEXT_LENGTH)
             place = f"{self.place(field)}[{shown(key)}]"
             found[key] = check_text(item, place, length=1 << 16, empty=True, controls=True)
+        check_metadata(found, self.place(field))
         return found
 
     def end(self) -> None:
@@ -139,6 +141,13 @@ class Fields:
             names = ", ".join(shown(key) for key in sorted(self._left)[:5])
             where = f"{self._name}{': ' if self._inside else ''}{self._inside}"
             raise UserError(f"{where} has fields that this server does not know: {names}; leave them out")
+
+
+def check_metadata(found: dict[str, str], place: str) -> None:
+    """Raises UserError for a map of more text than should be kept."""
+    size = sum(len(key) + len(value) for key, value in found.items())
+    if size > METADATA_LENGTH:
+        raise UserError(f"{place} has {size} characters in all; allowed: at most {METADATA_LENGTH}")
 
 
 def check_text(value: Any, place: str, *, length: int, empty: bool = False, controls: bool = False) -> str:

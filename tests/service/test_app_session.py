@@ -66,6 +66,14 @@ def test_a_session_from_begin_to_end(server):
     assert server.call("sessions/search", **query)["sessions"][0]["session_id"] == session
 
 
+def test_metadata_of_any_length_is_refused(server):
+    """It is kept and listed: many values that are each short enough may not add up to megabytes."""
+    many = {f"name{i}": "x" * 60_000 for i in range(5)}
+    answer = server.http.post("/api/v1/create_session", json={"user_metadata": many})
+    assert answer.status_code == 422 or answer.status_code == 400, answer.text
+    assert "user_metadata has 300025 characters in all; allowed: at most 262144" in answer.text
+
+
 def test_search_pages_with_a_cursor_and_refuses_what_it_does_not_know(server):
     made = [server.session(display_name="paged one") for _ in range(3)]
     first = server.call("sessions/search", display_name="PAGED", limit=2)
