@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from skyrl.models import rounding
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, low_rank
@@ -43,6 +44,7 @@ class CausalLM(nn.Module):
         register()
         if net.config._attn_implementation != NAME:
             net.set_attn_implementation(NAME)
+        rounding.install(net)
         self.net = net
         self.head = head
         self.chunk_tokens = chunk_tokens
@@ -108,7 +110,7 @@ class CausalLM(nn.Module):
         """Recomputes each decoder layer in the backward pass. Once, before the layers are sharded; no new names."""
         dtype = next(self.parameters()).dtype
         for layer in self.layers():
-            layer.forward = partial(checkpoint, partial(_run_precise, layer.forward, dtype), use_reentrant=False)
+            layer.forward = partial(_run_checkpointed, layer.forward, dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> CausalLM:
         """As nn.Module.to, but a dtype is for parameters only: rotary frequencies lose digits when they are cast."""
@@ -133,7 +135,8 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         """Final, normed hidden states [T, C] in the model's dtype; `attention` says which tokens see which."""
-        with precise(self.net.get_input_embeddings().weight.dtype):
+        weight = self.net.get_input_embeddings().weight
+        with precise(weight.dtype), rounding.careful(rounding.applies(weight)):
             out = self.decoder(
                 input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, skyrl_attention=attention
             )
@@ -225,8 +228,13 @@ def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
     return _StayDouble() if dtype == torch.float64 else nullcontext()
 
 
-def _run_precise(forward: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    with precise(dtype):  # the recomputation runs in the backward pass, outside of hidden()
+def _run_checkpointed(forward: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    again = partial(_run_again, forward, dtype, rounding.inside())
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+
+def _run_again(forward: Any, dtype: torch.dtype, careful: bool, *args: Any, **kwargs: Any) -> Any:
+    with precise(dtype), rounding.careful(careful):  # the recomputation runs in the backward pass, outside of both
         return forward(*args, **kwargs)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl.models import rounding
 from skyrl.types import Datum, Microbatch, UserError
 
 # Above this many scores of one bucket (B x H x L x L) the fused kernel is used, which keeps none of them.
@@ -293,8 +294,12 @@ class PackedAttention:
     def _products(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any) -> Tensor:
         """q [B, K, G, L, C], k and v [B, K, L, C] -> [B, K, G, L, C], by two batched products and a softmax."""
         rows, kv_heads, group, longest, channels = q.shape
-        bias = self._causal_bias(group, longest, window, q.dtype).expand(rows * kv_heads, -1, -1)
+        bias = self._causal_bias(group, longest, window, q.dtype)
         q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
+        if rounding.applies(q) and not softcap:
+            out = rounding.attend(q, k, v.reshape(rows * kv_heads, longest, -1), bias, scale)
+            return out.view(rows, kv_heads, group, longest, -1)
+        bias = bias.expand(rows * kv_heads, -1, -1)
         if softcap:
             scores = torch.bmm(q, k.transpose(1, 2)) * scale
             scores = torch.tanh(scores / softcap) * softcap + bias

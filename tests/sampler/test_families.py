@@ -6,7 +6,7 @@ import torch
 
 from skyrl.models.forward import CausalLM
 from tests.families import FAMILIES, WINDOW, make_net
-from tests.sampler.tools import reference_logprobs, requests, run, sampler
+from tests.sampler.tools import TOLERANCE, reference_logprobs, requests, run, sampler
 
 FUSED = {"qwen2", "qwen3", "llama3"}  # the mistral of the list has a window, so it takes the module path
 
@@ -39,7 +39,7 @@ def test_greedy_equals_generate(family, backend):
     for request, answer in zip(asked, answers, strict=True):
         assert drawn[request.uid].tokens.tolist() == answer
         expected = reference_logprobs(model, request.tokens, drawn[request.uid].tokens)
-        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_sampled_logprobs_equal_a_plain_forward(family):
@@ -49,4 +49,4 @@ def test_sampled_logprobs_equal_a_plain_forward(family):
     drawn = run(engine, asked)
     for request in asked:
         expected = reference_logprobs(model, request.tokens, drawn[request.uid].tokens)
-        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=TOLERANCE, rtol=0)

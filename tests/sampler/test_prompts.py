@@ -10,18 +10,13 @@ from skyrl.sampler import prompts as module
 from skyrl.sampler.prompts import EMPTY, PromptQuery, score_prompts
 from skyrl.types import UserError
 from tests.families import make_net
-from tests.sampler.tools import VOCAB, adapter, merged, prompts, qwen3
+from tests.sampler.tools import TOLERANCE, VOCAB, adapter, merged, plain_logits, prompts, qwen3
 
 
 @torch.no_grad()
 def plain(model: CausalLM, tokens, temperature: float = 1.0) -> np.ndarray:
     """log softmax(logits / temperature) [L, V]; row i is about position i (row 0: nothing)."""
-    net = model.net
-    net.set_attn_implementation("eager")
-    try:
-        logits = net(input_ids=torch.tensor(np.asarray(tokens))[None], use_cache=False).logits[0].double()
-    finally:
-        net.set_attn_implementation("skyrl")
+    logits = plain_logits(model, tokens).double()
     logprobs = torch.log_softmax(logits / temperature, -1).numpy()
     return np.concatenate([np.full((1, logprobs.shape[1]), np.nan), logprobs[:-1]])
 
@@ -50,7 +45,7 @@ def questions(count=12, seed=0, vocab=VOCAB) -> list[PromptQuery]:
     return asked
 
 
-def check(query: PromptQuery, stats, model: CausalLM, tolerance=1e-5) -> None:
+def check(query: PromptQuery, stats, model: CausalLM, tolerance=TOLERANCE) -> None:
     """Every cell against the plain forward."""
     length, first = len(query.tokens), max(query.start, 1)
     hot, cold = plain(model, query.tokens, query.temperature), plain(model, query.tokens)

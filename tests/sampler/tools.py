@@ -9,12 +9,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from skyrl.config.schema import SamplerConfig
-from skyrl.models.forward import CausalLM
+from skyrl.models.forward import CausalLM, precise
 from skyrl.models.lora import Adapter
 from skyrl.sampler.local import LocalSampler, make_sampler
 from skyrl.types import LoraSpec, Sample, SampleRequest, SamplingParams
 
 VOCAB = 97
+TOLERANCE = 2e-5  # of log-probs with weights as large as here: float32 alone is off by up to 1e-5 from float64
 
 
 def qwen3(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> CausalLM:
@@ -98,14 +99,23 @@ def requests(contexts, samples: int = 1, model: str = "", **params) -> list[Samp
 
 
 @torch.no_grad()
-def reference_logprobs(model: CausalLM, context, tokens, temperature: float = 1.0) -> np.ndarray:
-    """Log-probabilities of `tokens` after `context` by a plain transformers forward."""
-    ids = torch.tensor(np.concatenate([context, tokens]))[None]
+def plain_logits(model: CausalLM, tokens) -> torch.Tensor:
+    """Logits [L, V] of one row by a plain transformers forward; in float64 for a float32 model without experts."""
     net = model.net
+    if net.dtype == torch.float32 and not hasattr(net.config, "num_experts_per_tok"):
+        net = copy.deepcopy(net).double()
+    implementation = net.config._attn_implementation
     net.set_attn_implementation("eager")  # sdpa leaves soft caps out
     try:
-        logits = net(input_ids=ids, use_cache=False).logits[0].float()
+        with torch.no_grad(), precise(net.dtype):
+            logits = net(input_ids=torch.tensor(np.asarray(tokens))[None], use_cache=False).logits[0]
     finally:
-        net.set_attn_implementation("skyrl")
+        net.set_attn_implementation(implementation)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def reference_logprobs(model: CausalLM, context, tokens, temperature: float = 1.0) -> np.ndarray:
+    """Log-probabilities of `tokens` after `context` by a plain transformers forward."""
+    logits = plain_logits(model, np.concatenate([context, tokens]))
     logprobs = torch.log_softmax(logits / temperature, -1)[len(context) - 1 : -1]
     return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()

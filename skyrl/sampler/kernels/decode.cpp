@@ -3,13 +3,23 @@
 //
 // Every token is a row: it writes its key and value to its slot, then attends to positions 0 .. its own through its
 // row of the block table. So decoding (a row per sequence) and short prefills (a row per token) are the same call.
-// bfloat16 results are rounded where the module in torch rounds them; all sums run in float32.
+// bfloat16 results are rounded where the module in torch rounds them; sums run in float32. In float32, norms and the
+// totals of softmax are taken in float64, as models/rounding.py does in training: what they lose by rounding is common
+// to all channels and does not average out.
 #include "lowrank.h"
 #include "products.h"
 
 namespace {
 
 template <class T> void rms_norm(const T* x, const T* weight, T* y, int size, float eps) {
+  if constexpr (sizeof(T) == 4) {
+    vd squares{};
+    for (int i = 0; i < size; i += LANES / 2) { vd v = doubles(x + i); squares += v * v; }
+    double r = 1.0 / std::sqrt(sum(squares) / size + eps);
+    vf high = set(float(r)), low = set(float(r - float(r)));
+    for (int i = 0; i < size; i += LANES) { vf v = get(x + i); put(y + i, (v * high + v * low) * get(weight + i)); }
+    return;
+  }
   vf squares{};
   for (int i = 0; i < size; i += LANES) { vf v = get(x + i); squares += v * v; }
   vf r = set(1.0f / std::sqrt(sum(squares) / size + eps));
@@ -131,7 +141,7 @@ inline vf sums(vf* a) {  // unrolled, or `a` lives in memory
 // out = sum_j p[j] value[j] / total for Q queries that share the values; N vectors of channels from `at` on.
 template <class T, int N, int Q>
 inline void mix(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
-                T* out, int channels, int at) {
+                const float* rest, T* out, int channels, int at) {
   vf acc[Q][N];
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++)
@@ -149,16 +159,16 @@ inline void mix(const T* values, const size_t* places, const float* p, int padde
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) put(out + q * channels + at + n * LANES, acc[q][n] * inverse[q]);
+    for (int n = 0; n < N; n++) put(out + q * channels + at + n * LANES, acc[q][n] * inverse[q] + acc[q][n] * rest[q]);
 }
 
 template <class T, int Q>
 inline void mix_all(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
-                    T* out, int channels) {
+                    const float* rest, T* out, int channels) {
   int at = 0;
   for (; at + 4 * LANES <= channels; at += 4 * LANES)
-    mix<T, 4, Q>(values, places, p, padded, keys, inverse, out, channels, at);
-  for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, out, channels, at);
+    mix<T, 4, Q>(values, places, p, padded, keys, inverse, rest, out, channels, at);
+  for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, rest, out, channels, at);
 }
 
 // One token, one key/value head, its queries. `scores` has room for them all, `places` for every key.
@@ -176,7 +186,7 @@ void attend(const Model& m, const Layer& l, int head, const T* queries, const in
       if (key >= keys - 1) in--;
     }
   }
-  float inverse[64];
+  float inverse[64], rest[64];  // 1 / total in two parts
   for (int g = 0; g < group; g++) {
     const T* query = queries + g * channels;
     float* s = scores + size_t(g) * padded;
@@ -191,23 +201,26 @@ void attend(const Model& m, const Layer& l, int head, const T* queries, const in
       top = score > top ? score : top;
       put(s + start, score);
     }
-    vf most = set(largest(top)), total{};
+    vf most = set(largest(top));
+    vd total{};
     for (int j = 0; j < padded; j += LANES) {
       vf e = exponential(get(s + j) - most);
-      total += e;
       put(s + j, e);
+      total += doubles(s + j) + doubles(s + j + LANES / 2);
     }
-    inverse[g] = 1.0f / sum(total);
+    double all = 1.0 / sum(total);
+    inverse[g] = float(all);
+    rest[g] = float(all - inverse[g]);
   }
   const T* values = (const T*)l.values;
   for (int g = 0; g < group; g += 4) {  // up to four queries read each value once
     const float* p = scores + size_t(g) * padded;
     T* to = out + g * channels;
     switch (std::min(4, group - g)) {
-      case 4: mix_all<T, 4>(values, places, p, padded, keys, inverse + g, to, channels); break;
-      case 3: mix_all<T, 3>(values, places, p, padded, keys, inverse + g, to, channels); break;
-      case 2: mix_all<T, 2>(values, places, p, padded, keys, inverse + g, to, channels); break;
-      default: mix_all<T, 1>(values, places, p, padded, keys, inverse + g, to, channels);
+      case 4: mix_all<T, 4>(values, places, p, padded, keys, inverse + g, rest + g, to, channels); break;
+      case 3: mix_all<T, 3>(values, places, p, padded, keys, inverse + g, rest + g, to, channels); break;
+      case 2: mix_all<T, 2>(values, places, p, padded, keys, inverse + g, rest + g, to, channels); break;
+      default: mix_all<T, 1>(values, places, p, padded, keys, inverse + g, rest + g, to, channels);
     }
   }
 }

@@ -1,0 +1,120 @@
+"""Float32 operations with less rounding against float64: how far off, and their gradients."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from families import make_net
+
+from skyrl.models import rounding
+from skyrl.models.forward import CausalLM, collate
+from skyrl.types import Datum
+
+
+def off(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Root mean square of the error, relative to that of `want`."""
+    return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+def gradients(function, inputs, dtype):
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    up = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(dtype)
+    return out.detach(), torch.autograd.grad(out, leaves, up)
+
+
+def close(ours, theirs, inputs, value_limit):
+    (got, grads), (want, exact) = gradients(ours, inputs, torch.float32), gradients(theirs, inputs, torch.float64)
+    assert off(got, want) < value_limit
+    assert all(off(a, b) < 1e-6 for a, b in zip(grads, exact, strict=True))
+
+
+def test_linear_sums_in_blocks():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 50, 704), torch.randn(65, 704) * 0.02, torch.randn(65)
+    close(rounding.linear, F.linear, (x, weight, bias), 1.7e-7)  # one sum of 704: 3.7e-7
+    close(rounding.linear, F.linear, (x[..., :33], weight[:, :33]), 1.7e-7)  # a last block of one
+
+
+def test_linear_leaves_other_numbers_alone():
+    x, weight = torch.randn(4, 64), torch.randn(5, 64)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert torch.equal(rounding.linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
+    assert rounding.linear(x[:0], weight).shape == (0, 5)
+
+
+def test_attention_is_rounded_once(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(rounding, "CHUNK_SCORES", 2 * 14 * 7)  # two matrices at a time, one in the last chunk
+    q, k, v = torch.randn(5, 14, 64) * 3, torch.randn(5, 7, 64) * 3, torch.randn(5, 7, 64)
+    bias = torch.zeros(14, 7).masked_fill(torch.ones(7, 7).triu(1).bool().repeat(2, 1), float("-inf"))
+
+    def plain(q, k, v):
+        return torch.softmax(q @ k.transpose(1, 2) * 0.2 + bias.to(q.dtype), -1) @ v
+
+    def ours(q, k, v):
+        return rounding.attend(q, k, v, bias, 0.2)
+
+    close(ours, plain, (q, k, v), 4e-8)  # float32 throughout: 6e-7
+
+
+def test_norms_have_no_error_common_to_all_channels():
+    torch.manual_seed(0)
+    x, weight = torch.randn(200, 256) * 5, 1 + 0.1 * torch.randn(256)
+
+    def plain(x, weight):
+        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+    close(lambda x, w: rounding.rms_norm(x, w, 1e-6), plain, (x, weight), 7e-8)
+    want = plain(x.double(), weight.double())
+
+    def common(y):
+        return float(((y.double() / want).mean(-1) - 1).abs().max())
+
+    assert common(rounding.rms_norm(x, weight, 1e-6)) < 2e-8 < 5e-8 < common(plain(x, weight))
+
+
+def microbatch():
+    rng = np.random.default_rng(0)
+    return collate(
+        [Datum(rng.integers(0, 96, n), rng.integers(0, 96, n), rng.random(n)) for n in (5, 24, 13)],
+        torch.float32,
+        "cpu",
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_recomputed_layers_give_the_same_bits(name):
+    """A layer that is recomputed in the backward pass, outside of `careful`, is rounded as in the forward pass."""
+    mb, seen = microbatch(), []
+    for recompute in (False, True):
+        model = CausalLM(make_net(name, std=0.1))
+        if recompute:
+            model.checkpoint_layers()
+        out = model(mb)
+        (out.logprobs_T * mb.weights_T).sum().backward()
+        seen.append([out.logprobs_T.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert not rounding.inside()
+
+
+def test_norms_are_replaced_in_our_forward_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(rounding, "rms_norm", lambda x, weight, eps: calls.append(1) or rms_norm(x, weight, eps))
+    rms_norm, mb = rounding.__dict__["_Norm"].apply, microbatch()
+    model = CausalLM(make_net("qwen3"))
+    model.net(input_ids=mb.tokens_T[None, :5], skyrl_attention=_Own())
+    assert not calls
+    model(mb)
+    assert len(calls) == 4 * len(model.layers()) + 1  # two of the layer, of queries, of keys; the last one
+    calls.clear()
+    model.to(torch.bfloat16)(mb)
+    CausalLM(make_net("gemma2"))(mb)  # its norms multiply by 1 + weight
+    assert not calls
+
+
+class _Own:
+    def attend(self, layer, query, key, value, *, scale, window, softcap):
+        group = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(0, 1)
