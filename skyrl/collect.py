@@ -25,6 +25,7 @@ from skyrl.types import (
     Ints,
     Message,
     Prompt,
+    RunError,
     Sample,
     SampleRequest,
     SamplingParams,
@@ -203,6 +204,7 @@ def _take_turn(
     guard: Guard, play: Play, renderer: Renderer, group: int, seat: _Seat, sample: Sample, request: Any, finish: Any
 ) -> None:
     """Gives a finished sample to the environment and goes on as it says."""
+    check_drawn(sample)
     turn = Turn(seat.context, sample)
     seat.turns.append(turn)
     text = renderer.decode(sample.tokens.tolist())
@@ -220,6 +222,15 @@ def _take_turn(
     more = renderer.continuation(result.observation, last)
     seat.context = np.concatenate([seat.context, sample.tokens, more])
     request(group, seat)
+
+
+def check_drawn(sample: Sample) -> None:
+    """Raises RunError for a sample that ended because its adapter gives logits that are not finite."""
+    if sample.stop == "aborted":
+        raise RunError(
+            f"the adapter gives logits that are not finite, first for request {sample.uid}; go on from a checkpoint "
+            "before, with a lower learning rate"
+        )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from skyrl.models.forward import CausalLM
 from skyrl.models.load import load_tokenizer, probe
 from skyrl.models.lora import Adapter, Segment, install, routed
 from skyrl.models.packed import collate, loss_dtype
+from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
 from skyrl.models.weights import put
 from skyrl.sampler.base import Sampler
@@ -173,6 +175,10 @@ class Engine:
         if isinstance(entry.strategy, ReplicatedStrategy):
             entry.strategy.unpark()
         return entry
+
+    def net(self, model: str = "policy") -> CausalLM:
+        """The module that computes `model`: its own, or of a tenant its base's."""
+        return self._entry(self._entry(model).spec.base or model).strategy.module
 
     def _check_free(self, name: str) -> None:
         if name in self.models or name in self.adapters:
@@ -339,11 +345,8 @@ class Engine:
             )
 
     def clear_gradient(self, model: str) -> None:
-        """Drops what is pending for `model`. Raises UserError for a strategy that cannot."""
-        strategy = self._model(model).strategy
-        if not hasattr(strategy, "clear_gradient"):
-            raise UserError(f"strategy {strategy.name} cannot drop a pending gradient; use single, ddp or fsdp")
-        strategy.clear_gradient()
+        """Drops what is pending for `model`."""
+        self._model(model).strategy.clear_gradient()
 
     def optim_step(self, model: str, adam: AdamParams) -> Metrics:
         """One AdamW step of `model` from everything pending; returns {"grad_norm:mean", "lr:mean"}."""
@@ -398,17 +401,22 @@ class Engine:
 
     @contextmanager
     def sampling(self, model: str = "policy") -> Iterator[Sampler]:
-        """A sampler over the trained weights themselves. Entering and leaving are collective; inside, ranks are on
-        their own. No training call until it is left."""
+        """A sampler over the trained weights themselves, a tenant's base with the adapter as it is now. Entering and
+        leaving are collective; inside, ranks are on their own. No training call until it is left. Requests name the
+        model ("policy" by default)."""
         entry = self._model(model)
-        if entry.spec.lora is not None:
-            raise UserError(f"model {model!r} is a LoRA tenant: publish it, and sample from {entry.spec.base!r}")
-        with torch.no_grad(), entry.strategy.gathered() as module:
+        adapters = None if entry.spec.lora is None else {model: entry.strategy.module}
+        whole = entry if adapters is None else self._entry(entry.spec.base)
+        with torch.no_grad(), whole.strategy.gathered() as module:
             module.eval()
-            own = module is entry.strategy.module
+            own = module is whole.strategy.module
+            if adapters is not None:
+                install(module)
             if entry.sampler is None or not own:
-                entry.sampler = self._make_sampler(module, entry.version)
+                entry.sampler = self._make_sampler(module, entry.version, adapters, entry.spec.base or "policy")
             else:
+                if adapters is not None:
+                    entry.sampler.forget_adapter(model)  # it has changed in place
                 entry.sampler.refresh(entry.version)
                 entry.sampler.metrics()  # dropped: an evaluation's counts are not the next step's
             yield entry.sampler
@@ -427,15 +435,7 @@ class Engine:
             module = self._held[base].enter_context(entry.strategy.gathered()).eval()
             if module is not entry.strategy.module:
                 install(module)
-            sampler = make_sampler(
-                module,
-                self.cfg.sampler,
-                decode=self._decode,
-                max_length=self.max_row_tokens,
-                adapters=self.adapters,
-                base_name=base,
-            )
-            self._serving[base] = Serving(module, sampler)
+            self._serving[base] = Serving(module, self._make_sampler(module, 0, self.adapters, base))
         return self._serving[base]
 
     def replace_base(self, base: str, weights: Mapping[str, Tensor]) -> None:
@@ -457,29 +457,37 @@ class Engine:
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
-    def _make_sampler(self, module: CausalLM, version: int) -> Sampler:
+    def _make_sampler(
+        self, module: CausalLM, version: int, adapters: Mapping[str, Adapter] | None, base: str
+    ) -> LocalSampler:
         return make_sampler(
             module,
             self.cfg.sampler,
             decode=self._decode,
             max_length=self.max_row_tokens,
             version=version,
+            adapters=adapters,
+            base_name=base,
         )
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state(self, *, optimizer: bool = True) -> dict[str, Any]:
-        """All models' tensors and versions, by model and name, for a checkpoint. Views: copy before the next step."""
-        models = {name: self._model(name) for name in self.models}
+        """Tensors and versions by model and name, for a checkpoint; without the bases of tenants, which never change.
+        Views: copy before the next step."""
         return {
             name: {**m.strategy.state_dict(optimizer=optimizer and m.spec.trainable), "version": m.version}
-            for name, m in models.items()
+            for name, m in self._changing().items()
         }
+
+    def _changing(self) -> dict[str, _Model]:
+        bases = {entry.spec.base for entry in self.models.values()}
+        return {name: self._model(name) for name in self.models if name not in bases}
 
     def load_state(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
         """Takes back what `state` gave, after a checkpoint filled it."""
-        for name in self.models:
-            entry, parts = self._model(name), dict(state[name])
+        for name, entry in self._changing().items():
+            parts = dict(state[name])
             entry.version = int(parts.pop("version"))
             entry.strategy.load_state_dict(parts, optimizer=optimizer and entry.spec.trainable)
             entry.sampler = None  # what it cached belongs to other weights, whatever their version
@@ -519,16 +527,24 @@ class Engine:
         strategy.park()
 
     def export(self, model: str, folder: Path) -> None:
-        """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective.
+        """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective. A tenant is
+        merged into its base, and stands besides in <folder>/adapter as the peft package loads it.
 
         Raises UserError, on every rank, when it cannot be written."""
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
-        entry = self._model(model)
-        if entry.spec.lora is not None:
-            raise UserError(f"model {model!r} is a LoRA tenant, which is not a model folder; save its tenant_state")
-        state = entry.strategy.full_state_dict(dtype)
-        config = entry.strategy.module.net.config
-        on_leader(self.world, lambda: export_model(state, config, self.tokenizer, folder, dtype))
+        entry, lora, net = self._model(model), self._entry(model).spec.lora, self.net(model)
+        state = self._entry(entry.spec.base or model).strategy.full_state_dict(dtype)
+        weights = entry.strategy.full_state_dict(torch.float32) if lora is not None else {}
+
+        def write() -> None:
+            if lora is None:
+                export_model(state, net.config, self.tokenizer, folder, dtype)
+                return
+            config, base = merge_adapter(state, weights, lora, net), self.cfg.model.path
+            more = partial(write_adapter, weights=weights, spec=lora, base=base)
+            export_model(state, config, self.tokenizer, folder, dtype, more=lambda part: more(part / "adapter"))
+
+        on_leader(self.world, write)
 
     def check_replicas(self, model: str = "policy") -> None:
         """Raises RunError unless all ranks hold the same weights (replicated strategies). Collective."""

@@ -12,8 +12,9 @@ from skyrl.config.load import from_dict
 from skyrl.config.plan import make_plan, model_facts
 from skyrl.distributed.collectives import on_leader
 from skyrl.distributed.init import World
-from skyrl.engine import Engine, ModelSpec
-from skyrl.run import Run
+from skyrl.engine import Engine
+from skyrl.proof import fingerprint
+from skyrl.run import Run, check_base, create_policy
 from skyrl.tracking.curves import write_curves
 from skyrl.types import UserError
 
@@ -36,13 +37,15 @@ def finish(run: Run) -> None:
     run.say(f"  curves      {curves}")
     if cfg.checkpoint.export:
         run.say(f"  model       {folder.export}   (transformers.AutoModelForCausalLM.from_pretrained)")
+        if cfg.model.lora.rank:
+            run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Writes the policy of a checkpoint, of any strategy and world size, as a Hugging Face folder; one process.
 
-    The config that the checkpoint keeps says which model it is. Raises UserError for a checkpoint that is damaged or
-    not there, and for a `folder` that exists.
+    The config that the checkpoint keeps says which model it is; an adapter needs the model under it to be there still.
+    Raises UserError for a checkpoint that is damaged or not there, and for a `folder` that exists.
     """
     if folder.exists():
         raise UserError(f"export: {folder} exists; give a new folder")
@@ -52,7 +55,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     plan = make_plan(cfg, 1, model_facts=model_facts(cfg), device="cpu")
     engine = Engine(cfg, world, dtype=plan.dtype, strategy="single", max_row_tokens=plan.max_row_tokens)
-    engine.create("policy", ModelSpec(trainable=False))
+    create_policy(engine, trainable=False)
+    check_base(fingerprint(engine, "base") if cfg.model.lora.rank else "", info, cfg)
     tensors = engine.state(optimizer=False)
     reader = Checkpointer(
         checkpoint.parent, keep_last=0, keep_best=False, async_save=False, rank=0, world_size=1, group=None

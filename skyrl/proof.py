@@ -7,13 +7,14 @@ of drawn tokens with those of a training forward pass: it sees what the sampler 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.collect import draw_seed
+from skyrl.collect import check_drawn, draw_seed
 from skyrl.distributed.collectives import gather_objects
 from skyrl.engine import Engine
 from skyrl.sampler.base import Sampler
@@ -35,7 +36,7 @@ class Probe:
 
 def draw_probe(engine: Engine, sampler: Sampler, step: int) -> Probe:
     """Draws the probe of a step: the same prompts on every rank. For an idle sampler; leaves none of its counts."""
-    seed, vocabulary = engine.cfg.seed, engine.models["policy"].strategy.module.vocab_size
+    seed, vocabulary = engine.cfg.seed, engine.net("policy").vocab_size
     rng = np.random.default_rng(draw_seed(seed, "proof", step))
     room = max(2, min(PROMPT_TOKENS + DRAWN_TOKENS, engine.max_row_tokens or PROMPT_TOKENS + DRAWN_TOKENS))
     given = min(PROMPT_TOKENS, room - 1)
@@ -51,6 +52,8 @@ def draw_probe(engine: Engine, sampler: Sampler, step: int) -> Probe:
     while sampler.unfinished():
         found.update({sample.uid: sample for sample in sampler.step()})
     sampler.metrics()
+    for sample in found.values():
+        check_drawn(sample)
     return Probe(prompts, [found[f"proof/{number}"] for number in range(PROBES)])
 
 
@@ -86,8 +89,14 @@ def check_probe(engine: Engine, probe: Probe) -> float:
 def check_copies(engine: Engine) -> None:
     """Compares the whole weights, as a sampler gets them, with the optimizer's, rounded, and with the other ranks'.
 
-    Collective. Raises RunError on every rank, naming rank and tensor."""
-    strategy = engine.models["policy"].strategy
+    Of an adapter and of its base alike. Collective. Raises RunError on every rank, naming rank and tensor."""
+    base = engine.models["policy"].spec.base
+    for model in ("policy", base) if base else ("policy",):
+        _check_copy(engine, model)
+
+
+def _check_copy(engine: Engine, model: str) -> None:
+    strategy = engine.models[model].strategy
     own = strategy.state_dict(optimizer=False)["weights"]
     differs, sums = "", []
     with torch.no_grad(), strategy.gathered() as module:
@@ -111,6 +120,15 @@ def check_copies(engine: Engine) -> None:
                 f"rank {rank} would draw from other weights than {what}, first in {name}; an error of hardware or of "
                 "skyrl: go on from a checkpoint before"
             )
+
+
+def fingerprint(engine: Engine, model: str) -> str:
+    """16 hex digits of a model's whole weights, rounded to bfloat16: equal under every layout and dtype. Collective."""
+    digest = hashlib.sha256()
+    with torch.no_grad(), engine.models[model].strategy.gathered() as module:
+        for name, tensor in sorted(module.named_parameters(), key=lambda pair: pair[0]):
+            digest.update(f"{name} {list(tensor.shape)} {_checksum(tensor.to(torch.bfloat16))}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -37,10 +37,11 @@ from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest, save_by
 from skyrl.distributed.watch import Watch, mark_requeue
 from skyrl.engine import Engine, ModelSpec
 from skyrl.evaluate import evaluate
+from skyrl.proof import fingerprint
 from skyrl.runfolder import RunFolder, drop_rollouts
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.rollouts import write_rollouts
-from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
+from skyrl.types import Episode, LoraSpec, Metrics, Prompt, StopRun, UserError
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
@@ -55,7 +56,8 @@ class RunState:
     `phase` is "warmup" or "rl", `step` counts finished steps of it. `position` is the next prompt of the training
     stream, `warmup_position` the same for warm-up. `done` counts steps of both phases and names checkpoints.
     `accuracy` was measured when `done` was `evaluated_at`. `half`: the last step is learned, but its evaluation and its
-    record, of which `pending` is the part that is known, are still to come.
+    record, of which `pending` is the part that is known, are still to come. `base`: fingerprint of the frozen model
+    under an adapter, which is not saved.
     """
 
     phase: str = "warmup"
@@ -70,6 +72,7 @@ class RunState:
     first_accuracy: float | None = None
     metrics_offset: int = 0
     half: bool = False
+    base: str = ""
     pending: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -148,13 +151,14 @@ class Run:
         """Saves all models and the state; returns when the weights are copied, or with `block` when all is on disk."""
         state = self.state
         state.kl = self.kl.state_dict() if self.kl is not None else {}
-        state.models = sorted(self.engine.models)
+        tensors = self.engine.state()
+        state.models = sorted(tensors)
         state.metrics_offset = broadcast_object(self.world, self.tracker.offset())
         state.pending = broadcast_object(self.world, self.tracker.pending()) if state.half else {}
         with self.doing(SAVING, "save", state.step):
             self.checkpointer.save(
                 f"{state.done:06d}",
-                self.engine.state(),
+                tensors,
                 {**dataclasses.asdict(state), "config": to_dict(self.cfg)},
                 score=state.accuracy if state.evaluated_at == state.done else None,
                 block=block,
@@ -199,9 +203,10 @@ class Run:
         )
 
     def start_rl(self) -> None:
-        """Makes the models that RL needs beside the policy: the frozen reference is the policy as it is now."""
+        """Makes the models that RL needs beside the policy: the frozen reference is the policy as it is now, or with
+        model.lora the base, which is there already."""
         with inside(LOADING, self.state.step):
-            if self.plan.needs_reference and "reference" not in self.engine.models:
+            if self.plan.needs_reference and self.plan.reference not in self.engine.models:
                 self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
             if self.plan.needs_critic and "critic" not in self.engine.models:
                 self.engine.create("critic", ModelSpec(head="value"))
@@ -313,8 +318,8 @@ def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:
                 "remove that folder"
             )
         return
-    if info.config_digest != config_digest(cfg):
-        changes = config_diff(from_dict(info.state["config"]), cfg)
+    # digests of different releases differ, since options are added; what they mean need not
+    if info.config_digest != config_digest(cfg) and (changes := config_diff(from_dict(info.state["config"]), cfg)):
         raise UserError(
             f"run.resume={cfg.run.resume}: checkpoint {info.path} was made with other options "
             f"({'; '.join(changes[:4])}); give these options, or another run.name"
@@ -359,6 +364,9 @@ def _open(
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
         watch=watch,
     )
+    if cfg.model.lora.rank:
+        with inside(LOADING, 0):
+            run.state.base = fingerprint(engine, "base")
     offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
     run.tracker = _make_tracker(run, offset)
     run.tracker.restore(run.state.pending)
@@ -398,13 +406,36 @@ def _make_tracker(run: Run, offset: int | None) -> Tracker:
 
 def _policy_engine(cfg: RunConfig, world: World, plan: Plan) -> Engine:
     engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens)
-    engine.create("policy", ModelSpec())
+    create_policy(engine)
     return engine
+
+
+def create_policy(engine: Engine, *, trainable: bool = True) -> None:
+    """Makes the model that learns, "policy": all of model.path, or with model.lora an adapter over it, which is then
+    "base" and frozen. Whole models need not be `trainable`."""
+    lora = engine.cfg.model.lora
+    if not lora.rank:
+        engine.create("policy", ModelSpec(trainable=trainable))
+        return
+    parts = {"mlp": lora.train_mlp, "attn": lora.train_attn, "unembed": lora.train_unembed}
+    engine.create("base", ModelSpec(trainable=False))
+    spec = LoraSpec(rank=lora.rank, alpha=lora.alpha, seed=engine.cfg.seed, **parts)
+    engine.create("policy", ModelSpec(lora=spec, base="base"))
+
+
+def check_base(found: str, info: CheckpointInfo, cfg: RunConfig) -> None:
+    """Raises UserError when the frozen model, whose fingerprint was `found`, is not the one under the saved adapter."""
+    if info.state.get("base", "") != found:
+        raise UserError(
+            f"model.path={cfg.model.path}: holds other weights than those that checkpoint {info.path} has an adapter "
+            "for; put these back, or give another run.name"
+        )
 
 
 def _resume(run: Run, info: CheckpointInfo) -> int | None:
     """Puts everything back as the checkpoint says; returns where its metrics.jsonl ended, None for another folder's."""
     saved = {key: value for key, value in info.state.items() if key != "config"}
+    check_base(run.state.base, info, run.cfg)
     run.state = RunState(**saved)
     if len(run.state.models) > 1:
         run.start_rl()

@@ -277,14 +277,14 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
             critic_step = engine.optim_step("critic", plan.critic_adam_at(step))
             run.tracker.add({f"critic/{key}": value for key, value in critic_step.items()})
     lengths = [len(row.datum.tokens) for row in rows]
-    flops = train_flops(model_shape(run), sum(lengths), causal_attended(lengths))
+    flops = train_flops(model_shape(run), sum(lengths), causal_attended(lengths), frozen=cfg.model.lora.rank > 0)
     tally.add("flops/train:sum", flops * cfg.batch.epochs_per_batch)
     if run.kl is not None:  # last: the whole step used the coefficient that was logged
         run.kl.update(kl, cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt)
 
 
 def model_shape(run: Run) -> ModelShape:
-    """What the FLOP formula needs of the policy."""
+    """What the FLOP formula needs of the policy; with model.lora of its base."""
     facts = run.plan.facts
     return ModelShape(facts.matmul_parameters, facts.num_layers, facts.num_heads * facts.head_size)
 
@@ -295,7 +295,7 @@ def add_reference(run: Run, rows: list[Row]) -> float:
     if not run.plan.needs_reference:
         return 0.0
     cfg = run.cfg
-    scored = run.engine.score([row.datum for row in rows], cfg.sampler.temperature, model="reference")
+    scored = run.engine.score([row.datum for row in rows], cfg.sampler.temperature, model=run.plan.reference)
     sums = np.zeros(2)
     for row, logprobs in zip(rows, scored.logprobs, strict=True):
         row.datum.reference = logprobs

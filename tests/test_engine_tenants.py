@@ -376,8 +376,6 @@ def test_what_makes_no_sense_is_refused():
         ("no model called 'policy'", lambda: engine.forward(rows, CE, model=None)),
         ("'full' is no LoRA tenant", lambda: engine.publish("x", "full")),
         ("'full' is no LoRA tenant", lambda: engine.park("full")),
-        ("'a' is a LoRA tenant: publish it, and sample from 'base'", lambda: engine.sampling("a").__enter__()),
-        ("'a' is a LoRA tenant, which is not a model folder", lambda: engine.export("a", None)),
     ):
         with pytest.raises(UserError, match=match):
             call()

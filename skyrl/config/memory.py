@@ -136,15 +136,35 @@ def _matmul_parameters(module: Any, text: Any) -> int:
     return count
 
 
+def adapter_parameters(
+    facts: ModelFacts, rank: int, *, mlp: bool = True, attn: bool = True, unembed: bool = True
+) -> int:
+    """Numbers of one LoRA adapter on linear layers of these kinds: rank * (inputs + outputs) each; a gated MLP."""
+    queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
+    hidden, ffn = facts.hidden_size, facts.ffn_size
+    layer = (2 * (hidden + queries) + 2 * (hidden + keys)) * attn + 3 * (hidden + ffn) * mlp
+    return rank * (facts.num_layers * layer + (hidden + facts.vocab_size) * unembed)
+
+
+def trained_parameters(cfg: RunConfig, facts: ModelFacts) -> int:
+    """Numbers that the optimizer changes: all of the policy's, or with model.lora the adapter's."""
+    lora = cfg.model.lora
+    if not lora.rank:
+        return facts.num_parameters
+    return adapter_parameters(facts, lora.rank, mlp=lora.train_mlp, attn=lora.train_attn, unembed=lora.train_unembed)
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank by what they are for. The sampler's cache is what a whole rollout would use, capped as the
-    sampler caps it; `least_cache` is one longest row, without which nothing can be sampled."""
+    """Bytes on one rank by what they are for. `adapter`: all of a LoRA adapter, its moments too. The sampler's cache is
+    what a whole rollout would use, capped as the sampler caps it; `least_cache` is one longest row, without which
+    nothing can be sampled."""
 
     weights: int
     masters: int
     gradients: int
     optimizer: int
+    adapter: int
     reference: int
     critic: int
     activations: int
@@ -156,7 +176,8 @@ class MemoryEstimate:
     @property
     def resident(self) -> int:
         """What is there all the time, the cache aside."""
-        return self.weights + self.masters + self.gradients + self.optimizer + self.reference + self.critic
+        trained = self.weights + self.masters + self.gradients + self.optimizer + self.adapter
+        return trained + self.reference + self.critic
 
     @property
     def peak(self) -> int:
@@ -187,16 +208,20 @@ def estimate(
     Weights are in `dtype`, masters, gradient sums and Adam's two moments in float32 (float64 for float64); _shares says
     what each strategy divides by how many ranks. Sharded weights are whole while sampling. What is offloaded to CPU
     memory is not counted on a GPU. A decoder layer keeps layer_values() of each token; with activation checkpointing
-    one hidden state, and one layer whole at a time. The critic is a second policy without logits.
+    one hidden state, and one layer whole at a time. The critic is a second policy without logits. A model under LoRA
+    has weights alone and is its own reference; the adapter is whole on every rank and never offloaded.
     """
     compute, master = BYTES[dtype], max(4, BYTES[dtype])
     shares = _shares(cfg, facts, world_size, compute, master, strategy, device)
     weights, masters, gradients, optimizer = shares
     # FSDP2 lays out what is frozen beside DeepSpeed.
     beside = "fsdp" if strategy.startswith("zero") else strategy
-    reference = _shares(cfg, facts, world_size, compute, master, beside, device)[0]
+    frozen = _shares(cfg, facts, world_size, compute, master, beside, device)[0]
     sharded = strategy in ("fsdp", "hsdp", "zero3")
-    algorithm = cfg.algorithm
+    algorithm, lora, adapter = cfg.algorithm, cfg.model.lora, 0
+    if lora.rank:
+        weights, masters, gradients, optimizer, sharded = frozen, 0, 0, 0, beside in ("fsdp", "hsdp")
+        adapter = trained_parameters(cfg, facts) * ((compute if compute < master else 0) + 4 * master)
     critic = weights + masters + gradients + optimizer if algorithm.advantage.name == "gae" else 0
     layer = layer_values(facts, half=compute < 4)
     tokens = max(cfg.batch.max_tokens_per_microbatch, min(row_tokens, facts.max_positions))
@@ -218,7 +243,8 @@ def estimate(
         masters=masters,
         gradients=gradients,
         optimizer=optimizer,
-        reference=reference if algorithm.kl.coef > 0 else 0,
+        adapter=adapter,
+        reference=frozen if algorithm.kl.coef > 0 and not lora.rank else 0,
         critic=critic,
         activations=tokens * kept * compute,
         logits=2 * chunk,  # the chunk and its gradient

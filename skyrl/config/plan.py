@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from skyrl.config import rules
-from skyrl.config.memory import GIB, MemoryEstimate, ModelFacts, available, check_fits, estimate, model_facts
+from skyrl.config.memory import (
+    GIB,
+    MemoryEstimate,
+    ModelFacts,
+    available,
+    check_fits,
+    estimate,
+    model_facts,
+    trained_parameters,
+)
 from skyrl.config.schema import OptimConfig, RunConfig
 from skyrl.types import AdamParams, SamplingParams, UserError
 
@@ -42,6 +51,11 @@ class Plan:
     eval_sampling: SamplingParams
     facts: ModelFacts | None = None
     memory: MemoryEstimate | None = None
+
+    @property
+    def reference(self) -> str:
+        """The engine's name for the model that KL is measured to; with model.lora the base, of which there is one."""
+        return "base" if self.cfg.model.lora.rank else "reference"
 
     def prompts_on_rank(self, rank: int) -> int:
         """How many of a step's prompts rank `rank` plays."""
@@ -253,10 +267,24 @@ def _layout(cfg: RunConfig, plan: Plan) -> str:
     text = plan.strategy
     if cfg.strategy.name == "hsdp":
         text += f" ({plan.world_size // cfg.strategy.shard_size} copies x {cfg.strategy.shard_size} shards)"
+    if cfg.model.lora.rank and plan.strategy.startswith("zero"):
+        text += " (the frozen base by fsdp)"
     return (
         text
         + {"none": "", "optimizer": ", optimizer in CPU memory", "all": ", all in CPU memory"}[cfg.strategy.offload]
     )
+
+
+def _describe_adapter(plan: Plan, facts: ModelFacts) -> list[tuple[str, str]]:
+    lora = plan.cfg.model.lora
+    if not lora.rank:
+        return []
+    parts = [("attention", lora.train_attn), ("feed-forward", lora.train_mlp), ("output", lora.train_unembed)]
+    where = ", ".join(name for name, trained in parts if trained)
+    trained = trained_parameters(plan.cfg, facts)
+    share = 100 * trained / facts.num_parameters
+    text = f"rank {lora.rank}, alpha {lora.alpha:g} on {where}: {trained / 1e6:,.2f}M parameters ({share:.2g} %) learn"
+    return [("lora", text)]
 
 
 def _describe_memory(plan: Plan, facts: ModelFacts, memory: MemoryEstimate) -> list[tuple[str, str]]:
@@ -266,9 +294,10 @@ def _describe_memory(plan: Plan, facts: ModelFacts, memory: MemoryEstimate) -> l
             f"{facts.name}, {facts.num_parameters / 1e6:,.1f}M parameters, {facts.num_layers} layers, hidden "
             f"{facts.hidden_size}, vocabulary {facts.vocab_size}",
         ),
+        *_describe_adapter(plan, facts),
         ("memory", "estimate for one rank, GiB"),
     ]
-    names = "weights masters gradients optimizer reference critic activations logits gathered cache".split()
+    names = "weights masters gradients optimizer adapter reference critic activations logits gathered cache".split()
     for name in names:
         size = getattr(memory, name)
         if size:

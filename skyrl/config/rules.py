@@ -65,8 +65,8 @@ AT_LEAST_ONE = (
     "run.collective_timeout_seconds run.join_seconds"
 ).split()
 ABOVE_ZERO = (
-    "optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr warmup.lr "
-    "env.timeout_seconds"
+    "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
+    "warmup.lr env.timeout_seconds"
 ).split()
 PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio algorithm.advantage.gamma algorithm.advantage.lam".split()
 BELOW_ONE = ("optim.beta1", "optim.beta2")
@@ -159,6 +159,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         lambda cfg: cfg.algorithm.advantage.name == "gae",
         "with algorithm.advantage.name=gae, the only one with a critic",
     ),
+    "model.lora": (lambda cfg: cfg.model.lora.rank > 0, "with model.lora.rank above 0"),
     "strategy.shard_size": (lambda cfg: cfg.strategy.name == "hsdp", "with strategy.name=hsdp"),
     "optim.final_lr_ratio": (lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=linear or cosine"),
     "model.revision": (lambda cfg: cfg.model.path != "tiny", "with a hub name in model.path"),
@@ -174,8 +175,9 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         "with strategy.name=fsdp or hsdp",
     ),
     "debug.check_replicas_every": (
-        lambda cfg: cfg.strategy.name in ("auto", "single", "ddp"),
-        "with strategy.name=ddp, the only one whose ranks hold the same weights for good",
+        lambda cfg: cfg.strategy.name in ("auto", "single", "ddp") or cfg.model.lora.rank > 0,
+        "with strategy.name=ddp, the only one whose ranks hold the same weights for good, or with model.lora.rank "
+        "above 0, whose adapters are whole on every rank",
     ),
     "tracking.wandb_project": (lambda cfg: cfg.tracking.wandb != "off", "with tracking.wandb=offline or online"),
 }
@@ -187,7 +189,17 @@ def _kl_is_k1(cfg: RunConfig) -> bool:
 
 def check(cfg: RunConfig) -> None:
     """Raises UserError for the first rule that `cfg` breaks, whatever the number of ranks."""
-    for problems in (_choices, _ranges, _inapplicable, _sampling, _batches, _algorithms, _strategies, _places):
+    for problems in (
+        _choices,
+        _ranges,
+        _inapplicable,
+        _sampling,
+        _batches,
+        _algorithms,
+        _adapters,
+        _strategies,
+        _places,
+    ):
         for problem in problems(cfg):
             raise UserError(problem)
 
@@ -356,6 +368,28 @@ def _algorithms(cfg: RunConfig) -> Iterator[str]:
     episodes = batch.prompts_per_step * batch.samples_per_prompt
     if algorithm.kl.target > 0 and algorithm.kl.horizon < episodes:
         yield f"algorithm.kl.horizon={algorithm.kl.horizon:g}: below the {episodes} episodes of one step; raise it"
+
+
+def _adapters(cfg: RunConfig) -> Iterator[str]:
+    lora = cfg.model.lora
+    if lora.rank == 0:
+        return
+    what = f"model.lora.rank={lora.rank}"
+    if not (lora.train_mlp or lora.train_attn or lora.train_unembed):
+        yield (
+            f"{what}: model.lora.train_mlp, train_attn and train_unembed are all false, so nothing would learn; set at "
+            "least one of them to true"
+        )
+    if cfg.algorithm.advantage.name == "gae":
+        yield (
+            f"algorithm.advantage.name=gae: its critic is a second model that is trained whole, which {what} is there "
+            "to avoid; use grpo, dr_grpo, rloo or reinforce++, or model.lora.rank=0"
+        )
+    if cfg.strategy.offload == "optimizer":
+        yield (
+            f"strategy.offload=optimizer: with {what} the frozen model has no optimizer that could move; leave it at "
+            "none, or move the model itself: strategy.name=fsdp strategy.offload=all"
+        )
 
 
 def _strategies(cfg: RunConfig) -> Iterator[str]:

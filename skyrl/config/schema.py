@@ -29,6 +29,23 @@ class TinyModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of low rank instead of all weights, LoRA (arXiv 2106.09685): the model stays frozen, and beside each
+    product a small A and B learn. For skyrl.train and skyrl.sft: clients of a server ask for their own."""
+
+    rank: int = 0
+    """Rows of A and columns of B; 0 = no adapters, all weights are trained."""
+    alpha: float = 32.0
+    """What an adapter adds is alpha / rank * B A."""
+    train_mlp: bool = True
+    """Adapts the feed-forward layers; refused for mixtures of experts."""
+    train_attn: bool = True
+    """Adapts the projections of attention."""
+    train_unembed: bool = True
+    """Adapts the output embedding."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model is trained, and in which numbers."""
 
@@ -49,6 +66,8 @@ class ModelConfig:
     """Recomputes each decoder layer in the backward pass: about 30 % more time for much less memory."""
     logits_chunk_tokens: int = 0
     """Rows of the logits that exist at once; 0 = automatic (64 MiB of float32)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Trains adapters over the frozen model instead of the model."""
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     """Only with path=tiny."""
 
@@ -188,7 +207,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class KLConfig:
-    """Distance to the frozen reference: the model as it was when RL began."""
+    """Distance to the frozen reference: the model as it was when RL began, or with model.lora the bare base."""
 
     coef: float = 0.0
     """Weight; 0 = no reference model at all."""
@@ -311,7 +330,8 @@ class CheckpointConfig:
     async_save: bool = True
     """Writes while the loop goes on."""
     export: bool = True
-    """Writes the final weights in Hugging Face format to <run folder>/export."""
+    """Writes the final weights in Hugging Face format to <run folder>/export; with model.lora the base with the adapter
+    merged in, and the adapter alone, as peft loads it, to <run folder>/export/adapter."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyrl.config import rules
-from skyrl.config.memory import GIB, ModelFacts, available, estimate, model_facts
+from skyrl.config.memory import GIB, adapter_parameters, available, estimate, model_facts
 from skyrl.config.options import all_options
 from skyrl.config.plan import Plan, make_plan
 from skyrl.config.schema import (
@@ -232,6 +232,11 @@ def _problems(cfg: ServeConfig) -> Iterator[str]:
         if not getattr(service, path):
             yield f"service.{path}: empty; leave it out for {getattr(ServiceConfig, path)!r}"
     yield from alias_problems(cfg, service.aliases, "service.aliases")
+    if cfg.model.lora.rank:
+        yield (
+            f"model.lora.rank={cfg.model.lora.rank}: clients of a server ask for adapters themselves "
+            "(create_lora_training_client); leave it out"
+        )
     if cfg.max_row_tokens == 1:
         yield "max_row_tokens=1: leaves no room for an answer; give at least 2, or 0 for the model's own limit"
 
@@ -246,14 +251,6 @@ def alias_problems(cfg: ServeConfig, aliases: dict[str, str], where: str) -> Ite
                 f"{where}: {name} is to be {path}, but this server has one model, model.path={cfg.model.path}; give "
                 '"", or start another server for it'
             )
-
-
-def adapter_parameters(facts: ModelFacts, rank: int) -> int:
-    """Numbers of one LoRA adapter on every linear layer: rank * (inputs + outputs) each, the output layer included."""
-    queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
-    hidden, ffn = facts.hidden_size, facts.ffn_size
-    layer = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + ffn)
-    return rank * (facts.num_layers * layer + hidden + facts.vocab_size)
 
 
 def dry_run_text(cfg: ServeConfig, world_size: int) -> str:

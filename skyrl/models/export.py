@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ def export_model(
     dtype: torch.dtype,
     *,
     shard_bytes: int = SHARD_BYTES,
+    more: Callable[[Path], None] = lambda part: None,
 ) -> None:
     """Writes `folder`, which AutoModelForCausalLM and AutoTokenizer load and which gives the same log-probabilities.
 
     `state`: whole weights on the CPU, named as in CausalLM ("net.model..."), tied ones once; a value head is left
     out. Written under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name
-    is replaced. Raises: UserError when the disk does not take it, with what was there before left as it was.
+    is replaced. `more` is called with the folder before that, and may add files. Raises: UserError when the disk does
+    not take it, with what was there before left as it was.
     """
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}.partial")
@@ -47,6 +50,7 @@ def export_model(
         _write_weights(_original_names(weights, config), part, dtype, shard_bytes)
         _write_config(config, part, dtype)
         tokenizer.save_pretrained(part)
+        more(part)
         _flush(part)
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -85,14 +89,19 @@ def _write_weights(weights: dict[str, Tensor], part: Path, dtype: torch.dtype, s
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, keys in zip(names, shards, strict=True):
         cast = {k: weights[k].to(dtype) if weights[k].is_floating_point() else weights[k] for k in keys}
-        try:
-            save_file({k: v.contiguous().clone() for k, v in cast.items()}, part / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # how it tells what the system said
-            raise OSError(str(error)) from error
+        save_tensors(cast, part / file)
     if len(shards) > 1:
         weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (part / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file; tensors may share memory. Raises: OSError."""
+    try:
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it tells what the system said
+        raise OSError(str(error)) from error
 
 
 def _write_config(config: Any, part: Path, dtype: torch.dtype) -> None:
@@ -105,7 +114,9 @@ def _write_config(config: Any, part: Path, dtype: torch.dtype) -> None:
 
 def _flush(part: Path) -> None:
     for path in part.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _flush_folder(path)
+        else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _flush_folder(part)

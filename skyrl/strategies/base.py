@@ -33,6 +33,9 @@ class Strategy(Protocol):
         RunError on every rank before any weight changes. With nothing pending the gradient counts as zero.
         """
 
+    def clear_gradient(self) -> None:
+        """Drops what is pending, also what is not finite; weights and moments stay as they are, bit for bit."""
+
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """Inside, the module holds whole weights on every rank and may be called without collectives."""
 

@@ -51,10 +51,12 @@ def forward_flops(shape: ModelShape, num_tokens: int, attended: int) -> float:
     return 2.0 * shape.num_params * num_tokens + 4.0 * shape.num_layers * shape.attention_channels * attended
 
 
-def train_flops(shape: ModelShape, num_tokens: int, attended: int) -> float:
+def train_flops(shape: ModelShape, num_tokens: int, attended: int, *, frozen: bool = False) -> float:
     """FLOPs of forward and backward: three times the forward pass. What checkpointing computes again is not counted:
-    this is the work the model needs, so that MFU compares between settings."""
-    return 3.0 * forward_flops(shape, num_tokens, attended)
+    this is the work the model needs, so that MFU compares between settings. A `frozen` model under adapters has no
+    gradients of weights, a third of the matmuls; the adapters' own work, a few percent, is left out."""
+    spared = 2.0 * shape.num_params * num_tokens if frozen else 0.0
+    return 3.0 * forward_flops(shape, num_tokens, attended) - spared
 
 
 def causal_attended(lengths: list[int]) -> int:

@@ -57,6 +57,23 @@ def test_tables_name_only_options_that_exist():
         ("algorithm.filters.max_refill_rounds=2", "algorithm.filters.max_refill_rounds=2: has an effect only with"),
         ("algorithm.critic.lr=1e-3", "algorithm.critic.lr=0.001: has an effect only with"),
         ("optim.schedule=constant optim.final_lr_ratio=0.5", "optim.final_lr_ratio=0.5: has an effect only with"),
+        ("model.lora.alpha=8", "model.lora.alpha=8.0: has an effect only with model.lora.rank above 0"),
+        ("model.lora.train_mlp=false", "model.lora.train_mlp=False: has an effect only with model.lora.rank above 0"),
+        ("model.lora.rank=4 model.lora.alpha=0", "model.lora.alpha=0.0: must be above 0"),
+        ("model.lora.rank=-1", "model.lora.rank=-1: must not be negative"),
+        (
+            "model.lora.rank=4 model.lora.train_mlp=false model.lora.train_attn=false model.lora.train_unembed=false",
+            "model.lora.rank=4: model.lora.train_mlp, train_attn and train_unembed are all false",
+        ),
+        (
+            "model.lora.rank=4 algorithm=ppo",
+            "algorithm.advantage.name=gae: its critic is a second model that is trained whole, which "
+            "model.lora.rank=4 is there to avoid; use grpo, dr_grpo, rloo or reinforce++, or model.lora.rank=0",
+        ),
+        (
+            "model.lora.rank=4 strategy.name=zero2 strategy.offload=optimizer",
+            "strategy.offload=optimizer: with model.lora.rank=4 the frozen model has no optimizer that could move",
+        ),
         ("model.revision=main", "model.revision=main: has an effect only with"),
         ("model.path=x model.tiny.num_layers=2", "model.tiny.num_layers=2: has an effect only with"),
         ("warmup.num_steps=0 warmup.lr=1e-4", "warmup.lr=0.0001: has an effect only with"),

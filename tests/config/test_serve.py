@@ -95,6 +95,7 @@ def test_overrides_aliases_and_their_file(tmp_path):
         ("model.revision=abc", "model.revision=abc: has an effect only with a hub name"),
         ("model.tiny.num_kv_heads=3", "model.tiny.num_kv_heads=3: must divide"),
         ("model=hub", "model.path: empty"),
+        ("model.lora.rank=4", "model.lora.rank=4: clients of a server ask for adapters themselves"),
         ("world_size=3", "world_size=3: only for a dry run"),
         ("service.aliases_file=nope.yaml", "service.aliases_file=nope.yaml: No such file"),
     ],

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from skyrl.config.load import load_config
+from skyrl.config.load import config_dir, load_config
 from skyrl.config.memory import ModelFacts, estimate
 from skyrl.config.plan import describe, make_plan
 from skyrl.types import UserError
@@ -88,6 +88,30 @@ def test_options_typed_for_another_strategy_are_refused(option, owner):
 def test_the_plan_says_the_layout(options, text):
     cfg = load_config([*options.split(), "strategy.device=cpu"])
     assert text in describe(cfg, make_plan(cfg, 4))
+
+
+@pytest.mark.parametrize(("name", "layout"), [
+    ("auto", "16 x cpu, ddp, "),
+    ("fsdp", "16 x cpu, fsdp, "),
+    ("hsdp", "16 x cpu, hsdp (2 copies x 8 shards), "),
+    ("zero3_offload", "16 x cpu, zero3, optimizer in CPU memory, "),
+])  # fmt: skip
+@pytest.mark.parametrize("recipe", ["arithmetic", "gsm8k"])
+def test_a_layout_chosen_by_group_wins_over_the_recipes(recipe, name, layout):
+    options = [f"experiment={recipe}", f"strategy={name}", "model.path=tiny", "strategy.device=cpu", "dry_run=true"]
+    cfg = load_config([*options, "run.world_size=16"])
+    assert layout in describe(cfg, make_plan(cfg, 16))
+
+
+def test_every_group_of_layouts_is_tried_above():
+    assert {path.stem for path in (config_dir() / "strategy").glob("*.yaml")} == {
+        "auto", "fsdp", "hsdp", "zero3_offload"
+    }  # fmt: skip
+
+
+def test_deepspeed_with_adapters_is_told_as_what_it_is():
+    cfg = load_config(["strategy.name=zero3", "model.lora.rank=4", "strategy.device=cpu"])
+    assert "zero3 (the frozen base by fsdp), float32" in describe(cfg, make_plan(cfg, 4))
 
 
 # GPU memory of a rank in bytes per parameter, all ranks together 8: by hand from who shards what.

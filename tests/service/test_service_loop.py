@@ -68,9 +68,9 @@ def as_datum(row: dict[str, Any], loss: str) -> Datum:
     return Datum(ModelInput.from_ints(row["tokens"].tolist()), inputs)
 
 
-def sent(client: ServiceClient, updates: list[Update]) -> tuple[dict[str, np.ndarray], list[float]]:
+def sent(client: ServiceClient, updates: list[Update], rank: int = 0) -> tuple[dict[str, np.ndarray], list[float]]:
     """The same updates through a client: (parameters, gradient norms)."""
-    model = client.create_lora_training_client("tiny", rank=0)
+    model = client.create_lora_training_client("tiny", rank=rank, seed=3)
     norms = []
     for rows, loss, adam, _ in updates:
         config = {}
@@ -106,6 +106,18 @@ def test_a_script_with_the_loops_data_makes_the_loops_parameters(run, tmp_path):
     with open_client(tmp_path, *SERVICE) as client:
         found, norms = sent(client, updates)
     assert distance(found, parameters) < 1e-6
+    np.testing.assert_allclose(norms, [norm for *_, norm in updates], rtol=1e-5)
+
+
+def test_an_adapter_of_the_loop_is_the_adapter_of_a_script(tmp_path):
+    updates, adapter = looped(
+        tmp_path / "run", "batch.max_tokens_per_microbatch=256", "model.lora.rank=4", "optim.lr=1e-2"
+    )
+    assert len(updates) == 4 and sum(name.endswith(".A") for name in adapter) == 2 * 7 + 1
+    with open_client(tmp_path, *SERVICE[1:]) as client:
+        found, norms = sent(client, updates, rank=4)
+        start, _ = sent(client, [], rank=4)
+    assert distance(found, adapter) < 1e-6 and distance(start, adapter) > 1e-2
     np.testing.assert_allclose(norms, [norm for *_, norm in updates], rtol=1e-5)
 
 

@@ -45,6 +45,11 @@ def test_formula_equals_torchs_count():
         loss.backward()
     whole = forward.get_total_flops() + backward.get_total_flops()
     assert whole == pytest.approx(train_flops(shape, length, length * length), rel=0.01)
+    embedded = model.requires_grad_(False).get_input_embeddings()(tokens).requires_grad_()
+    with FlopCounterMode(display=False) as frozen:  # as under adapters
+        model(inputs_embeds=embedded).logits.sum().backward()
+    want = train_flops(shape, length, length * length, frozen=True)
+    assert frozen.get_total_flops() == pytest.approx(want, rel=0.01) and want < 0.75 * whole
 
 
 def test_pairs_counted_one_by_one():
