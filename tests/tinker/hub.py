@@ -78,9 +78,15 @@ def make_model(folder: Path, *, hidden: int = 64, layers: int = 2, positions: in
     return folder
 
 
-def make_hub(folder: Path, *, aliases: Iterable[str] = (), **model: Any) -> Path:
-    """`folder` with the model, links for further names to it, and the data sets of the recipes. Returns `folder`."""
-    weights = make_model(folder / MODEL, **model)
+def make_hub(folder: Path, *, weights: Path | None = None, aliases: Iterable[str] = (), **model: Any) -> Path:
+    """`folder` with the model and links for further names to it. Returns `folder`.
+
+    weights: a trained model with the same tokenizer, which then stands under MODEL instead of a random one.
+    """
+    if weights is None:
+        weights = make_model(folder / MODEL, **model)
+    else:
+        aliases = (MODEL, *aliases)
     for name in aliases:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(weights.resolve(), target_is_directory=True)
@@ -125,7 +131,6 @@ def add_data(hub: Path, *, rows: int = 512, seed: int = 0) -> None:
     write_lines(hub / "HuggingFaceH4/no_robots/train.jsonl", talks)
     write_lines(hub / "HuggingFaceH4/no_robots/test.jsonl", talks[: rows // 4])
     write_lines(hub / "talks.jsonl", [{"messages": row["messages"]} for row in talks])
-    write_lines(hub / "sums.jsonl", [{"messages": _sum_talk(draw)} for _ in range(16 * rows)])
 
     gsm8k = gsm8k_folder()
     for split in ("train", "test"):
@@ -147,17 +152,6 @@ def add_data(hub: Path, *, rows: int = 512, seed: int = 0) -> None:
     tests = [{"problem": row["question"], "answer": row["answer"], "solution": ""} for row in problems[:32]]
     write_lines(hub / "HuggingFaceH4/MATH-500/test.jsonl", tests)
     write_lines(hub / "distilled.jsonl", [{"messages": _language(draw)} for _ in range(rows)])
-
-
-def _sum_talk(draw: random.Random) -> list[dict[str, str]]:
-    """A problem of math_rl's arithmetic, with its example before it."""
-    a, b = draw.randrange(101), draw.randrange(101)
-    return [
-        {"role": "user", "content": "What is 4 + 5?"},
-        {"role": "assistant", "content": "9"},
-        {"role": "user", "content": f"What is {a} + {b}?"},
-        {"role": "assistant", "content": str(a + b)},
-    ]
 
 
 def _sum_questions(draw: random.Random, rows: int) -> list[str]:
