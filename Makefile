@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train serve test test-slow test-tinker test-slurm lint bench clean
+.PHONY: help install train serve test test-slow test-tinker test-slurm chaos lint bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ test-tinker: $(STAMP) ## twelve releases of the Tinker client and its cookbook; 
 test-slurm: $(STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
 	tests/slurm/cluster.sh install
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
+
+chaos: $(STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; about half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: $(STAMP) ## ruff: format and rules
 	$(BIN)/ruff format --check skyrl tests benchmarks

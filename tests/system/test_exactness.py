@@ -52,4 +52,4 @@ def test_the_default_recipe(tmp_path):
     assert done.code == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [record["logprob_gap:max"] for record in records if "logprob_gap:max" in record]
-    assert len(gaps) == 100 and max(gaps) < 1.5e-5 and np.mean(np.array(gaps) < 1e-5) > 0.9
+    assert len(gaps) == 140 and max(gaps) < 2e-5 and np.mean(np.array(gaps) < 1e-5) > 0.9
