@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -144,15 +145,15 @@ def _points() -> ModuleType:
 def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
     """Prints the message, unless another rank has told one; None: nothing to tell. Returns `code`.
 
-    Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it. With
-    `bundle` a crash bundle is left in the run folder. A traceback (`plain`) is the last thing printed.
+    Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it: torchrun
+    ends the others before they can, and under srun one rank of each node speaks. With `bundle` a crash bundle is left in the run folder. A traceback (`plain`) is the last thing printed.
     """
     group, me = _group(), rank()
     if group is not None:
         group.let_go()
     if me != 0 and message is not None:
         time.sleep(AFTER_RANK_0_SECONDS if group is not None else FOLLOWER_SECONDS)
-    if message is None or (group is not None and not group.speak_first()):
+    if message is None or not (group.speak_first() if group is not None else _first_of_step(message)):
         time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here; with our exit it would cut short the one who tells
         return code
     who = f"rank {me}: " if me != 0 else ""
@@ -165,6 +166,29 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bo
         tell(who + message + details)
     tell_launcher(who + message.rstrip())
     return code
+
+
+def _first_of_step(message: str) -> bool:
+    """Whether this is the first rank of a Slurm step to say so on this node; True outside of steps of several tasks.
+
+    By an empty file in the temporary folder. One that is older than a minute is of an earlier start in the same step."""
+    variables = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID")
+    job, step, tasks, task = (os.environ.get(name, "") for name in variables)
+    if not (job and step) or tasks in ("", "1") or task != os.environ.get("RANK"):
+        return True
+    digest = hashlib.sha256(message.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"skyrl-told-{os.getuid()}-{job}.{step}-{digest}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 60:
+                os.utime(path)
+                return True
+        return False
+    except OSError:  # two lines are better than none
+        return True
+    return True
 
 
 def _last_words(message: str) -> tuple[str, str]:

@@ -207,6 +207,20 @@ def test_under_torchrun_a_mistake_is_told_once(tmp_path):
     assert told == ["skyrl: error: optim.lrr: no such option; did you mean optim.lr?"]
 
 
+def test_in_a_slurm_step_a_mistake_is_told_once_a_node(tmp_path):
+    def start(rank: int) -> subprocess.Popen:
+        step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_PROCID": str(rank)}
+        env = {**os.environ, **step, "RANK": str(rank), "WORLD_SIZE": "3", "TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-m", "skyrl.train", "optim.lrr=1"]
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+
+    ranks = [start(rank) for rank in range(3)]
+    told = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2, 2]
+    assert told == ["skyrl: error: optim.lrr: no such option; did you mean optim.lr?\n", "", ""]
+
+
 def test_flags_and_overrides_may_come_in_any_order():
     assert split_args(["a=1", "--cfg", "job", "b=2"]) == (["--cfg=job"], ["a=1", "b=2"])
     assert split_args(["-c", "job", "-p", "optim", "a=-1"]) == (["-c", "job", "-p", "optim"], ["a=-1"])
