@@ -42,8 +42,12 @@ def over(cfg, base):
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=str(base)))
 
 
+def config_over(base, folder, *overrides):
+    return over(loop_config(folder, *LORA, *overrides), base)
+
+
 def run_over(base, folder, *overrides):
-    return train_here(over(loop_config(folder, *LORA, *overrides), base))
+    return train_here(config_over(base, folder, *overrides))
 
 
 def engine_of(cfg):
@@ -118,17 +122,17 @@ def test_kl_is_measured_to_the_bare_base(base, whole):
     assert abs(records_of(folder)[2]["kl/behaviour_reference:mean"]) > 1e-3, "the warm-up has moved the policy"
 
 
-def runs_of_two(base, half, folder):
-    for name in ("ddp", "fsdp"):
-        run_over(base, folder / name, f"strategy.name={name}")
-    run_over(base, half, "strategy.name=fsdp")
+def train_all(configs):
+    for cfg in configs:
+        train_here(cfg)
 
 
 @pytest.mark.ranks
 def test_layouts_give_the_same_adapter_and_a_sharded_run_goes_on_from_a_whole_one(base, whole, half, tmp_path):
     folder, _ = whole
-    run_ranks(2, runs_of_two, base, copied(half, tmp_path / "half"), tmp_path)
-    for name in ("ddp", "fsdp", "half"):
+    kinds = {"ddp": "ddp", "fsdp": "fsdp", copied(half, tmp_path / "half").name: "fsdp"}
+    run_ranks(2, train_all, [config_over(base, tmp_path / name, f"strategy.name={k}") for name, k in kinds.items()])
+    for name in kinds:
         assert distance(adapter_of(tmp_path / name), adapter_of(folder)) < 1e-5, name
         for (phase, loss, norm), (other, other_loss, other_norm) in zip(
             losses_of(folder), losses_of(tmp_path / name), strict=True
@@ -141,8 +145,14 @@ def test_layouts_give_the_same_adapter_and_a_sharded_run_goes_on_from_a_whole_on
 
 
 def test_resume_is_bit_for_bit(base, whole, half, tmp_path):
+    """Also from a release that lacked an option."""
     folder, _ = whole
     here = copied(half, tmp_path / "run")
+    manifest = latest(here / "checkpoints").path / "manifest.json"
+    said = json.loads(manifest.read_text())
+    said["config_digest"] = "another"
+    del said["state"]["config"]["model"]["lora"]["alpha"]
+    manifest.write_text(json.dumps(said))
     run_over(base, here)
     want, found = adapter_of(folder), adapter_of(here)
     assert len(found) == len(want) and all(torch.equal(found[name], tensor) for name, tensor in want.items())

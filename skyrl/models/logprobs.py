@@ -94,7 +94,8 @@ class _LogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # the difference first: logz is as large as the logits, and its rounding would be that of every log-probability
         out_TK = (target_TK - peak_T[:, None]) - total_T.log()[:, None]
-        return (out_TK if targets.ndim == 2 else out_TK[:, 0]), entropy_T
+        # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
+        return (out_TK if targets.ndim == 2 else out_TK[:, 0].clone()), entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
