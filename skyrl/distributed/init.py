@@ -10,10 +10,11 @@ import atexit
 import os
 import random
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -195,8 +196,23 @@ def shutdown(*, failed: bool = False) -> None:
     global _world, _store
     if _world is None:
         return
-    world, _world, _store = _world, None, None
-    if dist.is_initialized() and not failed:
-        dist.barrier(group=world.control)
+    ended = dist.is_initialized() and not failed
+    if ended:
+        try:
+            dist.barrier(group=_world.control)
+        except RuntimeError as error:
+            _lost_at_the_end(error)
+    _world, _store = None, None
+    if ended:
         failure.forget_ranks()
         dist.destroy_process_group()
+
+
+def _lost_at_the_end(error: RuntimeError) -> NoReturn:
+    """This rank is done, another fails in its last steps: that is its error to tell. Python would print a traceback."""
+    if not failure.is_lost_peer(error):
+        raise error
+    message = failure.about_lost_peer(error)
+    if message is not None and failure.speak_first():
+        print(f"skyrl: error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
