@@ -47,6 +47,7 @@ def stop_on_two_hosts(tmp_path):
     assert err.count("--node-rank=") == 2 and err.count("torch.distributed.run") == 2
 
 
+@pytest.mark.slow
 def test_two_hosts_stop_at_a_signal(tmp_path):
     stop_on_two_hosts(tmp_path)
 

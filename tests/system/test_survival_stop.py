@@ -94,6 +94,7 @@ def test_the_clock_and_a_file_stop_a_run_too(warm, whole, tmp_path, how):
     finishes_like(warm, whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_slurms_end_of_the_job_is_a_deadline(warm, tmp_path):
     end = "import os, time; os.environ['SLURM_JOB_END_TIME'] = str(int(time.time()) + 30)"
     done = warm.run(*RUN, cwd=tmp_path, before=end)
