@@ -2,7 +2,9 @@
 
     SKYRL_TEST_CLIENTS=<folder> python benchmarks/tinker_door.py [--write] [--ranks 2]
 
-Needs the newest SDK release (make test-tinker downloads it). The model is the tests' small Qwen3. Prints JSON.
+Needs the newest SDK release (make test-tinker downloads it). Steps are measured with two sizes of the tests' Qwen3: one
+like the default of skyrl.serve (3 million parameters), and one of 0.2 million, which hardly computes, so that its
+ratio is that of the overhead alone. The rest is measured with the small one. Prints JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from launcher import environment  # noqa: E402
 from serving import Server, serve  # noqa: E402
 
 HERE = Path(__file__).resolve().parent / "tinker"
-STEP = {"kind": "step", "model": MODEL, "prompts": 64, "samples": 8, "steps": 7}
+STEP = {"kind": "step", "model": MODEL, "prompts": 64, "samples": 8}
+SIZES: dict[str, dict[str, int]] = {"3M": {"hidden": 256, "layers": 4}, "0.2M": {"hidden": 64, "layers": 2}}
+STEPS = {"3M": 4, "0.2M": 7}
 FIRST = {"kind": "first_sample", "model": MODEL, "steps": 30}
 
 
@@ -50,6 +54,17 @@ def in_process(hub: Path, order: dict, ranks: int) -> dict[str, Any]:
         if done.returncode:
             raise RuntimeError(f"{order} in process: exit code {done.returncode}\n{done.stderr[-4000:]}")
         return json.loads(out.read_text())
+
+
+def steps(hub: Path, folder: Path, size: str, ranks: int, rounds: int) -> dict[str, Any]:
+    """Both ways in turn, several times: on a shared machine neighbouring minutes differ more than the two doors do."""
+    order, seen = {**STEP, "steps": STEPS[size]}, []
+    for i in range(rounds):
+        direct = in_process(hub, order, ranks)
+        with serve(folder / f"{size}-{i}", hub / MODEL, ranks=ranks, aliases=(MODEL,)) as server:
+            seen.append({"http": over_http(server, hub, order), "in_process": direct})
+        print(f"{size}, round {i}: {seen[-1]['http']['total']:.3f} s, in process {direct['total']:.3f} s", flush=True)
+    return {"what": order, "model": SIZES[size], "rounds": seen}
 
 
 def door_seconds(server: Server) -> float:
@@ -104,18 +119,11 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict[str, Any] = {"ranks": args.ranks, "sdk": NEWEST}
     with tempfile.TemporaryDirectory() as folder:
-        hub = make_hub(Path(folder) / "hub")
-        # In turn, several times: on a shared machine neighbouring minutes differ more than the two doors do.
-        rounds = []
-        for i in range(args.rounds):
-            direct = in_process(hub, STEP, args.ranks)
-            with serve(Path(folder) / f"s{i}", hub / MODEL, ranks=args.ranks, aliases=(MODEL,)) as server:
-                rounds.append({"http": over_http(server, hub, STEP), "in_process": direct})
-            ratio = rounds[-1]["http"]["total"] / direct["total"]
-            print(f"round {i}: http / in process = {ratio:.3f}", flush=True)
-        figures["step"] = {"what": STEP, "rounds": rounds}
-        ratios = sorted(one["http"]["total"] / one["in_process"]["total"] for one in rounds)
-        figures["http_over_in_process_median"] = ratios[len(ratios) // 2]
+        for size, shape in SIZES.items():
+            hub = make_hub(Path(folder) / f"hub-{size}", **shape)
+            figures[f"step_{size}"] = measured = steps(hub, Path(folder), size, args.ranks, args.rounds)
+            ratios = sorted(one["http"]["total"] / one["in_process"]["total"] for one in measured["rounds"])
+            measured["http_over_in_process_median"] = ratios[len(ratios) // 2]
         with serve(Path(folder) / "many", hub / MODEL, ranks=args.ranks, aliases=(MODEL,)) as server:
             figures["first_sample"] = over_http(server, hub, FIRST)
             figures["concurrent"] = [
