@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear; in blocks where `applies`. Gradients are plain float32 products."""
     if not (applies(x) and applies(weight) and x.numel()):
-        return F.linear(x, weight, bias)
+        return _PLAIN_LINEAR(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
 
@@ -126,9 +126,21 @@ def inside() -> bool:
     return _inside
 
 
+_PLAIN_LINEAR = F.linear
+_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
 class _Linears(TorchFunctionMode):
+    """Takes products with weights: F.linear, and what DeepSpeed's zero3 puts in its place: x.matmul(weight.t())."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+        if func is _PLAIN_LINEAR:
+            return linear(*args, **(kwargs or {}))
+        if func in _MATMULS and not kwargs and args[1].ndim == 2:
+            return linear(args[0], args[1].t())
+        if func is torch.addmm and not kwargs and args[1].ndim == 2:
+            return linear(args[1], args[2].t(), args[0])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

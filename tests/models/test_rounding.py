@@ -43,6 +43,19 @@ def test_linear_leaves_other_numbers_alone():
     assert rounding.linear(x[:0], weight).shape == (0, 5)
 
 
+def test_products_as_zero3_writes_them_are_taken_too():
+    """DeepSpeed puts its own function in the place of F.linear; in careful passes it gives the same bits."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(50, 704), torch.randn(65, 704), torch.randn(65)
+    with rounding.careful(True):
+        drawn = [x.matmul(weight.t()), x @ weight.t(), torch.matmul(x, weight.t())]
+        biased = torch.addmm(bias, x, weight.t())
+        scores = torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25))
+    assert all(torch.equal(one, rounding.linear(x, weight)) for one in drawn)
+    assert torch.equal(biased, rounding.linear(x, weight, bias))
+    assert torch.equal(scores, torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25)))  # no weight in it
+
+
 def test_attention_is_rounded_once(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(rounding, "CHUNK_SCORES", 2 * 14 * 7)  # two matrices at a time, one in the last chunk

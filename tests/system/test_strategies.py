@@ -45,7 +45,7 @@ def test_accelerate_launch_is_as_good_as_torchrun(whole, tmp_path):
     precision is not heard: the run's options are."""
     done = accelerate(*LETTERS, *ZERO3, "strategy.device=cpu", "run.dir=run", cwd=tmp_path, launch="--multi_gpu")
     assert done.code == 0 and not done.errors, done.stderr
-    close(records(tmp_path / "run"), records(whole))
+    close(records(tmp_path / "run"), records(whole), tolerance=2e-5)  # ten updates; after five it is within 1e-5
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_what_accelerate_was_told_does_not_change_the_run(whole, tmp_path, launc
     options = [f"strategy.name={name}", "strategy.device=cpu", "run.dir=run"]
     done = accelerate(*LETTERS, *options, cwd=tmp_path, launch=launch)
     assert done.code == 0 and not done.errors, done.stderr
-    close(records(tmp_path / "run"), records(whole))
+    close(records(tmp_path / "run"), records(whole), tolerance=2e-5)
 
 
 def test_a_layout_that_does_not_fit_the_ranks_starts_nothing(warm, tmp_path):

@@ -80,14 +80,14 @@ def test_kill_right_after_a_save_and_before_the_first(warm, whole, tmp_path):
     killed_and_resumed(warm, whole, tmp_path, [started, when(lambda: (folder / "000006").exists())])
 
 
-def close(ours, theirs):
+def close(ours, theirs, tolerance=1e-5):
     """Equal but for rounding; the keys too."""
     assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
     for our, their in zip(ours, theirs, strict=True):
         keys = {key for key in their if not key.startswith(LAYOUT)}
         assert keys == {key for key in our if not key.startswith(LAYOUT)}
         for key in keys - {"phase"}:
-            assert math.isclose(our[key], their[key], rel_tol=1e-5, abs_tol=1e-5), (their["step"], key)
+            assert math.isclose(our[key], their[key], rel_tol=tolerance, abs_tol=tolerance), (their["step"], key)
 
 
 def played(run, tag):
