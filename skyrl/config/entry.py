@@ -146,7 +146,8 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bo
     """Prints the message, unless another rank has told one; None: nothing to tell. Returns `code`.
 
     Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it: torchrun
-    ends the others before they can, and under srun one rank of each node speaks. With `bundle` a crash bundle is left in the run folder. A traceback (`plain`) is the last thing printed.
+    ends the others before they can, and under srun one rank of each node speaks. With `bundle` a crash bundle is left
+    in the run folder. A traceback (`plain`) is the last thing printed.
     """
     group, me = _group(), rank()
     if group is not None:
@@ -171,7 +172,8 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bo
 def _first_of_step(message: str) -> bool:
     """Whether this is the first rank of a Slurm step to say so on this node; True outside of steps of several tasks.
 
-    By an empty file in the temporary folder. One that is older than a minute is of an earlier start in the same step."""
+    By an empty file in the temporary folder. One that is older than a minute is of an earlier start in the same
+    step."""
     variables = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID")
     job, step, tasks, task = (os.environ.get(name, "") for name in variables)
     if not (job and step) or tasks in ("", "1") or task != os.environ.get("RANK"):
