@@ -5,7 +5,7 @@
 Offline in an imitation hub. All recipes, and the curves of sl_loop and dpo, run on a random Qwen3 of hidden size 64.
 The curves of math_rl (arithmetic) run on a base that can add a bit, which tinker/adder.py trains first: a random model
 never gives a right answer, and RL has nothing to reinforce. With --folder everything lies there, and a second call
-goes on with what is missing; the figures must then come from one commit.
+goes on with what is missing; each figure names the commit it was measured at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, write
+from common import ROOT, provenance, write
 
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests/tinker", "tests/system", "benchmarks/tinker")]
 
@@ -49,7 +49,7 @@ ADDER_BASE = {"math_rl": (MATH, MATH_NUMBERS), "math_rl_async": ((*MATH, "max_st
 
 
 class Parts:
-    """The benchmark's figures, one file each in a folder, so that an interrupted benchmark goes on."""
+    """The figures with their commits, one file each in a folder, so that an interrupted benchmark goes on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,6 +63,7 @@ class Parts:
             found = measure()
         except AssertionError as error:
             found = {"failed": str(error)[-2000:]}
+        found["commit"] = provenance()["commit"]
         print(group, name, found, flush=True)
         self._path(group, name).write_text(json.dumps(found))
 
