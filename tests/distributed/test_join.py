@@ -63,7 +63,7 @@ if world.rank == 0:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("other", ["speaks", "is silent"])
+@pytest.mark.parametrize("other", ["speaks", pytest.param("is silent", marks=pytest.mark.slow)])
 def test_a_rank_that_is_done_leaves_the_error_to_the_one_that_fails(other):
     """Found by benchmarks/chaos.py: with the disk read-only from the export on, rank 1 printed gloo's traceback."""
     with socket.socket() as s:

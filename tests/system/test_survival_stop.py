@@ -107,6 +107,7 @@ def test_slurms_end_of_the_job_is_a_deadline(warm, tmp_path):
     assert done.code == LEFT and stops(tmp_path / "run")[0]["reason"] == "deadline"
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(warm, whole, tmp_path):
     there = (tmp_path / "in-0").exists
     one = {"cwd": tmp_path, "number": signal.SIGINT}

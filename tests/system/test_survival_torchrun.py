@@ -54,6 +54,7 @@ def in_phase(place, rank=1):
     (place / f"in-{rank}").unlink()
 
 
+@pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_again_while_saving(whole, tmp_path):
     job = start(tmp_path, SKYRL_PACE="generation:3:0.4")
     in_phase(tmp_path)
