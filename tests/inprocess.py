@@ -13,9 +13,11 @@ from typing import Any
 
 import gloo
 import numpy as np
+import pytest
 from small import SMALL
 
-from skyrl.tinker import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient
+from skyrl.service.commands import NOT_FINITE
+from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, SamplingParams, ServiceClient
 
 ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=50.0)
 
@@ -230,3 +232,14 @@ def together_and_alone(client: ServiceClient) -> list[Any]:
             pairs = [results(train(one, 100, steps=3)), results(train(two, 200, steps=3))]
         found.append([*pairs, saved(client, one), saved(client, two)])
     return found
+
+
+def refused_beside(futures: list[Any], alone: Any) -> None:
+    """The first, third, ... request asks a model that is not finite and is refused; the others
+    give what `alone` is."""
+    for index, future in enumerate(futures):
+        if index % 2:
+            assert drawn(future.result()) == alone
+        else:
+            with pytest.raises(RequestFailedError, match=NOT_FINITE):
+                future.result()

@@ -1,4 +1,4 @@
-"""Float32 on a CPU with less rounding, at the price of plain float32: what keeps sampler and trainer within 1e-5.
+"""Float32 on a CPU with less rounding, at little more than the price of plain float32.
 
 A sum of n products in one accumulator is off by about sqrt(n) roundings; summed in blocks it is off by a few. A trained
 model multiplies that by its own condition, so a log-probability can be off by 2e-5 (docs/LOG.md). The sampler's kernels
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-BLOCK = 32  # products summed in one accumulator: 32 halves the error of a K of 256 and costs 0 to 3 %
+BLOCK = 32  # products summed in one accumulator: 32 halves the error of a K of 256
 CHUNK_SCORES = 1 << 19  # float64 scores of attention that exist at once, 4 MiB: stays in the cache
 
 
@@ -29,8 +29,7 @@ def applies(x: Tensor) -> bool:
 
 
 def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [N, V]; sums of BLOCK products are summed. Not differentiable where x or weight is a leaf of
-    a graph that another operation changes in place; `linear` is the differentiable form."""
+    """x @ weight.T + bias, [N, V]; sums of BLOCK products are summed. Has no gradient; `linear` does."""
     out_NV = torch.mm(x_NK[:, :BLOCK], weight_VK[:, :BLOCK].t())
     for at in range(BLOCK, x_NK.shape[1], BLOCK):
         out_NV.addmm_(x_NK[:, at : at + BLOCK], weight_VK[:, at : at + BLOCK].t())

@@ -78,7 +78,7 @@ inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
 inline size_t panel_size(int dtype, int inner) { return size_t(dtype ? (inner + 1) / 2 * 2 : inner) * PANEL; }
 
 // The loops over rows are unrolled whole, or the accumulators would live in memory at a third of the speed.
-// float32: sums of TERMS products are summed, which is off by 2.5 times less than one sum of 256.
+// float32: sums of TERMS products are summed, which is off by less than one long sum.
 template <int M> inline void tile(const float* x, int stride, const float* w, int inner, vf (*acc)[2]) {
   constexpr int TERMS = 32;
   for (int from = 0; from < inner; from += TERMS) {
