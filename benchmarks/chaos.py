@@ -69,8 +69,7 @@ def choose(rng: random.Random, run: Path) -> tuple[str, int]:
 def strike(warm: Warm, rng: random.Random, place: Path, async_save: bool) -> dict[str, Any] | None:
     """One start that is killed; what happened, or None when it ended before its place was reached.
 
-    Steps lost: those that had been recorded, and are not in the newest checkpoint. With saves in the background the run
-    goes on while one is written, until the next is due; a kill then costs up to two intervals."""
+    Steps lost: those that had been recorded, and are not in the newest checkpoint."""
     run = place / "run"
     phase, step = choose(rng, run)
     (name, who), victim = rng.choice(KINDS), rng.randrange(2)
@@ -111,7 +110,7 @@ def strike(warm: Warm, rng: random.Random, place: Path, async_save: bool) -> dic
         "steps_lost": max(0, seen["recorded"] - state["done"] + state["half"]),
         "problem": "",
     }
-    limit = SAVE_EVERY * (2 if async_save else 1) if name == "SIGKILL" else 0
+    limit = SAVE_EVERY if name == "SIGKILL" else 0
     if result["steps_lost"] > limit:
         result["problem"] = f"lost {result['steps_lost']} steps"
     if name != "SIGKILL" and done.code not in (75, 0):

@@ -122,6 +122,11 @@ class Checkpointer:
         lines, self._lines = self._lines, []
         return lines
 
+    @property
+    def pending(self) -> bool:
+        """Whether a save has been begun that nobody has waited for."""
+        return self._pending is not None
+
     def wait(self) -> None:
         """Blocks until the save in the background is complete. Raises its error, the same one on every rank."""
         if self._pending is None:

@@ -118,6 +118,14 @@ class Run:
         if all_sum(self.world, np.array([float(self.watch.asked())]))[0]:
             raise StopRun
 
+    def commit_point(self) -> None:
+        """The last stop point of a step, which then counts as done. A save in the background is waited for here, so that
+        no more than the save interval is ever unsaved; it overlaps with sampling."""
+        if self.checkpointer.pending:
+            with self.doing(SAVING, "save", self.state.step):
+                self.checkpointer.wait()
+        self.stop_point()
+
     @contextlib.contextmanager
     def undone_by_stop(self) -> Iterator[None]:
         """A StopRun inside leaves the state as it was before: the step is done again, with the same draws."""

@@ -108,7 +108,7 @@ def warm_up_step(run: Run) -> None:
         for row in rows:
             row.weights = row.weights / total
         run.tracker.add(engine.forward_backward(rebalance(run.world, rows), LossSpec("cross_entropy")).metrics)
-        run.stop_point()
+        run.commit_point()
         run.tracker.add(engine.optim_step("policy", run.plan.warmup_adam_at(state.step)))
     state.warmup_position += cfg.warmup.rows_per_step
     state.step += 1
@@ -241,6 +241,7 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
             f"step {run.state.step}: in every group all rewards were equal, nothing to learn from "
             "(see filters/* and the rollouts)"
         )
+        run.commit_point()
         return
     step = run.state.step - 1
     rows = to_rows([group for _, group in groups])
@@ -267,13 +268,13 @@ def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
                 metrics = {k: v for k, v in metrics.items() if not k.startswith("logprob_gap")}
             run.tracker.add(metrics)
             if number == 0:  # the last place where the step can be taken back
-                run.stop_point()
+                run.commit_point()
             run.tracker.add(engine.optim_step("policy", plan.adam_at(step)))
         if returns:
             critic = engine.forward_backward(data, make_value_spec(cfg.algorithm.critic), model="critic").metrics
             run.tracker.add({f"critic/{key}": value for key, value in critic.items()})
             if number == 0 and not plan.policy_learns(step):
-                run.stop_point()
+                run.commit_point()
             critic_step = engine.optim_step("critic", plan.critic_adam_at(step))
             run.tracker.add({f"critic/{key}": value for key, value in critic_step.items()})
     lengths = [len(row.datum.tokens) for row in rows]

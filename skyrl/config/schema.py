@@ -328,7 +328,8 @@ class CheckpointConfig:
     keep_best: bool = True
     """Keeps the best checkpoint by eval accuracy besides."""
     async_save: bool = True
-    """Writes while the loop goes on."""
+    """Writes while the next step samples, and is waited for before that step's update: never more than every_steps
+    steps are unsaved."""
     export: bool = True
     """Writes the final weights in Hugging Face format to <run folder>/export; with model.lora the base with the adapter
     merged in, and the adapter alone, as peft loads it, to <run folder>/export/adapter."""

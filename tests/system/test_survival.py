@@ -80,6 +80,27 @@ def test_kill_right_after_a_save_and_before_the_first(warm, whole, tmp_path):
     killed_and_resumed(warm, whole, tmp_path, [started, when(lambda: (folder / "000006").exists())])
 
 
+def test_saves_in_the_background_never_leave_more_than_an_interval_unsaved(warm, whole, tmp_path):
+    """When checkpoint n is complete no later step counts as done, however slow the disk; sampling went on meanwhile."""
+    watched = """
+import pathlib, time, skyrl.checkpoint as c, skyrl.trainer as t
+publish, collect, played = c.publish, t.collect_groups, []
+t.collect_groups = lambda run, tally: (collect(run, tally), played.append(run.state.done))[0]
+def slow(folder, tmp, manifest):
+    time.sleep(0.5)
+    steps = len(pathlib.Path("run/metrics.jsonl").read_text().splitlines())
+    print(f"seen {int(manifest['tag'])} {steps} {played[-1] if played else 0}", flush=True)
+    return publish(folder, tmp, manifest)
+c.publish = slow
+"""
+    done = warm.run(*LETTERS, "run.dir=run", cwd=tmp_path, ranks=2, before=watched)
+    assert done.code == 0, done.stderr
+    seen = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("seen ")]
+    assert [(tag, steps) for tag, steps, _ in seen] == [(n, n) for n in (2, 4, 6, 8, 10)]
+    assert [played for *_, played in seen[2:4]] == [6, 8]  # the next step had been sampled by then
+    assert records(tmp_path / "run") == records(whole)
+
+
 def close(ours, theirs, tolerance=1e-5):
     """Equal but for rounding; the keys too."""
     assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
