@@ -119,8 +119,8 @@ class Run:
             raise StopRun
 
     def commit_point(self) -> None:
-        """The last stop point of a step, which then counts as done. A save in the background is waited for here, so that
-        no more than the save interval is ever unsaved; it overlaps with sampling."""
+        """The last stop point of a step, which then counts as done. A save in the background is waited for here, so
+        that no more than the save interval is ever unsaved; it overlaps with sampling."""
         if self.checkpointer.pending:
             with self.doing(SAVING, "save", self.state.step):
                 self.checkpointer.wait()
