@@ -14,6 +14,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # decimals': options first, then what reads them.
 LEVELS = {
     "types": 0,
+    "kernels": 0.1,
     "registry": 0.1,
     "config": 1,
     "algorithms": 1.1,

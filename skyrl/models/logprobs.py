@@ -12,6 +12,7 @@ from skyrl.models import rounding
 
 # float32 logits that exist at once. On a CPU a block that stays in the cache is 1.8 times as fast as one of 64 MiB.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+ROWS = 96  # of whole logits: fewer at a time would read the head too often
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def finish_logits(product: Tensor, head: HeadSpec) -> Tensor:
 
 class _LogProbs(torch.autograd.Function):
     """Both directions walk over blocks of the vocabulary, so each weight row's gradient is one product over all T:
-    no float32 copy of the weight's gradient is needed. The backward pass recomputes the logits of each block.
+    no float32 copy of the weight's gradient is needed. The backward pass recomputes the logits of each block. The
+    forward pass takes whole rows of logits instead where that gives the sampler's bits and the vocabulary is not large.
 
     Optional low-rank pair: u [T, R] and B [V, R] add u B^T to the product; targets may be [T, K]."""
 
@@ -67,33 +69,15 @@ class _LogProbs(torch.autograd.Function):
         block: int,
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        tokens, dtype = hidden_TC.shape[0], torch.float64 if hidden_TC.dtype == torch.float64 else torch.float32
         targets_TK = targets if targets.ndim == 2 else targets[:, None]
-        peak_T = torch.full((tokens,), float("-inf"), dtype=dtype, device=hidden_TC.device)
-        total_T = torch.zeros_like(peak_T)
-        target_TK = torch.zeros(targets_TK.shape, dtype=dtype, device=hidden_TC.device)
-        moment_T = torch.zeros_like(peak_T) if want_entropy else None  # sum of exp(z - peak) * z
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
-        for start in range(0, weight_VC.shape[0], block):
-            z = product.logits(start, block, head, temperature)
-            inside_TK, place_TK = _within(targets_TK, start, z.shape[1])
-            target_TK = torch.where(inside_TK, z.gather(1, place_TK), target_TK)
-            top_T = torch.maximum(peak_T, z.amax(1))
-            shrink_T = torch.exp(peak_T - top_T)
-            if moment_T is None:
-                total_T = total_T * shrink_T + z.sub_(top_T[:, None]).exp_().sum(1)
-            else:
-                p = torch.exp(z - top_T[:, None])
-                total_T = total_T * shrink_T + p.sum(1)
-                moment_T = moment_T * shrink_T + p.mul_(z).sum(1)
-            peak_T = top_T
-        logz_T = peak_T + total_T.log()
-        entropy_T = None if moment_T is None else logz_T - moment_T / total_T
+        rows = block * hidden_TC.shape[0] // weight_VC.shape[0]  # whole ones that fit into the same memory
+        by = _by_rows if rows >= min(ROWS, hidden_TC.shape[0]) and rounding.exact(hidden_TC, weight_VC) else _by_blocks
+        size = rows if by is _by_rows else block
+        out_TK, logz_T, entropy_T = by(product, targets_TK, head, temperature, max(1, size), want_entropy)
         ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T)
         ctx.plan = (temperature, head, block)
         ctx.set_materialize_grads(False)
-        # the difference first: logz is as large as the logits, and its rounding would be that of every log-probability
-        out_TK = (target_TK - peak_T[:, None]) - total_T.log()[:, None]
         # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
         return (out_TK if targets.ndim == 2 else out_TK[:, 0].clone()), entropy_T
 
@@ -116,15 +100,18 @@ class _LogProbs(torch.autograd.Function):
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
         for start in range(0, vocab, block):
             stop = min(start + block, vocab)
-            z = product.logits(start, block, head, temperature)
+            z = product.logits(slice(None), slice(start, stop), head, temperature)
             capped = (z * (temperature / head.softcap)).square_() if head.softcap else None
             dz = _logit_gradient(z, start, targets_TK, logz_T, entropy_T, grad_TK, grad_entropy_T)
             if capped is not None:  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
                 dz.mul_(capped.neg_().add_(1.0))
             dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
             if dhidden is not None:
-                dhidden.add_(dz @ weight_VC[start:stop]) if vocab > block else dhidden.copy_(dz @ weight_VC)
-            if dweight is not None:
+                part = rounding.matmul(dz, weight_VC[start:stop])
+                dhidden.add_(part) if vocab > block else dhidden.copy_(part)
+            if dweight is not None and rounding.applies(dz):
+                dweight[start:stop] = rounding.matmul(dz.t(), hidden_TC)
+            elif dweight is not None:
                 torch.mm(dz.t(), hidden_TC, out=dweight[start:stop])
             if dbias is not None:
                 dbias[start:stop] = dz.sum(0, dtype=logz_T.dtype)
@@ -144,7 +131,7 @@ class _LogProbs(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Product:
-    """hidden W^T + bias, and u B^T where there is a low-rank pair, for a block of the vocabulary at a time."""
+    """hidden W^T + bias, and u B^T where there is a low-rank pair, for a part at a time."""
 
     hidden_TC: Tensor
     weight_VC: Tensor
@@ -152,17 +139,66 @@ class _Product:
     low_TR: Tensor | None
     up_VR: Tensor | None
 
-    def logits(self, start: int, block: int, head: HeadSpec, temperature: float) -> Tensor:
-        """Logits / temperature of the vocabulary entries start ... start + block, [T, block]."""
-        rows = slice(start, start + block)
-        product = matmul_float(self.hidden_TC, self.weight_VC[rows], None if self.bias_V is None else self.bias_V[rows])
+    def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:
+        """Logits / temperature of some tokens for some entries of the vocabulary."""
+        bias_V = None if self.bias_V is None else self.bias_V[entries]
+        product = matmul_float(self.hidden_TC[tokens], self.weight_VC[entries], bias_V)
         if self.low_TR is not None and self.up_VR is not None:
-            if product.dtype == self.low_TR.dtype:
-                product.addmm_(self.low_TR, self.up_VR[rows].t())
+            low_TR, up_VR = self.low_TR[tokens], self.up_VR[entries]
+            if product.dtype != low_TR.dtype or rounding.applies(low_TR):
+                product.add_(matmul_float(low_TR, up_VR))
             else:
-                product.add_(matmul_float(self.low_TR, self.up_VR[rows]))
+                product.addmm_(low_TR, up_VR.t())
         logits = finish_logits(product, head)
         return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _by_blocks(
+    product: _Product, targets_TK: Tensor, head: HeadSpec, temperature: float, block: int, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities at the targets, logs of the sums of exponentials, entropies; `block` entries of the vocabulary
+    at a time."""
+    hidden_TC, vocab = product.hidden_TC, product.weight_VC.shape[0]
+    tokens, dtype = hidden_TC.shape[0], torch.float64 if hidden_TC.dtype == torch.float64 else torch.float32
+    peak_T = torch.full((tokens,), float("-inf"), dtype=dtype, device=hidden_TC.device)
+    total_T = torch.zeros_like(peak_T)
+    target_TK = torch.zeros(targets_TK.shape, dtype=dtype, device=hidden_TC.device)
+    moment_T = torch.zeros_like(peak_T) if want_entropy else None  # sum of exp(z - peak) * z
+    for start in range(0, vocab, block):
+        z = product.logits(slice(None), slice(start, start + block), head, temperature)
+        inside_TK, place_TK = _within(targets_TK, start, z.shape[1])
+        target_TK = torch.where(inside_TK, z.gather(1, place_TK), target_TK)
+        top_T = torch.maximum(peak_T, z.amax(1))
+        shrink_T = torch.exp(peak_T - top_T)
+        if moment_T is None:
+            total_T = total_T * shrink_T + z.sub_(top_T[:, None]).exp_().sum(1)
+        else:
+            p = torch.exp(z - top_T[:, None])
+            total_T = total_T * shrink_T + p.sum(1)
+            moment_T = moment_T * shrink_T + p.mul_(z).sum(1)
+        peak_T = top_T
+    logz_T = peak_T + total_T.log()
+    entropy_T = None if moment_T is None else logz_T - moment_T / total_T
+    # the difference first: logz is as large as the logits, and its rounding would be that of every log-probability
+    return (target_TK - peak_T[:, None]) - total_T.log()[:, None], logz_T, entropy_T
+
+
+def _by_rows(
+    product: _Product, targets_TK: Tensor, head: HeadSpec, temperature: float, rows: int, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same with whole rows of logits, `rows` tokens at a time: the sampler's numbers, to the bit."""
+    parts = []
+    for start in range(0, len(targets_TK), rows):
+        here = slice(start, start + rows)
+        z = product.logits(here, slice(None), head, 1.0)
+        logprobs_TK, logz_T = rounding.log_softmax_at(z, targets_TK[here], temperature)
+        entropy_T = None
+        if want_entropy:
+            surprise = z.div_(temperature).sub_(logz_T[:, None])
+            entropy_T = -(torch.exp(surprise).mul_(surprise)).sum(1)
+        parts.append((logprobs_TK, logz_T, entropy_T))
+    logprobs, logz, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(logz), torch.cat(entropy) if want_entropy else None
 
 
 def _within(targets_TK: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:

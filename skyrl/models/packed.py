@@ -151,8 +151,10 @@ class PackedAttention:
     """Causal attention inside each packed row; exact and differentiable.
 
     CUDA in half precision: torch's varlen kernel, except with softcap. Otherwise rows of similar length are padded
-    together in buckets; there scores are computed with batched matrix products, because on a CPU the fused kernel's
-    bfloat16 backward is about ten times slower (and equal in float32), unless they would take too much memory.
+    together in buckets. In float32 on a CPU each query is computed as the sampler does it, by the same kernels, where
+    there are any and rows are not long (kernels.LONGEST). Else scores are computed with batched matrix products,
+    because on a CPU the fused kernel's bfloat16 backward is about ten times slower (and equal in float32), unless they
+    would take too much memory.
     """
 
     def __init__(self, starts_S1: Tensor, max_length: int) -> None:
@@ -280,7 +282,11 @@ class PackedAttention:
             q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
             cut = None if window is not None and window >= longest else window
-            if rows * heads * longest * longest <= MAX_SCORES or softcap:
+            sampled = cut is None and not softcap  # as the sampler's kernels attend
+            if sampled and rounding.attends(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
+                q, k, v = (x.reshape(rows * kv_heads, -1, x.shape[-1]) for x in (q, k, v))
+                out = rounding.attend_causal(q, k, v, scale)
+            elif rows * heads * longest * longest <= MAX_SCORES or softcap:
                 out = self._products(q, k, v, scale, cut, softcap)
             else:
                 out = self._fused(q, k, v, scale, cut)
@@ -297,7 +303,8 @@ class PackedAttention:
         bias = self._causal_bias(group, longest, window, q.dtype)
         q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
         if rounding.applies(q) and not softcap:
-            out = rounding.attend(q, k, v.reshape(rows * kv_heads, longest, -1), bias, scale)
+            v = v.reshape(rows * kv_heads, longest, -1)
+            out = rounding.attend(q, k, v, bias, scale)
             return out.view(rows, kv_heads, group, longest, -1)
         bias = bias.expand(rows * kv_heads, -1, -1)
         if softcap:

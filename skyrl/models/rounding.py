@@ -1,8 +1,12 @@
-"""Float32 on a CPU with less rounding, at little more than the price of plain float32.
+"""Float32 on a CPU, rounded as the sampler rounds.
 
-A sum of n products in one accumulator is off by about sqrt(n) roundings; summed in blocks it is off by a few. A trained
-model multiplies that by its own condition, so a log-probability can be off by 2e-5 (docs/LOG.md). The sampler's kernels
-do the same in C++. Other dtypes and devices are left as they are.
+Two correct float32 computations of one log-probability differ by what a trained model makes of their roundings: up to
+2e-5 even if both are careful (docs/LOG.md). So where there are kernels (skyrl.kernels), training computes products,
+norms, activations and attention with the very code that samples. A token's result then does not depend on the rows
+beside it, and the layers of a model that has a decode plan give the sampler's numbers to the bit.
+
+Elsewhere sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n) roundings, in blocks
+by a few. Other dtypes and devices are left as they are.
 
 Letters: N rows, K inner, V columns; for attention N matrices, M queries, L keys, C channels.
 """
@@ -19,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from skyrl import kernels
+
 BLOCK = 32  # products summed in one accumulator: 32 halves the error of a K of 256
+KEEP_SCORES = 1 << 24  # weights of attention that are kept for the backward pass, 64 MiB a layer and bucket of rows
 CHUNK_SCORES = 1 << 19  # float64 scores of attention that exist at once, 4 MiB: stays in the cache
 
 
@@ -28,12 +35,43 @@ def applies(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def exact(*tensors: Tensor) -> bool:
+    """Whether what is computed from these has the sampler's bits: `applies` to all, and there are kernels."""
+    return all(map(applies, tensors)) and kernels.library()[0] is not None
+
+
 def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, [N, V]; sums of BLOCK products are summed. Has no gradient; `linear` does."""
+    if kernels.library()[0] is not None:
+        return _product(x_NK, weight_VK, bias_V, weight_VK.shape[0], turned=False)
     out_NV = torch.mm(x_NK[:, :BLOCK], weight_VK[:, :BLOCK].t())
     for at in range(BLOCK, x_NK.shape[1], BLOCK):
         out_NV.addmm_(x_NK[:, at : at + BLOCK], weight_VK[:, at : at + BLOCK].t())
     return out_NV if bias_V is None else out_NV.add_(bias_V)
+
+
+def matmul(a_NK: Tensor, b_KV: Tensor) -> Tensor:
+    """a @ b, [N, V], as `product` sums where there are kernels and `applies`; torch.mm elsewhere. Has no gradient."""
+    if not exact(a_NK, b_KV):
+        return a_NK @ b_KV
+    return _product(a_NK, b_KV, None, b_KV.shape[1], turned=True)
+
+
+def _product(x_NK: Tensor, weight: Tensor, bias_V: Tensor | None, columns: int, *, turned: bool) -> Tensor:
+    x_NK, weight = x_NK.detach().contiguous(), weight.detach().contiguous()
+    bias_V = None if bias_V is None else bias_V.detach().contiguous()
+    (rows, inner), panels = x_NK.shape, -(-columns // kernels.PANEL)
+    out_NV, room = x_NK.new_empty(rows, columns), x_NK.new_empty(panels * kernels.PANEL * inner)
+    if not inner:
+        return out_NV.zero_() if bias_V is None else out_NV.copy_(bias_V.expand_as(out_NV))
+    _run("skyrl_product", x_NK, rows, inner, weight, turned, bias_V, out_NV, columns, room)
+    return out_NV
+
+
+def _run(name: str, *args: Any) -> None:
+    """Calls a kernel on contiguous tensors (None: a null pointer) and numbers, with torch's number of threads."""
+    pointers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    getattr(kernels.library()[0], name)(*pointers, torch.get_num_threads())
 
 
 class _Linear(torch.autograd.Function):
@@ -48,17 +86,27 @@ class _Linear(torch.autograd.Function):
         grad_NV = grads[0].reshape(-1, grads[0].shape[-1])
         want_x, want_weight, want_bias = ctx.needs_input_grad
         return (
-            (grad_NV @ weight_VK).view(x.shape) if want_x else None,
-            grad_NV.t() @ x.reshape(-1, x.shape[-1]) if want_weight else None,
+            matmul(grad_NV, weight_VK).view(x.shape) if want_x else None,
+            matmul(grad_NV.t(), x.reshape(-1, x.shape[-1])) if want_weight else None,
             grad_NV.sum(0) if want_bias else None,
         )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch.nn.functional.linear; in blocks where `applies`. Gradients are plain float32 products."""
+    """As torch.nn.functional.linear; `product` where `applies`, with gradients by `matmul`."""
     if not (applies(x) and applies(weight) and x.numel()):
         return _PLAIN_LINEAR(x, weight, bias)
     return _Linear.apply(x, weight, bias)
+
+
+def _attention_gradients(
+    q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, p_NML: Tensor, scale: float, grad_NMC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of queries, keys and values, with weights p."""
+    dv_NLC = torch.bmm(p_NML.transpose(1, 2), grad_NMC)
+    dp_NML = torch.bmm(grad_NMC, v_NLC.transpose(1, 2))
+    ds_NML = torch._softmax_backward_data(dp_NML, p_NML, -1, dp_NML.dtype).mul_(scale)
+    return torch.bmm(ds_NML, k_NLC), torch.bmm(ds_NML.transpose(1, 2), q_NMC), dv_NLC
 
 
 class _Attend(torch.autograd.Function):
@@ -80,11 +128,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_NMC, k_NLC, v_NLC, p_NML = ctx.saved_tensors
-        dv_NLC = torch.bmm(p_NML.transpose(1, 2), grads[0])
-        dp_NML = torch.bmm(grads[0], v_NLC.transpose(1, 2))
-        ds_NML = torch._softmax_backward_data(dp_NML, p_NML, -1, dp_NML.dtype).mul_(ctx.scale)
-        return torch.bmm(ds_NML, k_NLC), torch.bmm(ds_NML.transpose(1, 2), q_NMC), dv_NLC, None, None
+        return *_attention_gradients(*ctx.saved_tensors, ctx.scale, grads[0]), None, None
 
 
 def attend(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, bias_ML: Tensor, scale: float) -> Tensor:
@@ -92,9 +136,65 @@ def attend(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, bias_ML: Tensor, scale: 
     return _Attend.apply(q_NMC, k_NLC, v_NLC, bias_ML, scale)
 
 
+class _AttendCausal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> Tensor:
+        q_NMC, k_NLC, v_NLC = (x.detach().contiguous() for x in (q_NMC, k_NLC, v_NLC))
+        count, keys, _ = k_NLC.shape
+        keep = count * q_NMC.shape[1] * keys <= KEEP_SCORES
+        out_NMC, p_NML = _attend_causal(q_NMC, k_NLC, v_NLC, scale, want_weights=keep)
+        ctx.save_for_backward(q_NMC, k_NLC, v_NLC, p_NML)
+        ctx.scale = scale
+        return out_NMC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_NMC, k_NLC, v_NLC, p_NML = ctx.saved_tensors
+        if p_NML is not None:
+            return *_attention_gradients(q_NMC, k_NLC, v_NLC, p_NML, ctx.scale, grads[0]), None
+        out = tuple(map(torch.empty_like, (q_NMC, k_NLC, v_NLC)))
+        step = max(1, KEEP_SCORES // (q_NMC.shape[1] * k_NLC.shape[1]))
+        for at in range(0, len(k_NLC), step):
+            part = slice(at, at + step)
+            q, k, v = q_NMC[part], k_NLC[part], v_NLC[part]
+            p = _attend_causal(q, k, v, ctx.scale, want_weights=True)[1]
+            for whole, grad in zip(out, _attention_gradients(q, k, v, p, ctx.scale, grads[0][part]), strict=True):
+                whole[part] = grad
+        return *out, None
+
+
+def _attend_causal(
+    q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float, *, want_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    (count, queries, channels), keys = q_NMC.shape, k_NLC.shape[1]
+    out_NMC = torch.empty_like(q_NMC)
+    p_NML = q_NMC.new_empty(count, queries, keys) if want_weights else None
+    _run("skyrl_attend", q_NMC, k_NLC, v_NLC, out_NMC, p_NML, count, queries // keys, keys, channels, scale)
+    return out_NMC, p_NML
+
+
+def attends(q: Tensor, group: int, keys: int, channels: int, value_channels: int) -> bool:
+    """Whether `attend_causal` can: heads of that many channels, `group` queries a key, rows of `keys` tokens."""
+    fits = channels == value_channels <= kernels.MAX_CHANNELS and group <= kernels.MAX_GROUP
+    return fits and channels % kernels.LANES == 0 and keys <= kernels.LONGEST and exact(q)
+
+
+def attend_causal(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v, [N, M, C], each query over the keys up to its own place: to the bit as the sampler.
+
+    The M queries are those of M / L heads, one head after the other. Weights beyond KEEP_SCORES are computed again."""
+    return _AttendCausal.apply(q_NMC, k_NLC, v_NLC, scale)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.shape[-1] % kernels.LANES == 0 and exact(x, weight):
+            x, scale = x.detach().contiguous(), weight.detach().contiguous()
+            out, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+            _run("skyrl_norm", x, scale, out, r, r.numel(), x.shape[-1], eps)
+            ctx.save_for_backward(x, weight, r)
+            return out
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).square_()
         r64 = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         r = r64.float()
@@ -117,6 +217,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps)
 
 
+def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at the targets, [T, K], and the log of the sum of exponentials, [T], as the
+    sampler computes them. For float32 logits where there are kernels."""
+    logprobs_TK, logz_T = logits_TV.new_empty(targets_TK.shape), logits_TV.new_empty(len(logits_TV))
+    targets_TK = targets_TK.contiguous()
+    shape = logits_TV.shape[1], targets_TK, targets_TK.shape[1], temperature
+    _run("skyrl_log_probs", logits_TV.contiguous(), len(logits_TV), *shape, logprobs_TK, logz_T)
+    return logprobs_TK, logz_T
+
+
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.detach().contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        _run("skyrl_silu", x, out, x.numel())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(grads[0], *ctx.saved_tensors)
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """x * sigmoid(x), by the kernels where there are any and `applies`; never in place there."""
+    if not exact(x):
+        return _PLAIN_SILU(x, inplace)
+    return _Silu.apply(x)
+
+
 _inside = False  # whether the forward pass that runs now is one of `careful`
 
 
@@ -125,16 +256,19 @@ def inside() -> bool:
     return _inside
 
 
-_PLAIN_LINEAR = F.linear
+_PLAIN_LINEAR, _PLAIN_SILU = F.linear, F.silu
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
-class _Linears(TorchFunctionMode):
-    """Takes products with weights: F.linear, and what DeepSpeed's zero3 puts in its place: x.matmul(weight.t())."""
+class _Operations(TorchFunctionMode):
+    """Takes SiLU and products with weights: F.linear, and what DeepSpeed's zero3 puts in its place:
+    x.matmul(weight.t())."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _PLAIN_LINEAR:
             return linear(*args, **(kwargs or {}))
+        if func is _PLAIN_SILU:
+            return silu(*args, **(kwargs or {}))
         if func in _MATMULS and not kwargs and args[1].ndim == 2:
             return linear(args[0], args[1].t())
         if func is torch.addmm and not kwargs and args[1].ndim == 2:
@@ -144,14 +278,14 @@ class _Linears(TorchFunctionMode):
 
 @contextmanager
 def careful(on: bool) -> Iterator[None]:
-    """Inside, products and the norms that `install` found are the ones of this module. `on` False: nothing."""
+    """Inside, products, SiLU and the norms that `install` found are the ones of this module. `on` False: nothing."""
     global _inside
     if not on or _inside:
         yield
         return
     _inside = True
     try:
-        with _Linears():
+        with _Operations():
             yield
     finally:
         _inside = False

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skyrl.kernels import LANES
 from skyrl.sampler.plan import Plan
 
 if TYPE_CHECKING:
     from skyrl.models.lora import Adapter, Segment
 
-LANES = 16  # columns of a vector; ranks are padded to a multiple of it
 _POINTER = ctypes.c_void_p
 
 

@@ -1,44 +1,31 @@
-"""The decode plan as one call into kernels/decode.cpp, built on first use with the machine's C++ compiler.
-
-Optional: without a compiler, on another architecture or with SKYRL_CPU_KERNELS=0 the plan runs in torch operations
-(fused.py), which the log says once. The library holds plain C functions, so it depends neither on torch's nor on
-Python's version. It is kept in the user's cache folder under a name made of source, compiler and processor.
+"""The decode plan as one call into skyrl/kernels/decode.cpp. Where there are no kernels (skyrl.kernels), the plan runs
+in torch operations (fused.py), which the log says once.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skyrl import kernels
+from skyrl.kernels import LANES, LONGEST, MAX_CHANNELS, MAX_GROUP
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.adapters import segments as segments_of
 from skyrl.sampler.draw import Rules, draw
-from skyrl.sampler.lowrank import LANES, STRUCTS, PackedAdapters, SegmentStruct
+from skyrl.sampler.lowrank import STRUCTS, PackedAdapters, SegmentStruct
 from skyrl.sampler.paged import Batch, KVCache, ModuleRunner
 from skyrl.sampler.plan import Plan
 from skyrl.sampler.scheduler import Piece
 
 log = logging.getLogger(__name__)
 
-KERNELS = Path(__file__).parent / "kernels"
-SOURCE = KERNELS / "decode.cpp"
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
-LONGEST_PREFILL = 1024  # tokens; longer contexts are prefilled by the module, whose attention works in tiles
-MAX_CHANNELS = 1024
+LONGEST_PREFILL = LONGEST  # tokens; longer contexts are prefilled by the module
 _POINTER = ctypes.c_void_p
 
 
@@ -76,64 +63,23 @@ def why_not(plan: Plan, cache: KVCache) -> str:
     if cache.device.type != "cpu" or cache.dtype not in (torch.float32, torch.bfloat16):
         return "they are for float32 and bfloat16 on a CPU"
     if any(size % LANES for size in (hidden, ffn, plan.channels)) or plan.channels > MAX_CHANNELS:
-        return f"channels are not multiples of {LANES}"
+        return f"channels are not multiples of {LANES}, or more than {MAX_CHANNELS} in a head"
+    if plan.heads // plan.kv_heads > MAX_GROUP:
+        return f"more than {MAX_GROUP} queries to a key"
     return library()[1]
 
 
 @lru_cache(maxsize=1)
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The built library, or None and why there is none. Builds it at most once per machine and source."""
-    if os.environ.get("SKYRL_CPU_KERNELS", "1") == "0":
-        return None, "SKYRL_CPU_KERNELS=0"
-    compiler = next(
-        (found for name in (os.environ.get("CXX", ""), "g++", "c++") if (found := shutil.which(name))), None
-    )
-    if compiler is None:
-        return None, "no C++ compiler"
-    if platform.system() != "Linux":
-        return None, f"not tried on {platform.system()}"
-    try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, f"{compiler} failed: {str(getattr(error, 'stderr', '') or error).strip().splitlines()[-1:]}"
+    """skyrl.kernels.library, with its structs held against ours."""
+    loaded, reason = kernels.library()
+    if loaded is None:
+        return None, reason
     theirs = (loaded.skyrl_layer_size(), loaded.skyrl_model_size(), loaded.skyrl_step_size())
     if theirs != (*map(ctypes.sizeof, (_Layer, _Model)), sum(map(ctypes.sizeof, (_Step, *STRUCTS)))):
         return None, "the library's structs differ from ours"
-    loaded.skyrl_packed_size.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int64]
-    loaded.skyrl_packed_size.restype = ctypes.c_int64
-    size = ctypes.c_int64
-    loaded.skyrl_pack.argtypes = [
-        ctypes.c_int32, _POINTER, _POINTER, size, size, size, ctypes.c_int32, ctypes.c_int32
-    ]  # fmt: skip
-    loaded.skyrl_draw.argtypes = [_POINTER, ctypes.c_int32, ctypes.c_int32, *[_POINTER] * 4, ctypes.c_int32]
     loaded.skyrl_forward.argtypes = [ctypes.POINTER(_Model), ctypes.POINTER(_Step)]
     return loaded, ""
-
-
-def _build(compiler: str) -> Path:
-    """Path of the library. Ranks wait for the one that builds; a half-written file never has the final name."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
-    parts = [*(path.read_text() for path in sorted(KERNELS.glob("*.[ch]*"))), version, flags, " ".join(FLAGS)]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to: build anew for this process
-        folder = Path(tempfile.mkdtemp(prefix="skyrl-kernels-"))
-    target = folder / f"decode-{name}.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            part = folder / f"{target.name}.{os.getpid()}"
-            command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
-            # torch's own OpenMP, already loaded, is the one this resolves to: no second pool of threads
-            done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
-            if done.returncode:
-                subprocess.run(command, capture_output=True, text=True, check=True)
-            os.replace(part, target)
-    return target
 
 
 class NativeRunner:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from families import make_net
 
+from skyrl import kernels
 from skyrl.models import rounding
 from skyrl.models.forward import CausalLM, collate
 from skyrl.types import Datum
@@ -29,21 +30,30 @@ def close(ours, theirs, inputs, value_limit):
     assert all(off(a, b) < 1e-6 for a, b in zip(grads, exact, strict=True))
 
 
-def test_linear_sums_in_blocks():
+@pytest.fixture(params=["kernels", "torch"])
+def path(request, monkeypatch):
+    """With the compiled kernels, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: (None, "off in this test"))
+    elif why := kernels.library()[1]:
+        pytest.skip(why)
+
+
+def test_linear_sums_in_blocks(path):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 50, 704), torch.randn(65, 704) * 0.02, torch.randn(65)
     close(rounding.linear, F.linear, (x, weight, bias), 1.7e-7)  # one sum of 704: 3.7e-7
     close(rounding.linear, F.linear, (x[..., :33], weight[:, :33]), 1.7e-7)  # a last block of one
 
 
-def test_linear_leaves_other_numbers_alone():
+def test_linear_leaves_other_numbers_alone(path):
     x, weight = torch.randn(4, 64), torch.randn(5, 64)
     for dtype in (torch.float64, torch.bfloat16):
         assert torch.equal(rounding.linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
     assert rounding.linear(x[:0], weight).shape == (0, 5)
 
 
-def test_products_as_zero3_writes_them_are_taken_too():
+def test_products_as_zero3_writes_them_are_taken_too(path):
     """DeepSpeed puts its own function in the place of F.linear; in careful passes it gives the same bits."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(50, 704), torch.randn(65, 704), torch.randn(65)
@@ -71,7 +81,31 @@ def test_attention_is_rounded_once(monkeypatch):
     close(ours, plain, (q, k, v), 4e-8)  # float32 throughout: 6e-7
 
 
-def test_norms_have_no_error_common_to_all_channels():
+@pytest.mark.parametrize("kept", [1 << 24, 3 * 27 * 27])
+def test_causal_attention_by_the_kernels(kept, monkeypatch):
+    """Two queries a key, rows that do not fill vectors; weights kept, or computed again two matrices at a time."""
+    if why := kernels.library()[1]:
+        pytest.skip(why)
+    monkeypatch.setattr(rounding, "KEEP_SCORES", kept)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(5, 54, 48), torch.randn(5, 27, 48), torch.randn(5, 27, 48)
+    bias = torch.zeros(54, 27).masked_fill(torch.ones(27, 27).triu(1).bool().repeat(2, 1), float("-inf"))
+
+    def plain(q, k, v):
+        return torch.softmax(q @ k.transpose(1, 2) * 0.3 + bias.to(q.dtype), -1) @ v
+
+    assert rounding.attends(q, 2, 27, 48, 48) and not rounding.attends(q, 2, 27, 40, 40)
+    assert not rounding.attends(q.double(), 2, 27, 48, 48) and not rounding.attends(q, 2, kernels.LONGEST + 1, 48, 48)
+    close(lambda *x: rounding.attend_causal(*x, 0.3), plain, (q, k, v), 2e-7)
+
+
+def test_activation(path):
+    x = torch.randn(7, 37) * 20  # its last numbers do not fill a vector
+    close(rounding.silu, F.silu, (x,), 1e-7)
+    assert torch.equal(rounding.silu(x.double()), F.silu(x.double()))
+
+
+def test_norms_have_no_error_common_to_all_channels(path):
     torch.manual_seed(0)
     x, weight = torch.randn(200, 256) * 5, 1 + 0.1 * torch.randn(256)
 
@@ -97,7 +131,7 @@ def microbatch():
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_recomputed_layers_give_the_same_bits(name):
+def test_recomputed_layers_give_the_same_bits(name, path):
     """A layer that is recomputed in the backward pass, outside of `careful`, is rounded as in the forward pass."""
     mb, seen = microbatch(), []
     for recompute in (False, True):

@@ -1,4 +1,4 @@
-"""Sampler and trainer on a CPU in float32 say the same about the same tokens: less than 1e-5 apart."""
+"""Sampler and trainer on a CPU in float32 say the same about the same tokens, to the bit."""
 
 import json
 
@@ -16,8 +16,7 @@ from skyrl.types import Datum, SampleRequest, SamplingParams
 
 @pytest.mark.skipif(library()[0] is None, reason="the torch plan is rounded more (docs/LOG.md)")
 def test_a_model_with_large_weights():
-    """Weights four times those of a fresh model amplify rounding as training does. With each sum in one accumulator and
-    log-probs from rounded log-sums the difference was 2.3e-6 (root mean square), 9.5e-6 at most."""
+    """Weights four times those of a fresh model amplify rounding as training does."""
     cfg = load_config(["run.threads=1"])
     engine = Engine(cfg, init_distributed(cfg), dtype="float32", strategy="single", max_row_tokens=64)
     engine.create("policy", ModelSpec())
@@ -41,7 +40,7 @@ def test_a_model_with_large_weights():
         said.append(sample.logprobs)
     scored = engine.score(rows, 1.0).logprobs
     gap = np.concatenate([ours[-len(theirs) :] - theirs for ours, theirs in zip(scored, said, strict=True)])
-    assert len(gap) == 64 * 16 and np.mean(gap**2) ** 0.5 < 1.3e-6 and np.abs(gap).max() < 7e-6
+    assert len(gap) == 64 * 16 and not gap.any()
 
 
 @pytest.mark.slow
@@ -52,4 +51,4 @@ def test_the_default_recipe(tmp_path):
     assert done.code == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [record["logprob_gap:max"] for record in records if "logprob_gap:max" in record]
-    assert len(gaps) == 140 and max(gaps) < 2e-5 and np.mean(np.array(gaps) < 1e-5) > 0.9
+    assert len(gaps) == 140 and max(gaps) == 0.0

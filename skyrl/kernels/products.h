@@ -79,8 +79,8 @@ inline size_t panel_size(int dtype, int inner) { return size_t(dtype ? (inner + 
 
 // The loops over rows are unrolled whole, or the accumulators would live in memory at a third of the speed.
 // float32: sums of TERMS products are summed, which is off by less than one long sum.
+constexpr int TERMS = 32;
 template <int M> inline void tile(const float* x, int stride, const float* w, int inner, vf (*acc)[2]) {
-  constexpr int TERMS = 32;
   for (int from = 0; from < inner; from += TERMS) {
     vf part[M][2];
 #pragma GCC unroll 12

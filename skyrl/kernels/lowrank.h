@@ -111,10 +111,17 @@ void shrink(const Team& team, const Low& low, const T* x, int inner, int parts, 
 template <int M> inline void half_tile(const float* u, int stride, const float* b, int rank, vf* acc) {
 #pragma GCC unroll 12
   for (int m = 0; m < M; m++) acc[m] = vf{};
-  for (int k = 0; k < rank; k++) {
-    vf w = get(b + k * LANES);
+  for (int from = 0; from < rank; from += TERMS) {
+    vf part[M];
 #pragma GCC unroll 12
-    for (int m = 0; m < M; m++) acc[m] += w * u[size_t(m) * stride + k];
+    for (int m = 0; m < M; m++) part[m] = vf{};
+    for (int k = from; k < std::min(from + TERMS, rank); k++) {
+      vf w = get(b + k * LANES);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; m++) part[m] += w * u[size_t(m) * stride + k];
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) acc[m] += part[m];
   }
 }
 

@@ -4,31 +4,47 @@
 // Every token is a row: it writes its key and value to its slot, then attends to positions 0 .. its own through its
 // row of the block table. So decoding (a row per sequence) and short prefills (a row per token) are the same call.
 // bfloat16 results are rounded where the module in torch rounds them; sums run in float32. In float32, norms and the
-// totals of softmax are taken in float64, as models/rounding.py does in training: what they lose by rounding is common
-// to all channels and does not average out.
+// totals of softmax are taken in float64: what they lose by rounding is common to all channels and does not average out.
+// train.h computes the same for training, with the same functions: change both or neither (tests/sampler/test_same_bits).
 #include "lowrank.h"
 #include "products.h"
 
 namespace {
 
-template <class T> void rms_norm(const T* x, const T* weight, T* y, int size, float eps) {
+constexpr int MAX_GROUP = 64;  // queries of one key/value head
+
+// Returns the factor 1 / sqrt(mean of squares + eps).
+template <class T> float rms_norm(const T* x, const T* weight, T* y, int size, float eps) {
   if constexpr (sizeof(T) == 4) {
     vd squares{};
     for (int i = 0; i < size; i += LANES / 2) { vd v = doubles(x + i); squares += v * v; }
     double r = 1.0 / std::sqrt(sum(squares) / size + eps);
     vf high = set(float(r)), low = set(float(r - float(r)));
     for (int i = 0; i < size; i += LANES) { vf v = get(x + i); put(y + i, (v * high + v * low) * get(weight + i)); }
-    return;
+    return high[0];
   }
   vf squares{};
   for (int i = 0; i < size; i += LANES) { vf v = get(x + i); squares += v * v; }
   vf r = set(1.0f / std::sqrt(sum(squares) / size + eps));
   for (int i = 0; i < size; i += LANES) put(y + i, round_to<T>(get(x + i) * r) * get(weight + i));
+  return r[0];
+}
+
+inline vf silu(vf v) { return v / (1.0f + exponential(-v)); }
+
+// Keeps a product from being fused with the addition that follows: torch rounds in between.
+inline vf apart(vf v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
 }
 
 template <class T> inline vf bias_at(const T* bias, int column) { return bias ? get(bias + column) : vf{}; }
 
-// y[row, column] = product + addition + bias
+// y[row, column] = product + bias + addition
 template <class T, class Part>
 void linear(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
             const Low& low, Part part, Pick pick, int layer) {
@@ -39,15 +55,16 @@ void linear(const Team& team, const T* x, int count, int inner, const T* w, cons
     vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
     expand_panel<T>(low, p, columns, part, pick, layer);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
+      a += b0, b += b1;
       low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
-      put(to, a + b0);
-      if (both) put(to + LANES, b + b1);
+      put(to, a);
+      if (both) put(to + LANES, b);
     });
   }
 }
 
-// y[row, column] += product + addition + bias
+// y[row, column] += product + bias + addition
 template <class T>
 void linear_add(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
                 const Low& low, Pick pick, int layer) {
@@ -58,10 +75,11 @@ void linear_add(const Team& team, const T* x, int count, int inner, const T* w, 
     vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
     expand_panel<T>(low, p, columns, only_part, pick, layer);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
+      a += b0, b += b1;
       low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
-      put(to, get(to) + round_to<T>(a + b0));
-      if (both) put(to + LANES, get(to + LANES) + round_to<T>(b + b1));
+      put(to, get(to) + round_to<T>(a));
+      if (both) put(to + LANES, get(to + LANES) + round_to<T>(b));
     });
   }
 }
@@ -75,11 +93,11 @@ void gated(const Team& team, const T* x, int count, int inner, const T* w, const
     vf b0 = bias_at(bias, p * LANES), b1 = bias_at(bias, ffn + p * LANES);
     for (int half = 0; half < 2 && low.num; half++) expand<T>(low, half, p + half * panels, 1, half, pick, layer);
     panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf gate, vf up) {
+      gate += b0, up += b1;
       low.add(row, gate, up);
-      gate = round_to<T>(gate + b0);
-      up = round_to<T>(up + b1);
-      vf silu = round_to<T>(gate / (1.0f + exponential(-gate)));
-      put(y + size_t(row) * ffn + p * LANES, silu * up);
+      gate = round_to<T>(gate);
+      up = round_to<T>(up);
+      put(y + size_t(row) * ffn + p * LANES, round_to<T>(silu(gate)) * up);
     });
   }
 }
@@ -104,7 +122,7 @@ void rotate(const T* x, const T* weight, const T* cosine, const T* sine, T* y, i
         turned[j] = c < half ? -v : v;
       }
     }
-    put(y + i, round_to<T>(get(x + i) * get(cosine + i)) + round_to<T>(turned * get(sine + i)));
+    put(y + i, apart(round_to<T>(get(x + i) * get(cosine + i))) + apart(round_to<T>(turned * get(sine + i))));
   }
 }
 
@@ -141,7 +159,7 @@ inline vf sums(vf* a) {  // unrolled, or `a` lives in memory
 // out = sum_j p[j] value[j] / total for Q queries that share the values; N vectors of channels from `at` on.
 template <class T, int N, int Q>
 inline void mix(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
-                const float* rest, T* out, int channels, int at) {
+                const float* rest, T* out, size_t stride, int at) {
   vf acc[Q][N];
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++)
@@ -159,43 +177,36 @@ inline void mix(const T* values, const size_t* places, const float* p, int padde
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) put(out + q * channels + at + n * LANES, acc[q][n] * inverse[q] + acc[q][n] * rest[q]);
+    for (int n = 0; n < N; n++) put(out + q * stride + at + n * LANES, acc[q][n] * inverse[q] + acc[q][n] * rest[q]);
 }
 
 template <class T, int Q>
 inline void mix_all(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
-                    const float* rest, T* out, int channels) {
+                    const float* rest, T* out, size_t stride, int channels) {
   int at = 0;
   for (; at + 4 * LANES <= channels; at += 4 * LANES)
-    mix<T, 4, Q>(values, places, p, padded, keys, inverse, rest, out, channels, at);
-  for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, rest, out, channels, at);
+    mix<T, 4, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
+  for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
 }
 
-// One token, one key/value head, its queries. `scores` has room for them all, `places` for every key.
+inline int padded_to_lanes(int keys) { return (keys + LANES - 1) / LANES * LANES; }
+
+// One token, one key/value head, its `group` queries, `stride` apart. Key and value j lie at places[j]; beyond `keys` up
+// to a multiple of LANES places repeat the last one. Leaves in `scores` [group, keys padded] the weights times total,
+// in `inverse` and `rest` the two parts of 1 / total.
 template <class T>
-void attend(const Model& m, const Layer& l, int head, const T* queries, const int32_t* blocks, int keys, T* out,
-            float* scores, size_t* places) {
-  const int size = m.block_tokens, channels = m.channels, group = m.heads / m.kv_heads;
-  const int padded = (keys + LANES - 1) / LANES * LANES;
-  const T* all_keys = (const T*)l.keys;
-  for (int key = 0; key < padded;) {
-    int known = std::min(key, keys - 1);  // beyond the end: the last key again, masked below
-    size_t base = (size_t(blocks[known / size]) * m.kv_heads + head) * size;
-    for (int in = known % size; in < size && key < padded; in++, key++) {
-      places[key] = (base + in) * channels;
-      if (key >= keys - 1) in--;
-    }
-  }
-  float inverse[64], rest[64];  // 1 / total in two parts
+void attend(const T* all_keys, const T* values, const size_t* places, int keys, int channels, int group, float scale,
+            const T* queries, T* out, size_t stride, float* scores, float* inverse, float* rest) {
+  const int padded = padded_to_lanes(keys);
   for (int g = 0; g < group; g++) {
-    const T* query = queries + g * channels;
+    const T* query = queries + g * stride;
     float* s = scores + size_t(g) * padded;
     vf top = set(-INFINITY);
     for (int start = 0; start < keys; start += LANES) {
       vf partial[LANES];
 #pragma GCC unroll 16
       for (int j = 0; j < LANES; j++) partial[j] = dots(query, all_keys + places[start + j], channels);
-      vf score = sums(partial) * m.scale;
+      vf score = sums(partial) * scale;
       if (start + LANES > keys)
         for (int j = keys - start; j < LANES; j++) score[j] = -INFINITY;
       top = score > top ? score : top;
@@ -212,17 +223,35 @@ void attend(const Model& m, const Layer& l, int head, const T* queries, const in
     inverse[g] = float(all);
     rest[g] = float(all - inverse[g]);
   }
-  const T* values = (const T*)l.values;
   for (int g = 0; g < group; g += 4) {  // up to four queries read each value once
-    const float* p = scores + size_t(g) * padded;
-    T* to = out + g * channels;
+    const float *p = scores + size_t(g) * padded, *i = inverse + g, *r = rest + g;
+    T* to = out + g * stride;
     switch (std::min(4, group - g)) {
-      case 4: mix_all<T, 4>(values, places, p, padded, keys, inverse + g, rest + g, to, channels); break;
-      case 3: mix_all<T, 3>(values, places, p, padded, keys, inverse + g, rest + g, to, channels); break;
-      case 2: mix_all<T, 2>(values, places, p, padded, keys, inverse + g, rest + g, to, channels); break;
-      default: mix_all<T, 1>(values, places, p, padded, keys, inverse + g, rest + g, to, channels);
+      case 4: mix_all<T, 4>(values, places, p, padded, keys, i, r, to, stride, channels); break;
+      case 3: mix_all<T, 3>(values, places, p, padded, keys, i, r, to, stride, channels); break;
+      case 2: mix_all<T, 2>(values, places, p, padded, keys, i, r, to, stride, channels); break;
+      default: mix_all<T, 1>(values, places, p, padded, keys, i, r, to, stride, channels);
     }
   }
+}
+
+// The same over the cache, whose blocks of this sequence are `blocks`. `scores` has room for the whole group, `places`
+// for every key.
+template <class T>
+void attend_paged(const Model& m, const Layer& l, int head, const T* queries, const int32_t* blocks, int keys, T* out,
+                  float* scores, size_t* places) {
+  const int size = m.block_tokens, channels = m.channels, padded = padded_to_lanes(keys);
+  for (int key = 0; key < padded;) {
+    int known = std::min(key, keys - 1);  // beyond the end: the last key again
+    size_t base = (size_t(blocks[known / size]) * m.kv_heads + head) * size;
+    for (int in = known % size; in < size && key < padded; in++, key++) {
+      places[key] = (base + in) * channels;
+      if (key >= keys - 1) in--;
+    }
+  }
+  float inverse[MAX_GROUP], rest[MAX_GROUP];
+  attend((const T*)l.keys, (const T*)l.values, places, keys, channels, m.heads / m.kv_heads, m.scale, queries, out,
+         channels, scores, inverse, rest);
 }
 
 // `body` and `head` are the adapters of the rows and of the rows that give logits, with chunks set.
@@ -280,7 +309,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     for (int unit = team.from(count * kv); unit < team.to(count * kv); unit++) {
       int t = unit / kv, h = unit % kv;
       size_t at = (size_t(t) * heads + h * group) * channels;
-      attend(m, l, h, queries + at, s.table + size_t(t) * s.width, int(s.positions[t]) + 1, mixed + at, scores, places);
+      const int32_t* blocks = s.table + size_t(t) * s.width;
+      attend_paged(m, l, h, queries + at, blocks, int(s.positions[t]) + 1, mixed + at, scores, places);
     }
     team.wait();
     Pick of_out = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].out; };
@@ -311,15 +341,48 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     vf b0 = bias_at(bias, p * PANEL), b1 = bias_at(bias, p * PANEL + LANES);
     expand_panel<T>(head, p, panels * PANEL, only_part, of_head, 0);
     panel(normed, s.num_logits, hidden, (const T*)m.head + p * panel_size(m.dtype, hidden), [&](int row, vf a, vf b) {
+      a += b0, b += b1;
       head.add(row, a, b);
       float* out = s.logits + size_t(row) * m.vocab + p * PANEL;
       alignas(64) float both[PANEL];
-      put(both, round_to<T>(a + b0));
-      put(both + LANES, round_to<T>(b + b1));
+      put(both, round_to<T>(a));
+      put(both + LANES, round_to<T>(b));
       std::memcpy(out, both, sizeof(float) * std::min(PANEL, m.vocab - p * PANEL));
     });
   }
 }
+
+// One row of logits over a temperature. Sums of 256 weights run in float32, sums of sums in float64.
+struct Softmax {
+  static constexpr int PART = 16 * LANES;
+  const float* z;
+  int vocab;
+  float heat, top;
+  double total = 0;
+
+  Softmax(const float* logits, int vocab, float temperature)
+      : z(logits), vocab(vocab), heat(temperature > 0 ? 1.0f / temperature : 1.0f) {
+    vf tops = set(-INFINITY);
+    for (int at = 0; at < vocab; at += LANES) {
+      vf v = scaled(at);
+      tops = v > tops ? v : tops;
+    }
+    top = largest(tops);  // a NaN is not seen here, but in the total
+    for (int from = 0; from < vocab; from += PART) total += part(from);
+  }
+  vf scaled(int at) const {  // 16 logits over temperature; beyond the end -inf
+    if (at + LANES <= vocab) return get(z + at) * heat;
+    vf v = set(-INFINITY);
+    for (int i = at; i < vocab; i++) v[i - at] = z[i] * heat;
+    return v;
+  }
+  double part(int from) const {
+    vf sums{};
+    for (int at = from; at < std::min(from + PART, vocab); at += LANES) sums += exponential(scaled(at) - top);
+    return double(sum(sums));
+  }
+  float log_prob(int64_t token) const { return float(double(z[token] * heat) - top - std::log(total)); }
+};
 
 size_t room_size(const Model& m, const Step& s, const Low& low) {
   size_t most = std::max(s.count, s.num_logits);
@@ -369,53 +432,32 @@ void skyrl_pack(int32_t dtype, void* to, const void* from, int64_t columns, int6
 }
 
 // Draws a token from each row of logits [count, vocab] at point uniforms[row] of the distribution at temperatures[row];
-// 0 = the likeliest. Sums of 256 weights run in float32, sums of sums in float64.
+// 0 = the likeliest.
 void skyrl_draw(const float* logits, int32_t count, int32_t vocab, const double* uniforms, const float* temperatures,
                 int64_t* tokens, float* logprobs, int32_t threads) {
-  constexpr int PART = 16 * LANES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int row = 0; row < count; row++) {
-    const float* z = logits + size_t(row) * vocab;
-    float heat = temperatures[row] > 0 ? 1.0f / temperatures[row] : 1.0f;
-    auto scaled = [&](int at) {  // 16 logits over temperature; beyond the end -inf
-      if (at + LANES <= vocab) return get(z + at) * heat;
-      vf v = set(-INFINITY);
-      for (int i = at; i < vocab; i++) v[i - at] = z[i] * heat;
-      return v;
-    };
-    vf tops = set(-INFINITY);
-    for (int at = 0; at < vocab; at += LANES) {
-      vf v = scaled(at);
-      tops = v > tops ? v : tops;
-    }
-    float top = largest(tops);  // a NaN is not seen here, but in the total
-    auto part = [&](int from) {
-      vf total{};
-      for (int at = from; at < std::min(from + PART, vocab); at += LANES) total += exponential(scaled(at) - top);
-      return double(sum(total));
-    };
-    double total = 0;
-    for (int from = 0; from < vocab; from += PART) total += part(from);
+    Softmax s(logits + size_t(row) * vocab, vocab, temperatures[row]);
     int token = -1;
     if (temperatures[row] > 0) {
-      double point = uniforms[row] * total, before = 0;
+      double point = uniforms[row] * s.total, before = 0;
       int from = 0;
-      for (; from + PART < vocab; from += PART) {
-        double next = before + part(from);
+      for (; from + Softmax::PART < vocab; from += Softmax::PART) {
+        double next = before + s.part(from);
         if (next > point) break;
         before = next;
       }
       // rounding may leave the point beyond the last weight of this part: then the last that is not 0
-      for (int at = from; at < std::min(from + PART, vocab) && before <= point; at += LANES) {
-        vf e = exponential(scaled(at) - top);
+      for (int at = from; at < std::min(from + Softmax::PART, vocab) && before <= point; at += LANES) {
+        vf e = exponential(s.scaled(at) - s.top);
         for (int i = 0; i < std::min(LANES, vocab - at) && before <= point; i++)
           if (e[i] > 0) before += e[i], token = at + i;
       }
     } else {
-      for (int i = 0; i < vocab && token < 0; i++) if (z[i] * heat == top) token = i;
+      for (int i = 0; i < vocab && token < 0; i++) if (s.z[i] * s.heat == s.top) token = i;
     }
     tokens[row] = std::max(token, 0);
-    logprobs[row] = float(double(z[tokens[row]] * heat) - top - std::log(total));
+    logprobs[row] = s.log_prob(tokens[row]);
   }
 }
 
@@ -462,3 +504,5 @@ void skyrl_forward(const Model* m, const Step* s) {
 #endif
 }
 }
+
+#include "train.h"

@@ -1,0 +1,88 @@
+"""What a CPU computes in C++: the sampler's forward pass, and the same operations for training, which so rounds alike.
+
+Built on first use with the machine's C++ compiler, as plain C functions that depend neither on torch's nor on Python's
+version; kept in the user's cache folder under a name made of source, compiler and processor. Optional: without a
+compiler, on another architecture or with SKYRL_CPU_KERNELS=0 everything runs in torch operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "decode.cpp"
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
+LANES, PANEL = (
+    16,
+    32,
+)  # numbers of a vector: sizes that norms and attention handle are multiples of it; columns of a panel
+LONGEST = 1024  # tokens that are attended one by one; where a row is longer, torch's tiled attention is faster
+MAX_CHANNELS, MAX_GROUP = 1024, 64  # of a head; queries of a key/value head
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "skyrl_packed_size": [_INT, _LONG, _LONG],
+    "skyrl_pack": [_INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
+    "skyrl_draw": [_POINTER, _INT, _INT, *[_POINTER] * 4, _INT],
+    "skyrl_product": [_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _INT],
+    "skyrl_norm": [*[_POINTER] * 4, _LONG, _INT, _FLOAT, _INT],
+    "skyrl_log_probs": [_POINTER, _LONG, _INT, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _INT],
+    "skyrl_silu": [_POINTER, _POINTER, _LONG, _INT],
+    "skyrl_attend": [*[_POINTER] * 5, _LONG, _INT, _INT, _INT, _FLOAT, _INT],
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The built library, or None and why there is none. Builds it at most once per machine and source."""
+    if os.environ.get("SKYRL_CPU_KERNELS", "1") == "0":
+        return None, "SKYRL_CPU_KERNELS=0"
+    compiler = next(
+        (found for name in (os.environ.get("CXX", ""), "g++", "c++") if (found := shutil.which(name))), None
+    )
+    if compiler is None:
+        return None, "no C++ compiler"
+    if platform.system() != "Linux":
+        return None, f"not tried on {platform.system()}"
+    try:
+        loaded = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{compiler} failed: {str(getattr(error, 'stderr', '') or error).strip().splitlines()[-1:]}"
+    for name, arguments in _ARGUMENTS.items():
+        getattr(loaded, name).argtypes = arguments
+    loaded.skyrl_packed_size.restype = _LONG
+    return loaded, ""
+
+
+def _build(compiler: str) -> Path:
+    """Path of the library. Ranks wait for the one that builds; a half-written file never has the final name."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+    parts = [*(path.read_text() for path in sorted(FOLDER.glob("*.[ch]*"))), version, flags, " ".join(FLAGS)]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to: build anew for this process
+        folder = Path(tempfile.mkdtemp(prefix="skyrl-kernels-"))
+    target = folder / f"decode-{name}.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = folder / f"{target.name}.{os.getpid()}"
+            command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
+            # torch's own OpenMP, already loaded, is the one this resolves to: no second pool of threads
+            done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
+            if done.returncode:
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(part, target)
+    return target
