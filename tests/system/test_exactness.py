@@ -51,4 +51,4 @@ def test_the_default_recipe(tmp_path):
     assert done.code == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [record["logprob_gap:max"] for record in records if "logprob_gap:max" in record]
-    assert len(gaps) == 140 and max(gaps) == 0.0
+    assert len(gaps) == 180 and max(gaps) == 0.0
