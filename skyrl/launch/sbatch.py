@@ -19,6 +19,7 @@ from skyrl.types import UserError
 BODY = "# ---- what follows is the same for every job\n"
 SUBMIT_SECONDS = 60
 SAVE_SECONDS = 180
+RUNTIMES = ("apptainer", "singularity", "enroot", "pyxis")
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -39,7 +40,8 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="any flag of sbatch: --qos=high")
     group.add_argument("--module", action="append", default=[], help="environment module to load")
     group.add_argument("--setup", default="", help="file to source first")
-    group.add_argument("--container", default="", help="image for apptainer (.sif) or pyxis (.sqsh)")
+    group.add_argument("--container", default="", help="image: *.sif is apptainer's, *.sqsh pyxis', or a name")
+    group.add_argument("--container-runtime", default="", help=f"for other images: {', '.join(RUNTIMES)}")
     group.add_argument("--container-args", default="", help="more arguments for it")
     group.add_argument("--staged", default="", help="folder made by skyrl-tx stage")
     group.add_argument("--online", action="store_true", help="the nodes have internet")
@@ -74,7 +76,8 @@ def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
         "SKYRL_MAX_REQUEUES": str(flags.max_requeues),
         "SKYRL_MODULES": " ".join(flags.module),
         "SKYRL_SETUP": _there("--setup", flags.setup),
-        "SKYRL_CONTAINER": _there("--container", flags.container),
+        "SKYRL_CONTAINER": _image(flags.container, flags.container_runtime),
+        "SKYRL_CONTAINER_RUNTIME": flags.container_runtime,
         "SKYRL_CONTAINER_ARGS": flags.container_args,
         "SKYRL_STAGED": _there("--staged", flags.staged),
         "SKYRL_ONLINE": "1" if flags.online else "",
@@ -152,6 +155,23 @@ def _number(flag: str, text: str) -> int:
 
 
 def _there(flag: str, path: str) -> str:
-    if path and not Path(path).exists() and "://" not in path:
+    if path and not Path(path).exists():
         raise UserError(f"launch: {flag}={path}: not there")
-    return str(Path(path).absolute()) if path and Path(path).exists() else path
+    return str(Path(path).absolute()) if path else path
+
+
+def _image(image: str, runtime: str) -> str:
+    """A file becomes an absolute path. What cannot be one (docker://a/b, a container of enroot's, an image of a
+    registry) is for the program to judge."""
+    if runtime and runtime not in RUNTIMES:
+        raise UserError(f"launch: --container-runtime={runtime}: choose one of: {', '.join(RUNTIMES)}")
+    if not image:
+        return image
+    if not runtime and not image.endswith((".sif", ".sqsh")):
+        raise UserError(f"launch: --container={image}: give --container-runtime as well: {', '.join(RUNTIMES)}")
+    if Path(image).is_file() or (Path(image).is_dir() and runtime not in ("enroot", "pyxis")):
+        return str(Path(image).absolute())
+    by_scheme = runtime in ("", "apptainer", "singularity")
+    if by_scheme and ":" not in image or image.startswith(("/", ".")) or (runtime == "enroot" and "/" in image):
+        raise UserError(f"launch: --container={image}: not there")
+    return image

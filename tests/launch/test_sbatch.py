@@ -59,6 +59,23 @@ def test_arrays_have_a_log_for_each_task(capsys):
     assert "export SKYRL_COMMAND=serve\n" in printed(capsys, "--", "serve", "service.port=8001")
 
 
+def test_a_container_is_a_file_or_a_name_that_its_program_knows(capsys, tmp_path):
+    def exported(image, runtime=""):
+        script = printed(capsys, "--container", image, "--container-runtime", runtime, "--", "train")
+        lines = [line.partition("=") for line in script.splitlines() if line.startswith("export SKYRL_CONTAINER")]
+        return {name.removeprefix("export SKYRL_"): value.strip("'") for name, _, value in lines}
+
+    (tmp_path / "a.sqsh").touch()
+    assert exported("a.sqsh") == {"CONTAINER": f"{tmp_path}/a.sqsh"}
+    assert exported("a.sqsh", "enroot") == {"CONTAINER": f"{tmp_path}/a.sqsh", "CONTAINER_RUNTIME": "enroot"}
+    for image, runtime in (("docker://a/b", "apptainer"), ("pytorch", "enroot"), ("nvcr.io#nvidia/pytorch:1", "pyxis")):
+        assert exported(image, runtime) == {"CONTAINER": image, "CONTAINER_RUNTIME": runtime}
+    assert "--container=b.sif: not there" in refused("--container", "b.sif", "--", "train")
+    assert "not there" in refused("--container", "a/b", "--container-runtime", "enroot", "--", "train")
+    assert "give --container-runtime as well: apptainer," in refused("--container", "docker://a", "--", "train")
+    assert "choose one of: apptainer" in refused("--container", "b", "--container-runtime", "docker", "--", "train")
+
+
 def refused(*args):
     with pytest.raises(UserError) as error:
         launch(["--slurm", *args])

@@ -7,7 +7,8 @@
 #   cluster.sh run COMMAND...  start, COMMAND with SLURM_CONF set, stop; exits as COMMAND did
 #
 # SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>), SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each
-# node claims to have), SLURM_TEST_PORT (26817; this port and one more a node).
+# node claims to have), SLURM_TEST_PORT (26817; this port and one more a node), SLURM_TEST_PLUGSTACK (a plugstack.conf, as
+# pyxis comes with one; none).
 set -euo pipefail
 
 DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}
@@ -22,10 +23,11 @@ PATH=$PATH:/usr/sbin:/sbin
 say() { echo "cluster.sh: $*" >&2; }
 
 install() {
-    command -v slurmctld slurmd munged >/dev/null && return
-    [ "$(id -u)" = 0 ] || { say "slurmctld, slurmd and munged are missing: install slurm-wlm and munge as root"; exit 2; }
+    command -v slurmctld slurmd munged >/dev/null && [ -e /usr/share/modules/init/bash ] && return
+    [ "$(id -u)" = 0 ] || { say "install slurm-wlm, munge and environment-modules as root"; exit 2; }
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge \
+        environment-modules >/dev/null
 }
 
 # cred_expire: a requeued job waits for twice the life of its credential, 121 s by default; below 5 is not taken.
@@ -67,6 +69,7 @@ SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 END
+        [ -z "${SLURM_TEST_PLUGSTACK:-}" ] || echo "PlugStackConfig=$SLURM_TEST_PLUGSTACK"
         for node in $(seq 0 $((NODES - 1))); do
             echo "NodeName=node$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((PORT + 1 + node))" \
                 "CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$memory"
@@ -129,7 +132,7 @@ run)
     "$@"
     ;;
 *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from jobs import RUN, Job
 
 
 def pytest_collection_modifyitems(items):
@@ -13,3 +14,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slurm)
             if not ready:
                 item.add_marker(pytest.mark.skip(reason="needs a Slurm for tests: make test-slurm"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """An uninterrupted run on two nodes."""
+    place = tmp_path_factory.mktemp("whole")
+    job = Job.submit(place, "train.sbatch", *RUN, "run.dir=run", flags=("--nodes=2",))
+    assert job.end() == "COMPLETED", job.text()
+    assert "2 nodes x 1 ranks" in job.text() and "done: held-out accuracy" in job.text()
+    return place / "run"

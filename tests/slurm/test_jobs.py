@@ -10,16 +10,6 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 SLOW = "env.options.sleep=0.05"
 
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """An uninterrupted run on two nodes."""
-    place = tmp_path_factory.mktemp("whole")
-    job = Job.submit(place, "train.sbatch", *RUN, "run.dir=run", flags=("--nodes=2",))
-    assert job.end() == "COMPLETED", job.text()
-    assert "2 nodes x 1 ranks" in job.text() and "done: held-out accuracy" in job.text()
-    return place / "run"
-
-
 def test_two_nodes_compute_what_two_ranks_here_do(whole, tmp_path):
     done = command(
         *("python", "-m", "skyrl.cli", "launch", "--nproc", "2", "--", "train", *RUN, "run.dir=run"),
