@@ -21,10 +21,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "decode.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
-LANES, PANEL = (
-    16,
-    32,
-)  # numbers of a vector: sizes that norms and attention handle are multiples of it; columns of a panel
+MULTIPLE = 16  # of which sizes have to be, for norms and attention; vectors are this long or shorter
+PANEL = 2 * MULTIPLE  # columns of packed weights come in panels of this many or fewer
 LONGEST = 1024  # tokens that are attended one by one; where a row is longer, torch's tiled attention is faster
 MAX_CHANNELS, MAX_GROUP = 1024, 64  # of a head; queries of a key/value head
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float

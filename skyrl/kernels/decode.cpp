@@ -84,7 +84,7 @@ void linear_add(const Team& team, const T* x, int count, int inner, const T* w, 
   }
 }
 
-// y[row, channel] = silu(gate) * up; a panel holds 16 columns of each
+// y[row, channel] = silu(gate) * up; a panel holds LANES columns of each
 template <class T>
 void gated(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int ffn,
            const Low& low, Pick pick, int layer) {
@@ -126,7 +126,7 @@ void rotate(const T* x, const T* weight, const T* cosine, const T* sine, T* y, i
   }
 }
 
-template <class T> inline vf dots(const T* query, const T* key, int channels) {  // partial sums in 16 lanes
+template <class T> inline vf dots(const T* query, const T* key, int channels) {  // partial sums, one a lane
   vf acc{};
 #if defined(__AVX512BF16__)
   if constexpr (sizeof(T) == 2) {
@@ -141,19 +141,18 @@ template <class T> inline vf dots(const T* query, const T* key, int channels) { 
   return acc;
 }
 
-// Sixteen vectors to one: lane i is the sum of vector i.
-inline vf sums(vf* a) {  // unrolled, or `a` lives in memory
-  const vi lo8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, hi8 = lo8 + 8;
+// LANES vectors to one: lane i is the sum of vector i.
+template <int STEP = LANES / 2> inline vf sums(vf* a) {  // unrolled, or `a` lives in memory
+  if constexpr (STEP == 0) {
+    return a[0];
+  } else {
+    constexpr int JUMP = (LANES - STEP) / STEP;  // what was lane i of the second vector follows lane i of the first
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) a[i] = __builtin_shuffle(a[i], a[i + 8], lo8) + __builtin_shuffle(a[i], a[i + 8], hi8);
-  const vi lo4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, hi4 = lo4 + 4;
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) a[i] = __builtin_shuffle(a[i], a[i + 4], lo4) + __builtin_shuffle(a[i], a[i + 4], hi4);
-  const vi lo2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, hi2 = lo2 + 2;
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) a[i] = __builtin_shuffle(a[i], a[i + 2], lo2) + __builtin_shuffle(a[i], a[i + 2], hi2);
-  const vi lo1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, hi1 = lo1 + 1;
-  return __builtin_shuffle(a[0], a[1], lo1) + __builtin_shuffle(a[0], a[1], hi1);
+    for (int i = 0; i < STEP; i++)
+      a[i] = __builtin_shuffle(a[i], a[i + STEP], LANE + (LANE & STEP) * JUMP) +
+             __builtin_shuffle(a[i], a[i + STEP], LANE + (LANE & STEP) * JUMP + STEP);
+    return sums<STEP / 2>(a);
+  }
 }
 
 // out = sum_j p[j] value[j] / total for Q queries that share the values; N vectors of channels from `at` on.
@@ -183,9 +182,10 @@ inline void mix(const T* values, const size_t* places, const float* p, int padde
 template <class T, int Q>
 inline void mix_all(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
                     const float* rest, T* out, size_t stride, int channels) {
+  constexpr int WIDE = LANES == 16 ? 4 : 2;  // vectors at once, as many as there are registers for
   int at = 0;
-  for (; at + 4 * LANES <= channels; at += 4 * LANES)
-    mix<T, 4, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
+  for (; at + WIDE * LANES <= channels; at += WIDE * LANES)
+    mix<T, WIDE, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
   for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
 }
 
@@ -352,7 +352,7 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
   }
 }
 
-// One row of logits over a temperature. Sums of 256 weights run in float32, sums of sums in float64.
+// One row of logits over a temperature. Sums of PART weights run in float32, sums of sums in float64.
 struct Softmax {
   static constexpr int PART = 16 * LANES;
   const float* z;
@@ -370,7 +370,7 @@ struct Softmax {
     top = largest(tops);  // a NaN is not seen here, but in the total
     for (int from = 0; from < vocab; from += PART) total += part(from);
   }
-  vf scaled(int at) const {  // 16 logits over temperature; beyond the end -inf
+  vf scaled(int at) const {  // LANES logits over temperature; beyond the end -inf
     if (at + LANES <= vocab) return get(z + at) * heat;
     vf v = set(-INFINITY);
     for (int i = at; i < vocab; i++) v[i - at] = z[i] * heat;
@@ -397,6 +397,7 @@ size_t room_size(const Model& m, const Step& s, const Low& low) {
 
 extern "C" {
 
+int32_t skyrl_lanes() { return LANES; }
 int64_t skyrl_layer_size() { return sizeof(Layer); }
 int64_t skyrl_model_size() { return sizeof(Model); }
 int64_t skyrl_step_size() { return sizeof(Step) + sizeof(Adapter) + sizeof(Segment) + sizeof(Deltas); }
@@ -407,7 +408,7 @@ int64_t skyrl_packed_size(int32_t dtype, int64_t columns, int64_t inner) {
 }
 
 // Writes rows of a weight [columns, inner] into packed form. Column i goes to `first` + i, or with interleave to lane
-// i % 16 of panel i / 16, in its half `first` (0 or 1). `first` is else a multiple of 16. Destination zero before.
+// i % LANES of panel i / LANES, in its half `first` (0 or 1). `first` is else a multiple of LANES. Destination zero before.
 void skyrl_pack(int32_t dtype, void* to, const void* from, int64_t columns, int64_t inner, int64_t first,
                 int32_t interleave, int32_t threads) {
   size_t each = panel_size(dtype, inner);

@@ -16,7 +16,7 @@ struct Model {
   const Layer* layer;
 };
 // Low-rank additions, y += b (scale * a x). `a` is packed as weights are, `parts * rank` columns; those of part i begin
-// at i * rank; `b` is [columns / 16][rank][16] (bfloat16: [columns / 16][rank / 2][16][2]). rank is a multiple of 16.
+// at i * rank; `b` is [columns / L][rank][L] with L = LANES (bfloat16: [columns / L][rank / 2][L][2]). rank is a multiple of L.
 struct Delta { const void *a, *b; };  // null: this product has none
 struct Deltas { Delta qkv, out, gate_up, down; };
 struct Adapter {
@@ -154,7 +154,7 @@ template <class T, int M> inline void half_rows(const T* u, int stride, const T*
   for (int m = 0; m < M; m++) put(to + m * PANEL, acc[m]);
 }
 
-// Fills half `half` of low.room for the 16 columns that are number `group` in b and read u of part `part`. The next
+// Fills half `half` of low.room for the LANES columns that are number `group` in b and read u of part `part`. The next
 // panel's are `next` groups on: each adapter's b is read in small pieces, too far apart for the processor to foresee.
 template <class T> void expand(const Low& low, int half, int group, int next, int part, Pick pick, int layer) {
   for (int i = 0; i < low.num; i++) {
@@ -174,7 +174,7 @@ template <class T> void expand(const Low& low, int half, int group, int next, in
   }
 }
 
-// The same for both halves of panel p of a product whose columns are all in one order. `part(group)` is the part of 16
+// The same for both halves of panel p of a product whose columns are all in one order. `part(group)` is the part of LANES
 // columns.
 template <class T, class Part>
 void expand_panel(const Low& low, int p, int columns, Part part, Pick pick, int layer) {

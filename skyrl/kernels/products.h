@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, and products with packed weights, on a CPU. Part of decode.cpp.
+// Vectors as wide as the processor's, and products with packed weights, on a CPU. Part of decode.cpp.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,19 +16,32 @@
 
 namespace {
 
-constexpr int LANES = 16, PANEL = 2 * LANES;  // columns of a vector, of a weight panel
+// LANES: numbers of a vector register, for wider ones live in memory. ROWS of a tile, which has two accumulators for
+// each: most registers, the rest for the weights.
 #if defined(__AVX512F__)
-constexpr int ROWS = 12;  // rows of a tile: 24 accumulators of 32 registers
+constexpr int LANES = 16, ROWS = 12;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ROWS = 12;
 #else
-constexpr int ROWS = 3;
+constexpr int LANES = 4, ROWS = 6;
 #endif
+constexpr int PANEL = 2 * LANES;  // columns of a weight panel
 using bf16 = uint16_t;
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vq __attribute__((vector_size(32)));
-typedef double vd __attribute__((vector_size(64)));
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef float vq __attribute__((vector_size(2 * LANES)));  // half as many, which fill a vector as doubles
+typedef double vd __attribute__((vector_size(4 * LANES)));
+#if defined(__AVX512F__)
+constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX__)
+constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr vi LANE = {0, 1, 2, 3};
+#endif
 
 template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
@@ -47,14 +60,25 @@ inline void put(float* p, vf v) { store(p, v); }
 inline void put(bf16* p, vf v) { store(p, narrow(v)); }
 template <class T> inline vf round_to(vf v) { if constexpr (sizeof(T) == 2) return widen(narrow(v)); else return v; }
 
-inline vf rotated(vf v, int by) {
-  vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return __builtin_shuffle(v, (lane + by) & 15);
+inline vd doubles(const float* p) { return __builtin_convertvector(load<vq>(p), vd); }  // LANES / 2 of them
+inline double sum(vd v) {
+  double part[LANES / 2];
+  store(part, v);
+  for (int step = 1; step < LANES / 2; step *= 2)
+    for (int i = 0; i < LANES / 2; i += 2 * step) part[i] += part[i + step];
+  return part[0];
 }
-inline vd doubles(const float* p) { return __builtin_convertvector(load<vq>(p), vd); }  // 8 of them
-inline double sum(vd v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
-inline float sum(vf v) { for (int by : {8, 4, 2, 1}) v += rotated(v, by); return v[0]; }
-inline float largest(vf v) { for (int by : {8, 4, 2, 1}) { vf o = rotated(v, by); v = v > o ? v : o; } return v[0]; }
+template <int BY = LANES / 2> inline float sum(vf v) {
+  if constexpr (BY == 0) return v[0];
+  else return sum<BY / 2>(v + __builtin_shuffle(v, (LANE + BY) & (LANES - 1)));
+}
+template <int BY = LANES / 2> inline float largest(vf v) {
+  if constexpr (BY == 0) return v[0];
+  else {
+    vf o = __builtin_shuffle(v, (LANE + BY) & (LANES - 1));
+    return largest<BY / 2>(v > o ? v : o);
+  }
+}
 
 inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
   vi low = x < -87.0f, high = x > 88.0f;
@@ -72,8 +96,8 @@ inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
   return (vf)((vi)(p * (vf)((k + 127) << 23)) & ~low);
 }
 
-// ---- products: y = x w^T with w in panels of 32 columns -------------------------------------------------------------
-// bfloat16: [columns / 32][inner / 2][32][2]; float32: [columns / 32][inner][32]. Missing columns are zero.
+// ---- products: y = x w^T with w in panels of PANEL columns ----------------------------------------------------------
+// bfloat16: [columns / PANEL][inner / 2][PANEL][2]; float32: [columns / PANEL][inner][PANEL]. Missing columns are zero.
 
 inline size_t panel_size(int dtype, int inner) { return size_t(dtype ? (inner + 1) / 2 * 2 : inner) * PANEL; }
 
@@ -119,7 +143,7 @@ template <int M> inline void tile(const bf16* x, int stride, const bf16* w, int 
       acc[m][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][1], b, s);
     }
 #else
-    vu a = load<vu>(w), b = load<vu>(w + PANEL);
+    vu a = load<vu>(w), b = load<vu>(w + PANEL);  // pairs of bfloat16
     vf a0 = (vf)(a << 16), a1 = (vf)(a & 0xffff0000u), b0 = (vf)(b << 16), b1 = (vf)(b & 0xffff0000u);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
@@ -148,7 +172,7 @@ template <class Call> inline void with_rows(int n, Call call) {
   }
 }
 
-// Calls done(row, columns 0-15, columns 16-31) for every row of the panel.
+// Calls done(row, first LANES columns, the others) for every row of the panel.
 template <class T, class Done> inline void panel(const T* x, int count, int inner, const T* w, Done done) {
   int parts = (count + ROWS - 1) / ROWS;
   for (int part = 0; part < parts; part++) {

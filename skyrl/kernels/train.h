@@ -25,7 +25,7 @@ inline void pack_panel(const float* w, bool turned, int64_t columns, int64_t inn
 extern "C" {
 
 // y [count, columns] = x [count, inner] w^T + bias (or null). w is [columns, inner], or `turned` [inner, columns].
-// `room`: columns rounded up to 32, times inner.
+// `room`: columns rounded up to PANEL, times inner.
 void skyrl_product(const float* x, int64_t count, int64_t inner, const float* w, int32_t turned, const float* bias,
                    float* y, int64_t columns, float* room, int32_t threads) {
   int64_t panels = (columns + PANEL - 1) / PANEL;

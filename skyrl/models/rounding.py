@@ -176,7 +176,7 @@ def _attend_causal(
 def attends(q: Tensor, group: int, keys: int, channels: int, value_channels: int) -> bool:
     """Whether `attend_causal` can: heads of that many channels, `group` queries a key, rows of `keys` tokens."""
     fits = channels == value_channels <= kernels.MAX_CHANNELS and group <= kernels.MAX_GROUP
-    return fits and channels % kernels.LANES == 0 and keys <= kernels.LONGEST and exact(q)
+    return fits and channels % kernels.MULTIPLE == 0 and keys <= kernels.LONGEST and exact(q)
 
 
 def attend_causal(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> Tensor:
@@ -189,7 +189,7 @@ def attend_causal(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.shape[-1] % kernels.LANES == 0 and exact(x, weight):
+        if x.shape[-1] % kernels.MULTIPLE == 0 and exact(x, weight):
             x, scale = x.detach().contiguous(), weight.detach().contiguous()
             out, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
             _run("skyrl_norm", x, scale, out, r, r.numel(), x.shape[-1], eps)

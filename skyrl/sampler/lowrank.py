@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl.kernels import LANES
+from skyrl.kernels import MULTIPLE, PANEL
 from skyrl.sampler.plan import Plan
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _Packed:
         self._library, self._plan, self._dtype, self._adapter = library, plan, dtype, adapter
         self._alive: list[Tensor] = []
         most = max((down.shape[0] for down, _ in adapter.pairs.values()), default=1)
-        self._rank = -(-most // LANES) * LANES
+        self._rank = -(-most // MULTIPLE) * MULTIPLE
         self._layers = (_Deltas * len(plan.layers))()
         for to, layer in zip(self._layers, plan.layers, strict=True):
             to.qkv, to.out = self._delta(layer.qkv), self._delta([layer.out])
@@ -91,17 +91,17 @@ class _Packed:
         self.struct = _Adapter(self._rank, adapter.scale, layers, self._delta([plan.head]))
 
     def _delta(self, parts: list[nn.Linear]) -> _Delta:
-        """A of all parts as one packed weight, B of all parts in groups of 16 columns; see kernels/lowrank.h."""
+        """A of all parts as one packed weight, B of all parts in groups of columns; see kernels/lowrank.h."""
         pairs = self._plan.adapted(self._adapter, parts)
         if all(pair is None for pair in pairs):
             return _Delta(None, None)
         half, inner, rank = int(self._dtype == torch.bfloat16), parts[0].in_features, self._rank
         size = self._library.skyrl_packed_size(half, rank * len(parts), inner)
-        packed, groups = torch.zeros(size, dtype=self._dtype), []
+        packed, groups, lanes = torch.zeros(size, dtype=self._dtype), [], self._library.skyrl_lanes()
         for number, (part, pair) in enumerate(zip(parts, pairs, strict=True)):
-            # the head may end inside a panel of 32 columns; the other products have parts of whole groups
-            columns = -(-part.out_features // (2 * LANES)) * 2 * LANES if len(parts) == 1 else part.out_features
-            up_GIR = torch.zeros(columns // LANES, LANES, rank, dtype=self._dtype)
+            # the head may end inside a panel; the other products have parts of whole groups
+            columns = -(-part.out_features // PANEL) * PANEL if len(parts) == 1 else part.out_features
+            up_GIR = torch.zeros(columns // lanes, lanes, rank, dtype=self._dtype)
             if pair is not None:
                 down, up = (tensor.detach().to("cpu", self._dtype) for tensor in pair)
                 down = F.pad(down, (0, 0, 0, rank - down.shape[0])).contiguous()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl import kernels
-from skyrl.kernels import LANES, LONGEST, MAX_CHANNELS, MAX_GROUP
+from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.adapters import segments as segments_of
 from skyrl.sampler.draw import Rules, draw
@@ -62,8 +62,8 @@ def why_not(plan: Plan, cache: KVCache) -> str:
     hidden, ffn = plan.embedding.embedding_dim, plan.layers[0].down.in_features
     if cache.device.type != "cpu" or cache.dtype not in (torch.float32, torch.bfloat16):
         return "they are for float32 and bfloat16 on a CPU"
-    if any(size % LANES for size in (hidden, ffn, plan.channels)) or plan.channels > MAX_CHANNELS:
-        return f"channels are not multiples of {LANES}, or more than {MAX_CHANNELS} in a head"
+    if any(size % MULTIPLE for size in (hidden, ffn, plan.channels)) or plan.channels > MAX_CHANNELS:
+        return f"channels are not multiples of {MULTIPLE}, or more than {MAX_CHANNELS} in a head"
     if plan.heads // plan.kv_heads > MAX_GROUP:
         return f"more than {MAX_GROUP} queries to a key"
     return library()[1]
