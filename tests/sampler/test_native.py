@@ -189,3 +189,22 @@ def test_without_compiler_or_when_switched_off(tmp_path):
     for process, reason in ((off, "SKYRL_CPU_KERNELS=0"), (none, "no C++ compiler"), (failing, "no such flag")):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0 and "None" in out and reason in out, out + err
+
+
+@pytest.mark.slow
+def test_narrower_vectors(tmp_path):
+    """The kernels as a processor without AVX-512 has them: all tests of theirs."""
+    if not any("avx2" in line and "fma" in line for line in Path("/proc/cpuinfo").read_text().splitlines()):
+        pytest.skip("no AVX2 here")
+    code = """
+import sys, pytest, torch
+from skyrl import kernels
+kernels.FLAGS[kernels.FLAGS.index("-march=native")] = "-march=haswell"
+assert kernels.library()[0].skyrl_lanes() == 8, kernels.library()[1]
+here = ["tests/sampler/test_native.py", "tests/sampler/test_same_bits.py", "tests/sampler/test_adapters.py",
+        "tests/models/test_rounding.py"]
+sys.exit(pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *here]))
+"""
+    process = _python(code, XDG_CACHE_HOME=str(tmp_path))
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out[-2000:] + err[-2000:]
