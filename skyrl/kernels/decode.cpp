@@ -381,7 +381,10 @@ struct Softmax {
     for (int at = from; at < std::min(from + PART, vocab); at += LANES) sums += exponential(scaled(at) - top);
     return double(sum(sums));
   }
-  float log_prob(int64_t token) const { return float(double(z[token] * heat) - top - std::log(total)); }
+  float log_prob(int64_t token) const {  // NaN for a token that is none
+    if (token < 0 || token >= vocab) return NAN;
+    return float(double(z[token] * heat) - top - std::log(total));
+  }
 };
 
 size_t room_size(const Model& m, const Step& s, const Low& low) {

@@ -71,10 +71,11 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         targets_TK = targets if targets.ndim == 2 else targets[:, None]
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
-        rows = block * hidden_TC.shape[0] // weight_VC.shape[0]  # whole ones that fit into the same memory
-        by = _by_rows if rows >= min(ROWS, hidden_TC.shape[0]) and rounding.exact(hidden_TC, weight_VC) else _by_blocks
-        size = rows if by is _by_rows else block
-        out_TK, logz_T, entropy_T = by(product, targets_TK, head, temperature, max(1, size), want_entropy)
+        tokens = hidden_TC.shape[0]
+        rows = block * tokens // weight_VC.shape[0]  # whole ones that fit into the same memory
+        whole = tokens > 0 and rows >= min(ROWS, tokens) and rounding.exact(hidden_TC, weight_VC)
+        by, size = (_by_rows, rows) if whole else (_by_blocks, block)
+        out_TK, logz_T, entropy_T = by(product, targets_TK, head, temperature, size, want_entropy)
         ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T)
         ctx.plan = (temperature, head, block)
         ctx.set_materialize_grads(False)

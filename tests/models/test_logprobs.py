@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from skyrl import kernels
 from skyrl.models.logprobs import HeadSpec, log_probs, matmul_float
 
 T, C, V = 13, 8, 300
@@ -45,6 +46,35 @@ def test_equals_plain_autograd_in_float64(head):
         ours = torch.autograd.grad((got[0] * up[0] + got[1] * up[1]).sum(), leaves)
         for a, b in zip((*got, *ours), (*want, *grads), strict=True):
             assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_float32_whole_rows_and_blocks_are_near_float64(head):
+    """With the kernels the forward pass takes whole rows (chunk 0), or blocks of entries where these are too many."""
+    for temperature, chunk in itertools.product((1.0, 0.6), (0, 1)):
+        values = []
+        for dtype in (torch.float64, torch.float32):
+            leaves = inputs(dtype)
+            out = log_probs(
+                *leaves[:2], leaves[3], bias_V=leaves[2], temperature=temperature, head=head, entropy=True,
+                chunk_tokens=chunk,
+            )  # fmt: skip
+            up = torch.linspace(-1, 1, T).to(dtype)
+            grads = torch.autograd.grad((out[0] * up + out[1] * up).sum(), leaves[:3])
+            values.append([*(x.detach() for x in out), *grads])
+        for want, got in zip(*values, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
+def test_no_tokens_and_targets_that_are_no_token():
+    hidden, weight, bias, targets = inputs(torch.float32)
+    for chunk in (0, 1):
+        none, entropy = log_probs(hidden[:0], weight, targets[:0], bias_V=bias, entropy=True, chunk_tokens=chunk)
+        assert none.shape == entropy.shape == (0,)
+    if kernels.library()[0] is not None:
+        targets[:2] = torch.tensor([-1, V])
+        found = log_probs(hidden, weight, targets, bias_V=bias)[0]
+        assert found.isnan().tolist() == [True, True] + [False] * (T - 2)
 
 
 @pytest.mark.parametrize("head", HEADS)
