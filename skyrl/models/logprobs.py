@@ -108,8 +108,8 @@ class _LogProbs(torch.autograd.Function):
                 dz.mul_(capped.neg_().add_(1.0))
             dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
             if dhidden is not None:
-                part = rounding.matmul(dz, weight_VC[start:stop])
-                dhidden.add_(part) if vocab > block else dhidden.copy_(part)
+                put = dhidden.add_ if vocab > block else dhidden.copy_
+                put(rounding.matmul(dz, weight_VC[start:stop]))
             if dweight is not None and rounding.applies(dz):
                 dweight[start:stop] = rounding.matmul(dz.t(), hidden_TC)
             elif dweight is not None:
