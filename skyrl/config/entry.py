@@ -39,6 +39,7 @@ from skyrl.types import RunError, StopRun, UserError
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
 FOLLOWER_SECONDS = 3.0
+OWN_THREAD_SECONDS = 15.0  # or until a thread of this process has told it, asking other ranks for their stacks first
 # What rank 0 has to say comes first, if it fails as well; the others wait this long before they look.
 AFTER_RANK_0_SECONDS = 0.5
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
@@ -156,6 +157,8 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bo
         time.sleep(AFTER_RANK_0_SECONDS if group is not None else FOLLOWER_SECONDS)
     if message is None or not (group.speak_first() if group is not None else _first_of_step(message)):
         time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here; with our exit it would cut short the one who tells
+        if group is not None and group.telling:
+            time.sleep(OWN_THREAD_SECONDS)
         return code
     who = f"rank {me}: " if me != 0 else ""
     place, details = _last_words(message) if bundle else ("", "")

@@ -33,6 +33,7 @@ _LOST = re.compile(
 _places: list[tuple[str, int]] = []  # (host, process id) of every rank
 _notes: list[Path] = []  # the folder in which ranks of this machine leave word for each other, if there is one
 _PR_SET_PDEATHSIG = 1
+telling = False  # a thread of this process tells an error, and ends the process when it has
 describe_rank: Callable[[int], str] | None = None  # what a rank did last, while a watch knows it
 
 

@@ -222,6 +222,7 @@ class Watch:
     def _end_with_the_others(self, gone: list[int]) -> None:
         """torchrun ends us because another rank has ended; if it could not say so itself, we do."""
         if gone and not failure.is_told() and failure.speak_first():
+            failure.telling = True  # the main thread, which soon sees the lost rank too, must not end us before
             self.court.tell_lost(gone)
         os._exit(128 + signal.SIGTERM)
 

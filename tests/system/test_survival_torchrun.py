@@ -100,6 +100,17 @@ def test_torchrun_restarts_all_ranks_from_the_last_checkpoint(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_line_about_a_lost_rank_comes_however_long_its_bundle_takes(tmp_path):
+    """torchrun's SIGTERM makes a thread tell it; the main thread, which sees the lost rank too, must not end first."""
+    job = start(tmp_path, "plugins=[letters,pace,slow_bundle]", SKYRL_PACE="generation:4:0.4")
+    in_phase(tmp_path)
+    os.kill(ranks_of(tmp_path, job)[1], signal.SIGKILL)
+    assert job.wait(60) != 0
+    text = (tmp_path / "stderr").read_text()
+    assert "ended without a message (rank 1 was in generation, step 4)" in text and "details in" in text
+
+
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_job_within_a_minute(tmp_path):
     job = start(tmp_path, "run.hang_seconds=4", SKYRL_PACE="training:3:1")
     in_phase(tmp_path)
