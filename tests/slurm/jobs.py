@@ -83,11 +83,18 @@ class Job:
         assert done.returncode == 0, done.stderr
 
     def end(self, seconds: float = 240) -> str:
-        """Waits until it is over; its last state."""
-        until(
-            lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"), seconds, self
-        )
-        return self.state()
+        """Waits until it is over; its last state. A job at its limit has a final state for a moment before its own
+        requeue, and a busy controller gives none: what counts is a state that is still there a second later."""
+        going = ("", "PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
+        last = ""
+
+        def over() -> bool:
+            nonlocal last
+            before, last = last, self.state()
+            return last not in going and last == before
+
+        until(over, seconds, self, every=1.0)
+        return last
 
 
 def until(condition: Callable[[], bool], seconds: float, job: Job | None = None, every: float = 0.2) -> None:
