@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -12,6 +13,7 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -95,6 +97,8 @@ def run_entry(mode: str) -> None:
         _end(_tell_all(explain(error, ServeConfig if mode == "serve" else RunConfig), USAGE_ERROR))
     except (KeyboardInterrupt, RunError) as error:  # RunError: from a point of a sweep that ran elsewhere
         _end(_report(error, mode))
+    if world_size() > 1:
+        _end(0)
 
 
 def _report(error: BaseException, mode: str) -> int:
@@ -227,11 +231,16 @@ def _refuse_restart(folder: Path) -> None:
 
 def _end(code: int) -> NoReturn:
     """Ends the process. After an error in a group of ranks at once: the usual end would wait for the others."""
-    if code and _group() is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if not code or _group() is None:
+        if world_size() == 1:
+            sys.exit(code)
+        # What Python does at its end, but for taking the interpreter down: a thread of torch's communication that lets
+        # go of a tensor meanwhile aborts the process (seen once in some thousand ranks), with all its work done.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def end_now(error: BaseException, mode: str) -> NoReturn:

@@ -1,15 +1,12 @@
 """Under fully_shard on two gloo ranks: the same weights, log-probs and gradients as whole, from code and from files."""
 
 import os
-import socket
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import run_ranks
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import collate
@@ -78,10 +75,9 @@ def check(cfg, head, rank, vocab):
         assert gap <= 1e-12 * max(1.0, theirs[name].grad.abs().max()), (name, gap)
 
 
-def worker(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker(folder):
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     try:
         check(ModelConfig(tiny=SMALL, logits_chunk_tokens=1), "logits", rank, 301)  # tied, 3 blocks of the vocabulary
         check(ModelConfig(tiny=SMALL, activation_checkpointing=True), "value", rank, 301)
@@ -92,13 +88,9 @@ def worker(rank, port, folder):
 
 
 @pytest.mark.ranks
-def test_sharded_equals_whole():
+def test_sharded_equals_whole(tmp_path):
     from families import make_net
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("qwen3_moe", "gemma2"):
-            make_net(name, std=0.1).save_pretrained(Path(folder) / name, max_shard_size="20KB")
-        mp.spawn(worker, args=(port, Path(folder)), nprocs=2)
+    for name in ("qwen3_moe", "gemma2"):
+        make_net(name, std=0.1).save_pretrained(tmp_path / name, max_shard_size="20KB")
+    run_ranks(2, worker, tmp_path)
