@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class _LogProbs(torch.autograd.Function):
                 put = dhidden.add_ if vocab > block else dhidden.copy_
                 put(rounding.matmul(dz, weight_VC[start:stop]))
             if dweight is not None and rounding.applies(dz):
-                dweight[start:stop] = rounding.matmul(dz.t(), hidden_TC)
+                dweight[start:stop] = rounding.sum_of_outer(dz, hidden_TC)
             elif dweight is not None:
                 torch.mm(dz.t(), hidden_TC, out=dweight[start:stop])
             if dbias is not None:
@@ -140,10 +141,17 @@ class _Product:
     low_TR: Tensor | None
     up_VR: Tensor | None
 
+    @cached_property
+    def _packed(self) -> Tensor:
+        return rounding.pack(self.weight_VC)
+
     def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:
         """Logits / temperature of some tokens for some entries of the vocabulary."""
-        bias_V = None if self.bias_V is None else self.bias_V[entries]
-        product = matmul_float(self.hidden_TC[tokens], self.weight_VC[entries], bias_V)
+        if entries == slice(None) and rounding.by_onednn(self.hidden_TC, self.weight_VC):
+            product = rounding.packed_product(self.hidden_TC[tokens], self._packed, self.bias_V)
+        else:
+            bias_V = None if self.bias_V is None else self.bias_V[entries]
+            product = matmul_float(self.hidden_TC[tokens], self.weight_VC[entries], bias_V)
         if self.low_TR is not None and self.up_VR is not None:
             low_TR, up_VR = self.low_TR[tokens], self.up_VR[entries]
             if product.dtype != low_TR.dtype or rounding.applies(low_TR):

@@ -5,8 +5,12 @@ Two correct float32 computations of one log-probability differ by what a trained
 norms, activations and attention with the very code that samples. A token's result then does not depend on the rows
 beside it, and the layers of a model that has a decode plan give the sampler's numbers to the bit.
 
-Elsewhere sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n) roundings, in blocks
-by a few. Other dtypes and devices are left as they are.
+Without kernels both sides take oneDNN's packed product, in which a row's result does not depend on the rows or columns
+beside it either (the plain product's does), and compute what lies between the products in float64, or in operations
+that round once: the same numbers again, but for sums that happen to lie on a border of rounding (`by_onednn`).
+
+Where there is neither, sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n)
+roundings, in blocks by a few. Other dtypes and devices are left as they are.
 
 Letters: N rows, K inner, V columns; for attention N matrices, M queries, L keys, C channels.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ from skyrl import kernels
 BLOCK = 32  # products summed in one accumulator: 32 halves the error of a K of 256
 KEEP_SCORES = 1 << 24  # weights of attention that are kept for the backward pass, 64 MiB a layer and bucket of rows
 CHUNK_SCORES = 1 << 19  # float64 scores of attention that exist at once, 4 MiB: stays in the cache
+PACK_ROWS = 32  # oneDNN packs weights for a number of rows; other numbers work as well
 
 
 def applies(x: Tensor) -> bool:
@@ -35,15 +40,47 @@ def applies(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def exact(*tensors: Tensor) -> bool:
-    """Whether what is computed from these has the sampler's bits: `applies` to all, and there are kernels."""
+def by_kernels(*tensors: Tensor) -> bool:
+    """Whether what is computed from these is computed by the sampler's kernels: `applies` to all, and there are any."""
     return all(map(applies, tensors)) and kernels.library()[0] is not None
 
 
+def by_onednn(*tensors: Tensor) -> bool:
+    """Whether it is computed by oneDNN's packed product, and in float64 between: no kernels, and torch has it."""
+    return all(map(applies, tensors)) and kernels.library()[0] is None and packs(torch.float32)
+
+
+def exact(*tensors: Tensor) -> bool:
+    """Whether what is computed from these has the sampler's bits, or all but a few of them: one of the two."""
+    return all(map(applies, tensors)) and (kernels.library()[0] is not None or packs(torch.float32))
+
+
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN's packed product for these numbers."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(weight_VK: Tensor) -> Tensor:
+    """A copy of a weight for `packed_product`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_VK.detach().contiguous(), PACK_ROWS)
+
+
+def packed_product(x_NK: Tensor, packed: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, [N, V]. A row's result depends on the row, the weight and the bias alone."""
+    if len(x_NK) == 1 and x_NK.dtype == torch.float32:  # one row would go another way, whose sums are others
+        return packed_product(x_NK.expand(2, -1).contiguous(), packed, bias_V)[:1]
+    return torch.ops.mkldnn._linear_pointwise(x_NK, packed, bias_V, "none", [], "")
+
+
 def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [N, V]; sums of BLOCK products are summed. Has no gradient; `linear` does."""
+    """x @ weight.T + bias, [N, V], by kernels, oneDNN or sums of BLOCK products. Has no gradient; `linear` does."""
     if kernels.library()[0] is not None:
         return _product(x_NK, weight_VK, bias_V, weight_VK.shape[0], turned=False)
+    if x_NK.numel() and packs(torch.float32):
+        return packed_product(x_NK.detach(), pack(weight_VK), None if bias_V is None else bias_V.detach())
     out_NV = torch.mm(x_NK[:, :BLOCK], weight_VK[:, :BLOCK].t())
     for at in range(BLOCK, x_NK.shape[1], BLOCK):
         out_NV.addmm_(x_NK[:, at : at + BLOCK], weight_VK[:, at : at + BLOCK].t())
@@ -51,10 +88,19 @@ def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Te
 
 
 def matmul(a_NK: Tensor, b_KV: Tensor) -> Tensor:
-    """a @ b, [N, V], as `product` sums where there are kernels and `applies`; torch.mm elsewhere. Has no gradient."""
-    if not exact(a_NK, b_KV):
-        return a_NK @ b_KV
-    return _product(a_NK, b_KV, None, b_KV.shape[1], turned=True)
+    """a @ b, [N, V], as `product` where it is exact; torch.mm elsewhere. Has no gradient."""
+    if by_kernels(a_NK, b_KV):
+        return _product(a_NK, b_KV, None, b_KV.shape[1], turned=True)
+    if a_NK.numel() and by_onednn(a_NK, b_KV):
+        return packed_product(a_NK.detach(), pack(b_KV.t()))
+    return a_NK @ b_KV
+
+
+def sum_of_outer(a_NV: Tensor, b_NK: Tensor) -> Tensor:
+    """a.T @ b, [V, K]: a sum over all tokens, so not in oneDNN's one long accumulator. Has no gradient."""
+    if by_kernels(a_NV, b_NK):
+        return _product(a_NV.t(), b_NK, None, b_NK.shape[1], turned=True)
+    return a_NV.t() @ b_NK
 
 
 def _product(x_NK: Tensor, weight: Tensor, bias_V: Tensor | None, columns: int, *, turned: bool) -> Tensor:
@@ -87,7 +133,7 @@ class _Linear(torch.autograd.Function):
         want_x, want_weight, want_bias = ctx.needs_input_grad
         return (
             matmul(grad_NV, weight_VK).view(x.shape) if want_x else None,
-            matmul(grad_NV.t(), x.reshape(-1, x.shape[-1])) if want_weight else None,
+            sum_of_outer(grad_NV, x.reshape(-1, x.shape[-1])) if want_weight else None,
             grad_NV.sum(0) if want_bias else None,
         )
 
@@ -176,7 +222,7 @@ def _attend_causal(
 def attends(q: Tensor, group: int, keys: int, channels: int, value_channels: int) -> bool:
     """Whether `attend_causal` can: heads of that many channels, `group` queries a key, rows of `keys` tokens."""
     fits = channels == value_channels <= kernels.MAX_CHANNELS and group <= kernels.MAX_GROUP
-    return fits and channels % kernels.MULTIPLE == 0 and keys <= kernels.LONGEST and exact(q)
+    return fits and channels % kernels.MULTIPLE == 0 and keys <= kernels.LONGEST and by_kernels(q)
 
 
 def attend_causal(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> Tensor:
@@ -186,21 +232,24 @@ def attend_causal(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> 
     return _AttendCausal.apply(q_NMC, k_NLC, v_NLC, scale)
 
 
+def inverse_norm(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, kept as 1: summed in float64, rounded once."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).square_()
+    return square.div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.shape[-1] % kernels.MULTIPLE == 0 and exact(x, weight):
+        if x.shape[-1] % kernels.MULTIPLE == 0 and by_kernels(x, weight):
             x, scale = x.detach().contiguous(), weight.detach().contiguous()
             out, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
             _run("skyrl_norm", x, scale, out, r, r.numel(), x.shape[-1], eps)
             ctx.save_for_backward(x, weight, r)
             return out
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).square_()
-        r64 = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        r = r64.float()
+        r = inverse_norm(x, eps)
         ctx.save_for_backward(x, weight, r)
-        # what r lost by rounding would be one common error of all channels, which does not average out
-        return torch.addcmul(x * (r64 - r.double()).float(), x, r).mul_(weight)
+        return (x * r).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,7 +268,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the targets, [T, K], and the log of the sum of exponentials, [T], as the
-    sampler computes them. For float32 logits where there are kernels."""
+    sampler computes them. For float32 logits on a CPU."""
+    if kernels.library()[0] is None:
+        scaled_TV = logits_TV if temperature == 1.0 else logits_TV / temperature
+        top_T1 = scaled_TV.amax(1, keepdim=True)
+        shifted_TV = scaled_TV - top_T1
+        mass_T1 = shifted_TV.double().exp_().sum(1, keepdim=True).log_()
+        logprobs_TK = shifted_TV.gather(1, targets_TK) - mass_T1
+        return logprobs_TK.float(), (top_T1 + mass_T1).float().squeeze(1)
     logprobs_TK, logz_T = logits_TV.new_empty(targets_TK.shape), logits_TV.new_empty(len(logits_TV))
     targets_TK = targets_TK.contiguous()
     shape = logits_TV.shape[1], targets_TK, targets_TK.shape[1], temperature
@@ -232,6 +288,9 @@ class _Silu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.detach().contiguous()
         ctx.save_for_backward(x)
+        if kernels.library()[0] is None:
+            # torch's own float32 exponential differs between the vectors of a tensor and its last few numbers
+            return _PLAIN_SILU(x.double(), True).float()
         out = torch.empty_like(x)
         _run("skyrl_silu", x, out, x.numel())
         return out
@@ -242,7 +301,7 @@ class _Silu(torch.autograd.Function):
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
-    """x * sigmoid(x), by the kernels where there are any and `applies`; never in place there."""
+    """x * sigmoid(x), where it is exact by the kernels or in float64; never in place there."""
     if not exact(x):
         return _PLAIN_SILU(x, inplace)
     return _Silu.apply(x)

@@ -2,6 +2,7 @@
 
 On a CPU the weights are packed for oneDNN (one copy, rebuilt by refresh, left out above PACK_LIMIT): a packed product
 is 1.2 (bfloat16) to 2.2 times (float32) faster at the sizes of a decode step. On a GPU nothing is copied.
+In float32 every operation is the one that training takes where there are no kernels (skyrl.models.rounding).
 Rows of one adapter lie together; a product costs two more calls for each adapter of a step.
 
 Legend: T tokens of a step (B when decoding), H heads, K key/value heads, C channels of a head, S keys.
@@ -9,10 +10,12 @@ Legend: T tokens of a step (B when decoding), H heads, K key/value heads, C chan
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skyrl.models import rounding
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
@@ -23,7 +26,6 @@ from skyrl.sampler.plan import Plan
 from skyrl.sampler.scheduler import Piece
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake
-PACK_ROWS = 32  # oneDNN packs for a number of rows; other numbers work as well
 
 
 class FusedRunner:
@@ -35,7 +37,8 @@ class FusedRunner:
     def __init__(self, plan: Plan, cache: KVCache) -> None:
         self._plan, self._cache = plan, cache
         weights = sum(p.nbytes for p in _linear_weights(plan))
-        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and _can_pack(cache.dtype)
+        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and rounding.packs(cache.dtype)
+        self._ops: type[_Quick] = _Trained if pack and cache.dtype == torch.float32 else _Quick
         self._adapters: dict[int, Adapter] = {}  # by id: those whose weights the linears hold
         self._qkv = [_Linear(plan, layer.qkv, pack) for layer in plan.layers]
         self._out = [_Linear(plan, [layer.out], pack) for layer in plan.layers]
@@ -84,29 +87,30 @@ class FusedRunner:
         """Final, normed hidden states [T, channels of the model]."""
         for _, _, adapter in segments or ():
             self._take(adapter)
-        plan = self._plan
+        plan, ops = self._plan, self._ops
         heads, kv_heads, channels, eps = plan.heads, plan.kv_heads, plan.channels, plan.eps
         x_TC = plan.embedding(tokens_T)
-        size, half = (x_TC.shape[1],), channels // 2
+        half = channels // 2
         cos_T1C = plan.cos_LC.index_select(0, positions_T).unsqueeze(1)
         sin_T1C = plan.sin_LC.index_select(0, positions_T).unsqueeze(1)
         sin_T1C = torch.cat([-sin_T1C[..., :half], sin_T1C[..., half:]], -1)
         for index, layer in enumerate(plan.layers):
-            normed = F.rms_norm(x_TC, size, layer.input_norm.weight, eps)
+            normed = ops.norm(x_TC, layer.input_norm.weight, eps)
             qkv = self._qkv[index](normed, segments).view(-1, heads + 2 * kv_heads, channels)
             qk = qkv[:, : heads + kv_heads]
             if self._qk_scale[index] is not None:
-                qk = F.rms_norm(qk, (channels,), None, eps) * self._qk_scale[index]
-            qk = torch.addcmul(qk * cos_T1C, torch.cat([qk[..., half:], qk[..., :half]], -1), sin_T1C).transpose(0, 1)
+                qk = ops.norm(qk, None, eps) * self._qk_scale[index]
+            turned = torch.cat([qk[..., half:], qk[..., :half]], -1)
+            qk = ops.rotate(qk * cos_T1C, turned, sin_T1C).transpose(0, 1)
             value = qkv[:, heads + kv_heads :].transpose(0, 1)
             seen = attention.attend(
                 index, qk[:heads], qk[heads:], value, scale=plan.scale, window=None, softcap=None
             )  # fmt: skip
             x_TC = x_TC + self._out[index](seen.view(-1, heads * channels), segments)
-            normed = F.rms_norm(x_TC, size, layer.mlp_norm.weight, eps)
+            normed = ops.norm(x_TC, layer.mlp_norm.weight, eps)
             gate, up = self._gate_up[index](normed, segments).chunk(2, -1)
-            x_TC = x_TC + self._down[index](F.silu(gate) * up, segments)
-        return F.rms_norm(x_TC, size, plan.norm.weight, eps)
+            x_TC = x_TC + self._down[index](ops.silu(gate) * up, segments)
+        return ops.norm(x_TC, plan.norm.weight, eps)
 
     def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
         """Logits [T, V] float32."""
@@ -125,6 +129,35 @@ class FusedRunner:
             self._adapters[id(adapter)] = adapter  # kept alive, so that its id stays its own
             for linear in self._linears():
                 linear.take(adapter)
+
+
+class _Quick:
+    """What lies between the products."""
+
+    @staticmethod
+    def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def rotate(x: Tensor, turned: Tensor, sin: Tensor) -> Tensor:
+        return torch.addcmul(x, turned, sin)
+
+    silu = staticmethod(F.silu)
+
+
+class _Trained(_Quick):
+    """The same with training's roundings: of float32 on a CPU without kernels."""
+
+    @staticmethod
+    def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        out = x * rounding.inverse_norm(x, eps)
+        return out if weight is None else out.mul_(weight)
+
+    @staticmethod
+    def rotate(x: Tensor, turned: Tensor, sin: Tensor) -> Tensor:
+        return turned.mul_(sin).add_(x)
+
+    silu = staticmethod(rounding.silu)
 
 
 class _ProductAttention:
@@ -164,7 +197,9 @@ class _Linear:
 
     def __init__(self, plan: Plan, parts: list[nn.Linear], pack: bool) -> None:
         self._plan, self._parts, self.packed = plan, parts, pack
-        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the adapter: A of all parts, B block by block
+        self._trained = pack and parts[0].weight.dtype == torch.float32  # with training's roundings
+        # by id of the adapter: (columns, A, B) of each part, or of all of them, B block by block
+        self._pairs: dict[int, list[tuple[slice, Tensor, Tensor]]] = {}
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
@@ -174,7 +209,7 @@ class _Linear:
             return
         weights = [part.weight for part in self._parts]
         weight = weights[0].detach() if len(weights) == 1 else torch.cat(weights)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+        self._weight = rounding.pack(weight)
         biases = [part.bias for part in self._parts]
         if any(bias is not None for bias in biases):
             zero = [part.weight.new_zeros(part.out_features) for part in self._parts]
@@ -183,12 +218,21 @@ class _Linear:
     def take(self, adapter: Adapter) -> None:
         """Joins an adapter's weights for the parts, in the parts' numbers: [ranks, in] and [out, ranks]."""
         pairs = self._plan.adapted(adapter, self._parts)
-        if any(pair is not None for pair in pairs):
-            like = self._parts[0].weight
-            zeros = [(like.new_zeros(0, p.in_features), like.new_zeros(p.out_features, 0)) for p in self._parts]
-            filled = [zero if pair is None else pair for pair, zero in zip(pairs, zeros, strict=True)]
-            downs, ups = ([tensor.detach().to(like) for tensor in side] for side in zip(*filled, strict=True))
-            self._pairs[id(adapter)] = torch.cat(downs).t(), torch.block_diag(*ups).t()
+        if not any(pair is not None for pair in pairs):
+            return
+        like = self._parts[0].weight
+        if self._trained:
+            ends = np.cumsum([part.out_features for part in self._parts])
+            self._pairs[id(adapter)] = [
+                (slice(end - part.out_features, end), *(rounding.pack(side.to(like)) for side in pair))
+                for end, part, pair in zip(ends, self._parts, pairs, strict=True)
+                if pair is not None
+            ]
+            return
+        zeros = [(like.new_zeros(0, p.in_features), like.new_zeros(p.out_features, 0)) for p in self._parts]
+        filled = [zero if pair is None else pair for pair, zero in zip(pairs, zeros, strict=True)]
+        downs, ups = ([tensor.detach().to(like) for tensor in side] for side in zip(*filled, strict=True))
+        self._pairs[id(adapter)] = [(slice(None), torch.cat(downs).t(), torch.block_diag(*ups).t())]
 
     def forget(self, adapter: Adapter) -> None:
         """Drops what `take` joined."""
@@ -197,16 +241,20 @@ class _Linear:
     def add(self, x: Tensor, y: Tensor, segments: list[Segment] | None) -> Tensor:
         """y, with scale * x A^T B^T added in place to the rows of each adapter."""
         for start, stop, adapter in segments or ():
-            pair = None if adapter is None else self._pairs.get(id(adapter))
-            if pair is not None and pair[1].dtype == y.dtype:
-                y[start:stop].addmm_(x[start:stop] @ pair[0], pair[1], alpha=adapter.scale)
-            elif pair is not None:  # float32 logits of a model in bfloat16
-                y[start:stop] += adapter.scale * (x[start:stop] @ pair[0] @ pair[1])
+            for columns, down, up in () if adapter is None else self._pairs.get(id(adapter), ()):
+                rows = x[start:stop]
+                if self._trained:
+                    low = rounding.packed_product(rows, down) * adapter.scale
+                    y[start:stop, columns] += rounding.packed_product(low, up)
+                elif up.dtype == y.dtype:
+                    y[start:stop].addmm_(rows @ down, up, alpha=adapter.scale)
+                else:  # float32 logits of a model in bfloat16
+                    y[start:stop] += adapter.scale * (rows @ down @ up)
         return y
 
     def __call__(self, x: Tensor, segments: list[Segment] | None) -> Tensor:
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            y = rounding.packed_product(x, self._weight, self._bias)
         else:
             outputs = [F.linear(x, part.weight, part.bias) for part in self._parts]
             y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -224,10 +272,3 @@ def _qk_scale(plan: Plan, norms: tuple[nn.Module, nn.Module] | None) -> Tensor |
 def _linear_weights(plan: Plan) -> list[Tensor]:
     linears = [linear for layer in plan.layers for linear in (*layer.qkv, layer.out, *layer.gate_up, layer.down)]
     return [linear.weight for linear in (*linears, plan.head)]
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN's packed product for these numbers."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyrl.models import rounding
 from skyrl.models.attention import Attention
 from skyrl.models.lora import Adapter, Segment, routed
+from skyrl.models.packed import MAX_SCORES
 from skyrl.sampler import adapters
 from skyrl.sampler.draw import draw
 from skyrl.sampler.scheduler import Piece
@@ -174,7 +176,12 @@ def attention(
         q_nHLC = q_nHLC.reshape(count, kv_heads, group, channels)
     elif group > 1:
         k_nKSC, v_nKSC = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_nKSC, v_nKSC))
-    if softcap is None:
+    if softcap is None and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and rounding.by_onednn(q_nHLC):
+        # as training attends in float32 on a CPU without kernels (rounding.attend)
+        keys, values, mask = k_nKSC.double(), v_nKSC.double(), mask_n1LS.double()
+        weights = (q_nHLC.double() @ keys.transpose(2, 3)).mul_(scale).add_(mask).softmax(-1)
+        out = (weights @ values).to(q_nHLC.dtype)
+    elif softcap is None:
         out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
     else:
         scores = torch.matmul(q_nHLC * scale, k_nKSC.transpose(2, 3))
