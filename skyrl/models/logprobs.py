@@ -142,7 +142,7 @@ class _Product:
     up_VR: Tensor | None
 
     @cached_property
-    def _packed(self) -> Tensor:
+    def _packed(self) -> rounding.Packed:
         return rounding.pack(self.weight_VC)
 
     def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,16 +63,34 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack(weight_VK: Tensor) -> Tensor:
+class Packed(NamedTuple):
+    """A weight in oneDNN's order, of at least two columns of results, and how many of these are wanted."""
+
+    weight: Tensor
+    columns: int
+
+
+def pack(weight_VK: Tensor) -> Packed:
     """A copy of a weight for `packed_product`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight_VK.detach().contiguous(), PACK_ROWS)
+    weight_VK = weight_VK.detach()
+    columns = len(weight_VK)
+    if columns == 1:
+        weight_VK = weight_VK.expand(2, -1)
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight_VK.contiguous(), PACK_ROWS), columns)
 
 
-def packed_product(x_NK: Tensor, packed: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [N, V]. A row's result depends on the row, the weight and the bias alone."""
-    if len(x_NK) == 1 and x_NK.dtype == torch.float32:  # one row would go another way, whose sums are others
-        return packed_product(x_NK.expand(2, -1).contiguous(), packed, bias_V)[:1]
-    return torch.ops.mkldnn._linear_pointwise(x_NK, packed, bias_V, "none", [], "")
+def packed_product(x_NK: Tensor, packed: Packed, bias_V: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, [N, V]. Each number depends on its row of x, its column of the weight and its bias alone;
+    so one row is computed as two, and one column as well: oneDNN sums a vector's product in another order."""
+    rows = len(x_NK)
+    if rows == 1:
+        x_NK = x_NK.expand(2, -1).contiguous()
+    if packed.columns == 1 and bias_V is not None:
+        bias_V = bias_V.expand(2).contiguous()
+    out_NV = torch.ops.mkldnn._linear_pointwise(x_NK, packed.weight, bias_V, "none", [], "")
+    if rows > 1 and packed.columns > 1:
+        return out_NV
+    return out_NV[:rows, : packed.columns].contiguous()
 
 
 def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Tensor:

@@ -10,6 +10,8 @@ Legend: T tokens of a step (B when decoding), H heads, K key/value heads, C chan
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -198,9 +200,9 @@ class _Linear:
     def __init__(self, plan: Plan, parts: list[nn.Linear], pack: bool) -> None:
         self._plan, self._parts, self.packed = plan, parts, pack
         self._trained = pack and parts[0].weight.dtype == torch.float32  # with training's roundings
-        # by id of the adapter: (columns, A, B) of each part, or of all of them, B block by block
-        self._pairs: dict[int, list[tuple[slice, Tensor, Tensor]]] = {}
-        self._weight: Tensor | None = None
+        # by id of the adapter: (columns, A, B) of each part, packed, or of all of them, B block by block
+        self._pairs: dict[int, list[tuple[slice, Any, Any]]] = {}
+        self._weight: rounding.Packed | None = None
         self._bias: Tensor | None = None
 
     def refresh(self) -> None:

@@ -8,12 +8,29 @@ from skyrl import kernels
 from skyrl.models import logprobs, packed, rounding
 from skyrl.models.forward import collate
 from skyrl.models.lora import routed
+from skyrl.sampler import native
 from skyrl.types import Datum, SampleRequest, SamplingParams
 from tests.sampler.test_adapters import llama
 from tests.sampler.test_native import KINDS, build
 from tests.sampler.tools import adapter, qwen3, run, sampler
 
-pytestmark = pytest.mark.skipif(bool(kernels.library()[1]), reason=kernels.library()[1])
+
+@pytest.fixture(params=["kernels", "onednn"], autouse=True)
+def path(request, monkeypatch):
+    """What both sides compute with: compiled kernels, or oneDNN's products and float64 between them."""
+    if request.param == "onednn":
+        for module in (kernels, native):
+            monkeypatch.setattr(module, "library", lambda: (None, "off in this test"))
+        if not rounding.packs(torch.float32):
+            pytest.skip("torch without oneDNN")
+    elif why := kernels.library()[1]:
+        pytest.skip(why)
+    return request.param
+
+
+def same(gap):
+    """All but a few numbers: float64 sums in another order may lie on two sides of a border of float32."""
+    return not gap.any() if kernels.library()[0] is not None else (gap != 0).mean() < 0.02 and np.abs(gap).max() < 1e-6
 
 
 def drawn(model, adapters=None, temperature=1.0, longest=30, count=12, **changes):
@@ -30,7 +47,7 @@ def drawn(model, adapters=None, temperature=1.0, longest=30, count=12, **changes
         for i in range(count)
     ]
     engine = sampler(model, backend="fused", adapters=adapters, **changes)
-    assert engine.backend == "kernels"
+    assert engine.backend == ("fused" if kernels.library()[0] is None else "kernels")
     samples = run(engine, asked)
     rows, said = [], []
     for request in asked:
@@ -64,8 +81,8 @@ def test_every_kind_of_model_in_any_packing(kind):
     rows, said = drawn(model, block_tokens=5)
     assert np.abs(np.concatenate(said)).max() > 1
     for some in (slice(0, 12), slice(3, 4), slice(5, 9)):
-        assert not differences(model, rows[some], said[some]).any()
-    assert not differences(model, rows, said, entropy=True).any()
+        assert same(differences(model, rows[some], said[some]))
+    assert same(differences(model, rows, said, entropy=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -75,7 +92,7 @@ def test_temperatures_and_threads(threads):
     try:
         model = qwen3()
         rows, said = drawn(model, temperature=0.7)
-        assert not differences(model, rows, said, temperature=0.7).any()
+        assert same(differences(model, rows, said, temperature=0.7))
         assert differences(model, rows, said, temperature=0.8).all()
     finally:
         torch.set_num_threads(before)
@@ -88,7 +105,7 @@ def test_adapters(make):
     adapters = {f"r{rank}": adapter(model, f"r{rank}", rank=rank, alpha=2.0 * rank) for rank in (4, 33)}
     rows, said = drawn(model, adapters)
     assert {row.name for row in rows} == {"policy", "r4", "r33"}
-    assert not differences(model, rows, said, adapters).any()
+    assert same(differences(model, rows, said, adapters))
 
 
 def test_long_rows_and_a_large_vocabulary(monkeypatch):
@@ -98,11 +115,12 @@ def test_long_rows_and_a_large_vocabulary(monkeypatch):
     model.checkpoint_layers()
     rows, said = drawn(model, longest=300, count=6, max_length=400)
     assert max(len(row.tokens) for row in rows) > 200
-    assert not differences(model, rows, said).any()
+    assert same(differences(model, rows, said))
 
 
 def test_where_bits_may_differ(monkeypatch):
-    """Rows above kernels.LONGEST are attended in tiles, vocabularies beyond a few rows' room are summed in blocks."""
+    """Long rows, above kernels.LONGEST or with scores above MAX_SCORES, are attended in tiles; vocabularies beyond a
+    few rows' room are summed in blocks."""
     model = qwen3()
     rows, said = drawn(model)
     monkeypatch.setattr(kernels, "LONGEST", 8)
