@@ -238,16 +238,20 @@ def _end(code: int) -> NoReturn:
         # go of a tensor meanwhile aborts the process (seen once in some thousand ranks), with all its work done.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # who read it has gone, or it is closed
+            stream.flush()
 
 
 def end_now(error: BaseException, mode: str) -> NoReturn:
     """Tells why this process fails and ends it at once, from any thread; nothing of the program runs after."""
     code = _report(error, mode)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
 
 

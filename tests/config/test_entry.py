@@ -165,6 +165,27 @@ def test_other_ranks_are_silent_and_end_later(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("skyrl: error: rank 1: optim.lrr")
 
 
+def test_a_rank_that_is_done_waits_for_its_threads_and_runs_what_was_registered(tmp_path):
+    """It leaves without Python's own end, where a thread of torch that is late could abort it."""
+    own = """
+import atexit, threading, time
+class Bad:
+    def __del__(self):
+        print("taken down", flush=True)
+kept = Bad()
+atexit.register(print, "registered")
+def thread():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    print("thread", kept is not None)
+threading.Thread(target=thread).start()
+"""
+    alone = run(tmp_path, code=own + TRAINER)
+    assert (alone.returncode, alone.stdout.split()[-5:]) == (0, ["thread", "True", "registered", "taken", "down"])
+    done = run(tmp_path, code=own + TRAINER, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout.split()[-3:]) == (0, ["thread", "True", "registered"])
+
+
 def test_recipes_of_ones_own_and_their_mistakes(tmp_path):
     folder = tmp_path / "own" / "experiment"
     folder.mkdir(parents=True)
