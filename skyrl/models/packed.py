@@ -358,9 +358,11 @@ class PaddedAttention:
 
         query, key, value = rows(query_HTC), rows(key_KTC), rows(value_KTC)
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        if rounding.applies(query):  # as exact as what it is compared with
+            query, key, value = query.double(), key.double(), value.double()
         scores = query @ key.transpose(-1, -2) * scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(banned(self.length, window, scores.device), float("-inf"))
         out = torch.softmax(scores, -1, dtype=loss_dtype(scores.dtype)).to(value.dtype) @ value
-        return out.permute(0, 2, 1, 3).flatten(0, 1)
+        return out.to(query_HTC.dtype).permute(0, 2, 1, 3).flatten(0, 1)

@@ -10,11 +10,12 @@ from launcher import python
 from skyrl.config.load import load_config
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine, ModelSpec
+from skyrl.models.rounding import packs
 from skyrl.sampler.native import library
 from skyrl.types import Datum, SampleRequest, SamplingParams
 
 
-@pytest.mark.skipif(library()[0] is None, reason="the torch plan is rounded more (docs/LOG.md)")
+@pytest.mark.skipif(library()[0] is None and not packs(torch.float32), reason="torch without oneDNN")
 def test_a_model_with_large_weights():
     """Weights four times those of a fresh model amplify rounding as training does."""
     cfg = load_config(["run.threads=1"])
@@ -40,7 +41,7 @@ def test_a_model_with_large_weights():
         said.append(sample.logprobs)
     scored = engine.score(rows, 1.0).logprobs
     gap = np.concatenate([ours[-len(theirs) :] - theirs for ours, theirs in zip(scored, said, strict=True)])
-    assert len(gap) == 64 * 16 and not gap.any()
+    assert len(gap) == 64 * 16 and np.abs(gap).max() <= (0 if library()[0] is not None else 1e-6)
 
 
 @pytest.mark.slow
