@@ -289,6 +289,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps)
 
 
+def exp(x: Tensor) -> Tensor:
+    """e^x, rounded once: torch's own float32 exponential differs between the vectors of a tensor and its last numbers."""
+    return x.double().exp_().to(x.dtype)
+
+
 def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at the targets, [T, K], and the log of the sum of exponentials, [T], as the
     sampler computes them. For float32 logits on a CPU."""
@@ -296,7 +301,7 @@ def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) ->
         scaled_TV = logits_TV if temperature == 1.0 else logits_TV / temperature
         top_T1 = scaled_TV.amax(1, keepdim=True)
         shifted_TV = scaled_TV - top_T1
-        mass_T1 = shifted_TV.double().exp_().sum(1, keepdim=True).log_()
+        mass_T1 = exp(shifted_TV).sum(1, keepdim=True, dtype=torch.float64).log_()
         logprobs_TK = shifted_TV.gather(1, targets_TK) - mass_T1
         return logprobs_TK.float(), (top_T1 + mass_T1).float().squeeze(1)
     logprobs_TK, logz_T = logits_TV.new_empty(targets_TK.shape), logits_TV.new_empty(len(logits_TV))
@@ -312,8 +317,7 @@ class _Silu(torch.autograd.Function):
         x = x.detach().contiguous()
         ctx.save_for_backward(x)
         if kernels.library()[0] is None:
-            # torch's own float32 exponential differs between the vectors of a tensor and its last few numbers
-            return _PLAIN_SILU(x.double(), True).float()
+            return _PLAIN_SILU(x.double(), True).float()  # for the reason of `exp`
         out = torch.empty_like(x)
         _run("skyrl_silu", x, out, x.numel())
         return out
