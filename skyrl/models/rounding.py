@@ -290,7 +290,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def exp(x: Tensor) -> Tensor:
-    """e^x, rounded once: torch's own float32 exponential differs between the vectors of a tensor and its last numbers."""
+    """e^x, rounded once. torch's own in float32 differs between the vectors of a tensor and its last few numbers."""
     return x.double().exp_().to(x.dtype)
 
 
