@@ -99,7 +99,9 @@ def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Te
         return _product(x_NK, weight_VK, bias_V, weight_VK.shape[0], turned=False)
     if x_NK.numel() and packs(torch.float32):
         return packed_product(x_NK.detach(), pack(weight_VK), None if bias_V is None else bias_V.detach())
-    out_NV = _sum_of_blocks(x_NK, weight_VK.t())
+    out_NV = torch.mm(x_NK[:, :BLOCK], weight_VK[:, :BLOCK].t())
+    for at in range(BLOCK, x_NK.shape[1], BLOCK):
+        out_NV.addmm_(x_NK[:, at : at + BLOCK], weight_VK[:, at : at + BLOCK].t())
     return out_NV if bias_V is None else out_NV.add_(bias_V)
 
 
@@ -113,17 +115,11 @@ def matmul(a_NK: Tensor, b_KV: Tensor) -> Tensor:
 
 
 def sum_of_outer(a_NV: Tensor, b_NK: Tensor) -> Tensor:
-    """a.T @ b, [V, K], a sum over all tokens: where `applies`, in sums of BLOCK. Has no gradient."""
+    """a.T @ b, [V, K], a sum over all tokens: by kernels, else by torch.mm, for oneDNN would take one accumulator for all
+    of them, and is not faster once a and b are transposed for it. Has no gradient."""
     if by_kernels(a_NV, b_NK):
         return _product(a_NV.t(), b_NK, None, b_NK.shape[1], turned=True)
     return a_NV.t() @ b_NK
-
-
-def _sum_of_blocks(a_NK: Tensor, b_KV: Tensor) -> Tensor:
-    out_NV = torch.mm(a_NK[:, :BLOCK], b_KV[:BLOCK])
-    for at in range(BLOCK, a_NK.shape[1], BLOCK):
-        out_NV.addmm_(a_NK[:, at : at + BLOCK], b_KV[at : at + BLOCK])
-    return out_NV
 
 
 def _product(x_NK: Tensor, weight: Tensor, bias_V: Tensor | None, columns: int, *, turned: bool) -> Tensor:
