@@ -115,8 +115,8 @@ def matmul(a_NK: Tensor, b_KV: Tensor) -> Tensor:
 
 
 def sum_of_outer(a_NV: Tensor, b_NK: Tensor) -> Tensor:
-    """a.T @ b, [V, K], a sum over all tokens: by kernels, else by torch.mm, for oneDNN would take one accumulator for all
-    of them, and is not faster once a and b are transposed for it. Has no gradient."""
+    """a.T @ b, [V, K], a sum over all tokens: by kernels, else by torch.mm, for oneDNN would take one accumulator for
+    all of them, and is not faster once a and b are transposed for it. Has no gradient."""
     if by_kernels(a_NV, b_NK):
         return _product(a_NV.t(), b_NK, None, b_NK.shape[1], turned=True)
     return a_NV.t() @ b_NK
