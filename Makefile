@@ -50,7 +50,7 @@ test-slurm: $(STAMP) ## launch, preemption and sweeps on a real Slurm of three n
 	tests/slurm/cluster.sh install
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
 
-chaos: $(STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; about half an hour
+chaos: $(STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; 3 to 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: $(STAMP) ## ruff: format and rules
