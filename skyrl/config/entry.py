@@ -235,7 +235,7 @@ def _end(code: int) -> NoReturn:
         if world_size() == 1:
             sys.exit(code)
         # What Python does at its end, but for taking the interpreter down: a thread of torch's communication that lets
-        # go of a tensor meanwhile aborts the process (seen once in some thousand ranks), with all its work done.
+        # go of a tensor meanwhile aborts the process, as seen once in a test, with all its work done.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     _flush()
