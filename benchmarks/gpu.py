@@ -20,10 +20,10 @@ import torch
 from common import write
 
 from skyrl.config.load import load_config
-from skyrl.config.plan import make_plan, model_facts
 from skyrl.distributed.init import init_distributed, shutdown
 from skyrl.engine import Engine, ModelSpec
 from skyrl.models.tiny import tiny_tokenizer
+from skyrl.planner.plan import make_plan, model_facts
 from skyrl.tracking.flops import ModelShape, causal_attended, peak_flops, train_flops
 from skyrl.types import AdamParams, Datum, LossSpec, SampleRequest, SamplingParams
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl.algorithms.weights import REDUCTIONS
+from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.load import load_config
 from skyrl.distributed.balance import rebalance
 from skyrl.distributed.collectives import all_sum

@@ -31,7 +31,7 @@ def ours(args: argparse.Namespace) -> None:
     from skyrl.config.load import load_config
     from skyrl.distributed.init import shutdown
     from skyrl.run import open_run
-    from skyrl.trainer import reinforce
+    from skyrl.trainers.rl import reinforce
     from skyrl.types import Prompt
 
     @register_environment("even_characters")

@@ -42,21 +42,21 @@ def main() -> None:
 
 
 def _train(args: list[str]) -> None:
-    from skyrl.config.entry import run_entry
+    from skyrl.main import run_entry
 
     sys.argv[1:] = args
     run_entry("train")
 
 
 def _sft(args: list[str]) -> None:
-    from skyrl.config.entry import run_entry
+    from skyrl.main import run_entry
 
     sys.argv[1:] = args
     run_entry("sft")
 
 
 def _serve(args: list[str]) -> None:
-    from skyrl.config.entry import run_entry
+    from skyrl.main import run_entry
 
     sys.argv[1:] = args
     run_entry("serve")

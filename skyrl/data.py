@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from skyrl.config.rules import import_plugins
 from skyrl.config.schema import RunConfig
+from skyrl.config.validation import import_plugins
 from skyrl.envs import ENVIRONMENTS, environment_options, make_environment
 from skyrl.envs.base import Split
 from skyrl.envs.jsonl import Row, messages_problem, read_jsonl, read_prompts

@@ -36,7 +36,7 @@ from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
 from skyrl.models.weights import put
 from skyrl.sampler.base import Sampler
-from skyrl.sampler.local import LocalSampler, make_sampler
+from skyrl.sampler.sampler import LocalSampler, make_sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
 from skyrl.strategies.replicated import ReplicatedStrategy

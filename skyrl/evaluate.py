@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from skyrl.collect import Play, Renderer, collect
 from skyrl.distributed.collectives import Tally
 from skyrl.engine import Engine
+from skyrl.rollout import Play, Renderer, collect
 from skyrl.types import Episode, Metrics, Prompt
 
 

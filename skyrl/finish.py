@@ -9,14 +9,14 @@ import torch
 
 from skyrl.checkpoint import Checkpointer, read_checkpoint
 from skyrl.config.load import from_dict
-from skyrl.config.plan import make_plan, model_facts
 from skyrl.distributed.collectives import on_leader
 from skyrl.distributed.init import World
 from skyrl.engine import Engine
-from skyrl.proof import fingerprint
+from skyrl.planner.plan import make_plan, model_facts
 from skyrl.run import Run, check_base, create_policy
 from skyrl.tracking.curves import write_curves
 from skyrl.types import UserError
+from skyrl.weight_check import fingerprint
 
 
 def finish(run: Run) -> None:

@@ -22,26 +22,26 @@ import torch
 
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest
-from skyrl.collect import Play, Renderer
-from skyrl.config.entry import REQUEUE_FILE
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
-from skyrl.config.plan import Plan, describe, make_plan, model_facts
-from skyrl.config.rules import import_plugins
 from skyrl.config.schema import RunConfig
+from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
 from skyrl.distributed.collectives import agree, all_sum, broadcast_object, gather_objects, on_leader
+from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.failure import hold, is_lost_peer
 from skyrl.distributed.init import World, init_distributed, world_size_from_environment
 from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, inside
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest, save_by
-from skyrl.distributed.watch import Watch, mark_requeue
+from skyrl.distributed.watchdog import Watch, mark_requeue
 from skyrl.engine import Engine, ModelSpec
 from skyrl.evaluate import evaluate
-from skyrl.proof import fingerprint
-from skyrl.runfolder import RunFolder, drop_rollouts
+from skyrl.planner.plan import Plan, describe, make_plan, model_facts
+from skyrl.rollout import Play, Renderer
+from skyrl.run_dir import RunFolder, drop_rollouts
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, LoraSpec, Metrics, Prompt, StopRun, UserError
+from skyrl.weight_check import fingerprint
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can

@@ -1,6 +1,6 @@
 """The Tinker server: `python -m skyrl.serve [option=value ...]`, or under torchrun. `--help` lists everything."""
 
-from skyrl.config.entry import run_entry
+from skyrl.main import run_entry
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Supervised training on an environment's own solutions: `python -m skyrl.sft [option=value ...]`."""
 
-from skyrl.config.entry import run_entry
+from skyrl.main import run_entry
 
 
 def main() -> None:

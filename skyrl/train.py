@@ -1,6 +1,6 @@
 """RL: `python -m skyrl.train [option=value ...]`, or the same under torchrun. `--help` lists everything."""
 
-from skyrl.config.entry import run_entry
+from skyrl.main import run_entry
 
 
 def main() -> None:

@@ -18,9 +18,8 @@ import numpy as np
 from skyrl.config.serve import ServiceConfig
 from skyrl.service.app import Serving, make_app, serve_in_thread
 from skyrl.service.archive import Archive
-from skyrl.service.auth import Keys
-from skyrl.service.desk import Job, RequestDesk
 from skyrl.service.openai_params import TextTools
+from skyrl.service.scheduler import Job, RequestDesk
 from skyrl.service.store import Store
 from skyrl.service.store_records import CheckpointPath, ModelFacts
 from skyrl.service.store_sync import reconcile, save_files
@@ -39,6 +38,7 @@ from skyrl.service.types import (
     TrainResult,
 )
 from skyrl.types import LoraSpec, UserError
+from skyrl.web.auth import Keys
 
 TEXT = "The answer is 42. And more text follows, h\u00e9 \u20ac."
 EOS = 0

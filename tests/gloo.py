@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "skyrl.trainer", "skyrl.sampler.native"])
+_SERVER.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "skyrl.trainers.rl", "skyrl.sampler.runners.cpu_kernels"]
+)
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -8,10 +8,10 @@ import pytest
 from small import make_engine
 
 from skyrl.algorithms.filters import trained_masks
-from skyrl.collect import Play, Renderer, collect, draw_seed, to_rows
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.base import ENVIRONMENTS, make_environment
 from skyrl.models.tiny import tiny_tokenizer
+from skyrl.rollout import Play, Renderer, collect, draw_seed, to_rows
 from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError
 
 CHAT = (

@@ -14,41 +14,46 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # decimals': options first, then what reads them.
 LEVELS = {
     "types": 0,
+    "files": 0.1,
     "kernels": 0.1,
     "registry": 0.1,
     "config": 1,
     "algorithms": 1.1,
     "envs": 1.1,
-    "runfolder": 1.1,
+    "run_dir": 1.1,
     "data": 1.2,
     "tracking": 1.2,
-    "distributed": 2,
-    "launch": 2,
+    "planner": 2,
+    "distributed": 2.1,
+    "web": 2.1,
     "models": 3,
     "strategies": 4,
     "sampler": 4,
     "engine": 5,
     "checkpoint_folder": 6,
     "checkpoint": 6.1,
-    "collect": 6.1,
+    "rollout": 6.1,
     "evaluate": 7,
-    "proof": 7,
+    "weight_check": 7,
     "run": 7.1,
     "finish": 7.2,
-    "trainer": 8,
+    "trainers": 8,
     "service": 8,
-    "tinker": 8.1,
-    "control": 8,
-    "dashboard": 8,
-    "train": 9,
-    "sft": 9,
-    "serve": 9,
-    "api": 9,
-    "cli": 9.1,
+    "sweep": 8.1,
+    "main": 9,
+    "tinker": 9.1,
+    "launch": 9.1,
+    "train": 9.2,
+    "sft": 9.2,
+    "serve": 9.2,
+    "api": 9.2,
+    "cli": 9.3,
 }
-WITHOUT_TORCH = ("skyrl.config", "skyrl.envs", "skyrl.data", "skyrl.tracking", "skyrl.dashboard", "skyrl.launch",
-                 "skyrl.cli", "skyrl.api", "skyrl.types", "skyrl.registry", "skyrl.runfolder", "skyrl.train",
-                 "skyrl.sft", "skyrl.tinker")  # fmt: skip
+WITHOUT_TORCH = tuple(
+    f"skyrl.{name}"
+    for name in "api cli config data distributed.env envs launch main planner registry run_dir sft sweep".split()
+    + "tracking train types web".split()
+)
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
 

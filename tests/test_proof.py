@@ -5,15 +5,15 @@ import torch
 from gloo import run_ranks
 from small import ADAM, SPEC, dealt, make_engine, make_rows
 
-from skyrl import proof
+from skyrl import weight_check
 from skyrl.types import RunError
 
 
 def proved(engine, step=0):
     with engine.sampling() as sampler:
-        probe = proof.draw_probe(engine, sampler, step)
-    proof.check_copies(engine)
-    return proof.check_probe(engine, probe), probe
+        probe = weight_check.draw_probe(engine, sampler, step)
+    weight_check.check_copies(engine)
+    return weight_check.check_probe(engine, probe), probe
 
 
 def learn(engine):
@@ -35,19 +35,19 @@ def test_a_sound_engine_passes_after_every_update(dtype):
     first, probe = proved(engine)
     learn(engine)
     second, again = proved(engine)
-    limit = proof.LIMITS[engine.dtype]
+    limit = weight_check.LIMITS[engine.dtype]
     assert max(first, second) < limit / 3
     assert [list(a) for a in probe.prompts] == [list(b) for b in again.prompts]  # fixed
-    assert len({tuple(p) for p in probe.prompts}) == proof.PROBES
+    assert len({tuple(p) for p in probe.prompts}) == weight_check.PROBES
 
 
 def test_a_sampler_with_other_weights_is_found():
     engine = make_engine()
     with engine.sampling() as sampler:
-        probe = proof.draw_probe(engine, sampler, 0)
+        probe = weight_check.draw_probe(engine, sampler, 0)
     with torch.no_grad():
         next(engine.models["policy"].strategy.module.parameters()).mul_(1.5)
-    text = refused(lambda: proof.check_probe(engine, probe))
+    text = refused(lambda: weight_check.check_probe(engine, probe))
     assert "the sampler does not draw from the trained weights: on rank 0" in text and "worst: sequence" in text
 
 
@@ -77,7 +77,7 @@ def _one_rank_differs(strategy):
                     return type("Torn", (), {"__enter__": changed, "__exit__": lambda *a: context.__exit__(*a[1:])})()
 
                 engine.models["policy"].strategy.gathered = torn
-    return name, refused(lambda: proof.check_copies(engine))
+    return name, refused(lambda: weight_check.check_copies(engine))
 
 
 @pytest.mark.ranks

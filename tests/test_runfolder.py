@@ -10,13 +10,13 @@ import time
 import pytest
 import yaml
 
-from skyrl.runfolder import RunFolder, check_free_space, config_changes, cut_metrics, drop_rollouts
+from skyrl.run_dir import RunFolder, check_free_space, config_changes, cut_metrics, drop_rollouts
 from skyrl.types import UserError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from skyrl.runfolder import RunFolder
+from skyrl.run_dir import RunFolder
 RunFolder(Path(sys.argv[1]), 0).open({"seed": 1})
 print("held", flush=True)
 time.sleep(60)

@@ -68,7 +68,7 @@ def rank_fails(folder: Path) -> None:
 
 def worker_fails(folder: Path) -> None:
     """A fault in rank 0's own thread, while the script waits."""
-    from skyrl.service.tenants import Tenants
+    from skyrl.service.models import Tenants
 
     def broken(*args: object, **more: object) -> None:
         raise KeyError("a fault of the service")

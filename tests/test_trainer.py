@@ -7,7 +7,7 @@ import pytest
 from gloo import run_ranks
 from loop import loop_config, run_loop, train_here
 
-from skyrl.config import rules
+from skyrl.config import validation
 from skyrl.tracking.base import without_wall_clock
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.tracking.rollouts import read_rollouts, recompute_metrics
@@ -62,7 +62,12 @@ def test_every_registered_part_makes_a_real_step(advantage, loss, reduction, cor
 
 def test_the_list_above_has_every_name():
     columns = [set(column) for column in zip(*PARTS, strict=True)]
-    assert columns == [set(rules.ADVANTAGES), set(rules.LOSSES), set(rules.REDUCTIONS), set(rules.CORRECTIONS)]
+    assert columns == [
+        set(validation.ADVANTAGES),
+        set(validation.LOSSES),
+        set(validation.REDUCTIONS),
+        set(validation.CORRECTIONS),
+    ]
 
 
 # ---- the batch

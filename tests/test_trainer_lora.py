@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from small import distance, make_engine, make_rows, small_config
 from transformers import AutoModelForCausalLM
 
-from skyrl import proof
+from skyrl import weight_check
 from skyrl.checkpoint import latest
 from skyrl.checkpoint_folder import digest
 from skyrl.distributed.init import init_distributed
@@ -217,15 +217,15 @@ def test_the_sampler_follows_the_adapter_and_the_proof_sees_when_not():
     engine = engine_of(small_config("model.lora.rank=4"))
     for step in range(3):
         with engine.sampling() as sampler:
-            probe = proof.draw_probe(engine, sampler, step)
+            probe = weight_check.draw_probe(engine, sampler, step)
             assert {sample.version for sample in probe.samples} == {step}
-        proof.check_copies(engine)
-        assert proof.check_probe(engine, probe) < 1e-5
+        weight_check.check_copies(engine)
+        assert weight_check.check_probe(engine, probe) < 1e-5
         engine.forward_backward(make_rows(step), LossSpec("cross_entropy"))
         engine.optim_step("policy", AdamParams(lr=0.3))
         with pytest.raises(RunError, match="the sampler does not draw from the trained weights"):
-            proof.check_probe(engine, probe)  # drawn before the update
+            weight_check.check_probe(engine, probe)  # drawn before the update
     with torch.no_grad():
         next(engine.models["policy"].strategy.module.parameters()).fill_(float("nan"))
     with engine.sampling() as sampler, pytest.raises(RunError, match="the adapter gives logits that are not finite"):
-        proof.draw_probe(engine, sampler, 9)
+        weight_check.draw_probe(engine, sampler, 9)

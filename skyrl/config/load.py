@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from skyrl.config.options import all_options, groups, short_names, suggest
-from skyrl.config.rules import check_typed, ignored_on_resume
 from skyrl.config.schema import RunConfig
 from skyrl.config.serve import ServeConfig, alias_problems, check_serve
+from skyrl.config.validation import check_typed, ignored_on_resume
 from skyrl.types import UserError
 
 VERSION_BASE = "1.3"
@@ -301,7 +301,7 @@ def _that_count(cfg: RunConfig | dict[str, Any]) -> tuple[dict[str, Any], str]:
 def config_diff(before: RunConfig | dict[str, Any], now: RunConfig | dict[str, Any]) -> list[str]:
     """ "option: before -> now" for every option that changes what a resumed run computes, sorted; [] = may go on.
 
-    Left out are places, speed and layout (rules.ignored_on_resume). Takes resolved configs, or their dicts.
+    Left out are places, speed and layout (validation.ignored_on_resume). Takes resolved configs, or their dicts.
     """
     (old, old_schedule), (new, new_schedule) = _that_count(before), _that_count(now)
     lines = []

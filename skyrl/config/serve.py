@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyrl.config import rules
-from skyrl.config.memory import GIB, adapter_parameters, available, estimate, model_facts
+from skyrl.config import validation
 from skyrl.config.options import all_options
-from skyrl.config.plan import Plan, make_plan
 from skyrl.config.schema import (
     BatchConfig,
     DataConfig,
@@ -134,7 +132,10 @@ AT_LEAST_ONE = (
 ABOVE_ZERO = ("service.gap_seconds", "service.slice_seconds")
 CHOICES = {
     "service.mix_tenants": ("auto", "always", "never"),
-    **{path: rules.CHOICES[path] for path in ("model.dtype", "strategy.name", "strategy.device", "sampler.backend")},
+    **{
+        path: validation.CHOICES[path]
+        for path in ("model.dtype", "strategy.name", "strategy.device", "sampler.backend")
+    },
 }
 # Where a run has the same option under another name.
 RUN_NAMES = {
@@ -183,16 +184,10 @@ def check_serve(cfg: ServeConfig) -> None:
     """Raises UserError for the first rule that `cfg` breaks, whatever the number of ranks."""
     for problem in _problems(cfg):
         raise UserError(problem)
-    _in_our_words(lambda: rules.check(to_run_config(cfg)))
+    in_our_words(lambda: validation.check(to_run_config(cfg)))
 
 
-def serve_plan(cfg: ServeConfig, world_size: int) -> Plan:
-    """The run's Plan for this many ranks: device, dtype and strategy filled, no memory. Raises UserError."""
-    check_serve(cfg)
-    return _in_our_words(lambda: make_plan(to_run_config(cfg), world_size))
-
-
-def _in_our_words(call: Any) -> Any:
+def in_our_words(call: Any) -> Any:
     try:
         return call()
     except UserError as error:
@@ -251,54 +246,3 @@ def alias_problems(cfg: ServeConfig, aliases: dict[str, str], where: str) -> Ite
                 f"{where}: {name} is to be {path}, but this server has one model, model.path={cfg.model.path}; give "
                 '"", or start another server for it'
             )
-
-
-def dry_run_text(cfg: ServeConfig, world_size: int) -> str:
-    """Checks everything that can be checked without building, and returns the plan as text. Raises UserError."""
-    size = cfg.world_size or world_size
-    plan, facts, run = serve_plan(cfg, size), model_facts(to_run_config(cfg)), to_run_config(cfg)
-    limit = cfg.max_row_tokens or facts.max_positions
-    if limit > facts.max_positions:
-        raise UserError(
-            f"max_row_tokens={limit}: the model has {facts.max_positions} positions; give at most that, or 0"
-        )
-    need = estimate(
-        run, facts, world_size=size, dtype=plan.dtype, strategy=plan.strategy, device=plan.device,
-        row_tokens=min(TYPICAL_ROW, limit),
-    )  # fmt: skip
-    if not cfg.service.full_parameters:  # the base is frozen: adapters alone have gradients and moments
-        need = dataclasses.replace(need, masters=0, gradients=0, optimizer=0)
-    service = cfg.service
-    lines = [
-        ("server", f"http://{service.host}:{service.port}, state in {service.folder}"),
-        ("ranks", f"{size} x {plan.device}, {plan.strategy}, {plan.dtype}"),
-        ("model", f"{facts.name}, {facts.num_parameters / 1e6:,.1f}M parameters, rows of at most {limit} tokens"),
-    ]
-    total = need.peak
-    if service.full_parameters:
-        lines.append(("training", "all parameters, one model at a time"))
-    else:
-        # Weights, gradients and two moments, float32.
-        each = 16 * adapter_parameters(facts, 32)
-        resident = min(service.max_models, service.max_resident_models)
-        lines.append(
-            (
-                "training",
-                f"LoRA up to rank {service.max_rank}; rank 32 on all layers needs {each / 2**20:,.1f} MiB a model",
-            )
-        )
-        lines.append(("", f"{resident} of them on the device: {resident * each / GIB:.3f} GiB"))
-        total += each
-    lines.append(("memory", f"{total / GIB:.3f} GiB on each rank with one model open (estimate)"))
-    room = available(plan.device)
-    if cfg.world_size or room is None:
-        lines.append(("", "not compared with this machine"))
-    elif total - need.cache + need.least_cache > room[0]:
-        raise UserError(
-            f"model.path={cfg.model.path}: needs about {total / GIB:.1f} GiB on each rank, there are "
-            f"{room[0] / GIB:.1f} GiB ({room[1]}); try strategy.name=fsdp over more ranks, fewer "
-            "max_tokens_per_microbatch, model.activation_checkpointing=true, or a smaller model"
-        )
-    else:
-        lines.append(("", f"{room[0] / GIB:.3f} GiB available: {room[1]}"))
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)

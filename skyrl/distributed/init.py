@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from skyrl.config.schema import RunConfig
-from skyrl.distributed import failure
+from skyrl.distributed import env, failure
 from skyrl.types import RunError, UserError
 
 
@@ -128,6 +128,7 @@ def init_distributed(cfg: RunConfig) -> World:
     saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
     failure.remember_ranks(control, local_rank)
     _world = World(rank, size, local_rank, device, control, saving)
+    env.in_group = size > 1
     atexit.register(shutdown)
     return _world
 
@@ -186,11 +187,6 @@ def own_store(name: str) -> Any:
     return dist.PrefixStore(name, _store.clone())
 
 
-def in_group() -> bool:
-    """Whether this process is one of several ranks that have met."""
-    return _world is not None and _world.size > 1
-
-
 def shutdown(*, failed: bool = False) -> None:
     """Ends the process group. After a failure nobody is waited for: the launcher ends the other ranks."""
     global _world, _store
@@ -202,7 +198,7 @@ def shutdown(*, failed: bool = False) -> None:
             dist.barrier(group=_world.control)
         except RuntimeError as error:
             _lost_at_the_end(error)
-    _world, _store = None, None
+    _world, _store, env.in_group = None, None, False
     if ended:
         failure.forget_ranks()
         dist.destroy_process_group()

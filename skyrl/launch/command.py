@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from skyrl.config.entry import REQUEUE_FILE, split_args
 from skyrl.config.load import load_config, load_serve
-from skyrl.launch import hosts, machine, processes, sbatch, slurm_env
+from skyrl.distributed import env as slurm_env
+from skyrl.distributed.env import REQUEUE_FILE
+from skyrl.launch import hosts, machine, processes, sbatch
 from skyrl.launch.rank import BIND, LEFT, MODES
+from skyrl.main import split_args
 from skyrl.types import UserError
 
 AGAIN, INTERRUPTED = processes.AGAIN, processes.INTERRUPTED

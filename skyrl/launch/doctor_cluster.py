@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from skyrl.launch import machine, slurm_env
+from skyrl.distributed import env as slurm_env
+from skyrl.launch import machine
 from skyrl.launch.doctor import Finding, fail, ok, warn
 from skyrl.types import UserError
 

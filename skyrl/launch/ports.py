@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import socket
 
+from skyrl.distributed.env import COUNT, FIRST, job_port
 from skyrl.types import UserError
-
-# Below the ports that the kernel hands to outgoing connections (32768 and up), above those of services.
-FIRST, COUNT = 20000, 10000
-STRIDE = 7  # no divisor of COUNT: jobs that follow each other start apart, and 10000 of them differ
-
-
-def job_port(job: int, step: int = 0) -> int:
-    """Where the search for a job's port begins: the same on all its nodes, another for each of 10000 jobs."""
-    return FIRST + (STRIDE * (job + 31 * step)) % COUNT
 
 
 def is_free(port: int, host: str = "") -> bool:

@@ -15,8 +15,9 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from skyrl.config.entry import run_entry
-from skyrl.launch import machine, slurm_env
+from skyrl.distributed import env as slurm_env
+from skyrl.launch import machine
+from skyrl.main import run_entry
 from skyrl.types import UserError
 
 AGAIN = 75  # EX_TEMPFAIL: the same command should be started again

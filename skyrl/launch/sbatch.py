@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from skyrl.config.entry import split_args
 from skyrl.config.load import load_config
-from skyrl.config.plan import dry_run
+from skyrl.main import split_args
+from skyrl.planner.plan import dry_run
 from skyrl.types import UserError
 
 BODY = "# ---- what follows is the same for every job\n"

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from skyrl.config.load import load_config, load_serve
-from skyrl.config.rules import import_plugins
 from skyrl.config.schema import ModelConfig, RunConfig
+from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
 from skyrl.envs.jsonl import data_file, is_file_path
-from skyrl.runfolder import write_atomically
+from skyrl.run_dir import write_atomically
 from skyrl.types import UserError
 
 MANIFEST, OPTIONS, ENVIRONMENT, VARIABLE = "manifest.json", "options", "environment.sh", "SKYRL_STAGED"

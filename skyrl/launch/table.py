@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from skyrl.config.rules import ignored_on_resume
-from skyrl.launch.points import OBJECTIVE, RESULT, final_values
+from skyrl.config.validation import ignored_on_resume
+from skyrl.sweep import OBJECTIVE, RESULT, final_values
 from skyrl.types import UserError
 
 DEFAULT_METRICS = (OBJECTIVE, "reward:mean")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyrl.models import rounding
+from skyrl.models import exact_ops
 
 # float32 logits that exist at once. On a CPU a block that stays in the cache is 1.8 times as fast as one of 64 MiB.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
@@ -34,8 +34,8 @@ def matmul_float(hidden_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None = N
     if half and hidden_TC.is_cuda:
         out = torch.mm(hidden_TC, weight_VC.t(), out_dtype=torch.float32)
         return out if bias_V is None else out.add_(bias_V.float())
-    if rounding.applies(hidden_TC) and rounding.applies(weight_VC):
-        return rounding.product(hidden_TC, weight_VC, bias_V)
+    if exact_ops.applies(hidden_TC) and exact_ops.applies(weight_VC):
+        return exact_ops.product(hidden_TC, weight_VC, bias_V)
     out = torch.nn.functional.linear(hidden_TC, weight_VC, bias_V)
     return out.float() if half else out
 
@@ -74,7 +74,7 @@ class _LogProbs(torch.autograd.Function):
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
         tokens = hidden_TC.shape[0]
         rows = block * tokens // weight_VC.shape[0]  # whole ones that fit into the same memory
-        whole = tokens > 0 and rows >= min(ROWS, tokens) and rounding.exact(hidden_TC, weight_VC)
+        whole = tokens > 0 and rows >= min(ROWS, tokens) and exact_ops.exact(hidden_TC, weight_VC)
         by, size = (_by_rows, rows) if whole else (_by_blocks, block)
         out_TK, logz_T, entropy_T = by(product, targets_TK, head, temperature, size, want_entropy)
         ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T)
@@ -110,9 +110,9 @@ class _LogProbs(torch.autograd.Function):
             dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
             if dhidden is not None:
                 put = dhidden.add_ if vocab > block else dhidden.copy_
-                put(rounding.matmul(dz, weight_VC[start:stop]))
-            if dweight is not None and rounding.applies(dz):
-                dweight[start:stop] = rounding.sum_of_outer(dz, hidden_TC)
+                put(exact_ops.matmul(dz, weight_VC[start:stop]))
+            if dweight is not None and exact_ops.applies(dz):
+                dweight[start:stop] = exact_ops.sum_of_outer(dz, hidden_TC)
             elif dweight is not None:
                 torch.mm(dz.t(), hidden_TC, out=dweight[start:stop])
             if dbias is not None:
@@ -142,19 +142,19 @@ class _Product:
     up_VR: Tensor | None
 
     @cached_property
-    def _packed(self) -> rounding.Packed:
-        return rounding.pack(self.weight_VC)
+    def _packed(self) -> exact_ops.Packed:
+        return exact_ops.pack(self.weight_VC)
 
     def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:
         """Logits / temperature of some tokens for some entries of the vocabulary."""
-        if entries == slice(None) and rounding.by_onednn(self.hidden_TC, self.weight_VC):
-            product = rounding.packed_product(self.hidden_TC[tokens], self._packed, self.bias_V)
+        if entries == slice(None) and exact_ops.by_onednn(self.hidden_TC, self.weight_VC):
+            product = exact_ops.packed_product(self.hidden_TC[tokens], self._packed, self.bias_V)
         else:
             bias_V = None if self.bias_V is None else self.bias_V[entries]
             product = matmul_float(self.hidden_TC[tokens], self.weight_VC[entries], bias_V)
         if self.low_TR is not None and self.up_VR is not None:
             low_TR, up_VR = self.low_TR[tokens], self.up_VR[entries]
-            if product.dtype != low_TR.dtype or rounding.applies(low_TR):
+            if product.dtype != low_TR.dtype or exact_ops.applies(low_TR):
                 product.add_(matmul_float(low_TR, up_VR))
             else:
                 product.addmm_(low_TR, up_VR.t())
@@ -200,7 +200,7 @@ def _by_rows(
     for start in range(0, len(targets_TK), rows):
         here = slice(start, start + rows)
         z = product.logits(here, slice(None), head, 1.0)
-        logprobs_TK, logz_T = rounding.log_softmax_at(z, targets_TK[here], temperature)
+        logprobs_TK, logz_T = exact_ops.log_softmax_at(z, targets_TK[here], temperature)
         entropy_T = None
         if want_entropy:
             surprise = z.div_(temperature).sub_(logz_T[:, None])

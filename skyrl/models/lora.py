@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from skyrl.models import rounding
+from skyrl.models import exact_ops
 from skyrl.types import LoraSpec, UserError
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def merged(segments: list[Segment]) -> list[Segment]:
 
 def low_rank(x: Tensor, down: Tensor, scale: float) -> Tensor:
     """scale * x A^T, [..., rank]: the small side of an adapter's product."""
-    return rounding.linear(x, down) * scale
+    return exact_ops.linear(x, down) * scale
 
 
 def _adds(router: Router, path: str) -> Any:
@@ -255,7 +255,7 @@ def _adds(router: Router, path: str) -> Any:
             out = output.narrow(-2, start, stop - start)
             if adapter is not None and pair is not None:
                 u = low_rank(x.narrow(-2, start, stop - start), pair[0], adapter.scale)
-                out = out + rounding.linear(u, pair[1])
+                out = out + exact_ops.linear(u, pair[1])
             parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.models import rounding
+from skyrl.models import exact_ops
 from skyrl.types import SamplingParams, UserError
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -114,8 +114,8 @@ def _draw(logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, 
         logits_BV = logits_BV.div_(rules.temperature_B1)
     top_B1, best_B1 = logits_BV.max(1, keepdim=True)
     shifted_BV = logits_BV.sub_(top_B1)
-    # as in training's log-probabilities (rounding.log_softmax_at)
-    weights_BV = rounding.exp(shifted_BV) if rounding.by_onednn(logits_BV) else shifted_BV.exp()
+    # as in training's log-probabilities (exact_ops.log_softmax_at)
+    weights_BV = exact_ops.exp(shifted_BV) if exact_ops.by_onednn(logits_BV) else shifted_BV.exp()
     drawn_BV = weights_BV * kept(weights_BV, rules) if rules.cut else weights_BV
     sums_BV = drawn_BV.cumsum(1, dtype=torch.float64)
     total_B1 = sums_BV[:, -1:]

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.sampler.paged import Batch, KVCache, LayerShape
+from skyrl.sampler.runners.paged import Batch, KVCache, LayerShape
 from skyrl.sampler.scheduler import Piece, Sequence
 from skyrl.types import SamplingParams
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
-    from skyrl.sampler.local import Runner
+    from skyrl.sampler.sampler import Runner
 
 _CALLS: dict[str, list[LayerCall]] = {}
 

@@ -16,7 +16,6 @@ from starlette.responses import Response
 
 from skyrl.config.serve import ServiceConfig
 from skyrl.service.archive import Archive
-from skyrl.service.auth import Keys, read_keys
 from skyrl.service.http import FAULT, Door, refusal, tell
 from skyrl.service.openai import TextTools, openai_routes
 from skyrl.service.routes_checkpoints import checkpoint_routes
@@ -25,6 +24,7 @@ from skyrl.service.routes_work import work_routes
 from skyrl.service.store import Store
 from skyrl.service.types import Desk, ServerFacts
 from skyrl.types import UserError
+from skyrl.web.auth import Keys, read_keys
 
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0

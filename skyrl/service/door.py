@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skyrl.service.app import Serving, make_app, serve_in_thread
-from skyrl.service.auth import read_keys
 from skyrl.service.openai_params import TextTools
-from skyrl.service.run import Service
+from skyrl.service.server import Service
 from skyrl.types import RunError
+from skyrl.web.auth import read_keys
 
 
 @dataclass

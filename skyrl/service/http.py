@@ -22,12 +22,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.config.serve import ServiceConfig
-from skyrl.service.auth import LOCAL_OWNER, Keys, Signer
 from skyrl.service.store import Store
 from skyrl.service.store_records import NotFound
 from skyrl.service.types import Busy, Desk, Outcome, Refused, ServerFacts
 from skyrl.service.wire import JSON, encode_json, read_json
 from skyrl.types import UserError
+from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
 
 if TYPE_CHECKING:  # it needs torch, and most of the door does not
     from skyrl.service.archive import Archive

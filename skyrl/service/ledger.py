@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from skyrl.service.desk import Job
+from skyrl.service.scheduler import Job
 from skyrl.service.store import Store
 from skyrl.service.store_records import NotFound
 from skyrl.service.types import CreateModel, LoadWeights, Outcome, SaveWeights, UnloadModel

@@ -16,12 +16,12 @@ from skyrl.config.serve import ServeConfig
 from skyrl.sampler.prompts import PromptQuery, PromptStats
 from skyrl.service.books import Books
 from skyrl.service.commands import BASE, NOT_FINITE, Problem, Question, Slice
-from skyrl.service.convert import check_prompt, draw_seed, sampling_params
-from skyrl.service.desk import LARGE_SAMPLE, Job, RequestDesk
 from skyrl.service.leader import Leader
 from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, in_turns
+from skyrl.service.scheduler import LARGE_SAMPLE, Job, RequestDesk
 from skyrl.service.snapshots import Snapshots
 from skyrl.service.types import Refused, SampledSequence, SampleQuery, SampleResult, ServerFacts, TopK
+from skyrl.service.validation import check_prompt, draw_seed, sampling_params
 from skyrl.types import Sample, SampleRequest, UserError
 
 RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair

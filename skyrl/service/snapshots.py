@@ -15,7 +15,7 @@ from skyrl.service.archive_content import Content
 from skyrl.service.books import Books, adapter_weights, num_bytes, to_state
 from skyrl.service.commands import LoadAdapter
 from skyrl.service.leader import Leader
-from skyrl.service.tenants import Tenant, Tenants
+from skyrl.service.models import Tenant, Tenants
 from skyrl.service.types import Refused
 
 log = logging.getLogger("skyrl.service")

@@ -17,13 +17,12 @@ from skyrl.config.serve import ServeConfig
 from skyrl.distributed.balance import spread
 from skyrl.service.books import Books
 from skyrl.service.commands import Train
-from skyrl.service.convert import adam_params, alike, loss_spec, to_rows
-from skyrl.service.desk import Job, RequestDesk
 from skyrl.service.leader import Leader
 from skyrl.service.limits import check_width
+from skyrl.service.models import Tenant, Tenants
 from skyrl.service.sampling import Sampling
+from skyrl.service.scheduler import Job, RequestDesk
 from skyrl.service.snapshots import Snapshots
-from skyrl.service.tenants import Tenant, Tenants
 from skyrl.service.types import (
     CreateModel,
     LoadWeights,
@@ -35,6 +34,7 @@ from skyrl.service.types import (
     TrainResult,
     UnloadModel,
 )
+from skyrl.service.validation import adam_params, alike, loss_spec, to_rows
 from skyrl.types import Datum, UserError
 
 log = logging.getLogger("skyrl.service")

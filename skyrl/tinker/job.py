@@ -19,16 +19,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlencode
 
-from skyrl.config.entry import end_now, rank
 from skyrl.config.load import load_serve
 from skyrl.config.serve import ServeConfig
-from skyrl.service.auth import LOCAL_OWNER, Keys
+from skyrl.distributed.env import rank
+from skyrl.main import end_now
 from skyrl.service.types import Busy, Outcome, Request, SampleQuery
 from skyrl.tinker.futures import APIFuture, RequestFailedError, status_error
 from skyrl.types import UserError
+from skyrl.web.auth import LOCAL_OWNER, Keys
 
 if TYPE_CHECKING:  # it needs torch, which only an open job does
-    from skyrl.service.run import Service
+    from skyrl.service.server import Service
 
 OPTIONS_ENVIRONMENT = "SKYRL_SERVE_OPTIONS"
 BUSY_SECONDS = 0.2
@@ -267,7 +268,7 @@ def release_job(job: Job) -> None:
 
 
 def _open(cfg: ServeConfig) -> Job:
-    from skyrl.service.run import open_service
+    from skyrl.service.server import open_service
 
     if cfg.dry_run:
         raise UserError("dry_run=true: for the command line, python -m skyrl.serve")

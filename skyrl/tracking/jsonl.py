@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from skyrl.runfolder import cut_metrics
+from skyrl.run_dir import cut_metrics
 from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
 

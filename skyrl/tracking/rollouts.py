@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from skyrl.runfolder import ROLLOUT_NAME, write_atomically
+from skyrl.run_dir import ROLLOUT_NAME, write_atomically
 from skyrl.types import Episode, Metrics, UserError
 
 

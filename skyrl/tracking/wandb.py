@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from skyrl.config.schema import RunConfig
-from skyrl.runfolder import write_atomically
+from skyrl.run_dir import write_atomically
 from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.algorithms import advantages, filters, kl, losses, weights
+from skyrl.algorithms import advantages, filters, kl, losses, reductions
 from skyrl.config.schema import AlgorithmConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
-REGISTRIES = [advantages.ADVANTAGES, losses.LOSSES, losses.CORRECTIONS, weights.REDUCTIONS, kl.KL_ESTIMATORS]
+REGISTRIES = [advantages.ADVANTAGES, losses.LOSSES, losses.CORRECTIONS, reductions.REDUCTIONS, kl.KL_ESTIMATORS]
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
@@ -22,7 +22,7 @@ def test_every_registered_name_is_there(registry) -> None:
 
 
 def test_every_function_named_in_a_table_exists_and_names_its_source() -> None:
-    modules = (advantages, losses, weights, filters)
+    modules = (advantages, losses, reductions, filters)
     named = re.findall(r"^\|[^|]+\|[^|]+\| `(\w+)` \|[^|]+\|$", TEXT, flags=re.M)  # third of four columns
     assert len(named) >= 20
     for name in named:

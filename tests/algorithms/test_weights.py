@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from skyrl.algorithms.weights import REDUCTIONS
+from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.types import UserError
 
 

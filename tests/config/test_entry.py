@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from skyrl.config.entry import split_args
 from skyrl.config.help import config_groups
 from skyrl.config.load import load_config, to_dict
 from skyrl.config.options import all_options
+from skyrl.main import split_args
 from skyrl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,10 +27,10 @@ def train(cfg):
         raise RuntimeError("this one breaks")
     print("RAN", cfg.seed, cfg.run.name, os.getpid(), os.getcwd(), flush=True)
 
-trainer = types.ModuleType("skyrl.trainer")
+trainer = types.ModuleType("skyrl.trainers.rl")
 trainer.train = train
-sys.modules["skyrl.trainer"] = trainer
-from skyrl.config.entry import run_entry
+sys.modules["skyrl.trainers.rl"] = trainer
+from skyrl.main import run_entry
 run_entry("train")
 """
 

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
-from skyrl.config.memory import GIB, ModelFacts, available, check_fits, estimate, model_facts, tiny_facts
-from skyrl.config.plan import describe, dry_run, make_plan
 from skyrl.config.schema import TinyModelConfig
+from skyrl.planner.memory import GIB, ModelFacts, available, check_fits, estimate, model_facts, tiny_facts
+from skyrl.planner.plan import describe, dry_run, make_plan
 from skyrl.types import UserError
 
 RECIPES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
@@ -254,7 +254,7 @@ def test_memory_of_activations_and_cache_follows_the_options():
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr("skyrl.config.memory.available", lambda device: (8 * GIB, "a small machine"))
+    monkeypatch.setattr("skyrl.planner.memory.available", lambda device: (8 * GIB, "a small machine"))
     cfg = load_config([])
     with pytest.raises(UserError, match=r"4.00G parameters need about .* GiB on each rank, there are 8.0 GiB"):
         make_plan(cfg, 1, model_facts=BIG, device="cpu")

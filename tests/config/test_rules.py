@@ -2,10 +2,10 @@
 
 import pytest
 
-from skyrl.algorithms import advantages, kl, losses, weights
-from skyrl.config import rules
+from skyrl.algorithms import advantages, kl, losses, reductions
+from skyrl.config import validation
 from skyrl.config.load import load_config
-from skyrl.config.plan import make_plan
+from skyrl.planner.plan import make_plan
 from skyrl.types import UserError
 
 
@@ -17,18 +17,18 @@ def line_of(*overrides: str, world_size: int = 1) -> str:
 
 
 def test_tables_equal_the_registries():
-    assert sorted(rules.ADVANTAGES) == advantages.ADVANTAGES.names()
-    assert sorted(rules.LOSSES) == losses.policy_losses()
-    assert sorted(rules.REDUCTIONS) == weights.REDUCTIONS.names()
-    assert sorted(rules.CORRECTIONS) == losses.CORRECTIONS.names()
-    assert sorted(rules.KL_ESTIMATORS) == kl.KL_ESTIMATORS.names()
-    assert {n for n in rules.LOSSES if losses.LOSSES.get(n).ratio} == set(rules.RATIO_LOSSES)
-    assert {n for n in rules.LOSSES if "clip_low" in losses.config_fields(n)} == set(rules.CLIPPED_LOSSES)
+    assert sorted(validation.ADVANTAGES) == advantages.ADVANTAGES.names()
+    assert sorted(validation.LOSSES) == losses.policy_losses()
+    assert sorted(validation.REDUCTIONS) == reductions.REDUCTIONS.names()
+    assert sorted(validation.CORRECTIONS) == losses.CORRECTIONS.names()
+    assert sorted(validation.KL_ESTIMATORS) == kl.KL_ESTIMATORS.names()
+    assert {n for n in validation.LOSSES if losses.LOSSES.get(n).ratio} == set(validation.RATIO_LOSSES)
+    assert {n for n in validation.LOSSES if "clip_low" in losses.config_fields(n)} == set(validation.CLIPPED_LOSSES)
     assert {"k1"} == kl.NO_GRADIENT_IN_LOSS
 
 
 def test_tables_name_only_options_that_exist():
-    assert rules.unknown_paths() == []
+    assert validation.unknown_paths() == []
 
 
 @pytest.mark.parametrize(

@@ -15,22 +15,21 @@ from skyrl.config.serve import (
     RUN_NAMES,
     ServeConfig,
     ServeSamplerConfig,
-    adapter_parameters,
     check_serve,
-    dry_run_text,
-    serve_plan,
     to_run_config,
 )
+from skyrl.planner.memory import adapter_parameters
+from skyrl.planner.serve import dry_run_text, serve_plan
 from skyrl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# skyrl.service.run stands in: tells that it was called. What it is called with is the real thing.
+# skyrl.service.server stands in: tells that it was called. What it is called with is the real thing.
 SERVER = """
 import sys, types
 sys.modules["torch"] = None
-run = types.ModuleType("skyrl.service.run")
+run = types.ModuleType("skyrl.service.server")
 run.serve = lambda cfg: print("SERVES", cfg.service.port, cfg.model.path, flush=True)
-sys.modules["skyrl.service.run"] = run
+sys.modules["skyrl.service.server"] = run
 from skyrl.serve import main
 main()
 """
@@ -154,8 +153,8 @@ def test_plan_for_any_number_of_ranks():
 
 
 def test_adapter_parameters_are_those_of_the_layers():
-    from skyrl.config.memory import tiny_facts
     from skyrl.models.tiny import tiny_config
+    from skyrl.planner.memory import tiny_facts
 
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ import torch
 
 from skyrl.distributed import phases
 from skyrl.distributed.init import World
-from skyrl.distributed.watch import Watch, mark_requeue
+from skyrl.distributed.watchdog import Watch, mark_requeue
 
 
 @pytest.fixture

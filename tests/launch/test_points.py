@@ -6,18 +6,18 @@ import subprocess
 import pytest
 from loop import loop_config
 
-from skyrl.launch import points
+from skyrl import sweep
 from skyrl.types import RunError, StopRun
 
 
 def test_a_point_that_is_done_is_not_run_again(tmp_path, capsys, monkeypatch):
     cfg = loop_config(tmp_path / "run")
-    accuracy = points.play(cfg, "train", sweep=True)
+    accuracy = sweep.play(cfg, "train", sweep=True)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["accuracy"] == accuracy == points.final_values(tmp_path / "run" / "metrics.jsonl")[points.OBJECTIVE]
+    assert result["accuracy"] == accuracy == sweep.final_values(tmp_path / "run" / "metrics.jsonl")[sweep.OBJECTIVE]
     before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
-    monkeypatch.setattr("skyrl.trainer.train", lambda cfg: pytest.fail("was run again"))
-    assert points.play(cfg, "train", sweep=True) == accuracy
+    monkeypatch.setattr("skyrl.trainers.rl.train", lambda cfg: pytest.fail("was run again"))
+    assert sweep.play(cfg, "train", sweep=True) == accuracy
     assert f"done already, accuracy {accuracy:.4f}" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
 
@@ -25,41 +25,39 @@ def test_a_point_that_is_done_is_not_run_again(tmp_path, capsys, monkeypatch):
 def test_other_options_or_more_steps_are_another_point(tmp_path):
     cfg = loop_config(tmp_path / "run")
     digests = {
-        points.point_digest(loop_config(tmp_path / "run", *more))
+        sweep.point_digest(loop_config(tmp_path / "run", *more))
         for more in ([], ["batch.num_steps=3"], ["optim.lr=1e-3"], ["seed=5"])
     }
     assert len(digests) == 4
-    assert points.point_digest(cfg) == points.point_digest(loop_config(tmp_path / "elsewhere", "run.threads=3"))
+    assert sweep.point_digest(cfg) == sweep.point_digest(loop_config(tmp_path / "elsewhere", "run.threads=3"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"digest": 1'])
 def test_a_result_that_cannot_be_read_is_none(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
-    assert points.read_result(tmp_path) is None
+    assert sweep.read_result(tmp_path) is None
 
 
 def test_sweeps_that_run_elsewhere_keep_their_files_on_the_shared_disk(tmp_path):
-    assert points.sweep_folder(["seed=1,2"]) is None
+    assert sweep.sweep_folder(["seed=1,2"]) is None
     assert (
-        points.sweep_folder(["hydra/launcher=slurm"])
-        == "runs/.sweeps"
-        == points.sweep_folder(["hydra/sweeper=accuracy"])
+        sweep.sweep_folder(["hydra/launcher=slurm"]) == "runs/.sweeps" == sweep.sweep_folder(["hydra/sweeper=accuracy"])
     )
-    assert points.best_of(str(tmp_path)) == ""
+    assert sweep.best_of(str(tmp_path)) == ""
     (tmp_path / "optimization_results.yaml").write_text(
         "name: optuna\nbest_params:\n  optim.lr: 0.01\nbest_value: 0.5\n"
     )
-    assert points.best_of(str(tmp_path)) == "best point: optim.lr=0.01 (accuracy 0.5000)"
-    assert points.best_of(str(tmp_path)) == ""
+    assert sweep.best_of(str(tmp_path)) == "best point: optim.lr=0.01 (accuracy 0.5000)"
+    assert sweep.best_of(str(tmp_path)) == ""
 
 
 def test_what_travels_back_to_the_sweep(monkeypatch):
     for name in ("SLURM_JOB_ID", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RunError, match="a point of the sweep failed: no such thing"):
-        points.leave(ValueError("no such\nthing"), 1)
+        sweep.leave(ValueError("no such\nthing"), 1)
     with pytest.raises(RunError, match="stopped; not queued again: this is no Slurm job; the same sweep goes on"):
-        points.leave(StopRun("stopped"), 75)
+        sweep.leave(StopRun("stopped"), 75)
 
 
 def slurm(state, asked, code=0):
@@ -75,8 +73,8 @@ def slurm(state, asked, code=0):
 
 def test_only_a_job_that_still_runs_is_queued_again():
     env, asked = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, []
-    assert points.requeue(5, env, slurm("RUNNING", asked)) == "" and asked == ["show", "requeue"]
-    assert points.requeue(5, env, slurm("COMPLETING", asked)) == "job 7 was cancelled"
-    assert points.requeue(2, env, slurm("RUNNING", asked)) == "it was 2 times already (SKYRL_MAX_REQUEUES)"
-    assert points.requeue(5, env, slurm("RUNNING", asked, code=1)) == "slurm_requeue error"
-    assert points.requeue(5, {}, slurm("RUNNING", asked)) == "this is no Slurm job"
+    assert sweep.requeue(5, env, slurm("RUNNING", asked)) == "" and asked == ["show", "requeue"]
+    assert sweep.requeue(5, env, slurm("COMPLETING", asked)) == "job 7 was cancelled"
+    assert sweep.requeue(2, env, slurm("RUNNING", asked)) == "it was 2 times already (SKYRL_MAX_REQUEUES)"
+    assert sweep.requeue(5, env, slurm("RUNNING", asked, code=1)) == "slurm_requeue error"
+    assert sweep.requeue(5, {}, slurm("RUNNING", asked)) == "this is no Slurm job"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from skyrl.launch import slurm_env
+from skyrl.distributed import env as slurm_env
 from skyrl.launch.ports import job_port
 from skyrl.types import UserError
 

@@ -6,8 +6,8 @@ import statistics
 import pytest
 
 from skyrl.config.load import load_config, save_config
-from skyrl.launch.points import RESULT
 from skyrl.launch.table import sweep_table
+from skyrl.sweep import RESULT
 from skyrl.types import UserError
 
 

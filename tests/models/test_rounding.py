@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from families import make_net
 
 from skyrl import kernels
-from skyrl.models import rounding
+from skyrl.models import exact_ops
 from skyrl.models.forward import CausalLM, collate
 from skyrl.types import Datum
 
@@ -38,8 +38,8 @@ def path(request, monkeypatch):
     elif why := kernels.library()[1]:
         pytest.skip(why)
     if request.param == "torch":
-        monkeypatch.setattr(rounding, "packs", lambda dtype: False)
-    elif not rounding.packs(torch.float32):
+        monkeypatch.setattr(exact_ops, "packs", lambda dtype: False)
+    elif not exact_ops.packs(torch.float32):
         pytest.skip("torch without oneDNN")
     return request.param
 
@@ -51,49 +51,49 @@ def test_a_row_of_a_product_depends_on_nothing_beside_it(path, inner):
     What training computes in one long product, the sampler computes in steps of other sizes."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(700, inner), torch.randn(170, inner), torch.randn(170)
-    whole, turned = rounding.product(x, weight, bias), rounding.matmul(x, weight.t().contiguous())
+    whole, turned = exact_ops.product(x, weight, bias), exact_ops.matmul(x, weight.t().contiguous())
     assert off(whole, F.linear(x.double(), weight.double(), bias.double())) < 1e-6
     for rows in (*range(1, 40), 63, 64, 65, 128, 255, 256, 511, 699):
         for start in (0, 700 - rows):
             part = slice(start, start + rows)
-            assert torch.equal(rounding.product(x[part], weight, bias), whole[part]), rows
-            assert torch.equal(rounding.matmul(x[part], weight.t().contiguous()), turned[part]), rows
+            assert torch.equal(exact_ops.product(x[part], weight, bias), whole[part]), rows
+            assert torch.equal(exact_ops.matmul(x[part], weight.t().contiguous()), turned[part]), rows
     for columns in (slice(0, 1), slice(5, 21), slice(100, 170)):
-        assert torch.equal(rounding.product(x, weight[columns], bias[columns]), whole[:, columns])
-        assert torch.equal(rounding.product(x, weight[columns]).add_(bias[columns]), whole[:, columns])
+        assert torch.equal(exact_ops.product(x, weight[columns], bias[columns]), whole[:, columns])
+        assert torch.equal(exact_ops.product(x, weight[columns]).add_(bias[columns]), whole[:, columns])
 
 
 def test_linear_sums_in_blocks(path):
     limit = 6e-7 if path == "onednn" else 1.7e-7  # one sum of 704: 3.7e-7
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 50, 704), torch.randn(65, 704) * 0.02, torch.randn(65)
-    close(rounding.linear, F.linear, (x, weight, bias), limit)
-    close(rounding.linear, F.linear, (x[..., :33], weight[:, :33]), limit)  # a last block of one
+    close(exact_ops.linear, F.linear, (x, weight, bias), limit)
+    close(exact_ops.linear, F.linear, (x[..., :33], weight[:, :33]), limit)  # a last block of one
 
 
 def test_linear_leaves_other_numbers_alone(path):
     x, weight = torch.randn(4, 64), torch.randn(5, 64)
     for dtype in (torch.float64, torch.bfloat16):
-        assert torch.equal(rounding.linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
-    assert rounding.linear(x[:0], weight).shape == (0, 5)
+        assert torch.equal(exact_ops.linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
+    assert exact_ops.linear(x[:0], weight).shape == (0, 5)
 
 
 def test_products_as_zero3_writes_them_are_taken_too(path):
     """DeepSpeed puts its own function in the place of F.linear; in careful passes it gives the same bits."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(50, 704), torch.randn(65, 704), torch.randn(65)
-    with rounding.careful(True):
+    with exact_ops.careful(True):
         drawn = [x.matmul(weight.t()), x @ weight.t(), torch.matmul(x, weight.t())]
         biased = torch.addmm(bias, x, weight.t())
         scores = torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25))
-    assert all(torch.equal(one, rounding.linear(x, weight)) for one in drawn)
-    assert torch.equal(biased, rounding.linear(x, weight, bias))
+    assert all(torch.equal(one, exact_ops.linear(x, weight)) for one in drawn)
+    assert torch.equal(biased, exact_ops.linear(x, weight, bias))
     assert torch.equal(scores, torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25)))  # no weight in it
 
 
 def test_attention_is_rounded_once(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(rounding, "CHUNK_SCORES", 2 * 14 * 7)  # two matrices at a time, one in the last chunk
+    monkeypatch.setattr(exact_ops, "CHUNK_SCORES", 2 * 14 * 7)  # two matrices at a time, one in the last chunk
     q, k, v = torch.randn(5, 14, 64) * 3, torch.randn(5, 7, 64) * 3, torch.randn(5, 7, 64)
     bias = torch.zeros(14, 7).masked_fill(torch.ones(7, 7).triu(1).bool().repeat(2, 1), float("-inf"))
 
@@ -101,7 +101,7 @@ def test_attention_is_rounded_once(monkeypatch):
         return torch.softmax(q @ k.transpose(1, 2) * 0.2 + bias.to(q.dtype), -1) @ v
 
     def ours(q, k, v):
-        return rounding.attend(q, k, v, bias, 0.2)
+        return exact_ops.attend(q, k, v, bias, 0.2)
 
     close(ours, plain, (q, k, v), 4e-8)  # float32 throughout: 6e-7
 
@@ -111,7 +111,7 @@ def test_causal_attention_by_the_kernels(kept, monkeypatch):
     """Two queries a key, rows that do not fill vectors; weights kept, or computed again two matrices at a time."""
     if why := kernels.library()[1]:
         pytest.skip(why)
-    monkeypatch.setattr(rounding, "KEEP_SCORES", kept)
+    monkeypatch.setattr(exact_ops, "KEEP_SCORES", kept)
     torch.manual_seed(0)
     q, k, v = torch.randn(5, 54, 48), torch.randn(5, 27, 48), torch.randn(5, 27, 48)
     bias = torch.zeros(54, 27).masked_fill(torch.ones(27, 27).triu(1).bool().repeat(2, 1), float("-inf"))
@@ -119,15 +119,15 @@ def test_causal_attention_by_the_kernels(kept, monkeypatch):
     def plain(q, k, v):
         return torch.softmax(q @ k.transpose(1, 2) * 0.3 + bias.to(q.dtype), -1) @ v
 
-    assert rounding.attends(q, 2, 27, 48, 48) and not rounding.attends(q, 2, 27, 40, 40)
-    assert not rounding.attends(q.double(), 2, 27, 48, 48) and not rounding.attends(q, 2, kernels.LONGEST + 1, 48, 48)
-    close(lambda *x: rounding.attend_causal(*x, 0.3), plain, (q, k, v), 2e-7)
+    assert exact_ops.attends(q, 2, 27, 48, 48) and not exact_ops.attends(q, 2, 27, 40, 40)
+    assert not exact_ops.attends(q.double(), 2, 27, 48, 48) and not exact_ops.attends(q, 2, kernels.LONGEST + 1, 48, 48)
+    close(lambda *x: exact_ops.attend_causal(*x, 0.3), plain, (q, k, v), 2e-7)
 
 
 def test_activation(path):
     x = torch.randn(7, 37) * 20  # its last numbers do not fill a vector
-    close(rounding.silu, F.silu, (x,), 1e-7)
-    assert torch.equal(rounding.silu(x.double()), F.silu(x.double()))
+    close(exact_ops.silu, F.silu, (x,), 1e-7)
+    assert torch.equal(exact_ops.silu(x.double()), F.silu(x.double()))
 
 
 def test_norms(path):
@@ -137,7 +137,7 @@ def test_norms(path):
     def plain(x, weight):
         return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
-    close(lambda x, w: rounding.rms_norm(x, w, 1e-6), plain, (x, weight), 7e-8 if path == "kernels" else 9e-8)
+    close(lambda x, w: exact_ops.rms_norm(x, w, 1e-6), plain, (x, weight), 7e-8 if path == "kernels" else 9e-8)
     if path != "kernels":
         return
     want = plain(x.double(), weight.double())
@@ -145,7 +145,7 @@ def test_norms(path):
     def common(y):  # an error of all channels of a row does not average out
         return float(((y.double() / want).mean(-1) - 1).abs().max())
 
-    assert common(rounding.rms_norm(x, weight, 1e-6)) < 2e-8 < 5e-8 < common(plain(x, weight))
+    assert common(exact_ops.rms_norm(x, weight, 1e-6)) < 2e-8 < 5e-8 < common(plain(x, weight))
 
 
 def microbatch():
@@ -169,13 +169,13 @@ def test_recomputed_layers_give_the_same_bits(name, path):
         (out.logprobs_T * mb.weights_T).sum().backward()
         seen.append([out.logprobs_T.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert not rounding.inside()
+    assert not exact_ops.inside()
 
 
 def test_norms_are_replaced_in_our_forward_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(rounding, "rms_norm", lambda x, weight, eps: calls.append(1) or rms_norm(x, weight, eps))
-    rms_norm, mb = rounding.__dict__["_Norm"].apply, microbatch()
+    monkeypatch.setattr(exact_ops, "rms_norm", lambda x, weight, eps: calls.append(1) or rms_norm(x, weight, eps))
+    rms_norm, mb = exact_ops.__dict__["_Norm"].apply, microbatch()
     model = CausalLM(make_net("qwen3"))
     model.net(input_ids=mb.tokens_T[None, :5], skyrl_attention=_Own())
     assert not calls

@@ -6,8 +6,8 @@ import torch
 import transformers as tf
 
 from skyrl.models.forward import CausalLM
-from skyrl.sampler import native
-from skyrl.sampler.native import library
+from skyrl.sampler.runners import cpu_kernels
+from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import SampleRequest, SamplingParams, UserError
 from tests.families import make_net
 from tests.sampler.tools import adapter, merged, prompts, qwen3, reference_logprobs, requests, run, sampler
@@ -41,7 +41,7 @@ MODELS = {"qwen3": qwen3, "llama": llama}
 def backend(request, monkeypatch):
     """Name of the backend to ask for; each of the three paths runs."""
     if request.param == "fused":
-        monkeypatch.setattr("skyrl.sampler.local.why_not", lambda plan, cache: "off in this test")
+        monkeypatch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
     name = "module" if request.param == "module" else "fused"
     assert sampler(qwen3(), backend=name, adapters={}).backend == request.param
     return name
@@ -131,7 +131,7 @@ def test_several_adapters_in_one_batch(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_batch_of_tenants_equals_each_alone_bit_for_bit(kind, dtype, monkeypatch):
-    monkeypatch.setattr(native, "LONGEST_PREFILL", 20)  # must not matter here
+    monkeypatch.setattr(cpu_kernels, "LONGEST_PREFILL", 20)  # must not matter here
     model = MODELS[kind](dtype=dtype)
     adapters = several(model)
     names = ["", *adapters]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skyrl.models.forward import CausalLM
-from skyrl.sampler import cuda
+from skyrl.sampler.runners import cuda
 from tests.families import make_net
 from tests.sampler.tools import adapter, merged, prompts, qwen3, reference_logprobs, requests, run, sampler
 
@@ -36,9 +36,9 @@ def slow_varlen(
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(cuda, "varlen_function", lambda: slow_varlen)
-    monkeypatch.setattr("skyrl.sampler.local.page_size", lambda wanted, *rest: 8)
-    monkeypatch.setattr("skyrl.sampler.local._VERDICTS", {})
-    monkeypatch.setattr("skyrl.sampler.local.why_not", lambda plan, cache: "off in this test")
+    monkeypatch.setattr("skyrl.sampler.sampler.page_size", lambda wanted, *rest: 8)
+    monkeypatch.setattr("skyrl.sampler.sampler._VERDICTS", {})
+    monkeypatch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
 
 
 @pytest.mark.parametrize("backend", ["module", "fused"])

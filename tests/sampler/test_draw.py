@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from skyrl.sampler import draw
-from skyrl.sampler.native import NativeRunner, library
+from skyrl.sampler.runners.cpu_kernels import NativeRunner, library
 from skyrl.types import SamplingParams, UserError
 
 V = 53

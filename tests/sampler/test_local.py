@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.sampler.native import library
+from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import SampleRequest, SamplingParams, UserError
 from tests.sampler.tools import VOCAB, prompts, qwen3, reference_logprobs, requests, run, sampler, text
 
@@ -20,7 +20,7 @@ def backend(request):
         pytest.skip(why)
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "fused":
-            patch.setattr("skyrl.sampler.local.why_not", lambda plan, cache: "off in this test")
+            patch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
         name = "module" if request.param == "module" else "fused"
         assert sampler(qwen3(), backend=name).backend == request.param
         yield name

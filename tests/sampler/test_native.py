@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from skyrl.models.forward import CausalLM
-from skyrl.sampler import native
+from skyrl.sampler.runners import cpu_kernels
 from skyrl.types import UserError
 from tests.sampler.tools import prompts, qwen3, reference_logprobs, requests, run, sampler
 
@@ -29,7 +29,7 @@ KINDS = {
     "qwen3 one key head": lambda: tf.Qwen3Config(**{**SIZES, "num_key_value_heads": 1}),
 }
 
-needs_kernels = pytest.mark.skipif(bool(native.library()[1]), reason=native.library()[1])
+needs_kernels = pytest.mark.skipif(bool(cpu_kernels.library()[1]), reason=cpu_kernels.library()[1])
 
 
 def build(kind: str, dtype=torch.float32) -> CausalLM:
@@ -46,7 +46,7 @@ def build(kind: str, dtype=torch.float32) -> CausalLM:
 @pytest.fixture(params=["fused", pytest.param("kernels", marks=needs_kernels)])
 def path(request, monkeypatch):
     if request.param == "fused":
-        monkeypatch.setattr("skyrl.sampler.local.why_not", lambda plan, cache: "off in this test")
+        monkeypatch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
     return request.param
 
 
@@ -109,7 +109,7 @@ def test_kernels_give_the_same_bits_in_any_batch_and_with_any_threads(dtype):
 
 @needs_kernels
 def test_long_prefills_go_through_the_module(monkeypatch):
-    monkeypatch.setattr(native, "LONGEST_PREFILL", 20)
+    monkeypatch.setattr(cpu_kernels, "LONGEST_PREFILL", 20)
     model = qwen3()
     asked = requests(prompts(6, low=10, high=40), samples=2)
     drawn = run(sampler(model, backend="fused"), asked)
@@ -148,7 +148,7 @@ def test_fused_is_refused_with_its_reason():
 @pytest.mark.parametrize("backend", ["auto", "fused"])
 def test_a_plan_that_disagrees_with_the_module_is_not_used(backend, path, monkeypatch):
     """A family whose module does something the plan does not know of."""
-    monkeypatch.setattr("skyrl.sampler.local._VERDICTS", {})
+    monkeypatch.setattr("skyrl.sampler.sampler._VERDICTS", {})
     model = qwen3()
     for layer in model.layers():
         layer.mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
@@ -166,7 +166,7 @@ def _python(code: str, **env: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-ASK = "from skyrl.sampler.native import library; print(library())"
+ASK = "from skyrl.sampler.runners.cpu_kernels import library; print(library())"
 
 
 @needs_kernels

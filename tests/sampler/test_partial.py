@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.sampler.native import library
+from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import RunError
 from tests.sampler.tools import adapter, prompts, qwen3, requests, run, sampler
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from skyrl import kernels
-from skyrl.models import logprobs, packed, rounding
+from skyrl.models import exact_ops, logprobs, packed
 from skyrl.models.forward import collate
 from skyrl.models.lora import routed
-from skyrl.sampler import native
+from skyrl.sampler.runners import cpu_kernels
 from skyrl.types import Datum, SampleRequest, SamplingParams
 from tests.sampler.test_adapters import llama
 from tests.sampler.test_native import KINDS, build
@@ -19,9 +19,9 @@ from tests.sampler.tools import adapter, qwen3, run, sampler
 def path(request, monkeypatch):
     """What both sides compute with: compiled kernels, or oneDNN's products and float64 between them."""
     if request.param == "onednn":
-        for module in (kernels, native):
+        for module in (kernels, cpu_kernels):
             monkeypatch.setattr(module, "library", lambda: (None, "off in this test"))
-        if not rounding.packs(torch.float32):
+        if not exact_ops.packs(torch.float32):
             pytest.skip("torch without oneDNN")
     elif why := kernels.library()[1]:
         pytest.skip(why)
@@ -110,7 +110,7 @@ def test_adapters(make):
 
 def test_long_rows_and_a_large_vocabulary(monkeypatch):
     """Rows of hundreds of tokens, a vocabulary whose logits are taken a few rows at a time, recomputed layers."""
-    monkeypatch.setattr(rounding, "KEEP_SCORES", 1 << 18)
+    monkeypatch.setattr(exact_ops, "KEEP_SCORES", 1 << 18)
     model = qwen3(vocab_size=20_000, hidden_size=64)
     model.checkpoint_layers()
     rows, said = drawn(model, longest=300, count=6, max_length=400)

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.lora import Adapter
-from skyrl.sampler.local import LocalSampler, make_sampler
+from skyrl.sampler.sampler import LocalSampler, make_sampler
 from skyrl.types import LoraSpec, Sample, SampleRequest, SamplingParams
 
 VOCAB = 97

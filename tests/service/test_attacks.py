@@ -12,10 +12,9 @@ from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, pro
 
 from skyrl.service import desk as desks
 from skyrl.service.commands import Create, LoadAdapter
-from skyrl.service.convert import sampling_params
-from skyrl.service.desk import RequestDesk
 from skyrl.service.leader import Leader
 from skyrl.service.limits import ANSWER_BYTES, WIDE_TARGETS, answer_bytes, check_sample, check_width, in_turns
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.types import (
     Busy,
     CreateModel,
@@ -28,6 +27,7 @@ from skyrl.service.types import (
     TrainRequest,
     WireDatum,
 )
+from skyrl.service.validation import sampling_params
 from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 from skyrl.types import LoraSpec, RunError, UserError
 

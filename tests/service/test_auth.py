@@ -7,9 +7,9 @@ import pytest
 from door_server import serving
 
 from skyrl.config.serve import ServiceConfig
-from skyrl.service import auth
-from skyrl.service.auth import Keys, Signer, is_loopback, read_keys
 from skyrl.types import UserError
+from skyrl.web import auth
+from skyrl.web.auth import Keys, Signer, is_loopback, read_keys
 
 
 def settings(**values) -> ServiceConfig:

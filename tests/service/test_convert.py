@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skyrl.service.convert import LOSSES, adam_params, check_prompt, loss_spec, sampling_params, to_rows
 from skyrl.service.types import OptimStep, Refused, SampleQuery, ServerFacts, TrainRequest, WireDatum
+from skyrl.service.validation import LOSSES, adam_params, check_prompt, loss_spec, sampling_params, to_rows
 
 FACTS = ServerFacts({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
 

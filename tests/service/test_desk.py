@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from skyrl.service.convert import alike
-from skyrl.service.desk import RequestDesk
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.types import Busy, CreateModel, OptimStep, Refused, SampleQuery, TrainRequest, UnloadModel, WireDatum
+from skyrl.service.validation import alike
 from skyrl.types import UserError
 
 

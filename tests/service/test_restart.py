@@ -103,7 +103,7 @@ def _serve(rank: int, size: int, port: int, args: list[str], log: Path) -> None:
     os.dup2(out, 1), os.dup2(out, 2)
     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_PORT=port)
     os.environ.update({**{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"})
-    from skyrl.config.entry import run_entry
+    from skyrl.main import run_entry
 
     sys.argv = ["skyrl.serve", *args]
     run_entry("serve")

@@ -13,9 +13,9 @@ from inprocess import contents, on_ranks, open_client
 from loop import loop_config
 from small import weights_of
 
-from skyrl import trainer
 from skyrl.engine import Engine
 from skyrl.tinker import AdamParams, Datum, ModelInput, ServiceClient
+from skyrl.trainers import rl
 from skyrl.types import LossSpec
 
 Update = tuple[list[dict[str, Any]], LossSpec, dict[str, float], float]
@@ -48,7 +48,7 @@ def looped(folder: Path, *overrides: str) -> tuple[list[Update], dict[str, np.nd
 
     Engine.forward_backward, Engine.optim_step = learn, step
     try:
-        trainer.train(loop_config(folder, *RUN, *overrides))
+        rl.train(loop_config(folder, *RUN, *overrides))
     finally:
         Engine.forward_backward, Engine.optim_step = forward_backward, optim_step
     return [tuple(update) for update in updates], last[0]

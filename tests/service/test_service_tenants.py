@@ -26,8 +26,8 @@ from inprocess import (
     train,
 )
 
-from skyrl.service.convert import to_rows
 from skyrl.service.types import OptimStep, TrainRequest
+from skyrl.service.validation import to_rows
 from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, convert
 
 PROMPT = prompt(5, 6, 7, 8)

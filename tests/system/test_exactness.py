@@ -10,8 +10,8 @@ from launcher import python
 from skyrl.config.load import load_config
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine, ModelSpec
-from skyrl.models.rounding import packs
-from skyrl.sampler.native import library
+from skyrl.models.exact_ops import packs
+from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import Datum, SampleRequest, SamplingParams
 
 

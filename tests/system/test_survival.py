@@ -83,7 +83,7 @@ def test_kill_right_after_a_save_and_before_the_first(warm, whole, tmp_path):
 def test_saves_in_the_background_never_leave_more_than_an_interval_unsaved(warm, whole, tmp_path):
     """When checkpoint n is complete no later step counts as done, however slow the disk; sampling went on meanwhile."""
     watched = """
-import pathlib, time, skyrl.checkpoint as c, skyrl.trainer as t
+import pathlib, time, skyrl.checkpoint as c, skyrl.trainers.rl as t
 publish, collect, played = c.publish, t.collect_groups, []
 t.collect_groups = lambda run, tally: (collect(run, tally), played.append(run.state.done))[0]
 def slow(folder, tmp, manifest):

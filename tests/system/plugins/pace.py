@@ -13,7 +13,7 @@ import numpy as np
 import skyrl.checkpoint
 import skyrl.distributed.init
 import skyrl.engine
-import skyrl.sampler.local
+import skyrl.sampler.sampler
 from skyrl.distributed import phases
 from skyrl.distributed.collectives import all_sum
 
@@ -50,5 +50,5 @@ def before(owner, name, phase=""):
 if PHASE:
     before(skyrl.engine.Engine, "create")
     before(skyrl.engine.Engine, "forward_backward")
-    before(skyrl.sampler.local.LocalSampler, "step")
+    before(skyrl.sampler.sampler.LocalSampler, "step")
     before(skyrl.checkpoint, "publish", "saving")

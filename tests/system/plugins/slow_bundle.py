@@ -2,7 +2,7 @@
 
 import time
 
-from skyrl.distributed.hang import Court
+from skyrl.distributed.hang_monitor import Court
 
 _real = Court.leave_bundle
 Court.leave_bundle = lambda self, report: (time.sleep(4), _real(self, report))[1]

@@ -2,7 +2,7 @@
 
 On a CPU the weights are packed for oneDNN (one copy, rebuilt by refresh, left out above PACK_LIMIT): a packed product
 is 1.2 (bfloat16) to 2.2 times (float32) faster at the sizes of a decode step. On a GPU nothing is copied.
-In float32 every operation is the one that training takes where there are no kernels (skyrl.models.rounding).
+In float32 every operation is the one that training takes where there are no kernels (skyrl.models.exact_ops).
 Rows of one adapter lie together; a product costs two more calls for each adapter of a step.
 
 Legend: T tokens of a step (B when decoding), H heads, K key/value heads, C channels of a head, S keys.
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl.models import rounding
+from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.adapters import piece_segments
 from skyrl.sampler.draw import draw
-from skyrl.sampler.paged import Batch, KVCache, PagedAttention, decode_attention, last_rows, prefill_attention
 from skyrl.sampler.plan import Plan
+from skyrl.sampler.runners.paged import Batch, KVCache, PagedAttention, decode_attention, last_rows, prefill_attention
 from skyrl.sampler.scheduler import Piece
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake
@@ -39,7 +39,7 @@ class FusedRunner:
     def __init__(self, plan: Plan, cache: KVCache) -> None:
         self._plan, self._cache = plan, cache
         weights = sum(p.nbytes for p in _linear_weights(plan))
-        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and rounding.packs(cache.dtype)
+        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and exact_ops.packs(cache.dtype)
         self._ops: type[_Quick] = _Trained if pack and cache.dtype == torch.float32 else _Quick
         self._adapters: dict[int, Adapter] = {}  # by id: those whose weights the linears hold
         self._qkv = [_Linear(plan, layer.qkv, pack) for layer in plan.layers]
@@ -152,14 +152,14 @@ class _Trained(_Quick):
 
     @staticmethod
     def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        out = x * rounding.inverse_norm(x, eps)
+        out = x * exact_ops.inverse_norm(x, eps)
         return out if weight is None else out.mul_(weight)
 
     @staticmethod
     def rotate(x: Tensor, turned: Tensor, sin: Tensor) -> Tensor:
         return turned.mul_(sin).add_(x)
 
-    silu = staticmethod(rounding.silu)
+    silu = staticmethod(exact_ops.silu)
 
 
 class _ProductAttention:
@@ -202,7 +202,7 @@ class _Linear:
         self._trained = pack and parts[0].weight.dtype == torch.float32  # with training's roundings
         # by id of the adapter: (columns, A, B) of each part, packed, or of all of them, B block by block
         self._pairs: dict[int, list[tuple[slice, Any, Any]]] = {}
-        self._weight: rounding.Packed | None = None
+        self._weight: exact_ops.Packed | None = None
         self._bias: Tensor | None = None
 
     def refresh(self) -> None:
@@ -211,7 +211,7 @@ class _Linear:
             return
         weights = [part.weight for part in self._parts]
         weight = weights[0].detach() if len(weights) == 1 else torch.cat(weights)
-        self._weight = rounding.pack(weight)
+        self._weight = exact_ops.pack(weight)
         biases = [part.bias for part in self._parts]
         if any(bias is not None for bias in biases):
             zero = [part.weight.new_zeros(part.out_features) for part in self._parts]
@@ -226,7 +226,7 @@ class _Linear:
         if self._trained:
             ends = np.cumsum([part.out_features for part in self._parts])
             self._pairs[id(adapter)] = [
-                (slice(end - part.out_features, end), *(rounding.pack(side.to(like)) for side in pair))
+                (slice(end - part.out_features, end), *(exact_ops.pack(side.to(like)) for side in pair))
                 for end, part, pair in zip(ends, self._parts, pairs, strict=True)
                 if pair is not None
             ]
@@ -246,8 +246,8 @@ class _Linear:
             for columns, down, up in () if adapter is None else self._pairs.get(id(adapter), ()):
                 rows = x[start:stop]
                 if self._trained:
-                    low = rounding.packed_product(rows, down) * adapter.scale
-                    y[start:stop, columns] += rounding.packed_product(low, up)
+                    low = exact_ops.packed_product(rows, down) * adapter.scale
+                    y[start:stop, columns] += exact_ops.packed_product(low, up)
                 elif up.dtype == y.dtype:
                     y[start:stop].addmm_(rows @ down, up, alpha=adapter.scale)
                 else:  # float32 logits of a model in bfloat16
@@ -256,7 +256,7 @@ class _Linear:
 
     def __call__(self, x: Tensor, segments: list[Segment] | None) -> Tensor:
         if self.packed:
-            y = rounding.packed_product(x, self._weight, self._bias)
+            y = exact_ops.packed_product(x, self._weight, self._bias)
         else:
             outputs = [F.linear(x, part.weight, part.bias) for part in self._parts]
             y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

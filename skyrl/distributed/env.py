@@ -1,20 +1,56 @@
-"""A rank's place in a Slurm step, in the variables that torchrun would set: so `srun python -m skyrl.train` is enough.
+"""What the environment says of this process: its rank, and its place in a Slurm step. Imports without torch.
+
+In a Slurm step the variables that torchrun would set are set from Slurm's, so `srun python -m skyrl.train` is enough.
 
 Signals of Slurm then reach the ranks, and their exit code (75: queue me again) reaches the batch script.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, MutableMapping
+from typing import Any
 
-from skyrl.launch.ports import job_port
 from skyrl.types import UserError
 
+REQUEUE_FILE = "requeue"  # in the run folder: the same command should be started again
 SCONTROL_SECONDS = 20
+# Set by distributed.init and distributed.watchdog, which import torch; read by main.py, which must not.
+in_group = False  # this process is one of a group of ranks
+watchdog: Any = None  # the Watch that listens, while a run or a server lives
+# Below the ports that the kernel hands to outgoing connections (32768 and up), above those of services.
+FIRST, COUNT = 20000, 10000
+STRIDE = 7  # no divisor of COUNT: jobs that follow each other start apart, and 10000 of them differ
+
+
+def job_port(job: int, step: int = 0) -> int:
+    """Where the search for a job's port begins: the same on all its nodes, another for each of 10000 jobs."""
+    return FIRST + (STRIDE * (job + 31 * step)) % COUNT
+
+
+def rank() -> int:
+    """This process's rank under torchrun or srun, 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of this job, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tell_launcher(text: str) -> None:
+    """Leaves the text where torchrun looks for it, so that its own report ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
 
 
 def in_step(environment: Mapping[str, str] = os.environ) -> bool:

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from skyrl.config.entry import REQUEUE_FILE
-from skyrl.distributed import failure, phases
-from skyrl.distributed.hang import Court
+from skyrl.distributed import env, failure, phases
+from skyrl.distributed.env import REQUEUE_FILE
+from skyrl.distributed.hang_monitor import Court
 from skyrl.distributed.init import World, own_store
 from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest
 
@@ -35,7 +35,6 @@ AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent us
 STORE_SECONDS = 20.0
 LAST_WORDS_SECONDS = 2.0
 
-current: Watch | None = None  # the one that listens
 _runs = 0  # of this process; ranks count alike
 
 
@@ -76,9 +75,8 @@ class Watch:
 
     def start(self) -> None:
         """Begins to listen. A watch of an earlier run that failed ends."""
-        global current
-        if current is not None:
-            current.close()
+        if env.watchdog is not None:
+            env.watchdog.close()
         if threading.current_thread() is threading.main_thread():
             self._ears = socket.socketpair()
             for one in self._ears:
@@ -90,14 +88,13 @@ class Watch:
                 self._before[number] = signal.signal(number, _heard)
             os.register_at_fork(after_in_child=self._deaf)
         self.court.prepare()
-        current = self
+        env.watchdog = self
         failure.describe_rank = self.court.describe
         self._thread.start()
 
     def close(self) -> None:
         """Gives the signals back and ends the thread."""
-        global current
-        self._closing, current = True, None
+        self._closing, env.watchdog = True, None
         self.relax()
         self._thread.join(STORE_SECONDS)
         failure.describe_rank = None

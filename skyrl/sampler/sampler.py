@@ -16,12 +16,12 @@ from skyrl.config.schema import SamplerConfig
 from skyrl.sampler import draw
 from skyrl.sampler.adapters import AdapterBook, root_of, segments
 from skyrl.sampler.blocks import BlockPool
-from skyrl.sampler.cuda import CudaRunner, page_size
-from skyrl.sampler.fused import FusedRunner
-from skyrl.sampler.native import NativeRunner, why_not
-from skyrl.sampler.paged import Batch, KVCache, LayerShape, ModuleRunner
 from skyrl.sampler.plan import make_plan
 from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
+from skyrl.sampler.runners.cpu_kernels import NativeRunner, why_not
+from skyrl.sampler.runners.cuda import CudaRunner, page_size
+from skyrl.sampler.runners.fused import FusedRunner
+from skyrl.sampler.runners.paged import Batch, KVCache, LayerShape, ModuleRunner
 from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
 from skyrl.sampler.stop import Decode, StringStop
 from skyrl.types import Metrics, RunError, Sample, SampleRequest, StopReason, UserError

@@ -6,7 +6,6 @@ started them: points that are done answer at once, those that were stopped go on
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -19,8 +18,8 @@ import yaml
 
 from skyrl.config.load import config_digest
 from skyrl.config.schema import RunConfig
-from skyrl.launch import slurm_env
-from skyrl.runfolder import write_atomically
+from skyrl.distributed import env as slurm_env
+from skyrl.run_dir import write_atomically
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import RunError, StopRun
 
@@ -33,7 +32,7 @@ SCONTROL_SECONDS = 30
 
 
 def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
-    """Runs skyrl.trainer.<mode>(cfg); the final held-out accuracy, None for a run without evaluation.
+    """Runs skyrl.trainers.rl.<mode>(cfg); the final held-out accuracy, None for a run without evaluation.
 
     A point of a `sweep` whose folder has a result of the same options is not run again. Raises what the run raises.
     """
@@ -45,7 +44,9 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
             print(f"{folder}: done already, accuracy {_show(done['accuracy'])}", flush=True)
         return done["accuracy"]
     start = time.time()
-    getattr(importlib.import_module("skyrl.trainer"), mode)(cfg)  # by name: it lies above this folder
+    from skyrl.trainers import rl  # it imports torch
+
+    getattr(rl, mode)(cfg)
     if cfg.dry_run:
         return None
     accuracy = final_values(folder / "metrics.jsonl").get(OBJECTIVE)

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from skyrl.config.entry import tell_launcher
 from skyrl.distributed import failure, phases
-from skyrl.distributed.crash import write_bundle
+from skyrl.distributed.crash_report import write_bundle
+from skyrl.distributed.env import tell_launcher
 from skyrl.distributed.init import World
 
 FAILED = 1

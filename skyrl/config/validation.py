@@ -53,7 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 PLUGIN_CHOICES = {
     "algorithm.advantage.name": ("skyrl.algorithms.advantages", "ADVANTAGES"),
     "algorithm.loss.name": ("skyrl.algorithms.losses", "LOSSES"),
-    "algorithm.loss.reduction": ("skyrl.algorithms.weights", "REDUCTIONS"),
+    "algorithm.loss.reduction": ("skyrl.algorithms.reductions", "REDUCTIONS"),
     "algorithm.loss.correction": ("skyrl.algorithms.losses", "CORRECTIONS"),
     "algorithm.kl.estimator": ("skyrl.algorithms.kl", "KL_ESTIMATORS"),
 }

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import errno
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from skyrl import sweep
 from skyrl.config.load import (
     COMPOSE_ERRORS,
     VERSION_BASE,
@@ -35,8 +35,13 @@ from skyrl.config.load import (
     tell,
 )
 from skyrl.config.schema import RunConfig
-from skyrl.config.serve import ServeConfig, dry_run_text
+from skyrl.config.serve import ServeConfig
+from skyrl.data import check_task
+from skyrl.distributed import env
+from skyrl.distributed.env import REQUEUE_FILE, adopt, rank, tell_launcher, world_size
+from skyrl.planner.serve import dry_run_text
 from skyrl.types import RunError, StopRun, UserError
+from skyrl.web.auth import read_keys
 
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
@@ -45,7 +50,6 @@ OWN_THREAD_SECONDS = 15.0  # or until a thread of this process has told it, aski
 # What rank 0 has to say comes first, if it fails as well; the others wait this long before they look.
 AFTER_RANK_0_SECONDS = 0.5
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
-REQUEUE_FILE = "requeue"  # in the run folder: the same command should be started again
 INFO_FLAGS = ("-i", "--info")
 # Hydra's flags -> allowed values; () = any, None = takes none.
 FLAGS: dict[str, tuple[str, ...] | None] = {
@@ -57,19 +61,9 @@ FLAGS: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def rank() -> int:
-    """This process's rank under torchrun or srun, 0 without."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes of this job, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def run_entry(mode: str) -> None:
-    """Runs skyrl.trainer.<mode>(cfg), or skyrl.service.run.serve(cfg), for the command line, once or once per point
-    of a sweep (-m; not for serve).
+    """Runs a loop (skyrl.trainers.rl.<mode>) or the server (skyrl.service.server.serve) for the command line: once, or
+    once per point of a sweep (-m; not for serve).
 
     Exit codes: 0; 2 with one line for what a person can fix; 1 with one line for a run that cannot go on or has lost a
     rank, or with a traceback for anything else; 75 after a signal or deadline, when the same command should be started
@@ -86,8 +80,7 @@ def run_entry(mode: str) -> None:
             print(help_text(mode))
         return
     try:
-        # By name: it lies above this folder. Under srun alone, RANK and the others come from Slurm's variables.
-        importlib.import_module("skyrl.launch.slurm_env").adopt()
+        adopt()  # under srun alone, RANK and the others come from Slurm's variables
         _Entry(mode, args).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
@@ -138,13 +131,11 @@ def _own_part(error: BaseException) -> TracebackType | None:
 
 def _group() -> ModuleType | None:
     """skyrl.distributed.failure, once this process is one of a group of ranks. By name: this file lies below it."""
-    init = sys.modules.get("skyrl.distributed.init")
-    return importlib.import_module("skyrl.distributed.failure") if init is not None and init.in_group() else None
+    if not env.in_group:  # without a group of ranks, torch need not be imported to tell an error
+        return None
+    from skyrl.distributed import failure
 
-
-def _points() -> ModuleType:
-    """skyrl.launch.points, by name: it lies above this folder. It starts the trainer, and with it torch."""
-    return importlib.import_module("skyrl.launch.points")
+    return failure
 
 
 def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
@@ -202,20 +193,7 @@ def _first_of_step(message: str) -> bool:
 
 def _last_words(message: str) -> tuple[str, str]:
     """(" in <phase>, step <n>", "; details in <crash bundle>") while a run is watched, else ("", "")."""
-    # By name: it lies above this folder, and is there only once a run is under way.
-    module = sys.modules.get("skyrl.distributed.watch")
-    if module is None or module.current is None:
-        return "", ""
-    return module.current.last_words(message)
-
-
-def tell_launcher(text: str) -> None:
-    """Leaves the text where torchrun looks for it, so that its own report ends with it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with contextlib.suppress(OSError), open(path, "w") as file:
-            extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+    return env.watchdog.last_words(message) if env.watchdog is not None else ("", "")
 
 
 def _refuse_restart(folder: Path) -> None:
@@ -309,13 +287,13 @@ class _Entry:
         with contextlib.ExitStack() as stack:
             folder = ""
             if self.sweep:  # Hydra's sweeper writes multirun.yaml; the run folders hold all that is in it
-                folder = _points().sweep_folder(overrides) or stack.enter_context(
+                folder = sweep.sweep_folder(overrides) or stack.enter_context(
                     tempfile.TemporaryDirectory(prefix="skyrl-sweep-")
                 )
                 flags.append(f"hydra.sweep.dir={folder}")
             sys.argv[1:] = [*flags, *overrides]  # what the user says comes last and wins
             self._compose_and_run()
-            if folder and rank() == 0 and (best := _points().best_of(folder)):
+            if folder and rank() == 0 and (best := sweep.best_of(folder)):
                 print(best, flush=True)
         if self.failed:
             print(f"skyrl: {self.failed} run(s) of the sweep failed", file=sys.stderr, flush=True)
@@ -340,8 +318,8 @@ class _Entry:
                 return self._run_one(composed)
             except Exception as error:
                 code = _report(error, self.mode)
-                if _points().in_submitit():
-                    _points().leave(error, code)
+                if sweep.in_submitit():
+                    sweep.leave(error, code)
                 if not self.sweep or world_size() > 1 or isinstance(error, StopRun):
                     # Other ranks may wait for us in a collective: only the end of the job frees them.
                     raise SystemExit(code) from None
@@ -354,22 +332,24 @@ class _Entry:
             return None
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
         if cfg.dry_run:
-            from skyrl.config.plan import dry_run
+            from skyrl.planner.plan import dry_run
 
             text = dry_run(cfg, cfg.run.world_size or world_size())
-            # By name: it lies above this folder. For another machine's plan the data need not be here.
-            importlib.import_module("skyrl.data").check_task(cfg, files=not cfg.run.world_size)
+            # For another machine's plan the data need not be here.
+            check_task(cfg, files=not cfg.run.world_size)
             if rank() == 0:
                 print(text, flush=True)
             return None
         _refuse_restart(Path(cfg.run.dir))
-        return _points().play(cfg, self.mode, sweep=self.sweep)
+        return sweep.play(cfg, self.mode, sweep=self.sweep)
 
     def _serve(self, cfg: ServeConfig) -> None:
-        # By name: the service lies above this folder. Who may come in is looked at before any weights are.
-        importlib.import_module("skyrl.service.auth").read_keys(cfg.service)
+        # Who may come in is looked at before any weights are.
+        read_keys(cfg.service)
         if not cfg.dry_run:
-            importlib.import_module("skyrl.service.run").serve(cfg)
+            from skyrl.service.server import serve  # it imports torch
+
+            serve(cfg)
             return
         text = dry_run_text(cfg, world_size())
         if rank() == 0:

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from skyrl.config import rules
-from skyrl.config.memory import (
+from skyrl.config import validation
+from skyrl.config.schema import OptimConfig, RunConfig
+from skyrl.planner.memory import (
     GIB,
     MemoryEstimate,
     ModelFacts,
@@ -21,7 +22,6 @@ from skyrl.config.memory import (
     model_facts,
     trained_parameters,
 )
-from skyrl.config.schema import OptimConfig, RunConfig
 from skyrl.types import AdamParams, SamplingParams, UserError
 
 __all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "model_facts"]
@@ -137,10 +137,10 @@ def make_plan(
     With model facts also the row limit and the memory estimate; then a model that does not fit in this machine is
     refused, unless run.world_size says that another machine is meant. Raises UserError for every broken rule.
     """
-    rules.check(cfg)
-    rules.check_world(cfg, world_size)
+    validation.check(cfg)
+    validation.check_world(cfg, world_size)
     if not cfg.run.world_size:  # else the plan is for another machine
-        rules.check_machine(cfg)
+        validation.check_machine(cfg)
     device = device or _device(cfg)
     dtype = cfg.model.dtype
     if dtype == "auto":

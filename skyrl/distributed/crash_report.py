@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from skyrl.runfolder import collect_versions
+from skyrl.run_dir import collect_versions
 
 METRICS_BYTES = 64 << 10
 # Variables that say how the job was started. Others may hold secrets.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl.models import rounding
+from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.lora import Adapter, Segment, routed
 from skyrl.models.packed import MAX_SCORES
@@ -176,8 +176,8 @@ def attention(
         q_nHLC = q_nHLC.reshape(count, kv_heads, group, channels)
     elif group > 1:
         k_nKSC, v_nKSC = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_nKSC, v_nKSC))
-    if softcap is None and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and rounding.by_onednn(q_nHLC):
-        # as training attends in float32 on a CPU without kernels (rounding.attend)
+    if softcap is None and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.by_onednn(q_nHLC):
+        # as training attends in float32 on a CPU without kernels (exact_ops.attend)
         keys, values, mask = k_nKSC.double(), v_nKSC.double(), mask_n1LS.double()
         weights = (q_nHLC.double() @ keys.transpose(2, 3)).mul_(scale).add_(mask).softmax(-1)
         out = (weights @ values).to(q_nHLC.dtype)

@@ -18,9 +18,9 @@ from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.adapters import segments as segments_of
 from skyrl.sampler.draw import Rules, draw
-from skyrl.sampler.lowrank import STRUCTS, PackedAdapters, SegmentStruct
-from skyrl.sampler.paged import Batch, KVCache, ModuleRunner
 from skyrl.sampler.plan import Plan
+from skyrl.sampler.runners.lowrank import STRUCTS, PackedAdapters, SegmentStruct
+from skyrl.sampler.runners.paged import Batch, KVCache, ModuleRunner
 from skyrl.sampler.scheduler import Piece
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch import Tensor
 from skyrl.models.attention import Attention
 from skyrl.sampler.adapters import piece_segments
 from skyrl.sampler.draw import draw
-from skyrl.sampler.paged import Batch, KVCache, last_rows
+from skyrl.sampler.runners.paged import Batch, KVCache, last_rows
 from skyrl.sampler.scheduler import Piece
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.collect import check_drawn, draw_seed
 from skyrl.distributed.collectives import gather_objects
 from skyrl.engine import Engine
+from skyrl.rollout import check_drawn, draw_seed
 from skyrl.sampler.base import Sampler
 from skyrl.types import Datum, RunError, Sample, SampleRequest, SamplingParams
 

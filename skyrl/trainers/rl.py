@@ -14,19 +14,19 @@ import numpy as np
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, kl_rewards
 from skyrl.algorithms.filters import filter_metrics, trained_masks, zero_variance_groups
 from skyrl.algorithms.losses import make_spec, make_value_spec
-from skyrl.algorithms.weights import REDUCTIONS
-from skyrl.collect import Row, collect, to_rows
+from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
 from skyrl.distributed.collectives import Tally, all_sum, gather_objects
 from skyrl.distributed.phases import FINISHING, inside
 from skyrl.evaluate import episode_metrics
 from skyrl.finish import finish
-from skyrl.proof import Probe, check_copies, check_probe, draw_probe
+from skyrl.rollout import Row, collect, to_rows
 from skyrl.run import Run, open_run
 from skyrl.tracking.base import memory_metrics
 from skyrl.tracking.flops import ModelShape, causal_attended, forward_flops, sample_attended, train_flops
 from skyrl.types import Datum, Episode, LossSpec, StopRun, UserError
+from skyrl.weight_check import Probe, check_copies, check_probe, draw_probe
 
 Group = tuple[int, list[Episode]]  # (place in the step's batch, its episodes)
 

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.memory import model_facts
-from skyrl.config.serve import ServeConfig, serve_plan, to_run_config
+from skyrl.config.serve import ServeConfig, to_run_config
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.init import World, init_distributed
 from skyrl.engine import Engine
 from skyrl.models.lora import adapted
+from skyrl.planner.memory import model_facts
+from skyrl.planner.serve import serve_plan
 from skyrl.sampler.stop import Decode
 from skyrl.service.books import Books
 from skyrl.service.commands import BASE, Hands
-from skyrl.service.desk import RequestDesk
 from skyrl.service.leader import Leader, follow
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.types import ServerFacts
 from skyrl.service.worker import Worker
 from skyrl.types import LoraSpec, UserError
