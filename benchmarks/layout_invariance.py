@@ -35,7 +35,7 @@ import torch
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.load import load_config
 from skyrl.distributed.balance import rebalance
-from skyrl.distributed.collectives import all_sum
+from skyrl.distributed.collectives import all_reduce_sum
 from skyrl.distributed.init import World, init_distributed, shutdown
 from skyrl.engine import Engine, ModelSpec
 from skyrl.types import AdamParams, Datum, LossSpec
@@ -108,7 +108,7 @@ def rows_of(step: int, world: World) -> list[Datum]:
         [row.weights != 0 for _, _, row in mine],
         np.array([group for group, _, _ in mine]),
         np.array([sample for _, sample, _ in mine]),
-        lambda x: all_sum(world, x),
+        lambda x: all_reduce_sum(world, x),
     )
     for (_, _, row), weight in zip(mine, weights, strict=True):
         row.weights = weight

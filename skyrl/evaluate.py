@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from skyrl.distributed.collectives import Tally
+from skyrl.distributed.collectives import MetricSums
 from skyrl.engine import Engine
 from skyrl.rollout import Play, Renderer, collect
 from skyrl.types import Episode, Metrics, Prompt
@@ -28,12 +28,12 @@ def evaluate(
     with engine.sampling("policy") as sampler:
         groups = collect(sampler, mine, play, renderer)
     stop_point()
-    tally = Tally()
+    tally = MetricSums()
     episode_metrics(tally, groups, prefix="eval/")
     return tally.result(world), groups
 
 
-def episode_metrics(tally: Tally, groups: list[list[Episode]], prefix: str) -> None:
+def episode_metrics(tally: MetricSums, groups: list[list[Episode]], prefix: str) -> None:
     """Adds what episodes say of themselves: reward, accuracy, length, stop reasons, the environment's own metrics.
 
     Episodes whose verifier failed are counted as "<prefix>invalid:sum" and left out of reward and accuracy.

@@ -26,7 +26,7 @@ from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
-from skyrl.distributed.collectives import agree, all_sum, broadcast_object, gather_objects, on_leader
+from skyrl.distributed.collectives import agree, all_reduce_sum, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.failure import hold, is_lost_peer
 from skyrl.distributed.init import World, init_distributed, world_size_from_environment
@@ -115,7 +115,7 @@ class Run:
     def stop_point(self) -> None:
         """Raises StopRun on every rank when any has been asked to stop. Collective; called where nothing of the step
         under way has been learned yet, and between steps."""
-        if all_sum(self.world, np.array([float(self.watch.asked())]))[0]:
+        if all_reduce_sum(self.world, np.array([float(self.watch.asked())]))[0]:
             raise StopRun
 
     def commit_point(self) -> None:

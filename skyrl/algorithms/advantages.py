@@ -1,7 +1,8 @@
 """From rewards to one advantage per sampled token: numpy on the host, float64 inside, float32 out.
 
-Does not reduce, clip or drop anything: reductions are in weights.py, filters in filters.py. Groups live whole on one
-rank; statistics of the whole batch go through `all_sum`, which every rank calls equally often, also without rows.
+Does not reduce, clip or drop anything: reductions are in reductions.py, filters in filters.py. Groups live whole on
+one rank; statistics of the whole batch go through `all_reduce_sum`, which every rank calls equally often, also without
+rows.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 @ADVANTAGES.register("grpo")
-def grpo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+def grpo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
     """(R - mean) / (std + eps) over the scores R of a group, the same for every sampled token of the episode.
 
     std is the sample standard deviation (n - 1), as torch.std; the paper does not say which. Groups whose scores are
@@ -143,7 +144,7 @@ def grpo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
 
 
 @ADVANTAGES.register("dr_grpo")
-def dr_grpo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+def dr_grpo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
     """R - mean over the scores of a group, without dividing by their spread.
 
     Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. The paper's other
@@ -153,7 +154,7 @@ def dr_grpo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantag
 
 
 @ADVANTAGES.register("rloo")
-def rloo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+def rloo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
     """R minus the mean score of the other episodes of its group: dr_grpo times n / (n - 1).
 
     Groups of one have no others and get 0. Source: Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for
@@ -162,15 +163,15 @@ def rloo(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
     return _per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
 
 
-def _whiten(tokens: list[np.ndarray], eps: float, all_sum: AllSum) -> list[np.ndarray]:
-    """(x - mean) / (std + eps) over the tokens of all ranks; population std (n). Two calls of all_sum, always.
+def _whiten(tokens: list[np.ndarray], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
+    """(x - mean) / (std + eps) over the tokens of all ranks; population std (n). Two calls of all_reduce_sum, always.
 
     Two passes, because the one-pass formula E[x^2] - E[x]^2 loses every digit when the spread is small.
     """
     flat = np.concatenate(tokens) if tokens else np.zeros(0)
-    count, total = all_sum(np.array([len(flat), flat.sum()], dtype=np.float64))
+    count, total = all_reduce_sum(np.array([len(flat), flat.sum()], dtype=np.float64))
     mean = total / max(count, 1.0)
-    (squares,) = all_sum(np.array([np.square(flat - mean).sum()], dtype=np.float64))
+    (squares,) = all_reduce_sum(np.array([np.square(flat - mean).sum()], dtype=np.float64))
     std = np.sqrt(squares / max(count, 1.0))
     if std + eps == 0.0:
         return [np.zeros_like(x) for x in tokens]
@@ -195,7 +196,7 @@ def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray])
 
 
 @ADVANTAGES.register("reinforce++")
-def reinforce_plus_plus(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+def reinforce_plus_plus(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
     """Discounted sum of the rewards from each token to the end of its episode, whitened over the whole batch.
 
     The discount counts sampled tokens; rows of one episode follow each other. Without a group baseline, so
@@ -209,11 +210,11 @@ def reinforce_plus_plus(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum)
         for t in range(len(returns) - 2, -1, -1):
             returns[t] += cfg.gamma * returns[t + 1]
         tokens.append(returns)
-    return Advantages(_split(_whiten(tokens, cfg.eps, all_sum), spans, rows.masks))
+    return Advantages(_split(_whiten(tokens, cfg.eps, all_reduce_sum), spans, rows.masks))
 
 
 @ADVANTAGES.register("gae")
-def gae(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
+def gae(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
     """Generalised advantage estimation over the sampled tokens of an episode, whitened over the whole batch.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next *sampled* token,
@@ -242,5 +243,5 @@ def gae(rows: RewardRows, cfg: AdvantageConfig, all_sum: AllSum) -> Advantages:
         kept.append((first, end))
         tokens.append(advantages)
         returns.append(advantages + values)
-    whitened = _whiten(tokens, cfg.eps, all_sum)
+    whitened = _whiten(tokens, cfg.eps, all_reduce_sum)
     return Advantages(_split(whitened, kept, rows.masks), _split(returns, all_spans, rows.masks))

@@ -1,7 +1,7 @@
 """Loss reduction as per-token weights: a plain sum of weights * loss over all ranks is the mean that was asked for.
 
-Numpy only. Every function calls `all_sum` exactly once, also without rows, so ranks may hold different row counts.
-Weights are positive at trained tokens and exactly 0 elsewhere; with no trained token anywhere they are all 0.
+Numpy only. Every function calls `all_reduce_sum` exactly once, also without rows, so ranks may hold different row
+counts. Weights are positive at trained tokens and exactly 0 elsewhere; with no trained token anywhere they are all 0.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _tokens_by_key(masks: list[np.ndarray], keys: list) -> dict:
     return counts
 
 
-def _mean_over(masks: list[np.ndarray], keys: list, all_sum: AllSum) -> list[Floats]:
+def _mean_over(masks: list[np.ndarray], keys: list, all_reduce_sum: AllSum) -> list[Floats]:
     """Mean over the keys that have a trained token of the mean over their tokens."""
     tokens = _tokens_by_key(masks, keys)
-    (count,) = all_sum(np.array([sum(n > 0 for n in tokens.values())], dtype=np.float64))
+    (count,) = all_reduce_sum(np.array([sum(n > 0 for n in tokens.values())], dtype=np.float64))
     return _fill(masks, [1.0 / (count * tokens[key]) if tokens[key] else 0.0 for key in keys])
 
 
@@ -42,43 +42,43 @@ def _episode_keys(group_D: Ints, episode_D: Ints) -> list[tuple[int, int]]:
 
 @REDUCTIONS.register("token_mean")
 def token_mean(
-    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_sum: AllSum, *, constant: float = 0.0
+    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float = 0.0
 ) -> list[Floats]:
     """1 / (trained tokens of all ranks) at every trained token, float64 [L] per row: all tokens count alike.
 
     Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.3. Differs: the count is of the whole optimizer step.
     """
-    (total,) = all_sum(np.array([sum(int(mask.sum()) for mask in masks)], dtype=np.float64))
+    (total,) = all_reduce_sum(np.array([sum(int(mask.sum()) for mask in masks)], dtype=np.float64))
     return _fill(masks, [1.0 / total if total else 0.0] * len(masks))
 
 
 @REDUCTIONS.register("sequence_mean")
 def sequence_mean(
-    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_sum: AllSum, *, constant: float = 0.0
+    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float = 0.0
 ) -> list[Floats]:
     """Mean over episodes of the mean over the episode's trained tokens, as float64 weights [L] per row.
 
     An episode of several rows counts once; episodes without a trained token do not count.
     Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 3 (1/G sum_i 1/|o_i| sum_t).
     """
-    return _mean_over(masks, _episode_keys(group_D, episode_D), all_sum)
+    return _mean_over(masks, _episode_keys(group_D, episode_D), all_reduce_sum)
 
 
 @REDUCTIONS.register("prompt_mean")
 def prompt_mean(
-    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_sum: AllSum, *, constant: float = 0.0
+    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float = 0.0
 ) -> list[Floats]:
     """Mean over prompts of the mean over all trained tokens of the prompt's group, as float64 weights [L] per row.
 
     Prompts without a trained token do not count. Source: DAPO's objective (arXiv 2503.14476, equation 8) read
     literally: its token mean stands inside the expectation over prompts.
     """
-    return _mean_over(masks, np.asarray(group_D).tolist(), all_sum)
+    return _mean_over(masks, np.asarray(group_D).tolist(), all_reduce_sum)
 
 
 @REDUCTIONS.register("constant")
 def per_episode_constant(
-    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_sum: AllSum, *, constant: float
+    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float
 ) -> list[Floats]:
     """1 / (episodes of all ranks * constant) at every trained token, float64 [L] per row.
 
@@ -88,5 +88,5 @@ def per_episode_constant(
     """
     if not constant > 0:
         raise UserError(f"algorithm.loss.reduction: constant needs a divisor above 0 tokens, got {constant}")
-    (episodes,) = all_sum(np.array([len(set(_episode_keys(group_D, episode_D)))], dtype=np.float64))
+    (episodes,) = all_reduce_sum(np.array([len(set(_episode_keys(group_D, episode_D)))], dtype=np.float64))
     return _fill(masks, [1.0 / (episodes * constant) if episodes else 0.0] * len(masks))

@@ -20,13 +20,13 @@ from skyrl.types import Metrics, UserError
 T = TypeVar("T")
 
 
-def all_sum(world: World, values: np.ndarray) -> np.ndarray:
+def all_reduce_sum(world: World, values: np.ndarray) -> np.ndarray:
     """The elementwise sum over ranks, float64, equal on every rank."""
     values = np.asarray(values, dtype=np.float64)
     if world.size == 1:
         return values
     tensor = torch.from_numpy(values.copy())
-    with waiting("all_sum"):
+    with waiting("all_reduce_sum"):
         dist.all_reduce(tensor, group=world.control)
     return tensor.numpy()
 
@@ -107,7 +107,7 @@ def exchange(world: World, outgoing: list[list[Any]]) -> list[list[Any]]:
     return received
 
 
-class Tally:
+class MetricSums:
     """Metrics of this rank in a form that can be summed: means as (sum, count).
 
     Keys end in their reduction. `result` merges all ranks' tallies in rank order, so that it is the same everywhere.
@@ -136,7 +136,7 @@ class Tally:
 
     def result(self, world: World) -> Metrics:
         """The global metrics, equal on every rank. Collective. A mean over nothing is left out."""
-        total = Tally()
+        total = MetricSums()
         for part in gather_objects(world, self.values):
             total.merge(part)
         out = {}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.distributed.collectives import Tally
+from skyrl.distributed.collectives import MetricSums
 from skyrl.types import Datum, Floats, Microbatch
 
 
@@ -79,9 +79,9 @@ class RowResults:
         bad = [picked for picked, fine in zip(self._picked, finite, strict=False) if not fine]
         return [self._rows[index].name or "?" for picked in bad for index in picked]
 
-    def tally(self) -> Tally:
+    def tally(self) -> MetricSums:
         """This rank's metrics of the loss."""
-        out = Tally()
+        out = MetricSums()
         if not self._totals:
             return out
         trained = float(torch.stack(self._trained).sum())

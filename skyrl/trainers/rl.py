@@ -17,7 +17,7 @@ from skyrl.algorithms.losses import make_spec, make_value_spec
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
-from skyrl.distributed.collectives import Tally, all_sum, gather_objects
+from skyrl.distributed.collectives import MetricSums, all_reduce_sum, gather_objects
 from skyrl.distributed.phases import FINISHING, inside
 from skyrl.evaluate import episode_metrics
 from skyrl.finish import finish
@@ -104,7 +104,7 @@ def warm_up_step(run: Run) -> None:
     with run.doing("warm-up", "train", state.step + 1):
         first = state.warmup_position
         rows = [solution_row(run, first + i) for i in range(run.world.rank, cfg.warmup.rows_per_step, run.world.size)]
-        total = float(all_sum(run.world, np.array([sum(row.weights.sum() for row in rows)]))[0])
+        total = float(all_reduce_sum(run.world, np.array([sum(row.weights.sum() for row in rows)]))[0])
         for row in rows:
             row.weights = row.weights / total
         run.tracker.add(engine.forward_backward(rebalance(run.world, rows), LossSpec("cross_entropy")).metrics)
@@ -166,7 +166,7 @@ def reinforce(run: Run) -> None:
 def reinforce_step(run: Run) -> None:
     """Plays a batch and learns from it; `state.half` says afterwards that it is learned."""
     state, tracker = run.state, run.tracker
-    tally = Tally()
+    tally = MetricSums()
     run.stop_point()
     with run.doing("generation", "collect", state.step + 1):
         groups, total, played = collect_groups(run, tally)
@@ -182,7 +182,7 @@ def reinforce_step(run: Run) -> None:
     state.half = True
 
 
-def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[Episode]]]:
+def collect_groups(run: Run, tally: MetricSums) -> tuple[list[Group], int, list[list[Episode]]]:
     """This rank's groups of one batch, each with its place in the batch; how many groups all ranks have together; and
     all groups that this rank played, also those that were dropped.
 
@@ -216,7 +216,7 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[
                 for i, group, keep in zip(positions, groups, keep_P, strict=True)
                 if keep or not filters.zero_variance
             ]
-            if all_sum(world, np.array([len(kept)]))[0] >= wanted:
+            if all_reduce_sum(world, np.array([len(kept)]))[0] >= wanted:
                 break
         for key, value in sampler.metrics().items():
             tally.add(key, value)
@@ -233,7 +233,7 @@ def collect_groups(run: Run, tally: Tally) -> tuple[list[Group], int, list[list[
     return [(place[i], group) for i, group in kept if i in place], len(everyone), played
 
 
-def learn(run: Run, groups: list[Group], total: int, tally: Tally) -> None:
+def learn(run: Run, groups: list[Group], total: int, tally: MetricSums) -> None:
     """Advantages, then one optimizer step per part of the batch and pass over it. `total` groups over all ranks."""
     cfg, engine, plan = run.cfg, run.engine, run.plan
     if total == 0:  # on all ranks
@@ -301,7 +301,7 @@ def add_reference(run: Run, rows: list[Row]) -> float:
     for row, logprobs in zip(rows, scored.logprobs, strict=True):
         row.datum.reference = logprobs
         sums += [float((row.datum.logprobs - logprobs)[row.mask].sum(dtype=np.float64)), row.mask.sum()]
-    sums = all_sum(run.world, sums)
+    sums = all_reduce_sum(run.world, sums)
     kl = float(sums[0] / max(1.0, sums[1]))
     run.tracker.add({"kl/behaviour_reference:mean": kl, "kl/coef:mean": run.kl_coef()})
     return kl
@@ -329,7 +329,7 @@ def add_advantages(run: Run, rows: list[Row]) -> bool:
         values=values,
     )
     estimate = ADVANTAGES.get(algorithm.advantage.name, "algorithm.advantage.name")
-    result = estimate(reward_rows, algorithm.advantage, lambda x: all_sum(run.world, x))
+    result = estimate(reward_rows, algorithm.advantage, lambda x: all_reduce_sum(run.world, x))
     for i, row in enumerate(rows):
         row.datum.advantages = result.advantages[i]
         if result.returns is not None:
@@ -347,7 +347,7 @@ def weigh(run: Run, rows: list[Row]) -> list[Datum]:
         [row.mask for row in rows],
         np.array([row.group for row in rows], np.int64),
         np.array([row.episode for row in rows], np.int64),
-        lambda x: all_sum(run.world, x),
+        lambda x: all_reduce_sum(run.world, x),
         constant=float(run.cfg.sampler.max_new_tokens),
     )
     for row, weight in zip(rows, weights, strict=True):

@@ -1,4 +1,4 @@
-"""Several ranks in one process: threads that meet at a barrier in every all_sum, as a collective would."""
+"""Several ranks in one process: threads that meet at a barrier in every all_reduce_sum, as a collective would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Work = Callable[[int, Callable[[np.ndarray], np.ndarray]], object]
 
 
 def _over_ranks(num_ranks: int, work: Work) -> tuple[list, list[int]]:
-    """Results and number of all_sum calls per rank. A rank that calls less often breaks the barrier: an error here."""
+    """Results, number of all_reduce_sum calls per rank. A rank that calls less often breaks the barrier: an error."""
     barrier = threading.Barrier(num_ranks, timeout=10)
     shared: list = [None] * num_ranks
     results: list = [None] * num_ranks
@@ -20,7 +20,7 @@ def _over_ranks(num_ranks: int, work: Work) -> tuple[list, list[int]]:
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
-        def all_sum(vector: np.ndarray) -> np.ndarray:
+        def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
             assert vector.dtype == np.float64
             calls[rank] += 1
             shared[rank] = vector
@@ -30,7 +30,7 @@ def _over_ranks(num_ranks: int, work: Work) -> tuple[list, list[int]]:
             return total
 
         try:
-            results[rank] = work(rank, all_sum)
+            results[rank] = work(rank, all_reduce_sum)
         except BaseException as error:  # noqa: B036 - handed to the test below
             errors.append(error)
             barrier.abort()

@@ -271,8 +271,8 @@ def test_ranks_do_not_matter_and_call_all_sum_equally_often(name: str, over_rank
             owner = dict(zip(groups, owners, strict=True))
             keep = [[d for d, g in enumerate(rows.group_D.tolist()) if owner[g] == r] for r in range(num_ranks)]
 
-            def work(rank, all_sum, keep=keep):
-                return ADVANTAGES.get(name)(take(rows, keep[rank]), cfg, all_sum)
+            def work(rank, all_reduce_sum, keep=keep):
+                return ADVANTAGES.get(name)(take(rows, keep[rank]), cfg, all_reduce_sum)
 
             results, calls = over_ranks(num_ranks, work)
             assert len(set(calls)) == 1

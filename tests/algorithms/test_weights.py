@@ -60,9 +60,11 @@ def test_ranks_do_not_matter_and_call_all_sum_once(name: str, over_ranks) -> Non
         num_ranks = max(owners) + 1
         keep = [[d for d in range(len(masks)) if owners[group[d]] == rank] for rank in range(num_ranks)]
 
-        def work(rank, all_sum, keep=keep):
+        def work(rank, all_reduce_sum, keep=keep):
             mine = keep[rank]
-            return REDUCTIONS.get(name)([masks[d] for d in mine], group[mine], episode[mine], all_sum, constant=16.0)
+            return REDUCTIONS.get(name)(
+                [masks[d] for d in mine], group[mine], episode[mine], all_reduce_sum, constant=16.0
+            )
 
         results, calls = over_ranks(num_ranks, work)
         assert calls == [1] * num_ranks

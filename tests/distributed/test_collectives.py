@@ -6,9 +6,9 @@ from gloo import run_ranks
 from small import small_config
 
 from skyrl.distributed.collectives import (
-    Tally,
+    MetricSums,
     agree,
-    all_sum,
+    all_reduce_sum,
     broadcast_object,
     exchange,
     gather_objects,
@@ -33,7 +33,7 @@ def body():
     world = init_distributed(small_config())
     rank, size = world.rank, world.size
     out = {
-        "sum": all_sum(world, np.array([rank + 1, 0.1])).tolist(),
+        "sum": all_reduce_sum(world, np.array([rank + 1, 0.1])).tolist(),
         "gather": gather_objects(world, {"rank": rank}),
         "broadcast": broadcast_object(world, f"from {rank}"),
         "leader": on_leader(world, lambda: f"made by {rank}"),
@@ -45,7 +45,7 @@ def body():
         "arrays": exchange(world, [[np.full(200_000 * rank + to, rank)] for to in range(size)]),
         "order": [gather_objects(world, i)[-1] for i in range(3)],  # nobody is out of step after the failures
     }
-    tally = Tally()
+    tally = MetricSums()
     tally.add("a:sum", 0.1 * (rank + 1))
     tally.add("b:max", float(-rank))
     tally.add("b:min", float(-rank))
@@ -86,4 +86,4 @@ def test_one_rank_needs_no_process_group():
 
 def test_a_metric_without_a_reduction_is_our_bug():
     with pytest.raises(AssertionError, match="'loss' does not end in"):
-        Tally().add("loss", 1.0)
+        MetricSums().add("loss", 1.0)

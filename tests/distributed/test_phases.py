@@ -9,7 +9,7 @@ from gloo import run_ranks
 from small import small_config
 
 from skyrl.distributed import phases
-from skyrl.distributed.collectives import all_sum
+from skyrl.distributed.collectives import all_reduce_sum
 from skyrl.distributed.init import init_distributed
 
 
@@ -84,7 +84,7 @@ def _waits():
         time.sleep(0.5)
         seen.append(phases.look(time.monotonic())[1])
 
-    for wait in (lambda: all_sum(world, np.ones(1)), lambda: dist.all_reduce(torch.ones(1))):
+    for wait in (lambda: all_reduce_sum(world, np.ones(1)), lambda: dist.all_reduce(torch.ones(1))):
         thread = threading.Thread(target=see)
         thread.start()
         if world.rank == 1:
@@ -97,5 +97,5 @@ def _waits():
 @pytest.mark.ranks
 def test_who_waits_in_a_collective_is_seen_from_the_stack():
     waiting, late = run_ranks(2, _waits)
-    assert waiting[0] == ["all_sum", "all_reduce"] and late[0] == ["", ""]
+    assert waiting[0] == ["all_reduce_sum", "all_reduce"] and late[0] == ["", ""]
     assert waiting[1] == late[1]

@@ -15,7 +15,7 @@ import skyrl.distributed.init
 import skyrl.engine
 import skyrl.sampler.sampler
 from skyrl.distributed import phases
-from skyrl.distributed.collectives import all_sum
+from skyrl.distributed.collectives import all_reduce_sum
 
 PHASE, STEP, WHAT = (os.environ.get("SKYRL_PACE", "") + "::").split(":")[:3]
 RANK = os.environ.get("RANK", "0")
@@ -33,7 +33,7 @@ def tarry(name: str = "") -> None:
         if WHAT == "memory":
             raise MemoryError("no more")
         if WHAT == "apart":
-            all_sum(skyrl.distributed.init._world, np.zeros(1))
+            all_reduce_sum(skyrl.distributed.init._world, np.zeros(1))
         time.sleep(float(WHAT or 0))
 
 
