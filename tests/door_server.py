@@ -19,9 +19,9 @@ from skyrl.config.serve import ServiceConfig
 from skyrl.service.app import Serving, make_app, serve_in_thread
 from skyrl.service.archive import Archive
 from skyrl.service.openai_params import TextTools
+from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.service.scheduler import Job, RequestDesk
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts
 from skyrl.service.store_sync import reconcile, save_files
 from skyrl.service.types import (
     CreateModel,
@@ -77,7 +77,7 @@ class Answers:
         self.desk, self.store, self.archive = desk, store, archive
         self.hold, self.done = threading.Event(), False
         self.seen: list[Any] = []
-        self._facts: dict[str, ModelFacts] = {}
+        self._facts: dict[str, ModelInfo] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -102,7 +102,7 @@ class Answers:
         if getattr(request, "problem", ""):
             raise Refused(request.problem)
         if isinstance(request, CreateModel):
-            facts = ModelFacts(request.base_model, LoraSpec(rank=request.rank))
+            facts = ModelInfo(request.base_model, LoraSpec(rank=request.rank))
             self._open(job.owner, request.session_id, request.model_seq_id, facts, request.user_metadata)
             self.desk.done(job, {"model_id": request.model_id, "type": "create_model"})
         elif isinstance(request, LoadWeights):
@@ -129,7 +129,7 @@ class Answers:
         else:
             self.desk.done(job, {"model_id": job.lane, "type": "unload_model"})
 
-    def _open(self, owner: str, session: str, number: int, facts: ModelFacts, metadata: dict[str, str]) -> None:
+    def _open(self, owner: str, session: str, number: int, facts: ModelInfo, metadata: dict[str, str]) -> None:
         run = self.store.create_run(session, owner, number, facts, metadata)
         self._facts[run.run_id] = facts
         self.desk.opened(

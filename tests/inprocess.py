@@ -160,8 +160,8 @@ def drawn(response: Any) -> list[tuple[list[int], list[float]]]:
 
 def contents(client: ServiceClient, path: str) -> dict[str, Any]:
     """A checkpoint's tensors by name, as arrays: weights, moments and the step."""
-    books = client._job.service.books
-    content = books.read(path, "local", optimizer=True)
+    checkpoints = client._job.service.checkpoints
+    content = checkpoints.read(path, "local", optimizer=True)
     found = {f"{name}.{part}": t for name, pair in content.adapters.items() for part, t in zip("AB", pair, strict=True)}
     found |= content.weights
     assert content.optimizer is not None

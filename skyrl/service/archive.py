@@ -35,7 +35,7 @@ from skyrl.service.archive_files import (
     listing,
     reason,
 )
-from skyrl.service.store_records import CheckpointPath, Json, ModelFacts, check_part
+from skyrl.service.records import CheckpointPath, Json, ModelInfo, check_part
 from skyrl.types import UserError
 
 FORMAT = 1
@@ -102,7 +102,7 @@ class Archive:
     def write_files(
         self,
         path: CheckpointPath,
-        facts: ModelFacts,
+        facts: ModelInfo,
         fill: Callable[[Path], None],
         *,
         recipients: Sequence[str] = (),
@@ -152,7 +152,7 @@ class Archive:
                     shutil.copyfile(folder / name, part / name)
 
             kept = {key: meta[key] for key in ("encrypted", "step") if key in meta}
-            return self.write_files(target, ModelFacts.parse(meta["facts"]), fill, extra=kept)
+            return self.write_files(target, ModelInfo.parse(meta["facts"]), fill, extra=kept)
 
     def point(self, path: CheckpointPath, version: str) -> None:
         """Lets the name stand for this version, in one step: a reader finds the earlier one or this one."""
@@ -176,7 +176,7 @@ class Archive:
             with self._explained(folder, "read"):
                 for name in names:
                     self._verify(folder / name, meta["files"][name], path)
-                content = read_content(folder, ModelFacts.parse(meta["facts"]), optimizer and OPTIMIZER in names)
+                content = read_content(folder, ModelInfo.parse(meta["facts"]), optimizer and OPTIMIZER in names)
             if content.optimizer is not None:
                 content.optimizer.step = meta["step"]
             return content

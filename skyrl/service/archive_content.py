@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from skyrl.service.store_records import Json, ModelFacts
+from skyrl.service.records import Json, ModelInfo
 
 ADAPTER_CONFIG, ADAPTER, MODEL, OPTIMIZER = (
     "adapter_config.json",
@@ -44,7 +44,7 @@ class Content:
     weights: parameter name -> tensor, tied ones once. Every dtype comes back as it was, bit for bit.
     """
 
-    facts: ModelFacts
+    facts: ModelInfo
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     optimizer: OptimizerState | None = None
@@ -73,7 +73,7 @@ def write_content(content: Content, folder: Path) -> None:
         )
 
 
-def read_content(folder: Path, facts: ModelFacts, optimizer: bool) -> Content:
+def read_content(folder: Path, facts: ModelInfo, optimizer: bool) -> Content:
     """The inverse of `write_content`; `optimizer.step` is left 0 (meta.json has it). Checks no checksum."""
     content = Content(facts)
     if facts.is_lora:
@@ -94,7 +94,7 @@ def read_content(folder: Path, facts: ModelFacts, optimizer: bool) -> Content:
     return content
 
 
-def adapter_config(facts: ModelFacts, adapters: dict[str, tuple[Tensor, Tensor]]) -> Json:
+def adapter_config(facts: ModelInfo, adapters: dict[str, tuple[Tensor, Tensor]]) -> Json:
     """The adapter_config.json that peft reads. Modules are named by their whole paths: a short name would also match
     modules that have no adapter. Raises: ValueError when a shape does not fit the rank."""
     if facts.lora is None or not adapters:

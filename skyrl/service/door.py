@@ -40,8 +40,8 @@ def open_door(service: Service) -> HttpDoor:
     keys = read_keys(settings)
     app = make_app(
         service.desk,
-        service.books.store,
-        service.books.archive,
+        service.checkpoints.store,
+        service.checkpoints.archive,
         service.facts,
         settings,
         text=TextTools(service.encode, service.decode, service.render),

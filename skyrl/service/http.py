@@ -22,8 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.config.serve import ServiceConfig
+from skyrl.service.records import NotFound
 from skyrl.service.store import Store
-from skyrl.service.store_records import NotFound
 from skyrl.service.types import Busy, Desk, Outcome, Refused, ServerFacts
 from skyrl.service.wire import JSON, encode_json, read_json
 from skyrl.types import UserError

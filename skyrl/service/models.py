@@ -10,10 +10,10 @@ from typing import Any
 
 from skyrl.config.serve import ServeConfig
 from skyrl.service.archive_content import Content
-from skyrl.service.books import Books, to_content, to_state
+from skyrl.service.checkpoints import CheckpointService, to_content, to_state
 from skyrl.service.commands import BASE, Create
 from skyrl.service.leader import Leader
-from skyrl.service.store_records import ModelFacts
+from skyrl.service.records import ModelInfo
 from skyrl.service.types import CreateModel, LoadWeights, Refused, ServerFacts
 from skyrl.types import LoraSpec, UserError
 
@@ -50,8 +50,8 @@ class Tenant:
 class Tenants:
     """Open models. Only the worker's thread calls it."""
 
-    def __init__(self, cfg: ServeConfig, leader: Leader, books: Books, facts: ServerFacts) -> None:
-        self.cfg, self.leader, self.books, self.server = cfg, leader, books, facts
+    def __init__(self, cfg: ServeConfig, leader: Leader, checkpoints: CheckpointService, facts: ServerFacts) -> None:
+        self.cfg, self.leader, self.checkpoints, self.server = cfg, leader, checkpoints, facts
         self._open: dict[str, Tenant] = {}
         self._clock = itertools.count(1)
 
@@ -103,7 +103,7 @@ class Tenants:
                 unembed=request.train_unembed,
             )
         tenant = Tenant(request.model_id, owner, request.session_id, request.base_model, lora)
-        self.books.check_session(request.session_id, owner)
+        self.checkpoints.check_session(request.session_id, owner)
         self._add(tenant)
         with self._or_drop(tenant):
             self._record(tenant, request.model_seq_id, request.user_metadata)
@@ -120,7 +120,9 @@ class Tenants:
             raise
 
     def _record(self, tenant: Tenant, number: int, metadata: dict[str, str]) -> None:
-        self.books.add_run(tenant.owner, tenant.session, number, ModelFacts(tenant.base_model, tenant.lora), metadata)
+        self.checkpoints.add_run(
+            tenant.owner, tenant.session, number, ModelInfo(tenant.base_model, tenant.lora), metadata
+        )
 
     def create_from(self, request: LoadWeights, model: str, owner: str) -> Tenant:
         """A new model from a checkpoint: rank and flags come from there."""
@@ -129,8 +131,8 @@ class Tenants:
         if request.optimizer_type != "adamw":
             raise Refused(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
         assert request.session_id is not None and request.model_seq_id is not None
-        self.books.check_session(request.session_id, owner)
-        content = self.books.read(request.path, owner, optimizer=request.optimizer)
+        self.checkpoints.check_session(request.session_id, owner)
+        content = self.checkpoints.read(request.path, owner, optimizer=request.optimizer)
         base = request.base_model or content.facts.base_model
         self._check_base(base)
         tenant = Tenant(model, owner, request.session_id, base, content.facts.lora)
@@ -146,7 +148,7 @@ class Tenants:
         A pending gradient is dropped. Raises Refused when the checkpoint has another form."""
         if request.problem:
             raise Refused(request.problem)
-        content = self.books.read(request.path, tenant.owner, optimizer=request.optimizer)
+        content = self.checkpoints.read(request.path, tenant.owner, optimizer=request.optimizer)
         self._check_content(content, request)
         ours, theirs = tenant.lora, content.facts.lora
         if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
@@ -204,7 +206,7 @@ class Tenants:
         tenant = self._open.pop(model, None)
         if tenant is not None:
             self.leader.call("drop", model)
-            self.books.close_run(model, tenant.owner)
+            self.checkpoints.close_run(model, tenant.owner)
 
     def base_content(self) -> Content:
         """The weights of the base model, on the CPU."""

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from skyrl.service.archive_files import TarStream
 from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route, unix_time
-from skyrl.service.store_records import Checkpoint, CheckpointPath
+from skyrl.service.records import Checkpoint, CheckpointPath
 from skyrl.service.store_sync import copy_checkpoint, delete_checkpoint
 from skyrl.service.wire_fields import INT32_MAX, INT64_MAX, Fields
 from skyrl.types import UserError

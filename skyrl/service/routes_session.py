@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route
-from skyrl.service.store_records import CheckpointPath, NotFound, parse_time
+from skyrl.service.records import CheckpointPath, NotFound, parse_time
 from skyrl.service.store_sessions import SessionQuery, StatusQuery
 from skyrl.service.wire_fields import INT32_MAX, Fields, check_metadata
 from skyrl.types import UserError

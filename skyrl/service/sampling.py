@@ -14,7 +14,7 @@ import numpy as np
 
 from skyrl.config.serve import ServeConfig
 from skyrl.sampler.prompts import PromptQuery, PromptStats
-from skyrl.service.books import Books
+from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, NOT_FINITE, Problem, Question, Slice
 from skyrl.service.leader import Leader
 from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, in_turns
@@ -53,11 +53,11 @@ class Sampling:
         cfg: ServeConfig,
         leader: Leader,
         desk: RequestDesk,
-        books: Books,
+        checkpoints: CheckpointService,
         facts: ServerFacts,
         snapshots: Snapshots,
     ) -> None:
-        self.cfg, self.leader, self.desk, self.books, self.facts = cfg, leader, desk, books, facts
+        self.cfg, self.leader, self.desk, self.checkpoints, self.facts = cfg, leader, desk, checkpoints, facts
         self.snapshots = snapshots
         size = leader.world.size
         self._works: dict[str, Work] = {}
@@ -156,14 +156,14 @@ class Sampling:
         """The name of the weights to draw from, "" for the base. Raises Refused when there are none."""
         path, base, sampler_id = query.model_path, query.base_model, query.sampling_session_id
         if sampler_id is not None:
-            sampler = self.books.sampler(sampler_id, owner)
+            sampler = self.checkpoints.sampler(sampler_id, owner)
             if sampler.ephemeral_run is not None:
                 return sampler_id
             if sampler.model_path and sampler.version:
                 return f"{sampler.model_path}#{sampler.version}"
             path, base = sampler.model_path, sampler.base_model
         if path:
-            return f"{path}#{self.books.version(path, owner)}"
+            return f"{path}#{self.checkpoints.version(path, owner)}"
         if base not in self.facts.aliases:
             raise Refused(f"base_model {base!r} is not served here; there are: {', '.join(self.facts.aliases)}")
         return ""

@@ -90,7 +90,7 @@ class Lane:
 
 
 class Record(Protocol):
-    """Where futures are kept on record (ledger.py)."""
+    """Where futures are kept on record (future_log.py)."""
 
     def added(self, job: Job) -> None:
         """A request was accepted."""
@@ -201,7 +201,7 @@ class RequestDesk:
         self._count_samples(job, 1)
 
     def _count_samples(self, job: Job, sign: int) -> None:
-        """Books samples that wait (+1) or wait no longer (-1)."""
+        """CheckpointService samples that wait (+1) or wait no longer (-1)."""
         number = sign * job.request.num_samples
         self._queued += number
         self._queued_of[job.owner] = self._queued_of.get(job.owner, 0) + number

@@ -1,7 +1,7 @@
 """The server on one rank: `serve` for the command line, `open_service` for whoever brings its own door.
 
-Rank 0 has the doors, the desk, the books and the worker; every other rank follows. One front door per job: a training
-run and a server are two commands.
+Rank 0 has the doors, the desk, the checkpoint service and the worker; every other rank follows. One front door per
+job: a training run and a server are two commands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_facts
 from skyrl.planner.serve import serve_plan
 from skyrl.sampler.stop import Decode
-from skyrl.service.books import Books
+from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Hands
 from skyrl.service.leader import Leader, follow
 from skyrl.service.scheduler import RequestDesk
@@ -40,7 +40,7 @@ class Service:
     world: World
     engine: Engine
     desk: RequestDesk
-    books: Books
+    checkpoints: CheckpointService
     worker: Worker
     facts: ServerFacts
 
@@ -61,8 +61,8 @@ class Service:
         return list(self.engine.tokenizer.encode(text, add_special_tokens=False))
 
     def close(self) -> None:
-        """Closes the books."""
-        self.books.close()
+        """Waits for saves under way and lets go of the service folder."""
+        self.checkpoints.close()
 
 
 def open_service(cfg: ServeConfig) -> Service | None:
@@ -87,14 +87,14 @@ def open_service(cfg: ServeConfig) -> Service | None:
             signal.signal(number, signal.SIG_IGN)
         follow(world, hands)
         return None
-    made: list[tuple[Books, ServerFacts]] = []
-    on_leader(world, lambda: made.append(_books(cfg, hands.engine)))
-    books, facts = made[0]
+    made: list[tuple[CheckpointService, ServerFacts]] = []
+    on_leader(world, lambda: made.append(_open_checkpoints(cfg, hands.engine)))
+    checkpoints, facts = made[0]
     desk = RequestDesk(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
     leader = Leader(world, hands, timeout_seconds=cfg.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
-    worker = Worker(cfg, leader, desk, books, facts, mix=mix)
-    return Service(cfg, world, hands.engine, desk, books, worker, facts)
+    worker = Worker(cfg, leader, desk, checkpoints, facts, mix=mix)
+    return Service(cfg, world, hands.engine, desk, checkpoints, worker, facts)
 
 
 def max_row_tokens(cfg: ServeConfig) -> int:
@@ -107,9 +107,9 @@ def max_row_tokens(cfg: ServeConfig) -> int:
     return cfg.max_row_tokens or positions
 
 
-def _books(cfg: ServeConfig, engine: Engine) -> tuple[Books, ServerFacts]:
+def _open_checkpoints(cfg: ServeConfig, engine: Engine) -> tuple[CheckpointService, ServerFacts]:
     folder = Path(cfg.service.folder).absolute()
-    books = Books(folder)
+    checkpoints = CheckpointService(folder)
     tokenizer_id = cfg.service.tokenizer_id
     aliases = dict.fromkeys(names(cfg), Path(cfg.model.path))
     if not tokenizer_id and cfg.model.path == "tiny":
@@ -133,7 +133,7 @@ def _books(cfg: ServeConfig, engine: Engine) -> tuple[Books, ServerFacts]:
         adaptable=not cfg.service.full_parameters and bool(adapted(module, LoraSpec(rank=1, mlp=False))),
         full_parameters=cfg.service.full_parameters,
     )
-    return books, facts
+    return checkpoints, facts
 
 
 def names(cfg: ServeConfig) -> list[str]:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from skyrl.service.archive_content import Content
-from skyrl.service.books import Books, adapter_weights, num_bytes, to_state
+from skyrl.service.checkpoints import CheckpointService, adapter_weights, num_bytes, to_state
 from skyrl.service.commands import LoadAdapter
 from skyrl.service.leader import Leader
 from skyrl.service.models import Tenant, Tenants
@@ -33,8 +33,8 @@ class _Resident:
 class Snapshots:
     """Published weights by name: a sampling session id (ephemeral), or a tinker:// path with its version after "#"."""
 
-    def __init__(self, leader: Leader, books: Books, tenants: Tenants) -> None:
-        self.leader, self.books, self.tenants = leader, books, tenants
+    def __init__(self, leader: Leader, checkpoints: CheckpointService, tenants: Tenants) -> None:
+        self.leader, self.checkpoints, self.tenants = leader, checkpoints, tenants
         self._resident: dict[str, _Resident] = {}
         self._host: OrderedDict[str, Content] = OrderedDict()
         self._spilled: set[str] = set()
@@ -57,7 +57,7 @@ class Snapshots:
         while sum(map(num_bytes, self._host.values())) > HOST_BYTES and len(self._host) > 1:
             old, weights = self._host.popitem(last=False)
             try:
-                self.books.spill(old, weights)
+                self.checkpoints.spill(old, weights)
             except OSError as error:
                 # Nobody can be told until they ask for it; the oldest is the one least likely to be asked for.
                 log.warning("the snapshot %s is lost: host memory is full and the disk refuses it: %s", old, error)
@@ -79,7 +79,7 @@ class Snapshots:
         self._host.pop(name, None)
         if name in self._spilled:
             self._spilled.discard(name)
-            self.books.drop_spilled(name)
+            self.checkpoints.drop_spilled(name)
         self._evict(name)
 
     def crowded(self, name: str) -> bool:
@@ -105,10 +105,10 @@ class Snapshots:
         if name in self._host:
             return self._host[name]
         if name in self._spilled:
-            return self.books.read_spilled(name)
+            return self.checkpoints.read_spilled(name)
         if name.startswith("tinker://"):
             path, _, version = name.rpartition("#")
-            return self.books.read_version(path, version)
+            return self.checkpoints.read_version(path, version)
         raise Refused(
             f"{name}: this snapshot was lost when the server restarted, or had no room; save weights under a name to "
             "keep them",

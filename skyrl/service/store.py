@@ -1,7 +1,7 @@
 """What the service remembers over restarts: sessions, runs, samplers, futures, checkpoints.
 
 The methods are in the files store_sessions, store_runs (runs and futures) and store_checkpoints; store_db is the SQLite
-below them and store_records what they return. What touches rows and folders both is store_sync.
+below them and records what they return. What touches rows and folders both is store_sync.
 """
 
 from __future__ import annotations

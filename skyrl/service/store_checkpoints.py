@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from skyrl.service.store_db import Database, Row, check_page
-from skyrl.service.store_records import (
+from skyrl.service.records import (
     Checkpoint,
     CheckpointPath,
-    ModelFacts,
+    ModelInfo,
     NotFound,
     Page,
     Usage,
     from_micros,
 )
+from skyrl.service.store_db import Database, Row, check_page
 from skyrl.types import UserError
 
 MIN_TTL = 3600
@@ -38,7 +38,7 @@ class Checkpoints(Database):
         *,
         version: str,
         size_bytes: int,
-        facts: ModelFacts,
+        facts: ModelInfo,
         has_optimizer: bool,
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
@@ -207,7 +207,7 @@ def checkpoint_of(row: Row) -> Checkpoint:
         public=bool(row["public"]),
         expires_at=None if row["expires_at"] is None else from_micros(row["expires_at"]),
         user_metadata=json.loads(row["user_metadata"]),
-        facts=ModelFacts.parse(json.loads(row["facts"])),
+        facts=ModelInfo.parse(json.loads(row["facts"])),
         has_optimizer=bool(row["has_optimizer"]),
         missing=bool(row["missing"]),
     )

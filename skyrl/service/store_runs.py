@@ -7,12 +7,10 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
-from skyrl.service.store_checkpoints import LIVE, Checkpoints, checkpoint_of
-from skyrl.service.store_db import Row, check_page
-from skyrl.service.store_records import (
+from skyrl.service.records import (
     Checkpoint,
     Json,
-    ModelFacts,
+    ModelInfo,
     NotFound,
     Page,
     Run,
@@ -21,6 +19,8 @@ from skyrl.service.store_records import (
     StoredFuture,
     from_micros,
 )
+from skyrl.service.store_checkpoints import LIVE, Checkpoints, checkpoint_of
+from skyrl.service.store_db import Row, check_page
 from skyrl.service.store_sessions import require_session
 from skyrl.service.types import Category
 from skyrl.types import UserError
@@ -41,7 +41,7 @@ class Runs(Checkpoints):
         session_id: str,
         owner: str,
         model_seq_id: int,
-        facts: ModelFacts,
+        facts: ModelInfo,
         user_metadata: Mapping[str, str] | None = None,
     ) -> Run:
         """The run "{session}:train:{model_seq_id}", open. Raises: NotFound for the session, UserError if it exists."""
@@ -214,7 +214,7 @@ def _seen(scope: Scope) -> str:
 def _run(row: Row) -> Run:
     return Run(
         **{key: row[key] for key in ("run_id", "session_id", "owner", "state")},
-        facts=ModelFacts.parse(json.loads(row["facts"])),
+        facts=ModelInfo.parse(json.loads(row["facts"])),
         user_metadata=json.loads(row["user_metadata"]),
         created_at=from_micros(row["created_at"]),
         last_request_at=from_micros(row["last_request_at"]),

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from skyrl.service.store_db import Database, Row, check_page
-from skyrl.service.store_records import (
+from skyrl.service.records import (
     Json,
     NotFound,
     Page,
@@ -21,6 +20,7 @@ from skyrl.service.store_records import (
     present,
     to_micros,
 )
+from skyrl.service.store_db import Database, Row, check_page
 from skyrl.types import UserError
 
 ACTIVE_SECONDS = 300  # a session that was silent longer is not called active

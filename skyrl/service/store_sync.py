@@ -15,9 +15,9 @@ from typing import Any
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content
 from skyrl.service.archive_files import check_recipients
+from skyrl.service.records import Checkpoint, CheckpointPath, ModelInfo
 from skyrl.service.store import Store
 from skyrl.service.store_checkpoints import check_ttl
-from skyrl.service.store_records import Checkpoint, CheckpointPath, ModelFacts
 from skyrl.types import UserError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def save_files(
     archive: Archive,
     path: CheckpointPath,
     owner: str,
-    facts: ModelFacts,
+    facts: ModelInfo,
     fill: Callable[[Path], None],
     *,
     ttl_seconds: int | None = None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from skyrl.config.serve import ServeConfig
 from skyrl.distributed.balance import spread
-from skyrl.service.books import Books
+from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import Train
 from skyrl.service.leader import Leader
 from skyrl.service.limits import check_width
@@ -50,17 +50,31 @@ class Worker:
     """Drives the ranks for the desk. `run` returns after `stop`."""
 
     def __init__(
-        self, cfg: ServeConfig, leader: Leader, desk: RequestDesk, books: Books, facts: ServerFacts, *, mix: bool
+        self,
+        cfg: ServeConfig,
+        leader: Leader,
+        desk: RequestDesk,
+        checkpoints: CheckpointService,
+        facts: ServerFacts,
+        *,
+        mix: bool,
     ) -> None:
-        self.cfg, self.leader, self.desk, self.books, self.facts, self.mix = cfg, leader, desk, books, facts, mix
-        self.tenants = Tenants(cfg, leader, books, facts)
-        self.sampling = Sampling(cfg, leader, desk, books, facts, Snapshots(leader, books, self.tenants))
+        self.cfg, self.leader, self.desk, self.checkpoints, self.facts, self.mix = (
+            cfg,
+            leader,
+            desk,
+            checkpoints,
+            facts,
+            mix,
+        )
+        self.tenants = Tenants(cfg, leader, checkpoints, facts)
+        self.sampling = Sampling(cfg, leader, desk, checkpoints, facts, Snapshots(leader, checkpoints, self.tenants))
         self._stopping = ""
         self._next_tick = 0.0
         self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
         leader.hands.has_news = desk.has_news
-        desk.explain_lost(books.explain_lost)
-        desk.keep_record(books.ledger)
+        desk.explain_lost(checkpoints.explain_lost)
+        desk.keep_record(checkpoints.futures)
 
     def stop(self, why: str) -> None:
         """Ends `run` after the work in hand; safe from a signal handler."""
@@ -72,7 +86,7 @@ class Worker:
             self.step()
         self.desk.close(self._stopping)
         self.sampling.abandon(self._stopping)
-        self.books.wait()
+        self.checkpoints.wait()
         self.leader.stop()
 
     def step(self) -> None:
@@ -98,7 +112,7 @@ class Worker:
         self.check()
         try:
             self._close_ended(self.cfg.service.model_idle_seconds)
-            self.books.expire()
+            self.checkpoints.expire()
         except UserError as error:  # a full disk; nobody asked for anything, and the next tick tries again
             log.warning("tidying up failed: %s", error)
 
@@ -106,7 +120,7 @@ class Worker:
         """Closes models and snapshots of sessions that were finished, or were silent for so long (0 = never)."""
         snapshots = self.sampling.snapshots
         sessions = self.tenants.sessions() | snapshots.sessions()
-        ended = self.books.ended_sessions(sessions, idle_seconds)
+        ended = self.checkpoints.ended_sessions(sessions, idle_seconds)
         for tenant in self.tenants.of_sessions(ended):
             self._close(tenant.model, "its session has ended")
         for session in ended:
@@ -276,7 +290,7 @@ class Worker:
         if request.name is None and request.kind == "sampler_weights":
             self.desk.done(job, self._ephemeral(request, tenant))
             return
-        path = self.books.check_save(request, tenant.owner)
+        path = self.checkpoints.check_save(request, tenant.owner)
         content = self.tenants.content(tenant, optimizer=request.kind == "weights")
 
         def settle(size: int, error: Exception | None) -> None:
@@ -285,12 +299,12 @@ class Worker:
             else:
                 self.desk.failed(job, Refused(str(error), "user" if isinstance(error, UserError) else "server"))
 
-        self.books.save(request, path, tenant.owner, content, settle)
+        self.checkpoints.save(request, path, tenant.owner, content, settle)
 
     def _ephemeral(self, request: SaveWeights, tenant: Tenant) -> dict[str, Any]:
         if request.sampling_session_seq_id is None:
             raise Refused("save_weights_for_sampler: needs a path, or a sampling_session_seq_id for a snapshot")
-        sampler_id = self.books.add_ephemeral_sampler(
+        sampler_id = self.checkpoints.add_ephemeral_sampler(
             tenant.session, tenant.owner, request.sampling_session_seq_id, tenant.base_model, tenant.model
         )
         self.sampling.snapshots.publish(sampler_id, tenant)

@@ -81,7 +81,12 @@ class Job:
         self.owner = LOCAL_OWNER
         self.users = 0
         self._app = make_app(
-            service.desk, service.books.store, service.books.archive, service.facts, service.cfg.service, keys=Keys({})
+            service.desk,
+            service.checkpoints.store,
+            service.checkpoints.archive,
+            service.facts,
+            service.cfg.service,
+            keys=Keys({}),
         )
         self._loop = asyncio.new_event_loop()
         self._open: set[Future[Any]] = set()

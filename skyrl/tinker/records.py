@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from datetime import datetime
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from skyrl.service.store_records import CHECKPOINT_TYPES, CheckpointPath, parse_time
+from skyrl.service.records import CHECKPOINT_TYPES, CheckpointPath, parse_time
 
 R = TypeVar("R")
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from types import TracebackType
 from typing import Any, Literal
 
-from skyrl.service.store_records import CheckpointPath
+from skyrl.service.records import CheckpointPath
 from skyrl.service.wire_json import parse_create_model, parse_load_weights
 from skyrl.tinker import records
 from skyrl.tinker.futures import APIFuture, ClientFuture, finished, settle, then, with_async
@@ -347,9 +347,9 @@ class RestClient:
         out: Future[records.ExternalWeightsUrlsResponse] = Future()
 
         def find() -> records.ExternalWeightsUrlsResponse:
-            books, path = self._job.service.books, CheckpointPath.parse(tinker_path)
-            found = books.store.get_checkpoint(path, self._job.owner)
-            urls = {name: file.as_uri() for name, file in books.archive.files(path, found.version).items()}
+            checkpoints, path = self._job.service.checkpoints, CheckpointPath.parse(tinker_path)
+            found = checkpoints.store.get_checkpoint(path, self._job.owner)
+            urls = {name: file.as_uri() for name, file in checkpoints.archive.files(path, found.version).items()}
             return records.ExternalWeightsUrlsResponse(
                 urls, datetime.now(timezone.utc) + timedelta(seconds=FILE_SECONDS)
             )

@@ -11,11 +11,11 @@ import torch
 
 from skyrl.service.archive import MARKER, META, Archive
 from skyrl.service.archive_content import Content, OptimizerState
-from skyrl.service.store_records import CheckpointPath, ModelFacts
+from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 PATH = CheckpointPath("s-1:train:0", "weights", "final")
-FACTS = ModelFacts("org/name", LoraSpec(2, seed=5))
+FACTS = ModelInfo("org/name", LoraSpec(2, seed=5))
 
 
 def make_content(seed=0, dtype=torch.float32, optimizer=True):
@@ -92,7 +92,7 @@ def test_all_parameters(archive):
         "model.a": torch.randn(3, 4).bfloat16(), "b": torch.randn(()), "turned": torch.randn(4, 6).T,
         "piece": whole[:5], "other piece": whole[5:], "again": whole[:5], "none": torch.zeros(0, 3),
     }  # fmt: skip
-    content = Content(ModelFacts("org/name"), weights=weights)
+    content = Content(ModelInfo("org/name"), weights=weights)
     save(archive, content)
     assert same(archive.read(PATH), content)
     assert set(archive.files(PATH)) == {"model.safetensors"}
@@ -101,7 +101,7 @@ def test_all_parameters(archive):
 def test_content_that_fits_no_facts_is_a_mistake_of_ours(archive):
     for wrong in (
         Content(FACTS),
-        Content(ModelFacts("base")),
+        Content(ModelInfo("base")),
         Content(FACTS, adapters={"q": (torch.zeros(3, 6), torch.zeros(4, 3))}),
         Content(FACTS, adapters={"q": (torch.zeros(2, 6), torch.zeros(2, 4))}),
     ):

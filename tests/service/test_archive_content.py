@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from skyrl.models.tiny import tiny_config, tiny_tokenizer
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content, adapter_config
-from skyrl.service.store_records import CheckpointPath, ModelFacts
+from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec
 
 PATH = CheckpointPath("s-1:train:0", "sampler_weights", "final")
@@ -43,7 +43,7 @@ def test_peft_computes_the_same_model(tmp_path, head):
     skipped = "model.layers.1.mlp.down_proj"  # a module whose name is adapted elsewhere, and not here
     adapters = make_adapters(model, rank, head, skipped)
     archive = Archive(tmp_path)
-    facts = ModelFacts("org/name", LoraSpec(rank, alpha))
+    facts = ModelInfo("org/name", LoraSpec(rank, alpha))
     version, _ = archive.write(PATH, Content(facts, adapters=adapters))
     archive.point(PATH, version)
     ids = torch.arange(4, 40)[None]
@@ -68,10 +68,10 @@ def test_peft_computes_the_same_model(tmp_path, head):
 
 def test_the_config_says_what_peft_needs():
     adapters = make_adapters(tiny_model(), 4, True)
-    config = adapter_config(ModelFacts("org/name", LoraSpec(4)), adapters)
+    config = adapter_config(ModelInfo("org/name", LoraSpec(4)), adapters)
     wanted = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 32, "bias": "none",
               "base_model_name_or_path": "org/name", "inference_mode": True}  # fmt: skip
     assert wanted.items() <= config.items() and config["target_modules"] == sorted(adapters)
     assert json.loads(json.dumps(config)) == config
-    half = adapter_config(ModelFacts("b", LoraSpec(4, alpha=0.5)), adapters)
+    half = adapter_config(ModelInfo("b", LoraSpec(4, alpha=0.5)), adapters)
     assert half["lora_alpha"] == 0.5

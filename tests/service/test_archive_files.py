@@ -10,11 +10,11 @@ import torch
 from skyrl.service.archive import META, Archive
 from skyrl.service.archive_content import Content
 from skyrl.service.archive_files import TarStream, check_recipients
-from skyrl.service.store_records import CheckpointPath, ModelFacts
+from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 PATH = CheckpointPath("s-1:train:0", "external_weights", "final")
-CONTENT = Content(ModelFacts("base", LoraSpec(2)), adapters={"q": (torch.randn(2, 6), torch.randn(4, 2))})
+CONTENT = Content(ModelInfo("base", LoraSpec(2)), adapters={"q": (torch.randn(2, 6), torch.randn(4, 2))})
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1, 511, 512, 513], [3_000_000, 7], [10240 - 1024], [10240]])

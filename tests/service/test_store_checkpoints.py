@@ -2,11 +2,11 @@
 
 import pytest
 
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound
 from skyrl.types import UserError
 
-FACTS = ModelFacts("base")
+FACTS = ModelInfo("base")
 
 
 class Clock:

@@ -6,8 +6,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from skyrl.service.records import ModelInfo
 from skyrl.service.store import Store
-from skyrl.service.store_records import ModelFacts
 from skyrl.types import UserError
 
 
@@ -28,7 +28,7 @@ def plain(path):
 def test_what_was_stored_is_there_when_opened_again(tmp_path):
     store = Store(tmp_path / "s.db")
     session = store.create_session("a", tags=["t"], user_metadata={"k": "v"}, sdk_version="0.38.0", display_name="x")
-    run = store.create_run(session.session_id, "a", 0, ModelFacts("base"))
+    run = store.create_run(session.session_id, "a", 0, ModelInfo("base"))
     store.close()
     again = Store(tmp_path / "s.db")
     assert again.store_id == store.store_id
@@ -45,7 +45,7 @@ def test_what_was_stored_is_there_when_opened_again(tmp_path):
 
 def test_two_threads_write_and_two_read(store):
     session = store.create_session("a").session_id
-    run = store.create_run(session, "a", 0, ModelFacts("base")).run_id
+    run = store.create_run(session, "a", 0, ModelInfo("base")).run_id
     errors, counts = [], []
 
     def write(kind):

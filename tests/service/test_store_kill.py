@@ -17,12 +17,12 @@ import torch
 
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content, OptimizerState
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound
 from skyrl.service.store_sync import delete_checkpoint, load_checkpoint, reconcile, save_checkpoint
 from skyrl.types import LoraSpec
 
-FACTS = ModelFacts("base", LoraSpec(2))
+FACTS = ModelInfo("base", LoraSpec(2))
 NAMES = ("a", "b", "c")
 ROUNDS = 15
 WATCHED = ("store_sync.py", "archive.py", "archive_files.py", "store_checkpoints.py", "store_db.py")

@@ -4,10 +4,10 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from skyrl.service.store_records import (
+from skyrl.service.records import (
     Checkpoint,
     CheckpointPath,
-    ModelFacts,
+    ModelInfo,
     Page,
     Run,
     from_micros,
@@ -17,7 +17,7 @@ from skyrl.service.store_records import (
 from skyrl.types import LoraSpec, UserError
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, tzinfo=timezone.utc)
-FACTS = ModelFacts("org/name", LoraSpec(8, seed=3, unembed=False))
+FACTS = ModelInfo("org/name", LoraSpec(8, seed=3, unembed=False))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_json_has_the_protocol_s_names_and_no_nulls():
         "train_attn": True,
         "optimizer_config": {"type": "adamw"},
     }
-    whole = ModelFacts("org/name")
+    whole = ModelInfo("org/name")
     assert whole.to_json() == {"base_model": "org/name", "is_lora": False, "optimizer_config": {"type": "adamw"}}
-    assert ModelFacts.parse(whole.dump()) == whole and ModelFacts.parse(FACTS.dump()) == FACTS
+    assert ModelInfo.parse(whole.dump()) == whole and ModelInfo.parse(FACTS.dump()) == FACTS
     assert Page([1], 2, 1, 9).cursor() == {"offset": 2, "limit": 1, "total_count": 9}

@@ -2,11 +2,11 @@
 
 import pytest
 
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound
 from skyrl.types import LoraSpec, UserError
 
-FACTS = ModelFacts("base", LoraSpec(4, seed=7, mlp=False))
+FACTS = ModelInfo("base", LoraSpec(4, seed=7, mlp=False))
 
 
 class Clock:

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, parse_time
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound, parse_time
 from skyrl.service.store_sessions import ACTIVE_SECONDS, SessionQuery, StatusQuery
 from skyrl.types import UserError
 
@@ -85,7 +85,7 @@ def test_another_owner_s_session_does_not_exist(store):
         lambda owner: store.fail_session(session, owner, "user", {}, ""),
         lambda owner: store.set_project(session, owner, "p"),
         lambda owner: store.create_sampler(session, owner, 1, "base"),
-        lambda owner: store.create_run(session, owner, 0, ModelFacts("base")),
+        lambda owner: store.create_run(session, owner, 0, ModelInfo("base")),
         lambda owner: store.get_sampler(sampler, owner),
         lambda owner: store.join_sampler(sampler, owner),
     ):
@@ -99,17 +99,17 @@ def test_another_owner_s_session_does_not_exist(store):
         {"type": "active"}, None, (sampler,), ()
     )  # fmt: skip
     store.finish_session(session, "a", "success")  # the owner may
-    store.create_run(session, "a", 0, ModelFacts("base"))
+    store.create_run(session, "a", 0, ModelInfo("base"))
 
 
 def test_summary_counts_what_the_session_s_runs_saved(store):
     session = store.create_session("a").session_id
     other = store.create_session("a").session_id
     for number in range(2):
-        run = store.create_run(session, "a", number, ModelFacts("base")).run_id
+        run = store.create_run(session, "a", number, ModelInfo("base")).run_id
         for name in ("one", "two"):
             store.add_checkpoint(
-                CheckpointPath(run, "weights", name), "a", version="v", size_bytes=100, facts=ModelFacts("base"),
+                CheckpointPath(run, "weights", name), "a", version="v", size_bytes=100, facts=ModelInfo("base"),
                 has_optimizer=False, ttl_seconds=3600 if name == "two" else None,
             )  # fmt: skip
     summary = store.get_session(session, "a").summary_json()

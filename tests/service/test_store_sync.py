@@ -10,8 +10,8 @@ import torch
 
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content, OptimizerState
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound
 from skyrl.service.store_sync import (
     copy_checkpoint,
     delete_checkpoint,
@@ -23,7 +23,7 @@ from skyrl.service.store_sync import (
 )
 from skyrl.types import UserError
 
-FACTS = ModelFacts("base")
+FACTS = ModelInfo("base")
 
 
 class Clock:

@@ -17,9 +17,9 @@ import torch
 
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content, OptimizerState
-from skyrl.service.ledger import Ledger
+from skyrl.service.future_log import FutureLog
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, Sampler
 from skyrl.service.store import Store
-from skyrl.service.store_records import CheckpointPath, ModelFacts, NotFound, Sampler
 from skyrl.service.store_sync import expire_checkpoints, load_checkpoint, reconcile, save_checkpoint
 from skyrl.service.types import SaveWeights
 from skyrl.types import LoraSpec
@@ -29,7 +29,7 @@ WRAPPER = "net."  # before the name of each parameter of a whole model, in the e
 Settle = Callable[[int, Exception | None], None]
 
 
-class Books:
+class CheckpointService:
     """The service's folder. Made on rank 0, by one process at a time; what a dead server left is put right.
 
     `lines`: what was found at start and is worth telling. Raises UserError when the folder cannot be used.
@@ -45,7 +45,7 @@ class Books:
             self.lines.append(
                 f"{len(lost)} models were open when the last server ended; clients resume from checkpoints"
             )
-        self.ledger = Ledger(self.store)
+        self.futures = FutureLog(self.store)
         self._spill = folder / SPILL
         shutil.rmtree(self._spill, ignore_errors=True)  # ephemeral snapshots end with their server
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
@@ -55,7 +55,7 @@ class Books:
         """Waits for saves, then lets go of the folder."""
         self.wait()
         self._saver.shutdown()
-        self.ledger.close()
+        self.futures.close()
         self.archive.close()
         self.store.close()
 
@@ -78,7 +78,7 @@ class Books:
         silent = {one.session_id for one in self.store.silent_sessions(idle_seconds)} if idle_seconds else set()
         return sessions & (silent | self.store.ended_sessions())
 
-    def add_run(self, owner: str, session: str, model_seq_id: int, facts: ModelFacts, metadata: dict[str, str]) -> None:
+    def add_run(self, owner: str, session: str, model_seq_id: int, facts: ModelInfo, metadata: dict[str, str]) -> None:
         """Records a model that was made."""
         self.store.create_run(session, owner, model_seq_id, facts, metadata)
 
@@ -176,7 +176,7 @@ class Books:
 def to_content(base_model: str, lora: LoraSpec | None, state: dict[str, Any]) -> Content:
     """An engine's tenant state as a checkpoint's content. Adapter parameters are called <module path>.A and .B; whole
     models' have the names that transformers knows, without the wrapper's."""
-    facts = ModelFacts(base_model, lora)
+    facts = ModelInfo(base_model, lora)
     if lora is None:
         state = {key: _renamed(part, lambda name: name.removeprefix(WRAPPER)) for key, part in state.items()}
     optimizer = None

@@ -12,9 +12,9 @@ import queue
 import threading
 from collections.abc import Callable
 
+from skyrl.service.records import NotFound
 from skyrl.service.scheduler import Job
 from skyrl.service.store import Store
-from skyrl.service.store_records import NotFound
 from skyrl.service.types import CreateModel, LoadWeights, Outcome, SaveWeights, UnloadModel
 from skyrl.types import UserError
 
@@ -22,13 +22,13 @@ KEPT = (CreateModel, LoadWeights, SaveWeights, UnloadModel)
 log = logging.getLogger("skyrl.service")
 
 
-class Ledger:
+class FutureLog:
     """The desk's memory that outlives the process. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._writes: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="skyrl-ledger", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="skyrl-future-log", daemon=True)
         self._thread.start()
 
     def added(self, job: Job) -> None:

@@ -126,7 +126,7 @@ class CheckpointPath:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """What must be known to make a model that a checkpoint fits into. lora None: all parameters are trained."""
 
     base_model: str
@@ -156,10 +156,10 @@ class ModelFacts:
         return asdict(self)
 
     @staticmethod
-    def parse(record: Json) -> ModelFacts:
+    def parse(record: Json) -> ModelInfo:
         """The inverse of `dump`."""
         lora = record["lora"]
-        return ModelFacts(record["base_model"], LoraSpec(**lora) if lora else None, record["optimizer"])
+        return ModelInfo(record["base_model"], LoraSpec(**lora) if lora else None, record["optimizer"])
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Checkpoint:
     public: bool
     expires_at: datetime | None
     user_metadata: dict[str, str]
-    facts: ModelFacts
+    facts: ModelInfo
     has_optimizer: bool
     missing: bool = False
 
@@ -202,7 +202,7 @@ class Run:
     run_id: str
     session_id: str
     owner: str
-    facts: ModelFacts
+    facts: ModelInfo
     user_metadata: dict[str, str]
     created_at: datetime
     last_request_at: datetime
