@@ -131,7 +131,13 @@ def training(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float
         ids = rng.integers(3, 100, length + 1)
         logprobs = np.full(length, -4.0, np.float32)
         rows.append(
-            Datum(ids[:-1], ids[1:], np.full(length, 1e-4), logprobs=logprobs, advantages=np.ones(length, np.float32))
+            Datum(
+                ids[:-1],
+                ids[1:],
+                np.full(length, 1e-4),
+                sampling_logprobs=logprobs,
+                advantages=np.ones(length, np.float32),
+            )
         )
     spec = LossSpec("importance_sampling")
     times = []

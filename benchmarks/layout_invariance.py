@@ -98,7 +98,7 @@ def rows_of(step: int, world: World) -> list[Datum]:
                 tokens=ids[:-1],
                 targets=ids[1:],
                 weights=mask.astype(np.float64),
-                logprobs=np.where(mask, -np.log(VOCABULARY) + 0.2 * noise[0], 0.0),
+                sampling_logprobs=np.where(mask, -np.log(VOCABULARY) + 0.2 * noise[0], 0.0),
                 reference=np.where(mask, -np.log(VOCABULARY) + 0.2 * noise[1], 0.0),
                 advantages=np.where(mask, scores[sample], 0.0),
                 name=f"{group}/{sample}",

@@ -95,7 +95,7 @@ def rows_of(step: int) -> list[Any]:
                 tokens=rng.integers(4, 2000, length),
                 targets=rng.integers(4, 2000, length),
                 weights=mask,
-                logprobs=np.log(1 / 2048) + 0.2 * rng.normal(size=length),
+                sampling_logprobs=np.log(1 / 2048) + 0.2 * rng.normal(size=length),
                 advantages=rng.normal() * mask,
                 name=f"{step}/{i}",
             )

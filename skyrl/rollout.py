@@ -290,7 +290,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         tokens=ids[:-1],
         targets=ids[1:],
         weights=mask.astype(np.float32),
-        logprobs=logprobs,
+        sampling_logprobs=logprobs,
         name=f"{episode.prompt.uid}/{episode.index}/{part}",
     )
     return Row(datum, group, number, mask, rewards, episode.stop, not episode.invalid)

@@ -113,7 +113,8 @@ class Episode:
 
 
 ROW_FIELDS = (
-    "targets weights logprobs advantages anchor reference values returns clip_low clip_high ratio_mask".split()
+    "targets weights sampling_logprobs advantages old_logprobs reference values returns clip_low clip_high "
+    "ratio_mask".split()
 )  # arrays of a row besides its tokens, one entry per token
 
 
@@ -121,8 +122,9 @@ ROW_FIELDS = (
 class Datum:
     """One trainable row, already shifted: targets[i] is the token after tokens[i]. All arrays are [L].
 
-    `weights` is mask and reduction in one: 0 means not trained. `logprobs` are under the policy that sampled
-    (behaviour), `anchor` under the proximal policy (falls back to `logprobs`), `reference` under the frozen model.
+    `weights` is mask and reduction in one: 0 means not trained. `sampling_logprobs` are under the policy that
+    sampled (behaviour), `old_logprobs` under the proximal policy (in its place `sampling_logprobs`), `reference` under
+    the frozen model.
     For cross-entropy and scores `targets` and `weights` may both be [L, K]: K targets at each position.
     `clip_low` and `clip_high` are the losses' parameters of these names, one per token; they win over the parameters.
     `ratio_mask`: the tokens (not 0) whose log-ratios make up GSPO's sequence mean; without it the trained ones.
@@ -132,9 +134,9 @@ class Datum:
     targets: Ints
     weights: Floats
     model: str = "policy"
-    logprobs: Floats | None = None
+    sampling_logprobs: Floats | None = None
     advantages: Floats | None = None
-    anchor: Floats | None = None
+    old_logprobs: Floats | None = None
     reference: Floats | None = None
     values: Floats | None = None
     returns: Floats | None = None
@@ -173,9 +175,9 @@ class Microbatch:
     starts_S1: Tensor
     max_length: int
     weights_T: Tensor
-    logprobs_T: Tensor | None = None
+    sampling_logprobs_T: Tensor | None = None
     advantages_T: Tensor | None = None
-    anchor_T: Tensor | None = None
+    old_logprobs_T: Tensor | None = None
     reference_T: Tensor | None = None
     values_T: Tensor | None = None
     returns_T: Tensor | None = None

@@ -51,7 +51,7 @@ def make_rows(seed: int = 0, count: int = 10, longest: int = 40) -> list[Datum]:
                 tokens=rng.integers(4, 90, length),
                 targets=rng.integers(4, 90, length),
                 weights=mask.astype(np.float64),
-                logprobs=np.log(1 / 100) + 0.2 * rng.normal(size=length) * mask,
+                sampling_logprobs=np.log(1 / 100) + 0.2 * rng.normal(size=length) * mask,
                 advantages=rng.normal() * mask,
                 reference=np.log(1 / 100) + 0.2 * rng.normal(size=length) * mask,
                 name=f"row{i}",

@@ -60,9 +60,9 @@ def check_rows(groups, rows, tokenizer):
         np.testing.assert_array_equal(row.datum.tokens[1:], row.datum.targets[:-1])
         assert row.mask.sum() == len(sampled) == (row.datum.weights != 0).sum()
         np.testing.assert_array_equal(
-            row.datum.logprobs[row.mask], np.concatenate([t.sample.logprobs for t in episode.turns])
+            row.datum.sampling_logprobs[row.mask], np.concatenate([t.sample.logprobs for t in episode.turns])
         )
-        assert not row.datum.logprobs[~row.mask].any() and not row.rewards[~row.mask].any()
+        assert not row.datum.sampling_logprobs[~row.mask].any() and not row.rewards[~row.mask].any()
         assert tokenizer.decode(row.datum.targets[row.mask]) == "".join(
             tokenizer.decode(t.sample.tokens) for t in episode.turns
         )
@@ -209,7 +209,7 @@ def test_a_rewritten_history_opens_a_new_row():
     assert rows[2].mask.tolist() == [False, False, False, True, True, False, True]
     assert rows[1].rewards.tolist() == [0.0, 0.0, 0.5, 0.0, 0.25]
     assert rows[2].rewards.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-    np.testing.assert_allclose(rows[2].datum.logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
+    np.testing.assert_allclose(rows[2].datum.sampling_logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
 
 
 def test_an_episode_without_a_score_is_kept_apart(engine):

@@ -12,7 +12,7 @@ from skyrl.engine import ModelSpec
 from skyrl.models.forward import precise
 from skyrl.types import AdamParams, Datum, LossSpec, SampleRequest, SamplingParams, UserError
 
-OPTIONAL = ("logprobs", "advantages", "reference")
+OPTIONAL = ("sampling_logprobs", "advantages", "reference")
 
 
 @pytest.fixture
@@ -59,12 +59,16 @@ def test_metrics_are_sums_and_means_over_trained_tokens(engine):
     rows = make_rows()
     out = engine.forward_backward(rows, SPEC)
     trained = [row.weights != 0 for row in rows]
-    gaps = np.concatenate([np.abs(p - row.logprobs)[t] for p, row, t in zip(out.logprobs, rows, trained, strict=True)])
+    gaps = np.concatenate(
+        [np.abs(p - row.sampling_logprobs)[t] for p, row, t in zip(out.logprobs, rows, trained, strict=True)]
+    )
     assert out.metrics["tokens:sum"] == sum(len(row.tokens) for row in rows)
     assert out.metrics["trained_tokens:sum"] == sum(t.sum() for t in trained) == len(gaps)
     assert out.metrics["logprob_gap:mean"] == pytest.approx(gaps.mean(), rel=1e-12)
     assert out.metrics["logprob_gap:max"] == pytest.approx(gaps.max(), rel=1e-12)
-    ratio = np.concatenate([np.exp(p - row.logprobs)[t] for p, row, t in zip(out.logprobs, rows, trained, strict=True)])
+    ratio = np.concatenate(
+        [np.exp(p - row.sampling_logprobs)[t] for p, row, t in zip(out.logprobs, rows, trained, strict=True)]
+    )
     assert out.metrics["ratio:mean"] == pytest.approx(ratio.mean(), rel=1e-12)
 
 
@@ -140,7 +144,7 @@ def plain_loss(net, row):
     logprobs = every.gather(1, torch.from_numpy(row.targets)[:, None])[:, 0]
     entropy = -(every.exp() * every).sum(-1)
     behaviour, reference, advantages, weights = (
-        torch.from_numpy(x) for x in (row.logprobs, row.reference, row.advantages, row.weights)
+        torch.from_numpy(x) for x in (row.sampling_logprobs, row.reference, row.advantages, row.weights)
     )
     ratio = (logprobs - behaviour).exp()
     policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)

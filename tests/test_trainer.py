@@ -108,7 +108,7 @@ def test_refill_and_minibatches_do_not_depend_on_the_number_of_ranks(tmp_path):
                 for field in ("tokens", "targets", "advantages"):
                     np.testing.assert_array_equal(getattr(row, field), getattr(theirs[name], field))
                 np.testing.assert_allclose(row.weights, theirs[name].weights, rtol=1e-12)
-                np.testing.assert_allclose(row.logprobs, theirs[name].logprobs, atol=1e-5)
+                np.testing.assert_allclose(row.sampling_logprobs, theirs[name].logprobs, atol=1e-5)
         for ours, theirs in zip(alone.records, other.records, strict=True):
             assert without_wall_clock(ours).keys() == without_wall_clock(theirs).keys()
             for key in ("reward:mean", "length:mean", "filters/groups:sum", "trained_tokens:sum", "sampled_tokens:sum"):
@@ -157,7 +157,7 @@ def test_a_second_epoch_sees_the_same_rows_under_a_moved_policy(tmp_path):
     for first, second, record in zip(calls[::2], calls[1::2], seen.rl, strict=True):
         assert [row.name for row in first.rows] == [row.name for row in second.rows]
         for a, b in zip(first.rows, second.rows, strict=True):
-            np.testing.assert_array_equal(a.logprobs, b.logprobs)
+            np.testing.assert_array_equal(a.sampling_logprobs, b.sampling_logprobs)
             np.testing.assert_array_equal(a.weights, b.weights)
         assert first.metrics["logprob_gap:max"] < 1e-5 < 1e-3 < second.metrics["logprob_gap:max"]
         assert record["logprob_gap:max"] == first.metrics["logprob_gap:max"]
@@ -219,7 +219,7 @@ def test_the_adaptive_coefficient_is_the_one_that_is_used_and_logged(tmp_path):
         assert after == pytest.approx(coef * (1 + error * 16 / 50), rel=1e-12)
     assert len(set(logged)) == 4
     for call, record in zip(seen.ranks[0], seen.rl, strict=True):  # the distance is what the rows say
-        kl = np.concatenate([(row.logprobs - row.reference)[row.weights != 0] for row in call.rows])
+        kl = np.concatenate([(row.sampling_logprobs - row.reference)[row.weights != 0] for row in call.rows])
         assert record["kl/behaviour_reference:mean"] == pytest.approx(kl.mean(), abs=1e-7)
     assert abs(seen.rl[0]["kl/behaviour_reference:mean"]) < 1e-6 < seen.rl[3]["kl_reference:mean"]
 
@@ -234,7 +234,7 @@ def test_kl_in_the_reward_is_in_the_advantages(tmp_path):
     returns = {}
     for name, row in update.items():
         mask = row.weights != 0
-        reward = -0.5 * (row.logprobs - row.reference)[mask].astype(np.float64)
+        reward = -0.5 * (row.sampling_logprobs - row.reference)[mask].astype(np.float64)
         reward[-1] += rewards[name]
         for t in range(len(reward) - 2, -1, -1):
             reward[t] += 0.9 * reward[t + 1]
@@ -244,7 +244,7 @@ def test_kl_in_the_reward_is_in_the_advantages(tmp_path):
         want = (returns[name] - every.mean()) / (every.std() + 1e-6)
         np.testing.assert_allclose(row.advantages[row.weights != 0], want, atol=1e-4)
     assert seen.ranks[0][1].spec.kl_coef == 0.0, "the loss must not have the term a second time"
-    moved = np.concatenate([np.abs(row.logprobs - row.reference)[row.weights != 0] for row in update.values()])
+    moved = np.concatenate([np.abs(row.sampling_logprobs - row.reference)[row.weights != 0] for row in update.values()])
     assert moved.mean() > 1e-3
 
 

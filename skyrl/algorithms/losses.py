@@ -3,10 +3,11 @@
 The engine sums weights_T * loss_T; nothing here averages, and no term sees how tokens are packed. Arguments reach a
 loss through `sanitised` only: tokens with weight 0 are not trained, whatever their optional fields hold (NaN too).
 
-Ratios are exp(log pi - base). The base is `anchor_T` if the rows have it, else `logprobs_T` (behaviour). With a
-correction and no anchor the base is the current policy itself: the correction then carries the whole importance
-weight and the ratio is 1, so that no weight is applied twice. That is exact for the first update of a batch; for
-later ones it switches PPO's clipping off, so plan.py must ask for recompute_anchor there (see `stale_needs_anchor`).
+Ratios are exp(log pi - base). The base is `old_logprobs_T` (the proximal policy) if the rows have it, else
+`sampling_logprobs_T` (the behaviour policy). With a correction and no old_logprobs the base is the current policy
+itself: the correction then carries the whole importance weight and the ratio is 1, so no weight is applied twice.
+That is exact for the first update of a batch; for later ones it switches PPO's clipping off, so validation.py asks
+for recompute_anchor there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Bound = float | Tensor  # one number, or one per token [T]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with what it needs. `needs` are Microbatch fields that must be there; `logprobs_T` may be `anchor_T`.
+    """A loss with what it needs. `needs` are Microbatch fields that must be there; in place of `sampling_logprobs_T`
+    the rows may have `old_logprobs_T`.
 
     kind: "policy" (may have a correction, KL and entropy terms), "supervised" (KL and entropy), "critic" (neither).
     `params` are the keyword arguments with their defaults. `ratio`: clips or weights by pi / base. `ratio_mask`: reads
@@ -93,7 +95,7 @@ def _trained(rows: Microbatch) -> Tensor:
 
 
 def _base(rows: Microbatch) -> Tensor:
-    base_T = rows.anchor_T if rows.anchor_T is not None else rows.logprobs_T
+    base_T = rows.old_logprobs_T if rows.old_logprobs_T is not None else rows.sampling_logprobs_T
     assert base_T is not None  # compute_loss has checked the loss's needs
     return base_T
 
@@ -145,7 +147,7 @@ def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMe
     return -rows.advantages_T * outputs.logprobs_T, {}
 
 
-@register_loss("importance_sampling", needs=("logprobs_T", "advantages_T"), ratio=True)
+@register_loss("importance_sampling", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
 def importance_sampling(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
     """-(pi / base) A, unclipped: the per-token off-policy gradient; equal in gradient to reinforce on-policy.
 
@@ -157,7 +159,7 @@ def importance_sampling(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tenso
     return -ratio_T * rows.advantages_T, metrics
 
 
-@register_loss("ppo", needs=("logprobs_T", "advantages_T"), ratio=True)
+@register_loss("ppo", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
 def ppo(
     outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 0.2, clip_high: Bound = 0.2
 ) -> tuple[Tensor, TokenMetrics]:
@@ -173,7 +175,7 @@ def ppo(
     return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("cispo", needs=("logprobs_T", "advantages_T"), ratio=True)
+@register_loss("cispo", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
 def cispo(
     outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 1.0, clip_high: Bound = 3.0
 ) -> tuple[Tensor, TokenMetrics]:
@@ -190,7 +192,7 @@ def cispo(
     return -weight_T * rows.advantages_T * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("gspo", needs=("logprobs_T", "advantages_T"), ratio=True, ratio_mask=True)
+@register_loss("gspo", needs=("sampling_logprobs_T", "advantages_T"), ratio=True, ratio_mask=True)
 def gspo(
     outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4
 ) -> tuple[Tensor, TokenMetrics]:
@@ -212,7 +214,7 @@ def gspo(
     return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("dro", needs=("logprobs_T", "advantages_T"), ratio=True)
+@register_loss("dro", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
 def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float = 0.05) -> tuple[Tensor, TokenMetrics]:
     """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
 
@@ -265,7 +267,7 @@ def no_correction(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
 
 @CORRECTIONS.register("token_truncate")
 def token_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """min(anchor / behaviour, cap) per token, [T].
+    """min(old / behaviour, cap) per token, [T].
 
     Source: Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (blog; "TIS");
     truncated weights: Ionides 2008.
@@ -275,7 +277,7 @@ def token_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
 
 @CORRECTIONS.register("token_mask")
 def token_mask(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """anchor / behaviour where it lies in [1 / cap, cap], else 0, per token, [T].
+    """old / behaviour where it lies in [1 / cap, cap], else 0, per token, [T].
 
     Source: IcePop (Ling team 2025, blog "Small Leak Can Sink a Great Ship"; Ring-1T report, arXiv 2510.18855).
     Differs: the bounds are 1 / cap and cap, theirs are two separate numbers.
@@ -286,7 +288,7 @@ def token_mask(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
 
 @CORRECTIONS.register("sequence_truncate")
 def sequence_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """min(product of anchor / behaviour over the row's trained tokens, cap), the same for the whole row, [T].
+    """min(product of old / behaviour over the row's trained tokens, cap), the same for the whole row, [T].
 
     The unbiased weight of a sequence before truncation; its spread grows with length.
     Source: sequence-level importance sampling as in Ionides 2008 (truncated importance sampling).
@@ -343,15 +345,15 @@ def _with_fields(rows: Microbatch, names: list[str], spec: LossSpec) -> Microbat
         return rows
     if bool(_trained(rows).any()):
         name = missing[0].removesuffix("_T")
-        other = " or anchor" if name == "logprobs" else ""
+        other = " or old_logprobs" if name == "sampling_logprobs" else ""
         raise UserError(f"loss {spec.name}: the rows have no {name}{other}; give each row {name} [L]")
     return replace(rows, **{name: torch.zeros_like(rows.weights_T) for name in missing})
 
 
 def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
-    names = [n for n in loss.needs if not (n == "logprobs_T" and rows.anchor_T is not None)]
+    names = [n for n in loss.needs if not (n == "sampling_logprobs_T" and rows.old_logprobs_T is not None)]
     if spec.correction != "none":
-        names.append("logprobs_T")
+        names.append("sampling_logprobs_T")
     if spec.kl_coef != 0.0:
         names.append("reference_T")
     return names
@@ -359,7 +361,7 @@ def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
 
 def _mismatch_metrics(outputs: ForwardOutput, rows: Microbatch) -> TokenMetrics:
     """Distance of the current policy from the one that sampled; its KL is k3 of KL(behaviour || current)."""
-    gap_T = outputs.logprobs_T.detach() - rows.logprobs_T
+    gap_T = outputs.logprobs_T.detach() - rows.sampling_logprobs_T
     return {
         "logprob_gap:mean": gap_T.abs(),
         "logprob_gap:max": gap_T.abs(),
@@ -408,17 +410,19 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
     metrics: TokenMetrics = {}
     correction_T = None
     if spec.correction != "none":
-        if rows.anchor_T is None:
-            rows = replace(rows, anchor_T=outputs.logprobs_T.detach())
-        log_ratio_T = rows.anchor_T - rows.logprobs_T
+        if rows.old_logprobs_T is None:
+            rows = replace(rows, old_logprobs_T=outputs.logprobs_T.detach())
+        log_ratio_T = rows.old_logprobs_T - rows.sampling_logprobs_T
         correction_T = CORRECTIONS.get(spec.correction)(log_ratio_T, rows, spec.correction_cap).detach()
         metrics["correction:mean"] = correction_T
         changed_T = (correction_T >= spec.correction_cap) | (correction_T == 0)
         metrics["correction_capped:mean"] = changed_T.to(correction_T.dtype)
     if loss.ratio_mask and rows.ratio_mask_T is not None:  # its tokens count in a ratio without being trained
         wide = sanitised(*given, given[1].ratio_mask_T != 0)
-        anchor_T = wide[0].logprobs_T.detach() if correction_T is not None and given[1].anchor_T is None else None
-        own = (wide[0], wide[1] if anchor_T is None else replace(wide[1], anchor_T=anchor_T))
+        old_logprobs_T = (
+            wide[0].logprobs_T.detach() if correction_T is not None and given[1].old_logprobs_T is None else None
+        )
+        own = (wide[0], wide[1] if old_logprobs_T is None else replace(wide[1], old_logprobs_T=old_logprobs_T))
     else:
         own = (outputs, rows)
     loss_T, own_metrics = loss.fn(*own, **spec.params)
@@ -436,7 +440,7 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
         metrics["entropy:mean"] = outputs.entropy_T.detach()
         if spec.entropy_coef != 0.0:
             loss_T = loss_T - spec.entropy_coef * outputs.entropy_T
-    if rows.logprobs_T is not None:
+    if rows.sampling_logprobs_T is not None:
         metrics.update(_mismatch_metrics(outputs, rows))
     return torch.where(_trained(rows), loss_T, 0.0), metrics
 

@@ -25,7 +25,7 @@ MAX_SCORES = 1 << 26
 # Rows shorter than this part of the longest row of their bucket open a bucket of their own.
 BUCKET_RATIO = 0.75
 
-OPTIONAL_FIELDS = ("logprobs", "advantages", "anchor", "reference", "values", "returns")
+OPTIONAL_FIELDS = ("sampling_logprobs", "advantages", "old_logprobs", "reference", "values", "returns")
 FILLED_FIELDS = ("clip_low", "clip_high", "ratio_mask")  # a row may lack them where others have them
 
 

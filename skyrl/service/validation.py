@@ -144,7 +144,14 @@ def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerFacts
     if loss == "gspo":
         more["ratio_mask"] = arrays.get("sequence_ratio_mask", np.ones_like(advantages))
     return Datum(
-        tokens, targets, weights, model=model, name=named, logprobs=arrays["logprobs"], advantages=advantages, **more
+        tokens,
+        targets,
+        weights,
+        model=model,
+        name=named,
+        sampling_logprobs=arrays["logprobs"],
+        advantages=advantages,
+        **more,
     )
 
 

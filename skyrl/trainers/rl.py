@@ -253,7 +253,7 @@ def learn(run: Run, groups: list[Group], total: int, tally: MetricSums) -> None:
     if cfg.algorithm.loss.recompute_anchor:
         scored = engine.score([row.datum for row in rows], cfg.sampler.temperature)
         for row, logprobs in zip(rows, scored.logprobs, strict=True):
-            row.datum.anchor = logprobs
+            row.datum.old_logprobs = logprobs
     run.stop_point()
     spec = make_spec(cfg.algorithm, cfg.sampler.temperature)
     if run.kl is not None and spec.kl_coef:
@@ -300,7 +300,7 @@ def add_reference(run: Run, rows: list[Row]) -> float:
     sums = np.zeros(2)
     for row, logprobs in zip(rows, scored.logprobs, strict=True):
         row.datum.reference = logprobs
-        sums += [float((row.datum.logprobs - logprobs)[row.mask].sum(dtype=np.float64)), row.mask.sum()]
+        sums += [float((row.datum.sampling_logprobs - logprobs)[row.mask].sum(dtype=np.float64)), row.mask.sum()]
     sums = all_reduce_sum(run.world, sums)
     kl = float(sums[0] / max(1.0, sums[1]))
     run.tracker.add({"kl/behaviour_reference:mean": kl, "kl/coef:mean": run.kl_coef()})
@@ -313,7 +313,7 @@ def add_advantages(run: Run, rows: list[Row]) -> bool:
     masks = [row.mask for row in rows]
     rewards = [row.rewards for row in rows]
     if run.plan.needs_reference and algorithm.kl.placement == "reward":
-        logprobs = [row.datum.logprobs for row in rows]
+        logprobs = [row.datum.sampling_logprobs for row in rows]
         rewards = kl_rewards(rewards, masks, logprobs, [row.datum.reference for row in rows], run.kl_coef())
     values = None
     if run.plan.needs_critic:

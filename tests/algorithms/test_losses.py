@@ -28,7 +28,7 @@ from skyrl.algorithms.losses import (
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, KLConfig, LossConfig
 from skyrl.types import ForwardOutput, LossSpec, Microbatch, UserError
 
-OPTIONAL = ["logprobs_T", "advantages_T", "anchor_T", "reference_T", "values_T", "returns_T"]
+OPTIONAL = ["sampling_logprobs_T", "advantages_T", "old_logprobs_T", "reference_T", "values_T", "returns_T"]
 POLICY = ["reinforce", "importance_sampling", "ppo", "cispo", "gspo", "dro"]
 
 
@@ -54,9 +54,9 @@ def make_batch(seed: int = 0, lengths=(4, 1, 6), trained: float = 0.7, dtype=tor
         starts_S1=starts,
         max_length=max(lengths),
         weights_T=weights,
-        logprobs_T=logprobs + draw(0.4),
+        sampling_logprobs_T=logprobs + draw(0.4),
         advantages_T=advantages,
-        anchor_T=logprobs + draw(0.4),
+        old_logprobs_T=logprobs + draw(0.4),
         reference_T=logprobs + draw(0.4),
         values_T=values + draw(0.4),
         returns_T=draw(),
@@ -113,10 +113,10 @@ def slow_policy(name: str, outputs: ForwardOutput, rows: Microbatch, base, low: 
     return out
 
 
-def slow_correction(name: str, rows: Microbatch, anchor, cap: float) -> list[float]:
+def slow_correction(name: str, rows: Microbatch, old, cap: float) -> list[float]:
     out = []
-    for t in range(len(anchor)):
-        gap = float(anchor[t] - rows.logprobs_T[t])
+    for t in range(len(old)):
+        gap = float(old[t] - rows.sampling_logprobs_T[t])
         if rows.weights_T[t] == 0:
             out.append(0.0)
         elif name == "token_truncate":
@@ -125,9 +125,9 @@ def slow_correction(name: str, rows: Microbatch, anchor, cap: float) -> list[flo
             out.append(math.exp(gap) if 1 / cap <= math.exp(gap) <= cap else 0.0)
         elif name == "sequence_truncate":
             product = 1.0
-            for u in range(len(anchor)):
+            for u in range(len(old)):
                 if rows.row_T[u] == rows.row_T[t] and rows.weights_T[u] != 0:
-                    product *= math.exp(float(anchor[u] - rows.logprobs_T[u]))
+                    product *= math.exp(float(old[u] - rows.sampling_logprobs_T[u]))
             out.append(min(product, cap))
         else:
             out.append(1.0)
@@ -147,12 +147,12 @@ def close(got: torch.Tensor, want: list[float], rtol: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("has_anchor", [True, False])
+@pytest.mark.parametrize("has_old", [True, False])
 @pytest.mark.parametrize("name", POLICY)
-def test_policy_losses_equal_the_slow_loop(name: str, has_anchor: bool, seed: int) -> None:
+def test_policy_losses_equal_the_slow_loop(name: str, has_old: bool, seed: int) -> None:
     outputs, rows = make_batch(seed)
-    rows = rows if has_anchor else replace(rows, anchor_T=None)
-    base = rows.anchor_T if has_anchor else rows.logprobs_T
+    rows = rows if has_old else replace(rows, old_logprobs_T=None)
+    base = rows.old_logprobs_T if has_old else rows.sampling_logprobs_T
     loss_T, grads, _ = run(outputs, rows, spec(name, params=params_of(name, 0.15, 0.3, 0.7)))
     want = slow_policy(name, outputs, rows, base, 0.15, 0.3, 0.7)
     close(loss_T, [w[0] for w in want])
@@ -168,7 +168,7 @@ def test_the_batches_above_reach_every_branch() -> None:
         outputs, rows = make_batch(seed)
         trained = rows.weights_T != 0
         assert not trained.all()
-        ratio = torch.exp(outputs.logprobs_T.detach() - rows.anchor_T)
+        ratio = torch.exp(outputs.logprobs_T.detach() - rows.old_logprobs_T)
         for t in torch.nonzero(trained)[:, 0].tolist():
             side = "above" if ratio[t] > 1.3 else "below" if ratio[t] < 0.85 else "inside"
             key = (float(torch.sign(rows.advantages_T[t])), side)
@@ -216,7 +216,7 @@ def test_gspo_with_sequence_mean_is_the_papers_sequence_objective() -> None:
     clipped = 0
     for s in range(4):
         mine = rows.row_T == s
-        ratio = torch.exp((lp[mine] - rows.anchor_T[mine]).mean())
+        ratio = torch.exp((lp[mine] - rows.old_logprobs_T[mine]).mean())
         a = advantage_S[s]
         objective = objective - torch.min(ratio * a, ratio.clamp(0.9, 1.1) * a) / 4
         clipped += int(not 0.9 < float(ratio.detach()) < 1.1)
@@ -263,12 +263,12 @@ def test_value_loss_equals_the_slow_loop(clip: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("has_anchor", [True, False])
+@pytest.mark.parametrize("has_old", [True, False])
 @pytest.mark.parametrize("correction", CORRECTIONS.names())
 @pytest.mark.parametrize("name", ["reinforce", "ppo", "gspo"])
-def test_corrections_weight_the_policy_term_only(name: str, correction: str, has_anchor: bool, seed: int) -> None:
+def test_corrections_weight_the_policy_term_only(name: str, correction: str, has_old: bool, seed: int) -> None:
     outputs, rows = make_batch(seed)
-    rows = rows if has_anchor else replace(rows, anchor_T=None)
+    rows = rows if has_old else replace(rows, old_logprobs_T=None)
     cap, kl, entropy = 1.4, 0.3, 0.2
     loss_T, grads, metrics = run(
         outputs,
@@ -284,14 +284,14 @@ def test_corrections_weight_the_policy_term_only(name: str, correction: str, has
         ),
     )
     current = outputs.logprobs_T.detach()
-    if has_anchor:
-        base = anchor = rows.anchor_T
+    if has_old:
+        base = old = rows.old_logprobs_T
     elif correction == "none":
-        base = anchor = rows.logprobs_T
+        base = old = rows.sampling_logprobs_T
     else:
-        base = anchor = current  # the correction has the whole weight, the ratio is 1: nothing counts twice
+        base = old = current  # the correction has the whole weight, the ratio is 1: nothing counts twice
     policy = slow_policy(name, outputs, rows, base, 0.15, 0.3, 0.0)
-    weight = slow_correction(correction, rows, anchor, cap)
+    weight = slow_correction(correction, rows, old, cap)
     want, want_grad = [], []
     for t, (value, grad) in enumerate(policy):
         on, w = float(rows.weights_T[t] != 0), float(rows.weights_T[t])
@@ -311,7 +311,7 @@ def test_corrections_weight_the_policy_term_only(name: str, correction: str, has
 def test_corrections_reach_cap_mask_and_inside() -> None:
     outputs, rows = make_batch(0)
     for name in CORRECTIONS.names():
-        weight = slow_correction(name, rows, rows.anchor_T, 1.4)
+        weight = slow_correction(name, rows, rows.old_logprobs_T, 1.4)
         trained = [w for t, w in enumerate(weight) if rows.weights_T[t] != 0]
         if name == "token_mask":
             assert 0.0 in trained and any(0 < w < 1.4 for w in trained)
@@ -319,14 +319,14 @@ def test_corrections_reach_cap_mask_and_inside() -> None:
             assert 1.4 in trained and any(w < 1.4 for w in trained)
 
 
-def test_one_update_with_a_correction_and_no_anchor_equals_a_recomputed_anchor() -> None:
-    """At the first update of a batch the anchor is the current policy, so the extra forward may be saved."""
+def test_one_update_with_a_correction_and_no_old_logprobs_equals_recomputed_ones() -> None:
+    """At the first update of a batch the old policy is the current one, so the extra forward may be saved."""
     outputs, rows = make_batch(5)
     for name in ("importance_sampling", "ppo", "cispo", "gspo"):
-        with_anchor = replace(rows, anchor_T=outputs.logprobs_T.detach().clone())
-        without = replace(rows, anchor_T=None)
+        with_old = replace(rows, old_logprobs_T=outputs.logprobs_T.detach().clone())
+        without = replace(rows, old_logprobs_T=None)
         s = spec(name, correction="token_truncate", correction_cap=1.4)
-        a, b = run(outputs, with_anchor, s), run(outputs, without, s)
+        a, b = run(outputs, with_old, s), run(outputs, without, s)
         torch.testing.assert_close(a[0], b[0], rtol=0, atol=0)
         torch.testing.assert_close(a[1][0], b[1][0], rtol=0, atol=0)
 
@@ -427,11 +427,17 @@ def test_metrics_equal_the_slow_loop() -> None:
     outputs, rows = make_batch(0)
     _, _, metrics = run(outputs, rows, spec("ppo", params={"clip_low": 0.15, "clip_high": 0.3}))
     for t in torch.nonzero(rows.weights_T)[:, 0].tolist():
-        lp, anchor, behaviour, ref, a = (
+        lp, old, behaviour, ref, a = (
             float(x[t].detach())
-            for x in (outputs.logprobs_T, rows.anchor_T, rows.logprobs_T, rows.reference_T, rows.advantages_T)
+            for x in (
+                outputs.logprobs_T,
+                rows.old_logprobs_T,
+                rows.sampling_logprobs_T,
+                rows.reference_T,
+                rows.advantages_T,
+            )
         )
-        r = math.exp(lp - anchor)
+        r = math.exp(lp - old)
         want = {
             "ratio:mean": r,
             "ratio:max": r,
@@ -466,20 +472,20 @@ def test_per_token_bounds_equal_one_number_each_and_may_be_poisoned_where_untrai
 def test_a_missing_field_is_named(name: str) -> None:
     outputs, rows = make_batch(0)
     for need in LOSSES.get(name).needs:
-        fields = {need: None, "anchor_T": None} if need == "logprobs_T" else {need: None}
+        fields = {need: None, "old_logprobs_T": None} if need == "sampling_logprobs_T" else {need: None}
         with pytest.raises(UserError, match=need.removesuffix("_T")):
             compute_loss(outputs, replace(rows, **fields), spec(name))
     if LOSSES.get(name).kind == "policy":
         with pytest.raises(UserError, match="reference"):
             compute_loss(outputs, replace(rows, reference_T=None), spec(name, kl_coef=0.1))
         with pytest.raises(UserError, match="logprobs"):
-            compute_loss(outputs, replace(rows, logprobs_T=None), spec(name, correction="token_mask"))
+            compute_loss(outputs, replace(rows, sampling_logprobs_T=None), spec(name, correction="token_mask"))
 
 
 def test_the_ratio_needs_either_base() -> None:
     outputs, rows = make_batch(0)
-    compute_loss(outputs, replace(rows, logprobs_T=None), spec("ppo"))
-    compute_loss(outputs, replace(rows, anchor_T=None), spec("ppo"))
+    compute_loss(outputs, replace(rows, sampling_logprobs_T=None), spec("ppo"))
+    compute_loss(outputs, replace(rows, old_logprobs_T=None), spec("ppo"))
 
 
 def test_what_does_not_apply_is_refused() -> None:

@@ -23,8 +23,8 @@ def make_batch(seed, lengths=(4, 1, 6)):
                 np.zeros(n, int),
                 np.zeros(n, int),
                 rng.random(n) * (rng.random(n) < 0.7),
-                logprobs=near[0],
-                anchor=near[1],
+                sampling_logprobs=near[0],
+                old_logprobs=near[1],
                 reference=near[2],
                 advantages=rng.normal(size=n),
             )
@@ -73,16 +73,16 @@ def test_rows_without_bounds_beside_rows_with_them_have_those_of_the_parameters(
     assert collate(rows[1:], torch.float64, "cpu").clip_low_T is None
 
 
-@pytest.mark.parametrize("has_anchor", [False, True])
-def test_gspo_takes_its_mean_over_the_mask(has_anchor):
+@pytest.mark.parametrize("has_old", [False, True])
+def test_gspo_takes_its_mean_over_the_mask(has_old):
     """Against a loop over rows; the mask leaves trained tokens out and has untrained ones in."""
     outputs, rows = make_batch(3)
     mask = (torch.arange(len(rows.weights_T)) % 3 != 1).double()
     trained = rows.weights_T != 0
     assert (mask.bool() & ~trained).any() and (~mask.bool() & trained).any()
-    rows = replace(rows, ratio_mask_T=mask, anchor_T=rows.anchor_T if has_anchor else None)
+    rows = replace(rows, ratio_mask_T=mask, old_logprobs_T=rows.old_logprobs_T if has_old else None)
     loss, grads = run(outputs, rows, LossSpec("gspo", {"clip_low": 0.05, "clip_high": 0.05}))
-    base = rows.anchor_T if has_anchor else rows.logprobs_T
+    base = rows.old_logprobs_T if has_old else rows.sampling_logprobs_T
     for row in range(3):
         inside = [t for t in range(len(mask)) if rows.row_T[t] == row and mask[t]]
         mean = sum(float(outputs.logprobs_T.detach()[t] - base[t]) for t in inside) / max(1, len(inside))
@@ -106,12 +106,14 @@ def test_a_mask_poisons_nothing_it_does_not_count():
     inside = (rows.weights_T == 0) & (mask != 0)
     assert out.any() and inside.any()
     nan = float("nan")
-    fields = {k: torch.where(out, nan, getattr(rows, k)) for k in ("logprobs_T", "anchor_T", "advantages_T")}
+    fields = {
+        k: torch.where(out, nan, getattr(rows, k)) for k in ("sampling_logprobs_T", "old_logprobs_T", "advantages_T")
+    }
     fields["reference_T"] = torch.where(out | inside, nan, rows.reference_T)  # never read where nothing is trained
     got = run(outputs, replace(rows, ratio_mask_T=mask, **fields), LossSpec("gspo", kl_coef=0.1))
     assert torch.equal(got[0], clean[0]) and torch.equal(got[1], clean[1])
     # losses that do not read the mask are deaf to it, also where it holds NaN
-    poisoned = replace(rows, ratio_mask_T=torch.full_like(mask, nan), logprobs_T=fields["logprobs_T"])
+    poisoned = replace(rows, ratio_mask_T=torch.full_like(mask, nan), sampling_logprobs_T=fields["sampling_logprobs_T"])
     a, b = (run(outputs, r, LossSpec("ppo")) for r in (rows, poisoned))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 

@@ -57,9 +57,9 @@ def rebalance_body(counts):
     moved = rebalance(world, rows)
     by_hand = {f"{r}/{i}": row for r in range(world.size) for i, row in enumerate(make_rows(r, counts[r]))}
     for row in moved:  # every field arrives as it was sent
-        for field in ("tokens", "targets", "weights", "logprobs", "advantages", "reference"):
+        for field in ("tokens", "targets", "weights", "sampling_logprobs", "advantages", "reference"):
             np.testing.assert_array_equal(getattr(row, field), getattr(by_hand[row.name], field))
-        assert row.anchor is None and row.values is None
+        assert row.old_logprobs is None and row.values is None
     return names, [row.name for row in moved], sum(len(row.tokens) for row in moved)
 
 

@@ -125,7 +125,7 @@ def test_collate_packs_in_order():
     assert mb.tokens_T.tolist() == [0, 1, 2, 0, 0, 1] and mb.targets_T.tolist() == [1, 2, 3, 1, 1, 2]
     assert mb.positions_T.tolist() == [0, 1, 2, 0, 0, 1] and mb.row_T.tolist() == [0, 0, 0, 1, 2, 2]
     assert mb.starts_S1.tolist() == [0, 3, 4, 6] and mb.starts_S1.dtype == torch.int32 and mb.max_length == 3
-    assert mb.weights_T.dtype == torch.float64 and mb.logprobs_T is None and mb.returns_T is None
+    assert mb.weights_T.dtype == torch.float64 and mb.sampling_logprobs_T is None and mb.returns_T is None
     assert mb.tokens_T.dtype == mb.positions_T.dtype == mb.row_T.dtype == torch.int64
 
 
