@@ -45,9 +45,8 @@ from skyrl.checkpoint_folder import (
     short,
     survey,
 )
+from skyrl.files import verify_manifest
 from skyrl.types import UserError
-
-_READ_BYTES = 8 << 20
 
 __all__ = [
     "CheckpointInfo",
@@ -280,18 +279,10 @@ class Checkpointer:
 
     def _verify_files(self, info: CheckpointInfo) -> None:
         """Sizes of all files on every rank; checksums of this rank's share, largest files dealt out first."""
-        for name, entry in info.files.items():
-            path = info.path / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry["bytes"]:
-                given = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
-                raise UserError(f"checkpoint {info.path}: file {name} {given}; {remedy(info.path)}")
         names = sorted(info.files, key=lambda name: (-info.files[name]["bytes"], name))
-        for name in names[self.rank :: self.world_size]:
-            if _file_sum(info.path / name) != info.files[name]["sha256"]:
-                raise UserError(
-                    f"checkpoint {info.path}: file {name} is damaged (its checksum differs); {remedy(info.path)}"
-                )
+        problems = verify_manifest(info.path, info.files, hashed=names[self.rank :: self.world_size])
+        if problems:
+            raise UserError(f"checkpoint {info.path}: {problems[0]}; {remedy(info.path)}")
 
 
 @dataclass
@@ -447,11 +438,3 @@ def _check_plain(value: Any, place: str) -> None:
 
 def _finite(score: float | None) -> float | None:
     return float(score) if score is not None and math.isfinite(score) else None
-
-
-def _file_sum(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
-        while data := stream.read(_READ_BYTES):
-            sha.update(data)
-    return sha.hexdigest()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import skyrl
+from skyrl.files import sync_folder, to_trash, verify_manifest, write_atomic
 from skyrl.types import UserError
 
 FORMAT = 1
@@ -118,21 +117,18 @@ def publish(folder: Path, tmp: Path, manifest: dict[str, Any]) -> list[str]:
     sequence = 1 + max((info.sequence for info in known), default=0)
     manifest = {"format": FORMAT, "tag": manifest["tag"], "sequence": sequence, **manifest}
     manifest["digest"] = digest(manifest)
-    with open(tmp / MANIFEST, "w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _fsync_folder(tmp)
+    write_atomic(tmp / MANIFEST, json.dumps(manifest, indent=1))
+    sync_folder(tmp)
     final = folder / manifest["tag"]
     # A kill between the two renames leaves tmp, which clean_leftovers recognises as complete.
-    trash = _to_trash(final) if final.exists() else None
+    trash = to_trash(final) if final.exists() else None
     try:
         tmp.rename(final)
     except OSError:
         if trash is not None:
             trash.rename(final)
         raise
-    _fsync_folder(folder)
+    sync_folder(folder)
     lines = [] if trash is None else _delete(trash)
     return lines + [f"checkpoint {path}: {MANIFEST} is damaged; left alone" for path in broken if path != final]
 
@@ -225,28 +221,13 @@ def _whole(path: Path) -> bool:
         files = _read(path).files
     except _Unusable:
         return False
-    return all((path / name).is_file() and (path / name).stat().st_size == e["bytes"] for name, e in files.items())
+    return not verify_manifest(path, files, hashed=())
 
 
 def _delete(path: Path) -> list[str]:
     """Trouble costs space and loses nothing, so it is a line and no error; the next start tries again."""
     try:
-        shutil.rmtree(path if not is_final(path) else _to_trash(path))
+        shutil.rmtree(path if not is_final(path) else to_trash(path))
     except OSError as problem:
         return [f"checkpoint {path}: could not be deleted ({short(problem)})"]
     return []
-
-
-def _to_trash(path: Path) -> Path:
-    # renamed first: a kill while files are deleted must leave nothing that looks like a checkpoint
-    trash = path.with_name(f"{path.name}.trash-{secrets.token_hex(4)}")
-    path.rename(trash)
-    return trash
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

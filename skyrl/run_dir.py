@@ -12,8 +12,6 @@ import json
 import os
 import platform
 import re
-import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from typing import Any
 import yaml
 
 import skyrl
+from skyrl.files import write_atomic
 from skyrl.types import UserError
 
 # "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
@@ -125,7 +124,7 @@ class RunFolder:
                 number += 1
             path.rename(kept)
             lines = [f"options differ from the last start in {self.path} (kept in {kept.name}): {'; '.join(changes)}"]
-        write_atomically(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
+        write_atomic(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
         return lines
 
     def _keep_versions(self, command: list[str]) -> None:
@@ -134,7 +133,7 @@ class RunFolder:
             starts = json.loads(path.read_text()) if path.exists() else []
         except ValueError:
             starts = []  # a record for people; the run does not depend on it
-        write_atomically(path, json.dumps([*starts, {**collect_versions(), "command": command}], indent=1) + "\n")
+        write_atomic(path, json.dumps([*starts, {**collect_versions(), "command": command}], indent=1) + "\n")
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -165,19 +164,6 @@ def collect_versions() -> dict[str, Any]:
     return found
 
 
-def check_free_space(path: Path, needed_bytes: int, purpose: str) -> None:
-    """Raises UserError when the disk of `path` (which may not exist yet) has less than `needed_bytes` free."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise UserError(
-            f"run.dir={path}: {purpose} needs {needed_bytes / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB; "
-            "free some space or give a run.dir on another disk"
-        )
-
-
 def cut_metrics(path: Path, num_bytes: int) -> list[str]:
     """Cuts metrics.jsonl back to its first `num_bytes`, the length a checkpoint recorded; returns lines worth showing.
 
@@ -196,7 +182,7 @@ def cut_metrics(path: Path, num_bytes: int) -> list[str]:
             f"{path}: byte {num_bytes}, where the checkpoint ends, is not the end of a line: the file was changed; "
             "move it away and start again"
         )
-    write_atomically(path, kept)
+    write_atomic(path, kept)
     return []
 
 
@@ -206,21 +192,6 @@ def drop_rollouts(folder: Path, step: int) -> None:
         name = ROLLOUT_NAME.fullmatch(path.name)
         if name is not None and int(name["step"]) > step:
             path.unlink()
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file has the old or the new content whatever happens; synced to the disk."""
-    data = content.encode() if isinstance(content, str) else content
-    tmp = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        with open(tmp, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
 
 
 def _holder(path: Path) -> str:

@@ -19,7 +19,7 @@ import yaml
 from skyrl.config.load import config_digest
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env as slurm_env
-from skyrl.run_dir import write_atomically
+from skyrl.files import write_atomic
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import RunError, StopRun
 
@@ -59,7 +59,7 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
             "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "seconds_of_last_start": round(time.time() - start, 1),
         }
-        write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+        write_atomic(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return accuracy
 
 

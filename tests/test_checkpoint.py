@@ -253,7 +253,7 @@ import skyrl.checkpoint as module, skyrl.checkpoint_folder as folder_module
 if where == "data":
     module._HashingStream.write = stop
 elif where == "manifest":
-    folder_module.json.dump = stop
+    folder_module.write_atomic = stop
 elif where == "before rename":
     real = Path.rename
     Path.rename = lambda path, to: stop() if path.is_dir() else real(path, to)

@@ -12,9 +12,10 @@ import random
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ import torch.distributed as dist
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, failure
 from skyrl.types import RunError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,26 @@ class World:
     def is_leader(self) -> bool:
         """True on rank 0."""
         return self.rank == 0
+
+    # Every rank is a data-parallel replica of its own today. Ranks that share a model (tensor, context or expert
+    # parallelism) will have one data-parallel place between them; whoever deals out data asks here, so that nothing
+    # else has to change then.
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's place among those that hold different data."""
+        return self.rank
+
+    @property
+    def dp_size(self) -> int:
+        """How many parts data is dealt into."""
+        return self.size
+
+    def deal(self, items: Sequence[T]) -> list[T]:
+        """This process's part of a sequence that every rank has: every dp_size-th item, as cards are dealt.
+
+        Dealt and not cut into blocks, so that neighbours, which are often alike in length, go to different ranks."""
+        return [items[i] for i in range(self.dp_rank, len(items), self.dp_size)]
 
 
 JOIN_POLL_SECONDS, CONNECT_SECONDS = 0.1, 5.0

@@ -32,7 +32,7 @@ from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
 from skyrl.envs.jsonl import data_file, is_file_path
-from skyrl.run_dir import write_atomically
+from skyrl.files import write_atomic
 from skyrl.types import UserError
 
 MANIFEST, OPTIONS, ENVIRONMENT, VARIABLE = "manifest.json", "options", "environment.sh", "SKYRL_STAGED"
@@ -109,7 +109,7 @@ class Stage:
 
     def save(self) -> None:
         """Writes the manifest."""
-        write_atomically(self.folder / MANIFEST, json.dumps({"files": self.files}, indent=1, sort_keys=True) + "\n")
+        write_atomic(self.folder / MANIFEST, json.dumps({"files": self.files}, indent=1, sort_keys=True) + "\n")
 
     def _note(self, name: str, digest: str, source: Path) -> None:
         stat = source.stat()
@@ -196,8 +196,8 @@ def stage(args: Sequence[str]) -> None:
     lines = ENVIRONMENT_TEXT
     lines += 'export HF_HOME="$SKYRL_STAGED/hf"\n' if (made.folder / "hf").is_dir() else ""
     lines += 'export SKYRL_WARM_CACHE="$SKYRL_STAGED/caches"\n' if caches else ""
-    write_atomically(made.folder / OPTIONS, "".join(f"{option}\n" for option in made.options))
-    write_atomically(made.folder / ENVIRONMENT, lines)
+    write_atomic(made.folder / OPTIONS, "".join(f"{option}\n" for option in made.options))
+    write_atomic(made.folder / ENVIRONMENT, lines)
     _tell(made, flags)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from skyrl.run_dir import ROLLOUT_NAME, write_atomically
+from skyrl.files import write_atomic
+from skyrl.run_dir import ROLLOUT_NAME
 from skyrl.types import Episode, Metrics, UserError
 
 
@@ -45,7 +46,7 @@ def write_rollouts(
             lines.append(json.dumps(_plain(_episode_entry(episode, tokenizer, advantage)), ensure_ascii=False))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(line + "\n" for line in lines))
+        write_atomic(path, "".join(line + "\n" for line in lines))
     except OSError as problem:
         raise UserError(
             f"{path}: cannot be written ({problem.strerror}); free some space, or give tracking.rollouts_every=0"

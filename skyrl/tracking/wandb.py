@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from skyrl.config.schema import RunConfig
-from skyrl.run_dir import write_atomically
+from skyrl.files import write_atomic
 from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
 
@@ -71,5 +71,5 @@ def run_id(folder: Path) -> str:
     """The id kept in the run folder, made at the first call."""
     path = folder / "wandb_id"
     if not path.exists():
-        write_atomically(path, secrets.token_hex(5))
+        write_atomic(path, secrets.token_hex(5))
     return path.read_text().strip()

@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 from skyrl.algorithms.losses import CLIP_FIELDS
 from skyrl.config.options import all_options
 from skyrl.config.serve import ServeConfig
@@ -48,7 +46,6 @@ def test_every_option_is_read_somewhere():
     assert not unread
 
 
-@pytest.mark.skipif(not (ROOT / "skyrl" / "service" / "run.py").exists(), reason="no skyrl/service/server.py yet")
 def test_every_option_of_the_service_is_read_somewhere():
     """The other options of a server become those of a run (tests/config/test_serve.py)."""
     read = attributes_read()

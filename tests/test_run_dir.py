@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from skyrl.run_dir import RunFolder, check_free_space, config_changes, cut_metrics, drop_rollouts
+from skyrl.run_dir import RunFolder, config_changes, cut_metrics, drop_rollouts
 from skyrl.types import UserError
 
 HOLDER = """
@@ -101,12 +101,6 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(UserError, match="run.dir=.*cannot be used") as caught:
         RunFolder(tmp_path / "file" / "run", 0).open({})
     assert "\n" not in str(caught.value)
-
-
-def test_free_space(tmp_path):
-    check_free_space(tmp_path / "not" / "there", 1, "a checkpoint")
-    with pytest.raises(UserError, match="a checkpoint needs .* GiB, the disk has"):
-        check_free_space(tmp_path / "not" / "there", 1 << 60, "a checkpoint")
 
 
 def test_metrics_are_cut_back_to_the_byte(tmp_path):

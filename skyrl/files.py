@@ -1,0 +1,127 @@
+"""Files and folders that are whole or absent, whatever kills the process: write under another name, flush, rename.
+
+A file system may reorder what it writes, so a name that is given before the content is on the disk can survive a crash
+that the content does not. Hence the order here, always the same: content, fsync, rename, fsync of the folder above.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+READ_BYTES = 8 << 20
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces the file at `path`: it holds the old or the new content at any time. Raises OSError."""
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with open(part, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def write_folder_atomic(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name `folder` when the block ends without an error.
+
+    A folder of that name is replaced; between the two renames neither may be there, but both lie beside it, complete,
+    as .<name>.partial and .<name>.old. After an error what was there before is left as it was. Raises OSError.
+    """
+    part, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        sync_tree(part)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_tree(folder: Path, *, trash: str = ".trash-") -> None:
+    """Deletes a folder. It is renamed first, to <name><trash><random>: a kill while its files are deleted must leave
+    nothing that looks whole. Raises OSError."""
+    shutil.rmtree(to_trash(folder, trash=trash))
+
+
+def to_trash(folder: Path, *, trash: str = ".trash-") -> Path:
+    """Takes a folder's name away, in one step; returns where it is now. Raises OSError."""
+    target = folder.with_name(f"{folder.name}{trash}{secrets.token_hex(4)}")
+    folder.rename(target)
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's own entries (names, renames) to the disk. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flushes every file and folder below `folder`, and itself, to the disk. Raises OSError."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    sync_folder(folder)
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        while data := stream.read(READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file, as manifests hold it. Raises OSError."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def verify_manifest(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], *, hashed: Iterable[str] | None = None
+) -> list[str]:
+    """What is wrong with the files of a manifest (name -> {"bytes", "sha256"}), one phrase each; [] when all are right.
+
+    Sizes are looked at first, of all files; then the content of those in `hashed` (None: all), unless a size was wrong:
+    reading terabytes to say more about a broken folder helps nobody. Raises OSError.
+    """
+    problems = []
+    for name, entry in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            problems.append(f"file {name} is missing")
+        elif size != entry["bytes"]:
+            problems.append(f"file {name} has {size} bytes instead of {entry['bytes']}")
+    if not problems:
+        for name in files if hashed is None else hashed:
+            if sha256(folder / name) != files[name]["sha256"]:
+                problems.append(f"file {name} is damaged (its checksum differs)")
+    return problems

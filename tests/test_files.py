@@ -1,0 +1,58 @@
+"""Files and folders are whole or absent, and a manifest finds what is damaged."""
+
+import os
+
+import pytest
+
+from skyrl.files import (
+    manifest_entry,
+    remove_tree,
+    sha256,
+    verify_manifest,
+    write_atomic,
+    write_folder_atomic,
+)
+
+
+def test_a_file_is_replaced_as_a_whole_and_a_failure_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "note"
+    write_atomic(path, "old")
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def refuse(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError):
+        write_atomic(path, "newer")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole_and_an_error_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "export"
+    for text in ("one", "two"):
+        with write_folder_atomic(folder) as part:
+            (part / "deep").mkdir()
+            (part / "deep" / "file").write_text(text)
+    assert (folder / "deep" / "file").read_text() == "two"
+    with pytest.raises(RuntimeError, match="half"), write_folder_atomic(folder) as part:
+        (part / "file").write_text("three")
+        raise RuntimeError("half way")
+    assert (folder / "deep" / "file").read_text() == "two" and list(tmp_path.iterdir()) == [folder]
+    remove_tree(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_names_each_fault(tmp_path):
+    for name in ("kept", "short", "gone", "changed"):
+        (tmp_path / name).write_text(name)
+    files = {path.name: manifest_entry(path) for path in tmp_path.iterdir()}
+    assert verify_manifest(tmp_path, files) == []
+    (tmp_path / "changed").write_text("CHANGED")
+    assert verify_manifest(tmp_path, files, hashed=["kept"]) == []
+    assert verify_manifest(tmp_path, files) == ["file changed is damaged (its checksum differs)"]
+    (tmp_path / "short").write_text("")
+    (tmp_path / "gone").unlink()
+    assert sorted(verify_manifest(tmp_path, files)) == ["file gone is missing", "file short has 0 bytes instead of 5"]
+    assert sha256(tmp_path / "kept") == files["kept"]["sha256"]
