@@ -32,13 +32,12 @@ from skyrl.config.load import (
     finish,
     finish_serve,
     register_schema,
-    tell,
 )
 from skyrl.config.schema import RunConfig
 from skyrl.config.serve import ServeConfig
 from skyrl.data import check_task
 from skyrl.distributed import env
-from skyrl.distributed.env import REQUEUE_FILE, adopt, rank, tell_launcher, world_size
+from skyrl.distributed.env import REQUEUE_FILE, from_slurm, rank, report_to_launcher, world_size
 from skyrl.planner.serve import dry_run_text
 from skyrl.types import RunError, StopRun, UserError
 from skyrl.web.auth import read_keys
@@ -80,14 +79,14 @@ def run_entry(mode: str) -> None:
             print(help_text(mode))
         return
     try:
-        adopt()  # under srun alone, RANK and the others come from Slurm's variables
+        from_slurm()  # under srun alone, RANK and the others come from Slurm's variables
         _Entry(mode, args).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
     except UserError as error:
-        _end(_tell_all(str(error), USAGE_ERROR))
+        _end(_log_error(str(error), USAGE_ERROR))
     except COMPOSE_ERRORS as error:
-        _end(_tell_all(explain(error, ServeConfig if mode == "serve" else RunConfig), USAGE_ERROR))
+        _end(_log_error(explain(error, ServeConfig if mode == "serve" else RunConfig), USAGE_ERROR))
     except (KeyboardInterrupt, RunError) as error:  # RunError: from a point of a sweep that ran elsewhere
         _end(_report(error, mode))
     if world_size() > 1:
@@ -97,22 +96,22 @@ def run_entry(mode: str) -> None:
 def _report(error: BaseException, mode: str) -> int:
     """Tells why the run ends, in one line where that is enough; returns the exit code."""
     if isinstance(error, UserError):
-        return _tell_all(str(error), USAGE_ERROR)
+        return _log_error(str(error), USAGE_ERROR)
     if isinstance(error, StopRun):
-        tell_launcher(str(error))
+        report_to_launcher(str(error))
         return error.exit_code
     if isinstance(error, RunError):
-        return _tell_all(str(error), FAILURE, bundle=True)
+        return _log_error(str(error), FAILURE, bundle=True)
     if isinstance(error, KeyboardInterrupt):
         kept = "with what was saved" if mode == "serve" else "from the last checkpoint"
-        return _tell_all(f"interrupted; the same command goes on {kept}", INTERRUPTED)
+        return _log_error(f"interrupted; the same command goes on {kept}", INTERRUPTED)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
-        return _tell_all(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
+        return _log_error(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         what = " ".join(str(error).split())[:200]
         budget = "max_tokens_per_microbatch" if mode == "serve" else "batch.max_tokens_per_microbatch"
-        return _tell_all(
+        return _log_error(
             f"out of memory ({what}); lower {budget} or sampler.kv_cache_gib, set "
             "model.activation_checkpointing=true or strategy.name=fsdp; dry_run=true shows what needs how much",
             FAILURE,
@@ -120,9 +119,9 @@ def _report(error: BaseException, mode: str) -> int:
         )
     group = _group()
     if group is not None and group.is_lost_peer(error):
-        return _tell_all(group.about_lost_peer(error), FAILURE, bundle=True)
+        return _log_error(group.about_lost_peer(error), FAILURE, bundle=True)
     trace = "".join(traceback.format_exception(type(error), error, _own_part(error)))
-    return _tell_all(trace, FAILURE, plain=True, bundle=True)
+    return _log_error(trace, FAILURE, plain=True, bundle=True)
 
 
 def _own_part(error: BaseException) -> TracebackType | None:
@@ -138,7 +137,7 @@ def _group() -> ModuleType | None:
     return failure
 
 
-def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
+def _log_error(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
     """Prints the message, unless another rank has told one; None: nothing to tell. Returns `code`.
 
     Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it: torchrun
@@ -147,24 +146,28 @@ def _tell_all(message: str | None, code: int, *, plain: bool = False, bundle: bo
     """
     group, me = _group(), rank()
     if group is not None:
-        group.let_go()
+        group.restore_sigterm()
     if me != 0 and message is not None:
         time.sleep(AFTER_RANK_0_SECONDS if group is not None else FOLLOWER_SECONDS)
-    if message is None or not (group.speak_first() if group is not None else _first_of_step(message)):
+    if message is None or not (group.claim_error_report() if group is not None else _first_of_step(message)):
         time.sleep(FOLLOWER_SECONDS)  # torchrun ends us here; with our exit it would cut short the one who tells
-        if group is not None and group.telling:
+        if group is not None and group.reporting:
             time.sleep(OWN_THREAD_SECONDS)
         return code
     who = f"rank {me}: " if me != 0 else ""
-    place, details = _last_words(message) if bundle else ("", "")
+    place, details = _crash_report(message) if bundle else ("", "")
     if plain:
         if place:
-            tell(f"rank {me} failed{place}{details}")
+            _print_error(f"rank {me} failed{place}{details}")
         print(f"{who}{message}", end="", file=sys.stderr, flush=True)
     else:
-        tell(who + message + details)
-    tell_launcher(who + message.rstrip())
+        _print_error(who + message + details)
+    report_to_launcher(who + message.rstrip())
     return code
+
+
+def _print_error(text: str) -> None:
+    print(f"skyrl: error: {text}", file=sys.stderr, flush=True)
 
 
 def _first_of_step(message: str) -> bool:
@@ -191,9 +194,9 @@ def _first_of_step(message: str) -> bool:
     return True
 
 
-def _last_words(message: str) -> tuple[str, str]:
+def _crash_report(message: str) -> tuple[str, str]:
     """(" in <phase>, step <n>", "; details in <crash bundle>") while a run is watched, else ("", "")."""
-    return env.watchdog.last_words(message) if env.watchdog is not None else ("", "")
+    return env.watchdog.crash_report(message) if env.watchdog is not None else ("", "")
 
 
 def _refuse_restart(folder: Path) -> None:

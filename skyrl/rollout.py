@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from skyrl.config.schema import EnvConfig
-from skyrl.distributed.phases import beat
+from skyrl.distributed.phases import heartbeat
 from skyrl.envs.base import Environment, make_environment
 from skyrl.envs.guard import Guard
 from skyrl.sampler.base import Sampler
@@ -170,7 +170,7 @@ def collect(
         for group, (position, prompt) in enumerate(prompts):
             known: tuple[list[Message], Ints] | None = None
             for index in range(play.group_size):
-                beat()
+                heartbeat()
                 if play.asked():
                     return _dropped(guard, sampler, seats)
                 env = make_environment(play.env)
@@ -183,7 +183,7 @@ def collect(
                     known = opening.value, renderer.start(opening.value)
                 request(group, _Seat(position, index, prompt, env, known[1]))
         while sampler.unfinished():
-            beat()
+            heartbeat()
             if play.asked():
                 return _dropped(guard, sampler, seats)
             for sample in sampler.step():

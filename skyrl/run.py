@@ -28,11 +28,11 @@ from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
 from skyrl.distributed.collectives import agree, all_reduce_sum, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.env import REQUEUE_FILE
-from skyrl.distributed.failure import hold, is_lost_peer
+from skyrl.distributed.failure import ignore_sigterm, is_lost_peer
 from skyrl.distributed.init import World, init_distributed, world_size_from_environment
 from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, inside
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest, save_by
-from skyrl.distributed.watchdog import Watch, mark_requeue
+from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
 from skyrl.evaluate import evaluate
 from skyrl.planner.plan import Plan, describe, make_plan, model_facts
@@ -92,7 +92,7 @@ class Run:
     checkpointer: Checkpointer
     state: RunState
     kl: AdaptiveKL | None
-    watch: Watch
+    watch: Watchdog
     saved: tuple[int, bool] = (0, False)  # `done` and `half` of the newest checkpoint, or of the start
 
     def say(self, text: str) -> None:
@@ -104,7 +104,9 @@ class Run:
         cfg, training = self.cfg, kind == "train"
         params = self.plan.sampling if training else self.plan.eval_sampling
         group_size = cfg.batch.samples_per_prompt if training else cfg.eval.samples_per_prompt
-        return Play(cfg.env, params, group_size, self.engine.max_row_tokens, (cfg.seed, kind), self.watch.asked)
+        return Play(
+            cfg.env, params, group_size, self.engine.max_row_tokens, (cfg.seed, kind), self.watch.stop_requested
+        )
 
     @contextlib.contextmanager
     def doing(self, phase: str, span: str, step: int) -> Iterator[None]:
@@ -115,7 +117,7 @@ class Run:
     def stop_point(self) -> None:
         """Raises StopRun on every rank when any has been asked to stop. Collective; called where nothing of the step
         under way has been learned yet, and between steps."""
-        if all_reduce_sum(self.world, np.array([float(self.watch.asked())]))[0]:
+        if all_reduce_sum(self.world, np.array([float(self.watch.stop_requested())]))[0]:
             raise StopRun
 
     def commit_point(self) -> None:
@@ -179,12 +181,14 @@ class Run:
         Returns what `train` raises then. In the run folder: a line in stops.jsonl, and the file `requeue` when the same
         command should be started again.
         """
-        asked = next(r for r in gather_objects(self.world, self.watch.wanted) if r is not None)
+        asked = next(r for r in gather_objects(self.world, self.watch.stop_request) if r is not None)
         if self.saved != (self.state.done, self.state.half):
             self.save(block=True)
         with inside(SAVING, self.state.step):
             self.checkpointer.wait()
-            waited = gather_objects(self.world, time.monotonic() - self.watch.wanted_at if self.watch.asked() else 0.0)
+            waited = gather_objects(
+                self.world, time.monotonic() - self.watch.stop_requested_at if self.watch.stop_requested() else 0.0
+            )
         for line in self.checkpointer.poll():
             self.say(line)
         if self.world.is_leader:
@@ -236,7 +240,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Waits for writes, closes sinks, gives the lock back. After an error no other rank is waited for."""
         if error is not None and not isinstance(error, StopRun):
-            self.watch.relax()
+            self.watch.disarm()
         try:
             if error is None or isinstance(error, StopRun):
                 self.checkpointer.wait()
@@ -247,7 +251,7 @@ class Run:
             self.folder.close()
         if isinstance(error, StopRun) and self.world.size > 1:
             gather_objects(self.world, None)  # as soon as one rank ends, torchrun ends the others
-            hold()
+            ignore_sigterm()
         elif error is None or isinstance(error, StopRun):
             self.watch.close()
 
@@ -255,7 +259,7 @@ class Run:
         """Lets a save under way complete where it can. What fails here is not told: the error before it counts."""
         lost = is_lost_peer(error)
         if lost:
-            hold()
+            ignore_sigterm()
         self.checkpointer.close(LOST_PEER_SECONDS if lost else SAVE_SECONDS)
         with contextlib.suppress(UserError):
             self.tracker.close()
@@ -278,7 +282,7 @@ def open_run(cfg: RunConfig) -> Run | None:
     plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
     deadline = agree(world, lambda: save_by(cfg.run))
     patience = cfg.env.timeout_seconds + ENV_SECONDS
-    watch = Watch(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
+    watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
     watch.start()
     try:
         prompts = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
@@ -291,7 +295,7 @@ def open_run(cfg: RunConfig) -> Run | None:
         return _open(cfg, world, plan, prompts, folder, watch)
     except BaseException:
         folder.close()
-        watch.relax()
+        watch.disarm()
         raise
 
 
@@ -340,7 +344,7 @@ def _open(
     plan: Plan,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     folder: RunFolder,
-    watch: Watch,
+    watch: Watchdog,
 ) -> Run:
     train_prompts, held_out = prompts
     info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))

@@ -36,7 +36,7 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
 
     A point of a `sweep` whose folder has a result of the same options is not run again. Raises what the run raises.
     """
-    slurm_env.adopt()  # a task that submitit started comes here without the command line's start
+    slurm_env.from_slurm()  # a task that submitit started comes here without the command line's start
     folder, leader = Path(cfg.run.dir), os.environ.get("RANK", "0") == "0"
     done = read_result(folder)
     if sweep and done is not None and done["digest"] == point_digest(cfg):

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -319,8 +318,3 @@ def config_digest(cfg: RunConfig | dict[str, Any]) -> str:
     flat, schedule = _that_count(cfg)
     kept = {path: value for path, value in flat.items() if not ignored_on_resume(path, schedule)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def tell(text: str) -> None:
-    """One line to standard error, at once."""
-    print(f"skyrl: error: {text}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ REQUEUE_FILE = "requeue"  # in the run folder: the same command should be starte
 SCONTROL_SECONDS = 20
 # Set by distributed.init and distributed.watchdog, which import torch; read by main.py, which must not.
 in_group = False  # this process is one of a group of ranks
-watchdog: Any = None  # the Watch that listens, while a run or a server lives
+watchdog: Any = None  # the Watchdog that listens, while a run or a server lives
 # Below the ports that the kernel hands to outgoing connections (32768 and up), above those of services.
 FIRST, COUNT = 20000, 10000
 STRIDE = 7  # no divisor of COUNT: jobs that follow each other start apart, and 10000 of them differ
@@ -44,7 +44,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def tell_launcher(text: str) -> None:
+def report_to_launcher(text: str) -> None:
     """Leaves the text where torchrun looks for it, so that its own report ends with it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
@@ -64,7 +64,7 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environment and not in_step(environment)
 
 
-def adopt(environment: MutableMapping[str, str] = os.environ) -> bool:
+def from_slurm(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of several; says
     whether it did.
 

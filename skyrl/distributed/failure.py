@@ -30,10 +30,10 @@ _LOST = re.compile(
     r"Socket (Timeout|closed)|peer .*(closed|gone)",
     re.IGNORECASE,
 )
-_places: list[tuple[str, int]] = []  # (host, process id) of every rank
-_notes: list[Path] = []  # the folder in which ranks of this machine leave word for each other, if there is one
+_processes: list[tuple[str, int]] = []  # (host, process id) of every rank
+_shared_folder: list[Path] = []  # the folder in which ranks of this machine leave word for each other
 _PR_SET_PDEATHSIG = 1
-telling = False  # a thread of this process tells an error, and ends the process when it has
+reporting = False  # a thread of this process tells an error, and ends the process when it has
 describe_rank: Callable[[int], str] | None = None  # what a rank did last, while a watch knows it
 
 
@@ -44,12 +44,12 @@ def remember_ranks(group: Any, local_rank: int) -> None:
     store: without torchrun it lives in rank 0 and dies with it.
     """
     box: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(box, (socket.gethostname(), os.getpid(), _make_notes(local_rank)), group=group)
-    _places[:] = [(host, pid) for host, pid, _ in box]
-    _notes[:] = [Path(folder) for host, _, folder in box if folder and host == socket.gethostname()][:1]
+    dist.all_gather_object(box, (socket.gethostname(), os.getpid(), _make_shared_folder(local_rank)), group=group)
+    _processes[:] = [(host, pid) for host, pid, _ in box]
+    _shared_folder[:] = [Path(folder) for host, _, folder in box if folder and host == socket.gethostname()][:1]
 
 
-def _make_notes(local_rank: int) -> str:
+def _make_shared_folder(local_rank: int) -> str:
     file = os.environ.get(LAUNCHER_FILE)
     if file:
         return str(Path(file).parent.parent)  # torchrun's folder of one attempt, with a folder for each local rank
@@ -62,9 +62,9 @@ def _make_notes(local_rank: int) -> str:
 def forget_ranks() -> None:
     """The job has ended well: removes what `remember_ranks` made."""
     if not os.environ.get(LAUNCHER_FILE):
-        for folder in _notes:
+        for folder in _shared_folder:
             shutil.rmtree(folder, ignore_errors=True)  # another rank of this machine may be faster
-    _places.clear(), _notes.clear()
+    _processes.clear(), _shared_folder.clear()
 
 
 def end_with_launcher() -> None:
@@ -84,7 +84,7 @@ def end_with_launcher() -> None:
 def _ended_by_launcher(number: int, frame: FrameType | None) -> None:
     """The usual end by SIGTERM, after the line about a rank that is gone and could not speak for itself."""
     gone = ended_ranks()
-    if gone and not is_told() and speak_first():
+    if gone and not error_reported() and claim_error_report():
         # not print: what it interrupts may be a print
         os.write(2, f"skyrl: error: {about_ranks(gone)}\n".encode())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -98,13 +98,13 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
-def let_go() -> None:
+def restore_sigterm() -> None:
     """SIGTERM ends this process at once again: it has an error of its own, and another rank may tell it first."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def hold() -> None:
+def ignore_sigterm() -> None:
     """Ignores SIGTERM from here on: torchrun sends it as soon as it sees the lost rank, and we have a line to print.
 
     The process must end by itself within seconds; torchrun kills it after 30."""
@@ -112,9 +112,9 @@ def hold() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def speak_first() -> bool:
+def claim_error_report() -> bool:
     """True for the first rank of this machine that asks, which then tells the error."""
-    for folder in _notes:
+    for folder in _shared_folder:
         try:
             os.close(os.open(folder / "told", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -124,27 +124,27 @@ def speak_first() -> bool:
     return True
 
 
-def note(name: str) -> Path | None:
+def shared_file(name: str) -> Path | None:
     """A file that ranks of this machine share while the job lives; None when there is no place for one."""
-    return _notes[0] / name if _notes else None
+    return _shared_folder[0] / name if _shared_folder else None
 
 
-def is_told() -> bool:
+def error_reported() -> bool:
     """Whether some rank of this machine has told an error already."""
-    return any((folder / "told").exists() for folder in _notes)
+    return any((folder / "told").exists() for folder in _shared_folder)
 
 
 def about_lost_peer(error: BaseException) -> str | None:
     """One line that names the ranks that are gone, as far as this machine can tell; None when one has spoken itself.
 
     Waits up to SETTLE_SECONDS for the dying rank to be gone."""
-    hold()
+    ignore_sigterm()
     until = time.monotonic() + SETTLE_SECONDS
     gone = ended_ranks()
-    while not gone and not is_told() and time.monotonic() < until:
+    while not gone and not error_reported() and time.monotonic() < until:
         time.sleep(0.05)
         gone = ended_ranks()
-    if is_told():
+    if error_reported():
         return None
     what = " ".join(str(error).split("\n")[0].split())
     if gone:
@@ -162,7 +162,7 @@ def about_lost_peer(error: BaseException) -> str | None:
 
 def about_ranks(gone: list[int]) -> str:
     """One line about ranks that have ended and could not say why."""
-    names = " and ".join(f"rank {rank} (process {_places[rank][1]})" for rank in gone)
+    names = " and ".join(f"rank {rank} (process {_processes[rank][1]})" for rank in gone)
     doing = [f"rank {rank}{text}" for rank in gone if describe_rank is not None and (text := describe_rank(rank))]
     known = f" ({'; '.join(doing)})" if doing else ""
     return (
@@ -174,7 +174,7 @@ def about_ranks(gone: list[int]) -> str:
 def ended_ranks() -> list[int]:
     """Ranks of this machine whose process is gone."""
     here = socket.gethostname()
-    return [rank for rank, (host, pid) in enumerate(_places) if host == here and _is_gone(pid)]
+    return [rank for rank, (host, pid) in enumerate(_processes) if host == here and _is_gone(pid)]
 
 
 def _is_gone(pid: int) -> bool:

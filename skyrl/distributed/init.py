@@ -232,6 +232,6 @@ def _lost_at_the_end(error: RuntimeError) -> NoReturn:
     if not failure.is_lost_peer(error):
         raise error
     message = failure.about_lost_peer(error)
-    if message is not None and failure.speak_first():
+    if message is not None and failure.claim_error_report():
         print(f"skyrl: error: {message}", file=sys.stderr, flush=True)
     os._exit(1)

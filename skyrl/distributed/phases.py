@@ -1,7 +1,7 @@
-"""What this rank is doing, and since when it stands still. Told by the loop, read by the watcher's thread (watch.py).
+"""What this rank is doing, and since when it stands still. Told by the loop, read by the watchdog's thread.
 
-Progress is a beat (a step of the sampler), a change of phase, an agreement begun or ended, or another line of code on
-the main thread's stack. Durations are of the monotonic clock: a wall clock that jumps changes nothing.
+Progress is a heartbeat (a step of the sampler), a change of phase, an agreement begun or ended, or another line of code
+on the main thread's stack. Durations are of the monotonic clock: a wall clock that jumps changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BETWEEN = ("/torch/_ops.py", "/torch/utils/_contextlib.py")  # stand between a c
 
 
 @dataclass
-class Place:
+class RankStatus:
     """This rank's phase and its progress. Written by the main thread, but for `moved`, `stack` and `longest`."""
 
     phase: str = OPENING
@@ -36,7 +36,7 @@ class Place:
     since: float = field(default_factory=time.monotonic)
     calls: int = 0  # agreements begun: the same number on every rank that is as far
     waits: str = ""  # the agreement it is in
-    beats: int = 0
+    heartbeats: int = 0
     patience: float = 0.0  # seconds that a call of an environment may take by the user's own options
     seen: set[str] = field(default_factory=set)  # phases gone through once
     moved: float = field(default_factory=time.monotonic)
@@ -45,21 +45,21 @@ class Place:
     thread: int = field(default_factory=threading.get_ident)  # that runs the loop
 
 
-here = Place()
+status = RankStatus()
 
 
 def reset() -> None:
     """A new run begins in this process."""
-    fresh = Place()
-    vars(here).update(vars(fresh))
+    fresh = RankStatus()
+    vars(status).update(vars(fresh))
 
 
 def enter(phase: str, step: int) -> tuple[str, int]:
     """This rank is in `phase` of step `step` from now on; returns where it was."""
-    before = here.phase, here.step
-    here.seen.add(here.phase)
-    here.phase, here.step, here.since = phase, step, time.monotonic()
-    here.beats += 1
+    before = status.phase, status.step
+    status.seen.add(status.phase)
+    status.phase, status.step, status.since = phase, step, time.monotonic()
+    status.heartbeats += 1
     return before
 
 
@@ -75,49 +75,49 @@ def inside(phase: str, step: int) -> Iterator[None]:
         enter(*before)
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """Something was done that can be done again and again; a single assignment."""
-    here.beats += 1
+    status.heartbeats += 1
 
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
     """Around a collective: this rank waits for the others."""
-    here.calls += 1
-    outer, here.waits = here.waits, name
+    status.calls += 1
+    outer, status.waits = status.waits, name
     try:
         yield
     finally:
-        here.waits = outer
+        status.waits = outer
 
 
-def look(now: float) -> tuple[float, str]:
+def progress(now: float) -> tuple[float, str]:
     """(seconds without progress, the collective that this rank waits in or ""). Called by the watcher's thread."""
-    stack = (here.beats, here.calls, here.waits, here.phase, *_signature(main_frame()))
-    if stack != here.stack:
-        still = now - here.moved
-        if here.stack and here.stack[3] == here.phase:
-            here.longest[here.phase] = max(here.longest.get(here.phase, 0.0), still)
-        here.stack, here.moved = stack, now
-    return now - here.moved, here.waits or _waits_inside(main_frame())
+    stack = (status.heartbeats, status.calls, status.waits, status.phase, *_signature(main_frame()))
+    if stack != status.stack:
+        still = now - status.moved
+        if status.stack and status.stack[3] == status.phase:
+            status.longest[status.phase] = max(status.longest.get(status.phase, 0.0), still)
+        status.stack, status.moved = stack, now
+    return now - status.moved, status.waits or _waits_inside(main_frame())
 
 
-def forgive(now: float) -> None:
+def reset_timeout(now: float) -> None:
     """Begins the stretch without progress anew: the whole process stood still, or has just been started."""
-    here.moved = now
+    status.moved = now
 
 
-def allowance(hang_seconds: float) -> float:
+def timeout(hang_seconds: float) -> float:
     """How long this rank may stand still where it is now."""
-    least = max(hang_seconds, here.patience if here.phase in PLAYING else 0.0)
-    if here.phase in SLOW or here.phase not in here.seen:
+    least = max(hang_seconds, status.patience if status.phase in PLAYING else 0.0)
+    if status.phase in SLOW or status.phase not in status.seen:
         return SLOW_FACTOR * least
-    return max(least, LEARNED_FACTOR * here.longest.get(here.phase, 0.0))
+    return max(least, LEARNED_FACTOR * status.longest.get(status.phase, 0.0))
 
 
 def main_frame() -> FrameType | None:
     """The innermost frame of the thread that runs the loop."""
-    return sys._current_frames().get(here.thread)
+    return sys._current_frames().get(status.thread)
 
 
 def _signature(frame: FrameType | None) -> list[int]:
@@ -144,7 +144,7 @@ def _waits_inside(frame: FrameType | None) -> str:
 def stacks() -> str:
     """Every thread's Python stack but the watcher's, the main one first, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    main = here.thread
+    main = status.thread
     frames = sorted(sys._current_frames().items(), key=lambda pair: (pair[0] != main, pair[0]))
     parts = []
     for ident, frame in frames:

@@ -1,6 +1,6 @@
 """When a run has to stop: by a signal, by a file, by the clock. Who asks, and what the others are told.
 
-Nothing here waits or makes a collective; watch.py carries a request to the other ranks, and the loop agrees on it.
+Nothing here waits or makes a collective; watchdog.py carries a request to the other ranks, and the loop agrees on it.
 """
 
 from __future__ import annotations

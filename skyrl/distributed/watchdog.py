@@ -1,7 +1,7 @@
 """A thread beside the loop, on every rank: hears signals, the clock and the other ranks, and sees when one hangs.
 
 It makes no collective. What ranks tell each other goes through keys of the store in which they met (torchrun's, or rank
-0's), over a connection of its own, twice a second: where this rank is, that the run shall stop, that it is over.
+0's), over a connection of its own, twice a second: the status of this rank, that the run shall stop, that it is over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.distributed import DistError
 
 from skyrl.distributed import env, failure, phases
 from skyrl.distributed.env import REQUEUE_FILE
-from skyrl.distributed.hang_monitor import Court
+from skyrl.distributed.hang_monitor import HangMonitor
 from skyrl.distributed.init import World, own_store
 from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest
 
@@ -33,13 +33,13 @@ STOP_FILE_SECONDS = 1.0
 PAUSED_SECONDS = 5.0  # a turn that took so long: the process was stopped, or the machine asleep
 AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent us already
 STORE_SECONDS = 20.0
-LAST_WORDS_SECONDS = 2.0
+CRASH_REPORT_SECONDS = 2.0
 
 _runs = 0  # of this process; ranks count alike
 
 
-class Watch:
-    """Knows whether this rank has been asked to stop (`wanted`), where the others are, and who hangs.
+class Watchdog:
+    """Knows whether this rank has been asked to stop (`stop_request`), where the others are, and who hangs.
 
     One for each run; `start` takes over SIGTERM, SIGUSR1 and SIGINT, `close` gives them back.
     """
@@ -50,25 +50,25 @@ class Watch:
         global _runs
         _runs += 1
         phases.reset()
-        phases.here.patience = patience
+        phases.status.patience = patience
         self.world, self.folder, self.save_by = world, Path(folder), save_by
-        self.wanted: StopRequest | None = None
-        self.wanted_at = 0.0
+        self.stop_request: StopRequest | None = None
+        self.stop_requested_at = 0.0
         self.claimed = False  # rank 0 holds the run folder
         # One connection for each thread. Made now: to connect to a store that is gone takes as long as to join.
         self.store, words = own_store(f"watch/{_runs}"), own_store(f"watch/{_runs}")
         if self.store is not None:
             self.store.set_timeout(timedelta(seconds=STORE_SECONDS))
-            words.set_timeout(timedelta(seconds=LAST_WORDS_SECONDS))
-        self.court = Court(world, self.folder, self.store, words, hang_seconds)
+            words.set_timeout(timedelta(seconds=CRASH_REPORT_SECONDS))
+        self.hang_monitor = HangMonitor(world, self.folder, self.store, words, hang_seconds)
         self._unsent = False
         self._news = 0
         self._turns = 0
         self._sent: tuple[str, int] = ("", 0)
         self._last_turn = self._next_exchange = self._next_file = time.monotonic()
-        self._closing = self._relaxed = False
+        self._closing = self._disarmed = False
         self._before: dict[int, Any] = {}
-        self._ears: tuple[socket.socket, socket.socket] | None = None
+        self._signal_sockets: tuple[socket.socket, socket.socket] | None = None
         self._thread = threading.Thread(target=self._run, name=phases.WATCHER, daemon=True)
 
     # ---- from the main thread
@@ -78,35 +78,35 @@ class Watch:
         if env.watchdog is not None:
             env.watchdog.close()
         if threading.current_thread() is threading.main_thread():
-            self._ears = socket.socketpair()
-            for one in self._ears:
+            self._signal_sockets = socket.socketpair()
+            for one in self._signal_sockets:
                 one.setblocking(False)
             # Python runs handlers between two lines of the main thread, which may wait for other ranks for long. This
             # descriptor is written at once, and the handlers themselves do nothing.
-            signal.set_wakeup_fd(self._ears[1].fileno(), warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._signal_sockets[1].fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, _heard)
-            os.register_at_fork(after_in_child=self._deaf)
-        self.court.prepare()
+                self._before[number] = signal.signal(number, _ignore)
+            os.register_at_fork(after_in_child=self._restore_signals_in_child)
+        self.hang_monitor.prepare()
         env.watchdog = self
-        failure.describe_rank = self.court.describe
+        failure.describe_rank = self.hang_monitor.describe
         self._thread.start()
 
     def close(self) -> None:
         """Gives the signals back and ends the thread."""
         self._closing, env.watchdog = True, None
-        self.relax()
+        self.disarm()
         self._thread.join(STORE_SECONDS)
         failure.describe_rank = None
-        if self._ears is not None:
-            for one in self._ears:
+        if self._signal_sockets is not None:
+            for one in self._signal_sockets:
                 one.close()
-            self._ears = None
+            self._signal_sockets = None
 
-    def relax(self) -> None:
-        """After an error: gives the signals back and accuses nobody any more. `last_words` still works."""
-        self._relaxed = True
-        self.court.hang_seconds = 0.0
+    def disarm(self) -> None:
+        """After an error: gives the signals back and suspects nobody any more. `crash_report` still works."""
+        self._disarmed = True
+        self.hang_monitor.hang_seconds = 0.0
         if self._before:
             signal.set_wakeup_fd(-1)
             for number, handler in self._before.items():
@@ -115,17 +115,17 @@ class Watch:
 
     def claim(self) -> None:
         """The run folder is this run's: stop files there are for us, and crash bundles may be written."""
-        self.claimed = self.court.ready = True
+        self.claimed = self.hang_monitor.ready = True
 
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this rank has heard that the run shall stop. Not the same on every rank at a given moment."""
-        return self.wanted is not None
+        return self.stop_request is not None
 
-    def last_words(self, report: str) -> tuple[str, str]:
+    def crash_report(self, report: str) -> tuple[str, str]:
         """After an error of this rank: where it was (" in <phase>, step <n>") and where the crash bundle is."""
-        here = phases.here
-        place = f" in {here.phase}, step {here.step}"
-        bundle = self.court.leave_bundle(f"rank {self.world.rank}{place}:\n{report}")
+        status = phases.status
+        place = f" in {status.phase}, step {status.step}"
+        bundle = self.hang_monitor.leave_bundle(f"rank {self.world.rank}{place}:\n{report}")
         return place, f"; details in {bundle}" if bundle else ""
 
     # ---- the thread
@@ -136,91 +136,92 @@ class Watch:
                 self._turn()
             except DistError:
                 # The store lives in the launcher or in rank 0: it is gone, and so are we soon. Signals still count.
-                self.store = self.court.store = None
+                self.store = self.hang_monitor.store = None
 
     def _turn(self) -> None:
         self._listen()
         now = time.monotonic()
         if now - self._last_turn > PAUSED_SECONDS:
-            phases.forgive(now)
-            self.court.forget()
+            phases.reset_timeout(now)
+            self.hang_monitor.forget()
         self._last_turn = now
-        if self.save_by is not None and now >= self.save_by and self.wanted is None:
+        if self.save_by is not None and now >= self.save_by and self.stop_request is None:
             self._ask("deadline")
         if self.world.is_leader and now >= self._next_file:
             self._next_file = now + STOP_FILE_SECONDS
-            if self.claimed and self.wanted is None and (self.folder / STOP_FILE).exists():
+            if self.claimed and self.stop_request is None and (self.folder / STOP_FILE).exists():
                 self._ask("stop file")
-        still, waits = phases.look(now)
-        if now >= self._next_exchange or self._sent != (phases.here.phase, phases.here.step):
+        still, waits = phases.progress(now)
+        if now >= self._next_exchange or self._sent != (phases.status.phase, phases.status.step):
             self._next_exchange = now + EXCHANGE_SECONDS
             self._exchange(still, waits)
-            self.court.judge(now, still, waits)
-        if self.wanted is not None and phases.here.phase == phases.OPENING and not self._unsent:
-            self._leave_at_once(self.wanted.exit_code)
+            self.hang_monitor.check(now, still, waits)
+        if self.stop_request is not None and phases.status.phase == phases.OPENING and not self._unsent:
+            self._leave_at_once(self.stop_request.exit_code)
 
     def _exchange(self, still: float, waits: str) -> None:
         if self.store is None:
             self._unsent = False
             return
         self._turns += 1
-        self._sent = phases.here.phase, phases.here.step
-        self.store.set(f"place/{self.world.rank}", json.dumps(self.court.entry(self._turns, still, waits)))
-        if self._unsent and self.wanted is not None:
-            self.store.compare_set("stop", "", self.wanted.to_text())
+        self._sent = phases.status.phase, phases.status.step
+        text = json.dumps(self.hang_monitor.report_status(self._turns, still, waits))
+        self.store.set(f"status/{self.world.rank}", text)
+        if self._unsent and self.stop_request is not None:
+            self.store.compare_set("stop", "", self.stop_request.to_text())
             self.store.add("news", 1)
             self._unsent = False
         news = self.store.add("news", 0)
         if news == self._news:
             return
         self._news = news
-        if self.wanted is None and self.store.check(["stop"]):
-            self.wanted, self.wanted_at = StopRequest.from_text(self.store.get("stop")), time.monotonic()
-        if self.store.check(["verdict"]):
-            self.court.obey()
+        if self.stop_request is None and self.store.check(["stop"]):
+            self.stop_request, self.stop_requested_at = StopRequest.from_text(self.store.get("stop")), time.monotonic()
+        if self.store.check(["decision"]):
+            self.hang_monitor.exit_if_declared()
 
     def _ask(self, reason: str) -> None:
         """Wants a stop, here at once and elsewhere with the next exchange."""
-        here = phases.here
-        self.wanted_at = time.monotonic()
-        self.wanted = StopRequest(reason, self.world.rank, here.phase, here.step)
+        status = phases.status
+        self.stop_requested_at = time.monotonic()
+        self.stop_request = StopRequest(reason, self.world.rank, status.phase, status.step)
         self._unsent = True
         self._next_exchange = 0.0
 
     # ---- signals
 
     def _listen(self) -> None:
-        if self._ears is None:
+        if self._signal_sockets is None:
             time.sleep(LISTEN_SECONDS)
             return
-        ready, _, _ = select.select([self._ears[0]], [], [], LISTEN_SECONDS)
+        ready, _, _ = select.select([self._signal_sockets[0]], [], [], LISTEN_SECONDS)
         if ready:
             with contextlib.suppress(BlockingIOError):
-                for number in self._ears[0].recv(4096):
+                for number in self._signal_sockets[0].recv(4096):
                     self._signal(number)
 
     def _signal(self, number: int) -> None:
-        if number not in SIGNALS or self._relaxed:
+        if number not in SIGNALS or self._disarmed:
             return  # once the main thread has an error it decides what is told, and when we end
         name = signal.Signals(number).name
-        if number == signal.SIGTERM and self.wanted is None:
+        if number == signal.SIGTERM and self.stop_request is None:
             gone = failure.ended_ranks()
-            if gone or failure.is_told():
+            if gone or failure.error_reported():
                 self._end_with_the_others(gone)
-        if self.wanted is None:
+        if self.stop_request is None:
             self._ask(name)
-            if number == signal.SIGINT and self.world.is_leader and phases.here.phase != phases.OPENING:
+            if number == signal.SIGINT and self.world.is_leader and phases.status.phase != phases.OPENING:
                 _say("interrupted: stops with a save; once more ends at once")
-        elif number == signal.SIGINT and time.monotonic() - self.wanted_at > AGAIN_SECONDS:
-            if failure.speak_first():
+        elif number == signal.SIGINT and time.monotonic() - self.stop_requested_at > AGAIN_SECONDS:
+            if failure.claim_error_report():
                 _say("error: interrupted; the same command goes on from the last checkpoint")
             os._exit(INTERRUPTED)
 
     def _end_with_the_others(self, gone: list[int]) -> None:
         """torchrun ends us because another rank has ended; if it could not say so itself, we do."""
-        if gone and not failure.is_told() and failure.speak_first():
-            failure.telling = True  # the main thread, which soon sees the lost rank too, must not end us before
-            self.court.tell_lost(gone)
+        if gone and not failure.error_reported() and failure.claim_error_report():
+            failure.reporting = True  # the main thread, which soon sees the lost rank too, must not end us before
+            self.hang_monitor.report_lost_ranks(gone)
         os._exit(128 + signal.SIGTERM)
 
     def _leave_at_once(self, code: int) -> None:
@@ -229,22 +230,22 @@ class Watch:
             if self.claimed and code == TEMPORARY:
                 with contextlib.suppress(OSError):
                     mark_requeue(self.folder)
-            _say(f"stopped by {self.wanted.reason} while opening; the same command starts again")
+            _say(f"stopped by {self.stop_request.reason} while opening; the same command starts again")
         elif self.store is not None:
             time.sleep(2 * EXCHANGE_SECONDS)
         os._exit(code)
 
-    def _deaf(self) -> None:
+    def _restore_signals_in_child(self) -> None:
         """In a forked child: it must die of signals as any process does, and not speak for us."""
-        if self._ears is None:
+        if self._signal_sockets is None:
             return
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
-            if signal.getsignal(number) is _heard:
+            if signal.getsignal(number) is _ignore:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def _heard(number: int, frame: FrameType | None) -> None:
+def _ignore(number: int, frame: FrameType | None) -> None:
     """What arrives is read from the wakeup descriptor."""
 
 

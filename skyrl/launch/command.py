@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rendezvous", default="", help=argparse.SUPPRESS)
     p.add_argument("--address", default="", help=argparse.SUPPRESS)
     p.add_argument("--asks-again", type=float, default=None, help=argparse.SUPPRESS)
-    p.add_argument("--orders", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--remote-commands", action="store_true", help=argparse.SUPPRESS)
     return p
 
 
@@ -145,7 +145,7 @@ def _on_this_node(flags: argparse.Namespace, job: Job) -> int:
     found = machine.look()
     ranks = ranks_of(flags.nproc, found)
     shares = machine.shares(found, ranks, bind=not flags.no_bind)
-    command = [*torchrun(flags, ranks), f"--rdzv-id=skyrl-{os.getppid() if flags.orders else os.getpid()}"]
+    command = [*torchrun(flags, ranks), f"--rdzv-id=skyrl-{os.getppid() if flags.remote_commands else os.getpid()}"]
     if flags.nnodes > 1:
         command[-1] = f"--rdzv-id=skyrl-{flags.rendezvous}"
     command += ["-m", "skyrl.launch.rank", job.mode, *job.args]
@@ -166,8 +166,8 @@ def _on_this_node(flags: argparse.Namespace, job: Job) -> int:
     with tempfile.TemporaryDirectory(prefix="skyrl-launch-") as folder:
         left = Path(folder) / "left"
         environment = {**os.environ, **extra, LEFT: str(left)}
-        code, child = processes.run(command, environment, orders=flags.orders)
-        return verdict(code, child.heard, job, since, left=child.early or left.exists())
+        code, child = processes.run(command, environment, remote_commands=flags.remote_commands)
+        return exit_code(code, child.heard, job, since, left=child.early or left.exists())
 
 
 def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
@@ -182,7 +182,7 @@ def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
         return 0
     since = time.time()
     code, child = processes.run(command, {**os.environ, **extra}, through=True)
-    return verdict(code, child.heard, job, since, left=code == AGAIN)
+    return exit_code(code, child.heard, job, since, left=code == AGAIN)
 
 
 def _tasks(nproc: str, environment: Mapping[str, str]) -> list[str]:
@@ -198,7 +198,7 @@ def _tasks(nproc: str, environment: Mapping[str, str]) -> list[str]:
     return [f"--nodes={nodes}", f"--ntasks={nodes * int(nproc)}", f"--ntasks-per-node={nproc}"]
 
 
-def verdict(code: int, heard: Sequence[int], job: Job, since: float, *, left: bool = False) -> int:
+def exit_code(code: int, heard: Sequence[int], job: Job, since: float, *, left: bool = False) -> int:
     """The exit code for a launcher's `code`, which may hide that of the ranks (torchrun's is 1 for all).
 
     75 when the run folder has a request to be started again that is newer than `since`, when ranks `left` before they

@@ -105,7 +105,15 @@ def _command(
     flags: argparse.Namespace, hosts: list[Host], place: int, port: int, mode: str, args: Sequence[str]
 ) -> list[str]:
     host = hosts[place]
-    own = [sys.executable, "-m", "skyrl.cli", "launch", "--orders", f"--nproc={host.ranks}", f"--nnodes={len(hosts)}"]
+    own = [
+        sys.executable,
+        "-m",
+        "skyrl.cli",
+        "launch",
+        "--remote-commands",
+        f"--nproc={host.ranks}",
+        f"--nnodes={len(hosts)}",
+    ]
     own += [f"--node-rank={place}", f"--rendezvous={hosts[0].address}:{port}", f"--address={host.address}"]
     own += [f"--max-restarts={flags.max_restarts}"] + ["--no-bind"] * flags.no_bind
     line = _line([*own, "--", mode, *args])

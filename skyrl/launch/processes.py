@@ -1,4 +1,4 @@
-"""Starts a launcher below us and passes orders on to its ranks: a signal reaches the ranks, and them alone.
+"""Starts a launcher below us and passes signals on to its ranks: a signal reaches the ranks, and them alone.
 
 torchrun answers a signal by ending its ranks within 30 seconds, and dies of SIGUSR1. So it runs in a session of its
 own, out of reach of the terminal and of Slurm, and what we hear goes to the ranks; it ends when they have.
@@ -76,17 +76,17 @@ class Child:
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], *, orders: bool = False, through: bool = False
+    command: Sequence[str], environment: Mapping[str, str], *, remote_commands: bool = False, through: bool = False
 ) -> tuple[int, Child]:
     """Runs a launcher to its end, passing signals to its ranks; (exit code, the child as it was).
 
-    orders: lines on standard input are names of signals to pass on, and its end asks the ranks to stop: so a launcher
-    on another host ends with the one who started it, whatever way that one ended. through: see Child.send.
+    remote_commands: lines on standard input are names of signals to pass on, and its end asks the ranks to stop: so a
+    launcher on another host ends with the one who started it, whatever way that one ended. through: see Child.send.
     """
-    child = Child(command, environment, stdin=subprocess.DEVNULL if orders else None, through=through)
+    child = Child(command, environment, stdin=subprocess.DEVNULL if remote_commands else None, through=through)
     with passing(child.send):
-        if orders:
-            threading.Thread(target=_obey, args=(child,), daemon=True).start()
+        if remote_commands:
+            threading.Thread(target=_follow_remote_commands, args=(child,), daemon=True).start()
         return child.wait(), child
 
 
@@ -128,7 +128,7 @@ def catches(pid: int, number: int) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
-def _obey(child: Child) -> None:
+def _follow_remote_commands(child: Child) -> None:
     for line in sys.stdin:
         number = getattr(signal, line.strip(), None)
         if number in HEARD:

@@ -38,8 +38,8 @@ def main() -> None:
     try:
         if mode not in MODES:
             raise UserError(f"python -m skyrl.launch.rank {mode}: choose one of: {', '.join(MODES)}")
-        slurm_env.adopt()
-        args += settle(mode, args)
+        slurm_env.from_slurm()
+        args += bind_cpus(mode, args)
         local_caches()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit(AGAIN)
 
 
-def settle(mode: str, args: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
+def bind_cpus(mode: str, args: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
     """Binds this process to its share of the node's cores; returns the option for the number of threads.
 
     Nobody is bound with SKYRL_BIND=none or where Slurm has bound the tasks. The option is left out where the user

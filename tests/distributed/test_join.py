@@ -55,7 +55,7 @@ from skyrl.distributed.init import init_distributed
 world = init_distributed(small_config())
 if world.rank == 0 and sys.argv[1] == "speaks":
     time.sleep(0.5)
-    assert failure.speak_first()
+    assert failure.claim_error_report()
     print("skyrl: error: the disk is full", file=sys.stderr, flush=True)
 if world.rank == 0:
     os._exit(2)

@@ -25,7 +25,7 @@ def watched(seconds=1.0):
     def look():
         until = time.monotonic() + seconds - 0.1
         while time.monotonic() < until:
-            seen.append(phases.look(time.monotonic())[0])
+            seen.append(phases.progress(time.monotonic())[0])
             time.sleep(0.05)
 
     thread = threading.Thread(target=look)
@@ -37,40 +37,40 @@ def watched(seconds=1.0):
 
 def test_sleep_is_no_progress_and_a_beat_is():
     assert watched() > 0.5
-    beats = threading.Thread(target=lambda: [(time.sleep(0.1), phases.beat()) for _ in range(12)])
+    beats = threading.Thread(target=lambda: [(time.sleep(0.1), phases.heartbeat()) for _ in range(12)])
     beats.start()
     assert watched() < 0.4
     beats.join()
-    phases.look(time.monotonic())
-    phases.forgive(time.monotonic() + 5)  # the whole process was stopped for a while
-    assert phases.look(time.monotonic())[0] < 0.1
+    phases.progress(time.monotonic())
+    phases.reset_timeout(time.monotonic() + 5)  # the whole process was stopped for a while
+    assert phases.progress(time.monotonic())[0] < 0.1
 
 
 def test_patience_depends_on_the_phase():
-    assert phases.allowance(10) == 100  # opening
+    assert phases.timeout(10) == 100  # opening
     phases.enter("training", 1)
-    assert phases.allowance(10) == 100  # for the first time
+    assert phases.timeout(10) == 100  # for the first time
     phases.enter("generation", 1)
-    phases.here.patience = 15
-    assert phases.allowance(10) == 150
+    phases.status.patience = 15
+    assert phases.timeout(10) == 150
     phases.enter("training", 2)
-    assert phases.allowance(10) == 10
-    phases.here.longest["training"] = 20  # it has taken that long, and ended well
-    assert phases.allowance(10) == 60
+    assert phases.timeout(10) == 10
+    phases.status.longest["training"] = 20  # it has taken that long, and ended well
+    assert phases.timeout(10) == 60
     phases.enter("generation", 2)
-    assert phases.allowance(10) == 15
+    assert phases.timeout(10) == 15
     phases.enter("saving", 2)
-    assert phases.allowance(10) == 100
+    assert phases.timeout(10) == 100
 
 
 def test_a_phase_stays_when_things_go_wrong():
     phases.enter("between phases", 0)
     with phases.inside("generation", 3):
         pass
-    assert phases.here.phase == "between phases"
+    assert phases.status.phase == "between phases"
     with pytest.raises(ValueError), phases.inside("training", 3):
         raise ValueError
-    assert (phases.here.phase, phases.here.step) == ("training", 3)
+    assert (phases.status.phase, phases.status.step) == ("training", 3)
 
 
 def _waits():
@@ -82,7 +82,7 @@ def _waits():
 
     def see():
         time.sleep(0.5)
-        seen.append(phases.look(time.monotonic())[1])
+        seen.append(phases.progress(time.monotonic())[1])
 
     for wait in (lambda: all_reduce_sum(world, np.ones(1)), lambda: dist.all_reduce(torch.ones(1))):
         thread = threading.Thread(target=see)
@@ -91,7 +91,7 @@ def _waits():
             time.sleep(1.0)
         wait()
         thread.join()
-    return seen, phases.here.calls, "time.sleep(0.5)" not in phases.stacks()
+    return seen, phases.status.calls, "time.sleep(0.5)" not in phases.stacks()
 
 
 @pytest.mark.ranks

@@ -10,13 +10,13 @@ import torch
 
 from skyrl.distributed import phases
 from skyrl.distributed.init import World
-from skyrl.distributed.watchdog import Watch, mark_requeue
+from skyrl.distributed.watchdog import Watchdog, mark_requeue
 
 
 @pytest.fixture
 def watch(tmp_path):
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    one = Watch(world, tmp_path, hang_seconds=0.0, patience=0.0, save_by=None)
+    one = Watchdog(world, tmp_path, hang_seconds=0.0, patience=0.0, save_by=None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     one.start()
     phases.enter("training", 3)
@@ -35,13 +35,13 @@ def soon(condition, seconds=3.0):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_a_signal_is_a_request(watch, name, code):
-    assert not watch.asked()
+    assert not watch.stop_requested()
     os.kill(os.getpid(), getattr(signal, name))
-    assert soon(watch.asked) and watch.wanted.reason == name and watch.wanted.exit_code == code
-    assert (watch.wanted.rank, watch.wanted.phase, watch.wanted.step) == (0, "training", 3)
+    assert soon(watch.stop_requested) and watch.stop_request.reason == name and watch.stop_request.exit_code == code
+    assert (watch.stop_request.rank, watch.stop_request.phase, watch.stop_request.step) == (0, "training", 3)
     os.kill(os.getpid(), getattr(signal, name))  # again, within what torchrun may repeat
     time.sleep(0.3)
-    assert watch.wanted.reason == name
+    assert watch.stop_request.reason == name
 
 
 def _sleep():
@@ -57,22 +57,22 @@ def test_a_forked_child_dies_of_signals_and_does_not_speak_for_us(watch):
     child.join(5)
     assert child.exitcode == -signal.SIGTERM
     time.sleep(0.3)
-    assert not watch.asked()
+    assert not watch.stop_requested()
 
 
 def test_a_stop_file_counts_once_the_folder_is_ours(watch, tmp_path):
     (tmp_path / "stop").touch()
     time.sleep(1.3)
-    assert not watch.asked()
+    assert not watch.stop_requested()
     watch.claim()
-    assert soon(watch.asked) and watch.wanted.reason == "stop file"
+    assert soon(watch.stop_requested) and watch.stop_request.reason == "stop file"
 
 
 def test_after_an_error_signals_are_python_s_again_and_the_bundle_can_be_written(watch, tmp_path):
     watch.claim()
-    watch.relax()
+    watch.disarm()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    place, details = watch.last_words("what went wrong\nand how")
+    place, details = watch.crash_report("what went wrong\nand how")
     (bundle,) = tmp_path.glob("crash-*")
     assert place == " in training, step 3" and str(bundle) in details
     assert "what went wrong\nand how" in (bundle / "report.txt").read_text()
@@ -80,10 +80,10 @@ def test_after_an_error_signals_are_python_s_again_and_the_bundle_can_be_written
 
 
 def test_a_bundle_that_cannot_be_written_does_not_hide_the_error(watch, tmp_path):
-    watch.court.folder = tmp_path / "file"
-    watch.court.folder.write_text("in the way")
+    watch.hang_monitor.folder = tmp_path / "file"
+    watch.hang_monitor.folder.write_text("in the way")
     watch.claim()
-    assert "no crash bundle: " in watch.last_words("what went wrong")[1]
+    assert "no crash bundle: " in watch.crash_report("what went wrong")[1]
 
 
 def test_the_mark_names_its_launcher(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from skyrl.launch import command, hosts
-from skyrl.launch.command import Job, launch, parser, ranks_of, torchrun, verdict
+from skyrl.launch.command import Job, exit_code, launch, parser, ranks_of, torchrun
 from skyrl.launch.machine import Gpu, Machine
 from skyrl.types import UserError
 
@@ -109,13 +109,13 @@ def test_torchrun_takes_a_port_of_the_kernels_choice_or_the_given_one():
 
 def test_codes(tmp_path):
     job, now = Job("train", (), tmp_path), time.time()
-    assert verdict(0, [signal.SIGTERM], job, now) == 0 and verdict(1, [], job, now) == 1
-    assert verdict(1, [], job, now, left=True) == 75
+    assert exit_code(0, [signal.SIGTERM], job, now) == 0 and exit_code(1, [], job, now) == 1
+    assert exit_code(1, [], job, now, left=True) == 75
     (tmp_path / "requeue").write_text("{}")
-    assert verdict(1, [], job, now) == 75 and verdict(1, [signal.SIGINT], job, now) == 130
+    assert exit_code(1, [], job, now) == 75 and exit_code(1, [signal.SIGINT], job, now) == 130
     os.utime(tmp_path / "requeue", (now - 60, now - 60))  # of an earlier start
-    assert verdict(1, [signal.SIGTERM], job, now) == 1
-    assert verdict(1, [signal.SIGUSR1], Job("serve", (), None), now) == 75
+    assert exit_code(1, [signal.SIGTERM], job, now) == 1
+    assert exit_code(1, [signal.SIGUSR1], Job("serve", (), None), now) == 75
 
 
 def test_batch_scripts_ask_whether_a_run_wants_to_go_on(tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ MINE = os.environ.get("SKYRL_PACE_RANK", RANK) == RANK
 
 
 def tarry(name: str = "") -> None:
-    here = phases.here
-    if MINE and (name == PHASE or (here.phase == PHASE and str(here.step) == STEP)):  # saves run beside the loop
+    status = phases.status
+    if MINE and (name == PHASE or (status.phase == PHASE and str(status.step) == STEP)):  # saves run beside the loop
         Path(f"in-{RANK}").write_text(PHASE)
         if WHAT == "hang":
             time.sleep(3600)

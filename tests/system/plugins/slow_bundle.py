@@ -2,7 +2,7 @@
 
 import time
 
-from skyrl.distributed.hang_monitor import Court
+from skyrl.distributed.hang_monitor import HangMonitor
 
-_real = Court.leave_bundle
-Court.leave_bundle = lambda self, report: (time.sleep(4), _real(self, report))[1]
+_real = HangMonitor.leave_bundle
+HangMonitor.leave_bundle = lambda self, report: (time.sleep(4), _real(self, report))[1]
