@@ -29,14 +29,13 @@ from skyrl.distributed.collectives import gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
-from skyrl.models.load import load_tokenizer, probe
+from skyrl.models.load import check_against_transformers, load_tokenizer
 from skyrl.models.lora import Adapter, Segment, install, routed
 from skyrl.models.packed import collate, loss_dtype
 from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
 from skyrl.models.weights import put
-from skyrl.sampler.base import Sampler
-from skyrl.sampler.sampler import LocalSampler, make_sampler
+from skyrl.sampler.sampler import Sampler, make_sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
 from skyrl.strategies.replicated import ReplicatedStrategy
@@ -78,11 +77,11 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class Serving:
+class OpenSampler:
     """A frozen base as it is sampled: whole weights, and a sampler that stays open, over all published adapters."""
 
     module: CausalLM
-    sampler: LocalSampler
+    sampler: Sampler
 
 
 class Engine:
@@ -102,7 +101,7 @@ class Engine:
         self.models: dict[str, _Model] = {}
         self.adapters: dict[str, Adapter] = {}  # published, read-only, by name
         self._bases: dict[str, str] = {}  # of published adapters
-        self._serving: dict[str, Serving] = {}
+        self._open_samplers: dict[str, OpenSampler] = {}
         self._held: dict[str, ExitStack] = {}
 
     # ---- models ----------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ class Engine:
         self.models[model] = _Model(spec, strategy)
         if model in ("policy", "base"):
             with strategy.gathered() as module:
-                probe(module)
+                check_against_transformers(module)
 
     def delete(self, model: str) -> None:
         """Forgets a model and frees its memory. Raises UserError while others need it or it is open for sampling."""
@@ -133,7 +132,7 @@ class Engine:
         users += [name for name, base in self._bases.items() if base == model]
         if users:
             raise UserError(f"model {model!r} is the base of {', '.join(users[:5])}; delete these first")
-        if model in self._serving:
+        if model in self._open_samplers:
             raise UserError(f"model {model!r} is open for sampling until the end of the run")
         del self.models[model]
 
@@ -173,10 +172,10 @@ class Engine:
         """As _entry; a parked model is brought back."""
         entry = self._entry(name)
         if isinstance(entry.strategy, ReplicatedStrategy):
-            entry.strategy.unpark()
+            entry.strategy.onload()
         return entry
 
-    def net(self, model: str = "policy") -> CausalLM:
+    def module_of(self, model: str = "policy") -> CausalLM:
         """The module that computes `model`: its own, or of a tenant its base's."""
         return self._entry(self._entry(model).spec.base or model).strategy.module
 
@@ -359,12 +358,12 @@ class Engine:
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
-    def snapshot(self, model: str) -> int:
+    def version(self, model: str) -> int:
         """The version of the weights as they are now. Fully trained models keep no other version; of a tenant
-        `publish` does."""
+        `freeze_adapter` does."""
         return self._entry(model).version
 
-    def publish(self, name: str, model: str) -> None:
+    def freeze_adapter(self, name: str, model: str) -> None:
         """Makes a read-only copy of the tenant `model` as it is now: the adapter `name`, to sample from and score
         with. Raises UserError when the name is taken or `model` is no tenant."""
         self._check_free(name)
@@ -374,7 +373,7 @@ class Engine:
         self._bases[name] = entry.spec.base
 
     def load_adapter(self, name: str, spec: LoraSpec, base: str, weights: Mapping[str, Any]) -> None:
-        """Makes the adapter `name` from saved weights, the same on every rank: by parameter name, as tenant_state's
+        """Makes the adapter `name` from saved weights, the same on every rank: by parameter name, as model_state's
         "weights", or (A, B) by path. Raises UserError for a name that is taken and weights that do not fit."""
         self._check_free(name)
         flat: dict[str, Tensor] = {}
@@ -384,12 +383,12 @@ class Engine:
         self.adapters[name] = adapter.requires_grad_(False)
         self._bases[name] = base
 
-    def drop_adapter(self, name: str) -> None:
+    def delete_adapter(self, name: str) -> None:
         """Forgets a published adapter; nothing may be sampling from it. Raises UserError when there is none."""
         if name not in self.adapters:
             raise UserError(f"no published adapter called {name!r}; there are: {', '.join(sorted(self.adapters))}")
-        if self._bases[name] in self._serving:
-            self._serving[self._bases[name]].sampler.forget_adapter(name)
+        if self._bases[name] in self._open_samplers:
+            self._open_samplers[self._bases[name]].sampler.forget_adapter(name)
         del self.adapters[name], self._bases[name]
 
     def _lora(self, model: str) -> _Model:
@@ -423,11 +422,11 @@ class Engine:
             if not own:
                 entry.sampler = None
 
-    def serving(self, base: str) -> Serving:
+    def open_sampler(self, base: str) -> OpenSampler:
         """A frozen model open for sampling, from now on: training calls may come between its steps, since they change
         neither it nor what was published. The first call is collective (a sharded base is gathered and stays so),
         later ones are local. Raises UserError for a model that is trained."""
-        if base not in self._serving:
+        if base not in self._open_samplers:
             entry = self._model(base)
             if entry.spec.trainable:
                 raise UserError(f"model {base!r} is trained itself; only a frozen base can stay open for sampling")
@@ -435,31 +434,31 @@ class Engine:
             module = self._held[base].enter_context(entry.strategy.gathered()).eval()
             if module is not entry.strategy.module:
                 install(module)
-            self._serving[base] = Serving(module, self._make_sampler(module, 0, self.adapters, base))
-        return self._serving[base]
+            self._open_samplers[base] = OpenSampler(module, self._make_sampler(module, 0, self.adapters, base))
+        return self._open_samplers[base]
 
     def replace_base(self, base: str, weights: Mapping[str, Tensor]) -> None:
         """Other whole weights for a frozen model, the same on every rank, by parameter name: what is sampled from then
         on is drawn from them. Raises UserError for weights that do not fit, RuntimeError while samples are under way.
         """
-        open_ = self._serving.get(base)
+        open_ = self._open_samplers.get(base)
         if open_ is not None and open_.sampler.unfinished():
             raise RuntimeError(f"model {base!r} cannot be replaced: samples are under way")
-        self.load_tenant(base, {"weights": weights}, optimizer=False)
+        self.load_model_state(base, {"weights": weights}, optimizer=False)
         if open_ is None:
             return
         if open_.module is self._entry(base).strategy.module:
             open_.sampler.refresh(open_.sampler.version + 1)
         else:  # a gathered copy, which holds the old weights
             self._held.pop(base).close()
-            del self._serving[base]
+            del self._open_samplers[base]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
     def _make_sampler(
         self, module: CausalLM, version: int, adapters: Mapping[str, Adapter] | None, base: str
-    ) -> LocalSampler:
+    ) -> Sampler:
         return make_sampler(
             module,
             self.cfg.sampler,
@@ -492,15 +491,15 @@ class Engine:
             entry.strategy.load_state_dict(parts, optimizer=optimizer and entry.spec.trainable)
             entry.sampler = None  # what it cached belongs to other weights, whatever their version
 
-    def tenant_state(self, model: str, *, optimizer: bool = True) -> dict[str, Any]:
+    def model_state(self, model: str, *, optimizer: bool = True) -> dict[str, Any]:
         """Whole tensors of one model, as copies on the CPU of every rank, in full precision: "weights" and, with
         `optimizer`, "exp_avg" and "exp_avg_sq" by parameter name, and "step". A pending gradient is not part of it."""
         parts = self._model(model).strategy.state_dict(optimizer=optimizer)
         step = {"step": parts.pop("step").detach().clone().cpu()} if "step" in parts else {}
         return {key: {name: _whole(t) for name, t in part.items()} for key, part in parts.items()} | step
 
-    def load_tenant(self, model: str, state: Mapping[str, Any], *, optimizer: bool = True) -> None:
-        """Takes what `tenant_state` gave, the same on every rank; drops the pending gradient. Without `optimizer` the
+    def load_model_state(self, model: str, state: Mapping[str, Any], *, optimizer: bool = True) -> None:
+        """Takes what `model_state` gave, the same on every rank; drops the pending gradient. Without `optimizer` the
         moments start at 0 again: they belong to other weights. Raises UserError for tensors that do not fit."""
         entry = self._model(model)
         own = entry.strategy.state_dict(optimizer=entry.spec.trainable)
@@ -519,12 +518,12 @@ class Engine:
         entry.strategy.load_state_dict(own, optimizer=entry.spec.trainable)
         entry.sampler = None
 
-    def park(self, model: str) -> None:
+    def offload(self, model: str) -> None:
         """Moves an idle tenant's weights, masters, moments and pending gradient to host memory; any use brings it
         back bit for bit. Raises UserError for what is no tenant."""
         strategy = self._lora(model).strategy
         assert isinstance(strategy, ReplicatedStrategy)
-        strategy.park()
+        strategy.offload()
 
     def export(self, model: str, folder: Path) -> None:
         """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective. A tenant is
@@ -532,7 +531,7 @@ class Engine:
 
         Raises UserError, on every rank, when it cannot be written."""
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
-        entry, lora, net = self._model(model), self._entry(model).spec.lora, self.net(model)
+        entry, lora, net = self._model(model), self._entry(model).spec.lora, self.module_of(model)
         state = self._entry(entry.spec.base or model).strategy.full_state_dict(dtype)
         weights = entry.strategy.full_state_dict(torch.float32) if lora is not None else {}
 

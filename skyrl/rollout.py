@@ -18,7 +18,7 @@ from skyrl.config.schema import EnvConfig
 from skyrl.distributed.phases import heartbeat
 from skyrl.envs.base import Environment, make_environment
 from skyrl.envs.guard import Guard
-from skyrl.sampler.base import Sampler
+from skyrl.sampler.sampler import Sampler
 from skyrl.types import (
     Datum,
     Episode,

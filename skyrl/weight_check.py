@@ -17,7 +17,7 @@ from torch import Tensor
 from skyrl.distributed.collectives import gather_objects
 from skyrl.engine import Engine
 from skyrl.rollout import check_drawn, draw_seed
-from skyrl.sampler.base import Sampler
+from skyrl.sampler.sampler import Sampler
 from skyrl.types import Datum, RunError, Sample, SampleRequest, SamplingParams
 
 PROBES, PROMPT_TOKENS, DRAWN_TOKENS = 4, 8, 8
@@ -36,7 +36,7 @@ class Probe:
 
 def draw_probe(engine: Engine, sampler: Sampler, step: int) -> Probe:
     """Draws the probe of a step: the same prompts on every rank. For an idle sampler; leaves none of its counts."""
-    seed, vocabulary = engine.cfg.seed, engine.net("policy").vocab_size
+    seed, vocabulary = engine.cfg.seed, engine.module_of("policy").vocab_size
     rng = np.random.default_rng(draw_seed(seed, "proof", step))
     room = max(2, min(PROMPT_TOKENS + DRAWN_TOKENS, engine.max_row_tokens or PROMPT_TOKENS + DRAWN_TOKENS))
     given = min(PROMPT_TOKENS, room - 1)

@@ -187,7 +187,7 @@ def test_bfloat16_parameters_are_the_rounded_masters_and_are_sampled_from():
         row = Datum(ids[:-1], ids[1:], np.ones(len(ids) - 1))
         trainer = engine.score([row], 1.0).logprobs[0][len(context) - 1 :]
         assert np.abs(trainer - sample.logprobs).max() < 0.02
-        assert sample.version == engine.snapshot("policy") == number + 1
+        assert sample.version == engine.version("policy") == number + 1
     rounded = [torch.equal(m, m.bfloat16().float()) for m in masters.values()]
     assert not all(rounded), "masters carry no more than bfloat16: small updates would be lost"
 
@@ -236,7 +236,7 @@ def test_names_and_lengths_are_checked(engine):
         engine.forward([long], LossSpec("cross_entropy"))
     engine.delete("policy")
     with pytest.raises(UserError, match="no model called 'policy'"):
-        engine.snapshot("policy")
+        engine.version("policy")
 
 
 # ---- state

@@ -45,7 +45,7 @@ def train(engine, model, seeds, **how):
     for seed in seeds:
         engine.forward_backward(named(model, seed), SPEC, model=model, **how)
         engine.optim_step(model, PLAIN)
-    return engine.tenant_state(model)
+    return engine.model_state(model)
 
 
 def flat(state):
@@ -75,7 +75,7 @@ def test_a_fresh_tenant_is_the_base_bit_for_bit_and_then_learns(dtype):
         nll.append(engine.forward_backward(rows, CE, model="a").metrics["loss:sum"])
         engine.optim_step("a", PLAIN)
     assert nll[-1] < 0.8 * nll[0]
-    assert engine.snapshot("a") == 6 and engine.snapshot("b") == 0
+    assert engine.version("a") == 6 and engine.version("b") == 0
     after = list(engine.models["base"].strategy.module.parameters())
     assert all(torch.equal(x, y) and y.grad is None for x, y in zip(before, after, strict=True))
     now = engine.score(rows, 0.9, model="base").logprobs
@@ -103,7 +103,7 @@ def test_tenants_in_turn_or_in_one_call_are_each_alone_bit_for_bit():
         for name in "acb":
             together.optim_step(name, PLAIN)
     for name in "ab":
-        assert same(want[name], engine.tenant_state(name)) and same(want[name], together.tenant_state(name))
+        assert same(want[name], engine.model_state(name)) and same(want[name], together.model_state(name))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-12), ("float32", 1e-6)])
@@ -128,7 +128,7 @@ def test_tenants_in_one_microbatch_differ_by_rounding_only(dtype, limit):
 
 
 def engine_weights(engine, model):
-    return engine.tenant_state(model, optimizer=False)["weights"]
+    return engine.model_state(model, optimizer=False)["weights"]
 
 
 def test_padded_rows_give_the_same_numbers():
@@ -197,11 +197,11 @@ def test_what_is_not_finite_stays_with_its_tenant(mix):
     out = engine.forward_backward(good + bad, SPEC, model=None, mix=mix, strict=False)
     assert [np.isfinite(x) for x in out.losses] == [True] * 8 + [False] + [True] * 3
     assert torch.equal(gradient(engine, "a"), gradient(clean, "a")) and gradient(engine, "a").any()
-    start = engine.tenant_state("b")
+    start = engine.model_state("b")
     with pytest.raises(RunError, match="gradient is not finite"):
         engine.optim_step("b", ADAM)
     engine.clear_gradient("b")
-    assert same(start, engine.tenant_state("b")) and not gradient(engine, "b").any()
+    assert same(start, engine.model_state("b")) and not gradient(engine, "b").any()
     assert engine.optim_step("b", PLAIN)["grad_norm:mean"] == 0.0
     assert engine.optim_step("a", PLAIN)["grad_norm:mean"] > 0.0
 
@@ -212,13 +212,13 @@ def test_what_is_not_finite_stays_with_its_tenant(mix):
 def test_a_published_adapter_does_not_change():
     engine = make_server("float32")
     train(engine, "a", (0,))
-    engine.publish("a@1", "a")
+    engine.freeze_adapter("a@1", "a")
     rows = make_rows(7)
     then = engine.score(rows, 1.0, model="a@1").logprobs
     assert all(np.array_equal(x, y) for x, y in zip(then, engine.score(rows, 1.0, model="a").logprobs, strict=True))
     kept = copy.deepcopy(engine.adapters["a@1"].weights())
     train(engine, "a", (1, 2))
-    engine.park("a")
+    engine.offload("a")
     engine.delete("a")
     assert all(torch.equal(t, kept[name]) for name, t in engine.adapters["a@1"].weights().items())
     assert engine.adapters["a@1"].name == "a@1" and engine.adapters["a@1"].spec == A
@@ -234,16 +234,16 @@ def test_a_published_adapter_does_not_change():
     with pytest.raises(UserError, match="model 'a@1' is frozen"):
         engine.forward_backward(rows, CE, model="a@1")
     with pytest.raises(UserError, match="'a@1' exists already"):
-        engine.publish("a@1", "b")
-    engine.drop_adapter("a@1")
+        engine.freeze_adapter("a@1", "b")
+    engine.delete_adapter("a@1")
     with pytest.raises(UserError, match="no published adapter called 'a@1'; there are: again, pairs"):
-        engine.drop_adapter("a@1")
+        engine.delete_adapter("a@1")
 
 
 def test_rows_of_tenants_adapters_and_the_base_are_scored_in_one_call():
     engine = make_server()
     train(engine, "a", (0,))
-    engine.publish("old", "a")
+    engine.freeze_adapter("old", "a")
     train(engine, "a", (1,))
     rows = [row for name in ("old", "base", "a") for row in named(name, 3, 2)]
     for mix in (False, True):
@@ -264,28 +264,30 @@ def test_a_saved_tenant_goes_on_bit_for_bit(dtype):
     assert not same(kept, want)  # kept is a copy
     other = make_server(dtype, tenants=(("x", A), ("fresh", A)))
     other.forward_backward(make_rows(9), SPEC, model="x")  # dropped by the load
-    other.load_tenant("x", kept)
+    other.load_model_state("x", kept)
     assert same(train(other, "x", (2,)), want)
-    other.load_tenant("fresh", engine.tenant_state("a", optimizer=False), optimizer=False)
-    got = other.tenant_state("fresh")
+    other.load_model_state("fresh", engine.model_state("a", optimizer=False), optimizer=False)
+    got = other.model_state("fresh")
     assert float(got["step"]) == 0 and not any(t.any() for t in got["exp_avg"].values())
     assert all(torch.equal(t, want["weights"][name]) for name, t in got["weights"].items())
-    other.load_tenant("x", kept, optimizer=False)  # moments of other weights are gone too
-    assert not any(t.any() for t in other.tenant_state("x")["exp_avg_sq"].values())
+    other.load_model_state("x", kept, optimizer=False)  # moments of other weights are gone too
+    assert not any(t.any() for t in other.model_state("x")["exp_avg_sq"].values())
 
 
 def test_a_state_that_does_not_fit_is_refused():
     engine = make_server()
-    state = engine.tenant_state("a")
+    state = engine.model_state("a")
     with pytest.raises(UserError, match=r"model 'b': weights .* is \[2, 32\] here and \[4, 32\]"):
-        engine.load_tenant("b", {**state, "weights": {k: state["weights"][k] for k in engine_weights(engine, "b")}})
+        engine.load_model_state(
+            "b", {**state, "weights": {k: state["weights"][k] for k in engine_weights(engine, "b")}}
+        )
     with pytest.raises(UserError, match=r"lm_head.A is \[2, 32\] here and \[4, 32\] in the saved"):
-        engine.load_tenant("b", state)
+        engine.load_model_state("b", state)
     more = {**state["weights"], "mlp.A": torch.zeros(1)}
     with pytest.raises(UserError, match=r"mlp.A is nothing here and \[1\]"):
-        engine.load_tenant("a", {**state, "weights": more})
+        engine.load_model_state("a", {**state, "weights": more})
     with pytest.raises(UserError, match="has no exp_avg; load it without the optimizer"):
-        engine.load_tenant("a", {"weights": state["weights"]})
+        engine.load_model_state("a", {"weights": state["weights"]})
     some = dict(list(state["weights"].items())[1:])
     with pytest.raises(UserError, match="adapter 'x': lacks .*q_proj.A"):
         engine.load_adapter("x", A, "base", some)
@@ -306,38 +308,38 @@ def test_a_parked_tenant_comes_back_bit_for_bit(dtype):
         lambda e: e.forward_backward(named("a", 2), SPEC, model="a"),
         lambda e: e.optim_step("a", PLAIN),
         lambda e: e.score(make_rows(), 1.0, model="a"),
-        lambda e: e.tenant_state("a"),
+        lambda e: e.model_state("a"),
         lambda e: e.publish("old", "a"),
         lambda e: e.state(),
         lambda e: train(e, "a", (3,)),
     ):
-        engine.park("a")
+        engine.offload("a")
         away = {p.data_ptr() for p in strategy.module.parameters()}
-        engine.park("a")  # a second time moves nothing
-        assert strategy.parked and not where & away
+        engine.offload("a")  # a second time moves nothing
+        assert strategy.offloaded and not where & away
         assert away == {p.data_ptr() for p in strategy.module.parameters()}
         engine.forward_backward(named("b", 5), SPEC, model="b")  # another tenant's call does not wake it
-        assert strategy.parked and engine.snapshot("a") >= 1
+        assert strategy.offloaded and engine.version("a") >= 1
         engine.clear_gradient("b")
         use(plain), use(engine)
-        assert not strategy.parked
+        assert not strategy.offloaded
         where = {p.data_ptr() for p in strategy.module.parameters()}
         assert torch.equal(gradient(plain, "a"), gradient(engine, "a"))
-        assert same(plain.tenant_state("a"), engine.tenant_state("a"))
+        assert same(plain.model_state("a"), engine.model_state("a"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deleting_frees_a_tenant_at_once(dtype):
     engine = make_server(dtype)
     train(engine, "a", (0,))
-    engine.publish("old", "a")
+    engine.freeze_adapter("old", "a")
     gone = [weakref.ref(x) for x in (engine.models["a"].strategy.flat, engine.models["a"].strategy._grad)]
     gone.append(weakref.ref(engine.adapters["old"].pairs["lm_head"][1]))
     gc.collect()
     gc.disable()
     try:
         engine.delete("a")
-        engine.drop_adapter("old")
+        engine.delete_adapter("old")
         assert [ref() for ref in gone] == [None] * 3
     finally:
         gc.enable()
@@ -349,7 +351,7 @@ def test_a_whole_model_is_saved_and_taken_back_too():
     kept = train(engine, "full", (0,))
     want = train(engine, "full", (1,))
     engine.forward_backward(make_rows(5), SPEC, model="full")
-    engine.load_tenant("full", kept)
+    engine.load_model_state("full", kept)
     assert not same(kept, want) and same(train(engine, "full", (1,)), want)
 
 
@@ -374,14 +376,14 @@ def test_what_makes_no_sense_is_refused():
         ("model 'base' is frozen", lambda: engine.forward_backward(named("base", 0), SPEC, model=None)),
         ("several base models .base, full.", lambda: engine.forward(named("a", 0) + named("full", 0), CE, model=None)),
         ("no model called 'policy'", lambda: engine.forward(rows, CE, model=None)),
-        ("'full' is no LoRA tenant", lambda: engine.publish("x", "full")),
-        ("'full' is no LoRA tenant", lambda: engine.park("full")),
+        ("'full' is no LoRA tenant", lambda: engine.freeze_adapter("x", "full")),
+        ("'full' is no LoRA tenant", lambda: engine.offload("full")),
     ):
         with pytest.raises(UserError, match=match):
             call()
     assert engine.models.keys() == {"base", "a", "full"} and not engine.adapters
     engine.delete("a")
-    engine.serving("base")
+    engine.open_sampler("base")
     with pytest.raises(UserError, match="'base' is open for sampling"):
         engine.delete("base")
 
@@ -411,11 +413,11 @@ def _on_ranks(strategy, dtype):
         assert len(out.losses) == len(part)
         for name in "ab":
             engine.optim_step(name, PLAIN)
-    engine.park("a")
-    engine.publish("old", "b")
+    engine.offload("a")
+    engine.freeze_adapter("old", "b")
     engine.check_replicas("a")
     engine.create("full", ModelSpec())
-    whole, first = engine.tenant_state("full")["weights"], engine.models["full"].strategy.full_state_dict(torch.float32)
+    whole, first = engine.model_state("full")["weights"], engine.models["full"].strategy.full_state_dict(torch.float32)
     assert not first or all(torch.equal(t.float(), first[name]) for name, t in whole.items())
     assert {name: t.shape for name, t in whole.items()} == {n: p.shape for n, p in base_parameters(engine)}
     scores = engine.score(named("old", 2, 3) if world.rank == 0 else [], 1.0, model=None).logprobs
@@ -426,7 +428,7 @@ def _on_ranks(strategy, dtype):
     except UserError as error:
         assert "no model called 'nobody'" in str(error)
     assert all(p.grad is None for _, p in base_parameters(engine))
-    return {"a": engine.tenant_state("a"), "b": engine.tenant_state("b"), "scores": scores, "loss": out.metrics}
+    return {"a": engine.model_state("a"), "b": engine.model_state("b"), "scores": scores, "loss": out.metrics}
 
 
 @pytest.mark.ranks

@@ -29,7 +29,7 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
 _ARGUMENTS = {
     "skyrl_packed_size": [_INT, _LONG, _LONG],
     "skyrl_pack": [_INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
-    "skyrl_draw": [_POINTER, _INT, _INT, *[_POINTER] * 4, _INT],
+    "skyrl_sample": [_POINTER, _INT, _INT, *[_POINTER] * 4, _INT],
     "skyrl_product": [_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _INT],
     "skyrl_norm": [*[_POINTER] * 4, _LONG, _INT, _FLOAT, _INT],
     "skyrl_log_probs": [_POINTER, _LONG, _INT, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _INT],

@@ -437,7 +437,7 @@ void skyrl_pack(int32_t dtype, void* to, const void* from, int64_t columns, int6
 
 // Draws a token from each row of logits [count, vocab] at point uniforms[row] of the distribution at temperatures[row];
 // 0 = the likeliest.
-void skyrl_draw(const float* logits, int32_t count, int32_t vocab, const double* uniforms, const float* temperatures,
+void skyrl_sample(const float* logits, int32_t count, int32_t vocab, const double* uniforms, const float* temperatures,
                 int64_t* tokens, float* logprobs, int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int row = 0; row < count; row++) {

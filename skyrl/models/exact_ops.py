@@ -7,7 +7,7 @@ beside it, and the layers of a model that has a decode plan give the sampler's n
 
 Without kernels both sides take oneDNN's packed product, in which a row's result does not depend on the rows or columns
 beside it either (the plain product's does), and compute what lies between the products in float64, or in operations
-that round once: the same numbers again, but for sums that happen to lie on a border of rounding (`by_onednn`).
+that round once: the same numbers again, but for sums that happen to lie on a border of rounding (`uses_onednn`).
 
 Where there is neither, sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n)
 roundings, in blocks by a few. Other dtypes and devices are left as they are.
@@ -35,28 +35,28 @@ CHUNK_SCORES = 1 << 19  # float64 scores of attention that exist at once, 4 MiB:
 PACK_ROWS = 32  # oneDNN packs weights for a number of rows; other numbers work as well
 
 
-def applies(x: Tensor) -> bool:
+def is_float32_cpu(x: Tensor) -> bool:
     """Whether x is of the kind that is handled here: float32 on a CPU."""
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def by_kernels(*tensors: Tensor) -> bool:
-    """Whether what is computed from these is computed by the sampler's kernels: `applies` to all, and there are any."""
-    return all(map(applies, tensors)) and kernels.library()[0] is not None
+def uses_kernels(*tensors: Tensor) -> bool:
+    """Whether what is computed from these is computed by the sampler's kernels: float32 on a CPU that has kernels."""
+    return all(map(is_float32_cpu, tensors)) and kernels.library()[0] is not None
 
 
-def by_onednn(*tensors: Tensor) -> bool:
+def uses_onednn(*tensors: Tensor) -> bool:
     """Whether it is computed by oneDNN's packed product, and in float64 between: no kernels, and torch has it."""
-    return all(map(applies, tensors)) and kernels.library()[0] is None and packs(torch.float32)
+    return all(map(is_float32_cpu, tensors)) and kernels.library()[0] is None and has_packed_product(torch.float32)
 
 
-def exact(*tensors: Tensor) -> bool:
+def matches_sampler(*tensors: Tensor) -> bool:
     """Whether what is computed from these has the sampler's bits, or all but a few of them: one of the two."""
-    return by_kernels(*tensors) or by_onednn(*tensors)
+    return uses_kernels(*tensors) or uses_onednn(*tensors)
 
 
 @cache
-def packs(dtype: torch.dtype) -> bool:
+def has_packed_product(dtype: torch.dtype) -> bool:
     """Whether this build of torch has oneDNN's packed product for these numbers."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
@@ -97,7 +97,7 @@ def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Te
     """x @ weight.T + bias, [N, V], by kernels, oneDNN or sums of BLOCK products. Has no gradient; `linear` does."""
     if kernels.library()[0] is not None:
         return _product(x_NK, weight_VK, bias_V, weight_VK.shape[0], turned=False)
-    if x_NK.numel() and packs(torch.float32):
+    if x_NK.numel() and has_packed_product(torch.float32):
         return packed_product(x_NK.detach(), pack(weight_VK), None if bias_V is None else bias_V.detach())
     out_NV = torch.mm(x_NK[:, :BLOCK], weight_VK[:, :BLOCK].t())
     for at in range(BLOCK, x_NK.shape[1], BLOCK):
@@ -107,9 +107,9 @@ def product(x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None = None) -> Te
 
 def matmul(a_NK: Tensor, b_KV: Tensor) -> Tensor:
     """a @ b, [N, V], as `product` where it is exact; torch.mm elsewhere. Has no gradient."""
-    if by_kernels(a_NK, b_KV):
+    if uses_kernels(a_NK, b_KV):
         return _product(a_NK, b_KV, None, b_KV.shape[1], turned=True)
-    if a_NK.numel() and by_onednn(a_NK, b_KV):
+    if a_NK.numel() and uses_onednn(a_NK, b_KV):
         return packed_product(a_NK.detach(), pack(b_KV.t()))
     return a_NK @ b_KV
 
@@ -117,7 +117,7 @@ def matmul(a_NK: Tensor, b_KV: Tensor) -> Tensor:
 def sum_of_outer(a_NV: Tensor, b_NK: Tensor) -> Tensor:
     """a.T @ b, [V, K], a sum over all tokens: by kernels, else by torch.mm, for oneDNN would take one accumulator for
     all of them, and is not faster once a and b are transposed for it. Has no gradient."""
-    if by_kernels(a_NV, b_NK):
+    if uses_kernels(a_NV, b_NK):
         return _product(a_NV.t(), b_NK, None, b_NK.shape[1], turned=True)
     return a_NV.t() @ b_NK
 
@@ -158,8 +158,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch.nn.functional.linear; `product` where `applies`, with gradients by `matmul`."""
-    if not (applies(x) and applies(weight) and x.numel()):
+    """As torch.nn.functional.linear; `product` where `is_float32_cpu`, with gradients by `matmul`."""
+    if not (is_float32_cpu(x) and is_float32_cpu(weight) and x.numel()):
         return _PLAIN_LINEAR(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
@@ -238,10 +238,10 @@ def _attend_causal(
     return out_NMC, p_NML
 
 
-def attends(q: Tensor, group: int, keys: int, channels: int, value_channels: int) -> bool:
+def kernel_can_attend(q: Tensor, group: int, keys: int, channels: int, value_channels: int) -> bool:
     """Whether `attend_causal` can: heads of that many channels, `group` queries a key, rows of `keys` tokens."""
     fits = channels == value_channels <= kernels.MAX_CHANNELS and group <= kernels.MAX_GROUP
-    return fits and channels % kernels.MULTIPLE == 0 and keys <= kernels.LONGEST and by_kernels(q)
+    return fits and channels % kernels.MULTIPLE == 0 and keys <= kernels.LONGEST and uses_kernels(q)
 
 
 def attend_causal(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, scale: float) -> Tensor:
@@ -260,7 +260,7 @@ def inverse_norm(x: Tensor, eps: float) -> Tensor:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.shape[-1] % kernels.MULTIPLE == 0 and by_kernels(x, weight):
+        if x.shape[-1] % kernels.MULTIPLE == 0 and uses_kernels(x, weight):
             x, scale = x.detach().contiguous(), weight.detach().contiguous()
             out, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
             _run("skyrl_norm", x, scale, out, r, r.numel(), x.shape[-1], eps)
@@ -325,16 +325,16 @@ class _Silu(torch.autograd.Function):
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
     """x * sigmoid(x), where it is exact by the kernels or in float64; never in place there."""
-    if not exact(x):
+    if not matches_sampler(x):
         return _PLAIN_SILU(x, inplace)
     return _Silu.apply(x)
 
 
-_inside = False  # whether the forward pass that runs now is one of `careful`
+_inside = False  # whether the forward pass that runs now is one of `enabled`
 
 
-def inside() -> bool:
-    """Whether `careful` is on: a layer that is recomputed later has to be recomputed the same way."""
+def is_enabled() -> bool:
+    """Whether `enabled` is on: a layer that is recomputed later has to be recomputed the same way."""
     return _inside
 
 
@@ -359,8 +359,8 @@ class _Operations(TorchFunctionMode):
 
 
 @contextmanager
-def careful(on: bool) -> Iterator[None]:
-    """Inside, products, SiLU and the norms that `install` found are the ones of this module. `on` False: nothing."""
+def enabled(on: bool) -> Iterator[None]:
+    """Inside, products, SiLU and the norms that `hook_norms` found are the ones of this module. `on` False: nothing."""
     global _inside
     if not on or _inside:
         yield
@@ -373,8 +373,8 @@ def careful(on: bool) -> Iterator[None]:
         _inside = False
 
 
-def install(net: nn.Module) -> None:
-    """Makes plain RMS norms (weight, variance_epsilon; as Llama's) take `rms_norm` inside of `careful`. Outside they
+def hook_norms(net: nn.Module) -> None:
+    """Makes plain RMS norms (weight, variance_epsilon; as Llama's) take `rms_norm` inside of `enabled`. Outside they
     stay transformers' own, so the check of a model against plain transformers when it is loaded (models.load) also
     sees a norm that only looks like one."""
     for module in net.modules():
@@ -383,6 +383,6 @@ def install(net: nn.Module) -> None:
 
 
 def _norm(module: Any, plain: Any, x: Tensor) -> Tensor:
-    if _inside and applies(x) and applies(module.weight):
+    if _inside and is_float32_cpu(x) and is_float32_cpu(module.weight):
         return rms_norm(x, module.weight, module.variance_epsilon)
     return plain(x)

@@ -44,7 +44,7 @@ class CausalLM(nn.Module):
         register()
         if net.config._attn_implementation != NAME:
             net.set_attn_implementation(NAME)
-        exact_ops.install(net)
+        exact_ops.hook_norms(net)
         self.net = net
         self.head = head
         self.chunk_tokens = chunk_tokens
@@ -136,7 +136,7 @@ class CausalLM(nn.Module):
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         """Final, normed hidden states [T, C] in the model's dtype; `attention` says which tokens see which."""
         weight = self.net.get_input_embeddings().weight
-        with precise(weight.dtype), exact_ops.careful(exact_ops.applies(weight)):
+        with precise(weight.dtype), exact_ops.enabled(exact_ops.is_float32_cpu(weight)):
             out = self.decoder(
                 input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, skyrl_attention=attention
             )
@@ -229,12 +229,12 @@ def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 def _run_checkpointed(forward: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    again = partial(_run_again, forward, dtype, exact_ops.inside())
+    again = partial(_run_again, forward, dtype, exact_ops.is_enabled())
     return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
 def _run_again(forward: Any, dtype: torch.dtype, careful: bool, *args: Any, **kwargs: Any) -> Any:
-    with precise(dtype), exact_ops.careful(careful):  # the recomputation runs in the backward pass, outside of both
+    with precise(dtype), exact_ops.enabled(careful):  # the recomputation runs in the backward pass, outside of both
         return forward(*args, **kwargs)
 
 

@@ -25,7 +25,7 @@ from skyrl.types import UserError
 
 TINY = "tiny"
 # Mean absolute difference of log-probabilities over rows and vocabulary; deep models in bfloat16 reach about 0.03.
-PROBE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+CHECK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 Head = Literal["logits", "value"]
 
 
@@ -182,12 +182,12 @@ class _ShortWindow:
         return self.inner.attend(layer, *args, **kwargs)
 
 
-def probe(model: CausalLM) -> None:
+def check_against_transformers(model: CausalLM) -> None:
     """Compares a packed forward of two short rows with transformers' own plain one; for whole, unsharded weights.
 
     Sliding windows are shortened to 3 tokens on both sides for that, so that layers which do not hand their window to
     the attention show. Raises: UserError with the model type when log-probabilities differ by more than
-    PROBE_TOLERANCE: the families that check_supported cannot know about.
+    CHECK_TOLERANCE: the families that check_supported cannot know about.
     """
     if model.head != "logits":
         return
@@ -217,7 +217,7 @@ def probe(model: CausalLM) -> None:
         if window is not None:
             config.sliding_window = window
     gap = float((ours - plain).abs().mean())
-    if not gap <= PROBE_TOLERANCE[dtype]:
+    if not gap <= CHECK_TOLERANCE[dtype]:
         refuse(f"packed log-probabilities differ from transformers' own by {gap:.2g} on average")
 
 

@@ -34,7 +34,7 @@ def matmul_float(hidden_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None = N
     if half and hidden_TC.is_cuda:
         out = torch.mm(hidden_TC, weight_VC.t(), out_dtype=torch.float32)
         return out if bias_V is None else out.add_(bias_V.float())
-    if exact_ops.applies(hidden_TC) and exact_ops.applies(weight_VC):
+    if exact_ops.is_float32_cpu(hidden_TC) and exact_ops.is_float32_cpu(weight_VC):
         return exact_ops.product(hidden_TC, weight_VC, bias_V)
     out = torch.nn.functional.linear(hidden_TC, weight_VC, bias_V)
     return out.float() if half else out
@@ -74,7 +74,7 @@ class _LogProbs(torch.autograd.Function):
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
         tokens = hidden_TC.shape[0]
         rows = block * tokens // weight_VC.shape[0]  # whole ones that fit into the same memory
-        whole = tokens > 0 and rows >= min(ROWS, tokens) and exact_ops.exact(hidden_TC, weight_VC)
+        whole = tokens > 0 and rows >= min(ROWS, tokens) and exact_ops.matches_sampler(hidden_TC, weight_VC)
         by, size = (_by_rows, rows) if whole else (_by_blocks, block)
         out_TK, logz_T, entropy_T = by(product, targets_TK, head, temperature, size, want_entropy)
         ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T)
@@ -111,7 +111,7 @@ class _LogProbs(torch.autograd.Function):
             if dhidden is not None:
                 put = dhidden.add_ if vocab > block else dhidden.copy_
                 put(exact_ops.matmul(dz, weight_VC[start:stop]))
-            if dweight is not None and exact_ops.applies(dz):
+            if dweight is not None and exact_ops.is_float32_cpu(dz):
                 dweight[start:stop] = exact_ops.sum_of_outer(dz, hidden_TC)
             elif dweight is not None:
                 torch.mm(dz.t(), hidden_TC, out=dweight[start:stop])
@@ -147,14 +147,14 @@ class _Product:
 
     def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:
         """Logits / temperature of some tokens for some entries of the vocabulary."""
-        if entries == slice(None) and exact_ops.by_onednn(self.hidden_TC, self.weight_VC):
+        if entries == slice(None) and exact_ops.uses_onednn(self.hidden_TC, self.weight_VC):
             product = exact_ops.packed_product(self.hidden_TC[tokens], self._packed, self.bias_V)
         else:
             bias_V = None if self.bias_V is None else self.bias_V[entries]
             product = matmul_float(self.hidden_TC[tokens], self.weight_VC[entries], bias_V)
         if self.low_TR is not None and self.up_VR is not None:
             low_TR, up_VR = self.low_TR[tokens], self.up_VR[entries]
-            if product.dtype != low_TR.dtype or exact_ops.applies(low_TR):
+            if product.dtype != low_TR.dtype or exact_ops.is_float32_cpu(low_TR):
                 product.add_(matmul_float(low_TR, up_VR))
             else:
                 product.addmm_(low_TR, up_VR.t())

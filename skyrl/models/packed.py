@@ -283,7 +283,7 @@ class PackedAttention:
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
             cut = None if window is not None and window >= longest else window
             sampled = cut is None and not softcap  # as the sampler's kernels attend
-            if sampled and exact_ops.attends(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
+            if sampled and exact_ops.kernel_can_attend(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
                 q, k, v = (x.reshape(rows * kv_heads, -1, x.shape[-1]) for x in (q, k, v))
                 out = exact_ops.attend_causal(q, k, v, scale)
             elif rows * heads * longest * longest <= MAX_SCORES or softcap:
@@ -302,7 +302,7 @@ class PackedAttention:
         rows, kv_heads, group, longest, channels = q.shape
         bias = self._causal_bias(group, longest, window, q.dtype)
         q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
-        if exact_ops.applies(q) and not softcap:
+        if exact_ops.is_float32_cpu(q) and not softcap:
             v = v.reshape(rows * kv_heads, longest, -1)
             out = exact_ops.attend(q, k, v, bias, scale)
             return out.view(rows, kv_heads, group, longest, -1)
@@ -358,7 +358,7 @@ class PaddedAttention:
 
         query, key, value = rows(query_HTC), rows(key_KTC), rows(value_KTC)
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        if exact_ops.applies(query):  # as exact as what it is compared with
+        if exact_ops.is_float32_cpu(query):  # as exact as what it is compared with
             query, key, value = query.double(), key.double(), value.double()
         scores = query @ key.transpose(-1, -2) * scale
         if softcap:

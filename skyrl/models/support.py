@@ -31,7 +31,8 @@ def head_spec(config: Any) -> HeadSpec:
 def check_supported(config: Any) -> None:
     """Raises UserError, with the model type and the reason, for a family that skyrl cannot train exactly.
 
-    What a config does not tell is found by check_module (from the built module) and load.probe (from numbers).
+    What a config does not tell is found by check_module (from the built module) and by
+    load.check_against_transformers (from numbers).
     """
     kind = getattr(config, "model_type", type(config).__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from skyrl.models.logprobs import finish_logits, matmul_float
 from skyrl.models.lora import Adapter, Segment, low_rank, merged
 from skyrl.sampler.blocks import ROOT
-from skyrl.sampler.scheduler import Piece
+from skyrl.sampler.scheduler import PrefillChunk
 from skyrl.types import UserError
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def segments(adapters: list[Adapter | None], lengths: list[int] | None = None) -
     return merged(out)
 
 
-def piece_segments(pieces: list[Piece]) -> tuple[list[Segment] | None, list[Segment] | None]:
-    """Segments of a prefill's tokens, and of the rows that give logits (one of each complete piece)."""
-    tokens = segments([p.sequence.adapter for p in pieces], [p.end - p.start for p in pieces])
-    return tokens, segments([p.sequence.adapter for p in pieces if p.complete])
+def chunk_segments(chunks: list[PrefillChunk]) -> tuple[list[Segment] | None, list[Segment] | None]:
+    """Segments of a prefill's tokens, and of the rows that give logits (one of each complete chunk)."""
+    tokens = segments([p.sequence.adapter for p in chunks], [p.end - p.start for p in chunks])
+    return tokens, segments([p.sequence.adapter for p in chunks if p.complete])
 
 
 def logits(model: CausalLM, hidden_TC: Tensor, parts: list[Segment] | None) -> Tensor:
@@ -65,7 +65,7 @@ class Known:
     unfinished: int = 0
 
 
-class AdapterBook:
+class AdapterRegistry:
     """Adapters by name (a live mapping), with a root of cached contents for each that was used."""
 
     def __init__(self, adapters: Mapping[str, Adapter], base_name: str, new_root: Callable[[], int]) -> None:

@@ -18,7 +18,7 @@ from skyrl.distributed.balance import pack
 from skyrl.models.lora import Adapter, routed
 from skyrl.models.packed import PackedAttention
 from skyrl.sampler import adapters as lora
-from skyrl.sampler import draw
+from skyrl.sampler.runners import sampling
 from skyrl.types import Floats, Ints, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ LOGITS_BYTES = 32 << 20  # of float32 logits at a time; sums in float64 take twi
 
 
 @dataclass(frozen=True)
-class PromptQuery:
+class PromptLogprobsRequest:
     """What to say about `tokens` [L] under the adapter `model` ("" = none).
 
     Positions from max(start, 1) on are looked at: `logprobs` of their tokens and the `topk` likeliest tokens, both at
@@ -50,7 +50,7 @@ class PromptQuery:
 
 
 @dataclass
-class PromptStats:
+class PromptLogprobsResult:
     """The answer to one query; what was not asked for is None. Log-probabilities in nats, float32.
 
     logprobs [L], NaN where not looked at. topk_ids int32 and topk_logprobs [L, topk], likeliest first, equals by
@@ -67,9 +67,9 @@ class PromptStats:
     alt_logprobs: np.ndarray | None = None
 
     @staticmethod
-    def empty(query: PromptQuery) -> PromptStats:
+    def empty(query: PromptLogprobsRequest) -> PromptLogprobsResult:
         """Only missing cells."""
-        length, stats = len(query.tokens), PromptStats(query.uid)
+        length, stats = len(query.tokens), PromptLogprobsResult(query.uid)
         if query.logprobs:
             stats.logprobs = np.full(length, np.nan, np.float32)
         if query.topk:
@@ -85,8 +85,8 @@ class PromptStats:
 
 @torch.no_grad()
 def score_prompts(
-    model: CausalLM, queries: list[PromptQuery], adapters: Mapping[str, Adapter], *, max_tokens: int
-) -> list[PromptStats]:
+    model: CausalLM, queries: list[PromptLogprobsRequest], adapters: Mapping[str, Adapter], *, max_tokens: int
+) -> list[PromptLogprobsResult]:
     """The answers in the order of the queries, computed in packs of up to `max_tokens` tokens (or one longer query).
 
     Draw j of a position depends on (seed, position, j) and the distribution there alone. What a pack holds changes
@@ -96,7 +96,7 @@ def score_prompts(
     """
     for query in queries:
         _check(query, model, adapters)
-    stats = [PromptStats.empty(query) for query in queries]
+    stats = [PromptLogprobsResult.empty(query) for query in queries]
     places = [_places(query) for query in queries]
     wanted = [index for index, some in enumerate(places) if len(some)]
     names = sorted({queries[index].model for index in wanted})
@@ -106,7 +106,7 @@ def score_prompts(
     return stats
 
 
-def _check(query: PromptQuery, model: CausalLM, adapters: Mapping[str, Adapter]) -> None:
+def _check(query: PromptLogprobsRequest, model: CausalLM, adapters: Mapping[str, Adapter]) -> None:
     where, tokens = f"request {query.uid}", np.asarray(query.tokens)
     length, vocab = len(tokens), model.vocab_size
     if query.model and query.model not in adapters:
@@ -127,7 +127,7 @@ def _check(query: PromptQuery, model: CausalLM, adapters: Mapping[str, Adapter])
         raise UserError(f"{where}: targets must be in 0 .. {vocab - 1}, or -1 for none")
 
 
-def _places(query: PromptQuery) -> np.ndarray:
+def _places(query: PromptLogprobsRequest) -> np.ndarray:
     """The positions that have to be looked at, rising."""
     length = len(query.tokens)
     seen = np.zeros(length, dtype=bool)
@@ -138,7 +138,9 @@ def _places(query: PromptQuery) -> np.ndarray:
     return np.flatnonzero(seen)
 
 
-Member = tuple[PromptQuery, np.ndarray, PromptStats]  # a query, its positions, and where its answer goes
+Member = tuple[
+    PromptLogprobsRequest, np.ndarray, PromptLogprobsResult
+]  # a query, its positions, and where its answer goes
 
 
 def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, Adapter]) -> None:
@@ -186,7 +188,9 @@ def _groups(values: list[float]) -> Iterator[tuple[float, np.ndarray]]:
         yield value, np.flatnonzero([one == value for one in values])
 
 
-def _runs(owners: np.ndarray, members: list[Member]) -> Iterator[tuple[slice, PromptQuery, PromptStats]]:
+def _runs(
+    owners: np.ndarray, members: list[Member]
+) -> Iterator[tuple[slice, PromptLogprobsRequest, PromptLogprobsResult]]:
     """The stretch of rows of each member."""
     borders = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
     for first, last in zip(borders[:-1], borders[1:], strict=True):
@@ -222,7 +226,7 @@ def _named(z_NV: Tensor, norm_N: Tensor, owners: np.ndarray, places: np.ndarray,
 
 
 def _drawn(z_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
-    """Draws by inverting the cumulative distribution, as draw.draw does."""
+    """Draws by inverting the cumulative distribution, as sampling.sample does."""
     for rows, query, stats in _runs(owners, members):
         inside = places[rows] >= max(query.start, 1)
         if stats.alt_tokens is None or stats.alt_logprobs is None or not inside.any():
@@ -239,8 +243,8 @@ def _drawn(z_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[M
         stats.alt_logprobs[places[rows][inside] - 1] = logprob_NK.float().cpu().numpy()
 
 
-def _points(query: PromptQuery, places: np.ndarray) -> Tensor:
+def _points(query: PromptLogprobsRequest, places: np.ndarray) -> Tensor:
     """Numbers in [0, 1), float64 [N, alternatives]: draw number `position` of stream j of the seed."""
-    state = int(draw.stream([query.seed])[0])
-    streams = draw.stream([state + j for j in range(query.alternatives)])
-    return torch.from_numpy(draw.uniforms(streams[None, :], places[:, None]))
+    state = int(sampling.stream([query.seed])[0])
+    streams = sampling.stream([state + j for j in range(query.alternatives)])
+    return torch.from_numpy(sampling.uniforms(streams[None, :], places[:, None]))

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from skyrl.config.schema import SamplerConfig
-from skyrl.sampler import draw
-from skyrl.sampler.adapters import AdapterBook, root_of, segments
+from skyrl.sampler.adapters import AdapterRegistry, root_of, segments
 from skyrl.sampler.blocks import BlockPool
-from skyrl.sampler.plan import make_plan
-from skyrl.sampler.probe import LayerCall, disagreement, layer_calls, signature
-from skyrl.sampler.runners.cpu_kernels import NativeRunner, why_not
+from skyrl.sampler.runners import sampling
+from skyrl.sampler.runners.attention_calls import LayerCall, disagreement, layer_calls, signature
+from skyrl.sampler.runners.cpu_kernels import CpuKernelRunner, unsupported_reason
 from skyrl.sampler.runners.cuda import CudaRunner, page_size
 from skyrl.sampler.runners.fused import FusedRunner
-from skyrl.sampler.runners.paged import Batch, KVCache, LayerShape, ModuleRunner
-from skyrl.sampler.scheduler import Counts, Fork, Piece, Scheduler, Sequence
+from skyrl.sampler.runners.paged import DecodeInputs, KVCache, LayerShape, ModuleRunner
+from skyrl.sampler.runners.plan import make_decode_plan
+from skyrl.sampler.scheduler import Counts, Fork, PrefillChunk, Scheduler, Sequence
 from skyrl.sampler.stop import Decode, StringStop
 from skyrl.types import Metrics, RunError, Sample, SampleRequest, StopReason, UserError
 
@@ -40,14 +40,16 @@ class Runner(Protocol):
 
     name: str
 
-    def prefill(self, pieces: list[Piece]) -> Tensor | None:
-        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
 
-    def decode(self, batch: Batch) -> Tensor:
+    def decode(self, batch: DecodeInputs) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
 
-    def draw(self, logits_BV: Tensor, rules: draw.Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-        """See draw.draw; may overwrite the logits."""
+    def sample(
+        self, logits_BV: Tensor, params: sampling.BatchSamplingParams, uniforms_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See sampling.sample; may overwrite the logits."""
 
     def refresh(self) -> None:
         """The parameters changed in place."""
@@ -56,7 +58,7 @@ class Runner(Protocol):
         """Drops what is kept of an adapter."""
 
 
-class LocalSampler:
+class Sampler:
     """Draws sequences in continuous batches (see base.Sampler). Built by make_sampler."""
 
     def __init__(
@@ -74,11 +76,11 @@ class LocalSampler:
     ) -> None:
         self._runner, self._cache, self._scheduler, self._decode = runner, cache, scheduler, decode
         self._max_length, self._vocab_size, self._version = max_length, vocab_size, version
-        self._book = AdapterBook(adapters, base_name, scheduler.pool.root)
+        self._book = AdapterRegistry(adapters, base_name, scheduler.pool.root)
         self._sequences: dict[str, Sequence] = {}  # unfinished ones by uid
         self._arrived = 0
         self._drawn = 0
-        self._running: _Running | None = None  # arrays of the running set; None when it changed
+        self._running: DecodeBatch | None = None  # arrays of the running set; None when it changed
 
     @property
     def backend(self) -> str:
@@ -95,7 +97,7 @@ class LocalSampler:
 
         Raises: UserError when it can never fit, a parameter is out of range or the adapter is not known."""
         where = f"request {request.uid}"
-        draw.check(request.params, where)
+        sampling.check(request.params, where)
         context = np.ascontiguousarray(request.tokens, dtype=np.int64)
         limit = min(len(context) + request.params.max_tokens, self._max_length)
         pool = self._scheduler.pool
@@ -176,9 +178,9 @@ class LocalSampler:
     def step(self) -> list[Sample]:
         """One iteration: a prefill step while one is due, else one token of every running sequence. Returns what
         finished, in the order of the requests."""
-        pieces = self._scheduler.prefill()
-        if pieces:
-            return self._prefill(pieces)
+        chunks = self._scheduler.prefill()
+        if chunks:
+            return self._prefill(chunks)
         if not self._scheduler.running:
             return []
         return self._decode_step()
@@ -209,13 +211,13 @@ class LocalSampler:
         self._drawn, self._scheduler.counts, pool.peak = 0, Counts(), pool.held()
         return values
 
-    def _prefill(self, pieces: list[Piece]) -> list[Sample]:
-        pieces = sorted(pieces, key=lambda piece: piece.sequence.root)  # rows of one adapter lie together
+    def _prefill(self, chunks: list[PrefillChunk]) -> list[Sample]:
+        chunks = sorted(chunks, key=lambda chunk: chunk.sequence.root)  # rows of one adapter lie together
         if self._running is not None:
             self._running.flush()
             self._running = None
-        logits = self._runner.prefill(pieces)
-        groups = self._scheduler.prefilled(pieces)
+        logits = self._runner.prefill(chunks)
+        groups = self._scheduler.prefilled(chunks)
         if logits is None:
             return []
         forks: list[Fork] = [fork for group in groups for fork in group]
@@ -224,24 +226,24 @@ class LocalSampler:
         if len(sequences) > len(groups):
             rows = [row for row, group in enumerate(groups) for _ in group]
             logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
-        drawing = _Running(sequences, self._cache, self._vocab_size)
-        return self._accept(drawing, *drawing.draw(self._runner, logits))
+        drawing = DecodeBatch(sequences, self._cache, self._vocab_size)
+        return self._accept(drawing, *drawing.sample(self._runner, logits))
 
     def _decode_step(self) -> list[Sample]:
         running = self._running
         if running is None or running.crowded():
             if self._scheduler.grow() or running is None:
                 together = sorted(self._scheduler.running, key=lambda sequence: sequence.root)
-                running = _Running(together, self._cache, self._vocab_size)
+                running = DecodeBatch(together, self._cache, self._vocab_size)
             running.extend_tables()
             self._running = running
         logits = self._runner.decode(running.batch)
-        finished = self._accept(running, *running.draw(self._runner, logits))
+        finished = self._accept(running, *running.sample(self._runner, logits))
         if finished:
             self._running = None
         return finished
 
-    def _accept(self, running: _Running, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[Sample]:
+    def _accept(self, running: DecodeBatch, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[Sample]:
         """Appends what was drawn to the sequences and takes out those that end.
 
         Logits that are not finite end the run, unless an adapter gave them: then all its requests end as "aborted".
@@ -288,7 +290,7 @@ class LocalSampler:
         return sequence.order, Sample(sequence.uid, tokens, logprobs, reason, self._version)
 
 
-class _Running:
+class DecodeBatch:
     """Sequences that draw together, as arrays that are built once and then advanced."""
 
     def __init__(self, sequences: list[Sequence], cache: KVCache, vocab_size: int) -> None:
@@ -298,8 +300,8 @@ class _Running:
         self.lengths_B = np.array([s.length for s in self.sequences], dtype=np.int64)
         self._starts_B = np.array([s.start for s in self.sequences], dtype=np.int64)
         self._limits_B = np.array([len(s.tokens) for s in self.sequences], dtype=np.int64)
-        self._streams_B = draw.stream([p.seed for p in params])
-        self._rules = draw.Rules.of(params, vocab_size, device)
+        self._streams_B = sampling.stream([p.seed for p in params])
+        self._rules = sampling.BatchSamplingParams.of(params, vocab_size, device)
         width = max((len(p.stop_token_ids) for p in params), default=0)
         self._stops_BN = np.full((len(params), width), -1, dtype=np.int64)
         for row, p in zip(self._stops_BN, params, strict=True):
@@ -311,7 +313,7 @@ class _Running:
         self._known_B = np.zeros(len(params), dtype=np.int64)
         tokens_B = np.array([s.tokens[s.length - 1] for s in self.sequences], dtype=np.int64)
         parts = segments([s.adapter for s in self.sequences])
-        self.batch = Batch(tokens_B, self.lengths_B - 1, table_BW, parts)
+        self.batch = DecodeInputs(tokens_B, self.lengths_B - 1, table_BW, parts)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # drawn but not yet in the sequences
         self._index: dict[int, int] | None = None  # rows of the sequences, by id; made when asked for
 
@@ -322,10 +324,10 @@ class _Running:
             self.batch.table_BW[index, : len(blocks)] = blocks
             self._known_B[index] = len(blocks)
 
-    def draw(self, runner: Runner, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, runner: Runner, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Draws one token of each sequence from its row: tokens, log-probabilities."""
-        uniforms_B = torch.from_numpy(draw.uniforms(self._streams_B, self.lengths_B - self._starts_B))
-        tokens_B, logprobs_B = runner.draw(logits_BV, self._rules, uniforms_B.to(self._device))
+        uniforms_B = torch.from_numpy(sampling.uniforms(self._streams_B, self.lengths_B - self._starts_B))
+        tokens_B, logprobs_B = runner.sample(logits_BV, self._rules, uniforms_B.to(self._device))
         return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
 
     def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, StopReason]]:
@@ -378,7 +380,7 @@ def make_sampler(
     version: int = 0,
     adapters: Mapping[str, Adapter] | None = None,
     base_name: str = "policy",
-) -> LocalSampler:
+) -> Sampler:
     """A sampler over the parameters of `model`, which it reads live: call refresh(version) after they change.
 
     `adapters` is looked up at every request (a live mapping): SampleRequest.model is a name in it, or "" or `base_name`
@@ -415,7 +417,7 @@ def make_sampler(
             return runner
         return CudaRunner(runner, cache, max_length=max_length, max_running=max_running, graphs=cfg.cuda_graphs)
 
-    return LocalSampler(
+    return Sampler(
         _make_runner(model, cfg, calls, cache, max_length, paged, exact=adapters is not None),
         cache,
         scheduler,
@@ -446,12 +448,12 @@ def _make_runner(
     module = ModuleRunner(model, cache)
     if cfg.backend == "module":
         return paged(module)
-    plan = make_plan(model, calls, max_length)
+    plan = make_decode_plan(model, calls, max_length)
     if isinstance(plan, str):
         reason = plan
     else:
-        absent = why_not(plan, cache)
-        fused = paged(FusedRunner(plan, cache)) if absent else NativeRunner(plan, cache, module, exact=exact)
+        absent = unsupported_reason(plan, cache)
+        fused = paged(FusedRunner(plan, cache)) if absent else CpuKernelRunner(plan, cache, module, exact=exact)
         if absent and cache.device.type == "cpu":
             _say_once(f"sampling without compiled kernels: {absent}")
         name = f"{fused.name} {signature(model)}"

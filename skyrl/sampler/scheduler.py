@@ -1,9 +1,9 @@
 """Who runs next: admission, prefill in chunks, growth and preemption. Decides with numbers only; computes nothing.
 
 Order is that of arrival everywhere. Sequences with equal tokens are prefilled once: the first leads, the others (its
-twins) wait beside it and are forked from it when it is done. When blocks run out, the youngest running sequence gives
-its blocks back and later starts again from its tokens, the drawn ones included. Keys and values depend on the adapter,
-so only sequences of one adapter share anything.
+siblings) wait beside it and are forked from it when it is done. When blocks run out, the youngest running sequence
+gives its blocks back and later starts again from its tokens, the drawn ones included. Keys and values depend on the
+adapter, so only sequences of one adapter share anything.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sequence:
 
 
 @dataclass
-class Piece:
+class PrefillChunk:
     """Part of a prefill: tokens start .. end of a sequence, whose earlier ones are in the cache."""
 
     sequence: Sequence
@@ -60,7 +60,7 @@ class Piece:
 
 @dataclass
 class Fork:
-    """A twin that takes over a prefilled context. copy: (from, to) block of the unfinished last block, or None."""
+    """A sibling that takes over a prefilled context. copy: (from, to) block of the unfinished last block, or None."""
 
     sequence: Sequence
     copy: tuple[int, int] | None
@@ -78,18 +78,18 @@ class Counts:
 class Scheduler:
     """Queue and running set of one sampler.
 
-    `max_prefill_tokens` bounds one prefill step; `share` False switches off every reuse (twins included).
+    `max_prefill_tokens` bounds one prefill step; `share` False switches off every reuse (siblings included).
     """
 
     def __init__(self, pool: BlockPool, *, max_running: int, max_prefill_tokens: int, share: bool) -> None:
         self.pool, self.max_running, self.max_prefill_tokens, self.share = pool, max_running, max_prefill_tokens, share
         self.running: list[Sequence] = []  # by order
         self.counts = Counts()
-        self._heap: list[Sequence] = []  # waiting; may hold stale entries of sequences that were taken as twins
+        self._heap: list[Sequence] = []  # waiting; may hold stale entries of sequences that were taken as siblings
         self._alike: dict[tuple[int, bytes], list[Sequence]] = {}  # waiting sequences by content
         self._num_waiting = 0
         self._prefilling: list[Sequence] = []
-        self._twins: dict[int, list[Sequence]] = {}  # order of the leader -> its twins
+        self._siblings: dict[int, list[Sequence]] = {}  # order of the leader -> its siblings
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, new or preempted."""
@@ -100,37 +100,39 @@ class Scheduler:
 
     def unfinished(self) -> int:
         """Sequences waiting, prefilling or running."""
-        twins = sum(len(twins) for twins in self._twins.values())
-        return self._num_waiting + len(self._prefilling) + twins + len(self.running)
+        siblings = sum(len(siblings) for siblings in self._siblings.values())
+        return self._num_waiting + len(self._prefilling) + siblings + len(self.running)
 
-    def prefill(self) -> list[Piece]:
-        """Admits what fits and returns the pieces of the next prefill step; [] when there is nothing to prefill."""
+    def prefill(self) -> list[PrefillChunk]:
+        """Admits what fits and returns the chunks of the next prefill step; [] when there is nothing to prefill."""
         room = self.max_prefill_tokens - sum(s.length - s.computed for s in self._prefilling)
         while room > 0:
             sequence = self._admit()
             if sequence is None:
                 break
             room -= sequence.length - sequence.computed
-        pieces, left = [], self.max_prefill_tokens
+        chunks, left = [], self.max_prefill_tokens
         for sequence in self._prefilling:
             if left == 0:
                 break
             end = min(sequence.length, sequence.computed + left)
-            pieces.append(Piece(sequence, sequence.computed, end))
+            chunks.append(PrefillChunk(sequence, sequence.computed, end))
             left -= end - sequence.computed
-        return pieces
+        return chunks
 
-    def prefilled(self, pieces: list[Piece]) -> list[list[Fork]]:
-        """Books a prefill step as done. For each complete piece: the sequences that draw from its logits."""
+    def prefilled(self, chunks: list[PrefillChunk]) -> list[list[Fork]]:
+        """Books a prefill step as done. For each complete chunk: the sequences that draw from its logits."""
         forks = []
-        for piece in pieces:
-            leader = piece.sequence
-            self.counts.prefill_tokens += piece.end - leader.computed
-            leader.computed = piece.end
-            if not piece.complete:
+        for chunk in chunks:
+            leader = chunk.sequence
+            self.counts.prefill_tokens += chunk.end - leader.computed
+            leader.computed = chunk.end
+            if not chunk.complete:
                 continue
             self._prefilling.remove(leader)
-            forks.append([Fork(leader, None)] + [self._fork(leader, twin) for twin in self._twins.pop(leader.order)])
+            forks.append(
+                [Fork(leader, None)] + [self._fork(leader, sibling) for sibling in self._siblings.pop(leader.order)]
+            )
             self.running += [fork.sequence for fork in forks[-1]]
         self.running.sort()
         return forks
@@ -158,11 +160,11 @@ class Scheduler:
 
     def cancel(self, sequence: Sequence) -> None:
         """Takes an unfinished sequence out, wherever it is. A running one must hold all that was drawn."""
-        leader = next((s for s in self._prefilling if sequence in self._twins[s.order]), None)
+        leader = next((s for s in self._prefilling if sequence in self._siblings[s.order]), None)
         if sequence.waiting:
             self._unqueue(sequence)
         elif leader is not None:
-            self._twins[leader.order].remove(sequence)
+            self._siblings[leader.order].remove(sequence)
             self.pool.release(sequence.blocks)
             sequence.blocks = []
         elif sequence in self._prefilling:
@@ -171,13 +173,13 @@ class Scheduler:
             self.finish(sequence)
 
     def _cancel_leader(self, leader: Sequence) -> None:
-        """Hands a started prefill to the first twin; without one, to whoever shares blocks of it."""
-        place, twins = self._prefilling.index(leader), self._twins.pop(leader.order)
-        if twins:
-            heir = twins.pop(0)
+        """Hands a started prefill to the first sibling; without one, to whoever shares blocks of it."""
+        place, siblings = self._prefilling.index(leader), self._siblings.pop(leader.order)
+        if siblings:
+            heir = siblings.pop(0)
             self.pool.release(heir.blocks)
             heir.blocks, heir.computed = leader.blocks, leader.computed
-            self._prefilling[place], self._twins[heir.order] = heir, twins
+            self._prefilling[place], self._siblings[heir.order] = heir, siblings
         else:
             self._disown(leader, self._prefilling[place + 1 :])
             self._prefilling.remove(leader)
@@ -215,8 +217,8 @@ class Scheduler:
         sequence.blocks = []
 
     def _places(self) -> int:
-        twins = sum(len(twins) for twins in self._twins.values())
-        return self.max_running - len(self.running) - len(self._prefilling) - twins
+        siblings = sum(len(siblings) for siblings in self._siblings.values())
+        return self.max_running - len(self.running) - len(self._prefilling) - siblings
 
     def _admit(self) -> Sequence | None:
         """The next waiting sequence with blocks for its tokens, made a leader; None when none fits or none waits."""
@@ -239,37 +241,37 @@ class Scheduler:
         heapq.heappop(self._heap)
         leader.blocks, leader.computed = held + self.pool.allocate(need), len(known) * size
         self.counts.reused_tokens += leader.computed
-        twins = self._take(leader)
+        siblings = self._take(leader)
         if self.share:
             self.pool.publish(tokens, leader.blocks, leader.root)
         self._prefilling.append(leader)
-        self._twins[leader.order] = twins
+        self._siblings[leader.order] = siblings
         return leader
 
     def _take(self, leader: Sequence) -> list[Sequence]:
-        """Takes the leader, and the twins that there is room for, out of the queue."""
+        """Takes the leader, and the siblings that there is room for, out of the queue."""
         content = self._content(leader)
         alike = self._alike[content]
         alike.remove(leader)
         leader.waiting, self._num_waiting = False, self._num_waiting - 1
         tail = 1 if leader.length % self.pool.block_tokens else 0
-        twins: list[Sequence] = []
+        siblings: list[Sequence] = []
         places = self._places() - 1
-        for twin in sorted(alike) if self.share else []:
-            spare = len(self.running) + len(self._prefilling) + len(twins) + 1
-            if len(twins) >= places or self.pool.available() < tail + spare:
+        for sibling in sorted(alike) if self.share else []:
+            spare = len(self.running) + len(self._prefilling) + len(siblings) + 1
+            if len(siblings) >= places or self.pool.available() < tail + spare:
                 break
-            twin.waiting, self._num_waiting = False, self._num_waiting - 1
-            twin.blocks = self.pool.allocate(tail)
-            alike.remove(twin)
-            twins.append(twin)
+            sibling.waiting, self._num_waiting = False, self._num_waiting - 1
+            sibling.blocks = self.pool.allocate(tail)
+            alike.remove(sibling)
+            siblings.append(sibling)
         if not alike:
             del self._alike[content]
-        return twins
+        return siblings
 
-    def _fork(self, leader: Sequence, twin: Sequence) -> Fork:
+    def _fork(self, leader: Sequence, sibling: Sequence) -> Fork:
         whole = leader.length // self.pool.block_tokens
-        copy = (leader.blocks[whole], twin.blocks[0]) if twin.blocks else None
-        twin.blocks = self.pool.share(leader.blocks[:whole]) + twin.blocks
-        self.counts.reused_tokens += twin.length
-        return Fork(twin, copy)
+        copy = (leader.blocks[whole], sibling.blocks[0]) if sibling.blocks else None
+        sibling.blocks = self.pool.share(leader.blocks[:whole]) + sibling.blocks
+        self.counts.reused_tokens += sibling.length
+        return Fork(sibling, copy)

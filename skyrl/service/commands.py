@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skyrl.engine import Engine, ModelSpec
-from skyrl.sampler.prompts import PromptQuery, PromptStats, score_prompts
+from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult, score_prompts
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, Sample, SampleRequest, UserError
 
 BASE = "base"
@@ -88,7 +88,7 @@ class Drawn:
 class Question:
     """A query; `tail`: of its tables only the rows from query.start on are wanted."""
 
-    query: PromptQuery
+    query: PromptLogprobsRequest
     tail: bool = False
 
 
@@ -139,20 +139,20 @@ def clear(hands: Hands, common: str, part: None) -> None:
 def state(hands: Hands, common: tuple[str, bool], part: None) -> dict[str, Any] | None:
     """A tenant's tensors on the CPU, from rank 0."""
     model, optimizer = common
-    out = hands.engine.tenant_state(model, optimizer=optimizer)
+    out = hands.engine.model_state(model, optimizer=optimizer)
     return out if hands.engine.world.is_leader else None
 
 
 def load(hands: Hands, common: tuple[str, dict[str, Any], bool], part: None) -> None:
     """Puts a saved state into a tenant."""
     model, tensors, optimizer = common
-    hands.engine.load_tenant(model, tensors, optimizer=optimizer)
+    hands.engine.load_model_state(model, tensors, optimizer=optimizer)
 
 
 def publish(hands: Hands, common: tuple[str, str], part: None) -> None:
     """Makes a read-only copy of a tenant under a name."""
     name, model = common
-    hands.engine.publish(name, model)
+    hands.engine.freeze_adapter(name, model)
 
 
 def load_adapter(hands: Hands, common: LoadAdapter, part: None) -> None:
@@ -167,12 +167,12 @@ def replace_base(hands: Hands, common: dict[str, Tensor], part: None) -> None:
 
 def drop_adapter(hands: Hands, common: str, part: None) -> None:
     """Forgets a read-only adapter; nothing may be sampling from it."""
-    hands.engine.drop_adapter(common)
+    hands.engine.delete_adapter(common)
 
 
 def park(hands: Hands, common: str, part: None) -> None:
     """Moves an idle tenant to host memory."""
-    hands.engine.park(common)
+    hands.engine.offload(common)
 
 
 def undo(hands: Hands, common: str, part: None) -> None:
@@ -181,7 +181,7 @@ def undo(hands: Hands, common: str, part: None) -> None:
     if common in engine.models:
         engine.delete(common)
     if common in engine.adapters:
-        engine.drop_adapter(common)
+        engine.delete_adapter(common)
 
 
 def sample(hands: Hands, common: float, part: Slice) -> Drawn:
@@ -190,7 +190,7 @@ def sample(hands: Hands, common: float, part: Slice) -> Drawn:
     No collective is inside, so ranks may stop at different steps. When the base itself gives logits that are not
     finite (whole weights of a training that went wrong), all requests of this rank are refused: they share it.
     """
-    sampler = hands.engine.serving(BASE).sampler
+    sampler = hands.engine.open_sampler(BASE).sampler
     refused, samples = [], []
     for uid in part.cancelled:
         sampler.cancel(uid)
@@ -211,7 +211,7 @@ def sample(hands: Hands, common: float, part: Slice) -> Drawn:
     return Drawn(samples, refused, sampler.unfinished(), news)
 
 
-def score(hands: Hands, common: None, part: list[Question]) -> list[PromptStats | Problem]:
+def score(hands: Hands, common: None, part: list[Question]) -> list[PromptLogprobsResult | Problem]:
     """What is asked about prompts, in their order. Keeps nothing, so one that cannot be answered harms no other."""
     try:
         return _scored(hands, part)
@@ -219,7 +219,7 @@ def score(hands: Hands, common: None, part: list[Question]) -> list[PromptStats 
         return [_scored_alone(hands, question) for question in part]
 
 
-def _scored_alone(hands: Hands, question: Question) -> PromptStats | Problem:
+def _scored_alone(hands: Hands, question: Question) -> PromptLogprobsResult | Problem:
     try:
         return _scored(hands, [question])[0]
     except UserError as error:
@@ -228,10 +228,10 @@ def _scored_alone(hands: Hands, question: Question) -> PromptStats | Problem:
         return Problem(f"{len(question.query.tokens)} tokens and what is asked about them do not fit into memory")
 
 
-def _scored(hands: Hands, part: list[Question]) -> list[PromptStats]:
+def _scored(hands: Hands, part: list[Question]) -> list[PromptLogprobsResult]:
     engine = hands.engine
     queries = [question.query for question in part]
-    found = score_prompts(engine.serving(BASE).module, queries, engine.adapters, max_tokens=hands.score_tokens)
+    found = score_prompts(engine.open_sampler(BASE).module, queries, engine.adapters, max_tokens=hands.score_tokens)
     for question, stats in zip(part, found, strict=True):
         if question.tail and stats.topk_ids is not None and stats.topk_logprobs is not None:
             start = question.query.start

@@ -1,8 +1,8 @@
 """Sampling requests of all clients: which weights, which rank, what is asked besides the draws, and the answer.
 
-A request becomes draws (SampleRequest, one per sample) and questions about its prompt (PromptQuery). All draws of all
-tenants run in one continuous batch per rank, each with its own adapter. Large requests are handed to the ranks in
-parts, in turn with the others'.
+A request becomes draws (SampleRequest, one per sample) and questions about its prompt (PromptLogprobsRequest). All
+draws of all tenants run in one continuous batch per rank, each with its own adapter. Large requests are handed to the
+ranks in parts, in turn with the others'.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from skyrl.config.serve import ServeConfig
-from skyrl.sampler.prompts import PromptQuery, PromptStats
+from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, NOT_FINITE, Problem, Question, Slice
 from skyrl.service.leader import Leader
@@ -37,7 +37,7 @@ class Work:
     adapter: str  # "" = the base
     sequences: list[SampledSequence | None]
     ranks: dict[str, int] = field(default_factory=dict)  # draw -> rank
-    prompt: PromptStats | None = None
+    prompt: PromptLogprobsResult | None = None
     waits_for_prompt: bool = False
     missing: int = 0
     todo: deque[SampleRequest] = field(default_factory=deque)  # not handed to a rank yet
@@ -66,7 +66,7 @@ class Sampling:
         self._load = [0] * size
         self._todo: OrderedDict[str, deque[Work]] = OrderedDict()  # by owner: works with draws that no rank has yet
         self._bytes = 0  # of the answers to all works, at most
-        self._questions: list[tuple[Work, PromptQuery]] = []
+        self._questions: list[tuple[Work, PromptLogprobsRequest]] = []
         self._waiting: deque[Job] = deque()  # taken from the desk, not begun
         self._filled = ""  # whose whole weights are sampled, where all parameters are trained
         self._leaving: list[str] = []  # adapters of cancelled requests, which the ranks still draw from
@@ -190,10 +190,10 @@ class Sampling:
 
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
-    def _question(self, work: Work) -> PromptQuery:
+    def _question(self, work: Work) -> PromptLogprobsRequest:
         query, length = work.query, len(work.query.prompt)
         last = query.prompt_logprobs_last_n
-        return PromptQuery(
+        return PromptLogprobsRequest(
             uid=work.job.request_id,
             tokens=query.prompt,
             model=work.adapter,
@@ -221,7 +221,7 @@ class Sampling:
             asked.append((work, question))
         self._questions = ordered[len(asked) :]
         parts: list[list[Question]] = [[] for _ in range(size)]
-        owners: list[list[tuple[Work, PromptQuery]]] = [[] for _ in range(size)]
+        owners: list[list[tuple[Work, PromptLogprobsRequest]]] = [[] for _ in range(size)]
         loads = [0] * size
         for work, question in sorted(asked, key=lambda pair: -len(pair[1].tokens)):
             rank = min(range(size), key=lambda r: (loads[r], r))
@@ -234,7 +234,7 @@ class Sampling:
                 if self._works.get(work.job.request_id) is work:  # no earlier answer has ended it
                     self._answered(work, question, one)
 
-    def _answered(self, work: Work, question: PromptQuery, stats: PromptStats | Problem) -> None:
+    def _answered(self, work: Work, question: PromptLogprobsRequest, stats: PromptLogprobsResult | Problem) -> None:
         if isinstance(stats, Problem):
             self._take_out(work, Refused(stats.text))
             return
@@ -299,7 +299,7 @@ class Sampling:
         reason = "stop" if sample.stop == "stop" else "length"
         work.sequences[index] = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
         if work.query.topk_sample_logprobs and len(sample.tokens):
-            question = PromptQuery(
+            question = PromptLogprobsRequest(
                 uid=sample.uid,
                 tokens=np.concatenate([work.query.prompt, sample.tokens]),
                 model=work.adapter,
@@ -362,13 +362,13 @@ class Sampling:
         self._works.clear()
 
 
-def _table_bytes(question: PromptQuery) -> int:
+def _table_bytes(question: PromptLogprobsRequest) -> int:
     """What the tables of an answer take on the rank that makes them."""
     targets = 0 if question.targets is None else question.targets.size
     return CELL * (len(question.tokens) * (1 + question.topk + 2 * question.alternatives) + 2 * targets)
 
 
-def _is_finite(question: PromptQuery, stats: PromptStats) -> bool:
+def _is_finite(question: PromptLogprobsRequest, stats: PromptLogprobsResult) -> bool:
     """Whether there is a number everywhere where one was asked for."""
     tables = (stats.topk_logprobs, stats.targets, stats.alt_logprobs)
     if any(table is not None and np.isnan(table).any() for table in tables):

@@ -114,13 +114,13 @@ class ReplicatedStrategy:
     # ---- idle models: everything in host memory
 
     @property
-    def parked(self) -> bool:
-        """Whether weights and optimizer lie in host memory; no other method may be called then but `unpark`."""
+    def offloaded(self) -> bool:
+        """Whether weights and optimizer lie in host memory; no other method may be called then but `onload`."""
         return self._home is not None
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Moves weights, masters, moments and the pending gradient to host memory, pinned where there is a GPU."""
-        if self.parked:
+        if self.offloaded:
             return
         home = self.flat.device
 
@@ -130,7 +130,7 @@ class ReplicatedStrategy:
         self._move(away)
         self._home = home
 
-    def unpark(self) -> None:
+    def onload(self) -> None:
         """Moves everything back to where it was, bit for bit."""
         if self._home is not None:
             home, self._home = self._home, None

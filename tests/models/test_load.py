@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM
-from skyrl.models.load import build_model, build_on_meta, load_into, load_tokenizer, probe, read_config
+from skyrl.models.load import (
+    build_model,
+    build_on_meta,
+    check_against_transformers,
+    load_into,
+    load_tokenizer,
+    read_config,
+)
 from skyrl.models.support import check_supported
 from skyrl.models.tiny import tiny_tokenizer
 from skyrl.models.weights import init_random
@@ -49,7 +56,7 @@ def test_same_parameters_and_buffers_as_transformers(name, dtype, tmp_path):
         # never cast below what transformers has: rotary frequencies are float32 in both
         assert torch.equal(b.to(buffers[n].dtype), buffers[n]), n
         assert "inv_freq" not in n or b.dtype == torch.float32
-    probe(own)
+    check_against_transformers(own)
 
 
 def test_one_file_and_loading_after_moving_off_meta(tmp_path):
@@ -159,21 +166,21 @@ def test_families_that_show_only_when_built(kind, match, tmp_path):
 
 def test_probe_finds_a_head_and_a_window_that_are_not_what_they_seem():
     model = CausalLM(make_net("gemma2"))
-    probe(model)
+    check_against_transformers(model)
     model.head_spec = type(model.head_spec)()
     with pytest.raises(UserError, match="gemma2.*differ from transformers' own"):
-        probe(model)
+        check_against_transformers(model)
     model = CausalLM(make_net("gemma3"))
     model.net.model.layers[0].self_attn.sliding_window = None
     with pytest.raises(UserError, match="gemma3_text.*differ"):
-        probe(model)
+        check_against_transformers(model)
     # OLMoE hands its attention a window that its eager mask does not have: which one is meant, nobody can tell
     sizes = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
     olmoe = tf.AutoModelForCausalLM.from_config(
         tf.OlmoeConfig(**sizes, num_experts=8, eos_token_id=1, sliding_window=8)
     )
     with pytest.raises(UserError, match="olmoe.*differ"):
-        probe(CausalLM(olmoe))
+        check_against_transformers(CausalLM(olmoe))
 
 
 def test_random_weights_depend_on_seed_and_name_only():

@@ -41,7 +41,7 @@ MODELS = {"qwen3": qwen3, "llama": llama}
 def backend(request, monkeypatch):
     """Name of the backend to ask for; each of the three paths runs."""
     if request.param == "fused":
-        monkeypatch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
+        monkeypatch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
     name = "module" if request.param == "module" else "fused"
     assert sampler(qwen3(), backend=name, adapters={}).backend == request.param
     return name
@@ -215,7 +215,7 @@ def test_prefixes_are_shared_within_an_adapter_only(backend):
     run(engine, [r for name in ("", "a", "b") for r in requests([context], model=name, max_tokens=4)])
     metrics = engine.metrics()
     assert metrics["sampler/prefill_tokens:sum"] == 3 * 37 and metrics["sampler/reused_tokens:sum"] == 0
-    for name in ("", "a", "b"):  # and each finds its own again, twins too
+    for name in ("", "a", "b"):  # and each finds its own again, siblings too
         drawn = run(engine, requests([context], samples=2, model=name, max_tokens=4))
         assert engine.metrics()["sampler/reused_tokens:sum"] == 32 + 37
         exact = merged(model, adapters[name]) if name else model

@@ -38,7 +38,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(cuda, "varlen_function", lambda: slow_varlen)
     monkeypatch.setattr("skyrl.sampler.sampler.page_size", lambda wanted, *rest: 8)
     monkeypatch.setattr("skyrl.sampler.sampler._VERDICTS", {})
-    monkeypatch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
+    monkeypatch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
 
 
 @pytest.mark.parametrize("backend", ["module", "fused"])

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skyrl.models.forward import CausalLM
 from skyrl.sampler import prompts as module
-from skyrl.sampler.prompts import EMPTY, PromptQuery, score_prompts
+from skyrl.sampler.prompts import EMPTY, PromptLogprobsRequest, score_prompts
 from skyrl.types import UserError
 from tests.families import make_net
 from tests.sampler.tools import TOLERANCE, VOCAB, adapter, merged, plain_logits, prompts, qwen3
@@ -28,7 +28,7 @@ def setting():
     return model, adapters, {"": model} | {name: merged(model, each) for name, each in adapters.items()}
 
 
-def questions(count=12, seed=0, vocab=VOCAB) -> list[PromptQuery]:
+def questions(count=12, seed=0, vocab=VOCAB) -> list[PromptLogprobsRequest]:
     """All kinds in turns, over the base and both adapters."""
     rng = np.random.default_rng(seed)
     asked = []
@@ -36,7 +36,7 @@ def questions(count=12, seed=0, vocab=VOCAB) -> list[PromptQuery]:
         targets = rng.integers(-1, vocab, (len(tokens) - 1, 3))
         targets[rng.random(len(tokens) - 1) < 0.3] = -1
         asked.append(
-            PromptQuery(
+            PromptLogprobsRequest(
                 f"q{i}", tokens % vocab, ["", "a", "b"][i % 3], start=int(rng.integers(0, len(tokens) + 1)) * (i % 2),
                 logprobs=i % 4 != 1, topk=[0, 5, 200][i % 3] if i != 3 else 2, temperature=[1.0, 0.7][i // 6],
                 targets=targets if i % 5 != 2 else None, alternatives=i % 3, seed=i,
@@ -45,7 +45,7 @@ def questions(count=12, seed=0, vocab=VOCAB) -> list[PromptQuery]:
     return asked
 
 
-def check(query: PromptQuery, stats, model: CausalLM, tolerance=TOLERANCE) -> None:
+def check(query: PromptLogprobsRequest, stats, model: CausalLM, tolerance=TOLERANCE) -> None:
     """Every cell against the plain forward."""
     length, first = len(query.tokens), max(query.start, 1)
     hot, cold = plain(model, query.tokens, query.temperature), plain(model, query.tokens)
@@ -106,7 +106,7 @@ def test_draws_depend_on_seed_position_and_number_only(setting):
     more = questions()
 
     def ask(others=(), **changes):
-        query = PromptQuery("x", tokens, **{"alternatives": 3, "seed": 8, **changes})
+        query = PromptLogprobsRequest("x", tokens, **{"alternatives": 3, "seed": 8, **changes})
         return score_prompts(model, [*others, query], adapters, max_tokens=400)[-1].alt_tokens
 
     base = ask()
@@ -119,7 +119,7 @@ def test_draws_follow_the_distribution(setting):
     model, adapters, _ = setting
     tokens = np.array([4, 9, 2])
     drawn = score_prompts(
-        model, [PromptQuery("x", tokens, alternatives=20_000, seed=3)], adapters, max_tokens=9
+        model, [PromptLogprobsRequest("x", tokens, alternatives=20_000, seed=3)], adapters, max_tokens=9
     )[0].alt_tokens  # fmt: skip
     expected = np.exp(plain(model, tokens))
     for position in (1, 2):
@@ -165,7 +165,7 @@ LIMIT = module.LOGITS_BYTES
 
 def test_one_token_has_nothing_to_say(setting):
     model, adapters, _ = setting
-    query = PromptQuery(
+    query = PromptLogprobsRequest(
         "x", np.array([5]), "a", logprobs=True, topk=2, targets=np.zeros((0, 2), np.int64), alternatives=1
     )
     stats = score_prompts(model, [query], adapters, max_tokens=10)[0]
@@ -190,6 +190,6 @@ def test_one_token_has_nothing_to_say(setting):
 )
 def test_what_is_wrong_is_refused(setting, change, message):
     model, adapters, _ = setting
-    query = PromptQuery(**{"uid": "x", "tokens": np.array([1, 2]), **change})
+    query = PromptLogprobsRequest(**{"uid": "x", "tokens": np.array([1, 2]), **change})
     with pytest.raises(UserError, match=message):
         score_prompts(model, [query], adapters, max_tokens=10)

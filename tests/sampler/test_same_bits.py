@@ -11,7 +11,7 @@ from skyrl.models.lora import routed
 from skyrl.sampler.runners import cpu_kernels
 from skyrl.types import Datum, SampleRequest, SamplingParams
 from tests.sampler.test_adapters import llama
-from tests.sampler.test_native import KINDS, build
+from tests.sampler.test_cpu_kernels import KINDS, build
 from tests.sampler.tools import adapter, qwen3, run, sampler
 
 
@@ -21,7 +21,7 @@ def path(request, monkeypatch):
     if request.param == "onednn":
         for module in (kernels, cpu_kernels):
             monkeypatch.setattr(module, "library", lambda: (None, "off in this test"))
-        if not exact_ops.packs(torch.float32):
+        if not exact_ops.has_packed_product(torch.float32):
             pytest.skip("torch without oneDNN")
     elif why := kernels.library()[1]:
         pytest.skip(why)

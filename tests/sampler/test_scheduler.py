@@ -20,10 +20,10 @@ def check(scheduler, chunk):
     pool.check()
     live = [*scheduler.running, *scheduler._prefilling]
     assert [s.order for s in scheduler.running] == sorted(s.order for s in scheduler.running)
-    twins = [t for some in scheduler._twins.values() for t in some]
-    assert len(live) + len(twins) <= scheduler.max_running
+    siblings = [t for some in scheduler._siblings.values() for t in some]
+    assert len(live) + len(siblings) <= scheduler.max_running
     holders = np.zeros(pool.num_blocks + 1, dtype=int)
-    for sequence in live + twins:
+    for sequence in live + siblings:
         assert len(set(sequence.blocks)) == len(sequence.blocks)
         for block in sequence.blocks:
             holders[block] += 1
@@ -60,8 +60,8 @@ class Written:
 
 def play(scheduler, written):
     """One step, as the sampler does it: the sequences that draw a token."""
-    pieces = scheduler.prefill()
-    if not pieces:
+    chunks = scheduler.prefill()
+    if not chunks:
         preempted = scheduler.grow() if scheduler.running else []
         assert all(s.waiting and not s.blocks for s in preempted)
         assert all(len(s.blocks) * scheduler.pool.block_tokens >= s.length for s in scheduler.running)
@@ -69,13 +69,13 @@ def play(scheduler, written):
             written.write(sequence, sequence.length - 1, sequence.length)
             written.check(sequence, sequence.length)
         return list(scheduler.running), bool(scheduler.running)
-    assert sum(p.end - p.start for p in pieces) <= scheduler.max_prefill_tokens and all(p.end > p.start for p in pieces)
-    for piece in pieces:  # everything before the piece is in its blocks, and its own tokens have room
-        assert piece.start == piece.sequence.computed
-        written.write(piece.sequence, piece.start, piece.end)
-    for piece in pieces:
-        written.check(piece.sequence, piece.end)
-    forks = [fork for group in scheduler.prefilled(pieces) for fork in group]
+    assert sum(p.end - p.start for p in chunks) <= scheduler.max_prefill_tokens and all(p.end > p.start for p in chunks)
+    for chunk in chunks:  # everything before the chunk is in its blocks, and its own tokens have room
+        assert chunk.start == chunk.sequence.computed
+        written.write(chunk.sequence, chunk.start, chunk.end)
+    for chunk in chunks:
+        written.check(chunk.sequence, chunk.end)
+    forks = [fork for group in scheduler.prefilled(chunks) for fork in group]
     for fork in forks:
         written.copy(fork)
         written.check(fork.sequence, fork.sequence.length)
@@ -137,12 +137,12 @@ def started(*contexts, chunk=4):
 
 
 def test_a_cancelled_leader_hands_its_prefill_to_its_twin():
-    scheduler, written, (leader, twin, other) = started([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], [9])
+    scheduler, written, (leader, sibling, other) = started([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], [9])
     blocks = list(leader.blocks)
     scheduler.cancel(leader)
-    assert twin.blocks == blocks and twin.computed == 4 and not leader.blocks
+    assert sibling.blocks == blocks and sibling.computed == 4 and not leader.blocks
     drew, _ = play(scheduler, written)
-    assert drew == [twin, other] and scheduler.counts.prefill_tokens == 8
+    assert drew == [sibling, other] and scheduler.counts.prefill_tokens == 8
 
 
 def test_what_a_cancelled_leader_has_not_computed_is_computed_by_others():

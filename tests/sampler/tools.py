@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.lora import Adapter
-from skyrl.sampler.sampler import LocalSampler, make_sampler
+from skyrl.sampler.sampler import Sampler, make_sampler
 from skyrl.types import LoraSpec, Sample, SampleRequest, SamplingParams
 
 VOCAB = 97
@@ -34,7 +34,7 @@ def text(tokens) -> str:
     return "".join(chr(96 + t) if 1 <= t <= 26 else {27: "ab", 28: "abc"}.get(int(t), ".") for t in map(int, tokens))
 
 
-def sampler(model: CausalLM, **changes) -> LocalSampler:
+def sampler(model: CausalLM, **changes) -> Sampler:
     """A sampler with the module path unless told otherwise."""
     given = {"max_length": 128} | {key: changes.pop(key) for key in ("max_length", "adapters") if key in changes}
     return make_sampler(model, SamplerConfig(**{"backend": "module", **changes}), decode=text, **given)
@@ -68,7 +68,7 @@ def prompts(count: int, seed: int = 0, low: int = 1, high: int = 40) -> list[np.
     return [rng.integers(1, VOCAB, rng.integers(low, high)) for _ in range(count)]
 
 
-def run(engine: LocalSampler, requests: list[SampleRequest]) -> dict[str, Sample]:
+def run(engine: Sampler, requests: list[SampleRequest]) -> dict[str, Sample]:
     """Plays all requests; checks that no block is lost."""
     for request in requests:
         engine.add(request)

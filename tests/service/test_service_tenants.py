@@ -269,9 +269,9 @@ def test_cancel(client):
     assert drawn(kept.result(20)) == alone
     service = client._job.service
     deadline = time.monotonic() + 10
-    while service.engine.serving("base").sampler.unfinished() and time.monotonic() < deadline:
+    while service.engine.open_sampler("base").sampler.unfinished() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert service.engine.serving("base").sampler.unfinished() == 0
+    assert service.engine.open_sampler("base").sampler.unfinished() == 0
 
 
 def test_rl_losses_through_joined_commands(client):

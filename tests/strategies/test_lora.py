@@ -26,7 +26,7 @@ def tenant_body(kinds):
         for n in range(3):
             engine.forward_backward(dealt(make_rows(n), engine), SPEC, model="tenant")
             norms.append(engine.optim_step("tenant", ADAM)["grad_norm:mean"])
-        found[kind] = (engine.tenant_state("tenant")["weights"], norms)
+        found[kind] = (engine.model_state("tenant")["weights"], norms)
     return found
 
 

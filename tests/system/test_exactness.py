@@ -10,12 +10,12 @@ from launcher import python
 from skyrl.config.load import load_config
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine, ModelSpec
-from skyrl.models.exact_ops import packs
+from skyrl.models.exact_ops import has_packed_product
 from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import Datum, SampleRequest, SamplingParams
 
 
-@pytest.mark.skipif(library()[0] is None and not packs(torch.float32), reason="torch without oneDNN")
+@pytest.mark.skipif(library()[0] is None and not has_packed_product(torch.float32), reason="torch without oneDNN")
 def test_a_model_with_large_weights():
     """Weights four times those of a fresh model amplify rounding as training does."""
     cfg = load_config(["run.threads=1"])

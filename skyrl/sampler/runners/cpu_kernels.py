@@ -17,11 +17,11 @@ from skyrl import kernels
 from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.adapters import segments as segments_of
-from skyrl.sampler.draw import Rules, draw
-from skyrl.sampler.plan import Plan
 from skyrl.sampler.runners.lowrank import STRUCTS, PackedAdapters, SegmentStruct
-from skyrl.sampler.runners.paged import Batch, KVCache, ModuleRunner
-from skyrl.sampler.scheduler import Piece
+from skyrl.sampler.runners.paged import DecodeInputs, KVCache, ModuleRunner
+from skyrl.sampler.runners.plan import DecodePlan
+from skyrl.sampler.runners.sampling import BatchSamplingParams, sample
+from skyrl.sampler.scheduler import PrefillChunk
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class _Step(ctypes.Structure):
     ]
 
 
-def why_not(plan: Plan, cache: KVCache) -> str:
+def unsupported_reason(plan: DecodePlan, cache: KVCache) -> str:
     """Why the kernels cannot run this plan here; "" when they can."""
     hidden, ffn = plan.embedding.embedding_dim, plan.layers[0].down.in_features
     if cache.device.type != "cpu" or cache.dtype not in (torch.float32, torch.bfloat16):
@@ -82,16 +82,16 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return loaded, ""
 
 
-class NativeRunner:
-    """Runs a Plan by kernels/decode.cpp. The result for a row depends on nothing but that row's own sequence, to the
-    bit: neither on the batch, nor on others' adapters, nor on threads, nor on whether it was prefilled or decoded.
+class CpuKernelRunner:
+    """Runs a DecodePlan by kernels/decode.cpp. The result for a row depends on nothing but that row's own sequence, to
+    the bit: neither on the batch, nor on others' adapters, nor on threads, nor on whether it was prefilled or decoded.
 
     `exact` keeps this also for contexts above LONGEST_PREFILL and for rows with cuts. Without, the former are prefilled
     by the module, which is faster there, and a batch in which some row has a cut is drawn by torch."""
 
     name = "kernels"
 
-    def __init__(self, plan: Plan, cache: KVCache, module: ModuleRunner, *, exact: bool = False) -> None:
+    def __init__(self, plan: DecodePlan, cache: KVCache, module: ModuleRunner, *, exact: bool = False) -> None:
         loaded, reason = library()
         if loaded is None:
             raise RuntimeError(reason)
@@ -125,32 +125,32 @@ class NativeRunner:
             sines=self._live(plan.sin_LC), layer=ctypes.cast(layers, ctypes.POINTER(_Layer)),
         )  # fmt: skip
 
-    def prefill(self, pieces: list[Piece]) -> Tensor | None:
-        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
         if self._exact:
-            return self._prefill(pieces)
-        logits = []  # in order: a piece may need keys of one before it
-        for long, some in groupby(pieces, lambda piece: piece.end > LONGEST_PREFILL):
+            return self._prefill(chunks)
+        logits = []  # in order: a chunk may need keys of one before it
+        for long, some in groupby(chunks, lambda chunk: chunk.end > LONGEST_PREFILL):
             part = (self._module.prefill if long else self._prefill)(list(some))
             logits += [] if part is None else [part]
         return torch.cat(logits) if logits else None
 
-    def _prefill(self, pieces: list[Piece]) -> Tensor | None:
-        lengths = [piece.end - piece.start for piece in pieces]
-        tokens = np.concatenate([piece.sequence.tokens[piece.start : piece.end] for piece in pieces])
-        positions = np.concatenate([np.arange(piece.start, piece.end) for piece in pieces])
-        width = max(len(piece.sequence.blocks) for piece in pieces)
-        table = np.zeros((len(pieces), width), dtype=np.int32)
-        for row, piece in zip(table, pieces, strict=True):
-            row[: len(piece.sequence.blocks)] = piece.sequence.blocks
-        rows = (np.cumsum(lengths) - 1)[[piece.complete for piece in pieces]]
+    def _prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        lengths = [chunk.end - chunk.start for chunk in chunks]
+        tokens = np.concatenate([chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        width = max(len(chunk.sequence.blocks) for chunk in chunks)
+        table = np.zeros((len(chunks), width), dtype=np.int32)
+        for row, chunk in zip(table, chunks, strict=True):
+            row[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
+        rows = (np.cumsum(lengths) - 1)[[chunk.complete for chunk in chunks]]
         table = np.repeat(table, lengths, axis=0)
         logits = self._forward(
-            tokens, positions, table, rows, segments_of([p.sequence.adapter for p in pieces], lengths)
+            tokens, positions, table, rows, segments_of([p.sequence.adapter for p in chunks], lengths)
         )
         return logits if len(rows) else None
 
-    def decode(self, batch: Batch) -> Tensor:
+    def decode(self, batch: DecodeInputs) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         rows = np.arange(len(batch.tokens_B))
         return self._forward(batch.tokens_B, batch.positions_B, batch.table_BW, rows, batch.segments)
@@ -159,23 +159,23 @@ class NativeRunner:
         """Drops the packed form of an adapter."""
         self._adapters.forget(adapter)
 
-    def draw(self, logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-        """As draw.draw, up to rounding; rows with cuts go there, one by one if bits matter."""
-        if logits_BV.dtype != torch.float32 or (rules.cut and not self._exact):
-            return draw(logits_BV, rules, uniforms_B)
-        tokens_B, logprobs_B = self._draw(logits_BV, rules, uniforms_B)
-        if rules.cut:
-            cut_B = (rules.top_k_B < logits_BV.shape[1]) | (rules.top_p_B < 1) | (rules.min_p_B > 0)
-            for row in np.flatnonzero(cut_B.numpy() & (rules.temperatures > 0)):
+    def sample(self, logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As sampling.sample, up to rounding; rows with cuts go there, one by one if bits matter."""
+        if logits_BV.dtype != torch.float32 or (params.cut and not self._exact):
+            return sample(logits_BV, params, uniforms_B)
+        tokens_B, logprobs_B = self._sample(logits_BV, params, uniforms_B)
+        if params.cut:
+            cut_B = (params.top_k_B < logits_BV.shape[1]) | (params.top_p_B < 1) | (params.min_p_B > 0)
+            for row in np.flatnonzero(cut_B.numpy() & (params.temperatures > 0)):
                 one = slice(row, row + 1)
-                tokens_B[one], logprobs_B[one] = draw(logits_BV[one], rules.rows(one), uniforms_B[one])
+                tokens_B[one], logprobs_B[one] = sample(logits_BV[one], params.rows(one), uniforms_B[one])
         return tokens_B, logprobs_B
 
-    def _draw(self, logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         (count, vocab), logits_BV = logits_BV.shape, logits_BV.contiguous()
         tokens_B, logprobs_B = torch.empty(count, dtype=torch.int64), torch.empty(count)
-        self._library.skyrl_draw(
-            logits_BV.data_ptr(), count, vocab, uniforms_B.data_ptr(), rules.temperatures.ctypes.data,
+        self._library.skyrl_sample(
+            logits_BV.data_ptr(), count, vocab, uniforms_B.data_ptr(), params.temperatures.ctypes.data,
             tokens_B.data_ptr(), logprobs_B.data_ptr(), self._model.threads,
         )  # fmt: skip
         return tokens_B, logprobs_B

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from skyrl.models.attention import Attention
-from skyrl.sampler.adapters import piece_segments
-from skyrl.sampler.draw import draw
-from skyrl.sampler.runners.paged import Batch, KVCache, last_rows
-from skyrl.sampler.scheduler import Piece
+from skyrl.sampler.adapters import chunk_segments
+from skyrl.sampler.runners.paged import DecodeInputs, KVCache, last_rows
+from skyrl.sampler.runners.sampling import sample
+from skyrl.sampler.scheduler import PrefillChunk
 
 if TYPE_CHECKING:
     from skyrl.models.lora import Adapter, Segment
-    from skyrl.sampler.probe import LayerCall
+    from skyrl.sampler.runners.attention_calls import LayerCall
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class _Buffers:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
 
-    def fill(self, batch: Batch, block_tokens: int) -> None:
+    def fill(self, batch: DecodeInputs, block_tokens: int) -> None:
         """Takes over a batch; rows beyond it become padding."""
         count, size = len(batch.tokens_B), len(self.tokens)
         slots_B = batch.table_BW[np.arange(count), batch.positions_B // block_tokens].astype(np.int64) * block_tokens
@@ -192,7 +192,7 @@ class _Buffers:
 class CudaRunner:
     """Runs the module or the fused plan with paged attention; decode steps as graphs if asked."""
 
-    draw = staticmethod(draw)
+    sample = staticmethod(sample)
 
     def __init__(self, inner: Inner, cache: KVCache, *, max_length: int, max_running: int, graphs: bool) -> None:
         self._inner, self._cache, self._graphs = inner, cache, graphs and cache.device.type == "cuda"
@@ -206,27 +206,27 @@ class CudaRunner:
         """module or fused."""
         return self._inner.name
 
-    def prefill(self, pieces: list[Piece]) -> Tensor | None:
-        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
         size, device = self._cache.block_tokens, self._cache.device
-        tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in pieces])
-        positions = np.concatenate([np.arange(p.start, p.end) for p in pieces])
-        lengths = [p.end - p.start for p in pieces]
-        table = np.zeros((len(pieces), max(len(p.sequence.blocks) for p in pieces)), dtype=np.int32)
-        for row, p in zip(table, pieces, strict=True):
+        tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in chunks])
+        positions = np.concatenate([np.arange(p.start, p.end) for p in chunks])
+        lengths = [p.end - p.start for p in chunks]
+        table = np.zeros((len(chunks), max(len(p.sequence.blocks) for p in chunks)), dtype=np.int32)
+        for row, p in zip(table, chunks, strict=True):
             row[: len(p.sequence.blocks)] = p.sequence.blocks
-        owner = np.repeat(np.arange(len(pieces)), lengths)
+        owner = np.repeat(np.arange(len(chunks)), lengths)
         slots = table[owner, positions // size].astype(np.int64) * size + positions % size
         tokens_T, positions_T, slots_T, table_BW = (
             torch.from_numpy(x).to(device) for x in (tokens, positions, slots, table)
         )
-        firsts, ends = np.cumsum([0, *lengths]), [p.end for p in pieces]
+        firsts, ends = np.cumsum([0, *lengths]), [p.end for p in chunks]
         attention = VarlenAttention(self._cache, slots_T, firsts, ends, max(lengths), max(ends), table_BW)
-        segments, drawing = piece_segments(pieces)
+        segments, drawing = chunk_segments(chunks)
         hidden_TC = self._inner.hidden(tokens_T, positions_T, attention, segments)
-        return self._inner.logits(last_rows(hidden_TC, pieces), drawing) if any(p.complete for p in pieces) else None
+        return self._inner.logits(last_rows(hidden_TC, chunks), drawing) if any(p.complete for p in chunks) else None
 
-    def decode(self, batch: Batch) -> Tensor:
+    def decode(self, batch: DecodeInputs) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         count = len(batch.tokens_B)
         size = next(size for size in self._sizes if size >= count)

@@ -21,25 +21,32 @@ from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
-from skyrl.sampler.adapters import piece_segments
-from skyrl.sampler.draw import draw
-from skyrl.sampler.plan import Plan
-from skyrl.sampler.runners.paged import Batch, KVCache, PagedAttention, decode_attention, last_rows, prefill_attention
-from skyrl.sampler.scheduler import Piece
+from skyrl.sampler.adapters import chunk_segments
+from skyrl.sampler.runners.paged import (
+    DecodeInputs,
+    KVCache,
+    PagedAttention,
+    decode_attention,
+    last_rows,
+    prefill_attention,
+)
+from skyrl.sampler.runners.plan import DecodePlan
+from skyrl.sampler.runners.sampling import sample
+from skyrl.sampler.scheduler import PrefillChunk
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake
 
 
 class FusedRunner:
-    """Runs a Plan over the cache."""
+    """Runs a DecodePlan over the cache."""
 
     name = "fused"
-    draw = staticmethod(draw)
+    sample = staticmethod(sample)
 
-    def __init__(self, plan: Plan, cache: KVCache) -> None:
+    def __init__(self, plan: DecodePlan, cache: KVCache) -> None:
         self._plan, self._cache = plan, cache
         weights = sum(p.nbytes for p in _linear_weights(plan))
-        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and exact_ops.packs(cache.dtype)
+        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and exact_ops.has_packed_product(cache.dtype)
         self._ops: type[_Quick] = _Trained if pack and cache.dtype == torch.float32 else _Quick
         self._adapters: dict[int, Adapter] = {}  # by id: those whose weights the linears hold
         self._qkv = [_Linear(plan, layer.qkv, pack) for layer in plan.layers]
@@ -69,14 +76,14 @@ class FusedRunner:
             for linear in self._linears():
                 linear.forget(adapter)
 
-    def prefill(self, pieces: list[Piece]) -> Tensor | None:
-        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
-        tokens_T, positions_T, attention = prefill_attention(self._cache, pieces)
-        segments, drawing = piece_segments(pieces)
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
+        tokens_T, positions_T, attention = prefill_attention(self._cache, chunks)
+        segments, drawing = chunk_segments(chunks)
         hidden_TC = self.hidden(tokens_T, positions_T, attention, segments)
-        return self.logits(last_rows(hidden_TC, pieces), drawing) if any(p.complete for p in pieces) else None
+        return self.logits(last_rows(hidden_TC, chunks), drawing) if any(p.complete for p in chunks) else None
 
-    def decode(self, batch: Batch) -> Tensor:
+    def decode(self, batch: DecodeInputs) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attention = decode_attention(self._cache, batch)
         if self._products:
@@ -197,7 +204,7 @@ class _ProductAttention:
 class _Linear:
     """One product for several nn.Linear that read the same input; packed, or live without a copy."""
 
-    def __init__(self, plan: Plan, parts: list[nn.Linear], pack: bool) -> None:
+    def __init__(self, plan: DecodePlan, parts: list[nn.Linear], pack: bool) -> None:
         self._plan, self._parts, self.packed = plan, parts, pack
         self._trained = pack and parts[0].weight.dtype == torch.float32  # with training's roundings
         # by id of the adapter: (columns, A, B) of each part, packed, or of all of them, B block by block
@@ -263,7 +270,7 @@ class _Linear:
         return self.add(x, y, segments)
 
 
-def _qk_scale(plan: Plan, norms: tuple[nn.Module, nn.Module] | None) -> Tensor | None:
+def _qk_scale(plan: DecodePlan, norms: tuple[nn.Module, nn.Module] | None) -> Tensor | None:
     """Weights of the query and key norms, one row per head."""
     if norms is None:
         return None
@@ -271,6 +278,6 @@ def _qk_scale(plan: Plan, norms: tuple[nn.Module, nn.Module] | None) -> Tensor |
     return torch.cat([query.expand(plan.heads, -1), key.expand(plan.kv_heads, -1)])
 
 
-def _linear_weights(plan: Plan) -> list[Tensor]:
+def _linear_weights(plan: DecodePlan) -> list[Tensor]:
     linears = [linear for layer in plan.layers for linear in (*layer.qkv, layer.out, *layer.gate_up, layer.down)]
     return [linear.weight for linear in (*linears, plan.head)]

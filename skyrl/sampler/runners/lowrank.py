@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl.kernels import MULTIPLE, PANEL
-from skyrl.sampler.plan import Plan
+from skyrl.sampler.runners.plan import DecodePlan
 
 if TYPE_CHECKING:
     from skyrl.models.lora import Adapter, Segment
@@ -44,7 +44,7 @@ STRUCTS = (_Adapter, SegmentStruct, _Deltas)  # sizes are compared with the libr
 class PackedAdapters:
     """The adapters that were used, packed, until they are forgotten."""
 
-    def __init__(self, library: ctypes.CDLL, plan: Plan, dtype: torch.dtype) -> None:
+    def __init__(self, library: ctypes.CDLL, plan: DecodePlan, dtype: torch.dtype) -> None:
         self._library, self._plan, self._dtype = library, plan, dtype
         self._packed: dict[int, _Packed] = {}  # by id of the adapter, which lives as long as its entry
         self._last: tuple[list[Segment] | None, ctypes.Array | None] = (None, None)
@@ -78,7 +78,7 @@ class PackedAdapters:
 class _Packed:
     """One adapter and the memory that its struct points to."""
 
-    def __init__(self, library: ctypes.CDLL, plan: Plan, dtype: torch.dtype, adapter: Adapter) -> None:
+    def __init__(self, library: ctypes.CDLL, plan: DecodePlan, dtype: torch.dtype, adapter: Adapter) -> None:
         self._library, self._plan, self._dtype, self._adapter = library, plan, dtype, adapter
         self._alive: list[Tensor] = []
         most = max((down.shape[0] for down, _ in adapter.pairs.values()), default=1)

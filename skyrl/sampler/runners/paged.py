@@ -22,8 +22,8 @@ from skyrl.models.attention import Attention
 from skyrl.models.lora import Adapter, Segment, routed
 from skyrl.models.packed import MAX_SCORES
 from skyrl.sampler import adapters
-from skyrl.sampler.draw import draw
-from skyrl.sampler.scheduler import Piece
+from skyrl.sampler.runners.sampling import sample
+from skyrl.sampler.scheduler import PrefillChunk
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -176,7 +176,7 @@ def attention(
         q_nHLC = q_nHLC.reshape(count, kv_heads, group, channels)
     elif group > 1:
         k_nKSC, v_nKSC = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_nKSC, v_nKSC))
-    if softcap is None and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.by_onednn(q_nHLC):
+    if softcap is None and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.uses_onednn(q_nHLC):
         # as training attends in float32 on a CPU without kernels (exact_ops.attend)
         keys, values, mask = k_nKSC.double(), v_nKSC.double(), mask_n1LS.double()
         weights = (q_nHLC.double() @ keys.transpose(2, 3)).mul_(scale).add_(mask).softmax(-1)
@@ -192,7 +192,7 @@ def attention(
 
 
 @dataclass
-class Batch:
+class DecodeInputs:
     """The running sequences as arrays; numpy, so that bookkeeping costs no tensor calls."""
 
     tokens_B: np.ndarray  # int64, the newest token of each
@@ -201,30 +201,30 @@ class Batch:
     segments: list[Segment] | None = None  # rows of one adapter lie together; None = all are the base
 
 
-def prefill_attention(cache: KVCache, pieces: list[Piece]) -> tuple[Tensor, Tensor, PagedAttention]:
+def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, PagedAttention]:
     """tokens_T, positions_T and the attention of a prefill step."""
     size, device = cache.block_tokens, cache.device
-    tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in pieces])
-    positions = np.concatenate([np.arange(p.start, p.end) for p in pieces])
-    tables = [np.array(p.sequence.blocks, dtype=np.int64) for p in pieces]
+    tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in chunks])
+    positions = np.concatenate([np.arange(p.start, p.end) for p in chunks])
+    tables = [np.array(p.sequence.blocks, dtype=np.int64) for p in chunks]
     slots = np.concatenate(
         [
             table[np.arange(p.start, p.end) // size] * size + np.arange(p.start, p.end) % size
-            for p, table in zip(pieces, tables, strict=True)
+            for p, table in zip(chunks, tables, strict=True)
         ]
     )
-    firsts = np.cumsum([0] + [p.end - p.start for p in pieces])
+    firsts = np.cumsum([0] + [p.end - p.start for p in chunks])
     groups = []
-    for members in _alike([p.end - p.start for p in pieces]):
-        lengths = [pieces[i].end - pieces[i].start for i in members]
-        width = max(-(-pieces[i].end // size) for i in members)
+    for members in _alike([p.end - p.start for p in chunks]):
+        lengths = [chunks[i].end - chunks[i].start for i in members]
+        width = max(-(-chunks[i].end // size) for i in members)
         rows = np.zeros((len(members), max(lengths)), dtype=np.int64)
         where = np.zeros_like(rows)
         table = np.zeros((len(members), width), dtype=np.int64)
         valid = np.arange(rows.shape[1]) < np.array(lengths)[:, None]
         for at, i in enumerate(members):
             rows[at, : lengths[at]] = np.arange(firsts[i], firsts[i + 1])
-            where[at, : lengths[at]] = np.arange(pieces[i].start, pieces[i].end)
+            where[at, : lengths[at]] = np.arange(chunks[i].start, chunks[i].end)
             used = min(width, len(tables[i]))
             table[at, :used] = tables[i][:used]
         real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)
@@ -247,7 +247,7 @@ def _alike(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def decode_attention(cache: KVCache, batch: Batch) -> tuple[Tensor, Tensor, PagedAttention]:
+def decode_attention(cache: KVCache, batch: DecodeInputs) -> tuple[Tensor, Tensor, PagedAttention]:
     """tokens_B, positions_B and the attention of a decode step."""
     size, device = cache.block_tokens, cache.device
     width = int(batch.positions_B.max()) // size + 1
@@ -265,19 +265,19 @@ class ModuleRunner:
     """Runs the model's own forward over the cache: the reference, and the path of every architecture."""
 
     name = "module"
-    draw = staticmethod(draw)
+    sample = staticmethod(sample)
 
     def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self._model, self._cache = model, cache
 
-    def prefill(self, pieces: list[Piece]) -> Tensor | None:
-        """Fills the cache; logits [complete pieces, V] float32 of the last token of each complete piece, if any."""
-        tokens_T, positions_T, attend = prefill_attention(self._cache, pieces)
-        all_rows, drawing = adapters.piece_segments(pieces)
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
+        tokens_T, positions_T, attend = prefill_attention(self._cache, chunks)
+        all_rows, drawing = adapters.chunk_segments(chunks)
         hidden_TC = self.hidden(tokens_T, positions_T, attend, all_rows)
-        return self.logits(last_rows(hidden_TC, pieces), drawing) if any(p.complete for p in pieces) else None
+        return self.logits(last_rows(hidden_TC, chunks), drawing) if any(p.complete for p in chunks) else None
 
-    def decode(self, batch: Batch) -> Tensor:
+    def decode(self, batch: DecodeInputs) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attend = decode_attention(self._cache, batch)
         return self.logits(self.hidden(tokens_B, positions_B, attend, batch.segments), batch.segments)
@@ -302,8 +302,8 @@ class ModuleRunner:
         """Nothing to do: the adapter's own tensors are read."""
 
 
-def last_rows(hidden_TC: Tensor, pieces: list[Piece]) -> Tensor:
-    """The rows of `hidden_TC` that give the logits of complete pieces."""
-    ends = np.cumsum([p.end - p.start for p in pieces]) - 1
-    rows = [int(end) for end, p in zip(ends, pieces, strict=True) if p.complete]
+def last_rows(hidden_TC: Tensor, chunks: list[PrefillChunk]) -> Tensor:
+    """The rows of `hidden_TC` that give the logits of complete chunks."""
+    ends = np.cumsum([p.end - p.start for p in chunks]) - 1
+    rows = [int(end) for end, p in zip(ends, chunks, strict=True) if p.complete]
     return hidden_TC.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TC.device))

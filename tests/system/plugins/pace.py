@@ -50,5 +50,5 @@ def before(owner, name, phase=""):
 if PHASE:
     before(skyrl.engine.Engine, "create")
     before(skyrl.engine.Engine, "forward_backward")
-    before(skyrl.sampler.sampler.LocalSampler, "step")
+    before(skyrl.sampler.sampler.Sampler, "step")
     before(skyrl.checkpoint, "publish", "saving")

@@ -43,7 +43,7 @@ def uniforms(streams_B: np.ndarray, draws_B: np.ndarray) -> np.ndarray:
 
 def check(params: SamplingParams, where: str) -> None:
     """Raises UserError for a parameter outside its range."""
-    rules = [
+    params = [
         ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
         ("temperature", params.temperature, 0 <= params.temperature < float("inf"), "0 (greedy) or above"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (off) or above"),
@@ -51,13 +51,13 @@ def check(params: SamplingParams, where: str) -> None:
         ("min_p", params.min_p, 0 <= params.min_p <= 1, "0 (off) to 1"),
         ("stop", params.stop, all(params.stop), "no empty string"),
     ]
-    for name, value, good, allowed in rules:
+    for name, value, good, allowed in params:
         if not good:
             raise UserError(f"{where}: {name}={value!r}; allowed: {allowed}")
 
 
 @dataclass
-class Rules:
+class BatchSamplingParams:
     """How the rows of one batch are drawn; built once per batch, not per step. float32 [B] unless said otherwise."""
 
     temperature_B1: Tensor | None  # [B, 1]; None = all 1; 1 where greedy
@@ -69,13 +69,13 @@ class Rules:
     temperatures: np.ndarray  # float32, 0 = greedy
 
     @staticmethod
-    def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Rules:
-        """The rules of these sequences, in this order."""
+    def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> BatchSamplingParams:
+        """The params of these sequences, in this order."""
         greedy = [p.temperature == 0 for p in params]
         heat = [p.temperature or 1.0 for p in params]
         # a cut has no effect on a greedy row: the likeliest token survives every cut
         cut = any((p.top_k or p.top_p < 1 or p.min_p > 0) and p.temperature > 0 for p in params)
-        return Rules(
+        return BatchSamplingParams(
             temperature_B1=None if all(t == 1 for t in heat) else torch.tensor(heat, device=device).unsqueeze(1),
             greedy_B=torch.tensor(greedy, device=device) if any(greedy) else None,
             top_k_B=torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
@@ -85,14 +85,14 @@ class Rules:
             temperatures=np.array([p.temperature for p in params], dtype=np.float32),
         )
 
-    def rows(self, index: slice) -> Rules:
+    def rows(self, index: slice) -> BatchSamplingParams:
         """The same for some rows."""
         heat, greedy = (None if x is None else x[index] for x in (self.temperature_B1, self.greedy_B))
         cuts = (x[index] for x in (self.top_k_B, self.top_p_B, self.min_p_B))
-        return Rules(heat, greedy, *cuts, self.cut, self.temperatures[index])
+        return BatchSamplingParams(heat, greedy, *cuts, self.cut, self.temperatures[index])
 
 
-def draw(logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B] int64 and log-probabilities [B] float32 of softmax(logits / temperature) over all of V.
 
     logits_BV is float32 (or wider) and is overwritten. Sums run in float64, and the drawn point is kept below the
@@ -103,40 +103,40 @@ def draw(logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, T
     """
     rows = max(1, _CHUNK_BYTES // (4 * logits_BV.shape[1]))
     if logits_BV.shape[0] <= rows:
-        return _draw(logits_BV, rules, uniforms_B)
+        return _sample(logits_BV, params, uniforms_B)
     parts = [slice(at, at + rows) for at in range(0, logits_BV.shape[0], rows)]
-    drawn = [_draw(logits_BV[part], rules.rows(part), uniforms_B[part]) for part in parts]
+    drawn = [_sample(logits_BV[part], params.rows(part), uniforms_B[part]) for part in parts]
     return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
 
 
-def _draw(logits_BV: Tensor, rules: Rules, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    if rules.temperature_B1 is not None:
-        logits_BV = logits_BV.div_(rules.temperature_B1)
+def _sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    if params.temperature_B1 is not None:
+        logits_BV = logits_BV.div_(params.temperature_B1)
     top_B1, best_B1 = logits_BV.max(1, keepdim=True)
     shifted_BV = logits_BV.sub_(top_B1)
     # as in training's log-probabilities (exact_ops.log_softmax_at)
-    weights_BV = exact_ops.exp(shifted_BV) if exact_ops.by_onednn(logits_BV) else shifted_BV.exp()
-    drawn_BV = weights_BV * kept(weights_BV, rules) if rules.cut else weights_BV
+    weights_BV = exact_ops.exp(shifted_BV) if exact_ops.uses_onednn(logits_BV) else shifted_BV.exp()
+    drawn_BV = weights_BV * kept(weights_BV, params) if params.cut else weights_BV
     sums_BV = drawn_BV.cumsum(1, dtype=torch.float64)
     total_B1 = sums_BV[:, -1:]
     point_B1 = torch.minimum(uniforms_B.unsqueeze(1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     # the clamp matters only for rows that are not finite: their log-probability then says so, and the caller stops
     token_B1 = torch.searchsorted(sums_BV, point_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
-    if rules.greedy_B is not None:
-        token_B1 = torch.where(rules.greedy_B.unsqueeze(1), best_B1, token_B1)
-    mass_B1 = weights_BV.sum(1, keepdim=True, dtype=torch.float64) if rules.cut else total_B1
+    if params.greedy_B is not None:
+        token_B1 = torch.where(params.greedy_B.unsqueeze(1), best_B1, token_B1)
+    mass_B1 = weights_BV.sum(1, keepdim=True, dtype=torch.float64) if params.cut else total_B1
     logprob_B1 = shifted_BV.gather(1, token_B1) - mass_B1.log()
     return token_B1.squeeze(1), logprob_B1.squeeze(1).float()
 
 
-def kept(weights_BV: Tensor, rules: Rules) -> Tensor:
+def kept(weights_BV: Tensor, params: BatchSamplingParams) -> Tensor:
     """1 where a token may be drawn, 0 where a cut removes it, in the dtype of weights_BV (unnormalised, largest 1)."""
     sorted_BV, order_BV = torch.sort(weights_BV, dim=1, descending=True, stable=True)
     rank_V = torch.arange(weights_BV.shape[1], device=weights_BV.device)
-    keep_BV = rank_V < rules.top_k_B.unsqueeze(1)
+    keep_BV = rank_V < params.top_k_B.unsqueeze(1)
     left_BV = (sorted_BV * keep_BV).cumsum(1, dtype=torch.float64)
     before_BV = torch.cat([torch.zeros_like(left_BV[:, :1]), left_BV[:, :-1]], 1)
-    keep_BV &= (before_BV < rules.top_p_B.unsqueeze(1) * left_BV[:, -1:]) | (rules.top_p_B.unsqueeze(1) >= 1)
+    keep_BV &= (before_BV < params.top_p_B.unsqueeze(1) * left_BV[:, -1:]) | (params.top_p_B.unsqueeze(1) >= 1)
     keep_BV[:, 0] = True
-    keep_BV &= sorted_BV >= rules.min_p_B.unsqueeze(1) * sorted_BV[:, :1]
+    keep_BV &= sorted_BV >= params.min_p_B.unsqueeze(1) * sorted_BV[:, :1]
     return torch.zeros_like(weights_BV).scatter_(1, order_BV, keep_BV.to(weights_BV.dtype))

@@ -38,8 +38,8 @@ def path(request, monkeypatch):
     elif why := kernels.library()[1]:
         pytest.skip(why)
     if request.param == "torch":
-        monkeypatch.setattr(exact_ops, "packs", lambda dtype: False)
-    elif not exact_ops.packs(torch.float32):
+        monkeypatch.setattr(exact_ops, "has_packed_product", lambda dtype: False)
+    elif not exact_ops.has_packed_product(torch.float32):
         pytest.skip("torch without oneDNN")
     return request.param
 
@@ -82,7 +82,7 @@ def test_products_as_zero3_writes_them_are_taken_too(path):
     """DeepSpeed puts its own function in the place of F.linear; in careful passes it gives the same bits."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(50, 704), torch.randn(65, 704), torch.randn(65)
-    with exact_ops.careful(True):
+    with exact_ops.enabled(True):
         drawn = [x.matmul(weight.t()), x @ weight.t(), torch.matmul(x, weight.t())]
         biased = torch.addmm(bias, x, weight.t())
         scores = torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25))
@@ -119,8 +119,10 @@ def test_causal_attention_by_the_kernels(kept, monkeypatch):
     def plain(q, k, v):
         return torch.softmax(q @ k.transpose(1, 2) * 0.3 + bias.to(q.dtype), -1) @ v
 
-    assert exact_ops.attends(q, 2, 27, 48, 48) and not exact_ops.attends(q, 2, 27, 40, 40)
-    assert not exact_ops.attends(q.double(), 2, 27, 48, 48) and not exact_ops.attends(q, 2, kernels.LONGEST + 1, 48, 48)
+    assert exact_ops.kernel_can_attend(q, 2, 27, 48, 48) and not exact_ops.kernel_can_attend(q, 2, 27, 40, 40)
+    assert not exact_ops.kernel_can_attend(q.double(), 2, 27, 48, 48) and not exact_ops.kernel_can_attend(
+        q, 2, kernels.LONGEST + 1, 48, 48
+    )
     close(lambda *x: exact_ops.attend_causal(*x, 0.3), plain, (q, k, v), 2e-7)
 
 
@@ -159,7 +161,7 @@ def microbatch():
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 def test_recomputed_layers_give_the_same_bits(name, path):
-    """A layer that is recomputed in the backward pass, outside of `careful`, is rounded as in the forward pass."""
+    """A layer that is recomputed in the backward pass, outside of `enabled`, is rounded as in the forward pass."""
     mb, seen = microbatch(), []
     for recompute in (False, True):
         model = CausalLM(make_net(name, std=0.1))
@@ -169,7 +171,7 @@ def test_recomputed_layers_give_the_same_bits(name, path):
         (out.logprobs_T * mb.weights_T).sum().backward()
         seen.append([out.logprobs_T.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert not exact_ops.inside()
+    assert not exact_ops.is_enabled()
 
 
 def test_norms_are_replaced_in_our_forward_only(monkeypatch):

@@ -20,7 +20,7 @@ def backend(request):
         pytest.skip(why)
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "fused":
-            patch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
+            patch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
         name = "module" if request.param == "module" else "fused"
         assert sampler(qwen3(), backend=name).backend == request.param
         yield name
@@ -118,7 +118,7 @@ def test_requests_that_arrive_while_others_run(model, asked, drawn, backend, see
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cancelled_requests_leave_the_others_alone(model, asked, drawn, backend, seed):
-    """Withdrawn while queued, prefilling, waiting as a twin, running or preempted: no sample, no block, no trace."""
+    """Withdrawn while queued, prefilling, waiting as a sibling, running or preempted: no sample, no block, no trace."""
     rng = np.random.default_rng(seed)
     engine = sampler(
         model, backend=backend, kv_cache_gib=int(rng.integers(8, 30)) * BLOCK_GIB, max_running=int(rng.integers(2, 9))

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.sampler.runners.paged import Batch, KVCache, LayerShape
-from skyrl.sampler.scheduler import Piece, Sequence
+from skyrl.sampler.runners.paged import DecodeInputs, KVCache, LayerShape
+from skyrl.sampler.scheduler import PrefillChunk, Sequence
 from skyrl.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def disagreement(runner: Runner, module: Runner, cache: KVCache) -> str:
         for sequence in sequences:  # one after the other: they may have to share a block
             end = sequence.length - 1
             if end:
-                each.prefill([Piece(sequence, 0, end)])
-            batch = Batch(
+                each.prefill([PrefillChunk(sequence, 0, end)])
+            batch = DecodeInputs(
                 sequence.tokens[end:], np.array([end], dtype=np.int64), np.array([sequence.blocks], dtype=np.int32)
             )
             logits.append(each.decode(batch).clone())

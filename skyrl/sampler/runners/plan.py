@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from skyrl.sampler.probe import LayerCall
+from skyrl.sampler.runners.attention_calls import LayerCall
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -35,7 +35,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """A decoder as data. cos_LC and sin_LC are the rotary tables in the model's dtype, L = longest row."""
 
     layers: list[LayerPlan]
@@ -63,7 +63,7 @@ class Plan:
             raise RuntimeError(f"adapter {adapter.name!r} changes {sorted(strange)[0]}, which the decode plan lacks")
 
 
-def make_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> Plan | str:
+def make_decode_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> DecodePlan | str:
     """The plan of a model, or why there is none. `calls` is what its layers ask of attention."""
     config = model.config
     if config.model_type not in FAMILIES:
@@ -88,7 +88,7 @@ def make_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -> Plan 
     if cos.shape[-1] != channels or call.shape.value_size != channels:
         return "rotary over a part of the channels, or values of another size"
     head = model.net.get_output_embeddings()
-    return Plan(
+    return DecodePlan(
         layers, decoder.embed_tokens, decoder.norm, head, call.num_heads, call.shape.num_heads, channels,
         eps.pop(), call.scale, cos[0].contiguous(), sin[0].contiguous(),
         {module: path for path, module in model.net.named_modules()},

@@ -46,7 +46,7 @@ def build(kind: str, dtype=torch.float32) -> CausalLM:
 @pytest.fixture(params=["fused", pytest.param("kernels", marks=needs_kernels)])
 def path(request, monkeypatch):
     if request.param == "fused":
-        monkeypatch.setattr("skyrl.sampler.sampler.why_not", lambda plan, cache: "off in this test")
+        monkeypatch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
     return request.param
 
 
@@ -201,8 +201,8 @@ import sys, pytest, torch
 from skyrl import kernels
 kernels.FLAGS[kernels.FLAGS.index("-march=native")] = "-march=haswell"
 assert kernels.library()[0].skyrl_lanes() == 8, kernels.library()[1]
-here = ["tests/sampler/test_native.py", "tests/sampler/test_same_bits.py", "tests/sampler/test_adapters.py",
-        "tests/models/test_rounding.py"]
+here = ["tests/sampler/test_cpu_kernels.py", "tests/sampler/test_same_bits.py", "tests/sampler/test_adapters.py",
+        "tests/models/test_exact_ops.py"]
 sys.exit(pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *here]))
 """
     process = _python(code, XDG_CACHE_HOME=str(tmp_path))
