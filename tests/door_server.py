@@ -18,31 +18,31 @@ import numpy as np
 from skyrl.config.serve import ServiceConfig
 from skyrl.service.app import Serving, make_app, serve_in_thread
 from skyrl.service.archive import Archive
+from skyrl.service.messages import (
+    CreateModel,
+    LoadWeights,
+    OptimStep,
+    RequestFailed,
+    SampledSequence,
+    SampleResult,
+    SamplingRequest,
+    SaveWeights,
+    ServerInfo,
+    TopK,
+    TrainRequest,
+    TrainResult,
+)
 from skyrl.service.openai_params import TextTools
 from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.service.scheduler import Job, RequestDesk
 from skyrl.service.store import Store
 from skyrl.service.store_sync import reconcile, save_files
-from skyrl.service.types import (
-    CreateModel,
-    LoadWeights,
-    OptimStep,
-    Refused,
-    SampledSequence,
-    SampleQuery,
-    SampleResult,
-    SaveWeights,
-    ServerFacts,
-    TopK,
-    TrainRequest,
-    TrainResult,
-)
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys
 
 TEXT = "The answer is 42. And more text follows, h\u00e9 \u20ac."
 EOS = 0
-FACTS = ServerFacts(
+FACTS = ServerInfo(
     aliases={"tiny": Path("tiny"), "org/model": Path("tiny")},
     model_path="tiny",
     tokenizer_id="some/tokenizer",
@@ -94,13 +94,13 @@ class Answers:
                 self.seen.append(job.request)
                 try:
                     self._answer(job, job.request)
-                except (Refused, UserError) as error:
-                    self.desk.failed(job, error if isinstance(error, Refused) else Refused(str(error)))
+                except (RequestFailed, UserError) as error:
+                    self.desk.failed(job, error if isinstance(error, RequestFailed) else RequestFailed(str(error)))
             self.desk.wait(0.02)
 
     def _answer(self, job: Job, request: Any) -> None:
         if getattr(request, "problem", ""):
-            raise Refused(request.problem)
+            raise RequestFailed(request.problem)
         if isinstance(request, CreateModel):
             facts = ModelInfo(request.base_model, LoraSpec(rank=request.rank))
             self._open(job.owner, request.session_id, request.model_seq_id, facts, request.user_metadata)
@@ -117,7 +117,7 @@ class Answers:
             self.desk.done(job, {"metrics": {"grad_norm": 1.0, "lr": request.learning_rate}})
         elif isinstance(request, SaveWeights):
             self.desk.done(job, self._save(job, request))
-        elif isinstance(request, SampleQuery):
+        elif isinstance(request, SamplingRequest):
             result = sampled(request)
             if request.stream:  # pieces of seven tokens, a moment between them, without the last one
                 ids = result.sequences[0].tokens[:-1]
@@ -165,7 +165,7 @@ class Answers:
         return {"path": path.uri, "size_bytes": saved.size_bytes}
 
 
-def sampled(query: SampleQuery) -> SampleResult:
+def sampled(query: SamplingRequest) -> SampleResult:
     """TEXT to the first stop, or to max_tokens, or to its end."""
     ids = [ord(c) for c in TEXT] + [EOS]
     for stop in query.stop or ():

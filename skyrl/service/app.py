@@ -17,12 +17,13 @@ from starlette.responses import Response
 from skyrl.config.serve import ServiceConfig
 from skyrl.service.archive import Archive
 from skyrl.service.http import FAULT, Door, refusal, tell
+from skyrl.service.messages import ServerInfo
 from skyrl.service.openai import TextTools, openai_routes
 from skyrl.service.routes_checkpoints import checkpoint_routes
 from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.store import Store
-from skyrl.service.types import Desk, ServerFacts
 from skyrl.types import UserError
 from skyrl.web.auth import Keys, read_keys
 
@@ -33,10 +34,10 @@ KEEP_ALIVE_SECONDS = 120
 
 
 def make_app(
-    desk: Desk,
+    desk: RequestDesk,
     store: Store,
     archive: Archive,
-    facts: ServerFacts,
+    facts: ServerInfo,
     settings: ServiceConfig,
     *,
     text: TextTools | None = None,

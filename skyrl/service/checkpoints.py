@@ -18,10 +18,10 @@ import torch
 from skyrl.service.archive import Archive
 from skyrl.service.archive_content import Content, OptimizerState
 from skyrl.service.future_log import FutureLog
+from skyrl.service.messages import SaveWeights
 from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, Sampler
 from skyrl.service.store import Store
 from skyrl.service.store_sync import expire_checkpoints, load_checkpoint, reconcile, save_checkpoint
-from skyrl.service.types import SaveWeights
 from skyrl.types import LoraSpec
 
 DATABASE, CHECKPOINTS, SPILL = "service.sqlite", "checkpoints", "snapshots"

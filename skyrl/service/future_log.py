@@ -12,10 +12,10 @@ import queue
 import threading
 from collections.abc import Callable
 
+from skyrl.service.messages import CreateModel, LoadWeights, RequestOutcome, SaveWeights, UnloadModel
 from skyrl.service.records import NotFound
 from skyrl.service.scheduler import Job
 from skyrl.service.store import Store
-from skyrl.service.types import CreateModel, LoadWeights, Outcome, SaveWeights, UnloadModel
 from skyrl.types import UserError
 
 KEPT = (CreateModel, LoadWeights, SaveWeights, UnloadModel)
@@ -49,17 +49,17 @@ class FutureLog:
             )
         )
 
-    def recall(self, request_id: str, owner: str) -> Outcome:
+    def recall(self, request_id: str, owner: str) -> RequestOutcome:
         """What is on record of a request that the desk does not know."""
         try:
             found = self._store.get_future(request_id, owner)
         except NotFound:
-            return Outcome("unknown")
+            return RequestOutcome("unknown")
         if found.state == "failed":
-            return Outcome("failed", error=found.error, category=found.category)
+            return RequestOutcome("failed", error=found.error, category=found.category)
         if found.state == "done" and found.result is not None:
-            return Outcome("done", result=found.result)
-        return Outcome(
+            return RequestOutcome("done", result=found.result)
+        return RequestOutcome(
             "failed",
             error="this request was lost when the server restarted, or its result was thrown away because nobody "
             "fetched it; go on from the last saved state",

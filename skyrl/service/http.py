@@ -22,9 +22,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.config.serve import ServiceConfig
+from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
 from skyrl.service.records import NotFound
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.store import Store
-from skyrl.service.types import Busy, Desk, Outcome, Refused, ServerFacts
 from skyrl.service.wire import JSON, encode_json, read_json
 from skyrl.types import UserError
 from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
@@ -59,10 +60,10 @@ class Door:
     those of `once`, by owner, path and idempotency key.
     """
 
-    desk: Desk
+    desk: RequestDesk
     store: Store
     archive: Archive
-    facts: ServerFacts
+    facts: ServerInfo
     settings: ServiceConfig
     keys: Keys
     signer: Signer = field(default_factory=Signer)
@@ -168,7 +169,7 @@ class Call:
         """read(), in a thread if the body is large."""
         return read() if len(body) <= SMALL_BYTES else await in_thread(read)
 
-    async def wait(self, request_id: str, seconds: float) -> Outcome:
+    async def wait(self, request_id: str, seconds: float) -> RequestOutcome:
         """What is known of a future when it is settled, or after so many seconds, or when the server stops."""
         outcome = self.door.desk.outcome(request_id, owner=self.owner)
         if outcome.state != "pending" or seconds <= 0:
@@ -259,9 +260,9 @@ def problem_of(error: Exception) -> HttpError | None:
         return error
     if isinstance(error, NotFound):
         return HttpError(404, str(error))
-    if isinstance(error, (UserError, Refused)):
+    if isinstance(error, (UserError, RequestFailed)):
         return HttpError(400, str(error))
-    if isinstance(error, Busy):
+    if isinstance(error, TooManyRequests):
         return HttpError(429, str(error), {"retry-after": str(BUSY_RETRY_SECONDS)})
     return None
 

@@ -13,8 +13,8 @@ from skyrl.service.archive_content import Content
 from skyrl.service.checkpoints import CheckpointService, to_content, to_state
 from skyrl.service.commands import BASE, Create
 from skyrl.service.leader import Leader
+from skyrl.service.messages import CreateModel, LoadWeights, RequestFailed, ServerInfo
 from skyrl.service.records import ModelInfo
-from skyrl.service.types import CreateModel, LoadWeights, Refused, ServerFacts
 from skyrl.types import LoraSpec, UserError
 
 
@@ -50,7 +50,7 @@ class Tenant:
 class Tenants:
     """Open models. Only the worker's thread calls it."""
 
-    def __init__(self, cfg: ServeConfig, leader: Leader, checkpoints: CheckpointService, facts: ServerFacts) -> None:
+    def __init__(self, cfg: ServeConfig, leader: Leader, checkpoints: CheckpointService, facts: ServerInfo) -> None:
         self.cfg, self.leader, self.checkpoints, self.server = cfg, leader, checkpoints, facts
         self._open: dict[str, Tenant] = {}
         self._clock = itertools.count(1)
@@ -60,9 +60,9 @@ class Tenants:
         return self._open.get(model)
 
     def get(self, model: str) -> Tenant:
-        """The open model of that name. Raises Refused."""
+        """The open model of that name. Raises RequestFailed."""
         if model not in self._open:
-            raise Refused(f"{model}: no such model")
+            raise RequestFailed(f"{model}: no such model")
         return self._open[model]
 
     def full(self) -> bool:
@@ -78,22 +78,24 @@ class Tenants:
         return {tenant.session for tenant in self._open.values()}
 
     def create(self, request: CreateModel, owner: str) -> Tenant:
-        """A new model. Raises Refused for an unknown base, a rank out of range, another optimizer, or no room."""
+        """A new model. Raises RequestFailed for an unknown base, a rank out of range, another optimizer, or no room."""
         if request.problem:
-            raise Refused(request.problem)
+            raise RequestFailed(request.problem)
         self._check_base(request.base_model)
         if request.optimizer != "adamw":
-            raise Refused(
+            raise RequestFailed(
                 f"optimizer_config type {request.optimizer!r} is refused: its update is not public; use adamw"
             )
         lora = None
         if request.rank != 0:
             if not self.server.adaptable:
-                raise Refused("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
+                raise RequestFailed("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
             if not 1 <= request.rank <= self.cfg.service.max_rank:
-                raise Refused(f"lora rank {request.rank}; allowed: 1 to {self.cfg.service.max_rank}")
+                raise RequestFailed(f"lora rank {request.rank}; allowed: 1 to {self.cfg.service.max_rank}")
             if not (request.train_mlp or request.train_attn or request.train_unembed):
-                raise Refused("train_mlp, train_attn and train_unembed are all false; at least one has to be true")
+                raise RequestFailed(
+                    "train_mlp, train_attn and train_unembed are all false; at least one has to be true"
+                )
             seed = request.seed if request.seed is not None else self.cfg.seed
             lora = LoraSpec(
                 rank=request.rank,
@@ -114,7 +116,7 @@ class Tenants:
         """Takes a new model back when what follows is refused."""
         try:
             yield
-        except (Refused, UserError):
+        except (RequestFailed, UserError):
             del self._open[tenant.model]
             self.leader.call("drop", tenant.model)
             raise
@@ -127,9 +129,9 @@ class Tenants:
     def create_from(self, request: LoadWeights, model: str, owner: str) -> Tenant:
         """A new model from a checkpoint: rank and flags come from there."""
         if request.problem:
-            raise Refused(request.problem)
+            raise RequestFailed(request.problem)
         if request.optimizer_type != "adamw":
-            raise Refused(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
+            raise RequestFailed(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
         assert request.session_id is not None and request.model_seq_id is not None
         self.checkpoints.check_session(request.session_id, owner)
         content = self.checkpoints.read(request.path, owner, optimizer=request.optimizer)
@@ -145,21 +147,21 @@ class Tenants:
 
     def load_into(self, tenant: Tenant, request: LoadWeights) -> None:
         """Replaces a model's weights and, with request.optimizer, its optimizer state; without, that starts anew.
-        A pending gradient is dropped. Raises Refused when the checkpoint has another form."""
+        A pending gradient is dropped. Raises RequestFailed when the checkpoint has another form."""
         if request.problem:
-            raise Refused(request.problem)
+            raise RequestFailed(request.problem)
         content = self.checkpoints.read(request.path, tenant.owner, optimizer=request.optimizer)
         self._check_content(content, request)
         ours, theirs = tenant.lora, content.facts.lora
         if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
-            raise Refused(f"{request.path} has {_describe(theirs)}, {tenant.model} has {_describe(ours)}")
+            raise RequestFailed(f"{request.path} has {_describe(theirs)}, {tenant.model} has {_describe(ours)}")
         self.use(tenant.model)
         self._load(tenant, content, request.optimizer)
         tenant.pending = tenant.spoiled = False
 
     def _check_content(self, content: Content, request: LoadWeights) -> None:
         if content.facts.lora is not None and not self.server.adaptable:
-            raise Refused(f"{request.path} is an adapter; this server trains all parameters")
+            raise RequestFailed(f"{request.path} is an adapter; this server trains all parameters")
 
     def _load(self, tenant: Tenant, content: Content, optimizer: bool) -> None:
         self.leader.call("load", (tenant.model, to_state(content), optimizer))
@@ -167,21 +169,23 @@ class Tenants:
     def _check_base(self, name: str) -> None:
         if name not in self.server.aliases:
             names = ", ".join(self.server.aliases)
-            raise Refused(f"base_model {name!r} is not served here; there are: {names}; add it with service.aliases")
+            raise RequestFailed(
+                f"base_model {name!r} is not served here; there are: {names}; add it with service.aliases"
+            )
 
     def _add(self, tenant: Tenant) -> None:
         limit = self.cfg.service.max_models
         if tenant.model in self._open:
-            raise Refused(f"{tenant.model}: exists already; give another model_seq_id")
+            raise RequestFailed(f"{tenant.model}: exists already; give another model_seq_id")
         if tenant.lora is None:
             if not self.server.full_parameters:
-                raise Refused(
+                raise RequestFailed(
                     "lora rank 0 asks for training of all parameters; start the server with "
                     "service.full_parameters=true for it"
                 )
             limit = 1
         if len(self._open) >= limit:
-            raise Refused(
+            raise RequestFailed(
                 f"{len(self._open)} models are open, at most {limit} may be; end a session, or raise service.max_models"
                 if limit > 1
                 else "a model is open; training all parameters allows one at a time: unload it, or end its session"

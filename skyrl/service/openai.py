@@ -23,10 +23,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from skyrl.service.http import FAULT, Call, Door, HttpError, find_owner, in_thread, log, problem_of, reply, tell
+from skyrl.service.messages import Accepted, RequestFailed, SampleResult, SamplingRequest
 from skyrl.service.openai_params import Ask, TextTools, parse_chat, parse_completion
 from skyrl.service.openai_text import Writer
 from skyrl.service.routes_session import find_weights, unknown_model
-from skyrl.service.types import Accepted, Refused, SampleQuery, SampleResult
 from skyrl.types import Ints, UserError
 
 __all__ = ["TextTools", "openai_routes"]
@@ -97,7 +97,7 @@ async def model(call: Call) -> Response:
 
 
 async def find_model(call: Call, name: str) -> dict[str, str]:
-    """The fields of a SampleQuery that say which weights. Raises HttpError 404, UserError."""
+    """The fields of a SamplingRequest that say which weights. Raises HttpError 404, UserError."""
     if name.startswith("tinker://"):
         await in_thread(find_weights, call.door, call.owner, name)
         return {"model_path": name}
@@ -135,7 +135,7 @@ def _cancel(call: Call, submitted: list[Accepted]) -> None:
         call.door.desk.cancel(one.request_id, owner=call.owner)
 
 
-async def _gather(call: Call, submitted: list[Accepted], queries: list[SampleQuery]) -> list[SampleResult]:
+async def _gather(call: Call, submitted: list[Accepted], queries: list[SamplingRequest]) -> list[SampleResult]:
     """All results in order. When one fails or the client leaves, the others are withdrawn."""
     results: list[SampleResult] = []
     try:
@@ -152,7 +152,7 @@ async def _gather(call: Call, submitted: list[Accepted], queries: list[SampleQue
 
 
 async def _result(call: Call, one: Accepted, seconds: float) -> SampleResult | None:
-    """The result, or None when it is not there after so many seconds. Raises Refused, HttpError."""
+    """The result, or None when it is not there after so many seconds. Raises RequestFailed, HttpError."""
     outcome = await call.wait(one.request_id, seconds)
     if outcome.state == "pending":
         if call.door.closed:
@@ -162,7 +162,7 @@ async def _result(call: Call, one: Accepted, seconds: float) -> SampleResult | N
         assert isinstance(outcome.result, SampleResult)
         return outcome.result
     if outcome.state == "failed" and outcome.category == "user":
-        raise Refused(outcome.error)
+        raise RequestFailed(outcome.error)
     raise HttpError(500, outcome.error or "the request was lost")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.service.types import SampleQuery, ServerFacts
+from skyrl.service.messages import SamplingRequest, ServerInfo
 from skyrl.service.wire_fields import INT32_MAX, INT64_MAX, Fields, check_text
 from skyrl.types import Ints, Message, UserError
 
@@ -56,7 +56,7 @@ class Ask:
 
     model: str
     chat: bool
-    queries: list[SampleQuery]
+    queries: list[SamplingRequest]
     stops: tuple[str, ...]
     top: int | None
     stream: bool
@@ -65,7 +65,7 @@ class Ask:
     empty: bool = False
 
 
-def parse_completion(body: Any, text: TextTools, facts: ServerFacts) -> Ask:
+def parse_completion(body: Any, text: TextTools, facts: ServerInfo) -> Ask:
     """completions. Prompts are text or token ids, one or several. Raises UserError."""
     fields = Fields(body, "completions")
     prompts = _prompts(fields.take("prompt"), text)
@@ -75,7 +75,7 @@ def parse_completion(body: Any, text: TextTools, facts: ServerFacts) -> Ask:
     return _ask(fields, prompts, facts, chat=False, limit=limit, echo=echo, top=top)
 
 
-def parse_chat(body: Any, text: TextTools, facts: ServerFacts) -> Ask:
+def parse_chat(body: Any, text: TextTools, facts: ServerInfo) -> Ask:
     """chat/completions, with text messages. Raises UserError."""
     fields = Fields(body, "chat/completions")
     messages = [_message(value, i) for i, value in enumerate(fields.items("messages"))]
@@ -139,7 +139,7 @@ def _message(value: Any, number: int) -> Message:
 
 
 def _ask(
-    fields: Fields, prompts: list[Ints], facts: ServerFacts, *, chat: bool, limit: int | None, echo: bool,
+    fields: Fields, prompts: list[Ints], facts: ServerInfo, *, chat: bool, limit: int | None, echo: bool,
     top: int | None,
 ) -> Ask:  # fmt: skip
     model = fields.text("model")
@@ -176,7 +176,7 @@ def _ask(
                 f"{fields.place('prompt')}: {len(prompt)} tokens leave no room for an answer in the context of "
                 f"{facts.max_context}; shorten it"
             )
-    queries = [SampleQuery(prompt=prompt, **common) for prompt in prompts]
+    queries = [SamplingRequest(prompt=prompt, **common) for prompt in prompts]
     return Ask(model, chat, queries, stops, top, stream, usage, echo, empty)
 
 

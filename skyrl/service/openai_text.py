@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from skyrl.service.messages import SampledSequence, SampleResult, ServerInfo, TopK
 from skyrl.service.openai_params import Ask, TextTools
-from skyrl.service.types import SampledSequence, SampleResult, ServerFacts, TopK
 
 NO_LOGPROB = -99999.0
 BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
@@ -75,7 +75,7 @@ class Writer:
     """The answer to one body: `whole`, or `begin`, then for each prompt `grown` as often as there is news and `pieces`
     at last, then `end`."""
 
-    def __init__(self, ask: Ask, text: TextTools, facts: ServerFacts, created: int) -> None:
+    def __init__(self, ask: Ask, text: TextTools, facts: ServerInfo, created: int) -> None:
         self.ask, self.text, self.facts = ask, text, facts
         self.head = {
             "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from skyrl.service.types import Category, CheckpointKind
+from skyrl.service.messages import Category, CheckpointKind
 from skyrl.types import LoraSpec, UserError
 
 KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)

@@ -10,18 +10,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, once, reply, route, tell
-from skyrl.service.routes_session import find_weights
-from skyrl.service.types import (
+from skyrl.service.messages import (
     Accepted,
     CreateModel,
     LoadWeights,
-    Outcome,
     Request,
+    RequestOutcome,
     Result,
-    SampleQuery,
     SampleResult,
+    SamplingRequest,
     TrainResult,
 )
+from skyrl.service.routes_session import find_weights
 from skyrl.service.wire import PARSERS, encode_result, parse_train
 from skyrl.service.wire_fields import INT64_MAX, Fields
 from skyrl.types import UserError
@@ -78,7 +78,7 @@ async def train(call: Call, *, forward_only: bool) -> Response:
 async def sample(call: Call, *, feeds: Feeds) -> Response:
     """asample. The answer names every sequence to come."""
     request = await call.json_as(PARSERS["asample"])
-    assert isinstance(request, SampleQuery)
+    assert isinstance(request, SamplingRequest)
     if request.model_path is not None and request.sampling_session_id is None:
         await in_thread(find_weights, call.door, call.owner, request.model_path)
     done = call.door.desk.submit(request, owner=call.owner)
@@ -132,7 +132,7 @@ async def retrieve_future(call: Call, *, feeds: Feeds) -> Response:
     return await answer(call, request_id, outcome)
 
 
-async def answer(call: Call, request_id: str, outcome: Outcome) -> Response:
+async def answer(call: Call, request_id: str, outcome: RequestOutcome) -> Response:
     """An outcome as an answer of retrieve_future."""
     if outcome.state == "unknown":
         raise HttpError(410, f"request {request_id[:100]}: unknown, or thrown away long after it was done")

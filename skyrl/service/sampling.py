@@ -18,9 +18,9 @@ from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, NOT_FINITE, Problem, Question, Slice
 from skyrl.service.leader import Leader
 from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, in_turns
+from skyrl.service.messages import RequestFailed, SampledSequence, SampleResult, SamplingRequest, ServerInfo, TopK
 from skyrl.service.scheduler import LARGE_SAMPLE, Job, RequestDesk
 from skyrl.service.snapshots import Snapshots
-from skyrl.service.types import Refused, SampledSequence, SampleQuery, SampleResult, ServerFacts, TopK
 from skyrl.service.validation import check_prompt, draw_seed, sampling_params
 from skyrl.types import Sample, SampleRequest, UserError
 
@@ -33,7 +33,7 @@ class Work:
     """One sampling request on its way."""
 
     job: Job
-    query: SampleQuery
+    query: SamplingRequest
     adapter: str  # "" = the base
     sequences: list[SampledSequence | None]
     ranks: dict[str, int] = field(default_factory=dict)  # draw -> rank
@@ -54,7 +54,7 @@ class Sampling:
         leader: Leader,
         desk: RequestDesk,
         checkpoints: CheckpointService,
-        facts: ServerFacts,
+        facts: ServerInfo,
         snapshots: Snapshots,
     ) -> None:
         self.cfg, self.leader, self.desk, self.checkpoints, self.facts = cfg, leader, desk, checkpoints, facts
@@ -92,10 +92,10 @@ class Sampling:
                     later.append(job)
                     if self.facts.full_parameters:
                         break  # others would go on with the weights of now for ever
-            except Refused as refused:
+            except RequestFailed as refused:
                 self.desk.failed(job, refused)
             except UserError as error:
-                self.desk.failed(job, Refused(str(error)))
+                self.desk.failed(job, RequestFailed(str(error)))
         self._waiting.extendleft(reversed(later))
         self._score()
 
@@ -103,11 +103,11 @@ class Sampling:
         """Starts a request; False when it has to wait: for those under way, which draw from other whole weights, or
         for memory."""
         query = job.request
-        assert isinstance(query, SampleQuery)
+        assert isinstance(query, SamplingRequest)
         if query.problem:
-            raise Refused(query.problem)
+            raise RequestFailed(query.problem)
         if job.cancelled:
-            raise Refused("cancelled by the client")
+            raise RequestFailed("cancelled by the client")
         # A prompt that fills the context can be scored, and nothing can be drawn after it.
         full = len(query.prompt) == self.facts.max_context and query.max_tokens == 1 and _asks(query)
         check_prompt(query, self.facts)
@@ -152,8 +152,8 @@ class Sampling:
             self._questions.append((work, self._question(work)))
         return True
 
-    def _adapter(self, query: SampleQuery, owner: str) -> str:
-        """The name of the weights to draw from, "" for the base. Raises Refused when there are none."""
+    def _adapter(self, query: SamplingRequest, owner: str) -> str:
+        """The name of the weights to draw from, "" for the base. Raises RequestFailed when there are none."""
         path, base, sampler_id = query.model_path, query.base_model, query.sampling_session_id
         if sampler_id is not None:
             sampler = self.checkpoints.sampler(sampler_id, owner)
@@ -165,7 +165,7 @@ class Sampling:
         if path:
             return f"{path}#{self.checkpoints.version(path, owner)}"
         if base not in self.facts.aliases:
-            raise Refused(f"base_model {base!r} is not served here; there are: {', '.join(self.facts.aliases)}")
+            raise RequestFailed(f"base_model {base!r} is not served here; there are: {', '.join(self.facts.aliases)}")
         return ""
 
     def _hand_over(self) -> None:
@@ -236,10 +236,10 @@ class Sampling:
 
     def _answered(self, work: Work, question: PromptLogprobsRequest, stats: PromptLogprobsResult | Problem) -> None:
         if isinstance(stats, Problem):
-            self._take_out(work, Refused(stats.text))
+            self._take_out(work, RequestFailed(stats.text))
             return
         if not _is_finite(question, stats):
-            self._take_out(work, Refused(NOT_FINITE))
+            self._take_out(work, RequestFailed(NOT_FINITE))
             return
         if question.uid == work.job.request_id:
             work.prompt, work.waits_for_prompt = stats, False
@@ -294,7 +294,7 @@ class Sampling:
         index = int(number)
         self._load[work.ranks.pop(sample.uid)] -= 1
         if sample.stop == "aborted":
-            self._take_out(work, Refused(NOT_FINITE))
+            self._take_out(work, RequestFailed(NOT_FINITE))
             return
         reason = "stop" if sample.stop == "stop" else "length"
         work.sequences[index] = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
@@ -328,14 +328,14 @@ class Sampling:
         work = self._works.get(uid.rpartition("/")[0])
         if work is not None:
             self._load[work.ranks.pop(uid)] -= 1
-            self._take_out(work, Refused(why.partition(": ")[2] or why))
+            self._take_out(work, RequestFailed(why.partition(": ")[2] or why))
 
     def _cancel(self, job: Job) -> None:
         work = self._works.get(job.request_id)
         if work is not None:
-            self._take_out(work, Refused("cancelled by the client"))
+            self._take_out(work, RequestFailed("cancelled by the client"))
 
-    def _take_out(self, work: Work, why: Refused) -> None:
+    def _take_out(self, work: Work, why: RequestFailed) -> None:
         for rank in set(work.ranks.values()):
             waiting = [request for request in self._queued[rank] if request.uid not in work.ranks]
             queued = {request.uid for request in self._queued[rank]}
@@ -358,7 +358,7 @@ class Sampling:
     def abandon(self, why: str) -> None:
         """Fails everything under way: the server stops."""
         for job in [work.job for work in self._works.values()] + list(self._waiting):
-            self.desk.failed(job, Refused(why, "server"))
+            self.desk.failed(job, RequestFailed(why, "server"))
         self._works.clear()
 
 
@@ -376,7 +376,7 @@ def _is_finite(question: PromptLogprobsRequest, stats: PromptLogprobsResult) -> 
     return stats.logprobs is None or not np.isnan(stats.logprobs[max(question.start, 1) :]).any()
 
 
-def _asks(query: SampleQuery) -> bool:
+def _asks(query: SamplingRequest) -> bool:
     """Whether something about the prompt is asked."""
     return bool(
         query.prompt_logprobs or query.topk_prompt_logprobs or query.prompt_alt_tokens_k or query.targets is not None

@@ -19,20 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from skyrl.service.types import (
+from skyrl.service.messages import (
     Accepted,
-    Busy,
     Category,
     CreateModel,
     LoadWeights,
     OptimStep,
-    Outcome,
-    Refused,
     Request,
+    RequestFailed,
+    RequestOutcome,
     Result,
-    SampleQuery,
     SampleResult,
+    SamplingRequest,
     SaveWeights,
+    TooManyRequests,
     TrainRequest,
     TrainResult,
     UnloadModel,
@@ -98,12 +98,12 @@ class Record(Protocol):
     def settled(self, job: Job) -> None:
         """Its future is done or has failed."""
 
-    def recall(self, request_id: str, owner: str) -> Outcome:
+    def recall(self, request_id: str, owner: str) -> RequestOutcome:
         """What is known of a request that the desk does not have."""
 
 
 class RequestDesk:
-    """The Desk of types.py, and the worker's side of it."""
+    """Where requests wait, thread-safe: the front doors' side, and the worker's."""
 
     def __init__(self, *, gap_seconds: float = 30.0, max_queued_samples: int = 4096) -> None:
         self.gap_seconds, self.max_queued_samples = gap_seconds, max_queued_samples
@@ -128,10 +128,12 @@ class RequestDesk:
     # ---- the front doors' side -------------------------------------------------------------------------------------
 
     def submit(self, request: Request, *, owner: str) -> Accepted:
-        """See Desk. The answer to a repeated request is the first one's."""
+        """Queues a request, or finds the earlier one of the same key (model and seq_id, session and seq_id): a
+        repeated request is never run twice, and its answer is the first one's. Raises UserError for what is malformed
+        or not the owner's, TooManyRequests."""
         with self._lock:
             if self._closed:
-                raise Busy(self._closed)
+                raise TooManyRequests(self._closed)
             lane_id, key = _place(request)
             key = None if key is None else (owner, *key)
             known = self._by_key.get(key) if key is not None else None
@@ -142,12 +144,12 @@ class RequestDesk:
                 raise UserError(f"{lane_id}: no such model")
             size = _request_bytes(request)
             self._check_bytes(request, owner, lane, size)
-            if isinstance(request, SampleQuery):
+            if isinstance(request, SamplingRequest):
                 self._check_room(request, owner)
             job = self._new_job(request, owner, lane_id, key)
             job.waits = size
             self._waiting_bytes[owner] = self._waiting_bytes.get(owner, 0) + size
-            if isinstance(request, SampleQuery):
+            if isinstance(request, SamplingRequest):
                 self._queue_sample(job)
             else:
                 self._queue_for_model(job, lane)
@@ -160,7 +162,7 @@ class RequestDesk:
     def _new_job(self, request: Request, owner: str, lane_id: str, key: Key | None) -> Job:
         request_id = uuid.uuid4().hex
         ids: tuple[str, ...] = ()
-        if isinstance(request, SampleQuery):
+        if isinstance(request, SamplingRequest):
             most = min(request.num_samples, self.max_queued_samples)  # of more, the request will be refused
             ids = tuple(f"{request_id}:{i}" for i in range(most))
         accepted = Accepted(request_id, lane_id or None, ids)
@@ -172,12 +174,12 @@ class RequestDesk:
         self._prune()
         return job
 
-    def _check_room(self, request: SampleQuery, owner: str) -> None:
+    def _check_room(self, request: SamplingRequest, owner: str) -> None:
         """Owners that have samples waiting share the places; one who has none may always have some."""
         own = self._queued_of.get(owner, 0)
         most = self.max_queued_samples // len({*self._queued_of, owner})
         if own and own + request.num_samples > most:
-            raise Busy(f"{own} samples are waiting, at most {most} may; try again in a moment")
+            raise TooManyRequests(f"{own} samples are waiting, at most {most} may; try again in a moment")
 
     def _check_bytes(self, request: Request, owner: str, lane: Lane | None, size: int) -> None:
         """Memory for what waits. The request for which a model's later ones wait always has room."""
@@ -187,11 +189,13 @@ class RequestDesk:
                 return
             waiting = len(lane.ready) + len(lane.held)
             if waiting >= WAITING_REQUESTS and not first:
-                raise Busy(f"{waiting} requests of this model are waiting; try again in a moment")
+                raise TooManyRequests(f"{waiting} requests of this model are waiting; try again in a moment")
         own = self._waiting_bytes.get(owner, 0)
         most = WAITING_BYTES // len({*self._waiting_bytes, owner})
         if own and own + size > most:
-            raise Busy(f"{own >> 20} MiB of requests are waiting, at most {most >> 20} may; try again in a moment")
+            raise TooManyRequests(
+                f"{own >> 20} MiB of requests are waiting, at most {most >> 20} may; try again in a moment"
+            )
 
     def _queue_sample(self, job: Job) -> None:
         if job.owner not in self._samples:
@@ -231,21 +235,21 @@ class RequestDesk:
             lane.held[seq] = job
             _advance(lane)
 
-    def outcome(self, request_id: str, *, owner: str) -> Outcome:
-        """See Desk."""
+    def outcome(self, request_id: str, *, owner: str) -> RequestOutcome:
+        """What is known now."""
         with self._lock:
             job = self._jobs.get(request_id)
             if job is None and self._record is not None:
                 return self._record.recall(request_id, owner)
             if job is None or job.owner != owner:
-                return Outcome("unknown")
+                return RequestOutcome("unknown")
             if job.state == "done":
                 self._note_fetched(job)
-                return Outcome("done", result=job.result)
+                return RequestOutcome("done", result=job.result)
             if job.state == "failed":
                 self._note_fetched(job)
-                return Outcome("failed", error=job.error, category=job.category)
-            return Outcome("pending", queue_state="active", reason=self._reason(job))
+                return RequestOutcome("failed", error=job.error, category=job.category)
+            return RequestOutcome("pending", queue_state="active", reason=self._reason(job))
 
     def _reason(self, job: Job) -> str:
         if job.state == "running":
@@ -259,7 +263,7 @@ class RequestDesk:
         return f"{self._queued} samples are waiting"
 
     def when_done(self, request_id: str, call: Callable[[], None]) -> None:
-        """See Desk."""
+        """Calls `call` once, from any thread, when the future is no longer pending (at once if it is not)."""
         with self._lock:
             job = self._jobs.get(request_id)
             if job is not None and job.state in ("waiting", "running"):
@@ -268,7 +272,9 @@ class RequestDesk:
         call()
 
     def on_tokens(self, request_id: str, call: Callable[[int, Ints], None]) -> None:
-        """See Desk."""
+        """Calls `call(sample, tokens)` with the tokens of a streamed request that were not told before, as they are
+        drawn, and at once with those that are there already. From any thread; it must not wait. A result may hold
+        more tokens than were told."""
         with self._lock:
             job = self._jobs.get(request_id)
             if job is not None and job.state in ("waiting", "running"):
@@ -277,10 +283,11 @@ class RequestDesk:
                 job.readers.append(call)
 
     def cancel(self, request_id: str, *, owner: str) -> None:
-        """See Desk. A sample that runs is taken out by the worker a moment later."""
+        """Withdraws a sample that is not done; for anything else nothing happens. One that runs is taken out by the
+        worker a moment later."""
         with self._lock:
             job = self._jobs.get(request_id)
-            if job is None or job.owner != owner or not isinstance(job.request, SampleQuery):
+            if job is None or job.owner != owner or not isinstance(job.request, SamplingRequest):
                 return
             if job.state == "waiting":
                 self._samples[owner].remove(job)
@@ -293,7 +300,8 @@ class RequestDesk:
         self._settled(job)
 
     def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
-        """See Desk."""
+        """Facts for get_info: {"base_model", "is_lora", "lora_rank", "train_mlp", "train_attn", "train_unembed"}.
+        Raises UserError when there is no such model."""
         with self._lock:
             lane = self._lanes.get(model_id)
             if lane is None or lane.owner != owner or lane.facts is None:
@@ -403,7 +411,7 @@ class RequestDesk:
             self._lock.notify_all()
         self._settled(job)
 
-    def failed(self, job: Job, error: Refused) -> None:
+    def failed(self, job: Job, error: RequestFailed) -> None:
         """Settles a future with an error."""
         with self._lock:
             self._fail(job, error.message, error.category)
@@ -532,7 +540,7 @@ def _request_bytes(request: Request) -> int:
     if isinstance(request, TrainRequest):
         arrays = [array for datum in request.data for array in (datum.tokens, *datum.inputs.values())]
         return 1024 + sum(256 + array.nbytes for array in arrays)
-    if isinstance(request, SampleQuery):
+    if isinstance(request, SamplingRequest):
         csr = 0 if request.targets_csr is None else sum(part.nbytes for part in request.targets_csr)
         return 1024 + request.prompt.nbytes + (0 if request.targets is None else request.targets.nbytes) + csr
     return 1024
@@ -554,14 +562,14 @@ def _without_data(request: Request) -> Request:
     """What is left of a request when nobody computes with it any more."""
     if isinstance(request, TrainRequest):
         return replace(request, data=[])
-    if isinstance(request, SampleQuery):
+    if isinstance(request, SamplingRequest):
         return replace(request, prompt=request.prompt[:0].copy(), targets=None, targets_csr=None)
     return request
 
 
 def _place(request: Request) -> tuple[str, Key | None]:
     """The lane of a request ("" = none) and the key that makes two posts the same request."""
-    if isinstance(request, SampleQuery):
+    if isinstance(request, SamplingRequest):
         session = request.sampling_session_id
         return "", None if session is None else ("sample", session, request.seq_id)
     if isinstance(request, CreateModel):

@@ -24,8 +24,8 @@ from skyrl.sampler.stop import Decode
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Hands
 from skyrl.service.leader import Leader, follow
+from skyrl.service.messages import ServerInfo
 from skyrl.service.scheduler import RequestDesk
-from skyrl.service.types import ServerFacts
 from skyrl.service.worker import Worker
 from skyrl.types import LoraSpec, UserError
 
@@ -42,7 +42,7 @@ class Service:
     desk: RequestDesk
     checkpoints: CheckpointService
     worker: Worker
-    facts: ServerFacts
+    facts: ServerInfo
 
     @property
     def decode(self) -> Decode:
@@ -87,7 +87,7 @@ def open_service(cfg: ServeConfig) -> Service | None:
             signal.signal(number, signal.SIG_IGN)
         follow(world, hands)
         return None
-    made: list[tuple[CheckpointService, ServerFacts]] = []
+    made: list[tuple[CheckpointService, ServerInfo]] = []
     on_leader(world, lambda: made.append(_open_checkpoints(cfg, hands.engine)))
     checkpoints, facts = made[0]
     desk = RequestDesk(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
@@ -107,7 +107,7 @@ def max_row_tokens(cfg: ServeConfig) -> int:
     return cfg.max_row_tokens or positions
 
 
-def _open_checkpoints(cfg: ServeConfig, engine: Engine) -> tuple[CheckpointService, ServerFacts]:
+def _open_checkpoints(cfg: ServeConfig, engine: Engine) -> tuple[CheckpointService, ServerInfo]:
     folder = Path(cfg.service.folder).absolute()
     checkpoints = CheckpointService(folder)
     tokenizer_id = cfg.service.tokenizer_id
@@ -122,7 +122,7 @@ def _open_checkpoints(cfg: ServeConfig, engine: Engine) -> tuple[CheckpointServi
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if engine.tokenizer.eos_token_id is not None:
         eos.append(engine.tokenizer.eos_token_id)
-    facts = ServerFacts(
+    facts = ServerInfo(
         aliases=aliases,
         model_path=cfg.model.path,
         tokenizer_id=tokenizer_id or cfg.model.tokenizer or cfg.model.path,

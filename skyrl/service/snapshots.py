@@ -15,8 +15,8 @@ from skyrl.service.archive_content import Content
 from skyrl.service.checkpoints import CheckpointService, adapter_weights, num_bytes, to_state
 from skyrl.service.commands import LoadAdapter
 from skyrl.service.leader import Leader
+from skyrl.service.messages import RequestFailed
 from skyrl.service.models import Tenant, Tenants
-from skyrl.service.types import Refused
 
 log = logging.getLogger("skyrl.service")
 
@@ -87,12 +87,13 @@ class Snapshots:
         return name not in self._resident and sum(one.uses > 0 for one in self._resident.values()) >= RESIDENT
 
     def acquire(self, name: str) -> None:
-        """Makes sure that the ranks hold `name`, and that they keep it until `release`. Raises Refused, UserError."""
+        """Makes sure that the ranks hold `name`, and that they keep it until `release`. Raises RequestFailed,
+        UserError."""
         if name not in self._resident:
             content = self._find(name)
             lora = content.facts.lora
             if lora is None:
-                raise Refused(
+                raise RequestFailed(
                     f"{name} holds all parameters of a model; start the server with service.full_parameters=true"
                 )
             self.leader.call("load_adapter", LoadAdapter(name, lora, adapter_weights(content)))
@@ -109,7 +110,7 @@ class Snapshots:
         if name.startswith("tinker://"):
             path, _, version = name.rpartition("#")
             return self.checkpoints.read_version(path, version)
-        raise Refused(
+        raise RequestFailed(
             f"{name}: this snapshot was lost when the server restarted, or had no room; save weights under a name to "
             "keep them",
             "server",
@@ -117,14 +118,14 @@ class Snapshots:
 
     def fill_base(self, name: str) -> None:
         """Puts whole weights where the ranks sample from: those of `name`, "" for the base as it was loaded. Nothing
-        may be under way. Raises Refused, UserError."""
+        may be under way. Raises RequestFailed, UserError."""
         if name == self._filled:
             return
         if self._original is None:
             self._original = self.tenants.base_content()
         content = self._find(name) if name else self._original
         if content.facts.lora is not None:
-            raise Refused(f"{name} is an adapter; this server trains and samples all parameters")
+            raise RequestFailed(f"{name} is an adapter; this server trains and samples all parameters")
         self.leader.call("replace_base", to_state(content)["weights"])
         self._filled = name
 

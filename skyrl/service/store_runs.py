@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
+from skyrl.service.messages import Category
 from skyrl.service.records import (
     Checkpoint,
     Json,
@@ -22,7 +23,6 @@ from skyrl.service.records import (
 from skyrl.service.store_checkpoints import LIVE, Checkpoints, checkpoint_of
 from skyrl.service.store_db import Row, check_page
 from skyrl.service.store_sessions import require_session
-from skyrl.service.types import Category
 from skyrl.types import UserError
 
 # Another owner's run may be seen when one of its checkpoints is published.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from skyrl.service.limits import check_stops
-from skyrl.service.types import OptimStep, Refused, SampleQuery, ServerFacts, TrainRequest, WireDatum
+from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
 from skyrl.types import AdamParams, Datum, LossSpec, SamplingParams
 
 LARGEST = 1e6  # of any weight, advantage or log-probability: beyond it float32 sums lose what others contribute
@@ -52,73 +52,74 @@ LOSSES: dict[str, TinkerLoss] = {
 
 
 def loss_spec(request: TrainRequest) -> LossSpec:
-    """The engine's loss. Raises Refused for an unknown loss, config key or value, naming it."""
+    """The engine's loss. Raises RequestFailed for an unknown loss, config key or value, naming it."""
     name = request.loss_fn
     if name in NOT_PUBLIC:
-        raise Refused(f"loss_fn {name!r} is refused: {NOT_PUBLIC[name]}")
+        raise RequestFailed(f"loss_fn {name!r} is refused: {NOT_PUBLIC[name]}")
     if name not in LOSSES:
-        raise Refused(f"loss_fn {name!r} is not known; choose one of: {', '.join(LOSSES)}")
+        raise RequestFailed(f"loss_fn {name!r} is not known; choose one of: {', '.join(LOSSES)}")
     allowed = dict(LOSSES[name].config)
     for key, value in request.loss_config.items():
         if key not in allowed:
             names = ", ".join(allowed) or "none"
-            raise Refused(f"loss_fn_config {key!r} does not apply to {name}; allowed: {names}")
+            raise RequestFailed(f"loss_fn_config {key!r} does not apply to {name}; allowed: {names}")
         allowed[key] = _number(value, f"loss_fn_config {key}")
     params: dict[str, float] = {}
     if "clip_low_threshold" in allowed:
         low, high = allowed["clip_low_threshold"], allowed["clip_high_threshold"]
         if not 0.0 <= low <= high:
-            raise Refused(f"loss_fn_config: thresholds {low:g} and {high:g}; allowed: 0 <= low <= high")
+            raise RequestFailed(f"loss_fn_config: thresholds {low:g} and {high:g}; allowed: 0 <= low <= high")
         params = {"clip_low": 1.0 - low, "clip_high": high - 1.0}
     elif "beta" in allowed:
         if allowed["beta"] < 0:
-            raise Refused(f"loss_fn_config beta={allowed['beta']:g}; allowed: 0 or more")
+            raise RequestFailed(f"loss_fn_config beta={allowed['beta']:g}; allowed: 0 or more")
         params = {"beta": allowed["beta"]}
     return LossSpec(name, params)
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Refused(f"{where}={value!r}: needs a finite number")
+        raise RequestFailed(f"{where}={value!r}: needs a finite number")
     if abs(value) > LARGEST:
-        raise Refused(f"{where}={value!r}: at most {LARGEST:g}")
+        raise RequestFailed(f"{where}={value!r}: at most {LARGEST:g}")
     return float(value)
 
 
-def to_rows(request: TrainRequest, facts: ServerFacts, *, max_tokens: int) -> list[Datum]:
-    """One engine row per datum, in order, named "datum i". Raises Refused for the first thing that does not fit."""
+def to_rows(request: TrainRequest, facts: ServerInfo, *, max_tokens: int) -> list[Datum]:
+    """One engine row per datum, in order, named "datum i". Raises RequestFailed for the first thing that
+    does not fit."""
     if request.problem:
-        raise Refused(request.problem)
+        raise RequestFailed(request.problem)
     if not request.data:
-        raise Refused(f"{request.loss_fn}: a request without data")
+        raise RequestFailed(f"{request.loss_fn}: a request without data")
     total = sum(len(datum.tokens) for datum in request.data)
     if total > max_tokens:
-        raise Refused(
+        raise RequestFailed(
             f"{request.loss_fn}: {total} tokens in one request, at most {max_tokens} may be; send smaller parts, or "
             "raise service.max_tokens_per_request"
         )
     return [_row(datum, i, request.loss_fn, request.model_id, facts) for i, datum in enumerate(request.data)]
 
 
-def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerFacts) -> Datum:
+def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerInfo) -> Datum:
     where, kind = f"{loss}: datum {index}", LOSSES[loss]
     tokens = np.asarray(datum.tokens, dtype=np.int64)
     if not 1 <= len(tokens) <= facts.max_context:
-        raise Refused(f"{where}: {len(tokens)} tokens; allowed: 1 to {facts.max_context}")
+        raise RequestFailed(f"{where}: {len(tokens)} tokens; allowed: 1 to {facts.max_context}")
     _check_ids(tokens, facts, f"{where}: model_input")
     for name in kind.inputs:
         if name not in datum.inputs:
-            raise Refused(f"{where}: no {name} in loss_fn_inputs; needed: {', '.join(kind.inputs)}")
+            raise RequestFailed(f"{where}: no {name} in loss_fn_inputs; needed: {', '.join(kind.inputs)}")
     for name in datum.inputs:
         if name not in kind.inputs + kind.optional:
             names = ", ".join(kind.inputs + kind.optional)
-            raise Refused(f"{where}: loss_fn_inputs {name!r} does not apply to {loss}; allowed: {names}")
+            raise RequestFailed(f"{where}: loss_fn_inputs {name!r} does not apply to {loss}; allowed: {names}")
     targets = datum.inputs["target_tokens"]
     if targets.dtype.kind != "i":
-        raise Refused(f"{where}: target_tokens is {targets.dtype}; it has to be int64")
+        raise RequestFailed(f"{where}: target_tokens is {targets.dtype}; it has to be int64")
     many = loss == "cross_entropy" and targets.ndim == 2
     if len(targets) != len(tokens) or targets.ndim > (2 if many else 1) or targets.size == 0:
-        raise Refused(
+        raise RequestFailed(
             f"{where}: target_tokens has shape {list(targets.shape)}, the input has {len(tokens)} tokens; "
             f"allowed: [{len(tokens)}]" + (f" or [{len(tokens)}, K]" if loss == "cross_entropy" else "")
         )
@@ -155,39 +156,42 @@ def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerFacts
     )
 
 
-def _check_ids(ids: np.ndarray, facts: ServerFacts, where: str) -> None:
+def _check_ids(ids: np.ndarray, facts: ServerInfo, where: str) -> None:
     if ids.min() < 0 or ids.max() >= facts.vocab_size:
         bad = int(ids.min() if ids.min() < 0 else ids.max())
-        raise Refused(f"{where}: token {bad} is not in the vocabulary; allowed: 0 to {facts.vocab_size - 1}")
+        raise RequestFailed(f"{where}: token {bad} is not in the vocabulary; allowed: 0 to {facts.vocab_size - 1}")
 
 
 def _floats(value: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
     if value.shape != shape:
-        raise Refused(f"{where} has shape {list(value.shape)}, target_tokens has {list(shape)}; they have to be equal")
+        raise RequestFailed(
+            f"{where} has shape {list(value.shape)}, target_tokens has {list(shape)}; they have to be equal"
+        )
     out = value.astype(np.float32, copy=False)
     if not np.isfinite(out).all():
-        raise Refused(f"{where} is not finite everywhere")
+        raise RequestFailed(f"{where} is not finite everywhere")
     if out.size and np.abs(out).max() > LARGEST:
-        raise Refused(f"{where} holds {float(np.abs(out).max()):g}; at most {LARGEST:g}")
+        raise RequestFailed(f"{where} holds {float(np.abs(out).max()):g}; at most {LARGEST:g}")
     return out
 
 
 def adam_params(request: OptimStep) -> AdamParams:
-    """One AdamW step as the protocol specifies it. Raises Refused for a number out of range or another optimizer."""
+    """One AdamW step as the protocol specifies it. Raises RequestFailed for a number out of range or another
+    optimizer."""
     if request.problem:
-        raise Refused(request.problem)
+        raise RequestFailed(request.problem)
     if request.optimizer != "adamw":
-        raise Refused(f"optimizer {request.optimizer!r} is refused: its update is not public; use adamw")
+        raise RequestFailed(f"optimizer {request.optimizer!r} is refused: its update is not public; use adamw")
     numbers = {
         name: _number(getattr(request, name), name)
         for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
     }
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
         if numbers[name] < 0:
-            raise Refused(f"{name}={numbers[name]:g}; allowed: 0 or more")
+            raise RequestFailed(f"{name}={numbers[name]:g}; allowed: 0 or more")
     for name in ("beta1", "beta2"):
         if not 0 <= numbers[name] < 1:
-            raise Refused(f"{name}={numbers[name]:g}; allowed: 0 up to below 1")
+            raise RequestFailed(f"{name}={numbers[name]:g}; allowed: 0 up to below 1")
     return AdamParams(
         lr=numbers["learning_rate"],
         beta1=numbers["beta1"],
@@ -204,31 +208,34 @@ def draw_seed(*key: Any) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def sampling_params(query: SampleQuery, facts: ServerFacts, key: str) -> list[SamplingParams]:
+def sampling_params(query: SamplingRequest, facts: ServerInfo, key: str) -> list[SamplingParams]:
     """How to draw each of the query's samples. A seed gives the same samples whatever else runs, each sample its own
-    stream; without one they are keyed by `key`, which is the request's. Raises Refused for what cannot be drawn."""
+    stream; without one they are keyed by `key`, which is the request's. Raises RequestFailed for what cannot be
+    drawn."""
     if query.problem:
-        raise Refused(query.problem)
+        raise RequestFailed(query.problem)
     check_prompt(query, facts)
     room = facts.max_context - len(query.prompt)
     if room < 1:
-        raise Refused(
+        raise RequestFailed(
             f"prompt: {len(query.prompt)} tokens leave no room to draw; the context is {facts.max_context} tokens"
         )
     wanted = room if query.max_tokens is None else query.max_tokens
     if wanted > room:
-        raise Refused(
+        raise RequestFailed(
             f"max_tokens={wanted} and a prompt of {len(query.prompt)} tokens exceed the context of "
             f"{facts.max_context}; lower max_tokens to {room} or less"
         )
     if wanted < 1:
-        raise Refused(f"max_tokens={wanted}; allowed: 1 or more")
+        raise RequestFailed(f"max_tokens={wanted}; allowed: 1 or more")
     _range("temperature", query.temperature, 0.0, 100.0)
     if 0 < query.temperature < COLDEST:
-        raise Refused(f"temperature={query.temperature!r}; allowed: 0 (the likeliest token), or {COLDEST:g} to 100")
+        raise RequestFailed(
+            f"temperature={query.temperature!r}; allowed: 0 (the likeliest token), or {COLDEST:g} to 100"
+        )
     _range("top_p", query.top_p, 0.0, 1.0, open_low=True)
     if query.top_k < -1:
-        raise Refused(f"top_k={query.top_k}; allowed: -1 (off) or 1 and more")
+        raise RequestFailed(f"top_k={query.top_k}; allowed: -1 (off) or 1 and more")
     strings: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = facts.eos_token_ids
     if query.stop is not None and len(query.stop) == 0:
@@ -236,7 +243,7 @@ def sampling_params(query: SampleQuery, facts: ServerFacts, key: str) -> list[Sa
     elif query.stop is not None and isinstance(query.stop[0], str):
         strings = tuple(str(text) for text in query.stop)  # besides the end of sequence
         if not all(strings):
-            raise Refused("stop: an empty string would end every sample at once")
+            raise RequestFailed("stop: an empty string would end every sample at once")
         check_stops(strings)
     elif query.stop is not None:
         stop_ids = tuple(int(token) for token in query.stop)
@@ -258,32 +265,32 @@ def sampling_params(query: SampleQuery, facts: ServerFacts, key: str) -> list[Sa
 
 def _range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        raise Refused(f"{name}={value!r}; allowed: {'above ' if open_low else ''}{low:g} to {high:g}")
+        raise RequestFailed(f"{name}={value!r}; allowed: {'above ' if open_low else ''}{low:g} to {high:g}")
 
 
-def check_prompt(query: SampleQuery, facts: ServerFacts) -> None:
-    """Raises Refused for a prompt, or questions about it, that do not fit."""
+def check_prompt(query: SamplingRequest, facts: ServerInfo) -> None:
+    """Raises RequestFailed for a prompt, or questions about it, that do not fit."""
     length = len(query.prompt)
     if length < 1:
-        raise Refused("prompt: no tokens")
+        raise RequestFailed("prompt: no tokens")
     if query.num_samples < 1:
-        raise Refused(f"num_samples={query.num_samples}; allowed: 1 or more")
+        raise RequestFailed(f"num_samples={query.num_samples}; allowed: 1 or more")
     _check_ids(query.prompt, facts, "prompt")
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         value = getattr(query, name)
         if not 0 <= value <= min(1024, facts.vocab_size):
-            raise Refused(f"{name}={value}; allowed: 0 to {min(1024, facts.vocab_size)}")
+            raise RequestFailed(f"{name}={value}; allowed: 0 to {min(1024, facts.vocab_size)}")
     last = query.prompt_logprobs_last_n
     if last is not None and last < 0:
-        raise Refused(f"prompt_logprobs_last_n={last}; allowed: 0 or more")
+        raise RequestFailed(f"prompt_logprobs_last_n={last}; allowed: 0 or more")
     if query.targets is not None:
         if query.targets.ndim != 2 or len(query.targets) != length - 1:
-            raise Refused(
+            raise RequestFailed(
                 f"target_prompt_logprobs has shape {list(query.targets.shape)}; allowed: [{length - 1}, K] for a "
                 f"prompt of {length} tokens"
             )
         if query.targets.size and (query.targets.min() < -1 or query.targets.max() >= facts.vocab_size):
-            raise Refused(f"target_prompt_logprobs: tokens have to be -1 (skip) or 0 to {facts.vocab_size - 1}")
+            raise RequestFailed(f"target_prompt_logprobs: tokens have to be -1 (skip) or 0 to {facts.vocab_size - 1}")
 
 
 def alike(request: TrainRequest) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Between the bytes of the Tinker protocol and the types of skyrl.service.types: the one module that others use.
+"""Between the bytes of the Tinker protocol and the types of skyrl.service.messages: the one module that others use.
 
 `parse_train` takes a body as it came; the other parse functions take the JSON value that `read_json` made of one.
 """
@@ -13,7 +13,7 @@ import zstandard
 from google.protobuf.message import DecodeError
 
 from skyrl.service import proto
-from skyrl.service.types import Request, TrainRequest, WireDatum
+from skyrl.service.messages import Request, TrainRequest, WireDatum
 from skyrl.service.wire_encode import JSON, PROTOBUF, encode_json, encode_result
 from skyrl.service.wire_fields import (
     DTYPES,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from skyrl.service import proto
-from skyrl.service.types import Result, SampledSequence, SampleResult, TopK, TrainResult
+from skyrl.service.messages import Result, SampledSequence, SampleResult, TopK, TrainResult
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 NO_LOGPROB = -99999.0  # with token 0: an empty cell of a top-k table

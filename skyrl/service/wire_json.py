@@ -1,4 +1,4 @@
-"""Requests in JSON, to the types of skyrl.service.types: everything but training data, and that of old releases.
+"""Requests in JSON, to the types of skyrl.service.messages: everything but training data, and that of old releases.
 
 What identifies a request (model and seq_id, or session) has to be right, or the submission is refused (UserError).
 Anything else that is wrong becomes the request's `problem`: its future fails with that text, and the client's count
@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from skyrl.service.types import (
+from skyrl.service.messages import (
     CheckpointKind,
     CreateModel,
     LoadWeights,
     OptimStep,
-    SampleQuery,
+    SamplingRequest,
     SaveWeights,
     TrainRequest,
     UnloadModel,
@@ -258,7 +258,7 @@ def parse_unload_model(json: Any) -> UnloadModel:
 # ---- sampling
 
 
-def parse_sample(json: Any, *, max_bytes: int = 1 << 28) -> SampleQuery:
+def parse_sample(json: Any, *, max_bytes: int = 1 << 28) -> SamplingRequest:
     """asample. Raises UserError unless it names a sampling session (with seq_id), a base model or a checkpoint; the
     rest becomes `problem`. seq_id is -1 where an old release sends none: such a request has no sampling session and
     is never taken for a repetition. A sparse target_prompt_logprobs expands to at most `max_bytes`, with -1 in the
@@ -294,7 +294,7 @@ def parse_sample(json: Any, *, max_bytes: int = 1 << 28) -> SampleQuery:
         top.end()
         return found
 
-    return made(SampleQuery, blank, read)
+    return made(SamplingRequest, blank, read)
 
 
 def _sampling_params(top: Fields) -> dict[str, Any]:

@@ -19,21 +19,21 @@ from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import Train
 from skyrl.service.leader import Leader
 from skyrl.service.limits import check_width
-from skyrl.service.models import Tenant, Tenants
-from skyrl.service.sampling import Sampling
-from skyrl.service.scheduler import Job, RequestDesk
-from skyrl.service.snapshots import Snapshots
-from skyrl.service.types import (
+from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
     OptimStep,
-    Refused,
+    RequestFailed,
     SaveWeights,
-    ServerFacts,
+    ServerInfo,
     TrainRequest,
     TrainResult,
     UnloadModel,
 )
+from skyrl.service.models import Tenant, Tenants
+from skyrl.service.sampling import Sampling
+from skyrl.service.scheduler import Job, RequestDesk
+from skyrl.service.snapshots import Snapshots
 from skyrl.service.validation import adam_params, alike, loss_spec, to_rows
 from skyrl.types import Datum, UserError
 
@@ -55,7 +55,7 @@ class Worker:
         leader: Leader,
         desk: RequestDesk,
         checkpoints: CheckpointService,
-        facts: ServerFacts,
+        facts: ServerInfo,
         *,
         mix: bool,
     ) -> None:
@@ -146,10 +146,10 @@ class Worker:
         """Runs what may refuse; a refusal settles the future. Anything else ends the server: the ranks may differ."""
         try:
             action()
-        except Refused as refused:
+        except RequestFailed as refused:
             self.desk.failed(job, refused)
         except UserError as error:
-            self.desk.failed(job, Refused(str(error)))
+            self.desk.failed(job, RequestFailed(str(error)))
         else:
             return True
         return False
@@ -159,7 +159,7 @@ class Worker:
             self._close_ended(SILENT_SECONDS)
         try:
             tenant = self.tenants.create(request, job.owner)
-        except (Refused, UserError) as error:
+        except (RequestFailed, UserError) as error:
             self.desk.closed(request.model_id, f"{request.model_id} was never made: {error}", forget=True)
             raise
         self._opened(tenant)
@@ -190,7 +190,7 @@ class Worker:
                 nonlocal spec
                 self.tenants.get(request.model_id)
                 if request.problem:
-                    raise Refused(request.problem)
+                    raise RequestFailed(request.problem)
                 spec = loss_spec(request)
                 check_width(request, max_tokens_per_microbatch=self.cfg.max_tokens_per_microbatch)
                 rows += to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
@@ -212,7 +212,7 @@ class Worker:
             for job, _ in ready:
                 if not forward_only:
                     self._spoil(job.lane)
-                self.desk.failed(job, Refused(str(error)))
+                self.desk.failed(job, RequestFailed(str(error)))
             return
         for (job, rows), (logprobs, losses) in zip(ready, results, strict=True):
             self._settle(job, rows, logprobs, losses)
@@ -242,7 +242,7 @@ class Worker:
             first = int(np.flatnonzero(~np.isfinite(losses))[0])
             if not request.forward_only:
                 self._spoil(request.model_id)
-            self.desk.failed(job, Refused(f"{request.loss_fn}: the loss of datum {first} is not finite"))
+            self.desk.failed(job, RequestFailed(f"{request.loss_fn}: the loss of datum {first} is not finite"))
             return
         metrics = {
             "loss:sum": float(losses.sum()),
@@ -269,14 +269,14 @@ class Worker:
             if tenant.pending:
                 self.leader.call("clear", tenant.model)
                 tenant.pending = False
-            raise Refused(
+            raise RequestFailed(
                 "a forward_backward before this optim_step failed: no step was made, and its whole gradient was dropped"
             )
         self.tenants.use(tenant.model)
         metrics, problem = self.leader.call("optim", (tenant.model, adam))[0]
         tenant.pending = False
         if problem:
-            raise Refused(problem)
+            raise RequestFailed(problem)
         tenant.steps += 1
         self.desk.done(job, {"metrics": {key.rsplit(":", 1)[0]: float(value) for key, value in metrics.items()}})
 
@@ -285,7 +285,7 @@ class Worker:
     def _save(self, job: Job, request: SaveWeights) -> None:
         tenant = self.tenants.get(request.model_id)
         if request.problem:
-            raise Refused(request.problem)
+            raise RequestFailed(request.problem)
         self.tenants.use(tenant.model)
         if request.name is None and request.kind == "sampler_weights":
             self.desk.done(job, self._ephemeral(request, tenant))
@@ -297,13 +297,13 @@ class Worker:
             if error is None:
                 self.desk.done(job, {"path": path.uri, "size_bytes": size})
             else:
-                self.desk.failed(job, Refused(str(error), "user" if isinstance(error, UserError) else "server"))
+                self.desk.failed(job, RequestFailed(str(error), "user" if isinstance(error, UserError) else "server"))
 
         self.checkpoints.save(request, path, tenant.owner, content, settle)
 
     def _ephemeral(self, request: SaveWeights, tenant: Tenant) -> dict[str, Any]:
         if request.sampling_session_seq_id is None:
-            raise Refused("save_weights_for_sampler: needs a path, or a sampling_session_seq_id for a snapshot")
+            raise RequestFailed("save_weights_for_sampler: needs a path, or a sampling_session_seq_id for a snapshot")
         sampler_id = self.checkpoints.add_ephemeral_sampler(
             tenant.session, tenant.owner, request.sampling_session_seq_id, tenant.base_model, tenant.model
         )
@@ -321,7 +321,7 @@ class Worker:
             self._close_ended(SILENT_SECONDS)
         try:
             tenant = self.tenants.create_from(request, model_id, job.owner)
-        except (Refused, UserError) as error:
+        except (RequestFailed, UserError) as error:
             self.desk.closed(model_id, f"{model_id} was never made: {error}", forget=True)
             raise
         self._opened(tenant)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.service.types import SampleQuery, SampleResult, TrainRequest, TrainResult, WireDatum
+from skyrl.service.messages import SampleResult, SamplingRequest, TrainRequest, TrainResult, WireDatum
 from skyrl.service.wire_encode import csr_values
 from skyrl.service.wire_json import parse_sample
 from skyrl.tinker.types import (
@@ -98,7 +98,7 @@ def joined(parts: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
 
 
 def sample_query(where: Mapping[str, Any], prompt: Any, params: Any, options: Mapping[str, Any], targets: Any) -> Any:
-    """A SampleQuery. `where` names the sampling session and seq_id, `options` are the other fields of the request.
+    """A SamplingRequest. `where` names the sampling session and seq_id, `options` are the other fields of the request.
 
     Checked by the parser that HTTP bodies go through; arrays go around it. Raises ValueError."""
     names = ("max_tokens", "seed", "temperature", "top_k", "top_p")
@@ -108,7 +108,7 @@ def sample_query(where: Mapping[str, Any], prompt: Any, params: Any, options: Ma
         given["stop"] = stop if isinstance(stop, str) else [int(x) if isinstance(x, np.integer) else x for x in stop]
     body = {**where, **{key: value for key, value in options.items() if value is not None}}
     query = parse_sample({**body, "prompt": {"chunks": []}, "sampling_params": given})
-    assert isinstance(query, SampleQuery)
+    assert isinstance(query, SamplingRequest)
     found: dict[str, Any] = {"prompt": tokens_of(prompt, "prompt")}
     if targets is not None:
         found["targets"] = np.array(targets.to_numpy(-1), np.int64)

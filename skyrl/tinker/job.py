@@ -23,7 +23,7 @@ from skyrl.config.load import load_serve
 from skyrl.config.serve import ServeConfig
 from skyrl.distributed.env import rank
 from skyrl.main import end_now
-from skyrl.service.types import Busy, Outcome, Request, SampleQuery
+from skyrl.service.messages import Request, RequestOutcome, SamplingRequest, TooManyRequests
 from skyrl.tinker.futures import APIFuture, RequestFailedError, status_error
 from skyrl.types import UserError
 from skyrl.web.auth import LOCAL_OWNER, Keys
@@ -118,7 +118,7 @@ class Job:
         out.add_done_callback(self._open.discard)
         accepted: list[str] = []
         self._offer(request, out, convert, accepted)
-        if not isinstance(request, SampleQuery):
+        if not isinstance(request, SamplingRequest):
             return APIFuture(out)
         return APIFuture(out, cancel=lambda: self._cancel(accepted))
 
@@ -126,7 +126,7 @@ class Job:
         desk = self.service.desk
         try:
             got = desk.submit(request, owner=self.owner)
-        except Busy:
+        except TooManyRequests:
             if self._closing:
                 out.set_exception(RuntimeError(CLOSED))
                 return
@@ -224,7 +224,7 @@ def part(text: str) -> str:
     return quote(text, safe="")
 
 
-def _result(outcome: Outcome, request_id: str) -> Any:
+def _result(outcome: RequestOutcome, request_id: str) -> Any:
     if outcome.state == "done":
         return outcome.result
     raise RequestFailedError(outcome.error or "thrown away", request_id=request_id, category=outcome.category)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from skyrl.service.types import SampleQuery
+from skyrl.service.messages import SamplingRequest
 from skyrl.tinker import convert
 from skyrl.tinker.futures import APIFuture, chain, then, with_async
 from skyrl.tinker.job import Job, current_job, part
@@ -88,7 +88,7 @@ class SamplingClient:
         )
         where = {"sampling_session_id": self._sampler_id, "seq_id": next(self._numbers)}
         query = convert.sample_query(where, prompt, sampling_params, options, target_prompt_logprobs)
-        assert isinstance(query, SampleQuery)
+        assert isinstance(query, SamplingRequest)
         return self._session.job.submit(query, convert.sample_response)
 
     def compute_logprobs(self, prompt: Any, prompt_logprobs_last_n: int | None = None) -> APIFuture[list[float | None]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.service.types import LoadWeights, OptimStep, Request, TrainRequest
+from skyrl.service.messages import LoadWeights, OptimStep, Request, TrainRequest
 from skyrl.service.wire_json import (
     parse_load_weights,
     parse_optim_step,

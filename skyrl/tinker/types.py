@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from skyrl.service.types import TopK as TopkLogprobs
+from skyrl.service.messages import TopK as TopkLogprobs
 from skyrl.service.wire_encode import topk_rows
 from skyrl.service.wire_fields import DTYPES, Room, expand_csr
 from skyrl.tinker.records import (

@@ -10,7 +10,7 @@ import zstandard
 from door_server import TEXT, serving
 
 from skyrl.service import proto, routes_work
-from skyrl.service.types import OptimStep, TrainRequest
+from skyrl.service.messages import OptimStep, TrainRequest
 
 PROTOBUF = "application/x-protobuf"
 

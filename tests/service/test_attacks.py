@@ -10,33 +10,33 @@ import numpy as np
 import pytest
 from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, prompt, refused_beside, rows, same
 
-from skyrl.service import desk as desks
+from skyrl.service import scheduler as schedulers
 from skyrl.service.commands import Create, LoadAdapter
 from skyrl.service.leader import Leader
 from skyrl.service.limits import ANSWER_BYTES, WIDE_TARGETS, answer_bytes, check_sample, check_width, in_turns
-from skyrl.service.scheduler import RequestDesk
-from skyrl.service.types import (
-    Busy,
+from skyrl.service.messages import (
     CreateModel,
     OptimStep,
-    Refused,
+    RequestFailed,
     SampledSequence,
-    SampleQuery,
     SampleResult,
-    ServerFacts,
+    SamplingRequest,
+    ServerInfo,
+    TooManyRequests,
     TrainRequest,
     WireDatum,
 )
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.validation import sampling_params
 from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 from skyrl.types import LoraSpec, RunError, UserError
 
-FACTS = ServerFacts({}, "tiny", "", "", 4096, 100, (2,), adaptable=True, full_parameters=False)
+FACTS = ServerInfo({}, "tiny", "", "", 4096, 100, (2,), adaptable=True, full_parameters=False)
 TOKENS = np.array([5, 6, 7])
 
 
-def query(**more: Any) -> SampleQuery:
-    return SampleQuery(**{"seq_id": 0, "prompt": TOKENS, "base_model": "tiny", "max_tokens": 4, **more})
+def query(**more: Any) -> SamplingRequest:
+    return SamplingRequest(**{"seq_id": 0, "prompt": TOKENS, "base_model": "tiny", "max_tokens": 4, **more})
 
 
 # ---- bounds of one request
@@ -44,7 +44,7 @@ def query(**more: Any) -> SampleQuery:
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-21])
 def test_a_temperature_that_logits_do_not_survive_is_refused(temperature):
-    with pytest.raises(Refused, match="allowed: 0 .* or 1e-20 to 100"):
+    with pytest.raises(RequestFailed, match="allowed: 0 .* or 1e-20 to 100"):
         sampling_params(query(temperature=temperature), FACTS, "x")
     assert sampling_params(query(temperature=1e-20), FACTS, "x")[0].temperature == 1e-20
 
@@ -60,14 +60,14 @@ def test_answers_that_would_not_fit_are_refused():
     ):
         asked = query(**more)
         assert answer_bytes(asked, 4096) > ANSWER_BYTES
-        with pytest.raises(Refused, match="the answer could take .* MiB, at most 256 may be"):
+        with pytest.raises(RequestFailed, match="the answer could take .* MiB, at most 256 may be"):
             check_sample(asked, 4096, **limits)
-    with pytest.raises(Refused, match="num_samples=16385; at most 16384"):
+    with pytest.raises(RequestFailed, match="num_samples=16385; at most 16384"):
         check_sample(query(num_samples=16385), 1, **limits)
 
 
 def test_stop_strings_are_bounded_together():
-    with pytest.raises(Refused, match="stop: 40960 characters in all; at most 4096"):
+    with pytest.raises(RequestFailed, match="stop: 40960 characters in all; at most 4096"):
         sampling_params(query(stop=("a" * 4096,) * 10), FACTS, "x")
 
 
@@ -79,9 +79,9 @@ def test_a_row_with_very_many_targets_is_refused():
         return TrainRequest("m", 1, [wide], "cross_entropy", {}, False)
 
     check_width(request(4, WIDE_TARGETS // 8192), max_tokens_per_microbatch=8192)
-    with pytest.raises(Refused, match="datum 0: target_tokens has 1000000 columns; at most 1024 fit"):
+    with pytest.raises(RequestFailed, match="datum 0: target_tokens has 1000000 columns; at most 1024 fit"):
         check_width(request(1, 1_000_000), max_tokens_per_microbatch=8192)
-    with pytest.raises(Refused, match="at most 838 fit"):
+    with pytest.raises(RequestFailed, match="at most 838 fit"):
         check_width(request(10_000, 900), max_tokens_per_microbatch=128)
 
 
@@ -106,29 +106,29 @@ def big(model: str, seq: int, size: int = 1 << 17) -> TrainRequest:
 
 
 def test_requests_that_wait_have_a_budget_which_owners_share(monkeypatch):
-    monkeypatch.setattr(desks, "WAITING_BYTES", 4 << 20)
+    monkeypatch.setattr(schedulers, "WAITING_BYTES", 4 << 20)
     desk = RequestDesk()
     greedy, modest = make_model(desk, "greedy"), make_model(desk, "modest")
-    with pytest.raises(Busy, match="MiB of requests are waiting, at most 4 may"):
+    with pytest.raises(TooManyRequests, match="MiB of requests are waiting, at most 4 may"):
         for seq in range(2, 10):
             desk.submit(big(greedy, seq), owner="greedy")
     desk.submit(big(greedy, 1), owner="greedy")  # all wait for this one
     desk.submit(big(modest, 1), owner="modest")
     for _ in range(10):
         for job in desk.take_training(lambda r: r.loss_fn, 1 << 30):
-            desk.failed(job, Refused("no"))
+            desk.failed(job, RequestFailed("no"))
             assert job.request.data == []  # what it brought is not kept
     assert desk._waiting_bytes == {}
     desk.submit(big(greedy, 9), owner="greedy")
 
 
 def test_a_model_has_so_many_requests_waiting(monkeypatch):
-    monkeypatch.setattr(desks, "WAITING_REQUESTS", 5)
+    monkeypatch.setattr(schedulers, "WAITING_REQUESTS", 5)
     desk = RequestDesk()
     model = make_model(desk, "a")
     for seq in range(2, 7):
         desk.submit(OptimStep(model, seq), owner="a")
-    with pytest.raises(Busy, match="5 requests of this model are waiting"):
+    with pytest.raises(TooManyRequests, match="5 requests of this model are waiting"):
         desk.submit(OptimStep(model, 7), owner="a")
     desk.submit(OptimStep(model, 1), owner="a")
 
@@ -138,7 +138,7 @@ def answer(size: int) -> SampleResult:
 
 
 def test_results_that_nobody_fetches_are_thrown_away_from_who_has_most(monkeypatch):
-    monkeypatch.setattr(desks, "RESULT_BYTES", 10 << 20)
+    monkeypatch.setattr(schedulers, "RESULT_BYTES", 10 << 20)
     desk = RequestDesk()
     wanted = desk.submit(query(), owner="modest").request_id
     (job,) = desk.take_samples(9)
@@ -154,7 +154,7 @@ def test_results_that_nobody_fetches_are_thrown_away_from_who_has_most(monkeypat
 
 
 def test_a_result_is_forgotten_some_time_after_it_was_fetched(monkeypatch):
-    monkeypatch.setattr(desks, "FETCHED_SECONDS", 0.05)
+    monkeypatch.setattr(schedulers, "FETCHED_SECONDS", 0.05)
     desk = RequestDesk()
     ids = [desk.submit(query(sampling_session_id="x", seq_id=i), owner="a").request_id for i in range(3)]
     for job in desk.take_samples(9):
@@ -186,7 +186,7 @@ def test_another_owner_cannot_take_a_number_first():
 
 
 def test_closed_models_are_forgotten_at_last(monkeypatch):
-    monkeypatch.setattr(desks, "DEAD_LANES", 3)
+    monkeypatch.setattr(schedulers, "DEAD_LANES", 3)
     desk = RequestDesk()
     names = [make_model(desk, "a", number) for number in range(6)]
     for name in names:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skyrl.service.types import OptimStep, Refused, SampleQuery, ServerFacts, TrainRequest, WireDatum
+from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
 from skyrl.service.validation import LOSSES, adam_params, check_prompt, loss_spec, sampling_params, to_rows
 
-FACTS = ServerFacts({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
+FACTS = ServerInfo({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
 
 
 def f32(*values):
@@ -46,7 +46,7 @@ def test_cross_entropy_rows():
 
 def test_policy_rows_train_where_the_advantage_is_not_zero_and_dro_everywhere():
     (row,) = rows_of(policy("ppo"))
-    assert row.weights.tolist() == [0, 1, 1] and row.logprobs.tolist() == [-1, -2, -3]
+    assert row.weights.tolist() == [0, 1, 1] and row.sampling_logprobs.tolist() == [-1, -2, -3]
     (row,) = rows_of(policy("dro"))
     assert row.weights.tolist() == [1, 1, 1]
     (row,) = rows_of(policy("gspo", sequence_ratio_mask=f32(0, 1, 1)))
@@ -97,13 +97,13 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_refused(name):
     bad, text = BAD[name]
-    with pytest.raises(Refused, match=text) as refused:
+    with pytest.raises(RequestFailed, match=text) as refused:
         rows_of(bad)
     assert refused.value.category == "user" and "\n" not in refused.value.message
 
 
 def test_a_request_with_too_many_tokens_is_refused():
-    with pytest.raises(Refused, match="3 tokens in one request, at most 2"):
+    with pytest.raises(RequestFailed, match="3 tokens in one request, at most 2"):
         to_rows(request(), FACTS, max_tokens=2)
 
 
@@ -113,12 +113,12 @@ def test_adam():
         0.1, 0.9, 0.95, 1e-12, 0.0, 2.0,
     )  # fmt: skip
     for bad in ({"optimizer": "dimuon"}, {"learning_rate": -1.0}, {"beta1": 1.0}, {"eps": float("inf")}):
-        with pytest.raises(Refused):
+        with pytest.raises(RequestFailed):
             adam_params(OptimStep("m", 1, **bad))
 
 
 def query(**more):
-    return SampleQuery(**{"seq_id": 0, "prompt": ints(1, 2, 3), "max_tokens": 4, **more})
+    return SamplingRequest(**{"seq_id": 0, "prompt": ints(1, 2, 3), "max_tokens": 4, **more})
 
 
 def test_stops():
@@ -165,6 +165,6 @@ def test_queries_that_are_refused():
         {"problem": "no"},
     ]
     for one in bad:
-        with pytest.raises(Refused):
+        with pytest.raises(RequestFailed):
             sampling_params(query(**one), FACTS, "k")
     check_prompt(query(targets=np.full((2, 3), -1)), FACTS)

@@ -6,8 +6,17 @@ import time
 import numpy as np
 import pytest
 
+from skyrl.service.messages import (
+    CreateModel,
+    OptimStep,
+    RequestFailed,
+    SamplingRequest,
+    TooManyRequests,
+    TrainRequest,
+    UnloadModel,
+    WireDatum,
+)
 from skyrl.service.scheduler import RequestDesk
-from skyrl.service.types import Busy, CreateModel, OptimStep, Refused, SampleQuery, TrainRequest, UnloadModel, WireDatum
 from skyrl.service.validation import alike
 from skyrl.types import UserError
 
@@ -27,7 +36,7 @@ def train(model, seq, loss="cross_entropy", tokens=3, **config):
 
 
 def sample(seq, session="s:sample:0", count=1):
-    return SampleQuery(seq, np.arange(3), sampling_session_id=session, num_samples=count, max_tokens=4)
+    return SamplingRequest(seq, np.arange(3), sampling_session_id=session, num_samples=count, max_tokens=4)
 
 
 def taken(desk):
@@ -107,10 +116,10 @@ def test_owners_take_turns_with_samples_and_there_is_a_limit():
     desk = RequestDesk(max_queued_samples=4)
     for seq in range(4):
         desk.submit(sample(seq, "s:sample:0"), owner="greedy")
-    with pytest.raises(Busy, match="4 samples are waiting, at most 4 may"):
+    with pytest.raises(TooManyRequests, match="4 samples are waiting, at most 4 may"):
         desk.submit(sample(4, "s:sample:0"), owner="greedy")
     desk.submit(sample(0, "t:sample:0"), owner="modest")  # who has none waiting may have some
-    with pytest.raises(Busy, match="1 samples are waiting, at most 2 may"):
+    with pytest.raises(TooManyRequests, match="1 samples are waiting, at most 2 may"):
         desk.submit(sample(9, "t:sample:0", count=2), owner="modest")
     assert [job.owner for job in desk.take_samples(100)] == ["greedy", "modest", "greedy", "greedy", "greedy"]
 
@@ -153,8 +162,8 @@ def test_when_done_calls_once_now_or_later():
     desk.when_done(accepted.request_id, lambda: calls.append("later"))
     (job,) = desk.take_training(alike, 10**6)
     assert calls == []
-    desk.failed(job, Refused("no"))
-    desk.failed(job, Refused("again"))
+    desk.failed(job, RequestFailed("no"))
+    desk.failed(job, RequestFailed("again"))
     desk.when_done(accepted.request_id, lambda: calls.append("now"))
     assert calls == ["later", "now"]
     assert desk.outcome(accepted.request_id, owner="a").error == "no"
@@ -182,5 +191,5 @@ def test_waiting_ends_with_work_and_closing_ends_everything():
     accepted = desk.submit(sample(1), owner="a")
     desk.close("the server stops")
     assert desk.outcome(accepted.request_id, owner="a").error == "the server stops"
-    with pytest.raises(Busy, match="the server stops"):
+    with pytest.raises(TooManyRequests, match="the server stops"):
         desk.submit(sample(2), owner="a")

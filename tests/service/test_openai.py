@@ -6,8 +6,8 @@ import time
 import pytest
 from door_server import TEXT, events, serving
 
+from skyrl.service.messages import SamplingRequest
 from skyrl.service.openai_text import Growing
-from skyrl.service.types import SampleQuery
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def chat(server, **body):
     return good(server, "chat/completions", messages=[{"role": "user", "content": "hi"}], **body)
 
 
-def last(server) -> SampleQuery:
+def last(server) -> SamplingRequest:
     return server.answers.seen[-1]
 
 

@@ -21,7 +21,7 @@ from inprocess import (
     together_and_alone,
 )
 
-from skyrl.service.types import Busy, SampleQuery
+from skyrl.service.messages import SamplingRequest, TooManyRequests
 from skyrl.tinker import RequestFailedError
 
 
@@ -68,11 +68,11 @@ def test_too_many_samples_wait(tmp_path):
         alone = drawn(sampler.sample(prompt(5, 6), 1, draw(30)).result())
         desk = client._job.service.desk
         lots = [sampler.sample(prompt(5, 6), 40, draw(30, seed=i)) for i in range(24)]
-        query = SampleQuery(10**6, np.array([5, 6]), sampling_session_id=sampler._sampler_id, num_samples=60)
-        with pytest.raises(Busy, match="samples are waiting, at most 64 may; try again in a moment"):
+        query = SamplingRequest(10**6, np.array([5, 6]), sampling_session_id=sampler._sampler_id, num_samples=60)
+        with pytest.raises(TooManyRequests, match="samples are waiting, at most 64 may; try again in a moment"):
             for _ in range(200):
                 desk.submit(query, owner="local")
-                query = SampleQuery(query.seq_id + 1, query.prompt, query.sampling_session_id, num_samples=60)
+                query = SamplingRequest(query.seq_id + 1, query.prompt, query.sampling_session_id, num_samples=60)
         start = time.monotonic()
         assert all(len(future.result(60).sequences) == 40 for future in lots)  # the client offers them again
         assert drawn(sampler.sample(prompt(5, 6), 1, draw(30)).result()) == alone

@@ -26,7 +26,7 @@ from inprocess import (
     train,
 )
 
-from skyrl.service.types import OptimStep, TrainRequest
+from skyrl.service.messages import OptimStep, TrainRequest
 from skyrl.service.validation import to_rows
 from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, convert
 

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from skyrl.service import proto, wire
-from skyrl.service.types import SampledSequence, SampleResult, TopK, TrainRequest, TrainResult
+from skyrl.service.messages import SampledSequence, SampleResult, TopK, TrainRequest, TrainResult
 from skyrl.types import UserError
 
 DATA = Path(__file__).parent / "data"

@@ -210,7 +210,7 @@ OUTPUTS += [np.arange(n * 2, dtype=np.float32).reshape(n, 2) / -8 for n in (1, 2
 
 def sample_result():
     """A result with everything that an answer can hold; the prompt has 4 tokens."""
-    from skyrl.service.types import SampledSequence, SampleResult, TopK
+    from skyrl.service.messages import SampledSequence, SampleResult, TopK
 
     empty = -99999.0
     table = TopK(
@@ -296,7 +296,7 @@ def test_recorded_image_is_refused_through_the_future():
 @pytest.mark.parametrize("release", ["0.3.0", "0.24.1", "0.38.0"])
 def test_recorded_json_requests(release):
     from skyrl.service import wire
-    from skyrl.service.types import CreateModel, LoadWeights, OptimStep, SaveWeights
+    from skyrl.service.messages import CreateModel, LoadWeights, OptimStep, SaveWeights
 
     bodies = json.loads(recorded(f"requests_{release}.json"))
     made = {name: wire.PARSERS[name](body) for name, body in bodies.items()}
@@ -322,7 +322,7 @@ def test_recorded_json_requests(release):
 @pytest.mark.parametrize("name", ["answer_train", "answer_sample"])
 def test_answers_are_the_messages_the_client_would_make(name):
     from skyrl.service import proto, wire
-    from skyrl.service.types import TrainResult
+    from skyrl.service.messages import TrainResult
 
     train = TrainResult(OUTPUTS, {"loss:sum": -1.5, "tokens:sum": 9.0})
     result = train if name == "answer_train" else sample_result()
@@ -373,7 +373,7 @@ def test_client_reads_our_training_answer(with_proto):
     from tinker.proto.response_conv import deserialize_forward_backward_output
 
     from skyrl.service import wire
-    from skyrl.service.types import TrainResult
+    from skyrl.service.messages import TrainResult
 
     body, _ = wire.encode_result(TrainResult(OUTPUTS, {"loss:sum": float("nan")}), "application/x-protobuf")
     read = deserialize_forward_backward_output(body)
@@ -407,7 +407,7 @@ def test_client_reads_our_sampling_answer(with_proto):
 
 def test_client_reads_our_json_answers(release):
     from skyrl.service import wire
-    from skyrl.service.types import TrainResult
+    from skyrl.service.messages import TrainResult
 
     try:  # releases between
         from tinker.types._pydantic_types import forward_backward_output, sample_response

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from skyrl.service import wire
-from skyrl.service.types import LoadWeights, OptimStep, SaveWeights, UnloadModel
+from skyrl.service.messages import LoadWeights, OptimStep, SaveWeights, UnloadModel
 from skyrl.types import UserError
 
 DATA = Path(__file__).parent / "data"

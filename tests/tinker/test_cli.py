@@ -64,6 +64,6 @@ def test_commands(server: Server, hub: Path, tmp_path: Path) -> None:
 
     cli("checkpoint", "delete", state, "--yes")
     assert state not in cli("checkpoint", "list", "--run-id", run_id)
-    # Refused with a reason, and no traceback: no traces are recorded, and no one is logged in.
+    # RequestFailed with a reason, and no traceback: no traces are recorded, and no one is logged in.
     cli("session", "export-trace", run_id.partition(":train:")[0], code=1)
     assert server.alive()

@@ -3,16 +3,15 @@
     app (HTTP, own thread) -> wire (bytes to these types) -> desk (order, futures) -> worker (rank 0's main thread)
     -> leader (commands to all ranks) -> engine; results come back as the types at the end of this file.
 
-A refusal that concerns the content of a request is a `Refused` through its future; a malformed request is a UserError
-at submission (HTTP 400).
+A refusal that concerns the content of a request is a `RequestFailed` through its future; a malformed request is a
+UserError at submission (HTTP 400).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +22,7 @@ CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 LossConfig = dict[str, float | str]
 
 
-class Refused(Exception):
+class RequestFailed(Exception):
     """A request that was accepted and then failed: the text and category that its future tells."""
 
     def __init__(self, message: str, category: Category = "user") -> None:
@@ -31,7 +30,7 @@ class Refused(Exception):
         self.message, self.category = message, category
 
 
-class Busy(Exception):
+class TooManyRequests(Exception):
     """Too much work is waiting: HTTP 429. The text says what and how much."""
 
 
@@ -143,11 +142,11 @@ class UnloadModel:
 
 
 @dataclass(frozen=True)
-class SampleQuery:
+class SamplingRequest:
     """asample. `stop`: None = the tokenizer's end of sequence; a tuple of strings or of token ids otherwise.
 
     targets [len(prompt) - 1, K] int64, -1 = skip; `targets_csr` keeps (crow, col) when it came sparse, since the
-    answer has the same layout. stream: its reader takes tokens while they are drawn (Desk.on_tokens).
+    answer has the same layout. stream: its reader takes tokens while they are drawn (RequestDesk.on_tokens).
     """
 
     seq_id: int
@@ -173,7 +172,7 @@ class SampleQuery:
     problem: str = ""
 
 
-Request = TrainRequest | CreateModel | OptimStep | SaveWeights | LoadWeights | UnloadModel | SampleQuery
+Request = TrainRequest | CreateModel | OptimStep | SaveWeights | LoadWeights | UnloadModel | SamplingRequest
 
 
 # ---- results
@@ -208,7 +207,7 @@ class SampledSequence:
 
 @dataclass
 class SampleResult:
-    """prompt_logprobs [len(prompt)] float32, NaN = missing; targets as SampleQuery.targets, 0.0 where skipped;
+    """prompt_logprobs [len(prompt)] float32, NaN = missing; targets as SamplingRequest.targets, 0.0 where skipped;
     alt_tokens int64 and alt_logprobs float32 [len(prompt) - 1, k]."""
 
     sequences: list[SampledSequence]
@@ -234,7 +233,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """What is known of a future. unknown: never heard of, of another owner, or thrown away (HTTP 410)."""
 
     state: Literal["done", "failed", "pending", "unknown"]
@@ -245,34 +244,8 @@ class Outcome:
     reason: str = ""
 
 
-class Desk(Protocol):
-    """Where requests wait, for the app and for the in-process client. Thread-safe."""
-
-    def submit(self, request: Request, *, owner: str) -> Accepted:
-        """Queues a request, or finds the earlier one of the same key (model and seq_id, session and seq_id): a
-        repeated request is never run twice. Raises UserError for what is malformed or not the owner's, Busy."""
-
-    def outcome(self, request_id: str, *, owner: str) -> Outcome:
-        """What is known now."""
-
-    def when_done(self, request_id: str, call: Callable[[], None]) -> None:
-        """Calls `call` once, from any thread, when the future is no longer pending (at once if it is not)."""
-
-    def on_tokens(self, request_id: str, call: Callable[[int, Ints], None]) -> None:
-        """Calls `call(sample, tokens)` with the tokens of a streamed request that were not told before, as they are
-        drawn, and at once with those that are there already. From any thread; it must not wait. A result may hold
-        more tokens than were told."""
-
-    def cancel(self, request_id: str, *, owner: str) -> None:
-        """Withdraws a sample that is not done; for anything else nothing happens."""
-
-    def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
-        """Facts for get_info: {"base_model", "is_lora", "lora_rank", "train_mlp", "train_attn", "train_unembed"}.
-        Raises UserError when there is no such model."""
-
-
 @dataclass(frozen=True)
-class ServerFacts:
+class ServerInfo:
     """What the server is, for capabilities, get_info and checks. `aliases`: every name that clients may ask for."""
 
     aliases: dict[str, Path]
