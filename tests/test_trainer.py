@@ -108,7 +108,7 @@ def test_refill_and_minibatches_do_not_depend_on_the_number_of_ranks(tmp_path):
                 for field in ("tokens", "targets", "advantages"):
                     np.testing.assert_array_equal(getattr(row, field), getattr(theirs[name], field))
                 np.testing.assert_allclose(row.weights, theirs[name].weights, rtol=1e-12)
-                np.testing.assert_allclose(row.sampling_logprobs, theirs[name].logprobs, atol=1e-5)
+                np.testing.assert_allclose(row.sampling_logprobs, theirs[name].sampling_logprobs, atol=1e-5)
         for ours, theirs in zip(alone.records, other.records, strict=True):
             assert without_wall_clock(ours).keys() == without_wall_clock(theirs).keys()
             for key in ("reward:mean", "length:mean", "filters/groups:sum", "trained_tokens:sum", "sampled_tokens:sum"):
