@@ -40,7 +40,7 @@ class CheckpointService:
         self.store = Store(folder / DATABASE)
         self.archive = Archive(folder / CHECKPOINTS)
         self.lines = reconcile(self.store, self.archive).lines
-        lost, _ = self.store.recover()
+        lost = self.store.recover()
         if lost:
             self.lines.append(
                 f"{len(lost)} models were open when the last server ended; clients resume from checkpoints"
@@ -55,7 +55,7 @@ class CheckpointService:
         """Waits for saves, then lets go of the folder."""
         self.wait()
         self._saver.shutdown()
-        self.futures.close()
+        self.store.flush_touched()
         self.archive.close()
         self.store.close()
 
@@ -99,9 +99,11 @@ class CheckpointService:
         return self.store.create_sampler(session, owner, seq, base_model, ephemeral_run=run).sampler_id
 
     def expire(self) -> None:
-        """Removes checkpoints whose time has come, and futures that nobody asks for any more."""
+        """Removes checkpoints whose time has come and answers that nobody asks for any more; writes down which models
+        were used."""
         expire_checkpoints(self.store, self.archive)
         self.store.prune_futures()
+        self.store.flush_touched()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

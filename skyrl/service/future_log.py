@@ -1,79 +1,51 @@
-"""Futures on record: what a client that asks again after a restart is told. Written by a thread, behind the work.
+"""Answers that outlive the process: what a client that asks again after a restart is told of a save or a new model.
 
-Only what acknowledges something on disk keeps its result (models made, saves, loads); the others' results live in
-memory, and after a restart their futures say that they were lost. The last moments before a kill may be missing from
-the record: then a future is unknown (HTTP 410), which clients handle the same way.
+Only requests with a lasting effect are recorded, and only once they are done: whoever reads a future of these after a
+restart finds that it was run, and nobody runs it again. A sample, a forward_backward or an optim_step changes nothing
+that a restart keeps, so none of them costs a write to the database.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from collections.abc import Callable
 
-from skyrl.service.messages import CreateModel, LoadWeights, RequestOutcome, SaveWeights, UnloadModel
-from skyrl.service.records import NotFound
-from skyrl.service.scheduler import Job
+from skyrl.service.messages import CreateModel, LoadWeights, Request, Result, SaveWeights, UnloadModel
 from skyrl.service.store import Store
 from skyrl.types import UserError
 
-KEPT = (CreateModel, LoadWeights, SaveWeights, UnloadModel)
 log = logging.getLogger("skyrl.service")
 
 
+def has_lasting_effect(request: Request) -> bool:
+    """Whether something of this request is still there after a restart: a run, or a checkpoint. Weights loaded into
+    an open model and snapshots without a name end with the process."""
+    if isinstance(request, SaveWeights):
+        return request.name is not None or request.kind != "sampler_weights"
+    if isinstance(request, LoadWeights):
+        return request.model_id is None
+    return isinstance(request, (CreateModel, UnloadModel))
+
+
 class FutureLog:
-    """The desk's memory that outlives the process. Thread-safe."""
+    """The scheduler's memory that outlives the process. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._writes: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="skyrl-future-log", daemon=True)
-        self._thread.start()
 
-    def added(self, job: Job) -> None:
-        """A request was accepted."""
-        kind = type(job.request).__name__
-        model = job.lane or None
-        self._writes.put(
-            lambda: self._store.add_future(job.owner, kind, model_id=model, request_id=job.request_id),
-        )
-
-    def settled(self, job: Job) -> None:
-        """A future is done or has failed."""
-        kept = job.result if isinstance(job.request, KEPT) and isinstance(job.result, dict) else None
-        failed = job.state == "failed"
-        self._writes.put(
-            lambda: self._store.finish_future(
-                job.request_id, result=kept, error=job.error, category=job.category, failed=failed
-            )
-        )
-
-    def recall(self, request_id: str, owner: str) -> RequestOutcome:
-        """What is on record of a request that the desk does not know."""
+    def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
+        """A request is done; to be called before anybody is told. Writes nothing unless its effect is lasting."""
+        if not has_lasting_effect(request) or not isinstance(result, dict):
+            return
+        model = getattr(request, "model_id", None)
         try:
-            found = self._store.get_future(request_id, owner)
-        except NotFound:
-            return RequestOutcome("unknown")
-        if found.state == "failed":
-            return RequestOutcome("failed", error=found.error, category=found.category)
-        if found.state == "done" and found.result is not None:
-            return RequestOutcome("done", result=found.result)
-        return RequestOutcome(
-            "failed",
-            error="this request was lost when the server restarted, or its result was thrown away because nobody "
-            "fetched it; go on from the last saved state",
-            category="server",
-        )
+            self._store.record_future(request_id, owner, type(request).__name__, model, result)
+        except UserError as error:  # a full disk must not end the service, and the work itself is done
+            log.warning("a future is not on record: %s", error)
 
-    def close(self) -> None:
-        """Writes what is left."""
-        self._writes.put(None)
-        self._thread.join()
+    def lookup(self, request_id: str, owner: str) -> Result | None:
+        """The answer to a request of an earlier server, or one that the scheduler has forgotten; None: not known."""
+        return self._store.find_future(request_id, owner)
 
-    def _work(self) -> None:
-        while (write := self._writes.get()) is not None:
-            try:
-                write()
-            except UserError as error:  # a full disk must not end the service: what it saves tells its own client
-                log.warning("a future is not on record: %s", error)
+    def touch(self, model_id: str) -> None:
+        """A request for this model was accepted: the time of its last request. Nothing is written here."""
+        self._store.touch_run(model_id)

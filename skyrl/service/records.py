@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from skyrl.service.messages import Category, CheckpointKind
+from skyrl.service.messages import CheckpointKind
 from skyrl.types import LoraSpec, UserError
 
 KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
@@ -20,7 +20,6 @@ MAX_NAME = 128  # characters
 MAX_NAME_BYTES = 255  # of one folder name, on the file systems in use
 Scope = Literal["owned", "accessible"]
 RunState = Literal["open", "closed", "lost"]
-FutureState = Literal["pending", "done", "failed", "lost"]
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -288,25 +287,6 @@ class Sampler:
     def to_json(self) -> Json:
         """The answer of GET samplers/{id}."""
         return present(sampler_id=self.sampler_id, base_model=self.base_model, model_path=self.model_path)
-
-
-@dataclass(frozen=True)
-class StoredFuture:
-    """What is on record of a request. result: the small JSON answer; None also when it lives in memory only.
-
-    lost: the server died before it was done, or had its result in memory only.
-    """
-
-    request_id: str
-    owner: str
-    kind: str
-    model_id: str | None
-    state: FutureState
-    result: Json | None
-    error: str
-    category: Category
-    created_at: datetime
-    finished_at: datetime | None
 
 
 @dataclass(frozen=True)

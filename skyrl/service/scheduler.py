@@ -11,6 +11,7 @@ number finds the first request's future.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
 import uuid
@@ -47,6 +48,9 @@ WAITING_BYTES = 2 << 30  # of requests that wait or run, shared by the owners th
 WAITING_REQUESTS = 4096  # of one model
 DEAD_LANES = 4096  # closed models of which the desk itself knows why; of older ones the record does
 LARGE_SAMPLE = 64  # a request for more samples takes the place of so many: it is drawn in parts
+LOST = "this request was lost when the server restarted; go on from the last saved state"
+REQUEST_ID = re.compile("[0-9a-f]{32}")
+EPOCH = 8  # characters of a request id that are the same for all requests of one server process
 JOB_BYTES, NAME_BYTES = 2048, 100  # of a future, and of the name of one sample, about
 
 
@@ -90,16 +94,16 @@ class Lane:
 
 
 class Record(Protocol):
-    """Where futures are kept on record (future_log.py)."""
+    """Where answers are kept that outlive the process (future_log.py)."""
 
-    def added(self, job: Job) -> None:
-        """A request was accepted."""
+    def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
+        """A request is done; nobody has been told yet."""
 
-    def settled(self, job: Job) -> None:
-        """Its future is done or has failed."""
+    def lookup(self, request_id: str, owner: str) -> Result | None:
+        """The recorded answer to a request that the desk does not have."""
 
-    def recall(self, request_id: str, owner: str) -> RequestOutcome:
-        """What is known of a request that the desk does not have."""
+    def touch(self, model_id: str) -> None:
+        """A request for an open model was accepted."""
 
 
 class RequestDesk:
@@ -124,6 +128,7 @@ class RequestDesk:
         self._closed = ""
         self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
         self._record: Record | None = None
+        self._epoch = uuid.uuid4().hex[:EPOCH]
 
     # ---- the front doors' side -------------------------------------------------------------------------------------
 
@@ -153,14 +158,14 @@ class RequestDesk:
                 self._queue_sample(job)
             else:
                 self._queue_for_model(job, lane)
-            if self._record is not None:
-                self._record.added(job)
+            if self._record is not None and lane is not None:
+                self._record.touch(lane_id)
             self._lock.notify_all()
         self._settled(job)
         return job.accepted
 
     def _new_job(self, request: Request, owner: str, lane_id: str, key: Key | None) -> Job:
-        request_id = uuid.uuid4().hex
+        request_id = self._epoch + uuid.uuid4().hex[EPOCH:]
         ids: tuple[str, ...] = ()
         if isinstance(request, SamplingRequest):
             most = min(request.num_samples, self.max_queued_samples)  # of more, the request will be refused
@@ -239,17 +244,26 @@ class RequestDesk:
         """What is known now."""
         with self._lock:
             job = self._jobs.get(request_id)
-            if job is None and self._record is not None:
-                return self._record.recall(request_id, owner)
-            if job is None or job.owner != owner:
+            if job is not None and job.owner != owner:
                 return RequestOutcome("unknown")
-            if job.state == "done":
+            if job is not None and job.state == "done":
                 self._note_fetched(job)
                 return RequestOutcome("done", result=job.result)
-            if job.state == "failed":
+            if job is not None and job.state == "failed":
                 self._note_fetched(job)
                 return RequestOutcome("failed", error=job.error, category=job.category)
-            return RequestOutcome("pending", queue_state="active", reason=self._reason(job))
+            if job is not None:
+                return RequestOutcome("pending", queue_state="active", reason=self._reason(job))
+        return self._forgotten(request_id, owner)
+
+    def _forgotten(self, request_id: str, owner: str) -> RequestOutcome:
+        """What is known of a request that is not in memory. Those of an earlier process are told by their id."""
+        result = self._record.lookup(request_id, owner) if self._record is not None else None
+        if result is not None:
+            return RequestOutcome("done", result=result)
+        if REQUEST_ID.fullmatch(request_id) and not request_id.startswith(self._epoch):
+            return RequestOutcome("failed", error=LOST, category="server")
+        return RequestOutcome("unknown")
 
     def _reason(self, job: Job) -> str:
         if job.state == "running":
@@ -478,9 +492,10 @@ class RequestDesk:
                 return
             job.told = True
             calls, job.calls = job.calls, []
+            result = job.result
             self._keep(job)
-        if self._record is not None:
-            self._record.settled(job)
+        if self._record is not None and result is not None:
+            self._record.record(job.request_id, job.owner, job.request, result)
         for call in calls:
             call()
 

@@ -67,6 +67,7 @@ class Database:
         self.path, self._now = Path(path), now
         self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
+        self._touched: dict[str, int] = {}  # run -> time of its last request, where that is not written yet
         self._closed = False
         try:
             with self._explained(), self._connection() as connection:

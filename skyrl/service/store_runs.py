@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
-from skyrl.service.messages import Category
 from skyrl.service.records import (
     Checkpoint,
     Json,
@@ -17,7 +15,6 @@ from skyrl.service.records import (
     Run,
     RunState,
     Scope,
-    StoredFuture,
     from_micros,
 )
 from skyrl.service.store_checkpoints import LIVE, Checkpoints, checkpoint_of
@@ -71,7 +68,7 @@ class Runs(Checkpoints):
             row = db.execute(f"SELECT * FROM runs WHERE run_id = :id AND {_seen(scope)}", values).fetchone()
             if row is None:
                 raise NotFound(f"training run {run_id}: not found")
-            return self._with_latest(db, _run(row), owner)
+            return self._with_latest(db, _run(row, self._touched), owner)
 
     def list_runs(self, owner: str, *, limit: int = 100, offset: int = 0, scope: Scope = "owned",
                   project_id: str | None = None) -> Page[Run]:  # fmt: skip
@@ -87,15 +84,30 @@ class Runs(Checkpoints):
             (total,) = db.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
             order = "ORDER BY created_at DESC, rowid DESC LIMIT :limit OFFSET :offset"
             rows = db.execute(f"SELECT * FROM runs WHERE {where} {order}", values).fetchall()
-            return Page([self._with_latest(db, _run(row), owner) for row in rows], offset, limit, total)
+            return Page([self._with_latest(db, _run(row, self._touched), owner) for row in rows], offset, limit, total)
 
-    def touch_run(self, run_id: str, owner: str) -> None:
-        """Notes that a request for the run came now. Raises: NotFound."""
-        self._update_run("last_request_at = max(last_request_at, ?)", self.micros(), run_id, owner)
+    def touch_run(self, run_id: str) -> None:
+        """Notes that a request for the run came now. In memory, where readers find it at once: see `flush_touched`."""
+        with self._lock:
+            self._touched[run_id] = self.micros()
+
+    def flush_touched(self) -> None:
+        """Writes what `touch_run` noted: one transaction for all requests since the last time."""
+        with self._lock:
+            touched, self._touched = self._touched, {}
+        if touched:
+            with self.write() as db:
+                db.executemany(
+                    "UPDATE runs SET last_request_at = max(last_request_at, ?) WHERE run_id = ?",
+                    [(now, run_id) for run_id, now in touched.items()],
+                )
 
     def close_run(self, run_id: str, owner: str, state: RunState = "closed") -> None:
         """The model is gone from memory (unloaded, or its session ended). Raises: NotFound."""
-        self._update_run("state = ?", state, run_id, owner)
+        with self.write() as db:
+            done = db.execute("UPDATE runs SET state = ? WHERE run_id = ? AND owner = ?", (state, run_id, owner))
+        if not done.rowcount:
+            raise NotFound(f"training run {run_id}: not found")
 
     def run_checkpoints(self, run_id: str, owner: str) -> list[Checkpoint]:
         """All checkpoints of a run, newest first; of another owner's run the published ones. Raises: NotFound when
@@ -109,89 +121,43 @@ class Runs(Checkpoints):
             )
             return [checkpoint_of(row) for row in rows]
 
-    def add_future(
-        self,
-        owner: str,
-        kind: str,
-        *,
-        model_id: str | None = None,
-        dedup: str | None = None,
-        request_id: str | None = None,
-    ) -> tuple[StoredFuture, bool]:
-        """A pending future, and True; or the owner's earlier one with the same `dedup` key, and False.
-
-        Touches the run `model_id`. request_id: a fresh one if not given. dedup: the desk's text for (model, seq_id) or
-        (session, kind, seq_id).
-        """
-        request_id, now = request_id or f"r-{secrets.token_hex(12)}", self.micros()
+    def record_future(self, request_id: str, owner: str, kind: str, model_id: str | None, result: Json) -> None:
+        """Keeps the answer to a request whose effect outlives the process. The first answer stays."""
         with self.write() as db:
-            done = db.execute(
-                "INSERT INTO futures (request_id, owner, kind, model_id, dedup, state, created_at)"
-                " VALUES (?, ?, ?, ?, ?, 'pending', ?) ON CONFLICT (owner, dedup) DO NOTHING",
-                (request_id, owner, kind, model_id, dedup, now),
-            )
-            if not done.rowcount:
-                earlier = db.execute("SELECT * FROM futures WHERE owner = ? AND dedup = ?", (owner, dedup)).fetchone()
-                return _future(earlier), False
-            if model_id is not None:
-                db.execute("UPDATE runs SET last_request_at = ? WHERE run_id = ? AND owner = ?", (now, model_id, owner))
-            return _future(db.execute("SELECT * FROM futures WHERE request_id = ?", (request_id,)).fetchone()), True
+            db.execute(
+                "INSERT OR IGNORE INTO futures (request_id, owner, kind, model_id, state, result, created_at,"
+                " finished_at) VALUES (:id, :owner, :kind, :model, 'done', :result, :now, :now)",
+                {"id": request_id, "owner": owner, "kind": kind, "model": model_id, "result": json.dumps(result),
+                 "now": self.micros()},
+            )  # fmt: skip
 
-    def finish_future(
-        self, request_id: str, *, result: Json | None = None, error: str = "", category: Category = "unknown",
-        failed: bool = False,
-    ) -> None:  # fmt: skip
-        """The request is done (result: its small JSON answer, None if that stays in memory) or failed with an error.
-
-        Not synced: what a save promises was synced with the checkpoint's row. The first end of a future stays: a second
-        one is a mistake of the caller's, RuntimeError.
-        """
-        state = "failed" if failed or error else "done"
-        text = None if result is None else json.dumps(result)
-        with self.write() as db:
-            done = db.execute(
-                "UPDATE futures SET state = ?, result = ?, error = ?, category = ?, finished_at = ?"
-                " WHERE request_id = ? AND state = 'pending'",
-                (state, text, error, category, self.micros(), request_id),
-            )
-        if not done.rowcount:
-            raise RuntimeError(f"future {request_id}: not pending, cannot finish as {state}")
-
-    def get_future(self, request_id: str, owner: str) -> StoredFuture:
-        """One future. Raises: NotFound, also for one that was thrown away."""
+    def find_future(self, request_id: str, owner: str) -> Json | None:
+        """The recorded answer to a request of this owner's, None when there is none."""
         with self.read() as db:
-            row = db.execute("SELECT * FROM futures WHERE request_id = ? AND owner = ?", (request_id, owner)).fetchone()
-        if row is None:
-            raise NotFound(f"request {request_id}: not found")
-        return _future(row)
+            row = db.execute(
+                "SELECT result FROM futures WHERE request_id = ? AND owner = ? AND result IS NOT NULL",
+                (request_id, owner),
+            ).fetchone()
+        return None if row is None else json.loads(row["result"])
 
     def prune_futures(self, seconds: float = 86400.0) -> int:
-        """Throws away futures that ended so long ago or were lost; returns how many. Pending ones stay."""
+        """Throws away answers that are older than this; returns how many."""
         with self.write() as db:
-            return db.execute(
-                "DELETE FROM futures WHERE state != 'pending' AND coalesce(finished_at, created_at) < ?",
-                (self.micros() - int(seconds * 1_000_000),),
-            ).rowcount
+            before = self.micros() - int(seconds * 1_000_000)
+            return db.execute("DELETE FROM futures WHERE coalesce(finished_at, created_at) < ?", (before,)).rowcount
 
-    def recover(self) -> tuple[list[str], list[str]]:
-        """At start: what a dead server had in memory is lost. Returns (run ids, request ids) that became so now.
+    def recover(self) -> list[str]:
+        """At start: what a dead server had in memory is lost. Returns the ids of the runs that became so now.
 
-        Runs that were open, futures pending or with a result in memory only, samplers of ephemeral snapshots.
+        Runs that were open, and samplers of ephemeral snapshots. Servers before this one also recorded futures that
+        had no answer yet, or one in memory only: nothing is left of those.
         """
-        lost = "state = 'pending' OR (state = 'done' AND result IS NULL)"
         with self.write() as db:
             runs = db.execute("SELECT run_id FROM runs WHERE state = 'open' ORDER BY rowid").fetchall()
-            futures = db.execute(f"SELECT request_id FROM futures WHERE {lost} ORDER BY rowid").fetchall()
             db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open'")
-            db.execute(f"UPDATE futures SET state = 'lost' WHERE {lost}")
             db.execute("UPDATE samplers SET lost = 1 WHERE ephemeral_run IS NOT NULL")
-        return [row[0] for row in runs], [row[0] for row in futures]
-
-    def _update_run(self, what: str, value: int | str, run_id: str, owner: str) -> None:
-        with self.write() as db:
-            done = db.execute(f"UPDATE runs SET {what} WHERE run_id = ? AND owner = ?", (value, run_id, owner))
-        if not done.rowcount:
-            raise NotFound(f"training run {run_id}: not found")
+            db.execute("DELETE FROM futures WHERE result IS NULL")
+        return [row[0] for row in runs]
 
     def _with_latest(self, db, run: Run, reader: str) -> Run:
         found = {}
@@ -211,20 +177,11 @@ def _seen(scope: Scope) -> str:
     return _SEEN[scope]
 
 
-def _run(row: Row) -> Run:
+def _run(row: Row, touched: Mapping[str, int]) -> Run:
     return Run(
         **{key: row[key] for key in ("run_id", "session_id", "owner", "state")},
         facts=ModelInfo.parse(json.loads(row["facts"])),
         user_metadata=json.loads(row["user_metadata"]),
         created_at=from_micros(row["created_at"]),
-        last_request_at=from_micros(row["last_request_at"]),
-    )
-
-
-def _future(row: Row) -> StoredFuture:
-    return StoredFuture(
-        **{key: row[key] for key in ("request_id", "owner", "kind", "model_id", "state", "error", "category")},
-        result=None if row["result"] is None else json.loads(row["result"]),
-        created_at=from_micros(row["created_at"]),
-        finished_at=None if row["finished_at"] is None else from_micros(row["finished_at"]),
+        last_request_at=from_micros(max(row["last_request_at"], touched.get(row["run_id"], 0))),
     )

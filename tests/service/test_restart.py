@@ -314,14 +314,19 @@ def test_a_restart_says_what_is_lost(tmp_path):
         client = Client(server.url)
         client.create(None)
         client.numbers(client.step(0))
-        path = client.result(client.call("save_weights", path="one"))["path"]
+        saving = client.call("save_weights", path="one")
+        path = client.result(saving)["path"]
         sampler = client.result(client.call("save_weights_for_sampler", sampling_session_seq_id=0))
-        waiting = client.step(1)
-        client.numbers(waiting)
+        stepping = client.step(1)
+        client.numbers(stepping)
         server.kill()
         server.start()
         again = Client(server.url)
         again.model, again.seq = client.model, client.seq
+        assert again.result(saving)["path"] == path  # what outlives the process is answered after it, too
+        for request in stepping:
+            with pytest.raises(Lost, match="this request was lost when the server restarted; go on from the last"):
+                again.result(request)
         with pytest.raises(Lost, match=f"lost when the server restarted; create a model from a saved state.*{path}"):
             again.result(again.step(2)[0])
         sample = {"sampling_params": {"max_tokens": 2}, "prompt": {"chunks": [{"tokens": [5]}]}}

@@ -1,4 +1,4 @@
-"""Runs and futures: what a restart loses, deduplication, who sees what."""
+"""Runs and recorded answers: what a restart loses, who sees what."""
 
 import pytest
 
@@ -53,12 +53,20 @@ def test_a_run_knows_its_newest_checkpoints(store):
 def test_last_request_moves_with_requests(store):
     session = store.create_session("a").session_id
     run = store.create_run(session, "a", 0, FACTS)
-    store.touch_run(run.run_id, "a")
+    store.touch_run(run.run_id)
     touched = store.get_run(run.run_id, "a").last_request_at
-    store.add_future("a", "optim_step", model_id=run.run_id)
-    assert run.last_request_at < touched < store.get_run(run.run_id, "a").last_request_at
+    assert run.last_request_at < touched
+    store.touch_run(run.run_id)
+    latest = store.get_run(run.run_id, "a").last_request_at
+    assert touched < latest
+    store.flush_touched()
+    assert store.get_run(run.run_id, "a").last_request_at == latest == store.list_runs("a").items[0].last_request_at
     store.close_run(run.run_id, "a")
-    assert store.get_run(run.run_id, "a").state == "closed"
+    store.close()
+    again = Store(store.path)
+    assert again.get_run(run.run_id, "a").state == "closed"
+    assert again.get_run(run.run_id, "a").last_request_at == latest
+    again.close()
 
 
 def test_runs_are_listed_newest_first_in_pages(store):
@@ -86,7 +94,6 @@ def test_another_owner_sees_what_is_published_and_nothing_else(store):
         assert store.list_runs("b", scope=scope).total == 0
     for attempt in (
         lambda: store.run_checkpoints(run, "b"),
-        lambda: store.touch_run(run, "b"),
         lambda: store.close_run(run, "b"),
     ):
         with pytest.raises(NotFound):
@@ -116,20 +123,12 @@ def test_another_owner_sees_what_is_published_and_nothing_else(store):
         store.get_checkpoint(shown.path, "b")
 
 
-def test_a_repeated_request_finds_its_future(store):
-    first, new = store.add_future("a", "save_weights", model_id="m", dedup="m/1")
-    again, second = store.add_future("a", "save_weights", model_id="m", dedup="m/1")
-    assert (new, second) == (True, False) and again == first and first.state == "pending"
-    other, new = store.add_future("b", "save_weights", model_id="m", dedup="m/1")  # another owner's key is another key
-    assert new and other.request_id != first.request_id
-    assert store.add_future("a", "sample")[1] and store.add_future("a", "sample")[1]  # without a key never the same
-    assert store.add_future("a", "sample", request_id="mine")[0] == store.get_future("mine", "a")
-    store.finish_future(first.request_id, result={"path": "tinker://m/weights/x"})
-    assert store.add_future("a", "save_weights", dedup="m/1")[0].result == {"path": "tinker://m/weights/x"}
-    with pytest.raises(NotFound):
-        store.get_future(first.request_id, "b")
-    with pytest.raises(RuntimeError, match="not pending"):
-        store.finish_future(first.request_id, error="late")
+def test_an_answer_is_found_by_its_owner_only(store):
+    answer = {"path": "tinker://m/weights/x"}
+    store.record_future("one", "a", "SaveWeights", "m", answer)
+    store.record_future("one", "a", "SaveWeights", "m", {"path": "another"})  # the first answer stays
+    assert store.find_future("one", "a") == answer
+    assert store.find_future("one", "b") is None and store.find_future("two", "a") is None
 
 
 def test_what_a_restart_loses(tmp_path):
@@ -137,34 +136,25 @@ def test_what_a_restart_loses(tmp_path):
     session = store.create_session("a").session_id
     runs = [store.create_run(session, "a", i, FACTS).run_id for i in range(2)]
     store.close_run(runs[1], "a")
-    pending, memory, kept, failed = (store.add_future("a", "k", dedup=str(i))[0].request_id for i in range(4))
-    store.finish_future(memory)
-    store.finish_future(kept, result={})
-    store.finish_future(failed, error="no", category="user")
+    store.record_future("kept", "a", "CreateModel", runs[0], {})
+    with store.write() as db:  # as servers before this one recorded them: without an answer, or with an error
+        db.execute("INSERT INTO futures (request_id, owner, kind, state, created_at) VALUES ('x', 'a', 'k', 'done', 1)")
     store.close()
     again = Store(tmp_path / "s.db")
-    assert again.recover() == ([runs[0]], [pending, memory])
-    assert again.recover() == ([], [])
+    assert again.recover() == [runs[0]]
+    assert again.recover() == []
     assert [again.get_run(r, "a").state for r in runs] == ["lost", "closed"]
     assert again.get_run(runs[0], "a").to_json()["corrupted"] is True
-    states = [again.get_future(r, "a").state for r in (pending, memory, kept, failed)]
-    assert states == ["lost", "lost", "done", "failed"]
-    told = again.get_future(failed, "a")
-    assert (told.error, told.category, again.get_future(kept, "a").result) == ("no", "user", {})
+    assert again.find_future("kept", "a") == {} and again.find_future("x", "a") is None
     assert again.get_session(session, "a").status == {"type": "active"}  # clients go on with their sessions
     again.close()
 
 
-def test_old_futures_are_thrown_away(store):
-    old, pending = (store.add_future("a", "k", dedup=key)[0].request_id for key in ("x", "y"))
-    store.finish_future(old, result={})
+def test_old_answers_are_thrown_away(store):
+    store.record_future("old", "a", "SaveWeights", None, {})
     store._now.time += 86000
-    fresh = store.add_future("a", "k")[0].request_id
-    store.finish_future(fresh, result={})
+    store.record_future("fresh", "a", "SaveWeights", None, {})
     assert store.prune_futures() == 0
     store._now.time += 500
     assert store.prune_futures() == 1
-    with pytest.raises(NotFound):
-        store.get_future(old, "a")
-    assert store.get_future(pending, "a").state == "pending" and store.get_future(fresh, "a").state == "done"
-    assert store.add_future("a", "k", dedup="x")[1]  # its key is free again
+    assert store.find_future("old", "a") is None and store.find_future("fresh", "a") == {}

@@ -1,0 +1,97 @@
+"""What of a request is written to the database: the answers that outlive the process, and nothing else."""
+
+import sqlite3
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from skyrl.service.future_log import FutureLog
+from skyrl.service.messages import (
+    CreateModel,
+    LoadWeights,
+    OptimStep,
+    SampleResult,
+    SamplingRequest,
+    SaveWeights,
+    TrainRequest,
+    TrainResult,
+    UnloadModel,
+)
+from skyrl.service.scheduler import LOST, RequestDesk
+from skyrl.service.store import Store
+
+MODEL = "s-1:train:0"
+CREATE = CreateModel("s-1", 0, "tiny", 4, None, True, True, True, "adamw", {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "s.db")
+    yield store
+    store.close()
+
+
+def scheduler(store):
+    made = RequestDesk(gap_seconds=30)
+    made.keep_record(FutureLog(store))
+    return made
+
+
+def run(desk, request, result):
+    """Submits a request as its only work, and answers it; its request id."""
+    accepted = desk.submit(request, owner="o")
+    take = desk.take_samples(100) if isinstance(request, SamplingRequest) else desk.take_training(lambda r: 0, 1 << 20)
+    (job,) = take
+    desk.done(job, result)
+    return accepted.request_id
+
+
+def test_only_lasting_effects_are_written(store):
+    desk = scheduler(store)
+    created = run(desk, CREATE, {"model_id": MODEL})
+    with closing(sqlite3.connect(store.path)) as watcher:
+
+        def writes():
+            return watcher.execute("PRAGMA data_version").fetchone()[0]
+
+        before = writes()
+        short = [
+            run(desk, SamplingRequest(0, np.array([1]), base_model="tiny", max_tokens=4), SampleResult([])),
+            run(desk, TrainRequest(MODEL, 1, [], "cross_entropy", {}, False), TrainResult([], {})),
+            run(desk, OptimStep(MODEL, 2), {"metrics": {}}),
+            run(desk, SaveWeights(MODEL, 3, "sampler_weights", None, 0), {"sampling_session_id": "x"}),
+            run(desk, LoadWeights("tinker://x/weights/y", True, MODEL, 4), {"path": "tinker://x/weights/y"}),
+        ]
+        assert writes() == before
+        saved = run(desk, SaveWeights(MODEL, 5, "weights", "one"), {"path": "tinker://one"})
+        assert writes() != before
+    closed = run(desk, UnloadModel(MODEL), {"type": "unload_model"})
+    again = scheduler(store)  # the next process
+    for request_id, answer in [(created, {"model_id": MODEL}), (saved, {"path": "tinker://one"}),
+                               (closed, {"type": "unload_model"})]:  # fmt: skip
+        found = again.outcome(request_id, owner="o")
+        assert (found.state, found.result) == ("done", answer)
+    for request_id in short:
+        found = again.outcome(request_id, owner="o")
+        assert (found.state, found.error, found.category) == ("failed", LOST, "server")
+    assert again.outcome("never heard of", owner="o").state == "unknown"
+    other = again.outcome(saved, owner="another")
+    assert other.result is None and other.error == LOST
+
+
+def test_a_failed_request_has_no_effect_and_no_record(store):
+    desk = scheduler(store)
+    request_id = desk.submit(SaveWeights("s-1:train:9", 1, "weights", "one"), owner="o").request_id
+    assert desk.outcome(request_id, owner="o").state == "failed"
+    assert store.find_future(request_id, "o") is None
+
+
+def test_a_full_disk_does_not_end_the_service(store, caplog):
+    desk = scheduler(store)
+    with store._connection() as db:
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count = {pages}")
+    request_id = run(desk, CREATE, {"model_id": MODEL, "text": "x" * 100_000})
+    assert desk.outcome(request_id, owner="o").state == "done"
+    assert "not on record" in caplog.text
