@@ -8,12 +8,18 @@ that a restart keeps, so none of them costs a write to the database.
 from __future__ import annotations
 
 import logging
+import re
+import uuid
 
-from skyrl.service.messages import CreateModel, LoadWeights, Request, Result, SaveWeights, UnloadModel
+from skyrl.service.messages import CreateModel, LoadWeights, Request, RequestOutcome, Result, SaveWeights, UnloadModel
 from skyrl.service.store import Store
 from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")
+
+REQUEST_ID = re.compile("[0-9a-f]{32}")
+EPOCH = 8  # characters of a request id that are the same for all requests of one server process
+LOST = "this request was lost when the server restarted; go on from the last saved state"
 
 
 def has_lasting_effect(request: Request) -> bool:
@@ -30,7 +36,11 @@ class FutureLog:
     """The scheduler's memory that outlives the process. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._store, self._epoch = store, uuid.uuid4().hex[:EPOCH]
+
+    def new_id(self) -> str:
+        """The id of a new request."""
+        return self._epoch + uuid.uuid4().hex[EPOCH:]
 
     def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
         """A request is done; to be called before anybody is told. Writes nothing unless its effect is lasting."""
@@ -42,9 +52,15 @@ class FutureLog:
         except UserError as error:  # a full disk must not end the service, and the work itself is done
             log.warning("a future is not on record: %s", error)
 
-    def lookup(self, request_id: str, owner: str) -> Result | None:
-        """The answer to a request of an earlier server, or one that the scheduler has forgotten; None: not known."""
-        return self._store.find_future(request_id, owner)
+    def recall(self, request_id: str, owner: str) -> RequestOutcome:
+        """What is known of a request that the scheduler does not have: a recorded answer, or (by its id, which tells
+        the process that gave it out) that it ended with an earlier server."""
+        result = self._store.find_future(request_id, owner)
+        if result is not None:
+            return RequestOutcome("done", result=result)
+        if REQUEST_ID.fullmatch(request_id) and not request_id.startswith(self._epoch):
+            return RequestOutcome("failed", error=LOST, category="server")
+        return RequestOutcome("unknown")
 
     def touch(self, model_id: str) -> None:
         """A request for this model was accepted: the time of its last request. Nothing is written here."""

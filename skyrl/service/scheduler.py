@@ -11,7 +11,6 @@ number finds the first request's future.
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 import time
 import uuid
@@ -48,9 +47,6 @@ WAITING_BYTES = 2 << 30  # of requests that wait or run, shared by the owners th
 WAITING_REQUESTS = 4096  # of one model
 DEAD_LANES = 4096  # closed models of which the desk itself knows why; of older ones the record does
 LARGE_SAMPLE = 64  # a request for more samples takes the place of so many: it is drawn in parts
-LOST = "this request was lost when the server restarted; go on from the last saved state"
-REQUEST_ID = re.compile("[0-9a-f]{32}")
-EPOCH = 8  # characters of a request id that are the same for all requests of one server process
 JOB_BYTES, NAME_BYTES = 2048, 100  # of a future, and of the name of one sample, about
 
 
@@ -96,14 +92,17 @@ class Lane:
 class Record(Protocol):
     """Where answers are kept that outlive the process (future_log.py)."""
 
-    def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
-        """A request is done; nobody has been told yet."""
-
-    def lookup(self, request_id: str, owner: str) -> Result | None:
-        """The recorded answer to a request that the desk does not have."""
+    def new_id(self) -> str:
+        """The id of a new request."""
 
     def touch(self, model_id: str) -> None:
         """A request for an open model was accepted."""
+
+    def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
+        """A request is done; nobody has been told yet."""
+
+    def recall(self, request_id: str, owner: str) -> RequestOutcome:
+        """What is known of a request that the desk does not have."""
 
 
 class RequestDesk:
@@ -128,7 +127,6 @@ class RequestDesk:
         self._closed = ""
         self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
         self._record: Record | None = None
-        self._epoch = uuid.uuid4().hex[:EPOCH]
 
     # ---- the front doors' side -------------------------------------------------------------------------------------
 
@@ -165,7 +163,7 @@ class RequestDesk:
         return job.accepted
 
     def _new_job(self, request: Request, owner: str, lane_id: str, key: Key | None) -> Job:
-        request_id = self._epoch + uuid.uuid4().hex[EPOCH:]
+        request_id = uuid.uuid4().hex if self._record is None else self._record.new_id()
         ids: tuple[str, ...] = ()
         if isinstance(request, SamplingRequest):
             most = min(request.num_samples, self.max_queued_samples)  # of more, the request will be refused
@@ -244,26 +242,17 @@ class RequestDesk:
         """What is known now."""
         with self._lock:
             job = self._jobs.get(request_id)
-            if job is not None and job.owner != owner:
+            if job is None and self._record is not None:
+                return self._record.recall(request_id, owner)
+            if job is None or job.owner != owner:
                 return RequestOutcome("unknown")
-            if job is not None and job.state == "done":
+            if job.state == "done":
                 self._note_fetched(job)
                 return RequestOutcome("done", result=job.result)
-            if job is not None and job.state == "failed":
+            if job.state == "failed":
                 self._note_fetched(job)
                 return RequestOutcome("failed", error=job.error, category=job.category)
-            if job is not None:
-                return RequestOutcome("pending", queue_state="active", reason=self._reason(job))
-        return self._forgotten(request_id, owner)
-
-    def _forgotten(self, request_id: str, owner: str) -> RequestOutcome:
-        """What is known of a request that is not in memory. Those of an earlier process are told by their id."""
-        result = self._record.lookup(request_id, owner) if self._record is not None else None
-        if result is not None:
-            return RequestOutcome("done", result=result)
-        if REQUEST_ID.fullmatch(request_id) and not request_id.startswith(self._epoch):
-            return RequestOutcome("failed", error=LOST, category="server")
-        return RequestOutcome("unknown")
+            return RequestOutcome("pending", queue_state="active", reason=self._reason(job))
 
     def _reason(self, job: Job) -> str:
         if job.state == "running":

@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from skyrl.service.future_log import FutureLog
+from skyrl.service.future_log import LOST, FutureLog
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -18,7 +18,7 @@ from skyrl.service.messages import (
     TrainResult,
     UnloadModel,
 )
-from skyrl.service.scheduler import LOST, RequestDesk
+from skyrl.service.scheduler import RequestDesk
 from skyrl.service.store import Store
 
 MODEL = "s-1:train:0"
