@@ -34,7 +34,7 @@ from skyrl.service.messages import (
 )
 from skyrl.service.openai_params import TextTools
 from skyrl.service.records import CheckpointPath, ModelInfo
-from skyrl.service.scheduler import Job, RequestDesk
+from skyrl.service.scheduler import PendingRequest, RequestScheduler
 from skyrl.service.store import Store
 from skyrl.service.store_sync import reconcile, save_files
 from skyrl.types import LoraSpec, UserError
@@ -73,7 +73,7 @@ CHARACTERS = TextTools(
 class Answers:
     """Takes work from the desk and settles it. `hold` stops it between two pieces of work."""
 
-    def __init__(self, desk: RequestDesk, store: Store, archive: Archive) -> None:
+    def __init__(self, desk: RequestScheduler, store: Store, archive: Archive) -> None:
         self.desk, self.store, self.archive = desk, store, archive
         self.hold, self.done = threading.Event(), False
         self.seen: list[Any] = []
@@ -90,44 +90,44 @@ class Answers:
             if self.hold.is_set():
                 threading.Event().wait(0.01)
                 continue
-            for job in [*self.desk.take_training(lambda r: r.loss_fn, 1 << 20), *self.desk.take_samples(1000)]:
-                self.seen.append(job.request)
+            for pending in [*self.desk.take_training(lambda r: r.loss_fn, 1 << 20), *self.desk.take_samples(1000)]:
+                self.seen.append(pending.request)
                 try:
-                    self._answer(job, job.request)
+                    self._answer(pending, pending.request)
                 except (RequestFailed, UserError) as error:
-                    self.desk.failed(job, error if isinstance(error, RequestFailed) else RequestFailed(str(error)))
+                    self.desk.failed(pending, error if isinstance(error, RequestFailed) else RequestFailed(str(error)))
             self.desk.wait(0.02)
 
-    def _answer(self, job: Job, request: Any) -> None:
+    def _answer(self, pending: PendingRequest, request: Any) -> None:
         if getattr(request, "problem", ""):
             raise RequestFailed(request.problem)
         if isinstance(request, CreateModel):
             facts = ModelInfo(request.base_model, LoraSpec(rank=request.rank))
-            self._open(job.owner, request.session_id, request.model_seq_id, facts, request.user_metadata)
-            self.desk.done(job, {"model_id": request.model_id, "type": "create_model"})
+            self._open(pending.owner, request.session_id, request.model_seq_id, facts, request.user_metadata)
+            self.desk.done(pending, {"model_id": request.model_id, "type": "create_model"})
         elif isinstance(request, LoadWeights):
-            found = self.store.get_checkpoint(CheckpointPath.parse(request.path), job.owner)
+            found = self.store.get_checkpoint(CheckpointPath.parse(request.path), pending.owner)
             if request.model_id is None:
-                self._open(job.owner, request.session_id, request.model_seq_id, found.facts, {})
-            self.desk.done(job, {"path": request.path, "type": "load_weights"})
+                self._open(pending.owner, request.session_id, request.model_seq_id, found.facts, {})
+            self.desk.done(pending, {"path": request.path, "type": "load_weights"})
         elif isinstance(request, TrainRequest):
             logprobs = [(-datum.tokens / 100).astype(np.float32) for datum in request.data]
-            self.desk.done(job, TrainResult(logprobs, {"loss:sum": float(len(request.data))}))
+            self.desk.done(pending, TrainResult(logprobs, {"loss:sum": float(len(request.data))}))
         elif isinstance(request, OptimStep):
-            self.desk.done(job, {"metrics": {"grad_norm": 1.0, "lr": request.learning_rate}})
+            self.desk.done(pending, {"metrics": {"grad_norm": 1.0, "lr": request.learning_rate}})
         elif isinstance(request, SaveWeights):
-            self.desk.done(job, self._save(job, request))
+            self.desk.done(pending, self._save(pending, request))
         elif isinstance(request, SamplingRequest):
             result = sampled(request)
             if request.stream:  # pieces of seven tokens, a moment between them, without the last one
                 ids = result.sequences[0].tokens[:-1]
                 for start in range(0, len(ids), 7):
                     for index in range(request.num_samples):
-                        self.desk.progress(job, index, ids[start : start + 7])
+                        self.desk.progress(pending, index, ids[start : start + 7])
                     threading.Event().wait(0.002)
-            self.desk.done(job, result)
+            self.desk.done(pending, result)
         else:
-            self.desk.done(job, {"model_id": job.lane, "type": "unload_model"})
+            self.desk.done(pending, {"model_id": pending.model_id, "type": "unload_model"})
 
     def _open(self, owner: str, session: str, number: int, facts: ModelInfo, metadata: dict[str, str]) -> None:
         run = self.store.create_run(session, owner, number, facts, metadata)
@@ -144,12 +144,16 @@ class Answers:
             },
         )
 
-    def _save(self, job: Job, request: SaveWeights) -> dict[str, Any]:
+    def _save(self, pending: PendingRequest, request: SaveWeights) -> dict[str, Any]:
         facts = self._facts[request.model_id]
         if request.name is None:
             session = request.model_id.split(":")[0]
             made = self.store.create_sampler(
-                session, job.owner, request.sampling_session_seq_id, facts.base_model, ephemeral_run=request.model_id
+                session,
+                pending.owner,
+                request.sampling_session_seq_id,
+                facts.base_model,
+                ephemeral_run=request.model_id,
             )
             return {"path": None, "sampling_session_id": made.sampler_id}
 
@@ -159,7 +163,7 @@ class Answers:
 
         path = CheckpointPath(request.model_id, request.kind, request.name)
         saved = save_files(
-            self.store, self.archive, path, job.owner, facts, fill, ttl_seconds=request.ttl_seconds,
+            self.store, self.archive, path, pending.owner, facts, fill, ttl_seconds=request.ttl_seconds,
             overwrite=request.overwrite, user_metadata=request.user_metadata,
         )  # fmt: skip
         return {"path": path.uri, "size_bytes": saved.size_bytes}
@@ -202,7 +206,7 @@ class Server:
         folder.mkdir(exist_ok=True)
         self.store, self.archive = Store(folder / "service.sqlite"), Archive(folder / "checkpoints")
         reconcile(self.store, self.archive)
-        self.desk = RequestDesk(max_queued_samples=settings.max_queued_samples)
+        self.desk = RequestScheduler(max_queued_samples=settings.max_queued_samples)
         self.answers = Answers(self.desk, self.store, self.archive)
         self.app = make_app(self.desk, self.store, self.archive, FACTS, settings, text=text, keys=keys)
         self.serving: Serving = serve_in_thread(self.app, "127.0.0.1", 0)

@@ -58,7 +58,7 @@ def rank_fails(folder: Path) -> None:
 
     if os.environ["RANK"] == "1":
 
-        def broken(hands: object, common: object, part: object) -> None:
+        def broken(context: object, common: object, part: object) -> None:
             raise RuntimeError("rank 1 broke")
 
         commands.COMMANDS["train"] = broken
@@ -68,12 +68,12 @@ def rank_fails(folder: Path) -> None:
 
 def worker_fails(folder: Path) -> None:
     """A fault in rank 0's own thread, while the script waits."""
-    from skyrl.service.models import Tenants
+    from skyrl.service.models import OpenModels
 
     def broken(*args: object, **more: object) -> None:
         raise KeyError("a fault of the service")
 
-    Tenants.content = broken
+    OpenModels.content = broken
     with open_client(folder / "service") as client:
         client.create_lora_training_client("tiny", rank=2).save_state("x").result()
 

@@ -22,7 +22,7 @@ from skyrl.service.openai import TextTools, openai_routes
 from skyrl.service.routes_checkpoints import checkpoint_routes
 from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
-from skyrl.service.scheduler import RequestDesk
+from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.store import Store
 from skyrl.types import UserError
 from skyrl.web.auth import Keys, read_keys
@@ -34,7 +34,7 @@ KEEP_ALIVE_SECONDS = 120
 
 
 def make_app(
-    desk: RequestDesk,
+    desk: RequestScheduler,
     store: Store,
     archive: Archive,
     facts: ServerInfo,

@@ -39,7 +39,7 @@ def open_door(service: Service) -> HttpDoor:
     settings = service.cfg.service
     keys = read_keys(settings)
     app = make_app(
-        service.desk,
+        service.scheduler,
         service.checkpoints.store,
         service.checkpoints.archive,
         service.facts,

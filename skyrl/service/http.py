@@ -24,7 +24,7 @@ from starlette.routing import Route
 from skyrl.config.serve import ServiceConfig
 from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
 from skyrl.service.records import NotFound
-from skyrl.service.scheduler import RequestDesk
+from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.store import Store
 from skyrl.service.wire import JSON, encode_json, read_json
 from skyrl.types import UserError
@@ -60,7 +60,7 @@ class Door:
     those of `once`, by owner, path and idempotency key.
     """
 
-    desk: RequestDesk
+    desk: RequestScheduler
     store: Store
     archive: Archive
     facts: ServerInfo

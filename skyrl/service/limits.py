@@ -70,7 +70,7 @@ def check_width(request: TrainRequest, *, max_tokens_per_microbatch: int) -> Non
             )
 
 
-def in_turns(items: Iterable[tuple[Hashable, T]]) -> list[T]:
+def round_robin(items: Iterable[tuple[Hashable, T]]) -> list[T]:
     """The items of (whose, item) in an order in which everybody has a turn after the other; each one's own order
     stays."""
     seen: dict[Hashable, int] = {}

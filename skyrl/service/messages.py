@@ -146,7 +146,7 @@ class SamplingRequest:
     """asample. `stop`: None = the tokenizer's end of sequence; a tuple of strings or of token ids otherwise.
 
     targets [len(prompt) - 1, K] int64, -1 = skip; `targets_csr` keeps (crow, col) when it came sparse, since the
-    answer has the same layout. stream: its reader takes tokens while they are drawn (RequestDesk.on_tokens).
+    answer has the same layout. stream: its reader takes tokens while they are drawn (RequestScheduler.on_tokens).
     """
 
     seq_id: int

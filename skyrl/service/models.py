@@ -11,27 +11,26 @@ from typing import Any
 from skyrl.config.serve import ServeConfig
 from skyrl.service.archive_content import Content
 from skyrl.service.checkpoints import CheckpointService, to_content, to_state
-from skyrl.service.commands import BASE, Create
-from skyrl.service.leader import Leader
+from skyrl.service.commands import BASE, Create, Leader
 from skyrl.service.messages import CreateModel, LoadWeights, RequestFailed, ServerInfo
 from skyrl.service.records import ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 
 @dataclass(eq=False)
-class Tenant:
+class TrainableModel:
     """One model. `lora` None: all parameters. `pending`: it has a gradient. `spoiled`: a part of the step under way
     failed, so the next optim_step is refused."""
 
-    model: str
+    model_id: str
     owner: str
     session: str
     base_model: str
     lora: LoraSpec | None
     used: int = 0
     steps: int = 0
-    pending: bool = False
-    spoiled: bool = False
+    has_gradient: bool = False
+    gradient_failed: bool = False
     parked: bool = False
 
     def facts(self) -> dict[str, Any]:
@@ -47,37 +46,37 @@ class Tenant:
         }
 
 
-class Tenants:
+class OpenModels:
     """Open models. Only the worker's thread calls it."""
 
     def __init__(self, cfg: ServeConfig, leader: Leader, checkpoints: CheckpointService, facts: ServerInfo) -> None:
         self.cfg, self.leader, self.checkpoints, self.server = cfg, leader, checkpoints, facts
-        self._open: dict[str, Tenant] = {}
+        self._open: dict[str, TrainableModel] = {}
         self._clock = itertools.count(1)
 
-    def find(self, model: str) -> Tenant | None:
+    def find(self, model_id: str) -> TrainableModel | None:
         """The open model of that name, or None."""
-        return self._open.get(model)
+        return self._open.get(model_id)
 
-    def get(self, model: str) -> Tenant:
+    def get(self, model_id: str) -> TrainableModel:
         """The open model of that name. Raises RequestFailed."""
-        if model not in self._open:
-            raise RequestFailed(f"{model}: no such model")
-        return self._open[model]
+        if model_id not in self._open:
+            raise RequestFailed(f"{model_id}: no such model")
+        return self._open[model_id]
 
     def full(self) -> bool:
         """Whether there is no room for one more model."""
         return len(self._open) >= (1 if self.server.full_parameters else self.cfg.service.max_models)
 
-    def of_sessions(self, sessions: set[str]) -> list[Tenant]:
+    def of_sessions(self, sessions: set[str]) -> list[TrainableModel]:
         """The open models of these sessions."""
-        return [tenant for tenant in self._open.values() if tenant.session in sessions]
+        return [model for model in self._open.values() if model.session in sessions]
 
     def sessions(self) -> set[str]:
         """Sessions that have an open model."""
-        return {tenant.session for tenant in self._open.values()}
+        return {model.session for model in self._open.values()}
 
-    def create(self, request: CreateModel, owner: str) -> Tenant:
+    def create(self, request: CreateModel, owner: str) -> TrainableModel:
         """A new model. Raises RequestFailed for an unknown base, a rank out of range, another optimizer, or no room."""
         if request.problem:
             raise RequestFailed(request.problem)
@@ -104,29 +103,27 @@ class Tenants:
                 attn=request.train_attn,
                 unembed=request.train_unembed,
             )
-        tenant = Tenant(request.model_id, owner, request.session_id, request.base_model, lora)
+        model = TrainableModel(request.model_id, owner, request.session_id, request.base_model, lora)
         self.checkpoints.check_session(request.session_id, owner)
-        self._add(tenant)
-        with self._or_drop(tenant):
-            self._record(tenant, request.model_seq_id, request.user_metadata)
-        return tenant
+        self._add(model)
+        with self._or_drop(model):
+            self._record(model, request.model_seq_id, request.user_metadata)
+        return model
 
     @contextmanager
-    def _or_drop(self, tenant: Tenant) -> Iterator[None]:
+    def _or_drop(self, model: TrainableModel) -> Iterator[None]:
         """Takes a new model back when what follows is refused."""
         try:
             yield
         except (RequestFailed, UserError):
-            del self._open[tenant.model]
-            self.leader.call("drop", tenant.model)
+            del self._open[model.model_id]
+            self.leader.call("drop", model.model_id)
             raise
 
-    def _record(self, tenant: Tenant, number: int, metadata: dict[str, str]) -> None:
-        self.checkpoints.add_run(
-            tenant.owner, tenant.session, number, ModelInfo(tenant.base_model, tenant.lora), metadata
-        )
+    def _record(self, model: TrainableModel, number: int, metadata: dict[str, str]) -> None:
+        self.checkpoints.add_run(model.owner, model.session, number, ModelInfo(model.base_model, model.lora), metadata)
 
-    def create_from(self, request: LoadWeights, model: str, owner: str) -> Tenant:
+    def create_from(self, request: LoadWeights, model_id: str, owner: str) -> TrainableModel:
         """A new model from a checkpoint: rank and flags come from there."""
         if request.problem:
             raise RequestFailed(request.problem)
@@ -137,34 +134,34 @@ class Tenants:
         content = self.checkpoints.read(request.path, owner, optimizer=request.optimizer)
         base = request.base_model or content.facts.base_model
         self._check_base(base)
-        tenant = Tenant(model, owner, request.session_id, base, content.facts.lora)
+        model = TrainableModel(model_id, owner, request.session_id, base, content.facts.lora)
         self._check_content(content, request)
-        self._add(tenant)
-        with self._or_drop(tenant):
-            self._load(tenant, content, request.optimizer)
-            self._record(tenant, request.model_seq_id, request.user_metadata)
-        return tenant
+        self._add(model)
+        with self._or_drop(model):
+            self._load(model, content, request.optimizer)
+            self._record(model, request.model_seq_id, request.user_metadata)
+        return model
 
-    def load_into(self, tenant: Tenant, request: LoadWeights) -> None:
+    def load_into(self, model: TrainableModel, request: LoadWeights) -> None:
         """Replaces a model's weights and, with request.optimizer, its optimizer state; without, that starts anew.
         A pending gradient is dropped. Raises RequestFailed when the checkpoint has another form."""
         if request.problem:
             raise RequestFailed(request.problem)
-        content = self.checkpoints.read(request.path, tenant.owner, optimizer=request.optimizer)
+        content = self.checkpoints.read(request.path, model.owner, optimizer=request.optimizer)
         self._check_content(content, request)
-        ours, theirs = tenant.lora, content.facts.lora
+        ours, theirs = model.lora, content.facts.lora
         if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
-            raise RequestFailed(f"{request.path} has {_describe(theirs)}, {tenant.model} has {_describe(ours)}")
-        self.use(tenant.model)
-        self._load(tenant, content, request.optimizer)
-        tenant.pending = tenant.spoiled = False
+            raise RequestFailed(f"{request.path} has {_describe(theirs)}, {model.model_id} has {_describe(ours)}")
+        self.use(model.model_id)
+        self._load(model, content, request.optimizer)
+        model.has_gradient = model.gradient_failed = False
 
     def _check_content(self, content: Content, request: LoadWeights) -> None:
         if content.facts.lora is not None and not self.server.adaptable:
             raise RequestFailed(f"{request.path} is an adapter; this server trains all parameters")
 
-    def _load(self, tenant: Tenant, content: Content, optimizer: bool) -> None:
-        self.leader.call("load", (tenant.model, to_state(content), optimizer))
+    def _load(self, model: TrainableModel, content: Content, optimizer: bool) -> None:
+        self.leader.call("load", (model.model_id, to_state(content), optimizer))
 
     def _check_base(self, name: str) -> None:
         if name not in self.server.aliases:
@@ -173,11 +170,11 @@ class Tenants:
                 f"base_model {name!r} is not served here; there are: {names}; add it with service.aliases"
             )
 
-    def _add(self, tenant: Tenant) -> None:
+    def _add(self, model: TrainableModel) -> None:
         limit = self.cfg.service.max_models
-        if tenant.model in self._open:
-            raise RequestFailed(f"{tenant.model}: exists already; give another model_seq_id")
-        if tenant.lora is None:
+        if model.model_id in self._open:
+            raise RequestFailed(f"{model.model_id}: exists already; give another model_seq_id")
+        if model.lora is None:
             if not self.server.full_parameters:
                 raise RequestFailed(
                     "lora rank 0 asks for training of all parameters; start the server with "
@@ -190,36 +187,36 @@ class Tenants:
                 if limit > 1
                 else "a model is open; training all parameters allows one at a time: unload it, or end its session"
             )
-        self.leader.call("create", Create(tenant.model, tenant.lora))
-        self._open[tenant.model] = tenant
-        self.use(tenant.model)
+        self.leader.call("create", Create(model.model_id, model.lora))
+        self._open[model.model_id] = model
+        self.use(model.model_id)
 
-    def use(self, model: str) -> None:
+    def use(self, model_id: str) -> None:
         """Marks a model as used now; parks those that were idle for longest when too many are on the device."""
-        tenant = self._open[model]
-        tenant.used, tenant.parked = next(self._clock), False
+        model = self._open[model_id]
+        model.used, model.parked = next(self._clock), False
         resident = [one for one in self._open.values() if not one.parked and one.lora is not None]
         resident.sort(key=lambda one: one.used)
         for idle in resident[: max(0, len(resident) - self.cfg.service.max_resident_models)]:
-            if idle.model != model:
-                self.leader.call("park", idle.model)
+            if idle.model_id != model_id:
+                self.leader.call("park", idle.model_id)
                 idle.parked = True
 
-    def drop(self, model: str) -> None:
+    def drop(self, model_id: str) -> None:
         """Closes a model and frees its memory."""
-        tenant = self._open.pop(model, None)
-        if tenant is not None:
-            self.leader.call("drop", model)
-            self.checkpoints.close_run(model, tenant.owner)
+        model = self._open.pop(model_id, None)
+        if model is not None:
+            self.leader.call("drop", model_id)
+            self.checkpoints.close_run(model_id, model.owner)
 
     def base_content(self) -> Content:
         """The weights of the base model, on the CPU."""
         return to_content(self.server.model_path, None, self.leader.call("state", (BASE, False))[0])
 
-    def content(self, tenant: Tenant, *, optimizer: bool) -> Content:
+    def content(self, model: TrainableModel, *, optimizer: bool) -> Content:
         """Everything that a checkpoint of this model holds, on the CPU."""
-        state = self.leader.call("state", (tenant.model, optimizer))[0]
-        return to_content(tenant.base_model, tenant.lora, state)
+        state = self.leader.call("state", (model.model_id, optimizer))[0]
+        return to_content(model.base_model, model.lora, state)
 
 
 def _form(lora: LoraSpec | None) -> tuple[Any, ...]:

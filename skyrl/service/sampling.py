@@ -15,11 +15,10 @@ import numpy as np
 from skyrl.config.serve import ServeConfig
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
 from skyrl.service.checkpoints import CheckpointService
-from skyrl.service.commands import BASE, NOT_FINITE, Problem, Question, Slice
-from skyrl.service.leader import Leader
-from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, in_turns
+from skyrl.service.commands import BASE, NOT_FINITE, Leader, Problem, Question, SamplingBatch
+from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, round_robin
 from skyrl.service.messages import RequestFailed, SampledSequence, SampleResult, SamplingRequest, ServerInfo, TopK
-from skyrl.service.scheduler import LARGE_SAMPLE, Job, RequestDesk
+from skyrl.service.scheduler import LARGE_SAMPLE, PendingRequest, RequestScheduler
 from skyrl.service.snapshots import Snapshots
 from skyrl.service.validation import check_prompt, draw_seed, sampling_params
 from skyrl.types import Sample, SampleRequest, UserError
@@ -29,10 +28,10 @@ TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, t
 
 
 @dataclass(eq=False)
-class Work:
+class ActiveSample:
     """One sampling request on its way."""
 
-    job: Job
+    pending: PendingRequest
     query: SamplingRequest
     adapter: str  # "" = the base
     sequences: list[SampledSequence | None]
@@ -46,67 +45,69 @@ class Work:
 
 
 class Sampling:
-    """All sampling requests that were taken from the desk. Only the worker's thread calls it."""
+    """All sampling requests that were taken from the scheduler. Only the worker's thread calls it."""
 
     def __init__(
         self,
         cfg: ServeConfig,
         leader: Leader,
-        desk: RequestDesk,
+        scheduler: RequestScheduler,
         checkpoints: CheckpointService,
         facts: ServerInfo,
         snapshots: Snapshots,
     ) -> None:
-        self.cfg, self.leader, self.desk, self.checkpoints, self.facts = cfg, leader, desk, checkpoints, facts
+        self.cfg, self.leader, self.scheduler, self.checkpoints, self.facts = cfg, leader, scheduler, checkpoints, facts
         self.snapshots = snapshots
         size = leader.world.size
-        self._works: dict[str, Work] = {}
+        self._active: dict[str, ActiveSample] = {}
         self._queued: list[list[SampleRequest]] = [[] for _ in range(size)]
         self._cancelled: list[list[str]] = [[] for _ in range(size)]
         self._load = [0] * size
-        self._todo: OrderedDict[str, deque[Work]] = OrderedDict()  # by owner: works with draws that no rank has yet
+        self._todo: OrderedDict[str, deque[ActiveSample]] = (
+            OrderedDict()
+        )  # by owner: works with draws that no rank has yet
         self._bytes = 0  # of the answers to all works, at most
-        self._questions: list[tuple[Work, PromptLogprobsRequest]] = []
-        self._waiting: deque[Job] = deque()  # taken from the desk, not begun
+        self._questions: list[tuple[ActiveSample, PromptLogprobsRequest]] = []
+        self._waiting: deque[PendingRequest] = deque()  # taken from the scheduler, not begun
         self._filled = ""  # whose whole weights are sampled, where all parameters are trained
         self._leaving: list[str] = []  # adapters of cancelled requests, which the ranks still draw from
 
     @property
     def active(self) -> bool:
         """Whether there is anything to draw or to score."""
-        return bool(self._works or self._leaving or self._waiting)
+        return bool(self._active or self._leaving or self._waiting)
 
     def admit(self) -> None:
-        """Takes requests from the desk as far as there is room, and answers questions about their prompts."""
-        for job in self.desk.take_cancelled():
-            self._cancel(job)
+        """Takes requests from the scheduler as far as there is room, and answers questions about their prompts."""
+        for pending in self.scheduler.take_cancelled():
+            self._cancel(pending)
         if not (self._waiting and self.facts.full_parameters):
             ahead = len(self._questions) + sum(min(len(w.todo), TOGETHER) for some in self._todo.values() for w in some)
-            without = frozenset(job.owner for job in self._waiting)
-            self._waiting += self.desk.take_samples(RUNNING_PER_RANK * len(self._load) - ahead, without=without)
-        later: deque[Job] = deque()
+            without = frozenset(pending.owner for pending in self._waiting)
+            self._waiting += self.scheduler.take_samples(RUNNING_PER_RANK * len(self._load) - ahead, without=without)
+        later: deque[PendingRequest] = deque()
         while self._waiting:
-            job = self._waiting.popleft()
+            pending = self._waiting.popleft()
             try:
-                if not self._begin(job):
-                    later.append(job)
+                if not self._begin(pending):
+                    later.append(pending)
                     if self.facts.full_parameters:
                         break  # others would go on with the weights of now for ever
             except RequestFailed as refused:
-                self.desk.failed(job, refused)
+                self.scheduler.failed(pending, refused)
             except UserError as error:
-                self.desk.failed(job, RequestFailed(str(error)))
+                self.scheduler.failed(pending, RequestFailed(str(error)))
         self._waiting.extendleft(reversed(later))
         self._score()
 
-    def _begin(self, job: Job) -> bool:
+    def _begin(self, pending: PendingRequest) -> bool:
         """Starts a request; False when it has to wait: for those under way, which draw from other whole weights, or
         for memory."""
-        query = job.request
+        query = pending.request
         assert isinstance(query, SamplingRequest)
         if query.problem:
             raise RequestFailed(query.problem)
-        if job.cancelled:
+        if pending.cancelled:
             raise RequestFailed("cancelled by the client")
         # A prompt that fills the context can be scored, and nothing can be drawn after it.
         full = len(query.prompt) == self.facts.max_context and query.max_tokens == 1 and _asks(query)
@@ -120,13 +121,13 @@ class Sampling:
             max_request_tokens=service.max_tokens_per_request,
             max_samples=service.max_queued_samples,
         )
-        params = [] if full else sampling_params(query, self.facts, job.request_id)
+        params = [] if full else sampling_params(query, self.facts, pending.request_id)
         size = answer_bytes(query, longest)
-        if self._works and self._bytes + size > FLIGHT_BYTES:
+        if self._active and self._bytes + size > FLIGHT_BYTES:
             return False
-        adapter = self._adapter(query, job.owner)
+        adapter = self._adapter(query, pending.owner)
         if self.facts.full_parameters:
-            if adapter != self._filled and (self._works or self._leaving):
+            if adapter != self._filled and (self._active or self._leaving):
                 return False
             self.snapshots.fill_base(adapter)
             self._filled, adapter = adapter, ""
@@ -134,22 +135,22 @@ class Sampling:
             if self.snapshots.crowded(adapter):
                 return False
             self.snapshots.acquire(adapter)
-        work = Work(job, query, adapter, [None] * query.num_samples, size=size)
+        active = ActiveSample(pending, query, adapter, [None] * query.num_samples, size=size)
         if full:
             nothing = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
-            work.sequences = [nothing] * query.num_samples
-        work.todo.extend(
-            SampleRequest(f"{job.request_id}/{i}", query.prompt, one, model=adapter or BASE)
+            active.sequences = [nothing] * query.num_samples
+        active.todo.extend(
+            SampleRequest(f"{pending.request_id}/{i}", query.prompt, one, model=adapter or BASE)
             for i, one in enumerate(params)
         )
-        self._works[job.request_id] = work
+        self._active[pending.request_id] = active
         self._bytes += size
-        work.missing = len(params)
+        active.missing = len(params)
         if params:
-            self._todo.setdefault(job.owner, deque()).append(work)
+            self._todo.setdefault(pending.owner, deque()).append(active)
         if _asks(query):
-            work.waits_for_prompt = True
-            self._questions.append((work, self._question(work)))
+            active.waits_for_prompt = True
+            self._questions.append((active, self._question(active)))
         return True
 
     def _adapter(self, query: SamplingRequest, owner: str) -> str:
@@ -173,36 +174,36 @@ class Sampling:
         samples of one prompt share its prefill, so they stay together unless they would fill a rank."""
         size = len(self._load)
         while self._todo and min(self._load) < RUNNING_PER_RANK:
-            owner, works = self._todo.popitem(last=False)
-            work = works.popleft()
-            total = len(work.sequences)
+            owner, actives = self._todo.popitem(last=False)
+            active = actives.popleft()
+            total = len(active.sequences)
             each = total if total < 8 * size else min(TOGETHER, -(-total // size))
             rank = min(range(size), key=lambda r: (self._load[r], r))
-            for _ in range(min(each, len(work.todo))):
-                request = work.todo.popleft()
-                work.ranks[request.uid] = rank
+            for _ in range(min(each, len(active.todo))):
+                request = active.todo.popleft()
+                active.ranks[request.uid] = rank
                 self._queued[rank].append(request)
                 self._load[rank] += 1
-            if work.todo:
-                works.append(work)
-            if works:
-                self._todo[owner] = works
+            if active.todo:
+                actives.append(active)
+            if actives:
+                self._todo[owner] = actives
 
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
-    def _question(self, work: Work) -> PromptLogprobsRequest:
-        query, length = work.query, len(work.query.prompt)
+    def _question(self, active: ActiveSample) -> PromptLogprobsRequest:
+        query, length = active.query, len(active.query.prompt)
         last = query.prompt_logprobs_last_n
         return PromptLogprobsRequest(
-            uid=work.job.request_id,
+            uid=active.pending.request_id,
             tokens=query.prompt,
-            model=work.adapter,
+            model=active.adapter,
             start=0 if last is None else max(0, length - last),
             logprobs=query.prompt_logprobs,
             topk=query.topk_prompt_logprobs,
             targets=query.targets,
             alternatives=query.prompt_alt_tokens_k,
-            seed=draw_seed("alternatives", query.seed if query.seed is not None else work.job.request_id),
+            seed=draw_seed("alternatives", query.seed if query.seed is not None else active.pending.request_id),
         )
 
     def _score(self) -> None:
@@ -211,44 +212,46 @@ class Sampling:
         if not self._questions:
             return
         size = len(self._load)
-        ordered = in_turns((work.job.owner, (work, question)) for work, question in self._questions)
+        ordered = round_robin((active.pending.owner, (active, question)) for active, question in self._questions)
         asked, tokens, cells = [], 0, 0
-        for work, question in ordered:
+        for active, question in ordered:
             tokens += len(question.tokens)
             cells += _table_bytes(question)
             if asked and (tokens > SCORE_TOKENS * size or cells > SCORE_BYTES):
                 break
-            asked.append((work, question))
+            asked.append((active, question))
         self._questions = ordered[len(asked) :]
         parts: list[list[Question]] = [[] for _ in range(size)]
-        owners: list[list[tuple[Work, PromptLogprobsRequest]]] = [[] for _ in range(size)]
+        owners: list[list[tuple[ActiveSample, PromptLogprobsRequest]]] = [[] for _ in range(size)]
         loads = [0] * size
-        for work, question in sorted(asked, key=lambda pair: -len(pair[1].tokens)):
+        for active, question in sorted(asked, key=lambda pair: -len(pair[1].tokens)):
             rank = min(range(size), key=lambda r: (loads[r], r))
             loads[rank] += len(question.tokens)
-            parts[rank].append(Question(question, tail=question.uid != work.job.request_id))
-            owners[rank].append((work, question))
+            parts[rank].append(Question(question, tail=question.uid != active.pending.request_id))
+            owners[rank].append((active, question))
         answers = self.leader.call("score", None, parts)
         for pairs, stats in zip(owners, answers, strict=True):
-            for (work, question), one in zip(pairs, stats, strict=True):
-                if self._works.get(work.job.request_id) is work:  # no earlier answer has ended it
-                    self._answered(work, question, one)
+            for (active, question), one in zip(pairs, stats, strict=True):
+                if self._active.get(active.pending.request_id) is active:  # no earlier answer has ended it
+                    self._answered(active, question, one)
 
-    def _answered(self, work: Work, question: PromptLogprobsRequest, stats: PromptLogprobsResult | Problem) -> None:
+    def _answered(
+        self, active: ActiveSample, question: PromptLogprobsRequest, stats: PromptLogprobsResult | Problem
+    ) -> None:
         if isinstance(stats, Problem):
-            self._take_out(work, RequestFailed(stats.text))
+            self._take_out(active, RequestFailed(stats.text))
             return
         if not _is_finite(question, stats):
-            self._take_out(work, RequestFailed(NOT_FINITE))
+            self._take_out(active, RequestFailed(NOT_FINITE))
             return
-        if question.uid == work.job.request_id:
-            work.prompt, work.waits_for_prompt = stats, False
+        if question.uid == active.pending.request_id:
+            active.prompt, active.waits_for_prompt = stats, False
         else:
-            sequence = work.sequences[int(question.uid.rsplit("/", 1)[1])]
+            sequence = active.sequences[int(question.uid.rsplit("/", 1)[1])]
             assert sequence is not None and stats.topk_ids is not None and stats.topk_logprobs is not None
             sequence.topk = TopK(stats.topk_ids, stats.topk_logprobs)
-            work.missing -= 1
-        self._finish(work)
+            active.missing -= 1
+        self._finish(active)
 
     # ---- draws -----------------------------------------------------------------------------------------------------
 
@@ -257,13 +260,13 @@ class Sampling:
         self._hand_over()
         if not any(self._load) and not any(self._cancelled) and not self._leaving:
             return  # what was begun is complete, and what waits begins at the next turn
-        parts = [Slice(a, b) for a, b in zip(self._queued, self._cancelled, strict=True)]
+        parts = [SamplingBatch(a, b) for a, b in zip(self._queued, self._cancelled, strict=True)]
         self._queued = [[] for _ in self._load]
         self._cancelled = [[] for _ in self._load]
-        for work in self._works.values():
-            if work.query.stream:
-                for uid, rank in work.ranks.items():
-                    parts[rank].watched[uid] = work.known.get(uid, 0)
+        for active in self._active.values():
+            if active.query.stream:
+                for uid, rank in active.ranks.items():
+                    parts[rank].watched[uid] = active.known.get(uid, 0)
         answers = self.leader.call("sample", seconds, parts)
         for adapter in self._leaving:
             if adapter:
@@ -271,95 +274,95 @@ class Sampling:
         self._leaving = []
         for drawn in answers:
             for sample in drawn.samples:
-                self._drawn(sample)
+                self._sampled(sample)
             for uid, why in drawn.refused:
                 self._refused(uid, why)
-            for uid, tokens in drawn.news.items():
-                self._grown(uid, tokens)
+            for uid, tokens in drawn.new_tokens.items():
+                self._streamed(uid, tokens)
         self._score()
 
-    def _grown(self, uid: str, tokens: np.ndarray) -> None:
+    def _streamed(self, uid: str, tokens: np.ndarray) -> None:
         """More tokens of a sequence that is read while it grows."""
         request_id, _, number = uid.rpartition("/")
-        work = self._works.get(request_id)
-        if work is not None:
-            work.known[uid] = work.known.get(uid, 0) + len(tokens)
-            self.desk.progress(work.job, int(number), tokens)
+        active = self._active.get(request_id)
+        if active is not None:
+            active.known[uid] = active.known.get(uid, 0) + len(tokens)
+            self.scheduler.progress(active.pending, int(number), tokens)
 
-    def _drawn(self, sample: Sample) -> None:
+    def _sampled(self, sample: Sample) -> None:
         request_id, _, number = sample.uid.rpartition("/")
-        work = self._works.get(request_id)
-        if work is None:
+        active = self._active.get(request_id)
+        if active is None:
             return
         index = int(number)
-        self._load[work.ranks.pop(sample.uid)] -= 1
+        self._load[active.ranks.pop(sample.uid)] -= 1
         if sample.stop == "aborted":
-            self._take_out(work, RequestFailed(NOT_FINITE))
+            self._take_out(active, RequestFailed(NOT_FINITE))
             return
         reason = "stop" if sample.stop == "stop" else "length"
-        work.sequences[index] = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
-        if work.query.topk_sample_logprobs and len(sample.tokens):
+        active.sequences[index] = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
+        if active.query.topk_sample_logprobs and len(sample.tokens):
             question = PromptLogprobsRequest(
                 uid=sample.uid,
-                tokens=np.concatenate([work.query.prompt, sample.tokens]),
-                model=work.adapter,
-                start=len(work.query.prompt),
-                topk=work.query.topk_sample_logprobs,
-                temperature=work.query.temperature or 1.0,
+                tokens=np.concatenate([active.query.prompt, sample.tokens]),
+                model=active.adapter,
+                start=len(active.query.prompt),
+                topk=active.query.topk_sample_logprobs,
+                temperature=active.query.temperature or 1.0,
             )
-            self._questions.append((work, question))
+            self._questions.append((active, question))
             return
-        work.missing -= 1
-        self._finish(work)
+        active.missing -= 1
+        self._finish(active)
 
-    def _finish(self, work: Work) -> None:
-        if work.missing or work.waits_for_prompt:
+    def _finish(self, active: ActiveSample) -> None:
+        if active.missing or active.waits_for_prompt:
             return
-        self._forget(work)
-        if work.adapter:
-            self.snapshots.release(work.adapter)
-        self.desk.done(work.job, _result(work))
+        self._forget(active)
+        if active.adapter:
+            self.snapshots.release(active.adapter)
+        self.scheduler.done(active.pending, _result(active))
 
-    def _forget(self, work: Work) -> None:
-        del self._works[work.job.request_id]
-        self._bytes -= work.size
+    def _forget(self, active: ActiveSample) -> None:
+        del self._active[active.pending.request_id]
+        self._bytes -= active.size
 
     def _refused(self, uid: str, why: str) -> None:
-        work = self._works.get(uid.rpartition("/")[0])
-        if work is not None:
-            self._load[work.ranks.pop(uid)] -= 1
-            self._take_out(work, RequestFailed(why.partition(": ")[2] or why))
+        active = self._active.get(uid.rpartition("/")[0])
+        if active is not None:
+            self._load[active.ranks.pop(uid)] -= 1
+            self._take_out(active, RequestFailed(why.partition(": ")[2] or why))
 
-    def _cancel(self, job: Job) -> None:
-        work = self._works.get(job.request_id)
-        if work is not None:
-            self._take_out(work, RequestFailed("cancelled by the client"))
+    def _cancel(self, pending: PendingRequest) -> None:
+        active = self._active.get(pending.request_id)
+        if active is not None:
+            self._take_out(active, RequestFailed("cancelled by the client"))
 
-    def _take_out(self, work: Work, why: RequestFailed) -> None:
-        for rank in set(work.ranks.values()):
-            waiting = [request for request in self._queued[rank] if request.uid not in work.ranks]
+    def _take_out(self, active: ActiveSample, why: RequestFailed) -> None:
+        for rank in set(active.ranks.values()):
+            waiting = [request for request in self._queued[rank] if request.uid not in active.ranks]
             queued = {request.uid for request in self._queued[rank]}
-            mine = [uid for uid, at in work.ranks.items() if at == rank]
+            mine = [uid for uid, at in active.ranks.items() if at == rank]
             self._queued[rank] = waiting
             self._cancelled[rank] += [uid for uid in mine if uid not in queued]
             self._load[rank] -= len(mine)
-        work.ranks.clear()
-        if work.todo:
-            work.todo.clear()
-            works = self._todo[work.job.owner]
-            works.remove(work)
-            if not works:
-                del self._todo[work.job.owner]
-        self._questions = [pair for pair in self._questions if pair[0] is not work]
-        self._forget(work)
-        self._leaving.append(work.adapter)
-        self.desk.failed(work.job, why)
+        active.ranks.clear()
+        if active.todo:
+            active.todo.clear()
+            actives = self._todo[active.pending.owner]
+            actives.remove(active)
+            if not actives:
+                del self._todo[active.pending.owner]
+        self._questions = [pair for pair in self._questions if pair[0] is not active]
+        self._forget(active)
+        self._leaving.append(active.adapter)
+        self.scheduler.failed(active.pending, why)
 
     def abandon(self, why: str) -> None:
         """Fails everything under way: the server stops."""
-        for job in [work.job for work in self._works.values()] + list(self._waiting):
-            self.desk.failed(job, RequestFailed(why, "server"))
-        self._works.clear()
+        for pending in [active.pending for active in self._active.values()] + list(self._waiting):
+            self.scheduler.failed(pending, RequestFailed(why, "server"))
+        self._active.clear()
 
 
 def _table_bytes(question: PromptLogprobsRequest) -> int:
@@ -383,9 +386,9 @@ def _asks(query: SamplingRequest) -> bool:
     )
 
 
-def _result(work: Work) -> SampleResult:
-    query, stats = work.query, work.prompt
-    sequences = [sequence for sequence in work.sequences if sequence is not None]
+def _result(active: ActiveSample) -> SampleResult:
+    query, stats = active.query, active.prompt
+    sequences = [sequence for sequence in active.sequences if sequence is not None]
     result = SampleResult(sequences)
     if stats is None:
         return result

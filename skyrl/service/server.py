@@ -1,6 +1,6 @@
 """The server on one rank: `serve` for the command line, `open_service` for whoever brings its own door.
 
-Rank 0 has the doors, the desk, the checkpoint service and the worker; every other rank follows. One front door per
+Rank 0 has the doors, the scheduler, the checkpoint service and the worker; every other rank follows. One front door per
 job: a training run and a server are two commands.
 """
 
@@ -22,10 +22,9 @@ from skyrl.planner.memory import model_facts
 from skyrl.planner.serve import serve_plan
 from skyrl.sampler.stop import Decode
 from skyrl.service.checkpoints import CheckpointService
-from skyrl.service.commands import BASE, Hands
-from skyrl.service.leader import Leader, follow
+from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
 from skyrl.service.messages import ServerInfo
-from skyrl.service.scheduler import RequestDesk
+from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.worker import Worker
 from skyrl.types import LoraSpec, UserError
 
@@ -39,7 +38,7 @@ class Service:
     cfg: ServeConfig
     world: World
     engine: Engine
-    desk: RequestDesk
+    scheduler: RequestScheduler
     checkpoints: CheckpointService
     worker: Worker
     facts: ServerInfo
@@ -74,27 +73,27 @@ def open_service(cfg: ServeConfig) -> Service | None:
     world = init_distributed(run)
     plan = serve_plan(cfg, world.size)
 
-    def make() -> Hands:
+    def make() -> RankContext:
         longest = max_row_tokens(cfg)
         engine = Engine(run, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=longest)
-        return Hands(engine, score_tokens=cfg.max_tokens_per_microbatch)
+        return RankContext(engine, score_tokens=cfg.max_tokens_per_microbatch)
 
-    hands = agree(world, make)
-    hands.open()
+    context = agree(world, make)
+    context.open()
     if not world.is_leader:
         on_leader(world, lambda: None)
         for number in (signal.SIGTERM, signal.SIGINT):  # the leader ends the job, after the work in hand
             signal.signal(number, signal.SIG_IGN)
-        follow(world, hands)
+        serve_commands(world, context)
         return None
     made: list[tuple[CheckpointService, ServerInfo]] = []
-    on_leader(world, lambda: made.append(_open_checkpoints(cfg, hands.engine)))
+    on_leader(world, lambda: made.append(_open_checkpoints(cfg, context.engine)))
     checkpoints, facts = made[0]
-    desk = RequestDesk(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
-    leader = Leader(world, hands, timeout_seconds=cfg.collective_timeout_seconds)
+    scheduler = RequestScheduler(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
+    leader = Leader(world, context, timeout_seconds=cfg.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
-    worker = Worker(cfg, leader, desk, checkpoints, facts, mix=mix)
-    return Service(cfg, world, hands.engine, desk, checkpoints, worker, facts)
+    worker = Worker(cfg, leader, scheduler, checkpoints, facts, mix=mix)
+    return Service(cfg, world, context.engine, scheduler, checkpoints, worker, facts)
 
 
 def max_row_tokens(cfg: ServeConfig) -> int:

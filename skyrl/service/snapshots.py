@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from skyrl.service.archive_content import Content
 from skyrl.service.checkpoints import CheckpointService, adapter_weights, num_bytes, to_state
-from skyrl.service.commands import LoadAdapter
-from skyrl.service.leader import Leader
+from skyrl.service.commands import Leader, LoadAdapter
 from skyrl.service.messages import RequestFailed
-from skyrl.service.models import Tenant, Tenants
+from skyrl.service.models import OpenModels, TrainableModel
 
 log = logging.getLogger("skyrl.service")
 
@@ -33,8 +32,8 @@ class _Resident:
 class Snapshots:
     """Published weights by name: a sampling session id (ephemeral), or a tinker:// path with its version after "#"."""
 
-    def __init__(self, leader: Leader, checkpoints: CheckpointService, tenants: Tenants) -> None:
-        self.leader, self.checkpoints, self.tenants = leader, checkpoints, tenants
+    def __init__(self, leader: Leader, checkpoints: CheckpointService, models: OpenModels) -> None:
+        self.leader, self.checkpoints, self.models = leader, checkpoints, models
         self._resident: dict[str, _Resident] = {}
         self._host: OrderedDict[str, Content] = OrderedDict()
         self._spilled: set[str] = set()
@@ -42,14 +41,14 @@ class Snapshots:
         self._original: Content | None = None
         self._clock = itertools.count(1)
 
-    def publish(self, name: str, tenant: Tenant) -> None:
+    def publish(self, name: str, model: TrainableModel) -> None:
         """Makes the tenant's weights as they are now sampleable under an ephemeral name; no disk is touched."""
-        if tenant.lora is None:
-            self._keep(name, self.tenants.content(tenant, optimizer=False))
+        if model.lora is None:
+            self._keep(name, self.models.content(model, optimizer=False))
             return
-        self.leader.call("publish", (name, tenant.model))
+        self.leader.call("publish", (name, model.model_id))
         self._resident[name] = _Resident(used=next(self._clock))
-        self._keep(name, self.tenants.content(tenant, optimizer=False))
+        self._keep(name, self.models.content(model, optimizer=False))
         self._make_room()
 
     def _keep(self, name: str, content: Content) -> None:
@@ -122,7 +121,7 @@ class Snapshots:
         if name == self._filled:
             return
         if self._original is None:
-            self._original = self.tenants.base_content()
+            self._original = self.models.base_content()
         content = self._find(name) if name else self._original
         if content.facts.lora is not None:
             raise RequestFailed(f"{name} is an adapter; this server trains and samples all parameters")

@@ -293,6 +293,6 @@ def check_prompt(query: SamplingRequest, facts: ServerInfo) -> None:
             raise RequestFailed(f"target_prompt_logprobs: tokens have to be -1 (skip) or 0 to {facts.vocab_size - 1}")
 
 
-def alike(request: TrainRequest) -> tuple[Any, ...]:
+def batch_key(request: TrainRequest) -> tuple[Any, ...]:
     """Requests with equal answers can be one call of the engine."""
     return (request.loss_fn, tuple(sorted(request.loss_config.items())), request.forward_only)

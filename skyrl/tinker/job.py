@@ -81,7 +81,7 @@ class Job:
         self.owner = LOCAL_OWNER
         self.users = 0
         self._app = make_app(
-            service.desk,
+            service.scheduler,
             service.checkpoints.store,
             service.checkpoints.archive,
             service.facts,
@@ -123,7 +123,7 @@ class Job:
         return APIFuture(out, cancel=lambda: self._cancel(accepted))
 
     def _offer(self, request: Request, out: Future[Any], convert: Callable[..., Any], accepted: list[str]) -> None:
-        desk = self.service.desk
+        desk = self.service.scheduler
         try:
             got = desk.submit(request, owner=self.owner)
         except TooManyRequests:
@@ -150,7 +150,7 @@ class Job:
 
     def _cancel(self, accepted: list[str]) -> None:
         for request_id in accepted:
-            self.service.desk.cancel(request_id, owner=self.owner)
+            self.service.scheduler.cancel(request_id, owner=self.owner)
 
     # ---- everything about records: the door's own endpoints, called without a connection ---------------------------
 
@@ -210,7 +210,7 @@ class Job:
         """Ends the service on all ranks, after the work in hand and all saves."""
         self._closing = True
         self.service.worker.stop(CLOSED)
-        self.service.desk.close(CLOSED)  # wakes the worker
+        self.service.scheduler.close(CLOSED)  # wakes the worker
         self._worker.join()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._calls.join()

@@ -11,9 +11,8 @@ import pytest
 from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, prompt, refused_beside, rows, same
 
 from skyrl.service import scheduler as schedulers
-from skyrl.service.commands import Create, LoadAdapter
-from skyrl.service.leader import Leader
-from skyrl.service.limits import ANSWER_BYTES, WIDE_TARGETS, answer_bytes, check_sample, check_width, in_turns
+from skyrl.service.commands import Create, Leader, LoadAdapter
+from skyrl.service.limits import ANSWER_BYTES, WIDE_TARGETS, answer_bytes, check_sample, check_width, round_robin
 from skyrl.service.messages import (
     CreateModel,
     OptimStep,
@@ -26,7 +25,7 @@ from skyrl.service.messages import (
     TrainRequest,
     WireDatum,
 )
-from skyrl.service.scheduler import RequestDesk
+from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.validation import sampling_params
 from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 from skyrl.types import LoraSpec, RunError, UserError
@@ -86,17 +85,17 @@ def test_a_row_with_very_many_targets_is_refused():
 
 
 def test_turns():
-    assert in_turns([("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)]) == [1, 4, 5, 2, 6, 3]
+    assert round_robin([("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)]) == [1, 4, 5, 2, 6, 3]
 
 
 # ---- the desk: memory for what waits and for results
 
 
-def make_model(desk: RequestDesk, owner: str, number: int = 0) -> str:
+def make_model(desk: RequestScheduler, owner: str, number: int = 0) -> str:
     request = CreateModel(f"s-{owner}", number, "tiny", 4, None, True, True, True, "adamw", {})
     desk.submit(request, owner=owner)
-    for job in desk.take_training(lambda r: r.loss_fn, 1 << 20):
-        desk.done(job, {"model_id": request.model_id})
+    for pending in desk.take_training(lambda r: r.loss_fn, 1 << 20):
+        desk.done(pending, {"model_id": request.model_id})
         desk.opened(request.model_id, {})
     return request.model_id
 
@@ -107,7 +106,7 @@ def big(model: str, seq: int, size: int = 1 << 17) -> TrainRequest:
 
 def test_requests_that_wait_have_a_budget_which_owners_share(monkeypatch):
     monkeypatch.setattr(schedulers, "WAITING_BYTES", 4 << 20)
-    desk = RequestDesk()
+    desk = RequestScheduler()
     greedy, modest = make_model(desk, "greedy"), make_model(desk, "modest")
     with pytest.raises(TooManyRequests, match="MiB of requests are waiting, at most 4 may"):
         for seq in range(2, 10):
@@ -115,16 +114,16 @@ def test_requests_that_wait_have_a_budget_which_owners_share(monkeypatch):
     desk.submit(big(greedy, 1), owner="greedy")  # all wait for this one
     desk.submit(big(modest, 1), owner="modest")
     for _ in range(10):
-        for job in desk.take_training(lambda r: r.loss_fn, 1 << 30):
-            desk.failed(job, RequestFailed("no"))
-            assert job.request.data == []  # what it brought is not kept
+        for pending in desk.take_training(lambda r: r.loss_fn, 1 << 30):
+            desk.failed(pending, RequestFailed("no"))
+            assert pending.request.data == []  # what it brought is not kept
     assert desk._waiting_bytes == {}
     desk.submit(big(greedy, 9), owner="greedy")
 
 
 def test_a_model_has_so_many_requests_waiting(monkeypatch):
     monkeypatch.setattr(schedulers, "WAITING_REQUESTS", 5)
-    desk = RequestDesk()
+    desk = RequestScheduler()
     model = make_model(desk, "a")
     for seq in range(2, 7):
         desk.submit(OptimStep(model, seq), owner="a")
@@ -139,26 +138,26 @@ def answer(size: int) -> SampleResult:
 
 def test_results_that_nobody_fetches_are_thrown_away_from_who_has_most(monkeypatch):
     monkeypatch.setattr(schedulers, "RESULT_BYTES", 10 << 20)
-    desk = RequestDesk()
+    desk = RequestScheduler()
     wanted = desk.submit(query(), owner="modest").request_id
-    (job,) = desk.take_samples(9)
-    desk.done(job, answer(1000))
+    (pending,) = desk.take_samples(9)
+    desk.done(pending, answer(1000))
     ids = [desk.submit(query(), owner="greedy").request_id for _ in range(40)]
-    for job in desk.take_samples(99):
-        desk.done(job, answer(100_000))
+    for pending in desk.take_samples(99):
+        desk.done(pending, answer(100_000))
     states = [desk.outcome(one, owner="greedy").state for one in ids]
     kept = states.count("done")
     assert 5 <= kept <= 8 and states == ["unknown"] * (40 - kept) + ["done"] * kept
     assert desk.outcome(wanted, owner="modest").state == "done"
-    assert sum(desk._ended_bytes.values()) <= 10 << 20 and len(desk._jobs) == kept + 1
+    assert sum(desk._ended_bytes.values()) <= 10 << 20 and len(desk._requests) == kept + 1
 
 
 def test_a_result_is_forgotten_some_time_after_it_was_fetched(monkeypatch):
     monkeypatch.setattr(schedulers, "FETCHED_SECONDS", 0.05)
-    desk = RequestDesk()
+    desk = RequestScheduler()
     ids = [desk.submit(query(sampling_session_id="x", seq_id=i), owner="a").request_id for i in range(3)]
-    for job in desk.take_samples(9):
-        desk.done(job, answer(3))
+    for pending in desk.take_samples(9):
+        desk.done(pending, answer(3))
     assert desk.outcome(ids[1], owner="a").state == "done"  # not the oldest
     time.sleep(0.06)
     desk.submit(query(), owner="a")
@@ -168,17 +167,17 @@ def test_a_result_is_forgotten_some_time_after_it_was_fetched(monkeypatch):
 
 
 def test_a_model_that_is_made_again_does_not_replace_the_open_one():
-    desk = RequestDesk()
+    desk = RequestScheduler()
     model = make_model(desk, "a")
     waiting = desk.submit(OptimStep(model, 1), owner="a")
     desk._by_key.clear()  # as if the first future had been thrown away
     again = desk.submit(CreateModel("s-a", 0, "tiny", 4, None, True, True, True, "adamw", {}), owner="a")
     assert "exists already" in desk.outcome(again.request_id, owner="a").error
-    assert [job.request_id for job in desk.take_training(lambda r: r.loss_fn, 9)] == [waiting.request_id]
+    assert [pending.request_id for pending in desk.take_training(lambda r: r.loss_fn, 9)] == [waiting.request_id]
 
 
 def test_another_owner_cannot_take_a_number_first():
-    desk = RequestDesk()
+    desk = RequestScheduler()
     theirs = desk.submit(query(sampling_session_id="s:sample:0", seq_id=3), owner="mallory")
     mine = desk.submit(query(sampling_session_id="s:sample:0", seq_id=3), owner="alice")
     assert mine.request_id != theirs.request_id
@@ -186,12 +185,12 @@ def test_another_owner_cannot_take_a_number_first():
 
 
 def test_closed_models_are_forgotten_at_last(monkeypatch):
-    monkeypatch.setattr(schedulers, "DEAD_LANES", 3)
-    desk = RequestDesk()
+    monkeypatch.setattr(schedulers, "CLOSED_MODELS", 3)
+    desk = RequestScheduler()
     names = [make_model(desk, "a", number) for number in range(6)]
     for name in names:
         desk.closed(name, "it was unloaded")
-    assert list(desk._lanes) == names[3:]
+    assert list(desk._queues) == names[3:]
 
 
 # ---- the whole service
@@ -230,7 +229,7 @@ def test_a_ruined_model_fails_its_own_requests_only(client):
         futures.append(good.sample(asked, 4, draw(20), True, topk_prompt_logprobs=3))
     refused_beside(futures, alone)
     sampling = client._job.service.worker.sampling
-    assert sampling._bytes == 0 and not sampling._works and not any(sampling._load)
+    assert sampling._bytes == 0 and not sampling._active and not any(sampling._load)
 
 
 def test_large_requests_are_drawn_in_turn_with_small_ones(client, monkeypatch):
@@ -247,9 +246,9 @@ def test_large_requests_are_drawn_in_turn_with_small_ones(client, monkeypatch):
     found = drawn(many.result())
     assert len(found) == 4000 and found[0] == alone[0]
     ended, service = sampler.sample(prompt(5, 6), 600, draw(40)), client._job.service
-    while not (works := list(service.worker.sampling._works)):
+    while not (works := list(service.worker.sampling._active)):
         time.sleep(0.001)
-    service.desk.cancel(works[0], owner="local")
+    service.scheduler.cancel(works[0], owner="local")
     with pytest.raises(RequestFailedError, match="cancelled"):
         ended.result()
     assert drawn(sampler.sample(prompt(5, 6), 1, draw(12)).result()) == alone
@@ -282,8 +281,8 @@ def test_a_step_of_a_request_with_a_problem_tells_it(client):
     model = client.create_lora_training_client("tiny", rank=2).result()
     service = client._job.service
     request = TrainRequest(model.model_id, 1, [], "", {}, False, problem="datum 3: broken")
-    done = service.desk.submit(request, owner="local")
-    while (outcome := service.desk.outcome(done.request_id, owner="local")).state == "pending":
+    done = service.scheduler.submit(request, owner="local")
+    while (outcome := service.scheduler.outcome(done.request_id, owner="local")).state == "pending":
         time.sleep(0.01)
     assert outcome.error == "datum 3: broken"
 
@@ -333,7 +332,7 @@ def test_a_command_that_every_rank_refuses_is_a_refusal(tmp_path):
 
 def test_the_ranks_answers_must_agree(monkeypatch):
     """One refuses what the other did: of what can be taken back nothing is left, of all else the job ends."""
-    from skyrl.service import leader as leaders
+    from skyrl.service import commands as leaders
 
     class World:
         size = 2
@@ -341,13 +340,13 @@ def test_the_ranks_answers_must_agree(monkeypatch):
     answers: list[Any] = [leaders.Problem("no memory"), None]
     asked = []
     one = Leader.__new__(Leader)
-    one.world, one.hands = World(), None
+    one.world, one.context = World(), None
 
     def ask(method: str, common: Any, shares: Any) -> list[Any]:
         asked.append((method, common))
         return answers if len(asked) % 2 else [None, None]
 
-    monkeypatch.setattr(one, "_ask", ask)
+    monkeypatch.setattr(one, "_broadcast_command", ask)
     with pytest.raises(UserError, match="no memory"):
         one.call("publish", ("name", "model"))
     assert asked == [("publish", ("name", "model")), ("undo", "name")]

@@ -18,7 +18,7 @@ from skyrl.service.messages import (
     TrainResult,
     UnloadModel,
 )
-from skyrl.service.scheduler import RequestDesk
+from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.store import Store
 
 MODEL = "s-1:train:0"
@@ -33,7 +33,7 @@ def store(tmp_path):
 
 
 def scheduler(store):
-    made = RequestDesk(gap_seconds=30)
+    made = RequestScheduler(gap_seconds=30)
     made.keep_record(FutureLog(store))
     return made
 

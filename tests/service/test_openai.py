@@ -182,11 +182,11 @@ def test_a_stream_that_fails_says_so(server):
     reader.start()
     try:
         for _ in range(100):
-            jobs = [job for job in server.desk._jobs.values() if job.state == "waiting"]
-            if jobs:
+            batch = [pending for pending in server.desk._requests.values() if pending.state == "waiting"]
+            if batch:
                 break
             time.sleep(0.02)
-        server.desk.cancel(jobs[0].request_id, owner="local")
+        server.desk.cancel(batch[0].request_id, owner="local")
         reader.join(10)
     finally:
         server.answers.hold.clear()

@@ -45,7 +45,7 @@ def test_more_models_than_there_may_be(tmp_path):
         expected = [control.optim_step(ADAM).result().metrics, step(control, 3)]
         tensors = contents(client, control.save_state("x").result().path)
         models = [make(seed) for seed in range(126)]
-        tenants = client._job.service.worker.tenants
+        tenants = client._job.service.worker.models
         assert tenants.get(first.model_id).parked
         assert sum(not tenants.get(m.model_id).parked for m in [first, control, *models]) == 4
         for _ in range(2):
@@ -66,7 +66,7 @@ def test_too_many_samples_wait(tmp_path):
     with open_client(tmp_path, "service.max_queued_samples=64") as client:
         sampler = client.create_sampling_client(base_model="tiny").result()
         alone = drawn(sampler.sample(prompt(5, 6), 1, draw(30)).result())
-        desk = client._job.service.desk
+        desk = client._job.service.scheduler
         lots = [sampler.sample(prompt(5, 6), 40, draw(30, seed=i)) for i in range(24)]
         query = SamplingRequest(10**6, np.array([5, 6]), sampling_session_id=sampler._sampler_id, num_samples=60)
         with pytest.raises(TooManyRequests, match="samples are waiting, at most 64 may; try again in a moment"):

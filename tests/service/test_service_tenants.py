@@ -112,7 +112,7 @@ def test_chunks_that_arrive_in_any_order(client):
 
     def posted(order: list[int]) -> tuple[list[Any], dict[str, Any]]:
         model = new(client, 5)
-        desk = client._job.service.desk
+        desk = client._job.service.scheduler
         requests: dict[int, Any] = {
             seq: convert.train_request(
                 model.model_id, seq, next(convert.chunks(rows(40 + seq))), "cross_entropy", None, False

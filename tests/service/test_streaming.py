@@ -84,14 +84,14 @@ def test_several_samples_and_stops_while_another_does_not_stream(door):
 def test_nothing_is_watched_when_nobody_streams(door, monkeypatch):
     http, service = door
     leader, slices, told = service.worker.leader, [], []
-    call, progress = leader.call, service.desk.progress
+    call, progress = leader.call, service.scheduler.progress
 
     def noted(method: str, common: Any = None, parts: Any = None) -> Any:
         slices.extend(len(part.watched) for part in parts or [] if method == "sample")
         return call(method, common, parts)
 
     monkeypatch.setattr(leader, "call", noted)
-    monkeypatch.setattr(service.desk, "progress", lambda *args: (told.append(args), progress(*args)))
+    monkeypatch.setattr(service.scheduler, "progress", lambda *args: (told.append(args), progress(*args)))
     whole(http, temperature=0)
     assert slices and not any(slices) and not told
     stream(http, temperature=0)
@@ -102,8 +102,8 @@ def test_a_reader_that_leaves_ends_the_draw(door):
     http, service = door
     with http.stream("POST", "/v1/completions", json=ask(stream=True, max_tokens=4000, temperature=0, n=60)) as answer:
         next(answer.iter_lines())
-        assert service.worker.sampling._works
+        assert service.worker.sampling._active
     deadline = time.monotonic() + 10
-    while service.worker.sampling._works and time.monotonic() < deadline:
+    while service.worker.sampling._active and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not service.worker.sampling._works
+    assert not service.worker.sampling._active

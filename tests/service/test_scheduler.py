@@ -1,0 +1,201 @@
+"""Order by seq_id, one run per request, gaps, fairness, cancelling, owners."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from skyrl.service.messages import (
+    CreateModel,
+    OptimStep,
+    RequestFailed,
+    SamplingRequest,
+    TooManyRequests,
+    TrainRequest,
+    UnloadModel,
+    WireDatum,
+)
+from skyrl.service.scheduler import RequestScheduler
+from skyrl.service.validation import batch_key
+from skyrl.types import UserError
+
+
+def make_model(scheduler, session="s", number=0, owner="a"):
+    request = CreateModel(session, number, "base", 8, None, True, True, True, "adamw", {})
+    scheduler.submit(request, owner=owner)
+    (pending,) = scheduler.take_training(batch_key, 10**6)
+    scheduler.opened(request.model_id, {"base_model": "base"})
+    scheduler.done(pending, {"model_id": request.model_id})
+    return request.model_id
+
+
+def train(model, seq, loss="cross_entropy", tokens=3, **config):
+    datum = WireDatum(np.arange(tokens), {"target_tokens": np.arange(tokens)})
+    return TrainRequest(model, seq, [datum], loss, config, False)
+
+
+def sample(seq, session="s:sample:0", count=1):
+    return SamplingRequest(seq, np.arange(3), sampling_session_id=session, num_samples=count, max_tokens=4)
+
+
+def taken(scheduler):
+    """seq_ids in the order in which they are taken."""
+    out = []
+    while batch := scheduler.take_training(batch_key, 10**6):
+        out += [(pending.model_id, pending.request.seq_id) for pending in batch]
+    return out
+
+
+def test_requests_run_by_number_not_by_arrival():
+    scheduler = RequestScheduler()
+    model = make_model(scheduler)
+    for seq in (2, 3, 1, 5):
+        scheduler.submit(train(model, seq), owner="a")
+    assert [seq for _, seq in taken(scheduler)] == [1, 2, 3]
+    scheduler.submit(OptimStep(model, 4), owner="a")
+    assert [seq for _, seq in taken(scheduler)] == [4, 5]
+
+
+def test_a_repeated_post_is_the_same_request():
+    scheduler = RequestScheduler()
+    model = make_model(scheduler)
+    first = scheduler.submit(train(model, 1), owner="a")
+    assert scheduler.submit(train(model, 1), owner="a") == first
+    (pending,) = scheduler.take_training(batch_key, 10**6)
+    scheduler.done(pending, {"metrics": {}})
+    assert scheduler.submit(train(model, 1), owner="a") == first
+    assert taken(scheduler) == []
+    draw = scheduler.submit(sample(0, count=3), owner="a")
+    assert len(draw.sequence_ids) == 3 and scheduler.submit(sample(0, count=3), owner="a") == draw
+
+
+def test_a_missing_number_is_given_up_after_a_while_and_then_refused():
+    scheduler = RequestScheduler(gap_seconds=0.2)
+    model = make_model(scheduler)
+    scheduler.submit(train(model, 2), owner="a")
+    assert taken(scheduler) == []
+    time.sleep(0.25)
+    assert [seq for _, seq in taken(scheduler)] == [2]
+    late = scheduler.submit(train(model, 1), owner="a")
+    outcome = scheduler.outcome(late.request_id, owner="a")
+    assert outcome.state == "failed" and "seq_id 1" in outcome.error and outcome.category == "user"
+
+
+def test_equal_losses_of_several_models_join_and_others_wait():
+    scheduler = RequestScheduler()
+    a, b, c = (make_model(scheduler, number=i) for i in range(3))
+    scheduler.submit(train(a, 1, "ppo", clip_low_threshold=0.8), owner="a")
+    scheduler.submit(train(b, 1, "ppo", clip_low_threshold=0.8), owner="a")
+    scheduler.submit(train(c, 1, "ppo", clip_low_threshold=0.7), owner="a")
+    scheduler.submit(train(a, 2, "ppo", clip_low_threshold=0.8), owner="a")
+    groups = []
+    while batch := scheduler.take_training(batch_key, 10**6):
+        groups.append([(pending.model_id, pending.request.seq_id) for pending in batch])
+    assert groups == [[(a, 1), (b, 1)], [(c, 1)], [(a, 2)]]
+
+
+def test_a_token_budget_bounds_a_joined_call():
+    scheduler = RequestScheduler()
+    models = [make_model(scheduler, number=i) for i in range(3)]
+    for model in models:
+        scheduler.submit(train(model, 1, tokens=40), owner="a")
+    assert [len(scheduler.take_training(batch_key, 100)) for _ in range(2)] == [2, 1]
+
+
+def test_models_take_turns():
+    scheduler = RequestScheduler()
+    a, b = make_model(scheduler, number=0), make_model(scheduler, number=1)
+    for seq in (1, 2, 3):
+        scheduler.submit(OptimStep(a, seq), owner="a")
+    scheduler.submit(OptimStep(b, 1), owner="a")
+    assert taken(scheduler) == [(a, 1), (b, 1), (a, 2), (a, 3)]
+
+
+def test_owners_take_turns_with_samples_and_there_is_a_limit():
+    scheduler = RequestScheduler(max_queued_samples=4)
+    for seq in range(4):
+        scheduler.submit(sample(seq, "s:sample:0"), owner="greedy")
+    with pytest.raises(TooManyRequests, match="4 samples are waiting, at most 4 may"):
+        scheduler.submit(sample(4, "s:sample:0"), owner="greedy")
+    scheduler.submit(sample(0, "t:sample:0"), owner="modest")  # who has none waiting may have some
+    with pytest.raises(TooManyRequests, match="1 samples are waiting, at most 2 may"):
+        scheduler.submit(sample(9, "t:sample:0", count=2), owner="modest")
+    assert [pending.owner for pending in scheduler.take_samples(100)] == [
+        "greedy",
+        "modest",
+        "greedy",
+        "greedy",
+        "greedy",
+    ]
+
+
+def test_nobody_sees_another_owners_things():
+    scheduler = RequestScheduler()
+    model = make_model(scheduler, owner="a")
+    mine = scheduler.submit(train(model, 1), owner="a")
+    assert scheduler.outcome(mine.request_id, owner="b").state == "unknown"
+    with pytest.raises(UserError, match="no such model"):
+        scheduler.open_model(model, owner="b")
+    with pytest.raises(UserError, match="no such model"):
+        scheduler.submit(OptimStep(model, 2), owner="b")
+    assert scheduler.open_model(model, owner="a") == {"base_model": "base"}
+
+
+def test_unknown_and_closed_models_fail_through_the_future():
+    scheduler = RequestScheduler()
+    scheduler.explain_lost(lambda model, owner: "it was lost with a restart" if model == "old:train:0" else "")
+    lost = scheduler.submit(train("old:train:0", 5), owner="a")
+    outcome = scheduler.outcome(lost.request_id, owner="a")
+    assert (outcome.state, outcome.error, outcome.category) == ("failed", "it was lost with a restart", "server")
+    never = scheduler.submit(train("x:train:0", 1), owner="a")
+    assert scheduler.outcome(never.request_id, owner="a").category == "user"
+    model = make_model(scheduler)
+    held = scheduler.submit(train(model, 2), owner="a")
+    woken = threading.Event()
+    scheduler.when_done(held.request_id, woken.set)
+    scheduler.submit(UnloadModel(model), owner="a")
+    scheduler.closed(model, "closed: test")
+    assert woken.is_set() and scheduler.outcome(held.request_id, owner="a").error == "closed: test"
+    assert scheduler.models() == []
+
+
+def test_when_done_calls_once_now_or_later():
+    scheduler = RequestScheduler()
+    model = make_model(scheduler)
+    accepted = scheduler.submit(train(model, 1), owner="a")
+    calls = []
+    scheduler.when_done(accepted.request_id, lambda: calls.append("later"))
+    (pending,) = scheduler.take_training(batch_key, 10**6)
+    assert calls == []
+    scheduler.failed(pending, RequestFailed("no"))
+    scheduler.failed(pending, RequestFailed("again"))
+    scheduler.when_done(accepted.request_id, lambda: calls.append("now"))
+    assert calls == ["later", "now"]
+    assert scheduler.outcome(accepted.request_id, owner="a").error == "no"
+
+
+def test_cancelling():
+    scheduler = RequestScheduler()
+    waiting = scheduler.submit(sample(0), owner="a")
+    scheduler.cancel(waiting.request_id, owner="b")
+    assert scheduler.outcome(waiting.request_id, owner="a").state == "pending"
+    scheduler.cancel(waiting.request_id, owner="a")
+    assert scheduler.outcome(waiting.request_id, owner="a").state == "failed"
+    running = scheduler.submit(sample(1), owner="a")
+    (pending,) = scheduler.take_samples(10)
+    scheduler.cancel(running.request_id, owner="a")
+    assert scheduler.take_cancelled() == [pending] and scheduler.take_cancelled() == []
+
+
+def test_waiting_ends_with_work_and_closing_ends_everything():
+    scheduler = RequestScheduler()
+    threading.Timer(0.1, lambda: scheduler.submit(sample(0), owner="a")).start()
+    started = time.monotonic()
+    scheduler.wait(10.0)
+    assert time.monotonic() - started < 5 and scheduler.has_pending_work()
+    accepted = scheduler.submit(sample(1), owner="a")
+    scheduler.close("the server stops")
+    assert scheduler.outcome(accepted.request_id, owner="a").error == "the server stops"
+    with pytest.raises(TooManyRequests, match="the server stops"):
+        scheduler.submit(sample(2), owner="a")
