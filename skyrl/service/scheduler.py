@@ -17,8 +17,9 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from skyrl.service.future_log import FutureLog
 from skyrl.service.messages import (
     Accepted,
     Category,
@@ -89,22 +90,6 @@ class ModelQueue:
     info: dict[str, Any] | None = None  # of the created model
 
 
-class Record(Protocol):
-    """Where answers are kept that outlive the process (future_log.py)."""
-
-    def new_id(self) -> str:
-        """The id of a new request."""
-
-    def touch(self, model_id: str) -> None:
-        """A request for an open model was accepted."""
-
-    def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
-        """A request is done; nobody has been told yet."""
-
-    def recall(self, request_id: str, owner: str) -> RequestOutcome:
-        """What is known of a request that the scheduler does not have."""
-
-
 class RequestScheduler:
     """Where requests wait, thread-safe: the front doors' side, and the worker's."""
 
@@ -127,7 +112,7 @@ class RequestScheduler:
         self._clock = itertools.count(1)
         self._closed = ""
         self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
-        self._record: Record | None = None
+        self._record: FutureLog | None = None
 
     # ---- the front doors' side -------------------------------------------------------------------------------------
 
@@ -318,7 +303,7 @@ class RequestScheduler:
 
     # ---- the worker's side -----------------------------------------------------------------------------------------
 
-    def keep_record(self, record: Record) -> None:
+    def keep_record(self, record: FutureLog) -> None:
         """From now on tells `record` of every future, and asks it for those of earlier servers."""
         self._record = record
 
