@@ -89,7 +89,7 @@ def _launch(args: list[str]) -> None:
 
 
 def _sweep_table(args: list[str]) -> None:
-    from skyrl.launch.table import sweep_table
+    from skyrl.sweep import sweep_table
 
     sweep_table(args)
 

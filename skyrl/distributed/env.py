@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -32,6 +33,27 @@ STRIDE = 7  # no divisor of COUNT: jobs that follow each other start apart, and 
 def job_port(job: int, step: int = 0) -> int:
     """Where the search for a job's port begins: the same on all its nodes, another for each of 10000 jobs."""
     return FIRST + (STRIDE * (job + 31 * step)) % COUNT
+
+
+def is_free(port: int, host: str = "") -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(job: int, tries: int = 64) -> int:
+    """The first free port from job_port(job) on. Raises UserError when none of `tries` is."""
+    first = job_port(job)
+    for step in range(tries):
+        port = FIRST + (first - FIRST + step) % COUNT
+        if is_free(port):
+            return port
+    raise UserError(f"ports {first} to {first + tries - 1} are all taken on this node; give one with --port")
 
 
 def rank() -> int:
@@ -131,3 +153,7 @@ def _first_address(environment: Mapping[str, str]) -> str:
     if found is None:
         raise UserError(f"MASTER_ADDR: the name of this step's first node, {name!r}, has no address; set MASTER_ADDR")
     return found[1]
+
+
+if __name__ == "__main__":  # for another host: a free port of that node for a job
+    print(free_port(int(sys.argv[1])))

@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from skyrl.config.args import Parser
 from skyrl.config.load import load_config, load_serve
 from skyrl.distributed import env as slurm_env
 from skyrl.distributed.env import REQUEUE_FILE
@@ -39,20 +39,14 @@ In a shell or script of a Slurm job (salloc, sbatch) it starts the ranks with sr
 Exit codes: those of the run. 75: it was asked to stop and has saved; the same command goes on."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"launch: {message}; skyrl-tx launch --help lists the flags")
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags of `skyrl-tx launch`."""
-    p = _Parser(
+    p = Parser(
         prog="skyrl-tx launch",
         usage="skyrl-tx launch [flags] -- train|sft|serve [option=value ...]",
         description="Starts a rank on each GPU, or on each core where there is none.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument("--nproc", default="auto", help="ranks of a node; auto: one a GPU, else one a core")
     p.add_argument("--no-bind", action="store_true", help="leaves ranks on all cores instead of on their own")

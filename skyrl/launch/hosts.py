@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from skyrl.distributed.env import job_port
 from skyrl.launch import processes
-from skyrl.launch.ports import job_port
 from skyrl.types import UserError
 
 RSH = "ssh -o BatchMode=yes -o ConnectTimeout=20 {host}"
@@ -122,7 +122,7 @@ def _command(
 
 def _ask_port(rsh: str, host: Host) -> int:
     """A port that is free on the host where the ranks meet. Raises UserError when it cannot be reached."""
-    line = _line([sys.executable, "-m", "skyrl.launch.ports", str(os.getpid())])
+    line = _line([sys.executable, "-m", "skyrl.distributed.env", str(os.getpid())])
     command = _reach(rsh, host, line)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PORT_SECONDS, stdin=subprocess.DEVNULL)

@@ -1,7 +1,7 @@
 """`skyrl-tx stage`: everything a run reads from outside, copied to a folder that nodes without internet can see.
 
-Run it where there is internet, with the options of the run. Every file is copied under a temporary name, hashed on the
-way and renamed; staging again copies only what is missing. The folder then holds
+Run it where there is internet, with the options of the run. Every file is copied under a temporary name, synced and
+renamed; staging again copies only what is missing. The folder then holds
   model, tokenizer, data, chat_template.jinja   as far as the options name them
   hf              a Hugging Face home with the data sets that the options name by id
   caches          compiled kernels of this machine (SKYRL_WARM_CACHE)
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import json
 import os
 import shlex
@@ -25,18 +24,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from skyrl.config.args import Parser
 from skyrl.config.load import load_config, load_serve
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
 from skyrl.envs.jsonl import data_file, is_file_path
-from skyrl.files import write_atomic
+from skyrl.files import manifest_entry, verify_manifest, write_atomic
 from skyrl.types import UserError
 
 MANIFEST, OPTIONS, ENVIRONMENT, VARIABLE = "manifest.json", "options", "environment.sh", "SKYRL_STAGED"
-CHUNK = 16 * 2**20
 TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 WEIGHTS = (*TOKENIZER, "*.safetensors")
 KEPT_EVERY = 64  # files between two writes of the manifest
@@ -50,20 +49,14 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"stage: {message}; skyrl-tx stage --help lists the flags")
-
-
 @dataclass
 class Stage:
-    """The folder while it is filled. `files` is the manifest: path below the folder -> size, sha256 and origin."""
+    """The folder while it is filled. `files` is the manifest: path below the folder -> bytes, sha256 and origin."""
 
     folder: Path
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
     copied: int = 0
-    there: int = 0
 
     @staticmethod
     def open(folder: Path) -> Stage:
@@ -74,14 +67,16 @@ class Stage:
                 raise UserError(f"stage {folder}: is not empty and has no {MANIFEST}; give a new folder")
             return Stage(folder.absolute())
         try:
-            return Stage(folder.absolute(), files=json.loads(manifest.read_text(encoding="utf-8"))["files"])
-        except (ValueError, KeyError) as error:
+            files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+            for entry in files.values():
+                entry.setdefault("bytes", entry.get("size"))  # as stages were once written
+            return Stage(folder.absolute(), files)
+        except (ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{manifest}: cannot be read ({error}); remove that folder and stage again") from None
 
     def add(self, sources: Mapping[str, Path]) -> None:
         """Copies files (path below the folder -> source) that are not there yet. Raises UserError without the space."""
         todo = {name: source for name, source in sources.items() if not self._has(name, source)}
-        self.there += len(sources) - len(todo)
         needed = sum(source.stat().st_size for source in todo.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -91,9 +86,8 @@ class Stage:
                 "or give a folder on another disk"
             )
         for number, (name, source) in enumerate(todo.items(), start=1):
-            digest = copy(source, self.folder / name)
-            self._note(name, digest, source)
-            self.copied += 1
+            copy(source, self.folder / name)
+            self._note(name, source)
             if number % KEPT_EVERY == 0:
                 self.save()
         self.save()
@@ -103,53 +97,35 @@ class Stage:
         for path in sorted((self.folder / below).rglob("*")):
             name = str(path.relative_to(self.folder))
             if path.is_file() and not path.name.endswith(".lock") and not self._has(name, path):
-                self._note(name, digest_of(path), path)
-                self.copied += 1
+                self._note(name, path)
         self.save()
 
     def save(self) -> None:
         """Writes the manifest."""
         write_atomic(self.folder / MANIFEST, json.dumps({"files": self.files}, indent=1, sort_keys=True) + "\n")
 
-    def _note(self, name: str, digest: str, source: Path) -> None:
-        stat = source.stat()
-        self.files[name] = {
-            "size": stat.st_size, "sha256": digest, "source": str(source.absolute()), "changed": stat.st_mtime_ns,
-        }  # fmt: skip
+    def _note(self, name: str, source: Path) -> None:
+        origin = {"source": str(source.absolute()), "changed": source.stat().st_mtime_ns}
+        self.files[name] = {**manifest_entry(self.folder / name), **origin}
+        self.copied += 1
 
     def _has(self, name: str, source: Path) -> bool:
         known, target, stat = self.files.get(name), self.folder / name, source.stat()
-        same = known is not None and (known["size"], known["changed"]) == (stat.st_size, stat.st_mtime_ns)
+        same = known is not None and (known["bytes"], known["changed"]) == (stat.st_size, stat.st_mtime_ns)
         return same and target.is_file() and target.stat().st_size == stat.st_size
 
 
-def copy(source: Path, target: Path) -> str:
-    """Copies a file under a temporary name, syncs it and renames it; its SHA-256."""
+def copy(source: Path, target: Path) -> None:
+    """Copies a file so that `target` is whole or absent."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as out:
-        try:
-            with source.open("rb") as file:
-                while block := file.read(CHUNK):
-                    digest.update(block)
-                    out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
-            os.fchmod(out.fileno(), 0o644)
-            os.replace(out.name, target)
-        except BaseException:
-            os.unlink(out.name)
-            raise
-    return digest.hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+    part = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copyfile(source, part)
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check(folder: Path) -> int:
@@ -157,13 +133,8 @@ def check(folder: Path) -> int:
     if not (folder / MANIFEST).exists():
         raise UserError(f"stage --check {folder}: has no {MANIFEST}; skyrl-tx stage makes such a folder")
     files = Stage.open(folder).files
-    bad = []
-    for name, known in files.items():
-        path = folder / name
-        if not path.is_file():
-            bad.append(f"{name} is missing")
-        elif path.stat().st_size != known["size"] or digest_of(path) != known["sha256"]:
-            bad.append(f"{name} differs")
+    # One at a time, so that every damaged file is named, also beside one that is missing.
+    bad = [problem for name, entry in files.items() for problem in verify_manifest(folder, {name: entry})]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(f"stage --check {folder}: {'; '.join(bad[:5])}{more}; remove these files and stage again")
@@ -172,7 +143,7 @@ def check(folder: Path) -> int:
 
 def stage(args: Sequence[str]) -> None:
     """Runs the command line. Raises UserError."""
-    p = _Parser(prog="skyrl-tx stage", usage="skyrl-tx stage <folder> [flags] [option=value ...]", allow_abbrev=False)
+    p = Parser(prog="skyrl-tx stage", usage="skyrl-tx stage <folder> [flags] [option=value ...]")
     p.add_argument("folder", type=Path)
     p.add_argument("options", nargs="*")
     p.add_argument("--serve", action="store_true", help="the options are a server's")
@@ -198,11 +169,11 @@ def stage(args: Sequence[str]) -> None:
     lines += 'export SKYRL_WARM_CACHE="$SKYRL_STAGED/caches"\n' if caches else ""
     write_atomic(made.folder / OPTIONS, "".join(f"{option}\n" for option in made.options))
     write_atomic(made.folder / ENVIRONMENT, lines)
-    _tell(made, flags)
+    _report(made, flags)
 
 
-def _tell(made: Stage, flags: argparse.Namespace) -> None:
-    size = sum(known["size"] for known in made.files.values())
+def _report(made: Stage, flags: argparse.Namespace) -> None:
+    size = sum(known["bytes"] for known in made.files.values())
     mode = "serve" if flags.serve else "train"
     print(f"{made.folder}: {len(made.files)} files, {size / 2**30:.3f} GiB; {made.copied} copied now")
     print("where there is no internet:")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.launch import doctor_cluster, doctor_local
-from skyrl.launch.doctor import doctor, text, warn
+from skyrl.launch.doctor import Finding, check_gpus, collective, cpus, disk, doctor, file_system, network, text
 from skyrl.launch.machine import Gpu
 from skyrl.types import UserError
 
@@ -38,49 +37,49 @@ def test_the_whole_report(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    (found,) = (
-        doctor_local.disk(tmp_path / "file" / "runs") if os.geteuid() else doctor_local.disk(Path("/proc/1/runs"))
-    )
+    (found,) = disk(tmp_path / "file" / "runs" if os.geteuid() else Path("/proc/1/runs"))
     assert found.status == "fail" and "give" in found.todo
 
 
 def test_an_interface_that_is_not_there(monkeypatch):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
-    found = {finding.check: finding for finding in doctor_cluster.network()}
+    found = {finding.check: finding for finding in network()}
     assert found["interface chosen"].status == "fail" and "NCCL_SOCKET_IFNAME=ib7" in found["interface chosen"].seen
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-    assert "interface chosen" not in {finding.check for finding in doctor_cluster.network()}
+    assert "interface chosen" not in {finding.check for finding in network()}
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_a_collective_that_fails(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
-    (found,) = [finding for finding in doctor_cluster.collective() if finding.check == "gloo"]
+    (found,) = [finding for finding in collective() if finding.check == "gloo"]
     assert found.status == "fail" and "ib7" in found.seen and "GLOO_SOCKET_IFNAME" in found.todo
 
 
 def test_gpus_that_are_missing_different_or_wrong():
     told = {"version": "2.13.0", "cuda": "13.0", "nccl": "2.28.0", "count": 2, "errors": [0.01, 0.02]}
     one, other = Gpu(0, "a", "H100", 81920), Gpu(1, "b", "A100", 40960)
-    judge = doctor_local._gpu_findings
-    assert [finding.status for finding in judge([one, one], 2, told)] == ["ok", "ok"]
-    assert "different GPUs" in judge([one, other], 2, told)[1].todo
-    assert judge([one, one], 2, {**told, "errors": [0.01, float("nan")]})[1].seen.endswith("wrong products on 1")
-    missing = judge([one, other], 2, {**told, "cuda": None, "count": 0})
+    assert [finding.status for finding in check_gpus([one, one], 2, told)] == ["ok", "ok"]
+    assert "different GPUs" in list(check_gpus([one, other], 2, told))[1].todo
+    wrong = list(check_gpus([one, one], 2, {**told, "errors": [0.01, float("nan")]}))
+    assert wrong[1].seen.endswith("wrong products on 1")
+    missing = list(check_gpus([one, other], 2, {**told, "cuda": None, "count": 0}))
     assert missing[0].status == "fail" and "sees 0 of 2 GPUs" in missing[0].seen
 
 
 def test_cores(monkeypatch):
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "100000")
-    assert doctor_local.cpus()[0].status == "warn" and "OMP_NUM_THREADS" in doctor_local.cpus()[0].todo
+    (found,) = cpus()
+    assert found.status == "warn" and "OMP_NUM_THREADS" in found.todo
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert doctor_local.cpus()[0].status == "ok" or "cgroup" in doctor_local.cpus()[0].seen
+    (found,) = cpus()
+    assert found.status == "ok" or "cgroup" in found.seen
 
 
 def test_text_and_mistakes(tmp_path):
-    assert text([warn("a", "seen", "do")]) == "warn  a  seen\n         -> do"
-    assert doctor_local.file_system(tmp_path) != ""
+    assert text([Finding("a", "warn", "seen", "do")]) == "warn  a  seen\n         -> do"
+    assert file_system(tmp_path) != ""
     with pytest.raises(UserError, match="unrecognized arguments: --jsn"):
         doctor(["--jsn"])

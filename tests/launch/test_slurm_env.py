@@ -3,7 +3,7 @@
 import pytest
 
 from skyrl.distributed import env as slurm_env
-from skyrl.launch.ports import job_port
+from skyrl.distributed.env import job_port
 from skyrl.types import UserError
 
 BATCH = {

@@ -6,8 +6,7 @@ import statistics
 import pytest
 
 from skyrl.config.load import load_config, save_config
-from skyrl.launch.table import sweep_table
-from skyrl.sweep import RESULT
+from skyrl.sweep import RESULT, sweep_table
 from skyrl.types import UserError
 
 
