@@ -47,6 +47,7 @@ test-tinker: $(STAMP) ## twelve releases of the Tinker client and its cookbook; 
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
 
 test-slurm: $(STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[sweep]'
 	tests/slurm/cluster.sh install
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
 

@@ -16,6 +16,7 @@ from skyrl.main import split_args
 from skyrl.planner.plan import dry_run
 from skyrl.types import UserError
 
+SCRIPT = "train.sbatch"
 BODY = "# ---- what follows is the same for every job\n"
 SUBMIT_SECONDS = 60
 SAVE_SECONDS = 180
@@ -47,14 +48,15 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--online", action="store_true", help="the nodes have internet")
 
 
-def template(mode: str) -> str:
-    """The batch script for a mode: beside the modules in an installed wheel, else at the root of the repository."""
-    name = "serve.sbatch" if mode == "serve" else "train.sbatch"
+def body() -> str:
+    """What train.sbatch does below its header, in every mode. The file lies beside the modules in an installed wheel,
+    else at the root of the repository."""
     here = Path(__file__).resolve()
     for folder in (here.parent / "slurm", here.parents[2] / "launch" / "slurm"):
-        if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8")
-    raise UserError(f"launch: {name} is not in {here.parent / 'slurm'}; install skyrl again")
+        if (folder / SCRIPT).is_file():
+            _, mark, below = (folder / SCRIPT).read_text(encoding="utf-8").partition(BODY)
+            return mark + below
+    raise UserError(f"launch: {SCRIPT} is not in {here.parent / 'slurm'}; install skyrl again")
 
 
 def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
@@ -86,12 +88,9 @@ def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
     for line in header:
         if not re.fullmatch(r"-[^\n]+", line):
             raise UserError(f"launch: --sbatch={line}: not a flag; write --sbatch=--qos=high")
-    _, found, body = template(mode).partition(BODY)
-    if not found:
-        raise UserError(f"launch: the batch script for {mode} has no line {BODY.strip()!r}; install skyrl again")
     lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in header), ""]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
-    return "\n".join([*lines, f"set -- {shlex.join(args)}", "", BODY + body])
+    return "\n".join([*lines, f"set -- {shlex.join(args)}", "", body()])
 
 
 def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Batch scripts: what launch --slurm renders, and that both of ours share one body."""
+"""Batch scripts: what launch --slurm renders, and that the server's runs the other one."""
 
 import shutil
 import subprocess
@@ -23,13 +23,34 @@ def printed(capsys, *args):
     return capsys.readouterr().out
 
 
-def test_both_scripts_do_the_same_and_bash_reads_them():
-    bodies = [sbatch.template(mode).partition(sbatch.BODY)[2] for mode in ("train", "sft", "serve")]
-    assert bodies[0] and bodies[0] == bodies[1] == bodies[2]
+def test_bash_reads_the_scripts():
     for path in SCRIPTS.glob("*.sbatch"):
         subprocess.run(["bash", "-n", str(path)], check=True)
         if shutil.which("shellcheck"):
             subprocess.run(["shellcheck", str(path)], check=True)
+
+
+def test_the_servers_script_runs_the_one_beside_it(tmp_path):
+    """As Slurm runs it: a copy elsewhere, which has to ask where the original lies."""
+    (tmp_path / "spool").mkdir()
+    shutil.copy(SCRIPTS / "serve.sbatch", tmp_path / "spool" / "slurm_script")
+    kept = tmp_path / "my scripts"
+    shutil.copytree(SCRIPTS, kept)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobName=x'\necho '   Command={kept}/serve.sbatch a=b.sbatch c=d'\n")
+    scontrol.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+
+    def run():
+        script = ["bash", str(tmp_path / "spool" / "slurm_script"), "a=b"]
+        done = subprocess.run(script, env={**env, "SKYRL_PYTHON": "nowhere"}, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, told = run()
+    assert code == 2 and told.startswith("skyrl: error: SKYRL_PYTHON=nowhere: there is no such program"), told
+    (kept / "train.sbatch").unlink()
+    code, told = run()
+    assert code == 2 and told.count("\n") == 1 and "train.sbatch is not beside it" in told
 
 
 def test_a_whole_script(capsys, tmp_path):
