@@ -66,3 +66,27 @@ RECIPES: dict[str, Recipe] = {
         f"{TINY} {RECORDED} {SUMS} {WARMUP} {STEPS} strategy=fsdp algorithm=gspo batch.optim_steps_per_batch=2", ranks=2
     ),
 }
+
+# ---- runs that were stopped after a checkpoint, in checkpoint/<name>/, and go on from it
+
+# One layer: what is stored is the checkpoint of such a model, some 200 KB of weights, moments and names.
+SMALLEST = (
+    "model.tiny.hidden_size=16 model.tiny.num_heads=1 model.tiny.num_kv_heads=1 model.tiny.num_layers=1 "
+    "model.tiny.ffn_size=16"
+)
+SAVED = (
+    "batch.num_steps=4 batch.prompts_per_step=8 batch.samples_per_prompt=4 optim.lr=3e-3 checkpoint.every_steps=2 "
+    "checkpoint.keep_last=0"
+)
+SAVED_STEP = 2
+
+CHECKPOINTS: dict[str, str] = {
+    # Policy, reference and value model, optimizer state of two of them, and an adaptive KL coefficient.
+    "critic": (
+        f"experiment=ppo_critic {SMALLEST} {RECORDED} {SUMS} warmup.num_steps=8 warmup.rows_per_step=64 warmup.lr=2e-2 "
+        f"{SAVED} algorithm.critic.warmup_steps=1 algorithm.kl.coef=0.1 algorithm.kl.placement=reward "
+        "algorithm.kl.target=0.01 algorithm.kl.horizon=64"
+    ),
+    # An adapter and its optimizer state; the base is the random model itself.
+    "lora": f"{SMALLEST} {RECORDED} {SUMS} {WARMUP} {SAVED} model.lora.rank=4",
+}

@@ -1,14 +1,17 @@
-"""Records the golden files anew: python tests/golden/record.py recipes [NAME ...]
+"""Records the golden files anew: python tests/golden/record.py {recipes|checkpoints} [NAME ...]
 
 Only for a change that is meant to change numbers, and said so in its commit: look at the difference that git shows
 before it is committed. --code PATH runs the code of another checkout, for example of the commit before a change, to
-record on a machine whose fingerprint differs from the recorded one.
+record on a machine whose fingerprint differs from the recorded one. The stored checkpoints stand for those that users
+have: they are recorded anew by an old release only, never by the code that is to read them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -49,7 +52,31 @@ def record_recipes(starter, work: Path, names: list[str]) -> None:
             write_record(HERE / "recipes" / f"{name}.json", {"fingerprint": fingerprint(), **found})
 
 
-RECORDERS = {"recipes": record_recipes}
+def record_checkpoints(starter, work: Path, names: list[str]) -> None:
+    """A run folder as a kill after a checkpoint leaves it, and what the same command computes when it goes on."""
+    from commands import CHECKPOINTS, SAVED_STEP
+    from reading import HERE, fingerprint, read_run, write_record
+
+    for name, options in CHECKPOINTS.items():
+        if names and name not in names:
+            continue
+        starter.run("skyrl.train", *options.split(), folder=work / name)
+        whole, stored = work / name / "run", HERE / "checkpoint" / name
+        saved = {path: json.loads((path / "manifest.json").read_text()) for path in (whole / "checkpoints").iterdir()}
+        path = next(p for p, m in saved.items() if m["state"]["phase"] == "rl" and m["step"] == SAVED_STEP)
+        shutil.rmtree(stored, ignore_errors=True)
+        shutil.copytree(path, stored / "checkpoints" / path.name)
+        shutil.copy(whole / "config.yaml", stored)
+        length = saved[path]["state"]["metrics_offset"]
+        (stored / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes()[:length])
+        shutil.copytree(stored, work / name / "again" / "run")
+        starter.run("skyrl.train", *options.split(), folder=work / name / "again")
+        found = read_run(work / name / "again" / "run")
+        assert found["metrics"] == read_run(whole)["metrics"], f"{name}: going on is not as going through"
+        write_record(HERE / "checkpoint" / f"{name}.json", {"fingerprint": fingerprint(), **found})
+
+
+RECORDERS = {"checkpoints": record_checkpoints, "recipes": record_recipes}
 
 if __name__ == "__main__":
     main()
