@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from skyrl.types import UserError
@@ -41,25 +41,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def _train(args: list[str]) -> None:
+def _run(mode: str, args: list[str]) -> None:
     from skyrl.main import run_entry
 
     sys.argv[1:] = args
-    run_entry("train")
-
-
-def _sft(args: list[str]) -> None:
-    from skyrl.main import run_entry
-
-    sys.argv[1:] = args
-    run_entry("sft")
-
-
-def _serve(args: list[str]) -> None:
-    from skyrl.main import run_entry
-
-    sys.argv[1:] = args
-    run_entry("serve")
+    run_entry(mode)
 
 
 def _export(args: list[str]) -> None:
@@ -106,42 +92,25 @@ def _doctor(args: list[str]) -> None:
     sys.exit(doctor(args))
 
 
-def last_values(metrics: Path) -> tuple[int | None, float | None]:
-    """(last step, last held-out accuracy) in a metrics.jsonl; None where it has none. A cut last line is skipped."""
-    step: int | None = None
-    accuracy: float | None = None
-    with metrics.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a live or killed run may have half a line at the end
-            if not isinstance(row, dict):
-                continue
-            step = row.get("step", step)
-            accuracy = row.get("eval/accuracy:mean", accuracy)
-    return step, accuracy
-
-
 def runs_table(folder: Path) -> str:
     """Name, last step, held-out accuracy and whether the final model is there, one run a line, newest last."""
+    from skyrl.sweep import OBJECTIVE, final_values
+
     found = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=lambda run: run.stat().st_mtime)
     if not found:
         return f"no runs in {folder}"
     width = max(len("run"), *(len(run.name) for run in found))
     lines = [f"{'run':<{width}}  {'step':>6}  {'accuracy':>8}  export"]
     for run in found:
-        step, accuracy = last_values(run / "metrics.jsonl")
-        shown = "-" if accuracy is None else f"{accuracy:.3f}"
+        values = final_values(run / "metrics.jsonl")
+        accuracy = f"{values[OBJECTIVE]:.3f}" if OBJECTIVE in values else "-"
         export = "yes" if (run / "export" / "config.json").is_file() else "-"
-        lines.append(f"{run.name:<{width}}  {'-' if step is None else step:>6}  {shown:>8}  {export}")
+        lines.append(f"{run.name:<{width}}  {values.get('step', '-'):>6}  {accuracy:>8}  {export}")
     return "\n".join(lines)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": _train,
-    "sft": _sft,
-    "serve": _serve,
+    **{mode: partial(_run, mode) for mode in ("train", "sft", "serve")},
     "export": _export,
     "runs": _runs,
     "launch": _launch,

@@ -85,26 +85,12 @@ def exchange(world: World, outgoing: list[list[Any]]) -> list[list[Any]]:
         return outgoing
     payloads = [pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL) for part in outgoing]
     sizes = gather_objects(world, [len(payload) for payload in payloads])
-    received: list[list[Any]] = [[] for _ in range(world.size)]
-    buffers, works = {}, []
-    for peer in range(world.size):
-        if peer == world.rank:
-            received[peer] = outgoing[peer]
-            continue
-        buffers[peer] = torch.empty(sizes[peer][world.rank], dtype=torch.uint8)
-        works.append(dist.irecv(buffers[peer], group=world.control, group_src=peer))
-    for peer in range(world.size):
-        if peer != world.rank:
-            tensor = torch.frombuffer(bytearray(payloads[peer]), dtype=torch.uint8)
-            works.append(dist.isend(tensor, group=world.control, group_dst=peer))
-            buffers[peer, "out"] = tensor  # kept alive until the send is done
+    incoming = [sizes[peer][world.rank] for peer in range(world.size)]
+    received = torch.empty(sum(incoming), dtype=torch.uint8)
+    sent = torch.frombuffer(bytearray(b"".join(payloads)), dtype=torch.uint8)
     with waiting("exchange"):
-        for work in works:
-            work.wait()
-    for peer in range(world.size):
-        if peer != world.rank:
-            received[peer] = pickle.loads(buffers[peer].numpy().tobytes())
-    return received
+        dist.all_to_all_single(received, sent, incoming, sizes[world.rank], group=world.control)
+    return [pickle.loads(part.numpy().tobytes()) for part in received.split(incoming)]
 
 
 class MetricSums:

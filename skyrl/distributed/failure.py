@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -178,11 +179,9 @@ def ended_ranks() -> list[int]:
 
 
 def _is_gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        # a zombie answers; its state stands behind the name, which may hold any character
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-    except ProcessLookupError:
+    try:  # a zombie, whose parent has not looked yet, still has its number
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return True
-    except OSError:  # no /proc here, or gone between the two lines, or another user's
-        return sys.platform == "linux" and not Path(f"/proc/{pid}").exists()
+    except psutil.Error:  # another user's
+        return False

@@ -13,10 +13,11 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 from skyrl.distributed import failure, phases
 from skyrl.distributed.crash_report import write_bundle
@@ -33,6 +34,11 @@ END_SECONDS = 15.0  # after a decision nobody lives longer
 GOODBYE_SECONDS = 0.7
 MONITORS = 4  # ranks that look at the others, besides the first of each machine: reading all statuses is N keys
 MAX_STACK = 64 << 10
+STATES = {
+    psutil.STATUS_STOPPED: ", its process is stopped (SIGSTOP)",
+    psutil.STATUS_ZOMBIE: ", its process is gone",
+    psutil.STATUS_DISK_SLEEP: ", its process waits for a disk",
+}
 
 
 class HangMonitor:
@@ -280,14 +286,9 @@ class HangMonitor:
 
 def _state(status: dict[str, Any] | None) -> str:
     """What the system says of a process of this machine that does not run."""
-    if status is None or status["host"] != socket.gethostname() or sys.platform != "linux":
+    if status is None or status["host"] != socket.gethostname():
         return ""
     try:
-        state = Path(f"/proc/{status['process']}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return STATES.get(psutil.Process(status["process"]).status(), "")
+    except psutil.Error:
         return "; its process is gone"
-    return {
-        "T": ", its process is stopped (SIGSTOP)",
-        "Z": ", its process is gone",
-        "D": ", its process waits for a disk",
-    }.get(state, "")

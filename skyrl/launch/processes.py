@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 AGAIN, INTERRUPTED = 75, 130
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE_SECONDS = 600.0  # from a second Ctrl-C nothing is waited for; from a first signal a save may take so long
@@ -107,15 +109,16 @@ def passing(send: Callable[[int], None]):
 
 def ranks_below(pid: int) -> list[int]:
     """Processes started directly by `pid` that have a rank."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"\0LOCAL_RANK=" in b"\0" + (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue  # ended meanwhile
-    return sorted(found)
+    with contextlib.suppress(psutil.Error):
+        return sorted(child.pid for child in psutil.Process(pid).children() if _has_rank(child))
+    return []
+
+
+def _has_rank(process: psutil.Process) -> bool:
+    try:
+        return "LOCAL_RANK" in process.environ()
+    except psutil.Error:  # ended meanwhile
+        return False
 
 
 def catches(pid: int, number: int) -> bool:
