@@ -309,7 +309,7 @@ def test_a_parked_tenant_comes_back_bit_for_bit(dtype):
         lambda e: e.optim_step("a", PLAIN),
         lambda e: e.score(make_rows(), 1.0, model="a"),
         lambda e: e.model_state("a"),
-        lambda e: e.publish("old", "a"),
+        lambda e: e.freeze_adapter("old", "a"),
         lambda e: e.state(),
         lambda e: train(e, "a", (3,)),
     ):

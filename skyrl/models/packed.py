@@ -29,6 +29,12 @@ OPTIONAL_FIELDS = ("sampling_logprobs", "advantages", "old_logprobs", "reference
 FILLED_FIELDS = ("clip_low", "clip_high", "ratio_mask")  # a row may lack them where others have them
 
 
+# Stands in where a rank has no row and a sharded forward pass needs one: a token of weight 0.
+PADDING_ROW = Datum(
+    tokens=np.zeros(1, np.int64), targets=np.zeros(1, np.int64), weights=np.zeros(1, np.float32), name="padding"
+)
+
+
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     """Numbers of log-probabilities and losses for a model in `dtype`: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32

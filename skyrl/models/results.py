@@ -17,7 +17,7 @@ class RowResults:
     """Log-probabilities (or values), losses and metrics of one call's rows, in any order of micro-batches."""
 
     def __init__(self, rows: list[Datum]) -> None:
-        self._rows = rows
+        self.rows = rows
         self._picked: list[list[int]] = []
         self._outputs: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -48,7 +48,7 @@ class RowResults:
 
     def outputs(self) -> list[Floats]:
         """One array for each row, in the order of the rows, shaped as its targets."""
-        out: list[np.ndarray] = [np.empty(0)] * len(self._rows)
+        out: list[np.ndarray] = [np.empty(0)] * len(self.rows)
         flat, start = _numbers([one.reshape(-1) for one in self._outputs]), 0
         for picked, output in zip(self._picked, self._outputs, strict=True):
             whole = flat[start : start + output.numel()].reshape(tuple(output.shape))
@@ -56,7 +56,7 @@ class RowResults:
             for index, (first, last) in zip(picked, self._spans(picked), strict=True):
                 part = whole[first:last]
                 if part.ndim == 2:  # other rows of the micro-batch may have more targets
-                    shape = self._rows[index].targets.shape
+                    shape = self.rows[index].targets.shape
                     part = part[:, : shape[1]] if len(shape) == 2 else part[:, 0]
                 out[index] = part
         return out
@@ -65,7 +65,7 @@ class RowResults:
         """The weighted sum of each row's losses, in float64 and in the order of its tokens; [] without a loss."""
         if len(self._losses) < len(self._picked):
             return []
-        out = [0.0] * len(self._rows)
+        out = [0.0] * len(self.rows)
         flat, start = _numbers(self._losses), 0
         for picked, losses in zip(self._picked, self._losses, strict=True):
             for index, (first, last) in zip(picked, self._spans(picked), strict=True):
@@ -77,9 +77,9 @@ class RowResults:
         """The names of the rows in micro-batches whose loss is not finite."""
         finite = [math.isfinite(x) for x in torch.stack(self._totals).tolist()] if self._totals else []
         bad = [picked for picked, fine in zip(self._picked, finite, strict=False) if not fine]
-        return [self._rows[index].name or "?" for picked in bad for index in picked]
+        return [self.rows[index].name or "?" for picked in bad for index in picked]
 
-    def tally(self) -> MetricSums:
+    def metrics(self) -> MetricSums:
         """This rank's metrics of the loss."""
         out = MetricSums()
         if not self._totals:
@@ -102,7 +102,7 @@ class RowResults:
         return out
 
     def _spans(self, picked: list[int]) -> list[tuple[int, int]]:
-        ends = list(accumulate((len(self._rows[index].tokens) for index in picked), initial=0))
+        ends = list(accumulate((len(self.rows[index].tokens) for index in picked), initial=0))
         return list(zip(ends[:-1], ends[1:], strict=True))
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from skyrl.types import AdamParams, Metrics
 
-Capability = Literal["tenants", "local_sampling", "reshard"]
-
 
 class Strategy(Protocol):
     """Sums gradients over micro-batches, calls and ranks; never averages. Every method is collective.
 
+    Why sums: a mean needs a denominator, and with rows of unequal length every way of cutting the batch into ranks and
+    micro-batches would give another one. Here the denominators are in the rows' weights, computed once for the whole
+    batch, so any way of adding the parts up gives the same gradient.
+
     `module` is what forward passes call. Gradients add up from one `backward` to the next until `optim_step`.
+    `is_sharded`: forward or backward passes are collectives, so all ranks have to make equally many of them, through
+    the same layers. Where it is False a rank may compute as much as it likes on its own.
     """
 
     name: str
-    supports: frozenset[Capability]  # checked at start, never probed
     module: nn.Module
+    is_sharded: bool
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` (this rank's sum) to what is pending."""
@@ -38,6 +42,15 @@ class Strategy(Protocol):
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """Inside, the module holds whole weights on every rank and may be called without collectives."""
+
+    def attach(self, adapter: nn.Module) -> Strategy:
+        """The layout of a trainable adapter (models.lora) over this frozen model."""
+
+    def offload(self) -> None:
+        """Moves an idle model to host memory where the layout can do that; only `onload` may be called then."""
+
+    def onload(self) -> None:
+        """Takes `offload` back, bit for bit."""
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Tensors and DTensors by name, ready for torch.distributed.checkpoint; full precision (masters)."""

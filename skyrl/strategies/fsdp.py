@@ -1,5 +1,11 @@
 """FSDP2: weights, gradients and optimizer state in shards; each layer is gathered where it is needed.
 
+What moves, for each micro-batch and each unit (a decoder layer, or the embeddings, head and norm together): before its
+forward pass an all-gather of its weights, freed after it (reshard_after_forward); before its backward pass the same
+again; after its backward pass a reduce-scatter that leaves every rank the sum of its own shard's gradient. AdamW then
+touches local shards only, and nothing more is sent but the norm for clipping. This is what ZeRO calls stage 3. Where
+ddp sends each gradient once a step, this sends weights twice and gradients once a micro-batch, and keeps 1/N of it all.
+
 Masters are float32 shards (float64 for a float64 model); a bfloat16 model computes in gathered bfloat16 and reduces
 gradients in float32. Gradients are summed over ranks, not averaged. HSDP is the same over a mesh of two dimensions:
 `shard_size` neighbouring ranks share one copy, and gradients are summed over the copies besides. With offload all
@@ -20,9 +26,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from skyrl.distributed.init import World
-from skyrl.strategies.base import Capability
-from skyrl.strategies.norm import square_sum
-from skyrl.types import AdamParams, Metrics, RunError
+from skyrl.strategies.adam import check_finite, clip, set_options, square_sum
+from skyrl.strategies.replicated import ReplicatedStrategy
+from skyrl.types import AdamParams, Metrics
 
 
 class FSDPStrategy:
@@ -35,7 +41,7 @@ class FSDPStrategy:
     shard_size: ranks that share one copy, 0 = all; it divides the world. offload: shards in CPU memory.
     """
 
-    supports: frozenset[Capability] = frozenset({"tenants", "local_sampling", "reshard"})
+    is_sharded = True
 
     def __init__(
         self,
@@ -54,7 +60,7 @@ class FSDPStrategy:
         self.trainable = trainable
         self._build = build
         self._dtype = dtype
-        self._copies = world.size // shard_size if shard_size else 1
+        self._copies = world.dp_size // shard_size if shard_size else 1
         self._offload = offload
         mesh = make_mesh(world, shard_size)
         gpu = world.device.type == "cuda"
@@ -114,15 +120,9 @@ class FSDPStrategy:
         total = torch.stack([square_sum(g) for g in shards]).sum().reshape(1)
         dist.all_reduce(total)
         norm = float((total / self._copies).sqrt())  # every copy has added the same squares
-        if not norm < float("inf"):
-            raise RunError(
-                f"the gradient is not finite (norm {norm}); no weight was changed; lower the learning rate, or go on "
-                "from a checkpoint before"
-            )
-        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
-            torch._foreach_mul_(shards, adam.grad_clip_norm / norm)
-        group = self._optimizer.param_groups[0]
-        group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        check_finite(norm)
+        clip(shards, norm, adam)
+        set_options(self._optimizer, adam)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm:mean": norm}
@@ -137,6 +137,16 @@ class FSDPStrategy:
         forward would take these weights again, also after an optimizer step or a load."""
         for unit in self._units:
             unit.reshard()
+
+    def attach(self, adapter: nn.Module) -> ReplicatedStrategy:
+        """The adapter whole on every rank: it is small, and its hooks then need no collective of their own."""
+        return ReplicatedStrategy(adapter, self.world)
+
+    def offload(self) -> None:
+        """Shards stay where they are: `offload` of the configuration says where that is."""
+
+    def onload(self) -> None:
+        """Nothing to take back."""
 
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -175,6 +185,7 @@ class FSDPStrategy:
         own = self.state_dict(optimizer=optimizer)
         for key, part in own.items():
             if key == "step":
+                assert self._optimizer is not None
                 for _, p in self._named:
                     self._optimizer.state[p]["step"].copy_(state["step"])
                 continue
@@ -195,8 +206,8 @@ class FSDPStrategy:
 def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:
     """All ranks in one dimension "dp_shard"; with `shard_size`, "dp_replicate" x "dp_shard" of that many neighbours."""
     if not shard_size:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
-    shape = (world.size // shard_size, shard_size)
+        return init_device_mesh(world.device.type, (world.dp_size,), mesh_dim_names=("dp_shard",))
+    shape = (world.dp_size // shard_size, shard_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 

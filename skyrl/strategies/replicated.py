@@ -1,8 +1,10 @@
 """Whole weights on every rank: `single` on one process, `ddp` on several.
 
 All parameters live in one flat buffer, and so do the gradients' sums, the masters and Adam's moments: each parameter
-of the module is a view. One optimizer step is then a handful of kernels and one all-reduce, and whoever reads the
-module's parameters (the sampler) sees the trained weights themselves, without a copy.
+of the module is a view. Why one buffer: an all-reduce or an AdamW kernel costs about the same for ten numbers as for a
+million, and a model has hundreds of tensors. One optimizer step is then one all-reduce and a handful of kernels
+(torch's DDP reaches the same with buckets), and moving an idle model to host memory is a handful of copies. Whoever
+reads the module's parameters (the sampler) sees the trained weights themselves, without a copy.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from skyrl.distributed.init import World
-from skyrl.strategies.base import Capability
-from skyrl.strategies.norm import square_sum
-from skyrl.types import AdamParams, Metrics, RunError
+from skyrl.strategies.adam import check_finite, clip, set_options, square_sum
+from skyrl.types import AdamParams, Metrics
 
 _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that vector kernels like
 
@@ -32,10 +33,10 @@ class ReplicatedStrategy:
     the masters. Ranks only sum: the all-reduce happens once, in `optim_step`.
     """
 
-    supports: frozenset[Capability] = frozenset({"tenants", "local_sampling", "reshard"})
+    is_sharded = False
 
     def __init__(self, module: nn.Module, world: World, *, trainable: bool = True) -> None:
-        self.name = "single" if world.size == 1 else "ddp"
+        self.name = "single" if world.dp_size == 1 else "ddp"
         self.module = module
         self.world = world
         self.trainable = trainable
@@ -88,18 +89,12 @@ class ReplicatedStrategy:
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step from the sum over ranks. Returns {"grad_norm:mean"} before clipping."""
         assert self._optimizer is not None
-        if self.world.size > 1:
+        if self.world.dp_size > 1:
             dist.all_reduce(self._grad)
         norm = float(square_sum(self._grad).sqrt())
-        if not norm < float("inf"):
-            raise RunError(
-                f"the gradient is not finite (norm {norm}); no weight was changed; lower the learning rate, or go on "
-                "from a checkpoint before"
-            )
-        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
-            self._grad.mul_(adam.grad_clip_norm / norm)
-        group = self._optimizer.param_groups[0]
-        group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        check_finite(norm)
+        clip([self._grad], norm, adam)
+        set_options(self._optimizer, adam)
         self._optimizer.step()
         self._grad.zero_()
         if self._master.data_ptr() != self.flat.data_ptr():
@@ -111,7 +106,7 @@ class ReplicatedStrategy:
         if self.trainable:
             self._grad.zero_()
 
-    # ---- idle models: everything in host memory
+    # ---- idle models: everything in host memory -----------------------------------------------------------------
 
     @property
     def offloaded(self) -> bool:
@@ -156,6 +151,10 @@ class ReplicatedStrategy:
             for name, p in self._named:
                 p.grad = self._view(self._grad, name, p)
 
+    def attach(self, adapter: nn.Module) -> ReplicatedStrategy:
+        """The adapter whole on every rank, as this model is."""
+        return ReplicatedStrategy(adapter, self.world)
+
     @contextmanager
     def gathered(self) -> Iterator[nn.Module]:
         """The module itself: every rank has whole weights."""
@@ -177,6 +176,7 @@ class ReplicatedStrategy:
         own = self.state_dict(optimizer=optimizer)
         for key, part in own.items():
             if key == "step":
+                assert self._optimizer is not None
                 self._optimizer.state[self._master]["step"].copy_(state["step"])
                 continue
             for name, tensor in part.items():

@@ -1,7 +1,10 @@
 """DeepSpeed ZeRO 1, 2 and 3, set up through accelerate's plugin.
 
-zero1 shards the optimizer, zero2 gradients too, zero3 weights too. DeepSpeed owns flat buffers, hooks and collectives;
-this file holds it to the engine's meaning, with these switches of its configuration:
+zero1 shards the optimizer: gradients are summed once a step, each rank steps its part, and weights are all-gathered
+after the step. zero2 shards gradients too: each is reduced, during the backward pass, to the one rank that steps it.
+zero3 shards weights too: they are gathered for each forward and backward pass of a layer, as FSDP2 does. DeepSpeed owns
+flat buffers, hooks and collectives; this file holds it to the engine's meaning, by these switches of its
+configuration:
 
 - managed_gradient_accumulation=false: any number of `backward` calls, and `step` alone is the boundary.
 - gradient_allreduce_op=sum for 1 and 2. 3 always averages, so its loss is multiplied by the number of ranks first.
@@ -23,16 +26,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from skyrl.distributed.init import World
-from skyrl.models.packed import collate, loss_dtype
-from skyrl.strategies.base import Capability
+from skyrl.models.packed import PADDING_ROW, collate, loss_dtype
+from skyrl.strategies.adam import set_options
+from skyrl.strategies.base import Strategy
 from skyrl.strategies.fsdp import copy_buffers, make_mesh
-from skyrl.types import AdamParams, Datum, ForwardOutput, Metrics, Microbatch, RunError, UserError
+from skyrl.types import AdamParams, ForwardOutput, Metrics, Microbatch, RunError, UserError
 
 _GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
 _BUCKET_ELEMENTS = 50_000_000  # reduced or gathered at a time: 200 MB in float32
@@ -51,7 +54,7 @@ class ZeroStrategy:
     this rank's rows a second time until they are written; never more than one whole tensor.
     """
 
-    supports: frozenset[Capability] = frozenset({"local_sampling"})
+    is_sharded = True
 
     def __init__(
         self,
@@ -81,15 +84,14 @@ class ZeroStrategy:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` to what is pending. zero2 and zero3 reduce here, zero1 in `optim_step`."""
-        self._engine.backward(loss * self.world.size if self._stage == 3 else loss)
+        self._engine.backward(loss * self.world.dp_size if self._stage == 3 else loss)
         self._pending += 1
 
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
         if self._pending == 0:
             self._backward_of_zero()
-        for group in self._adam.param_groups:
-            group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        set_options(self._adam, adam)
         self._clip = adam.grad_clip_norm
         self._pending = 0
         self._engine.step()
@@ -133,7 +135,7 @@ class ZeroStrategy:
 
     def _backward_of_zero(self) -> None:
         """A gradient of zero by DeepSpeed's own way of making one: it has no way to step without a backward."""
-        batch = collate([_PADDING_ROW], dtype=loss_dtype(self._dtype), device=self.world.device)
+        batch = collate([PADDING_ROW], dtype=loss_dtype(self._dtype), device=self.world.device)
         with torch.enable_grad():
             out = self.module(batch)
             value_T = out.logprobs_T if out.values_T is None else out.values_T
@@ -146,6 +148,16 @@ class ZeroStrategy:
     def _set_step_count(self, step: Tensor) -> None:
         for state in self._adam.state.values():
             state["step"].copy_(step)
+
+    def attach(self, adapter: nn.Module) -> Strategy:
+        """Never called: only frozen models have adapters, and make_strategy lays these out by FSDP2."""
+        raise AssertionError("a model that is trained by DeepSpeed has no adapters")
+
+    def offload(self) -> None:
+        """Nothing: `offload` of the configuration says where masters and weights lie."""
+
+    def onload(self) -> None:
+        """Nothing to take back."""
 
     # ---- weights and state -----------------------------------------------------------------------------------------
 
@@ -192,8 +204,8 @@ class ZeroStrategy:
         return out
 
     def _rows(self, whole: Tensor) -> DTensor:
-        count = -(-whole.shape[0] // self.world.size)  # as Shard(0) deals rows
-        own = whole[self.world.rank * count : (self.world.rank + 1) * count].to(self._device, copy=True)
+        count = -(-whole.shape[0] // self.world.dp_size)  # as Shard(0) deals rows
+        own = whole[self.world.dp_rank * count : (self.world.dp_rank + 1) * count].to(self._device, copy=True)
         return DTensor.from_local(
             own, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
@@ -227,7 +239,7 @@ class ZeroStrategy:
         # DeepSpeed's own function for whole tensors reads past the end where the ranks do not divide one
         count = p.ds_tensor.numel()
         own = whole.new_zeros(count)
-        part = whole.flatten()[self.world.rank * count : (self.world.rank + 1) * count]
+        part = whole.flatten()[self.world.dp_rank * count : (self.world.dp_rank + 1) * count]
         own[: len(part)] = part
         (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(p, own, *key)
 
@@ -241,11 +253,6 @@ class ZeroStrategy:
             if self.world.is_leader:
                 out[name] = whole.to("cpu", dtype, copy=True)
         return out
-
-
-_PADDING_ROW = Datum(
-    tokens=np.zeros(1, np.int64), targets=np.zeros(1, np.int64), weights=np.zeros(1, np.float32), name="padding"
-)
 
 
 class _Bridge(nn.Module):

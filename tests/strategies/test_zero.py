@@ -177,7 +177,7 @@ def whole_copy(fresh):
         whole = {n: p.detach().clone() for n, p in module.named_parameters()}
         buffers = {n: b.clone() for n, b in module.named_buffers()}
     held = sum(p.numel() for p in strategy.module.parameters())
-    return whole, weights_of(engine), buffers, held, draw(engine), strategy.supports
+    return whole, weights_of(engine), buffers, held, draw(engine)
 
 
 CHECKS = (sums, nothing_pending, dropped, not_finite, state, whole_copy, copies)
@@ -273,12 +273,11 @@ def test_a_reference_stays_and_a_critic_learns_beside_the_policy(facts, kind):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_the_sampler_has_the_trained_weights(facts, kind):
-    want_whole, _, want_buffers, _, want_tokens, _ = facts[0]["whole_copy"]
+    want_whole, _, want_buffers, _, want_tokens = facts[0]["whole_copy"]
     total = sum(w.numel() for w in want_whole.values())
     for rank, ranks in enumerate(facts[1]):
-        whole, masters, buffers, held, tokens, supports = ranks[kind]["whole_copy"]
+        whole, masters, buffers, held, tokens = ranks[kind]["whole_copy"]
         assert whole.keys() == want_whole.keys() and tokens == want_tokens
-        assert "tenants" not in supports and "local_sampling" in supports
         if rank == 0:
             assert all(torch.equal(whole[n], masters[n]) for n in whole)
         assert all(torch.equal(b, want_buffers[n]) and b.dtype == want_buffers[n].dtype for n, b in buffers.items())

@@ -1,0 +1,279 @@
+"""One model of the engine: its weights under a strategy, what it is for, how far it is trained, and what samples it.
+
+An adapter (LoRA) is a model too: a small one of its own, whose forward pass is that of the frozen base it lies over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from skyrl.algorithms.losses import LOSSES, compute_loss
+from skyrl.distributed.collectives import gather_objects, on_leader
+from skyrl.distributed.init import World
+from skyrl.models.export import export_model
+from skyrl.models.forward import CausalLM
+from skyrl.models.lora import Adapter, Segment, install, routed
+from skyrl.models.packed import PADDING_ROW, collate, loss_dtype
+from skyrl.models.peft import merge_adapter, write_adapter
+from skyrl.models.results import RowResults
+from skyrl.models.weights import put
+from skyrl.sampler.sampler import Sampler
+from skyrl.strategies.base import Strategy
+from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, UserError
+
+# (module with whole weights, version, adapters by name or None, name of the model itself) -> a sampler over them
+MakeSampler = Callable[[CausalLM, int, Mapping[str, Adapter] | None, str], Sampler]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to create. `head`: logits (a policy) or value (a critic). A frozen model has no gradient and no optimizer.
+    `copy_of` starts from another model of this engine, as it is now, instead of from `model.path`.
+    `lora` makes an adapter over the frozen model `base`, whole on every rank however the base is laid out."""
+
+    head: Literal["logits", "value"] = "logits"
+    trainable: bool = True
+    copy_of: str = ""
+    lora: LoraSpec | None = None
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class OpenSampler:
+    """A frozen model as it is sampled: whole weights, and a sampler that stays open, over all frozen adapters."""
+
+    module: CausalLM
+    sampler: Sampler
+    held: ExitStack = field(repr=False)  # what keeps gathered weights in memory
+
+
+class Model:
+    """Weights, optimizer and pending gradient (`strategy`), what they are for (`spec`), and the number of optimizer
+    steps they have seen (`version`). Methods are collective unless they say otherwise."""
+
+    def __init__(self, name: str, spec: ModelSpec, strategy: Strategy, world: World, base: Model | None = None) -> None:
+        self.name, self.spec, self.strategy, self.world, self.base = name, spec, strategy, world, base
+        self.version = 0
+        self.open: OpenSampler | None = None
+        self._sampler: Sampler | None = None  # kept from one `sampling` to the next
+
+    @property
+    def whole(self) -> Model:
+        """The model whose module computes this one: an adapter's base, else itself."""
+        return self.base or self
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def run_microbatch(
+        self,
+        results: RowResults,
+        picked: list[int],
+        adapters: list[Adapter | None],
+        loss: LossSpec,
+        *,
+        backward: bool,
+        packing: bool,
+    ) -> None:
+        """Forward pass, loss and backward pass of the rows `picked` of `results.rows`, each through its adapter (one
+        for every row of the call). Without any row one token of weight 0, for the collectives' sake."""
+        rows, is_critic = [results.rows[i] for i in picked] or [PADDING_ROW], self.spec.head == "value"
+        batch = collate(
+            rows,
+            dtype=loss_dtype(next(self.strategy.module.parameters()).dtype),
+            device=self.world.device,
+            fill={**LOSSES.get(loss.name).params, **loss.params} if loss.name else {},
+        )
+        with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
+            out = self.strategy.module(
+                batch, temperature=loss.temperature, entropy=bool(loss.name) and not is_critic, packing=packing
+            )
+            if picked:
+                results.add_output(picked, out.values_T if is_critic else out.logprobs_T)
+            if not loss.name:
+                return
+            loss_T, metrics = compute_loss(out, batch, loss)
+            total = (loss_T * batch.weights_T).sum()
+            if backward:
+                self.strategy.backward(total)
+            if picked:
+                results.add_loss(total, loss_T, metrics, batch)
+
+    def _routed(
+        self, rows: list[Datum], adapters: list[Adapter | None], *, connect: bool
+    ) -> AbstractContextManager[None]:
+        """Inside, the tokens of each row go through its adapter."""
+        module = self.strategy.module
+        if module.router is None:
+            return nullcontext()
+        ends = list(accumulate((len(row.tokens) for row in rows), initial=0))
+        segments: list[Segment] = list(zip(ends[:-1], ends[1:], adapters, strict=True))
+        # ranks may train adapters of other kinds at the same time, or none: their backward collectives must agree
+        return routed(module, segments, connect=connect and self.strategy.is_sharded)
+
+    def optim_step(self, adam: AdamParams) -> Metrics:
+        """One AdamW step from everything pending; returns {"grad_norm:mean", "lr:mean"}."""
+        self.check_trainable()
+        metrics = self.strategy.optim_step(adam)
+        self.version += 1
+        return {**metrics, "lr:mean": adam.lr}
+
+    def check_trainable(self) -> None:
+        """Raises UserError for a frozen model. Local."""
+        if not self.spec.trainable:
+            raise UserError(f"model {self.name!r} is frozen")
+
+    def copy_weights(self, source: Model) -> None:
+        """Takes the weights of a model of the same shape and layout, as they are now."""
+        given = source.strategy.state_dict(optimizer=False)["weights"]
+        own = self.strategy.state_dict(optimizer=False)["weights"]
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+        self.strategy.load_state_dict({"weights": own}, optimizer=False)
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def sampling(self, make: MakeSampler) -> Iterator[Sampler]:
+        """A sampler over the weights as they are now: the trained parameters themselves where every rank has them
+        whole (nothing is copied, and the sampler is kept), else a gathered copy that is freed at exit."""
+        adapters = None if self.base is None else {self.name: self.strategy.module}
+        with torch.no_grad(), self.whole.strategy.gathered() as module:
+            module.eval()
+            shared = module is self.whole.strategy.module
+            if adapters is not None:
+                install(module)
+            if self._sampler is None or not shared:
+                self._sampler = make(module, self.version, adapters, self.spec.base or "policy")
+            else:
+                if adapters is not None:
+                    self._sampler.forget_adapter(self.name)  # it has changed in place
+                self._sampler.refresh(self.version)
+                self._sampler.metrics()  # dropped: an evaluation's counts are not the next step's
+            yield self._sampler
+            if not shared:
+                self._sampler = None
+
+    def open_sampler(self, make: MakeSampler, adapters: Mapping[str, Adapter]) -> OpenSampler:
+        """A frozen model open for sampling from now on, over `adapters` (a live mapping). Collective at the first call
+        (a sharded model is gathered and stays so), local afterwards. Raises UserError for a model that is trained."""
+        if self.open is None:
+            if self.spec.trainable:
+                raise UserError(f"model {self.name!r} is trained itself; only a frozen base can stay open for sampling")
+            held = ExitStack()
+            module = held.enter_context(self.strategy.gathered()).eval()
+            if module is not self.strategy.module:
+                install(module)
+            self.open = OpenSampler(module, make(module, 0, adapters, self.name), held)
+        return self.open
+
+    def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Other whole weights for a frozen model, the same on every rank; its open sampler goes on with them.
+        Raises UserError for weights that do not fit, RuntimeError while samples are under way."""
+        if self.open is not None and self.open.sampler.unfinished():
+            raise RuntimeError(f"model {self.name!r} cannot be replaced: samples are under way")
+        self.load_whole_state({"weights": weights}, optimizer=False)
+        if self.open is None:
+            return
+        if self.open.module is self.strategy.module:
+            self.open.sampler.refresh(self.open.sampler.version + 1)
+        else:  # a gathered copy, which holds the old weights
+            self.open.held.close()
+            self.open = None
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def state(self, *, optimizer: bool) -> dict[str, Any]:
+        """Tensors by kind and name, and "version", for a checkpoint. Views: copy before the next step."""
+        optimizer = optimizer and self.spec.trainable
+        return {**self.strategy.state_dict(optimizer=optimizer), "version": self.version}
+
+    def load_state(self, state: Mapping[str, Any], *, optimizer: bool) -> None:
+        """Takes back what `state` gave, after a checkpoint filled it."""
+        parts = dict(state)
+        self.version = int(parts.pop("version"))
+        self.strategy.load_state_dict(parts, optimizer=optimizer and self.spec.trainable)
+        self._sampler = None  # what it cached belongs to other weights, whatever their version
+
+    def whole_state(self, *, optimizer: bool) -> dict[str, Any]:
+        """Whole tensors as copies on the CPU of every rank, in full precision: "weights" and, with `optimizer`,
+        "exp_avg" and "exp_avg_sq" by parameter name, and "step". A pending gradient is not part of it."""
+        parts = self.strategy.state_dict(optimizer=optimizer)
+        step = {"step": parts.pop("step").detach().clone().cpu()} if "step" in parts else {}
+        return {key: {name: _whole(t) for name, t in part.items()} for key, part in parts.items()} | step
+
+    def load_whole_state(self, state: Mapping[str, Any], *, optimizer: bool) -> None:
+        """Takes what `whole_state` gave, the same on every rank; drops the pending gradient. Without `optimizer` the
+        moments start at 0 again: they belong to other weights. Raises UserError for tensors that do not fit."""
+        own = self.strategy.state_dict(optimizer=self.spec.trainable)
+        step = own.pop("step", None)
+        given = {key: state.get(key) if optimizer or key == "weights" else None for key in own}
+        for key, part in own.items():
+            if optimizer or key == "weights":
+                _check_fits(self.name, key, part, given[key])
+        if self.spec.trainable:
+            self.strategy.clear_gradient()
+        for key, part in own.items():
+            new = given[key]
+            for name, tensor in part.items():
+                put(tensor, torch.zeros(tensor.shape) if new is None else new[name])
+        if step is not None:
+            own["step"] = torch.as_tensor(float(state["step"]) if optimizer else 0.0, dtype=step.dtype)
+        self.strategy.load_state_dict(own, optimizer=self.spec.trainable)
+        self._sampler = None
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: str) -> None:
+        """Writes a Hugging Face folder in `dtype`, by rank 0. An adapter is merged into its base, and stands besides in
+        <folder>/adapter as the peft package loads it; `source` says there where the base came from.
+
+        Raises UserError, on every rank, when it cannot be written."""
+        state = self.whole.strategy.full_state_dict(dtype)
+        lora, net = self.spec.lora, self.whole.strategy.module
+        weights = {} if lora is None else self.strategy.full_state_dict(torch.float32)
+
+        def write() -> None:
+            if lora is None:
+                export_model(state, net.config, tokenizer, folder, dtype)
+                return
+            config = merge_adapter(state, weights, lora, net)
+            more = partial(write_adapter, weights=weights, spec=lora, base=source)
+            export_model(state, config, tokenizer, folder, dtype, more=lambda part: more(part / "adapter"))
+
+        on_leader(self.world, write)
+
+    def check_replicas(self) -> None:
+        """Raises RunError unless all ranks hold the same weights (layouts without shards)."""
+        if self.strategy.is_sharded:
+            return
+        weights = self.strategy.state_dict(optimizer=False)["weights"]
+        digest = [float(t.double().sum()) for t in weights.values()]
+        everyone = gather_objects(self.world, digest)
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                name = next(n for n, a, b in zip(weights, everyone[0], other, strict=True) if a != b)
+                raise RunError(f"rank {rank} holds other weights than rank 0, first in {name}")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; of a sharded tensor the whole (collective)."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().to("cpu", copy=True)
+
+
+def _check_fits(model: str, key: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor] | None) -> None:
+    if given is None:
+        raise UserError(f"model {model!r}: the saved state has no {key}; load it without the optimizer")
+    for name in sorted(own.keys() | given.keys()):
+        shapes = [list(part[name].shape) if name in part else "nothing" for part in (own, given)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"model {model!r}: {key} {name} is {shapes[0]} here and {shapes[1]} in the saved state")
