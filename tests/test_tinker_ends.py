@@ -58,10 +58,10 @@ def rank_fails(folder: Path) -> None:
 
     if os.environ["RANK"] == "1":
 
-        def broken(context: object, common: object, part: object) -> None:
+        def broken(context: object, part: object, *args: object) -> None:
             raise RuntimeError("rank 1 broke")
 
-        commands.COMMANDS["train"] = broken
+        commands.FUNCTIONS["train"] = broken
     with open_client(folder / "service") as client:
         client.create_lora_training_client("tiny", rank=2).forward_backward(rows(0), "cross_entropy").result()
 

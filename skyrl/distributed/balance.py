@@ -62,6 +62,11 @@ def spread(lengths: list[list[int]]) -> list[list[tuple[int, int]]]:
     return [sorted(part) for part in out]
 
 
+def deal_by_length(world: World, lengths: list[int]) -> list[list[int]]:
+    """For each rank the indices, rising, of the rows it should compute, when one rank has them all."""
+    return [[index for _, index in part] for part in spread([lengths] + [[]] * (world.dp_size - 1))]
+
+
 def rebalance(world: World, rows: list[Datum], slack: float = 1.1) -> list[Datum]:
     """The rows this rank should compute. Collective. Rows move only when the busiest rank has more than `slack` times
     the mean number of tokens; the set of rows over all ranks stays the same."""

@@ -51,6 +51,25 @@ def broadcast_object(world: World, thing: T) -> T:
     return box[0]
 
 
+def scatter_objects(world: World, parts: list[T] | None) -> T:
+    """This rank's part of what rank 0 gives, one part per rank in rank order; the others pass None."""
+    if world.size == 1:
+        assert parts is not None
+        return parts[0]
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, parts, src=0, group=world.control)
+    return box[0]
+
+
+def gather_to_leader(world: World, thing: T) -> list[T]:
+    """What every rank gave, in rank order, on rank 0; nothing on the others."""
+    if world.size == 1:
+        return [thing]
+    out: list[Any] | None = [None] * world.size if world.is_leader else None
+    dist.gather_object(thing, out, dst=0, group=world.control)
+    return out or []
+
+
 def on_leader(world: World, action: Callable[[], T]) -> T:
     """Runs `action` on rank 0 and gives its result to all. A UserError there is raised on every rank, so that no rank
     waits for one that has left."""

@@ -35,6 +35,7 @@ class PromptLogprobsRequest:
     Positions from max(start, 1) on are looked at: `logprobs` of their tokens and the `topk` likeliest tokens, both at
     `temperature`, and `alternatives` independent draws at temperature 1. `targets` int64 [L - 1, K] names tokens whose
     log-probability at temperature 1 is wanted, cell [i, j] at position i + 1, -1 = none, wherever `start` is.
+    `tail`: the tables of likeliest tokens begin at `start`.
     """
 
     uid: str
@@ -47,6 +48,7 @@ class PromptLogprobsRequest:
     targets: np.ndarray | None = None
     alternatives: int = 0
     seed: int = 0
+    tail: bool = False
 
 
 @dataclass
@@ -103,6 +105,11 @@ def score_prompts(
     for one in pack([len(queries[index].tokens) for index in wanted], max_tokens):
         members = sorted((wanted[i] for i in one), key=lambda index: (names.index(queries[index].model), index))
         _score_pack(model, [(queries[i], places[i], stats[i]) for i in members], adapters)
+    for query, one in zip(queries, stats, strict=True):
+        if query.tail and one.topk_ids is not None and one.topk_logprobs is not None:
+            # Copies, since views would keep the whole tables in memory for as long as the answer is kept.
+            one.topk_ids = one.topk_ids[query.start :].copy()
+            one.topk_logprobs = one.topk_logprobs[query.start :].copy()
     return stats
 
 

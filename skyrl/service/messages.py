@@ -224,15 +224,6 @@ Result = TrainResult | SampleResult | dict[str, Any]  # a dict is the JSON answe
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """What a submission answers. sequence_ids only for samples, one per sample."""
-
-    request_id: str
-    model_id: str | None = None
-    sequence_ids: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class RequestOutcome:
     """What is known of a future. unknown: never heard of, of another owner, or thrown away (HTTP 410)."""
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from skyrl.config.serve import ServeConfig
+from skyrl.engine import ModelSpec
 from skyrl.service.archive_content import Content
 from skyrl.service.checkpoints import CheckpointService, to_content, to_state
-from skyrl.service.commands import BASE, Create, Leader
+from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import CreateModel, LoadWeights, RequestFailed, ServerInfo
 from skyrl.service.records import ModelInfo
 from skyrl.types import LoraSpec, UserError
@@ -117,7 +118,7 @@ class OpenModels:
             yield
         except (RequestFailed, UserError):
             del self._open[model.model_id]
-            self.leader.call("drop", model.model_id)
+            self.leader.call("delete", model.model_id)
             raise
 
     def _record(self, model: TrainableModel, number: int, metadata: dict[str, str]) -> None:
@@ -161,7 +162,7 @@ class OpenModels:
             raise RequestFailed(f"{request.path} is an adapter; this server trains all parameters")
 
     def _load(self, model: TrainableModel, content: Content, optimizer: bool) -> None:
-        self.leader.call("load", (model.model_id, to_state(content), optimizer))
+        self.leader.call("load_model_state", model.model_id, to_state(content), optimizer)
 
     def _check_base(self, name: str) -> None:
         if name not in self.server.aliases:
@@ -187,7 +188,8 @@ class OpenModels:
                 if limit > 1
                 else "a model is open; training all parameters allows one at a time: unload it, or end its session"
             )
-        self.leader.call("create", Create(model.model_id, model.lora))
+        spec = ModelSpec() if model.lora is None else ModelSpec(lora=model.lora, base=BASE)
+        self.leader.call("create", model.model_id, spec)
         self._open[model.model_id] = model
         self.use(model.model_id)
 
@@ -199,23 +201,23 @@ class OpenModels:
         resident.sort(key=lambda one: one.used)
         for idle in resident[: max(0, len(resident) - self.cfg.service.max_resident_models)]:
             if idle.model_id != model_id:
-                self.leader.call("park", idle.model_id)
+                self.leader.call("offload", idle.model_id)
                 idle.parked = True
 
     def drop(self, model_id: str) -> None:
         """Closes a model and frees its memory."""
         model = self._open.pop(model_id, None)
         if model is not None:
-            self.leader.call("drop", model_id)
+            self.leader.call("delete", model_id)
             self.checkpoints.close_run(model_id, model.owner)
 
     def base_content(self) -> Content:
         """The weights of the base model, on the CPU."""
-        return to_content(self.server.model_path, None, self.leader.call("state", (BASE, False))[0])
+        return to_content(self.server.model_path, None, self.leader.call("model_state", BASE, False)[0])
 
     def content(self, model: TrainableModel, *, optimizer: bool) -> Content:
         """Everything that a checkpoint of this model holds, on the CPU."""
-        state = self.leader.call("state", (model.model_id, optimizer))[0]
+        state = self.leader.call("model_state", model.model_id, optimizer)[0]
         return to_content(model.base_model, model.lora, state)
 
 

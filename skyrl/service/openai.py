@@ -23,10 +23,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from skyrl.service.http import FAULT, Call, Door, HttpError, find_owner, in_thread, log, problem_of, reply, tell
-from skyrl.service.messages import Accepted, RequestFailed, SampleResult, SamplingRequest
+from skyrl.service.messages import RequestFailed, SampleResult, SamplingRequest
 from skyrl.service.openai_params import Ask, TextTools, parse_chat, parse_completion
 from skyrl.service.openai_text import Writer
 from skyrl.service.routes_session import find_weights, unknown_model
+from skyrl.service.scheduler import PendingRequest
 from skyrl.types import Ints, UserError
 
 __all__ = ["TextTools", "openai_routes"]
@@ -115,7 +116,7 @@ async def complete(call: Call, *, text: TextTools | None, chat: bool) -> Respons
     ask: Ask = await in_thread(parse, body, text, call.door.facts)
     weights = await find_model(call, ask.model)
     queries = [replace(query, **weights) for query in ask.queries]
-    submitted: list[Accepted] = []
+    submitted: list[PendingRequest] = []
     try:
         for query in queries:
             submitted.append(call.door.desk.submit(query, owner=call.owner))
@@ -130,12 +131,12 @@ async def complete(call: Call, *, text: TextTools | None, chat: bool) -> Respons
     return reply(await in_thread(writer.whole, results))
 
 
-def _cancel(call: Call, submitted: list[Accepted]) -> None:
+def _cancel(call: Call, submitted: list[PendingRequest]) -> None:
     for one in submitted:
         call.door.desk.cancel(one.request_id, owner=call.owner)
 
 
-async def _gather(call: Call, submitted: list[Accepted], queries: list[SamplingRequest]) -> list[SampleResult]:
+async def _gather(call: Call, submitted: list[PendingRequest], queries: list[SamplingRequest]) -> list[SampleResult]:
     """All results in order. When one fails or the client leaves, the others are withdrawn."""
     results: list[SampleResult] = []
     try:
@@ -151,7 +152,7 @@ async def _gather(call: Call, submitted: list[Accepted], queries: list[SamplingR
     return results
 
 
-async def _result(call: Call, one: Accepted, seconds: float) -> SampleResult | None:
+async def _result(call: Call, one: PendingRequest, seconds: float) -> SampleResult | None:
     """The result, or None when it is not there after so many seconds. Raises RequestFailed, HttpError."""
     outcome = await call.wait(one.request_id, seconds)
     if outcome.state == "pending":
@@ -181,7 +182,7 @@ class _News:
         except RuntimeError:  # the loop has ended meanwhile; who draws must not notice
             log.debug("tokens were drawn after the door had closed")
 
-    async def follow(self, call: Call, number: int, one: Accepted) -> None:
+    async def follow(self, call: Call, number: int, one: PendingRequest) -> None:
         """Waits for the result of one prompt."""
         try:
             while (result := await _result(call, one, COMMENT_SECONDS)) is None:
@@ -207,7 +208,7 @@ class _News:
         return found
 
 
-async def _events(call: Call, submitted: list[Accepted], writer: Writer) -> AsyncIterator[bytes]:
+async def _events(call: Call, submitted: list[PendingRequest], writer: Writer) -> AsyncIterator[bytes]:
     """The body of a streamed answer: one event per piece of text, as they are drawn."""
     news, left = _News(), len(submitted)
     for number, one in enumerate(submitted):

@@ -11,7 +11,6 @@ from starlette.routing import Route
 
 from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, once, reply, route, tell
 from skyrl.service.messages import (
-    Accepted,
     CreateModel,
     LoadWeights,
     Request,
@@ -22,6 +21,7 @@ from skyrl.service.messages import (
     TrainResult,
 )
 from skyrl.service.routes_session import find_weights
+from skyrl.service.scheduler import PendingRequest
 from skyrl.service.wire import PARSERS, encode_result, parse_train
 from skyrl.service.wire_fields import INT64_MAX, Fields
 from skyrl.types import UserError
@@ -87,10 +87,10 @@ async def sample(call: Call, *, feeds: Feeds) -> Response:
     return accepted(done)
 
 
-def accepted(done: Accepted) -> Response:
+def accepted(done: PendingRequest) -> Response:
     """The acknowledgement of a submission."""
     answer: dict[str, Any] = {"request_id": done.request_id}
-    if done.model_id is not None:
+    if done.model_id:
         answer["model_id"] = done.model_id
     if done.sequence_ids:
         answer["sample_sequence_ids"] = list(done.sequence_ids)

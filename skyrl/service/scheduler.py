@@ -3,9 +3,8 @@
 Pure bookkeeping under one lock, without torch, HTTP or disk. The front doors submit and ask for outcomes from their
 threads; the worker takes work and settles futures from its own.
 
-Rules (shared/tinker protocol, sections 4 and 6): a model's requests run by seq_id, not by arrival, because the client
-posts the chunks of one call in parallel. A number that never arrives is given up after `gap_seconds`. A repeated
-number finds the first request's future.
+A model's requests run by seq_id, not by arrival, because the client posts the chunks of one call in parallel. A number
+that never arrives is given up after `gap_seconds`. A repeated number finds the first request's future.
 """
 
 from __future__ import annotations
@@ -15,30 +14,27 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from skyrl.service.future_log import FutureLog
 from skyrl.service.messages import (
-    Accepted,
     Category,
     CreateModel,
     LoadWeights,
-    OptimStep,
     Request,
-    RequestFailed,
     RequestOutcome,
     Result,
     SampleResult,
     SamplingRequest,
-    SaveWeights,
     TooManyRequests,
     TrainRequest,
     TrainResult,
     UnloadModel,
 )
-from skyrl.types import Ints, UserError
+from skyrl.types import Ints, SampleRequest, UserError
 
 Key = tuple[Any, ...]
 KEEP_SECONDS = 3600.0  # a result stays fetchable this long after it was made
@@ -53,28 +49,54 @@ FUTURE_BYTES, NAME_BYTES = 2048, 100  # of a future, and of the name of one samp
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request with its future. `model_id` is the model whose order it keeps, "" for samples."""
+    """A request with its future. `request` is None once that is settled, for it may hold much memory. `model_id` is the
+    model whose order it keeps, "" for samples; `key` makes two posts the same request."""
 
     request_id: str
-    request: Request
+    request: Any  # a Request, or None
     owner: str
     model_id: str
     key: Key | None
-    accepted: Accepted
-    arrived: float
-    state: str = "waiting"  # waiting, running, done, failed
-    result: Result | None = None
-    error: str = ""
-    category: Category = "unknown"
+    arrived: float = field(default_factory=time.monotonic)
+    running: bool = False
+    outcome: RequestOutcome = RequestOutcome("pending")
     finished: float = 0.0
     fetched: float = 0.0
-    cancelled: bool = False
-    notified: bool = False
     callbacks: list[Callable[[], None]] = field(default_factory=list)
-    request_bytes: int = 0  # bytes of the request
-    size: int = 0  # bytes of the result, and of what else is kept of it
-    streamed: list[tuple[int, Ints]] = field(default_factory=list)  # tokens of a streamed sample, in the order drawn
+    request_bytes: int = 0
+    kept_bytes: int = FUTURE_BYTES  # of the future and its result
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is done, or has failed."""
+        return self.outcome.state != "pending"
+
+    @property
+    def sequence_ids(self) -> tuple[str, ...]:
+        """A name for each sample to come."""
+        return ()
+
+
+@dataclass(eq=False)
+class PendingSample(PendingRequest):
+    """A sampling request from its submission to its answer. What is below `readers` is the worker's (sampling.py)."""
+
+    num_samples: int = 1  # at most as many as may wait at all: a request for more will be refused
+    cancelled: bool = False
+    streamed: list[tuple[int, Ints]] = field(default_factory=list)  # (sample, tokens) in the order drawn
     readers: list[Callable[[int, Ints], None]] = field(default_factory=list)
+    adapter: str = ""  # that it is drawn from, "" = the base
+    answer: SampleResult | None = None  # filled in as it comes
+    answer_bytes: int = 0  # at most
+    unsent: deque[SampleRequest] = field(default_factory=deque)  # no rank has them yet
+    ranks: dict[str, int] = field(default_factory=dict)  # those that a rank has
+    known: dict[str, int] = field(default_factory=dict)  # tokens of each that its reader has
+    unanswered: int = 0  # samples, and questions about the prompt, that are not complete
+
+    @property
+    def sequence_ids(self) -> tuple[str, ...]:
+        """A name for each sample to come."""
+        return tuple(f"{self.request_id}:{index}" for index in range(self.num_samples))
 
 
 @dataclass(eq=False)
@@ -89,6 +111,35 @@ class ModelQueue:
     closed: str = ""  # why nothing runs here any more
     info: dict[str, Any] | None = None  # of the created model
 
+    @property
+    def gap(self) -> bool:
+        """Whether the next request has not arrived, but later ones have."""
+        return bool(self.out_of_order) and self.next_seq_id not in self.out_of_order
+
+    def advance(self) -> None:
+        """Makes those ready whose turn has come."""
+        while self.next_seq_id in self.out_of_order:
+            self.ready.append(self.out_of_order.pop(self.next_seq_id))
+            self.next_seq_id += 1
+
+    def clear(self) -> list[PendingRequest]:
+        """Takes out all that waits."""
+        waiting = [*self.ready, *self.out_of_order.values()]
+        self.ready.clear()
+        self.out_of_order.clear()
+        return waiting
+
+
+@dataclass(eq=False)
+class OwnerUsage:
+    """What one owner has of what all share."""
+
+    samples: deque[PendingSample] = field(default_factory=deque)  # that wait
+    num_samples: int = 0  # in them
+    request_bytes: int = 0  # of requests that wait or run
+    settled: OrderedDict[str, PendingRequest] = field(default_factory=OrderedDict)  # that are kept, oldest first
+    kept_bytes: int = 0  # of these
+
 
 class RequestScheduler:
     """Where requests wait, thread-safe: the front doors' side, and the worker's."""
@@ -98,79 +149,74 @@ class RequestScheduler:
         self._lock = threading.Condition()
         self._requests: dict[str, PendingRequest] = {}
         self._by_key: dict[Key, PendingRequest] = {}
-        # settled ones that are kept, by owner, oldest first
-        self._ended: dict[str, OrderedDict[str, PendingRequest]] = {}
-        self._ended_bytes: dict[str, int] = {}
-        self._fetched: deque[PendingRequest] = deque()
-        self._waiting_bytes: dict[str, int] = {}  # of owners that have requests waiting or running
+        self._owners: OrderedDict[str, OwnerUsage] = OrderedDict()  # whose samples wait longest for a turn comes first
         self._queues: dict[str, ModelQueue] = {}
-        self._samples: dict[str, deque[PendingRequest]] = {}  # by owner
-        self._sample_order: deque[str] = deque()
-        self._queued = 0  # samples that wait
-        self._queued_of: dict[str, int] = {}
-        self._cancelled: list[PendingRequest] = []
+        self._fetched: deque[PendingRequest] = deque()
+        self._cancelled: list[PendingSample] = []
+        self._due: deque[Callable[[], None]] = deque()
         self._clock = itertools.count(1)
         self._closed = ""
         self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
         self._record: FutureLog | None = None
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock. Who waits for what was settled meanwhile is called after it, for they may ask again."""
+        with self._lock:
+            yield
+            due = [self._due.popleft() for _ in range(len(self._due))]
+        for call in due:
+            call()
+
     # ---- the front doors' side -------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, owner: str) -> Accepted:
+    def submit(self, request: Request, *, owner: str) -> PendingRequest:
         """Queues a request, or finds the earlier one of the same key (model and seq_id, session and seq_id): a
         repeated request is never run twice, and its answer is the first one's. Raises UserError for what is malformed
         or not the owner's, TooManyRequests."""
-        with self._lock:
+        with self._locked():
             if self._closed:
                 raise TooManyRequests(self._closed)
             model_id, key = _place(request)
             key = None if key is None else (owner, *key)
-            known = self._by_key.get(key) if key is not None else None
-            if known is not None:
-                return known.accepted
+            if key is not None and key in self._by_key:
+                return self._by_key[key]
             queue = self._queues.get(model_id) if model_id else None
             if queue is not None and queue.owner != owner:
                 raise UserError(f"{model_id}: no such model")
-            size = _request_bytes(request)
-            self._check_bytes(request, owner, queue, size)
+            size, usage = _request_bytes(request), self._owners.setdefault(owner, OwnerUsage())
+            self._check_bytes(request, usage, queue, size)
+            request_id = uuid.uuid4().hex if self._record is None else self._record.new_id()
             if isinstance(request, SamplingRequest):
-                self._check_room(request, owner)
-            pending = self._new_request(request, owner, model_id, key)
-            pending.request_bytes = size
-            self._waiting_bytes[owner] = self._waiting_bytes.get(owner, 0) + size
-            if isinstance(request, SamplingRequest):
-                self._queue_sample(pending)
+                self._check_samples(request, usage)
+                number = min(request.num_samples, self.max_queued_samples)
+                pending = PendingSample(request_id, request, owner, model_id, key, num_samples=number)
+                pending.kept_bytes += NAME_BYTES * number
+                usage.samples.append(pending)
+                usage.num_samples += request.num_samples
             else:
+                pending = PendingRequest(request_id, request, owner, model_id, key)
+            pending.request_bytes = size
+            usage.request_bytes += size
+            self._prune()
+            self._requests[request_id] = pending
+            if key is not None:
+                self._by_key[key] = pending
+            if model_id:
                 self._queue_for_model(pending, queue)
             if self._record is not None and queue is not None:
                 self._record.touch(model_id)
             self._lock.notify_all()
-        self._settled(pending)
-        return pending.accepted
-
-    def _new_request(self, request: Request, owner: str, model_id: str, key: Key | None) -> PendingRequest:
-        request_id = uuid.uuid4().hex if self._record is None else self._record.new_id()
-        ids: tuple[str, ...] = ()
-        if isinstance(request, SamplingRequest):
-            most = min(request.num_samples, self.max_queued_samples)  # of more, the request will be refused
-            ids = tuple(f"{request_id}:{i}" for i in range(most))
-        accepted = Accepted(request_id, model_id or None, ids)
-        pending = PendingRequest(request_id, request, owner, model_id, key, accepted, time.monotonic())
-        pending.size = FUTURE_BYTES + NAME_BYTES * len(ids)
-        self._requests[request_id] = pending
-        if key is not None:
-            self._by_key[key] = pending
-        self._prune()
         return pending
 
-    def _check_room(self, request: SamplingRequest, owner: str) -> None:
+    def _check_samples(self, request: SamplingRequest, usage: OwnerUsage) -> None:
         """Owners that have samples waiting share the places; one who has none may always have some."""
-        own = self._queued_of.get(owner, 0)
-        most = self.max_queued_samples // len({*self._queued_of, owner})
+        own = usage.num_samples
+        most = self.max_queued_samples // sum(1 for one in self._owners.values() if one.num_samples or one is usage)
         if own and own + request.num_samples > most:
             raise TooManyRequests(f"{own} samples are waiting, at most {most} may; try again in a moment")
 
-    def _check_bytes(self, request: Request, owner: str, queue: ModelQueue | None, size: int) -> None:
+    def _check_bytes(self, request: Request, usage: OwnerUsage, queue: ModelQueue | None, size: int) -> None:
         """Memory for what waits. The request for which a model's later ones wait always has room."""
         if queue is not None:
             first = getattr(request, "seq_id", None) == queue.next_seq_id and not queue.ready
@@ -179,54 +225,32 @@ class RequestScheduler:
             waiting = len(queue.ready) + len(queue.out_of_order)
             if waiting >= WAITING_REQUESTS and not first:
                 raise TooManyRequests(f"{waiting} requests of this model are waiting; try again in a moment")
-        own = self._waiting_bytes.get(owner, 0)
-        most = WAITING_BYTES // len({*self._waiting_bytes, owner})
+        own = usage.request_bytes
+        most = WAITING_BYTES // sum(1 for one in self._owners.values() if one.request_bytes or one is usage)
         if own and own + size > most:
             raise TooManyRequests(
                 f"{own >> 20} MiB of requests are waiting, at most {most >> 20} may; try again in a moment"
             )
 
-    def _queue_sample(self, pending: PendingRequest) -> None:
-        if pending.owner not in self._samples:
-            self._samples[pending.owner] = deque()
-            self._sample_order.append(pending.owner)
-        self._samples[pending.owner].append(pending)
-        self._count_samples(pending, 1)
-
-    def _count_samples(self, pending: PendingRequest, sign: int) -> None:
-        """CheckpointService samples that wait (+1) or wait no longer (-1)."""
-        number = sign * pending.request.num_samples
-        self._queued += number
-        self._queued_of[pending.owner] = self._queued_of.get(pending.owner, 0) + number
-        if not self._queued_of[pending.owner]:
-            del self._queued_of[pending.owner]
-
     def _queue_for_model(self, pending: PendingRequest, queue: ModelQueue | None) -> None:
-        request = pending.request
-        creates = isinstance(request, CreateModel) or (isinstance(request, LoadWeights) and request.model_id is None)
-        if creates:
+        request, model_id = pending.request, pending.model_id
+        seq_id = getattr(request, "seq_id", None)
+        if _makes_model(request):
             if queue is not None:  # its first future was thrown away long ago
-                self._fail(pending, f"{pending.model_id}: exists already; give another model_seq_id", "user")
+                self._fail(pending, f"{model_id}: exists already; give another model_seq_id")
                 return
-            queue = self._queues[pending.model_id] = ModelQueue(pending.owner)
+            self._queues[model_id] = ModelQueue(pending.owner, ready=deque([pending]))
+        elif queue is None or queue.closed:
+            why = queue.closed if queue is not None else self._lost(model_id, pending.owner)
+            self._fail(pending, why or f"{model_id}: no such model", "server" if why else "user")
+        elif seq_id is None:
             queue.ready.append(pending)
-            return
-        if queue is None or queue.closed:
-            text = queue.closed if queue is not None else self._lost(pending.model_id, pending.owner)
-            self._fail(pending, text or f"{pending.model_id}: no such model", "user" if not text else "server")
-            return
-        seq = getattr(request, "seq_id", None)
-        if seq is None or isinstance(request, UnloadModel):
-            queue.ready.append(pending)
-        elif seq < queue.next_seq_id:
-            self._fail(
-                pending,
-                f"seq_id {seq} of {pending.model_id} came after its turn was given up; start a new client",
-                "user",
-            )
+        elif seq_id < queue.next_seq_id:
+            why = f"seq_id {seq_id} of {model_id} came after its turn was given up; start a new client"
+            self._fail(pending, why)
         else:
-            queue.out_of_order[seq] = pending
-            _advance(queue)
+            queue.out_of_order[seq_id] = pending
+            queue.advance()
 
     def outcome(self, request_id: str, *, owner: str) -> RequestOutcome:
         """What is known now."""
@@ -236,33 +260,29 @@ class RequestScheduler:
                 return self._record.recall(request_id, owner)
             if pending is None or pending.owner != owner:
                 return RequestOutcome("unknown")
-            if pending.state == "done":
-                self._note_fetched(pending)
-                return RequestOutcome("done", result=pending.result)
-            if pending.state == "failed":
-                self._note_fetched(pending)
-                return RequestOutcome("failed", error=pending.error, category=pending.category)
-            return RequestOutcome("pending", queue_state="active", reason=self._reason(pending))
+            if not pending.settled:
+                return RequestOutcome("pending", reason=self._reason(pending))
+            if not pending.fetched:
+                pending.fetched = time.monotonic()
+                self._fetched.append(pending)
+            return pending.outcome
 
     def _reason(self, pending: PendingRequest) -> str:
-        if pending.state == "running":
+        if pending.running:
             return "running"
-        if pending.model_id:
-            queue = self._queues.get(pending.model_id)
-            if queue is not None and queue.out_of_order and min(queue.out_of_order) > queue.next_seq_id:
-                return f"waiting for request {queue.next_seq_id} of this model, which has not arrived"
-            ahead = sum(1 for other in self._queues.values() if other.ready)
-            return f"{ahead} models have work waiting"
-        return f"{self._queued} samples are waiting"
+        if isinstance(pending, PendingSample):
+            return f"{sum(usage.num_samples for usage in self._owners.values())} samples are waiting"
+        queue = self._queues.get(pending.model_id)
+        if queue is not None and queue.gap:
+            return f"waiting for request {queue.next_seq_id} of this model, which has not arrived"
+        return f"{sum(1 for other in self._queues.values() if other.ready)} models have work waiting"
 
     def when_done(self, request_id: str, call: Callable[[], None]) -> None:
         """Calls `call` once, from any thread, when the future is no longer pending (at once if it is not)."""
-        with self._lock:
+        with self._locked():
             pending = self._requests.get(request_id)
-            if pending is not None and pending.state in ("waiting", "running"):
-                pending.callbacks.append(call)
-                return
-        call()
+            calls = self._due if pending is None or pending.settled else pending.callbacks
+            calls.append(call)
 
     def on_tokens(self, request_id: str, call: Callable[[int, Ints], None]) -> None:
         """Calls `call(sample, tokens)` with the tokens of a streamed request that were not told before, as they are
@@ -270,7 +290,7 @@ class RequestScheduler:
         more tokens than were told."""
         with self._lock:
             pending = self._requests.get(request_id)
-            if pending is not None and pending.state in ("waiting", "running"):
+            if isinstance(pending, PendingSample) and not pending.settled:
                 for number, tokens in pending.streamed:
                     call(number, tokens)
                 pending.readers.append(call)
@@ -278,19 +298,19 @@ class RequestScheduler:
     def cancel(self, request_id: str, *, owner: str) -> None:
         """Withdraws a sample that is not done; for anything else nothing happens. One that runs is taken out by the
         worker a moment later."""
-        with self._lock:
+        with self._locked():
             pending = self._requests.get(request_id)
-            if pending is None or pending.owner != owner or not isinstance(pending.request, SamplingRequest):
+            if not isinstance(pending, PendingSample) or pending.owner != owner or pending.settled:
                 return
-            if pending.state == "waiting":
-                self._samples[owner].remove(pending)
-                self._count_samples(pending, -1)
-                self._fail(pending, "cancelled by the client", "user")
-            elif pending.state == "running":
+            if pending.running:
                 pending.cancelled = True
                 self._cancelled.append(pending)
                 self._lock.notify_all()
-        self._settled(pending)
+            else:
+                usage = self._owners[owner]
+                usage.samples.remove(pending)
+                usage.num_samples -= pending.request.num_samples
+                self._fail(pending, "cancelled by the client")
 
     def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
         """Facts for get_info: {"base_model", "is_lora", "lora_rank", "train_mlp", "train_attn", "train_unembed"}.
@@ -314,110 +334,94 @@ class RequestScheduler:
     def wait(self, seconds: float) -> None:
         """Returns when there may be work, or after so many seconds."""
         with self._lock:
-            if not self._has_work():
-                self._lock.wait(self._until_gap(seconds))
+            if not self.has_pending_work():
+                gaps = any(queue.out_of_order for queue in self._queues.values())
+                self._lock.wait(min(seconds, self.gap_seconds / 4) if gaps else seconds)
 
     def has_pending_work(self) -> bool:
         """Whether something waits to be taken."""
         with self._lock:
-            return self._has_work()
-
-    def _has_work(self) -> bool:
-        return bool(self._cancelled) or self._queued > 0 or any(queue.ready for queue in self._queues.values())
-
-    def _until_gap(self, seconds: float) -> float:
-        return (
-            min(seconds, self.gap_seconds / 4)
-            if any(queue.out_of_order for queue in self._queues.values())
-            else seconds
-        )
+            samples = any(usage.samples for usage in self._owners.values())
+            return bool(self._cancelled) or samples or any(queue.ready for queue in self._queues.values())
 
     def take_training(self, batch_key: Callable[[TrainRequest], Any], max_tokens: int) -> list[PendingRequest]:
         """The next work of models: the request that waited longest for its turn and, when that is a TrainRequest, the
-        first request of every other model with an equal `batch_key`, up to `max_tokens` tokens in all. [] when idle."""
+        first request of every other model with an equal `batch_key`, up to `max_tokens` tokens in all. [] when
+        idle."""
         with self._lock:
             self._give_up_gaps()
             queues = sorted((queue for queue in self._queues.values() if queue.ready), key=lambda queue: queue.served)
-            if not queues:
-                return []
-            batch = [self._pop(queues[0])]
-            first = batch[0].request
-            if isinstance(first, TrainRequest) and not first.problem:
-                tokens, kind = _tokens(first), batch_key(first)
-                for queue in queues[1:]:
-                    request = queue.ready[0].request
-                    if not isinstance(request, TrainRequest) or request.problem or batch_key(request) != kind:
+            batch: list[PendingRequest] = []
+            tokens = 0
+            for queue in queues:
+                request = queue.ready[0].request
+                joins = isinstance(request, TrainRequest) and not request.problem
+                size = sum(len(datum.tokens) for datum in request.data) if joins else 0
+                if batch:
+                    if not joins or batch_key(request) != batch_key(batch[0].request) or tokens + size > max_tokens:
                         continue
-                    if tokens + _tokens(request) > max_tokens:
-                        continue
-                    tokens += _tokens(request)
-                    batch.append(self._pop(queue))
+                queue.served = next(self._clock)
+                batch.append(queue.ready.popleft())
+                batch[-1].running = True
+                tokens += size
+                if not joins:
+                    break
             return batch
 
-    def _pop(self, queue: ModelQueue) -> PendingRequest:
-        queue.served = next(self._clock)
-        pending = queue.ready.popleft()
-        pending.state = "running"
-        return pending
-
     def _give_up_gaps(self) -> None:
-        now = time.monotonic()
         for queue in self._queues.values():
-            if queue.out_of_order and queue.next_seq_id not in queue.out_of_order:
+            if queue.gap:
                 first = min(queue.out_of_order)
-                if now - queue.out_of_order[first].arrived >= self.gap_seconds:
+                if time.monotonic() - queue.out_of_order[first].arrived >= self.gap_seconds:
                     queue.next_seq_id = first
-                    _advance(queue)
+                    queue.advance()
 
-    def take_samples(self, room: int, *, without: frozenset[str] = frozenset()) -> list[PendingRequest]:
+    def take_samples(self, room: int, *, without: frozenset[str] = frozenset()) -> list[PendingSample]:
         """Sample requests for about `room` more sequences, one owner after the other in turn, none of `without`."""
-        taken: list[PendingRequest] = []
+        taken: list[PendingSample] = []
         with self._lock:
-            while room > 0 and self._queued_of.keys() - without:
-                owner = self._sample_order[0]
-                self._sample_order.rotate(-1)
-                if owner in without or not self._samples[owner]:
-                    continue
-                pending = self._samples[owner].popleft()
-                pending.state = "running"
-                self._count_samples(pending, -1)
+            while room > 0:
+                waiting = (owner for owner, usage in self._owners.items() if usage.samples and owner not in without)
+                owner = next(waiting, None)
+                if owner is None:
+                    break
+                self._owners.move_to_end(owner)
+                pending = self._owners[owner].samples.popleft()
+                pending.running = True
+                self._owners[owner].num_samples -= pending.request.num_samples
                 room -= min(pending.request.num_samples, LARGE_SAMPLE)
                 taken.append(pending)
         return taken
 
-    def progress(self, pending: PendingRequest, number: int, tokens: Ints) -> None:
+    def progress(self, pending: PendingSample, number: int, tokens: Ints) -> None:
         """Tells the readers of a streamed request more tokens of one of its samples."""
         with self._lock:  # also around the calls: nobody may hear them in another order
-            if pending.state == "running":
+            if not pending.settled:
                 pending.streamed.append((number, tokens))
                 for call in pending.readers:
                     call(number, tokens)
 
-    def take_cancelled(self) -> list[PendingRequest]:
+    def take_cancelled(self) -> list[PendingSample]:
         """Running samples that their clients withdrew since the last call."""
         with self._lock:
-            taken, self._cancelled = [pending for pending in self._cancelled if pending.state == "running"], []
+            taken, self._cancelled = [pending for pending in self._cancelled if not pending.settled], []
         return taken
 
     def done(self, pending: PendingRequest, result: Result) -> None:
-        """Settles a future with its result."""
-        with self._lock:
-            if pending.state in ("done", "failed"):
-                return
-            pending.state, pending.result, pending.finished = "done", result, time.monotonic()
-            self._lock.notify_all()
-        self._settled(pending)
+        """Settles a future with its result, which is on record before anybody is told."""
+        if self._record is not None and not pending.settled:
+            self._record.record(pending.request_id, pending.owner, pending.request, result)
+        with self._locked():
+            self._settle(pending, RequestOutcome("done", result=result))
 
-    def failed(self, pending: PendingRequest, error: RequestFailed) -> None:
-        """Settles a future with an error."""
-        with self._lock:
-            self._fail(pending, error.message, error.category)
-        self._settled(pending)
+    def failed(self, pending: PendingRequest, error: Exception) -> None:
+        """Settles a future with an error; one that nobody foresaw is called the server's."""
+        category: Category = "user" if isinstance(error, UserError) else getattr(error, "category", "server")
+        with self._locked():
+            self._fail(pending, str(error), category)
 
-    def _fail(self, pending: PendingRequest, message: str, category: Category) -> None:
-        if pending.state in ("done", "failed"):
-            return
-        pending.state, pending.error, pending.category, pending.finished = "failed", message, category, time.monotonic()
+    def _fail(self, pending: PendingRequest, why: str, category: Category = "user") -> None:
+        self._settle(pending, RequestOutcome("failed", error=why, category=category))
 
     def opened(self, model_id: str, info: dict[str, Any]) -> None:
         """A model exists now; `info` is what open_model answers."""
@@ -428,22 +432,18 @@ class RequestScheduler:
     def closed(self, model_id: str, why: str, *, forget: bool = False) -> None:
         """A model is gone: what waits for it fails with `why`, and so does what comes later. forget: it never was,
         and its name does not belong to who asked for it."""
-        with self._lock:
-            queue = self._queues.get(model_id)
+        with self._locked():
+            queue = self._queues.pop(model_id, None)
             if queue is None:
                 return
             queue.closed, queue.info = why, None
-            del self._queues[model_id]
             if not forget:
                 self._queues[model_id] = queue  # to the end: the first closed ones are the oldest
-                self._forget_closed()
-            batch = [*queue.ready, *queue.out_of_order.values()]
-            queue.ready.clear()
-            queue.out_of_order.clear()
-            for pending in batch:
-                self._fail(pending, why, "user")
-        for pending in batch:
-            self._settled(pending)
+                closed = [name for name, one in self._queues.items() if one.closed]
+                for name in closed[: max(0, len(closed) - CLOSED_MODELS)]:
+                    del self._queues[name]
+            for pending in queue.clear():
+                self._fail(pending, why)
 
     def models(self) -> list[str]:
         """The open models."""
@@ -452,86 +452,58 @@ class RequestScheduler:
 
     def close(self, why: str) -> None:
         """Accepts nothing more, and fails what waits."""
-        with self._lock:
+        with self._locked():
             self._closed = why
-            batch = [pending for pending in self._requests.values() if pending.state == "waiting"]
-            for pending in batch:
-                self._fail(pending, why, "server")
             for queue in self._queues.values():
-                queue.ready.clear()
-                queue.out_of_order.clear()
-            self._samples.clear()
-            self._sample_order.clear()
-            self._queued = 0
-            self._queued_of.clear()
+                queue.clear()
+            for usage in self._owners.values():
+                usage.samples.clear()
+                usage.num_samples = 0
+            for pending in [one for one in self._requests.values() if not (one.running or one.settled)]:
+                self._fail(pending, why, "server")
             self._lock.notify_all()
-        for pending in batch:
-            self._settled(pending)
-
-    def _settled(self, pending: PendingRequest) -> None:
-        """Calls who waits for a settled request, once; outside of the lock, because they may ask the scheduler."""
-        with self._lock:
-            if pending.state not in ("done", "failed") or pending.notified:
-                return
-            pending.notified = True
-            calls, pending.callbacks = pending.callbacks, []
-            result = pending.result
-            self._keep(pending)
-        if self._record is not None and result is not None:
-            self._record.record(pending.request_id, pending.owner, pending.request, result)
-        for call in calls:
-            call()
 
     # ---- what is kept of settled ones ------------------------------------------------------------------------------
 
-    def _keep(self, pending: PendingRequest) -> None:
-        """Lets go of what a request brought, and keeps its result as long as there is room."""
-        pending.request, pending.streamed, pending.readers = _without_data(pending.request), [], []
-        self._waiting_bytes[pending.owner] -= pending.request_bytes
-        if not self._waiting_bytes[pending.owner]:
-            del self._waiting_bytes[pending.owner]
-        pending.size += _result_bytes(pending.result)
-        self._ended.setdefault(pending.owner, OrderedDict())[pending.request_id] = pending
-        self._ended_bytes[pending.owner] = self._ended_bytes.get(pending.owner, 0) + pending.size
-        while sum(self._ended_bytes.values()) > RESULT_BYTES:
-            others = {
-                owner: size - (pending.size if owner == pending.owner else 0)
-                for owner, size in self._ended_bytes.items()
-            }
-            most = max(others, key=lambda owner: others[owner])
-            if not others[most]:
+    def _settle(self, pending: PendingRequest, outcome: RequestOutcome) -> None:
+        """Lets go of what a request brought, and keeps its outcome as long as there is room."""
+        if pending.settled:
+            return
+        pending.outcome, pending.finished = outcome, time.monotonic()
+        self._due += pending.callbacks
+        pending.request, pending.callbacks = None, []
+        if isinstance(pending, PendingSample):
+            pending.streamed, pending.readers, pending.answer = [], [], None
+        pending.kept_bytes += _result_bytes(outcome.result)
+        usage = self._owners[pending.owner]
+        usage.request_bytes -= pending.request_bytes
+        usage.settled[pending.request_id] = pending
+        usage.kept_bytes += pending.kept_bytes
+        while sum(one.kept_bytes for one in self._owners.values()) > RESULT_BYTES:
+            most = max(self._owners.values(), key=lambda one: one.kept_bytes - pending.kept_bytes * (one is usage))
+            oldest = next(iter(most.settled.values()), pending)
+            if oldest is pending:
                 return  # this one is all there is
-            self._remove(next(iter(self._ended[most].values())))
-
-    def _note_fetched(self, pending: PendingRequest) -> None:
-        if not pending.fetched:
-            pending.fetched = time.monotonic()
-            self._fetched.append(pending)
+            self._remove(oldest)
 
     def _prune(self) -> None:
         """Forgets old futures: fetched ones after a while, others after an hour."""
         now = time.monotonic()
         while self._fetched and now - self._fetched[0].fetched >= FETCHED_SECONDS:
             self._remove(self._fetched.popleft())
-        for batch in list(self._ended.values()):
-            while batch and now - (oldest := next(iter(batch.values()))).finished >= KEEP_SECONDS:
+        for usage in self._owners.values():
+            while usage.settled and now - (oldest := next(iter(usage.settled.values()))).finished >= KEEP_SECONDS:
                 self._remove(oldest)
 
     def _remove(self, pending: PendingRequest) -> None:
         if self._requests.pop(pending.request_id, None) is None:
             return
-        pending.result = None  # lists may hold the request itself a little longer
-        del self._ended[pending.owner][pending.request_id]
-        self._ended_bytes[pending.owner] -= pending.size
-        if not self._ended[pending.owner]:
-            del self._ended[pending.owner], self._ended_bytes[pending.owner]
+        pending.outcome = RequestOutcome("unknown")  # lists may hold the request itself a little longer
+        usage = self._owners[pending.owner]
+        del usage.settled[pending.request_id]
+        usage.kept_bytes -= pending.kept_bytes
         if pending.key is not None and self._by_key.get(pending.key) is pending:
             del self._by_key[pending.key]
-
-    def _forget_closed(self) -> None:
-        dead = [name for name, queue in self._queues.items() if queue.closed]
-        for name in dead[: max(0, len(dead) - CLOSED_MODELS)]:
-            del self._queues[name]
 
 
 def _request_bytes(request: Request) -> int:
@@ -557,13 +529,8 @@ def _result_bytes(result: Result | None) -> int:
     return sum(128 + array.nbytes for array in arrays if array is not None)
 
 
-def _without_data(request: Request) -> Request:
-    """What is left of a request when nobody computes with it any more."""
-    if isinstance(request, TrainRequest):
-        return replace(request, data=[])
-    if isinstance(request, SamplingRequest):
-        return replace(request, prompt=request.prompt[:0].copy(), targets=None, targets_csr=None)
-    return request
+def _makes_model(request: Request) -> bool:
+    return isinstance(request, CreateModel) or (isinstance(request, LoadWeights) and request.model_id is None)
 
 
 def _place(request: Request) -> tuple[str, Key | None]:
@@ -571,24 +538,10 @@ def _place(request: Request) -> tuple[str, Key | None]:
     if isinstance(request, SamplingRequest):
         session = request.sampling_session_id
         return "", None if session is None else ("sample", session, request.seq_id)
-    if isinstance(request, CreateModel):
-        return request.model_id, ("create", request.model_id)
-    if isinstance(request, LoadWeights) and request.model_id is None:
+    if isinstance(request, (CreateModel, LoadWeights)) and _makes_model(request):
         model_id = f"{request.session_id}:train:{request.model_seq_id}"
         return model_id, ("create", model_id)
+    assert request.model_id is not None
     if isinstance(request, UnloadModel):
         return request.model_id, ("unload", request.model_id)
-    assert isinstance(request, (TrainRequest, OptimStep, SaveWeights, LoadWeights))
-    key = None if request.seq_id is None else ("model", request.model_id, request.seq_id)
-    return str(request.model_id), key
-
-
-def _advance(queue: ModelQueue) -> None:
-    """Moves the requests whose turn has come to the ready ones."""
-    while queue.next_seq_id in queue.out_of_order:
-        queue.ready.append(queue.out_of_order.pop(queue.next_seq_id))
-        queue.next_seq_id += 1
-
-
-def _tokens(request: TrainRequest) -> int:
-    return sum(len(datum.tokens) for datum in request.data)
+    return request.model_id, None if request.seq_id is None else ("model", request.model_id, request.seq_id)

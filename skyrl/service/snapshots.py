@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from skyrl.service.archive_content import Content
 from skyrl.service.checkpoints import CheckpointService, adapter_weights, num_bytes, to_state
-from skyrl.service.commands import Leader, LoadAdapter
+from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import RequestFailed
 from skyrl.service.models import OpenModels, TrainableModel
 
@@ -46,7 +46,7 @@ class Snapshots:
         if model.lora is None:
             self._keep(name, self.models.content(model, optimizer=False))
             return
-        self.leader.call("publish", (name, model.model_id))
+        self.leader.call("freeze_adapter", name, model.model_id)
         self._resident[name] = _Resident(used=next(self._clock))
         self._keep(name, self.models.content(model, optimizer=False))
         self._make_room()
@@ -95,7 +95,7 @@ class Snapshots:
                 raise RequestFailed(
                     f"{name} holds all parameters of a model; start the server with service.full_parameters=true"
                 )
-            self.leader.call("load_adapter", LoadAdapter(name, lora, adapter_weights(content)))
+            self.leader.call("load_adapter", name, lora, BASE, adapter_weights(content))
             self._resident[name] = _Resident()
         entry = self._resident[name]
         entry.uses, entry.used = entry.uses + 1, next(self._clock)
@@ -125,7 +125,7 @@ class Snapshots:
         content = self._find(name) if name else self._original
         if content.facts.lora is not None:
             raise RequestFailed(f"{name} is an adapter; this server trains and samples all parameters")
-        self.leader.call("replace_base", to_state(content)["weights"])
+        self.leader.call("replace_base", BASE, to_state(content)["weights"])
         self._filled = name
 
     def release(self, name: str) -> None:
@@ -141,4 +141,4 @@ class Snapshots:
         entry = self._resident.get(name)
         if entry is not None and entry.uses == 0:
             del self._resident[name]
-            self.leader.call("drop_adapter", name)
+            self.leader.call("delete_adapter", name)

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from skyrl.config.serve import ServeConfig
-from skyrl.distributed.balance import spread
+from skyrl.distributed.balance import deal_by_length
 from skyrl.service.checkpoints import CheckpointService
-from skyrl.service.commands import Leader, Train
+from skyrl.service.commands import Leader
 from skyrl.service.limits import check_width
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
     OptimStep,
     RequestFailed,
+    Result,
     SaveWeights,
     ServerInfo,
     TrainRequest,
@@ -34,7 +36,7 @@ from skyrl.service.sampling import Sampling
 from skyrl.service.scheduler import PendingRequest, RequestScheduler
 from skyrl.service.snapshots import Snapshots
 from skyrl.service.validation import adam_params, batch_key, loss_spec, to_rows
-from skyrl.types import Datum, UserError
+from skyrl.types import Datum, Floats, LossSpec, UserError
 
 log = logging.getLogger("skyrl.service")
 
@@ -58,14 +60,8 @@ class Worker:
         *,
         mix: bool,
     ) -> None:
-        self.cfg, self.leader, self.scheduler, self.checkpoints, self.facts, self.mix = (
-            cfg,
-            leader,
-            scheduler,
-            checkpoints,
-            facts,
-            mix,
-        )
+        self.cfg, self.leader, self.scheduler = cfg, leader, scheduler
+        self.checkpoints, self.facts, self.mix = checkpoints, facts, mix
         self.models = OpenModels(cfg, leader, checkpoints, facts)
         self.sampling = Sampling(
             cfg, leader, scheduler, checkpoints, facts, Snapshots(leader, checkpoints, self.models)
@@ -130,132 +126,120 @@ class Worker:
     # ---- requests of models ----------------------------------------------------------------------------------------
 
     def _execute(self, batch: list[PendingRequest]) -> None:
-        request = batch[0].request
-        if isinstance(request, TrainRequest):
+        if isinstance(batch[0].request, TrainRequest):
             self._train(batch)
             return
-        actions: dict[type, Callable[[PendingRequest, Any], None]] = {
+        actions: dict[type, Callable[[PendingRequest, Any], Result | None]] = {
             CreateModel: self._create,
             LoadWeights: self._load,
             OptimStep: self._optim_step,
             SaveWeights: self._save,
             UnloadModel: self._unload,
         }
-        self._guarded(batch[0], lambda: actions[type(request)](batch[0], request))
+        (pending,) = batch
+        with self._refusing(pending):
+            result = actions[type(pending.request)](pending, pending.request)
+            if result is not None:  # a save is settled when it is on the disk
+                self.scheduler.done(pending, result)
 
-    def _guarded(self, pending: PendingRequest, action: Callable[[], None]) -> bool:
-        """Runs what may refuse; a refusal settles the future. Anything else ends the server: the ranks may differ."""
+    @contextmanager
+    def _refusing(self, pending: PendingRequest) -> Iterator[None]:
+        """For what may refuse; a refusal settles the future. Anything else ends the server: the ranks may differ."""
         try:
-            action()
-        except RequestFailed as refused:
-            self.scheduler.failed(pending, refused)
-        except UserError as error:
-            self.scheduler.failed(pending, RequestFailed(str(error)))
-        else:
-            return True
-        return False
+            yield
+        except (RequestFailed, UserError) as error:
+            self.scheduler.failed(pending, error)
 
-    def _create(self, pending: PendingRequest, request: CreateModel) -> None:
+    def _create(self, pending: PendingRequest, request: CreateModel | LoadWeights) -> Result:
         if self.models.full():
             self._close_ended(SILENT_SECONDS)
         try:
-            model = self.models.create(request, pending.owner)
+            if isinstance(request, CreateModel):
+                model = self.models.create(request, pending.owner)
+            else:
+                model = self.models.create_from(request, pending.model_id, pending.owner)
         except (RequestFailed, UserError) as error:
-            self.scheduler.closed(request.model_id, f"{request.model_id} was never made: {error}", forget=True)
+            self.scheduler.closed(pending.model_id, f"{pending.model_id} was never made: {error}", forget=True)
             raise
-        self._opened(model)
-        self.scheduler.done(pending, {"model_id": model.model_id, "type": "create_model"})
-
-    def _opened(self, model: TrainableModel) -> None:
         self.scheduler.opened(model.model_id, model.facts())
+        return {"model_id": model.model_id, "type": "create_model"}
 
-    def _unload(self, pending: PendingRequest, request: UnloadModel) -> None:
+    def _load(self, pending: PendingRequest, request: LoadWeights) -> Result:
+        if request.model_id is None:
+            self._create(pending, request)
+        else:
+            self.models.load_into(self.models.get(request.model_id), request)
+        return {"path": request.path, "model_id": pending.model_id, "type": "load_weights"}
+
+    def _unload(self, pending: PendingRequest, request: UnloadModel) -> Result:
         self.models.get(request.model_id)
         self._close(request.model_id, "it was unloaded")
-        self.scheduler.done(pending, {"model_id": request.model_id, "type": "unload_model"})
+        return {"model_id": request.model_id, "type": "unload_model"}
 
     def _close(self, model_id: str, why: str) -> None:
         self.models.drop(model_id)
         self.scheduler.closed(model_id, f"{model_id} is closed: {why}; create a model from its last checkpoint")
 
     def _train(self, batch: list[PendingRequest]) -> None:
-        """One engine call for the rows of all jobs whose content is right."""
+        """One engine call for the rows of all requests whose content is right."""
         ready: list[tuple[PendingRequest, list[Datum]]] = []
-        spec = None
+        spec, forward_only = None, batch[0].request.forward_only
         for pending in batch:
             request = pending.request
-            assert isinstance(request, TrainRequest)
-            rows: list[Datum] = []
-
-            def check(request: TrainRequest = request, rows: list[Datum] = rows) -> None:
-                nonlocal spec
+            with self._refusing(pending):
                 self.models.get(request.model_id)
                 if request.problem:
                     raise RequestFailed(request.problem)
                 spec = loss_spec(request)
                 check_width(request, max_tokens_per_microbatch=self.cfg.max_tokens_per_microbatch)
-                rows += to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
-
-            if self._guarded(pending, check):
+                rows = to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
                 ready.append((pending, rows))
-            elif not request.forward_only:
-                self._drop_gradient(request.model_id)
-        if not ready:
-            return
-        assert spec is not None
-        for pending, _ in ready:
-            self.models.use(pending.model_id)
-        forward_only = ready[0][0].request.forward_only
-        model_id = ready[0][0].model_id if len(ready) == 1 else None
         try:
-            results = self._call(ready, Train(spec, forward_only, self.mix, model_id))
+            if ready:
+                self._train_together(ready, spec, forward_only)
         except UserError as error:
             for pending, _ in ready:
-                if not forward_only:
-                    self._drop_gradient(pending.model_id)
-                self.scheduler.failed(pending, RequestFailed(str(error)))
-            return
-        for (pending, rows), (logprobs, losses) in zip(ready, results, strict=True):
-            self._settle(pending, rows, logprobs, losses)
+                self.scheduler.failed(pending, error)
+        for pending in batch:
+            if pending.outcome.state == "failed" and not forward_only:
+                self._drop_gradient(pending.model_id)
 
-    def _call(
-        self, ready: list[tuple[PendingRequest, list[Datum]]], train: Train
-    ) -> list[tuple[list[np.ndarray], np.ndarray]]:
-        """Rows to ranks and back. Each request is laid out over the ranks by itself, so that its numbers do not
-        depend on its company."""
-        size = self.leader.world.size
-        parts: list[list[Datum]] = [[] for _ in range(size)]
-        places: list[list[tuple[int, int]]] = [[(0, 0)] * len(rows) for _, rows in ready]
-        for number, (_, rows) in enumerate(ready):
-            lengths = [len(row.tokens) for row in rows]
-            for rank, wanted in enumerate(spread([lengths] + [[]] * (size - 1))):
-                for _, index in wanted:
-                    places[number][index] = (rank, len(parts[rank]))
-                    parts[rank].append(rows[index])
-        answers = self.leader.call("train", train, parts)
-        return [
-            ([answers[r][0][i] for r, i in place], np.array([answers[r][1][i] for r, i in place], dtype=np.float64))
-            for place in places
-        ]
-
-    def _settle(
-        self, pending: PendingRequest, rows: list[Datum], logprobs: list[np.ndarray], losses: np.ndarray
+    def _train_together(
+        self, ready: list[tuple[PendingRequest, list[Datum]]], spec: LossSpec, forward_only: bool
     ) -> None:
-        request = pending.request
-        assert isinstance(request, TrainRequest)
-        if not np.isfinite(losses).all():
-            first = int(np.flatnonzero(~np.isfinite(losses))[0])
-            if not request.forward_only:
-                self._drop_gradient(request.model_id)
-            self.scheduler.failed(pending, RequestFailed(f"{request.loss_fn}: the loss of datum {first} is not finite"))
-            return
-        metrics = {
-            "loss:sum": float(losses.sum()),
-            "tokens:sum": float(sum(len(row.tokens) for row in rows)),
-            "trained_tokens:sum": float(sum((row.weights != 0).sum() for row in rows)),
-        }
-        self.models.get(request.model_id).has_gradient |= not request.forward_only
-        self.scheduler.done(pending, TrainResult([x.astype(np.float32, copy=False) for x in logprobs], metrics))
+        for pending, _ in ready:
+            self.models.use(pending.model_id)
+        model_id = ready[0][0].model_id if len(ready) == 1 else None
+        outputs = self._compute(ready, spec, forward_only, self.mix, model_id)
+        for (pending, rows), found in zip(ready, outputs, strict=True):
+            losses = np.array([loss for _, loss in found], dtype=np.float64)
+            if not np.isfinite(losses).all():
+                first = int(np.flatnonzero(~np.isfinite(losses))[0])
+                why = f"{pending.request.loss_fn}: the loss of datum {first} is not finite"
+                self.scheduler.failed(pending, RequestFailed(why))
+                continue
+            metrics = {
+                "loss:sum": float(losses.sum()),
+                "tokens:sum": float(sum(len(row.tokens) for row in rows)),
+                "trained_tokens:sum": float(sum((row.weights != 0).sum() for row in rows)),
+            }
+            self.models.get(pending.model_id).has_gradient |= not forward_only
+            logprobs = [one.astype(np.float32, copy=False) for one, _ in found]
+            self.scheduler.done(pending, TrainResult(logprobs, metrics))
+
+    def _compute(self, ready: list[tuple[PendingRequest, list[Datum]]], *args: Any) -> list[list[tuple[Floats, float]]]:
+        """Rows to ranks and back: (log-probabilities, loss) of each row. Each request is laid out over the ranks by
+        itself, so that its numbers do not depend on its company."""
+        world = self.leader.world
+        dealt: list[list[tuple[int, int]]] = [[] for _ in range(world.dp_size)]  # (number of the request, of its row)
+        for number, (_, rows) in enumerate(ready):
+            for part, indices in zip(dealt, deal_by_length(world, [len(row.tokens) for row in rows]), strict=True):
+                part += [(number, index) for index in indices]
+        parts = [[ready[number][1][index] for number, index in part] for part in dealt]
+        found: dict[tuple[int, int], tuple[Floats, float]] = {}
+        for part, (logprobs, losses) in zip(dealt, self.leader.call("train", *args, parts=parts), strict=True):
+            found.update(zip(part, zip(logprobs, losses, strict=True), strict=True))
+        return [[found[number, index] for index in range(len(rows))] for number, (_, rows) in enumerate(ready)]
 
     def _drop_gradient(self, model_id: str) -> None:
         """After a failed forward_backward nothing of that step may reach the weights."""
@@ -263,40 +247,35 @@ class Worker:
         if model is None:
             return
         if model.has_gradient or self.mix:
-            self.leader.call("clear", model_id)
+            self.leader.call("clear_gradient", model_id)
         model.has_gradient, model.gradient_failed = False, True
 
-    def _optim_step(self, pending: PendingRequest, request: OptimStep) -> None:
+    def _optim_step(self, pending: PendingRequest, request: OptimStep) -> Result:
         model = self.models.get(request.model_id)
         adam = adam_params(request)
         if model.gradient_failed:
             model.gradient_failed = False
             if model.has_gradient:
-                self.leader.call("clear", model.model_id)
+                self.leader.call("clear_gradient", model.model_id)
                 model.has_gradient = False
             raise RequestFailed(
                 "a forward_backward before this optim_step failed: no step was made, and its whole gradient was dropped"
             )
         self.models.use(model.model_id)
-        metrics, problem = self.leader.call("optim", (model.model_id, adam))[0]
-        model.has_gradient = False
-        if problem:
-            raise RequestFailed(problem)
+        model.has_gradient = False  # also when the step is refused: the ranks have dropped it then
+        metrics = self.leader.call("optim_step", model.model_id, adam)[0]
         model.steps += 1
-        self.scheduler.done(
-            pending, {"metrics": {key.rsplit(":", 1)[0]: float(value) for key, value in metrics.items()}}
-        )
+        return {"metrics": {key.rsplit(":", 1)[0]: float(value) for key, value in metrics.items()}}
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def _save(self, pending: PendingRequest, request: SaveWeights) -> None:
+    def _save(self, pending: PendingRequest, request: SaveWeights) -> Result | None:
         model = self.models.get(request.model_id)
         if request.problem:
             raise RequestFailed(request.problem)
         self.models.use(model.model_id)
         if request.name is None and request.kind == "sampler_weights":
-            self.scheduler.done(pending, self._ephemeral(request, model))
-            return
+            return self._save_ephemeral(request, model)
         path = self.checkpoints.check_save(request, model.owner)
         content = self.models.content(model, optimizer=request.kind == "weights")
 
@@ -304,13 +283,12 @@ class Worker:
             if error is None:
                 self.scheduler.done(pending, {"path": path.uri, "size_bytes": size})
             else:
-                self.scheduler.failed(
-                    pending, RequestFailed(str(error), "user" if isinstance(error, UserError) else "server")
-                )
+                self.scheduler.failed(pending, error)
 
         self.checkpoints.save(request, path, model.owner, content, settle)
+        return None
 
-    def _ephemeral(self, request: SaveWeights, model: TrainableModel) -> dict[str, Any]:
+    def _save_ephemeral(self, request: SaveWeights, model: TrainableModel) -> Result:
         if request.sampling_session_seq_id is None:
             raise RequestFailed("save_weights_for_sampler: needs a path, or a sampling_session_seq_id for a snapshot")
         sampler_id = self.checkpoints.add_ephemeral_sampler(
@@ -318,20 +296,3 @@ class Worker:
         )
         self.sampling.snapshots.publish(sampler_id, model)
         return {"path": None, "sampling_session_id": sampler_id}
-
-    def _load(self, pending: PendingRequest, request: LoadWeights) -> None:
-        if request.model_id is not None:
-            model = self.models.get(request.model_id)
-            self.models.load_into(model, request)
-            self.scheduler.done(pending, {"path": request.path, "model_id": model.model_id, "type": "load_weights"})
-            return
-        model_id = f"{request.session_id}:train:{request.model_seq_id}"
-        if self.models.full():
-            self._close_ended(SILENT_SECONDS)
-        try:
-            model = self.models.create_from(request, model_id, pending.owner)
-        except (RequestFailed, UserError) as error:
-            self.scheduler.closed(model_id, f"{model_id} was never made: {error}", forget=True)
-            raise
-        self._opened(model)
-        self.scheduler.done(pending, {"path": request.path, "model_id": model_id, "type": "load_weights"})

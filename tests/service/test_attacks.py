@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, prompt, refused_beside, rows, same
 
+from skyrl.engine import ModelSpec
 from skyrl.service import scheduler as schedulers
-from skyrl.service.commands import Create, Leader, LoadAdapter
+from skyrl.service.commands import BASE, Leader
 from skyrl.service.limits import ANSWER_BYTES, WIDE_TARGETS, answer_bytes, check_sample, check_width, round_robin
 from skyrl.service.messages import (
     CreateModel,
@@ -116,8 +117,8 @@ def test_requests_that_wait_have_a_budget_which_owners_share(monkeypatch):
     for _ in range(10):
         for pending in desk.take_training(lambda r: r.loss_fn, 1 << 30):
             desk.failed(pending, RequestFailed("no"))
-            assert pending.request.data == []  # what it brought is not kept
-    assert desk._waiting_bytes == {}
+            assert pending.request is None  # what it brought is not kept
+    assert not any(usage.request_bytes for usage in desk._owners.values())
     desk.submit(big(greedy, 9), owner="greedy")
 
 
@@ -149,7 +150,7 @@ def test_results_that_nobody_fetches_are_thrown_away_from_who_has_most(monkeypat
     kept = states.count("done")
     assert 5 <= kept <= 8 and states == ["unknown"] * (40 - kept) + ["done"] * kept
     assert desk.outcome(wanted, owner="modest").state == "done"
-    assert sum(desk._ended_bytes.values()) <= 10 << 20 and len(desk._requests) == kept + 1
+    assert sum(usage.kept_bytes for usage in desk._owners.values()) <= 10 << 20 and len(desk._requests) == kept + 1
 
 
 def test_a_result_is_forgotten_some_time_after_it_was_fetched(monkeypatch):
@@ -252,7 +253,7 @@ def test_large_requests_are_drawn_in_turn_with_small_ones(client, monkeypatch):
     with pytest.raises(RequestFailedError, match="cancelled"):
         ended.result()
     assert drawn(sampler.sample(prompt(5, 6), 1, draw(12)).result()) == alone
-    assert service.worker.sampling._load == [0] and not service.worker.sampling._todo
+    assert service.worker.sampling._load == [0] and not service.worker.sampling._unsent
 
 
 def test_more_questions_than_one_command_takes(client, monkeypatch):
@@ -299,16 +300,16 @@ def refusals(client: ServiceClient) -> dict[str, Any]:
     leader: Leader = worker.leader
     told = {}
 
-    def attempt(name: str, method: str, common: Any) -> None:
+    def attempt(name: str, method: str, *args: Any) -> None:
         try:
-            leader.call(method, common)
+            leader.call(method, *args)
         except (UserError, RunError) as error:
             told[name] = (type(error).__name__, str(error))
 
-    attempt("taken", "create", Create(model.model_id, LoraSpec(rank=4)))
-    attempt("weights", "load_adapter", LoadAdapter("x", LoraSpec(rank=4), {}))
-    attempt("state", "load", (model.model_id, {"weights": {}}, False))
-    attempt("publish", "publish", ("y", "nobody"))
+    attempt("taken", "create", model.model_id, ModelSpec(lora=LoraSpec(rank=4), base=BASE))
+    attempt("weights", "load_adapter", "x", LoraSpec(rank=4), BASE, {})
+    attempt("state", "load_model_state", model.model_id, {"weights": {}}, False)
+    attempt("publish", "freeze_adapter", "y", "nobody")
     model.forward_backward(rows(1), "cross_entropy").result()
     told["norms"] = [norm, model.optim_step(ADAM).result().metrics["grad_norm"]]
     return told
@@ -342,16 +343,16 @@ def test_the_ranks_answers_must_agree(monkeypatch):
     one = Leader.__new__(Leader)
     one.world, one.context = World(), None
 
-    def ask(method: str, common: Any, shares: Any) -> list[Any]:
-        asked.append((method, common))
+    def ask(method: str, args: Any, parts: Any) -> list[Any]:
+        asked.append((method, args))
         return answers if len(asked) % 2 else [None, None]
 
     monkeypatch.setattr(one, "_broadcast_command", ask)
     with pytest.raises(UserError, match="no memory"):
-        one.call("publish", ("name", "model"))
-    assert asked == [("publish", ("name", "model")), ("undo", "name")]
+        one.call("freeze_adapter", "name", "model")
+    assert asked == [("freeze_adapter", ("name", "model")), ("undo", ("name",))]
     with pytest.raises(RunError, match="the ranks disagree about 'train'"):
-        one.call("train", None, [None, None])
+        one.call("train", parts=[None, None])
 
 
 def test_same_numbers_under_fire(client):

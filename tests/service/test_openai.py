@@ -182,7 +182,7 @@ def test_a_stream_that_fails_says_so(server):
     reader.start()
     try:
         for _ in range(100):
-            batch = [pending for pending in server.desk._requests.values() if pending.state == "waiting"]
+            batch = [pending for pending in server.desk._requests.values() if not (pending.running or pending.settled)]
             if batch:
                 break
             time.sleep(0.02)
@@ -210,10 +210,10 @@ def test_a_client_that_leaves_frees_its_place(server, monkeypatch):
                             if line.startswith(":"):
                                 raise TimeoutError("timed out: a comment, and the client leaves")
             for _ in range(100):
-                if not server.desk._queued:
+                if not server.desk.has_pending_work():
                     break
                 time.sleep(0.05)
-            assert server.desk._queued == 0, stream
+            assert not server.desk.has_pending_work(), stream
     finally:
         server.answers.hold.clear()
 
@@ -294,7 +294,7 @@ def test_too_much_work_and_no_tokenizer(tmp_path):
         server.answers.hold.set()
         waiting = threading.Thread(target=lambda: ask(server, prompt="a", n=2, max_tokens=1))
         waiting.start()
-        while not server.desk._queued:
+        while not server.desk.has_pending_work():
             time.sleep(0.01)
         answer = ask(server, prompt="a")
         assert answer.status_code == 429 and answer.json()["error"]["type"] == "rate_limit_error"

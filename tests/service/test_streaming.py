@@ -86,9 +86,9 @@ def test_nothing_is_watched_when_nobody_streams(door, monkeypatch):
     leader, slices, told = service.worker.leader, [], []
     call, progress = leader.call, service.scheduler.progress
 
-    def noted(method: str, common: Any = None, parts: Any = None) -> Any:
+    def noted(method: str, *args: Any, parts: Any = None) -> Any:
         slices.extend(len(part.watched) for part in parts or [] if method == "sample")
-        return call(method, common, parts)
+        return call(method, *args, parts=parts)
 
     monkeypatch.setattr(leader, "call", noted)
     monkeypatch.setattr(service.scheduler, "progress", lambda *args: (told.append(args), progress(*args)))
