@@ -90,3 +90,15 @@ CHECKPOINTS: dict[str, str] = {
     # An adapter and its optimizer state; the base is the random model itself.
     "lora": f"{SMALLEST} {RECORDED} {SUMS} {WARMUP} {SAVED} model.lora.rank=4",
 }
+
+# ---- the server
+
+SERVER = (
+    f"{TINY} model.chat_template=chat.jinja threads=1 service.folder=state service.keys_file=keys.txt "
+    "service.max_request_mib=2 service.max_queued_samples=16"
+)
+# Written into the folder in which it starts.
+SERVER_FILES = {
+    "keys.txt": "ann:tml-ann\nbob:tml-bob\n",
+    "chat.jinja": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ",
+}

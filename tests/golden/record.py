@@ -76,7 +76,42 @@ def record_checkpoints(starter, work: Path, names: list[str]) -> None:
         write_record(HERE / "checkpoint" / f"{name}.json", {"fingerprint": fingerprint(), **found})
 
 
-RECORDERS = {"checkpoints": record_checkpoints, "recipes": record_recipes}
+def record_state(starter, work: Path, names: list[str]) -> None:
+    """The folder of a server with a trained model's checkpoints."""
+    from commands import SERVER, SERVER_FILES
+    from exchanges import save_state
+    from reading import HERE
+    from wire import serving
+
+    for name, text in SERVER_FILES.items():
+        (work / name).write_text(text)
+    with serving(starter, work, *SERVER.split()) as wire:
+        save_state(wire)
+    shutil.rmtree(HERE / "state", ignore_errors=True)
+    shutil.copytree(work / "state", HERE / "state", symlinks=True, ignore=shutil.ignore_patterns("tokenizer"))
+
+
+def record_wire(starter, work: Path, names: list[str]) -> None:
+    """Every exchange with a server that was opened on the stored folder."""
+    from commands import SERVER, SERVER_FILES
+    from exchanges import exchange_all
+    from reading import HERE, fingerprint, write_record
+    from wire import serving
+
+    shutil.copytree(HERE / "state", work / "state", symlinks=True)
+    for name, text in SERVER_FILES.items():
+        (work / name).write_text(text)
+    with serving(starter, work, *SERVER.split()) as wire:
+        exchange_all(wire)
+    write_record(HERE / "wire.json", {"fingerprint": fingerprint(), "exchanges": wire.exchanges})
+
+
+RECORDERS = {
+    "checkpoints": record_checkpoints,
+    "recipes": record_recipes,
+    "state": record_state,
+    "wire": record_wire,
+}
 
 if __name__ == "__main__":
     main()
