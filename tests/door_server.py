@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 
 from skyrl.config.serve import ServiceConfig
 from skyrl.service.app import Serving, make_app, serve_in_thread
-from skyrl.service.archive import Archive
+from skyrl.service.archive import Content, write_content
+from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -35,8 +38,6 @@ from skyrl.service.messages import (
 from skyrl.service.openai_params import TextTools
 from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.service.scheduler import PendingRequest, RequestScheduler
-from skyrl.service.store import Store
-from skyrl.service.store_sync import reconcile, save_files
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys
 
@@ -53,7 +54,22 @@ FACTS = ServerInfo(
     adaptable=True,
     full_parameters=False,
 )
-ADAPTER = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 9000}
+
+
+def content(info: ModelInfo) -> Content:
+    """What every model here saves: an adapter of some megabytes."""
+    assert info.lora is not None
+    sides = {"A": (info.lora.rank, 70_000), "B": (7, info.lora.rank)}
+    return Content(info, {f"model.q.{side}": torch.arange(n * m).view(n, m).float() for side, (n, m) in sides.items()})
+
+
+def _adapter_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_content(content(ModelInfo("tiny", LoraSpec(rank=8))), Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+ADAPTER = _adapter_files()
 
 
 def render(messages: list[dict[str, Any]]) -> list[int]:
@@ -73,8 +89,8 @@ CHARACTERS = TextTools(
 class Answers:
     """Takes work from the desk and settles it. `hold` stops it between two pieces of work."""
 
-    def __init__(self, desk: RequestScheduler, store: Store, archive: Archive) -> None:
-        self.desk, self.store, self.archive = desk, store, archive
+    def __init__(self, desk: RequestScheduler, checkpoints: CheckpointService) -> None:
+        self.desk, self.checkpoints, self.store = desk, checkpoints, checkpoints.store
         self.hold, self.done = threading.Event(), False
         self.seen: list[Any] = []
         self._facts: dict[str, ModelInfo] = {}
@@ -108,7 +124,7 @@ class Answers:
         elif isinstance(request, LoadWeights):
             found = self.store.get_checkpoint(CheckpointPath.parse(request.path), pending.owner)
             if request.model_id is None:
-                self._open(pending.owner, request.session_id, request.model_seq_id, found.facts, {})
+                self._open(pending.owner, request.session_id, request.model_seq_id, found.info, {})
             self.desk.done(pending, {"path": request.path, "type": "load_weights"})
         elif isinstance(request, TrainRequest):
             logprobs = [(-datum.tokens / 100).astype(np.float32) for datum in request.data]
@@ -157,13 +173,9 @@ class Answers:
             )
             return {"path": None, "sampling_session_id": made.sampler_id}
 
-        def fill(folder: Path) -> None:
-            for name, data in ADAPTER.items():
-                (folder / name).write_bytes(data)
-
         path = CheckpointPath(request.model_id, request.kind, request.name)
-        saved = save_files(
-            self.store, self.archive, path, pending.owner, facts, fill, ttl_seconds=request.ttl_seconds,
+        saved = self.checkpoints.save(
+            path, pending.owner, content(facts), ttl_seconds=request.ttl_seconds,
             overwrite=request.overwrite, user_metadata=request.user_metadata,
         )  # fmt: skip
         return {"path": path.uri, "size_bytes": saved.size_bytes}
@@ -204,11 +216,10 @@ class Server:
 
     def __init__(self, folder: Path, settings: ServiceConfig, keys: Keys, text: TextTools | None) -> None:
         folder.mkdir(exist_ok=True)
-        self.store, self.archive = Store(folder / "service.sqlite"), Archive(folder / "checkpoints")
-        reconcile(self.store, self.archive)
+        self.checkpoints = CheckpointService(folder)
         self.desk = RequestScheduler(max_queued_samples=settings.max_queued_samples)
-        self.answers = Answers(self.desk, self.store, self.archive)
-        self.app = make_app(self.desk, self.store, self.archive, FACTS, settings, text=text, keys=keys)
+        self.answers = Answers(self.desk, self.checkpoints)
+        self.app = make_app(self.desk, self.checkpoints, FACTS, settings, text=text, keys=keys)
         self.serving: Serving = serve_in_thread(self.app, "127.0.0.1", 0)
         self.http = self.client()
 
@@ -219,8 +230,7 @@ class Server:
         self.http.close()
         self.serving.stop()
         self.answers.stop()
-        self.archive.close()
-        self.store.close()
+        self.checkpoints.close()
 
     def post(self, path: str, http: httpx.Client | None = None, /, **body: Any) -> httpx.Response:
         return (http or self.http).post(f"/api/v1/{path}", json=body)

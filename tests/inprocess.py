@@ -161,9 +161,8 @@ def drawn(response: Any) -> list[tuple[list[int], list[float]]]:
 def contents(client: ServiceClient, path: str) -> dict[str, Any]:
     """A checkpoint's tensors by name, as arrays: weights, moments and the step."""
     checkpoints = client._job.service.checkpoints
-    content = checkpoints.read(path, "local", optimizer=True)
-    found = {f"{name}.{part}": t for name, pair in content.adapters.items() for part, t in zip("AB", pair, strict=True)}
-    found |= content.weights
+    content = checkpoints.load(path, "local", optimizer=True)
+    found = dict(content.weights)
     assert content.optimizer is not None
     found |= {f"m:{name}": tensor for name, tensor in content.optimizer.exp_avg.items()}
     found |= {f"v:{name}": tensor for name, tensor in content.optimizer.exp_avg_sq.items()}

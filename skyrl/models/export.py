@@ -98,8 +98,15 @@ def _write_weights(weights: dict[str, Tensor], part: Path, dtype: torch.dtype, s
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Writes a safetensors file; tensors may share memory. Raises: OSError."""
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        tensor = value.detach().contiguous()
+        # safetensors refuses two names for one memory; whoever gives us that means two tensors
+        plain[name] = tensor.clone() if tensor.data_ptr() in taken else tensor
+        taken.add(tensor.data_ptr())
     try:
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+        save_file(plain, file, metadata={"format": "pt"})
     except SafetensorError as error:  # how it tells what the system said
         raise OSError(str(error)) from error
 

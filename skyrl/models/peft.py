@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from skyrl.models.export import PREFIX, save_tensors
@@ -22,13 +23,14 @@ WRAPPER = "base_model.model."  # where peft puts the model that it wraps
 
 
 def write_adapter(folder: Path, weights: Mapping[str, Tensor], spec: LoraSpec, base: str) -> None:
-    """Writes the two files that peft.PeftModel.from_pretrained(model, folder) reads, into a new folder.
+    """Writes the two files that peft.PeftModel.from_pretrained(model, folder) reads, into a folder that is made where
+    it is not there.
 
-    `weights`: an Adapter's parameters by name, on the CPU. `base`: where the model under it comes from, for people.
-    Modules are named by their whole paths, since a short name would also match those without an adapter.
-    Raises: OSError.
+    `weights`: an Adapter's parameters by name (<module path>.A, <module path>.B), on the CPU. `base`: where the model
+    under it comes from, for people. Modules are named by their whole paths, since a short name would also match those
+    without an adapter. Raises: OSError.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -38,11 +40,25 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor], spec: LoraSpec, b
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
         "target_modules": sorted(_pairs(weights)),
+        "use_dora": False,
+        "use_rslora": False,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
     tensors = {f"{WRAPPER}{path}.lora_{side}.weight": t for path, pair in _pairs(weights).items() for side, t in pair}
     save_tensors(tensors, folder / WEIGHTS)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The weights that `write_adapter` wrote, by the same names. Raises: OSError, SafetensorError."""
+    found = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        path, side, _ = name.removeprefix(WRAPPER).rsplit(".", 2)
+        found[f"{path}.{side.removeprefix('lora_')}"] = tensor
+    return found
 
 
 def merge_adapter(state: dict[str, Tensor], weights: Mapping[str, Tensor], spec: LoraSpec, model: CausalLM) -> Any:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from skyrl.config.serve import ServiceConfig
-from skyrl.service.archive import Archive
+from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.http import FAULT, Door, refusal, tell
 from skyrl.service.messages import ServerInfo
 from skyrl.service.openai import TextTools, openai_routes
@@ -23,7 +23,6 @@ from skyrl.service.routes_checkpoints import checkpoint_routes
 from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
 from skyrl.service.scheduler import RequestScheduler
-from skyrl.service.store import Store
 from skyrl.types import UserError
 from skyrl.web.auth import Keys, read_keys
 
@@ -35,8 +34,7 @@ KEEP_ALIVE_SECONDS = 120
 
 def make_app(
     desk: RequestScheduler,
-    store: Store,
-    archive: Archive,
+    checkpoints: CheckpointService,
     facts: ServerInfo,
     settings: ServiceConfig,
     *,
@@ -48,7 +46,7 @@ def make_app(
 
     Raises: UserError for keys that cannot be used.
     """
-    door = Door(desk, store, archive, facts, settings, read_keys(settings) if keys is None else keys)
+    door = Door(desk, checkpoints, facts, settings, read_keys(settings) if keys is None else keys)
     # Routes are tried one after the other: what is asked most comes first.
     routes = [*work_routes(door), *session_routes(door), *checkpoint_routes(door), *openai_routes(door, text)]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such, Exception: _fault})

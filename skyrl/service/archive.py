@@ -1,48 +1,99 @@
-"""Checkpoints of the service as folders: <root>/<run id>/<kind>/<name>/, whole or not there.
+"""Checkpoints of the service as folders: <root>/<run id>/<kind>/<name>/<version>/, whole or not there.
 
-The files lie in a folder of their own, ".v-<version>", that never changes; <name> is a link to it. Saving writes under
-a temporary name, syncs and renames; overwriting writes another version and moves the link, in one step. Which version
-counts is said by the store (store_sync brings the two together); names that begin with a dot are ours, and no
-checkpoint's name does.
+A version's folder gets its name when all of it is on the disk, and never changes after. Saving under a name that is
+taken writes another version beside the earlier one. Which version a name stands for is said by the database alone
+(checkpoints.py brings the two together), so nothing here has to be switched over in step with it.
+
+In a folder: the tensors (an adapter as the peft package loads it, or whole weights), the optimizer's state where it
+was saved, and meta.json with the size and the checksum of each of these files.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import json
+import logging
 import os
 import secrets
 import shutil
+import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 import skyrl
-from skyrl.service.archive_content import Content, read_content, write_content
-from skyrl.service.archive_files import (
-    TarStream,
-    check_recipients,
-    digest,
-    encrypt,
-    flush,
-    flush_folder,
-    listing,
-    reason,
-)
+from skyrl.files import manifest_entry, remove_tree, sync_folder, verify_manifest, write_folder_atomic
+from skyrl.models.export import save_tensors
+from skyrl.models.peft import read_adapter, write_adapter
 from skyrl.service.records import CheckpointPath, Json, ModelInfo, check_part
 from skyrl.types import UserError
 
+log = logging.getLogger("skyrl.service")
+
 FORMAT = 1
-META = "meta.json"
+META, MODEL, OPTIMIZER = "meta.json", "model.safetensors", "optimizer.safetensors"
 MARKER = ".skyrl-store"
-OPTIMIZER = "optimizer.safetensors"
-_TMP, _VERSION, _LINK = ".tmp-", ".v-", ".link-"
+CHUNK = 1 << 20  # bytes
+
+
+@dataclass
+class OptimizerState:
+    """AdamW after `step` steps: moments by the names of the weights."""
+
+    step: int
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+
+
+@dataclass
+class Content:
+    """What a checkpoint holds, on the CPU. Every dtype comes back as it was, bit for bit.
+
+    weights: of an adapter "<module path>.A" [r, in] and "<module path>.B" [out, r], with module paths as in the Hugging
+    Face model ("model.layers.0.self_attn.q_proj"); else the model's parameters, tied ones once.
+    """
+
+    info: ModelInfo
+    weights: dict[str, Tensor]
+    optimizer: OptimizerState | None = None
+
+
+def write_content(content: Content, folder: Path) -> None:
+    """Writes the tensors into an existing folder. Raises: OSError."""
+    assert content.weights, "a checkpoint of nothing"
+    if content.info.lora is not None:
+        write_adapter(folder, content.weights, content.info.lora, content.info.base_model)
+    else:
+        save_tensors(content.weights, folder / MODEL)
+    if (kept := content.optimizer) is not None:
+        groups = {"exp_avg": kept.exp_avg, "exp_avg_sq": kept.exp_avg_sq}
+        save_tensors(
+            {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()},
+            folder / OPTIMIZER,
+        )
+
+
+def read_content(folder: Path, info: ModelInfo, step: int | None) -> Content:
+    """The inverse of `write_content`, `step` None: without the optimizer's state. Checks no checksum."""
+    content = Content(info, read_adapter(folder) if info.is_lora else load_file(folder / MODEL))
+    if step is not None:
+        groups: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+        for key, tensor in load_file(folder / OPTIMIZER).items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor
+        content.optimizer = OptimizerState(step, **groups)
+    return content
 
 
 class Archive:
@@ -54,9 +105,8 @@ class Archive:
         self.root = Path(root).absolute()
         with self._explained(self.root, "made"):
             self.root.mkdir(parents=True, exist_ok=True)
-        self.saving = threading.RLock()  # order of rows and links of one name: held by store_sync around both
         self._lock = threading.Lock()
-        self._readers: Counter[Path] = Counter()
+        self._holders: Counter[Path] = Counter()
         self._doomed: set[Path] = set()
         self._marker: int | None = None
 
@@ -83,60 +133,58 @@ class Archive:
             os.close(self._marker)
             self._marker = None
 
-    def folder(self, path: CheckpointPath, version: str | None = None) -> Path:
-        """Where the files are: of one version, or what the name stands for now. Need not exist."""
-        parent = self.root / path.run_id / path.kind
-        return parent / (path.name if version is None else f"{_VERSION}{check_part(version, 'version', version)}")
+    def folder(self, path: CheckpointPath, version: str) -> Path:
+        """Where the files of a version are. Need not exist."""
+        return self.root / path.run_id / path.kind / path.name / check_part(version, "version", version)
 
     def write(self, path: CheckpointPath, content: Content, *, recipients: Sequence[str] = ()) -> tuple[str, int]:
-        """Writes and syncs one version of a checkpoint; returns its version and size in bytes. The name does not stand
-        for it yet: that is `point`, after the row is committed.
+        """Writes and syncs one version of a checkpoint; returns its version and size in bytes. Nobody finds it before
+        its row is in the store.
 
         recipients: age1... keys; each file is then encrypted for all of them and named <file>.age.
         """
-        extra = {"step": content.optimizer.step} if content.optimizer else {}
+        step = {"step": content.optimizer.step} if content.optimizer else {}
         return self.write_files(
-            path, content.facts, lambda folder: write_content(content, folder), recipients=recipients, extra=extra
+            path, content.info, lambda folder: write_content(content, folder), recipients=recipients, **step
         )
 
     def write_files(
         self,
         path: CheckpointPath,
-        facts: ModelInfo,
+        info: ModelInfo,
         fill: Callable[[Path], None],
         *,
         recipients: Sequence[str] = (),
-        extra: Json | None = None,
+        encrypted: bool = False,
+        **more: Any,
     ) -> tuple[str, int]:
-        """As `write`, for any files: `fill` makes them in the folder that it is given (a Hugging Face export)."""
+        """As `write`, for any files: `fill` makes them in the folder that it is given. encrypted: they are already.
+        more: goes into meta.json."""
         check_recipients(recipients)
         version = secrets.token_hex(8)
         final = self.folder(path, version)
-        part = final.with_name(f"{_TMP}{version}")
-        with self._explained(final.parent / path.name, "written"):
+        with self._explained(final.parent, "written"):
             try:
-                part.mkdir(parents=True)
-                fill(part)
-                if recipients:
-                    encrypt(part, recipients)
-                files = {name: {"bytes": size, "sha256": digest(part / name)} for name, size in listing(part).items()}
-                meta = {
-                    "format": FORMAT,
-                    "versions": {"skyrl": skyrl.__version__},
-                    "facts": facts.dump(),
-                    "encrypted": bool(recipients),
-                    **(extra or {}),
-                    "files": files,
-                }
-                (part / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-                flush(part)
-                part.rename(final)
+                with self._held(final.parent), write_folder_atomic(final) as part:
+                    fill(part)
+                    if recipients:
+                        _encrypt(part, recipients)
+                    files = {name: manifest_entry(part / name) for name in _listing(part)}
+                    meta = {
+                        "format": FORMAT,
+                        "versions": {"skyrl": skyrl.__version__},
+                        "facts": info.dump(),
+                        "encrypted": encrypted or bool(recipients),
+                        **more,
+                        "files": files,
+                    }
+                    (part / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
                 # The folders above may be new: their names must be on the disk as well.
-                for folder in (final.parent, final.parent.parent, self.root):
-                    flush_folder(folder)
+                for folder in (final.parents[1], final.parents[2], self.root):
+                    sync_folder(folder)
             except BaseException:
-                for leftover in (part, final):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(final, ignore_errors=True)
+                self._remove_empty(final.parent)
                 raise
         return version, sum(entry["bytes"] for entry in files.values())
 
@@ -144,26 +192,17 @@ class Archive:
         """As `write`, with the files of another checkpoint, each checked. Raises: UserError when one is damaged."""
         with self.reading(source, version) as folder:
             meta = self._meta(folder, source)
+            self._verify(folder, meta["files"], source)
 
             def fill(part: Path) -> None:
-                for name, entry in meta["files"].items():
-                    self._verify(folder / name, entry, source)
+                for name in meta["files"]:
                     (part / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(folder / name, part / name)
 
-            kept = {key: meta[key] for key in ("encrypted", "step") if key in meta}
-            return self.write_files(target, ModelInfo.parse(meta["facts"]), fill, extra=kept)
+            step = {"step": meta["step"]} if "step" in meta else {}
+            return self.write_files(target, ModelInfo.parse(meta["facts"]), fill, encrypted=meta["encrypted"], **step)
 
-    def point(self, path: CheckpointPath, version: str) -> None:
-        """Lets the name stand for this version, in one step: a reader finds the earlier one or this one."""
-        link = self.folder(path)
-        with self._explained(link, "named"):
-            temporary = link.with_name(f"{_LINK}{secrets.token_hex(8)}")
-            temporary.symlink_to(f"{_VERSION}{version}")
-            os.replace(temporary, link)
-            flush_folder(link.parent)
-
-    def read(self, path: CheckpointPath, version: str | None = None, *, optimizer: bool = True) -> Content:
+    def read(self, path: CheckpointPath, version: str, *, optimizer: bool = True) -> Content:
         """The tensors of a checkpoint, every byte checked; with `optimizer` False its state is left out (None).
 
         Raises: UserError naming the file that is damaged, or when there is no such checkpoint.
@@ -172,22 +211,18 @@ class Archive:
             meta = self._meta(folder, path)
             if meta["encrypted"]:
                 raise UserError(f"checkpoint {path.uri}: encrypted for its recipients; load another checkpoint")
-            names = [name for name in meta["files"] if optimizer or name != OPTIMIZER]
+            files = {name: entry for name, entry in meta["files"].items() if optimizer or name != OPTIMIZER}
             with self._explained(folder, "read"):
-                for name in names:
-                    self._verify(folder / name, meta["files"][name], path)
-                content = read_content(folder, ModelInfo.parse(meta["facts"]), optimizer and OPTIMIZER in names)
-            if content.optimizer is not None:
-                content.optimizer.step = meta["step"]
-            return content
+                self._verify(folder, files, path)
+                step = meta["step"] if OPTIMIZER in files else None
+                return read_content(folder, ModelInfo.parse(meta["facts"]), step)
 
-    def files(self, path: CheckpointPath, version: str | None = None, *, private: bool = False) -> dict[str, Path]:
-        """What a client may download: name -> file. private: with the optimizer's state and our meta.json."""
+    def files(self, path: CheckpointPath, version: str) -> dict[str, Path]:
+        """What a client may download: name -> file. The optimizer's state and meta.json stay here."""
         folder = self.folder(path, version)
-        names = [*self._meta(folder, path)["files"], META]
-        return {name: folder / name for name in names if private or name not in (OPTIMIZER, META)}
+        return {name: folder / name for name in self._meta(folder, path)["files"] if name != OPTIMIZER}
 
-    def tar(self, path: CheckpointPath, version: str | None = None) -> TarStream:
+    def tar(self, path: CheckpointPath, version: str) -> TarStream:
         """The files for download as one plain tar, made as it is sent. Close it if it is not read to its end."""
         with self.reading(path, version):
             files = self.files(path, version)
@@ -198,93 +233,108 @@ class Archive:
         """Why this version is not whole, or "". Looks at names and sizes; `read` checks every byte."""
         folder = self.folder(path, version)
         try:
-            files = self._meta(folder, path)["files"]
+            self._verify(folder, self._meta(folder, path)["files"], path, hashed=())
         except UserError as error:
             return str(error)
-        sizes = listing(folder)
-        wrong = [name for name, entry in files.items() if sizes.get(name) != entry["bytes"]]
-        return f"checkpoint {path.uri}: {', '.join(wrong)} missing or cut short in {folder}" if wrong else ""
+        return ""
 
     def drop(self, path: CheckpointPath, version: str) -> None:
-        """Deletes one version, and the name if it stands for it; waits for readers, at latest until the next start."""
-        folder, link = self.folder(path, version), self.folder(path)
-        with self._explained(folder, "deleted"):
-            with self.saving:
-                if link.is_symlink() and os.readlink(link) == folder.name:
-                    link.unlink()
-                    flush_folder(link.parent)
-            with self._lock:
-                self._doomed.add(folder)
-                if self._readers[folder]:
-                    return
-            self._remove(folder)
-
-    @contextmanager
-    def reading(self, path: CheckpointPath, version: str | None = None) -> Iterator[Path]:
-        """The folder of a version, which stays while this is open even if the checkpoint is deleted meanwhile."""
+        """Deletes one version; waits for readers, at latest until the next start."""
         folder = self.folder(path, version)
         with self._lock:
-            if version is None and folder.is_symlink():
-                folder = folder.with_name(os.readlink(folder))
-            self._readers[folder] += 1
+            self._doomed.add(folder)
+            if self._holders[folder]:
+                return
+        self._remove(folder)
+
+    @contextmanager
+    def reading(self, path: CheckpointPath, version: str) -> Iterator[Path]:
+        """The folder of a version, which stays while this is open even if the checkpoint is deleted meanwhile."""
+        folder = self.folder(path, version)
         try:
-            yield folder
+            with self._held(folder):
+                yield folder
+        finally:
+            if folder in self._doomed and not self._holders[folder]:
+                try:
+                    self._remove(folder)
+                except UserError as error:  # who has read it has no part in this; the next start tries again
+                    log.warning("%s", error)
+
+    @contextmanager
+    def _held(self, folder: Path) -> Iterator[None]:
+        """Nobody of this process removes the folder while this is open."""
+        with self._lock:
+            self._holders[folder] += 1
+        try:
+            yield
         finally:
             with self._lock:
-                self._readers[folder] -= 1
-                over = not self._readers[folder]
-                if over:
-                    del self._readers[folder]
-                over = over and folder in self._doomed
-            if over:
-                self._remove(folder)
+                self._holders[folder] -= 1
+                if not self._holders[folder]:
+                    del self._holders[folder]
 
-    def clean(self, known: dict[CheckpointPath, str]) -> list[str]:
-        """At start, once bound: removes everything that the store does not know and puts every name right.
+    def clean(self, known: Mapping[CheckpointPath, str]) -> list[str]:
+        """At start, once bound: removes everything that the store does not know.
 
         known: path -> version. Returns one line for each thing done. Never removes a version that is known.
         """
-        if self._marker is None:
-            raise RuntimeError(f"archive {self.root}: clean before bind")
-        keep = {self.folder(path, version): self.folder(path) for path, version in known.items()}
-        links = {link: folder for folder, link in keep.items()}
+        assert self._marker is not None, "clean before bind"
+        keep = {self.folder(path, version) for path, version in known.items()}
+        names = {folder.parent for folder in keep}
         lines = []
         with self._explained(self.root, "cleaned"):
-            for kind in sorted(self.root.glob("*/*")):
-                for entry in sorted(kind.iterdir()) if kind.is_dir() else []:
-                    if entry not in keep and entry not in links:
-                        _delete(entry)
-                        lines.append(f"archive: removed {entry.relative_to(self.root)}, which was never acknowledged")
-            for path, version in known.items():
-                link, folder = self.folder(path), self.folder(path, version)
-                if folder.is_dir() and not (link.is_symlink() and os.readlink(link) == folder.name):
-                    if link.is_dir() and not link.is_symlink():
-                        raise UserError(f"archive {link}: a folder in the place of a link; move it away")
-                    self.point(path, version)
-                    lines.append(f"archive: {path.uri} stands for version {version} again")
+            entries = [entry for entry in self.root.glob("*/*/*") if entry not in names]
+            entries += [entry for name in names if name.is_dir() for entry in name.iterdir() if entry not in keep]
+            for entry in sorted(entries):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+                lines.append(f"archive: removed {entry.relative_to(self.root)}, which was never acknowledged")
             for folder in (*self.root.glob("*/*"), *self.root.glob("*")):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         return lines
 
+    def adopt_links(self, known: Mapping[CheckpointPath, str]) -> None:
+        """At start, before `clean`: brings folders of earlier servers to their place of now. Those had a version in
+        <kind>/.v-<version>, and a link to it in the place of <name>/."""
+        with self._explained(self.root, "cleaned"):
+            for path, version in known.items():
+                folder = self.folder(path, version)
+                name, old = folder.parent, folder.parents[1] / f".v-{version}"
+                if name.is_symlink():
+                    name.unlink()
+                if old.is_dir():
+                    name.mkdir(exist_ok=True)
+                    old.rename(folder)
+                    sync_folder(name)
+                    sync_folder(old.parent)
+
     def _remove(self, folder: Path) -> None:
-        # Renamed first: what is half deleted must not look like a version.
-        trash = folder.with_name(f"{_TMP}{secrets.token_hex(8)}")
-        try:
-            folder.rename(trash)
-        except FileNotFoundError:
-            return
-        finally:
-            with self._lock:
-                self._doomed.discard(folder)
-        shutil.rmtree(trash)
+        with self._explained(folder, "deleted"):
+            try:
+                remove_tree(folder)
+            except FileNotFoundError:
+                return
+            finally:
+                with self._lock:
+                    self._doomed.discard(folder)
+            self._remove_empty(folder.parent)
+
+    def _remove_empty(self, name: Path) -> None:
+        with self._lock:
+            if not self._holders[name]:  # a version that is being written needs it
+                with suppress(OSError):  # it is not empty
+                    name.rmdir()
 
     def _meta(self, folder: Path, path: CheckpointPath) -> dict[str, Any]:
         try:
             meta = json.loads((folder / META).read_bytes())
             meta["files"], meta["facts"], meta["encrypted"]
         except OSError as error:
-            raise UserError(f"checkpoint {path.uri}: not on the disk ({folder}: {reason(error)})") from None
+            raise UserError(f"checkpoint {path.uri}: not on the disk ({folder}: {_reason(error)})") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"checkpoint {path.uri}: {folder / META} is damaged; load another checkpoint") from None
         if meta["format"] != FORMAT:
@@ -294,25 +344,21 @@ class Archive:
             )
         return meta
 
-    def _verify(self, file: Path, entry: Json, path: CheckpointPath) -> None:
-        """Raises: UserError naming the file unless it is as it was written."""
-        problem = ""
+    def _verify(self, folder: Path, files: Json, path: CheckpointPath, hashed: Sequence[str] | None = None) -> None:
+        """Raises: UserError naming the files unless they are as they were written."""
         try:
-            if file.stat().st_size != entry["bytes"]:
-                problem = f"it has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            elif digest(file) != entry["sha256"]:
-                problem = "its checksum differs"
+            problems = verify_manifest(folder, files, hashed=hashed)
         except OSError as error:
-            problem = reason(error)
-        if problem:
-            raise UserError(f"checkpoint {path.uri}: {file} is damaged ({problem}); load another checkpoint")
+            problems = [_reason(error)]
+        if problems:
+            raise UserError(f"checkpoint {path.uri}: {'; '.join(problems)} in {folder}; load another checkpoint")
 
     def _claim(self, handle: int, store_id: str, strangers: bool) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"archive {self.root}: cannot be locked ({reason(error)})") from None
+                raise UserError(f"archive {self.root}: cannot be locked ({_reason(error)})") from None
             raise UserError(
                 f"archive {self.root}: another server uses it; end that one, or give another folder"
             ) from None
@@ -327,7 +373,7 @@ class Archive:
         with self._explained(self.root, "written"):
             os.pwrite(handle, store_id.encode("ascii"), 0)
             os.fsync(handle)
-            flush_folder(self.root)
+            sync_folder(self.root)
 
     @contextmanager
     def _explained(self, what: Path, verb: str) -> Iterator[None]:
@@ -335,12 +381,112 @@ class Archive:
             yield
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"archive {what}: cannot be {verb} ({reason(error)}); free space there, or check the folder's rights"
+                f"archive {what}: cannot be {verb} ({_reason(error)}); free space there, or check the folder's rights"
             ) from error
 
 
-def _delete(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+class TarStream:
+    """A plain tar of some files, as chunks of bytes; nothing is copied to the disk. `size` is its length in bytes.
+
+    The files are opened at once, so that they may be deleted while they are sent. Can be read once.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._open: list[tuple[tarfile.TarInfo, BinaryIO]] = []
+        try:
+            for name, path in files.items():
+                stream = path.open("rb")
+                status = os.fstat(stream.fileno())
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mtime, entry.mode = status.st_size, int(status.st_mtime), 0o644
+                self._open.append((entry, stream))
+        except BaseException:
+            self.close()
+            raise
+        # The end of a tar is two empty blocks, then zeros up to a whole record.
+        used = sum(len(self._head(entry)) + _padded(entry.size) for entry, _ in self._open) + 2 * tarfile.BLOCKSIZE
+        self.size = -(-used // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+    def __iter__(self) -> Iterator[bytes]:
+        sent = 0
+        try:
+            for entry, stream in self._open:
+                yield (head := self._head(entry))
+                left = entry.size
+                while left:
+                    chunk = stream.read(min(CHUNK, left))
+                    if not chunk:
+                        raise RuntimeError(f"{entry.name}: became shorter while it was sent")
+                    left -= len(chunk)
+                    yield chunk
+                yield bytes(_padded(entry.size) - entry.size)
+                sent += len(head) + _padded(entry.size)
+            yield bytes(self.size - sent)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives the files back."""
+        for _, stream in self._open:
+            stream.close()
+
+    @staticmethod
+    def _head(entry: tarfile.TarInfo) -> bytes:
+        return entry.tobuf(tarfile.PAX_FORMAT)
+
+
+def check_recipients(recipients: Sequence[str]) -> None:
+    """Raises: UserError unless each is an X25519 key of age ("age1...") and the package that encrypts is there."""
+    if recipients:
+        _parse(recipients)
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _listing(folder: Path) -> list[str]:
+    """Names ("a/b") of the files below `folder`, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _reason(error: BaseException) -> str:
+    """An error of the system in a few words, one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())
+
+
+def _encrypt(folder: Path, recipients: Sequence[str]) -> None:
+    """Every file becomes <file>.age, which any one of the recipients can decrypt; the plain ones are removed."""
+    keys, pyrage = _parse(recipients), _pyrage()
+    for name in _listing(folder):
+        plain = folder / name
+        try:
+            pyrage.encrypt_file(str(plain), str(plain.with_name(plain.name + ".age")), keys)
+        except pyrage.EncryptError as error:  # how it tells what the system said
+            raise OSError(str(error)) from error
+        plain.unlink()
+
+
+def _pyrage() -> ModuleType:
+    try:
+        return importlib.import_module("pyrage")
+    except ImportError:
+        raise UserError(
+            "age_encryption_recipients: this server cannot encrypt, pyrage is not installed; pip install 'skyrl[age]' "
+            "there, or ask for no encryption"
+        ) from None
+
+
+def _parse(recipients: Sequence[str]) -> list[object]:
+    pyrage = _pyrage()
+    keys = []
+    for text in recipients:
+        try:
+            keys.append(pyrage.x25519.Recipient.from_str(text))
+        except pyrage.RecipientError:
+            raise UserError(
+                f"age_encryption_recipients: {ascii(text[:80])} is not an X25519 public key of age; give the "
+                "age1... line that age-keygen prints"
+            ) from None
+    return keys

@@ -1,53 +1,67 @@
-"""What the worker asks of store and archive: runs, samplers, checkpoints, spilled snapshots.
+"""Checkpoints of trained models, and snapshots to sample from: saved, found, read, copied, deleted, expired.
 
-Saves are written by a thread of their own, one after the other, from copies; a save is acknowledged when its files and
-its row are on the disk. Everything else here is short.
+A checkpoint is a row in the store and a folder in the archive. The order is always the same. Saving: the folder is on
+the disk, then the row is committed, then the caller may acknowledge. Deleting: the row goes first. So a crash leaves
+folders without rows, which the next start removes, and never rows without folders.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import shutil
-from collections.abc import Callable
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from skyrl.service.archive import Archive
-from skyrl.service.archive_content import Content, OptimizerState
-from skyrl.service.future_log import FutureLog
-from skyrl.service.messages import SaveWeights
-from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, Sampler
-from skyrl.service.store import Store
-from skyrl.service.store_sync import expire_checkpoints, load_checkpoint, reconcile, save_checkpoint
-from skyrl.types import LoraSpec
+from skyrl.service.archive import Archive, Content, OptimizerState, check_recipients
+from skyrl.service.commands import BASE, Leader
+from skyrl.service.database import FutureLog
+from skyrl.service.messages import RequestFailed, SaveWeights
+from skyrl.service.records import Checkpoint, CheckpointPath, ModelInfo, NotFound
+from skyrl.service.store import Store, check_ttl
+from skyrl.types import LoraSpec, UserError
+
+log = logging.getLogger("skyrl.service")
 
 DATABASE, CHECKPOINTS, SPILL = "service.sqlite", "checkpoints", "snapshots"
 WRAPPER = "net."  # before the name of each parameter of a whole model, in the engine
+HOST_BYTES = 4 << 30  # ephemeral snapshots in host memory; older ones move to files
+RESIDENT = 64  # adapters on the ranks that nothing is drawn from
 Settle = Callable[[int, Exception | None], None]
 
 
 class CheckpointService:
-    """The service's folder. Made on rank 0, by one process at a time; what a dead server left is put right.
+    """The service's folder: the store, the archive, and what concerns both. Made on rank 0, by one process at a time;
+    what a dead server left is put right.
 
     `lines`: what was found at start and is worth telling. Raises UserError when the folder cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, now: Callable[[], float] = time.time) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.store = Store(folder / DATABASE)
+        self.folder = folder
+        self.store = Store(folder / DATABASE, now=now)
         self.archive = Archive(folder / CHECKPOINTS)
-        self.lines = reconcile(self.store, self.archive).lines
+        try:
+            self.lines = self._reconcile()
+        except BaseException:
+            self.archive.close()
+            self.store.close()
+            raise
         lost = self.store.recover()
         if lost:
             self.lines.append(
                 f"{len(lost)} models were open when the last server ended; clients resume from checkpoints"
             )
         self.futures = FutureLog(self.store)
-        self._spill = folder / SPILL
-        shutil.rmtree(self._spill, ignore_errors=True)  # ephemeral snapshots end with their server
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
         self._saving: set[Future[None]] = set()
 
@@ -55,57 +69,31 @@ class CheckpointService:
         """Waits for saves, then lets go of the folder."""
         self.wait()
         self._saver.shutdown()
-        self.store.flush_touched()
+        self.futures.tidy()
         self.archive.close()
         self.store.close()
 
-    # ---- runs and samplers -----------------------------------------------------------------------------------------
+    def _reconcile(self) -> list[str]:
+        """Locks the archive for this process and makes rows and folders agree; returns what is worth telling.
 
-    def explain_lost(self, model_id: str, owner: str) -> str:
-        """Why a model that is not open is gone, or "" when it never was this owner's."""
-        try:
-            run = self.store.get_run(model_id, owner)
-        except NotFound:
-            return ""
-        last = f"; its last checkpoint is {run.last_checkpoint.path.uri}" if run.last_checkpoint else ""
-        why = "was lost when the server restarted" if run.state == "lost" else "is closed"
-        return f"{model_id} {why}; create a model from a saved state{last}"
+        Folders without a row were never acknowledged and are removed. Rows without a whole folder cannot come from a
+        crash; they are marked missing (and unmarked if their files are back).
+        """
+        self.archive.bind(self.store.store_id)
+        rows = self.store.all_checkpoints()
+        known = {row.path: row.version for row in rows}
+        self.archive.adopt_links(known)
+        lines = []
+        for row in rows:
+            problem = self.archive.whole(row.path, row.version)
+            if row.missing != bool(problem):
+                self.store.set_missing(row.path, row.version, bool(problem))
+            if problem:
+                lines.append(f"{problem}; marked as missing")
+        lines += self.archive.clean(known)
+        return lines + [f"expired: {gone.path.uri}" for gone in self.expire()]
 
-    def ended_sessions(self, sessions: set[str], idle_seconds: float) -> set[str]:
-        """Those that were finished, or were silent for `idle_seconds` (0 = any silence is fine)."""
-        if not sessions:
-            return set()
-        silent = {one.session_id for one in self.store.silent_sessions(idle_seconds)} if idle_seconds else set()
-        return sessions & (silent | self.store.ended_sessions())
-
-    def add_run(self, owner: str, session: str, model_seq_id: int, facts: ModelInfo, metadata: dict[str, str]) -> None:
-        """Records a model that was made."""
-        self.store.create_run(session, owner, model_seq_id, facts, metadata)
-
-    def check_session(self, session: str, owner: str) -> None:
-        """Raises NotFound unless the session is the owner's."""
-        self.store.get_session(session, owner)
-
-    def close_run(self, model_id: str, owner: str) -> None:
-        """Records that a model was closed."""
-        self.store.close_run(model_id, owner)
-
-    def sampler(self, sampler_id: str, owner: str) -> Sampler:
-        """A sampling session. Raises NotFound."""
-        return self.store.get_sampler(sampler_id, owner)
-
-    def add_ephemeral_sampler(self, session: str, owner: str, seq: int, base_model: str, run: str) -> str:
-        """A sampling session of a snapshot that has no name; returns its id."""
-        return self.store.create_sampler(session, owner, seq, base_model, ephemeral_run=run).sampler_id
-
-    def expire(self) -> None:
-        """Removes checkpoints whose time has come and answers that nobody asks for any more; writes down which models
-        were used."""
-        expire_checkpoints(self.store, self.archive)
-        self.store.prune_futures()
-        self.store.flush_touched()
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
+    # ---- saving ----------------------------------------------------------------------------------------------------
 
     def check_save(self, request: SaveWeights, owner: str) -> CheckpointPath:
         """Where a save will be. Raises UserError for a name that cannot be or is taken."""
@@ -114,14 +102,15 @@ class CheckpointService:
         self.store.require_free(path, owner, overwrite=request.overwrite)
         return path
 
-    def save(self, request: SaveWeights, path: CheckpointPath, owner: str, content: Content, settle: Settle) -> None:
-        """Writes a checkpoint beside the work; `settle(size, error)` when it is acknowledged or has failed."""
+    def save_later(
+        self, request: SaveWeights, path: CheckpointPath, owner: str, content: Content, settle: Settle
+    ) -> None:
+        """Saves beside the work, in a thread of its own, one save after the other; `settle(size, error)` when it is
+        acknowledged or has failed."""
 
         def write() -> None:
             try:
-                saved = save_checkpoint(
-                    self.store,
-                    self.archive,
+                saved = self.save(
                     path,
                     owner,
                     content,
@@ -144,63 +133,154 @@ class CheckpointService:
         for future in list(self._saving):
             future.result()
 
+    def save(
+        self, path: CheckpointPath, owner: str, content: Content, *, recipients: Sequence[str] = (), **options: Any
+    ) -> Checkpoint:
+        """Saves a checkpoint; when this returns, it is on the disk and known, and may be acknowledged.
+
+        options: ttl_seconds, user_metadata, overwrite. Raises: UserError (a name that is taken, ttl, recipients,
+        disk), NotFound for the run; then nothing was changed.
+        """
+        check_recipients(recipients)
+        return self._commit(
+            path,
+            owner,
+            lambda: self.archive.write(path, content, recipients=recipients),
+            info=content.info,
+            has_optimizer=content.optimizer is not None and not recipients,
+            **options,
+        )
+
+    def copy(
+        self, source: CheckpointPath, reader: str, target: CheckpointPath, *, ttl_seconds: int | None = None
+    ) -> Checkpoint:
+        """A copy in another run of the reader's, with the metadata, without expiry or publication of the source."""
+        found = self.store.get_checkpoint(source, reader)
+        return self._commit(
+            target,
+            reader,
+            lambda: self.archive.copy(source, found.version, target),
+            info=found.info,
+            has_optimizer=found.has_optimizer,
+            user_metadata=found.user_metadata,
+            ttl_seconds=ttl_seconds,
+        )
+
+    def _commit(
+        self,
+        path: CheckpointPath,
+        owner: str,
+        write: Callable[[], tuple[str, int]],
+        *,
+        info: ModelInfo,
+        has_optimizer: bool,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> Checkpoint:
+        """Refuses what can be refused, writes the folder, then the row; removes what that replaced."""
+        check_ttl(ttl_seconds)
+        self.store.require_free(path, owner, overwrite=overwrite)
+        version, size = write()
+        try:
+            saved, earlier = self.store.add_checkpoint(
+                path, owner, version=version, size_bytes=size, info=info, has_optimizer=has_optimizer,
+                ttl_seconds=ttl_seconds, user_metadata=user_metadata, overwrite=overwrite,
+            )  # fmt: skip
+        except BaseException:
+            self._withdraw(path, version)
+            raise
+        if earlier is not None:
+            self._drop(path, earlier)
+        return saved
+
+    def _withdraw(self, path: CheckpointPath, version: str) -> None:
+        """After a commit that failed: it may have reached the disk all the same, and then its folder must stay."""
+        try:
+            committed = self.store.version_of(path) == version
+        except UserError:
+            return  # nobody knows; the next start does
+        if not committed:
+            self._drop(path, version)
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
     def version(self, path: str, reader: str) -> str:
         """Which version a path stands for now. Raises UserError when the reader cannot have it."""
         return self.store.get_checkpoint(CheckpointPath.parse(path), reader).version
 
-    def read(self, path: str, reader: str, *, optimizer: bool) -> Content:
-        """A checkpoint's tensors. Raises UserError: not there, another owner's, damaged, no optimizer state."""
-        return load_checkpoint(self.store, self.archive, CheckpointPath.parse(path), reader, optimizer=optimizer)[1]
+    def load(self, path: str, reader: str, *, optimizer: bool) -> Content:
+        """A checkpoint of the reader's, or a published one. Raises: NotFound; UserError when it is damaged, or has no
+        optimizer state but that was asked for."""
+        parsed = CheckpointPath.parse(path)
+        found = self.store.get_checkpoint(parsed, reader)
+        if optimizer and not found.has_optimizer:
+            raise UserError(
+                f"checkpoint {path}: has no optimizer state; load it without, or give a path of kind weights"
+            )
+        return self.archive.read(parsed, found.version, optimizer=optimizer)
 
-    def read_version(self, path: str, version: str) -> Content:
+    def load_version(self, path: str, version: str) -> Content:
         """The weights of one version of a checkpoint, for who was allowed to when it was opened."""
         return self.archive.read(CheckpointPath.parse(path), version, optimizer=False)
 
-    # ---- ephemeral snapshots that host memory has no room for --------------------------------------------------------
+    # ---- deleting --------------------------------------------------------------------------------------------------
 
-    def spill(self, name: str, content: Content) -> None:
-        """Moves a snapshot to a file."""
-        self._spill.mkdir(exist_ok=True)
-        torch.save(content, self._file(name))
+    def delete(self, path: CheckpointPath, owner: str) -> None:
+        """Deletes a checkpoint. Raises: NotFound. Files that cannot be removed now are removed at the next start."""
+        self._drop(path, self.store.delete_checkpoint(path, owner))
 
-    def read_spilled(self, name: str) -> Content:
-        """A snapshot from its file, which this server wrote."""
-        return torch.load(self._file(name), weights_only=False)
+    def expire(self) -> list[Checkpoint]:
+        """Deletes every checkpoint whose time is over; returns their records."""
+        gone = self.store.forget_expired()
+        for checkpoint in gone:
+            self._drop(checkpoint.path, checkpoint.version)
+        return gone
 
-    def drop_spilled(self, name: str) -> None:
-        """Removes the file."""
-        self._file(name).unlink(missing_ok=True)
+    def _drop(self, path: CheckpointPath, version: str) -> None:
+        try:
+            self.archive.drop(path, version)
+        except UserError as error:  # costs space only; the next start tries again
+            log.warning("%s", error)
 
-    def _file(self, name: str) -> Path:
-        return self._spill / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pt"
+    # ---- sessions and their models ---------------------------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """What has to happen every few seconds: checkpoints and answers whose time is over go, and it is written down
+        which models were used."""
+        self.expire()
+        self.futures.tidy()
+
+    def explain_lost(self, model_id: str, owner: str) -> str:
+        """Why a model that is not open is gone, or "" when it never was this owner's."""
+        try:
+            run = self.store.get_run(model_id, owner)
+        except NotFound:
+            return ""
+        last = f"; its last checkpoint is {run.last_checkpoint.path.uri}" if run.last_checkpoint else ""
+        why = "was lost when the server restarted" if run.state == "lost" else "is closed"
+        return f"{model_id} {why}; create a model from a saved state{last}"
 
 
 def to_content(base_model: str, lora: LoraSpec | None, state: dict[str, Any]) -> Content:
-    """An engine's tenant state as a checkpoint's content. Adapter parameters are called <module path>.A and .B; whole
-    models' have the names that transformers knows, without the wrapper's."""
-    facts = ModelInfo(base_model, lora)
+    """A model's state in the engine as a checkpoint's content. Adapter parameters keep their names, <module path>.A
+    and .B; those of whole models are named as transformers names them, without the wrapper."""
     if lora is None:
         state = {key: _renamed(part, lambda name: name.removeprefix(WRAPPER)) for key, part in state.items()}
     optimizer = None
     if "exp_avg" in state:
         optimizer = OptimizerState(int(state["step"]), state["exp_avg"], state["exp_avg_sq"])
-    weights = state["weights"]
-    if lora is None:
-        return Content(facts, weights=weights, optimizer=optimizer)
-    paths = [name[: -len(".A")] for name in weights if name.endswith(".A")]
-    pairs = {path: (weights[f"{path}.A"], weights[f"{path}.B"]) for path in paths}
-    return Content(facts, adapters=pairs, optimizer=optimizer)
+    return Content(ModelInfo(base_model, lora), state["weights"], optimizer)
 
 
 def to_state(content: Content) -> dict[str, Any]:
     """The inverse of `to_content`."""
-    state: dict[str, Any] = {"weights": adapter_weights(content) if content.facts.is_lora else content.weights}
-    if content.optimizer is not None:
-        kept = content.optimizer
+    state: dict[str, Any] = {"weights": content.weights}
+    if (kept := content.optimizer) is not None:
         state.update(
             exp_avg=kept.exp_avg, exp_avg_sq=kept.exp_avg_sq, step=torch.tensor(float(kept.step), dtype=torch.float32)
         )
-    if not content.facts.is_lora:
+    if not content.info.is_lora:
         state = {key: _renamed(part, lambda name: WRAPPER + name) for key, part in state.items()}
     return state
 
@@ -209,16 +289,137 @@ def _renamed(part: Any, rename: Callable[[str], str]) -> Any:
     return {rename(name): tensor for name, tensor in part.items()} if isinstance(part, dict) else part
 
 
-def adapter_weights(content: Content) -> dict[str, torch.Tensor]:
-    """Parameter name -> tensor of an adapter."""
-    out = {}
-    for path, (a, b) in content.adapters.items():
-        out[f"{path}.A"], out[f"{path}.B"] = a, b
-    return out
+@dataclass(eq=False)
+class _Resident:
+    uses: int = 0
+    used: int = 0
 
 
-def num_bytes(content: Content) -> int:
-    """Memory of the weights."""
-    return sum(a.nbytes + b.nbytes for a, b in content.adapters.values()) + sum(
-        w.nbytes for w in content.weights.values()
-    )
+class Snapshots:
+    """Weights to sample from, by name: a sampling session id (ephemeral), or a tinker:// path with its version after
+    "#". They never change.
+
+    Every name has one home that outlives the device: a checkpoint on disk, or (ephemeral snapshots) host memory, from
+    which the oldest move to files when there are many. The ranks hold only those that are in use. Only the worker's
+    thread calls it.
+    """
+
+    def __init__(self, leader: Leader, checkpoints: CheckpointService, base_content: Callable[[], Content]) -> None:
+        """base_content: the weights of the base model, for servers that train all parameters."""
+        self.leader, self.checkpoints, self._base_content = leader, checkpoints, base_content
+        self._resident: dict[str, _Resident] = {}
+        self._host: OrderedDict[str, Content] = OrderedDict()
+        self._spilled: set[str] = set()
+        self._folder = checkpoints.folder / SPILL
+        shutil.rmtree(self._folder, ignore_errors=True)  # ephemeral snapshots end with their server
+        self._filled = ""  # whose whole weights the ranks sample from, where all parameters are trained
+        self._original: Content | None = None
+        self._clock = itertools.count(1)
+
+    def publish(self, name: str, content: Content, model_id: str) -> None:
+        """Makes a model's weights as they are now sampleable under an ephemeral name; no disk is touched."""
+        if content.info.is_lora:
+            self.leader.call("freeze_adapter", name, model_id)
+            self._resident[name] = _Resident(used=next(self._clock))
+        self._keep(name, content)
+        self._make_room()
+
+    def _keep(self, name: str, content: Content) -> None:
+        self._host[name] = content
+        while sum(map(_num_bytes, self._host.values())) > HOST_BYTES and len(self._host) > 1:
+            old, weights = self._host.popitem(last=False)
+            try:
+                self._folder.mkdir(exist_ok=True)
+                torch.save(weights, self._file(old))
+            except OSError as error:
+                # Nobody can be told until they ask for it; the oldest is the one least likely to be asked for.
+                log.warning("the snapshot %s is lost: host memory is full and the disk refuses it: %s", old, error)
+            else:
+                self._spilled.add(old)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pt"
+
+    def sessions(self) -> set[str]:
+        """Sessions that ephemeral snapshots belong to."""
+        return {name.partition(":")[0] for name in (*self._host, *self._spilled)}
+
+    def forget_session(self, session: str) -> None:
+        """Frees the ephemeral snapshots of a session that has ended, except those that are being drawn from."""
+        for name in [*self._host, *self._spilled]:
+            busy = name in self._resident and self._resident[name].uses
+            if name.partition(":")[0] == session and not busy:
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._host.pop(name, None)
+        if name in self._spilled:
+            self._spilled.discard(name)
+            self._file(name).unlink(missing_ok=True)
+        self._evict(name)
+
+    def crowded(self, name: str) -> bool:
+        """Whether so many others are being drawn from that `name`, which the ranks do not hold, has to wait."""
+        return name not in self._resident and sum(one.uses > 0 for one in self._resident.values()) >= RESIDENT
+
+    def acquire(self, name: str) -> None:
+        """Makes sure that the ranks hold `name`, and that they keep it until `release`. Raises RequestFailed,
+        UserError."""
+        if name not in self._resident:
+            content = self._find(name)
+            lora = content.info.lora
+            if lora is None:
+                raise RequestFailed(
+                    f"{name} holds all parameters of a model; start the server with service.full_parameters=true"
+                )
+            self.leader.call("load_adapter", name, lora, BASE, content.weights)
+            self._resident[name] = _Resident()
+        entry = self._resident[name]
+        entry.uses, entry.used = entry.uses + 1, next(self._clock)
+        self._make_room()
+
+    def _find(self, name: str) -> Content:
+        if name in self._host:
+            return self._host[name]
+        if name in self._spilled:
+            return torch.load(self._file(name), weights_only=False)  # this server wrote it
+        if name.startswith("tinker://"):
+            path, _, version = name.rpartition("#")
+            return self.checkpoints.load_version(path, version)
+        raise RequestFailed(
+            f"{name}: this snapshot was lost when the server restarted, or had no room; save weights under a name to "
+            "keep them",
+            "server",
+        )
+
+    def fill_base(self, name: str) -> None:
+        """Puts whole weights where the ranks sample from: those of `name`, "" for the base as it was loaded. Nothing
+        may be under way. Raises RequestFailed, UserError."""
+        if name == self._filled:
+            return
+        if self._original is None:
+            self._original = self._base_content()
+        content = self._find(name) if name else self._original
+        if content.info.lora is not None:
+            raise RequestFailed(f"{name} is an adapter; this server trains and samples all parameters")
+        self.leader.call("replace_base", BASE, to_state(content)["weights"])
+        self._filled = name
+
+    def release(self, name: str) -> None:
+        """One request of `name` has ended."""
+        self._resident[name].uses -= 1
+
+    def _make_room(self) -> None:
+        idle = sorted((one.used, name) for name, one in self._resident.items() if one.uses == 0)
+        for _, name in idle[: max(0, len(idle) - RESIDENT)]:
+            self._evict(name)
+
+    def _evict(self, name: str) -> None:
+        entry = self._resident.get(name)
+        if entry is not None and entry.uses == 0:
+            del self._resident[name]
+            self.leader.call("delete_adapter", name)
+
+
+def _num_bytes(content: Content) -> int:
+    return sum(tensor.nbytes for tensor in content.weights.values())

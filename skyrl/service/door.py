@@ -40,8 +40,7 @@ def open_door(service: Service) -> HttpDoor:
     keys = read_keys(settings)
     app = make_app(
         service.scheduler,
-        service.checkpoints.store,
-        service.checkpoints.archive,
+        service.checkpoints,
         service.facts,
         settings,
         text=TextTools(service.encode, service.decode, service.render),

@@ -32,6 +32,7 @@ from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
 
 if TYPE_CHECKING:  # it needs torch, and most of the door does not
     from skyrl.service.archive import Archive
+    from skyrl.service.checkpoints import CheckpointService
 
 log = logging.getLogger("skyrl.service")
 
@@ -61,8 +62,7 @@ class Door:
     """
 
     desk: RequestScheduler
-    store: Store
-    archive: Archive
+    checkpoints: CheckpointService
     facts: ServerInfo
     settings: ServiceConfig
     keys: Keys
@@ -71,6 +71,16 @@ class Door:
     closed: bool = False
     answers: OrderedDict[tuple[str, str, str], asyncio.Future[Response]] = field(default_factory=OrderedDict)
     audit: deque[tuple[datetime, str, str, dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=AUDIT_ENTRIES))
+
+    @property
+    def store(self) -> Store:
+        """Sessions, runs and rows of checkpoints."""
+        return self.checkpoints.store
+
+    @property
+    def archive(self) -> Archive:
+        """Files of checkpoints."""
+        return self.checkpoints.archive
 
     @property
     def max_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from skyrl.config.serve import ServeConfig
 from skyrl.engine import ModelSpec
-from skyrl.service.archive_content import Content
+from skyrl.service.archive import Content
 from skyrl.service.checkpoints import CheckpointService, to_content, to_state
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import CreateModel, LoadWeights, RequestFailed, ServerInfo
@@ -105,7 +105,7 @@ class OpenModels:
                 unembed=request.train_unembed,
             )
         model = TrainableModel(request.model_id, owner, request.session_id, request.base_model, lora)
-        self.checkpoints.check_session(request.session_id, owner)
+        self.checkpoints.store.get_session(request.session_id, owner)
         self._add(model)
         with self._or_drop(model):
             self._record(model, request.model_seq_id, request.user_metadata)
@@ -122,7 +122,8 @@ class OpenModels:
             raise
 
     def _record(self, model: TrainableModel, number: int, metadata: dict[str, str]) -> None:
-        self.checkpoints.add_run(model.owner, model.session, number, ModelInfo(model.base_model, model.lora), metadata)
+        info = ModelInfo(model.base_model, model.lora)
+        self.checkpoints.store.create_run(model.session, model.owner, number, info, metadata)
 
     def create_from(self, request: LoadWeights, model_id: str, owner: str) -> TrainableModel:
         """A new model from a checkpoint: rank and flags come from there."""
@@ -131,11 +132,11 @@ class OpenModels:
         if request.optimizer_type != "adamw":
             raise RequestFailed(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
         assert request.session_id is not None and request.model_seq_id is not None
-        self.checkpoints.check_session(request.session_id, owner)
-        content = self.checkpoints.read(request.path, owner, optimizer=request.optimizer)
-        base = request.base_model or content.facts.base_model
+        self.checkpoints.store.get_session(request.session_id, owner)
+        content = self.checkpoints.load(request.path, owner, optimizer=request.optimizer)
+        base = request.base_model or content.info.base_model
         self._check_base(base)
-        model = TrainableModel(model_id, owner, request.session_id, base, content.facts.lora)
+        model = TrainableModel(model_id, owner, request.session_id, base, content.info.lora)
         self._check_content(content, request)
         self._add(model)
         with self._or_drop(model):
@@ -148,9 +149,9 @@ class OpenModels:
         A pending gradient is dropped. Raises RequestFailed when the checkpoint has another form."""
         if request.problem:
             raise RequestFailed(request.problem)
-        content = self.checkpoints.read(request.path, model.owner, optimizer=request.optimizer)
+        content = self.checkpoints.load(request.path, model.owner, optimizer=request.optimizer)
         self._check_content(content, request)
-        ours, theirs = model.lora, content.facts.lora
+        ours, theirs = model.lora, content.info.lora
         if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
             raise RequestFailed(f"{request.path} has {_describe(theirs)}, {model.model_id} has {_describe(ours)}")
         self.use(model.model_id)
@@ -158,7 +159,7 @@ class OpenModels:
         model.has_gradient = model.gradient_failed = False
 
     def _check_content(self, content: Content, request: LoadWeights) -> None:
-        if content.facts.lora is not None and not self.server.adaptable:
+        if content.info.lora is not None and not self.server.adaptable:
             raise RequestFailed(f"{request.path} is an adapter; this server trains all parameters")
 
     def _load(self, model: TrainableModel, content: Content, optimizer: bool) -> None:
@@ -209,7 +210,7 @@ class OpenModels:
         model = self._open.pop(model_id, None)
         if model is not None:
             self.leader.call("delete", model_id)
-            self.checkpoints.close_run(model_id, model.owner)
+            self.checkpoints.store.close_run(model_id, model.owner)
 
     def base_content(self) -> Content:
         """The weights of the base model, on the CPU."""

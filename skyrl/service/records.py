@@ -1,4 +1,5 @@
-"""What the store of the service hands out: frozen records, each with the JSON that clients read. No torch, no SQL.
+"""What the store of the service hands out: frozen records, each with the JSON that clients read,
+and what clients search for. No torch.
 
 Times are aware datetimes in UTC, kept to the microsecond. In JSON they are ISO 8601, and fields without a value are
 absent.
@@ -6,6 +7,7 @@ absent.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -21,6 +23,8 @@ MAX_NAME_BYTES = 255  # of one folder name, on the file systems in use
 Scope = Literal["owned", "accessible"]
 RunState = Literal["open", "closed", "lost"]
 Json = dict[str, Any]
+FINISH_REASONS = ("success", "errored", "interrupted")
+STATUSES = ("active", "cancelled", "client_finished", "failed")
 T = TypeVar("T")
 
 
@@ -176,7 +180,7 @@ class Checkpoint:
     public: bool
     expires_at: datetime | None
     user_metadata: dict[str, str]
-    facts: ModelInfo
+    info: ModelInfo
     has_optimizer: bool
     missing: bool = False
 
@@ -201,7 +205,7 @@ class Run:
     run_id: str
     session_id: str
     owner: str
-    facts: ModelInfo
+    info: ModelInfo
     user_metadata: dict[str, str]
     created_at: datetime
     last_request_at: datetime
@@ -214,11 +218,11 @@ class Run:
         training, sampler = self.last_checkpoint, self.last_sampler_checkpoint
         return present(
             training_run_id=self.run_id,
-            base_model=self.facts.base_model,
+            base_model=self.info.base_model,
             model_owner=self.owner,
-            is_lora=self.facts.is_lora,
+            is_lora=self.info.is_lora,
             corrupted=self.state == "lost",
-            lora_rank=self.facts.lora.rank if self.facts.lora else None,
+            lora_rank=self.info.lora.rank if self.info.lora else None,
             last_request_time=self.last_request_at,
             last_checkpoint=training.to_json() if training else None,
             last_sampler_checkpoint=sampler.to_json() if sampler else None,
@@ -272,7 +276,7 @@ class Session:
 @dataclass(frozen=True)
 class Sampler:
     """A sampling session: of the base, of a checkpoint (model_path and its version), or of an ephemeral snapshot of
-    `ephemeral_run`. lost: an ephemeral one whose server is gone."""
+    `ephemeral_run`, which ends with its server."""
 
     sampler_id: str
     session_id: str
@@ -282,7 +286,6 @@ class Sampler:
     version: str | None
     ephemeral_run: str | None
     created_at: datetime
-    lost: bool = False
 
     def to_json(self) -> Json:
         """The answer of GET samplers/{id}."""
@@ -321,6 +324,79 @@ class Page(Generic[T]):
     def cursor(self) -> Json:
         """The protocol's Cursor."""
         return {"offset": self.offset, "limit": self.limit, "total_count": self.total}
+
+
+@dataclass(frozen=True)
+class StatusQuery:
+    """One status to search for; reasons only narrow "client_finished"."""
+
+    type: Literal["active", "cancelled", "client_finished", "failed"]
+    reasons: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.type not in STATUSES:
+            raise UserError(f"sessions/search: status {self.type!r}; give one of {', '.join(STATUSES)}")
+        if self.reasons is not None and (
+            self.type != "client_finished" or not set(self.reasons) <= set(FINISH_REASONS)
+        ):
+            raise UserError(
+                f"sessions/search: reasons {list(self.reasons)} of status {self.type}; only client_finished has "
+                f"reasons, out of {', '.join(FINISH_REASONS)}"
+            )
+
+    def condition(self, bind: Callable[[Any], str], alive: int) -> str:
+        """This status as an SQL condition; `bind` takes a value and returns its place in the statement."""
+        if self.type == "active":
+            return f"(status = 'active' AND last_heartbeat >= {bind(alive)})"
+        if self.reasons is None:
+            return f"status = {bind(self.type)}"
+        return f"(status = 'client_finished' AND reason IN ({', '.join(bind(reason) for reason in self.reasons)}))"
+
+
+@dataclass(frozen=True)
+class SessionQuery:
+    """What to search for; None = anything. With both session_id and display_name, either one is enough.
+
+    display_name: words that must each occur, whatever their case. owners: None = the caller's own.
+    """
+
+    session_id: str | None = None
+    project_ids: tuple[str, ...] | None = None
+    user_metadata: Mapping[str, str] | None = None
+    display_name: str | None = None
+    owners: tuple[str, ...] | None = None
+    statuses: tuple[StatusQuery, ...] | None = None
+    limit: int = 50
+    cursor: tuple[datetime, str] | None = None
+
+    def conditions(self, alive: int) -> tuple[list[str], dict[str, Any]]:
+        """The search as SQL conditions on the table sessions s, and their values. alive: the oldest heartbeat of an
+        active session, in microseconds."""
+        where: list[str] = []
+        values: dict[str, Any] = {}
+
+        def bind(value: Any) -> str:
+            values[f"v{len(values)}"] = value
+            return f":v{len(values) - 1}"
+
+        names = [f"instr(folded_name, {bind(word)})" for word in (self.display_name or "").casefold().split()]
+        either = [f"s.session_id = {bind(self.session_id)}"] if self.session_id is not None else []
+        if self.display_name is not None:
+            either.append(f"({' AND '.join(names) or '0'})")
+        if either:
+            where.append(f"({' OR '.join(either)})")
+        if self.project_ids is not None:
+            wanted = ", ".join(bind(project) for project in self.project_ids)
+            where.append(f"coalesce(project_id, 'default') IN ({wanted})")
+        for key, value in (self.user_metadata or {}).items():
+            equal = f"j.key = {bind(key)} AND j.value = {bind(value)}"
+            where.append(f"EXISTS (SELECT 1 FROM json_each(s.user_metadata) j WHERE {equal})")
+        if self.statuses is not None:
+            where.append(f"({' OR '.join(status.condition(bind, alive) for status in self.statuses) or '0'})")
+        if self.cursor is not None:
+            moment, session_id = bind(to_micros(self.cursor[0])), bind(self.cursor[1])
+            where.append(f"(s.created_at, s.session_id) < ({moment}, {session_id})")
+        return where, values
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from typing import Any, BinaryIO
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from skyrl.service.archive_files import TarStream
+from skyrl.service.archive import TarStream
 from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route, unix_time
 from skyrl.service.records import Checkpoint, CheckpointPath
-from skyrl.service.store_sync import copy_checkpoint, delete_checkpoint
 from skyrl.service.wire_fields import INT32_MAX, INT64_MAX, Fields
 from skyrl.types import UserError
 
@@ -104,7 +103,7 @@ async def weights_info(call: Call) -> Response:
     """What a model must be for a checkpoint to fit into it."""
     path = CheckpointPath.parse(Fields(await call.json(), "weights_info").text("tinker_path"))
     found = await in_thread(call.door.store.get_checkpoint, path, call.owner)
-    return reply(found.facts.to_json())
+    return reply(found.info.to_json())
 
 
 # ---- changes
@@ -136,7 +135,7 @@ async def set_ttl(call: Call) -> Response:
 async def delete(call: Call) -> Response:
     """Deletes a checkpoint."""
     path = _path(call)
-    await in_thread(delete_checkpoint, call.door.store, call.door.archive, path, call.owner)
+    await in_thread(call.door.checkpoints.delete, path, call.owner)
     call.door.note(call.owner, "checkpoint_delete", tinker_path=path.uri)
     return Response(status_code=204)
 
@@ -166,10 +165,10 @@ def _copy(
     found = store.get_checkpoint(source, owner)
     if session_id is None:
         session_id = store.create_session(owner, project_id=project, tags=["copy_weights"]).session_id
-    run = store.create_run(session_id, owner, number, found.facts)
+    run = store.create_run(session_id, owner, number, found.info)
     store.close_run(run.run_id, owner)
     target = CheckpointPath(run.run_id, source.kind, source.name)
-    return copy_checkpoint(store, call.door.archive, source, owner, target, ttl_seconds=ttl)
+    return call.door.checkpoints.copy(source, owner, target, ttl_seconds=ttl)
 
 
 # ---- downloads. An address is signed for the caller; whoever has it may fetch it, without a key, for an hour.

@@ -9,8 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route
-from skyrl.service.records import CheckpointPath, NotFound, parse_time
-from skyrl.service.store_sessions import SessionQuery, StatusQuery
+from skyrl.service.records import CheckpointPath, NotFound, SessionQuery, StatusQuery, parse_time
 from skyrl.service.wire_fields import INT32_MAX, Fields, check_metadata
 from skyrl.types import UserError
 
@@ -204,7 +203,7 @@ def make_sampler(door: Door, owner: str, session_id: str, number: int, base: str
     version = None
     if path is not None:
         checkpoint = find_weights(door, owner, path)
-        base, version = base or checkpoint.facts.base_model, checkpoint.version
+        base, version = base or checkpoint.info.base_model, checkpoint.version
     elif base is None:
         raise UserError("create_sampling_session: needs base_model or model_path")
     elif base not in door.facts.aliases:

@@ -14,12 +14,11 @@ import numpy as np
 from skyrl.config.serve import ServeConfig
 from skyrl.distributed.balance import deal_by_length
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
-from skyrl.service.checkpoints import CheckpointService
+from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
 from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, round_robin
 from skyrl.service.messages import RequestFailed, SampledSequence, SampleResult, SamplingRequest, ServerInfo, TopK
 from skyrl.service.scheduler import LARGE_SAMPLE, PendingSample, RequestScheduler
-from skyrl.service.snapshots import Snapshots
 from skyrl.service.validation import check_prompt, draw_seed, sampling_params
 from skyrl.types import Sample, SampleRequest, UserError
 
@@ -134,7 +133,7 @@ class Sampling:
         """The name of the weights to draw from, "" for the base. Raises RequestFailed when there are none."""
         path, base, sampler_id = request.model_path, request.base_model, request.sampling_session_id
         if sampler_id is not None:
-            sampler = self.checkpoints.sampler(sampler_id, owner)
+            sampler = self.checkpoints.store.get_sampler(sampler_id, owner)
             if sampler.ephemeral_run is not None:
                 return sampler_id
             if sampler.model_path and sampler.version:

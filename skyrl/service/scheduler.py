@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyrl.service.future_log import FutureLog
+from skyrl.service.database import FutureLog
 from skyrl.service.messages import (
     Category,
     CreateModel,

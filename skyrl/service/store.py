@@ -1,18 +1,556 @@
-"""What the service remembers over restarts: sessions, runs, samplers, futures, checkpoints.
+"""What the service remembers over restarts: sessions, sampling sessions, training runs and checkpoints.
 
-The methods are in the files store_sessions, store_runs (runs and futures) and store_checkpoints; store_db is the SQLite
-below them and records what they return. What touches rows and folders both is store_sync.
+The row of a checkpoint is the truth: a folder that no row names does not exist for anyone. Saving and deleting, which
+concern rows and folders both, are in checkpoints.py; the transactions below all this are in database.py.
 """
 
 from __future__ import annotations
 
-from skyrl.service.store_runs import Runs
-from skyrl.service.store_sessions import Sessions
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from skyrl.service.database import Database, Row, check_page
+from skyrl.service.records import (
+    FINISH_REASONS,
+    Checkpoint,
+    CheckpointPath,
+    Json,
+    ModelInfo,
+    NotFound,
+    Page,
+    Run,
+    RunState,
+    Sampler,
+    Scope,
+    SearchPage,
+    Session,
+    SessionQuery,
+    Usage,
+    from_micros,
+    present,
+)
+from skyrl.types import UserError
+
+ACTIVE_SECONDS = 300  # a session that was silent longer is not called active
+MAX_SEARCH = 200
+MIN_TTL = 3600
+MAX_TTL = 315_576_000  # ten years of 365.25 days
+# For a table called c: what may still be seen. An expired one is gone from then on, whenever its files go.
+LIVE = "(NOT c.missing AND (c.expires_at IS NULL OR c.expires_at > :now))"
+_SAVED = f"FROM checkpoints c JOIN runs r USING (run_id) WHERE r.session_id = s.session_id AND {LIVE}"
+_TALLY = f"""(SELECT count(*) {_SAVED}) AS checkpoints_count,
+    (SELECT coalesce(sum(c.size_bytes), 0) {_SAVED}) AS checkpoint_bytes"""
+# Another owner's run may be seen when one of its checkpoints is published.
+_SEEN = {
+    "owned": "owner = :owner",
+    "accessible": f"(owner = :owner OR EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = runs.run_id AND c.public"
+    f" AND {LIVE}))",
+}
 
 
-class Store(Sessions, Runs):
+class Store(Database):
     """Store(path): one SQLite file. Thread-safe; transactions are short. Every getter takes the owner who asks, and
     another owner's thing is NotFound, except what is published.
 
     Raises: UserError, one line, for what a person can mend: the disk, the file, a value out of range.
     """
+
+    # ---- sessions and samplers -------------------------------------------------------------------------------------
+
+    def create_session(
+        self,
+        owner: str,
+        *,
+        tags: Sequence[str] = (),
+        user_metadata: Mapping[str, str] | None = None,
+        sdk_version: str = "",
+        project_id: str | None = None,
+        display_name: str | None = None,
+    ) -> Session:
+        """A new session with an id like "s-0123456789ab"."""
+        session_id, now = f"s-{secrets.token_hex(6)}", self.micros()
+        values = (
+            session_id,
+            owner,
+            json.dumps(list(tags)),
+            json.dumps(dict(user_metadata or {})),
+            sdk_version,
+            project_id,
+            display_name,
+            (display_name or "").casefold(),
+            now,
+            now,
+        )
+        with self.write() as db:
+            db.execute(
+                "INSERT INTO sessions (session_id, owner, tags, user_metadata, sdk_version, project_id, display_name,"
+                " folded_name, created_at, last_heartbeat) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+        return self.get_session(session_id, owner)
+
+    def heartbeat(self, session_id: str, owner: str) -> None:
+        """Notes that the session's client lives. Raises: NotFound."""
+        self._update_session("last_heartbeat = max(last_heartbeat, ?)", (self.micros(),), session_id, owner)
+
+    def finish_session(self, session_id: str, owner: str, reason: str, detail: str | None = None) -> None:
+        """The client says that it is done; the first word on how a session ended stays. Raises: NotFound, UserError."""
+        if reason not in FINISH_REASONS:
+            raise UserError(f"session {session_id}: finish reason {reason!r}; give one of {', '.join(FINISH_REASONS)}")
+        told = json.dumps(present(reason={"type": reason}, detail=detail))
+        with self.write() as db:
+            _require_session(db, session_id, owner)
+            db.execute(
+                "UPDATE sessions SET status = 'client_finished', reason = ?, detail = ?"
+                " WHERE session_id = ? AND status = 'active'",
+                (reason, told, session_id),
+            )
+
+    def set_project(self, session_id: str, owner: str, project_id: str | None) -> None:
+        """Moves a session, and with it its runs and checkpoints, to a project. Raises: NotFound."""
+        self._update_session("project_id = ?", (project_id,), session_id, owner)
+
+    def get_session(self, session_id: str, owner: str) -> Session:
+        """One session with its runs, samplers and what its checkpoints take. Raises: NotFound."""
+        with self.read() as db:
+            found = db.execute(
+                f"SELECT s.*, {_TALLY} FROM sessions s WHERE session_id = :id AND owner = :owner",
+                {"id": session_id, "owner": owner, "now": self.micros()},
+            ).fetchone()
+            if found is None:
+                raise _no_session(session_id)
+            runs, samplers = (
+                tuple(row[0] for row in db.execute(f"{query} WHERE session_id = ? ORDER BY rowid", (session_id,)))
+                for query in ("SELECT run_id FROM runs", "SELECT sampler_id FROM samplers")
+            )
+        return self._session(found, runs, samplers)
+
+    def list_sessions(self, owner: str, *, limit: int = 100, offset: int = 0) -> Page[str]:
+        """Ids of the owner's sessions, newest first. No session is shared: "accessible" ones are the same."""
+        check_page(limit, offset)
+        with self.read() as db:
+            (total,) = db.execute("SELECT count(*) FROM sessions WHERE owner = ?", (owner,)).fetchone()
+            rows = db.execute(
+                "SELECT session_id FROM sessions WHERE owner = ? ORDER BY created_at DESC, session_id DESC"
+                " LIMIT ? OFFSET ?",
+                (owner, limit, offset),
+            )
+            return Page([row[0] for row in rows], offset, limit, total)
+
+    def search_sessions(self, owner: str, query: SessionQuery) -> SearchPage:
+        """The owner's sessions that match, newest first, `query.limit` (1 to 200) at a time."""
+        if not 1 <= query.limit <= MAX_SEARCH:
+            raise UserError(f"sessions/search: limit={query.limit}; give 1 to {MAX_SEARCH}")
+        if query.owners is not None and owner not in query.owners:
+            return SearchPage([], None)
+        alive = self.micros() - ACTIVE_SECONDS * 1_000_000
+        where, values = query.conditions(alive)
+        sql = f"SELECT s.*, {_TALLY} FROM sessions s WHERE {' AND '.join(['owner = :owner', *where])}"
+        values.update(owner=owner, now=self.micros(), limit=query.limit + 1)
+        with self.read() as db:
+            rows = db.execute(f"{sql} ORDER BY created_at DESC, session_id DESC LIMIT :limit", values).fetchall()
+        found = [self._session(row) for row in rows[: query.limit]]
+        more = len(rows) > query.limit
+        return SearchPage(found, (found[-1].created_at, found[-1].session_id) if more else None)
+
+    def ended_sessions(self, silent_seconds: float = 0) -> set[str]:
+        """Ids of all owners' sessions that have ended, well or not, or were silent for so long (0 = however long)."""
+        before = self.micros() - int(silent_seconds * 1_000_000) if silent_seconds else 0
+        with self.read() as db:
+            rows = db.execute(
+                "SELECT session_id FROM sessions WHERE status != 'active' OR last_heartbeat < ?", (before,)
+            )
+            return {row[0] for row in rows}
+
+    def create_sampler(
+        self,
+        session_id: str,
+        owner: str,
+        seq_id: int,
+        base_model: str,
+        *,
+        model_path: str | None = None,
+        version: str | None = None,
+        ephemeral_run: str | None = None,
+    ) -> Sampler:
+        """The sampling session "{session}:sample:{seq_id}". version: that of the checkpoint at model_path.
+
+        Raises: NotFound for the session, UserError when the number is taken.
+        """
+        sampler_id = f"{session_id}:sample:{seq_id}"
+        with self.write() as db:
+            _require_session(db, session_id, owner)
+            done = db.execute(
+                "INSERT INTO samplers (sampler_id, session_id, owner, base_model, model_path, version, ephemeral_run,"
+                " created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (sampler_id, session_id, owner, base_model, model_path, version, ephemeral_run, self.micros()),
+            )
+        if not done.rowcount:
+            raise UserError(f"sampling session {sampler_id}: exists; give another sampling_session_seq_id")
+        return self.get_sampler(sampler_id, owner)
+
+    def get_sampler(self, sampler_id: str, owner: str) -> Sampler:
+        """One sampling session. Raises: NotFound."""
+        with self.read() as db:
+            row = db.execute(
+                "SELECT * FROM samplers WHERE sampler_id = ? AND owner = ?", (sampler_id, owner)
+            ).fetchone()
+        if row is None:
+            raise NotFound(f"sampling session {sampler_id}: not found")
+        fields = ("sampler_id", "session_id", "owner", "base_model", "model_path", "version", "ephemeral_run")
+        return Sampler(**{key: row[key] for key in fields}, created_at=from_micros(row["created_at"]))
+
+    def join_sampler(self, sampler_id: str, owner: str) -> int:
+        """A number for one more client of a sampling session: 1, 2, ... (the first client is 0). Raises: NotFound."""
+        with self.write() as db:
+            db.execute(
+                "UPDATE samplers SET clients = clients + 1 WHERE sampler_id = ? AND owner = ?", (sampler_id, owner)
+            )
+            row = db.execute(
+                "SELECT clients FROM samplers WHERE sampler_id = ? AND owner = ?", (sampler_id, owner)
+            ).fetchone()
+        if row is None:
+            raise NotFound(f"sampling session {sampler_id}: not found")
+        return row[0]
+
+    def _update_session(self, what: str, values: tuple[Any, ...], session_id: str, owner: str) -> None:
+        with self.write() as db:
+            done = db.execute(
+                f"UPDATE sessions SET {what} WHERE session_id = ? AND owner = ?", (*values, session_id, owner)
+            )
+        if not done.rowcount:
+            raise _no_session(session_id)
+
+    def _session(self, row: Row, runs: tuple[str, ...] = (), samplers: tuple[str, ...] = ()) -> Session:
+        status: Json | None = {"type": row["status"], **json.loads(row["detail"])}
+        if row["status"] == "active" and row["last_heartbeat"] < self.micros() - ACTIVE_SECONDS * 1_000_000:
+            status = None
+        return Session(
+            **{key: row[key] for key in ("session_id", "owner", "sdk_version", "project_id", "display_name")},
+            tags=tuple(json.loads(row["tags"])),
+            user_metadata=json.loads(row["user_metadata"]),
+            created_at=from_micros(row["created_at"]),
+            last_heartbeat=from_micros(row["last_heartbeat"]),
+            status=status,
+            run_ids=runs,
+            sampler_ids=samplers,
+            checkpoints_count=row["checkpoints_count"],
+            checkpoint_bytes=row["checkpoint_bytes"],
+        )
+
+    # ---- runs ------------------------------------------------------------------------------------------------------
+
+    def create_run(
+        self,
+        session_id: str,
+        owner: str,
+        model_seq_id: int,
+        info: ModelInfo,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Run:
+        """The run "{session}:train:{model_seq_id}", open. Raises: NotFound for the session, UserError if it exists."""
+        run_id, now = f"{session_id}:train:{model_seq_id}", self.micros()
+        with self.write() as db:
+            _require_session(db, session_id, owner)
+            done = db.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, 'open') ON CONFLICT DO NOTHING",
+                (run_id, session_id, owner, json.dumps(info.dump()), json.dumps(dict(user_metadata or {})), now, now),
+            )
+        if not done.rowcount:
+            raise UserError(f"model {run_id}: exists; give another model_seq_id")
+        return self.get_run(run_id, owner)
+
+    def get_run(self, run_id: str, owner: str, *, scope: Scope = "owned") -> Run:
+        """One run with its newest checkpoints, of another owner's run only published ones. Raises: NotFound."""
+        with self.read() as db:
+            values = {"id": run_id, "owner": owner, "now": self.micros()}
+            row = db.execute(f"SELECT * FROM runs WHERE run_id = :id AND {_seen(scope)}", values).fetchone()
+            if row is None:
+                raise NotFound(f"training run {run_id}: not found")
+            return self._with_latest(db, _run(row, self.touched), owner)
+
+    def list_runs(self, owner: str, *, limit: int = 100, offset: int = 0, scope: Scope = "owned",
+                  project_id: str | None = None) -> Page[Run]:  # fmt: skip
+        """Runs, newest first. accessible: other owners' too that have a published checkpoint."""
+        check_page(limit, offset)
+        where = _seen(scope)
+        if project_id is not None:
+            where += (
+                " AND session_id IN (SELECT session_id FROM sessions WHERE coalesce(project_id, 'default') = :project)"
+            )
+        values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset, "project": project_id}
+        with self.read() as db:
+            (total,) = db.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
+            order = "ORDER BY created_at DESC, rowid DESC LIMIT :limit OFFSET :offset"
+            rows = db.execute(f"SELECT * FROM runs WHERE {where} {order}", values).fetchall()
+            return Page([self._with_latest(db, _run(row, self.touched), owner) for row in rows], offset, limit, total)
+
+    def close_run(self, run_id: str, owner: str, state: RunState = "closed") -> None:
+        """The model is gone from memory (unloaded, or its session ended). Raises: NotFound."""
+        with self.write() as db:
+            done = db.execute("UPDATE runs SET state = ? WHERE run_id = ? AND owner = ?", (state, run_id, owner))
+        if not done.rowcount:
+            raise NotFound(f"training run {run_id}: not found")
+
+    def run_checkpoints(self, run_id: str, owner: str) -> list[Checkpoint]:
+        """All checkpoints of a run, newest first; of another owner's run the published ones. Raises: NotFound when
+        there is no such run or nothing of it may be seen."""
+        self.get_run(run_id, owner, scope="accessible")
+        with self.read() as db:
+            rows = db.execute(
+                f"SELECT * FROM checkpoints c WHERE run_id = :run AND {LIVE} AND (owner = :owner OR public)"
+                " ORDER BY created_at DESC, rowid DESC",
+                {"run": run_id, "owner": owner, "now": self.micros()},
+            )
+            return [checkpoint_of(row) for row in rows]
+
+    def recover(self) -> list[str]:
+        """At start: runs that were open when a server died are lost. Returns the ids of those that became so now.
+
+        Earlier servers also recorded futures that had no answer yet, or one in memory only: nothing is left of those.
+        """
+        with self.write() as db:
+            runs = db.execute("SELECT run_id FROM runs WHERE state = 'open' ORDER BY rowid").fetchall()
+            db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open'")
+            db.execute("DELETE FROM futures WHERE result IS NULL")
+        return [row[0] for row in runs]
+
+    def _with_latest(self, db, run: Run, reader: str) -> Run:
+        found = {}
+        for kind in ("weights", "sampler_weights"):
+            row = db.execute(
+                f"SELECT * FROM checkpoints c WHERE run_id = :run AND kind = :kind AND {LIVE}"
+                " AND (owner = :owner OR public) ORDER BY created_at DESC, rowid DESC LIMIT 1",
+                {"run": run.run_id, "kind": kind, "owner": reader, "now": self.micros()},
+            ).fetchone()
+            found[kind] = checkpoint_of(row) if row else None
+        return replace(run, last_checkpoint=found["weights"], last_sampler_checkpoint=found["sampler_weights"])
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def require_free(self, path: CheckpointPath, owner: str, *, overwrite: bool) -> None:
+        """Raises: NotFound unless the run is the owner's; UserError if the name is taken and may not be overwritten."""
+        with self.read() as db:
+            self._require_free(db, path, owner, overwrite)
+
+    def add_checkpoint(
+        self,
+        path: CheckpointPath,
+        owner: str,
+        *,
+        version: str,
+        size_bytes: int,
+        info: ModelInfo,
+        has_optimizer: bool,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> tuple[Checkpoint, str | None]:
+        """Commits a checkpoint whose folder is on the disk: once this returns, it is saved. Synced to the disk.
+
+        Returns its record, and the version that it replaces (whose folder is to be deleted). Overwriting starts anew:
+        not published, the new ttl and metadata. Raises as `require_free`, and UserError for a ttl out of range.
+        """
+        check_ttl(ttl_seconds)
+        now = self.micros()
+        values = {
+            "run_id": path.run_id, "kind": path.kind, "name": path.name, "owner": owner, "version": version,
+            "created_at": now, "size_bytes": size_bytes, "expires_at": _expiry(now, ttl_seconds),
+            "user_metadata": json.dumps(dict(user_metadata or {})), "facts": json.dumps(info.dump()),
+            "has_optimizer": int(has_optimizer),
+        }  # fmt: skip
+        with self.write(durable=True) as db:
+            earlier = self._require_free(db, path, owner, overwrite)
+            if earlier is not None:
+                db.execute("DELETE FROM checkpoints WHERE run_id = :run_id AND kind = :kind AND name = :name", values)
+            names = ", ".join(values)
+            db.execute(f"INSERT INTO checkpoints ({names}) VALUES (:{', :'.join(values)})", values)
+            row = _row(db, path)
+        return checkpoint_of(row), earlier
+
+    def get_checkpoint(self, path: CheckpointPath, reader: str) -> Checkpoint:
+        """A checkpoint that is the reader's own or published. Raises: NotFound, also when it has expired; UserError
+        when its folder is damaged."""
+        with self.read() as db:
+            row = _row(db, path)
+        if row is None or not (row["owner"] == reader or row["public"]) or self._expired(row):
+            raise _no_checkpoint(path)
+        if row["missing"]:
+            raise UserError(f"checkpoint {path.uri}: its files were lost or damaged on the disk; delete it")
+        return checkpoint_of(row)
+
+    def list_checkpoints(
+        self, owner: str, *, limit: int = 100, offset: int = 0, kinds: Sequence[str] | None = None
+    ) -> Page[Checkpoint]:
+        """The owner's checkpoints of all runs, newest first; only those of some kinds if given."""
+        check_page(limit, offset)
+        values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset}
+        some = ""
+        if kinds is not None:
+            values |= {f"kind{i}": kind for i, kind in enumerate(kinds)}
+            some = f" AND kind IN ({', '.join(f':kind{i}' for i in range(len(kinds)))})"
+        with self.read() as db:
+            (total,) = db.execute(
+                f"SELECT count(*) FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}", values
+            ).fetchone()
+            rows = db.execute(
+                f"SELECT * FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}"
+                " ORDER BY created_at DESC, rowid DESC LIMIT :limit OFFSET :offset",
+                values,
+            )
+            return Page([checkpoint_of(row) for row in rows], offset, limit, total)
+
+    def all_checkpoints(self) -> list[Checkpoint]:
+        """Of all owners, also expired and missing ones: what `reconcile` compares with the disk."""
+        with self.read() as db:
+            return [checkpoint_of(row) for row in db.execute("SELECT * FROM checkpoints ORDER BY rowid")]
+
+    def version_of(self, path: CheckpointPath) -> str | None:
+        """The version that a path stands for, whoever owns it; None when there is no such row."""
+        with self.read() as db:
+            row = _row(db, path)
+        return None if row is None else row["version"]
+
+    def set_public(self, path: CheckpointPath, owner: str, public: bool) -> None:
+        """Publishes a checkpoint or takes that back; no error if it is so already. Raises: NotFound."""
+        self._update(path, owner, "public = ?", int(public))
+
+    def set_ttl(self, path: CheckpointPath, owner: str, ttl_seconds: int | None) -> None:
+        """Lets a checkpoint expire so many seconds from now, None = never. Raises: NotFound, UserError."""
+        check_ttl(ttl_seconds)
+        self._update(path, owner, "expires_at = ?", _expiry(self.micros(), ttl_seconds))
+
+    def set_missing(self, path: CheckpointPath, version: str, missing: bool) -> None:
+        """Marks whether the folder of this version is not whole."""
+        with self.write(durable=True) as db:
+            db.execute(
+                "UPDATE checkpoints SET missing = ? WHERE run_id = ? AND kind = ? AND name = ? AND version = ?",
+                (int(missing), path.run_id, path.kind, path.name, version),
+            )
+
+    def delete_checkpoint(self, path: CheckpointPath, owner: str) -> str:
+        """Forgets a checkpoint; returns the version whose folder is to be deleted. Raises: NotFound."""
+        with self.write(durable=True) as db:
+            row = _row(db, path)
+            if row is None or row["owner"] != owner:
+                raise _no_checkpoint(path)
+            db.execute(
+                "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?",
+                (path.run_id, path.kind, path.name),
+            )
+        return row["version"]
+
+    def forget_expired(self) -> list[Checkpoint]:
+        """Removes the rows of all checkpoints that have expired, and returns them: their folders are to be deleted."""
+        due, values = "FROM checkpoints WHERE expires_at <= ?", (self.micros(),)
+        with self.read() as db:  # every few seconds, and there is seldom one: nothing is written then
+            if db.execute(f"SELECT 1 {due}", values).fetchone() is None:
+                return []
+        with self.write(durable=True) as db:
+            gone = db.execute(f"SELECT * {due}", values).fetchall()
+            db.executemany(
+                "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?",
+                [(row["run_id"], row["kind"], row["name"]) for row in gone],
+            )
+        return [checkpoint_of(row) for row in gone]
+
+    def usage(self, owner: str, project_id: str | None = None) -> list[Usage]:
+        """Space of the owner's checkpoints, by project."""
+        where = "" if project_id is None else " AND coalesce(s.project_id, 'default') = :project"
+        with self.read() as db:
+            rows = db.execute(
+                "SELECT s.project_id, count(*), sum(c.size_bytes) FROM checkpoints c JOIN runs r USING (run_id)"
+                f" JOIN sessions s USING (session_id) WHERE c.owner = :owner AND {LIVE}{where}"
+                " GROUP BY s.project_id ORDER BY s.project_id",
+                {"owner": owner, "now": self.micros(), "project": project_id},
+            )
+            return [Usage(owner, project, count, size) for project, count, size in rows]
+
+    def _expired(self, row: Row) -> bool:
+        return row["expires_at"] is not None and row["expires_at"] <= self.micros()
+
+    def _require_free(self, db, path: CheckpointPath, owner: str, overwrite: bool) -> str | None:
+        """The version that would be replaced. An expired one, or one whose folder is gone, is in nobody's way."""
+        run = db.execute("SELECT 1 FROM runs WHERE run_id = ? AND owner = ?", (path.run_id, owner)).fetchone()
+        if run is None:
+            raise NotFound(f"training run {path.run_id}: not found")
+        row = _row(db, path)
+        if row is not None and not (overwrite or self._expired(row) or row["missing"]):
+            raise UserError(f"checkpoint {path.uri}: exists; choose another name, delete it, or save with overwrite")
+        return row["version"] if row is not None else None
+
+    def _update(self, path: CheckpointPath, owner: str, what: str, value: int | None) -> None:
+        with self.write(durable=True) as db:
+            done = db.execute(
+                f"UPDATE checkpoints SET {what} WHERE run_id = ? AND kind = ? AND name = ? AND owner = ?"
+                " AND (expires_at IS NULL OR expires_at > ?)",
+                (value, path.run_id, path.kind, path.name, owner, self.micros()),
+            )
+        if not done.rowcount:
+            raise _no_checkpoint(path)
+
+
+def _require_session(db: Any, session_id: str, owner: str) -> None:
+    """Inside a transaction. Raises: NotFound unless the session exists and is the owner's."""
+    if db.execute("SELECT 1 FROM sessions WHERE session_id = ? AND owner = ?", (session_id, owner)).fetchone() is None:
+        raise _no_session(session_id)
+
+
+def _no_session(session_id: str) -> NotFound:
+    return NotFound(f"session {session_id}: not found")
+
+
+def _seen(scope: Scope) -> str:
+    if scope not in _SEEN:
+        raise UserError(f"access_scope={scope!r}; give one of {', '.join(_SEEN)}")
+    return _SEEN[scope]
+
+
+def _run(row: Row, touched: Mapping[str, int]) -> Run:
+    return Run(
+        **{key: row[key] for key in ("run_id", "session_id", "owner", "state")},
+        info=ModelInfo.parse(json.loads(row["facts"])),
+        user_metadata=json.loads(row["user_metadata"]),
+        created_at=from_micros(row["created_at"]),
+        last_request_at=from_micros(max(row["last_request_at"], touched.get(row["run_id"], 0))),
+    )
+
+
+def check_ttl(seconds: int | None) -> None:
+    """Raises: UserError unless None or 3600 to 315576000 (ten years)."""
+    if seconds is not None and not MIN_TTL <= seconds <= MAX_TTL:
+        raise UserError(f"ttl_seconds={seconds}: give {MIN_TTL} to {MAX_TTL}, or null to keep it for ever")
+
+
+def checkpoint_of(row: Row) -> Checkpoint:
+    """The record of a row of the table."""
+    return Checkpoint(
+        path=CheckpointPath(row["run_id"], row["kind"], row["name"]),
+        owner=row["owner"],
+        version=row["version"],
+        created_at=from_micros(row["created_at"]),
+        size_bytes=row["size_bytes"],
+        public=bool(row["public"]),
+        expires_at=None if row["expires_at"] is None else from_micros(row["expires_at"]),
+        user_metadata=json.loads(row["user_metadata"]),
+        info=ModelInfo.parse(json.loads(row["facts"])),
+        has_optimizer=bool(row["has_optimizer"]),
+        missing=bool(row["missing"]),
+    )
+
+
+def _expiry(now: int, ttl_seconds: int | None) -> int | None:
+    return None if ttl_seconds is None else now + ttl_seconds * 1_000_000
+
+
+def _row(db, path: CheckpointPath) -> Row | None:
+    return db.execute(
+        "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?", (path.run_id, path.kind, path.name)
+    ).fetchone()
+
+
+def _no_checkpoint(path: CheckpointPath) -> NotFound:
+    return NotFound(f"checkpoint {path.uri}: not found")

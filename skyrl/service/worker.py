@@ -16,7 +16,7 @@ import numpy as np
 
 from skyrl.config.serve import ServeConfig
 from skyrl.distributed.balance import deal_by_length
-from skyrl.service.checkpoints import CheckpointService
+from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import Leader
 from skyrl.service.limits import check_width
 from skyrl.service.messages import (
@@ -34,7 +34,6 @@ from skyrl.service.messages import (
 from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.sampling import Sampling
 from skyrl.service.scheduler import PendingRequest, RequestScheduler
-from skyrl.service.snapshots import Snapshots
 from skyrl.service.validation import adam_params, batch_key, loss_spec, to_rows
 from skyrl.types import Datum, Floats, LossSpec, UserError
 
@@ -64,7 +63,7 @@ class Worker:
         self.checkpoints, self.facts, self.mix = checkpoints, facts, mix
         self.models = OpenModels(cfg, leader, checkpoints, facts)
         self.sampling = Sampling(
-            cfg, leader, scheduler, checkpoints, facts, Snapshots(leader, checkpoints, self.models)
+            cfg, leader, scheduler, checkpoints, facts, Snapshots(leader, checkpoints, self.models.base_content)
         )
         self._stopping = ""
         self._next_tick = 0.0
@@ -109,7 +108,7 @@ class Worker:
         self.check()
         try:
             self._close_ended(self.cfg.service.model_idle_seconds)
-            self.checkpoints.expire()
+            self.checkpoints.tidy()
         except UserError as error:  # a full disk; nobody asked for anything, and the next tick tries again
             log.warning("tidying up failed: %s", error)
 
@@ -117,7 +116,7 @@ class Worker:
         """Closes models and snapshots of sessions that were finished, or were silent for so long (0 = never)."""
         snapshots = self.sampling.snapshots
         sessions = self.models.sessions() | snapshots.sessions()
-        ended = self.checkpoints.ended_sessions(sessions, idle_seconds)
+        ended = sessions & self.checkpoints.store.ended_sessions(idle_seconds) if sessions else sessions
         for model in self.models.of_sessions(ended):
             self._close(model.model_id, "its session has ended")
         for session in ended:
@@ -285,14 +284,14 @@ class Worker:
             else:
                 self.scheduler.failed(pending, error)
 
-        self.checkpoints.save(request, path, model.owner, content, settle)
+        self.checkpoints.save_later(request, path, model.owner, content, settle)
         return None
 
     def _save_ephemeral(self, request: SaveWeights, model: TrainableModel) -> Result:
         if request.sampling_session_seq_id is None:
             raise RequestFailed("save_weights_for_sampler: needs a path, or a sampling_session_seq_id for a snapshot")
-        sampler_id = self.checkpoints.add_ephemeral_sampler(
-            model.session, model.owner, request.sampling_session_seq_id, model.base_model, model.model_id
-        )
-        self.sampling.snapshots.publish(sampler_id, model)
+        sampler_id = self.checkpoints.store.create_sampler(
+            model.session, model.owner, request.sampling_session_seq_id, model.base_model, ephemeral_run=model.model_id
+        ).sampler_id
+        self.sampling.snapshots.publish(sampler_id, self.models.content(model, optimizer=False), model.model_id)
         return {"path": None, "sampling_session_id": sampler_id}

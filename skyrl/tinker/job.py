@@ -82,8 +82,7 @@ class Job:
         self.users = 0
         self._app = make_app(
             service.scheduler,
-            service.checkpoints.store,
-            service.checkpoints.archive,
+            service.checkpoints,
             service.facts,
             service.cfg.service,
             keys=Keys({}),

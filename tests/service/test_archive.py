@@ -1,4 +1,4 @@
-"""Folders of checkpoints: whole or not there, verified, overwritten in one step, never another store's."""
+"""Folders of checkpoints: whole or not there, verified, replaced beside each other, never another store's."""
 
 import os
 import resource
@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.service.archive import MARKER, META, Archive
-from skyrl.service.archive_content import Content, OptimizerState
+from skyrl.service.archive import MARKER, META, Archive, Content, OptimizerState
 from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 PATH = CheckpointPath("s-1:train:0", "weights", "final")
-FACTS = ModelInfo("org/name", LoraSpec(2, seed=5))
+INFO = ModelInfo("org/name", LoraSpec(2, seed=5))
 
 
 def make_content(seed=0, dtype=torch.float32, optimizer=True):
@@ -24,22 +23,20 @@ def make_content(seed=0, dtype=torch.float32, optimizer=True):
     def draw(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    adapters = {f"model.layers.{i}.self_attn.q_proj": (draw(2, 6), draw(4, 2)) for i in range(2)}
-    names = [f"{path}.{letter}" for path in adapters for letter in "AB"]
+    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    weights = {f"{path}.{side}": draw(*shape) for path in paths for side, shape in (("A", (2, 6)), ("B", (4, 2)))}
     state = OptimizerState(
         step=7,
-        exp_avg={name: draw(3, dtype=torch.float32) for name in names},
-        exp_avg_sq={name: draw(3, dtype=torch.float32) for name in names},
-        master={name: draw(3, dtype=torch.float32) for name in names} if dtype == torch.bfloat16 else {},
+        exp_avg={name: draw(3, dtype=torch.float32) for name in weights},
+        exp_avg_sq={name: draw(3, dtype=torch.float32) for name in weights},
     )
-    return Content(FACTS, adapters=adapters, optimizer=state if optimizer else None)
+    return Content(INFO, weights, state if optimizer else None)
 
 
 def flat(content):
-    out = {f"{p}.{x}": t for p, pair in content.adapters.items() for x, t in zip("AB", pair, strict=True)}
-    out |= content.weights
+    out = dict(content.weights)
     if content.optimizer:
-        for group in ("exp_avg", "exp_avg_sq", "master"):
+        for group in ("exp_avg", "exp_avg_sq"):
             out |= {f"{group}/{name}": t for name, t in getattr(content.optimizer, group).items()}
         out["step"] = torch.tensor(content.optimizer.step)
     return out
@@ -61,9 +58,7 @@ def archive(tmp_path):
 
 
 def save(archive, content, path=PATH):
-    version, _ = archive.write(path, content)
-    archive.point(path, version)
-    return version
+    return archive.write(path, content)[0]
 
 
 def names(archive):
@@ -74,16 +69,15 @@ def names(archive):
 def test_everything_comes_back_bit_for_bit(archive, dtype):
     content = make_content(dtype=dtype)
     version, size = archive.write(PATH, content)
-    archive.point(PATH, version)
-    for named in (None, version):
-        back = archive.read(PATH, named)
-        assert same(back, content) and back.facts == FACTS
-    assert size == sum(f.stat().st_size for n, f in archive.files(PATH, private=True).items() if n != META)
-    assert archive.read(PATH, optimizer=False).optimizer is None
-    assert archive.folder(PATH).is_dir() and set(os.listdir(archive.folder(PATH))) == {
+    back = archive.read(PATH, version)
+    assert same(back, content) and back.info == INFO
+    folder = archive.folder(PATH, version)
+    assert size == sum(file.stat().st_size for file in folder.iterdir() if file.name != META)
+    assert archive.read(PATH, version, optimizer=False).optimizer is None
+    assert set(os.listdir(folder)) == {
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "meta.json"
     }  # fmt: skip
-    assert set(archive.files(PATH)) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(archive.files(PATH, version)) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_all_parameters(archive):
@@ -92,29 +86,23 @@ def test_all_parameters(archive):
         "model.a": torch.randn(3, 4).bfloat16(), "b": torch.randn(()), "turned": torch.randn(4, 6).T,
         "piece": whole[:5], "other piece": whole[5:], "again": whole[:5], "none": torch.zeros(0, 3),
     }  # fmt: skip
-    content = Content(ModelInfo("org/name"), weights=weights)
-    save(archive, content)
-    assert same(archive.read(PATH), content)
-    assert set(archive.files(PATH)) == {"model.safetensors"}
+    content = Content(ModelInfo("org/name"), weights)
+    version = save(archive, content)
+    assert same(archive.read(PATH, version), content)
+    assert set(archive.files(PATH, version)) == {"model.safetensors"}
 
 
-def test_content_that_fits_no_facts_is_a_mistake_of_ours(archive):
-    for wrong in (
-        Content(FACTS),
-        Content(ModelInfo("base")),
-        Content(FACTS, adapters={"q": (torch.zeros(3, 6), torch.zeros(4, 3))}),
-        Content(FACTS, adapters={"q": (torch.zeros(2, 6), torch.zeros(2, 4))}),
-    ):
-        with pytest.raises(ValueError):
-            archive.write(PATH, wrong)
-    assert [n for n in names(archive) if "." in n] == []
+def test_a_write_that_fails_leaves_nothing(archive):
+    with pytest.raises(ZeroDivisionError):
+        archive.write_files(PATH, INFO, lambda folder: 1 / 0)
+    assert names(archive) == ["s-1:train:0", "s-1:train:0/weights"]
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json", META])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_damage_is_told_by_file(archive, file, how):
     version = save(archive, make_content())
-    path = archive.folder(PATH) / file
+    path = archive.folder(PATH, version) / file
     data = bytearray(path.read_bytes())
     if how == "flipped":
         data[len(data) // 2 if file != META else 0] ^= 1
@@ -124,76 +112,89 @@ def test_damage_is_told_by_file(archive, file, how):
     else:
         path.unlink()
     with pytest.raises(UserError) as caught:
-        archive.read(PATH)
+        archive.read(PATH, version)
     text = str(caught.value)
     assert PATH.uri in text and "\n" not in text and (file in text or how == "gone" and file == META)
     if how != "flipped":
         assert PATH.uri in archive.whole(PATH, version)
     if file == "optimizer.safetensors":
-        assert same(archive.read(PATH, optimizer=False), make_content(optimizer=False))
+        assert same(archive.read(PATH, version, optimizer=False), make_content(optimizer=False))
 
 
-def test_overwriting_moves_the_name_in_one_step(archive):
-    old, new = make_content(1), make_content(2)
-    first = save(archive, old)
-    seen, errors, stop = set(), [], threading.Event()
-
-    def look():
-        try:
-            while not stop.is_set():
-                content = archive.read(PATH)
-                seen.add(1 if same(content, old) else 2 if same(content, new) else 0)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    current = first
-    for number in range(40):
-        previous, current = current, save(archive, (old, new)[number % 2])
-        archive.drop(PATH, previous)
-    stop.set()
-    thread.join()
-    assert errors == [] and seen <= {1, 2} and seen
-    assert same(archive.read(PATH, current), new)
-    with pytest.raises(UserError, match="not on the disk"):
-        archive.read(PATH, first)
-    assert sorted(os.listdir(archive.folder(PATH).parent)) == sorted([f".v-{current}", "final"])
-
-
-def test_a_deleted_checkpoint_stays_while_it_is_read(archive):
+def test_a_deleted_version_stays_while_it_is_read(archive):
     version = save(archive, make_content())
-    stream = archive.tar(PATH)
-    with archive.reading(PATH) as folder:
+    stream = archive.tar(PATH, version)
+    with archive.reading(PATH, version) as folder, archive.reading(PATH, version):
         archive.drop(PATH, version)
-        assert (folder / META).is_file() and not archive.folder(PATH).exists()
-    assert not folder.exists()
+        assert (folder / META).is_file()
+    assert not folder.parent.exists()
     assert len(b"".join(stream)) == stream.size  # opened before it was deleted
     archive.drop(PATH, version)  # once more is no error
+    with pytest.raises(UserError, match="not on the disk"):
+        archive.read(PATH, version)
+
+
+def test_versions_come_and_go_beside_each_other(archive):
+    """Threads that write and delete under one name: each finds what it wrote, and the last one leaves nothing."""
+    errors = []
+
+    def work(seed):
+        try:
+            content = make_content(seed)
+            for _ in range(20):
+                version = save(archive, content)
+                assert same(archive.read(PATH, version), content)
+                archive.drop(PATH, version)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and names(archive) == ["s-1:train:0", "s-1:train:0/weights"]
 
 
 def test_cleaning_keeps_what_is_known_and_nothing_else(archive):
     kept = save(archive, make_content(1))
     other = CheckpointPath("s-2:train:0", "sampler_weights", "x")
     save(archive, make_content(2), other)
-    newer, _ = archive.write(PATH, make_content(3))  # written, never committed
-    parent = archive.folder(PATH).parent
-    (parent / ".tmp-1").mkdir()
-    (parent / ".tmp-1" / "half").write_text("x")
-    (parent / ".link-1").symlink_to(".v-1")
-    (parent / "stranger").write_text("x")
-    archive.point(PATH, newer)  # as if killed between link and row
+    save(archive, make_content(3))  # written, never committed
+    kind = archive.folder(PATH, kept).parents[1]
+    (kind / "final" / ".half.partial").mkdir()
+    (kind / "final" / ".half.partial" / "half").write_text("x")
+    (kind / "stranger").write_text("x")
+    (kind / "link").symlink_to("final")
     lines = archive.clean({PATH: kept})
-    assert same(archive.read(PATH), make_content(1)) and same(archive.read(PATH, kept), make_content(1))
-    assert sorted(os.listdir(parent)) == sorted([f".v-{kept}", "final"])
+    assert same(archive.read(PATH, kept), make_content(1))
+    assert os.listdir(kind) == ["final"] and os.listdir(kind / "final") == [kept]
     assert not (archive.root / "s-2:train:0").exists()
-    assert len(lines) == 7 and any("stands for" in line for line in lines)
+    assert len(lines) == 5 and all("never acknowledged" in line for line in lines)
     assert archive.clean({PATH: kept}) == []
 
 
-def test_cleaning_without_the_lock_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="before bind"):
-        Archive(tmp_path).clean({})
+def test_folders_of_earlier_servers_are_brought_to_their_place(archive):
+    """Those had .v-<version> and a link with the checkpoint's name to it."""
+    version = save(archive, make_content(1))
+    kind = archive.folder(PATH, version).parents[1]
+
+    def as_before():
+        archive.folder(PATH, version).rename(kind / f".v-{version}")
+        (kind / "final").rmdir()
+        (kind / "final").symlink_to(f".v-{version}")
+        (kind / ".v-older").mkdir()
+
+    as_before()
+    archive.adopt_links({PATH: version})
+    assert same(archive.read(PATH, version), make_content(1))
+    assert len(archive.clean({PATH: version})) == 1 and os.listdir(kind) == ["final"]
+    as_before()
+    (kind / "final").unlink()
+    (kind / "final").mkdir()  # killed before the rename
+    archive.adopt_links({PATH: version})
+    archive.adopt_links({PATH: version})
+    assert same(archive.read(PATH, version), make_content(1))
 
 
 def test_a_folder_of_another_store_is_left_alone(tmp_path):
@@ -201,13 +202,13 @@ def test_a_folder_of_another_store_is_left_alone(tmp_path):
     first.bind("1" * 32)
     with pytest.raises(UserError, match="another server uses it"):
         Archive(tmp_path / "a").bind("1" * 32)
-    save(first, make_content())
+    version = save(first, make_content())
     first.close()
     with pytest.raises(UserError, match="belong to another store"):
         Archive(tmp_path / "a").bind("2" * 32)
     again = Archive(tmp_path / "a")
     again.bind("1" * 32)
-    assert same(again.read(PATH), make_content())
+    assert same(again.read(PATH, version), make_content())
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="another store .unknown"):
@@ -219,7 +220,7 @@ def test_a_disk_that_takes_no_more(archive, tmp_path):
     kept = save(archive, make_content(1))
     before = names(archive)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    big = Content(FACTS, adapters={"q": (torch.zeros(2, 40_000), torch.zeros(4, 2))})
+    big = Content(INFO, {"q.A": torch.zeros(2, 40_000), "q.B": torch.zeros(4, 2)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(UserError, match="cannot be written.*free space") as caught:

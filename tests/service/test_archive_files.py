@@ -7,14 +7,12 @@ import tarfile
 import pytest
 import torch
 
-from skyrl.service.archive import META, Archive
-from skyrl.service.archive_content import Content
-from skyrl.service.archive_files import TarStream, check_recipients
+from skyrl.service.archive import META, Archive, Content, TarStream, check_recipients
 from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 PATH = CheckpointPath("s-1:train:0", "external_weights", "final")
-CONTENT = Content(ModelInfo("base", LoraSpec(2)), adapters={"q": (torch.randn(2, 6), torch.randn(4, 2))})
+CONTENT = Content(ModelInfo("base", LoraSpec(2)), {"q.A": torch.randn(2, 6), "q.B": torch.randn(4, 2)})
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1, 511, 512, 513], [3_000_000, 7], [10240 - 1024], [10240]])
@@ -43,7 +41,7 @@ def test_a_tar_of_a_checkpoint_has_the_adapter_alone(tmp_path):
         tar.extractall(tmp_path / "out", filter="data")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     with pytest.raises(UserError, match="not on the disk"):
-        archive.tar(PATH)  # no name stands for it yet
+        archive.tar(PATH, "0123")
     archive.tar(PATH, version).close()
 
 

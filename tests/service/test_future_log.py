@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from skyrl.service.future_log import LOST, FutureLog
+from skyrl.service.database import LOST, FutureLog
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -18,6 +18,7 @@ from skyrl.service.messages import (
     TrainResult,
     UnloadModel,
 )
+from skyrl.service.records import ModelInfo
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.store import Store
 
@@ -84,7 +85,7 @@ def test_a_failed_request_has_no_effect_and_no_record(store):
     desk = scheduler(store)
     request_id = desk.submit(SaveWeights("s-1:train:9", 1, "weights", "one"), owner="o").request_id
     assert desk.outcome(request_id, owner="o").state == "failed"
-    assert store.find_future(request_id, "o") is None
+    assert scheduler(store).outcome(request_id, owner="o").error == LOST
 
 
 def test_a_full_disk_does_not_end_the_service(store, caplog):
@@ -95,3 +96,42 @@ def test_a_full_disk_does_not_end_the_service(store, caplog):
     request_id = run(desk, CREATE, {"model_id": MODEL, "text": "x" * 100_000})
     assert desk.outcome(request_id, owner="o").state == "done"
     assert "not on record" in caplog.text
+
+
+def test_answers_are_thrown_away_after_a_day(tmp_path):
+    time = 1.7e9
+    store = Store(tmp_path / "s.db", now=lambda: time)
+    with store.write() as db:  # as servers before this one recorded futures: without an answer
+        db.execute("INSERT INTO futures (request_id, owner, kind, state, created_at) VALUES ('x', 'o', 'k', 'done', 0)")
+    store.recover()
+    first = FutureLog(store)
+    old, fresh = first.new_id(), first.new_id()
+    first.record(old, "o", CREATE, {"n": 1})
+    first.record(old, "o", CREATE, {"n": 2})  # the first answer stays
+    time += 86000
+    first.record(fresh, "o", CREATE, {"n": 3})
+    first.tidy()
+    later = FutureLog(store)
+    assert [later.recall(one, "o").result for one in (old, fresh)] == [{"n": 1}, {"n": 3}]
+    time += 500
+    first.tidy()
+    assert [later.recall(one, "o").result for one in (old, fresh)] == [None, {"n": 3}]
+    assert first.recall(old, "o").state == first.recall("x", "o").state == "unknown"
+    store.close()
+
+
+def test_the_time_of_a_last_request_is_known_at_once_and_written_later(tmp_path):
+    time = 1.7e9
+    store = Store(tmp_path / "s.db", now=lambda: time)
+    run = store.create_run(store.create_session("o").session_id, "o", 0, ModelInfo("tiny"))
+    futures, before = FutureLog(store), store.get_run(run.run_id, "o").last_request_at
+    time += 7
+    futures.touch(run.run_id)
+    told = store.get_run(run.run_id, "o").last_request_at
+    assert (told - before).total_seconds() == 7 and store.list_runs("o").items[0].last_request_at == told
+    futures.tidy()
+    assert store.get_run(run.run_id, "o").last_request_at == told
+    store.close()
+    again = Store(tmp_path / "s.db")
+    assert again.get_run(run.run_id, "o").last_request_at == told
+    again.close()

@@ -54,7 +54,7 @@ def looped(folder: Path, *overrides: str) -> tuple[list[Update], dict[str, np.nd
     return [tuple(update) for update in updates], last[0]
 
 
-FIELDS = ("tokens", "targets", "weights", "logprobs", "advantages")
+FIELDS = ("tokens", "targets", "weights", "sampling_logprobs", "advantages")
 
 
 def as_datum(row: dict[str, Any], loss: str) -> Datum:
@@ -63,7 +63,7 @@ def as_datum(row: dict[str, Any], loss: str) -> Datum:
     if loss == "cross_entropy":
         inputs["weights"] = row["weights"].astype(np.float32)
     else:
-        inputs["logprobs"] = row["logprobs"].astype(np.float32)
+        inputs["logprobs"] = row["sampling_logprobs"].astype(np.float32)
         inputs["advantages"] = (row["advantages"] * row["weights"]).astype(np.float32)
     return Datum(ModelInput.from_ints(row["tokens"].tolist()), inputs)
 

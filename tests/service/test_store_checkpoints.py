@@ -6,7 +6,7 @@ from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.service.store import Store
 from skyrl.types import UserError
 
-FACTS = ModelInfo("base")
+INFO = ModelInfo("base")
 
 
 class Clock:
@@ -31,11 +31,11 @@ def store(tmp_path, clock):
 
 @pytest.fixture
 def run(store):
-    return store.create_run(store.create_session("a").session_id, "a", 0, FACTS).run_id
+    return store.create_run(store.create_session("a").session_id, "a", 0, INFO).run_id
 
 
 def add(store, path, version="v1", owner="a", **options):
-    fields = dict(version=version, size_bytes=10, facts=FACTS, has_optimizer=True)
+    fields = dict(version=version, size_bytes=10, info=INFO, has_optimizer=True)
     return store.add_checkpoint(path, owner, **{**fields, **options})
 
 
@@ -66,7 +66,7 @@ def test_expired_is_gone_at_once_and_its_name_is_free(store, run, clock):
     add(store, CheckpointPath(run, "weights", "kept"))
     store.set_public(path, "a", True)
     clock.time += 3599
-    assert store.get_checkpoint(path, "a") and store.due_for_expiry() == []
+    assert store.get_checkpoint(path, "a") and store.forget_expired() == []
     clock.time += 1
     for reader in ("a", "b"):
         with pytest.raises(NotFound):
@@ -75,8 +75,7 @@ def test_expired_is_gone_at_once_and_its_name_is_free(store, run, clock):
     assert store.get_run(run, "a").last_checkpoint.path.name == "kept"
     with pytest.raises(NotFound):
         store.set_ttl(path, "a", None)  # no way back
-    assert [c.path for c in store.due_for_expiry()] == [path]
-    assert [c.version for c in store.forget_expired()] == ["v1"]
+    assert [(c.path, c.version) for c in store.forget_expired()] == [(path, "v1")]
     assert store.forget_expired() == [] and store.version_of(path) is None
     add(store, path, ttl_seconds=3600)
     clock.time += 3600
@@ -135,7 +134,7 @@ def test_a_missing_one_is_listed_nowhere_and_can_be_deleted_or_replaced(store, r
 
 
 def test_space_by_project(store, run):
-    other = store.create_run(store.create_session("a", project_id="p").session_id, "a", 0, FACTS).run_id
+    other = store.create_run(store.create_session("a", project_id="p").session_id, "a", 0, INFO).run_id
     for where, name in [(run, "x"), (run, "y"), (other, "z")]:
         add(store, CheckpointPath(where, "weights", name), size_bytes=5 * 10**8)
     usage = [item.to_json() for item in store.usage("a")]

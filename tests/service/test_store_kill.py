@@ -15,80 +15,74 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.service.archive import Archive
-from skyrl.service.archive_content import Content, OptimizerState
+from skyrl.service.archive import Content, OptimizerState
+from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
-from skyrl.service.store import Store
-from skyrl.service.store_sync import delete_checkpoint, load_checkpoint, reconcile, save_checkpoint
 from skyrl.types import LoraSpec
 
-FACTS = ModelInfo("base", LoraSpec(2))
+INFO = ModelInfo("base", LoraSpec(2))
 NAMES = ("a", "b", "c")
 ROUNDS = 15
-WATCHED = ("store_sync.py", "archive.py", "archive_files.py", "store_checkpoints.py", "store_db.py")
+WATCHED = ("checkpoints.py", "archive.py", "files.py", "store.py", "database.py")
 
 
-def started(folder: Path) -> tuple[Store, Archive, str]:
-    """As a server starts: reconciled, with the one run of these tests."""
-    store, archive = Store(folder / "s.db"), Archive(folder / "root")
-    store.recover()
-    reconcile(store, archive)
-    sessions = store.list_sessions("o").items
-    if not sessions:
-        store.create_run(store.create_session("o").session_id, "o", 0, FACTS)
+def started(folder: Path) -> tuple[CheckpointService, str]:
+    """As a server starts: rows and folders put right, with the one run of these tests."""
+    service = CheckpointService(folder)
+    store = service.store
+    if not store.list_sessions("o").items:
+        store.create_run(store.create_session("o").session_id, "o", 0, INFO)
     (run,) = store.list_runs("o").items
-    return store, archive, run.run_id
+    return service, run.run_id
 
 
-def save(store: Store, archive: Archive, run: str, name: str, value: int) -> None:
+def save(service: CheckpointService, run: str, name: str, value: int) -> None:
     tensor = torch.full((2, 3000), float(value))
     state = OptimizerState(value, {"w": tensor}, {"w": tensor})
-    save_checkpoint(
-        store, archive, CheckpointPath(run, "weights", name), "o",
-        Content(FACTS, adapters={"w": (tensor, tensor.T.contiguous())}, optimizer=state),
-        overwrite=True, user_metadata={"value": str(value)},
-    )  # fmt: skip
+    content = Content(INFO, {"w.A": tensor, "w.B": tensor.T.contiguous()}, state)
+    service.save(
+        CheckpointPath(run, "weights", name), "o", content, overwrite=True, user_metadata={"value": str(value)}
+    )
 
 
 def found(folder: Path) -> dict[str, int]:
     """What is there after a start, with every checkpoint read and compared with its row; no leftovers."""
-    store, archive, run = started(folder)
+    service, run = started(folder)
     try:
         values, versions = {}, set()
         for name in NAMES:
             path = CheckpointPath(run, "weights", name)
             try:
-                row, content = load_checkpoint(store, archive, path, "o")
+                row = service.store.get_checkpoint(path, "o")
             except NotFound:
-                assert not archive.folder(path).is_symlink()
                 continue
-            tensors = [*content.adapters["w"], content.optimizer.exp_avg["w"], content.optimizer.exp_avg_sq["w"]]
+            content = service.load(path.uri, "o", optimizer=True)
+            tensors = [*content.weights.values(), content.optimizer.exp_avg["w"], content.optimizer.exp_avg_sq["w"]]
             (value,) = {int(v) for tensor in tensors for v in tensor.unique()}
             assert content.optimizer.step == value and row.user_metadata == {"value": str(value)}
-            assert archive.folder(path).readlink().name == f".v-{row.version}"
             values[name] = value
-            versions |= {f".v-{row.version}", name}
-        parent = archive.folder(CheckpointPath(run, "weights", "a")).parent
-        assert set(os.listdir(parent) if parent.exists() else []) == versions
+            versions |= {name, f"{name}/{row.version}"}
+        parent = service.archive.root / run / "weights"
+        there = {str(entry.relative_to(parent)) for pattern in ("*", "*/*") for entry in parent.glob(pattern)}
+        assert there == versions
         return values
     finally:
-        store.close()
-        archive.close()
+        service.close()
 
 
 def work(folder: Path, first: int, say) -> None:
     """Saves and deletes for ever; says each intention before and each success after."""
-    store, archive, run = started(folder)
+    service, run = started(folder)
     random.seed(first)
     for value in range(first, first + 10**6):
         name = random.choice(NAMES)
-        if random.random() < 0.2 and store.version_of(CheckpointPath(run, "weights", name)):
+        if random.random() < 0.2 and service.store.version_of(CheckpointPath(run, "weights", name)):
             say(f"try {name} 0")
-            delete_checkpoint(store, archive, CheckpointPath(run, "weights", name), "o")
+            service.delete(CheckpointPath(run, "weights", name), "o")
             say(f"done {name} 0")
         else:
             say(f"try {name} {value}")
-            save(store, archive, run, name, value)
+            save(service, run, name, value)
             say(f"done {name} {value}")
 
 
@@ -152,7 +146,7 @@ def dying(folder: Path, value: int, at: int):
     """A child that dies, as by kill -9, before the line number `at` that it runs in our files."""
 
     def body(say):
-        store, archive, run = started(folder)
+        service, run = started(folder)
         left = at
 
         def watch(frame, event, _):
@@ -166,7 +160,7 @@ def dying(folder: Path, value: int, at: int):
             return watch
 
         sys.settrace(watch)
-        save(store, archive, run, "a", value)
+        save(service, run, "a", value)
         sys.settrace(None)
         say(f"done {at - left}")
 
@@ -174,10 +168,9 @@ def dying(folder: Path, value: int, at: int):
 
 
 def die_at_every_line(folder: Path, step: int) -> None:
-    store, archive, run = started(folder)
-    save(store, archive, run, "a", 1)
-    store.close()
-    archive.close()
+    service, run = started(folder)
+    save(service, run, "a", 1)
+    service.close()
     at, current, kept, replaced = 1, 1, 0, 0
     while True:
         pid, source = in_child(dying(folder, current + 1, at))

@@ -17,7 +17,7 @@ from skyrl.service.records import (
 from skyrl.types import LoraSpec, UserError
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, tzinfo=timezone.utc)
-FACTS = ModelInfo("org/name", LoraSpec(8, seed=3, unembed=False))
+INFO = ModelInfo("org/name", LoraSpec(8, seed=3, unembed=False))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_times_are_exact_to_the_microsecond():
 def make_checkpoint(**changes):
     fields = dict(
         path=CheckpointPath("s:train:0", "weights", "final"), owner="a", version="v", created_at=NOW, size_bytes=10,
-        public=False, expires_at=None, user_metadata={}, facts=FACTS, has_optimizer=True,
+        public=False, expires_at=None, user_metadata={}, info=INFO, has_optimizer=True,
     )  # fmt: skip
     return Checkpoint(**{**fields, **changes})
 
@@ -90,7 +90,7 @@ def test_json_has_the_protocol_s_names_and_no_nulls():
         "user_metadata": {},
     }
     assert make_checkpoint(expires_at=NOW).to_json()["expires_at"] == "2026-01-31T12:00:00.123456+00:00"
-    run = Run("s:train:0", "s", "a", FACTS, {"k": "v"}, NOW, NOW, "lost", last_checkpoint=checkpoint)
+    run = Run("s:train:0", "s", "a", INFO, {"k": "v"}, NOW, NOW, "lost", last_checkpoint=checkpoint)
     assert run.to_json() == {
         "training_run_id": "s:train:0",
         "base_model": "org/name",
@@ -102,7 +102,7 @@ def test_json_has_the_protocol_s_names_and_no_nulls():
         "last_checkpoint": checkpoint.to_json(),
         "user_metadata": {"k": "v"},
     }
-    assert FACTS.to_json() == {
+    assert INFO.to_json() == {
         "base_model": "org/name",
         "is_lora": True,
         "lora_rank": 8,
@@ -113,5 +113,5 @@ def test_json_has_the_protocol_s_names_and_no_nulls():
     }
     whole = ModelInfo("org/name")
     assert whole.to_json() == {"base_model": "org/name", "is_lora": False, "optimizer_config": {"type": "adamw"}}
-    assert ModelInfo.parse(whole.dump()) == whole and ModelInfo.parse(FACTS.dump()) == FACTS
+    assert ModelInfo.parse(whole.dump()) == whole and ModelInfo.parse(INFO.dump()) == INFO
     assert Page([1], 2, 1, 9).cursor() == {"offset": 2, "limit": 1, "total_count": 9}

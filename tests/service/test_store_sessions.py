@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, parse_time
-from skyrl.service.store import Store
-from skyrl.service.store_sessions import ACTIVE_SECONDS, SessionQuery, StatusQuery
+from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, SessionQuery, StatusQuery, parse_time
+from skyrl.service.store import ACTIVE_SECONDS, Store
 from skyrl.types import UserError
 
 
@@ -55,24 +54,14 @@ def test_life_of_a_session(store, clock):
     clock.time += ACTIVE_SECONDS + 10
     silent = store.get_session(session.session_id, "a")
     assert silent.status is None and "status" not in silent.summary_json()
-    assert [s.session_id for s in store.silent_sessions(ACTIVE_SECONDS)] == [session.session_id]
+    assert store.ended_sessions(ACTIVE_SECONDS) == {session.session_id} and store.ended_sessions() == set()
     store.finish_session(session.session_id, "a", "errored", "why")
     ended = {"type": "client_finished", "reason": {"type": "errored"}, "detail": "why"}
     store.finish_session(session.session_id, "a", "success")
-    store.fail_session(session.session_id, "a", "user", {"type": "training_run", "training_run_id": "r"}, "m")
     assert store.get_session(session.session_id, "a").summary_json()["status"] == ended  # the first word stays
-    assert store.silent_sessions(0) == []
+    assert store.ended_sessions() == store.ended_sessions(10**9) == {session.session_id}
     with pytest.raises(UserError, match="finish reason 'bored'"):
         store.finish_session(session.session_id, "a", "bored")
-
-
-def test_a_failed_session_tells_why(store):
-    session = store.create_session("a").session_id
-    reason = {"type": "request", "request_id": "r", "request_type": "optim_step"}
-    store.fail_session(session, "a", "internal", reason, "out of memory")
-    assert store.get_session(session, "a").status == {
-        "type": "failed", "category": "internal", "reason": reason, "message": "out of memory"
-    }  # fmt: skip
 
 
 def test_another_owner_s_session_does_not_exist(store):
@@ -82,7 +71,6 @@ def test_another_owner_s_session_does_not_exist(store):
         lambda owner: store.get_session(session, owner),
         lambda owner: store.heartbeat(session, owner),
         lambda owner: store.finish_session(session, owner, "success"),
-        lambda owner: store.fail_session(session, owner, "user", {}, ""),
         lambda owner: store.set_project(session, owner, "p"),
         lambda owner: store.create_sampler(session, owner, 1, "base"),
         lambda owner: store.create_run(session, owner, 0, ModelInfo("base")),
@@ -109,7 +97,7 @@ def test_summary_counts_what_the_session_s_runs_saved(store):
         run = store.create_run(session, "a", number, ModelInfo("base")).run_id
         for name in ("one", "two"):
             store.add_checkpoint(
-                CheckpointPath(run, "weights", name), "a", version="v", size_bytes=100, facts=ModelInfo("base"),
+                CheckpointPath(run, "weights", name), "a", version="v", size_bytes=100, info=ModelInfo("base"),
                 has_optimizer=False, ttl_seconds=3600 if name == "two" else None,
             )  # fmt: skip
     summary = store.get_session(session, "a").summary_json()
@@ -149,12 +137,11 @@ def test_search_by_name_project_and_metadata(store):
 def test_search_by_status(store, clock):
     silent = store.create_session("a").session_id
     clock.time += ACTIVE_SECONDS + 10
-    good, bad, failed, active = (store.create_session("a").session_id for _ in range(4))
+    good, bad, active = (store.create_session("a").session_id for _ in range(3))
     store.finish_session(good, "a", "success")
     store.finish_session(bad, "a", "errored")
-    store.fail_session(failed, "a", "user", {"type": "training_run", "training_run_id": "r"}, "m")
     assert found(store, statuses=(StatusQuery("active"),)) == [active]
-    assert found(store, statuses=(StatusQuery("failed"), StatusQuery("active"))) == [active, failed]
+    assert found(store, statuses=(StatusQuery("failed"), StatusQuery("active"))) == [active]
     assert found(store, statuses=(StatusQuery("client_finished"),)) == [bad, good]
     assert found(store, statuses=(StatusQuery("client_finished", ("errored", "interrupted")),)) == [bad]
     assert found(store, statuses=(StatusQuery("cancelled"),)) == []
@@ -200,6 +187,5 @@ def test_samplers(store):
     assert [store.join_sampler(base.sampler_id, "a") for _ in range(3)] == [1, 2, 3]
     store.recover()
     after = [store.get_sampler(s.sampler_id, "a") for s in (base, named, gone)]
-    assert [s.lost for s in after] == [False, False, True]
-    assert after[1].version == "v1"
+    assert after == [base, named, gone] and after[1].version == "v1"
     assert store.get_session(session, "a").sampler_ids == tuple(s.sampler_id for s in (base, named, gone))

@@ -1,4 +1,5 @@
-"""The database below the store: one SQLite file in WAL mode, connections that threads borrow, short transactions.
+"""The database below the store: one SQLite file in WAL mode, connections that threads borrow, short transactions; and
+the log of futures, which is all of it that the scheduler sees.
 
 A transaction that acknowledges a save is synced to the disk (synchronous=FULL), and with it everything written before;
 other ones survive the death of the process, and not always that of the machine.
@@ -6,20 +7,31 @@ other ones survive the death of the process, and not always that of the machine.
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import secrets
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from skyrl.service.messages import CreateModel, LoadWeights, Request, RequestOutcome, Result, SaveWeights, UnloadModel
 from skyrl.types import UserError
+
+log = logging.getLogger("skyrl.service")
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x736B7972  # "skyr": another program's SQLite file is refused
 BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
+KEEP_SECONDS = 86400.0  # for so long a recorded answer can be asked for
+REQUEST_ID = re.compile("[0-9a-f]{32}")
+EPOCH = 8  # characters of a request id that are the same for all requests of one server process
+LOST = "this request was lost when the server restarted; go on from the last saved state"
 Row = sqlite3.Row
 # What SQLite says of a disk, a file or another process (Python 3.10 gives no error codes).
 _OF_THE_DISK = ("disk is full", "readonly database", "disk I/O error", "unable to open", "not a database", "malformed",
@@ -67,7 +79,7 @@ class Database:
         self.path, self._now = Path(path), now
         self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        self._touched: dict[str, int] = {}  # run -> time of its last request, where that is not written yet
+        self.touched: dict[str, int] = {}  # run -> time of its last request, where that is not in the table yet
         self._closed = False
         try:
             with self._explained(), self._connection() as connection:
@@ -188,3 +200,84 @@ def check_page(limit: int, offset: int) -> None:
         raise UserError(f"limit={limit}: give 0 to {MAX_LIMIT}")
     if not 0 <= offset < 2**63:
         raise UserError(f"offset={offset}: give 0 or more")
+
+
+def has_lasting_effect(request: Request) -> bool:
+    """Whether something of this request is still there after a restart: a run, or a checkpoint. Weights loaded into
+    an open model and snapshots without a name end with the process."""
+    if isinstance(request, SaveWeights):
+        return request.name is not None or request.kind != "sampler_weights"
+    if isinstance(request, LoadWeights):
+        return request.model_id is None
+    return isinstance(request, (CreateModel, UnloadModel))
+
+
+class FutureLog:
+    """What of the scheduler's memory outlives the process. Thread-safe.
+
+    Only requests with a lasting effect are recorded, and only once they are done: whoever asks for the future of one of
+    these after a restart finds that it was run, and nobody runs it again. A sample, a forward_backward or an optim_step
+    changes nothing that a restart keeps, so none of them costs a write to the database.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database, self._lock = database, threading.Lock()
+        self._epoch = uuid.uuid4().hex[:EPOCH]
+
+    def new_id(self) -> str:
+        """The id of a new request."""
+        return self._epoch + uuid.uuid4().hex[EPOCH:]
+
+    def touch(self, model_id: str) -> None:
+        """A request for this model was accepted: the time of its run's last request. Written by `tidy`."""
+        with self._lock:
+            self._database.touched[model_id] = self._database.micros()
+
+    def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
+        """A request is done; to be called before anybody is told. Writes nothing unless its effect is lasting."""
+        if not has_lasting_effect(request) or not isinstance(result, dict):
+            return
+        values = {
+            "id": request_id, "owner": owner, "kind": type(request).__name__, "result": json.dumps(result),
+            "model": getattr(request, "model_id", None), "now": self._database.micros(),
+        }  # fmt: skip
+        try:
+            with self._database.write() as db:
+                db.execute(
+                    "INSERT OR IGNORE INTO futures (request_id, owner, kind, model_id, state, result, created_at,"
+                    " finished_at) VALUES (:id, :owner, :kind, :model, 'done', :result, :now, :now)",
+                    values,
+                )
+        except UserError as error:  # a full disk must not end the service, and the work itself is done
+            log.warning("a future is not on record: %s", error)
+
+    def recall(self, request_id: str, owner: str) -> RequestOutcome:
+        """What is known of a request that the scheduler does not have: a recorded answer, or (by its id, which tells
+        the process that gave it out) that it ended with an earlier server."""
+        with self._database.read() as db:
+            row = db.execute(
+                "SELECT result FROM futures WHERE request_id = ? AND owner = ? AND result IS NOT NULL",
+                (request_id, owner),
+            ).fetchone()
+        if row is not None:
+            return RequestOutcome("done", result=json.loads(row["result"]))
+        if REQUEST_ID.fullmatch(request_id) and not request_id.startswith(self._epoch):
+            return RequestOutcome("failed", error=LOST, category="server")
+        return RequestOutcome("unknown")
+
+    def tidy(self) -> None:
+        """Throws away answers that are a day old, and writes down the times of last requests: one transaction for all
+        requests since the last call."""
+        before = self._database.micros() - int(KEEP_SECONDS * 1_000_000)
+        with self._database.read() as db:
+            old = db.execute("SELECT 1 FROM futures WHERE created_at < ?", (before,)).fetchone()
+        with self._lock:
+            touched, self._database.touched = self._database.touched, {}
+        if not (old or touched):
+            return
+        with self._database.write() as db:
+            db.execute("DELETE FROM futures WHERE created_at < ?", (before,))
+            db.executemany(
+                "UPDATE runs SET last_request_at = max(last_request_at, ?) WHERE run_id = ?",
+                [(now, run_id) for run_id, now in touched.items()],
+            )
