@@ -70,7 +70,7 @@ def steps(hub: Path, folder: Path, size: str, ranks: int, rounds: int) -> dict[s
 def door_seconds(server: Server) -> float:
     """CPU seconds so far of all threads but the main one in the process that listens: event loop, parsing, store.
 
-    torch's own worker threads count too; with threads=1 there are none that compute.
+    torch's own worker threads count too; with run.threads=1 there are none that compute.
     """
     port = int(server.url.rsplit(":", 1)[1])
     pid = listener(port, server.process.pid)

@@ -30,11 +30,9 @@ from skyrl.config.load import (
     config_dir,
     explain,
     finish,
-    finish_serve,
     register_schema,
 )
 from skyrl.config.schema import RunConfig
-from skyrl.config.serve import ServeConfig
 from skyrl.data import check_task
 from skyrl.distributed import env
 from skyrl.distributed.env import REQUEUE_FILE, from_slurm, rank, report_to_launcher, world_size
@@ -74,7 +72,7 @@ def run_entry(mode: str) -> None:
     args = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in args):
         if rank() == 0:
-            from skyrl.config.help import help_text
+            from skyrl.config.docs import help_text
 
             print(help_text(mode))
         return
@@ -86,7 +84,7 @@ def run_entry(mode: str) -> None:
     except UserError as error:
         _end(_log_error(str(error), USAGE_ERROR))
     except COMPOSE_ERRORS as error:
-        _end(_log_error(explain(error, ServeConfig if mode == "serve" else RunConfig), USAGE_ERROR))
+        _end(_log_error(explain(error, mode), USAGE_ERROR))
     except (KeyboardInterrupt, RunError) as error:  # RunError: from a point of a sweep that ran elsewhere
         _end(_report(error, mode))
     if world_size() > 1:
@@ -110,9 +108,8 @@ def _report(error: BaseException, mode: str) -> int:
         return _log_error(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         what = " ".join(str(error).split())[:200]
-        budget = "max_tokens_per_microbatch" if mode == "serve" else "batch.max_tokens_per_microbatch"
         return _log_error(
-            f"out of memory ({what}); lower {budget} or sampler.kv_cache_gib, set "
+            f"out of memory ({what}); lower batch.max_tokens_per_microbatch or sampler.kv_cache_gib, set "
             "model.activation_checkpointing=true or strategy.name=fsdp; dry_run=true shows what needs how much",
             FAILURE,
             bundle=True,
@@ -330,10 +327,10 @@ class _Entry:
                 return None
 
     def _run_one(self, composed: DictConfig) -> float | None:
-        if self.mode == "serve":
-            self._serve(finish_serve(composed))
-            return None
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
+        if self.mode == "serve":
+            self._serve(cfg)
+            return None
         if cfg.dry_run:
             from skyrl.planner.plan import dry_run
 
@@ -346,7 +343,7 @@ class _Entry:
         _refuse_restart(Path(cfg.run.dir))
         return sweep.play(cfg, self.mode, sweep=self.sweep)
 
-    def _serve(self, cfg: ServeConfig) -> None:
+    def _serve(self, cfg: RunConfig) -> None:
         # Who may come in is looked at before any weights are.
         read_keys(cfg.service)
         if not cfg.dry_run:

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import torch
 
-from skyrl.config.serve import ServiceConfig
+from skyrl.config.schema import ServiceConfig
 from skyrl.service.app import Serving, make_app, serve_in_thread
 from skyrl.service.archive import Content, write_content
 from skyrl.service.checkpoints import CheckpointService

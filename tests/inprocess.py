@@ -25,7 +25,9 @@ ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=50.0)
 def options(folder: Path, *overrides: str, **more: Any) -> dict[str, Any]:
     """A service of the small model; several micro-batches for most calls."""
     small = [one for one in SMALL if one.startswith("model.")]
-    pairs = dict(one.split("=", 1) for one in [*small, "threads=1", "max_tokens_per_microbatch=128", *overrides])
+    pairs = dict(
+        one.split("=", 1) for one in [*small, "run.threads=1", "batch.max_tokens_per_microbatch=128", *overrides]
+    )
     return {**pairs, "service.folder": str(folder), **more}
 
 

@@ -19,7 +19,7 @@ def main() -> None:
     order, weights, answer, folder = json.loads(sys.argv[1]), *sys.argv[2:5]
     service = tinker.ServiceClient(
         model={"path": weights},
-        threads=1,
+        run={"threads": 1},
         service={"folder": str(Path(folder) / "state"), "aliases": {order["model"]: ""}},
     )
     with service:

@@ -7,7 +7,7 @@ Ratios are exp(log pi - base). The base is `old_logprobs_T` (the proximal policy
 `sampling_logprobs_T` (the behaviour policy). With a correction and no old_logprobs the base is the current policy
 itself: the correction then carries the whole importance weight and the ratio is 1, so no weight is applied twice.
 That is exact for the first update of a batch; for later ones it switches PPO's clipping off, so validation.py asks
-for recompute_anchor there.
+for recompute_old_logprobs there.
 """
 
 from __future__ import annotations
@@ -455,11 +455,11 @@ CLIP_FIELDS = ("clip_low", "clip_high")
 def config_fields(name: str) -> frozenset[str]:
     """The fields of LossConfig that have an effect with the policy loss `name` (for plan.py's refusals).
 
-    `correction_cap` counts as applying; it has an effect only with a correction. `recompute_anchor` without ratio
+    `correction_cap` counts as applying; it has an effect only with a correction. `recompute_old_logprobs` without ratio
     matters only with a correction (the loss itself reads no base): that case is plan.py's to look at.
     """
     loss = LOSSES.get(name, "algorithm.loss.name")
-    common = {"name", "reduction", "correction", "correction_cap", "recompute_anchor", "entropy_coef"}
+    common = {"name", "reduction", "correction", "correction_cap", "recompute_old_logprobs", "entropy_coef"}
     return frozenset(common | {name for name in CLIP_FIELDS if name in loss.params})
 
 
@@ -468,9 +468,9 @@ def policy_losses() -> list[str]:
     return [name for name in LOSSES.names() if LOSSES.get(name).kind == "policy"]
 
 
-def stale_needs_anchor(name: str, correction: str, recompute_anchor: bool) -> bool:
+def stale_needs_anchor(name: str, correction: str, recompute_old_logprobs: bool) -> bool:
     """True where several updates per batch would silently lose the ratio: a ratio loss with a correction, no anchor."""
-    return LOSSES.get(name, "algorithm.loss.name").ratio and correction != "none" and not recompute_anchor
+    return LOSSES.get(name, "algorithm.loss.name").ratio and correction != "none" and not recompute_old_logprobs
 
 
 def clip_params(low_threshold: Bound, high_threshold: Bound) -> dict[str, Any]:

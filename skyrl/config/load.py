@@ -5,6 +5,7 @@ Reads no weights, no data and no GPU; imports without torch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -20,10 +21,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from skyrl.config.options import all_options, groups, short_names, suggest
+from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
-from skyrl.config.serve import ServeConfig, alias_problems, check_serve
-from skyrl.config.validation import check_typed, ignored_on_resume
+from skyrl.config.validation import alias_problems, check_serve, check_typed, ignored_on_resume
 from skyrl.types import UserError
 
 VERSION_BASE = "1.3"
@@ -31,6 +31,10 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 SCHEMA_NAME = "skyrl_schema"
 SERVE_SCHEMA_NAME = "skyrl_serve_schema"
 SERVE_GROUPS = ("model",)  # the folders of conf that serve.yaml uses
+# What a server's engine is built with besides its options: how many sequences are on their way does not follow from a
+# batch there, and rows have no typical length. Enough for any number of ranks.
+MANY_PROMPTS = 1 << 20
+TYPICAL_ROW = 1024
 MAX_SUFFIX = 40
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
@@ -45,8 +49,8 @@ def config_dir() -> Path:
     raise UserError(f"no conf/config.yaml in {package} or {package.parent}; install skyrl again")
 
 
-def register_schema() -> None:
-    """Gives Hydra the dataclasses as the base that YAML and command line may only override.
+def _schema() -> DictConfig:
+    """RunConfig as OmegaConf's base, that YAML and command line may only override.
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
@@ -55,11 +59,16 @@ def register_schema() -> None:
     node = OmegaConf.structured(RunConfig)
     _thaw(node)
     node.env.options._set_flag("struct", False)
-    ConfigStore.instance().store(SCHEMA_NAME, node=node)
-    node = OmegaConf.structured(ServeConfig)
-    _thaw(node)
     node.service.aliases._set_flag("struct", False)
-    ConfigStore.instance().store(SERVE_SCHEMA_NAME, node=node)
+    return node
+
+
+def register_schema() -> None:
+    """Gives Hydra the schema of each command: what it does not read is not there, so Hydra refuses it by itself."""
+    for name, mode in ((SCHEMA_NAME, "train"), (SERVE_SCHEMA_NAME, "serve")):
+        node = _schema()
+        _prune(node, mode, "")
+        ConfigStore.instance().store(name, node=node)
 
 
 def _thaw(node: DictConfig) -> None:
@@ -70,6 +79,17 @@ def _thaw(node: DictConfig) -> None:
             _thaw(child)
 
 
+def _prune(node: DictConfig, mode: str, prefix: str) -> None:
+    for key in list(node):
+        path, child = f"{prefix}{key}", node._get_node(key)
+        if not reads(mode, path):
+            node._set_flag("struct", False)
+            node.pop(key)
+            node._set_flag("struct", None)
+        elif isinstance(child, DictConfig) and path in groups():
+            _prune(child, mode, f"{path}.")
+
+
 def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunConfig:
     """The RunConfig that `python -m skyrl.<mode> <overrides>` would run, run.name and run.dir filled.
 
@@ -78,20 +98,27 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     register_schema()
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("serve" if mode == "serve" else "config", overrides=list(overrides))
     except COMPOSE_ERRORS as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, mode)) from error
     return finish(composed, overrides, mode=mode)
 
 
 def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train") -> RunConfig:
-    """A composed config as a frozen RunConfig with run.name and run.dir filled."""
-    _refuse_unknown(composed, RunConfig, "", RunConfig)
+    """A composed config as a frozen RunConfig with run.name and run.dir filled; for a server its rules are checked and
+    service.aliases has those of aliases_file too."""
+    _refuse_unknown(composed, RunConfig, "", mode)
     try:
-        cfg = OmegaConf.to_object(composed)
+        cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.to_container(composed)))
     except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from error
-    check_typed(cfg, typed_options(overrides))
+        raise UserError(explain(error, mode)) from error
+    typed = typed_options(overrides)
+    if mode == "serve":
+        return _finish_serve(cfg)
+    for key in typed:
+        if key in UNREAD[mode] or (key in {option.path for option in all_options()} and not reads(mode, key)):
+            raise UserError(unknown_option(key, mode=mode))
+    check_typed(cfg, typed)
     name = cfg.run.name or default_name(cfg, overrides, mode=mode)
     if "/" in name or name.startswith("."):
         raise UserError(f"run.name={name}: a name has no / and no leading dot; give a folder with run.dir")
@@ -100,37 +127,25 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(resolve_run_dir(cfg))))
 
 
-def load_serve(overrides: Sequence[str] = ()) -> ServeConfig:
-    """The ServeConfig that `python -m skyrl.serve <overrides>` would use, aliases_file read. Raises UserError."""
-    register_schema()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            composed = compose("serve", overrides=list(overrides))
-    except COMPOSE_ERRORS as error:
-        raise UserError(explain(error, ServeConfig)) from error
-    return finish_serve(composed)
-
-
-def finish_serve(composed: DictConfig) -> ServeConfig:
-    """A composed config as a frozen ServeConfig whose rules hold; service.aliases has those of aliases_file too."""
-    _refuse_unknown(composed, ServeConfig, "", ServeConfig)
-    try:
-        cfg = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error, ServeConfig)) from error
-    if cfg.world_size and not cfg.dry_run:
-        raise UserError(
-            f"world_size={cfg.world_size}: only for a dry run; a real server counts its processes (torchrun "
-            "--nproc_per_node), or add dry_run=true"
-        )
+def _finish_serve(cfg: RunConfig) -> RunConfig:
+    """A server's config: what its engine is built with is filled in, and all rules are checked."""
+    longest, service = min(TYPICAL_ROW, cfg.batch.max_row_tokens or TYPICAL_ROW), cfg.service
+    cfg = dataclasses.replace(
+        cfg,
+        experiment="serve",
+        sampler=dataclasses.replace(cfg.sampler, max_new_tokens=1),
+        batch=dataclasses.replace(cfg.batch, prompts_per_step=MANY_PROMPTS),
+        data=dataclasses.replace(cfg.data, max_prompt_tokens=max(0, longest - 1)),
+        run=dataclasses.replace(cfg.run, name="serve", dir=service.folder, resume="never"),
+    )
     check_serve(cfg)
-    if not cfg.service.aliases_file:
+    if not service.aliases_file:
         return cfg
-    aliases = _read_aliases(cfg) | cfg.service.aliases
-    return dataclasses.replace(cfg, service=dataclasses.replace(cfg.service, aliases=aliases))
+    aliases = _read_aliases(cfg) | service.aliases
+    return dataclasses.replace(cfg, service=dataclasses.replace(service, aliases=aliases))
 
 
-def _read_aliases(cfg: ServeConfig) -> dict[str, str]:
+def _read_aliases(cfg: RunConfig) -> dict[str, str]:
     path = Path(cfg.service.aliases_file)
     where = f"service.aliases_file={path}"
     try:
@@ -138,7 +153,7 @@ def _read_aliases(cfg: ServeConfig) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; give a file with a mapping of names to weights") from error
     except yaml.YAMLError as error:
-        raise UserError(explain(error, ServeConfig)) from error
+        raise UserError(explain(error, "serve")) from error
     if not isinstance(values, dict) or not all(isinstance(v, str) for pair in values.items() for v in pair):
         raise UserError(f'{where}: not a mapping of names to weights; write lines such as Qwen/Qwen3-8B: ""')
     for problem in alias_problems(cfg, values, where):
@@ -178,29 +193,28 @@ def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train
     return f"{name}-{suffix}"
 
 
-def _refuse_unknown(node: DictConfig, cls: type, prefix: str, root: type) -> None:
+def _refuse_unknown(node: DictConfig, cls: type, prefix: str, mode: str) -> None:
     """`+name=value` can put a key beside the fields of a dataclass, where nothing would ever read it."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name for field in dataclasses.fields(cls)}
+    schema = "serve" if mode == "serve" else "train"
     for key in node:
         path = f"{prefix}{key}"
-        if key not in fields:
-            raise UserError(unknown_option(path, root))
+        if key not in fields or not reads(schema, path):
+            raise UserError(_unknown(path, mode))
         child = node._get_node(key)
         if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
-            _refuse_unknown(child, OmegaConf.get_type(child), path + ".", root)
+            _refuse_unknown(child, OmegaConf.get_type(child), path + ".", mode)
     for key in fields:
-        if key not in node:
+        if key not in node and reads(schema, f"{prefix}{key}"):
             raise UserError(f"{prefix}{key}: cannot be removed; give it another value")
 
 
-def unknown_option(path: str, root: type = RunConfig) -> str:
-    """The one line for an option that does not exist."""
+def _unknown(path: str, mode: str) -> str:
     folders = tuple(folder.name for folder in config_dir().iterdir() if folder.is_dir())
-    meant = suggest(path, folders if root is RunConfig else SERVE_GROUPS, root)
-    return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")
+    return unknown_option(path, SERVE_GROUPS if mode == "serve" else folders, mode)
 
 
-def explain(error: BaseException, root: type = RunConfig) -> str:
+def explain(error: BaseException, mode: str = "train") -> str:
     """One line for a person from what Hydra or OmegaConf raised: place, given value, what is allowed."""
     if isinstance(error, OverrideParseException):
         return (
@@ -216,7 +230,7 @@ def explain(error: BaseException, root: type = RunConfig) -> str:
     ):
         file, kind, what, path = in_file.groups()
         unknown = kind in ("ConfigKeyError", "ConfigAttributeError")
-        return f"{file}.yaml: " + (unknown_option(path, root) if unknown else f"{path}: {' '.join(what.split())}")
+        return f"{file}.yaml: " + (_unknown(path, mode) if unknown else f"{path}: {' '.join(what.split())}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = ", ".join(sorted(str(option) for option in error.options or []))
@@ -233,40 +247,53 @@ def explain(error: BaseException, root: type = RunConfig) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         path = str(cause.full_key)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) or named:
-            return unknown_option(named.group(1) if named else path, root)
-        return _wrong_value(path, given.group(2) if given and given.group(1) == path else None, cause, root)
+            return _unknown(named.group(1) if named else path, mode)
+        return _wrong_value(path, given.group(2) if given and given.group(1) == path else None, cause, mode)
     if named:
-        return unknown_option(named.group(1), root)
+        return _unknown(named.group(1), mode)
     if isinstance(error, ConfigCompositionException) and "Ambiguous value" in str(error):
         return str(error).splitlines()[0] + "; a list needs brackets, [1,2]; a sweep over values needs -m"
     return " ".join(str(error).split("See https://")[0].split())
 
 
-def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, root: type) -> str:
+def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, mode: str) -> str:
     text = f"{path}={value}" if value is not None else path
-    for option in all_options(root):
+    for option in all_options(mode):
         if option.path == path:
             return f"{text}: needs a value of type {option.type} (default {option.default!r}): {option.doc}"
-    if path in groups(root):
-        names = ", ".join(option.path for option in all_options(root) if option.path.startswith(path + "."))
+    if path in groups(mode):
+        names = ", ".join(option.path for option in all_options(mode) if option.path.startswith(path + "."))
         return f"{text}: is a group of options; set one of {names}"
     return f"{text}: {str(cause).splitlines()[0]}"
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
-    """Plain dicts, lists and numbers, nested as the dataclasses are."""
-    return dataclasses.asdict(cfg)
+    """Plain dicts, lists and numbers, nested as the dataclasses are, of all that a run reads."""
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if reads("train", name)}
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The RunConfig with these values; what is absent keeps its default. Raises UserError for an unknown key."""
-    register_schema()
+    """The RunConfig with these values; what is absent keeps its default, and names of an earlier release are read as
+    those of today. Raises UserError for an unknown key."""
     try:
-        composed = OmegaConf.merge(ConfigStore.instance().load(f"{SCHEMA_NAME}.yaml").node, values)
+        composed = OmegaConf.merge(_schema(), _renamed(values))
         assert isinstance(composed, DictConfig)
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the option names of today."""
+    values = copy.deepcopy(values)
+    for old, new in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        held = values
+        for part in group.split("."):
+            held = held.get(part, {}) if isinstance(held, dict) else {}
+        if isinstance(held, dict) and name in held:
+            held[new.removeprefix(f"{group}.")] = held.pop(name)
+    return values
 
 
 def save_config(cfg: RunConfig, path: Path) -> None:

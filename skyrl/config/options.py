@@ -1,4 +1,5 @@
-"""All options as a flat list, read from the dataclasses and the docstrings under their fields. No torch, no Hydra."""
+"""All options as a flat list, read from the dataclasses and the docstrings under their fields; who reads which, and
+which have another name today. No torch, no Hydra."""
 
 from __future__ import annotations
 
@@ -6,13 +7,31 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import sys
 import typing
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from skyrl.config import schema
+
+# All that a server reads besides `service`. What is drawn, and how, comes with each request.
+SERVER_READS = (
+    "seed dry_run model strategy service batch.max_tokens_per_microbatch batch.max_row_tokens debug.deterministic "
+    "run.world_size run.threads run.collective_timeout_seconds sampler.backend sampler.block_tokens "
+    "sampler.max_running sampler.kv_cache_gib sampler.prefix_cache sampler.cuda_graphs"
+).split()
+# Command -> groups that it does not read, although it reads what is around them.
+UNREAD = {"train": ("service",), "sft": ("service", "algorithm"), "serve": ("model.lora",)}
+# Names of an earlier release -> the ones of today. They are refused with the new name.
+RENAMED = {"algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs"}
+SERVER_RENAMED = {
+    "max_tokens_per_microbatch": "batch.max_tokens_per_microbatch",
+    "max_row_tokens": "batch.max_row_tokens",
+    "collective_timeout_seconds": "run.collective_timeout_seconds",
+    "world_size": "run.world_size",
+    "threads": "run.threads",
+    "deterministic": "debug.deterministic",
+}
 
 
 @dataclass(frozen=True)
@@ -25,11 +44,20 @@ class Option:
     doc: str
 
 
+def reads(mode: str, path: str) -> bool:
+    """Whether `python -m skyrl.<mode>` reads the option at `path`, or anything in the group at `path`."""
+    if any(path == group or path.startswith(group + ".") for group in UNREAD[mode]):
+        return False
+    if mode != "serve":
+        return True
+    return any(f"{path}.".startswith(f"{known}.") or known.startswith(f"{path}.") for known in SERVER_READS)
+
+
 @lru_cache
-def _docstrings(module: str) -> dict[tuple[str, str], str]:
+def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field, in one line."""
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+    for node in ast.parse(inspect.getsource(schema)).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for item, after in zip(node.body, node.body[1:] + [None], strict=True):
@@ -44,45 +72,43 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def _walk(cls: type, prefix: str) -> list[Option]:
-    options = []
-    types = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        path = prefix + field.name
-        if dataclasses.is_dataclass(types[field.name]):
-            options += _walk(types[field.name], path + ".")
-            continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        doc = _docstrings(cls.__module__).get((cls.__name__, field.name), "")
-        options.append(Option(path, str(field.type), default, doc))
-    return options
-
-
 @lru_cache
-def all_options(root: type = schema.RunConfig) -> tuple[Option, ...]:
-    """Every option of `root`, in the order of the schema."""
-    return tuple(_walk(root, ""))
+def _walk() -> tuple[tuple[Option, ...], dict[str, str]]:
+    """Every option in the order of the schema, and every group with what it is about."""
+    options: list[Option] = []
+    groups: dict[str, str] = {}
 
-
-@lru_cache
-def groups(root: type = schema.RunConfig) -> dict[str, str]:
-    """Dotted path of every group of options -> what it is about (the docstring of its class)."""
-
-    def walk(cls: type, prefix: str) -> dict[str, str]:
-        found = {}
-        for name, kind in typing.get_type_hints(cls).items():
+    def walk(cls: type, prefix: str) -> None:
+        types = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            path, kind = prefix + field.name, types[field.name]
             if dataclasses.is_dataclass(kind):
-                found[prefix + name] = " ".join(str(kind.__doc__).split())
-                found.update(walk(kind, prefix + name + "."))
-        return found
+                groups[path] = " ".join(str(kind.__doc__).split())
+                walk(typing.cast(type, kind), path + ".")
+                continue
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            options.append(Option(path, str(field.type), default, _docstrings().get((cls.__name__, field.name), "")))
 
-    return walk(root, "")
+    walk(schema.RunConfig, "")
+    return tuple(options), groups
+
+
+@lru_cache
+def all_options(mode: str = "") -> tuple[Option, ...]:
+    """Every option that command `mode` reads, in the order of the schema; "" = every option there is."""
+    return tuple(option for option in _walk()[0] if not mode or reads(mode, option.path))
+
+
+@lru_cache
+def groups(mode: str = "") -> dict[str, str]:
+    """Dotted path of every group of options that command `mode` reads -> what it is about (its class's docstring)."""
+    return {path: about for path, about in _walk()[1].items() if not mode or reads(mode, path)}
 
 
 @lru_cache(maxsize=1)
 def short_names() -> dict[str, str]:
     """Full path -> the shortest end of it that no other option of a run has ("optim.lr" stays, "top_k" is enough)."""
-    paths = [option.path for option in all_options()]
+    paths = [option.path for option in all_options("train")]
 
     def shortest(path: str) -> str:
         parts = path.split(".")
@@ -95,13 +121,26 @@ def short_names() -> dict[str, str]:
     return {path: shortest(path) for path in paths}
 
 
-def suggest(path: str, extra: tuple[str, ...] = (), root: type = schema.RunConfig) -> str:
+def suggest(path: str, extra: tuple[str, ...] = (), mode: str = "train") -> str:
     """The option or group that was probably meant by `path`; "" when nothing is close."""
-    known = [option.path for option in all_options(root)] + list(groups(root)) + list(extra)
+    known = [option.path for option in all_options(mode)] + list(groups(mode)) + list(extra)
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
     if close:
         return close[0]
-    # A right name in the wrong or no group: lr, loss.clip_low, model.num_layers.
+    # A right name in the wrong or no group: lr, loss.reduction, model.num_layers.
     last = path.rsplit(".", 1)[-1]
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
     return same_name[0] if len(same_name) == 1 else " or ".join(same_name[:3])
+
+
+def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train") -> str:
+    """The one line for an option that command `mode` does not have. `folders` are conf's groups of files."""
+    if new := (SERVER_RENAMED if mode == "serve" else {}).get(path, RENAMED.get(path)):
+        return f"{path} is now {new}"
+    if mode == "serve" and path.startswith("model.lora"):
+        return f"{path}: clients of a server ask for adapters themselves (create_lora_training_client); leave it out"
+    known = {option.path for option in all_options()} | set(groups())
+    if path in known and not reads(mode, path):
+        return f"{path}: skyrl.{mode} does not read it; leave it out"
+    meant = suggest(path, folders, mode)
+    return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")

@@ -199,7 +199,7 @@ class LossConfig:
     """Sampler/trainer mismatch and staleness: none, token_truncate, token_mask, sequence_truncate."""
     correction_cap: float = 2.0
     """Largest correction weight."""
-    recompute_anchor: bool = False
+    recompute_old_logprobs: bool = False
     """Takes the proximal log-probabilities from one extra forward before the update instead of from the sampler."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
@@ -395,8 +395,56 @@ class RunFolderConfig:
 
 
 @dataclass(frozen=True)
+class ServiceConfig:
+    """The server's address, keys, names, limits and patience (skyrl.serve)."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Another than loopback needs keys, or allow_anonymous=true."""
+    port: int = 8000
+    """Port; 0 = any free one, which is printed."""
+    folder: str = "service"
+    """Where sessions, results and checkpoints are kept; the same folder goes on where it stopped."""
+    keys_file: str = ""
+    """File with one `name:key` a line; the name owns what is made with the key. "" = SKYRL_API_KEYS (the same, entries
+    separated by commas), or no keys at all: then everyone is the owner `local`."""
+    allow_anonymous: bool = False
+    """Listens on other addresses than loopback without keys: whoever reaches the port may use everything."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Names that clients ask for -> weights; "" or model.path = the model served here, and nothing else is possible:
+    'service.aliases={Qwen/Qwen3-8B: ""}'."""
+    aliases_file: str = ""
+    """The same as aliases, as a YAML or JSON mapping in a file; for names with a colon too."""
+    tokenizer_id: str = ""
+    """What clients load as the tokenizer (folder or hub name); "" = model.tokenizer, or model.path if it is no tiny
+    one."""
+    max_models: int = 128
+    """Models of all clients that may be open at a time."""
+    max_resident_models: int = 32
+    """Models whose weights and optimizer state stay on the device; the others wait in host memory."""
+    max_rank: int = 128
+    """Largest LoRA rank that a client may ask for."""
+    full_parameters: bool = False
+    """Trains all parameters: exactly one model at a time, asked for with LoRA rank 0."""
+    mix_tenants: str = "auto"
+    """Rows of several models in one forward pass: always, never, or auto (wherever that leaves results bit for bit
+    as they are alone)."""
+    max_queued_samples: int = 16384
+    """Sequences that may wait or run, of all clients; further requests are answered with 429."""
+    max_request_mib: int = 64
+    """Largest body of one request; a larger one is refused before it is read."""
+    max_tokens_per_request: int = 4194304
+    """Most tokens of one training request, or of prompt and answers of one sampling request."""
+    model_idle_seconds: float = 3600.0
+    """Silence of a session (no request, no heartbeat) after which its models are closed; 0 = never."""
+    gap_seconds: float = 30.0
+    """How long a request waits for one with an earlier number that never came; then it goes on without it."""
+    slice_seconds: float = 0.25
+    """Longest stretch of sampling before training requests that wait get their turn."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """The whole run."""
+    """The whole run or, with `service`, the whole server. skyrl.config.options.reads says which command reads what."""
 
     seed: int = 1
     """Keys every draw: initial weights, data order, samples."""
@@ -420,3 +468,4 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)

@@ -48,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "env.on_error": ("stop", "mask"),
     "tracking.console": ("auto", "lines", "off"),
     "tracking.wandb": ("off", "offline", "online"),
+    "service.mix_tenants": ("auto", "always", "never"),
 }
 # Where a plugin may add names: option -> (module, registry).
 PLUGIN_CHOICES = {
@@ -62,11 +63,12 @@ AT_LEAST_ONE = (
     "sampler.max_new_tokens sampler.block_tokens batch.num_steps batch.prompts_per_step batch.samples_per_prompt "
     "batch.optim_steps_per_batch batch.epochs_per_batch batch.max_tokens_per_microbatch "
     "algorithm.filters.max_refill_rounds env.max_turns eval.num_prompts eval.samples_per_prompt warmup.rows_per_step "
-    "run.collective_timeout_seconds run.join_seconds"
+    "run.collective_timeout_seconds run.join_seconds service.max_models service.max_resident_models service.max_rank "
+    "service.max_queued_samples service.max_request_mib service.max_tokens_per_request"
 ).split()
 ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
-    "warmup.lr env.timeout_seconds"
+    "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds"
 ).split()
 PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio algorithm.advantage.gamma algorithm.advantage.lam".split()
 BELOW_ONE = ("optim.beta1", "optim.beta2")
@@ -136,7 +138,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "algorithm.loss.clip_low": (_clipped, "with algorithm.loss.name=ppo, cispo or gspo"),
     "algorithm.loss.clip_high": (_clipped, "with algorithm.loss.name=ppo, cispo or gspo"),
     "algorithm.loss.correction_cap": (_corrects, "with algorithm.loss.correction other than none"),
-    "algorithm.loss.recompute_anchor": (
+    "algorithm.loss.recompute_old_logprobs": (
         lambda cfg: _ratio(cfg) or _corrects(cfg),
         "with a loss that has ratios (ppo, cispo, gspo, importance_sampling) or a correction",
     ),
@@ -202,6 +204,43 @@ def check(cfg: RunConfig) -> None:
     ):
         for problem in problems(cfg):
             raise UserError(problem)
+
+
+def check_serve(cfg: RunConfig) -> None:
+    """Raises UserError for the first rule that a server's config breaks, whatever the number of ranks."""
+    if cfg.run.world_size and not cfg.dry_run:
+        raise UserError(
+            f"run.world_size={cfg.run.world_size}: only for a dry run; a real server counts its processes (torchrun "
+            "--nproc_per_node), or add dry_run=true"
+        )
+    for problems in (_choices, _ranges, _service):
+        for problem in problems(cfg):
+            raise UserError(problem)
+    check(cfg)
+
+
+def _service(cfg: RunConfig) -> Iterator[str]:
+    service, defaults = cfg.service, type(cfg.service)()
+    if service.port > 65535:
+        yield f"service.port={service.port}: must be at most 65535; 0 = any free one"
+    for path in ("host", "folder"):
+        if not getattr(service, path):
+            yield f"service.{path}: empty; leave it out for {getattr(defaults, path)!r}"
+    yield from alias_problems(cfg, service.aliases, "service.aliases")
+    if cfg.batch.max_row_tokens == 1:
+        yield "batch.max_row_tokens=1: leaves no room for an answer; give at least 2, or 0 for the model's own limit"
+
+
+def alias_problems(cfg: RunConfig, aliases: dict[str, str], where: str) -> Iterator[str]:
+    """One line for each alias that cannot be kept; `where` names the option or file they come from."""
+    for name, path in aliases.items():
+        if not name:
+            yield f"{where}: an empty name; write the name that clients ask for"
+        if path not in ("", cfg.model.path):
+            yield (
+                f"{where}: {name} is to be {path}, but this server has one model, model.path={cfg.model.path}; give "
+                '"", or start another server for it'
+            )
 
 
 def check_typed(cfg: RunConfig, keys: Iterable[str]) -> None:
@@ -344,16 +383,16 @@ def _algorithms(cfg: RunConfig) -> Iterator[str]:
             "least 2, or use reinforce++ or gae"
         )
     updates = batch.optim_steps_per_batch * batch.epochs_per_batch
-    corrects, anchored = _corrects(cfg), algorithm.loss.recompute_anchor
-    if updates > 1 and not _ratio(cfg) and (not corrects or anchored):
+    corrects, recomputed = _corrects(cfg), algorithm.loss.recompute_old_logprobs
+    if updates > 1 and not _ratio(cfg) and (not corrects or recomputed):
         yield (
             f"algorithm.loss.name={loss}: has no ratio, so it is wrong for the {updates} updates of one batch "
             "(batch.optim_steps_per_batch * batch.epochs_per_batch); use ppo, cispo, gspo or importance_sampling, or 1"
         )
-    if updates > 1 and _ratio(cfg) and corrects and not anchored:
+    if updates > 1 and _ratio(cfg) and corrects and not recomputed:
         yield (
             f"algorithm.loss.correction={algorithm.loss.correction}: with {updates} updates of one batch the loss "
-            "would lose its ratio; set algorithm.loss.recompute_anchor=true"
+            "would lose its ratio; set algorithm.loss.recompute_old_logprobs=true"
         )
     if algorithm.kl.coef > 0 and algorithm.kl.placement == "reward" and not _advantage(cfg, TOKEN_REWARD_ADVANTAGES):
         yield (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skyrl.config.args import Parser
-from skyrl.config.load import load_config, load_serve
+from skyrl.config.load import load_config
 from skyrl.distributed import env as slurm_env
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.launch import hosts, machine, processes, sbatch
@@ -105,11 +105,8 @@ def read_job(args: Sequence[str]) -> Job:
     flags, overrides = split_args(list(rest))
     if flags:  # a sweep, or a config folder that only Hydra's own command line knows
         return Job(mode, rest, None)
-    if mode == "serve":
-        load_serve(overrides)
-        return Job(mode, rest, None)
     cfg = load_config(overrides, mode=mode)
-    return Job(mode, rest, None if cfg.dry_run else Path(cfg.run.dir))
+    return Job(mode, rest, None if mode == "serve" or cfg.dry_run else Path(cfg.run.dir))
 
 
 def ranks_of(text: str, found: machine.Machine) -> int:

@@ -39,7 +39,7 @@ def main() -> None:
         if mode not in MODES:
             raise UserError(f"python -m skyrl.launch.rank {mode}: choose one of: {', '.join(MODES)}")
         slurm_env.from_slurm()
-        args += bind_cpus(mode, args)
+        args += bind_cpus(args)
         local_caches()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -52,14 +52,14 @@ def main() -> None:
         sys.exit(AGAIN)
 
 
-def bind_cpus(mode: str, args: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
+def bind_cpus(args: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
     """Binds this process to its share of the node's cores; returns the option for the number of threads.
 
     Nobody is bound with SKYRL_BIND=none or where Slurm has bound the tasks. The option is left out where the user
     gives it. Only several ranks on a node share it: a single one keeps what it finds.
     """
     ranks, local = int(environment.get("LOCAL_WORLD_SIZE", "1")), int(environment.get("LOCAL_RANK", "0"))
-    option = "threads" if mode == "serve" else "run.threads"
+    option = "run.threads"
     given = any(arg.partition("=")[0] == option for arg in args)
     if ranks == 1 or given:
         return []

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.args import Parser
-from skyrl.config.load import load_config, load_serve
+from skyrl.config.load import load_config
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
@@ -155,13 +155,12 @@ def stage(args: Sequence[str]) -> None:
         return
     if "=" in str(flags.folder):
         raise UserError(f"stage {flags.folder}: give the folder first, then options")
-    cfg = None if flags.serve else load_config(flags.options)
-    model = load_serve(flags.options).model if cfg is None else cfg.model
+    cfg = load_config(flags.options, mode="serve" if flags.serve else "train")
     made = Stage.open(flags.folder)
     made.folder.mkdir(parents=True, exist_ok=True)
     made.save()
-    _stage_model(made, model)
-    if cfg is not None:
+    _stage_model(made, cfg.model)
+    if not flags.serve:
         _stage_data(made, cfg, flags.options)
     caches = False if flags.no_caches else _stage_caches(made)
     lines = ENVIRONMENT_TEXT

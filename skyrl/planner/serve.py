@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 
-from skyrl.config.serve import TYPICAL_ROW, ServeConfig, check_serve, in_our_words, to_run_config
+from skyrl.config.load import TYPICAL_ROW
+from skyrl.config.schema import RunConfig
 from skyrl.planner.memory import GIB, adapter_parameters, available, estimate, model_facts
-from skyrl.planner.plan import Plan, make_plan
+from skyrl.planner.plan import make_plan
 from skyrl.types import UserError
 
 
-def serve_plan(cfg: ServeConfig, world_size: int) -> Plan:
-    """The run's Plan for this many ranks: device, dtype and strategy filled, no memory. Raises UserError."""
-    check_serve(cfg)
-    return in_our_words(lambda: make_plan(to_run_config(cfg), world_size))
-
-
-def dry_run_text(cfg: ServeConfig, world_size: int) -> str:
+def dry_run_text(cfg: RunConfig, world_size: int) -> str:
     """Checks everything that can be checked without building, and returns the plan as text. Raises UserError."""
-    size = cfg.world_size or world_size
-    plan, facts, run = serve_plan(cfg, size), model_facts(to_run_config(cfg)), to_run_config(cfg)
-    limit = cfg.max_row_tokens or facts.max_positions
+    size = cfg.run.world_size or world_size
+    plan, facts = make_plan(cfg, size), model_facts(cfg)
+    limit = cfg.batch.max_row_tokens or facts.max_positions
     if limit > facts.max_positions:
         raise UserError(
-            f"max_row_tokens={limit}: the model has {facts.max_positions} positions; give at most that, or 0"
+            f"batch.max_row_tokens={limit}: the model has {facts.max_positions} positions; give at most that, or 0"
         )
     need = estimate(
-        run, facts, world_size=size, dtype=plan.dtype, strategy=plan.strategy, device=plan.device,
+        cfg, facts, world_size=size, dtype=plan.dtype, strategy=plan.strategy, device=plan.device,
         row_tokens=min(TYPICAL_ROW, limit),
     )  # fmt: skip
     if not cfg.service.full_parameters:  # the base is frozen: adapters alone have gradients and moments
@@ -54,13 +49,13 @@ def dry_run_text(cfg: ServeConfig, world_size: int) -> str:
         total += each
     lines.append(("memory", f"{total / GIB:.3f} GiB on each rank with one model open (estimate)"))
     room = available(plan.device)
-    if cfg.world_size or room is None:
+    if cfg.run.world_size or room is None:
         lines.append(("", "not compared with this machine"))
     elif total - need.cache + need.least_cache > room[0]:
         raise UserError(
             f"model.path={cfg.model.path}: needs about {total / GIB:.1f} GiB on each rank, there are "
             f"{room[0] / GIB:.1f} GiB ({room[1]}); try strategy.name=fsdp over more ranks, fewer "
-            "max_tokens_per_microbatch, model.activation_checkpointing=true, or a smaller model"
+            "batch.max_tokens_per_microbatch, model.activation_checkpointing=true, or a smaller model"
         )
     else:
         lines.append(("", f"{room[0] / GIB:.3f} GiB available: {room[1]}"))

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from skyrl.config.serve import ServiceConfig
+from skyrl.config.schema import ServiceConfig
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.http import FAULT, Door, refusal, tell
 from skyrl.service.messages import ServerInfo

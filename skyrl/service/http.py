@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.config.serve import ServiceConfig
+from skyrl.config.schema import ServiceConfig
 from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
 from skyrl.service.records import NotFound
 from skyrl.service.scheduler import RequestScheduler

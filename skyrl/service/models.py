@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from skyrl.config.serve import ServeConfig
+from skyrl.config.schema import RunConfig
 from skyrl.engine import ModelSpec
 from skyrl.service.archive import Content
 from skyrl.service.checkpoints import CheckpointService, to_content, to_state
@@ -50,7 +50,7 @@ class TrainableModel:
 class OpenModels:
     """Open models. Only the worker's thread calls it."""
 
-    def __init__(self, cfg: ServeConfig, leader: Leader, checkpoints: CheckpointService, facts: ServerInfo) -> None:
+    def __init__(self, cfg: RunConfig, leader: Leader, checkpoints: CheckpointService, facts: ServerInfo) -> None:
         self.cfg, self.leader, self.checkpoints, self.server = cfg, leader, checkpoints, facts
         self._open: dict[str, TrainableModel] = {}
         self._clock = itertools.count(1)

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 
 import numpy as np
 
-from skyrl.config.serve import ServeConfig
+from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import deal_by_length
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
 from skyrl.service.checkpoints import CheckpointService, Snapshots
@@ -32,7 +32,7 @@ class Sampling:
 
     def __init__(
         self,
-        cfg: ServeConfig,
+        cfg: RunConfig,
         leader: Leader,
         scheduler: RequestScheduler,
         checkpoints: CheckpointService,

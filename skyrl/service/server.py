@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.serve import ServeConfig, to_run_config
+from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.init import World, init_distributed
 from skyrl.engine import Engine
 from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_facts
-from skyrl.planner.serve import serve_plan
+from skyrl.planner.plan import make_plan
 from skyrl.sampler.stop import Decode
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
@@ -35,7 +35,7 @@ TINY_NAMES = ("tiny", "skyrl/tiny")
 class Service:
     """Rank 0's side of an open server. `worker.run()` works until `worker.stop(why)`."""
 
-    cfg: ServeConfig
+    cfg: RunConfig
     world: World
     engine: Engine
     scheduler: RequestScheduler
@@ -64,19 +64,18 @@ class Service:
         self.checkpoints.close()
 
 
-def open_service(cfg: ServeConfig) -> Service | None:
+def open_service(cfg: RunConfig) -> Service | None:
     """Rank 0's Service, ready for doors; None on every other rank, after it has followed to the end.
 
     Everything that can be refused is refused here. Raises UserError, the same on every rank.
     """
-    run = to_run_config(cfg)
-    world = init_distributed(run)
-    plan = serve_plan(cfg, world.size)
+    world = init_distributed(cfg)
+    plan = make_plan(cfg, world.size)
 
     def make() -> RankContext:
         longest = max_row_tokens(cfg)
-        engine = Engine(run, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=longest)
-        return RankContext(engine, score_tokens=cfg.max_tokens_per_microbatch)
+        engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=longest)
+        return RankContext(engine, score_tokens=cfg.batch.max_tokens_per_microbatch)
 
     context = agree(world, make)
     context.open()
@@ -90,23 +89,24 @@ def open_service(cfg: ServeConfig) -> Service | None:
     on_leader(world, lambda: made.append(_open_checkpoints(cfg, context.engine)))
     checkpoints, facts = made[0]
     scheduler = RequestScheduler(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
-    leader = Leader(world, context, timeout_seconds=cfg.collective_timeout_seconds)
+    leader = Leader(world, context, timeout_seconds=cfg.run.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
     worker = Worker(cfg, leader, scheduler, checkpoints, facts, mix=mix)
     return Service(cfg, world, context.engine, scheduler, checkpoints, worker, facts)
 
 
-def max_row_tokens(cfg: ServeConfig) -> int:
+def max_row_tokens(cfg: RunConfig) -> int:
     """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
-    positions = model_facts(to_run_config(cfg)).max_positions
-    if cfg.max_row_tokens > positions:
+    positions = model_facts(cfg).max_positions
+    if cfg.batch.max_row_tokens > positions:
         raise UserError(
-            f"max_row_tokens={cfg.max_row_tokens}: the model has {positions} positions; give at most that, or 0"
+            f"batch.max_row_tokens={cfg.batch.max_row_tokens}: the model has {positions} positions; give at most that, "
+            "or 0"
         )
-    return cfg.max_row_tokens or positions
+    return cfg.batch.max_row_tokens or positions
 
 
-def _open_checkpoints(cfg: ServeConfig, engine: Engine) -> tuple[CheckpointService, ServerInfo]:
+def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService, ServerInfo]:
     folder = Path(cfg.service.folder).absolute()
     checkpoints = CheckpointService(folder)
     tokenizer_id = cfg.service.tokenizer_id
@@ -135,7 +135,7 @@ def _open_checkpoints(cfg: ServeConfig, engine: Engine) -> tuple[CheckpointServi
     return checkpoints, facts
 
 
-def names(cfg: ServeConfig) -> list[str]:
+def names(cfg: RunConfig) -> list[str]:
     """Every name that clients may ask for: the configured ones, and the path itself with its last two parts."""
     found = list(cfg.service.aliases)
     if cfg.model.path == "tiny":
@@ -146,7 +146,7 @@ def names(cfg: ServeConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def serve(cfg: ServeConfig) -> None:
+def serve(cfg: RunConfig) -> None:
     """Serves until SIGINT or SIGTERM; then finishes the work in hand and the saves, and returns."""
     from skyrl.service.door import open_door
 

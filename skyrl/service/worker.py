@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.config.serve import ServeConfig
+from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import deal_by_length
 from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import Leader
@@ -51,7 +51,7 @@ class Worker:
 
     def __init__(
         self,
-        cfg: ServeConfig,
+        cfg: RunConfig,
         leader: Leader,
         scheduler: RequestScheduler,
         checkpoints: CheckpointService,
@@ -190,7 +190,7 @@ class Worker:
                 if request.problem:
                     raise RequestFailed(request.problem)
                 spec = loss_spec(request)
-                check_width(request, max_tokens_per_microbatch=self.cfg.max_tokens_per_microbatch)
+                check_width(request, max_tokens_per_microbatch=self.cfg.batch.max_tokens_per_microbatch)
                 rows = to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
                 ready.append((pending, rows))
         try:

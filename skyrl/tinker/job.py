@@ -19,8 +19,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlencode
 
-from skyrl.config.load import load_serve
-from skyrl.config.serve import ServeConfig
+from skyrl.config.load import load_config
+from skyrl.config.schema import RunConfig
 from skyrl.distributed.env import rank
 from skyrl.main import end_now
 from skyrl.service.messages import Request, RequestOutcome, SamplingRequest, TooManyRequests
@@ -37,11 +37,11 @@ API = "/api/v1/"
 CLOSED = "the ServiceClient is closed"
 
 
-def serve_config(options: Mapping[str, Any]) -> ServeConfig:
+def serve_config(options: Mapping[str, Any]) -> RunConfig:
     """The server's options: those of SKYRL_SERVE_OPTIONS, written as on the command line, then `options`, nested
     (model={"path": "x"}) or by path ({"model.path": "x"}). Raises UserError."""
     overrides = [*shlex.split(os.environ.get(OPTIONS_ENVIRONMENT, "")), *_overrides(options)]
-    cfg = load_serve(overrides)
+    cfg = load_config(overrides, mode="serve")
     # The client is in this process: its silence means that it computes, not that it is gone.
     return replace(cfg, service=replace(cfg.service, model_idle_seconds=0.0))
 
@@ -271,7 +271,7 @@ def release_job(job: Job) -> None:
         job.close()
 
 
-def _open(cfg: ServeConfig) -> Job:
+def _open(cfg: RunConfig) -> Job:
     from skyrl.service.server import open_service
 
     if cfg.dry_run:

@@ -250,7 +250,7 @@ def learn(run: Run, groups: list[Group], total: int, tally: MetricSums) -> None:
     kl = add_reference(run, rows)
     run.stop_point()
     returns = add_advantages(run, rows)
-    if cfg.algorithm.loss.recompute_anchor:
+    if cfg.algorithm.loss.recompute_old_logprobs:
         scored = engine.score([row.datum for row in rows], cfg.sampler.temperature)
         for row, logprobs in zip(rows, scored.logprobs, strict=True):
             row.datum.old_logprobs = logprobs

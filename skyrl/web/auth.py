@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from skyrl.config.serve import ServiceConfig
+from skyrl.config.schema import ServiceConfig
 from skyrl.types import UserError
 
 ENVIRONMENT = "SKYRL_API_KEYS"

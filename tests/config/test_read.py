@@ -5,11 +5,10 @@ from pathlib import Path
 
 from skyrl.algorithms.losses import CLIP_FIELDS
 from skyrl.config.options import all_options
-from skyrl.config.serve import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files that name options without acting on them.
-SILENT = {"schema.py", "options.py", "validation.py", "help.py", "docs.py", "serve.py"}
+SILENT = {"schema.py", "options.py", "validation.py", "docs.py"}
 
 
 def attributes_read() -> set[tuple[str, str]]:
@@ -40,15 +39,7 @@ def test_every_option_is_read_somewhere():
     unread = set()
     for option in all_options():
         group, _, name = option.path.rpartition(".")
-        holders = {group.rpartition(".")[2] or "cfg", "cfg", "config", "options", "tiny", ""}
+        holders = {group.rpartition(".")[2] or "cfg", "cfg", "config", "options", "tiny", "settings", ""}
         if not any((holder, name) in read for holder in holders):
             unread.add(option.path)
     assert not unread
-
-
-def test_every_option_of_the_service_is_read_somewhere():
-    """The other options of a server become those of a run (tests/config/test_serve.py)."""
-    read = attributes_read()
-    names = [option.path for option in all_options(ServeConfig) if option.path.startswith("service.")]
-    last = [path.rpartition(".")[2] for path in names]
-    assert [name for name in last if ("service", name) not in read and ("settings", name) not in read] == []

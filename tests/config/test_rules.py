@@ -49,7 +49,10 @@ def test_tables_name_only_options_that_exist():
         ("algorithm=dr_grpo algorithm.advantage.eps=1", "algorithm.advantage.eps=1.0: has an effect only with"),
         ("algorithm=rloo algorithm.loss.clip_low=0.1", "algorithm.loss.clip_low=0.1: has an effect only with"),
         ("algorithm.loss.correction_cap=3", "algorithm.loss.correction_cap=3.0: has an effect only with"),
-        ("algorithm=rloo algorithm.loss.recompute_anchor=true", "algorithm.loss.recompute_anchor=True: has an effect"),
+        (
+            "algorithm=rloo algorithm.loss.recompute_old_logprobs=true",
+            "algorithm.loss.recompute_old_logprobs=True: has an effect",
+        ),
         ("algorithm.kl.estimator=k2", "algorithm.kl.estimator=k2: has an effect only with"),
         ("algorithm.kl.target=0.1", "algorithm.kl.target=0.1: has an effect only with"),
         ("algorithm.kl.coef=0.1 algorithm.kl.horizon=999", "algorithm.kl.horizon=999.0: has an effect only with"),
@@ -135,7 +138,7 @@ def test_rules_about_the_number_of_ranks(overrides, world_size, start):
     [
         "algorithm=reinforce_pp batch.samples_per_prompt=1 algorithm.kl.coef=0.01 algorithm.kl.placement=reward",
         "algorithm=rloo batch.epochs_per_batch=2 algorithm.loss.correction=token_truncate",
-        "algorithm.loss.correction=token_mask algorithm.loss.recompute_anchor=true batch.optim_steps_per_batch=4",
+        "algorithm.loss.correction=token_mask algorithm.loss.recompute_old_logprobs=true batch.optim_steps_per_batch=4",
         "algorithm.kl.coef=0.1 algorithm.kl.target=0.1 algorithm.kl.estimator=k2",
         "algorithm=ppo algorithm.advantage.gamma=0.99 algorithm.critic.warmup_steps=3",
         "strategy.name=fsdp",

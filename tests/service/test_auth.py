@@ -6,7 +6,7 @@ import time
 import pytest
 from door_server import serving
 
-from skyrl.config.serve import ServiceConfig
+from skyrl.config.schema import ServiceConfig
 from skyrl.types import UserError
 from skyrl.web import auth
 from skyrl.web.auth import Keys, Signer, is_loopback, read_keys

@@ -143,7 +143,7 @@ def test_samples_of_whole_models(tmp_path):
 
 def test_tenants_that_share_forward_passes(tmp_path):
     """service.mix_tenants=always: equal to each alone to rounding, no longer bit for bit."""
-    with open_client(tmp_path, "service.mix_tenants=always", "max_tokens_per_microbatch=1024") as client:
+    with open_client(tmp_path, "service.mix_tenants=always", "batch.max_tokens_per_microbatch=1024") as client:
         together, alone = together_and_alone(client)
         for (one, _), (other, _) in zip(together[0] + together[1], alone[0] + alone[1], strict=True):
             assert one == pytest.approx(other, rel=1e-5)

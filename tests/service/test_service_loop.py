@@ -91,7 +91,7 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
     return (sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)) ** 0.5
 
 
-SERVICE = ["service.full_parameters=true", "seed=3", "max_tokens_per_microbatch=256"]
+SERVICE = ["service.full_parameters=true", "seed=3", "batch.max_tokens_per_microbatch=256"]
 
 
 @pytest.fixture(scope="module")

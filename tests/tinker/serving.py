@@ -59,7 +59,7 @@ def serve(
     names = ", ".join(f'{name}: ""' for name in aliases)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "skyrl.serve", f"model.path={model}"]
-    command += [f"service.port={port}", f"service.folder={folder / 'state'}", "threads=1", *PATIENCE]
+    command += [f"service.port={port}", f"service.folder={folder / 'state'}", "run.threads=1", *PATIENCE]
     command += [f"service.aliases={{{names}}}"] if names else []
     command += [f"service.tokenizer_id={tokenizer_id}"] if tokenizer_id else []
     log = folder / "server.log"
