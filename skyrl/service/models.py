@@ -1,4 +1,4 @@
-"""The models that clients train: made, loaded, parked and closed. Rank 0's replicated knowledge of them."""
+"""The models that clients train: made, loaded, moved to host memory and closed. What rank 0 knows of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from skyrl.types import LoraSpec, UserError
 
 @dataclass(eq=False)
 class TrainableModel:
-    """One model. `lora` None: all parameters. `pending`: it has a gradient. `spoiled`: a part of the step under way
-    failed, so the next optim_step is refused."""
+    """One model. `lora` None: all parameters. `gradient_failed`: a part of the step under way failed, so the next
+    optim_step is refused."""
 
     model_id: str
     owner: str
@@ -32,7 +32,7 @@ class TrainableModel:
     steps: int = 0
     has_gradient: bool = False
     gradient_failed: bool = False
-    parked: bool = False
+    offloaded: bool = False
 
     def facts(self) -> dict[str, Any]:
         """What get_info tells."""
@@ -195,15 +195,15 @@ class OpenModels:
         self.use(model.model_id)
 
     def use(self, model_id: str) -> None:
-        """Marks a model as used now; parks those that were idle for longest when too many are on the device."""
+        """Marks a model as used now; offloads those that were idle for longest when too many are on the device."""
         model = self._open[model_id]
-        model.used, model.parked = next(self._clock), False
-        resident = [one for one in self._open.values() if not one.parked and one.lora is not None]
+        model.used, model.offloaded = next(self._clock), False
+        resident = [one for one in self._open.values() if not one.offloaded and one.lora is not None]
         resident.sort(key=lambda one: one.used)
         for idle in resident[: max(0, len(resident) - self.cfg.service.max_resident_models)]:
             if idle.model_id != model_id:
                 self.leader.call("offload", idle.model_id)
-                idle.parked = True
+                idle.offloaded = True
 
     def drop(self, model_id: str) -> None:
         """Closes a model and frees its memory."""

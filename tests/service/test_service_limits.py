@@ -46,8 +46,8 @@ def test_more_models_than_there_may_be(tmp_path):
         tensors = contents(client, control.save_state("x").result().path)
         models = [make(seed) for seed in range(126)]
         tenants = client._job.service.worker.models
-        assert tenants.get(first.model_id).parked
-        assert sum(not tenants.get(m.model_id).parked for m in [first, control, *models]) == 4
+        assert tenants.get(first.model_id).offloaded
+        assert sum(not tenants.get(m.model_id).offloaded for m in [first, control, *models]) == 4
         for _ in range(2):
             with pytest.raises(
                 RequestFailedError, match="128 models are open, at most 128 may be; end a session"
