@@ -1,0 +1,114 @@
+"""The size of the code and its names: budgets that may only be lowered, lists of exceptions that may only shrink."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "skyrl").rglob("*.py"))
+
+# Lines of all files of skyrl/, and of each folder with what is below it: what one person can read. Where a folder is
+# above FOLDER_LINES, its ceiling of today stands here; lower it with every commit that shortens it.
+TOTAL_LINES = 30_900
+FOLDER_LINES = 3_000
+LARGER_FOLDERS = {"service": 8_100}
+# Python files side by side in one folder; where there are more, the ceiling of today.
+FOLDER_FILES = 20
+FULLER_FOLDERS = {"skyrl": 22, "skyrl/service": 29}
+
+# Class names that two modules or more define, so that a name alone does not tell what is meant.
+TWICE = set(
+    "AdamParams Checkpoint Datum Job LoraConfig MetricSums Row Run SampledSequence Sampler SamplingParams "
+    "Session".split()
+)
+# Docstrings of one to three words, which say no more than the name. Better none, or one that says what a reader of the
+# name does not know.
+SHORT_DOCSTRINGS = {
+    "A JSON answer.",
+    "A finite float.",
+    "A list.",
+    "All names, sorted.",
+    "All of them.",
+    "Deletes a checkpoint.",
+    "Files of checkpoints.",
+    "For the store.",
+    "Ids, newest first.",
+    "Logs one record.",
+    "Nothing is billed.",
+    "Only missing cells.",
+    "Raises UserError.",
+    "Runs this rank.",
+    "Runs, newest first.",
+    "See attention.Attention.",
+    "See skyrl.models.attention.Attention.",
+    "Syncs and closes.",
+    "Text of tokens.",
+    "The critic's LossSpec.",
+    "The open models.",
+    "The protocol's Checkpoint.",
+    "The protocol's Cursor.",
+    "The run ends.",
+    "The transformers config.",
+    "What `to_text` gave.",
+    "What get_info tells.",
+    "What save_config wrote.",
+    "Writes one record.",
+    "Writes the manifest.",
+    "completions and chat/completions.",
+    "kind/name",
+    "module or fused.",
+    "tinker://run_id/kind/name",
+    "true or false.",
+}
+
+
+def lines_of(files: list[Path]) -> int:
+    """Lines of files together, as `wc -l` counts them."""
+    return sum(path.read_bytes().count(b"\n") for path in files)
+
+
+def test_the_code_stays_within_its_budget():
+    assert lines_of(FILES) <= TOTAL_LINES
+    for folder in sorted(path for path in (ROOT / "skyrl").iterdir() if path.is_dir()):
+        lines = lines_of(sorted(folder.rglob("*.py")))
+        allowed = LARGER_FOLDERS.get(folder.name, FOLDER_LINES)
+        assert lines <= allowed, f"skyrl/{folder.name} has {lines} lines, {allowed} are allowed"
+        if folder.name in LARGER_FOLDERS:
+            assert lines > FOLDER_LINES, f"skyrl/{folder.name} fits the budget of all: take it out of LARGER_FOLDERS"
+
+
+def test_no_folder_is_crowded():
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in FILES)
+    for folder, count in counts.items():
+        allowed = FULLER_FOLDERS.get(folder, FOLDER_FILES)
+        assert count <= allowed, f"{folder} has {count} Python files, {allowed} are allowed: divide it"
+    done = {folder for folder in FULLER_FOLDERS if counts[folder] <= FOLDER_FILES}
+    assert not done, f"take out of FULLER_FOLDERS: {done}"
+
+
+def test_a_class_name_means_one_class():
+    """Private classes stay within their module and may share a name."""
+    modules: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                modules.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    twice = {name: places for name, places in modules.items() if len(places) > 1}
+    new = {name: places for name, places in twice.items() if name not in TWICE}
+    assert not new, f"these class names exist already: {new}"
+    assert TWICE <= twice.keys(), f"take out of TWICE: {sorted(TWICE - twice.keys())}"
+
+
+def test_docstrings_say_more_than_the_name():
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.is_relative_to(ROOT / "skyrl" / "tinker"):
+            continue  # that folder goes as a whole
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+                text = ast.get_docstring(node)
+                if text is not None and len(text.split()) <= 3:
+                    found.setdefault(text, []).append(f"{path.relative_to(ROOT)}: {node.name}")
+    new = {text: places for text, places in found.items() if text not in SHORT_DOCSTRINGS}
+    assert not new, f"leave these out, or say what the name does not: {new}"
+    assert SHORT_DOCSTRINGS <= found.keys(), f"take out of SHORT_DOCSTRINGS: {SHORT_DOCSTRINGS - found.keys()}"
