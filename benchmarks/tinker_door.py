@@ -1,4 +1,4 @@
-"""What the HTTP door costs: the same work with the real SDK over HTTP and in process, and what many clients see.
+"""What a server of its own costs against a service in the script's program (skyrl.tinker), and what many clients see.
 
     SKYRL_TEST_CLIENTS=<folder> python benchmarks/tinker_door.py [--write] [--ranks 2]
 
@@ -45,7 +45,7 @@ def over_http(server: Server, hub: Path, order: dict) -> dict[str, Any]:
 
 
 def in_process(hub: Path, order: dict, ranks: int) -> dict[str, Any]:
-    """The same measurement inside a torchrun program, through skyrl.tinker."""
+    """The same measurement inside a torchrun program, by skyrl.tinker (a client without HTTP until 2026-11-28)."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

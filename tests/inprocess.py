@@ -1,39 +1,46 @@
-"""Services inside this process (one rank) or inside forked ranks, driven by scripts over skyrl.tinker."""
+"""Services inside this process (one rank) or inside forked ranks, driven by the official SDK through skyrl.tinker."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gloo
 import numpy as np
 import pytest
-from small import SMALL
+from small import service_options, supervised
 
+import skyrl.tinker
+from skyrl.service import server
 from skyrl.service.commands import NOT_FINITE
-from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, SamplingParams, ServiceClient
+
+pytest.importorskip("tinker", reason="the official SDK is not here: it needs Python 3.11", exc_type=ImportError)
+from tinker import AdamParams, Datum, ModelInput, RequestFailedError, SamplingParams, ServiceClient  # noqa: E402
 
 ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=50.0)
 
 
-def options(folder: Path, *overrides: str, **more: Any) -> dict[str, Any]:
-    """A service of the small model; several micro-batches for most calls."""
-    small = [one for one in SMALL if one.startswith("model.")]
-    pairs = dict(
-        one.split("=", 1) for one in [*small, "run.threads=1", "batch.max_tokens_per_microbatch=128", *overrides]
-    )
-    return {**pairs, "service.folder": str(folder), **more}
+@contextlib.contextmanager
+def open_client(folder: Path, *overrides: str, **more: Any) -> Iterator[ServiceClient]:
+    """A client whose service is this process, or these ranks; tests look into it as `client.service`."""
+    opened, open_service = [], server.open_service
 
+    def noted(cfg: Any) -> Any:
+        opened.append(open_service(cfg))
+        return opened[-1]
 
-def open_client(folder: Path, *overrides: str, **more: Any) -> ServiceClient:
-    """A client whose service is this process, or these ranks."""
-    return ServiceClient(**options(folder, *overrides, **more))
+    with mock.patch.object(server, "open_service", noted):
+        with skyrl.tinker.service_client(**service_options(folder, *overrides, **more)) as client:
+            client.service = opened[0]
+            yield client
 
 
 def on_ranks(size: int, script: Callable[..., Any], folder: Path, *overrides: str, args: Sequence[Any] = ()) -> Any:
@@ -115,18 +122,10 @@ def prompt(*tokens: int) -> ModelInput:
 
 def rows(seed: int, count: int = 9, longest: int = 40) -> list[Datum]:
     """Rows for cross_entropy: ragged, some positions without weight."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        tokens = rng.integers(4, 90, int(rng.integers(3, longest)))
-        weights = (rng.random(len(tokens)) < 0.7) * rng.uniform(0.2, 1.0, len(tokens))
-        found.append(
-            Datum(
-                ModelInput.from_ints(tokens.tolist()),
-                {"target_tokens": rng.integers(4, 90, len(tokens)), "weights": weights.astype(np.float32)},
-            )
-        )
-    return found
+    return [
+        Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})
+        for tokens, targets, weights in supervised(seed, count, longest)
+    ]
 
 
 def rl_rows(seed: int, logprobs: Sequence[np.ndarray], given: Sequence[Datum]) -> list[Datum]:
@@ -162,7 +161,7 @@ def drawn(response: Any) -> list[tuple[list[int], list[float]]]:
 
 def contents(client: ServiceClient, path: str) -> dict[str, Any]:
     """A checkpoint's tensors by name, as arrays: weights, moments and the step."""
-    checkpoints = client._job.service.checkpoints
+    checkpoints = client.service.checkpoints
     content = checkpoints.load(path, "local", optimizer=True)
     found = dict(content.weights)
     assert content.optimizer is not None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -61,6 +65,24 @@ def make_rows(seed: int = 0, count: int = 10, longest: int = 40) -> list[Datum]:
     for row in rows:
         row.weights = row.weights / total
     return rows
+
+
+def service_options(folder: Path, *overrides: str, **more: Any) -> dict[str, Any]:
+    """A service of the small model; several micro-batches for most calls."""
+    small = [one for one in SMALL if one.startswith("model.")]
+    pairs = dict(
+        one.split("=", 1) for one in [*small, "run.threads=1", "batch.max_tokens_per_microbatch=128", *overrides]
+    )
+    return {**pairs, "service.folder": str(folder), **more}
+
+
+def supervised(seed: int, count: int = 9, longest: int = 40) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """(tokens, targets, weights) of rows for cross_entropy: ragged, some positions without weight."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        tokens = rng.integers(4, 90, int(rng.integers(3, longest)))
+        weights = (rng.random(len(tokens)) < 0.7) * rng.uniform(0.2, 1.0, len(tokens))
+        yield tokens.tolist(), rng.integers(4, 90, len(tokens)), weights.astype(np.float32)
 
 
 def dealt(rows: list[Datum], engine: Engine) -> list[Datum]:

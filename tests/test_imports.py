@@ -53,7 +53,7 @@ LEVELS = {
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "api cli config data distributed.env envs launch main planner registry run_dir sft sweep".split()
-    + "tracking train types web".split()
+    + "tinker tracking train types web".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.
 UPWARDS_BY_STRING = {

@@ -1,4 +1,4 @@
-"""The in-process side of tinker_door.py: one measurement inside a torchrun program, through skyrl.tinker.
+"""The in-process side of tinker_door.py: one measurement inside a torchrun program, by the SDK of skyrl.tinker.
 
 torchrun ... in_process.py '{"kind": "step", ...}' <weights> <answer.json> <folder of the service>
 """
@@ -9,20 +9,17 @@ import json
 import sys
 from pathlib import Path
 
+import tinker
 from workload import KINDS
 
-from skyrl import tinker
+import skyrl.tinker
 
 
 def main() -> None:
-    """Rank 0 measures and writes the answer; the other ranks work for it inside the constructor."""
+    """Rank 0 measures and writes the answer; the other ranks work for it."""
     order, weights, answer, folder = json.loads(sys.argv[1]), *sys.argv[2:5]
-    service = tinker.ServiceClient(
-        model={"path": weights},
-        run={"threads": 1},
-        service={"folder": str(Path(folder) / "state"), "aliases": {order["model"]: ""}},
-    )
-    with service:
+    options = {"folder": str(Path(folder) / "state"), "aliases": {order["model"]: ""}}
+    with skyrl.tinker.service_client(model={"path": weights}, run={"threads": 1}, service=options) as service:
         seen = KINDS[order["kind"]](tinker, service, order)
     Path(answer).write_text(json.dumps(seen))
 

@@ -1,4 +1,4 @@
-"""What tinker_door.py measures, written once for the SDK over HTTP and for skyrl.tinker in process.
+"""What tinker_door.py measures, written once for a server of its own and for the service of skyrl.tinker.
 
 As a script it is the HTTP client: `python workload.py '{"kind": "step", ...}'` prints one JSON object.
 """

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,19 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     except COMPOSE_ERRORS as error:
         raise UserError(explain(error, mode)) from error
     return finish(composed, overrides, mode=mode)
+
+
+def as_overrides(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Options that a script has as values, nested or by path, written as on the command line. Hydra's grammar quotes
+    texts, but not the names in a mapping."""
+    for name, value in options.items():
+        path = prefix + name
+        if not isinstance(value, Mapping):
+            yield f"{path}={json.dumps(value, ensure_ascii=False, default=str)}"
+        elif path == "service.aliases":
+            yield f"{path}={{{','.join(f'{alias}:{json.dumps(weights)}' for alias, weights in value.items())}}}"
+        else:
+            yield from as_overrides(value, f"{path}.")
 
 
 def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train") -> RunConfig:

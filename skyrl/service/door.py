@@ -8,7 +8,7 @@ from skyrl.service.app import Serving, make_app, serve_in_thread
 from skyrl.service.openai_params import TextTools
 from skyrl.service.server import Service
 from skyrl.types import RunError
-from skyrl.web.auth import read_keys
+from skyrl.web.auth import Keys, read_keys
 
 
 @dataclass
@@ -33,11 +33,11 @@ class HttpDoor:
         self.serving.stop()
 
 
-def open_door(service: Service) -> HttpDoor:
-    """Serves HTTP for `service` on service.host and service.port. Raises UserError for an address or keys that cannot
-    be used."""
+def open_door(service: Service, keys: Keys | None = None) -> HttpDoor:
+    """Serves HTTP for `service` on service.host and service.port; whose keys are not given, read from its settings.
+    Raises UserError for an address or keys that cannot be used."""
     settings = service.cfg.service
-    keys = read_keys(settings)
+    keys = keys or read_keys(settings)
     app = make_app(
         service.scheduler,
         service.checkpoints,

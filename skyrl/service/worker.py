@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import deal_by_length
@@ -78,6 +79,8 @@ class Worker:
 
     def run(self) -> None:
         """Works until `stop`. Saves under way are finished; what waits is refused with the reason."""
+        if self.leader.world.device.type == "cuda":  # each thread has a current device of its own
+            torch.cuda.set_device(self.leader.world.device)
         while not self._stopping:
             self.step()
         self.scheduler.close(self._stopping)

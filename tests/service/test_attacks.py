@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, prompt, refused_beside, rows, same
+from tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 
 from skyrl.engine import ModelSpec
 from skyrl.service import scheduler as schedulers
@@ -28,7 +29,6 @@ from skyrl.service.messages import (
 )
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.validation import sampling_params
-from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 from skyrl.types import LoraSpec, RunError, UserError
 
 FACTS = ServerInfo({}, "tiny", "", "", 4096, 100, (2,), adaptable=True, full_parameters=False)
@@ -221,7 +221,7 @@ def test_a_ruined_model_fails_its_own_requests_only(client):
     good = client.create_sampling_client(base_model="tiny").result()
     asked = prompt(5, 6, 7)
     alone = drawn(good.sample(asked, 4, draw(20)).result())
-    bad = ruined(client).save_weights_and_get_sampling_client()
+    bad = ruined(client).save_weights_and_get_sampling_client().result()
     futures = []
     for _ in range(3):
         futures.append(bad.sample(asked, 2, draw(20)))
@@ -229,7 +229,7 @@ def test_a_ruined_model_fails_its_own_requests_only(client):
         futures.append(bad.compute_logprobs(asked))
         futures.append(good.sample(asked, 4, draw(20), True, topk_prompt_logprobs=3))
     refused_beside(futures, alone)
-    sampling = client._job.service.worker.sampling
+    sampling = client.service.worker.sampling
     assert sampling._bytes == 0 and not sampling._active and not any(sampling._load)
 
 
@@ -243,10 +243,10 @@ def test_large_requests_are_drawn_in_turn_with_small_ones(client, monkeypatch):
     many = sampler.sample(prompt(5, 6), 4000, draw(12))
     small = sampler.sample(prompt(5, 6), 1, draw(12))
     assert drawn(small.result()) == alone
-    assert not many.done()
+    assert not many.future().done()
     found = drawn(many.result())
     assert len(found) == 4000 and found[0] == alone[0]
-    ended, service = sampler.sample(prompt(5, 6), 600, draw(40)), client._job.service
+    ended, service = sampler.sample(prompt(5, 6), 600, draw(40)), client.service
     while not (works := list(service.worker.sampling._active)):
         time.sleep(0.001)
     service.scheduler.cancel(works[0], owner="local")
@@ -280,7 +280,7 @@ def test_more_questions_than_one_command_takes(client, monkeypatch):
 def test_a_step_of_a_request_with_a_problem_tells_it(client):
     """What the wire found wrong is told, and not what follows from it."""
     model = client.create_lora_training_client("tiny", rank=2).result()
-    service = client._job.service
+    service = client.service
     request = TrainRequest(model.model_id, 1, [], "", {}, False, problem="datum 3: broken")
     done = service.scheduler.submit(request, owner="local")
     while (outcome := service.scheduler.outcome(done.request_id, owner="local")).state == "pending":
@@ -293,10 +293,10 @@ def test_a_step_of_a_request_with_a_problem_tells_it(client):
 
 def refusals(client: ServiceClient) -> dict[str, Any]:
     """Commands that raise UserError in the engine, in the place of checks that ought to have caught them."""
-    model = client.create_lora_training_client("tiny", rank=4, seed=7)
+    model = client.create_lora_training_client("tiny", rank=4, seed=7).result()
     model.forward_backward(rows(1), "cross_entropy").result()
     norm = model.optim_step(ADAM).result().metrics["grad_norm"]
-    worker = client._job.service.worker
+    worker = client.service.worker
     leader: Leader = worker.leader
     told = {}
 
@@ -364,7 +364,7 @@ def test_same_numbers_under_fire(client):
         for step in range(3):
             done = model.forward_backward(rows(step), "cross_entropy").result()
             found += [done.metrics, logprobs_of(done), model.optim_step(ADAM).result().metrics["grad_norm"]]
-        sampler = model.save_weights_and_get_sampling_client()
+        sampler = model.save_weights_and_get_sampling_client().result()
         return [*found, drawn(sampler.sample(prompt(5, 6), 3, draw(10)).result())]
 
     quiet = work()

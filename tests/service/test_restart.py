@@ -17,7 +17,7 @@ from typing import Any
 import gloo
 import httpx
 import pytest
-from inprocess import options, rows
+from small import service_options, supervised
 
 from skyrl.types import UserError
 
@@ -41,7 +41,7 @@ class Server:
 
     def start(self) -> None:
         """Returns when it answers."""
-        given = {**options(self.folder / "service"), "service.port": str(self.port)}
+        given = {**service_options(self.folder / "service"), "service.port": str(self.port)}
         args = [f"{key}={value}" for key, value in given.items()]
         log = self.folder / "server.log"
         if self.launcher:
@@ -157,13 +157,13 @@ class Client:
         """Posts one step of training; its two requests."""
         data = [
             {
-                "model_input": {"chunks": [{"type": "encoded_text", "tokens": datum.model_input.to_ints()}]},
+                "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens}]},
                 "loss_fn_inputs": {
-                    name: {"data": tensor.data, "dtype": tensor.dtype, "shape": tensor.shape}
-                    for name, tensor in datum.loss_fn_inputs.items()
+                    "target_tokens": {"data": targets.tolist(), "dtype": "int64", "shape": [len(tokens)]},
+                    "weights": {"data": weights.tolist(), "dtype": "float32", "shape": [len(tokens)]},
                 },
             }
-            for datum in rows(number)
+            for tokens, targets, weights in supervised(number)
         ]
         first = self.call("forward_backward", forward_backward_input={"data": data, "loss_fn": "cross_entropy"})
         return first, self.call("optim_step", adam_params=ADAM)

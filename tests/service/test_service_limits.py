@@ -20,9 +20,9 @@ from inprocess import (
     same,
     together_and_alone,
 )
+from tinker import RequestFailedError
 
 from skyrl.service.messages import SamplingRequest, TooManyRequests
-from skyrl.tinker import RequestFailedError
 
 
 def test_more_models_than_there_may_be(tmp_path):
@@ -45,7 +45,7 @@ def test_more_models_than_there_may_be(tmp_path):
         expected = [control.optim_step(ADAM).result().metrics, step(control, 3)]
         tensors = contents(client, control.save_state("x").result().path)
         models = [make(seed) for seed in range(126)]
-        tenants = client._job.service.worker.models
+        tenants = client.service.worker.models
         assert tenants.get(first.model_id).offloaded
         assert sum(not tenants.get(m.model_id).offloaded for m in [first, control, *models]) == 4
         for _ in range(2):
@@ -66,9 +66,11 @@ def test_too_many_samples_wait(tmp_path):
     with open_client(tmp_path, "service.max_queued_samples=64") as client:
         sampler = client.create_sampling_client(base_model="tiny").result()
         alone = drawn(sampler.sample(prompt(5, 6), 1, draw(30)).result())
-        desk = client._job.service.scheduler
+        desk = client.service.scheduler
         lots = [sampler.sample(prompt(5, 6), 40, draw(30, seed=i)) for i in range(24)]
-        query = SamplingRequest(10**6, np.array([5, 6]), sampling_session_id=sampler._sampler_id, num_samples=60)
+        query = SamplingRequest(
+            10**6, np.array([5, 6]), sampling_session_id=sampler._sampling_session_id, num_samples=60
+        )
         with pytest.raises(TooManyRequests, match="samples are waiting, at most 64 may; try again in a moment"):
             for _ in range(200):
                 desk.submit(query, owner="local")
@@ -97,7 +99,7 @@ def test_all_parameters_are_trained(tmp_path):
         path = model.save_state("four").result().path
         tensors = contents(client, path)
         assert tensors["step"] == 4
-        known = dict(client._job.service.engine.models["base"].strategy.module.net.named_parameters())
+        known = dict(client.service.engine.models["base"].strategy.module.net.named_parameters())
         assert set(known) <= set(tensors) and {f"m:{name}" for name in known} <= set(
             tensors
         )  # as transformers calls them

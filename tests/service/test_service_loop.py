@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tinker
 from inprocess import contents, on_ranks, open_client
 from loop import loop_config
-from small import weights_of
+from serving import serve
+from small import service_options, weights_of
+from tinker import AdamParams, Datum, ModelInput, ServiceClient
 
 from skyrl.engine import Engine
-from skyrl.tinker import AdamParams, Datum, ModelInput, ServiceClient
 from skyrl.trainers import rl
 from skyrl.types import LossSpec
 
@@ -70,7 +72,13 @@ def as_datum(row: dict[str, Any], loss: str) -> Datum:
 
 def sent(client: ServiceClient, updates: list[Update], rank: int = 0) -> tuple[dict[str, np.ndarray], list[float]]:
     """The same updates through a client: (parameters, gradient norms)."""
-    model = client.create_lora_training_client("tiny", rank=rank, seed=3)
+    path, norms = posted(client, updates, rank)
+    return parameters_of(client, path), norms
+
+
+def posted(client: ServiceClient, updates: list[Update], rank: int) -> tuple[str, list[float]]:
+    """The updates; (path of a checkpoint after them, gradient norms)."""
+    model = client.create_lora_training_client("tiny", rank=rank, seed=3).result()
     norms = []
     for rows, loss, adam, _ in updates:
         config = {}
@@ -80,8 +88,13 @@ def sent(client: ServiceClient, updates: list[Update], rank: int = 0) -> tuple[d
         model.forward_backward([as_datum(row, loss.name) for row in rows], loss.name, config)
         params = {"learning_rate" if key == "lr" else key: value for key, value in adam.items()}
         norms.append(model.optim_step(AdamParams(**params)).result().metrics["grad_norm"])
-    found = contents(client, model.save_state("end").result().path)
-    return {name: value for name, value in found.items() if name[:2] not in ("m:", "v:") and name != "step"}, norms
+    return model.save_state("end").result().path, norms
+
+
+def parameters_of(client: ServiceClient, path: str) -> dict[str, np.ndarray]:
+    """A checkpoint's parameters."""
+    found = contents(client, path)
+    return {name: value for name, value in found.items() if name[:2] not in ("m:", "v:") and name != "step"}
 
 
 def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
@@ -135,3 +148,16 @@ def test_a_script_on_two_ranks_too(run, tmp_path):
     updates, parameters = run
     found, _ = on_ranks(2, sent, tmp_path, *SERVICE, "strategy.name=fsdp", args=[updates])
     assert distance(found, parameters) < 1e-6
+
+
+@pytest.mark.ranks
+def test_a_script_at_a_server_of_two_ranks_too(run, tmp_path):
+    """The server is a program of its own here; its checkpoint is read where it left it."""
+    updates, parameters = run
+    small = [f"{name}={value}" for name, value in service_options(tmp_path, *SERVICE).items() if "folder" not in name]
+    with serve(tmp_path, Path("tiny"), *small) as server:
+        with tinker.ServiceClient(base_url=server.url, api_key="tml-any") as client:
+            path, norms = posted(client, updates, 0)
+    np.testing.assert_allclose(norms, [norm for *_, norm in updates], rtol=1e-5)
+    with open_client(tmp_path / "state", *SERVICE) as client:
+        assert distance(parameters_of(client, path), parameters) < 1e-6

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inprocess import ADAM, contents, draw, drawn, logprobs_of, mismatch, on_ranks, open_client, prompt, rl_rows, rows
-
-from skyrl.tinker import AdamParams, ServiceClient
+from tinker import AdamParams, ServiceClient
 
 LAYOUTS = [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), pytest.param((4, "ddp"), marks=pytest.mark.slow)]
 PROMPTS = [prompt(5, 6, 7), prompt(5, 6, 7, 8, 9, 10), prompt(20)]
@@ -16,9 +15,9 @@ PROMPTS = [prompt(5, 6, 7), prompt(5, 6, 7, 8, 9, 10), prompt(20)]
 
 def workout(client: ServiceClient) -> dict[str, Any]:
     """Two tenants that train by several losses side by side, then sample; everything that came back."""
-    one = client.create_lora_training_client("tiny", rank=4, seed=7)
-    two = client.create_lora_training_client("tiny", rank=8, seed=8, train_unembed=False)
-    base = client.create_sampling_client(base_model="tiny")
+    one = client.create_lora_training_client("tiny", rank=4, seed=7).result()
+    two = client.create_lora_training_client("tiny", rank=8, seed=8, train_unembed=False).result()
+    base = client.create_sampling_client(base_model="tiny").result()
     out: dict[str, Any] = {"losses": [], "logprobs": [], "steps": [], "samples": []}
 
     def note(*futures: Any) -> None:
@@ -41,7 +40,11 @@ def workout(client: ServiceClient) -> dict[str, Any]:
         note(one.forward_backward(rl_rows(number, logprobs_of(scores), rows(3)), loss))
     out["steps"].append(one.optim_step(ADAM).result().metrics["grad_norm"])
     note(one.forward(rows(4), "cross_entropy"), two.forward(rows(4), "cross_entropy"))
-    samplers = [one.save_weights_and_get_sampling_client(), two.save_weights_and_get_sampling_client(), base]
+    samplers = [
+        one.save_weights_and_get_sampling_client().result(),
+        two.save_weights_and_get_sampling_client().result(),
+        base,
+    ]
     asked = [sampler.sample(p, 3, draw()) for sampler in samplers for p in PROMPTS]
     asked += [sampler.sample(PROMPTS[0], 1, draw(temperature=0.0)) for sampler in samplers]
     out["samples"] = [drawn(future.result()) for future in asked]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import CancelledError
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,25 @@ from inprocess import (
     together_and_alone,
     train,
 )
+from small import supervised
+from tinker import AdamParams, Datum, ModelInput, RequestFailedError
 
-from skyrl.service.messages import OptimStep, TrainRequest
+from skyrl.service.messages import OptimStep, TrainRequest, WireDatum
 from skyrl.service.validation import to_rows
-from skyrl.tinker import AdamParams, Datum, ModelInput, RequestFailedError, convert
 
 PROMPT = prompt(5, 6, 7, 8)
+
+
+def skip(model: Any, count: int) -> None:
+    """The client's next request has a number so much higher."""
+    model._request_id_counter += count
+    model._turn_counter += count
+
+
+def supervised_request(model: str, seq: int, *, seed: int, forward_only: bool) -> TrainRequest:
+    """rows(seed) for cross_entropy, as they come from the wire."""
+    data = [WireDatum(np.array(ids), {"target_tokens": to, "weights": w}) for ids, to, w in supervised(seed)]
+    return TrainRequest(model, seq, data, "cross_entropy", {}, forward_only)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +67,10 @@ def test_two_tenants_on_two_ranks_equal_each_alone(tmp_path):
 
 def test_a_fresh_adapter_is_the_base(client):
     """Tokens, their log-probabilities, the prompt's, and those of training."""
-    base = client.create_sampling_client(base_model="tiny")
+    base = client.create_sampling_client(base_model="tiny").result()
     for rank in (1, 4):
         model = new(client, seed=rank, rank=rank)
-        fresh = model.save_weights_and_get_sampling_client()
+        fresh = model.save_weights_and_get_sampling_client().result()
         for params in (draw(20), draw(20, temperature=0.5), draw(20, temperature=0.0)):
             asked = [one.sample(PROMPT, 3, params, True, topk_prompt_logprobs=3) for one in (base, fresh)]
             ours, theirs = [future.result() for future in asked]
@@ -65,9 +79,8 @@ def test_a_fresh_adapter_is_the_base(client):
             assert ours.topk_prompt_logprobs == theirs.topk_prompt_logprobs
         data = rows(1)
         found = logprobs_of(model.forward(data, "cross_entropy").result())
-        service = client._job.service  # its worker is idle now
-        request = TrainRequest("", 1, [convert.wire_datum(d, i) for i, d in enumerate(data)], "cross_entropy", {}, True)
-        plain = to_rows(request, service.facts, max_tokens=1 << 20)
+        service = client.service  # its worker is idle now
+        plain = to_rows(supervised_request("", 1, seed=1, forward_only=True), service.facts, max_tokens=1 << 20)
         assert same(found, [x.astype(np.float32) for x in service.engine.score(plain, 1.0, model="base").logprobs])
 
 
@@ -75,8 +88,11 @@ def test_snapshots_never_change_and_share_a_batch(client):
     """Draws of three sets of weights at once equal each alone, before and after further steps."""
     one, two = new(client, 1), new(client, 2, rank=8)
     results(train(one, 300)), results(train(two, 400))
-    samplers = [one.save_weights_and_get_sampling_client(), two.save_weights_and_get_sampling_client("two")]
-    samplers.append(client.create_sampling_client(base_model="tiny"))
+    samplers = [
+        one.save_weights_and_get_sampling_client().result(),
+        two.save_weights_and_get_sampling_client("two").result(),
+    ]
+    samplers.append(client.create_sampling_client(base_model="tiny").result())
     prompts = [PROMPT, prompt(9, 10), prompt(*range(4, 40))]
     alone = [[drawn(s.sample(p, 2, draw(24)).result()) for p in prompts] for s in samplers]
     assert alone[0] != alone[1] != alone[2]
@@ -85,7 +101,7 @@ def test_snapshots_never_change_and_share_a_batch(client):
     train(two, 600)
     assert [[drawn(future.result()) for future in some] for some in futures] == alone
     results(busy)
-    later = one.save_weights_and_get_sampling_client()
+    later = one.save_weights_and_get_sampling_client().result()
     assert [[drawn(s.sample(p, 2, draw(24)).result()) for p in prompts] for s in samplers] == alone
     assert drawn(later.sample(PROMPT, 2, draw(24)).result()) != alone[0][0]
 
@@ -101,9 +117,9 @@ def test_a_snapshot_that_left_the_device_comes_back(client, monkeypatch, tmp_pat
     monkeypatch.setattr(checkpoints, "HOST_BYTES", 1)  # and on to files
     for seed in range(3):
         results(train(model, 710 + seed, steps=1))
-        model.save_weights_and_get_sampling_client().sample(PROMPT, 1, draw(4)).result()
-    engine = client._job.service.engine
-    assert first._sampler_id not in engine.adapters
+        model.save_weights_and_get_sampling_client().result().sample(PROMPT, 1, draw(4)).result()
+    engine = client.service.engine
+    assert first._sampling_session_id not in engine.adapters
     assert drawn(first.sample(PROMPT, 2, draw(24)).result()) == before
 
 
@@ -112,12 +128,9 @@ def test_chunks_that_arrive_in_any_order(client):
 
     def posted(order: list[int]) -> tuple[list[Any], dict[str, Any]]:
         model = new(client, 5)
-        desk = client._job.service.scheduler
+        desk = client.service.scheduler
         requests: dict[int, Any] = {
-            seq: convert.train_request(
-                model.model_id, seq, next(convert.chunks(rows(40 + seq))), "cross_entropy", None, False
-            )
-            for seq in (1, 2, 3, 5)
+            seq: supervised_request(model.model_id, seq, seed=40 + seq, forward_only=False) for seq in (1, 2, 3, 5)
         }
         requests[4] = OptimStep(model.model_id, 4, learning_rate=1e-2)
         requests[6] = OptimStep(model.model_id, 6, learning_rate=1e-2)
@@ -132,7 +145,7 @@ def test_chunks_that_arrive_in_any_order(client):
             assert event.wait(30)
             ended[seq] = desk.outcome(request_id, owner="local")
             assert ended[seq].state == "done", ended[seq].error
-        model._next = 7
+        skip(model, 6)
         numbers = [ended[seq].result.metrics["loss:sum"] for seq in (1, 2, 3, 5)]
         numbers += [ended[seq].result["metrics"]["grad_norm"] for seq in (4, 6)]
         return numbers, saved(client, model)
@@ -144,7 +157,7 @@ def test_chunks_that_arrive_in_any_order(client):
 
 def test_a_number_that_never_comes_is_given_up(client):
     model = new(client)
-    model._next = 2
+    skip(model, 1)
     start = time.monotonic()
     assert model.forward_backward(rows(1), "cross_entropy").result(20).metrics["loss:sum"] > 0
     assert 0.9 < time.monotonic() - start < 15
@@ -207,16 +220,19 @@ def test_a_model_that_went_astray_harms_no_other(client):
                 said.append(str(error))
     assert any("not finite" in text for text in said), said
     assert same(results(other), plain)
-    sampler = one.save_weights_and_get_sampling_client()
+    sampler = one.save_weights_and_get_sampling_client().result()
     try:
         assert np.isfinite(sampler.sample(PROMPT, 1, draw(4)).result().sequences[0].logprobs).all()
     except RequestFailedError as error:
         said.append(str(error))
-    assert len(drawn(client.create_sampling_client(base_model="tiny").sample(PROMPT, 1, draw(4)).result())[0][0]) == 4
+    assert (
+        len(drawn(client.create_sampling_client(base_model="tiny").result().sample(PROMPT, 1, draw(4)).result())[0][0])
+        == 4
+    )
 
 
 def test_custom_losses(client):
-    """The same step as cross_entropy when the loss is the same; a function that fails costs its step only."""
+    """The same step as cross_entropy when the loss is the same; a function that fails ends its client and no other."""
     import torch
 
     one, two = new(client, 31), new(client, 31)
@@ -240,16 +256,16 @@ def test_custom_losses(client):
     custom, step = one.forward_backward_custom(data, fails), one.optim_step(ADAM)
     with pytest.raises(ZeroDivisionError, match="mine"):
         custom.result()
-    with pytest.raises(RequestFailedError, match="a forward_backward before this"):
+    with pytest.raises(RuntimeError, match="poisoned"):  # so the SDK has it
         step.result()
-    assert same(results(train(one, 50)), results(train(two, 50)))
+    assert same(results(train(new(client, 31), 50)), results(train(new(client, 31), 50)))
 
 
 def test_a_call_of_many_rows_is_cut_like_the_sdk_cuts_it(client):
     one = new(client)
     row = rows(3, count=1, longest=4)[0]
     done = one.forward([row] * 1100, "cross_entropy").result()
-    assert one._next == 3 and len(done.loss_fn_outputs) == 1100
+    assert one._request_id_counter == 2 and len(done.loss_fn_outputs) == 1100
     single = one.forward([row], "cross_entropy").result().metrics["loss:sum"]
     assert done.metrics["loss:sum"] == pytest.approx(1100 * single, rel=1e-5)
 
@@ -262,12 +278,12 @@ def test_cancel(client):
     kept = sampler.sample(PROMPT, 2, draw(200))
     time.sleep(0.2)
     for future in long:
-        future._cancel()
+        future.future().cancel()
     for future in long:
-        with pytest.raises(RequestFailedError, match="cancelled"):
+        with pytest.raises(CancelledError):
             future.result(20)
     assert drawn(kept.result(20)) == alone
-    service = client._job.service
+    service = client.service
     deadline = time.monotonic() + 10
     while service.engine.open_sampler("base").sampler.unfinished() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -19,7 +19,7 @@ PROMPT = [5, 6, 7]
 def door(tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
     with open_client(folder, "service.port=0", "service.slice_seconds=0.005") as client:
-        service = client._job.service
+        service = client.service
         opened = open_door(service)
         with httpx.Client(base_url=opened.url, timeout=60) as http:
             yield http, service
