@@ -9,18 +9,15 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 
 # Lines of all files of skyrl/, and of each folder with what is below it: what one person can read. Where a folder is
 # above FOLDER_LINES, its ceiling of today stands here; lower it with every commit that shortens it.
-TOTAL_LINES = 30_900
+TOTAL_LINES = 28_800
 FOLDER_LINES = 3_000
 LARGER_FOLDERS = {"service": 8_100}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
-FULLER_FOLDERS = {"skyrl": 22, "skyrl/service": 29}
+FULLER_FOLDERS = {"skyrl": 23, "skyrl/service": 29}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
-TWICE = set(
-    "AdamParams Checkpoint Datum Job LoraConfig MetricSums Row Run SampledSequence Sampler SamplingParams "
-    "Session".split()
-)
+TWICE = set("Checkpoint MetricSums Row Run Sampler".split())
 # Docstrings of one to three words, which say no more than the name. Better none, or one that says what a reader of the
 # name does not know.
 SHORT_DOCSTRINGS = {
@@ -102,8 +99,6 @@ def test_a_class_name_means_one_class():
 def test_docstrings_say_more_than_the_name():
     found: dict[str, list[str]] = {}
     for path in FILES:
-        if path.is_relative_to(ROOT / "skyrl" / "tinker"):
-            continue  # that folder goes as a whole
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
                 text = ast.get_docstring(node)
