@@ -104,7 +104,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """A connection on which all statements see the same state."""
-        with self._transaction("BEGIN", "NORMAL") as connection:
+        with self._transaction("BEGIN") as connection:
             yield connection
 
     @contextmanager
@@ -115,9 +115,10 @@ class Database:
             yield connection
 
     @contextmanager
-    def _transaction(self, begin: str, synchronous: str) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, begin: str, synchronous: str = "") -> Iterator[sqlite3.Connection]:
         with self._explained(), self._connection() as connection:
-            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            if synchronous:
+                connection.execute(f"PRAGMA synchronous = {synchronous}")
             connection.execute(begin)
             try:
                 yield connection

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from skyrl.service.database import Database, Row, check_page
@@ -43,6 +44,7 @@ LIVE = "(NOT c.missing AND (c.expires_at IS NULL OR c.expires_at > :now))"
 _SAVED = f"FROM checkpoints c JOIN runs r USING (run_id) WHERE r.session_id = s.session_id AND {LIVE}"
 _TALLY = f"""(SELECT count(*) {_SAVED}) AS checkpoints_count,
     (SELECT coalesce(sum(c.size_bytes), 0) {_SAVED}) AS checkpoint_bytes"""
+_KEY = "run_id = :run_id AND kind = :kind AND name = :name"  # of a checkpoint: the fields of its path
 # Another owner's run may be seen when one of its checkpoints is published.
 _SEEN = {
     "owned": "owner = :owner",
@@ -72,24 +74,14 @@ class Store(Database):
     ) -> Session:
         """A new session with an id like "s-0123456789ab"."""
         session_id, now = f"s-{secrets.token_hex(6)}", self.micros()
-        values = (
-            session_id,
-            owner,
-            json.dumps(list(tags)),
-            json.dumps(dict(user_metadata or {})),
-            sdk_version,
-            project_id,
-            display_name,
-            (display_name or "").casefold(),
-            now,
-            now,
-        )
+        values = {
+            "session_id": session_id, "owner": owner, "tags": json.dumps(list(tags)),
+            "user_metadata": json.dumps(dict(user_metadata or {})), "sdk_version": sdk_version,
+            "project_id": project_id, "display_name": display_name,
+            "folded_name": (display_name or "").casefold(), "created_at": now, "last_heartbeat": now,
+        }  # fmt: skip
         with self.write() as db:
-            db.execute(
-                "INSERT INTO sessions (session_id, owner, tags, user_metadata, sdk_version, project_id, display_name,"
-                " folded_name, created_at, last_heartbeat) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                values,
-            )
+            _insert(db, "sessions", values)
         return self.get_session(session_id, owner)
 
     def heartbeat(self, session_id: str, owner: str) -> None:
@@ -181,14 +173,14 @@ class Store(Database):
         Raises: NotFound for the session, UserError when the number is taken.
         """
         sampler_id = f"{session_id}:sample:{seq_id}"
+        values = {
+            "sampler_id": sampler_id, "session_id": session_id, "owner": owner, "base_model": base_model,
+            "model_path": model_path, "version": version, "ephemeral_run": ephemeral_run, "created_at": self.micros(),
+        }  # fmt: skip
         with self.write() as db:
             _require_session(db, session_id, owner)
-            done = db.execute(
-                "INSERT INTO samplers (sampler_id, session_id, owner, base_model, model_path, version, ephemeral_run,"
-                " created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (sampler_id, session_id, owner, base_model, model_path, version, ephemeral_run, self.micros()),
-            )
-        if not done.rowcount:
+            made = _insert(db, "samplers", values)
+        if not made:
             raise UserError(f"sampling session {sampler_id}: exists; give another sampling_session_seq_id")
         return self.get_sampler(sampler_id, owner)
 
@@ -205,13 +197,10 @@ class Store(Database):
 
     def join_sampler(self, sampler_id: str, owner: str) -> int:
         """A number for one more client of a sampling session: 1, 2, ... (the first client is 0). Raises: NotFound."""
+        which = ("WHERE sampler_id = ? AND owner = ?", (sampler_id, owner))
         with self.write() as db:
-            db.execute(
-                "UPDATE samplers SET clients = clients + 1 WHERE sampler_id = ? AND owner = ?", (sampler_id, owner)
-            )
-            row = db.execute(
-                "SELECT clients FROM samplers WHERE sampler_id = ? AND owner = ?", (sampler_id, owner)
-            ).fetchone()
+            db.execute(f"UPDATE samplers SET clients = clients + 1 {which[0]}", which[1])
+            row = db.execute(f"SELECT clients FROM samplers {which[0]}", which[1]).fetchone()
         if row is None:
             raise NotFound(f"sampling session {sampler_id}: not found")
         return row[0]
@@ -253,13 +242,15 @@ class Store(Database):
     ) -> Run:
         """The run "{session}:train:{model_seq_id}", open. Raises: NotFound for the session, UserError if it exists."""
         run_id, now = f"{session_id}:train:{model_seq_id}", self.micros()
+        values = {
+            "run_id": run_id, "session_id": session_id, "owner": owner, "facts": json.dumps(info.dump()),
+            "user_metadata": json.dumps(dict(user_metadata or {})), "created_at": now, "last_request_at": now,
+            "state": "open",
+        }  # fmt: skip
         with self.write() as db:
             _require_session(db, session_id, owner)
-            done = db.execute(
-                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, 'open') ON CONFLICT DO NOTHING",
-                (run_id, session_id, owner, json.dumps(info.dump()), json.dumps(dict(user_metadata or {})), now, now),
-            )
-        if not done.rowcount:
+            made = _insert(db, "runs", values)
+        if not made:
             raise UserError(f"model {run_id}: exists; give another model_seq_id")
         return self.get_run(run_id, owner)
 
@@ -357,7 +348,7 @@ class Store(Database):
         check_ttl(ttl_seconds)
         now = self.micros()
         values = {
-            "run_id": path.run_id, "kind": path.kind, "name": path.name, "owner": owner, "version": version,
+            **asdict(path), "owner": owner, "version": version,
             "created_at": now, "size_bytes": size_bytes, "expires_at": _expiry(now, ttl_seconds),
             "user_metadata": json.dumps(dict(user_metadata or {})), "facts": json.dumps(info.dump()),
             "has_optimizer": int(has_optimizer),
@@ -365,9 +356,9 @@ class Store(Database):
         with self.write(durable=True) as db:
             earlier = self._require_free(db, path, owner, overwrite)
             if earlier is not None:
-                db.execute("DELETE FROM checkpoints WHERE run_id = :run_id AND kind = :kind AND name = :name", values)
-            names = ", ".join(values)
-            db.execute(f"INSERT INTO checkpoints ({names}) VALUES (:{', :'.join(values)})", values)
+                db.execute(f"DELETE FROM checkpoints WHERE {_KEY}", values)
+            made = _insert(db, "checkpoints", values)
+            assert made, f"{path.uri}: two rows"
             row = _row(db, path)
         return checkpoint_of(row), earlier
 
@@ -416,19 +407,19 @@ class Store(Database):
 
     def set_public(self, path: CheckpointPath, owner: str, public: bool) -> None:
         """Publishes a checkpoint or takes that back; no error if it is so already. Raises: NotFound."""
-        self._update(path, owner, "public = ?", int(public))
+        self._update(path, owner, "public", int(public))
 
     def set_ttl(self, path: CheckpointPath, owner: str, ttl_seconds: int | None) -> None:
         """Lets a checkpoint expire so many seconds from now, None = never. Raises: NotFound, UserError."""
         check_ttl(ttl_seconds)
-        self._update(path, owner, "expires_at = ?", _expiry(self.micros(), ttl_seconds))
+        self._update(path, owner, "expires_at", _expiry(self.micros(), ttl_seconds))
 
     def set_missing(self, path: CheckpointPath, version: str, missing: bool) -> None:
         """Marks whether the folder of this version is not whole."""
         with self.write(durable=True) as db:
             db.execute(
-                "UPDATE checkpoints SET missing = ? WHERE run_id = ? AND kind = ? AND name = ? AND version = ?",
-                (int(missing), path.run_id, path.kind, path.name, version),
+                f"UPDATE checkpoints SET missing = :missing WHERE {_KEY} AND version = :version",
+                {**asdict(path), "missing": int(missing), "version": version},
             )
 
     def delete_checkpoint(self, path: CheckpointPath, owner: str) -> str:
@@ -437,10 +428,7 @@ class Store(Database):
             row = _row(db, path)
             if row is None or row["owner"] != owner:
                 raise _no_checkpoint(path)
-            db.execute(
-                "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?",
-                (path.run_id, path.kind, path.name),
-            )
+            db.execute(f"DELETE FROM checkpoints WHERE {_KEY}", asdict(path))
         return row["version"]
 
     def forget_expired(self) -> list[Checkpoint]:
@@ -451,10 +439,7 @@ class Store(Database):
                 return []
         with self.write(durable=True) as db:
             gone = db.execute(f"SELECT * {due}", values).fetchall()
-            db.executemany(
-                "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?",
-                [(row["run_id"], row["kind"], row["name"]) for row in gone],
-            )
+            db.execute(f"DELETE {due}", values)
         return [checkpoint_of(row) for row in gone]
 
     def usage(self, owner: str, project_id: str | None = None) -> list[Usage]:
@@ -483,14 +468,23 @@ class Store(Database):
         return row["version"] if row is not None else None
 
     def _update(self, path: CheckpointPath, owner: str, what: str, value: int | None) -> None:
+        """Sets one column of a checkpoint that has not expired."""
+        values = {**asdict(path), "owner": owner, "value": value, "now": self.micros()}
         with self.write(durable=True) as db:
             done = db.execute(
-                f"UPDATE checkpoints SET {what} WHERE run_id = ? AND kind = ? AND name = ? AND owner = ?"
-                " AND (expires_at IS NULL OR expires_at > ?)",
-                (value, path.run_id, path.kind, path.name, owner, self.micros()),
+                f"UPDATE checkpoints SET {what} = :value WHERE {_KEY} AND owner = :owner"
+                " AND (expires_at IS NULL OR expires_at > :now)",
+                values,
             )
         if not done.rowcount:
             raise _no_checkpoint(path)
+
+
+def _insert(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> bool:
+    """A new row, column -> value. False when one with its key is there already: that one stays."""
+    columns = ", ".join(values), ", :".join(values)
+    done = db.execute(f"INSERT INTO {table} ({columns[0]}) VALUES (:{columns[1]}) ON CONFLICT DO NOTHING", values)
+    return done.rowcount > 0
 
 
 def _require_session(db: Any, session_id: str, owner: str) -> None:
@@ -546,10 +540,8 @@ def _expiry(now: int, ttl_seconds: int | None) -> int | None:
     return None if ttl_seconds is None else now + ttl_seconds * 1_000_000
 
 
-def _row(db, path: CheckpointPath) -> Row | None:
-    return db.execute(
-        "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?", (path.run_id, path.kind, path.name)
-    ).fetchone()
+def _row(db: sqlite3.Connection, path: CheckpointPath) -> Row | None:
+    return db.execute(f"SELECT * FROM checkpoints WHERE {_KEY}", asdict(path)).fetchone()
 
 
 def _no_checkpoint(path: CheckpointPath) -> NotFound:

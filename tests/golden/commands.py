@@ -94,7 +94,7 @@ CHECKPOINTS: dict[str, str] = {
 # ---- the server
 
 SERVER = (
-    f"{TINY} model.chat_template=chat.jinja threads=1 service.folder=state service.keys_file=keys.txt "
+    f"{TINY} model.chat_template=chat.jinja run.threads=1 service.folder=state service.keys_file=keys.txt "
     "service.max_request_mib=2 service.max_queued_samples=16"
 )
 # Written into the folder in which it starts.
