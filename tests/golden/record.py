@@ -2,7 +2,8 @@
 
 Only for a change that is meant to change numbers, and said so in its commit: look at the difference that git shows
 before it is committed. --code PATH runs the code of another checkout, for example of the commit before a change, to
-record on a machine whose fingerprint differs from the recorded one. The stored checkpoints stand for those that users
+record on a machine whose fingerprint differs from the recorded one; its options have to be called as in commands.py of
+this one. The stored checkpoints stand for those that users
 have: they are recorded anew by an old release only, never by the code that is to read them.
 """
 
