@@ -11,7 +11,10 @@ RANKS ?= 2
 BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py gpu.py slurm.py chaos.py tinker_matrix.py tinker_cookbook.py tinker_door.py),$(sort $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
+# What `make train` and `make serve` need, and what the tests need on top of it: DeepSpeed, the SDK, linters.
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
 PORT ?= 8000
@@ -27,8 +30,12 @@ install: $(STAMP) ## makes .venv with the pinned versions
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("skyrl: error: Python 3.10 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,serve,age]'
+	$(PIP) torch
+	$(PIP) -e '.[serve]'
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	$(PIP) -e '.[dev,serve,age,deepspeed]'
 	@touch $@
 
 train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARGS
@@ -37,30 +44,31 @@ train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARG
 serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); options in ARGS
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m skyrl.serve service.port=$(PORT) $(ARGS)
 
-test: $(STAMP) ## the CPU suite
+test: $(TEST_STAMP) ## the CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not tinker and not slurm" $(ARGS)
 
-test-slow: $(STAMP) ## what takes minutes
+test-slow: $(TEST_STAMP) ## what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not tinker and not slurm" --timeout 1800 $(ARGS)
 
-test-tinker: $(STAMP) ## twelve releases of the Tinker client and its cookbook; downloads them once
+test-tinker: $(TEST_STAMP) ## twelve releases of the Tinker client and its cookbook; downloads them once
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
 
-test-slurm: $(STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[sweep]'
+test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
+	$(PIP) -e '.[sweep]'
 	tests/slurm/cluster.sh install
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
 
-chaos: $(STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; 3 to 8 minutes
+chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; 3 to 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
 
-lint: $(STAMP) ## ruff: format and rules
+lint: $(TEST_STAMP) ## format and rules (ruff), types (mypy)
 	$(BIN)/ruff format --check skyrl tests benchmarks
 	$(BIN)/ruff check skyrl tests benchmarks
+	$(BIN)/mypy
 
-bench: $(STAMP) ## the benchmarks, one after the other; BENCH=benchmarks/rl_step.py for one, ARGS=--write to keep results
+bench: $(TEST_STAMP) ## the benchmarks, one after the other; BENCH=benchmarks/rl_step.py for one, ARGS=--write to keep results
 	set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 clean: ## removes caches and builds; .venv and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find skyrl tests -name __pycache__ -type d -prune -exec rm -rf {} +
