@@ -26,7 +26,7 @@ import transformers
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM
-from skyrl.sampler.sampler import make_sampler
+from skyrl.sampler.make import make_sampler
 from skyrl.types import SampleRequest, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]

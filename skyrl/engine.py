@@ -29,7 +29,8 @@ from skyrl.models.forward import CausalLM
 from skyrl.models.load import check_against_transformers, load_tokenizer
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
-from skyrl.sampler.sampler import Sampler, make_sampler
+from skyrl.sampler.make import make_sampler
+from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, TrainOutput, UserError

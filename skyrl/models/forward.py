@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from skyrl.models import exact_ops
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
-from skyrl.models.lora import Router, low_rank
+from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
 from skyrl.models.support import head_spec
 from skyrl.types import ForwardOutput, Microbatch, UserError
@@ -142,12 +142,18 @@ class CausalLM(nn.Module):
             )
         return out.last_hidden_state[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] in float32 (float64 for float64), with the family's own scaling and capping; no gradient."""
+    def logits(self, hidden: Tensor, segments: list[Segment] | None = None) -> Tensor:
+        """Logits [..., V] in float32 (float64 for float64), with the family's own scaling and capping; no gradient.
+        `segments`: whose adapter of the output embedding each row has, where rows have adapters."""
         weight_VC, bias_V = self.output_weight()
         with torch.no_grad():
-            flat = matmul_float(hidden.reshape(-1, hidden.shape[-1]), weight_VC, bias_V)
-            return finish_logits(flat, self.head_spec).view(*hidden.shape[:-1], -1)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            product = matmul_float(rows, weight_VC, bias_V)
+            for start, stop, adapter in segments or ():
+                if adapter is not None and adapter.head is not None:
+                    down, up = adapter.pairs[adapter.head]
+                    product[start:stop] += matmul_float(low_rank(rows[start:stop], down, adapter.scale), up)
+            return finish_logits(product, self.head_spec).view(*hidden.shape[:-1], -1)
 
     def forward(
         self, mb: Microbatch, *, temperature: float = 1.0, entropy: bool = False, packing: bool = True

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,21 @@ from torch import Tensor, nn
 from skyrl.models import exact_ops
 from skyrl.types import LoraSpec, UserError
 
-if TYPE_CHECKING:
-    from skyrl.models.forward import CausalLM
-
 Segment = tuple[int, int, "Adapter | None"]  # tokens start ... stop of a pack, and what adapts them
+
+
+class AdaptableModel(Protocol):
+    """What adapters need of a model; forward.CausalLM has it."""
+
+    net: Any
+    router: Router | None
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
 
 
 class Router:
@@ -77,7 +88,7 @@ class Adapter(nn.Module):
 
     def __init__(
         self,
-        model: CausalLM,
+        model: AdaptableModel,
         spec: LoraSpec,
         *,
         name: str,
@@ -118,7 +129,7 @@ class Adapter(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters()}
 
 
-def adapted(model: CausalLM, spec: LoraSpec) -> dict[str, nn.Linear]:
+def adapted(model: AdaptableModel, spec: LoraSpec) -> dict[str, nn.Linear]:
     """The products that `spec` adapts, by their path in `model.net`, in the order of the module.
 
     Found by structure: attention's are all linear maps inside the module that attends, the feed-forward ones all
@@ -153,13 +164,13 @@ def _check_weights(name: str, linears: dict[str, nn.Linear], rank: int, weights:
             )
 
 
-def output_path(model: CausalLM) -> str | None:
+def output_path(model: AdaptableModel) -> str | None:
     """The path of the output embedding in `model.net`; None for a critic."""
     output = model.net.get_output_embeddings()
     return next((path for path, module in model.net.named_modules() if module is output), None)
 
 
-def _groups(model: CausalLM) -> dict[str, list[nn.Linear]]:
+def _groups(model: AdaptableModel) -> dict[str, list[nn.Linear]]:
     out: dict[str, list[nn.Linear]] = {"attn": [], "mlp": [], "unembed": []}
     for layer in model.layers():
         attending = [m for m in layer.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
@@ -173,7 +184,7 @@ def _groups(model: CausalLM) -> dict[str, list[nn.Linear]]:
     return out
 
 
-def _experts(model: CausalLM) -> str:
+def _experts(model: AdaptableModel) -> str:
     """The path of the first module whose parts see only some of the tokens, or ""."""
     for path, module in model.net.named_modules():
         stacked = any(p.ndim == 3 for p in module.parameters(recurse=False))
@@ -190,7 +201,7 @@ def _generator(seed: int, path: str) -> torch.Generator:
 # ---- hooks
 
 
-def install(model: CausalLM) -> Router:
+def install(model: AdaptableModel) -> Router:
     """Puts hooks on everything that can be adapted, once; later calls return the same Router.
 
     Before or after the model was sharded. Without `routed` the hooks change nothing, not even by rounding.
@@ -207,7 +218,7 @@ def install(model: CausalLM) -> Router:
 
 
 @contextmanager
-def routed(model: CausalLM, segments: list[Segment], *, connect: bool = False) -> Iterator[None]:
+def routed(model: AdaptableModel, segments: list[Segment], *, connect: bool = False) -> Iterator[None]:
     """Inside, the packed tokens of `segments` go through their adapters; a token in none of them sees the base alone.
 
     Must last until the backward pass is over: checkpointed layers are computed again there. `segments` are in
@@ -234,6 +245,18 @@ def merged(segments: list[Segment]) -> list[Segment]:
         else:
             out.append((start, stop, adapter))
     return out
+
+
+def segments_of(adapters: list[Adapter | None], lengths: list[int] | None = None) -> list[Segment] | None:
+    """Stretches of one adapter over rows that lie end to end, `lengths` rows of each (None: 1); None where all of them
+    are the base."""
+    if all(adapter is None for adapter in adapters):
+        return None
+    out, at = [], 0
+    for adapter, length in zip(adapters, lengths or [1] * len(adapters), strict=True):
+        out.append((at, at + length, adapter))
+        at += length
+    return merged(out)
 
 
 def low_rank(x: Tensor, down: Tensor, scale: float) -> Tensor:

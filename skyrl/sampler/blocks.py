@@ -2,7 +2,9 @@
 
 A block is free, held (by one or more sequences) or cached (held by nobody, content still valid). Content is found
 again by exact comparison: a block's key is the id of the block content before it and the bytes of its own tokens, so
-two contents never meet by a hash collision. Contents begin at a root: the same tokens below two roots are two contents.
+two contents never meet by a hash collision. Contents begin
+at a cache key, one for each adapter: the same tokens below two keys are two contents, since keys and values depend on
+the adapter.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-ROOT = 0  # the content id before the first block of a sequence without an adapter
+BASE_KEY = 0  # the content id before the first block of a sequence without an adapter
 Key = tuple[int, bytes]
 
 
@@ -25,7 +27,7 @@ class BlockPool:
         self._key: list[Key | None] = [None] * (num_blocks + 1)
         self._content: dict[Key, tuple[int, int]] = {}  # key -> (content id, block)
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._next_id = ROOT + 1
+        self._next_id = BASE_KEY + 1
         self.peak = 0
 
     def available(self) -> int:
@@ -50,7 +52,7 @@ class BlockPool:
                 block = self._free.pop()
             else:
                 block, _ = self._cached.popitem(last=False)
-                self._unpublish(block)
+                self._uncache(block)
             self._holders[block] = 1
             blocks.append(block)
         self.peak = max(self.peak, self.held())
@@ -66,7 +68,9 @@ class BlockPool:
         return list(blocks)
 
     def release(self, blocks: list[int]) -> None:
-        """Takes one holder from each. Published ones stay cached; the end of a sequence is evicted before its start."""
+        """Takes one holder from each. Those with known content stay cached.
+
+        In reverse, so that the end of a sequence is evicted before its start, without which it cannot be found."""
         for block in reversed(blocks):
             if self._holders[block] < 1:
                 raise RuntimeError(f"block {block} released more often than held")
@@ -77,15 +81,15 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def root(self) -> int:
-        """A new root: contents below it meet no others."""
+    def new_cache_key(self) -> int:
+        """A new cache_key: contents below it meet no others."""
         self._next_id += 1
         return self._next_id - 1
 
-    def lookup(self, tokens: np.ndarray, root: int = ROOT) -> list[int]:
+    def longest_cached_prefix(self, tokens: np.ndarray, cache_key: int = BASE_KEY) -> list[int]:
         """The blocks that hold the longest known beginning of `tokens` in whole blocks; takes no holder."""
         blocks: list[int] = []
-        parent, size = root, self.block_tokens
+        parent, size = cache_key, self.block_tokens
         for end in range(size, len(tokens) + 1, size):
             found = self._content.get((parent, tokens[end - size : end].tobytes()))
             if found is None:
@@ -94,37 +98,37 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def publish(self, tokens: np.ndarray, blocks: list[int], root: int = ROOT) -> None:
+    def cache_full_blocks(self, tokens: np.ndarray, blocks: list[int], cache_key: int = BASE_KEY) -> None:
         """Makes the whole blocks of `tokens`, held in `blocks`, findable. Known content keeps its first block."""
-        parent, size = root, self.block_tokens
+        parent, size = cache_key, self.block_tokens
         for index in range(len(tokens) // size):
             key = (parent, tokens[index * size : (index + 1) * size].tobytes())
             found = self._content.get(key)
             if found is None:
                 block = blocks[index]
-                self._unpublish(block)  # its old key leads nowhere when the content before it was evicted
+                self._uncache(block)  # its old key leads nowhere when the content before it was evicted
                 found = (self._next_id, block)
                 self._next_id += 1
                 self._content[key], self._key[block] = found, key
             parent = found[0]
 
-    def withdraw(self, blocks: list[int]) -> None:
+    def uncache(self, blocks: list[int]) -> None:
         """Makes held blocks unfindable: their content was announced and will not be computed."""
         for block in blocks:
-            self._unpublish(block)
+            self._uncache(block)
 
-    def loose(self, blocks: list[int]) -> list[int]:
+    def unused(self, blocks: list[int]) -> list[int]:
         """Those that nobody holds and whose content is not known."""
         return [block for block in blocks if self._holders[block] == 0 and self._key[block] is None]
 
-    def forget(self, root: int | None = None) -> list[int]:
-        """Drops every published content, or that below `root`; its cached blocks become free. Returns those."""
-        below, freed = {root}, []
+    def reset_prefix_cache(self, cache_key: int | None = None) -> list[int]:
+        """Drops every cached content, or that below `cache_key`; its cached blocks become free. Returns those."""
+        below, freed = {cache_key}, []
         for key, (content, block) in list(self._content.items()):  # in the order of ids: parents before children
-            if root is not None and key[0] not in below:
+            if cache_key is not None and key[0] not in below:
                 continue
             below.add(content)
-            self._unpublish(block)
+            self._uncache(block)
             if block in self._cached:
                 del self._cached[block]
                 self._free.append(block)
@@ -140,9 +144,9 @@ class BlockPool:
             raise RuntimeError(f"{len(free)} free + {len(cached)} cached + {len(held)} held != {self.num_blocks}")
         for key, (_, block) in self._content.items():
             if self._key[block] != key or block in free:
-                raise RuntimeError(f"block {block} is published under a content it does not hold")
+                raise RuntimeError(f"block {block} is cached under a content it does not hold")
 
-    def _unpublish(self, block: int) -> None:
+    def _uncache(self, block: int) -> None:
         key = self._key[block]
         if key is not None:
             del self._content[key]

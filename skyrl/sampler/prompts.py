@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from skyrl.distributed.balance import pack
-from skyrl.models.lora import Adapter, routed
+from skyrl.models.lora import Adapter, routed, segments_of
 from skyrl.models.packed import PackedAttention
-from skyrl.sampler import adapters as lora
 from skyrl.sampler.runners import sampling
 from skyrl.types import Floats, Ints, UserError
 
@@ -158,7 +157,7 @@ def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, A
     attention = PackedAttention(torch.from_numpy(starts.astype(np.int32)).to(device), max(lengths))
     tokens_T, positions_T = (torch.from_numpy(x).to(device) for x in (tokens, positions))
     used = [adapters[query.model] if query.model else None for query, _, _ in members]
-    segments = lora.segments(used, lengths)
+    segments = segments_of(used, lengths)
     if segments is None:
         hidden_TC = model.hidden(tokens_T, positions_T, attention)
     else:
@@ -170,8 +169,8 @@ def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, A
     for at in range(0, len(rows), step):
         chunk = slice(at, at + step)
         hidden_NC = hidden_TC.index_select(0, torch.from_numpy(rows[chunk]).to(device))
-        parts = lora.segments([used[owner] for owner in owners[chunk]])
-        _answer(lora.logits(model, hidden_NC, parts), owners[chunk], rows[chunk] + 1 - starts[owners[chunk]], members)
+        parts = segments_of([used[owner] for owner in owners[chunk]])
+        _answer(model.logits(hidden_NC, parts), owners[chunk], rows[chunk] + 1 - starts[owners[chunk]], members)
 
 
 def _answer(logits_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:

@@ -9,53 +9,10 @@ adapter, so only sequences of one adapter share anything.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-import numpy as np
-
-from skyrl.sampler.blocks import ROOT, BlockPool
-from skyrl.sampler.stop import StringStop
-from skyrl.types import SamplingParams
-
-if TYPE_CHECKING:
-    from skyrl.models.lora import Adapter
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One request on its way. tokens [limit] holds context and drawn tokens; the first `length` are valid."""
-
-    order: int
-    uid: str
-    params: SamplingParams
-    tokens: np.ndarray
-    start: int  # length of the context
-    length: int
-    logprobs: np.ndarray  # [limit - start] float32
-    strings: StringStop | None = None
-    adapter: Adapter | None = None
-    root: int = ROOT  # of its contents in the pool; one per adapter
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
-    waiting: bool = True
-
-    def __lt__(self, other: Sequence) -> bool:
-        return self.order < other.order
-
-
-@dataclass
-class PrefillChunk:
-    """Part of a prefill: tokens start .. end of a sequence, whose earlier ones are in the cache."""
-
-    sequence: Sequence
-    start: int
-    end: int
-
-    @property
-    def complete(self) -> bool:
-        """Whether its last row gives the logits to draw from."""
-        return self.end == self.sequence.length
+from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.runners.base import PrefillChunk, Sequence
 
 
 @dataclass
@@ -86,7 +43,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by order
         self.counts = Counts()
         self._heap: list[Sequence] = []  # waiting; may hold stale entries of sequences that were taken as siblings
-        self._alike: dict[tuple[int, bytes], list[Sequence]] = {}  # waiting sequences by content
+        self._waiting_by_content: dict[tuple[int, bytes], list[Sequence]] = {}  # waiting sequences by content
         self._num_waiting = 0
         self._prefilling: list[Sequence] = []
         self._siblings: dict[int, list[Sequence]] = {}  # order of the leader -> its siblings
@@ -95,7 +52,7 @@ class Scheduler:
         """Queues a sequence, new or preempted."""
         sequence.waiting, sequence.computed, sequence.blocks = True, 0, []
         heapq.heappush(self._heap, sequence)
-        self._alike.setdefault(self._content(sequence), []).append(sequence)
+        self._waiting_by_content.setdefault(self._content(sequence), []).append(sequence)
         self._num_waiting += 1
 
     def unfinished(self) -> int:
@@ -120,8 +77,8 @@ class Scheduler:
             left -= end - sequence.computed
         return chunks
 
-    def prefilled(self, chunks: list[PrefillChunk]) -> list[list[Fork]]:
-        """Books a prefill step as done. For each complete chunk: the sequences that draw from its logits."""
+    def prefill_done(self, chunks: list[PrefillChunk]) -> list[list[Fork]]:
+        """Notes a prefill step as done. For each complete chunk: the sequences that draw from its logits."""
         forks = []
         for chunk in chunks:
             leader = chunk.sequence
@@ -137,7 +94,7 @@ class Scheduler:
         self.running.sort()
         return forks
 
-    def grow(self) -> list[Sequence]:
+    def allocate_slots(self) -> list[Sequence]:
         """Gives every running sequence the block its newest token needs; returns the ones preempted for it."""
         size, preempted = self.pool.block_tokens, []
         for sequence in list(self.running):
@@ -145,7 +102,7 @@ class Scheduler:
                 continue
             while self.pool.available() == 0 and not sequence.waiting:
                 youngest = self.running.pop()
-                self._give_back(youngest)
+                self._release(youngest)
                 self.add(youngest)
                 self.counts.preemptions += 1
                 preempted.append(youngest)
@@ -156,7 +113,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Takes a running sequence out; its blocks stay findable until they are needed."""
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self._release(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Takes an unfinished sequence out, wherever it is. A running one must hold all that was drawn."""
@@ -181,12 +138,12 @@ class Scheduler:
             heir.blocks, heir.computed = leader.blocks, leader.computed
             self._prefilling[place], self._siblings[heir.order] = heir, siblings
         else:
-            self._disown(leader, self._prefilling[place + 1 :])
+            self._leave_unfinished(leader, self._prefilling[place + 1 :])
             self._prefilling.remove(leader)
             self.pool.release(leader.blocks)
         leader.blocks = []
 
-    def _disown(self, leader: Sequence, others: list[Sequence]) -> None:
+    def _leave_unfinished(self, leader: Sequence, others: list[Sequence]) -> None:
         """The blocks that `leader` has announced and not computed: the first of the others that counts on one computes
         it, what nobody counts on is withdrawn."""
         size = self.pool.block_tokens
@@ -197,26 +154,26 @@ class Scheduler:
                 self.counts.reused_tokens -= other.computed - first * size
                 other.computed = first * size
                 missing.difference_update(other.blocks)
-        self.pool.withdraw(sorted(missing))
+        self.pool.uncache(sorted(missing))
 
     def _unqueue(self, sequence: Sequence) -> None:
         """Out of the waiting ones; the heap drops its entry later."""
         content = self._content(sequence)
-        self._alike[content].remove(sequence)
-        if not self._alike[content]:
-            del self._alike[content]
+        self._waiting_by_content[content].remove(sequence)
+        if not self._waiting_by_content[content]:
+            del self._waiting_by_content[content]
         sequence.waiting, self._num_waiting = False, self._num_waiting - 1
 
     def _content(self, sequence: Sequence) -> tuple[int, bytes]:
-        return sequence.root, sequence.tokens[: sequence.length].tobytes()
+        return sequence.cache_key, sequence.tokens[: sequence.length].tobytes()
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         if self.share:  # the newest token was drawn but never computed
-            self.pool.publish(sequence.tokens[: sequence.length - 1], sequence.blocks, sequence.root)
+            self.pool.cache_full_blocks(sequence.tokens[: sequence.length - 1], sequence.blocks, sequence.cache_key)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 
-    def _places(self) -> int:
+    def _free_places(self) -> int:
         siblings = sum(len(siblings) for siblings in self._siblings.values())
         return self.max_running - len(self.running) - len(self._prefilling) - siblings
 
@@ -224,12 +181,12 @@ class Scheduler:
         """The next waiting sequence with blocks for its tokens, made a leader; None when none fits or none waits."""
         while self._heap and not self._heap[0].waiting:
             heapq.heappop(self._heap)
-        if not self._heap or self._places() < 1:
+        if not self._heap or self._free_places() < 1:
             return None
         leader, size = self._heap[0], self.pool.block_tokens
         tokens = leader.tokens[: leader.length]
         known = (
-            self.pool.lookup(tokens[:-1], leader.root) if self.share else []
+            self.pool.longest_cached_prefix(tokens[:-1], leader.cache_key) if self.share else []
         )  # the last token is computed for its logits
         held = self.pool.share(known)
         need = self.pool.blocks_for(leader.length) - len(known)
@@ -243,7 +200,7 @@ class Scheduler:
         self.counts.reused_tokens += leader.computed
         siblings = self._take(leader)
         if self.share:
-            self.pool.publish(tokens, leader.blocks, leader.root)
+            self.pool.cache_full_blocks(tokens, leader.blocks, leader.cache_key)
         self._prefilling.append(leader)
         self._siblings[leader.order] = siblings
         return leader
@@ -251,12 +208,12 @@ class Scheduler:
     def _take(self, leader: Sequence) -> list[Sequence]:
         """Takes the leader, and the siblings that there is room for, out of the queue."""
         content = self._content(leader)
-        alike = self._alike[content]
+        alike = self._waiting_by_content[content]
         alike.remove(leader)
         leader.waiting, self._num_waiting = False, self._num_waiting - 1
         tail = 1 if leader.length % self.pool.block_tokens else 0
         siblings: list[Sequence] = []
-        places = self._places() - 1
+        places = self._free_places() - 1
         for sibling in sorted(alike) if self.share else []:
             spare = len(self.running) + len(self._prefilling) + len(siblings) + 1
             if len(siblings) >= places or self.pool.available() < tail + spare:
@@ -266,7 +223,7 @@ class Scheduler:
             alike.remove(sibling)
             siblings.append(sibling)
         if not alike:
-            del self._alike[content]
+            del self._waiting_by_content[content]
         return siblings
 
     def _fork(self, leader: Sequence, sibling: Sequence) -> Fork:

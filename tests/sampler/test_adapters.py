@@ -41,7 +41,7 @@ MODELS = {"qwen3": qwen3, "llama": llama}
 def backend(request, monkeypatch):
     """Name of the backend to ask for; each of the three paths runs."""
     if request.param == "fused":
-        monkeypatch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
+        monkeypatch.setattr("skyrl.sampler.make.unsupported_reason", lambda plan, cache: "off in this test")
     name = "module" if request.param == "module" else "fused"
     assert sampler(qwen3(), backend=name, adapters={}).backend == request.param
     return name

@@ -35,51 +35,51 @@ def test_shared_blocks_live_until_the_last_holder():
 def test_lookup_finds_the_longest_beginning_in_whole_blocks():
     pool = BlockPool(8, 2)
     blocks = pool.allocate(3)
-    pool.publish(tokens(1, 2, 3, 4, 5), blocks)
-    assert pool.lookup(tokens(1, 2, 3, 4, 5, 6)) == blocks[:2]  # the third block is not whole
-    assert pool.lookup(tokens(1, 2, 9, 4)) == blocks[:1]
-    assert pool.lookup(tokens(3, 4)) == []  # the same tokens at another place are another content
-    assert pool.lookup(tokens(1)) == []
+    pool.cache_full_blocks(tokens(1, 2, 3, 4, 5), blocks)
+    assert pool.longest_cached_prefix(tokens(1, 2, 3, 4, 5, 6)) == blocks[:2]  # the third block is not whole
+    assert pool.longest_cached_prefix(tokens(1, 2, 9, 4)) == blocks[:1]
+    assert pool.longest_cached_prefix(tokens(3, 4)) == []  # the same tokens at another place are another content
+    assert pool.longest_cached_prefix(tokens(1)) == []
 
 
 def test_content_survives_release_and_goes_with_forget():
     pool = BlockPool(4, 2)
     blocks = pool.allocate(2)
-    pool.publish(tokens(1, 2, 3, 4), blocks)
+    pool.cache_full_blocks(tokens(1, 2, 3, 4), blocks)
     pool.release(blocks)
-    assert pool.available() == 4 and pool.lookup(tokens(1, 2, 3, 4)) == blocks
-    held = pool.share(pool.lookup(tokens(1, 2, 3, 4)))
+    assert pool.available() == 4 and pool.longest_cached_prefix(tokens(1, 2, 3, 4)) == blocks
+    held = pool.share(pool.longest_cached_prefix(tokens(1, 2, 3, 4)))
     assert pool.available() == 2
     pool.release(held)
-    pool.forget()
-    assert pool.lookup(tokens(1, 2, 3, 4)) == [] and pool.available() == 4
+    pool.reset_prefix_cache()
+    assert pool.longest_cached_prefix(tokens(1, 2, 3, 4)) == [] and pool.available() == 4
     pool.check()
 
 
 def test_the_least_recently_used_goes_first_and_ends_before_beginnings():
     pool = BlockPool(4, 1)
     first, second = pool.allocate(2), pool.allocate(2)
-    pool.publish(tokens(1, 2), first)
-    pool.publish(tokens(3, 4), second)
+    pool.cache_full_blocks(tokens(1, 2), first)
+    pool.cache_full_blocks(tokens(3, 4), second)
     pool.release(first)
     pool.release(second)
     pool.allocate(1)
-    assert pool.lookup(tokens(1, 2)) == first[:1] and pool.lookup(tokens(3, 4)) == second
+    assert pool.longest_cached_prefix(tokens(1, 2)) == first[:1] and pool.longest_cached_prefix(tokens(3, 4)) == second
     pool.allocate(2)
-    assert pool.lookup(tokens(1, 2)) == [] and pool.lookup(tokens(3, 4)) == second[:1]
+    assert pool.longest_cached_prefix(tokens(1, 2)) == [] and pool.longest_cached_prefix(tokens(3, 4)) == second[:1]
 
 
 def test_content_published_again_after_its_beginning_was_evicted():
     pool = BlockPool(5, 1)
     ours = pool.allocate(1)
-    pool.publish(tokens(1), ours)
+    pool.cache_full_blocks(tokens(1), ours)
     pool.release(ours)
     copy = pool.allocate(2)  # holds the same tokens and one more; block of the beginning is its own
-    pool.publish(tokens(1, 2), copy)
+    pool.cache_full_blocks(tokens(1, 2), copy)
     others = pool.allocate(pool.available())  # evicts the first one
-    assert pool.lookup(tokens(1, 2)) == []
-    pool.publish(tokens(1, 2), copy)
-    assert pool.lookup(tokens(1, 2)) == copy
+    assert pool.longest_cached_prefix(tokens(1, 2)) == []
+    pool.cache_full_blocks(tokens(1, 2), copy)
+    assert pool.longest_cached_prefix(tokens(1, 2)) == copy
     pool.release(copy)
     pool.release(others)
     pool.check()
@@ -87,16 +87,16 @@ def test_content_published_again_after_its_beginning_was_evicted():
 
 def test_roots_are_apart_and_forgotten_alone():
     pool = BlockPool(6, 1)
-    roots = [0, pool.root(), pool.root()]
+    roots = [0, pool.new_cache_key(), pool.new_cache_key()]
     for root in roots:
         blocks = pool.allocate(2)
-        pool.publish(tokens(1, 2), blocks, root)
+        pool.cache_full_blocks(tokens(1, 2), blocks, root)
         pool.release(blocks)
-    assert len({tuple(pool.lookup(tokens(1, 2), root)) for root in roots}) == 3
-    held = pool.share(pool.lookup(tokens(1), roots[1]))
-    pool.forget(roots[1])
+    assert len({tuple(pool.longest_cached_prefix(tokens(1, 2), root)) for root in roots}) == 3
+    held = pool.share(pool.longest_cached_prefix(tokens(1), roots[1]))
+    pool.reset_prefix_cache(roots[1])
     pool.check()
-    assert [len(pool.lookup(tokens(1, 2), root)) for root in roots] == [2, 0, 2]
+    assert [len(pool.longest_cached_prefix(tokens(1, 2), root)) for root in roots] == [2, 0, 2]
     pool.release(held)
     pool.check()
     assert len(pool._free) == 2 and pool.available() == 6
@@ -105,9 +105,9 @@ def test_roots_are_apart_and_forgotten_alone():
 def test_withdrawn_blocks_are_not_found():
     pool = BlockPool(4, 2)
     blocks = pool.allocate(2)
-    pool.publish(tokens(1, 2, 3, 4), blocks)
-    pool.withdraw(blocks[1:])
-    assert pool.lookup(tokens(1, 2, 3, 4)) == blocks[:1]
+    pool.cache_full_blocks(tokens(1, 2, 3, 4), blocks)
+    pool.uncache(blocks[1:])
+    assert pool.longest_cached_prefix(tokens(1, 2, 3, 4)) == blocks[:1]
     pool.release(blocks)
     pool.check()
 
@@ -119,7 +119,7 @@ def test_random_use_keeps_the_books():
     for _ in range(3000):
         if rng.random() < 0.55:
             wanted = rng.integers(0, 3, rng.integers(1, 14))
-            known = pool.share(pool.lookup(wanted))
+            known = pool.share(pool.longest_cached_prefix(wanted))
             for at, block in enumerate(known):  # what is found really was written for these tokens
                 assert contents[block] == tuple(wanted[: 2 * at + 2])
             need = pool.blocks_for(len(wanted)) - len(known)
@@ -129,12 +129,12 @@ def test_random_use_keeps_the_books():
             blocks = known + pool.allocate(need)
             for at in range(len(known), len(blocks)):
                 contents[blocks[at]] = tuple(wanted[: 2 * at + 2])
-            pool.publish(wanted, blocks)
+            pool.cache_full_blocks(wanted, blocks)
             held.append((wanted, blocks))
         elif held:
             pool.release(held.pop(rng.integers(len(held)))[1])
         if rng.random() < 0.01:
-            pool.forget()
+            pool.reset_prefix_cache()
         pool.check()
     for _, blocks in held:
         pool.release(blocks)

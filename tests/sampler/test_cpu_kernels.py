@@ -15,7 +15,7 @@ from skyrl.sampler.runners import cpu_kernels
 from skyrl.types import UserError
 from tests.sampler.tools import prompts, qwen3, reference_logprobs, requests, run, sampler
 
-ROOT = Path(__file__).resolve().parents[2]
+BASE_KEY = Path(__file__).resolve().parents[2]
 SIZES = dict(
     vocab_size=101, hidden_size=144, intermediate_size=112, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False,
@@ -46,7 +46,7 @@ def build(kind: str, dtype=torch.float32) -> CausalLM:
 @pytest.fixture(params=["fused", pytest.param("kernels", marks=needs_kernels)])
 def path(request, monkeypatch):
     if request.param == "fused":
-        monkeypatch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
+        monkeypatch.setattr("skyrl.sampler.make.unsupported_reason", lambda plan, cache: "off in this test")
     return request.param
 
 
@@ -148,7 +148,7 @@ def test_fused_is_refused_with_its_reason():
 @pytest.mark.parametrize("backend", ["auto", "fused"])
 def test_a_plan_that_disagrees_with_the_module_is_not_used(backend, path, monkeypatch):
     """A family whose module does something the plan does not know of."""
-    monkeypatch.setattr("skyrl.sampler.sampler._VERDICTS", {})
+    monkeypatch.setattr("skyrl.sampler.make._DISAGREEMENTS", {})
     model = qwen3()
     for layer in model.layers():
         layer.mlp.register_forward_hook(lambda module, args, output: 1.5 * output)
@@ -161,7 +161,7 @@ def test_a_plan_that_disagrees_with_the_module_is_not_used(backend, path, monkey
 
 def _python(code: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=ROOT, text=True,
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=BASE_KEY, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -36,9 +36,9 @@ def slow_varlen(
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(cuda, "varlen_function", lambda: slow_varlen)
-    monkeypatch.setattr("skyrl.sampler.sampler.page_size", lambda wanted, *rest: 8)
-    monkeypatch.setattr("skyrl.sampler.sampler._VERDICTS", {})
-    monkeypatch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
+    monkeypatch.setattr("skyrl.sampler.make.page_size", lambda wanted, *rest: 8)
+    monkeypatch.setattr("skyrl.sampler.make._DISAGREEMENTS", {})
+    monkeypatch.setattr("skyrl.sampler.make.unsupported_reason", lambda plan, cache: "off in this test")
 
 
 @pytest.mark.parametrize("backend", ["module", "fused"])

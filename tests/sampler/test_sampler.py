@@ -20,7 +20,7 @@ def backend(request):
         pytest.skip(why)
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "fused":
-            patch.setattr("skyrl.sampler.sampler.unsupported_reason", lambda plan, cache: "off in this test")
+            patch.setattr("skyrl.sampler.make.unsupported_reason", lambda plan, cache: "off in this test")
         name = "module" if request.param == "module" else "fused"
         assert sampler(qwen3(), backend=name).backend == request.param
         yield name

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 from skyrl.sampler.blocks import BlockPool
-from skyrl.sampler.scheduler import Scheduler, Sequence
+from skyrl.sampler.runners.base import Sequence
+from skyrl.sampler.scheduler import Scheduler
 from skyrl.types import SamplingParams
 
 
-def make(order, context, limit, root=0):
+def make(order, context, limit, cache_key=0):
     tokens = np.zeros(limit, dtype=np.int64)
     tokens[: len(context)] = context
     room = np.zeros(limit - len(context), dtype=np.float32)
-    return Sequence(order, str(order), SamplingParams(1), tokens, len(context), len(context), room, root=root)
+    return Sequence(order, str(order), SamplingParams(1), tokens, len(context), len(context), room, cache_key=cache_key)
 
 
 def check(scheduler, chunk):
@@ -35,7 +36,7 @@ def check(scheduler, chunk):
 
 
 class Written:
-    """What a cache would hold: (root, token, position) per place of each block."""
+    """What a cache would hold: (cache_key, token, position) per place of each block."""
 
     def __init__(self, size):
         self._size, self._cells = size, {}
@@ -45,12 +46,12 @@ class Written:
 
     def write(self, sequence, start, end):
         for i, place in zip(range(start, end), self.places(sequence, start, end), strict=True):
-            self._cells[place] = (sequence.root, *map(int, sequence.tokens[: i + 1]))
+            self._cells[place] = (sequence.cache_key, *map(int, sequence.tokens[: i + 1]))
 
     def check(self, sequence, end):
         """Everything that a sequence attends to was computed for its very tokens and adapter."""
         for i, place in enumerate(self.places(sequence, 0, end)):
-            assert self._cells.get(place) == (sequence.root, *map(int, sequence.tokens[: i + 1]))
+            assert self._cells.get(place) == (sequence.cache_key, *map(int, sequence.tokens[: i + 1]))
 
     def copy(self, fork):
         for at in range(self._size if fork.copy else 0):
@@ -62,7 +63,7 @@ def play(scheduler, written):
     """One step, as the sampler does it: the sequences that draw a token."""
     chunks = scheduler.prefill()
     if not chunks:
-        preempted = scheduler.grow() if scheduler.running else []
+        preempted = scheduler.allocate_slots() if scheduler.running else []
         assert all(s.waiting and not s.blocks for s in preempted)
         assert all(len(s.blocks) * scheduler.pool.block_tokens >= s.length for s in scheduler.running)
         for sequence in scheduler.running:
@@ -75,7 +76,7 @@ def play(scheduler, written):
         written.write(chunk.sequence, chunk.start, chunk.end)
     for chunk in chunks:
         written.check(chunk.sequence, chunk.end)
-    forks = [fork for group in scheduler.prefilled(chunks) for fork in group]
+    forks = [fork for group in scheduler.prefill_done(chunks) for fork in group]
     for fork in forks:
         written.copy(fork)
         written.check(fork.sequence, fork.sequence.length)
@@ -93,7 +94,7 @@ def test_random_traffic(seed, share, cancels):
         BlockPool(int(rng.integers(-(-40 // size), 3 * -(-40 // size))), size),
         max_running=int(rng.integers(1, 9)), max_prefill_tokens=chunk, share=share,
     )  # fmt: skip
-    roots = [0, scheduler.pool.root(), scheduler.pool.root()][: 1 + seed % 3]
+    roots = [0, scheduler.pool.new_cache_key(), scheduler.pool.new_cache_key()][: 1 + seed % 3]
     contexts = [rng.integers(0, 2, rng.integers(1, 20)) for _ in range(3)]
     contexts += [np.concatenate([context, [1, 0, 1]]) for context in contexts]  # beginnings of others
     waiting = [make(i, contexts[rng.integers(6)], 40, roots[rng.integers(len(roots))]) for i in range(60)]
@@ -155,13 +156,13 @@ def test_what_a_cancelled_leader_has_not_computed_is_computed_by_others():
     check(scheduler, 30)
     drew, _ = play(scheduler, written)
     assert drew == [short, long] and scheduler.counts.prefill_tokens == 4 + 3 + 3
-    assert len(scheduler.pool.lookup(np.arange(10))) == 4
+    assert len(scheduler.pool.longest_cached_prefix(np.arange(10))) == 4
 
 
 def test_what_a_cancelled_leader_has_not_computed_is_not_found():
     scheduler, written, (leader,) = started([*range(10)], chunk=5)
     scheduler.cancel(leader)
-    assert scheduler.pool.lookup(np.arange(10)) == [1, 2] and scheduler.pool.held() == 0
+    assert scheduler.pool.longest_cached_prefix(np.arange(10)) == [1, 2] and scheduler.pool.held() == 0
     scheduler.pool.check()
 
 
@@ -173,22 +174,22 @@ def test_cancel_when_queued_and_when_running():
     scheduler.cancel(two)
     scheduler.cancel(one)
     assert scheduler.unfinished() == 0 and scheduler.pool.held() == 0 and play(scheduler, written) == ([], False)
-    assert len(scheduler.pool.lookup(np.array([1, 2, 3, 0]))) == 1  # what was computed stays findable
+    assert len(scheduler.pool.longest_cached_prefix(np.array([1, 2, 3, 0]))) == 1  # what was computed stays findable
 
 
 def test_the_youngest_is_preempted_and_comes_back_first():
     scheduler = Scheduler(BlockPool(4, 2), max_running=4, max_prefill_tokens=100, share=True)
     for order in range(3):
         scheduler.add(make(order, [order, 9], 8))
-    drawn = [f.sequence for group in scheduler.prefilled(scheduler.prefill()) for f in group]
+    drawn = [f.sequence for group in scheduler.prefill_done(scheduler.prefill()) for f in group]
     assert [s.order for s in drawn] == [0, 1]  # the third would leave no spare block
     for sequence in drawn:
         sequence.length += 1
-    assert scheduler.grow() == []
+    assert scheduler.allocate_slots() == []
     for _ in range(2):
         for sequence in drawn:
             sequence.length += 1
-    assert [s.order for s in scheduler.grow()] == [1]
+    assert [s.order for s in scheduler.allocate_slots()] == [1]
     assert [s.order for s in scheduler.running] == [0] and scheduler.counts.preemptions == 1
     scheduler.finish(scheduler.running[0])
     assert [p.sequence.order for p in scheduler.prefill()][0] == 1

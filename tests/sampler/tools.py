@@ -11,7 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.lora import Adapter
-from skyrl.sampler.sampler import Sampler, make_sampler
+from skyrl.sampler.make import make_sampler
+from skyrl.sampler.sampler import Sampler
 from skyrl.types import LoraSpec, Sample, SampleRequest, SamplingParams
 
 VOCAB = 97
@@ -81,7 +82,7 @@ def run(engine: Sampler, requests: list[SampleRequest]) -> dict[str, Sample]:
     pool = engine._scheduler.pool
     pool.check()
     assert pool.held() == 0 and engine.step() == []
-    assert not any(known.unfinished for known in engine._book._known.values())
+    assert not any(known.unfinished for known in engine._adapters._known.values())
     return done
 
 

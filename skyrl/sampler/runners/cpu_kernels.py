@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from skyrl import kernels
 from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
-from skyrl.models.lora import Adapter, Segment
-from skyrl.sampler.adapters import segments as segments_of
+from skyrl.models.lora import Adapter, Segment, segments_of
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk
 from skyrl.sampler.runners.lowrank import STRUCTS, PackedAdapters, SegmentStruct
-from skyrl.sampler.runners.paged import DecodeInputs, KVCache, ModuleRunner
+from skyrl.sampler.runners.paged import ModuleRunner
 from skyrl.sampler.runners.plan import DecodePlan
 from skyrl.sampler.runners.sampling import BatchSamplingParams, sample
-from skyrl.sampler.scheduler import PrefillChunk
 
 log = logging.getLogger(__name__)
 

@@ -13,17 +13,15 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.models.attention import Attention
-from skyrl.sampler.adapters import chunk_segments
-from skyrl.sampler.runners.paged import DecodeInputs, KVCache, last_rows
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows
+from skyrl.sampler.runners.paged import PagedRunner
 from skyrl.sampler.runners.sampling import sample
-from skyrl.sampler.scheduler import PrefillChunk
 
 if TYPE_CHECKING:
     from skyrl.models.lora import Adapter, Segment
@@ -32,26 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FLASH_PAGE = 256  # tokens; Flash Attention 2 takes pages of a multiple of this, version 3 any
-
-
-class Inner(Protocol):
-    """What computes: the module or the fused plan."""
-
-    name: str
-
-    def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
-    ) -> Tensor:
-        """Final hidden states [T, channels of the model]."""
-
-    def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
-        """Logits [T, V] float32."""
-
-    def refresh(self) -> None:
-        """The parameters changed in place."""
-
-    def forget(self, adapter: Adapter) -> None:
-        """Drops what is kept of an adapter."""
 
 
 def varlen_function() -> Callable[..., Tensor] | None:
@@ -72,13 +50,13 @@ def page_size(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device: t
         return 0
     shapes = {(call.num_heads, call.shape.num_heads, call.shape.key_size) for call in calls}
     for size in dict.fromkeys((wanted, FLASH_PAGE)):
-        if all(_works(size, *shape, dtype, device) for shape in shapes):
+        if all(probe_kernel(size, *shape, dtype, device) for shape in shapes):
             return size
     return 0
 
 
 @lru_cache(maxsize=64)
-def _works(size: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> bool:
+def probe_kernel(size: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether one query over two shuffled pages gives what plain attention gives."""
     generator = torch.Generator().manual_seed(0)
 
@@ -194,7 +172,7 @@ class CudaRunner:
 
     sample = staticmethod(sample)
 
-    def __init__(self, inner: Inner, cache: KVCache, *, max_length: int, max_running: int, graphs: bool) -> None:
+    def __init__(self, inner: PagedRunner, cache: KVCache, *, max_length: int, max_running: int, graphs: bool) -> None:
         self._inner, self._cache, self._graphs = inner, cache, graphs and cache.device.type == "cuda"
         self._width = -(-max_length // cache.block_tokens)
         self._sizes = sorted({1, 2, 4, *range(8, max_running, 8), max_running})

@@ -21,39 +21,31 @@ from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
-from skyrl.sampler.adapters import chunk_segments
-from skyrl.sampler.runners.paged import (
-    DecodeInputs,
-    KVCache,
-    PagedAttention,
-    decode_attention,
-    last_rows,
-    prefill_attention,
-)
+from skyrl.sampler.runners.base import KVCache
+from skyrl.sampler.runners.paged import PagedAttention, PagedRunner
 from skyrl.sampler.runners.plan import DecodePlan
-from skyrl.sampler.runners.sampling import sample
-from skyrl.sampler.scheduler import PrefillChunk
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake
 
 
-class FusedRunner:
+class FusedRunner(PagedRunner):
     """Runs a DecodePlan over the cache."""
 
     name = "fused"
-    sample = staticmethod(sample)
 
     def __init__(self, plan: DecodePlan, cache: KVCache) -> None:
-        self._plan, self._cache = plan, cache
+        super().__init__(cache)
+        self._plan = plan
         weights = sum(p.nbytes for p in _linear_weights(plan))
         pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and exact_ops.has_packed_product(cache.dtype)
-        self._ops: type[_Quick] = _Trained if pack and cache.dtype == torch.float32 else _Quick
+        exact = pack and cache.dtype == torch.float32  # training's roundings: see exact_ops
+        self._ops: type[_Ops] = _ExactOps if exact else _Ops
         self._adapters: dict[int, Adapter] = {}  # by id: those whose weights the linears hold
-        self._qkv = [_Linear(plan, layer.qkv, pack) for layer in plan.layers]
-        self._out = [_Linear(plan, [layer.out], pack) for layer in plan.layers]
-        self._gate_up = [_Linear(plan, layer.gate_up, pack) for layer in plan.layers]
-        self._down = [_Linear(plan, [layer.down], pack) for layer in plan.layers]
-        self._head = _Linear(plan, [plan.head], pack)
+        self._qkv = [_Linear(plan, layer.qkv, pack, exact) for layer in plan.layers]
+        self._out = [_Linear(plan, [layer.out], pack, exact) for layer in plan.layers]
+        self._gate_up = [_Linear(plan, layer.gate_up, pack, exact) for layer in plan.layers]
+        self._down = [_Linear(plan, [layer.down], pack, exact) for layer in plan.layers]
+        self._head = _Linear(plan, [plan.head], pack, exact)
         # products in bfloat16 with a mask are faster than torch's attention for one query on a CPU, not in float32
         self._products = cache.device.type == "cpu" and cache.dtype == torch.bfloat16
         self._qk_scale: list[Tensor | None] = []
@@ -76,19 +68,8 @@ class FusedRunner:
             for linear in self._linears():
                 linear.forget(adapter)
 
-    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
-        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
-        tokens_T, positions_T, attention = prefill_attention(self._cache, chunks)
-        segments, drawing = chunk_segments(chunks)
-        hidden_TC = self.hidden(tokens_T, positions_T, attention, segments)
-        return self.logits(last_rows(hidden_TC, chunks), drawing) if any(p.complete for p in chunks) else None
-
-    def decode(self, batch: DecodeInputs) -> Tensor:
-        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
-        tokens_B, positions_B, attention = decode_attention(self._cache, batch)
-        if self._products:
-            attention = _ProductAttention(attention, self._plan.kv_heads)
-        return self.logits(self.hidden(tokens_B, positions_B, attention, batch.segments), batch.segments)
+    def _decoding(self, attention: PagedAttention) -> Attention:
+        return _ProductAttention(attention, self._plan.kv_heads) if self._products else attention
 
     def hidden(
         self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
@@ -140,7 +121,7 @@ class FusedRunner:
                 linear.take(adapter)
 
 
-class _Quick:
+class _Ops:
     """What lies between the products."""
 
     @staticmethod
@@ -154,7 +135,7 @@ class _Quick:
     silu = staticmethod(F.silu)
 
 
-class _Trained(_Quick):
+class _ExactOps(_Ops):
     """The same with training's roundings: of float32 on a CPU without kernels."""
 
     @staticmethod
@@ -204,9 +185,8 @@ class _ProductAttention:
 class _Linear:
     """One product for several nn.Linear that read the same input; packed, or live without a copy."""
 
-    def __init__(self, plan: DecodePlan, parts: list[nn.Linear], pack: bool) -> None:
-        self._plan, self._parts, self.packed = plan, parts, pack
-        self._trained = pack and parts[0].weight.dtype == torch.float32  # with training's roundings
+    def __init__(self, plan: DecodePlan, parts: list[nn.Linear], pack: bool, exact: bool) -> None:
+        self._plan, self._parts, self.packed, self._exact = plan, parts, pack, exact
         # by id of the adapter: (columns, A, B) of each part, packed, or of all of them, B block by block
         self._pairs: dict[int, list[tuple[slice, Any, Any]]] = {}
         self._weight: exact_ops.Packed | None = None
@@ -230,7 +210,7 @@ class _Linear:
         if not any(pair is not None for pair in pairs):
             return
         like = self._parts[0].weight
-        if self._trained:
+        if self._exact:
             ends = np.cumsum([part.out_features for part in self._parts])
             self._pairs[id(adapter)] = [
                 (slice(end - part.out_features, end), *(exact_ops.pack(side.to(like)) for side in pair))
@@ -252,7 +232,7 @@ class _Linear:
         for start, stop, adapter in segments or ():
             for columns, down, up in () if adapter is None else self._pairs.get(id(adapter), ()):
                 rows = x[start:stop]
-                if self._trained:
+                if self._exact:
                     low = exact_ops.packed_product(rows, down) * adapter.scale
                     y[start:stop, columns] += exact_ops.packed_product(low, up)
                 elif up.dtype == y.dtype:

@@ -21,69 +21,11 @@ from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.lora import Adapter, Segment, routed
 from skyrl.models.packed import MAX_SCORES
-from skyrl.sampler import adapters
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows
 from skyrl.sampler.runners.sampling import sample
-from skyrl.sampler.scheduler import PrefillChunk
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps of a token."""
-
-    num_heads: int  # K
-    key_size: int
-    value_size: int
-
-
-class KVCache:
-    """Keys [blocks, K, block_tokens, C] and values of every layer, or with `tokens_first` [blocks, block_tokens, K, C]
-    as paged kernels want them. Block 0 takes the writes of padding.
-
-    Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
-    """
-
-    def __init__(
-        self,
-        shapes: list[LayerShape],
-        num_blocks: int,
-        block_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        tokens_first: bool = False,
-    ) -> None:
-        self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
-
-        def room(heads: int, size: int) -> Tensor:
-            middle = (block_tokens, heads) if tokens_first else (heads, block_tokens)
-            return torch.zeros(num_blocks + 1, *middle, size, dtype=dtype, device=device)
-
-        self.keys = [room(shape.num_heads, shape.key_size) for shape in shapes]
-        self.values = [room(shape.num_heads, shape.value_size) for shape in shapes]
-
-    @staticmethod
-    def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers."""
-        channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
-        return channels * block_tokens * dtype.itemsize
-
-    def clear(self, blocks: list[int]) -> None:
-        """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""
-        if blocks:
-            index = torch.tensor(sorted(set(blocks)), device=self.device)
-            for tensor in (*self.keys, *self.values):
-                tensor.index_fill_(0, index, 0)
-
-    def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies blocks: (from, to) each."""
-        if not pairs:
-            return
-        source, target = torch.tensor(pairs, device=self.device).unbind(1)
-        for tensor in (*self.keys, *self.values):
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 
 @dataclass
@@ -191,16 +133,6 @@ def attention(
     return out.reshape(count, heads, length, -1)
 
 
-@dataclass
-class DecodeInputs:
-    """The running sequences as arrays; numpy, so that bookkeeping costs no tensor calls."""
-
-    tokens_B: np.ndarray  # int64, the newest token of each
-    positions_B: np.ndarray  # int64, its position
-    table_BW: np.ndarray  # int32, blocks of each; 0 beyond its own
-    segments: list[Segment] | None = None  # rows of one adapter lie together; None = all are the base
-
-
 def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, PagedAttention]:
     """tokens_T, positions_T and the attention of a prefill step."""
     size, device = cache.block_tokens, cache.device
@@ -261,26 +193,63 @@ def decode_attention(cache: KVCache, batch: DecodeInputs) -> tuple[Tensor, Tenso
     return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, None)])
 
 
-class ModuleRunner:
-    """Runs the model's own forward over the cache: the reference, and the path of every architecture."""
+class PagedRunner:
+    """Prefill and decode over the cache in torch operations; what computes hidden states and logits is the subclass's.
 
-    name = "module"
+    A step has the tokens of all its sequences along one dimension. Only attention knows which sequence a token is of:
+    it stores the step's keys and values in their blocks, then reads each sequence's blocks through its table.
+    """
+
+    name: str
     sample = staticmethod(sample)
 
-    def __init__(self, model: CausalLM, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
 
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
         tokens_T, positions_T, attend = prefill_attention(self._cache, chunks)
-        all_rows, drawing = adapters.chunk_segments(chunks)
-        hidden_TC = self.hidden(tokens_T, positions_T, attend, all_rows)
-        return self.logits(last_rows(hidden_TC, chunks), drawing) if any(p.complete for p in chunks) else None
+        segments, segments_of_logits = chunk_segments(chunks)
+        hidden_TC = self.hidden(tokens_T, positions_T, attend, segments)
+        if not any(chunk.complete for chunk in chunks):
+            return None
+        return self.logits(last_rows(hidden_TC, chunks), segments_of_logits)
 
     def decode(self, batch: DecodeInputs) -> Tensor:
         """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
         tokens_B, positions_B, attend = decode_attention(self._cache, batch)
-        return self.logits(self.hidden(tokens_B, positions_B, attend, batch.segments), batch.segments)
+        hidden_BC = self.hidden(tokens_B, positions_B, self._decoding(attend), batch.segments)
+        return self.logits(hidden_BC, batch.segments)
+
+    def _decoding(self, attention: PagedAttention) -> Attention:
+        """The attention of a decode step; a subclass may have a faster one."""
+        return attention
+
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
+    ) -> Tensor:
+        """Final, normed hidden states [T, channels of the model]."""
+        raise NotImplementedError
+
+    def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
+        """Logits [T, V] float32."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """The parameters changed in place; nothing to do where they are read live."""
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what is kept of an adapter; nothing where its own tensors are read."""
+
+
+class ModuleRunner(PagedRunner):
+    """Runs the model's own forward over the cache: the reference, and the path of every architecture."""
+
+    name = "module"
+
+    def __init__(self, model: CausalLM, cache: KVCache) -> None:
+        super().__init__(cache)
+        self._model = model
 
     def hidden(
         self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
@@ -293,17 +262,4 @@ class ModuleRunner:
 
     def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
         """Logits [T, V] float32."""
-        return adapters.logits(self._model, hidden_TC, segments)
-
-    def refresh(self) -> None:
-        """Nothing to do: the module reads its parameters."""
-
-    def forget(self, adapter: Adapter) -> None:
-        """Nothing to do: the adapter's own tensors are read."""
-
-
-def last_rows(hidden_TC: Tensor, chunks: list[PrefillChunk]) -> Tensor:
-    """The rows of `hidden_TC` that give the logits of complete chunks."""
-    ends = np.cumsum([p.end - p.start for p in chunks]) - 1
-    rows = [int(end) for end, p in zip(ends, chunks, strict=True) if p.complete]
-    return hidden_TC.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TC.device))
+        return self._model.logits(hidden_TC, segments)

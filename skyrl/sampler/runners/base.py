@@ -1,0 +1,156 @@
+"""What a runner is, and what it is given: sequences, chunks of prefill, decode inputs, and the paged KV cache.
+
+A runner computes logits over the cache and decides nothing. Everything above it (who runs when, which blocks, when a
+sequence ends) is in skyrl/sampler; nothing here imports from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyrl.models.lora import Adapter, Segment, segments_of
+from skyrl.sampler.runners.sampling import BatchSamplingParams
+from skyrl.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps of a token."""
+
+    num_heads: int  # K
+    key_size: int
+    value_size: int
+
+
+class KVCache:
+    """Keys [blocks, K, block_tokens, C] and values of every layer, or with `tokens_first` [blocks, block_tokens, K, C]
+    as paged kernels want them. Block 0 takes the writes of padding.
+
+    Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
+    """
+
+    def __init__(
+        self,
+        shapes: list[LayerShape],
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        tokens_first: bool = False,
+    ) -> None:
+        self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
+
+        def room(heads: int, size: int) -> Tensor:
+            middle = (block_tokens, heads) if tokens_first else (heads, block_tokens)
+            return torch.zeros(num_blocks + 1, *middle, size, dtype=dtype, device=device)
+
+        self.keys = [room(shape.num_heads, shape.key_size) for shape in shapes]
+        self.values = [room(shape.num_heads, shape.value_size) for shape in shapes]
+
+    @staticmethod
+    def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers."""
+        channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
+        return channels * block_tokens * dtype.itemsize
+
+    def clear(self, blocks: list[int]) -> None:
+        """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""
+        if blocks:
+            index = torch.tensor(sorted(set(blocks)), device=self.device)
+            for tensor in (*self.keys, *self.values):
+                tensor.index_fill_(0, index, 0)
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies blocks: (from, to) each."""
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request on its way. tokens [limit] holds context and drawn tokens; the first `length` are valid."""
+
+    order: int
+    uid: str
+    params: SamplingParams
+    tokens: np.ndarray
+    start: int  # length of the context
+    length: int
+    logprobs: np.ndarray  # [limit - start] float32
+    stops_at: Callable[[int], bool] | None = None  # told each drawn token; True when a stop string is complete
+    adapter: Adapter | None = None
+    cache_key: int = 0  # what its cached blocks are found under: one for each adapter (blocks.BASE_KEY without)
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
+    waiting: bool = True
+
+    def __lt__(self, other: Sequence) -> bool:
+        return self.order < other.order
+
+
+@dataclass
+class PrefillChunk:
+    """Part of a prefill: tokens start .. end of a sequence, whose earlier ones are in the cache."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether its last row gives the logits to draw from."""
+        return self.end == self.sequence.length
+
+
+@dataclass
+class DecodeInputs:
+    """The running sequences as arrays; numpy, so that bookkeeping costs no tensor calls."""
+
+    tokens_B: np.ndarray  # int64, the newest token of each
+    positions_B: np.ndarray  # int64, its position
+    table_BW: np.ndarray  # int32, blocks of each; 0 beyond its own
+    segments: list[Segment] | None = None  # rows of one adapter lie together; None = all are the base
+
+
+class Runner(Protocol):
+    """Computes logits over the cache and samples from them. Decides nothing."""
+
+    name: str
+
+    def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
+        """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
+
+    def decode(self, batch: DecodeInputs) -> Tensor:
+        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
+
+    def sample(self, logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+        """See sampling.sample; may overwrite the logits."""
+
+    def refresh(self) -> None:
+        """The parameters changed in place."""
+
+    def forget(self, adapter: Adapter) -> None:
+        """Drops what is kept of an adapter."""
+
+
+def chunk_segments(chunks: list[PrefillChunk]) -> tuple[list[Segment] | None, list[Segment] | None]:
+    """Segments of a prefill's tokens, and of the rows that give logits (one of each complete chunk)."""
+    tokens = segments_of([p.sequence.adapter for p in chunks], [p.end - p.start for p in chunks])
+    return tokens, segments_of([p.sequence.adapter for p in chunks if p.complete])
+
+
+def last_rows(hidden_TC: Tensor, chunks: list[PrefillChunk]) -> Tensor:
+    """The rows of `hidden_TC` that give the logits of complete chunks."""
+    ends = np.cumsum([p.end - p.start for p in chunks]) - 1
+    rows = [int(end) for end, p in zip(ends, chunks, strict=True) if p.complete]
+    return hidden_TC.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TC.device))
