@@ -33,7 +33,7 @@ class AdaptableModel(Protocol):
         """The transformers config."""
 
     def layers(self) -> list[nn.Module]:
-        """The decoder layers."""
+        """The decoder layers, first to last: where attention and feed-forward products are found."""
 
 
 class Router:
