@@ -24,7 +24,7 @@ from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: futures of all requests in a table, and checkpoints' folders behind links
 APPLICATION_ID = 0x736B7972  # "skyr": another program's SQLite file is refused
 BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
@@ -51,14 +51,9 @@ CREATE INDEX runs_by_time ON runs (owner, created_at);
 CREATE INDEX runs_by_session ON runs (session_id);
 CREATE TABLE samplers (
     sampler_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, owner TEXT NOT NULL, base_model TEXT NOT NULL,
-    model_path TEXT, version TEXT, ephemeral_run TEXT, created_at INTEGER NOT NULL, lost INTEGER NOT NULL DEFAULT 0,
+    model_path TEXT, version TEXT, ephemeral_run TEXT, created_at INTEGER NOT NULL,
     clients INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX samplers_by_session ON samplers (session_id);
-CREATE TABLE futures (
-    request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, model_id TEXT, dedup TEXT,
-    state TEXT NOT NULL, result TEXT, error TEXT NOT NULL DEFAULT '', category TEXT NOT NULL DEFAULT 'unknown',
-    created_at INTEGER NOT NULL, finished_at INTEGER, UNIQUE (owner, dedup));
-CREATE INDEX futures_by_time ON futures (created_at);
 CREATE TABLE checkpoints (
     run_id TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, owner TEXT NOT NULL, version TEXT NOT NULL,
     created_at INTEGER NOT NULL, size_bytes INTEGER NOT NULL, public INTEGER NOT NULL DEFAULT 0, expires_at INTEGER,
@@ -66,6 +61,15 @@ CREATE TABLE checkpoints (
     missing INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run_id, kind, name));
 CREATE INDEX checkpoints_by_time ON checkpoints (owner, created_at);
 CREATE INDEX checkpoints_by_expiry ON checkpoints (expires_at) WHERE expires_at IS NOT NULL;
+"""
+ANSWERS = """
+CREATE TABLE answers (
+    request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, result TEXT NOT NULL, created_at INTEGER NOT NULL);
+CREATE INDEX answers_by_time ON answers (created_at);
+"""
+FROM_VERSION_1 = """
+INSERT INTO answers SELECT request_id, owner, result, created_at FROM futures WHERE result IS NOT NULL;
+DROP TABLE futures;
 """
 
 
@@ -166,12 +170,13 @@ class Database:
                 raise UserError(
                     f"store {self.path}: schema {version}, this skyrl knows up to {SCHEMA_VERSION}; use a newer skyrl"
                 )
-            if version == 0:
-                for statement in SCHEMA.split(";"):
+            if version < SCHEMA_VERSION:
+                for statement in (ANSWERS + FROM_VERSION_1 if version else SCHEMA + ANSWERS).split(";"):
                     connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            if version == 0:
                 connection.execute("INSERT INTO facts VALUES ('store_id', ?)", (secrets.token_hex(16),))
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -238,17 +243,10 @@ class FutureLog:
         """A request is done; to be called before anybody is told. Writes nothing unless its effect is lasting."""
         if not has_lasting_effect(request) or not isinstance(result, dict):
             return
-        values = {
-            "id": request_id, "owner": owner, "kind": type(request).__name__, "result": json.dumps(result),
-            "model": getattr(request, "model_id", None), "now": self._database.micros(),
-        }  # fmt: skip
+        values = (request_id, owner, json.dumps(result), self._database.micros())
         try:
             with self._database.write() as db:
-                db.execute(
-                    "INSERT OR IGNORE INTO futures (request_id, owner, kind, model_id, state, result, created_at,"
-                    " finished_at) VALUES (:id, :owner, :kind, :model, 'done', :result, :now, :now)",
-                    values,
-                )
+                db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", values)
         except UserError as error:  # a full disk must not end the service, and the work itself is done
             log.warning("a future is not on record: %s", error)
 
@@ -257,8 +255,7 @@ class FutureLog:
         the process that gave it out) that it ended with an earlier server."""
         with self._database.read() as db:
             row = db.execute(
-                "SELECT result FROM futures WHERE request_id = ? AND owner = ? AND result IS NOT NULL",
-                (request_id, owner),
+                "SELECT result FROM answers WHERE request_id = ? AND owner = ?", (request_id, owner)
             ).fetchone()
         if row is not None:
             return RequestOutcome("done", result=json.loads(row["result"]))
@@ -271,13 +268,13 @@ class FutureLog:
         requests since the last call."""
         before = self._database.micros() - int(KEEP_SECONDS * 1_000_000)
         with self._database.read() as db:
-            old = db.execute("SELECT 1 FROM futures WHERE created_at < ?", (before,)).fetchone()
+            old = db.execute("SELECT 1 FROM answers WHERE created_at < ?", (before,)).fetchone()
         with self._lock:
             touched, self._database.touched = self._database.touched, {}
         if not (old or touched):
             return
         with self._database.write() as db:
-            db.execute("DELETE FROM futures WHERE created_at < ?", (before,))
+            db.execute("DELETE FROM answers WHERE created_at < ?", (before,))
             db.executemany(
                 "UPDATE runs SET last_request_at = max(last_request_at, ?) WHERE run_id = ?",
                 [(now, run_id) for run_id, now in touched.items()],

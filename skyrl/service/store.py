@@ -299,14 +299,10 @@ class Store(Database):
             return [checkpoint_of(row) for row in rows]
 
     def recover(self) -> list[str]:
-        """At start: runs that were open when a server died are lost. Returns the ids of those that became so now.
-
-        Earlier servers also recorded futures that had no answer yet, or one in memory only: nothing is left of those.
-        """
+        """At start: runs that were open when a server died are lost. Returns the ids of those that became so now."""
         with self.write() as db:
             runs = db.execute("SELECT run_id FROM runs WHERE state = 'open' ORDER BY rowid").fetchall()
             db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open'")
-            db.execute("DELETE FROM futures WHERE result IS NULL")
         return [row[0] for row in runs]
 
     def _with_latest(self, db, run: Run, reader: str) -> Run:

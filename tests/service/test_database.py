@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from skyrl.service.database import FutureLog
 from skyrl.service.records import ModelInfo
 from skyrl.service.store import Store
 from skyrl.types import UserError
@@ -80,6 +81,31 @@ def test_a_transaction_that_fails_leaves_nothing(store):
         1 / 0  # noqa: B018
     with store.read() as db:
         assert db.execute("SELECT count(*) FROM facts").fetchone()[0] == 1
+
+
+def test_a_file_of_the_first_version_keeps_its_answers(tmp_path):
+    Store(tmp_path / "s.db").close()
+    with plain(tmp_path / "s.db") as db:  # as it was then: every future, most without an answer that was kept
+        db.execute("DROP TABLE answers")
+        db.execute(
+            "CREATE TABLE futures (request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, model_id TEXT,"
+            " dedup TEXT, state TEXT NOT NULL, result TEXT, error TEXT NOT NULL DEFAULT '', category TEXT NOT NULL"
+            " DEFAULT 'unknown', created_at INTEGER NOT NULL, finished_at INTEGER, UNIQUE (owner, dedup))"
+        )
+        for name, result in (("kept", '{"n": 1}'), ("pending", None)):
+            values = (name, "a", "k", "done", result, 1)
+            db.execute(
+                "INSERT INTO futures (request_id, owner, kind, state, result, created_at) VALUES (?, ?, ?, ?, ?, ?)",
+                values,
+            )
+        db.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        store = Store(tmp_path / "s.db")
+        assert FutureLog(store).recall("kept", "a").result == {"n": 1}
+        assert FutureLog(store).recall("pending", "a").state == "unknown"
+        store.close()
+    with plain(tmp_path / "s.db") as db:
+        assert db.execute("SELECT name FROM sqlite_master WHERE name LIKE 'futures%'").fetchall() == []
 
 
 def test_files_that_are_not_ours(tmp_path):
