@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,24 +104,7 @@ class OpenModels:
             )
         model = TrainableModel(request.model_id, owner, request.session_id, request.base_model, lora)
         self.checkpoints.store.get_session(request.session_id, owner)
-        self._add(model)
-        with self._or_drop(model):
-            self._record(model, request.model_seq_id, request.user_metadata)
-        return model
-
-    @contextmanager
-    def _or_drop(self, model: TrainableModel) -> Iterator[None]:
-        """Takes a new model back when what follows is refused."""
-        try:
-            yield
-        except (RequestFailed, UserError):
-            del self._open[model.model_id]
-            self.leader.call("delete", model.model_id)
-            raise
-
-    def _record(self, model: TrainableModel, number: int, metadata: dict[str, str]) -> None:
-        info = ModelInfo(model.base_model, model.lora)
-        self.checkpoints.store.create_run(model.session, model.owner, number, info, metadata)
+        return self._open_model(model, request)
 
     def create_from(self, request: LoadWeights, model_id: str, owner: str) -> TrainableModel:
         """A new model from a checkpoint: rank and flags come from there."""
@@ -138,11 +119,7 @@ class OpenModels:
         self._check_base(base)
         model = TrainableModel(model_id, owner, request.session_id, base, content.info.lora)
         self._check_content(content, request)
-        self._add(model)
-        with self._or_drop(model):
-            self._load(model, content, request.optimizer)
-            self._record(model, request.model_seq_id, request.user_metadata)
-        return model
+        return self._open_model(model, request, content)
 
     def load_into(self, model: TrainableModel, request: LoadWeights) -> None:
         """Replaces a model's weights and, with request.optimizer, its optimizer state; without, that starts anew.
@@ -172,7 +149,10 @@ class OpenModels:
                 f"base_model {name!r} is not served here; there are: {names}; add it with service.aliases"
             )
 
-    def _add(self, model: TrainableModel) -> None:
+    def _open_model(
+        self, model: TrainableModel, request: CreateModel | LoadWeights, content: Content | None = None
+    ) -> TrainableModel:
+        """Makes a model on all ranks, fills it, and records it; takes it back when that is refused."""
         limit = self.cfg.service.max_models
         if model.model_id in self._open:
             raise RequestFailed(f"{model.model_id}: exists already; give another model_seq_id")
@@ -193,6 +173,19 @@ class OpenModels:
         self.leader.call("create", model.model_id, spec)
         self._open[model.model_id] = model
         self.use(model.model_id)
+        try:
+            if isinstance(request, LoadWeights):
+                assert content is not None
+                self._load(model, content, request.optimizer)
+            info = ModelInfo(model.base_model, model.lora)
+            self.checkpoints.store.create_run(
+                model.session, model.owner, request.model_seq_id, info, request.user_metadata
+            )
+        except (RequestFailed, UserError):
+            del self._open[model.model_id]
+            self.leader.call("delete", model.model_id)
+            raise
+        return model
 
     def use(self, model_id: str) -> None:
         """Marks a model as used now; offloads those that were idle for longest when too many are on the device."""

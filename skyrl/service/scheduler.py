@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from skyrl.service.database import FutureLog
 from skyrl.service.messages import (
     Category,
@@ -31,7 +33,6 @@ from skyrl.service.messages import (
     SamplingRequest,
     TooManyRequests,
     TrainRequest,
-    TrainResult,
     UnloadModel,
 )
 from skyrl.types import Ints, SampleRequest, UserError
@@ -144,7 +145,16 @@ class OwnerUsage:
 class RequestScheduler:
     """Where requests wait, thread-safe: the front doors' side, and the worker's."""
 
-    def __init__(self, *, gap_seconds: float = 30.0, max_queued_samples: int = 4096) -> None:
+    def __init__(
+        self,
+        *,
+        gap_seconds: float = 30.0,
+        max_queued_samples: int = 4096,
+        futures: FutureLog | None = None,
+        explain_lost: Callable[[str, str], str] = lambda model_id, owner: "",
+    ) -> None:
+        """futures: records answers, and knows those of earlier servers. explain_lost(model_id, owner): why a model that
+        is not open is gone, "" when it never was."""
         self.gap_seconds, self.max_queued_samples = gap_seconds, max_queued_samples
         self._lock = threading.Condition()
         self._requests: dict[str, PendingRequest] = {}
@@ -156,8 +166,7 @@ class RequestScheduler:
         self._due: deque[Callable[[], None]] = deque()
         self._clock = itertools.count(1)
         self._closed = ""
-        self._lost: Callable[[str, str], str] = lambda model_id, owner: ""
-        self._record: FutureLog | None = None
+        self._futures, self._explain_lost = futures, explain_lost
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -184,9 +193,9 @@ class RequestScheduler:
             queue = self._queues.get(model_id) if model_id else None
             if queue is not None and queue.owner != owner:
                 raise UserError(f"{model_id}: no such model")
-            size, usage = _request_bytes(request), self._owners.setdefault(owner, OwnerUsage())
+            size, usage = 1024 + _array_bytes(request), self._owners.setdefault(owner, OwnerUsage())
             self._check_bytes(request, usage, queue, size)
-            request_id = uuid.uuid4().hex if self._record is None else self._record.new_id()
+            request_id = uuid.uuid4().hex if self._futures is None else self._futures.new_id()
             if isinstance(request, SamplingRequest):
                 self._check_samples(request, usage)
                 number = min(request.num_samples, self.max_queued_samples)
@@ -204,8 +213,8 @@ class RequestScheduler:
                 self._by_key[key] = pending
             if model_id:
                 self._queue_for_model(pending, queue)
-            if self._record is not None and queue is not None:
-                self._record.touch(model_id)
+            if self._futures is not None and queue is not None:
+                self._futures.touch(model_id)
             self._lock.notify_all()
         return pending
 
@@ -241,7 +250,7 @@ class RequestScheduler:
                 return
             self._queues[model_id] = ModelQueue(pending.owner, ready=deque([pending]))
         elif queue is None or queue.closed:
-            why = queue.closed if queue is not None else self._lost(model_id, pending.owner)
+            why = queue.closed if queue is not None else self._explain_lost(model_id, pending.owner)
             self._fail(pending, why or f"{model_id}: no such model", "server" if why else "user")
         elif seq_id is None:
             queue.ready.append(pending)
@@ -256,8 +265,8 @@ class RequestScheduler:
         """What is known now."""
         with self._lock:
             pending = self._requests.get(request_id)
-            if pending is None and self._record is not None:
-                return self._record.recall(request_id, owner)
+            if pending is None and self._futures is not None:
+                return self._futures.recall(request_id, owner)
             if pending is None or pending.owner != owner:
                 return RequestOutcome("unknown")
             if not pending.settled:
@@ -322,14 +331,6 @@ class RequestScheduler:
             return dict(queue.info)
 
     # ---- the worker's side -----------------------------------------------------------------------------------------
-
-    def keep_record(self, record: FutureLog) -> None:
-        """From now on tells `record` of every future, and asks it for those of earlier servers."""
-        self._record = record
-
-    def explain_lost(self, call: Callable[[str, str], str]) -> None:
-        """`call(model_id, owner)` says why a model that is not open is gone, or "" when it never was."""
-        self._lost = call
 
     def wait(self, seconds: float) -> None:
         """Returns when there may be work, or after so many seconds."""
@@ -409,8 +410,8 @@ class RequestScheduler:
 
     def done(self, pending: PendingRequest, result: Result) -> None:
         """Settles a future with its result, which is on record before anybody is told."""
-        if self._record is not None and not pending.settled:
-            self._record.record(pending.request_id, pending.owner, pending.request, result)
+        if self._futures is not None and not pending.settled:
+            self._futures.record(pending.request_id, pending.owner, pending.request, result)
         with self._locked():
             self._settle(pending, RequestOutcome("done", result=result))
 
@@ -474,7 +475,7 @@ class RequestScheduler:
         pending.request, pending.callbacks = None, []
         if isinstance(pending, PendingSample):
             pending.streamed, pending.readers, pending.answer = [], [], None
-        pending.kept_bytes += _result_bytes(outcome.result)
+        pending.kept_bytes += _array_bytes(outcome.result)
         usage = self._owners[pending.owner]
         usage.request_bytes -= pending.request_bytes
         usage.settled[pending.request_id] = pending
@@ -506,27 +507,12 @@ class RequestScheduler:
             del self._by_key[pending.key]
 
 
-def _request_bytes(request: Request) -> int:
-    """Memory of the arrays that a request holds, and some for itself."""
-    if isinstance(request, TrainRequest):
-        arrays = [array for datum in request.data for array in (datum.tokens, *datum.inputs.values())]
-        return 1024 + sum(256 + array.nbytes for array in arrays)
-    if isinstance(request, SamplingRequest):
-        csr = 0 if request.targets_csr is None else sum(part.nbytes for part in request.targets_csr)
-        return 1024 + request.prompt.nbytes + (0 if request.targets is None else request.targets.nbytes) + csr
-    return 1024
-
-
-def _result_bytes(result: Result | None) -> int:
-    if isinstance(result, TrainResult):
-        return sum(256 + array.nbytes for array in result.logprobs)
-    if not isinstance(result, SampleResult):
-        return 0
-    tables = [one.topk for one in result.sequences] + [result.topk_prompt]
-    arrays = [array for one in result.sequences for array in (one.tokens, one.logprobs)]
-    arrays += [array for table in tables if table is not None for array in (table.token_ids, table.logprobs)]
-    arrays += [result.prompt_logprobs, result.targets, result.alt_tokens, result.alt_logprobs]
-    return sum(128 + array.nbytes for array in arrays if array is not None)
+def _array_bytes(thing: Any) -> int:
+    """Memory of the arrays that a request or a result holds, wherever they are in it."""
+    if isinstance(thing, np.ndarray):
+        return 128 + thing.nbytes
+    parts = thing if isinstance(thing, (list, tuple)) else thing.values() if isinstance(thing, dict) else ()
+    return sum(map(_array_bytes, parts or getattr(thing, "__dict__", {}).values()))
 
 
 def _makes_model(request: Request) -> bool:

@@ -88,7 +88,12 @@ def open_service(cfg: RunConfig) -> Service | None:
     made: list[tuple[CheckpointService, ServerInfo]] = []
     on_leader(world, lambda: made.append(_open_checkpoints(cfg, context.engine)))
     checkpoints, facts = made[0]
-    scheduler = RequestScheduler(gap_seconds=cfg.service.gap_seconds, max_queued_samples=cfg.service.max_queued_samples)
+    scheduler = RequestScheduler(
+        gap_seconds=cfg.service.gap_seconds,
+        max_queued_samples=cfg.service.max_queued_samples,
+        futures=checkpoints.futures,
+        explain_lost=checkpoints.explain_lost,
+    )
     leader = Leader(world, context, timeout_seconds=cfg.run.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
     worker = Worker(cfg, leader, scheduler, checkpoints, facts, mix=mix)

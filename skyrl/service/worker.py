@@ -70,8 +70,6 @@ class Worker:
         self._next_tick = 0.0
         self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
         leader.context.has_pending_work = scheduler.has_pending_work
-        scheduler.explain_lost(checkpoints.explain_lost)
-        scheduler.keep_record(checkpoints.futures)
 
     def stop(self, why: str) -> None:
         """Ends `run` after the work in hand; safe from a signal handler."""

@@ -34,9 +34,7 @@ def store(tmp_path):
 
 
 def scheduler(store):
-    made = RequestScheduler(gap_seconds=30)
-    made.keep_record(FutureLog(store))
-    return made
+    return RequestScheduler(futures=FutureLog(store))
 
 
 def run(desk, request, result):

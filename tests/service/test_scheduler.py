@@ -143,8 +143,9 @@ def test_nobody_sees_another_owners_things():
 
 
 def test_unknown_and_closed_models_fail_through_the_future():
-    scheduler = RequestScheduler()
-    scheduler.explain_lost(lambda model, owner: "it was lost with a restart" if model == "old:train:0" else "")
+    scheduler = RequestScheduler(
+        explain_lost=lambda model, owner: "it was lost with a restart" if model == "old:train:0" else ""
+    )
     lost = scheduler.submit(train("old:train:0", 5), owner="a")
     outcome = scheduler.outcome(lost.request_id, owner="a")
     assert (outcome.state, outcome.error, outcome.category) == ("failed", "it was lost with a restart", "server")
