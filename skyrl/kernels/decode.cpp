@@ -44,8 +44,8 @@ inline vf apart(vf v) {
 
 template <class T> inline vf bias_at(const T* bias, int column) { return bias ? get(bias + column) : vf{}; }
 
-// y[row, column] = product + bias + addition
-template <class T, class Part>
+// y[row, column] = product + bias + addition, or with RESIDUAL y[row, column] += that, rounded before it is added.
+template <bool RESIDUAL, class T, class Part>
 void linear(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
             const Low& low, Part part, Pick pick, int layer) {
   int panels = (columns + PANEL - 1) / PANEL;
@@ -58,28 +58,13 @@ void linear(const Team& team, const T* x, int count, int inner, const T* w, cons
       a += b0, b += b1;
       low.add(row, a, b);
       T* to = y + size_t(row) * columns + c;
-      put(to, a);
-      if (both) put(to + LANES, b);
-    });
-  }
-}
-
-// y[row, column] += product + bias + addition
-template <class T>
-void linear_add(const Team& team, const T* x, int count, int inner, const T* w, const T* bias, T* y, int columns,
-                const Low& low, Pick pick, int layer) {
-  int panels = (columns + PANEL - 1) / PANEL;
-  for (int p = team.from(panels); p < team.to(panels); p++) {
-    int c = p * PANEL;
-    bool both = c + LANES < columns;
-    vf b0 = bias_at(bias, c), b1 = both ? bias_at(bias, c + LANES) : vf{};
-    expand_panel<T>(low, p, columns, only_part, pick, layer);
-    panel(x, count, inner, w + p * panel_size(sizeof(T) == 2, inner), [&](int row, vf a, vf b) {
-      a += b0, b += b1;
-      low.add(row, a, b);
-      T* to = y + size_t(row) * columns + c;
-      put(to, get(to) + round_to<T>(a));
-      if (both) put(to + LANES, get(to + LANES) + round_to<T>(b));
+      if constexpr (RESIDUAL) {
+        put(to, get(to) + round_to<T>(a));
+        if (both) put(to + LANES, get(to + LANES) + round_to<T>(b));
+      } else {
+        put(to, a);
+        if (both) put(to + LANES, b);
+      }
     });
   }
 }
@@ -286,7 +271,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     };
     Pick of_qkv = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].qkv; };
     shrink(team, body, normed, hidden, 3, of_qkv, i);
-    linear(team, normed, count, hidden, (const T*)l.qkv, (const T*)l.qkv_bias, qkv, qkv_size, body, part, of_qkv, i);
+    linear<false>(team, normed, count, hidden, (const T*)l.qkv, (const T*)l.qkv_bias, qkv, qkv_size, body, part, of_qkv,
+                  i);
     team.wait();
     for (int t = from; t < to; t++) {
       alignas(64) T spare[1024];
@@ -315,7 +301,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     team.wait();
     Pick of_out = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].out; };
     shrink(team, body, mixed, heads * channels, 1, of_out, i);
-    linear_add(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden, body, of_out, i);
+    linear<true>(team, mixed, count, heads * channels, (const T*)l.out, (const T*)l.out_bias, x, hidden, body, only_part,
+                 of_out, i);
     team.wait();
     for (int t = from; t < to; t++)
       rms_norm(x + size_t(t) * hidden, (const T*)l.mlp_norm, normed + size_t(t) * hidden, hidden, m.eps);
@@ -327,7 +314,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     team.wait();
     Pick of_down = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].down; };
     shrink(team, body, wide_, m.ffn, 1, of_down, i);
-    linear_add(team, wide_, count, m.ffn, (const T*)l.down, (const T*)l.down_bias, x, hidden, body, of_down, i);
+    linear<true>(team, wide_, count, m.ffn, (const T*)l.down, (const T*)l.down_bias, x, hidden, body, only_part, of_down,
+                 i);
     team.wait();
   }
   for (int n = team.from(s.num_logits); n < team.to(s.num_logits); n++)

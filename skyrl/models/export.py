@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from skyrl.files import write_folder_atomic
 from skyrl.models.load import build_net
 from skyrl.models.weights import INDEX, SINGLE
 from skyrl.types import UserError
@@ -42,25 +41,14 @@ def export_model(
     not take it, with what was there before left as it was.
     """
     folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.partial")
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write_weights(_original_names(weights, config), part, dtype, shard_bytes)
-        _write_config(config, part, dtype)
-        tokenizer.save_pretrained(part)
-        more(part)
-        _flush(part)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-        _flush_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with write_folder_atomic(folder) as part:
+            _write_weights(_original_names(weights, config), part, dtype, shard_bytes)
+            _write_config(config, part, dtype)
+            tokenizer.save_pretrained(part)
+            more(part)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(
             f"export to {folder} failed: {error.strerror or error}; free space there or choose another folder"
         ) from error
@@ -117,21 +105,3 @@ def _write_config(config: Any, part: Path, dtype: torch.dtype) -> None:
     config.dtype = dtype
     config.save_pretrained(part)
     GenerationConfig.from_model_config(config).save_pretrained(part)
-
-
-def _flush(part: Path) -> None:
-    for path in part.rglob("*"):
-        if path.is_dir():
-            _flush_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _flush_folder(part)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
