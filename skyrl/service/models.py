@@ -173,6 +173,7 @@ class OpenModels:
         self.leader.call("create", model.model_id, spec)
         self._open[model.model_id] = model
         self.use(model.model_id)
+        assert request.model_seq_id is not None
         try:
             if isinstance(request, LoadWeights):
                 assert content is not None
