@@ -37,6 +37,10 @@ class Registry(Generic[T]):
             raise UserError(f"{place}no {self.kind} called {name!r}; choose one of: {', '.join(self.names())}")
         return self._things[name]
 
+    def things(self) -> list[T]:
+        """All of what is registered, in the order in which it was."""
+        return list(self._things.values())
+
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._things)

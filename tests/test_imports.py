@@ -18,7 +18,7 @@ LEVELS = {
     "kernels": 0.1,
     "registry": 0.1,
     "config": 1,
-    "algorithms": 1.1,
+    "algorithms": 0.2,
     "envs": 1.1,
     "run_dir": 1.1,
     "data": 1.2,
@@ -52,8 +52,8 @@ LEVELS = {
 }
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
-    for name in "api cli config data distributed.env envs launch main planner registry run_dir sft sweep".split()
-    + "tinker tracking train types web".split()
+    for name in "algorithms api cli config data distributed.env envs launch main planner registry run_dir".split()
+    + "sft sweep tinker tracking train types web".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.
 UPWARDS_BY_STRING = {

@@ -226,7 +226,7 @@ def test_the_adaptive_coefficient_is_the_one_that_is_used_and_logged(tmp_path):
 
 def test_kl_in_the_reward_is_in_the_advantages(tmp_path):
     more = ["algorithm.advantage.name=reinforce++", "algorithm.kl.coef=0.5", "algorithm.kl.placement=reward"]
-    seen = run_loop(tmp_path / "run", *more, "optim.lr=2e-2", "algorithm.advantage.gamma=0.9")
+    seen = run_loop(tmp_path / "run", *more, "optim.lr=2e-2", "algorithm.advantage.params.gamma=0.9")
     rewards = {
         f"{e['uid']}/{e['index']}/0": e["reward"] for e in read_rollouts(tmp_path / "run" / "rollouts", "000002")
     }
@@ -252,7 +252,7 @@ def test_kl_in_the_reward_is_in_the_advantages(tmp_path):
 
 
 def test_the_critic_warms_up_alone(tmp_path):
-    more = ["algorithm.advantage.name=gae", "algorithm.advantage.lam=0.9", "algorithm.critic.warmup_steps=2"]
+    more = ["algorithm.advantage.name=gae", "algorithm.advantage.params.lam=0.9", "algorithm.critic.warmup_steps=2"]
     seen = run_loop(tmp_path / "run", *more, "batch.num_steps=4", "algorithm.critic.lr=1e-2")
     assert [call.model for call in seen.ranks[0]] == ["critic", "critic", "policy", "critic", "policy", "critic"]
     assert ["grad_norm:mean" in record for record in seen.rl] == [False, False, True, True]

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skyrl.registry import Registry
+from skyrl.algorithms.declare import ADVANTAGES as ADVANTAGES
+from skyrl.algorithms.declare import Advantage, Param
 from skyrl.types import Floats, Ints, UserError
-
-if TYPE_CHECKING:
-    from skyrl.config.schema import AdvantageConfig
 
 AllSum = Callable[[np.ndarray], np.ndarray]  # sums a small float64 vector over all ranks
 Span = tuple[int, int]  # rows [first, end) of one episode
@@ -83,8 +80,9 @@ class Advantages:
     returns: list[Floats] | None = None
 
 
-AdvantageFn = Callable[[RewardRows, "AdvantageConfig", AllSum], Advantages]
-ADVANTAGES: Registry[AdvantageFn] = Registry("advantage")
+EPS = Param(1e-6, "Added to a standard deviation before division")
+GAMMA = Param(1.0, "Discount of each sampled token", high=1.0)
+LAM = Param(1.0, "GAE's lambda: 1 sums all later rewards, 0 trusts the critic after one token", high=1.0)
 
 
 def kl_rewards(
@@ -126,8 +124,11 @@ def _per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> 
     return _spread(rows, advantage_D)
 
 
-@ADVANTAGES.register("grpo")
-def grpo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
+GRPO = Advantage("grpo", params={"eps": EPS}, group=True, paper="2402.03300")
+
+
+@GRPO
+def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float) -> Advantages:
     """(R - mean) / (std + eps) over the scores R of a group, the same for every sampled token of the episode.
 
     std is the sample standard deviation (n - 1), as torch.std; the paper does not say which. Groups whose scores are
@@ -138,13 +139,16 @@ def grpo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Adva
     def centre(score_G: np.ndarray) -> np.ndarray:
         if (score_G == score_G[0]).all():
             return np.zeros_like(score_G)
-        return (score_G - score_G.mean()) / (score_G.std(ddof=1) + cfg.eps)
+        return (score_G - score_G.mean()) / (score_G.std(ddof=1) + eps)
 
     return _per_group(rows, centre)
 
 
-@ADVANTAGES.register("dr_grpo")
-def dr_grpo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
+DR_GRPO = Advantage("dr_grpo", group=True, paper="2503.20783")
+
+
+@DR_GRPO
+def dr_grpo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     """R - mean over the scores of a group, without dividing by their spread.
 
     Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. The paper's other
@@ -153,8 +157,11 @@ def dr_grpo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> A
     return _per_group(rows, lambda score_G: score_G - score_G.mean())
 
 
-@ADVANTAGES.register("rloo")
-def rloo(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
+RLOO = Advantage("rloo", group=True, paper="2402.14740")
+
+
+@RLOO
+def rloo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     """R minus the mean score of the other episodes of its group: dr_grpo times n / (n - 1).
 
     Groups of one have no others and get 0. Source: Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for
@@ -195,8 +202,11 @@ def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray])
     return out
 
 
-@ADVANTAGES.register("reinforce++")
-def reinforce_plus_plus(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
+REINFORCE_PP = Advantage("reinforce++", params={"gamma": GAMMA, "eps": EPS}, token_rewards=True, paper="2501.03262")
+
+
+@REINFORCE_PP
+def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, eps: float) -> Advantages:
     """Discounted sum of the rewards from each token to the end of its episode, whitened over the whole batch.
 
     The discount counts sampled tokens; rows of one episode follow each other. Without a group baseline, so
@@ -208,13 +218,22 @@ def reinforce_plus_plus(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: 
     for first, end in spans:
         returns = _join(rows.rewards[first:end], rows.masks[first:end])
         for t in range(len(returns) - 2, -1, -1):
-            returns[t] += cfg.gamma * returns[t + 1]
+            returns[t] += gamma * returns[t + 1]
         tokens.append(returns)
-    return Advantages(_split(_whiten(tokens, cfg.eps, all_reduce_sum), spans, rows.masks))
+    return Advantages(_split(_whiten(tokens, eps, all_reduce_sum), spans, rows.masks))
 
 
-@ADVANTAGES.register("gae")
-def gae(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advantages:
+GAE = Advantage(
+    "gae",
+    params={"gamma": GAMMA, "lam": LAM, "eps": EPS},
+    token_rewards=True,
+    critic=True,
+    paper="1506.02438",
+)
+
+
+@GAE
+def gae(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, eps: float) -> Advantages:
     """Generalised advantage estimation over the sampled tokens of an episode, whitened over the whole batch.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next *sampled* token,
@@ -237,11 +256,11 @@ def gae(rows: RewardRows, cfg: AdvantageConfig, all_reduce_sum: AllSum) -> Advan
         advantages = np.zeros_like(values)
         next_value = next_advantage = 0.0
         for t in range(len(values) - 1, -1, -1):
-            delta = rewards[t] + cfg.gamma * next_value - values[t]
-            next_advantage = delta + cfg.gamma * cfg.lam * next_advantage
+            delta = rewards[t] + gamma * next_value - values[t]
+            next_advantage = delta + gamma * lam * next_advantage
             advantages[t], next_value = next_advantage, values[t]
         kept.append((first, end))
         tokens.append(advantages)
         returns.append(advantages + values)
-    whitened = _whiten(tokens, cfg.eps, all_reduce_sum)
+    whitened = _whiten(tokens, eps, all_reduce_sum)
     return Advantages(_split(whitened, kept, rows.masks), _split(returns, all_spans, rows.masks))

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from skyrl.registry import Registry
 from skyrl.types import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 KL_ESTIMATORS: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("KL estimator")
 
 NO_GRADIENT_IN_LOSS = frozenset({"k1"})
-"""Estimators whose expected on-policy gradient is 0 as a loss term: plan.py refuses them with kl.placement=loss."""
+"""Estimators whose expected on-policy gradient is 0 as a loss term: refused with kl.placement=loss."""
 
 
 @KL_ESTIMATORS.register("k1")
@@ -51,7 +52,7 @@ def k3(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
     left the reference far behind.
     """
     difference_T = reference_T - logprobs_T
-    return torch.expm1(difference_T) - difference_T
+    return difference_T.expm1() - difference_T
 
 
 class AdaptiveKL:

@@ -8,83 +8,29 @@ Ratios are exp(log pi - base). The base is `old_logprobs_T` (the proximal policy
 itself: the correction then carries the whole importance weight and the ratio is 1, so no weight is applied twice.
 That is exact for the first update of a batch; for later ones it switches PPO's clipping off, so validation.py asks
 for recompute_old_logprobs there.
+
+Nothing here imports torch: the functions use the tensors' own methods, so that a login node without torch can read the
+declarations.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from skyrl.algorithms.declare import LOSSES, Loss, Param, Wire
 from skyrl.algorithms.kl import KL_ESTIMATORS
 from skyrl.registry import Registry
 from skyrl.types import ForwardOutput, LossSpec, Microbatch, UserError
 
 if TYPE_CHECKING:
-    from skyrl.config.schema import AlgorithmConfig, CriticConfig
+    from torch import Tensor
 
-TokenMetrics = dict[str, Tensor]  # [T] tensors; the key ends in the reduction over trained tokens: "ratio:mean"
-LossFn = Callable[..., tuple[Tensor, TokenMetrics]]
-Bound = float | Tensor  # one number, or one per token [T]
+    TokenMetrics = dict[str, Tensor]  # [T] tensors; the key ends in the reduction over trained tokens: "ratio:mean"
+    Bound = float | Tensor  # one number, or one per token [T]
 
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss with what it needs. `needs` are Microbatch fields that must be there; in place of `sampling_logprobs_T`
-    the rows may have `old_logprobs_T`.
-
-    kind: "policy" (may have a correction, KL and entropy terms), "supervised" (KL and entropy), "critic" (neither).
-    `params` are the keyword arguments with their defaults. `ratio`: clips or weights by pi / base. `ratio_mask`: reads
-    the rows' mask of that name, and so log-probabilities at untrained tokens. `many`: also for targets [T, K].
-    """
-
-    fn: LossFn
-    needs: tuple[str, ...]
-    params: dict[str, float]
-    kind: Literal["policy", "supervised", "critic"]
-    ratio: bool
-    ratio_mask: bool = False
-    many: bool = False
-
-    def __post_init__(self) -> None:
-        # The registry tells a re-imported thing from a second one of the same name by this attribute.
-        object.__setattr__(self, "__qualname__", f"{self.fn.__module__}.{self.fn.__qualname__}")
-
-
-LOSSES: Registry[Loss] = Registry("loss")
 CORRECTIONS: Registry[Callable[..., Tensor]] = Registry("correction")
-
-
-def register_loss(
-    name: str,
-    *,
-    needs: tuple[str, ...],
-    kind: Literal["policy", "supervised", "critic"] = "policy",
-    ratio: bool = False,
-    ratio_mask: bool = False,
-    many: bool = False,
-) -> Callable[[LossFn], LossFn]:
-    """Decorator that puts fn(outputs, rows, *, param=default, ...) -> (loss_T, metrics) into LOSSES.
-
-    The names that `needs` may hold are Microbatch's optional fields. Raises UserError for another name, for a
-    parameter without a default, or when `name` is taken.
-    """
-    known = {f.name for f in fields(Microbatch) if f.default is None}
-    if unknown := set(needs) - known:
-        raise UserError(f"loss {name!r}: needs {sorted(unknown)}; a loss may need: {', '.join(sorted(known))}")
-
-    def keep(fn: LossFn) -> LossFn:
-        keywords = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        if bare := [p.name for p in keywords if p.default is p.empty]:
-            raise UserError(f"loss {name!r}: parameter {bare[0]} needs a default value")
-        LOSSES.register(name)(Loss(fn, needs, {p.name: p.default for p in keywords}, kind, ratio, ratio_mask, many))
-        return fn
-
-    return keep
 
 
 # ---- helpers of the losses; `rows` and `outputs` are sanitised from here on
@@ -105,10 +51,15 @@ def _bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, rows: Microbatch)
     are sanitised here as the rows are elsewhere."""
     given = (clip_low if rows.clip_low_T is None else rows.clip_low_T, rows.clip_high_T)
     low_T, high_T = (
-        torch.where(_trained(rows), torch.as_tensor(c, dtype=like_T.dtype, device=like_T.device), 0.0)
+        (like_T.new_tensor(c) if isinstance(c, (int, float)) else c.to(like_T)).where(_trained(rows), 0.0)
         for c in (given[0], clip_high if given[1] is None else given[1])
     )
     return 1.0 - low_T, 1.0 + high_T
+
+
+def _nowhere(like_T: Tensor) -> Tensor:
+    """False for every token."""
+    return like_T.new_zeros(like_T.shape).bool()
 
 
 def _sum_by_row(x_T: Tensor, rows: Microbatch) -> Tensor:
@@ -123,7 +74,7 @@ def _ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> T
         "ratio:mean": ratio_T,
         "ratio:max": ratio_T,
         "clipped:mean": clipped_T.to(ratio_T.dtype),
-        "approx_kl:mean": torch.expm1(log_ratio_T) - log_ratio_T,
+        "approx_kl:mean": log_ratio_T.expm1() - log_ratio_T,
     }
 
 
@@ -131,14 +82,17 @@ def _clipped_surrogate(ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T:
     """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0."""
     advantages_T = rows.advantages_T
     clipped_T = ((advantages_T > 0) & (ratio_T > high_T)) | ((advantages_T < 0) & (ratio_T < low_T))
-    bounded_T = torch.minimum(torch.maximum(ratio_T.detach(), low_T), high_T)
-    return -torch.where(clipped_T, bounded_T, ratio_T) * advantages_T, clipped_T
+    bounded_T = ratio_T.detach().maximum(low_T).minimum(high_T)
+    return -bounded_T.where(clipped_T, ratio_T) * advantages_T, clipped_T
 
 
 # ---- losses
 
 
-@register_loss("reinforce", needs=("advantages_T",))
+REINFORCE = Loss("reinforce", needs=("advantages",), wire=None)
+
+
+@REINFORCE
 def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
     """-A log pi: the plain policy gradient, right for on-policy data; a correction may weight it otherwise.
 
@@ -147,37 +101,75 @@ def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMe
     return -rows.advantages_T * outputs.logprobs_T, {}
 
 
-@register_loss("importance_sampling", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
+CROSS_ENTROPY = Loss("cross_entropy", kind="supervised", many=True, wire=Wire(optional=("weights",)))
+
+
+@CROSS_ENTROPY
+def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
+    """-log pi of the target in nats, or of each of K targets [T, K]. Weights may be negative."""
+    return -outputs.logprobs_T, {"nll:mean": -outputs.logprobs_T.detach()}
+
+
+IMPORTANCE_SAMPLING = Loss(
+    "importance_sampling", needs=("sampling_logprobs", "advantages"), ratio=True, paper="1707.06347"
+)
+
+
+@IMPORTANCE_SAMPLING
 def importance_sampling(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
     """-(pi / base) A, unclipped: the per-token off-policy gradient; equal in gradient to reinforce on-policy.
 
     Source: shared by all surrogate objectives, e.g. arXiv 1707.06347 equation 6. Same as Tinker's loss of this name.
     """
     log_ratio_T = outputs.logprobs_T - _base(rows)
-    ratio_T = torch.exp(log_ratio_T)
-    metrics = _ratio_metrics(ratio_T, torch.zeros_like(ratio_T, dtype=torch.bool), log_ratio_T)
+    ratio_T = log_ratio_T.exp()
+    metrics = _ratio_metrics(ratio_T, _nowhere(ratio_T), log_ratio_T)
     return -ratio_T * rows.advantages_T, metrics
 
 
-@register_loss("ppo", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
-def ppo(
-    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 0.2, clip_high: Bound = 0.2
-) -> tuple[Tensor, TokenMetrics]:
+PPO = Loss(
+    "ppo",
+    needs=("sampling_logprobs", "advantages"),
+    params={
+        "clip_low": Param(0.2, "The ratio may fall to 1 - clip_low", high=1.0),
+        "clip_high": Param(0.2, "The ratio may rise to 1 + clip_high"),
+    },
+    ratio=True,
+    paper="1707.06347",
+    wire=Wire(thresholds=(0.8, 1.2)),
+)
+
+
+@PPO
+def ppo(outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound) -> tuple[Tensor, TokenMetrics]:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / base; clipped tokens get no gradient.
 
     Source: Schulman et al. 2017 (PPO), arXiv 1707.06347, equation 7; separate bounds: DAPO, arXiv 2503.14476,
     section 3.1. Differs: no dual clip.
     """
     log_ratio_T = outputs.logprobs_T - _base(rows)
-    ratio_T = torch.exp(log_ratio_T)
+    ratio_T = log_ratio_T.exp()
     bounds = _bounds(clip_low, clip_high, ratio_T, rows)
     loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
     return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("cispo", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
+CISPO = Loss(
+    "cispo",
+    needs=("sampling_logprobs", "advantages"),
+    params={
+        "clip_low": Param(1.0, "The ratio may fall to 1 - clip_low", high=1.0),
+        "clip_high": Param(3.0, "The ratio may rise to 1 + clip_high"),
+    },
+    ratio=True,
+    paper="2506.13585",
+    wire=Wire(thresholds=(0.0, 4.0)),
+)
+
+
+@CISPO
 def cispo(
-    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 1.0, clip_high: Bound = 3.0
+    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound
 ) -> tuple[Tensor, TokenMetrics]:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: clipped tokens keep a gradient, of bounded weight.
 
@@ -185,17 +177,53 @@ def cispo(
     the paper uses no lower bound. Differs: length normalisation lives in weights.
     """
     log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
-    ratio_T = torch.exp(log_ratio_T)
+    ratio_T = log_ratio_T.exp()
     low_T, high_T = _bounds(clip_low, clip_high, ratio_T, rows)
-    weight_T = torch.minimum(torch.maximum(ratio_T, low_T), high_T)
+    weight_T = ratio_T.maximum(low_T).minimum(high_T)
     clipped_T = (ratio_T < low_T) | (ratio_T > high_T)
     return -weight_T * rows.advantages_T * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("gspo", needs=("sampling_logprobs_T", "advantages_T"), ratio=True, ratio_mask=True)
-def gspo(
-    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound = 3e-4, clip_high: Bound = 4e-4
-) -> tuple[Tensor, TokenMetrics]:
+DRO = Loss(
+    "dro",
+    needs=("sampling_logprobs", "advantages"),
+    params={"beta": Param(0.05, "Strength of the pull to the base")},
+    ratio=True,
+    paper="2405.19107",
+    wire=Wire(all_tokens=True),
+)
+
+
+@DRO
+def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float) -> tuple[Tensor, TokenMetrics]:
+    """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
+
+    Source: Richemond et al. 2024 (Direct Reward Optimisation), arXiv 2405.19107. Differs: per token, as Tinker's loss
+    of this name; A (reward minus soft value) is the caller's.
+    """
+    log_ratio_T = outputs.logprobs_T - _base(rows)
+    loss_T = -(rows.advantages_T * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
+    ratio_T = log_ratio_T.detach().exp()
+    return loss_T, _ratio_metrics(ratio_T, _nowhere(ratio_T), log_ratio_T)
+
+
+GSPO = Loss(
+    "gspo",
+    needs=("sampling_logprobs", "advantages"),
+    params={
+        "clip_low": Param(3e-4, "The ratio may fall to 1 - clip_low", high=1.0),
+        "clip_high": Param(4e-4, "The ratio may rise to 1 + clip_high"),
+    },
+    ratio=True,
+    ratio_mask=True,
+    paper="2507.18071",
+    # The protocol's public text gives no defaults for gspo: ppo's.
+    wire=Wire(thresholds=(0.8, 1.2), optional=("sequence_ratio_mask",)),
+)
+
+
+@GSPO
+def gspo(outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound) -> tuple[Tensor, TokenMetrics]:
     """-min(s_t A, clip(s_t) A) with s_t = sg(s) pi / sg(pi) and s = exp(mean of log pi / base over the row's tokens).
 
     The token form (GSPO-token): its value and clipping are the sequence's, its gradient passes through each token, so
@@ -207,46 +235,37 @@ def gspo(
     counted_T = _trained(rows) if rows.ratio_mask_T is None else rows.ratio_mask_T != 0
     log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
     count_S = _sum_by_row(counted_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
-    log_sequence_T = (_sum_by_row(torch.where(counted_T, log_ratio_T, 0.0), rows) / count_S)[rows.row_T]
-    ratio_T = torch.exp(log_sequence_T) * torch.exp(outputs.logprobs_T - outputs.logprobs_T.detach())
+    log_sequence_T = (_sum_by_row(log_ratio_T.where(counted_T, 0.0), rows) / count_S)[rows.row_T]
+    ratio_T = log_sequence_T.exp() * (outputs.logprobs_T - outputs.logprobs_T.detach()).exp()
     bounds = _bounds(clip_low, clip_high, ratio_T, rows)
     loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
     return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-@register_loss("dro", needs=("sampling_logprobs_T", "advantages_T"), ratio=True)
-def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float = 0.05) -> tuple[Tensor, TokenMetrics]:
-    """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
-
-    Source: Richemond et al. 2024 (Direct Reward Optimisation), arXiv 2405.19107. Differs: per token, as Tinker's loss
-    of this name; A (reward minus soft value) is the caller's. From a config beta is its default.
-    """
-    log_ratio_T = outputs.logprobs_T - _base(rows)
-    loss_T = -(rows.advantages_T * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
-    ratio_T = torch.exp(log_ratio_T.detach())
-    return loss_T, _ratio_metrics(ratio_T, torch.zeros_like(ratio_T, dtype=torch.bool), log_ratio_T)
+VALUE = Loss(
+    "value",
+    needs=("values", "returns"),
+    params={"clip": Param(0.2, "Values may move this far from v_old; 0 = off")},
+    kind="critic",
+    paper="2005.12729",
+    wire=None,
+)
 
 
-@register_loss("cross_entropy", needs=(), kind="supervised", many=True)
-def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
-    """-log pi of the target in nats, or of each of K targets [T, K]. Weights may be negative."""
-    return -outputs.logprobs_T, {"nll:mean": -outputs.logprobs_T.detach()}
-
-
-@register_loss("value", needs=("values_T", "returns_T"), kind="critic")
-def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float = 0.2) -> tuple[Tensor, TokenMetrics]:
+@VALUE
+def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float) -> tuple[Tensor, TokenMetrics]:
     """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2; clip 0 is the plain squared error.
 
     `rows.values_T` are v_old, the values the advantages were made with. Source: the clipped value loss of PPO's
     reference code (OpenAI baselines, ppo2), discussed in Engstrom et al. 2020, arXiv 2005.12729.
     """
     error_T = (outputs.values_T - rows.returns_T).square()
-    clipped_T = torch.zeros_like(error_T, dtype=torch.bool)
+    clipped_T = _nowhere(error_T)
     if clip > 0:
         bounded_T = rows.values_T + (outputs.values_T - rows.values_T).clamp(-clip, clip)
         bounded_error_T = (bounded_T - rows.returns_T).square()
         clipped_T = bounded_error_T > error_T
-        error_T = torch.where(clipped_T, bounded_error_T, error_T)
+        error_T = bounded_error_T.where(clipped_T, error_T)
     metrics = {
         "value_error:mean": (outputs.values_T - rows.returns_T).detach().abs(),
         "value_clipped:mean": clipped_T.to(error_T.dtype),
@@ -262,7 +281,7 @@ def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float = 0.2) -> tup
 @CORRECTIONS.register("none")
 def no_correction(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
     """Weight 1 everywhere, [T]."""
-    return torch.ones_like(log_ratio_T)
+    return log_ratio_T.new_ones(log_ratio_T.shape)
 
 
 @CORRECTIONS.register("token_truncate")
@@ -272,7 +291,7 @@ def token_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
     Source: Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (blog; "TIS");
     truncated weights: Ionides 2008.
     """
-    return torch.exp(log_ratio_T).clamp(max=cap)
+    return log_ratio_T.exp().clamp(max=cap)
 
 
 @CORRECTIONS.register("token_mask")
@@ -282,8 +301,8 @@ def token_mask(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
     Source: IcePop (Ling team 2025, blog "Small Leak Can Sink a Great Ship"; Ring-1T report, arXiv 2510.18855).
     Differs: the bounds are 1 / cap and cap, theirs are two separate numbers.
     """
-    ratio_T = torch.exp(log_ratio_T)
-    return torch.where((ratio_T >= 1.0 / cap) & (ratio_T <= cap), ratio_T, 0.0)
+    ratio_T = log_ratio_T.exp()
+    return ratio_T.where((ratio_T >= 1.0 / cap) & (ratio_T <= cap), 0.0)
 
 
 @CORRECTIONS.register("sequence_truncate")
@@ -293,8 +312,8 @@ def sequence_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tens
     The unbiased weight of a sequence before truncation; its spread grows with length.
     Source: sequence-level importance sampling as in Ionides 2008 (truncated importance sampling).
     """
-    log_sequence_S = _sum_by_row(torch.where(_trained(rows), log_ratio_T, 0.0), rows)
-    return torch.exp(log_sequence_S).clamp(max=cap)[rows.row_T]
+    log_sequence_S = _sum_by_row(log_ratio_T.where(_trained(rows), 0.0), rows)
+    return log_sequence_S.exp().clamp(max=cap)[rows.row_T]
 
 
 # ---- what the engine calls
@@ -312,7 +331,7 @@ def sanitised(
     kept_T = _trained(rows) if also_T is None else _trained(rows) | also_T
 
     def clean(x_T: Tensor | None) -> Tensor | None:
-        return None if x_T is None else torch.where(kept_T, x_T, torch.zeros_like(x_T))
+        return None if x_T is None else x_T.where(kept_T, 0.0)
 
     optional = {f.name: clean(getattr(rows, f.name)) for f in fields(Microbatch) if f.default is None}
     outputs = ForwardOutput(clean(outputs.logprobs_T), clean(outputs.entropy_T), clean(outputs.values_T))
@@ -340,22 +359,22 @@ def check_spec(spec: LossSpec) -> Loss:
 
 def _with_fields(rows: Microbatch, names: list[str], spec: LossSpec) -> Microbatch:
     """Raises UserError if one of these fields is None, unless nothing here is trained (padding): then it is zeros."""
-    missing = [name for name in names if getattr(rows, name) is None]
+    missing = [name for name in names if getattr(rows, f"{name}_T") is None]
     if not missing:
         return rows
     if bool(_trained(rows).any()):
-        name = missing[0].removesuffix("_T")
+        name = missing[0]
         other = " or old_logprobs" if name == "sampling_logprobs" else ""
         raise UserError(f"loss {spec.name}: the rows have no {name}{other}; give each row {name} [L]")
-    return replace(rows, **{name: torch.zeros_like(rows.weights_T) for name in missing})
+    return replace(rows, **{f"{name}_T": rows.weights_T.new_zeros(rows.weights_T.shape) for name in missing})
 
 
 def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
-    names = [n for n in loss.needs if not (n == "sampling_logprobs_T" and rows.old_logprobs_T is not None)]
+    names = [n for n in loss.needs if not (n == "sampling_logprobs" and rows.old_logprobs_T is not None)]
     if spec.correction != "none":
-        names.append("sampling_logprobs_T")
+        names.append("sampling_logprobs")
     if spec.kl_coef != 0.0:
-        names.append("reference_T")
+        names.append("reference")
     return names
 
 
@@ -365,7 +384,7 @@ def _mismatch_metrics(outputs: ForwardOutput, rows: Microbatch) -> TokenMetrics:
     return {
         "logprob_gap:mean": gap_T.abs(),
         "logprob_gap:max": gap_T.abs(),
-        "logprob_gap_kl:mean": torch.expm1(gap_T) - gap_T,
+        "logprob_gap_kl:mean": gap_T.expm1() - gap_T,
     }
 
 
@@ -379,10 +398,10 @@ def _many_targets(loss: Loss, outputs: ForwardOutput, rows: Microbatch, spec: Lo
             f"of: {allowed} (kl_coef and entropy_coef 0)"
         )
     trained_TK = _trained(rows)
-    clean = torch.where(trained_TK, outputs.logprobs_T, torch.zeros_like(outputs.logprobs_T))
+    clean = outputs.logprobs_T.where(trained_TK, 0.0)
     nothing: dict[str, Any] = {f.name: None for f in fields(Microbatch) if f.default is None}
-    loss_TK, metrics = loss.fn(ForwardOutput(clean), replace(rows, **nothing), **spec.params)
-    return torch.where(trained_TK, loss_TK, 0.0), metrics
+    loss_TK, metrics = loss.compute(ForwardOutput(clean), replace(rows, **nothing), params=spec.params)
+    return loss_TK.where(trained_TK, 0.0), metrics
 
 
 def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tuple[Tensor, TokenMetrics]:
@@ -425,12 +444,12 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
         own = (wide[0], wide[1] if old_logprobs_T is None else replace(wide[1], old_logprobs_T=old_logprobs_T))
     else:
         own = (outputs, rows)
-    loss_T, own_metrics = loss.fn(*own, **spec.params)
+    loss_T, own_metrics = loss.compute(*own, params=spec.params)
     metrics.update(own_metrics)
     if correction_T is not None:
         loss_T = loss_T * correction_T
     if loss.kind == "critic":
-        return torch.where(_trained(rows), loss_T, 0.0), metrics
+        return loss_T.where(_trained(rows), 0.0), metrics
     if rows.reference_T is not None:
         kl_T = KL_ESTIMATORS.get(spec.kl_estimator)(outputs.logprobs_T, rows.reference_T)
         metrics["kl_reference:mean"] = kl_T.detach()
@@ -442,67 +461,4 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
             loss_T = loss_T - spec.entropy_coef * outputs.entropy_T
     if rows.sampling_logprobs_T is not None:
         metrics.update(_mismatch_metrics(outputs, rows))
-    return torch.where(_trained(rows), loss_T, 0.0), metrics
-
-
-# ---- from the config
-
-
-CLIP_FIELDS = ("clip_low", "clip_high")
-"""LossConfig's fields that are parameters of some losses."""
-
-
-def config_fields(name: str) -> frozenset[str]:
-    """The fields of LossConfig that have an effect with the policy loss `name` (for plan.py's refusals).
-
-    `correction_cap` counts as applying; it has an effect only with a correction. `recompute_old_logprobs` without ratio
-    matters only with a correction (the loss itself reads no base): that case is plan.py's to look at.
-    """
-    loss = LOSSES.get(name, "algorithm.loss.name")
-    common = {"name", "reduction", "correction", "correction_cap", "recompute_old_logprobs", "entropy_coef"}
-    return frozenset(common | {name for name in CLIP_FIELDS if name in loss.params})
-
-
-def policy_losses() -> list[str]:
-    """Names that algorithm.loss.name may have, sorted."""
-    return [name for name in LOSSES.names() if LOSSES.get(name).kind == "policy"]
-
-
-def stale_needs_anchor(name: str, correction: str, recompute_old_logprobs: bool) -> bool:
-    """True where several updates per batch would silently lose the ratio: a ratio loss with a correction, no anchor."""
-    return LOSSES.get(name, "algorithm.loss.name").ratio and correction != "none" and not recompute_old_logprobs
-
-
-def clip_params(low_threshold: Bound, high_threshold: Bound) -> dict[str, Any]:
-    """clip_low and clip_high for absolute bounds of the ratio, e.g. (0.8, 1.2): the form in which Tinker gives them."""
-    return {"clip_low": 1.0 - low_threshold, "clip_high": high_threshold - 1.0}
-
-
-def make_spec(cfg: AlgorithmConfig, temperature: float) -> LossSpec:
-    """The policy's LossSpec: passes only parameters that the named loss has; KL only with kl.placement=loss.
-
-    An adaptive coefficient replaces kl_coef at each step. Raises UserError for a loss that trains no policy and for
-    numbers that do not apply.
-    """
-    loss = LOSSES.get(cfg.loss.name, "algorithm.loss.name")
-    if loss.kind != "policy":
-        raise UserError(
-            f"algorithm.loss.name: {cfg.loss.name!r} trains no policy; choose one of: {', '.join(policy_losses())}"
-        )
-    spec = LossSpec(
-        name=cfg.loss.name,
-        params={name: getattr(cfg.loss, name) for name in CLIP_FIELDS if name in loss.params},
-        temperature=temperature,
-        kl_coef=cfg.kl.coef if cfg.kl.placement == "loss" else 0.0,
-        kl_estimator=cfg.kl.estimator,
-        entropy_coef=cfg.loss.entropy_coef,
-        correction=cfg.loss.correction,
-        correction_cap=cfg.loss.correction_cap,
-    )
-    check_spec(spec)
-    return spec
-
-
-def make_value_spec(critic: CriticConfig) -> LossSpec:
-    """The critic's LossSpec."""
-    return LossSpec(name="value", params={"clip": critic.clip})
+    return loss_T.where(_trained(rows), 0.0), metrics

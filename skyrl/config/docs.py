@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from skyrl.config.load import SERVE_GROUPS, config_dir
-from skyrl.config.options import Option, all_options, groups
+from skyrl.config.options import Option, all_options, groups, parameters
 
 COMMANDS = {
     "train": """\
@@ -69,7 +69,12 @@ def _by_group(mode: str) -> list[tuple[str, str, list[Option]]]:
     """(group, what it is about, its options), in the order of the schema; group "" has the options of the top."""
     abouts = groups(mode)
     parts = groupby(all_options(mode), lambda option: option.path.rpartition(".")[0])
-    return [(group, abouts.get(group, ""), list(options)) for group, options in parts]
+    found = []
+    for group, options in parts:
+        found.append((group, abouts.get(group, ""), list(options)))
+        if of_it := [option for option in parameters() if option.path.startswith(f"{group}.params.")]:
+            found.append((f"{group}.params", f"What {group}.name takes, a number each.", of_it))
+    return found
 
 
 def help_text(mode: str) -> str:
@@ -110,7 +115,8 @@ def options_markdown() -> str:
         "",
         "Generated from `skyrl/config/schema.py` and `conf/`, not written by hand:",
         "`python -m skyrl.config.docs > docs/options.md`.",
-        "How they are set is in [config.md](config.md). `skyrl.sft` reads all but `algorithm` and `service`;",
+        "Parameters of advantages and losses are declared in `skyrl/algorithms/`.",
+        "How options are set is in [config.md](config.md). `skyrl.sft` reads all but `algorithm` and `service`;",
         "`skyrl.serve` reads `service` and what is named in [the server](#the-server).",
     ]
     for group, names in config_groups().items():

@@ -23,7 +23,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 
 from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import alias_problems, check_serve, check_typed, ignored_on_resume
+from skyrl.config.validation import (
+    alias_problems,
+    check_serve,
+    check_typed,
+    ignored_on_resume,
+    with_params,
+    without_foreign_params,
+)
 from skyrl.types import UserError
 
 VERSION_BASE = "1.3"
@@ -54,11 +61,12 @@ def _schema() -> DictConfig:
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
-    do a server's aliases.
+    do a server's aliases; parameters of a loss and an advantage are checked against their declarations.
     """
     node = OmegaConf.structured(RunConfig)
     _thaw(node)
-    node.env.options._set_flag("struct", False)
+    for free in (node.env.options, node.algorithm.advantage.params, node.algorithm.loss.params):
+        free._set_flag("struct", False)
     node.service.aliases._set_flag("struct", False)
     return node
 
@@ -131,6 +139,7 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     for key in typed:
         if key in UNREAD[mode] or (key in {option.path for option in all_options()} and not reads(mode, key)):
             raise UserError(unknown_option(key, mode=mode))
+    cfg = with_params(cfg)
     check_typed(cfg, typed)
     name = cfg.run.name or default_name(cfg, overrides, mode=mode)
     if "/" in name or name.startswith("."):
@@ -272,6 +281,8 @@ def explain(error: BaseException, mode: str = "train") -> str:
 def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, mode: str) -> str:
     text = f"{path}={value}" if value is not None else path
     for option in all_options(mode):
+        if path.startswith(f"{option.path}.") and option.type == "dict[str, float]":
+            return f"{text}: needs a number"
         if option.path == path:
             return f"{text}: needs a value of type {option.type} (default {option.default!r}): {option.doc}"
     if path in groups(mode):
@@ -288,24 +299,27 @@ def to_dict(cfg: RunConfig) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """The RunConfig with these values; what is absent keeps its default, and names of an earlier release are read as
     those of today. Raises UserError for an unknown key."""
-    try:
-        composed = OmegaConf.merge(_schema(), _renamed(values))
-        assert isinstance(composed, DictConfig)
-        return OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from error
-
-
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with the option names of today."""
-    values = copy.deepcopy(values)
+    values, renamed = copy.deepcopy(values), False
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
-        held = values
-        for part in group.split("."):
-            held = held.get(part, {}) if isinstance(held, dict) else {}
-        if isinstance(held, dict) and name in held:
-            held[new.removeprefix(f"{group}.")] = held.pop(name)
+        held = _at(values, group)
+        if name in held:
+            renamed = True
+            path = new.split(".")
+            _at(values, ".".join(path[:-1]), make=True)[path[-1]] = held.pop(name)
+    try:
+        composed = OmegaConf.merge(_schema(), values)
+        assert isinstance(composed, DictConfig)
+        cfg = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    return with_params(without_foreign_params(cfg)) if renamed else cfg
+
+
+def _at(values: dict[str, Any], path: str, *, make: bool = False) -> dict[str, Any]:
+    """The nested dict at a dotted path; an empty one that is not in `values` where there is none, unless `make`."""
+    for part in path.split("."):
+        values = values.setdefault(part, {}) if make else values.get(part, {})
     return values
 
 

@@ -12,18 +12,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from skyrl.algorithms.advantages import ADVANTAGES
+from skyrl.algorithms.losses import LOSSES
 from skyrl.config import schema
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
-    "seed dry_run model strategy service batch.max_tokens_per_microbatch batch.max_row_tokens debug.deterministic "
-    "run.world_size run.threads run.collective_timeout_seconds sampler.backend sampler.block_tokens "
-    "sampler.max_running sampler.kv_cache_gib sampler.prefix_cache sampler.cuda_graphs"
+    "seed dry_run plugins model strategy service batch.max_tokens_per_microbatch batch.max_row_tokens "
+    "debug.deterministic run.world_size run.threads run.collective_timeout_seconds sampler.backend "
+    "sampler.block_tokens sampler.max_running sampler.kv_cache_gib sampler.prefix_cache sampler.cuda_graphs"
 ).split()
 # Command -> groups that it does not read, although it reads what is around them.
 UNREAD = {"train": ("service",), "sft": ("service", "algorithm"), "serve": ("model.lora",)}
 # Names of an earlier release -> the ones of today. They are refused with the new name.
-RENAMED = {"algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs"}
+RENAMED = {
+    "algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs",
+    "algorithm.loss.clip_low": "algorithm.loss.params.clip_low",
+    "algorithm.loss.clip_high": "algorithm.loss.params.clip_high",
+    "algorithm.advantage.gamma": "algorithm.advantage.params.gamma",
+    "algorithm.advantage.lam": "algorithm.advantage.params.lam",
+    "algorithm.advantage.eps": "algorithm.advantage.params.eps",
+}
 SERVER_RENAMED = {
     "max_tokens_per_microbatch": "batch.max_tokens_per_microbatch",
     "max_row_tokens": "batch.max_row_tokens",
@@ -105,10 +114,27 @@ def groups(mode: str = "") -> dict[str, str]:
     return {path: about for path, about in _walk()[1].items() if not mode or reads(mode, path)}
 
 
+def parameters() -> list[Option]:
+    """The options below algorithm.advantage.params and algorithm.loss.params, as the registered advantages and losses
+    declare them; the text says whose they are. The default is that of the first that has it."""
+    found = []
+    for group, declared in (
+        ("advantage", ADVANTAGES.things()),
+        ("loss", [loss for loss in LOSSES.things() if loss.kind == "policy"]),
+    ):
+        for name in dict.fromkeys(name for one in declared for name in one.params):
+            owners = {one.name: one.params[name] for one in declared if name in one.params}
+            first = next(iter(owners.values()))
+            defaults = ", ".join(f"{owner} {param.default:g}" for owner, param in owners.items())
+            doc = f"{first.doc}; {first.allowed}. Default of {defaults}."
+            found.append(Option(f"algorithm.{group}.params.{name}", "float", first.default, doc))
+    return found
+
+
 @lru_cache(maxsize=1)
 def short_names() -> dict[str, str]:
     """Full path -> the shortest end of it that no other option of a run has ("optim.lr" stays, "top_k" is enough)."""
-    paths = [option.path for option in all_options("train")]
+    paths = [option.path for option in (*all_options("train"), *parameters())]
 
     def shortest(path: str) -> str:
         parts = path.split(".")
@@ -123,7 +149,8 @@ def short_names() -> dict[str, str]:
 
 def suggest(path: str, extra: tuple[str, ...] = (), mode: str = "train") -> str:
     """The option or group that was probably meant by `path`; "" when nothing is close."""
-    known = [option.path for option in all_options(mode)] + list(groups(mode)) + list(extra)
+    known = [option.path for option in (*all_options(mode), *parameters()) if reads(mode, option.path)]
+    known += [*groups(mode), *extra]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
     if close:
         return close[0]

@@ -174,13 +174,9 @@ class AdvantageConfig:
     """From rewards to advantages."""
 
     name: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce++ or gae."""
-    gamma: float = 1.0
-    """Discount per token; reinforce++ and gae."""
-    lam: float = 1.0
-    """GAE's lambda; gae only."""
-    eps: float = 1e-6
-    """Added to a standard deviation before division; grpo, reinforce++ and gae."""
+    """grpo, dr_grpo, rloo, reinforce++, gae, or a plugin's."""
+    params: dict[str, float] = field(default_factory=dict)
+    """Its parameters, for example algorithm.advantage.params.gamma; what is left out has its declared default."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +184,9 @@ class LossConfig:
     """From log-probabilities and advantages to the loss of each token."""
 
     name: str = "ppo"
-    """importance_sampling, reinforce, ppo, cispo, gspo or dro."""
-    clip_low: float = 0.2
-    """Ratio may fall to 1 - clip_low; ppo, cispo and gspo."""
-    clip_high: float = 0.2
-    """Ratio may rise to 1 + clip_high; ppo, cispo and gspo."""
+    """importance_sampling, reinforce, ppo, cispo, gspo, dro, or a plugin's."""
+    params: dict[str, float] = field(default_factory=dict)
+    """Its parameters, for example algorithm.loss.params.clip_high; what is left out has its declared default."""
     reduction: str = "token_mean"
     """token_mean, sequence_mean, constant (divides by max_new_tokens, Dr. GRPO) or prompt_mean."""
     correction: str = "none"

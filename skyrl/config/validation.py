@@ -1,11 +1,13 @@
-"""Every rule between options, each with one line for the person. No torch, unless a plugin's name has to be found.
+"""Every rule between options, each with one line for the person. No torch, unless a plugin brings it.
 
-The names and the "applies to" tables repeat what skyrl.algorithms registers, so that a login node without torch can
-check a run; tests/config/test_rules.py holds the two equal.
+What a loss or an advantage needs and takes is read from its declaration (skyrl.algorithms.declare), a plugin's after
+the plugin was imported.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
 import importlib.util
 import math
@@ -13,19 +15,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from skyrl.algorithms.advantages import ADVANTAGES
+from skyrl.algorithms.declare import Advantage, Loss, policy_losses
+from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
+from skyrl.algorithms.losses import CORRECTIONS, LOSSES
+from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.options import all_options
 from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
-
-GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo")
-TOKEN_REWARD_ADVANTAGES = ("reinforce++", "gae")
-ADVANTAGES = GROUP_ADVANTAGES + TOKEN_REWARD_ADVANTAGES
-LOSSES = ("importance_sampling", "reinforce", "ppo", "cispo", "gspo", "dro")
-CLIPPED_LOSSES = ("ppo", "cispo", "gspo")
-RATIO_LOSSES = ("importance_sampling", "ppo", "cispo", "gspo", "dro")
-REDUCTIONS = ("token_mean", "sequence_mean", "constant", "prompt_mean")
-CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate")
-KL_ESTIMATORS = ("k1", "k2", "k3")
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 # strategy.offload -> the strategies that can do it.
@@ -38,11 +35,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "strategy.device": ("auto", "cpu", "cuda"),
     "sampler.backend": ("auto", "module", "fused"),
     "optim.schedule": ("constant", "linear", "cosine"),
-    "algorithm.advantage.name": ADVANTAGES,
-    "algorithm.loss.name": LOSSES,
-    "algorithm.loss.reduction": REDUCTIONS,
-    "algorithm.loss.correction": CORRECTIONS,
-    "algorithm.kl.estimator": KL_ESTIMATORS,
     "algorithm.kl.placement": ("loss", "reward"),
     "algorithm.filters.overlong": ("keep", "mask"),
     "env.on_error": ("stop", "mask"),
@@ -50,13 +42,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tracking.wandb": ("off", "offline", "online"),
     "service.mix_tenants": ("auto", "always", "never"),
 }
-# Where a plugin may add names: option -> (module, registry).
-PLUGIN_CHOICES = {
-    "algorithm.advantage.name": ("skyrl.algorithms.advantages", "ADVANTAGES"),
-    "algorithm.loss.name": ("skyrl.algorithms.losses", "LOSSES"),
-    "algorithm.loss.reduction": ("skyrl.algorithms.reductions", "REDUCTIONS"),
-    "algorithm.loss.correction": ("skyrl.algorithms.losses", "CORRECTIONS"),
-    "algorithm.kl.estimator": ("skyrl.algorithms.kl", "KL_ESTIMATORS"),
+# Where a plugin may add names: option -> the names that are registered.
+REGISTERED: dict[str, Callable[[], list[str]]] = {
+    "algorithm.advantage.name": ADVANTAGES.names,
+    "algorithm.loss.name": policy_losses,
+    "algorithm.loss.reduction": REDUCTIONS.names,
+    "algorithm.loss.correction": CORRECTIONS.names,
+    "algorithm.kl.estimator": KL_ESTIMATORS.names,
 }
 AT_LEAST_ONE = (
     "model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.num_kv_heads model.tiny.ffn_size "
@@ -70,7 +62,7 @@ ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
     "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds"
 ).split()
-PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio algorithm.advantage.gamma algorithm.advantage.lam".split()
+PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio".split()
 BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 
@@ -103,20 +95,48 @@ def import_plugins(plugins: Sequence[str]) -> None:
             ) from error
 
 
-def _algorithm(cfg: RunConfig) -> tuple[str, str]:
-    return cfg.algorithm.advantage.name, cfg.algorithm.loss.name
+def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
+    """Allowed values, with those that plugins register when the given one is not ours."""
+    if path in CHOICES:
+        return CHOICES[path]
+    if cfg.plugins and option(cfg, path) not in REGISTERED[path]():
+        import_plugins(cfg.plugins)
+    return tuple(REGISTERED[path]())
 
 
-def _ratio(cfg: RunConfig) -> bool:
-    return cfg.algorithm.loss.name in RATIO_LOSSES or cfg.algorithm.loss.name not in LOSSES
+def loss_of(cfg: RunConfig) -> Loss:
+    """The declaration of algorithm.loss.name. Raises UserError when there is none."""
+    _names(cfg, "algorithm.loss.name")
+    return LOSSES.get(cfg.algorithm.loss.name, "algorithm.loss.name")
 
 
-def _clipped(cfg: RunConfig) -> bool:
-    return cfg.algorithm.loss.name in CLIPPED_LOSSES or cfg.algorithm.loss.name not in LOSSES
+def advantage_of(cfg: RunConfig) -> Advantage:
+    """The declaration of algorithm.advantage.name. Raises UserError when there is none."""
+    _names(cfg, "algorithm.advantage.name")
+    return ADVANTAGES.get(cfg.algorithm.advantage.name, "algorithm.advantage.name")
 
 
-def _advantage(cfg: RunConfig, names: tuple[str, ...]) -> bool:
-    return cfg.algorithm.advantage.name in names or cfg.algorithm.advantage.name not in ADVANTAGES
+def without_foreign_params(cfg: RunConfig) -> RunConfig:
+    """`cfg` without parameters that its loss or advantage does not take. An earlier release kept the parameters of all
+    of them as options of their own, with an effect for some."""
+    algorithm = cfg.algorithm
+    for group, declared in (("advantage", advantage_of(cfg)), ("loss", loss_of(cfg))):
+        part = getattr(algorithm, group)
+        kept = {name: value for name, value in part.params.items() if name in declared.params}
+        algorithm = dataclasses.replace(algorithm, **{group: dataclasses.replace(part, params=kept)})
+    return dataclasses.replace(cfg, algorithm=algorithm)
+
+
+def with_params(cfg: RunConfig) -> RunConfig:
+    """`cfg` with every parameter of its loss and advantage: what is not given has its declared default. So a resolved
+    config says all its numbers, and a changed default is seen when a run is resumed. Unknown names are left alone."""
+    algorithm = cfg.algorithm
+    for group, of in (("advantage", advantage_of), ("loss", loss_of)):
+        part = getattr(algorithm, group)
+        if part.name in _names(cfg, f"algorithm.{group}.name"):
+            part = dataclasses.replace(part, params={**of(cfg).defaults(), **part.params})
+            algorithm = dataclasses.replace(algorithm, **{group: part})
+    return dataclasses.replace(cfg, algorithm=algorithm)
 
 
 def _corrects(cfg: RunConfig) -> bool:
@@ -124,22 +144,10 @@ def _corrects(cfg: RunConfig) -> bool:
 
 
 # Path or group -> (where it has an effect, what that is in words). Elsewhere only its default is accepted.
-# A plugin's advantage or loss may read any field of its group.
 APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
-    "algorithm.advantage.gamma": (
-        lambda cfg: _advantage(cfg, TOKEN_REWARD_ADVANTAGES),
-        "with algorithm.advantage.name=reinforce++ or gae",
-    ),
-    "algorithm.advantage.lam": (lambda cfg: _advantage(cfg, ("gae",)), "with algorithm.advantage.name=gae"),
-    "algorithm.advantage.eps": (
-        lambda cfg: _advantage(cfg, ("grpo", "reinforce++", "gae")),
-        "with algorithm.advantage.name=grpo, reinforce++ or gae",
-    ),
-    "algorithm.loss.clip_low": (_clipped, "with algorithm.loss.name=ppo, cispo or gspo"),
-    "algorithm.loss.clip_high": (_clipped, "with algorithm.loss.name=ppo, cispo or gspo"),
     "algorithm.loss.correction_cap": (_corrects, "with algorithm.loss.correction other than none"),
     "algorithm.loss.recompute_old_logprobs": (
-        lambda cfg: _ratio(cfg) or _corrects(cfg),
+        lambda cfg: loss_of(cfg).ratio or _corrects(cfg),
         "with a loss that has ratios (ppo, cispo, gspo, importance_sampling) or a correction",
     ),
     "algorithm.kl.estimator": (
@@ -158,7 +166,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         "with algorithm.filters.refill=true",
     ),
     "algorithm.critic": (
-        lambda cfg: cfg.algorithm.advantage.name == "gae",
+        lambda cfg: advantage_of(cfg).critic,
         "with algorithm.advantage.name=gae, the only one with a critic",
     ),
     "model.lora": (lambda cfg: cfg.model.lora.rank > 0, "with model.lora.rank above 0"),
@@ -186,7 +194,7 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
 
 
 def _kl_is_k1(cfg: RunConfig) -> bool:
-    return cfg.algorithm.kl.estimator == "k1"
+    return cfg.algorithm.kl.estimator in NO_GRADIENT_IN_LOSS
 
 
 def check(cfg: RunConfig) -> None:
@@ -194,6 +202,7 @@ def check(cfg: RunConfig) -> None:
     for problems in (
         _choices,
         _ranges,
+        _params,
         _inapplicable,
         _sampling,
         _batches,
@@ -213,6 +222,7 @@ def check_serve(cfg: RunConfig) -> None:
             f"run.world_size={cfg.run.world_size}: only for a dry run; a real server counts its processes (torchrun "
             "--nproc_per_node), or add dry_run=true"
         )
+    import_plugins(cfg.plugins)
     for problems in (_choices, _ranges, _service):
         for problem in problems(cfg):
             raise UserError(problem)
@@ -274,18 +284,8 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
         )
 
 
-def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
-    """Allowed values, with those that plugins have registered when the given one is not ours."""
-    allowed = CHOICES[path]
-    if cfg.plugins and path in PLUGIN_CHOICES and option(cfg, path) not in allowed:
-        import_plugins(cfg.plugins)
-        module, registry = PLUGIN_CHOICES[path]
-        allowed += tuple(n for n in getattr(importlib.import_module(module), registry).names() if n not in allowed)
-    return allowed
-
-
 def _choices(cfg: RunConfig) -> Iterator[str]:
-    for path in CHOICES:
+    for path in (*CHOICES, *REGISTERED):
         value, allowed = option(cfg, path), _names(cfg, path)
         if value not in allowed:
             yield f"{path}={value}: choose one of: {', '.join(allowed)}"
@@ -310,10 +310,30 @@ def _ranges(cfg: RunConfig) -> Iterator[str]:
     for path in BELOW_ONE:
         if not 0 <= option(cfg, path) < 1:
             yield f"{path}={option(cfg, path)}: must be at least 0 and below 1"
-    if cfg.algorithm.loss.clip_low > 1:
-        yield f"algorithm.loss.clip_low={cfg.algorithm.loss.clip_low}: must be at most 1, where the ratio may fall to 0"
     if not all(cfg.sampler.stop):
         yield "sampler.stop: an empty string would stop every turn at once; remove it"
+
+
+def _params(cfg: RunConfig) -> Iterator[str]:
+    for group, declared, others in (
+        ("advantage", advantage_of(cfg), ADVANTAGES.things()),
+        ("loss", loss_of(cfg), LOSSES.things()),
+    ):
+        for name, value in getattr(cfg.algorithm, group).params.items():
+            given = f"algorithm.{group}.params.{name}={value}"
+            if name in declared.params:
+                if not (param := declared.params[name]).fits(value):
+                    yield f"{given}: {declared.name} allows {param.allowed} (default {param.default:g})"
+                continue
+            owners = [other.name for other in others if name in other.params]
+            close = difflib.get_close_matches(name, declared.params, n=1, cutoff=0.5)
+            if owners:
+                yield f"{given}: has an effect only with algorithm.{group}.name={' or '.join(owners)}; leave it out"
+            elif close:
+                yield f"{given}: {declared.name} has no such parameter; did you mean {close[0]}?"
+            else:
+                known = ", ".join(declared.params) or "none"
+                yield f"{given}: {declared.name} has no such parameter; its parameters are: {known}"
 
 
 def _inapplicable(cfg: RunConfig) -> Iterator[str]:
@@ -375,29 +395,29 @@ def _batches(cfg: RunConfig) -> Iterator[str]:
 
 
 def _algorithms(cfg: RunConfig) -> Iterator[str]:
-    (advantage, loss), algorithm, batch = _algorithm(cfg), cfg.algorithm, cfg.batch
-    if batch.samples_per_prompt < 2 and (advantage in GROUP_ADVANTAGES or algorithm.filters.zero_variance):
-        who = f"algorithm.advantage.name={advantage}" if advantage in GROUP_ADVANTAGES else "filters.zero_variance"
+    advantage, loss, algorithm, batch = advantage_of(cfg), loss_of(cfg), cfg.algorithm, cfg.batch
+    if batch.samples_per_prompt < 2 and (advantage.group or algorithm.filters.zero_variance):
+        who = f"algorithm.advantage.name={advantage.name}" if advantage.group else "filters.zero_variance"
         yield (
             f"batch.samples_per_prompt={batch.samples_per_prompt}: {who} compares the samples of a prompt; give at "
             "least 2, or use reinforce++ or gae"
         )
     updates = batch.optim_steps_per_batch * batch.epochs_per_batch
     corrects, recomputed = _corrects(cfg), algorithm.loss.recompute_old_logprobs
-    if updates > 1 and not _ratio(cfg) and (not corrects or recomputed):
+    if updates > 1 and not loss.ratio and (not corrects or recomputed):
         yield (
-            f"algorithm.loss.name={loss}: has no ratio, so it is wrong for the {updates} updates of one batch "
+            f"algorithm.loss.name={loss.name}: has no ratio, so it is wrong for the {updates} updates of one batch "
             "(batch.optim_steps_per_batch * batch.epochs_per_batch); use ppo, cispo, gspo or importance_sampling, or 1"
         )
-    if updates > 1 and _ratio(cfg) and corrects and not recomputed:
+    if updates > 1 and loss.ratio and corrects and not recomputed:
         yield (
             f"algorithm.loss.correction={algorithm.loss.correction}: with {updates} updates of one batch the loss "
             "would lose its ratio; set algorithm.loss.recompute_old_logprobs=true"
         )
-    if algorithm.kl.coef > 0 and algorithm.kl.placement == "reward" and not _advantage(cfg, TOKEN_REWARD_ADVANTAGES):
+    if algorithm.kl.coef > 0 and algorithm.kl.placement == "reward" and not advantage.token_rewards:
         yield (
             f"algorithm.kl.placement=reward: rewards per token need algorithm.advantage.name=reinforce++ or gae, not "
-            f"{advantage}; use algorithm.kl.placement=loss"
+            f"{advantage.name}; use algorithm.kl.placement=loss"
         )
     if algorithm.kl.coef > 0 and algorithm.kl.placement == "loss" and _kl_is_k1(cfg):
         yield (
@@ -419,10 +439,10 @@ def _adapters(cfg: RunConfig) -> Iterator[str]:
             f"{what}: model.lora.train_mlp, train_attn and train_unembed are all false, so nothing would learn; set at "
             "least one of them to true"
         )
-    if cfg.algorithm.advantage.name == "gae":
+    if advantage_of(cfg).critic:
         yield (
-            f"algorithm.advantage.name=gae: its critic is a second model that is trained whole, which {what} is there "
-            "to avoid; use grpo, dr_grpo, rloo or reinforce++, or model.lora.rank=0"
+            f"algorithm.advantage.name={cfg.algorithm.advantage.name}: its critic is a second model that is trained "
+            f"whole, which {what} is there to avoid; use grpo, dr_grpo, rloo or reinforce++, or model.lora.rank=0"
         )
     if cfg.strategy.offload == "optimizer":
         yield (
@@ -495,6 +515,6 @@ RESUME_OPTIONS = frozenset(
 def unknown_paths() -> list[str]:
     """Paths in this file's tables that are no options: empty, or the schema has moved on without us."""
     known = {o.path for o in all_options()}
-    tables: list[Iterable[str]] = [CHOICES, AT_LEAST_ONE, ABOVE_ZERO, PARTS, BELOW_ONE, RESUME_OPTIONS, PLUGIN_CHOICES]
+    tables: list[Iterable[str]] = [CHOICES, AT_LEAST_ONE, ABOVE_ZERO, PARTS, BELOW_ONE, RESUME_OPTIONS, REGISTERED]
     paths = {path for table in tables for path in table} | {p for p in (*APPLIES, *APPLIES_TYPED)}
     return sorted(p for p in paths if p not in known and not any(k.startswith(p + ".") for k in known))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.schema import RunConfig, TinyModelConfig
+from skyrl.config.validation import advantage_of
 from skyrl.types import UserError
 
 GIB = 2**30
@@ -222,7 +223,7 @@ def estimate(
     if lora.rank:
         weights, masters, gradients, optimizer, sharded = frozen, 0, 0, 0, beside in ("fsdp", "hsdp")
         adapter = trained_parameters(cfg, facts) * ((compute if compute < master else 0) + 4 * master)
-    critic = weights + masters + gradients + optimizer if algorithm.advantage.name == "gae" else 0
+    critic = weights + masters + gradients + optimizer if advantage_of(cfg).critic else 0
     layer = layer_values(facts, half=compute < 4)
     tokens = max(cfg.batch.max_tokens_per_microbatch, min(row_tokens, facts.max_positions))
     if cfg.model.activation_checkpointing:

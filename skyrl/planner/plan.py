@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from skyrl.algorithms.losses import check_spec
 from skyrl.config import validation
-from skyrl.config.schema import OptimConfig, RunConfig
+from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
 from skyrl.planner.memory import (
     GIB,
     MemoryEstimate,
@@ -22,9 +23,9 @@ from skyrl.planner.memory import (
     model_facts,
     trained_parameters,
 )
-from skyrl.types import AdamParams, SamplingParams, UserError
+from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
-__all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "model_facts"]
+__all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_facts"]
 
 Due = Literal["eval", "save", "rollouts", "replicas"]
 
@@ -114,6 +115,30 @@ class Plan:
         return every > 0 and step > 0 and step % every == 0
 
 
+def make_spec(cfg: AlgorithmConfig, temperature: float) -> LossSpec:
+    """The policy's LossSpec; KL only with kl.placement=loss. An adaptive coefficient replaces kl_coef at each step.
+
+    Raises UserError for numbers that do not apply.
+    """
+    spec = LossSpec(
+        name=cfg.loss.name,
+        params=dict(cfg.loss.params),
+        temperature=temperature,
+        kl_coef=cfg.kl.coef if cfg.kl.placement == "loss" else 0.0,
+        kl_estimator=cfg.kl.estimator,
+        entropy_coef=cfg.loss.entropy_coef,
+        correction=cfg.loss.correction,
+        correction_cap=cfg.loss.correction_cap,
+    )
+    check_spec(spec)
+    return spec
+
+
+def make_value_spec(critic: CriticConfig) -> LossSpec:
+    """The critic's LossSpec."""
+    return LossSpec(name="value", params={"clip": critic.clip})
+
+
 def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
     """Learning rate in step `step` of `num_steps`, counted from 0.
 
@@ -184,7 +209,7 @@ def make_plan(
         prompts_per_update=batch.prompts_per_step // batch.optim_steps_per_batch,
         updates_per_step=batch.optim_steps_per_batch * batch.epochs_per_batch,
         needs_reference=algorithm.kl.coef > 0,
-        needs_critic=algorithm.advantage.name == "gae",
+        needs_critic=validation.advantage_of(cfg).critic,
         sampling=_sampling(cfg, cfg.sampler.temperature),
         eval_sampling=_sampling(cfg, cfg.eval.temperature),
         facts=model_facts,

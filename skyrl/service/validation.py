@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from skyrl.algorithms.declare import Loss
+from skyrl.algorithms.losses import LOSSES
 from skyrl.service.limits import check_stops
 from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
 from skyrl.types import AdamParams, Datum, LossSpec, SamplingParams
@@ -23,32 +24,29 @@ NOT_PUBLIC = {
     "stable_reinforce": "its mathematics are not public; use importance_sampling, ppo, cispo, dro or gspo",
     "custom": "server-side custom losses are off; the client computes forward_backward_custom itself",
 }
+# The protocol's names for clip_low and clip_high: absolute bounds of the ratio, not distances from 1.
 THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 
 
-@dataclass(frozen=True)
-class TinkerLoss:
-    """A loss as clients know it: required and optional inputs, config keys with defaults."""
-
-    inputs: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    config: tuple[tuple[str, float], ...] = ()
+def served_losses() -> list[str]:
+    """Names of the losses that clients may ask for, in the order in which they are declared."""
+    return [loss.name for loss in LOSSES.things() if loss.wire is not None]
 
 
-_RATIO_INPUTS = ("target_tokens", "logprobs", "advantages")
-LOSSES: dict[str, TinkerLoss] = {
-    "cross_entropy": TinkerLoss(("target_tokens",), ("weights",)),
-    "importance_sampling": TinkerLoss(_RATIO_INPUTS),
-    "ppo": TinkerLoss(_RATIO_INPUTS, THRESHOLDS, (("clip_low_threshold", 0.8), ("clip_high_threshold", 1.2))),
-    "cispo": TinkerLoss(_RATIO_INPUTS, THRESHOLDS, (("clip_low_threshold", 0.0), ("clip_high_threshold", 4.0))),
-    "dro": TinkerLoss(_RATIO_INPUTS, (), (("beta", 0.05),)),
-    # The public text gives no defaults for gspo: ppo's, as absolute bounds of the ratio.
-    "gspo": TinkerLoss(
-        _RATIO_INPUTS,
-        (*THRESHOLDS, "sequence_ratio_mask"),
-        (("clip_low_threshold", 0.8), ("clip_high_threshold", 1.2)),
-    ),
-}
+def _config(loss: Loss) -> dict[str, float]:
+    """The keys of loss_fn_config with their defaults."""
+    assert loss.wire is not None
+    if loss.wire.thresholds is None:
+        return loss.defaults()
+    others = {name: value for name, value in loss.defaults().items() if name not in ("clip_low", "clip_high")}
+    return {**dict(zip(THRESHOLDS, loss.wire.thresholds, strict=True)), **others}
+
+
+def _inputs(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What loss_fn_inputs must and may have. The protocol calls the log-probabilities of sampling `logprobs`."""
+    assert loss.wire is not None
+    needed = ("target_tokens", *(name.removeprefix("sampling_") for name in loss.needs))
+    return needed, (*(THRESHOLDS if loss.wire.thresholds else ()), *loss.wire.optional)
 
 
 def loss_spec(request: TrainRequest) -> LossSpec:
@@ -56,24 +54,24 @@ def loss_spec(request: TrainRequest) -> LossSpec:
     name = request.loss_fn
     if name in NOT_PUBLIC:
         raise RequestFailed(f"loss_fn {name!r} is refused: {NOT_PUBLIC[name]}")
-    if name not in LOSSES:
-        raise RequestFailed(f"loss_fn {name!r} is not known; choose one of: {', '.join(LOSSES)}")
-    allowed = dict(LOSSES[name].config)
+    if name not in served_losses():
+        raise RequestFailed(f"loss_fn {name!r} is not known; choose one of: {', '.join(served_losses())}")
+    loss = LOSSES.get(name)
+    allowed = _config(loss)
     for key, value in request.loss_config.items():
         if key not in allowed:
             names = ", ".join(allowed) or "none"
             raise RequestFailed(f"loss_fn_config {key!r} does not apply to {name}; allowed: {names}")
         allowed[key] = _number(value, f"loss_fn_config {key}")
-    params: dict[str, float] = {}
+    params = {key: value for key, value in allowed.items() if key not in THRESHOLDS}
+    for key, value in params.items():
+        if not loss.params[key].fits(value):
+            raise RequestFailed(f"loss_fn_config {key}={value:g}; allowed: {loss.params[key].allowed}")
     if "clip_low_threshold" in allowed:
         low, high = allowed["clip_low_threshold"], allowed["clip_high_threshold"]
         if not 0.0 <= low <= high:
             raise RequestFailed(f"loss_fn_config: thresholds {low:g} and {high:g}; allowed: 0 <= low <= high")
-        params = {"clip_low": 1.0 - low, "clip_high": high - 1.0}
-    elif "beta" in allowed:
-        if allowed["beta"] < 0:
-            raise RequestFailed(f"loss_fn_config beta={allowed['beta']:g}; allowed: 0 or more")
-        params = {"beta": allowed["beta"]}
+        params |= {"clip_low": 1.0 - low, "clip_high": high - 1.0}
     return LossSpec(name, params)
 
 
@@ -102,26 +100,27 @@ def to_rows(request: TrainRequest, facts: ServerInfo, *, max_tokens: int) -> lis
 
 
 def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerInfo) -> Datum:
-    where, kind = f"{loss}: datum {index}", LOSSES[loss]
+    where, declared = f"{loss}: datum {index}", LOSSES.get(loss)
+    needed, optional = _inputs(declared)
     tokens = np.asarray(datum.tokens, dtype=np.int64)
     if not 1 <= len(tokens) <= facts.max_context:
         raise RequestFailed(f"{where}: {len(tokens)} tokens; allowed: 1 to {facts.max_context}")
     _check_ids(tokens, facts, f"{where}: model_input")
-    for name in kind.inputs:
+    for name in needed:
         if name not in datum.inputs:
-            raise RequestFailed(f"{where}: no {name} in loss_fn_inputs; needed: {', '.join(kind.inputs)}")
+            raise RequestFailed(f"{where}: no {name} in loss_fn_inputs; needed: {', '.join(needed)}")
     for name in datum.inputs:
-        if name not in kind.inputs + kind.optional:
-            names = ", ".join(kind.inputs + kind.optional)
+        if name not in needed + optional:
+            names = ", ".join(needed + optional)
             raise RequestFailed(f"{where}: loss_fn_inputs {name!r} does not apply to {loss}; allowed: {names}")
     targets = datum.inputs["target_tokens"]
     if targets.dtype.kind != "i":
         raise RequestFailed(f"{where}: target_tokens is {targets.dtype}; it has to be int64")
-    many = loss == "cross_entropy" and targets.ndim == 2
+    many = declared.many and targets.ndim == 2
     if len(targets) != len(tokens) or targets.ndim > (2 if many else 1) or targets.size == 0:
         raise RequestFailed(
             f"{where}: target_tokens has shape {list(targets.shape)}, the input has {len(tokens)} tokens; "
-            f"allowed: [{len(tokens)}]" + (f" or [{len(tokens)}, K]" if loss == "cross_entropy" else "")
+            f"allowed: [{len(tokens)}]" + (f" or [{len(tokens)}, K]" if declared.many else "")
         )
     targets = targets.astype(np.int64, copy=False)
     _check_ids(targets, facts, f"{where}: target_tokens")
@@ -131,29 +130,21 @@ def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerInfo)
         if name != "target_tokens"
     }
     named = f"datum {index}"
-    if loss == "cross_entropy":
+    if declared.kind == "supervised":
         weights = arrays.get("weights", np.ones(targets.shape, np.float32))
         return Datum(tokens, targets, weights, model=model, name=named)
+    assert declared.wire is not None
     advantages = arrays["advantages"]
-    # Where A is 0 these losses are 0 whatever the ratio, which may overflow at prompt tokens; dro pulls them too.
-    weights = np.ones_like(advantages) if loss == "dro" else (advantages != 0).astype(np.float32)
-    more: dict[str, Any] = {}
+    # Where A is 0 most losses are 0 whatever the ratio, which may overflow at prompt tokens; dro pulls them too.
+    weights = np.ones_like(advantages) if declared.wire.all_tokens else (advantages != 0).astype(np.float32)
+    fields: dict[str, Any] = {name: arrays[name.removeprefix("sampling_")] for name in declared.needs}
     if "clip_low_threshold" in arrays:
-        more["clip_low"] = 1.0 - arrays["clip_low_threshold"]
+        fields["clip_low"] = 1.0 - arrays["clip_low_threshold"]
     if "clip_high_threshold" in arrays:
-        more["clip_high"] = arrays["clip_high_threshold"] - 1.0
-    if loss == "gspo":
-        more["ratio_mask"] = arrays.get("sequence_ratio_mask", np.ones_like(advantages))
-    return Datum(
-        tokens,
-        targets,
-        weights,
-        model=model,
-        name=named,
-        sampling_logprobs=arrays["logprobs"],
-        advantages=advantages,
-        **more,
-    )
+        fields["clip_high"] = arrays["clip_high_threshold"] - 1.0
+    if declared.ratio_mask:
+        fields["ratio_mask"] = arrays.get("sequence_ratio_mask", np.ones_like(advantages))
+    return Datum(tokens, targets, weights, model=model, name=named, **fields)
 
 
 def _check_ids(ids: np.ndarray, facts: ServerInfo, where: str) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, kl_rewards
 from skyrl.algorithms.filters import filter_metrics, trained_masks, zero_variance_groups
-from skyrl.algorithms.losses import make_spec, make_value_spec
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
@@ -21,6 +20,7 @@ from skyrl.distributed.collectives import MetricSums, all_reduce_sum, gather_obj
 from skyrl.distributed.phases import FINISHING, inside
 from skyrl.evaluate import episode_metrics
 from skyrl.finish import finish
+from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.rollout import Row, collect, to_rows
 from skyrl.run import Run, open_run
 from skyrl.tracking.base import memory_metrics
@@ -329,7 +329,8 @@ def add_advantages(run: Run, rows: list[Row]) -> bool:
         values=values,
     )
     estimate = ADVANTAGES.get(algorithm.advantage.name, "algorithm.advantage.name")
-    result = estimate(reward_rows, algorithm.advantage, lambda x: all_reduce_sum(run.world, x))
+    params = algorithm.advantage.params
+    result = estimate.compute(reward_rows, lambda x: all_reduce_sum(run.world, x), params=params)
     for i, row in enumerate(rows):
         row.datum.advantages = result.advantages[i]
         if result.returns is not None:

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, kl_rewards
-from skyrl.config.schema import AdvantageConfig
 from skyrl.types import UserError
 
 
 def identity(vector: np.ndarray) -> np.ndarray:
     return vector
+
+
+def advantages_of(name: str, rows: RewardRows, params: dict[str, float], all_reduce_sum=identity):
+    """With those of `params` that this advantage takes."""
+    declared = ADVANTAGES.get(name)
+    mine = {key: value for key, value in params.items() if key in declared.params}
+    return declared.compute(rows, all_reduce_sum, params=mine)
 
 
 def make_rows(seed: int = 0, num_groups: int = 5, with_values: bool = True) -> RewardRows:
@@ -150,16 +156,16 @@ def assert_rows(got: list[np.ndarray], want: list[list[float]]) -> None:
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
 def test_group_advantages_equal_the_slow_loop(name: str, seed: int) -> None:
     rows = make_rows(seed)
-    cfg = AdvantageConfig(name=name, eps=1e-3)
-    assert_rows(ADVANTAGES.get(name)(rows, cfg, identity).advantages, slow_group(rows, name, 1e-3))
+    cfg = dict(eps=1e-3)
+    assert_rows(advantages_of(name, rows, cfg).advantages, slow_group(rows, name, 1e-3))
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_reinforce_plus_plus_equals_the_slow_loop(gamma: float, seed: int) -> None:
     rows = make_rows(seed)
-    cfg = AdvantageConfig(name="reinforce++", gamma=gamma, eps=1e-3)
-    got = ADVANTAGES.get("reinforce++")(rows, cfg, identity)
+    cfg = dict(gamma=gamma, eps=1e-3)
+    got = advantages_of("reinforce++", rows, cfg)
     assert_rows(got.advantages, slow_whitened(rows, slow_returns(rows, gamma), 1e-3))
 
 
@@ -167,8 +173,8 @@ def test_reinforce_plus_plus_equals_the_slow_loop(gamma: float, seed: int) -> No
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0)])
 def test_gae_equals_the_double_sum(gamma: float, lam: float, seed: int) -> None:
     rows = make_rows(seed)
-    cfg = AdvantageConfig(name="gae", gamma=gamma, lam=lam, eps=1e-3)
-    got = ADVANTAGES.get("gae")(rows, cfg, identity)
+    cfg = dict(gamma=gamma, lam=lam, eps=1e-3)
+    got = advantages_of("gae", rows, cfg)
     raw = slow_gae(rows, gamma, lam)
     assert_rows(got.advantages, slow_whitened(rows, raw, 1e-3))
     want = []
@@ -183,7 +189,7 @@ def test_gae_equals_the_double_sum(gamma: float, lam: float, seed: int) -> None:
 
 def test_gae_with_lambda_1_has_discounted_returns_as_targets() -> None:
     rows = make_rows(7)
-    got = ADVANTAGES.get("gae")(rows, AdvantageConfig(name="gae", gamma=0.7, lam=1.0), identity)
+    got = advantages_of("gae", rows, dict(gamma=0.7, lam=1.0))
     for (d, t), want in slow_returns(rows, 0.7).items():
         assert got.returns[d][t] == pytest.approx(want, rel=1e-6, abs=1e-6)
 
@@ -198,7 +204,7 @@ def test_two_turns_by_hand() -> None:
         np.array([True, True]),
         [np.array([9.0, 0.5, 0.25]), np.array([9.0, 9.0, 0.125, 1.0])],
     )
-    got = ADVANTAGES.get("gae")(rows, AdvantageConfig(name="gae", gamma=0.5, lam=0.0), identity)
+    got = advantages_of("gae", rows, dict(gamma=0.5, lam=0.0))
     # returns are r + gamma * V(next sampled)
     np.testing.assert_allclose(got.returns[0], [0, 0.5 * 0.25, 1 + 0.5 * 0.125])
     np.testing.assert_allclose(got.returns[1], [0, 0, 0.5 * 1.0, 2.0])
@@ -210,10 +216,10 @@ def test_two_turns_by_hand() -> None:
 def test_equal_scores_and_single_episodes_get_exactly_zero() -> None:
     rows = simple([0.1, 0.1, 0.1, 5.0], [1, 1, 1, 2])
     for eps in (1e-6, 0.0):
-        for row in ADVANTAGES.get("grpo")(rows, AdvantageConfig(eps=eps), identity).advantages:
+        for row in advantages_of("grpo", rows, dict(eps=eps)).advantages:
             assert (row == 0).all()
     for name in ("dr_grpo", "rloo"):
-        advantages = ADVANTAGES.get(name)(rows, AdvantageConfig(), identity).advantages
+        advantages = advantages_of(name, rows, {}).advantages
         np.testing.assert_allclose(np.stack(advantages), 0.0, atol=1e-16)
         assert (advantages[3] == 0).all()
 
@@ -222,8 +228,8 @@ def test_an_episode_without_a_score_leaves_the_baseline() -> None:
     with_it = simple([1.0, 0.0, np.nan, 0.5], [1, 1, 1, 1], [True, True, False, True])
     without = simple([1.0, 0.0, 0.5], [1, 1, 1])
     for name in ADVANTAGES.names():
-        got = ADVANTAGES.get(name)(with_it, AdvantageConfig(name=name), identity).advantages
-        want = ADVANTAGES.get(name)(without, AdvantageConfig(name=name), identity).advantages
+        got = advantages_of(name, with_it, {}).advantages
+        want = advantages_of(name, without, {}).advantages
         assert (got[2] == 0).all()
         np.testing.assert_array_equal(np.stack([got[0], got[1], got[3]]), np.stack(want))
 
@@ -231,7 +237,7 @@ def test_an_episode_without_a_score_leaves_the_baseline() -> None:
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
 def test_group_advantages_sum_to_zero_over_a_groups_episodes(name: str) -> None:
     rows = make_rows(3)
-    got = ADVANTAGES.get(name)(rows, AdvantageConfig(), identity).advantages
+    got = advantages_of(name, rows, {}).advantages
     sums: dict[int, float] = {}
     seen = set()
     for d, row in enumerate(got):
@@ -249,12 +255,12 @@ def test_masks_without_a_token_and_batches_without_a_spread() -> None:
     )
     constant = simple([2.0, 2.0], [0, 0])
     for name in ADVANTAGES.names():
-        got = ADVANTAGES.get(name)(empty, AdvantageConfig(name=name), identity)
+        got = advantages_of(name, empty, {})
         assert (got.advantages[0] == 0).all() and np.isfinite(got.advantages[0]).all()
-        got = ADVANTAGES.get(name)(constant, AdvantageConfig(name=name, eps=0.0), identity)
+        got = advantages_of(name, constant, dict(eps=0.0))
         assert (np.stack(got.advantages) == 0).all()
     one = RewardRows(np.array([0]), np.array([0]), [np.ones(1)], [np.ones(1, dtype=bool)], np.array([True]))
-    assert ADVANTAGES.get("reinforce++")(one, AdvantageConfig(eps=0.0), identity).advantages[0].tolist() == [0.0]
+    assert advantages_of("reinforce++", one, dict(eps=0.0)).advantages[0].tolist() == [0.0]
 
 
 # ---- ranks
@@ -263,8 +269,8 @@ def test_masks_without_a_token_and_batches_without_a_spread() -> None:
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce++", "gae"])
 def test_ranks_do_not_matter_and_call_all_sum_equally_often(name: str, over_ranks) -> None:
     rows = make_rows(1, num_groups=6)
-    cfg = AdvantageConfig(name=name, gamma=0.9, lam=0.8)
-    whole = ADVANTAGES.get(name)(rows, cfg, identity)
+    cfg = dict(gamma=0.9, lam=0.8)
+    whole = advantages_of(name, rows, cfg)
     groups = sorted(set(rows.group_D.tolist()))
     for owners in ([0] * 6, [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 2], [2, 1, 0, 0, 1, 2]):  # some ranks have no rows
         for num_ranks in (max(owners) + 1, max(owners) + 2):
@@ -272,7 +278,7 @@ def test_ranks_do_not_matter_and_call_all_sum_equally_often(name: str, over_rank
             keep = [[d for d, g in enumerate(rows.group_D.tolist()) if owner[g] == r] for r in range(num_ranks)]
 
             def work(rank, all_reduce_sum, keep=keep):
-                return ADVANTAGES.get(name)(take(rows, keep[rank]), cfg, all_reduce_sum)
+                return advantages_of(name, take(rows, keep[rank]), cfg, all_reduce_sum)
 
             results, calls = over_ranks(num_ranks, work)
             assert len(set(calls)) == 1
@@ -288,7 +294,7 @@ def test_ranks_do_not_matter_and_call_all_sum_equally_often(name: str, over_rank
 
 def test_gae_without_values_and_broken_rows_are_refused() -> None:
     with pytest.raises(UserError, match="gae"):
-        ADVANTAGES.get("gae")(make_rows(0, with_values=False), AdvantageConfig(name="gae"), identity)
+        advantages_of("gae", make_rows(0, with_values=False), {})
     mask = [np.array([False, True])] * 3
     zeros = [np.zeros(2)] * 3
     yes = np.array([True] * 3)

@@ -7,7 +7,6 @@ import pytest
 
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows
 from skyrl.algorithms.filters import filter_metrics, overlong_rows, trained_masks, zero_variance_groups
-from skyrl.config.schema import AdvantageConfig
 from skyrl.types import UserError
 
 
@@ -33,7 +32,7 @@ def test_dropped_groups_are_those_whose_centred_advantages_are_zero() -> None:
         [np.ones(1, dtype=bool) for _ in flat],
         np.ones(60, dtype=bool),
     )
-    advantages = np.array(ADVANTAGES.get("dr_grpo")(rows, AdvantageConfig(), lambda x: x).advantages).reshape(20, 3)
+    advantages = np.array(ADVANTAGES.get("dr_grpo").compute(rows, lambda x: x, params={}).advantages).reshape(20, 3)
     assert ((advantages != 0).any(axis=1) == keep).all()
 
 

@@ -12,20 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skyrl.algorithms.losses import (
-    CORRECTIONS,
-    LOSSES,
-    check_spec,
-    clip_params,
-    compute_loss,
-    config_fields,
-    make_spec,
-    make_value_spec,
-    policy_losses,
-    register_loss,
-    stale_needs_anchor,
-)
+from skyrl.algorithms.declare import LOSSES, Loss, Param, policy_losses
+from skyrl.algorithms.losses import CORRECTIONS, check_spec, compute_loss
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, KLConfig, LossConfig
+from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.types import ForwardOutput, LossSpec, Microbatch, UserError
 
 OPTIONAL = ["sampling_logprobs_T", "advantages_T", "old_logprobs_T", "reference_T", "values_T", "returns_T"]
@@ -462,7 +452,6 @@ def test_per_token_bounds_equal_one_number_each_and_may_be_poisoned_where_untrai
         want = run(outputs, rows, spec(name, params={"clip_low": 0.15, "clip_high": 0.3}))
         got = run(outputs, rows, spec(name, params={"clip_low": low, "clip_high": high}))
         assert torch.equal(got[0], want[0]) and torch.equal(got[1][0], want[1][0])
-    assert clip_params(0.75, 1.25) == {"clip_low": 0.25, "clip_high": 0.25}
 
 
 # ---- refusals and the way from the config
@@ -472,8 +461,8 @@ def test_per_token_bounds_equal_one_number_each_and_may_be_poisoned_where_untrai
 def test_a_missing_field_is_named(name: str) -> None:
     outputs, rows = make_batch(0)
     for need in LOSSES.get(name).needs:
-        fields = {need: None, "old_logprobs_T": None} if need == "sampling_logprobs_T" else {need: None}
-        with pytest.raises(UserError, match=need.removesuffix("_T")):
+        fields = {f"{need}_T": None} | ({"old_logprobs_T": None} if need == "sampling_logprobs" else {})
+        with pytest.raises(UserError, match=need):
             compute_loss(outputs, replace(rows, **fields), spec(name))
     if LOSSES.get(name).kind == "policy":
         with pytest.raises(UserError, match="reference"):
@@ -512,58 +501,45 @@ def test_what_does_not_apply_is_refused() -> None:
         compute_loss(ForwardOutput(outputs.logprobs_T), rows, spec("ppo", entropy_coef=0.1))
 
 
-def test_make_spec_passes_only_what_the_loss_takes() -> None:
+def test_specs_of_the_config() -> None:
+    params = {"clip_low": 0.1, "clip_high": 0.28}
     cfg = AlgorithmConfig(
-        loss=LossConfig(name="ppo", clip_low=0.1, clip_high=0.28, correction="token_mask", correction_cap=3.0),
+        loss=LossConfig(name="ppo", params=params, correction="token_mask", correction_cap=3.0),
         kl=KLConfig(coef=0.05, estimator="k2"),
     )
-    assert make_spec(cfg, 0.7) == LossSpec(
-        "ppo", {"clip_low": 0.1, "clip_high": 0.28}, 0.7, 0.05, "k2", 0.0, "token_mask", 3.0
-    )
+    assert make_spec(cfg, 0.7) == LossSpec("ppo", params, 0.7, 0.05, "k2", 0.0, "token_mask", 3.0)
     in_reward = replace(cfg, loss=LossConfig(name="reinforce"), kl=KLConfig(coef=0.05, placement="reward"))
     assert make_spec(in_reward, 1.0) == LossSpec("reinforce", {}, kl_coef=0.0)
+    assert policy_losses() == sorted(POLICY)
     for name in policy_losses():
         check_spec(make_spec(replace(cfg, loss=LossConfig(name=name)), 1.0))
-    with pytest.raises(UserError, match="trains no policy"):
-        make_spec(replace(cfg, loss=LossConfig(name="value")), 1.0)
     assert make_value_spec(CriticConfig(clip=0.3)) == LossSpec("value", {"clip": 0.3})
     check_spec(make_value_spec(CriticConfig()))
 
 
-def test_tables_for_the_plan() -> None:
-    assert policy_losses() == sorted(POLICY)
-    fields = set(LossConfig.__dataclass_fields__)
-    for name in policy_losses():
-        assert config_fields(name) <= fields
-        assert ("clip_low" in config_fields(name)) == (name in ("ppo", "cispo", "gspo"))
-    assert stale_needs_anchor("ppo", "token_mask", False)
-    assert not stale_needs_anchor("ppo", "none", False)
-    assert not stale_needs_anchor("ppo", "token_mask", True)
-    assert not stale_needs_anchor("reinforce", "token_mask", False)
-
-
-def test_a_plugin_registers_a_loss_and_mistakes_are_named() -> None:
-    @register_loss("half", needs=("advantages_T",))
-    def half(outputs, rows, *, scale=0.5):
+def test_a_plugin_declares_a_loss_and_mistakes_are_named() -> None:
+    @Loss("half", needs=("advantages",), params={"scale": Param(0.5, "Times the loss")})
+    def half(outputs, rows, *, scale):
         return -scale * rows.advantages_T * outputs.logprobs_T, {}
 
     try:
         outputs, rows = make_batch(0)
-        got = run(outputs, rows, spec("half"))[0]
-        torch.testing.assert_close(got, 0.5 * run(outputs, rows, spec("reinforce"))[0])
+        reinforce = run(outputs, rows, spec("reinforce"))[0]
+        torch.testing.assert_close(run(outputs, rows, spec("half"))[0], 0.5 * reinforce)
+        torch.testing.assert_close(run(outputs, rows, spec("half", params={"scale": 3.0}))[0], 3 * reinforce)
         for kind in ("policy", "critic"):  # a loss that is not 0 at untrained tokens is made so
-            register_loss(f"one_{kind}", needs=(), kind=kind)(lambda out, r: (out.logprobs_T * 0 + 1, {}))
+            Loss(f"one_{kind}", kind=kind)(lambda out, r: (out.logprobs_T * 0 + 1, {}))
             loss_T = run(outputs, rows, spec(f"one_{kind}"))[0]
             torch.testing.assert_close(loss_T, (rows.weights_T != 0).double())
         with pytest.raises(UserError, match="registered twice"):
-            register_loss("half", needs=())(lambda outputs, rows: None)
+            Loss("half")(lambda outputs, rows: None)
     finally:
         for name in ("half", "one_policy", "one_critic"):
             LOSSES._things.pop(name, None)
-    with pytest.raises(UserError, match="reward_T"):
-        register_loss("other", needs=("reward_T",))
-    with pytest.raises(UserError, match="default"):
-        register_loss("other", needs=())(lambda outputs, rows, *, scale: None)
+    with pytest.raises(UserError, match="reward"):
+        Loss("other", needs=("reward",))
+    with pytest.raises(UserError, match=r"declares the parameters \[\], its function takes \['scale'\]"):
+        Loss("other")(lambda outputs, rows, *, scale: None)
 
 
 def test_float32_stays_float32() -> None:

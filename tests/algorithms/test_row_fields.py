@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.algorithms.losses import LOSSES, clip_params, compute_loss
+from skyrl.algorithms.losses import LOSSES, compute_loss
 from skyrl.models.packed import collate
 from skyrl.types import Datum, ForwardOutput, LossSpec, UserError
 
@@ -44,7 +44,7 @@ def run(outputs, rows, spec):
 @pytest.mark.parametrize("name", ["ppo", "cispo", "gspo"])
 def test_bounds_of_the_rows_win_and_equal_the_parameters(name):
     outputs, rows = make_batch(1)
-    tight, wide = clip_params(0.9, 1.05), clip_params(0.5, 2.0)
+    tight, wide = {"clip_low": 0.1, "clip_high": 0.05}, {"clip_low": 0.5, "clip_high": 1.0}
     want, odd = (run(outputs, rows, LossSpec(name, p)) for p in (tight, wide))
     assert not torch.equal(want[0], odd[0])
     full = {f"{k}_T": torch.full_like(rows.weights_T, v) for k, v in tight.items()}

@@ -45,6 +45,6 @@ def test_short_names_stay_unique():
 
 def test_suggestions():
     assert suggest("optim.lrr") == "optim.lr"
-    assert suggest("loss.clip_low") == "algorithm.loss.clip_low"
+    assert suggest("loss.clip_low") == "algorithm.loss.params.clip_low"
     assert suggest("experimnt", ("experiment",)) == "experiment"
     assert suggest("qqqqqqq") == ""

@@ -39,7 +39,7 @@ def test_group_choice_on_the_command_line_beats_the_recipe():
         ("optim.lrr=1", "optim.lrr: no such option; did you mean optim.lr?"),
         ("+optim.lrr=1", "optim.lrr: no such option; did you mean optim.lr?"),
         ("algorthm=ppo", "algorthm: no such option; did you mean algorithm?"),
-        ("clip_low=1", "clip_low: no such option; did you mean algorithm.loss.clip_low?"),
+        ("clip_low=1", "clip_low: no such option; did you mean algorithm.loss.params.clip_low?"),
         ("zzz=1", "zzz: no such option; --help lists all options"),
         ("+optim={a: 1}", "optim"),
         ("optim.lr=abc", "optim.lr=abc: needs a value of type float"),

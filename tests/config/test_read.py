@@ -3,7 +3,6 @@
 import ast
 from pathlib import Path
 
-from skyrl.algorithms.losses import CLIP_FIELDS
 from skyrl.config.options import all_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +34,6 @@ def test_every_option_is_read_somewhere():
     read = attributes_read()
     names = [option.path.rpartition(".")[2] for option in all_options()]
     read |= {("", name) for _, name in read if names.count(name) == 1}
-    read |= {("loss", name) for name in CLIP_FIELDS}  # make_spec reads them by these names
     unread = set()
     for option in all_options():
         group, _, name = option.path.rpartition(".")

@@ -1,0 +1,145 @@
+"""What a loss or an advantage says about itself, as an object that decorates its function. No torch.
+
+    DRO = Loss("dro", needs=("sampling_logprobs", "advantages"), params={"beta": Param(0.05, "Pull to the base")},
+               ratio=True, paper="2405.19107")
+
+    @DRO
+    def dro(outputs, rows, *, beta): ...
+
+The declaration is the only place that knows the parameters, their ranges and what the rows must hold. Read by: the
+rules between options (`algorithm.loss.params.beta`), --help and docs/options.md, the Tinker server, docs/papers.md
+(checked) and the engine. A plugin's declaration is read like one of ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skyrl.registry import Registry
+from skyrl.types import ROW_FIELDS, UserError
+
+MAY_NEED = tuple(name for name in ROW_FIELDS if name not in ("targets", "weights"))
+
+
+@dataclass(frozen=True)
+class Param:
+    """A number that a loss or advantage takes: default, what it does, and the closed range that it lies in."""
+
+    default: float
+    doc: str
+    low: float = 0.0
+    high: float = math.inf
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        return f"{self.low:g} or more" if math.isinf(self.high) else f"{self.low:g} to {self.high:g}"
+
+    def fits(self, value: float) -> bool:
+        """Whether `value` is finite and in the range."""
+        return math.isfinite(value) and self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How clients of the Tinker protocol give what a loss takes, where that differs from the declaration.
+
+    `thresholds`: clip_low and clip_high are absolute bounds of the ratio there, called clip_low_threshold and
+    clip_high_threshold, with these defaults, and may be given per token as well. `optional`: further inputs of a
+    datum. `all_tokens`: tokens whose advantage is 0 have a loss too.
+    """
+
+    thresholds: tuple[float, float] | None = None
+    optional: tuple[str, ...] = ()
+    all_tokens: bool = False
+
+
+@dataclass(eq=False)
+class _Declared:
+    """What a loss and an advantage have in common: a name, parameters, and the function once it is there."""
+
+    name: str
+
+    def defaults(self) -> dict[str, float]:
+        """Every parameter with its default."""
+        return {name: param.default for name, param in self.params.items()}  # type: ignore[attr-defined]
+
+    def compute(self, *args: Any, params: Mapping[str, Any]) -> Any:
+        """What the function returns for `args`; parameters that are not in `params` have their defaults."""
+        return self.fn(*args, **{**self.defaults(), **params})
+
+    def _take(self, kind: str, fn: Callable[..., Any], registry: Registry[Any]) -> None:
+        params = self.params  # type: ignore[attr-defined]
+        taken = {p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        if taken != set(params):
+            raise UserError(
+                f"{kind} {self.name!r}: declares the parameters {sorted(params)}, its function takes {sorted(taken)} "
+                "after the *; make them equal"
+            )
+        self.fn = fn
+        # The registry tells a re-imported thing from a second one of the same name by this attribute.
+        self.__qualname__ = f"{fn.__module__}.{fn.__qualname__}"
+        registry.register(self.name)(self)
+
+
+@dataclass(eq=False)
+class Loss(_Declared):
+    """A loss: fn(outputs, rows, *, <params>) -> (loss of each token [T], metrics), see skyrl.algorithms.losses.
+
+    needs: fields of a row that must be there; `old_logprobs` may stand in for `sampling_logprobs`. kind: "policy" (may
+    have a correction, KL and entropy terms), "supervised" (KL and entropy), "critic" (neither). `ratio`: clips or
+    weights by pi / base, so several updates of one batch are right. `ratio_mask`: reads the rows' mask of that name,
+    and so log-probabilities at untrained tokens. `many`: also for targets [T, K]. `paper`: arXiv number. `wire`: None
+    for a loss that clients of a server cannot ask for.
+    """
+
+    needs: tuple[str, ...] = ()
+    params: dict[str, Param] = field(default_factory=dict)
+    kind: Literal["policy", "supervised", "critic"] = "policy"
+    ratio: bool = False
+    ratio_mask: bool = False
+    many: bool = False
+    paper: str = ""
+    wire: Wire | None = Wire()
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.needs) - set(MAY_NEED)):
+            raise UserError(f"loss {self.name!r}: needs {unknown}; a loss may need: {', '.join(sorted(MAY_NEED))}")
+
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Takes the function that computes this loss, and registers it. Raises UserError for other parameters."""
+        self._take("loss", fn, LOSSES)
+        return fn
+
+
+@dataclass(eq=False)
+class Advantage(_Declared):
+    """An advantage: fn(rows, all_reduce_sum, *, <params>) -> Advantages, see skyrl.algorithms.advantages.
+
+    group: compares the samples of a prompt, so it needs at least 2. token_rewards: tells the rewards of an episode's
+    tokens apart, so a KL penalty may be one of them. critic: needs a value model, and gives it returns.
+    """
+
+    params: dict[str, Param] = field(default_factory=dict)
+    group: bool = False
+    token_rewards: bool = False
+    critic: bool = False
+    paper: str = ""
+
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Takes the function that computes this advantage, and registers it. Raises UserError for other parameters."""
+        self._take("advantage", fn, ADVANTAGES)
+        return fn
+
+
+LOSSES: Registry[Loss] = Registry("loss")
+ADVANTAGES: Registry[Advantage] = Registry("advantage")
+
+
+def policy_losses() -> list[str]:
+    """Names that algorithm.loss.name may have, sorted."""
+    return sorted(loss.name for loss in LOSSES.things() if loss.kind == "policy")
