@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
-from skyrl.service.validation import LOSSES, adam_params, check_prompt, loss_spec, sampling_params, to_rows
+from skyrl.service.validation import served_losses, adam_params, check_prompt, loss_spec, sampling_params, to_rows
 
 FACTS = ServerInfo({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
 
@@ -61,7 +61,7 @@ def test_thresholds_become_the_losses_parameters():
     own = loss_spec(policy("ppo", config={"clip_low_threshold": 0.9, "clip_high_threshold": 1.5}))
     assert own.params == pytest.approx({"clip_low": 0.1, "clip_high": 0.5})
     assert loss_spec(policy("dro", config={"beta": 0.2})).params == {"beta": 0.2}
-    assert set(LOSSES) == {"cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"}
+    assert set(served_losses()) == {"cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"}
 
 
 BAD = {
