@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
-from skyrl.service.validation import served_losses, adam_params, check_prompt, loss_spec, sampling_params, to_rows
+from skyrl.service.validation import adam_params, check_prompt, loss_spec, sampling_params, served_losses, to_rows
 
 FACTS = ServerInfo({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
 
