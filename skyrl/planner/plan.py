@@ -135,7 +135,7 @@ def make_spec(cfg: AlgorithmConfig, temperature: float) -> LossSpec:
 
 
 def make_value_spec(critic: CriticConfig) -> LossSpec:
-    """The critic's LossSpec."""
+    """The LossSpec of the value model that advantage.name=gae trains beside the policy."""
     return LossSpec(name="value", params={"clip": critic.clip})
 
 
