@@ -128,8 +128,8 @@ def options_markdown() -> str:
         lines += [f"| `{o.path}` | {_cell(o.type)} | `{o.default!r}` | {_cell(o.doc)} |" for o in options]
     lines += ["", "## The server", "", "What `python -m skyrl.serve` reads; of the groups above it uses `model=`.", ""]
     for group, _, options in _by_group("serve"):
-        names = ", ".join(f"`{option.path.rpartition('.')[2]}`" for option in options)
-        lines.append(f"- {group or 'top level'}: {names}")
+        read = ", ".join(f"`{option.path.rpartition('.')[2]}`" for option in options)
+        lines.append(f"- {group or 'top level'}: {read}")
     return "\n".join(lines) + "\n"
 
 

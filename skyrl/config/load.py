@@ -133,6 +133,7 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.to_container(composed)))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, mode)) from error
+    assert isinstance(cfg, RunConfig)
     typed = typed_options(overrides)
     if mode == "serve":
         return _finish_serve(cfg)
@@ -219,13 +220,14 @@ def _refuse_unknown(node: DictConfig, cls: type, prefix: str, mode: str) -> None
     """`+name=value` can put a key beside the fields of a dataclass, where nothing would ever read it."""
     fields = {field.name for field in dataclasses.fields(cls)}
     schema = "serve" if mode == "serve" else "train"
-    for key in node:
+    for key in map(str, node):
         path = f"{prefix}{key}"
         if key not in fields or not reads(schema, path):
             raise UserError(_unknown(path, mode))
         child = node._get_node(key)
-        if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
-            _refuse_unknown(child, OmegaConf.get_type(child), path + ".", mode)
+        kind = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
+        if isinstance(child, DictConfig) and kind is not None and dataclasses.is_dataclass(kind):
+            _refuse_unknown(child, kind, path + ".", mode)
     for key in fields:
         if key not in node and reads(schema, f"{prefix}{key}"):
             raise UserError(f"{prefix}{key}: cannot be removed; give it another value")
@@ -313,6 +315,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
+    assert isinstance(cfg, RunConfig)
     return with_params(without_foreign_params(cfg)) if renamed else cfg
 
 

@@ -65,7 +65,8 @@ def forget_ranks() -> None:
     if not os.environ.get(LAUNCHER_FILE):
         for folder in _shared_folder:
             shutil.rmtree(folder, ignore_errors=True)  # another rank of this machine may be faster
-    _processes.clear(), _shared_folder.clear()
+    _processes.clear()
+    _shared_folder.clear()
 
 
 def end_with_launcher() -> None:

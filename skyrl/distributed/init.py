@@ -170,7 +170,7 @@ def _meet(rank: int, size: int, seconds: int) -> Any:
     try:
         if not keeps:
             _reach(host, port, until)
-        store = dist.TCPStore(
+        store: dist.Store = dist.TCPStore(
             host, port, is_master=keeps, timeout=timedelta(seconds=seconds), multi_tenant=True, wait_for_workers=False
         )
     except (dist.DistError, OSError) as error:

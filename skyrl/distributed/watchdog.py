@@ -230,6 +230,7 @@ class Watchdog:
             if self.claimed and code == TEMPORARY:
                 with contextlib.suppress(OSError):
                     mark_requeue(self.folder)
+            assert self.stop_request is not None
             _say(f"stopped by {self.stop_request.reason} while opening; the same command starts again")
         elif self.store is not None:
             time.sleep(2 * EXCHANGE_SECONDS)

@@ -125,7 +125,8 @@ class Arithmetic(SingleTurn):
 def column_sums(a: int, b: int) -> str:
     """The sums that adding by hand writes down: each column with the carry into it, last column first, two digits
     each: 37 and 58 -> "15,09"."""
-    sums, carry = [], 0
+    sums: list[str] = []
+    carry = 0
     while a or b or not sums:
         total = a % 10 + b % 10 + carry
         sums.append(f"{total:02d}")

@@ -141,7 +141,7 @@ class Gsm8kExpressions(SingleTurn):
         if split == "test":
             answers = {text: answer for text, answer in answers.items() if text not in train.answers}
             counts += f", {len(answers)} of them not in the training file"
-        prompts = []
+        prompts: list[Prompt] = []
         for text, (answer, source) in answers.items():
             if env.max_characters and len(text) > env.max_characters:
                 continue

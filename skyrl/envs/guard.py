@@ -160,7 +160,7 @@ def _checked(method: Callable, value: Any) -> Any:
     return check_messages(value) if method.__name__ == "reset" else value
 
 
-def check_messages(value: object) -> list[Message]:
+def check_messages(value: Any) -> list[Message]:
     """`value`, when it is a list of at least one message. Raises BadResult."""
     problem = messages_problem(value)
     if problem:
@@ -189,7 +189,7 @@ def check_step(value: object) -> StepResult:
     return value
 
 
-def _finite(value: object, what: str) -> float:
+def _finite(value: Any, what: str) -> float:
     if type(value) is float and math.isfinite(value):
         return value
     if not isinstance(value, numbers.Real) and type(value).__name__ != "bool_":  # numpy's bool is no Real

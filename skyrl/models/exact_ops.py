@@ -193,7 +193,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_attention_gradients(*ctx.saved_tensors, ctx.scale, grads[0]), None, None
+        q_NMC, k_NLC, v_NLC, p_NML = ctx.saved_tensors
+        return *_attention_gradients(q_NMC, k_NLC, v_NLC, p_NML, ctx.scale, grads[0]), None, None
 
 
 def attend(q_NMC: Tensor, k_NLC: Tensor, v_NLC: Tensor, bias_ML: Tensor, scale: float) -> Tensor:
@@ -223,6 +224,7 @@ class _AttendCausal(torch.autograd.Function):
             part = slice(at, at + step)
             q, k, v = q_NMC[part], k_NLC[part], v_NLC[part]
             p = _attend_causal(q, k, v, ctx.scale, want_weights=True)[1]
+            assert p is not None
             for whole, grad in zip(out, _attention_gradients(q, k, v, p, ctx.scale, grads[0][part]), strict=True):
                 whole[part] = grad
         return *out, None

@@ -50,8 +50,9 @@ class CausalLM(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.router: Router | None = None  # adapters, once models.lora.install was called
         self.head_spec = head_spec(net.config)
-        self.vocab_size: int = net.get_input_embeddings().weight.shape[0]
-        embedding = net.get_input_embeddings().weight
+        embeddings: Any = net.get_input_embeddings()
+        self.vocab_size: int = embeddings.weight.shape[0]
+        embedding = embeddings.weight
         if head == "value":
             channels = net.config.get_text_config().hidden_size
             self.value_head = nn.Linear(channels, 1, device=embedding.device, dtype=embedding.dtype)
@@ -83,11 +84,11 @@ class CausalLM(nn.Module):
         return output is not None and output.weight is self.net.get_input_embeddings().weight
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The model without its head: embeddings, layers, final norm."""
         return self.net.base_model
 
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Any]:
         """The decoder layers, first to last: units of sharding and of activation checkpointing."""
         count = self.net.config.get_text_config().num_hidden_layers
         for module in self.decoder.modules():
@@ -135,7 +136,8 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         """Final, normed hidden states [T, C] in the model's dtype; `attention` says which tokens see which."""
-        weight = self.net.get_input_embeddings().weight
+        embeddings: Any = self.net.get_input_embeddings()
+        weight = embeddings.weight
         with precise(weight.dtype), exact_ops.enabled(exact_ops.is_float32_cpu(weight)):
             out = self.decoder(
                 input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, skyrl_attention=attention
@@ -189,7 +191,8 @@ class CausalLM(nn.Module):
             parts.append(self._log_probs(hidden, mb.targets_T[start:stop], temperature, entropy, low))
         if len(parts) == 1:
             return ForwardOutput(*parts[0])
-        return ForwardOutput(torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if entropy else None)
+        entropies = [e for _, e in parts if e is not None]
+        return ForwardOutput(torch.cat([p for p, _ in parts]), torch.cat(entropies) if entropy else None)
 
     def _log_probs(
         self, hidden_TC: Tensor, targets: Tensor, temperature: float, entropy: bool, low: tuple[Tensor, Tensor] | None

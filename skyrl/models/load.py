@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from skyrl.config.schema import ModelConfig
@@ -221,7 +221,7 @@ def check_against_transformers(model: CausalLM) -> None:
         refuse(f"packed log-probabilities differ from transformers' own by {gap:.2g} on average")
 
 
-def plain_logprobs(net: nn.Module, rows: list[Tensor]) -> list[Tensor]:
+def plain_logprobs(net: Any, rows: list[Tensor]) -> list[Tensor]:
     """log softmax [L, V] of each row by transformers' own forward with eager attention, one row at a time."""
     net.set_attn_implementation("eager")
     try:

@@ -73,7 +73,8 @@ class Router:
                 out[-1] = (out[-1][0], stop, out[-1][2])
                 continue
             owners.append(owner)
-            out.append((start, stop, None if owner is None else (*owner.pairs[owner.head], owner.scale)))
+            low = None if owner is None or owner.head is None else (*owner.pairs[owner.head], owner.scale)
+            out.append((start, stop, low))
         return out
 
 

@@ -113,7 +113,7 @@ def plan(net: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     aliases = _aliases(net)
     transforms = get_model_conversion_mapping(net)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings: list[Any] = [t for t in transforms if not isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known = {**wanted, **{alias: wanted[name] for alias, name in aliases.items() if name in wanted}}
     out: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def init_random(module: nn.Module, seed: int, *, std: float = 0.02, residual_lay
         put(param, torch.randn(param.shape, generator=_generator(seed, name)) * spread)
 
 
-def init_value_head(module: nn.Module, seed: int) -> None:
+def init_value_head(module: Any, seed: int) -> None:
     """Fresh values for the value head alone: the rest of a critic comes from files."""
     param, bias = module.value_head.weight, module.value_head.bias
     spread = 1.0 / (param.shape[-1] + 1)

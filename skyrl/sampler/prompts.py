@@ -104,11 +104,11 @@ def score_prompts(
     for one in pack([len(queries[index].tokens) for index in wanted], max_tokens):
         members = sorted((wanted[i] for i in one), key=lambda index: (names.index(queries[index].model), index))
         _score_pack(model, [(queries[i], places[i], stats[i]) for i in members], adapters)
-    for query, one in zip(queries, stats, strict=True):
-        if query.tail and one.topk_ids is not None and one.topk_logprobs is not None:
+    for query, answer in zip(queries, stats, strict=True):
+        if query.tail and answer.topk_ids is not None and answer.topk_logprobs is not None:
             # Copies, since views would keep the whole tables in memory for as long as the answer is kept.
-            one.topk_ids = one.topk_ids[query.start :].copy()
-            one.topk_logprobs = one.topk_logprobs[query.start :].copy()
+            answer.topk_ids = answer.topk_ids[query.start :].copy()
+            answer.topk_logprobs = answer.topk_logprobs[query.start :].copy()
     return stats
 
 

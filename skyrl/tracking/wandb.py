@@ -6,6 +6,7 @@ import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from skyrl.config.schema import RunConfig
 from skyrl.files import write_atomic
@@ -23,7 +24,7 @@ class WandbSink(Sink):
 
     def __init__(self, cfg: RunConfig, folder: Path) -> None:
         """Raises: UserError when wandb is not installed or does not start."""
-        mode = cfg.tracking.wandb
+        mode: Any = cfg.tracking.wandb  # one of the texts that wandb.init takes: checked with the config
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own crashes over the network
         try:

@@ -166,9 +166,9 @@ def _degree(node: Node) -> Fraction:
 
 def _at(node: Node, shift: float) -> complex:
     """The value of a tree in floating point, its variables at fixed odd places."""
-    if node.op == "number":
+    if isinstance(node.value, Fraction):
         return complex(node.value)
-    if node.op == "name":
+    if isinstance(node.value, str):
         return complex(cmath.pi) if node.value == "pi" else complex(0.6 + shift + ord(node.value) % 53 * 0.0817)
     arguments = [_at(argument, shift) for argument in node.args]
     if node.op == "neg":
@@ -184,7 +184,7 @@ def _at(node: Node, shift: float) -> complex:
 def _to_sympy(node: Node):
     import sympy
 
-    if node.op == "number":
+    if isinstance(node.value, Fraction):
         return sympy.Rational(node.value.numerator, node.value.denominator)
     if node.op == "name":
         return sympy.pi if node.value == "pi" else sympy.Symbol(node.value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_CHARACTERS = 256
 MAX_DEPTH = 40
@@ -36,7 +36,7 @@ class Node(NamedTuple):
 _TOKEN = re.compile(
     r"\s*(?:(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|(sqrt|frac|pi|[A-Za-z]+)|(\*\*|.))", re.S | re.A
 )
-_SPELLINGS = [  # typographic and LaTeX forms of the same thing
+_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [  # typographic and LaTeX forms of the same thing
     (re.compile("[\u2212\u2013\ufe63\uff0d]"), "-"),
     (re.compile(r"\u00d7|\u22c5|\u00b7|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])"), "*"),
     (re.compile(r"\u00f7|\\div(?![A-Za-z])"), "/"),
@@ -151,7 +151,7 @@ class _Parser:
 
 def evaluate(node: Node) -> Fraction:
     """The exact value of a tree. Raises ExpressionError for names, roots, division by zero and huge powers."""
-    if node.op == "number":
+    if isinstance(node.value, Fraction):
         return node.value
     if node.op in ("name", "sqrt"):
         raise ExpressionError(f"no rational number: {node.value or node.op}")

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FLASH_PAGE = 256  # tokens; Flash Attention 2 takes pages of a multiple of this, version 3 any
 
 
-def varlen_function() -> Callable[..., Tensor] | None:
+def varlen_function() -> Callable[..., Any] | None:
     """torch's variable-length attention, if it is there and knows block tables."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -111,6 +111,7 @@ class VarlenAttention:
         softcap: float | None,
     ) -> Tensor:
         """See skyrl.models.attention.Attention; without soft cap."""
+        assert self._cache is not None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         for cache, new in ((keys, key_KTC), (values, value_KTC)):
             cache.flatten(0, 1).index_copy_(0, self._slots_T, new.transpose(0, 1))
@@ -118,7 +119,9 @@ class VarlenAttention:
 
     def over(self, query_THC: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of queries over pages, aligned at the end: the last query of a sequence sees all its keys."""
-        return varlen_function()(
+        function = varlen_function()
+        assert function is not None
+        return function(
             query_THC,
             keys,
             values,
@@ -219,6 +222,7 @@ class CudaRunner:
             self._capture(buffers)
         if buffers.graph is None:
             return self._compute(buffers)[:count]
+        assert buffers.logits is not None
         buffers.graph.replay()
         return buffers.logits[:count].clone()  # drawing overwrites it
 

@@ -59,7 +59,7 @@ class FusedRunner(PagedRunner):
         if not self._qk_scale:
             self._qk_scale = scales
         for kept, new in zip(self._qk_scale, scales, strict=True):
-            if kept is not None:
+            if kept is not None and new is not None:
                 kept.copy_(new)  # in place: a CUDA graph reads it there
 
     def forget(self, adapter: Adapter) -> None:
@@ -88,8 +88,8 @@ class FusedRunner(PagedRunner):
             normed = ops.norm(x_TC, layer.input_norm.weight, eps)
             qkv = self._qkv[index](normed, segments).view(-1, heads + 2 * kv_heads, channels)
             qk = qkv[:, : heads + kv_heads]
-            if self._qk_scale[index] is not None:
-                qk = ops.norm(qk, None, eps) * self._qk_scale[index]
+            if (qk_scale := self._qk_scale[index]) is not None:
+                qk = ops.norm(qk, None, eps) * qk_scale
             turned = torch.cat([qk[..., half:], qk[..., :half]], -1)
             qk = ops.rotate(qk * cos_T1C, turned, sin_T1C).transpose(0, 1)
             value = qkv[:, heads + kv_heads :].transpose(0, 1)
@@ -147,7 +147,7 @@ class _ExactOps(_Ops):
     def rotate(x: Tensor, turned: Tensor, sin: Tensor) -> Tensor:
         return turned.mul_(sin).add_(x)
 
-    silu = staticmethod(exact_ops.silu)
+    silu = staticmethod(exact_ops.silu)  # type: ignore[assignment]  # the argument has another name
 
 
 class _ProductAttention:
@@ -213,7 +213,11 @@ class _Linear:
         if self._exact:
             ends = np.cumsum([part.out_features for part in self._parts])
             self._pairs[id(adapter)] = [
-                (slice(end - part.out_features, end), *(exact_ops.pack(side.to(like)) for side in pair))
+                (
+                    slice(end - part.out_features, end),
+                    exact_ops.pack(pair[0].to(like)),
+                    exact_ops.pack(pair[1].to(like)),
+                )
                 for end, part, pair in zip(ends, self._parts, pairs, strict=True)
                 if pair is not None
             ]
@@ -230,7 +234,9 @@ class _Linear:
     def add(self, x: Tensor, y: Tensor, segments: list[Segment] | None) -> Tensor:
         """y, with scale * x A^T B^T added in place to the rows of each adapter."""
         for start, stop, adapter in segments or ():
-            for columns, down, up in () if adapter is None else self._pairs.get(id(adapter), ()):
+            if adapter is None:
+                continue
+            for columns, down, up in self._pairs.get(id(adapter), ()):
                 rows = x[start:stop]
                 if self._exact:
                     low = exact_ops.packed_product(rows, down) * adapter.scale
@@ -243,6 +249,7 @@ class _Linear:
 
     def __call__(self, x: Tensor, segments: list[Segment] | None) -> Tensor:
         if self.packed:
+            assert self._weight is not None
             y = exact_ops.packed_product(x, self._weight, self._bias)
         else:
             outputs = [F.linear(x, part.weight, part.bias) for part in self._parts]
@@ -250,7 +257,7 @@ class _Linear:
         return self.add(x, y, segments)
 
 
-def _qk_scale(plan: DecodePlan, norms: tuple[nn.Module, nn.Module] | None) -> Tensor | None:
+def _qk_scale(plan: DecodePlan, norms: tuple[Any, Any] | None) -> Tensor | None:
     """Weights of the query and key norms, one row per head."""
     if norms is None:
         return None

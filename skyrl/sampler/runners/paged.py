@@ -160,7 +160,8 @@ def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tenso
             used = min(width, len(tables[i]))
             table[at, :used] = tables[i][:used]
         real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)
-        groups.append(Group(*(torch.from_numpy(x).to(device) for x in (rows, where, table)), valid=real))
+        members_T = [torch.from_numpy(x).to(device) for x in (rows, where, table)]
+        groups.append(Group(members_T[0], members_T[1], members_T[2], valid=real))
     tensors = [torch.from_numpy(x).to(device) for x in (tokens, positions, slots)]
     return tensors[0], tensors[1], PagedAttention(cache, tensors[2], groups)
 

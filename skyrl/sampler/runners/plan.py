@@ -7,7 +7,7 @@ SiLU MLP. Anything else is answered with the reason, and the module path is used
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 class LayerPlan:
     """The modules of one decoder layer; `qk_norms` is None where queries and keys are not normed."""
 
-    input_norm: nn.Module
+    input_norm: Any  # of transformers, like the other norms: a module with weight and eps
     qkv: list[nn.Linear]
-    qk_norms: tuple[nn.Module, nn.Module] | None
+    qk_norms: tuple[Any, Any] | None
     out: nn.Linear
-    mlp_norm: nn.Module
+    mlp_norm: Any
     gate_up: list[nn.Linear]
     down: nn.Linear
 
@@ -40,7 +40,7 @@ class DecodePlan:
 
     layers: list[LayerPlan]
     embedding: nn.Embedding
-    norm: nn.Module
+    norm: Any
     head: nn.Linear
     heads: int
     kv_heads: int
@@ -95,11 +95,11 @@ def make_decode_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -
     )  # fmt: skip
 
 
-def _eps(norm: nn.Module) -> float:
+def _eps(norm: Any) -> float:
     return norm.variance_epsilon
 
 
-def _layer(layer: nn.Module) -> LayerPlan:
+def _layer(layer: Any) -> LayerPlan:
     attend, mlp = layer.self_attn, layer.mlp
     norms = (attend.q_norm, attend.k_norm) if hasattr(attend, "q_norm") else None
     return LayerPlan(

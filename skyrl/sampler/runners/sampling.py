@@ -43,7 +43,7 @@ def uniforms(streams_B: np.ndarray, draws_B: np.ndarray) -> np.ndarray:
 
 def check(params: SamplingParams, where: str) -> None:
     """Raises UserError for a parameter outside its range."""
-    params = [
+    rules = [
         ("max_tokens", params.max_tokens, params.max_tokens >= 1, "at least 1"),
         ("temperature", params.temperature, 0 <= params.temperature < float("inf"), "0 (greedy) or above"),
         ("top_k", params.top_k, params.top_k >= 0, "0 (off) or above"),
@@ -51,7 +51,7 @@ def check(params: SamplingParams, where: str) -> None:
         ("min_p", params.min_p, 0 <= params.min_p <= 1, "0 (off) to 1"),
         ("stop", params.stop, all(params.stop), "no empty string"),
     ]
-    for name, value, good, allowed in params:
+    for name, value, good, allowed in rules:
         if not good:
             raise UserError(f"{where}: {name}={value!r}; allowed: {allowed}")
 
@@ -88,8 +88,8 @@ class BatchSamplingParams:
     def rows(self, index: slice) -> BatchSamplingParams:
         """The same for some rows."""
         heat, greedy = (None if x is None else x[index] for x in (self.temperature_B1, self.greedy_B))
-        cuts = (x[index] for x in (self.top_k_B, self.top_p_B, self.min_p_B))
-        return BatchSamplingParams(heat, greedy, *cuts, self.cut, self.temperatures[index])
+        top_k, top_p, min_p = (x[index] for x in (self.top_k_B, self.top_p_B, self.min_p_B))
+        return BatchSamplingParams(heat, greedy, top_k, top_p, min_p, self.cut, self.temperatures[index])
 
 
 def sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
