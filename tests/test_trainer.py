@@ -63,10 +63,10 @@ def test_every_registered_part_makes_a_real_step(advantage, loss, reduction, cor
 def test_the_list_above_has_every_name():
     columns = [set(column) for column in zip(*PARTS, strict=True)]
     assert columns == [
-        set(validation.ADVANTAGES),
-        set(validation.LOSSES),
-        set(validation.REDUCTIONS),
-        set(validation.CORRECTIONS),
+        set(validation.REGISTERED["algorithm.advantage.name"]()),
+        set(validation.REGISTERED["algorithm.loss.name"]()),
+        set(validation.REGISTERED["algorithm.loss.reduction"]()),
+        set(validation.REGISTERED["algorithm.loss.correction"]()),
     ]
 
 
