@@ -1,5 +1,6 @@
 """Docstrings of options reach --help and docs/options.md, and that page is up to date."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,32 @@ def test_suggestions():
     assert suggest("loss.clip_low") == "algorithm.loss.params.clip_low"
     assert suggest("experimnt", ("experiment",)) == "experiment"
     assert suggest("qqqqqqq") == ""
+
+
+# Options of each group and why there may be so many. Parameters of losses and advantages do not count: a declaration
+# brings them with what reads them.
+BUDGET = {
+    "": (4, "seed, dry_run, experiment, plugins"),
+    "model": (19, "which weights in which numbers, with the shape of tiny (6) and adapters (5)"),
+    "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
+    "sampler": (13, "what is drawn (7) and the memory it takes (6)"),
+    "batch": (8, "a step is prompts, samples, updates; the rest is memory"),
+    "optim": (9, "AdamW (5), its schedule (4)"),
+    "algorithm": (21, "five independent parts: advantage, loss, KL, filters, critic"),
+    "env": (5, "which task, its own options, and its limits"),
+    "data": (5, "two sources, an order and two limits"),
+    "eval": (4, "when, on what, how"),
+    "warmup": (3, "as little as a supervised phase needs"),
+    "checkpoint": (5, "when, what is kept, how it is written"),
+    "tracking": (6, "one switch for each place numbers go to"),
+    "debug": (3, "one switch for each doubt"),
+    "run": (10, "name, place, resume, and the patience of ranks"),
+    "service": (19, "address, keys, names, and one limit for each thing clients could exhaust"),
+}
+
+
+def test_each_group_keeps_its_budget():
+    counts = Counter(option.path.split(".")[0] if "." in option.path else "" for option in all_options())
+    assert counts.keys() == BUDGET.keys()
+    over = {group: count for group, count in counts.items() if count > BUDGET[group][0]}
+    assert not over, f"more options than budgeted: {over}; remove one, or raise the budget with its reason"
