@@ -91,7 +91,7 @@ class Model:
             rows,
             dtype=loss_dtype(next(self.strategy.module.parameters()).dtype),
             device=self.world.device,
-            fill={**LOSSES.get(loss.name).params, **loss.params} if loss.name else {},
+            fill={**LOSSES.get(loss.name).defaults(), **loss.params} if loss.name else {},
         )
         with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
             out = self.strategy.module(

@@ -141,7 +141,8 @@ def versions() -> Findings:
         seen = "skyrl is not installed, only on the path"
         yield Finding("packages", "warn", seen, "pip install -e . checks versions")
         return
-    seen, wrong = [], []
+    found: list[str] = []
+    wrong: list[str] = []
     for one in wanted:
         if one.marker is not None and not one.marker.evaluate({"extra": ""}):
             continue
@@ -150,13 +151,13 @@ def versions() -> Findings:
         except PackageNotFoundError:
             wrong.append(f"{one.name} is missing")
             continue
-        seen.append(f"{one.name} {have}")
+        found.append(f"{one.name} {have}")
         if not one.specifier.contains(have, prereleases=True):
             wrong.append(f"{one.name} {have}, wanted {one.specifier}")
     if wrong:
         yield Finding("packages", "fail", "; ".join(wrong), "make install, or pip install -c constraints.txt -e .")
     else:
-        yield Finding("packages", "ok", ", ".join(seen))
+        yield Finding("packages", "ok", ", ".join(found))
 
 
 def gpus() -> Findings:

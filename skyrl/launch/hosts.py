@@ -153,6 +153,7 @@ class _Hosts:
         """A signal for the ranks of all hosts."""
         self.heard.append(number)
         for child in self.children:
+            assert child.stdin is not None
             try:
                 child.stdin.write(f"{signal.Signals(number).name}\n")
                 child.stdin.flush()
@@ -173,6 +174,7 @@ class _Hosts:
                 time.sleep(0.2)
         codes = [child.returncode for child in self.children]
         for child in self.children:
+            assert child.stdin is not None
             child.stdin.close()
         if signal.SIGINT in self.heard:
             return processes.INTERRUPTED

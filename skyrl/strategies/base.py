@@ -24,7 +24,7 @@ class Strategy(Protocol):
     """
 
     name: str
-    module: nn.Module
+    module: Any  # a CausalLM, or what DeepSpeed makes of one
     is_sharded: bool
 
     def backward(self, loss: Tensor) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.init import World
@@ -17,7 +16,14 @@ from skyrl.strategies.zero import ZeroStrategy
 
 
 def make_strategy(
-    name: str, cfg: RunConfig, world: World, tokenizer: Any, *, dtype: torch.dtype, head: str, trainable: bool
+    name: str,
+    cfg: RunConfig,
+    world: World,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    head: Literal["logits", "value"],
+    trainable: bool,
 ) -> Strategy:
     """A module with the weights of `model.path` under strategy `name`, ready to train or, frozen, to score with.
 
@@ -42,7 +48,7 @@ def make_strategy(
         return ReplicatedStrategy(module, world, trainable=trainable)
     master = torch.float32 if dtype == torch.bfloat16 else dtype
 
-    def fill(module: nn.Module, device: torch.device) -> None:
+    def fill(module: Any, device: torch.device) -> None:
         load_into(module, cfg.model, device=device, seed=cfg.seed)
 
     return FSDPStrategy(

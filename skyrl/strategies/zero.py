@@ -182,8 +182,10 @@ class ZeroStrategy:
         whole.eval().requires_grad_(False)
         yield whole
 
-    def _portions(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
-        portion, size = [], 0
+    def _portions(self) -> Iterator[list[tuple[str, Any]]]:
+        portion: list[tuple[str, Any]] = []  # DeepSpeed adds attributes to the parameters
+        size = 0
+        p: Any
         for name, p in self._named:
             if portion and size + p.ds_numel > _GATHER_ELEMENTS:
                 yield portion
@@ -229,7 +231,7 @@ class ZeroStrategy:
                         self._set(p, _full(state[key][name]), key)
                 self._set_step_count(state["step"])
 
-    def _set(self, p: nn.Parameter, whole: Tensor, *key: str) -> None:
+    def _set(self, p: Any, whole: Tensor, *key: str) -> None:
         """This rank's part of a master, or with `key` of a moment, from the whole tensor."""
         from deepspeed import utils
 
