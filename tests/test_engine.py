@@ -284,3 +284,12 @@ def test_a_critic_learns_its_returns():
     values = engine.score(rows, 1.0, model="critic").values
     assert [len(v) for v in values] == [len(row.tokens) for row in rows]
     assert distance(weights_of(engine), policy) == 0.0
+
+
+def test_thresholds_of_some_rows_stand_beside_the_declared_defaults_of_the_others():
+    rows = make_rows(count=4)
+    spec = LossSpec("ppo", {}, temperature=0.9)
+    engine = make_engine()
+    plain = engine.forward_backward(rows, spec)
+    rows[1].clip_low, rows[1].clip_high = (np.full(len(rows[1].tokens), 0.2) for _ in range(2))
+    assert engine.forward_backward(rows, spec).metrics == plain.metrics
