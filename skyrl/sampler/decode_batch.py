@@ -28,7 +28,7 @@ class DecodeBatch:
         self._stops_BN = np.full((len(params), width), -1, dtype=np.int64)
         for row, p in zip(self._stops_BN, params, strict=True):
             row[: len(p.stop_token_ids)] = p.stop_token_ids
-        self._strings = [index for index, s in enumerate(self.sequences) if s.stops_at is not None]
+        self._strings = [(index, s.stops_at) for index, s in enumerate(self.sequences) if s.stops_at is not None]
         self._size = cache.block_tokens
         blocks = -(-int(self._limits_B.max(initial=1)) // self._size)
         table_BW = np.zeros((len(params), blocks), dtype=np.int32)
@@ -59,8 +59,8 @@ class DecodeBatch:
         self.batch.tokens_B[:] = tokens_B
         self.batch.positions_B += 1
         stopped_B = (self._stops_BN == tokens_B[:, None]).any(1)
-        for index in self._strings:
-            stopped_B[index] |= self.sequences[index].stops_at(int(tokens_B[index]))
+        for index, stops_at in self._strings:
+            stopped_B[index] |= stops_at(int(tokens_B[index]))
         ended = np.flatnonzero(stopped_B | (self.lengths_B >= self._limits_B))
         if len(ended) or self.crowded():
             self.flush()

@@ -125,7 +125,9 @@ class DecodeInputs:
 class Runner(Protocol):
     """Computes logits over the cache and samples from them. Decides nothing."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Which path computes: module, fused or kernels."""
 
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
