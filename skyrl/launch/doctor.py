@@ -33,7 +33,7 @@ from packaging.requirements import Requirement
 from skyrl.config.args import Parser
 from skyrl.distributed import env
 from skyrl.launch import machine
-from skyrl.launch.rank import CACHES
+from skyrl.launch.rank import cache_folders
 from skyrl.types import UserError
 
 GIB = 2**30
@@ -308,13 +308,8 @@ def _disk_findings(place: Path, scratch: Path) -> Findings:
 
 def caches() -> Findings:
     """Where compiled kernels go: a shared file system makes ranks on other nodes fail or wait."""
-    home = Path.home()
-    places = {"TRITON_CACHE_DIR": home / ".triton", **dict.fromkeys(("TORCH_EXTENSIONS_DIR", "CUDA_CACHE_PATH"), home)}
-    shared = []
-    for variable in CACHES:
-        place = existing(Path(os.environ.get(variable) or places.get(variable, Path("/tmp"))))
-        if file_system(place) in SHARED:
-            shared.append(f"{variable} ({place})")
+    places = {variable: existing(folder) for variable, folder in cache_folders().items()}
+    shared = [f"{variable} ({place})" for variable, place in places.items() if file_system(place) in SHARED]
     seen = f"on a shared file system: {', '.join(shared)}" if shared else "on this node"
     todo = "skyrl-tx launch and the batch scripts move them; without these, set SKYRL_LOCAL_CACHE=/tmp/..."
     yield warn_unless(not shared, "kernel caches", seen, todo)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -23,7 +23,8 @@ from skyrl.types import UserError
 AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
 MODES = ("train", "sft", "serve")
 BIND, CACHE, WARM, LEFT = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE", "SKYRL_LEFT"
-# Where libraries keep compiled kernels: on a shared file system they slow down or break the ranks of other nodes.
+# Variables of libraries that say where they keep compiled kernels, and our names of these folders. On a shared file
+# system they slow down or break the ranks of other nodes.
 CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -87,6 +88,18 @@ def local_caches(environment: MutableMapping[str, str] = os.environ) -> Path | N
     if environment.get(WARM):
         warm_up(Path(environment[WARM]), Path(place))
     return Path(place)
+
+
+def cache_folders(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
+    """Where this process keeps compiled kernels: a variable of CACHES -> folder (which may not be there)."""
+    home, temporary = Path.home(), Path(tempfile.gettempdir())
+    usual = {
+        "TRITON_CACHE_DIR": home / ".triton" / "cache",
+        "TORCHINDUCTOR_CACHE_DIR": temporary / f"torchinductor_{environment.get('USER', '')}",
+        "TORCH_EXTENSIONS_DIR": home / ".cache" / "torch_extensions",
+        "CUDA_CACHE_PATH": home / ".nv" / "ComputeCache",
+    }
+    return {variable: Path(environment.get(variable) or usual[variable]) for variable in CACHES}
 
 
 def warm_up(source: Path, place: Path) -> None:

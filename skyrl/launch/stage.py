@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
 from skyrl.envs.jsonl import data_file, is_file_path
 from skyrl.files import manifest_entry, verify_manifest, write_atomic
+from skyrl.launch.rank import CACHES, cache_folders
 from skyrl.types import UserError
 
 MANIFEST, OPTIONS, ENVIRONMENT, VARIABLE = "manifest.json", "options", "environment.sh", "SKYRL_STAGED"
@@ -254,24 +254,10 @@ def load_prompts(options: Sequence[str]) -> None:
         sys.exit(str(error))
 
 
-def cache_folders(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
-    """Where this machine keeps compiled kernels: name in the stage -> folder (which may not be there)."""
-    home = Path.home()
-    return {
-        "triton": Path(environment.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
-        "inductor": Path(
-            environment.get("TORCHINDUCTOR_CACHE_DIR")
-            or Path(tempfile.gettempdir()) / f"torchinductor_{environment.get('USER', '')}"
-        ),
-        "extensions": Path(environment.get("TORCH_EXTENSIONS_DIR") or home / ".cache" / "torch_extensions"),
-        "cuda": Path(environment.get("CUDA_CACHE_PATH") or home / ".nv" / "ComputeCache"),
-    }
-
-
 def _stage_caches(made: Stage) -> bool:
     files = {
-        f"caches/{name}/{path.relative_to(folder)}": path
-        for name, folder in cache_folders().items()
+        f"caches/{CACHES[variable]}/{path.relative_to(folder)}": path
+        for variable, folder in cache_folders().items()
         for path in (sorted(folder.rglob("*")) if folder.is_dir() else ())
         if path.is_file() and not path.name.endswith(".lock")
     }
