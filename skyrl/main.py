@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
@@ -58,13 +59,14 @@ FLAGS: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def run_entry(mode: str) -> None:
+def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
     """Runs a loop (skyrl.trainers.rl.<mode>) or the server (skyrl.service.server.serve) for the command line: once, or
     once per point of a sweep (-m; not for serve).
 
     Exit codes: 0; 2 with one line for what a person can fix; 1 with one line for a run that cannot go on or has lost a
     rank, or with a traceback for anything else; 75 after a signal or deadline, when the same command should be started
     again; 130 after an interrupt. Every rank runs this; the first rank that fails tells why, the others are silent.
+    `prepare` runs once this process knows its rank, and gives options to add to the command line.
     """
     # Without it every rank whose connection to a rank that has ended breaks writes twenty lines of C++ frames, in which
     # the one line that says why is lost. Read when torch is imported.
@@ -78,7 +80,7 @@ def run_entry(mode: str) -> None:
         return
     try:
         from_slurm()  # under srun alone, RANK and the others come from Slurm's variables
-        _Entry(mode, args).run()
+        _Entry(mode, [*args, *prepare()]).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
     except UserError as error:

@@ -35,20 +35,17 @@ CACHES = {
 
 def main() -> None:
     """Runs this rank."""
-    mode, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    try:
+    mode, *args = sys.argv[1:] or [""]
+
+    def prepare() -> list[str]:
         if mode not in MODES:
             raise UserError(f"python -m skyrl.launch.rank {mode}: choose one of: {', '.join(MODES)}")
-        slurm_env.from_slurm()
-        args += bind_cpus(args)
         local_caches()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"skyrl: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    asked = _listen(mode)
+        return bind_cpus(args)
+
     sys.argv = [f"skyrl.{mode}", *args]
-    run_entry(mode)
+    asked = _listen(mode)
+    run_entry(mode, prepare)
     if asked:
         sys.exit(AGAIN)
 
