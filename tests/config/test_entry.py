@@ -66,6 +66,8 @@ def test_cfg_job_prints_the_config_and_nothing_else_happens(tmp_path):
     assert done.returncode == 0
     shown, ours = yaml.safe_load(done.stdout), to_dict(load_config(["optim.lr=0.5", "batch.num_steps=3"]))
     shown.pop("run"), ours.pop("run")  # run.name is filled later
+    for kind in ("loss", "advantage"):  # Hydra shows what was given; declared defaults are filled in when it is read
+        assert shown["algorithm"][kind].pop("params") == {} != ours["algorithm"][kind].pop("params")
     for group in ("batch", "env", "algorithm", "warmup", "sampler"):
         assert shown[group] == ours[group]
     assert shown["optim"]["lr"] == 0.5 and list(tmp_path.iterdir()) == []
