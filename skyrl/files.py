@@ -57,15 +57,15 @@ def write_folder_atomic(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_tree(folder: Path, *, trash: str = ".trash-") -> None:
-    """Deletes a folder. It is renamed first, to <name><trash><random>: a kill while its files are deleted must leave
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder. It is renamed first, to <name>.trash-<random>: a kill while its files are deleted must leave
     nothing that looks whole. Raises OSError."""
-    shutil.rmtree(to_trash(folder, trash=trash))
+    shutil.rmtree(to_trash(folder))
 
 
-def to_trash(folder: Path, *, trash: str = ".trash-") -> Path:
+def to_trash(folder: Path) -> Path:
     """Takes a folder's name away, in one step; returns where it is now. Raises OSError."""
-    target = folder.with_name(f"{folder.name}{trash}{secrets.token_hex(4)}")
+    target = folder.with_name(f"{folder.name}.trash-{secrets.token_hex(4)}")
     folder.rename(target)
     return target
 
