@@ -30,8 +30,8 @@ def ours(args: argparse.Namespace) -> None:
     from skyrl.api import Environment, StepResult, register_environment
     from skyrl.config.load import load_config
     from skyrl.distributed.init import shutdown
-    from skyrl.run import open_run
-    from skyrl.trainers.rl import reinforce
+    from skyrl.loop import open_run
+    from skyrl.trainers.rl import train_rl
     from skyrl.types import Prompt
 
     @register_environment("even_characters")
@@ -79,7 +79,7 @@ def ours(args: argparse.Namespace) -> None:
     run = open_run(cfg)
     run.renderer.stop_token_ids = ()
     with run:
-        reinforce(run)
+        train_rl(run)
     if run.world.is_leader:
         records = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
         records = [r for r in records if r["step"] > args.warmup]

@@ -60,8 +60,8 @@ FLAGS: dict[str, tuple[str, ...] | None] = {
 
 
 def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
-    """Runs a loop (skyrl.trainers.rl.<mode>) or the server (skyrl.service.server.serve) for the command line: once, or
-    once per point of a sweep (-m; not for serve).
+    """Runs a trainer (skyrl.trainers) or the server (skyrl.service.server) for the command line: once, or once per
+    point of a sweep (-m; not for serve).
 
     Exit codes: 0; 2 with one line for what a person can fix; 1 with one line for a run that cannot go on or has lost a
     rank, or with a traceback for anything else; 75 after a signal or deadline, when the same command should be started

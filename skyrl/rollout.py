@@ -22,6 +22,7 @@ from skyrl.sampler.sampler import Sampler
 from skyrl.types import (
     Datum,
     Episode,
+    Floats,
     Ints,
     Message,
     Prompt,
@@ -101,11 +102,11 @@ def draw_seed(*key: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Play:
+class RolloutConfig:
     """How episodes are played: group size, sampling, limits, and the key of every draw.
 
     `params.seed` is not used: each turn's seed comes from `key`, the prompt's position, the sample and the turn.
-    `asked` says whether this rank shall stop playing.
+    `stop_requested` says whether this rank shall stop playing.
     """
 
     env: EnvConfig
@@ -113,11 +114,11 @@ class Play:
     group_size: int
     max_row_tokens: int
     key: tuple[Any, ...]
-    asked: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], bool] = lambda: False
 
 
 @dataclass
-class _Seat:
+class ActiveEpisode:
     """An episode that is being played."""
 
     position: int
@@ -129,51 +130,56 @@ class _Seat:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def collect(
-    sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], play: Play, renderer: Renderer
+def rollout(
+    sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], config: RolloutConfig, renderer: Renderer
 ) -> list[list[Episode]]:
     """The groups of episodes of `prompts` ((position in the data, prompt) pairs), in that order, samples in order.
 
-    No collective: each rank plays its own prompts. [] when `play.asked` says stop: what was under way is dropped, and
-    its draws are the same next time. Raises UserError when an environment or reward fails and env.on_error is "stop".
+    No collective: each rank plays its own prompts. [] when `config.stop_requested` says so: what was under way is
+    dropped, and its draws are the same next time. Raises UserError when an environment or reward fails and env.on_error
+    is "stop".
     """
-    guard = Guard(play.env)
-    groups: list[list[Episode | None]] = [[None] * play.group_size for _ in prompts]
-    seats: dict[str, tuple[int, _Seat]] = {}
+    guard = Guard(config.env)
+    groups: list[list[Episode | None]] = [[None] * config.group_size for _ in prompts]
+    active: dict[str, tuple[int, ActiveEpisode]] = {}
 
-    def finish(group: int, seat: _Seat, stop: str, invalid: str = "") -> None:
-        reward = sum(turn.reward for turn in seat.turns)
-        metrics = {**seat.metrics, "turns:mean": float(len(seat.turns))}
-        groups[group][seat.index] = Episode(seat.prompt, seat.index, seat.turns, reward, stop, metrics, invalid)
-        guard.call(seat.env.close, prompt=seat.prompt)
+    def finish(group: int, episode: ActiveEpisode, stop: str, invalid: str = "") -> None:
+        reward = sum(turn.reward for turn in episode.turns)
+        metrics = {**episode.metrics, "turns:mean": float(len(episode.turns))}
+        ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, metrics, invalid)
+        groups[group][episode.index] = ended
+        guard.call(episode.env.close, prompt=episode.prompt)
 
-    def request(group: int, seat: _Seat) -> None:
-        room = play.max_row_tokens - len(seat.context)
+    def request(group: int, episode: ActiveEpisode) -> None:
+        room = config.max_row_tokens - len(episode.context)
         if room <= 0:
-            if not seat.turns:
+            if not episode.turns:
                 raise UserError(
-                    f"prompt {seat.prompt.uid} has {len(seat.context)} tokens, and rows end at {play.max_row_tokens}; "
-                    "raise batch.max_row_tokens or leave it out of the data (data.max_prompt_tokens finds such prompts "
-                    "at the start)"
+                    f"prompt {episode.prompt.uid} has {len(episode.context)} tokens, and rows end at "
+                    f"{config.max_row_tokens}; raise batch.max_row_tokens or leave it out of the data "
+                    "(data.max_prompt_tokens finds such prompts at the start)"
                 )
-            finish(group, seat, "length")
+            finish(group, episode, "length")
             return
-        uid = f"{seat.position}/{seat.index}/{len(seat.turns)}"
-        seed = draw_seed(*play.key, seat.position, seat.prompt.uid, seat.index, len(seat.turns))
+        uid = f"{episode.position}/{episode.index}/{len(episode.turns)}"
+        seed = draw_seed(*config.key, episode.position, episode.prompt.uid, episode.index, len(episode.turns))
         params = replace(
-            play.params, max_tokens=min(room, play.params.max_tokens), seed=seed, stop_token_ids=renderer.stop_token_ids
+            config.params,
+            max_tokens=min(room, config.params.max_tokens),
+            seed=seed,
+            stop_token_ids=renderer.stop_token_ids,
         )
-        seats[uid] = (group, seat)
-        sampler.add(SampleRequest(uid=uid, tokens=seat.context, params=params))
+        active[uid] = (group, episode)
+        sampler.add(SampleRequest(uid=uid, tokens=episode.context, params=params))
 
     with guard:
         for group, (position, prompt) in enumerate(prompts):
             known: tuple[list[Message], Ints] | None = None
-            for index in range(play.group_size):
+            for index in range(config.group_size):
                 heartbeat()
-                if play.asked():
-                    return _dropped(guard, sampler, seats)
-                env = make_environment(play.env)
+                if config.stop_requested():
+                    return _dropped(guard, sampler, active)
+                env = make_environment(config.env)
                 opening = guard.call(env.reset, prompt, prompt=prompt)
                 if opening.invalid:
                     groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, opening.invalid)
@@ -181,47 +187,54 @@ def collect(
                     continue
                 if known is None or known[0] != opening.value:
                     known = opening.value, renderer.start(opening.value)
-                request(group, _Seat(position, index, prompt, env, known[1]))
+                request(group, ActiveEpisode(position, index, prompt, env, known[1]))
         while sampler.unfinished():
             heartbeat()
-            if play.asked():
-                return _dropped(guard, sampler, seats)
+            if config.stop_requested():
+                return _dropped(guard, sampler, active)
             for sample in sampler.step():
-                group, seat = seats.pop(sample.uid)
-                _take_turn(guard, play, renderer, group, seat, sample, request, finish)
+                group, episode = active.pop(sample.uid)
+                _take_turn(guard, config, renderer, group, episode, sample, request, finish)
     return groups  # type: ignore[return-value]
 
 
-def _dropped(guard: Guard, sampler: Sampler, seats: dict[str, tuple[int, _Seat]]) -> list[list[Episode]]:
+def _dropped(guard: Guard, sampler: Sampler, active: dict[str, tuple[int, ActiveEpisode]]) -> list[list[Episode]]:
     """Takes everything back that is under way."""
-    for uid, (_, seat) in seats.items():
+    for uid, (_, episode) in active.items():
         sampler.cancel(uid)
-        guard.call(seat.env.close, prompt=seat.prompt)
+        guard.call(episode.env.close, prompt=episode.prompt)
     return []
 
 
 def _take_turn(
-    guard: Guard, play: Play, renderer: Renderer, group: int, seat: _Seat, sample: Sample, request: Any, finish: Any
+    guard: Guard,
+    config: RolloutConfig,
+    renderer: Renderer,
+    group: int,
+    episode: ActiveEpisode,
+    sample: Sample,
+    request: Any,
+    finish: Any,
 ) -> None:
     """Gives a finished sample to the environment and goes on as it says."""
     check_drawn(sample)
-    turn = Turn(seat.context, sample)
-    seat.turns.append(turn)
+    turn = Turn(episode.context, sample)
+    episode.turns.append(turn)
     text = renderer.decode(sample.tokens.tolist())
-    outcome = guard.call(seat.env.step, text, prompt=seat.prompt)
+    outcome = guard.call(episode.env.step, text, prompt=episode.prompt)
     if outcome.invalid:
-        finish(group, seat, "aborted", outcome.invalid)
+        finish(group, episode, "aborted", outcome.invalid)
         return
     result = outcome.value
     turn.reward = float(result.reward)
-    seat.metrics.update(result.metrics)
-    if result.done or len(seat.turns) >= play.env.max_turns:
-        finish(group, seat, sample.stop)
+    episode.metrics.update(result.metrics)
+    if result.done or len(episode.turns) >= config.env.max_turns:
+        finish(group, episode, sample.stop)
         return
     last = int(sample.tokens[-1]) if len(sample.tokens) else -1
     more = renderer.continuation(result.observation, last)
-    seat.context = np.concatenate([seat.context, sample.tokens, more])
-    request(group, seat)
+    episode.context = np.concatenate([episode.context, sample.tokens, more])
+    request(group, episode)
 
 
 def check_drawn(sample: Sample) -> None:
@@ -233,29 +246,60 @@ def check_drawn(sample: Sample) -> None:
         )
 
 
-@dataclass
-class Row:
-    """A Datum of an episode before its weights and advantages are known. `mask` [L] marks the sampled targets,
-    `rewards` [L] holds each turn's reward on the last token of that turn."""
+Group = tuple[int, list[Episode]]  # (place in the step's batch, over all ranks; its episodes)
 
-    datum: Datum
+
+@dataclass(frozen=True)
+class Row:
+    """One row of an episode on its way to a Datum; all arrays are [L], shifted as a Datum's.
+
+    Nothing in it changes: each stage of the loop returns rows with one more field set (`dataclasses.replace`). `mask`
+    marks the sampled targets, `trained` those of them that the filters leave. `rewards` holds each turn's reward on the
+    last token of that turn. `group` is the place of its prompt in the batch of all ranks, `episode` counts this rank's.
+    """
+
+    name: str
+    tokens: Ints
+    targets: Ints
+    mask: np.ndarray
+    rewards: Floats
+    sampling_logprobs: Floats
     group: int
     episode: int
-    mask: np.ndarray
-    rewards: np.ndarray
     stop: StopReason
     valid: bool
+    reference: Floats | None = None
+    values: Floats | None = None
+    advantages: Floats | None = None
+    returns: Floats | None = None
+    trained: np.ndarray | None = None
+    old_logprobs: Floats | None = None
+
+    def datum(self, weights: Floats) -> Datum:
+        """What the engine trains on: this row with its weights, which are mask and reduction in one."""
+        return Datum(
+            tokens=self.tokens,
+            targets=self.targets,
+            weights=weights,
+            sampling_logprobs=self.sampling_logprobs,
+            advantages=self.advantages,
+            old_logprobs=self.old_logprobs,
+            reference=self.reference,
+            values=self.values,
+            returns=self.returns,
+            name=self.name,
+        )
 
 
-def to_rows(groups: list[list[Episode]]) -> list[Row]:
+def to_rows(groups: Sequence[Group]) -> list[Row]:
     """Rows of all episodes, in order. A turn whose context does not begin with everything before it opens a new row
     of the same episode. Episodes without a sampled token give no row."""
     rows: list[Row] = []
     episode = 0
-    for g, group in enumerate(groups):
+    for place, group in groups:
         for one in group:
             for number, turns in enumerate(_chains(one.turns)):
-                rows.append(_row(one, turns, g, episode, number))
+                rows.append(_row(one, turns, place, episode, number))
             episode += 1
     return rows
 
@@ -286,11 +330,15 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         mask[start:end] = True
         logprobs[start:end] = turn.sample.logprobs
         rewards[end - 1] += turn.reward
-    datum = Datum(
+    return Row(
+        name=f"{episode.prompt.uid}/{episode.index}/{part}",
         tokens=ids[:-1],
         targets=ids[1:],
-        weights=mask.astype(np.float32),
+        mask=mask,
+        rewards=rewards,
         sampling_logprobs=logprobs,
-        name=f"{episode.prompt.uid}/{episode.index}/{part}",
+        group=group,
+        episode=number,
+        stop=episode.stop,
+        valid=not episode.invalid,
     )
-    return Row(datum, group, number, mask, rewards, episode.stop, not episode.invalid)

@@ -27,6 +27,7 @@ from skyrl.config.validation import ignored_on_resume
 from skyrl.distributed import env as slurm_env
 from skyrl.files import write_atomic
 from skyrl.tracking.jsonl import read_metrics
+from skyrl.trainers import run_trainer
 from skyrl.types import RunError, StopRun, UserError
 
 RESULT = "result.json"
@@ -40,7 +41,7 @@ UNCOUNTED = ("seed", "batch.num_steps")  # a point's length is one of its option
 
 
 def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
-    """Runs skyrl.trainers.rl.<mode>(cfg); the final held-out accuracy, None for a run without evaluation.
+    """Runs a trainer; the final held-out accuracy, None for a run without evaluation.
 
     A point of a `sweep` whose folder has a result of the same options is not run again. Raises what the run raises.
     """
@@ -52,9 +53,7 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
             print(f"{folder}: done already, accuracy {_show(done['accuracy'])}", flush=True)
         return done["accuracy"]
     start = time.time()
-    from skyrl.trainers import rl  # it imports torch
-
-    getattr(rl, mode)(cfg)
+    run_trainer(mode, cfg)
     if cfg.dry_run:
         return None
     accuracy = final_values(folder / "metrics.jsonl").get(OBJECTIVE)

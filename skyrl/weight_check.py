@@ -1,4 +1,4 @@
-"""Proof that the sampler draws from the trained weights: made at a hand-over, on an interval, loud when it fails.
+"""A check that the sampler draws from the trained weights: made at a hand-over, on an interval, loud when it fails.
 
 Two parts, since each sees what the other cannot. Checksums compare every tensor that is handed over with the
 optimizer's own weights, bit for bit, and over ranks: they see old or torn copies. A probe compares log-probabilities
@@ -28,13 +28,13 @@ _PART = 1 << 24  # elements whose checksum is made at once
 
 @dataclass(frozen=True)
 class Probe:
-    """What was drawn for the proof: prompts of fixed random tokens, and their continuations."""
+    """What was drawn for the check: prompts of fixed random tokens, and their continuations."""
 
     prompts: list[np.ndarray]
     samples: list[Sample]
 
 
-def draw_probe(engine: Engine, sampler: Sampler, step: int) -> Probe:
+def sample_probe(engine: Engine, sampler: Sampler, step: int) -> Probe:
     """Draws the probe of a step: the same prompts on every rank. For an idle sampler; leaves none of its counts."""
     seed, vocabulary = engine.cfg.seed, engine.module_of("policy").vocab_size
     rng = np.random.default_rng(draw_seed(seed, "proof", step))

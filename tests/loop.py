@@ -79,7 +79,7 @@ def loop_config(folder: Path, *overrides: str, env: dict[str, Any] | None = None
 
 def train_here(cfg: RunConfig, mode: str = "train") -> list[Call]:
     """The whole run on this rank; returns its calls of forward_backward."""
-    from skyrl.trainers import rl
+    from skyrl.trainers import run_trainer
 
     calls: list[Call] = []
     real = Engine.forward_backward
@@ -92,7 +92,7 @@ def train_here(cfg: RunConfig, mode: str = "train") -> list[Call]:
 
     Engine.forward_backward = spy
     try:
-        getattr(rl, mode)(cfg)
+        run_trainer(mode, cfg)
     finally:
         Engine.forward_backward = real
     return calls

@@ -19,8 +19,8 @@ from skyrl.checkpoint import latest
 from skyrl.checkpoint_folder import digest
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine
-from skyrl.finish import export_checkpoint
-from skyrl.run import create_policy
+from skyrl.export import export_checkpoint
+from skyrl.loop import create_policy
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import AdamParams, LossSpec, RunError, UserError
 
@@ -217,7 +217,7 @@ def test_the_sampler_follows_the_adapter_and_the_proof_sees_when_not():
     engine = engine_of(small_config("model.lora.rank=4"))
     for step in range(3):
         with engine.sampling() as sampler:
-            probe = weight_check.draw_probe(engine, sampler, step)
+            probe = weight_check.sample_probe(engine, sampler, step)
             assert {sample.version for sample in probe.samples} == {step}
         weight_check.check_copies(engine)
         assert weight_check.check_probe(engine, probe) < 1e-5
@@ -228,4 +228,4 @@ def test_the_sampler_follows_the_adapter_and_the_proof_sees_when_not():
     with torch.no_grad():
         next(engine.models["policy"].strategy.module.parameters()).fill_(float("nan"))
     with engine.sampling() as sampler, pytest.raises(RunError, match="the adapter gives logits that are not finite"):
-        weight_check.draw_probe(engine, sampler, 9)
+        weight_check.sample_probe(engine, sampler, 9)

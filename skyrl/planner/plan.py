@@ -27,7 +27,7 @@ from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
 __all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_facts"]
 
-Due = Literal["eval", "save", "rollouts", "replicas"]
+Due = Literal["rollouts", "replicas"]
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,8 @@ class Plan:
         return not self.needs_critic or step >= self.cfg.algorithm.critic.warmup_steps
 
     def due(self, kind: Due, step: int) -> bool:
-        """Whether `kind` happens after `step` finished steps. Evaluation and saving also after the last one."""
-        cfg = self.cfg
-        every = {
-            "eval": cfg.eval.every_steps,
-            "save": cfg.checkpoint.every_steps,
-            "rollouts": cfg.tracking.rollouts_every,
-            "replicas": cfg.debug.check_replicas_every,
-        }[kind]
-        if kind in ("eval", "save") and step == self.num_steps:
-            return True
+        """Whether `kind` happens in step `step`, counted from 1."""
+        every = {"rollouts": self.cfg.tracking.rollouts_every, "replicas": self.cfg.debug.check_replicas_every}[kind]
         return every > 0 and step > 0 and step % every == 0
 
 

@@ -41,7 +41,7 @@ class Sink:
         """The run ends."""
 
 
-class MetricSums:
+class StepMetrics:
     """Metrics of one step, merged by the end of their key: sums add, max and min compare, means are averaged plainly.
 
     Plainly: a step with several optimizer calls logs the average of their means, each call counting the same.
@@ -82,7 +82,7 @@ class Tracker:
 
     def __init__(self, sinks: list[Sink], *, metrics_path: Path | None = None, peak_flops: float | None = None) -> None:
         self.sinks, self.metrics_path, self.peak_flops = sinks, metrics_path, peak_flops
-        self._tally = MetricSums()
+        self._tally = StepMetrics()
         self._start = time.perf_counter()
 
     def add(self, metrics: Metrics) -> None:
@@ -113,7 +113,7 @@ class Tracker:
         self._start = now
         metrics = self._tally.result()
         metrics |= speeds(metrics, self.peak_flops)
-        self._tally = MetricSums()
+        self._tally = StepMetrics()
         record = {"step": step, "phase": phase, **dict(sorted(metrics.items()))}
         for sink in self.sinks:
             sink.write(record)

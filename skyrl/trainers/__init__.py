@@ -1,0 +1,21 @@
+"""The loops: each a function of an open run, around which `skyrl.loop.run_loop` puts everything else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skyrl.config.schema import RunConfig
+
+
+def run_trainer(mode: str, cfg: RunConfig) -> None:
+    """Runs the loop of `python -m skyrl.<mode>`: "train" or "sft". Imports torch only here: a login node has none."""
+    if mode == "sft":
+        from skyrl.trainers.sft import sft
+
+        sft(cfg)
+    else:
+        assert mode == "train", mode
+        from skyrl.trainers.rl import train
+
+        train(cfg)

@@ -56,12 +56,9 @@ def test_adam_of_policy_critic_and_warmup():
 
 
 def test_what_is_due_when():
-    plan = plan_of(
-        "batch.num_steps=7", "eval.every_steps=3", "checkpoint.every_steps=0", "tracking.rollouts_every=2",
-        "debug.check_replicas_every=0",
-    )  # fmt: skip
-    due = {kind: [s for s in range(8) if plan.due(kind, s)] for kind in ("eval", "save", "rollouts", "replicas")}
-    assert due == {"eval": [3, 6, 7], "save": [7], "rollouts": [2, 4, 6], "replicas": []}
+    plan = plan_of("batch.num_steps=7", "tracking.rollouts_every=2", "debug.check_replicas_every=0")
+    due = {kind: [s for s in range(8) if plan.due(kind, s)] for kind in ("rollouts", "replicas")}
+    assert due == {"rollouts": [2, 4, 6], "replicas": []}
 
 
 def test_automatic_choices_are_resolved():

@@ -17,7 +17,7 @@ from small import service_options, weights_of
 from tinker import AdamParams, Datum, ModelInput, ServiceClient
 
 from skyrl.engine import Engine
-from skyrl.trainers import rl
+from skyrl.trainers.rl import train
 from skyrl.types import LossSpec
 
 Update = tuple[list[dict[str, Any]], LossSpec, dict[str, float], float]
@@ -50,7 +50,7 @@ def looped(folder: Path, *overrides: str) -> tuple[list[Update], dict[str, np.nd
 
     Engine.forward_backward, Engine.optim_step = learn, step
     try:
-        rl.train(loop_config(folder, *RUN, *overrides))
+        train(loop_config(folder, *RUN, *overrides))
     finally:
         Engine.forward_backward, Engine.optim_step = forward_backward, optim_step
     return [tuple(update) for update in updates], last[0]

@@ -84,8 +84,8 @@ def test_saves_in_the_background_never_leave_more_than_an_interval_unsaved(warm,
     """When checkpoint n is complete no later step counts as done, however slow the disk; sampling went on meanwhile."""
     watched = """
 import pathlib, time, skyrl.checkpoint as c, skyrl.trainers.rl as t
-publish, collect, played = c.publish, t.collect_groups, []
-t.collect_groups = lambda run, tally: (collect(run, tally), played.append(run.state.done))[0]
+publish, generate, played = c.publish, t.generate_groups, []
+t.generate_groups = lambda run, step: (generate(run, step), played.append(run.state.global_step))[0]
 def slow(folder, tmp, manifest):
     time.sleep(0.5)
     steps = len(pathlib.Path("run/metrics.jsonl").read_text().splitlines())

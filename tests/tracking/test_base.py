@@ -11,7 +11,7 @@ import pytest
 
 from skyrl.config.schema import BatchConfig, RunConfig, TrackingConfig
 from skyrl.tracking import Tracker, make_tracker
-from skyrl.tracking.base import MetricSums, Sink, memory_metrics, speeds, without_wall_clock
+from skyrl.tracking.base import Sink, StepMetrics, memory_metrics, speeds, without_wall_clock
 from skyrl.tracking.jsonl import JsonlSink, read_metrics
 from skyrl.types import UserError
 
@@ -35,7 +35,7 @@ def quiet(**options):
 
 
 def test_merging_by_the_end_of_the_key():
-    tally = MetricSums()
+    tally = StepMetrics()
     tally.add({"a:sum": 1, "a:mean": 1, "a:max": 1, "a:min": 1})
     tally.add({"a:sum": 2, "a:mean": 2, "a:max": 5, "a:min": -5})
     tally.add({"a:sum": 3, "a:mean": 6})

@@ -11,7 +11,7 @@ from skyrl.types import RunError
 
 def proved(engine, step=0):
     with engine.sampling() as sampler:
-        probe = weight_check.draw_probe(engine, sampler, step)
+        probe = weight_check.sample_probe(engine, sampler, step)
     weight_check.check_copies(engine)
     return weight_check.check_probe(engine, probe), probe
 
@@ -44,7 +44,7 @@ def test_a_sound_engine_passes_after_every_update(dtype):
 def test_a_sampler_with_other_weights_is_found():
     engine = make_engine()
     with engine.sampling() as sampler:
-        probe = weight_check.draw_probe(engine, sampler, 0)
+        probe = weight_check.sample_probe(engine, sampler, 0)
     with torch.no_grad():
         next(engine.models["policy"].strategy.module.parameters()).mul_(1.5)
     text = refused(lambda: weight_check.check_probe(engine, probe))

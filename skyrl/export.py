@@ -1,4 +1,4 @@
-"""The end of a run: last checkpoint, export, curves, and where to find them."""
+"""A Hugging Face folder from any checkpoint, made by one process."""
 
 from __future__ import annotations
 
@@ -9,36 +9,12 @@ import torch
 
 from skyrl.checkpoint import Checkpointer, read_checkpoint
 from skyrl.config.load import from_dict
-from skyrl.distributed.collectives import on_leader
 from skyrl.distributed.init import World
 from skyrl.engine import Engine
+from skyrl.loop import check_base, create_policy
 from skyrl.planner.plan import make_plan, model_facts
-from skyrl.run import Run, check_base, create_policy
-from skyrl.tracking.curves import write_curves
 from skyrl.types import UserError
 from skyrl.weight_check import fingerprint
-
-
-def finish(run: Run) -> None:
-    """Exports the policy, draws the curves and says where everything is. Safe to call again on a finished run."""
-    cfg, folder, state = run.cfg, run.folder, run.state
-    run.checkpointer.wait()
-    for line in run.checkpointer.poll():
-        run.say(line)
-    if cfg.checkpoint.export:
-        run.engine.export("policy", folder.export)
-    run.tracker.offset()  # syncs
-    picture = folder.path / "curves.png"
-    curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
-    accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
-    first = f" (before RL {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
-    run.say(f"done: held-out accuracy {accuracy}{first}")
-    run.say(f"  run folder  {folder.path}")
-    run.say(f"  curves      {curves}")
-    if cfg.checkpoint.export:
-        run.say(f"  model       {folder.export}   (transformers.AutoModelForCausalLM.from_pretrained)")
-        if cfg.model.lora.rank:
-            run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:

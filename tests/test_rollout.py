@@ -11,7 +11,7 @@ from skyrl.algorithms.filters import trained_masks
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.base import ENVIRONMENTS, make_environment
 from skyrl.models.tiny import tiny_tokenizer
-from skyrl.rollout import Play, Renderer, collect, draw_seed, to_rows
+from skyrl.rollout import Renderer, RolloutConfig, draw_seed, rollout, to_rows
 from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError
 
 CHAT = (
@@ -35,11 +35,11 @@ def play(engine, env, prompts, *, group=4, tokens=5, limit=160, key=(1, "train")
     params = SamplingParams(tokens, temperature=temperature)
     renderer = renderer or Renderer(engine.tokenizer)
     with engine.sampling() as sampler:
-        return collect(sampler, prompts, Play(env, params, group, limit, key), renderer)
+        return rollout(sampler, prompts, RolloutConfig(env, params, group, limit, key), renderer)
 
 
 def ids_of(row):
-    return np.concatenate([row.datum.tokens, row.datum.targets[-1:]])
+    return np.concatenate([row.tokens, row.targets[-1:]])
 
 
 def tokens_of(groups):
@@ -56,14 +56,14 @@ def check_rows(groups, rows, tokenizer):
     for row, episode in zip(rows, episodes, strict=True):
         sampled = np.concatenate([turn.sample.tokens for turn in episode.turns])
         ids = ids_of(row)
-        assert row.datum.targets[row.mask].tolist() == sampled.tolist()
-        np.testing.assert_array_equal(row.datum.tokens[1:], row.datum.targets[:-1])
-        assert row.mask.sum() == len(sampled) == (row.datum.weights != 0).sum()
+        assert row.targets[row.mask].tolist() == sampled.tolist()
+        np.testing.assert_array_equal(row.tokens[1:], row.targets[:-1])
+        assert row.mask.sum() == len(sampled)
         np.testing.assert_array_equal(
-            row.datum.sampling_logprobs[row.mask], np.concatenate([t.sample.logprobs for t in episode.turns])
+            row.sampling_logprobs[row.mask], np.concatenate([t.sample.logprobs for t in episode.turns])
         )
-        assert not row.datum.sampling_logprobs[~row.mask].any() and not row.rewards[~row.mask].any()
-        assert tokenizer.decode(row.datum.targets[row.mask]) == "".join(
+        assert not row.sampling_logprobs[~row.mask].any() and not row.rewards[~row.mask].any()
+        assert tokenizer.decode(row.targets[row.mask]) == "".join(
             tokenizer.decode(t.sample.tokens) for t in episode.turns
         )
         for turn in episode.turns:  # the sampler was given the very beginning of the row, and its answer follows
@@ -77,10 +77,10 @@ def check_rows(groups, rows, tokenizer):
 def test_a_game_of_several_turns_trains_what_was_sampled(engine):
     prompts = prompts_of(GAME)
     groups = play(engine, GAME, prompts, group=8)
-    check_rows(groups, to_rows(groups), engine.tokenizer)
+    check_rows(groups, to_rows(list(enumerate(groups))), engine.tokenizer)
     assert max(len(e.turns) for g in groups for e in g) == 4
     assert any(e.reward == 1.0 for g in groups for e in g), "nobody guessed right: the test shows less than it could"
-    for row, episode in zip(to_rows(groups), [e for g in groups for e in g], strict=True):
+    for row, episode in zip(to_rows(list(enumerate(groups))), [e for g in groups for e in g], strict=True):
         env = make_environment(GAME)  # the same game again, in text
         text = "".join(m["content"] for m in env.reset(episode.prompt))
         for turn in episode.turns:
@@ -106,7 +106,7 @@ def test_a_chat_template_closes_each_turn_once(engine, end):
     end_id = tokenizer.convert_tokens_to_ids(end)
     env = EnvConfig(name="lowercase", max_turns=3, options={"turns": 3})
     groups = play(engine, env, prompts_of(env)[:30], group=4, tokens=6, renderer=renderer)
-    rows = to_rows(groups)
+    rows = to_rows(list(enumerate(groups)))
     check_rows(groups, rows, tokenizer)
     ended = cut = 0
     for row, episode in zip(rows, [e for g in groups for e in g], strict=True):
@@ -119,7 +119,7 @@ def test_a_chat_template_closes_each_turn_once(engine, end):
                 ended, cut = ended + closed, cut + (not closed)
                 text += ("" if closed else end) + f"\n[u]({number}){end}\n[a]"
         assert tokenizer.decode(ids_of(row), skip_special_tokens=False) == text
-        trained_ends = int((row.datum.targets[row.mask] == end_id).sum())
+        trained_ends = int((row.targets[row.mask] == end_id).sum())
         assert trained_ends == sum(turn.endswith(end) for turn in turns)
         assert sum(t.sample.stop == "stop" and t.sample.tokens[-1] == end_id for t in episode.turns) == trained_ends
     assert ended > 3 and cut > 3
@@ -177,7 +177,7 @@ def test_an_episode_ends_where_the_row_ends(engine):
     env = EnvConfig(name="lowercase", max_turns=9, options={"turns": 9})
     limit = 24
     groups = play(engine, env, prompts_of(env)[:12], tokens=6, limit=limit)
-    rows = to_rows(groups)
+    rows = to_rows(list(enumerate(groups)))
     assert {e.stop for g in groups for e in g} == {"length"}
     assert all(len(ids_of(row)) <= limit for row in rows)
     assert any(len(ids_of(row)) == limit for row in rows)
@@ -200,8 +200,8 @@ def test_a_rewritten_history_opens_a_new_row():
     broken = [*whole, turn([1, 2, 8, 9], [6, 7], 1.0), turn([1, 2, 8, 9, 6, 7, 9], [4], 0.0)]
     empty = [turn([1, 2], [], 0.0)]
     groups = [[Episode(prompt, i, turns, 0.0, "stop") for i, turns in enumerate((whole, broken, empty))]]
-    rows = to_rows(groups)
-    assert [row.datum.name for row in rows] == ["e/train/1/0/0", "e/train/1/1/0", "e/train/1/1/1"]
+    rows = to_rows(list(enumerate(groups)))
+    assert [row.name for row in rows] == ["e/train/1/0/0", "e/train/1/1/0", "e/train/1/1/1"]
     assert [row.episode for row in rows] == [0, 1, 1] and [row.group for row in rows] == [0, 0, 0]
     assert ids_of(rows[1]).tolist() == [1, 2, 3, 4, 9, 5]
     assert ids_of(rows[2]).tolist() == [1, 2, 8, 9, 6, 7, 9, 4]
@@ -209,7 +209,7 @@ def test_a_rewritten_history_opens_a_new_row():
     assert rows[2].mask.tolist() == [False, False, False, True, True, False, True]
     assert rows[1].rewards.tolist() == [0.0, 0.0, 0.5, 0.0, 0.25]
     assert rows[2].rewards.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-    np.testing.assert_allclose(rows[2].datum.sampling_logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
+    np.testing.assert_allclose(rows[2].sampling_logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
 
 
 def test_an_episode_without_a_score_is_kept_apart(engine):
@@ -220,12 +220,12 @@ def test_an_episode_without_a_score_is_kept_apart(engine):
         for episode in group:
             assert bool(episode.invalid) == (number % 3 == 0)
             assert "this prompt is broken" in episode.invalid or not episode.invalid
-    rows = to_rows(groups)
+    rows = to_rows(list(enumerate(groups)))
     masks = trained_masks(
         [row.mask for row in rows], [row.stop for row in rows], np.array([r.valid for r in rows]), "keep"
     )
     for row, mask in zip(rows, masks, strict=True):
-        number = int(row.datum.name.split("/")[2])
+        number = int(row.name.split("/")[2])
         assert row.valid == (number % 3 != 0) and mask.any() == row.valid
     whole = play(engine, EnvConfig(name="lowercase"), prompts)
     assert tokens_of(whole) == tokens_of(groups), "a failure changes no draw"

@@ -1,0 +1,274 @@
+"""From options to a finished run: checks, resume, a loop, the end.
+
+A loop (trainers/) is a function of an open Run. `run_loop` is all that surrounds it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from skyrl.algorithms.kl import AdaptiveKL
+from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest
+from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
+from skyrl.config.schema import RunConfig
+from skyrl.config.validation import import_plugins
+from skyrl.data import PromptStream, make_prompts
+from skyrl.distributed.collectives import agree, on_leader
+from skyrl.distributed.env import REQUEUE_FILE
+from skyrl.distributed.init import World, init_distributed, world_size_from_environment
+from skyrl.distributed.phases import FINISHING, LOADING, inside
+from skyrl.distributed.stop import STOP_FILE, save_by
+from skyrl.distributed.watchdog import Watchdog
+from skyrl.engine import Engine, ModelSpec
+from skyrl.planner.plan import Plan, describe, make_plan, model_facts
+from skyrl.rollout import Renderer
+from skyrl.run import Run, RunState
+from skyrl.run_dir import RunFolder, drop_rollouts
+from skyrl.tracking.base import Tracker, make_tracker
+from skyrl.tracking.curves import write_curves
+from skyrl.types import LoraSpec, Prompt, StopRun, UserError
+from skyrl.weight_check import fingerprint
+
+ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
+
+
+def run_loop(cfg: RunConfig, loop: Callable[[Run], None]) -> None:
+    """The whole run: opened or resumed, `loop`, last checkpoint, export, curves. Every trainer is one call of this.
+
+    Raises StopRun, when all is saved, after a signal or at a deadline; UserError and RunError as what they call does.
+    """
+    run = open_run(cfg)
+    if run is None:
+        return
+    with run:
+        try:
+            loop(run)
+        except StopRun:
+            raise run.save_and_exit() from None
+        with inside(FINISHING, run.state.step):
+            _finish(run)
+
+
+def _finish(run: Run) -> None:
+    """Exports the policy, draws the curves and says where everything is. Safe to call again on a finished run."""
+    cfg, folder, state = run.cfg, run.folder, run.state
+    run.checkpointer.wait()
+    for line in run.checkpointer.poll():
+        run.say(line)
+    if cfg.checkpoint.export:
+        run.engine.export("policy", folder.export)
+    run.tracker.offset()  # syncs
+    picture = folder.path / "curves.png"
+    curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
+    accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
+    first = f" (before RL {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
+    run.say(f"done: held-out accuracy {accuracy}{first}")
+    run.say(f"  run folder  {folder.path}")
+    run.say(f"  curves      {curves}")
+    if cfg.checkpoint.export:
+        run.say(f"  model       {folder.export}   (transformers.AutoModelForCausalLM.from_pretrained)")
+        if cfg.model.lora.rank:
+            run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
+
+
+def open_run(cfg: RunConfig) -> Run | None:
+    """The run as it should go on: fresh, or resumed. None after a dry run, which only prints the plan.
+
+    Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
+    """
+    import_plugins(cfg.plugins)
+    facts = model_facts(cfg)
+    if cfg.dry_run:
+        size = cfg.run.world_size or world_size_from_environment()
+        plan = make_plan(cfg, size, model_facts=facts)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(cfg, plan))
+        return None
+    world = init_distributed(cfg)
+    plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
+    deadline = agree(world, lambda: save_by(cfg.run))
+    patience = cfg.env.timeout_seconds + ENV_SECONDS
+    watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
+    watch.start()
+    try:
+        prompts = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
+        folder = _claim_folder(cfg, world)
+        watch.claim()
+    except UserError:
+        watch.close()
+        raise
+    try:
+        return _open(cfg, world, plan, prompts, folder, watch)
+    except BaseException:
+        folder.close()
+        watch.disarm()
+        raise
+
+
+def _claim_folder(cfg: RunConfig, world: World) -> RunFolder:
+    """The run folder, locked by rank 0. Raises UserError, on every rank, when it belongs to another run."""
+    folder = RunFolder(Path(cfg.run.dir), world.rank)
+
+    def claim() -> None:
+        lines = folder.open(to_dict(cfg), command=sys.argv)
+        try:
+            _refuse_other_run(cfg, folder)
+            lines += clean_leftovers(folder.checkpoints)
+            for mark in (REQUEUE_FILE, STOP_FILE):
+                (folder.path / mark).unlink(missing_ok=True)
+        except UserError:
+            folder.close()
+            raise
+        for line in lines:
+            print(line, flush=True)
+
+    on_leader(world, claim)
+    return folder
+
+
+def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:
+    """A folder with checkpoints may be resumed only with options that compute the same."""
+    info = find_resume(cfg.run.resume, folder.checkpoints)
+    if info is None:
+        if cfg.run.resume == "never" and latest(folder.checkpoints) is not None:
+            raise UserError(
+                f"run.resume=never: {folder.path} holds the checkpoints of an earlier run; give another run.name, or "
+                "remove that folder"
+            )
+        return
+    # digests of different releases differ, since options are added; what they mean need not
+    if info.config_digest != config_digest(cfg) and (changes := config_diff(from_dict(info.state["config"]), cfg)):
+        raise UserError(
+            f"run.resume={cfg.run.resume}: checkpoint {info.path} was made with other options "
+            f"({'; '.join(changes[:4])}); give these options, or another run.name"
+        )
+
+
+def _open(
+    cfg: RunConfig,
+    world: World,
+    plan: Plan,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    folder: RunFolder,
+    watch: Watchdog,
+) -> Run:
+    train_prompts, held_out = prompts
+    info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
+    engine = agree(world, lambda: _policy_engine(cfg, world, plan))
+    renderer = Renderer(engine.tokenizer, cfg.sampler.stop_token_ids)
+    agree(world, lambda: _refuse_long_prompts(cfg, world, renderer, prompts))
+    adaptive = cfg.algorithm.kl
+    run = Run(
+        cfg=cfg,
+        plan=plan,
+        world=world,
+        folder=folder,
+        engine=engine,
+        renderer=renderer,
+        stream=PromptStream(train_prompts, cfg.seed, cfg.data.shuffle),
+        held_out=[held_out[i] for i in range(min(len(held_out), cfg.eval.num_prompts))],
+        tracker=Tracker([]),
+        checkpointer=Checkpointer(
+            folder.checkpoints,
+            keep_last=cfg.checkpoint.keep_last,
+            keep_best=cfg.checkpoint.keep_best,
+            async_save=cfg.checkpoint.async_save,
+            rank=world.rank,
+            world_size=world.size,
+            group=world.saving,
+            config_digest=config_digest(cfg),
+        ),
+        state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
+        kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
+        watch=watch,
+    )
+    if cfg.model.lora.rank:
+        with inside(LOADING, 0):
+            run.state.base = fingerprint(engine, "base")
+    offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
+    run.tracker = _make_tracker(run, offset)
+    run.tracker.restore(run.state.pending)
+    run.saved = (run.state.global_step, run.state.unrecorded)
+    return run
+
+
+def _refuse_long_prompts(
+    cfg: RunConfig, world: World, renderer: Renderer, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> None:
+    """Holds every prompt against data.max_prompt_tokens, each rank its share. Raises UserError with its place."""
+    limit = cfg.data.max_prompt_tokens
+    for part in prompts if limit else ():
+        for prompt in world.deal(part):
+            tokens = len(renderer.start(prompt.messages))
+            if tokens > limit:
+                where = prompt.extra.get("source", f"prompt {prompt.uid}")
+                raise UserError(
+                    f"{where}: {tokens} tokens, above data.max_prompt_tokens={limit}; leave it out of the data, or "
+                    "raise that limit"
+                )
+
+
+def _make_tracker(run: Run, offset: int | None) -> Tracker:
+    """The tracker, with sinks on rank 0. Raises its UserError on every rank."""
+    cfg, world = run.cfg, run.world
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    made: list[Tracker] = []
+    on_leader(
+        world,
+        lambda: made.append(
+            make_tracker(cfg, run.folder.path, 0, resume_from=offset, world_size=world.size, gpu_name=name)
+        ),
+    )
+    return made[0] if made else Tracker([])
+
+
+def _policy_engine(cfg: RunConfig, world: World, plan: Plan) -> Engine:
+    engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens)
+    create_policy(engine)
+    return engine
+
+
+def create_policy(engine: Engine, *, trainable: bool = True) -> None:
+    """Makes the model that learns, "policy": all of model.path, or with model.lora an adapter over it, which is then
+    "base" and frozen. Whole models need not be `trainable`."""
+    lora = engine.cfg.model.lora
+    if not lora.rank:
+        engine.create("policy", ModelSpec(trainable=trainable))
+        return
+    parts = {"mlp": lora.train_mlp, "attn": lora.train_attn, "unembed": lora.train_unembed}
+    engine.create("base", ModelSpec(trainable=False))
+    spec = LoraSpec(rank=lora.rank, alpha=lora.alpha, seed=engine.cfg.seed, **parts)
+    engine.create("policy", ModelSpec(lora=spec, base="base"))
+
+
+def check_base(found: str, info: CheckpointInfo, cfg: RunConfig) -> None:
+    """Raises UserError when the frozen model, whose fingerprint was `found`, is not the one under the saved adapter."""
+    if info.state.get("base", "") != found:
+        raise UserError(
+            f"model.path={cfg.model.path}: holds other weights than those that checkpoint {info.path} has an adapter "
+            "for; put these back, or give another run.name"
+        )
+
+
+def _resume(run: Run, info: CheckpointInfo) -> int | None:
+    """Puts everything back as the checkpoint says; returns where its metrics.jsonl ended, None for another folder's."""
+    check_base(run.state.base, info, run.cfg)
+    run.state = RunState.from_checkpoint(info.state)
+    if len(run.state.models) > 1:
+        run.create_models()
+    tensors = run.engine.state()
+    run.checkpointer.load(info.path, tensors)
+    run.engine.load_state(tensors)
+    if run.kl is not None and run.state.kl:
+        run.kl.load_state_dict(run.state.kl)
+    own = info.path.resolve().parent == run.folder.checkpoints.resolve()
+    if run.world.is_leader:
+        print(f"resuming from {info.path}: {run.state.phase} step {run.state.step}", flush=True)
+        if own:
+            drop_rollouts(run.folder.rollouts, run.state.global_step)
+    return run.state.metrics_offset if own else None

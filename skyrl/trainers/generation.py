@@ -1,0 +1,78 @@
+"""One batch of episodes, over all ranks: who samples what, which groups are kept, and what is sampled again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skyrl.algorithms.filters import filter_metrics, zero_variance_groups
+from skyrl.distributed.collectives import all_reduce_sum, gather_objects
+from skyrl.evaluate import episode_metrics
+from skyrl.rollout import Group, rollout
+from skyrl.run import Run, Step
+from skyrl.tracking.flops import forward_flops, sample_attended
+from skyrl.trainers.experience import model_shape
+from skyrl.types import Episode
+from skyrl.weight_check import Probe, check_copies, check_probe, sample_probe
+
+
+def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
+    """This rank's groups of one batch, each with its place in the batch, and how many all ranks have together.
+
+    A group is one prompt sampled several times; its rewards are compared with each other, so it stays on one rank. The
+    prompts of the stream are dealt to the ranks. With filters.refill, further prompts are sampled until
+    prompts_per_step groups with variance are there (DAPO, arXiv 2503.14476, section 3.2); what is over is dropped, by
+    place in the stream, so that the batch does not depend on the number of ranks.
+    """
+    cfg, state, world = run.cfg, run.state, run.world
+    filters, wanted = cfg.algorithm.filters, cfg.batch.prompts_per_step
+    kept: list[Group] = []
+    sampled: list[list[Episode]] = []
+    probe: Probe | None = None
+    with run.engine.sampling("policy") as sampler:
+        if run.weight_check_due():
+            probe = sample_probe(run.engine, sampler, step.index)
+        for _ in range(filters.max_refill_rounds if filters.refill else 1):
+            positions = step.deal(range(state.position, state.position + wanted))
+            prompts = [(i, run.stream.at(i)) for i in positions]
+            groups = rollout(sampler, prompts, run.rollout_config("train"), run.renderer)
+            step.check_stop()
+            state.position += wanted
+            sampled += groups
+            keep_P = _note_groups(step, groups)
+            kept += [
+                (i, group)
+                for i, group, keep in zip(positions, groups, keep_P, strict=True)
+                if keep or not filters.zero_variance
+            ]
+            if all_reduce_sum(world, np.array([len(kept)]))[0] >= wanted:
+                break
+        for key, value in sampler.metrics().items():
+            step.sums.add(key, value)
+    if probe is not None:
+        check_copies(run.engine)
+        check_probe(run.engine, probe)
+    _count_sampled(run, step, sampled)
+    if run.plan.due("rollouts", step.number):
+        run.write_rollouts(sampled, f"{state.global_step + 1:06d}")
+    everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]
+    place = {position: number for number, position in enumerate(everyone)}
+    return [(place[i], group) for i, group in kept if i in place], len(everyone)
+
+
+def _note_groups(step: Step, groups: list[list[Episode]]) -> list[bool]:
+    """Adds what the groups say of themselves to the step's metrics; returns which of them can teach something."""
+    episode_metrics(step.sums, groups, prefix="")
+    keep_P = zero_variance_groups([[e.reward for e in group if not e.invalid] for group in groups])
+    episodes = [e for group in groups for e in group]
+    valid_E = np.array([not e.invalid for e in episodes])
+    for key, value in filter_metrics(keep_P, [e.stop for e in episodes], valid_E).items():
+        step.sums.add(key, value)
+    return list(keep_P)
+
+
+def _count_sampled(run: Run, step: Step, groups: list[list[Episode]]) -> None:
+    turns = [turn for group in groups for episode in group for turn in episode.turns]
+    tokens = sum(len(turn.sample.tokens) for turn in turns)
+    step.sums.add("sampled_tokens:sum", float(tokens))
+    attended = sum(sample_attended(len(turn.context), len(turn.sample.tokens)) for turn in turns)
+    step.sums.add("flops/sample:sum", forward_flops(model_shape(run), tokens, attended))
