@@ -28,11 +28,9 @@ def add_reference(run: Run, step: Step, rows: list[Row]) -> tuple[list[Row], flo
     scored = run.engine.score(_to_score(rows), run.cfg.sampler.temperature, model=run.plan.reference)
     rows = [replace(row, reference=logprobs) for row, logprobs in zip(rows, scored.logprobs, strict=True)]
     sums = np.zeros(2)
-    for row in rows:
-        sums += [
-            float((row.sampling_logprobs - row.reference)[row.mask].sum(dtype=np.float64)),
-            row.mask.sum(),
-        ]
+    for row, logprobs in zip(rows, scored.logprobs, strict=True):
+        gap = (row.sampling_logprobs - logprobs)[row.mask].sum(dtype=np.float64)
+        sums += [float(gap), row.mask.sum()]
     sums = all_reduce_sum(run.world, sums)
     kl = float(sums[0] / max(1.0, sums[1]))
     step.log({"kl/behaviour_reference:mean": kl, "kl/coef:mean": run.kl_coef()})
@@ -46,7 +44,8 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
     rewards = [row.rewards for row in rows]
     if run.plan.needs_reference and algorithm.kl.placement == "reward":
         logprobs = [row.sampling_logprobs for row in rows]
-        rewards = kl_rewards(rewards, masks, logprobs, [row.reference for row in rows], run.kl_coef())
+        references = [row.reference for row in rows if row.reference is not None]
+        rewards = kl_rewards(rewards, masks, logprobs, references, run.kl_coef())
     values = None
     if run.plan.needs_critic:
         values = run.engine.score(_to_score(rows), 1.0, model="critic").values
@@ -89,7 +88,7 @@ def apply_reduction(run: Run, rows: list[Row]) -> list[Datum]:
     """The rows of one optimizer step as data: mask and mean in one weight per token, denominators over all ranks."""
     loss = run.cfg.algorithm.loss
     weights = REDUCTIONS.get(loss.reduction, "algorithm.loss.reduction")(
-        [row.trained for row in rows],
+        [row.trained for row in rows if row.trained is not None],
         np.array([row.group for row in rows], np.int64),
         np.array([row.episode for row in rows], np.int64),
         lambda x: all_reduce_sum(run.world, x),
@@ -109,6 +108,7 @@ def count_flops(run: Run, step: Step, rows: list[Row]) -> None:
 def model_shape(run: Run) -> ModelShape:
     """What the FLOP formula needs of the policy; with model.lora of its base."""
     facts = run.plan.facts
+    assert facts is not None  # a run that is open has been planned with its model
     return ModelShape(facts.matmul_parameters, facts.num_layers, facts.num_heads * facts.head_size)
 
 
