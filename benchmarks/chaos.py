@@ -49,7 +49,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 def newest(run: Path) -> dict[str, Any]:
     """The state of the newest complete checkpoint; that of a fresh start without one."""
     known = list_checkpoints(run / "checkpoints") if (run / "checkpoints").exists() else []
-    return known[-1].state if known else {"phase": "warmup", "step": 0, "done": 0, "half": False}
+    return known[-1].state if known else {"phase": "warmup", "step": 0, "global_step": 0, "unrecorded": False}
 
 
 def choose(rng: random.Random, run: Path) -> tuple[str, int]:
@@ -99,7 +99,7 @@ def strike(warm: Warm, rng: random.Random, place: Path, async_save: bool) -> dic
     )
     if not seen:
         return None
-    state = newest(run) if run.exists() else {"done": 0, "half": False}
+    state = newest(run) if run.exists() else {"global_step": 0, "unrecorded": False}
     result = {
         "phase": phase,
         "step": step,
@@ -107,7 +107,7 @@ def strike(warm: Warm, rng: random.Random, place: Path, async_save: bool) -> dic
         "async_save": async_save,
         "exit_code": done.code,
         "seconds_to_end": round(time.monotonic() - seen["at"], 2),
-        "steps_lost": max(0, seen["recorded"] - state["done"] + state["half"]),
+        "steps_lost": max(0, seen["recorded"] - state["global_step"] + state["unrecorded"]),
         "problem": "",
     }
     limit = SAVE_EVERY if name == "SIGKILL" else 0

@@ -53,7 +53,7 @@ def _export(args: list[str]) -> None:
         raise UserError(f"export {' '.join(args)}: needs a checkpoint and a folder to write to")
     if not Path(args[0]).is_dir():
         raise UserError(f"export {args[0]}: no such checkpoint; runs/<name>/checkpoints has those of a run")
-    from skyrl.export import export_checkpoint
+    from skyrl.loop import export_checkpoint
 
     export_checkpoint(Path(args[0]), Path(args[1]))
     print(f"wrote {args[1]}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from skyrl.algorithms.kl import AdaptiveKL
-from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest
+from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
@@ -272,3 +273,28 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
         if own:
             drop_rollouts(run.folder.rollouts, run.state.global_step)
     return run.state.metrics_offset if own else None
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Writes the policy of a checkpoint, of any strategy and world size, as a Hugging Face folder; one process.
+
+    The config that the checkpoint keeps says which model it is; an adapter needs the model under it to be there still.
+    Raises UserError for a checkpoint that is damaged or not there, and for a `folder` that exists.
+    """
+    if folder.exists():
+        raise UserError(f"export: {folder} exists; give a new folder")
+    info = read_checkpoint(checkpoint)
+    cfg = from_dict(info.state["config"])
+    cfg = replace(cfg, strategy=replace(cfg.strategy, name="single", device="cpu"))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    plan = make_plan(cfg, 1, model_facts=model_facts(cfg), device="cpu")
+    engine = Engine(cfg, world, dtype=plan.dtype, strategy="single", max_row_tokens=plan.max_row_tokens)
+    create_policy(engine, trainable=False)
+    check_base(fingerprint(engine, "base") if cfg.model.lora.rank else "", info, cfg)
+    tensors = engine.state(optimizer=False)
+    reader = Checkpointer(
+        checkpoint.parent, keep_last=0, keep_best=False, async_save=False, rank=0, world_size=1, group=None
+    )
+    reader.load(checkpoint, tensors, partial=True)
+    engine.load_state(tensors, optimizer=False)
+    engine.export("policy", folder)

@@ -38,7 +38,6 @@ LEVELS = {
     "weight_check": 7,
     "run": 7.1,
     "loop": 7.2,
-    "export": 7.3,
     "trainers": 8,
     "service": 8,
     "sweep": 8.1,

@@ -9,7 +9,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 
 # Lines of all files of skyrl/, and of each folder with what is below it: what one person can read. Where a folder is
 # above FOLDER_LINES, its ceiling of today stands here; lower it with every commit that shortens it.
-TOTAL_LINES = 29_150
+TOTAL_LINES = 29_130
 FOLDER_LINES = 3_000
 LARGER_FOLDERS = {"service": 8_100}
 # Python files side by side in one folder; where there are more, the ceiling of today.
@@ -17,7 +17,7 @@ FOLDER_FILES = 20
 FULLER_FOLDERS = {"skyrl": 23, "skyrl/service": 29}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
-TWICE = set("Checkpoint MetricSums Row Run Sampler".split())
+TWICE = set("Checkpoint Row Run Sampler".split())
 # Docstrings of one to three words, which say no more than the name. Better none, or one that says what a reader of the
 # name does not know.
 SHORT_DOCSTRINGS = {

@@ -19,8 +19,7 @@ from skyrl.checkpoint import latest
 from skyrl.checkpoint_folder import digest
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine
-from skyrl.export import export_checkpoint
-from skyrl.loop import create_policy
+from skyrl.loop import create_policy, export_checkpoint
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import AdamParams, LossSpec, RunError, UserError
 

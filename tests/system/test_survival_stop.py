@@ -58,12 +58,12 @@ def test_a_signal_in_each_phase(warm, whole, tmp_path, phase, step, number, only
     assert stop["reason"] == signal.Signals(number).name and stop["rank"] in only and stop["seconds"] < 10
     assert (stop["phase"] == phase or phase == "saving") and (run / "requeue").exists()
     newest = list_checkpoints(run / "checkpoints")[-1]
-    assert newest.tag == stop["checkpoint"] and newest.state["done"] == stop["done"]
-    assert lines_in(run / "metrics.jsonl") == stop["done"] - newest.state["half"]
+    assert newest.tag == stop["checkpoint"] and newest.state["global_step"] == stop["done"]
+    assert lines_in(run / "metrics.jsonl") == stop["done"] - newest.state["unrecorded"]
     if phase == "generation":  # left in the middle: nothing was played to its end
         assert not list((run / "rollouts").glob(f"{stop['done'] + 1:06d}-*"))
     if phase == "evaluation":  # learned, but not yet evaluated and recorded
-        assert newest.state["half"] and newest.state["pending"]
+        assert newest.state["unrecorded"] and newest.state["pending"]
     finishes_like(warm, whole, tmp_path)
 
 
