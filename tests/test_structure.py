@@ -1,6 +1,8 @@
 """The size of the code and its names: budgets that may only be lowered, lists of exceptions that may only shrink."""
 
 import ast
+import fnmatch
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -106,3 +108,16 @@ def test_docstrings_say_more_than_the_name():
     new = {text: places for text, places in found.items() if text not in SHORT_DOCSTRINGS}
     assert not new, f"leave these out, or say what the name does not: {new}"
     assert SHORT_DOCSTRINGS <= found.keys(), f"take out of SHORT_DOCSTRINGS: {SHORT_DOCSTRINGS - found.keys()}"
+
+
+def test_the_page_of_invariants_names_tests_that_exist():
+    page = (ROOT / "docs" / "invariants.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?:::([\w*]+))?", page)
+    assert len(named) > 40
+    wrong = []
+    for file, test in named:
+        path = next((p for p in (ROOT / "tests" / file, ROOT / file) if p.exists()), None)
+        tests = re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")) if path else []
+        if path is None or (test and not fnmatch.filter(tests, test)):
+            wrong.append(f"{file}::{test}")
+    assert wrong == []
