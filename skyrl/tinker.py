@@ -48,8 +48,7 @@ def service_client(**options: Any) -> Iterator[Any]:
     """
     global _refusal
     from skyrl.distributed.init import shutdown
-    from skyrl.service.door import open_door
-    from skyrl.service.server import open_service
+    from skyrl.service.server import open_service, start_http_server
 
     if _refusal:
         raise UserError(_refusal)
@@ -68,14 +67,14 @@ def service_client(**options: Any) -> Iterator[Any]:
             raise SystemExit(0)
         stack.callback(service.close)
         key = "tml-" + secrets.token_urlsafe(32)
-        door = open_door(service, Keys({key: LOCAL_OWNER}))
-        stack.callback(door.stop)
-        service.worker.check = door.check
+        server = start_http_server(service, Keys({key: LOCAL_OWNER}))
+        stack.callback(server.stop)
+        service.worker.check = server.check
         worker = threading.Thread(target=_work, args=(service,), name="skyrl-worker", daemon=True)
         worker.start()
         stack.callback(_stop, service, worker)
         _refusal = "a service is open in this process already; tinker.ServiceClient() is another client of it"
-        stack.enter_context(_environment(TINKER_BASE_URL=door.url, TINKER_API_KEY=key))
+        stack.enter_context(_environment(TINKER_BASE_URL=server.url, TINKER_API_KEY=key))
         yield stack.enter_context(importlib.import_module("tinker").ServiceClient(**session))
 
 

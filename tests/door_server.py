@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from skyrl.config.schema import ServiceConfig
-from skyrl.service.app import Serving, make_app, serve_in_thread
+from skyrl.service.app import AppState
 from skyrl.service.archive import Content, write_content
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.messages import (
@@ -35,15 +35,17 @@ from skyrl.service.messages import (
     TrainRequest,
     TrainResult,
 )
-from skyrl.service.openai_params import TextTools
+from skyrl.service.openai_text import TextTools
 from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.service.scheduler import PendingRequest, RequestScheduler
+from skyrl.service.server import make_app
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys
+from skyrl.web.http import HttpServer, serve_in_thread
 
 TEXT = "The answer is 42. And more text follows, h\u00e9 \u20ac."
 EOS = 0
-FACTS = ServerInfo(
+INFO = ServerInfo(
     aliases={"tiny": Path("tiny"), "org/model": Path("tiny")},
     model_path="tiny",
     tokenizer_id="some/tokenizer",
@@ -118,7 +120,7 @@ class Answers:
         if getattr(request, "problem", ""):
             raise RequestFailed(request.problem)
         if isinstance(request, CreateModel):
-            facts = ModelInfo(request.base_model, LoraSpec(rank=request.rank))
+            facts = ModelInfo(request.base_model, LoraSpec(rank=request.lora_config.rank))
             self._open(pending.owner, request.session_id, request.model_seq_id, facts, request.user_metadata)
             self.desk.done(pending, {"model_id": request.model_id, "type": "create_model"})
         elif isinstance(request, LoadWeights):
@@ -130,7 +132,7 @@ class Answers:
             logprobs = [(-datum.tokens / 100).astype(np.float32) for datum in request.data]
             self.desk.done(pending, TrainResult(logprobs, {"loss:sum": float(len(request.data))}))
         elif isinstance(request, OptimStep):
-            self.desk.done(pending, {"metrics": {"grad_norm": 1.0, "lr": request.learning_rate}})
+            self.desk.done(pending, {"metrics": {"grad_norm": 1.0, "lr": request.adam_params.learning_rate}})
         elif isinstance(request, SaveWeights):
             self.desk.done(pending, self._save(pending, request))
         elif isinstance(request, SamplingRequest):
@@ -184,12 +186,12 @@ class Answers:
 def sampled(query: SamplingRequest) -> SampleResult:
     """TEXT to the first stop, or to max_tokens, or to its end."""
     ids = [ord(c) for c in TEXT] + [EOS]
-    for stop in query.stop or ():
+    for stop in query.sampling_params.stop or ():
         if isinstance(stop, str) and stop in TEXT:
             ids = [ord(c) for c in TEXT[: TEXT.index(stop) + len(stop)]]
     reason = "stop"
-    if query.max_tokens is not None and query.max_tokens < len(ids):
-        ids, reason = ids[: query.max_tokens], "length"
+    if query.sampling_params.max_tokens is not None and query.sampling_params.max_tokens < len(ids):
+        ids, reason = ids[: query.sampling_params.max_tokens], "length"
 
     def top(tokens: np.ndarray, k: int, first: bool) -> TopK | None:
         if not k:
@@ -219,8 +221,9 @@ class Server:
         self.checkpoints = CheckpointService(folder)
         self.desk = RequestScheduler(max_queued_samples=settings.max_queued_samples)
         self.answers = Answers(self.desk, self.checkpoints)
-        self.app = make_app(self.desk, self.checkpoints, FACTS, settings, text=text, keys=keys)
-        self.serving: Serving = serve_in_thread(self.app, "127.0.0.1", 0)
+        state = AppState(self.desk, self.checkpoints, INFO, settings, keys)
+        self.app = make_app(state, text)
+        self.serving: HttpServer = serve_in_thread(self.app, "127.0.0.1", 0, close=state.close, options="service")
         self.http = self.client()
 
     def client(self, key: str = "tml-any") -> httpx.Client:

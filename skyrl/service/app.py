@@ -1,156 +1,245 @@
-"""The HTTP door: every endpoint of the protocol in one application, and a server for it in a thread of its own."""
+"""What every endpoint shares: the state of the server, who asks, their message, and errors as answers.
+
+The event loop never waits for the disk or for a long computation: those run in threads. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
+import anyio
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from skyrl.config.schema import ServiceConfig
-from skyrl.service.checkpoints import CheckpointService
-from skyrl.service.http import FAULT, Door, refusal, tell
-from skyrl.service.messages import ServerInfo
-from skyrl.service.openai import TextTools, openai_routes
-from skyrl.service.routes_checkpoints import checkpoint_routes
-from skyrl.service.routes_session import session_routes
-from skyrl.service.routes_work import work_routes
+from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
+from skyrl.service.records import NotFound
 from skyrl.service.scheduler import RequestScheduler
+from skyrl.service.store import Store
+from skyrl.service.tensors import SizeBudget
 from skyrl.types import UserError
-from skyrl.web.auth import Keys, read_keys
+from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
+from skyrl.web.http import FAULT, HttpError, error_reply, log, log_fault, parsed, read_body, read_json
+from skyrl.web.message import JsonMessage
 
-START_SECONDS = 30.0
-STOP_SECONDS = 5.0
-# Above the pools of the clients, so that they close idle connections and never send into one that closes.
-KEEP_ALIVE_SECONDS = 120
+if TYPE_CHECKING:  # it needs torch, and most endpoints do not
+    from skyrl.service.archive import Archive
+    from skyrl.service.checkpoints import CheckpointService
 
-
-def make_app(
-    desk: RequestScheduler,
-    checkpoints: CheckpointService,
-    facts: ServerInfo,
-    settings: ServiceConfig,
-    *,
-    text: TextTools | None = None,
-    keys: Keys | None = None,
-) -> Starlette:
-    """The application. `keys`: read from `settings` if not given. `text`: for /v1/completions and the like; without
-    it those are refused by name. `app.state.door` holds what the endpoints share.
-
-    Raises: UserError for keys that cannot be used.
-    """
-    door = Door(desk, checkpoints, facts, settings, read_keys(settings) if keys is None else keys)
-    # Routes are tried one after the other: what is asked most comes first.
-    routes = [*work_routes(door), *session_routes(door), *checkpoint_routes(door), *openai_routes(door, text)]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such, Exception: _fault})
-    app.router.redirect_slashes = False
-    app.state.door = door
-    return app
-
-
-async def _no_such(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return refusal(404, f"{request.method} {request.url.path[:200]}: no such endpoint")
-    return refusal(error.status_code, str(error.detail), error.headers)
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    tell(request, error)
-    return refusal(500, FAULT)
+API = "/api/v1/"
+RETRY_SECONDS = 1  # told to clients when there is too much work
+AUDIT_ENTRIES = 10_000
+REMEMBERED = 4096  # answers to posts that clients may repeat after a broken connection
+M = TypeVar("M", bound=JsonMessage)
 
 
 @dataclass
-class Serving:
-    """A server that runs. `stop` ends it, and may be called again."""
+class AppState:
+    """What the endpoints work with. `waiting` are the polls that wait; `close` wakes them, for the server to stop.
 
-    host: str
-    port: int
-    _server: uvicorn.Server
-    _thread: threading.Thread
-    _close: Callable[[], None]
-
-    @property
-    def url(self) -> str:
-        """Where clients reach it; for an address that means all, through this machine's own."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still serves."""
-        return self._thread.is_alive()
-
-    def stop(self) -> None:
-        """Takes no new requests, wakes those that wait, and returns when all are answered, or after some seconds."""
-        self._close()
-        self._server.should_exit = True
-        self._thread.join(STOP_SECONDS + 5.0)
-
-
-def serve_in_thread(app: Starlette, host: str, port: int) -> Serving:
-    """Serves `app` until `stop`. Signals stay with the main thread. port 0: any free one.
-
-    Raises: UserError when the address cannot be had, before any thread is started.
+    `audit` holds (time, owner, event, details) of what was done to checkpoints since the start, newest last; `answers`
+    those of `once`, by owner, path and idempotency key.
     """
-    listener = _listen(host, port)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(STOP_SECONDS),
-    )
-    server = uvicorn.Server(config)
-    loops: list[asyncio.AbstractEventLoop] = []
-    begun = threading.Event()
 
-    async def main() -> None:
-        loops.append(asyncio.get_running_loop())
-        begun.set()
-        await server.serve(sockets=[listener])
+    scheduler: RequestScheduler
+    checkpoints: CheckpointService
+    info: ServerInfo
+    settings: ServiceConfig
+    keys: Keys
+    signer: Signer = field(default_factory=Signer)
+    waiting: set[asyncio.Event] = field(default_factory=set)
+    closed: bool = False
+    answers: OrderedDict[tuple[str, str, str], asyncio.Future[Response]] = field(default_factory=OrderedDict)
+    audit: deque[tuple[datetime, str, str, dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=AUDIT_ENTRIES))
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), name="skyrl-http", daemon=True)
-    thread.start()
-    if not begun.wait(START_SECONDS):
-        raise RuntimeError("the HTTP thread did not start")
+    @property
+    def store(self) -> Store:
+        """Sessions, runs and rows of checkpoints."""
+        return self.checkpoints.store
 
-    def close() -> None:
-        if thread.is_alive() and not loops[0].is_closed():
+    @property
+    def archive(self) -> Archive:
+        """Files of checkpoints."""
+        return self.checkpoints.archive
+
+    @property
+    def max_bytes(self) -> int:
+        """Of one body, decompressed."""
+        return self.settings.max_request_mib << 20
+
+    def close(self) -> None:
+        """Nobody waits any longer. To be called in the event loop."""
+        self.closed = True
+        for event in self.waiting:
+            event.set()
+
+    async def wait(self, when_done: Callable[[Callable[[], None]], None], seconds: float) -> None:
+        """Returns when `when_done` calls back (from any thread), when the server stops, or after so many seconds."""
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
             try:
-                loops[0].call_soon_threadsafe(app.state.door.close)
-            except RuntimeError:  # it ended between the two lines
-                return
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the loop has ended meanwhile; who settles futures must not notice
+                log.debug("a future was settled after the server had stopped")
 
-    return Serving(host, listener.getsockname()[1], server, thread, close)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        found: Sequence = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
+        when_done(wake)
+        if self.closed:
+            return
+        self.waiting.add(event)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(2048)
-        except OSError:
-            listener.close()
+            with anyio.move_on_after(seconds):
+                await event.wait()
+        finally:
+            self.waiting.discard(event)
+
+    def add_audit(self, owner: str, event: str, **details: Any) -> None:
+        """One line for the audit log."""
+        self.audit.append((datetime.now(timezone.utc), owner, event, details))
+
+
+@dataclass
+class RequestContext:
+    """One HTTP request with its owner. Path parameters are decoded, slashes and colons included."""
+
+    state: AppState
+    request: Request
+    owner: str
+
+    def path(self, name: str) -> str:
+        """A parameter of the path."""
+        return self.request.path_params[name]
+
+    def query(self, name: str, default: str = "") -> str:
+        """A parameter of the query."""
+        return self.request.query_params.get(name, default)
+
+    async def body(self) -> bytes:
+        """The whole body. Raises HttpError 413 before more than service.max_request_mib of it is in memory."""
+        return await read_body(self.request, max_bytes=self.state.max_bytes, option="service.max_request_mib")
+
+    async def message(self, kind: type[M]) -> M:
+        """The body as a message. Raises UserError for bytes that are no JSON, and for what the message refuses."""
+        body, budget = await self.body(), SizeBudget(self.state.max_bytes)
+        return await parsed(body, lambda: kind.parse(read_json(body), budget=budget))
+
+    async def wait(self, request_id: str, seconds: float) -> RequestOutcome:
+        """What is known of a future when it is settled, or after so many seconds, or when the server stops."""
+        outcome = self.state.scheduler.outcome(request_id, owner=self.owner)
+        if outcome.state != "pending" or seconds <= 0:
+            return outcome
+        await self.state.wait(partial(self.state.scheduler.when_done, request_id), seconds)
+        return self.state.scheduler.outcome(request_id, owner=self.owner)
+
+
+Handler = Callable[[RequestContext], Awaitable[Response]]
+
+
+def once(handler: Handler) -> Handler:
+    """Runs a post that a client repeats (the same X-Idempotency-Key) only one time, and answers all alike. For what
+    has no number of its own by which the scheduler or the store would know it again. An error is not remembered."""
+
+    async def run(context: RequestContext) -> Response:
+        token = context.request.headers.get("x-idempotency-key", "")
+        if not token:
+            return await handler(context)
+        answers, key = context.state.answers, (context.owner, context.request.url.path, token)
+        if key in answers:
+            return await asyncio.shield(answers[key])
+        answers[key] = asyncio.get_running_loop().create_future()
+        if len(answers) > REMEMBERED:
+            answers.popitem(last=False)
+        future = answers[key]
+        try:
+            future.set_result(await handler(context))
+        except BaseException as error:
+            answers.pop(key, None)
+            future.set_exception(
+                error if isinstance(error, Exception) else HttpError(503, "the request was broken off")
+            )
+            future.exception()  # looked at: nobody else may be waiting
             raise
-    except OSError as error:
-        raise UserError(
-            f"service.host={host} service.port={port}: {error.strerror or error}; give another address or port (0 = "
-            "any free one)"
-        ) from error
-    return listener
+        return future.result()
+
+    return run
+
+
+def find_owner(keys: Keys, signer: Signer, request: Request) -> str:
+    """Whose key the request carries, in X-API-Key or as a bearer. Raises HttpError 401, 403."""
+    if not keys.required:
+        _refuse_browsers(request)
+        return LOCAL_OWNER
+    given = request.headers.get("x-api-key")
+    if given is None:
+        scheme, _, rest = request.headers.get("authorization", "").partition(" ")
+        given = rest.strip() if scheme.lower() == "bearer" else None
+    if given is not None and given.startswith("eyJ"):
+        owner = signer.token_owner(given)
+        if owner is None:
+            told = {"www-authenticate": 'Bearer error="invalid_token"'}
+            raise HttpError(401, "this token is not ours or has expired; ask auth/token for another", told)
+        return owner
+    owner = keys.owner(given)
+    if owner is None:
+        raise HttpError(401, "no valid API key; set TINKER_API_KEY to one that this server knows")
+    return owner
+
+
+def _refuse_browsers(request: Request) -> None:
+    """Without keys a web page that the user has open could post here; browsers say where a page is from."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host", ""):
+        raise HttpError(403, f"requests of web pages ({origin[:200]}) need a key; start the server with keys")
+
+
+def known_error(error: Exception) -> HttpError | None:
+    """The answer to an error that is the client's or was foreseen; None for a fault of ours."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, NotFound):
+        return HttpError(404, str(error))
+    if isinstance(error, (UserError, RequestFailed)):
+        return HttpError(400, str(error))
+    if isinstance(error, TooManyRequests):
+        return HttpError(429, str(error), {"retry-after": str(RETRY_SECONDS)})
+    return None
+
+
+def http_error(request: Request, error: Exception) -> HttpError:
+    """The answer to any error; a fault of ours is told in the log."""
+    known = known_error(error)
+    if known is None:
+        log_fault(request, error)
+    return known or HttpError(500, FAULT)
+
+
+def route(
+    state: AppState,
+    methods: str,
+    path: str,
+    handler: Handler,
+    *,
+    public: bool = False,
+    write_error: Callable[[HttpError], Response] = error_reply,
+) -> Route:
+    """An endpoint, under /api/v1/ unless its path begins with a slash, its errors turned into answers. public: anyone
+    may ask, without a key."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            owner = "" if public else find_owner(state.keys, state.signer, request)
+            return await handler(RequestContext(state, request, owner))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception as error:
+            return write_error(http_error(request, error))
+
+    return Route(path if path.startswith("/") else API + path, endpoint, methods=methods.split("|"))

@@ -1,25 +1,61 @@
-"""What the parts of the service hand to each other. Plain data: imports neither torch nor a web framework.
+"""What clients ask and what they are told: requests, checked when they are read, and results. Neither torch nor a web
+framework is imported here.
 
-    app (HTTP, own thread) -> wire (bytes to these types) -> desk (order, futures) -> worker (rank 0's main thread)
-    -> leader (commands to all ranks) -> engine; results come back as the types at the end of this file.
+    bytes -> codec -> request (this file) -> scheduler (order, futures) -> worker (rank 0's main thread) -> commands to
+    all ranks -> engine; the results at the end of this file go back through the scheduler and codec.
 
-A refusal that concerns the content of a request is a `RequestFailed` through its future; a malformed request is a
-UserError at submission (HTTP 400).
+A request has to say which model, or session, and which number of its count it is. Without that the submission is
+refused (UserError, HTTP 400). Anything else that is wrong becomes the request's `problem`: it is accepted, its future
+fails with that text, category "user", and nothing is run. A refusal at submission would use up the client's seq_id, and
+every later request of the model would wait for it.
+
+Here values are only of the right kind, and numbers finite. Whether they suit the model, the vocabulary or the loss is
+checked in validation.py by the worker, which knows those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    FailFast,
+    Field,
+    GetPydanticSchema,
+    PlainValidator,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import core_schema
 
+from skyrl.service.tensors import Tensor, list_array, tensor_field
 from skyrl.types import Floats, Ints, Metrics
+from skyrl.web.message import (
+    INT32_MAX,
+    INT64_MAX,
+    TEXT_LENGTH,
+    JsonMessage,
+    Name,
+    Text,
+    not_allowed,
+    refused,
+    short_repr,
+)
 
 Category = Literal["user", "server", "unknown"]
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 LossConfig = dict[str, float | str]
+
+METADATA_LENGTH = 1 << 18  # of all names and values of one map, which are kept on the disk and listed
+MAX_SAMPLES = 65536
+MAX_STOPS = 1024
+KEY_LENGTH = 16384  # of a public key: SSH has long ones
+# A checkpoint's name is one part of its path, on disk and in tinker://run/kind/name.
+CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")
 
 
 class RequestFailed(Exception):
@@ -34,11 +70,396 @@ class TooManyRequests(Exception):
     """Too much work is waiting: HTTP 429. The text says what and how much."""
 
 
-# ---- requests, as wire makes them. `None` = absent.
-#
-# `problem`, where a request has it: "" or what is wrong with the content of a request that is otherwise well
-# identified. The worker fails the future with this text, category user, and runs nothing: the other fields may be
-# incomplete then. (A refusal at submission would use up the client's seq_id.)
+# ---- kinds of fields
+
+Id = Annotated[Text, StringConstraints(max_length=512)]
+Count = Annotated[int, Field(ge=0, le=INT32_MAX)]
+Seed = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
+Ttl = Annotated[int, Field(ge=3600, le=3660 * 86400)]  # an hour to ten years
+
+
+def check_metadata(found: dict[str, str]) -> dict[str, str]:
+    """The map, if it is not more text than should be kept. Raises ValueError, for pydantic."""
+    size = sum(len(key) + len(value) for key, value in found.items())
+    if size > METADATA_LENGTH:
+        raise refused(f"has {size} characters in all; allowed: at most {METADATA_LENGTH}")
+    return found
+
+
+Metadata = Annotated[
+    dict[Text, Annotated[str, StringConstraints(max_length=1 << 16)]],
+    Field(max_length=METADATA_LENGTH // 2),
+    AfterValidator(check_metadata),
+]
+
+
+def _read_stop(value: Any) -> tuple[str, ...] | tuple[int, ...]:
+    stops = [value] if isinstance(value, str) else value
+    kinds = set(map(type, stops)) if isinstance(stops, (list, tuple)) else {dict}
+    if not (kinds <= {str} or kinds <= {int}) or len(stops) > MAX_STOPS:
+        raise not_allowed(f"a string, or up to {MAX_STOPS} strings or token ids")
+    if kinds == {int}:
+        return tuple(list_array(stops, "int64").tolist())
+    if any(len(text) > TEXT_LENGTH for text in stops):
+        raise not_allowed(f"strings of at most {TEXT_LENGTH} characters")
+    try:
+        "".join(stops).encode()
+    except UnicodeEncodeError:
+        raise not_allowed("text that is valid Unicode") from None
+    return tuple(stops)
+
+
+# ---- requests
+
+
+class ModelRequest(JsonMessage):
+    """What every request to a model needs: which model it is for, and its place in the order."""
+
+    model_id: Id
+    seq_id: int = Field(ge=1, le=INT32_MAX)
+
+
+class NewModelRequest(JsonMessage):
+    """What a request for a new model needs."""
+
+    session_id: Id
+    model_seq_id: Count
+
+    @property
+    def model_id(self) -> str:
+        """The id that the protocol prescribes."""
+        return f"{self.session_id}:train:{self.model_seq_id}"
+
+
+class PromptChunk(JsonMessage):
+    """A part of a prompt. Release 0.3.0 leaves the type out where it is the default."""
+
+    type: str = "encoded_text"
+    tokens: Annotated[np.ndarray, PlainValidator(lambda value: list_array(value, "int64"))]
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Images and audio are refused by name."""
+        if value.get("type") not in (None, "encoded_text"):
+            raise refused(f"is {short_repr(value['type'])}; allowed: encoded_text, the models here read tokens only")
+        return super().prepare(value)
+
+
+class _Prompt(JsonMessage):
+    chunks: Annotated[list[PromptChunk], FailFast()]
+
+
+def _read_tokens(value: Any, read: Any) -> Ints:
+    if isinstance(value, np.ndarray):  # made here, not by a client
+        return value
+    parts = [chunk.tokens for chunk in read(value).chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+# The token ids [n] int64 of {"chunks": [...]}.
+Tokens = Annotated[
+    np.ndarray,
+    GetPydanticSchema(
+        lambda _, handler: core_schema.no_info_wrap_validator_function(_read_tokens, handler(_Prompt)),
+    ),
+]
+
+
+def _read_targets(tensor: Tensor) -> Tensor:
+    if tensor.values.dtype.kind != "i" or tensor.values.ndim != 2:
+        raise refused("allowed: int64 of two dimensions, [prompt length - 1, K]")
+    return tensor
+
+
+# ---- requests
+
+
+class LoraSettings(JsonMessage):
+    """rank 0 stands for no lora_config at all: all parameters are trained."""
+
+    rank: Count
+    seed: Seed | None = None
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> LoraSettings:
+        if self.rank and not (self.train_mlp or self.train_attn or self.train_unembed):
+            raise refused("trains nothing; set one of train_mlp, train_attn, train_unembed")
+        return self
+
+
+ALL_PARAMETERS = LoraSettings(rank=0)
+
+
+class OptimizerConfig(JsonMessage):
+    """Another family than adamw is refused by name later, through the future, so its fields are not read."""
+
+    type: Name = "adamw"
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Of another family only the name."""
+        kind = value.get("type")
+        return {"type": kind} if isinstance(kind, str) and kind != "adamw" else super().prepare(value)
+
+
+class CreateModel(NewModelRequest):
+    """create_model."""
+
+    operation = "create_model"
+    identity = NewModelRequest
+    blank = {"base_model": ""}
+
+    type: Literal["create_model"] = "create_model"
+    base_model: Text
+    lora_config: LoraSettings = ALL_PARAMETERS
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+    user_metadata: Metadata = {}
+    problem: str = Field("", exclude=True)
+
+
+class AdamSettings(JsonMessage):
+    """The numbers of an AdamW step, with the protocol's defaults."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Clients leave out what they do not set: their null is a NaN that JSON could not hold."""
+        if nulls := sorted(name for name, item in value.items() if item is None):
+            raise refused(f"has {short_repr(nulls[0])}: null (a NaN?); allowed: a finite number")
+        return value
+
+
+class OptimizerSettings(AdamSettings):
+    """The same with the name of its family; another than adamw is refused by name later, so its fields are not read."""
+
+    type: Name
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Of another family only the name."""
+        kind = value.get("type")
+        return {"type": kind} if isinstance(kind, str) and kind != "adamw" else super().prepare(value)
+
+
+class OptimStep(ModelRequest):
+    """optim_step."""
+
+    operation = "optim_step"
+    identity = ModelRequest
+
+    type: Literal["optim_step"] = "optim_step"
+    adam_params: AdamSettings | None = None
+    optimizer_params: OptimizerSettings | None = None
+    problem: str = Field("", exclude=True)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> OptimStep:
+        if (self.adam_params is None) == (self.optimizer_params is None):
+            raise refused("needs one of adam_params and optimizer_params, not both")
+        return self
+
+
+def _check_name(value: str) -> str:
+    if not CHECKPOINT_NAME.fullmatch(value):
+        raise not_allowed("a name of up to 200 letters, digits and _ . + = @ -, beginning with a letter, a digit or _")
+    return value
+
+
+CheckpointName = Annotated[Text, AfterValidator(_check_name)]
+
+
+class SaveWeights(ModelRequest):
+    """save_weights: a training checkpoint. `name` None: an ephemeral snapshot, for which a sampling session
+    `sampling_session_seq_id` is made; only SaveWeightsForSampler has it.
+
+    All three kinds of saves have all fields, so that those who save need not tell them apart; clients may give those
+    that are not in `others`.
+    """
+
+    operation = "save_weights"
+    identity = ModelRequest
+    blank = {"name": None}
+    kind: ClassVar[CheckpointKind] = "weights"
+    others: ClassVar[frozenset[str]] = frozenset({"sampling_session_seq_id", "kind", "age_encryption_recipients"})
+
+    type: Literal["save_weights", "save_weights_for_sampler", "save_weights_external"] | None = None
+    name: CheckpointName | None = Field(alias="path")
+    sampling_session_seq_id: int | None = Field(None, ge=0, le=INT64_MAX)
+    snapshot_kind: Literal["snapshot", "inflight"] = Field("snapshot", alias="kind")  # the two are the same here
+    ttl_seconds: Ttl | None = None
+    overwrite: bool = False
+    user_metadata: Metadata = {}
+    age_recipients: list[Annotated[str, StringConstraints(min_length=1, max_length=KEY_LENGTH)]] = Field(
+        [], alias="age_encryption_recipients", max_length=64
+    )
+    problem: str = Field("", exclude=True)
+
+    @classmethod
+    def known(cls) -> set[str]:
+        """Without those of the other kinds of saves."""
+        return super().known() - cls.others
+
+    @model_validator(mode="after")
+    def _own_type(self) -> SaveWeights:
+        if self.type not in (None, self.operation):
+            raise refused(f"has type={self.type!r}; allowed: {self.operation!r}")
+        return self
+
+
+class SaveWeightsForSampler(SaveWeights):
+    """save_weights_for_sampler, with a name or, without, for a sampling session. An inflight save is a snapshot like
+    any other."""
+
+    operation = "save_weights_for_sampler"
+    kind = "sampler_weights"
+    others = frozenset({"overwrite", "age_encryption_recipients"})
+
+    name: CheckpointName | None = Field(None, alias="path")
+
+    @model_validator(mode="after")
+    def _name_or_session(self) -> SaveWeightsForSampler:
+        if (self.name is None) == (self.sampling_session_seq_id is None):
+            raise refused("needs one of path and sampling_session_seq_id, not both")
+        return self
+
+
+class SaveWeightsExternal(SaveWeights):
+    """save_weights_external: an export for other programs, encrypted for `age_recipients` if there are any."""
+
+    operation = "save_weights_external"
+    kind = "external_weights"
+    others = frozenset({"overwrite", "user_metadata", "sampling_session_seq_id", "kind"})
+
+
+class _LoadIdentity(JsonMessage):
+    """Into a model (model_id, seq_id), or as a new model of a session (session_id, model_seq_id)."""
+
+    operation = "load_weights"
+    model_id: Id | None = None
+    seq_id: int | None = Field(None, ge=1, le=INT32_MAX)
+    session_id: Id | None = None
+    model_seq_id: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> _LoadIdentity:
+        if (self.model_id is None) == (self.session_id is None):
+            raise refused("needs one of model_id (with seq_id) and session_id (with model_seq_id)")
+        needed, other = ("seq_id", "model_seq_id") if self.model_id is not None else ("model_seq_id", "seq_id")
+        if getattr(self, needed) is None:
+            raise refused(f"needs {needed}: it is missing")
+        if getattr(self, other) is not None:
+            raise refused(f"has {other}, which does not belong to {needed}; leave it out")
+        return self
+
+
+class LoadWeights(_LoadIdentity):
+    """load_weights. Release 0.3.0 sends no `optimizer`: its load_state is its one way to resume, so the optimizer's
+    state is loaded too."""
+
+    identity = _LoadIdentity
+    blank = {"path": "", "optimizer": False}
+
+    type: Literal["load_weights"] = "load_weights"
+    path: Text
+    optimizer: bool = True
+    base_model: Text | None = None
+    user_metadata: Metadata = {}
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+    weights_access_token: Any = None
+    problem: str = Field("", exclude=True)
+
+    @model_validator(mode="after")
+    def _own_checkpoint(self) -> LoadWeights:
+        if self.weights_access_token is not None:
+            raise refused("has weights_access_token, which is not supported; only your own checkpoints load")
+        return self
+
+
+class UnloadModel(JsonMessage):
+    """unload_model. It has no seq_id to waste, so anything wrong refuses it."""
+
+    operation = "unload_model"
+    model_id: Id
+    type: Literal["unload_model"] = "unload_model"
+
+
+class SamplingSettings(JsonMessage):
+    """stop: None = the tokenizer's end of sequence; a tuple of strings or of token ids otherwise."""
+
+    max_tokens: Count | None = None
+    seed: Seed | None = None
+    stop: Annotated[tuple[str, ...] | tuple[int, ...], PlainValidator(_read_stop)] | None = None
+    temperature: float = 1.0
+    top_k: int = Field(-1, ge=-1, le=INT32_MAX)
+    top_p: float = 1.0
+
+
+class _SampleIdentity(JsonMessage):
+    """Which weights. seq_id is -1 where an old release sends none: such a request has no sampling session and is never
+    taken for a repetition."""
+
+    operation = "sample"
+    sampling_session_id: Text | None = None
+    base_model: Text | None = None
+    model_path: Text | None = None
+    seq_id: int = Field(-1, ge=0, le=INT64_MAX)
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> _SampleIdentity:
+        if not (self.sampling_session_id or self.base_model or self.model_path):
+            raise refused("needs one of sampling_session_id, base_model, model_path")
+        if self.sampling_session_id is not None and self.seq_id < 0:
+            raise refused("needs seq_id with sampling_session_id: seq_id is missing")
+        return self
+
+
+class SamplingRequest(_SampleIdentity):
+    """asample. target_tokens [len(prompt) - 1, K] int64, -1 = skip; where they came sparse, the answer is too. stream:
+    its reader takes tokens while they are drawn (RequestScheduler.on_tokens)."""
+
+    identity = _SampleIdentity
+    blank = {"prompt": np.zeros(0, np.int64)}
+
+    type: Literal["sample"] = "sample"
+    sampling_params: SamplingSettings = SamplingSettings()
+    num_samples: int = Field(1, ge=1, le=MAX_SAMPLES)
+    prompt: Tokens
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: Count = 0
+    topk_sample_logprobs: Count = 0
+    prompt_alt_tokens_k: Count = 0
+    prompt_logprobs_last_n: Count | None = None
+    record_stability_info: bool = False
+    target_tokens: Annotated[Tensor, tensor_field(-1), AfterValidator(_read_targets)] | None = Field(
+        None, alias="target_prompt_logprobs"
+    )
+    stream: bool = Field(False, exclude=True)
+    problem: str = Field("", exclude=True)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """target_tokens, dense."""
+        return None if self.target_tokens is None else self.target_tokens.values
+
+    @property
+    def targets_csr(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(crow, col) of target_tokens that came sparse."""
+        return None if self.target_tokens is None else self.target_tokens.csr
+
+    @model_validator(mode="after")
+    def _supported(self) -> SamplingRequest:
+        if self.record_stability_info:
+            raise refused("has record_stability_info, which is not supported; it serves only the loss stable_reinforce")
+        return self
 
 
 @dataclass(frozen=True)
@@ -52,7 +473,7 @@ class WireDatum:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """forward_backward, or forward with `forward_only`."""
+    """forward_backward, or forward with `forward_only`. It comes as protobuf (codec.py), from old releases as JSON."""
 
     model_id: str
     seq_id: int
@@ -60,115 +481,6 @@ class TrainRequest:
     loss_fn: str
     loss_config: LossConfig
     forward_only: bool
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class CreateModel:
-    """create_model. rank 0 asks for training of all parameters."""
-
-    session_id: str
-    model_seq_id: int
-    base_model: str
-    rank: int
-    seed: int | None
-    train_mlp: bool
-    train_attn: bool
-    train_unembed: bool
-    optimizer: str  # "adamw"; another type is refused through the future
-    user_metadata: dict[str, str]
-    problem: str = ""
-
-    @property
-    def model_id(self) -> str:
-        """The id that the protocol prescribes."""
-        return f"{self.session_id}:train:{self.model_seq_id}"
-
-
-@dataclass(frozen=True)
-class OptimStep:
-    """optim_step with the protocol's defaults filled in. `optimizer` other than "adamw" is refused."""
-
-    model_id: str
-    seq_id: int
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    grad_clip_norm: float = 0.0
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class SaveWeights:
-    """save_weights, save_weights_for_sampler and save_weights_external. name None: an ephemeral snapshot, for which
-    a sampling session `sampling_session_seq_id` is made."""
-
-    model_id: str
-    seq_id: int
-    kind: CheckpointKind
-    name: str | None
-    sampling_session_seq_id: int | None = None
-    ttl_seconds: int | None = None
-    overwrite: bool = False
-    user_metadata: dict[str, str] = field(default_factory=dict)
-    age_recipients: tuple[str, ...] = ()
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class LoadWeights:
-    """load_weights: into `model_id`, or (model_id None) as a new model of a session."""
-
-    path: str
-    optimizer: bool
-    model_id: str | None = None
-    seq_id: int | None = None
-    session_id: str | None = None
-    model_seq_id: int | None = None
-    base_model: str | None = None
-    user_metadata: dict[str, str] = field(default_factory=dict)
-    optimizer_type: str = "adamw"
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class UnloadModel:
-    """unload_model."""
-
-    model_id: str
-
-
-@dataclass(frozen=True)
-class SamplingRequest:
-    """asample. `stop`: None = the tokenizer's end of sequence; a tuple of strings or of token ids otherwise.
-
-    targets [len(prompt) - 1, K] int64, -1 = skip; `targets_csr` keeps (crow, col) when it came sparse, since the
-    answer has the same layout. stream: its reader takes tokens while they are drawn (RequestScheduler.on_tokens).
-    """
-
-    seq_id: int
-    prompt: Ints
-    sampling_session_id: str | None = None
-    base_model: str | None = None
-    model_path: str | None = None
-    num_samples: int = 1
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] | tuple[int, ...] | None = None
-    temperature: float = 1.0
-    top_k: int = -1
-    top_p: float = 1.0
-    prompt_logprobs: bool = False
-    topk_prompt_logprobs: int = 0
-    topk_sample_logprobs: int = 0
-    prompt_logprobs_last_n: int | None = None
-    targets: np.ndarray | None = None
-    targets_csr: tuple[np.ndarray, np.ndarray] | None = None
-    prompt_alt_tokens_k: int = 0
-    stream: bool = False
     problem: str = ""
 
 

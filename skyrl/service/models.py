@@ -80,27 +80,26 @@ class OpenModels:
         if request.problem:
             raise RequestFailed(request.problem)
         self._check_base(request.base_model)
-        if request.optimizer != "adamw":
-            raise RequestFailed(
-                f"optimizer_config type {request.optimizer!r} is refused: its update is not public; use adamw"
-            )
-        lora = None
-        if request.rank != 0:
+        if request.optimizer_config.type != "adamw":
+            name = request.optimizer_config.type
+            raise RequestFailed(f"optimizer_config type {name!r} is refused: its update is not public; use adamw")
+        lora, settings = None, request.lora_config
+        if settings.rank != 0:
             if not self.server.adaptable:
                 raise RequestFailed("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
-            if not 1 <= request.rank <= self.cfg.service.max_rank:
-                raise RequestFailed(f"lora rank {request.rank}; allowed: 1 to {self.cfg.service.max_rank}")
-            if not (request.train_mlp or request.train_attn or request.train_unembed):
+            if not 1 <= settings.rank <= self.cfg.service.max_rank:
+                raise RequestFailed(f"lora rank {settings.rank}; allowed: 1 to {self.cfg.service.max_rank}")
+            if not (settings.train_mlp or settings.train_attn or settings.train_unembed):
                 raise RequestFailed(
                     "train_mlp, train_attn and train_unembed are all false; at least one has to be true"
                 )
-            seed = request.seed if request.seed is not None else self.cfg.seed
+            seed = settings.seed if settings.seed is not None else self.cfg.seed
             lora = LoraSpec(
-                rank=request.rank,
+                rank=settings.rank,
                 seed=seed,
-                mlp=request.train_mlp,
-                attn=request.train_attn,
-                unembed=request.train_unembed,
+                mlp=settings.train_mlp,
+                attn=settings.train_attn,
+                unembed=settings.train_unembed,
             )
         model = TrainableModel(request.model_id, owner, request.session_id, request.base_model, lora)
         self.checkpoints.store.get_session(request.session_id, owner)
@@ -110,8 +109,8 @@ class OpenModels:
         """A new model from a checkpoint: rank and flags come from there."""
         if request.problem:
             raise RequestFailed(request.problem)
-        if request.optimizer_type != "adamw":
-            raise RequestFailed(f"optimizer_config type {request.optimizer_type!r} is refused; use adamw")
+        if request.optimizer_config.type != "adamw":
+            raise RequestFailed(f"optimizer_config type {request.optimizer_config.type!r} is refused; use adamw")
         assert request.session_id is not None and request.model_seq_id is not None
         self.checkpoints.store.get_session(request.session_id, owner)
         content = self.checkpoints.load(request.path, owner, optimizer=request.optimizer)

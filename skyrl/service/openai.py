@@ -12,25 +12,22 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import anyio
 import numpy as np
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from skyrl.service.http import FAULT, Call, Door, HttpError, find_owner, in_thread, log, problem_of, reply, tell
+from skyrl.service.app import AppState, RequestContext, http_error, route
 from skyrl.service.messages import RequestFailed, SampleResult, SamplingRequest
-from skyrl.service.openai_params import Ask, TextTools, parse_chat, parse_completion
-from skyrl.service.openai_text import Writer
+from skyrl.service.openai_text import ChatBody, CompletionBody, TextTools, Writer
 from skyrl.service.routes_session import find_weights, unknown_model
 from skyrl.service.scheduler import PendingRequest
 from skyrl.types import Ints, UserError
-
-__all__ = ["TextTools", "openai_routes"]
+from skyrl.web.http import HttpError, in_thread, log, reply
 
 PREFIXES = ("/v1/", "/oai/api/v1/")
 LISTED = 1000  # checkpoints in /v1/models
@@ -38,35 +35,23 @@ COMMENT_SECONDS = 10.0
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def openai_routes(door: Door, text: TextTools | None) -> list[Route]:
-    """All of them, under both prefixes."""
+def openai_routes(state: AppState, text: TextTools | None) -> list[Route]:
+    """OpenAI-style endpoints, under both prefixes."""
     handlers = (
         ("GET", "models", models),
         ("GET", "models/{model:path}", model),
-        ("POST", "completions", partial(complete, text=text, chat=False)),
-        ("POST", "chat/completions", partial(complete, text=text, chat=True)),
+        ("POST", "completions", partial(complete, text=text, kind=CompletionBody)),
+        ("POST", "chat/completions", partial(complete, text=text, kind=ChatBody)),
     )
     return [
-        Route(prefix + path, _endpoint(door, handler), methods=[method])
+        route(state, method, prefix + path, handler, write_error=_error_reply)
         for prefix in PREFIXES
         for method, path, handler in handlers
     ]
 
 
-def _endpoint(door: Door, handler: Any) -> Any:
-    async def endpoint(request: Request) -> Response:
-        try:
-            return await handler(Call(door, request, find_owner(door, request)))
-        except ClientDisconnect:
-            return Response(status_code=499)
-        except Exception as error:
-            known = problem_of(error)
-            if known is None:
-                tell(request, error)
-                known = HttpError(500, FAULT)
-            return reply(error_json(known), known.status, known.headers)
-
-    return endpoint
+def _error_reply(error: HttpError) -> Response:
+    return reply(error_json(error), error.status, error.headers)
 
 
 def error_json(error: HttpError) -> dict[str, Any]:
@@ -75,10 +60,10 @@ def error_json(error: HttpError) -> dict[str, Any]:
     return {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
 
 
-async def models(call: Call) -> Response:
+async def models(context: RequestContext) -> Response:
     """Names that are served, and the caller's checkpoints that can be sampled, newest first."""
-    names = [_model(name, 0) for name in call.door.facts.aliases]
-    page = await in_thread(call.door.store.list_checkpoints, call.owner, limit=LISTED)
+    names = [_model(name, 0) for name in context.state.info.aliases]
+    page = await in_thread(context.state.store.list_checkpoints, context.owner, limit=LISTED)
     saved = [one for one in page.items if one.path.kind != "external_weights"]
     names += [_model(one.path.uri, int(one.created_at.timestamp())) for one in saved]
     return reply({"object": "list", "data": names})
@@ -88,75 +73,78 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "skyrl"}
 
 
-async def model(call: Call) -> Response:
+async def model(context: RequestContext) -> Response:
     """One of them. A server in between may have made one slash of the two of tinker://."""
-    name = call.path("model")
+    name = context.path("model")
     if name.startswith("tinker:/") and not name.startswith("tinker://"):
         name = "tinker://" + name[len("tinker:/") :]
-    await find_model(call, name)
+    await find_model(context, name)
     return reply(_model(name, 0))
 
 
-async def find_model(call: Call, name: str) -> dict[str, str]:
+async def find_model(context: RequestContext, name: str) -> dict[str, str]:
     """The fields of a SamplingRequest that say which weights. Raises HttpError 404, UserError."""
     if name.startswith("tinker://"):
-        await in_thread(find_weights, call.door, call.owner, name)
+        await in_thread(find_weights, context.state, context.owner, name)
         return {"model_path": name}
-    if name not in call.door.facts.aliases:
-        raise HttpError(404, unknown_model(call.door, name))
+    if name not in context.state.info.aliases:
+        raise HttpError(404, unknown_model(context.state, name))
     return {"base_model": name}
 
 
-async def complete(call: Call, *, text: TextTools | None, chat: bool) -> Response:
+async def complete(
+    context: RequestContext, *, text: TextTools | None, kind: type[CompletionBody] | type[ChatBody]
+) -> Response:
     """completions and chat/completions."""
-    body = await call.json()
+    body = await context.message(kind)
     if text is None:
         raise UserError("this server was started without a tokenizer; use asample with token ids")
-    parse = parse_chat if chat else parse_completion
-    ask: Ask = await in_thread(parse, body, text, call.door.facts)
-    weights = await find_model(call, ask.model)
-    queries = [replace(query, **weights) for query in ask.queries]
+    ask = await in_thread(body.ask, text, context.state.info)
+    weights = await find_model(context, ask.model)
+    queries = [query.model_copy(update=weights) for query in ask.queries]
     submitted: list[PendingRequest] = []
     try:
         for query in queries:
-            submitted.append(call.door.desk.submit(query, owner=call.owner))
+            submitted.append(context.state.scheduler.submit(query, owner=context.owner))
     except BaseException:
-        _cancel(call, submitted)
+        _cancel(context, submitted)
         raise
-    writer = Writer(ask, text, call.door.facts, int(time.time()))
+    writer = Writer(ask, text, context.state.info, int(time.time()))
     if ask.stream:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(_events(call, submitted, writer), media_type="text/event-stream", headers=headers)
-    results = await _gather(call, submitted, queries)
+        return StreamingResponse(_events(context, submitted, writer), media_type="text/event-stream", headers=headers)
+    results = await _gather(context, submitted, queries)
     return reply(await in_thread(writer.whole, results))
 
 
-def _cancel(call: Call, submitted: list[PendingRequest]) -> None:
+def _cancel(context: RequestContext, submitted: list[PendingRequest]) -> None:
     for one in submitted:
-        call.door.desk.cancel(one.request_id, owner=call.owner)
+        context.state.scheduler.cancel(one.request_id, owner=context.owner)
 
 
-async def _gather(call: Call, submitted: list[PendingRequest], queries: list[SamplingRequest]) -> list[SampleResult]:
+async def _gather(
+    context: RequestContext, submitted: list[PendingRequest], queries: list[SamplingRequest]
+) -> list[SampleResult]:
     """All results in order. When one fails or the client leaves, the others are withdrawn."""
     results: list[SampleResult] = []
     try:
         for one in submitted:
-            while (result := await _result(call, one, COMMENT_SECONDS)) is None:
-                if await call.request.is_disconnected():
+            while (result := await _result(context, one, COMMENT_SECONDS)) is None:
+                if await context.request.is_disconnected():
                     raise ClientDisconnect()
             results.append(result)
     except BaseException:
-        _cancel(call, submitted)
+        _cancel(context, submitted)
         raise
     assert len(results) == len(queries)
     return results
 
 
-async def _result(call: Call, one: PendingRequest, seconds: float) -> SampleResult | None:
+async def _result(context: RequestContext, one: PendingRequest, seconds: float) -> SampleResult | None:
     """The result, or None when it is not there after so many seconds. Raises RequestFailed, HttpError."""
-    outcome = await call.wait(one.request_id, seconds)
+    outcome = await context.wait(one.request_id, seconds)
     if outcome.state == "pending":
-        if call.door.closed:
+        if context.state.closed:
             raise HttpError(503, "the server stops")
         return None
     if outcome.state == "done":
@@ -180,12 +168,12 @@ class _News:
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, index, tokens))
         except RuntimeError:  # the loop has ended meanwhile; who draws must not notice
-            log.debug("tokens were drawn after the door had closed")
+            log.debug("tokens were drawn after the state had closed")
 
-    async def follow(self, call: Call, number: int, one: PendingRequest) -> None:
+    async def follow(self, context: RequestContext, number: int, one: PendingRequest) -> None:
         """Waits for the result of one prompt."""
         try:
-            while (result := await _result(call, one, COMMENT_SECONDS)) is None:
+            while (result := await _result(context, one, COMMENT_SECONDS)) is None:
                 continue
             self._queue.put_nowait((number, result))
         except Exception as error:
@@ -208,12 +196,12 @@ class _News:
         return found
 
 
-async def _events(call: Call, submitted: list[PendingRequest], writer: Writer) -> AsyncIterator[bytes]:
+async def _events(context: RequestContext, submitted: list[PendingRequest], writer: Writer) -> AsyncIterator[bytes]:
     """The body of a streamed answer: one event per piece of text, as they are drawn."""
     news, left = _News(), len(submitted)
     for number, one in enumerate(submitted):
-        call.door.desk.on_tokens(one.request_id, partial(news.hear, number))
-    tasks = [asyncio.ensure_future(news.follow(call, number, one)) for number, one in enumerate(submitted)]
+        context.state.scheduler.on_tokens(one.request_id, partial(news.hear, number))
+    tasks = [asyncio.ensure_future(news.follow(context, number, one)) for number, one in enumerate(submitted)]
     try:
         for piece in writer.begin():
             yield _event(piece)
@@ -229,15 +217,11 @@ async def _events(call: Call, submitted: list[PendingRequest], writer: Writer) -
             yield _event(piece)
         yield b"data: [DONE]\n\n"
     except Exception as error:  # the status is sent already: an error can only be an event
-        known = problem_of(error)
-        if known is None:
-            tell(call.request, error)
-            known = HttpError(500, FAULT)
-        yield _event(error_json(known))
+        yield _event(error_json(http_error(context.request, error)))
     finally:  # also when the client has left
         for task in tasks:
             task.cancel()
-        _cancel(call, submitted)
+        _cancel(context, submitted)
 
 
 def _written(writer: Writer, items: list[tuple[Any, ...]]) -> list[dict[str, Any]]:

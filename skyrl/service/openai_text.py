@@ -1,19 +1,266 @@
-"""Sampled sequences, to the answers of completions and chat/completions, whole or in pieces while they are drawn."""
+"""Bodies of completions and chat/completions to sampling requests, and sampled sequences to the answers, whole or in
+pieces while they are drawn. What is not done here is refused by name.
+"""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, FailFast, Field, StringConstraints, model_validator
 
-from skyrl.service.messages import SampledSequence, SampleResult, ServerInfo, TopK
-from skyrl.service.openai_params import Ask, TextTools
+from skyrl.service.codec import NO_LOGPROB
+from skyrl.service.messages import (
+    MAX_SAMPLES,
+    SampledSequence,
+    SampleResult,
+    SamplingRequest,
+    SamplingSettings,
+    Seed,
+    ServerInfo,
+    TopK,
+)
+from skyrl.types import Ints, UserError
+from skyrl.types import Message as ChatMessage
+from skyrl.web.message import INT32_MAX, JsonMessage, Name, Text, not_allowed, refused
 
-NO_LOGPROB = -99999.0
+DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI has it; a chat goes on as far as the context allows
+MAX_PROMPTS = 1024
+MAX_TOP = 20
+MAX_STOPS = 16
+MAX_TEXT = 1 << 24
 BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
+# Accepted when they say what is the case anyway: field -> such values, besides null.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "parallel_tool_calls": (True, False),
+}
+# Change nothing about what is drawn.
+IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """The tokenizer, as functions. encode: text to ids, nothing added. decode: ids to text, special tokens written
+    out. render: a chat to ids, ready for an answer; raises UserError when the model has no chat template."""
+
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    render: Callable[[list[ChatMessage]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A parsed body. `queries` has one sample request per prompt, the weights not filled in yet.
+
+    top: how many alternatives per token are wanted, None = no log-probabilities at all. echo: the prompt is part of
+    the answer; empty: and nothing is drawn (max_tokens 0).
+    """
+
+    model: str
+    chat: bool
+    queries: list[SamplingRequest]
+    stops: tuple[str, ...]
+    top: int | None
+    stream: bool
+    usage_event: bool
+    echo: bool = False
+    empty: bool = False
+
+
+def _listed_stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise not_allowed(f"a text that is not empty, or a list of up to {MAX_STOPS}")
+    return stops
+
+
+class StreamOptions(JsonMessage):
+    """Of a streamed answer."""
+
+    lenient = True
+    include_usage: bool = False
+
+
+class GenerateBody(JsonMessage):
+    """What both kinds of completions have."""
+
+    model: Text
+    stop: Annotated[list[str], BeforeValidator(_listed_stops)] = []
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    best_of: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = Field(-1, ge=-1, le=INT32_MAX)
+    seed: Seed | None = None
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Leaves out what changes nothing, and refuses by name what would."""
+        found = {key: item for key, item in super().prepare(value).items() if key not in IGNORED}
+        for name, neutral in NEUTRAL.items():
+            if name in found and found.pop(name) not in neutral:
+                raise refused(f"has {name}, which this server does not do; leave it out")
+        return found
+
+    @model_validator(mode="after")
+    def _no_ranking(self) -> GenerateBody:
+        if self.best_of not in (None, self.n):
+            raise refused(f"has best_of={self.best_of}, but nothing is ranked here; leave it out")
+        return self
+
+
+class CompletionBody(GenerateBody):
+    """completions. Prompts are text or token ids, one or several."""
+
+    operation = "completions"
+    prompt: Any
+    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=INT32_MAX)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+
+    def ask(self, text: TextTools, info: ServerInfo) -> Ask:
+        """Raises UserError."""
+        if self.max_tokens == 0 and not self.echo:
+            raise UserError("completions: max_tokens=0: nothing would be answered; give 1 or more, or echo=true")
+        prompts = _prompts(self.prompt, text)
+        return _ask(self, prompts, info, limit=self.max_tokens, top=self.logprobs, echo=self.echo)
+
+
+class TextPart(JsonMessage):
+    """A part of a chat message."""
+
+    lenient = True
+    type: Name
+    text: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
+
+    @model_validator(mode="after")
+    def _is_text(self) -> TextPart:
+        if self.type != "text":
+            raise refused(f"has type={self.type!r}; allowed: text, the models here read nothing else")
+        return self
+
+
+def _as_parts(value: Any) -> Any:
+    if not isinstance(value, (str, list)):
+        raise not_allowed("text, or a list of text parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class ChatTurn(JsonMessage):
+    """One message of a chat. Only role and content are used here."""
+
+    role: Name
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_as_parts)] = []
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Leaves out what says nothing, and refuses by name what would."""
+        found = super().prepare(value)
+        for name in ("name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio"):
+            if found.pop(name, "") not in ([], ""):
+                raise refused(f"has {name}: only role and content are used here")
+        return found
+
+
+class ChatBody(GenerateBody):
+    """chat/completions, with text messages. max_tokens is the older name of max_completion_tokens."""
+
+    operation = "chat/completions"
+    messages: Annotated[list[ChatTurn], FailFast()]
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+
+    def ask(self, text: TextTools, info: ServerInfo) -> Ask:
+        """Raises UserError."""
+        if not self.messages:
+            raise UserError("chat/completions: messages is empty; give at least one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise UserError("chat/completions: top_logprobs needs logprobs=true")
+        turns = [{"role": one.role, "content": "".join(part.text for part in one.content)} for one in self.messages]
+        try:
+            prompt = text.render(turns)
+        except UserError:
+            raise
+        except Exception as error:  # templates refuse what they do not know with errors of their own
+            what = " ".join(str(error).split())[:300]
+            raise UserError(f"chat/completions: the chat template refuses these messages: {what}") from error
+        limit, top = self.max_completion_tokens or self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None
+        return _ask(self, [np.asarray(prompt, np.int64)], info, limit=limit, top=top, echo=False)
+
+
+def _prompts(value: Any, text: TextTools) -> list[Ints]:
+    if isinstance(value, str):
+        return [_prompt(value, text)]
+    if not isinstance(value, list) or not value or len(value) > MAX_PROMPTS and type(value[0]) is not int:
+        raise UserError(f"completions: prompt; allowed: text or token ids, or a list of 1 to {MAX_PROMPTS} of them")
+    return [_prompt(value, text)] if type(value[0]) is int else [_prompt(one, text) for one in value]
+
+
+def _prompt(value: Any, text: TextTools) -> Ints:
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError("completions: prompt; allowed: text that is valid Unicode") from None
+        return np.asarray(text.encode(value), np.int64)
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one <= INT32_MAX for one in value):
+        raise UserError("completions: prompt; allowed: text, or a list of token ids")
+    return np.asarray(value, np.int64)
+
+
+def _ask(
+    body: GenerateBody, prompts: list[Ints], info: ServerInfo, *, limit: int | None, top: int | None, echo: bool
+) -> Ask:
+    empty = limit == 0
+    for prompt in prompts:
+        if not len(prompt):
+            raise UserError(f"{body.operation}: prompt is empty: give at least one token")
+        if len(prompt) >= info.max_context and not empty:
+            raise UserError(
+                f"{body.operation}: prompt: {len(prompt)} tokens leave no room for an answer in the context of "
+                f"{info.max_context}; shorten it"
+            )
+    settings = SamplingSettings(
+        max_tokens=1 if empty else limit,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k or -1,
+        seed=body.seed,
+        stop=tuple(body.stop) or None,
+    )
+    queries = [
+        SamplingRequest.model_construct(  # checked already; the weights are filled in by the endpoint
+            prompt=prompt,
+            stream=body.stream and not empty,
+            num_samples=body.n,
+            sampling_params=settings,
+            topk_sample_logprobs=0 if empty else top or 0,
+            prompt_logprobs=echo and top is not None,
+            topk_prompt_logprobs=(top or 0) if echo else 0,
+        )
+        for prompt in prompts
+    ]
+    chat, usage = isinstance(body, ChatBody), body.stream_options.include_usage
+    return Ask(body.model, chat, queries, tuple(body.stop), top, body.stream, usage, echo, empty)
 
 
 @dataclass(frozen=True)
@@ -75,8 +322,8 @@ class Writer:
     """The answer to one body: `whole`, or `begin`, then for each prompt `grown` as often as there is news and `pieces`
     at last, then `end`."""
 
-    def __init__(self, ask: Ask, text: TextTools, facts: ServerInfo, created: int) -> None:
-        self.ask, self.text, self.facts = ask, text, facts
+    def __init__(self, ask: Ask, text: TextTools, info: ServerInfo, created: int) -> None:
+        self.ask, self.text, self.info = ask, text, info
         self.head = {
             "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": ("chat.completion" if ask.chat else "text_completion"),
@@ -132,7 +379,7 @@ class Writer:
     def _kept(self, sequence: SampledSequence) -> list[int]:
         """The tokens without an end-of-sequence token at their end: it is no text."""
         ids = sequence.tokens.tolist()
-        return ids[:-1] if ids and ids[-1] in self.facts.eos_token_ids and sequence.stop_reason == "stop" else ids
+        return ids[:-1] if ids and ids[-1] in self.info.eos_token_ids and sequence.stop_reason == "stop" else ids
 
     def _content(self, sequence: SampledSequence) -> str:
         """The text before the stop that ended it, as these endpoints have it (asample keeps stops)."""

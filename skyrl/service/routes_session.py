@@ -3,48 +3,160 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, StringConstraints
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.http import Call, Door, HttpError, in_thread, once, reply, route
+from skyrl.service.app import AppState, RequestContext, once, route
+from skyrl.service.messages import Count, Metadata, check_metadata
 from skyrl.service.records import CheckpointPath, NotFound, SessionQuery, StatusQuery, parse_time
-from skyrl.service.wire_fields import INT32_MAX, Fields, check_metadata
 from skyrl.types import UserError
+from skyrl.web.http import HttpError, in_thread, reply, whole_number
+from skyrl.web.message import JsonMessage, Text
 
 CHUNK_BYTES = 5_000_000
 # Small JSON requests have nothing to gain from more than this many samples on their way at once.
 SAMPLES_AT_ONCE = 2000
 
 
-def session_routes(door: Door) -> list[Route]:
-    """All of them."""
+class CreateSession(JsonMessage):
+    """create_session. Fields of later releases change nothing here."""
+
+    operation = "create_session"
+    lenient = True
+    tags: list[Any] = []
+    user_metadata: dict[str, Any] = Field({}, max_length=1 << 16)
+    sdk_version: Text = ""
+    project_id: Text | None = None
+    display_name: Text | None = None
+
+
+class SessionHeartbeat(JsonMessage):
+    """session_heartbeat."""
+
+    operation = "session_heartbeat"
+    lenient = True
+    session_id: Text
+
+
+class GetInfo(JsonMessage):
+    """get_info."""
+
+    operation = "get_info"
+    lenient = True
+    model_id: Text
+
+
+class CreateSamplingSession(JsonMessage):
+    """create_sampling_session: of a base model or a checkpoint."""
+
+    operation = "create_sampling_session"
+    type: Literal["create_sampling_session"] = "create_sampling_session"
+    session_id: Text
+    sampling_session_seq_id: Count
+    base_model: Text | None = None
+    model_path: Text | None = None
+
+
+class JoinSamplingSession(JsonMessage):
+    """join_sampling_session."""
+
+    operation = "join_sampling_session"
+    lenient = True
+    sampling_session_id: Text
+
+
+class FinishReason(JsonMessage):
+    """Why a session ended."""
+
+    lenient = True
+    type: Text = "success"
+
+
+class FinishSession(JsonMessage):
+    """sessions/{session_id}/finish."""
+
+    operation = "finish"
+    lenient = True
+    reason: FinishReason = FinishReason()
+    detail: Annotated[str, StringConstraints(min_length=1, max_length=1 << 16)] | None = None
+
+
+class SetProject(JsonMessage):
+    """sessions/{session_id}/project."""
+
+    operation = "project"
+    lenient = True
+    project_id: Text
+
+
+class SessionOwner(JsonMessage):
+    """Whose sessions are searched; nobody lists another's sessions here."""
+
+    lenient = True
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[Any] = []
+
+
+class SessionStatus(JsonMessage):
+    """One of the states searched for."""
+
+    lenient = True
+    type: Text
+    reasons: list[Any] | None = None
+
+
+class SessionCursor(JsonMessage):
+    """Where the page before ended."""
+
+    lenient = True
+    last_created_at: Text
+    last_session_id: Text
+
+
+class SearchSessions(JsonMessage):
+    """sessions/search."""
+
+    operation = "sessions/search"
+    session_id: Text | None = None
+    project_ids: list[Any] | None = None
+    user_metadata: Metadata = {}
+    display_name: Text | None = None
+    owner: SessionOwner | None = None
+    statuses: list[SessionStatus] | None = Field(None, max_length=64)
+    limit: int = Field(50, ge=1, le=200)
+    cursor: SessionCursor | None = None
+
+
+def session_routes(state: AppState) -> list[Route]:
+    """Endpoints about clients, sessions and samplers."""
     return [
-        route(door, "POST", "client/config", client_config),
-        route(door, "POST", "client/dynamic_config", dynamic_config),
-        route(door, "GET", "healthz", health, public=True),
-        route(door, "POST", "auth/token", token),
-        route(door, "GET", "auth/apikey/me", key_info),
-        route(door, "DELETE", "auth/apikey/me", revoke_key),
-        route(door, "POST", "create_session", once(create_session)),
-        route(door, "POST", "session_heartbeat", heartbeat),
-        route(door, "POST", "telemetry", telemetry),
-        route(door, "GET", "get_server_capabilities", capabilities),
-        route(door, "POST", "get_info", get_info),
-        route(door, "POST", "create_sampling_session", create_sampling_session),
-        route(door, "POST", "join_sampling_session", once(join_sampling_session)),
-        route(door, "GET", "samplers/{sampler_id:path}", get_sampler),
-        route(door, "GET", "sessions", list_sessions),
-        route(door, "POST", "sessions/search", search_sessions),
-        route(door, "POST", "sessions/{session_id}/finish", finish_session),
-        route(door, "PUT", "sessions/{session_id}/project", set_project),
-        route(door, "GET", "sessions/{session_id}/trace_export", trace_export),
-        route(door, "GET", "sessions/{session_id}", get_session),
+        route(state, "POST", "client/config", client_config),
+        route(state, "POST", "client/dynamic_config", dynamic_config),
+        route(state, "GET", "healthz", health, public=True),
+        route(state, "POST", "auth/token", token),
+        route(state, "GET", "auth/apikey/me", key_info),
+        route(state, "DELETE", "auth/apikey/me", revoke_key),
+        route(state, "POST", "create_session", once(create_session)),
+        route(state, "POST", "session_heartbeat", heartbeat),
+        route(state, "POST", "telemetry", telemetry),
+        route(state, "GET", "get_server_capabilities", capabilities),
+        route(state, "POST", "get_info", get_info),
+        route(state, "POST", "create_sampling_session", create_sampling_session),
+        route(state, "POST", "join_sampling_session", once(join_sampling_session)),
+        route(state, "GET", "samplers/{sampler_id:path}", get_sampler),
+        route(state, "GET", "sessions", list_sessions),
+        route(state, "POST", "sessions/search", search_sessions),
+        route(state, "POST", "sessions/{session_id}/finish", finish_session),
+        route(state, "PUT", "sessions/{session_id}/project", set_project),
+        route(state, "GET", "sessions/{session_id}/trace_export", trace_export),
+        route(state, "GET", "sessions/{session_id}", get_session),
     ]
 
 
-async def client_config(call: Call) -> Response:
+async def client_config(context: RequestContext) -> Response:
     """Settings of the client (protocol 1.4), each said, so that a client's own default never decides:
 
     parallel_fwdbwd_chunks false: chunks come in order, so a missing number is one that was refused, and never one that
@@ -54,7 +166,7 @@ async def client_config(call: Call) -> Response:
     sample_join_sampling_session true: clones get numbers that cannot collide. custom_loss_server_side false: losses
     that a client uploads would be code of another person in the training process; the client computes them itself.
     """
-    most = min(CHUNK_BYTES, call.door.max_bytes // 2)
+    most = min(CHUNK_BYTES, context.state.max_bytes // 2)
     return reply(
         {
             "pjwt_auth_enabled": False,
@@ -82,73 +194,75 @@ async def client_config(call: Call) -> Response:
     )
 
 
-async def dynamic_config(call: Call) -> Response:
+async def dynamic_config(context: RequestContext) -> Response:
     """Settings that are asked for again: a cancelled sample is to be withdrawn, which frees its place."""
     return reply({"refresh_interval_sec": 3600, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64})
 
 
-async def health(call: Call) -> Response:
+async def health(context: RequestContext) -> Response:
     """For probes, without a key."""
     return reply({"status": "ok"})
 
 
-async def token(call: Call) -> Response:
+async def token(context: RequestContext) -> Response:
     """A token that stands for the caller's key for an hour; clients ask only if they were told to, and ours are not."""
-    return reply({"jwt": call.door.signer.token(call.owner)})
+    return reply({"jwt": context.state.signer.token(context.owner)})
 
 
-async def key_info(call: Call) -> Response:
+async def key_info(context: RequestContext) -> Response:
     """Whose key this is."""
-    note = "service.keys_file or SKYRL_API_KEYS" if call.door.keys.required else "this server asks for no key"
-    details = {"org_details": {"name": "local"}, "user_details": {"email": f"{call.owner}@localhost"}}
-    return reply({"key_id": call.door.keys.number(call.owner), "name": call.owner, "note": note, "details": details})
+    note = "service.keys_file or SKYRL_API_KEYS" if context.state.keys.required else "this server asks for no key"
+    details = {"org_details": {"name": "local"}, "user_details": {"email": f"{context.owner}@localhost"}}
+    return reply(
+        {"key_id": context.state.keys.number(context.owner), "name": context.owner, "note": note, "details": details}
+    )
 
 
-async def revoke_key(call: Call) -> Response:
+async def revoke_key(context: RequestContext) -> Response:
     """Refused: keys stand in the operator's file."""
     raise HttpError(403, "keys of this server stand in its operator's file; ask there to remove yours")
 
 
-async def create_session(call: Call) -> Response:
+async def create_session(context: RequestContext) -> Response:
     """A session. Metadata that are not text are kept as JSON text; fields of later releases change nothing here."""
-    fields = Fields(await call.json(), "create_session")
-    metadata = fields.take("user_metadata", {})
-    if not isinstance(metadata, dict):
-        raise UserError(f"{fields.place('user_metadata')}: allowed: a map")
-    tags = [str(tag)[:256] for tag in fields.items("tags", [])][:256]
-    texts = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    check_metadata(texts, fields.place("user_metadata"))
+    body = await context.message(CreateSession)
+    tags = [str(tag)[:256] for tag in body.tags][:256]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in body.user_metadata.items()}
+    try:
+        check_metadata(texts)
+    except ValueError as error:
+        raise UserError(f"create_session: user_metadata {error}") from None
     session = await in_thread(
-        call.door.store.create_session,
-        call.owner,
+        context.state.store.create_session,
+        context.owner,
         tags=tags,
         user_metadata=texts,
-        sdk_version=fields.text("sdk_version", ""),
-        project_id=fields.text("project_id", None),
-        display_name=fields.text("display_name", None),
+        sdk_version=body.sdk_version,
+        project_id=body.project_id,
+        display_name=body.display_name,
     )
     return reply({"type": "create_session", "session_id": session.session_id})
 
 
-async def heartbeat(call: Call) -> Response:
+async def heartbeat(context: RequestContext) -> Response:
     """Notes that a client lives; 410 for a session that is unknown, which ends its heartbeats quietly."""
-    session_id = Fields(await call.json(), "session_heartbeat").text("session_id")
+    session_id = (await context.message(SessionHeartbeat)).session_id
     try:
-        await in_thread(call.door.store.heartbeat, session_id, call.owner)
+        await in_thread(context.state.store.heartbeat, session_id, context.owner)
     except NotFound as error:
         raise HttpError(410, str(error)) from error
     return reply({"type": "session_heartbeat"})
 
 
-async def telemetry(call: Call) -> Response:
+async def telemetry(context: RequestContext) -> Response:
     """Taken and thrown away: nothing about a client's program is kept."""
-    await call.body()
+    await context.body()
     return reply({"status": "accepted"})
 
 
-async def capabilities(call: Call) -> Response:
+async def capabilities(context: RequestContext) -> Response:
     """Every name that may be asked for."""
-    facts = call.door.facts
+    facts = context.state.info
     return reply(
         {
             "supported_models": [
@@ -164,14 +278,14 @@ async def capabilities(call: Call) -> Response:
     )
 
 
-async def get_info(call: Call) -> Response:
+async def get_info(context: RequestContext) -> Response:
     """What an open model is."""
-    model_id = Fields(await call.json(), "get_info").text("model_id")
+    model_id = (await context.message(GetInfo)).model_id
     try:
-        model = call.door.desk.open_model(model_id, owner=call.owner)
+        model = context.state.scheduler.open_model(model_id, owner=context.owner)
     except UserError as error:
         raise HttpError(404, str(error)) from error
-    facts, name = call.door.facts, model["base_model"]
+    facts, name = context.state.info, model["base_model"]
     data = {"arch": facts.arch, "model_name": name, "tokenizer_id": facts.tokenizer_id or None}
     answer = {
         "type": "get_info",
@@ -186,29 +300,24 @@ async def get_info(call: Call) -> Response:
     return reply(answer)
 
 
-async def create_sampling_session(call: Call) -> Response:
+async def create_sampling_session(context: RequestContext) -> Response:
     """A sampling session of a base model or a checkpoint. Posted again with the same number it is the same one."""
-    fields = Fields(await call.json(), "create_sampling_session")
-    fields.constant("type", "create_sampling_session")
-    session_id = fields.text("session_id")
-    number = fields.integer("sampling_session_seq_id", 0, INT32_MAX)
-    base, path = fields.text("base_model", None), fields.text("model_path", None)
-    fields.end()
-    sampler_id = await in_thread(make_sampler, call.door, call.owner, session_id, number, base, path)
+    body = await context.message(CreateSamplingSession)
+    sampler_id = await in_thread(make_sampler, context.state, context.owner, body)
     return reply({"type": "create_sampling_session", "sampling_session_id": sampler_id})
 
 
-def make_sampler(door: Door, owner: str, session_id: str, number: int, base: str | None, path: str | None) -> str:
+def make_sampler(state: AppState, owner: str, body: CreateSamplingSession) -> str:
     """The id of the sampling session. Raises UserError, NotFound."""
-    version = None
+    base, path, version, store = body.base_model, body.model_path, None, state.store
     if path is not None:
-        checkpoint = find_weights(door, owner, path)
+        checkpoint = find_weights(state, owner, path)
         base, version = base or checkpoint.info.base_model, checkpoint.version
     elif base is None:
         raise UserError("create_sampling_session: needs base_model or model_path")
-    elif base not in door.facts.aliases:
-        raise UserError(unknown_model(door, base))
-    store = door.store
+    elif base not in state.info.aliases:
+        raise UserError(unknown_model(state, base))
+    session_id, number = body.session_id, body.sampling_session_seq_id
     try:
         return store.create_sampler(session_id, owner, number, base, model_path=path, version=version).sampler_id
     except NotFound:
@@ -220,118 +329,102 @@ def make_sampler(door: Door, owner: str, session_id: str, number: int, base: str
         return known.sampler_id
 
 
-def find_weights(door: Door, owner: str, path: str) -> Any:
+def find_weights(state: AppState, owner: str, path: str) -> Any:
     """The checkpoint that may be sampled from. Raises UserError, NotFound."""
     parsed = CheckpointPath.parse(path)
     if parsed.kind == "external_weights":
         raise UserError(f"{path}: an external export is for downloads; give a path of kind sampler_weights or weights")
-    return door.store.get_checkpoint(parsed, owner)
+    return state.store.get_checkpoint(parsed, owner)
 
 
-def unknown_model(door: Door, name: str) -> str:
+def unknown_model(state: AppState, name: str) -> str:
     """The one line for a base model that is not served."""
-    names = list(door.facts.aliases)
+    names = list(state.info.aliases)
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
         f"model {name[:200]!r} is not served here; there are: {', '.join(names[:8])}{more} (service.aliases adds names)"
     )
 
 
-async def join_sampling_session(call: Call) -> Response:
+async def join_sampling_session(context: RequestContext) -> Response:
     """A number for one more process that uses a sampling session."""
-    sampler_id = Fields(await call.json(), "join_sampling_session").text("sampling_session_id")
-    number = await in_thread(call.door.store.join_sampler, sampler_id, call.owner)
+    sampler_id = (await context.message(JoinSamplingSession)).sampling_session_id
+    number = await in_thread(context.state.store.join_sampler, sampler_id, context.owner)
     return reply({"type": "join_sampling_session", "client_counter": number})
 
 
-async def get_sampler(call: Call) -> Response:
+async def get_sampler(context: RequestContext) -> Response:
     """What a sampling session samples from."""
-    sampler = await in_thread(call.door.store.get_sampler, call.path("sampler_id"), call.owner)
+    sampler = await in_thread(context.state.store.get_sampler, context.path("sampler_id"), context.owner)
     return reply(sampler.to_json())
 
 
-async def list_sessions(call: Call) -> Response:
+async def list_sessions(context: RequestContext) -> Response:
     """Ids, newest first."""
-    _scope(call)
-    limit, offset = call.whole_number("limit", 20), call.whole_number("offset", 0)
-    page = await in_thread(call.door.store.list_sessions, call.owner, limit=limit, offset=offset)
+    _scope(context)
+    limit, offset = whole_number(context.request, "limit", 20), whole_number(context.request, "offset", 0)
+    page = await in_thread(context.state.store.list_sessions, context.owner, limit=limit, offset=offset)
     return reply({"sessions": page.items, "cursor": page.cursor()})
 
 
-def _scope(call: Call) -> str:
-    scope = call.query("access_scope", "owned")
+def _scope(context: RequestContext) -> str:
+    scope = context.query("access_scope", "owned")
     if scope not in ("owned", "accessible"):
         raise UserError(f"access_scope={scope[:60]!r}; allowed: owned, accessible")
     return scope
 
 
-async def get_session(call: Call) -> Response:
+async def get_session(context: RequestContext) -> Response:
     """Runs and samplers of a session."""
-    _scope(call)
-    session = await in_thread(call.door.store.get_session, call.path("session_id"), call.owner)
+    _scope(context)
+    session = await in_thread(context.state.store.get_session, context.path("session_id"), context.owner)
     return reply(session.to_json())
 
 
-async def finish_session(call: Call) -> Response:
+async def finish_session(context: RequestContext) -> Response:
     """The client is done; its models are closed soon after."""
-    fields = Fields(await call.json(), "finish")
-    reason = fields.section("reason")
-    kind = "success" if reason is None else reason.text("type", "success")
-    detail = fields.text("detail", None, length=1 << 16)
-    await in_thread(call.door.store.finish_session, call.path("session_id"), call.owner, kind, detail)
+    body, session_id = await context.message(FinishSession), context.path("session_id")
+    await in_thread(context.state.store.finish_session, session_id, context.owner, body.reason.type, body.detail)
     return Response(status_code=204)
 
 
-async def set_project(call: Call) -> Response:
+async def set_project(context: RequestContext) -> Response:
     """Moves a session to a project."""
-    project = Fields(await call.json(), "project").text("project_id")
-    await in_thread(call.door.store.set_project, call.path("session_id"), call.owner, project)
+    project = (await context.message(SetProject)).project_id
+    await in_thread(context.state.store.set_project, context.path("session_id"), context.owner, project)
     return Response(status_code=204)
 
 
-async def trace_export(call: Call) -> Response:
+async def trace_export(context: RequestContext) -> Response:
     """No traces are kept here, and that is said at once instead of letting the client poll."""
-    await in_thread(call.door.store.get_session, call.path("session_id"), call.owner)
+    await in_thread(context.state.store.get_session, context.path("session_id"), context.owner)
     return reply({"status": "failed", "error": "this server records no traces"})
 
 
-async def search_sessions(call: Call) -> Response:
+async def search_sessions(context: RequestContext) -> Response:
     """Sessions that match, newest first."""
-    query = _session_query(call.owner, await call.json())
-    page = await in_thread(call.door.store.search_sessions, call.owner, query)
+    query = _session_query(context.owner, await context.message(SearchSessions))
+    page = await in_thread(context.state.store.search_sessions, context.owner, query)
     return reply(page.to_json())
 
 
-def _session_query(asker: str, value: Any) -> SessionQuery:
-    fields = Fields(value, "sessions/search")
-    session_id, name = fields.text("session_id", None), fields.text("display_name", None)
-    projects = fields.items("project_ids", None)
-    owner, cursor = fields.section("owner"), fields.section("cursor")
-    statuses = fields.items("statuses", None)
-    query = SessionQuery(
-        session_id=session_id,
-        project_ids=None if projects is None else tuple(map(str, projects)),
-        user_metadata=fields.strings("user_metadata"),
-        display_name=name,
-        owners=None if owner is None else _owners(asker, owner),
-        statuses=None if statuses is None else tuple(_status(one) for one in statuses),
-        limit=fields.integer("limit", 1, 200, 50),
-        cursor=None if cursor is None else (parse_time(cursor.text("last_created_at")), cursor.text("last_session_id")),
+def _session_query(asker: str, body: SearchSessions) -> SessionQuery:
+    owner, cursor = body.owner, body.cursor
+    owners = None
+    if owner is not None:
+        owners = tuple(map(str, owner.owner_urns)) if owner.type == "user" else (asker,)
+    return SessionQuery(
+        session_id=body.session_id,
+        project_ids=None if body.project_ids is None else tuple(map(str, body.project_ids)),
+        user_metadata=body.user_metadata,
+        display_name=body.display_name,
+        owners=owners,
+        statuses=None
+        if body.statuses is None
+        else tuple(
+            StatusQuery(one.type, None if one.reasons is None else tuple(map(str, one.reasons)))
+            for one in body.statuses
+        ),
+        limit=body.limit,
+        cursor=None if cursor is None else (parse_time(cursor.last_created_at), cursor.last_session_id),
     )
-    fields.end()
-    return query
-
-
-def _owners(asker: str, owner: Fields) -> tuple[str, ...] | None:
-    kind = owner.text("type", "own")
-    if kind in ("own", "accessible"):  # nobody lists another's sessions here
-        return (asker,)
-    if kind == "user":
-        return tuple(map(str, owner.items("owner_urns")))
-    raise UserError(f"{owner.place('type')}={kind!r}; allowed: own, accessible, user")
-
-
-def _status(value: Any) -> StatusQuery:
-    fields = Fields(value, "sessions/search", inside="statuses")
-    reasons = fields.items("reasons", None)
-    return StatusQuery(fields.text("type"), None if reasons is None else tuple(map(str, reasons)))

@@ -1,19 +1,20 @@
-"""Endpoints that hand work to the desk, and those that fetch what became of it."""
+"""Endpoints that hand work to the scheduler, and those that fetch what became of it."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.http import FAULT, Call, Door, Handler, HttpError, in_thread, once, reply, route, tell
+from skyrl.service.app import AppState, Handler, RequestContext, once, route
+from skyrl.service.codec import REQUESTS, encode_result, parse_train
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
-    Request,
     RequestOutcome,
     Result,
     SampleResult,
@@ -22,9 +23,9 @@ from skyrl.service.messages import (
 )
 from skyrl.service.routes_session import find_weights
 from skyrl.service.scheduler import PendingRequest
-from skyrl.service.wire import PARSERS, encode_result, parse_train
-from skyrl.service.wire_fields import INT64_MAX, Fields
 from skyrl.types import UserError
+from skyrl.web.http import FAULT, HttpError, in_thread, log_fault, parsed, reply
+from skyrl.web.message import INT64_MAX, JsonMessage, Text
 
 POLL_SECONDS = 30.0  # clients give up after 45
 SMALL_TOKENS = 4096  # answers about fewer tokens are written where they are: a thread would cost more
@@ -32,58 +33,91 @@ CLONE = 10**9  # sequence numbers of a clone begin at its number times this
 FEED_IDS, ALL_FEED_IDS = 65536, 1 << 20  # samples of one sampling session, and of all, whose end a feed can tell
 
 
-def work_routes(door: Door) -> list[Route]:
-    """All of them."""
+class RetrieveFuture(JsonMessage):
+    """retrieve_future."""
+
+    operation = "retrieve_future"
+    lenient = True
+    request_id: Text
+
+
+class CancelFuture(RetrieveFuture):
+    """cancel_future."""
+
+    operation = "cancel_future"
+
+
+class FeedTarget(JsonMessage):
+    """Whose samples a client wants to hear of."""
+
+    lenient = True
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: Text
+    cloned_sampler_id: int = Field(0, ge=0, le=INT64_MAX)
+
+
+class RetrieveFutures(JsonMessage):
+    """retrieve_futures."""
+
+    operation = "retrieve_futures"
+    lenient = True
+    target: FeedTarget
+    prev_cursor: int = Field(0, ge=0, le=INT64_MAX)
+    timeout: float = POLL_SECONDS
+    retrieved_request_ids: list[Any] = []
+
+
+def work_routes(state: AppState) -> list[Route]:
+    """Endpoints about work: its submission, and what became of it."""
     feeds = Feeds()
     submits = [
-        route(door, "POST", name, partial(submit, parse=parse)) for name, parse in PARSERS.items() if name != "asample"
+        route(state, "POST", name, partial(submit, kind=kind)) for name, kind in REQUESTS.items() if name != "asample"
     ]
     return [
         *submits,
         # Repetitions are known by their number; old releases sample without a session, and without one.
-        route(door, "POST", "asample", once(partial(sample, feeds=feeds))),
-        route(door, "POST", "forward_backward", partial(train, forward_only=False)),
-        route(door, "POST", "forward", partial(train, forward_only=True)),
-        route(door, "POST", "create_custom_loss", create_custom_loss),
-        route(door, "POST", "retrieve_future", retrieve_safely(partial(retrieve_future, feeds=feeds))),
-        route(door, "POST", "retrieve_futures", partial(retrieve_futures, feeds=feeds)),
-        route(door, "POST", "cancel_future", cancel_future),
+        route(state, "POST", "asample", once(partial(sample, feeds=feeds))),
+        route(state, "POST", "forward_backward", partial(train, forward_only=False)),
+        route(state, "POST", "forward", partial(train, forward_only=True)),
+        route(state, "POST", "create_custom_loss", create_custom_loss),
+        route(state, "POST", "retrieve_future", retrieve_safely(partial(retrieve_future, feeds=feeds))),
+        route(state, "POST", "retrieve_futures", partial(retrieve_futures, feeds=feeds)),
+        route(state, "POST", "cancel_future", cancel_future),
     ]
 
 
-async def submit(call: Call, *, parse: Any) -> Response:
-    """Any request in JSON: to the desk, and the number of its future back."""
-    request: Request = await call.json_as(parse)
+async def submit(context: RequestContext, *, kind: type[JsonMessage]) -> Response:
+    """Any request in JSON: to the scheduler, and the number of its future back."""
+    request: Any = await context.message(kind)
     session_id = getattr(request, "session_id", None)
     if isinstance(request, (CreateModel, LoadWeights)) and session_id is not None:
-        # Before the desk: a model's name begins with its session, which has to be the caller's.
-        await in_thread(call.door.store.get_session, session_id, call.owner)
-    return accepted(call.door.desk.submit(request, owner=call.owner))
+        # Before the scheduler: a model's name begins with its session, which has to be the caller's.
+        await in_thread(context.state.store.get_session, session_id, context.owner)
+    return accepted(context.state.scheduler.submit(request, owner=context.owner))
 
 
-async def train(call: Call, *, forward_only: bool) -> Response:
+async def train(context: RequestContext, *, forward_only: bool) -> Response:
     """forward_backward and forward, protobuf or JSON, compressed or not."""
-    body, headers = await call.body(), call.request.headers
+    body, headers = await context.body(), context.request.headers
     read = partial(
         parse_train,
         body,
         headers.get("content-type", ""),
         headers.get("content-encoding", ""),
         forward_only=forward_only,
-        max_bytes=call.door.max_bytes,
+        max_bytes=context.state.max_bytes,
     )
-    return accepted(call.door.desk.submit(await call.parse(body, read), owner=call.owner))
+    return accepted(context.state.scheduler.submit(await parsed(body, read), owner=context.owner))
 
 
-async def sample(call: Call, *, feeds: Feeds) -> Response:
+async def sample(context: RequestContext, *, feeds: Feeds) -> Response:
     """asample. The answer names every sequence to come."""
-    request = await call.json_as(PARSERS["asample"])
-    assert isinstance(request, SamplingRequest)
+    request = await context.message(SamplingRequest)
     if request.model_path is not None and request.sampling_session_id is None:
-        await in_thread(find_weights, call.door, call.owner, request.model_path)
-    done = call.door.desk.submit(request, owner=call.owner)
+        await in_thread(find_weights, context.state, context.owner, request.model_path)
+    done = context.state.scheduler.submit(request, owner=context.owner)
     if request.sampling_session_id is not None:
-        feeds.add(call.owner, request.sampling_session_id, request.seq_id // CLONE, done.request_id)
+        feeds.add(context.owner, request.sampling_session_id, request.seq_id // CLONE, done.request_id)
     return accepted(done)
 
 
@@ -97,9 +131,9 @@ def accepted(done: PendingRequest) -> Response:
     return reply(answer)
 
 
-async def create_custom_loss(call: Call) -> Response:
+async def create_custom_loss(context: RequestContext) -> Response:
     """Refused: see client_config. Clients are told not to ask, and then compute such losses themselves."""
-    await call.body()
+    await context.body()
     raise UserError("create_custom_loss is refused: this server runs no code of its clients; use "
                     "forward_backward_custom with a function, which the client differentiates itself")  # fmt: skip
 
@@ -110,29 +144,28 @@ async def create_custom_loss(call: Call) -> Response:
 def retrieve_safely(handler: Handler) -> Handler:
     """Never a 500: clients would ask again at once, for ever. A fault is told as the failure of the request."""
 
-    async def safe(call: Call) -> Response:
+    async def safe(context: RequestContext) -> Response:
         try:
-            return await handler(call)
+            return await handler(context)
         except (UserError, HttpError):
             raise
         except Exception as error:
-            tell(call.request, error)
+            log_fault(context.request, error)
             return reply({"error": FAULT, "category": "server"})
 
     return safe
 
 
-async def retrieve_future(call: Call, *, feeds: Feeds) -> Response:
+async def retrieve_future(context: RequestContext, *, feeds: Feeds) -> Response:
     """The result of a request as its client reads it, after a long poll; 408 with the reason while it is not done."""
-    fields = Fields(await call.json(), "retrieve_future")
-    request_id = fields.text("request_id")
-    outcome = await call.wait(request_id, POLL_SECONDS)
+    request_id = (await context.message(RetrieveFuture)).request_id
+    outcome = await context.wait(request_id, POLL_SECONDS)
     if outcome.state in ("done", "failed"):
         feeds.fetched(request_id)
-    return await answer(call, request_id, outcome)
+    return await answer(context, request_id, outcome)
 
 
-async def answer(call: Call, request_id: str, outcome: RequestOutcome) -> Response:
+async def answer(context: RequestContext, request_id: str, outcome: RequestOutcome) -> Response:
     """An outcome as an answer of retrieve_future."""
     if outcome.state == "unknown":
         raise HttpError(410, f"request {request_id[:100]}: unknown, or thrown away long after it was done")
@@ -141,7 +174,7 @@ async def answer(call: Call, request_id: str, outcome: RequestOutcome) -> Respon
         return reply({**text, "type": "try_again", "request_id": request_id}, 408)
     if outcome.state == "failed":
         return reply({"error": outcome.error, "category": outcome.category})
-    accept = call.request.headers.get("accept", "")
+    accept = context.request.headers.get("accept", "")
     assert outcome.result is not None
     if _size(outcome.result) <= SMALL_TOKENS:
         body, kind = encode_result(outcome.result, accept)
@@ -160,9 +193,9 @@ def _size(result: Result) -> int:
     return 0
 
 
-async def cancel_future(call: Call) -> Response:
+async def cancel_future(context: RequestContext) -> Response:
     """Withdraws a sample; nothing else can be withdrawn, and nothing is said about it."""
-    call.door.desk.cancel(Fields(await call.json(), "cancel_future").text("request_id"), owner=call.owner)
+    context.state.scheduler.cancel((await context.message(CancelFuture)).request_id, owner=context.owner)
     return Response(status_code=204)
 
 
@@ -219,34 +252,30 @@ class Feeds:
         return max([cursor, *(at for at, _, _ in found)]), ends
 
 
-async def retrieve_futures(call: Call, *, feeds: Feeds) -> Response:
+async def retrieve_futures(context: RequestContext, *, feeds: Feeds) -> Response:
     """Which samples of a sampling session have ended since the client's cursor, after a long poll while none has."""
-    fields = Fields(await call.json(), "retrieve_futures")
-    target = fields.section("target")
-    if target is None:
-        raise UserError("retrieve_futures: target is missing")
-    target.constant("type", "sampling_session")
-    session, clone = target.text("sampling_session_id"), target.integer("cloned_sampler_id", 0, INT64_MAX, 0)
-    key = (call.owner, session, clone)
-    cursor = fields.integer("prev_cursor", 0, INT64_MAX, 0)
-    seconds = min(POLL_SECONDS, max(0.0, fields.number("timeout", POLL_SECONDS)))
-    for request_id in fields.items("retrieved_request_ids", []):
+    body = await context.message(RetrieveFutures)
+    key = (context.owner, body.target.sampling_session_id, body.target.cloned_sampler_id)
+    cursor, seconds = body.prev_cursor, min(POLL_SECONDS, max(0.0, body.timeout))
+    for request_id in body.retrieved_request_ids:
         feeds.fetched(str(request_id))
-    found = _look(call, feeds, key, cursor)
+    found = _look(context, feeds, key, cursor)
     if not found[1] and seconds > 0:
-        await call.door.wait(partial(_first_of, call, feeds.waiting(key)), seconds)
-        found = _look(call, feeds, key, cursor)
+        await context.state.wait(partial(_first_of, context, feeds.waiting(key)), seconds)
+        found = _look(context, feeds, key, cursor)
     return reply({"cursor": found[0], "completions": found[1]})
 
 
-def _first_of(call: Call, request_ids: list[str], wake: Any) -> None:
+def _first_of(context: RequestContext, request_ids: list[str], wake: Any) -> None:
     for request_id in request_ids:
-        call.door.desk.when_done(request_id, wake)
+        context.state.scheduler.when_done(request_id, wake)
 
 
-def _look(call: Call, feeds: Feeds, key: tuple[str, str, int], cursor: int) -> tuple[int, list[dict[str, str]]]:
+def _look(
+    context: RequestContext, feeds: Feeds, key: tuple[str, str, int], cursor: int
+) -> tuple[int, list[dict[str, str]]]:
     for request_id in feeds.waiting(key):
-        state = call.door.desk.outcome(request_id, owner=call.owner).state
+        state = context.state.scheduler.outcome(request_id, owner=context.owner).state
         if state != "pending":
             # An unknown one is called failed: asking for it says the rest.
             feeds.ended(key, request_id, "finished" if state == "done" else "failed")

@@ -8,6 +8,8 @@ ranks in parts, in turn with the others'.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,12 +18,22 @@ from skyrl.distributed.balance import deal_by_length
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
 from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
-from skyrl.service.limits import CELL, FLIGHT_BYTES, SCORE_BYTES, SCORE_TOKENS, answer_bytes, check_sample, round_robin
 from skyrl.service.messages import RequestFailed, SampledSequence, SampleResult, SamplingRequest, ServerInfo, TopK
 from skyrl.service.scheduler import LARGE_SAMPLE, PendingSample, RequestScheduler
-from skyrl.service.validation import check_prompt, draw_seed, sampling_params
+from skyrl.service.validation import (
+    CELL,
+    FLIGHT_BYTES,
+    SCORE_BYTES,
+    SCORE_TOKENS,
+    answer_bytes,
+    check_prompt,
+    check_sample,
+    draw_seed,
+    sampling_params,
+)
 from skyrl.types import Sample, SampleRequest, UserError
 
+T = TypeVar("T")
 RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
@@ -89,10 +101,11 @@ class Sampling:
         if pending.cancelled:
             raise RequestFailed("cancelled by the client")
         # A prompt that fills the context can be scored, and nothing can be drawn after it.
-        full = len(request.prompt) == self.facts.max_context and request.max_tokens == 1 and _asks(request)
+        wanted = request.sampling_params.max_tokens
+        full = len(request.prompt) == self.facts.max_context and wanted == 1 and _asks(request)
         check_prompt(request, self.facts)
         longest = 0 if full else self.facts.max_context - len(request.prompt)
-        longest = longest if request.max_tokens is None else min(longest, request.max_tokens)
+        longest = longest if wanted is None else min(longest, wanted)
         service = self.cfg.service
         check_sample(
             request,
@@ -265,7 +278,7 @@ class Sampling:
                 model=pending.adapter,
                 start=len(request.prompt),
                 topk=request.topk_sample_logprobs,
-                temperature=request.temperature or 1.0,
+                temperature=request.sampling_params.temperature or 1.0,
                 tail=True,
             )
             self._questions.append((pending, question))
@@ -322,7 +335,7 @@ def _index(uid: str) -> int:
 
 
 def _prompt_question(pending: PendingSample, request: SamplingRequest) -> PromptLogprobsRequest:
-    length, last = len(request.prompt), request.prompt_logprobs_last_n
+    length, last, seed = len(request.prompt), request.prompt_logprobs_last_n, request.sampling_params.seed
     return PromptLogprobsRequest(
         uid=pending.request_id,
         tokens=request.prompt,
@@ -332,7 +345,10 @@ def _prompt_question(pending: PendingSample, request: SamplingRequest) -> Prompt
         topk=request.topk_prompt_logprobs,
         targets=request.targets,
         alternatives=request.prompt_alt_tokens_k,
-        seed=draw_seed("alternatives", request.seed if request.seed is not None else pending.request_id),
+        seed=draw_seed(
+            "alternatives",
+            pending.request_id if seed is None else seed,
+        ),
     )
 
 
@@ -358,3 +374,14 @@ def _asks(request: SamplingRequest) -> bool:
         or request.prompt_alt_tokens_k
         or request.targets is not None
     )
+
+
+def round_robin(items: Iterable[tuple[Hashable, T]]) -> list[T]:
+    """The items of (whose, item) in an order in which everybody has a turn after the other; each one's own order
+    stays."""
+    seen: dict[Hashable, int] = {}
+    found = []
+    for whose, item in items:
+        seen[whose] = seen.get(whose, -1) + 1
+        found.append((seen[whose], item))
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.init import World, init_distributed
@@ -21,12 +26,20 @@ from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_facts
 from skyrl.planner.plan import make_plan
 from skyrl.sampler.stop import Decode
+from skyrl.service.app import AppState, http_error
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
 from skyrl.service.messages import ServerInfo
+from skyrl.service.openai import openai_routes
+from skyrl.service.openai_text import TextTools
+from skyrl.service.routes_checkpoints import checkpoint_routes
+from skyrl.service.routes_session import session_routes
+from skyrl.service.routes_work import work_routes
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.worker import Worker
 from skyrl.types import LoraSpec, UserError
+from skyrl.web.auth import Keys, read_keys
+from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
 
 TINY_NAMES = ("tiny", "skyrl/tiny")
 
@@ -41,7 +54,7 @@ class Service:
     scheduler: RequestScheduler
     checkpoints: CheckpointService
     worker: Worker
-    facts: ServerInfo
+    info: ServerInfo
 
     @property
     def decode(self) -> Decode:
@@ -87,7 +100,7 @@ def open_service(cfg: RunConfig) -> Service | None:
         return None
     made: list[tuple[CheckpointService, ServerInfo]] = []
     on_leader(world, lambda: made.append(_open_checkpoints(cfg, context.engine)))
-    checkpoints, facts = made[0]
+    checkpoints, info = made[0]
     scheduler = RequestScheduler(
         gap_seconds=cfg.service.gap_seconds,
         max_queued_samples=cfg.service.max_queued_samples,
@@ -96,8 +109,8 @@ def open_service(cfg: RunConfig) -> Service | None:
     )
     leader = Leader(world, context, timeout_seconds=cfg.run.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
-    worker = Worker(cfg, leader, scheduler, checkpoints, facts, mix=mix)
-    return Service(cfg, world, context.engine, scheduler, checkpoints, worker, facts)
+    worker = Worker(cfg, leader, scheduler, checkpoints, info, mix=mix)
+    return Service(cfg, world, context.engine, scheduler, checkpoints, worker, info)
 
 
 def max_row_tokens(cfg: RunConfig) -> int:
@@ -126,7 +139,7 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if engine.tokenizer.eos_token_id is not None:
         eos.append(engine.tokenizer.eos_token_id)
-    facts = ServerInfo(
+    info = ServerInfo(
         aliases=aliases,
         model_path=cfg.model.path,
         tokenizer_id=tokenizer_id or cfg.model.tokenizer or cfg.model.path,
@@ -137,7 +150,7 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
         adaptable=not cfg.service.full_parameters and bool(adapted(module, LoraSpec(rank=1, mlp=False))),
         full_parameters=cfg.service.full_parameters,
     )
-    return checkpoints, facts
+    return checkpoints, info
 
 
 def names(cfg: RunConfig) -> list[str]:
@@ -151,26 +164,56 @@ def names(cfg: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def make_app(state: AppState, text: TextTools | None = None) -> Starlette:
+    """Every endpoint of the protocol in one application. `text`: for /v1/completions and the like; without it those are
+    refused by name."""
+    # Routes are tried one after the other: what is asked most comes first.
+    routes = [*work_routes(state), *session_routes(state), *checkpoint_routes(state), *openai_routes(state, text)]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint, Exception: _fault})
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _no_such_endpoint(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_reply(HttpError(404, f"{request.method} {request.url.path[:200]}: no such endpoint"))
+    return error_reply(HttpError(error.status_code, str(error.detail), error.headers))
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return error_reply(http_error(request, error))
+
+
+def start_http_server(service: Service, keys: Keys | None = None) -> HttpServer:
+    """Serves HTTP for `service` on service.host and service.port, in a thread of its own. Raises UserError for an
+    address or keys that cannot be used."""
+    settings = service.cfg.service
+    keys = read_keys(settings) if keys is None else keys
+    state = AppState(service.scheduler, service.checkpoints, service.info, settings, keys)
+    app = make_app(state, TextTools(service.encode, service.decode, service.render))
+    return serve_in_thread(app, settings.host, settings.port, close=state.close, options="service")
+
+
 def serve(cfg: RunConfig) -> None:
     """Serves until SIGINT or SIGTERM; then finishes the work in hand and the saves, and returns."""
-    from skyrl.service.door import open_door
-
     service = open_service(cfg)
     if service is None:
         return
     try:
-        door = open_door(service)
+        keys = read_keys(cfg.service)
+        server = start_http_server(service, keys)
     except UserError:
         service.worker.leader.stop()
         service.close()
         raise
-    service.worker.check = door.check
+    service.worker.check = server.check
     try:
         previous = _stop_on_signals(service.worker.stop)
         print(
-            f"skyrl: serving {cfg.model.path} on {service.world.size} x {service.world.device.type} at {door.url}\n"
-            f"skyrl: clients: TINKER_BASE_URL={door.url} TINKER_API_KEY=tml-{'<your key>' if door.keys else 'any'}; "
-            f"models: {', '.join(service.facts.aliases)}",
+            f"skyrl: serving {cfg.model.path} on {service.world.size} x {service.world.device.type} at {server.url}\n"
+            f"skyrl: clients: TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-"
+            f"{'<your key>' if keys.required else 'any'}; models: {', '.join(service.info.aliases)}",
             file=sys.stderr,
             flush=True,
         )
@@ -178,7 +221,7 @@ def serve(cfg: RunConfig) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
     finally:
-        door.stop()
+        server.stop()
         service.close()
 
 

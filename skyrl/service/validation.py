@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from skyrl.algorithms.declare import Loss
 from skyrl.algorithms.losses import LOSSES
-from skyrl.service.limits import check_stops
-from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
+from skyrl.service.messages import (
+    OptimizerSettings,
+    OptimStep,
+    RequestFailed,
+    SamplingRequest,
+    ServerInfo,
+    TrainRequest,
+    WireDatum,
+)
 from skyrl.types import AdamParams, Datum, LossSpec, SamplingParams
 
 LARGEST = 1e6  # of any weight, advantage or log-probability: beyond it float32 sums lose what others contribute
+# Bounds on memory, known before any command is sent: worst cases in bytes of what an answer holds. What a command needs
+# beside that is bounded by the scorer's and the sampler's own budgets.
+ANSWER_BYTES = 256 << 20  # of one request
+FLIGHT_BYTES = 1 << 30  # of all requests that draw or are scored; more wait for their turn
+SCORE_TOKENS, SCORE_BYTES = 65536, 256 << 20  # of one scoring command on each rank
+STOP_CHARACTERS = 4096  # of all stop strings of a request: each is looked for after each token
+WIDE_TARGETS = 1 << 23  # targets of a row in all, and of a micro-batch that is as wide as its widest row
+CELL = 8  # bytes of a token with its log-probability in a table
 COLDEST = 1e-20  # logits divided by less leave the range of float32
 NOT_PUBLIC = {
     "stable_reinforce": "its mathematics are not public; use importance_sampling, ppo, cispo, dro or gspo",
@@ -83,7 +99,7 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def to_rows(request: TrainRequest, facts: ServerInfo, *, max_tokens: int) -> list[Datum]:
+def to_rows(request: TrainRequest, info: ServerInfo, *, max_tokens: int) -> list[Datum]:
     """One engine row per datum, in order, named "datum i". Raises RequestFailed for the first thing that
     does not fit."""
     if request.problem:
@@ -96,16 +112,16 @@ def to_rows(request: TrainRequest, facts: ServerInfo, *, max_tokens: int) -> lis
             f"{request.loss_fn}: {total} tokens in one request, at most {max_tokens} may be; send smaller parts, or "
             "raise service.max_tokens_per_request"
         )
-    return [_row(datum, i, request.loss_fn, request.model_id, facts) for i, datum in enumerate(request.data)]
+    return [_row(datum, i, request.loss_fn, request.model_id, info) for i, datum in enumerate(request.data)]
 
 
-def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerInfo) -> Datum:
+def _row(datum: WireDatum, index: int, loss: str, model: str, info: ServerInfo) -> Datum:
     where, declared = f"{loss}: datum {index}", LOSSES.get(loss)
     needed, optional = _inputs(declared)
     tokens = np.asarray(datum.tokens, dtype=np.int64)
-    if not 1 <= len(tokens) <= facts.max_context:
-        raise RequestFailed(f"{where}: {len(tokens)} tokens; allowed: 1 to {facts.max_context}")
-    _check_ids(tokens, facts, f"{where}: model_input")
+    if not 1 <= len(tokens) <= info.max_context:
+        raise RequestFailed(f"{where}: {len(tokens)} tokens; allowed: 1 to {info.max_context}")
+    _check_ids(tokens, info, f"{where}: model_input")
     for name in needed:
         if name not in datum.inputs:
             raise RequestFailed(f"{where}: no {name} in loss_fn_inputs; needed: {', '.join(needed)}")
@@ -123,7 +139,7 @@ def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerInfo)
             f"allowed: [{len(tokens)}]" + (f" or [{len(tokens)}, K]" if declared.many else "")
         )
     targets = targets.astype(np.int64, copy=False)
-    _check_ids(targets, facts, f"{where}: target_tokens")
+    _check_ids(targets, info, f"{where}: target_tokens")
     arrays = {
         name: _floats(value, targets.shape, f"{where}: {name}")
         for name, value in datum.inputs.items()
@@ -147,10 +163,10 @@ def _row(datum: WireDatum, index: int, loss: str, model: str, facts: ServerInfo)
     return Datum(tokens, targets, weights, model=model, name=named, **fields)
 
 
-def _check_ids(ids: np.ndarray, facts: ServerInfo, where: str) -> None:
-    if ids.min() < 0 or ids.max() >= facts.vocab_size:
+def _check_ids(ids: np.ndarray, info: ServerInfo, where: str) -> None:
+    if ids.min() < 0 or ids.max() >= info.vocab_size:
         bad = int(ids.min() if ids.min() < 0 else ids.max())
-        raise RequestFailed(f"{where}: token {bad} is not in the vocabulary; allowed: 0 to {facts.vocab_size - 1}")
+        raise RequestFailed(f"{where}: token {bad} is not in the vocabulary; allowed: 0 to {info.vocab_size - 1}")
 
 
 def _floats(value: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
@@ -171,10 +187,12 @@ def adam_params(request: OptimStep) -> AdamParams:
     optimizer."""
     if request.problem:
         raise RequestFailed(request.problem)
-    if request.optimizer != "adamw":
-        raise RequestFailed(f"optimizer {request.optimizer!r} is refused: its update is not public; use adamw")
+    settings = request.adam_params or request.optimizer_params
+    assert settings is not None
+    if isinstance(settings, OptimizerSettings) and settings.type != "adamw":
+        raise RequestFailed(f"optimizer {settings.type!r} is refused: its update is not public; use adamw")
     numbers = {
-        name: _number(getattr(request, name), name)
+        name: _number(getattr(settings, name), name)
         for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
     }
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
@@ -199,53 +217,54 @@ def draw_seed(*key: Any) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def sampling_params(query: SamplingRequest, facts: ServerInfo, key: str) -> list[SamplingParams]:
+def sampling_params(query: SamplingRequest, info: ServerInfo, key: str) -> list[SamplingParams]:
     """How to draw each of the query's samples. A seed gives the same samples whatever else runs, each sample its own
     stream; without one they are keyed by `key`, which is the request's. Raises RequestFailed for what cannot be
     drawn."""
     if query.problem:
         raise RequestFailed(query.problem)
-    check_prompt(query, facts)
-    room = facts.max_context - len(query.prompt)
+    check_prompt(query, info)
+    settings = query.sampling_params
+    room = info.max_context - len(query.prompt)
     if room < 1:
         raise RequestFailed(
-            f"prompt: {len(query.prompt)} tokens leave no room to draw; the context is {facts.max_context} tokens"
+            f"prompt: {len(query.prompt)} tokens leave no room to draw; the context is {info.max_context} tokens"
         )
-    wanted = room if query.max_tokens is None else query.max_tokens
+    wanted = room if settings.max_tokens is None else settings.max_tokens
     if wanted > room:
         raise RequestFailed(
             f"max_tokens={wanted} and a prompt of {len(query.prompt)} tokens exceed the context of "
-            f"{facts.max_context}; lower max_tokens to {room} or less"
+            f"{info.max_context}; lower max_tokens to {room} or less"
         )
     if wanted < 1:
         raise RequestFailed(f"max_tokens={wanted}; allowed: 1 or more")
-    _range("temperature", query.temperature, 0.0, 100.0)
-    if 0 < query.temperature < COLDEST:
+    _range("temperature", settings.temperature, 0.0, 100.0)
+    if 0 < settings.temperature < COLDEST:
         raise RequestFailed(
-            f"temperature={query.temperature!r}; allowed: 0 (the likeliest token), or {COLDEST:g} to 100"
+            f"temperature={settings.temperature!r}; allowed: 0 (the likeliest token), or {COLDEST:g} to 100"
         )
-    _range("top_p", query.top_p, 0.0, 1.0, open_low=True)
-    if query.top_k < -1:
-        raise RequestFailed(f"top_k={query.top_k}; allowed: -1 (off) or 1 and more")
+    _range("top_p", settings.top_p, 0.0, 1.0, open_low=True)
+    if settings.top_k < -1:
+        raise RequestFailed(f"top_k={settings.top_k}; allowed: -1 (off) or 1 and more")
     strings: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = facts.eos_token_ids
-    if query.stop is not None and len(query.stop) == 0:
+    stop_ids: tuple[int, ...] = info.eos_token_ids
+    if settings.stop is not None and len(settings.stop) == 0:
         stop_ids = ()
-    elif query.stop is not None and isinstance(query.stop[0], str):
-        strings = tuple(str(text) for text in query.stop)  # besides the end of sequence
+    elif settings.stop is not None and isinstance(settings.stop[0], str):
+        strings = tuple(str(text) for text in settings.stop)  # besides the end of sequence
         if not all(strings):
             raise RequestFailed("stop: an empty string would end every sample at once")
         check_stops(strings)
-    elif query.stop is not None:
-        stop_ids = tuple(int(token) for token in query.stop)
-        _check_ids(np.array(stop_ids, dtype=np.int64), facts, "stop")
-    base = query.seed if query.seed is not None else key
+    elif settings.stop is not None:
+        stop_ids = tuple(int(token) for token in settings.stop)
+        _check_ids(np.array(stop_ids, dtype=np.int64), info, "stop")
+    base = settings.seed if settings.seed is not None else key
     return [
         SamplingParams(
             max_tokens=wanted,
-            temperature=query.temperature,
-            top_k=max(0, query.top_k),
-            top_p=query.top_p,
+            temperature=settings.temperature,
+            top_k=max(0, settings.top_k),
+            top_p=settings.top_p,
             stop=strings,
             stop_token_ids=stop_ids,
             seed=draw_seed("sample", base, index),
@@ -259,18 +278,18 @@ def _range(name: str, value: float, low: float, high: float, *, open_low: bool =
         raise RequestFailed(f"{name}={value!r}; allowed: {'above ' if open_low else ''}{low:g} to {high:g}")
 
 
-def check_prompt(query: SamplingRequest, facts: ServerInfo) -> None:
+def check_prompt(query: SamplingRequest, info: ServerInfo) -> None:
     """Raises RequestFailed for a prompt, or questions about it, that do not fit."""
     length = len(query.prompt)
     if length < 1:
         raise RequestFailed("prompt: no tokens")
     if query.num_samples < 1:
         raise RequestFailed(f"num_samples={query.num_samples}; allowed: 1 or more")
-    _check_ids(query.prompt, facts, "prompt")
+    _check_ids(query.prompt, info, "prompt")
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         value = getattr(query, name)
-        if not 0 <= value <= min(1024, facts.vocab_size):
-            raise RequestFailed(f"{name}={value}; allowed: 0 to {min(1024, facts.vocab_size)}")
+        if not 0 <= value <= min(1024, info.vocab_size):
+            raise RequestFailed(f"{name}={value}; allowed: 0 to {min(1024, info.vocab_size)}")
     last = query.prompt_logprobs_last_n
     if last is not None and last < 0:
         raise RequestFailed(f"prompt_logprobs_last_n={last}; allowed: 0 or more")
@@ -280,10 +299,63 @@ def check_prompt(query: SamplingRequest, facts: ServerInfo) -> None:
                 f"target_prompt_logprobs has shape {list(query.targets.shape)}; allowed: [{length - 1}, K] for a "
                 f"prompt of {length} tokens"
             )
-        if query.targets.size and (query.targets.min() < -1 or query.targets.max() >= facts.vocab_size):
-            raise RequestFailed(f"target_prompt_logprobs: tokens have to be -1 (skip) or 0 to {facts.vocab_size - 1}")
+        if query.targets.size and (query.targets.min() < -1 or query.targets.max() >= info.vocab_size):
+            raise RequestFailed(f"target_prompt_logprobs: tokens have to be -1 (skip) or 0 to {info.vocab_size - 1}")
 
 
 def batch_key(request: TrainRequest) -> tuple[Any, ...]:
     """Requests with equal answers can be one call of the engine."""
     return (request.loss_fn, tuple(sorted(request.loss_config.items())), request.forward_only)
+
+
+# ---- what one request may ask for
+
+
+def answer_bytes(query: SamplingRequest, max_tokens: int) -> int:
+    """What the answer to a sample can take."""
+    prompt = len(query.prompt)
+    drawn = query.num_samples * max_tokens * (12 + CELL * query.topk_sample_logprobs)
+    asked = CELL * query.topk_prompt_logprobs + 12 * query.prompt_alt_tokens_k + (4 if query.prompt_logprobs else 0)
+    targets = 0 if query.targets is None else 12 * query.targets.size
+    return drawn + prompt * (8 + asked) + targets
+
+
+def check_sample(query: SamplingRequest, max_tokens: int, *, max_request_tokens: int, max_samples: int) -> None:
+    """Raises RequestFailed for a request that is too large by itself."""
+    if query.num_samples > max_samples:
+        raise RequestFailed(
+            f"num_samples={query.num_samples}; at most {max_samples} may wait (service.max_queued_samples)"
+        )
+    each = len(query.prompt) + max_tokens
+    if query.num_samples * each > max_request_tokens:
+        raise RequestFailed(
+            f"{query.num_samples} samples of up to {each} tokens are more than "
+            f"service.max_tokens_per_request={max_request_tokens}"
+        )
+    size = answer_bytes(query, max_tokens)
+    if size > ANSWER_BYTES:
+        raise RequestFailed(
+            f"the answer could take {size >> 20} MiB, at most {ANSWER_BYTES >> 20} may be; ask for fewer samples, "
+            "tokens, targets or alternatives in one request"
+        )
+
+
+def check_stops(stops: Iterable[str]) -> None:
+    """Raises RequestFailed for stop strings that would slow down everybody's draws."""
+    if (size := sum(map(len, stops))) > STOP_CHARACTERS:
+        raise RequestFailed(f"stop: {size} characters in all; at most {STOP_CHARACTERS} may be")
+
+
+def check_width(request: TrainRequest, *, max_tokens_per_microbatch: int) -> None:
+    """Raises RequestFailed for rows with so many targets that a micro-batch, padded to its widest row, would not
+    fit."""
+    for number, datum in enumerate(request.data):
+        targets = datum.inputs.get("target_tokens")
+        if targets is None or targets.ndim != 2:
+            continue
+        most = WIDE_TARGETS // max(max_tokens_per_microbatch, len(datum.tokens), 1)
+        if targets.shape[1] > max(1, most):
+            raise RequestFailed(
+                f"{request.loss_fn}: datum {number}: target_tokens has {targets.shape[1]} columns; at most {most} fit "
+                f"into a micro-batch of {max_tokens_per_microbatch} tokens"
+            )

@@ -19,7 +19,6 @@ from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import deal_by_length
 from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import Leader
-from skyrl.service.limits import check_width
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -35,7 +34,7 @@ from skyrl.service.messages import (
 from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.sampling import Sampling
 from skyrl.service.scheduler import PendingRequest, RequestScheduler
-from skyrl.service.validation import adam_params, batch_key, loss_spec, to_rows
+from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, to_rows
 from skyrl.types import Datum, Floats, LossSpec, UserError
 
 log = logging.getLogger("skyrl.service")
@@ -138,7 +137,8 @@ class Worker:
         }
         (pending,) = batch
         with self._refusing(pending):
-            result = actions[type(pending.request)](pending, pending.request)
+            action = next(action for kind, action in actions.items() if isinstance(pending.request, kind))
+            result = action(pending, pending.request)
             if result is not None:  # a save is settled when it is on the disk
                 self.scheduler.done(pending, result)
 

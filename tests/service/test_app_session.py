@@ -4,7 +4,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from door_server import FACTS, serving
+from door_server import INFO, serving
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_health_telemetry_capabilities_and_key(server):
     assert server.get("healthz") == {"status": "ok"}
     assert server.call("telemetry", events=[{"a": 1}], session_id="sessionless-1") == {"status": "accepted"}
     models = server.get("get_server_capabilities")["supported_models"]
-    assert [one["model_name"] for one in models] == list(FACTS.aliases)
+    assert [one["model_name"] for one in models] == list(INFO.aliases)
     assert models[0] == {"model_name": "tiny", "max_context_length": 4096, "trainable": True, "sampleable": True}
     key = server.get("auth/apikey/me")
     assert key["name"] == "local" and isinstance(key["key_id"], int)

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, prompt, refused_beside, rows, same
+from requests_made import create_model, optim_step, sampling_request
 from tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 
 from skyrl.engine import ModelSpec
 from skyrl.service import scheduler as schedulers
 from skyrl.service.commands import BASE, Leader
-from skyrl.service.limits import ANSWER_BYTES, WIDE_TARGETS, answer_bytes, check_sample, check_width, round_robin
 from skyrl.service.messages import (
-    CreateModel,
-    OptimStep,
     RequestFailed,
     SampledSequence,
     SampleResult,
@@ -27,8 +25,17 @@ from skyrl.service.messages import (
     TrainRequest,
     WireDatum,
 )
+from skyrl.service.sampling import round_robin
 from skyrl.service.scheduler import RequestScheduler
-from skyrl.service.validation import sampling_params
+from skyrl.service.tensors import Tensor
+from skyrl.service.validation import (
+    ANSWER_BYTES,
+    WIDE_TARGETS,
+    answer_bytes,
+    check_sample,
+    check_width,
+    sampling_params,
+)
 from skyrl.types import LoraSpec, RunError, UserError
 
 FACTS = ServerInfo({}, "tiny", "", "", 4096, 100, (2,), adaptable=True, full_parameters=False)
@@ -36,7 +43,7 @@ TOKENS = np.array([5, 6, 7])
 
 
 def query(**more: Any) -> SamplingRequest:
-    return SamplingRequest(**{"seq_id": 0, "prompt": TOKENS, "base_model": "tiny", "max_tokens": 4, **more})
+    return sampling_request(**{"seq_id": 0, "prompt": TOKENS, "base_model": "tiny", "max_tokens": 4, **more})
 
 
 # ---- bounds of one request
@@ -56,7 +63,7 @@ def test_answers_that_would_not_fit_are_refused():
         {"topk_prompt_logprobs": 1024, "prompt": np.zeros(40000, np.int64)},
         {"topk_sample_logprobs": 1024, "num_samples": 16},
         {"prompt_alt_tokens_k": 1024, "prompt": np.zeros(30000, np.int64)},
-        {"targets": np.zeros((2, 12_000_000), np.int8)},
+        {"target_tokens": Tensor(np.zeros((2, 12_000_000), np.int8))},
     ):
         asked = query(**more)
         assert answer_bytes(asked, 4096) > ANSWER_BYTES
@@ -93,7 +100,7 @@ def test_turns():
 
 
 def make_model(desk: RequestScheduler, owner: str, number: int = 0) -> str:
-    request = CreateModel(f"s-{owner}", number, "tiny", 4, None, True, True, True, "adamw", {})
+    request = create_model(f"s-{owner}", number, "tiny", 4)
     desk.submit(request, owner=owner)
     for pending in desk.take_training(lambda r: r.loss_fn, 1 << 20):
         desk.done(pending, {"model_id": request.model_id})
@@ -127,10 +134,10 @@ def test_a_model_has_so_many_requests_waiting(monkeypatch):
     desk = RequestScheduler()
     model = make_model(desk, "a")
     for seq in range(2, 7):
-        desk.submit(OptimStep(model, seq), owner="a")
+        desk.submit(optim_step(model, seq), owner="a")
     with pytest.raises(TooManyRequests, match="5 requests of this model are waiting"):
-        desk.submit(OptimStep(model, 7), owner="a")
-    desk.submit(OptimStep(model, 1), owner="a")
+        desk.submit(optim_step(model, 7), owner="a")
+    desk.submit(optim_step(model, 1), owner="a")
 
 
 def answer(size: int) -> SampleResult:
@@ -170,9 +177,9 @@ def test_a_result_is_forgotten_some_time_after_it_was_fetched(monkeypatch):
 def test_a_model_that_is_made_again_does_not_replace_the_open_one():
     desk = RequestScheduler()
     model = make_model(desk, "a")
-    waiting = desk.submit(OptimStep(model, 1), owner="a")
+    waiting = desk.submit(optim_step(model, 1), owner="a")
     desk._by_key.clear()  # as if the first future had been thrown away
-    again = desk.submit(CreateModel("s-a", 0, "tiny", 4, None, True, True, True, "adamw", {}), owner="a")
+    again = desk.submit(create_model("s-a", 0, "tiny", 4), owner="a")
     assert "exists already" in desk.outcome(again.request_id, owner="a").error
     assert [pending.request_id for pending in desk.take_training(lambda r: r.loss_fn, 9)] == [waiting.request_id]
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from requests_made import optim_step, sampling_request
 
-from skyrl.service.messages import OptimStep, RequestFailed, SamplingRequest, ServerInfo, TrainRequest, WireDatum
+from skyrl.service.messages import OptimStep, RequestFailed, ServerInfo, TrainRequest, WireDatum
+from skyrl.service.tensors import Tensor
 from skyrl.service.validation import adam_params, check_prompt, loss_spec, sampling_params, served_losses, to_rows
 
 FACTS = ServerInfo({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
@@ -108,17 +110,22 @@ def test_a_request_with_too_many_tokens_is_refused():
 
 
 def test_adam():
-    adam = adam_params(OptimStep("m", 1, learning_rate=0.1, grad_clip_norm=2.0))
+    adam = adam_params(optim_step("m", 1, learning_rate=0.1, grad_clip_norm=2.0))
     assert (adam.lr, adam.beta1, adam.beta2, adam.eps, adam.weight_decay, adam.grad_clip_norm) == (
         0.1, 0.9, 0.95, 1e-12, 0.0, 2.0,
     )  # fmt: skip
-    for bad in ({"optimizer": "dimuon"}, {"learning_rate": -1.0}, {"beta1": 1.0}, {"eps": float("inf")}):
+    for bad in ({"learning_rate": -1.0}, {"beta1": 1.0}, {"eps": float("inf")}):
         with pytest.raises(RequestFailed):
-            adam_params(OptimStep("m", 1, **bad))
+            adam_params(optim_step("m", 1, **bad))
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(RequestFailed, match="'dimuon' is refused"):
+        adam_params(OptimStep.parse({"model_id": "m", "seq_id": 1, "optimizer_params": {"type": "dimuon"}}))
 
 
 def query(**more):
-    return SamplingRequest(**{"seq_id": 0, "prompt": ints(1, 2, 3), "max_tokens": 4, **more})
+    return sampling_request(**{"seq_id": 0, "prompt": ints(1, 2, 3), "max_tokens": 4, **more})
 
 
 def test_stops():
@@ -160,11 +167,11 @@ def test_queries_that_are_refused():
         {"topk_prompt_logprobs": -1},
         {"topk_sample_logprobs": 51},
         {"prompt_logprobs_last_n": -1},
-        {"targets": np.zeros((3, 1), np.int64)},
-        {"targets": np.full((2, 1), 50)},
+        {"target_tokens": Tensor(np.zeros((3, 1), np.int64))},
+        {"target_tokens": Tensor(np.full((2, 1), 50))},
         {"problem": "no"},
     ]
     for one in bad:
         with pytest.raises(RequestFailed):
             sampling_params(query(**one), FACTS, "k")
-    check_prompt(query(targets=np.full((2, 3), -1)), FACTS)
+    check_prompt(query(target_tokens=Tensor(np.full((2, 3), -1))), FACTS)

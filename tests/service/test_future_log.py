@@ -5,15 +5,12 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from requests_made import create_model, load_weights, optim_step, sampling_request, save_weights
 
 from skyrl.service.database import LOST, FutureLog
 from skyrl.service.messages import (
-    CreateModel,
-    LoadWeights,
-    OptimStep,
     SampleResult,
     SamplingRequest,
-    SaveWeights,
     TrainRequest,
     TrainResult,
     UnloadModel,
@@ -23,7 +20,9 @@ from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.store import Store
 
 MODEL = "s-1:train:0"
-CREATE = CreateModel("s-1", 0, "tiny", 4, None, True, True, True, "adamw", {})
+SNAPSHOT = save_weights("s-1:train:0", 3, "sampler_weights", sampling_session_seq_id=0)
+LOAD = load_weights("tinker://x/weights/y", True, model_id="s-1:train:0", seq_id=4)
+CREATE = create_model("s-1", 0, "tiny", 4)
 
 
 @pytest.fixture
@@ -56,16 +55,20 @@ def test_only_lasting_effects_are_written(store):
 
         before = writes()
         short = [
-            run(desk, SamplingRequest(0, np.array([1]), base_model="tiny", max_tokens=4), SampleResult([])),
+            run(desk, sampling_request(0, np.array([1]), base_model="tiny", max_tokens=4), SampleResult([])),
             run(desk, TrainRequest(MODEL, 1, [], "cross_entropy", {}, False), TrainResult([], {})),
-            run(desk, OptimStep(MODEL, 2), {"metrics": {}}),
-            run(desk, SaveWeights(MODEL, 3, "sampler_weights", None, 0), {"sampling_session_id": "x"}),
-            run(desk, LoadWeights("tinker://x/weights/y", True, MODEL, 4), {"path": "tinker://x/weights/y"}),
+            run(desk, optim_step(MODEL, 2), {"metrics": {}}),
+            run(desk, SNAPSHOT, {"sampling_session_id": "x"}),
+            run(
+                desk,
+                load_weights("tinker://x/weights/y", True, model_id=MODEL, seq_id=4),
+                {"path": "tinker://x/weights/y"},
+            ),
         ]
         assert writes() == before
-        saved = run(desk, SaveWeights(MODEL, 5, "weights", "one"), {"path": "tinker://one"})
+        saved = run(desk, save_weights(MODEL, 5, "weights", "one"), {"path": "tinker://one"})
         assert writes() != before
-    closed = run(desk, UnloadModel(MODEL), {"type": "unload_model"})
+    closed = run(desk, UnloadModel(model_id=MODEL), {"type": "unload_model"})
     again = scheduler(store)  # the next process
     for request_id, answer in [(created, {"model_id": MODEL}), (saved, {"path": "tinker://one"}),
                                (closed, {"type": "unload_model"})]:  # fmt: skip
@@ -81,7 +84,7 @@ def test_only_lasting_effects_are_written(store):
 
 def test_a_failed_request_has_no_effect_and_no_record(store):
     desk = scheduler(store)
-    request_id = desk.submit(SaveWeights("s-1:train:9", 1, "weights", "one"), owner="o").request_id
+    request_id = desk.submit(save_weights("s-1:train:9", 1, "weights", "one"), owner="o").request_id
     assert desk.outcome(request_id, owner="o").state == "failed"
     assert scheduler(store).outcome(request_id, owner="o").error == LOST
 

@@ -42,15 +42,16 @@ def test_completion(server, prefix):
     assert got["usage"] == {"prompt_tokens": 2, "completion_tokens": 10, "total_tokens": 12,
                             "prompt_tokens_details": {"cached_tokens": 3}}  # fmt: skip
     query = last(server)
-    assert (query.temperature, query.top_p, query.top_k, query.seed, query.base_model) == (0.5, 0.9, 5, 3, "tiny")
-    assert query.prompt.tolist() == [97, 98] and query.stop is None and query.seq_id == -1
+    params = query.sampling_params
+    assert (params.temperature, params.top_p, params.top_k, params.seed, query.base_model) == (0.5, 0.9, 5, 3, "tiny")
+    assert query.prompt.tolist() == [97, 98] and params.stop is None and query.seq_id == -1
 
 
 def test_defaults_are_those_of_openai(server):
     good(server, prompt="ab")
-    assert last(server).max_tokens == 16 and last(server).temperature == 1.0
+    assert last(server).sampling_params.max_tokens == 16 and last(server).sampling_params.temperature == 1.0
     chat(server)
-    assert last(server).max_tokens is None
+    assert last(server).sampling_params.max_tokens is None
 
 
 def test_the_end_and_stops_are_no_text(server):
@@ -94,7 +95,10 @@ def test_chat(server):
     assert "".join(map(chr, last(server).prompt)) == "user: hi\nassistant: "
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     good(server, "chat/completions", messages=[{"role": "user", "content": parts}], max_completion_tokens=2)
-    assert "".join(map(chr, last(server).prompt)) == "user: ab\nassistant: " and last(server).max_tokens == 2
+    assert (
+        "".join(map(chr, last(server).prompt)) == "user: ab\nassistant: "
+        and last(server).sampling_params.max_tokens == 2
+    )
 
 
 def test_logprobs_of_a_chat(server):
@@ -236,17 +240,17 @@ def test_models_and_paths(server):
     ("body", "told"),
     [
         ({"prompt": "a", "model": "gpt-5"}, "model 'gpt-5' is not served here"),
-        ({"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty is refused"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias is refused"),
-        ({"prompt": "a", "best_of": 4}, "best_of=4 is refused"),
-        ({"prompt": "a", "suffix": "x"}, "suffix is refused"),
+        ({"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty, which this server does not do"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias, which this server does not do"),
+        ({"prompt": "a", "best_of": 4}, "best_of=4, but nothing is ranked"),
+        ({"prompt": "a", "suffix": "x"}, "suffix, which this server does not do"),
         ({"prompt": "a", "surprise": 1}, "'surprise'"),
         ({"prompt": "a", "n": 0}, "n=0"),
         ({"prompt": "a", "max_tokens": 0}, "nothing would be answered"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens=-1"),
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
         ({"prompt": "a", "logprobs": 99}, "logprobs=99"),
-        ({"prompt": "a", "stop": [""]}, "stop; allowed"),
+        ({"prompt": "a", "stop": [""]}, "stop=a list of 1; allowed"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": []}, "prompt; allowed"),
         ({"prompt": ["a", 5]}, "prompt; allowed"),
@@ -271,12 +275,15 @@ def test_completions_that_are_refused(server, body, told):
             "the chat template refuses these messages: role robot is not",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'; allowed: text"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, "tool_calls is refused"),
-        ({"messages": [{"role": "user", "content": 5}]}, "content; allowed"),
-        ({"tools": [{"type": "function"}]}, "tools is refused"),
-        ({"response_format": {"type": "json_object"}}, "response_format is refused"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+            "has tool_calls: only",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "content=5; allowed"),
+        ({"tools": [{"type": "function"}]}, "tools, which this server does not do"),
+        ({"response_format": {"type": "json_object"}}, "response_format, which this server does not do"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs=true"),
-        ({"presence_penalty": 1}, "presence_penalty is refused"),
+        ({"presence_penalty": 1}, "presence_penalty, which this server does not do"),
     ],
 )
 def test_chats_that_are_refused(server, body, told):

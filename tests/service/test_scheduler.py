@@ -5,12 +5,10 @@ import time
 
 import numpy as np
 import pytest
+from requests_made import create_model, optim_step, sampling_request
 
 from skyrl.service.messages import (
-    CreateModel,
-    OptimStep,
     RequestFailed,
-    SamplingRequest,
     TooManyRequests,
     TrainRequest,
     UnloadModel,
@@ -22,7 +20,7 @@ from skyrl.types import UserError
 
 
 def make_model(scheduler, session="s", number=0, owner="a"):
-    request = CreateModel(session, number, "base", 8, None, True, True, True, "adamw", {})
+    request = create_model(session, number, "base", 8)
     scheduler.submit(request, owner=owner)
     (pending,) = scheduler.take_training(batch_key, 10**6)
     scheduler.opened(request.model_id, {"base_model": "base"})
@@ -36,7 +34,7 @@ def train(model, seq, loss="cross_entropy", tokens=3, **config):
 
 
 def sample(seq, session="s:sample:0", count=1):
-    return SamplingRequest(seq, np.arange(3), sampling_session_id=session, num_samples=count, max_tokens=4)
+    return sampling_request(seq, np.arange(3), sampling_session_id=session, num_samples=count, max_tokens=4)
 
 
 def taken(scheduler):
@@ -53,7 +51,7 @@ def test_requests_run_by_number_not_by_arrival():
     for seq in (2, 3, 1, 5):
         scheduler.submit(train(model, seq), owner="a")
     assert [seq for _, seq in taken(scheduler)] == [1, 2, 3]
-    scheduler.submit(OptimStep(model, 4), owner="a")
+    scheduler.submit(optim_step(model, 4), owner="a")
     assert [seq for _, seq in taken(scheduler)] == [4, 5]
 
 
@@ -107,8 +105,8 @@ def test_models_take_turns():
     scheduler = RequestScheduler()
     a, b = make_model(scheduler, number=0), make_model(scheduler, number=1)
     for seq in (1, 2, 3):
-        scheduler.submit(OptimStep(a, seq), owner="a")
-    scheduler.submit(OptimStep(b, 1), owner="a")
+        scheduler.submit(optim_step(a, seq), owner="a")
+    scheduler.submit(optim_step(b, 1), owner="a")
     assert taken(scheduler) == [(a, 1), (b, 1), (a, 2), (a, 3)]
 
 
@@ -138,7 +136,7 @@ def test_nobody_sees_another_owners_things():
     with pytest.raises(UserError, match="no such model"):
         scheduler.open_model(model, owner="b")
     with pytest.raises(UserError, match="no such model"):
-        scheduler.submit(OptimStep(model, 2), owner="b")
+        scheduler.submit(optim_step(model, 2), owner="b")
     assert scheduler.open_model(model, owner="a") == {"base_model": "base"}
 
 
@@ -155,7 +153,7 @@ def test_unknown_and_closed_models_fail_through_the_future():
     held = scheduler.submit(train(model, 2), owner="a")
     woken = threading.Event()
     scheduler.when_done(held.request_id, woken.set)
-    scheduler.submit(UnloadModel(model), owner="a")
+    scheduler.submit(UnloadModel(model_id=model), owner="a")
     scheduler.closed(model, "closed: test")
     assert woken.is_set() and scheduler.outcome(held.request_id, owner="a").error == "closed: test"
     assert scheduler.models() == []

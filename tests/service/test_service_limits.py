@@ -20,9 +20,10 @@ from inprocess import (
     same,
     together_and_alone,
 )
+from requests_made import sampling_request
 from tinker import RequestFailedError
 
-from skyrl.service.messages import SamplingRequest, TooManyRequests
+from skyrl.service.messages import TooManyRequests
 
 
 def test_more_models_than_there_may_be(tmp_path):
@@ -68,13 +69,13 @@ def test_too_many_samples_wait(tmp_path):
         alone = drawn(sampler.sample(prompt(5, 6), 1, draw(30)).result())
         desk = client.service.scheduler
         lots = [sampler.sample(prompt(5, 6), 40, draw(30, seed=i)) for i in range(24)]
-        query = SamplingRequest(
+        query = sampling_request(
             10**6, np.array([5, 6]), sampling_session_id=sampler._sampling_session_id, num_samples=60
         )
         with pytest.raises(TooManyRequests, match="samples are waiting, at most 64 may; try again in a moment"):
             for _ in range(200):
                 desk.submit(query, owner="local")
-                query = SamplingRequest(query.seq_id + 1, query.prompt, query.sampling_session_id, num_samples=60)
+                query = query.model_copy(update={"seq_id": query.seq_id + 1})
         start = time.monotonic()
         assert all(len(future.result(60).sequences) == 40 for future in lots)  # the client offers them again
         assert drawn(sampler.sample(prompt(5, 6), 1, draw(30)).result()) == alone

@@ -26,10 +26,11 @@ from inprocess import (
     together_and_alone,
     train,
 )
+from requests_made import optim_step
 from small import supervised
 from tinker import AdamParams, Datum, ModelInput, RequestFailedError
 
-from skyrl.service.messages import OptimStep, TrainRequest, WireDatum
+from skyrl.service.messages import TrainRequest, WireDatum
 from skyrl.service.validation import to_rows
 
 PROMPT = prompt(5, 6, 7, 8)
@@ -80,7 +81,7 @@ def test_a_fresh_adapter_is_the_base(client):
         data = rows(1)
         found = logprobs_of(model.forward(data, "cross_entropy").result())
         service = client.service  # its worker is idle now
-        plain = to_rows(supervised_request("", 1, seed=1, forward_only=True), service.facts, max_tokens=1 << 20)
+        plain = to_rows(supervised_request("", 1, seed=1, forward_only=True), service.info, max_tokens=1 << 20)
         assert same(found, [x.astype(np.float32) for x in service.engine.score(plain, 1.0, model="base").logprobs])
 
 
@@ -132,8 +133,8 @@ def test_chunks_that_arrive_in_any_order(client):
         requests: dict[int, Any] = {
             seq: supervised_request(model.model_id, seq, seed=40 + seq, forward_only=False) for seq in (1, 2, 3, 5)
         }
-        requests[4] = OptimStep(model.model_id, 4, learning_rate=1e-2)
-        requests[6] = OptimStep(model.model_id, 6, learning_rate=1e-2)
+        requests[4] = optim_step(model.model_id, 4, learning_rate=1e-2)
+        requests[6] = optim_step(model.model_id, 6, learning_rate=1e-2)
         ids = {}
         for seq in order:
             ids[seq] = desk.submit(requests[seq], owner="local").request_id

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from inprocess import open_client
 
-from skyrl.service.door import open_door
+from skyrl.service.server import start_http_server
 
 PROMPT = [5, 6, 7]
 
@@ -20,7 +20,7 @@ def door(tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
     with open_client(folder, "service.port=0", "service.slice_seconds=0.005") as client:
         service = client.service
-        opened = open_door(service)
+        opened = start_http_server(service)
         with httpx.Client(base_url=opened.url, timeout=60) as http:
             yield http, service
         opened.stop()

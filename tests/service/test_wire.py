@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from skyrl.service import proto, wire
+from skyrl.service import codec, proto
 from skyrl.service.messages import SampledSequence, SampleResult, TopK, TrainRequest, TrainResult
 from skyrl.types import UserError
 
@@ -18,8 +18,8 @@ MAX_BYTES = 1 << 20
 CODES = {"float32": proto.FLOAT32, "int64": proto.INT64}
 
 
-def parse(body: bytes, kind: str = wire.PROTOBUF, encoding: str = "", max_bytes: int = MAX_BYTES, **more):
-    return wire.parse_train(body, kind, encoding, max_bytes=max_bytes, **more)
+def parse(body: bytes, kind: str = codec.PROTOBUF, encoding: str = "", max_bytes: int = MAX_BYTES, **more):
+    return codec.parse_train(body, kind, encoding, max_bytes=max_bytes, **more)
 
 
 def message(seq_id: int = 1):
@@ -101,7 +101,7 @@ def test_not_finite_data_is_passed_on():
     set_dense(datum.loss_fn_inputs["weights"], np.array([np.nan, np.inf], np.float32))
     assert np.isnan(parse(made.SerializeToString()).data[0].inputs["weights"][0])
     datum = {"model_input": {"chunks": [{"tokens": [1, 2]}]}, "loss_fn_inputs": {"weights": json_tensor([np.nan, 1])}}
-    request = parse(json.dumps(old_body(datum)).encode(), wire.JSON)
+    request = parse(json.dumps(old_body(datum)).encode(), codec.JSON)
     assert request.problem == "" and np.isnan(request.data[0].inputs["weights"][0])
 
 
@@ -112,7 +112,7 @@ def test_random_answers_are_what_the_client_will_read(seed):
     for _ in range(rng.integers(0, 20)):
         length, width = rng.integers(0, 9), int(rng.integers(1, 4))
         arrays.append(rng.normal(size=(length,) if rng.random() < 0.5 else (length, width)).astype(np.float32))
-    body, kind = wire.encode_result(TrainResult(list(arrays), {"loss:sum": -2.5}), "application/x-protobuf")
+    body, kind = codec.encode_result(TrainResult(list(arrays), {"loss:sum": -2.5}), "application/x-protobuf")
     assert kind == "application/x-protobuf"
     out = proto.ForwardBackwardOutput.FromString(body)
     assert out.loss_fn_output_type == "ArrayRecord" and dict(out.metrics) == {"loss:sum": -2.5}
@@ -133,7 +133,7 @@ def test_random_answers_are_what_the_client_will_read(seed):
 
 def test_answers_take_any_float_and_any_memory_layout():
     array = np.arange(6, dtype=np.float64).reshape(2, 3).T
-    out = proto.ForwardBackwardOutput.FromString(wire.encode_result(TrainResult([array], {}), wire.PROTOBUF)[0])
+    out = proto.ForwardBackwardOutput.FromString(codec.encode_result(TrainResult([array], {}), codec.PROTOBUF)[0])
     field = out.loss_fn_outputs[0].fields["logprobs"]
     assert np.frombuffer(field.data, np.float32).tolist() == [0, 3, 1, 4, 2, 5] and list(field.trailing_shape) == [2]
 
@@ -150,36 +150,36 @@ def test_json_is_always_valid():
     ]
     read = []
     for result in results:
-        body, kind = wire.encode_result(result, "application/json")
+        body, kind = codec.encode_result(result, "application/json")
         assert kind == "application/json"
         read.append(json.loads(body, parse_constant=pytest.fail))
     assert read[0] == {"metrics": {"grad_norm": "Infinity", "lr": 0.5, "x": "NaN"}, "n": 3}
     assert read[1]["loss_fn_outputs"][0]["logprobs"] == {"data": ["NaN", "-Infinity"], "dtype": "float32", "shape": [2]}
     assert read[2]["prompt_logprobs"] == [None, "-Infinity"]
-    assert wire.encode_result({"path": None}, wire.PROTOBUF) == (b'{"path":null}', wire.JSON)
+    assert codec.encode_result({"path": None}, codec.PROTOBUF) == (b'{"path":null}', codec.JSON)
 
 
 def test_faulty_results_are_not_sent():
     with pytest.raises(ValueError, match="reads as a failure"):
-        wire.encode_result({"error": "x"}, "")
+        codec.encode_result({"error": "x"}, "")
     short = SampledSequence(np.array([1, 2]), np.array([-1.0]), "stop")
     with pytest.raises(ValueError, match="sequence 0"):
-        wire.encode_result(SampleResult([short]), wire.PROTOBUF)
+        codec.encode_result(SampleResult([short]), codec.PROTOBUF)
     table = TopK(np.zeros((2, 3), np.int32), np.zeros((2, 2), np.float32))
     with pytest.raises(ValueError, match="top-k"):
-        wire.encode_result(SampleResult([], topk_prompt=table), "")
+        codec.encode_result(SampleResult([], topk_prompt=table), "")
 
 
 def test_targets_come_back_in_the_layout_asked():
     targets = np.array([[0.5, 0.0], [0.0, -2.0]], np.float32)
-    dense = proto.SampleResponse.FromString(wire.encode_result(SampleResult([], targets=targets), wire.PROTOBUF)[0])
+    dense = proto.SampleResponse.FromString(codec.encode_result(SampleResult([], targets=targets), codec.PROTOBUF)[0])
     assert dense.target_prompt_logprobs.dense == targets.tobytes()
     csr = (np.array([0, 1, 2]), np.array([0, 1]))
-    sparse = wire.encode_result(SampleResult([], targets=targets, targets_csr=csr), wire.PROTOBUF)[0]
+    sparse = codec.encode_result(SampleResult([], targets=targets, targets_csr=csr), codec.PROTOBUF)[0]
     tensor = proto.SampleResponse.FromString(sparse).target_prompt_logprobs
     assert np.frombuffer(tensor.sparse_csr.values, np.float32).tolist() == [0.5, -2.0]
     assert list(tensor.shape) == [2, 2]
-    body, _ = wire.encode_result(SampleResult([], targets=targets, targets_csr=csr), "")
+    body, _ = codec.encode_result(SampleResult([], targets=targets, targets_csr=csr), "")
     assert json.loads(body)["target_prompt_logprobs"] == {
         "data": [0.5, -2.0], "dtype": "float32", "shape": [2, 2],
         "sparse_crow_indices": [0, 1, 2], "sparse_col_indices": [0, 1],
@@ -227,7 +227,7 @@ def test_sparse_tensors_expand_to_a_bound():
     made, datum = one_datum()
     set_sparse(datum.loss_fn_inputs["weights"], np.ones(1, np.float32), [0, 1], [5], (1, 2**31 - 1))
     tracemalloc.start()
-    assert "datum 0: weights: dense it takes 8589934588 bytes" in problem_of(made)
+    assert "datum 0: weights dense takes 8589934588 bytes" in problem_of(made)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     made, datum = one_datum()
@@ -257,8 +257,8 @@ def dense(data: bytes, dtype: int, shape=()):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dense(b"123", 1), "3 bytes are no whole number of float32"),
-        (dense(b"12345678", 1, (3,)), "shape [3] needs 3 values, there are 2"),
+        (dense(b"123", 1), "3 bytes, which are no whole number of float32"),
+        (dense(b"12345678", 1, (3,)), "shape [3], which needs 3 values; there are 2"),
         (dense(b"12345678", 1, (-1,)), "sizes of 0 to"),
         (dense(b"", 1, (0, 2**40)), "sizes of 0 to"),
         (dense(b"12345678", 1, (1, 2, 1)), "3 dimensions"),
@@ -270,9 +270,9 @@ def dense(data: bytes, dtype: int, shape=()):
         (lambda tensor: set_sparse(tensor, np.ones(1, np.float32), [0, 1], [0], (1,)), "two dimensions"),
         (lambda tensor: set_sparse(tensor, np.ones(2, np.float32), [0, 2], [0], (1, 3)), "2 values and 1 column"),
         (lambda tensor: set_sparse(tensor, np.ones(2, np.float32), [0, 2], [1, 1], (1, 3)), "at most once"),
-        (lambda tensor: set_sparse(tensor, np.ones(2, np.float32), [0, 2, 1, 2], [0, 1], (3, 3)), "borders have to"),
-        (lambda tensor: set_sparse(tensor, np.ones(1, np.float32), [0, 1], [3], (1, 3)), "column 3 is outside 0..2"),
-        (lambda tensor: set_sparse(tensor, np.ones(1, np.float32), [0, 1], [-1], (1, 3)), "column -1 is outside"),
+        (lambda tensor: set_sparse(tensor, np.ones(2, np.float32), [0, 2, 1, 2], [0, 1], (3, 3)), "needs row borders"),
+        (lambda tensor: set_sparse(tensor, np.ones(1, np.float32), [0, 1], [3], (1, 3)), "column 3, outside 0..2"),
+        (lambda tensor: set_sparse(tensor, np.ones(1, np.float32), [0, 1], [-1], (1, 3)), "column -1, outside"),
         (lambda tensor: set_sparse(tensor, np.ones(1, np.float32), [0], [0], (1, 3)), "1 row borders for 1 rows"),
     ],
 )
@@ -284,7 +284,7 @@ def test_malformed_tensors_name_datum_and_field(change, words):
 def test_the_second_datum_is_named_by_its_index():
     made, _ = one_datum()
     made.data.add().model_input.add().encoded_text.tokens = b"12345"
-    assert problem_of(made).startswith("forward_backward: datum 1: model_input chunk 0 tokens: 5 bytes")
+    assert problem_of(made).startswith("forward_backward: datum 1: model_input chunk 0 has 5 bytes")
 
 
 @pytest.mark.parametrize(("kind", "field"), [("image", "data"), ("dmel", "dmel"), ("of no kind", None)])
@@ -304,9 +304,9 @@ def test_config_numbers_are_finite_and_the_newer_map_counts():
     made.loss_fn_config_v2["how"].text = "so"
     assert parse(made.SerializeToString()).loss_config == {"beta": 2.0, "how": "so"}
     made.loss_fn_config_v2["low"].number = np.inf
-    assert "loss_fn_config['low']=inf; allowed: a finite number" in problem_of(made)
+    assert "loss_fn_config.low=inf; allowed: a finite number" in problem_of(made)
     made.loss_fn_config_v2["low"].Clear()
-    assert "loss_fn_config['low']=None" in problem_of(made)
+    assert "loss_fn_config.low=None" in problem_of(made)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_content_type_and_encoding():
     body = message().SerializeToString()
     for kind, encoding, words in (
         ("text/html", "", "Content-Type 'text/html'"),
-        (wire.PROTOBUF, "gzip", "Content-Encoding 'gzip'"),
-        (wire.JSON, "", "not JSON"),
+        (codec.PROTOBUF, "gzip", "Content-Encoding 'gzip'"),
+        (codec.JSON, "", "not JSON"),
     ):
         with pytest.raises(UserError, match=words):
             parse(body, kind, encoding)
@@ -351,33 +351,33 @@ CHUNKS = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
 @pytest.mark.parametrize(
     ("datum", "words"),
     [
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1, "x"])}}, "datum 0: w data holds int, str"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1, None])}}, "datum 0: w data holds int, null"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([True])}}, "datum 0: w data holds bool"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1, "x"])}}, "loss_fn_inputs.w holds int, str"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1, None])}}, "loss_fn_inputs.w holds int, null"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([True])}}, "loss_fn_inputs.w holds bool"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1.5], "int64")}}, "allowed for int64: integers"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([2**63], "int64")}}, "beyond 64 bits"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([10**400])}}, "beyond 64 bits"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], "bfloat16")}}, "dtype 'bfloat16'"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1, 2], shape=[3])}}, "shape [3] needs 3 values"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], "bfloat16")}}, "dtype='bfloat16'"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1, 2], shape=[3])}}, "shape [3], which needs"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], shape=[])}}, "one or two dimensions"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], shape=[1.0])}}, "sizes of 0 to"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], shape=[10**30, 0])}}, "sizes of 0 to"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([[1]])}}, "holds list"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], scale=2)}}, "does not know: 'scale'"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], sparse_crow_indices=[0, 1])}}, "datum 0: w"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": []}, "loss_fn_inputs is a list of 0"),
-        ({"model_input": CHUNKS, "mask": [1]}, "datum 0 has fields that this server does not know: 'mask'"),
-        ({"model_input": {"chunks": [{"type": "image", "data": ""}]}}, "chunk 0 is 'image'; allowed: encoded_text"),
-        ({"model_input": {"chunks": [{"type": "dmel", "dmel": ""}]}}, "chunk 0 is 'dmel'"),
-        ({"model_input": {"chunks": [{"type": "image_asset_pointer"}]}}, "chunk 0 is 'image_asset_pointer'"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], sparse_crow_indices=[0, 1])}}, "inputs.w is None"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": []}, "loss_fn_inputs=a list of 0"),
+        ({"model_input": CHUNKS, "mask": [1]}, "data[0] has fields that this server does not know: 'mask'"),
+        ({"model_input": {"chunks": [{"type": "image", "data": ""}]}}, "chunks[0] is 'image'; allowed: encoded_text"),
+        ({"model_input": {"chunks": [{"type": "dmel", "dmel": ""}]}}, "chunks[0] is 'dmel'"),
+        ({"model_input": {"chunks": [{"type": "image_asset_pointer"}]}}, "chunks[0] is 'image_asset_pointer'"),
         ({"model_input": {"chunks": [{"tokens": "ab"}]}}, "tokens is 'ab'; allowed: a flat list"),
         ({"model_input": {"chunks": [{"tokens": [1.0]}]}}, "tokens holds float"),
-        ({"model_input": None}, "datum 0: model_input is missing"),
-        (7, "datum 0 is 7; allowed: a JSON object"),
+        ({"model_input": None}, "data[0].model_input is missing"),
+        (7, "data[0] is 7; allowed: a JSON object"),
     ],
 )  # fmt: skip
 def test_malformed_json_data_fails_through_the_future(datum, words):
-    request = parse(json.dumps(old_body(datum)).encode(), wire.JSON)
+    request = parse(json.dumps(old_body(datum)).encode(), codec.JSON)
     assert (request.model_id, request.seq_id, request.data) == ("s:train:0", 2, [])
     assert words in request.problem and "\n" not in request.problem, request.problem
 
@@ -400,18 +400,18 @@ def test_json_sparse_and_spans():
 )  # fmt: skip
 def test_json_without_identity_is_refused(body):
     with pytest.raises(UserError):
-        parse(body, wire.JSON)
+        parse(body, codec.JSON)
 
 
 # ---- damage and bombs
 
 
 BODIES = {
-    "train_0.38.0.bin": (wire.PROTOBUF, ""),
-    "sparse_forward_0.38.0.bin": (wire.PROTOBUF, ""),
-    "image_0.38.0.bin": (wire.PROTOBUF, ""),
-    "train_0.38.0.zst.bin": (wire.PROTOBUF, "zstd"),
-    "train_0.24.1.json": (wire.JSON, ""),
+    "train_0.38.0.bin": (codec.PROTOBUF, ""),
+    "sparse_forward_0.38.0.bin": (codec.PROTOBUF, ""),
+    "image_0.38.0.bin": (codec.PROTOBUF, ""),
+    "train_0.38.0.zst.bin": (codec.PROTOBUF, "zstd"),
+    "train_0.24.1.json": (codec.JSON, ""),
 }
 
 
@@ -468,10 +468,10 @@ def test_zstd_frames_have_to_be_whole():
 
 @pytest.mark.parametrize("where", ["datums", "chunks", "behind a group"])
 def test_too_many_empty_parts_are_refused_before_parsing(where):
-    count = wire.MAX_PARTS + 1
+    count = codec.MAX_PARTS + 1
     chunks = b"\x0a\x00" * count
     length = bytes([len(chunks) & 127 | 128, len(chunks) >> 7 & 127 | 128, len(chunks) >> 14])
     body = {"datums": b"\x1a\x00" * count, "chunks": b"\x1a" + length + chunks}
     body["behind a group"] = b"\x5b\x5c" + body["datums"]  # field 11, start and end
-    with pytest.raises(UserError, match=f"more than {wire.MAX_PARTS} datums"):
+    with pytest.raises(UserError, match=f"more than {codec.MAX_PARTS} datums"):
         parse(body[where], max_bytes=1 << 24)

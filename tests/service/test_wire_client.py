@@ -252,9 +252,9 @@ def recorded(name: str) -> bytes:
 
 
 def parsed(body: bytes, kind: str = "application/x-protobuf", encoding: str = "", **more):
-    from skyrl.service import wire
+    from skyrl.service import codec
 
-    return wire.parse_train(body, kind, encoding, max_bytes=1 << 20, **more)
+    return codec.parse_train(body, kind, encoding, max_bytes=1 << 20, **more)
 
 
 @pytest.mark.parametrize("release", ["0.24.1", "0.38.0"])
@@ -295,38 +295,43 @@ def test_recorded_image_is_refused_through_the_future():
 
 @pytest.mark.parametrize("release", ["0.3.0", "0.24.1", "0.38.0"])
 def test_recorded_json_requests(release):
-    from skyrl.service import wire
-    from skyrl.service.messages import CreateModel, LoadWeights, OptimStep, SaveWeights
+    from requests_made import create_model, load_weights, optim_step, save_weights
+
+    from skyrl.service import codec
+
+    def plain(request):
+        return request.model_dump(exclude={"type"})
 
     bodies = json.loads(recorded(f"requests_{release}.json"))
-    made = {name: wire.PARSERS[name](body) for name, body in bodies.items()}
-    assert made["create_model"] == CreateModel("s1", 0, "local/tiny", 8, 1, True, True, True, "adamw", {})
+    made = {name: codec.REQUESTS[name].parse(body) for name, body in bodies.items()}
+    assert plain(made["create_model"]) == plain(create_model("s1", 0, "local/tiny", 8, seed=1))
     assert made["create_model"].model_id == "s1:train:0"
-    assert made["optim_step"] == OptimStep("s1:train:0", 2, learning_rate=1e-3, beta2=0.99)
-    assert made["save_weights"] == SaveWeights("s1:train:0", 3, "weights", "final")
-    assert made["save_weights_for_sampler"] == SaveWeights(
-        "s1:train:0", 4, "sampler_weights", None, sampling_session_seq_id=0
+    assert plain(made["optim_step"]) == plain(optim_step("s1:train:0", 2, learning_rate=1e-3, beta2=0.99))
+    assert plain(made["save_weights"]) == plain(save_weights("s1:train:0", 3, "weights", "final"))
+    assert plain(made["save_weights_for_sampler"]) == plain(
+        save_weights("s1:train:0", 4, "sampler_weights", sampling_session_seq_id=0)
     )
     path = "tinker://s0:train:0/weights/final"
     into = {"model_id": "s1:train:0", "seq_id": 5} if release == "0.3.0" else {"session_id": "s1", "model_seq_id": 1}
-    assert made["load_weights"] == LoadWeights(path, True, **into)
+    assert plain(made["load_weights"]) == plain(load_weights(path, True, **into))
     sample = made["asample"]
     assert sample.problem == "" and sample.prompt.tolist() == [1, 2, 3] and sample.prompt.dtype == np.int64
     assert (sample.sampling_session_id, sample.seq_id, sample.num_samples) == ("s1:sample:0", 2 * 10**18, 2)
-    assert (sample.max_tokens, sample.temperature, sample.seed, sample.top_k, sample.top_p) == (8, 0.7, 3, -1, 1.0)
-    assert sample.stop == ("\n\n", "User:")
+    params = sample.sampling_params
+    assert (params.max_tokens, params.temperature, params.seed, params.top_k, params.top_p) == (8, 0.7, 3, -1, 1.0)
+    assert params.stop == ("\n\n", "User:")
     assert (sample.prompt_logprobs, sample.topk_prompt_logprobs) == (True, 2)
     assert sample.prompt_logprobs_last_n == (2 if release == "0.38.0" else None)
 
 
 @pytest.mark.parametrize("name", ["answer_train", "answer_sample"])
 def test_answers_are_the_messages_the_client_would_make(name):
-    from skyrl.service import proto, wire
+    from skyrl.service import codec, proto
     from skyrl.service.messages import TrainResult
 
     train = TrainResult(OUTPUTS, {"loss:sum": -1.5, "tokens:sum": 9.0})
     result = train if name == "answer_train" else sample_result()
-    body, kind = wire.encode_result(result, "application/x-protobuf, application/json")
+    body, kind = codec.encode_result(result, "application/x-protobuf, application/json")
     assert kind == "application/x-protobuf"
     message = proto.ForwardBackwardOutput if name == "answer_train" else proto.SampleResponse
     assert message.FromString(body) == message.FromString(recorded(f"{name}_0.38.0.bin"))
@@ -372,10 +377,10 @@ def test_client_has_the_same_messages_and_lives_beside_ours(with_proto):
 def test_client_reads_our_training_answer(with_proto):
     from tinker.proto.response_conv import deserialize_forward_backward_output
 
-    from skyrl.service import wire
+    from skyrl.service import codec
     from skyrl.service.messages import TrainResult
 
-    body, _ = wire.encode_result(TrainResult(OUTPUTS, {"loss:sum": float("nan")}), "application/x-protobuf")
+    body, _ = codec.encode_result(TrainResult(OUTPUTS, {"loss:sum": float("nan")}), "application/x-protobuf")
     read = deserialize_forward_backward_output(body)
     assert len(read.loss_fn_outputs) == len(OUTPUTS)
     for outputs, wanted in zip(read.loss_fn_outputs, OUTPUTS, strict=True):
@@ -387,9 +392,9 @@ def test_client_reads_our_training_answer(with_proto):
 def test_client_reads_our_sampling_answer(with_proto):
     from tinker.proto.response_conv import deserialize_sample_response
 
-    from skyrl.service import wire
+    from skyrl.service import codec
 
-    read = deserialize_sample_response(wire.encode_result(sample_result(), "application/x-protobuf")[0])
+    read = deserialize_sample_response(codec.encode_result(sample_result(), "application/x-protobuf")[0])
     assert [list(one.tokens) for one in read.sequences] == [[3, 1], [9]]
     assert [list(one.logprobs) for one in read.sequences] == [[-0.5, -0.25], [-4.0]]
     assert [one.stop_reason for one in read.sequences] == ["stop", "length"]
@@ -406,7 +411,7 @@ def test_client_reads_our_sampling_answer(with_proto):
 
 
 def test_client_reads_our_json_answers(release):
-    from skyrl.service import wire
+    from skyrl.service import codec
     from skyrl.service.messages import TrainResult
 
     try:  # releases between
@@ -416,13 +421,13 @@ def test_client_reads_our_json_answers(release):
     if not hasattr(forward_backward_output.ForwardBackwardOutput, "model_validate"):
         pytest.skip("this release reads protobuf only")
     result = TrainResult(OUTPUTS, {"loss:sum": float("nan"), "top:max": float("inf")})
-    body, kind = wire.encode_result(result, "application/json")
+    body, kind = codec.encode_result(result, "application/json")
     assert kind == "application/json"
     read = forward_backward_output.ForwardBackwardOutput.model_validate(json.loads(body, parse_constant=pytest.fail))
     assert np.isnan(read.metrics["loss:sum"]) and read.metrics["top:max"] == np.inf
     for outputs, wanted in zip(read.loss_fn_outputs, OUTPUTS, strict=True):
         np.testing.assert_array_equal(outputs["logprobs"].to_numpy(), wanted)
-    body, _ = wire.encode_result(sample_result(), "")
+    body, _ = codec.encode_result(sample_result(), "")
     read = sample_response.SampleResponse.model_validate(json.loads(body, parse_constant=pytest.fail))
     assert read.prompt_logprobs == [None, -1.0, -2.0, -3.0]
     assert read.topk_prompt_logprobs[:2] == [None, [(4, -0.5), (5, -1.5)]]

@@ -1,0 +1,253 @@
+"""What any server of this project shares: a server in a thread of its own, bodies with limits, JSON, and errors that
+are one line for a client. Nothing here knows the Tinker protocol.
+
+The event loop never waits for the disk or for a long computation: those run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio
+import numpy as np
+import uvicorn
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+
+from skyrl.types import RunError, UserError
+from skyrl.web.message import short_repr
+
+log = logging.getLogger("skyrl.web")
+
+JSON = "application/json"
+BODY_SECONDS = 120.0  # a client that sends more slowly is cut off
+SMALL_BYTES = 1 << 16  # smaller bodies are parsed where they are: a thread would cost more
+START_SECONDS = 30.0
+STOP_SECONDS = 5.0
+# Above the pools of the clients, so that they close idle connections and never send into one that closes.
+KEEP_ALIVE_SECONDS = 120
+FAULT = "the server failed on this request; its log says why"
+CLOSE = {"connection": "close"}  # the rest of the body is not read, so nothing may follow it
+T = TypeVar("T")
+
+
+class HttpError(Exception):
+    """A refusal with a status of its own."""
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, dict(headers or {})
+
+
+async def in_thread(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """The result of a call that waits for a disk or computes for long."""
+    return await to_thread.run_sync(partial(call, *args, **kwargs))
+
+
+# ---- bodies
+
+
+async def read_body(request: Request, *, max_bytes: int, option: str) -> bytes:
+    """The whole body. Raises HttpError 413 before more than `max_bytes` of it are in memory (`option`: what sets
+    that), 408 when it does not arrive."""
+
+    def too_large(what: str) -> HttpError:
+        return HttpError(413, f"body: {what}, at most {max_bytes >> 20} MiB may be ({option})", CLOSE)
+
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise too_large(f"{announced} bytes")
+    parts, size = [], 0
+    try:
+        with anyio.fail_after(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > max_bytes:
+                    raise too_large("more")
+                parts.append(part)
+    except TimeoutError:
+        raise HttpError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", CLOSE) from None
+    return b"".join(parts)
+
+
+async def parsed(body: bytes, read: Callable[[], T]) -> T:
+    """read(), in a thread if the body is large."""
+    return read() if len(body) <= SMALL_BYTES else await in_thread(read)
+
+
+def read_json(body: bytes) -> Any:
+    """The JSON value of a body, {} of an empty one. NaN and Infinity are read, as old clients write them. Raises
+    UserError for bytes that are no JSON."""
+    try:
+        return json.loads(body) if body else {}
+    except RecursionError:
+        raise UserError("body: JSON nested too deeply") from None
+    except ValueError as error:  # also wrong UTF-8, and integers of more digits than Python reads
+        raise UserError(f"body: not JSON: {short_repr(str(error))}") from None
+
+
+def whole_number(request: Request, name: str, default: int) -> int:
+    """A parameter of the query that is a whole number. Raises UserError."""
+    text = request.query_params.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise UserError(f"{name}={text[:60]!r}; allowed: a whole number, 0 or more")
+    return int(text)
+
+
+# ---- answers
+
+
+def encode_json(value: Any) -> bytes:
+    """UTF-8 JSON. Numbers that JSON cannot write become the strings "NaN", "Infinity" and "-Infinity", as protobuf's
+    JSON does, and the clients' number fields read them as numbers; null would be refused there."""
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=_plain)
+    except ValueError:  # not finite
+        text = json.dumps(_spelled(value), allow_nan=False, separators=(",", ":"))
+    return text.encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelled(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _spelled(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    return Response(encode_json(value), status, headers=dict(headers or {}), media_type=JSON)
+
+
+def error_reply(error: HttpError) -> Response:
+    """An error: always with a body, since clients take an empty 400 for a broken proxy and retry."""
+    return reply({"detail": error.detail}, error.status, error.headers)
+
+
+def log_fault(request: Request, error: BaseException) -> None:
+    """One line in the log for a fault of ours, with where it was raised."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        place, trace = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}", trace.tb_next
+    what = " ".join(str(error).split())[:500]
+    log.error("%s %s: %s: %s (%s)", request.method, request.url.path, type(error).__name__, what, place)
+
+
+# ---- the server
+
+
+@dataclass
+class HttpServer:
+    """A server in a thread of its own. `stop` ends it, and may be called again."""
+
+    host: str
+    port: int
+    _server: uvicorn.Server
+    _thread: threading.Thread
+    _close: Callable[[], None]
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it; for an address that means all, through this machine's own."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still serves."""
+        return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raises RunError when the thread that serves HTTP has ended: nobody could reach the server any more."""
+        if not self.alive:
+            raise RunError("the HTTP thread has ended, so nobody can reach the server; the lines above say why")
+
+    def stop(self) -> None:
+        """Takes no new requests, wakes those that wait, and returns when all are answered, or after some seconds."""
+        self._close()
+        self._server.should_exit = True
+        self._thread.join(STOP_SECONDS + 5.0)
+
+
+def serve_in_thread(app: Starlette, host: str, port: int, *, close: Callable[[], None], options: str) -> HttpServer:
+    """Serves `app` until `stop`, which calls `close` in the event loop first. Signals stay with the main thread. port
+    0: any free one. `options`: the prefix of the options that set the address.
+
+    Raises: UserError when the address cannot be had, before any thread is started.
+    """
+    listener = _listen(host, port, options)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(STOP_SECONDS),
+    )
+    server = uvicorn.Server(config)
+    loops: list[asyncio.AbstractEventLoop] = []
+    begun = threading.Event()
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        begun.set()
+        await server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name="skyrl-http", daemon=True)
+    thread.start()
+    if not begun.wait(START_SECONDS):
+        raise RuntimeError("the HTTP thread did not start")
+
+    def close_in_loop() -> None:
+        if thread.is_alive() and not loops[0].is_closed():
+            try:
+                loops[0].call_soon_threadsafe(close)
+            except RuntimeError:  # it ended between the two lines
+                return
+
+    return HttpServer(host, listener.getsockname()[1], server, thread, close_in_loop)
+
+
+def _listen(host: str, port: int, options: str) -> socket.socket:
+    try:
+        found: Sequence = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UserError(
+            f"{options}.host={host} {options}.port={port}: {error.strerror or error}; give another address or port (0 "
+            "= any free one)"
+        ) from error
+    return listener
