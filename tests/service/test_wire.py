@@ -364,7 +364,7 @@ CHUNKS = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], shape=[10**30, 0])}}, "sizes of 0 to"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([[1]])}}, "holds list"),
         ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], scale=2)}}, "does not know: 'scale'"),
-        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], sparse_crow_indices=[0, 1])}}, "inputs.w is None"),
+        ({"model_input": CHUNKS, "loss_fn_inputs": {"w": json_tensor([1], sparse_crow_indices=[0, 1])}}, "w is None"),
         ({"model_input": CHUNKS, "loss_fn_inputs": []}, "loss_fn_inputs=a list of 0"),
         ({"model_input": CHUNKS, "mask": [1]}, "data[0] has fields that this server does not know: 'mask'"),
         ({"model_input": {"chunks": [{"type": "image", "data": ""}]}}, "chunks[0] is 'image'; allowed: encoded_text"),
