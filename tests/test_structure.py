@@ -24,10 +24,7 @@ TWICE = set("Checkpoint Row Run Sampler".split())
 # name does not know.
 SHORT_DOCSTRINGS = {
     "A JSON answer.",
-    "A finite float.",
-    "A list.",
     "All names, sorted.",
-    "All of them.",
     "Deletes a checkpoint.",
     "Files of checkpoints.",
     "For the store.",
@@ -56,7 +53,6 @@ SHORT_DOCSTRINGS = {
     "kind/name",
     "module or fused.",
     "tinker://run_id/kind/name",
-    "true or false.",
 }
 
 

@@ -10,11 +10,12 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
+from pydantic import create_model
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -28,7 +29,7 @@ from skyrl.service.tensors import SizeBudget
 from skyrl.types import UserError
 from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
 from skyrl.web.http import FAULT, HttpError, error_reply, log, log_fault, parsed, read_body, read_json
-from skyrl.web.message import JsonMessage
+from skyrl.web.message import JsonMessage, Text
 
 if TYPE_CHECKING:  # it needs torch, and most endpoints do not
     from skyrl.service.archive import Archive
@@ -106,6 +107,14 @@ class AppState:
         self.audit.append((datetime.now(timezone.utc), owner, event, details))
 
 
+@lru_cache(maxsize=64)
+def _one_text(operation: str, field: str) -> type[JsonMessage]:
+    fields: Any = {field: (Text, ...)}
+    return create_model(
+        "OneText", __base__=JsonMessage, __cls_kwargs__={"operation": operation, "lenient": True}, **fields
+    )
+
+
 @dataclass
 class RequestContext:
     """One HTTP request with its owner. Path parameters are decoded, slashes and colons included."""
@@ -130,6 +139,11 @@ class RequestContext:
         """The body as a message. Raises UserError for bytes that are no JSON, and for what the message refuses."""
         body, budget = await self.body(), SizeBudget(self.state.max_bytes)
         return await parsed(body, lambda: kind.parse(read_json(body), budget=budget))
+
+    async def text(self, operation: str, field: str) -> str:
+        """The one field, a text, that matters of a small body. Raises UserError."""
+        kind = _one_text(operation, field)
+        return getattr(await self.message(kind), field)
 
     async def wait(self, request_id: str, seconds: float) -> RequestOutcome:
         """What is known of a future when it is settled, or after so many seconds, or when the server stops."""
@@ -200,8 +214,8 @@ def _refuse_browsers(request: Request) -> None:
         raise HttpError(403, f"requests of web pages ({origin[:200]}) need a key; start the server with keys")
 
 
-def known_error(error: Exception) -> HttpError | None:
-    """The answer to an error that is the client's or was foreseen; None for a fault of ours."""
+def http_error(request: Request, error: Exception) -> HttpError:
+    """The answer to any error. What is neither the client's nor foreseen is a fault of ours, told in the log."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, NotFound):
@@ -210,15 +224,8 @@ def known_error(error: Exception) -> HttpError | None:
         return HttpError(400, str(error))
     if isinstance(error, TooManyRequests):
         return HttpError(429, str(error), {"retry-after": str(RETRY_SECONDS)})
-    return None
-
-
-def http_error(request: Request, error: Exception) -> HttpError:
-    """The answer to any error; a fault of ours is told in the log."""
-    known = known_error(error)
-    if known is None:
-        log_fault(request, error)
-    return known or HttpError(500, FAULT)
+    log_fault(request, error)
+    return HttpError(500, FAULT)
 
 
 def route(

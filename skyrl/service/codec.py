@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
-from pydantic import FailFast, Field, PlainValidator, model_validator
+from pydantic import FailFast, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from skyrl.service import proto
@@ -271,22 +271,14 @@ class _JsonData(_Loss):
         return super().prepare(value)
 
 
-class ForwardBackwardJson(ModelRequest):
+class ForwardBackwardJson(ModelRequest, operation="forward_backward"):
     """forward_backward of releases up to 0.24."""
 
-    operation = "forward_backward"
     identity = ModelRequest
     blank = {"given": None}
 
-    type: Literal["forward_backward", "forward"] | None = None
     given: _JsonData | None = Field(alias="forward_backward_input")
     problem: str = Field("", exclude=True)
-
-    @model_validator(mode="after")
-    def _own_type(self) -> ForwardBackwardJson:
-        if self.type not in (None, self.operation):
-            raise refused(f"has type={self.type!r}; allowed: {self.operation!r}")
-        return self
 
     def request(self) -> TrainRequest:
         """The same as what protobuf bodies become."""
@@ -300,10 +292,9 @@ class ForwardBackwardJson(ModelRequest):
         return TrainRequest(self.model_id, self.seq_id, data, self.given.loss_fn, self.given.loss_fn_config, forward)
 
 
-class ForwardJson(ForwardBackwardJson):
+class ForwardJson(ForwardBackwardJson, operation="forward"):
     """forward of releases up to 0.24."""
 
-    operation = "forward"
     given: _JsonData | None = Field(alias="forward_input")
 
 
@@ -346,7 +337,7 @@ def _train_proto(result: TrainResult) -> bytes:
         # num_datums has to be set: the client's weights for ":mean" metrics count it.
         record = out.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(run))
         field = record.fields["logprobs"]
-        field.data = b"".join(run)
+        field.data = b"".join(one.tobytes() for one in run)
         field.offsets = np.cumsum([0, *(one.nbytes for one in run)], dtype="<i8").tobytes()
         field.dtype = proto.FLOAT32
         field.trailing_shape.extend(trailing)

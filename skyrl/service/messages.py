@@ -193,6 +193,12 @@ class LoraSettings(JsonMessage):
 ALL_PARAMETERS = LoraSettings(rank=0)
 
 
+def _of_family(value: dict[str, Any]) -> dict[str, Any]:
+    """Of another optimizer than adamw only its name: it is refused later, through the future."""
+    kind = value.get("type")
+    return {"type": kind} if isinstance(kind, str) and kind != "adamw" else value
+
+
 class OptimizerConfig(JsonMessage):
     """Another family than adamw is refused by name later, through the future, so its fields are not read."""
 
@@ -200,19 +206,14 @@ class OptimizerConfig(JsonMessage):
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Of another family only the name."""
-        kind = value.get("type")
-        return {"type": kind} if isinstance(kind, str) and kind != "adamw" else super().prepare(value)
+        """Other families go to the worker, which refuses them."""
+        return super().prepare(_of_family(value))
 
 
-class CreateModel(NewModelRequest):
-    """create_model."""
-
-    operation = "create_model"
+class CreateModel(NewModelRequest, operation="create_model"):
     identity = NewModelRequest
     blank = {"base_model": ""}
 
-    type: Literal["create_model"] = "create_model"
     base_model: Text
     lora_config: LoraSettings = ALL_PARAMETERS
     optimizer_config: OptimizerConfig = OptimizerConfig()
@@ -245,18 +246,13 @@ class OptimizerSettings(AdamSettings):
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Of another family only the name."""
-        kind = value.get("type")
-        return {"type": kind} if isinstance(kind, str) and kind != "adamw" else super().prepare(value)
+        """Other families go to the worker, which refuses them."""
+        return super().prepare(_of_family(value))
 
 
-class OptimStep(ModelRequest):
-    """optim_step."""
-
-    operation = "optim_step"
+class OptimStep(ModelRequest, operation="optim_step"):
     identity = ModelRequest
 
-    type: Literal["optim_step"] = "optim_step"
     adam_params: AdamSettings | None = None
     optimizer_params: OptimizerSettings | None = None
     problem: str = Field("", exclude=True)
@@ -277,7 +273,7 @@ def _check_name(value: str) -> str:
 CheckpointName = Annotated[Text, AfterValidator(_check_name)]
 
 
-class SaveWeights(ModelRequest):
+class SaveWeights(ModelRequest, operation="save_weights"):
     """save_weights: a training checkpoint. `name` None: an ephemeral snapshot, for which a sampling session
     `sampling_session_seq_id` is made; only SaveWeightsForSampler has it.
 
@@ -285,13 +281,11 @@ class SaveWeights(ModelRequest):
     that are not in `others`.
     """
 
-    operation = "save_weights"
     identity = ModelRequest
     blank = {"name": None}
     kind: ClassVar[CheckpointKind] = "weights"
     others: ClassVar[frozenset[str]] = frozenset({"sampling_session_seq_id", "kind", "age_encryption_recipients"})
 
-    type: Literal["save_weights", "save_weights_for_sampler", "save_weights_external"] | None = None
     name: CheckpointName | None = Field(alias="path")
     sampling_session_seq_id: int | None = Field(None, ge=0, le=INT64_MAX)
     snapshot_kind: Literal["snapshot", "inflight"] = Field("snapshot", alias="kind")  # the two are the same here
@@ -308,18 +302,11 @@ class SaveWeights(ModelRequest):
         """Without those of the other kinds of saves."""
         return super().known() - cls.others
 
-    @model_validator(mode="after")
-    def _own_type(self) -> SaveWeights:
-        if self.type not in (None, self.operation):
-            raise refused(f"has type={self.type!r}; allowed: {self.operation!r}")
-        return self
 
-
-class SaveWeightsForSampler(SaveWeights):
+class SaveWeightsForSampler(SaveWeights, operation="save_weights_for_sampler"):
     """save_weights_for_sampler, with a name or, without, for a sampling session. An inflight save is a snapshot like
     any other."""
 
-    operation = "save_weights_for_sampler"
     kind = "sampler_weights"
     others = frozenset({"overwrite", "age_encryption_recipients"})
 
@@ -332,18 +319,16 @@ class SaveWeightsForSampler(SaveWeights):
         return self
 
 
-class SaveWeightsExternal(SaveWeights):
+class SaveWeightsExternal(SaveWeights, operation="save_weights_external"):
     """save_weights_external: an export for other programs, encrypted for `age_recipients` if there are any."""
 
-    operation = "save_weights_external"
     kind = "external_weights"
     others = frozenset({"overwrite", "user_metadata", "sampling_session_seq_id", "kind"})
 
 
-class _LoadIdentity(JsonMessage):
+class _LoadIdentity(JsonMessage, operation="load_weights"):
     """Into a model (model_id, seq_id), or as a new model of a session (session_id, model_seq_id)."""
 
-    operation = "load_weights"
     model_id: Id | None = None
     seq_id: int | None = Field(None, ge=1, le=INT32_MAX)
     session_id: Id | None = None
@@ -368,7 +353,6 @@ class LoadWeights(_LoadIdentity):
     identity = _LoadIdentity
     blank = {"path": "", "optimizer": False}
 
-    type: Literal["load_weights"] = "load_weights"
     path: Text
     optimizer: bool = True
     base_model: Text | None = None
@@ -384,12 +368,10 @@ class LoadWeights(_LoadIdentity):
         return self
 
 
-class UnloadModel(JsonMessage):
+class UnloadModel(JsonMessage, operation="unload_model"):
     """unload_model. It has no seq_id to waste, so anything wrong refuses it."""
 
-    operation = "unload_model"
     model_id: Id
-    type: Literal["unload_model"] = "unload_model"
 
 
 class SamplingSettings(JsonMessage):
@@ -399,15 +381,14 @@ class SamplingSettings(JsonMessage):
     seed: Seed | None = None
     stop: Annotated[tuple[str, ...] | tuple[int, ...], PlainValidator(_read_stop)] | None = None
     temperature: float = 1.0
-    top_k: int = Field(-1, ge=-1, le=INT32_MAX)
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] = -1
     top_p: float = 1.0
 
 
-class _SampleIdentity(JsonMessage):
+class _SampleIdentity(JsonMessage, operation="sample"):
     """Which weights. seq_id is -1 where an old release sends none: such a request has no sampling session and is never
     taken for a repetition."""
 
-    operation = "sample"
     sampling_session_id: Text | None = None
     base_model: Text | None = None
     model_path: Text | None = None
@@ -429,7 +410,6 @@ class SamplingRequest(_SampleIdentity):
     identity = _SampleIdentity
     blank = {"prompt": np.zeros(0, np.int64)}
 
-    type: Literal["sample"] = "sample"
     sampling_params: SamplingSettings = SamplingSettings()
     num_samples: int = Field(1, ge=1, le=MAX_SAMPLES)
     prompt: Tokens
@@ -447,7 +427,7 @@ class SamplingRequest(_SampleIdentity):
 
     @property
     def targets(self) -> np.ndarray | None:
-        """target_tokens, dense."""
+        """What target_tokens names, dense."""
         return None if self.target_tokens is None else self.target_tokens.values
 
     @property

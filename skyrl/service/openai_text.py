@@ -89,10 +89,9 @@ def _listed_stops(value: Any) -> Any:
     return stops
 
 
-class StreamOptions(JsonMessage):
+class StreamOptions(JsonMessage, lenient=True):
     """Of a streamed answer."""
 
-    lenient = True
     include_usage: bool = False
 
 
@@ -126,10 +125,9 @@ class GenerateBody(JsonMessage):
         return self
 
 
-class CompletionBody(GenerateBody):
+class CompletionBody(GenerateBody, operation="completions"):
     """completions. Prompts are text or token ids, one or several."""
 
-    operation = "completions"
     prompt: Any
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=INT32_MAX)
     echo: bool = False
@@ -143,10 +141,9 @@ class CompletionBody(GenerateBody):
         return _ask(self, prompts, info, limit=self.max_tokens, top=self.logprobs, echo=self.echo)
 
 
-class TextPart(JsonMessage):
+class TextPart(JsonMessage, lenient=True):
     """A part of a chat message."""
 
-    lenient = True
     type: Name
     text: Annotated[str, StringConstraints(max_length=MAX_TEXT)] = ""
 
@@ -179,10 +176,9 @@ class ChatTurn(JsonMessage):
         return found
 
 
-class ChatBody(GenerateBody):
+class ChatBody(GenerateBody, operation="chat/completions"):
     """chat/completions, with text messages. max_tokens is the older name of max_completion_tokens."""
 
-    operation = "chat/completions"
     messages: Annotated[list[ChatTurn], FailFast()]
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)

@@ -27,19 +27,9 @@ CHUNK = 1 << 20
 EVENTS = ("all", "checkpoints", "projects", "teams", "organizations")
 
 
-class WeightsInfo(JsonMessage):
-    """weights_info."""
-
-    operation = "weights_info"
-    lenient = True
-    tinker_path: Text
-
-
-class SetTtl(JsonMessage):
+class SetTtl(JsonMessage, operation="ttl", lenient=True):
     """ttl: seconds from now, or null to keep the checkpoint for ever."""
 
-    operation = "ttl"
-    lenient = True
     ttl_seconds: int | None = Field(ge=-INT64_MAX, le=INT64_MAX)
 
     @classmethod
@@ -50,10 +40,9 @@ class SetTtl(JsonMessage):
         return value
 
 
-class CopyWeights(JsonMessage):
+class CopyWeights(JsonMessage, operation="copy_weights"):
     """copy_weights: to a new model_seq_id of a session, or to a new session in a project."""
 
-    operation = "copy_weights"
     source_path: Text
     session_id: Text | None = None
     model_seq_id: Count | None = None
@@ -142,7 +131,7 @@ def _knows_external(context: RequestContext) -> bool:
 
 async def weights_info(context: RequestContext) -> Response:
     """What a model must be for a checkpoint to fit into it."""
-    path = CheckpointPath.parse((await context.message(WeightsInfo)).tinker_path)
+    path = CheckpointPath.parse(await context.text("weights_info", "tinker_path"))
     found = await in_thread(context.state.store.get_checkpoint, path, context.owner)
     return reply(found.info.to_json())
 

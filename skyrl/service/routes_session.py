@@ -21,11 +21,9 @@ CHUNK_BYTES = 5_000_000
 SAMPLES_AT_ONCE = 2000
 
 
-class CreateSession(JsonMessage):
+class CreateSession(JsonMessage, operation="create_session", lenient=True):
     """create_session. Fields of later releases change nothing here."""
 
-    operation = "create_session"
-    lenient = True
     tags: list[Any] = []
     user_metadata: dict[str, Any] = Field({}, max_length=1 << 16)
     sdk_version: Text = ""
@@ -33,93 +31,48 @@ class CreateSession(JsonMessage):
     display_name: Text | None = None
 
 
-class SessionHeartbeat(JsonMessage):
-    """session_heartbeat."""
-
-    operation = "session_heartbeat"
-    lenient = True
-    session_id: Text
-
-
-class GetInfo(JsonMessage):
-    """get_info."""
-
-    operation = "get_info"
-    lenient = True
-    model_id: Text
-
-
-class CreateSamplingSession(JsonMessage):
+class CreateSamplingSession(JsonMessage, operation="create_sampling_session"):
     """create_sampling_session: of a base model or a checkpoint."""
 
-    operation = "create_sampling_session"
-    type: Literal["create_sampling_session"] = "create_sampling_session"
     session_id: Text
     sampling_session_seq_id: Count
     base_model: Text | None = None
     model_path: Text | None = None
 
 
-class JoinSamplingSession(JsonMessage):
-    """join_sampling_session."""
-
-    operation = "join_sampling_session"
-    lenient = True
-    sampling_session_id: Text
-
-
-class FinishReason(JsonMessage):
+class FinishReason(JsonMessage, lenient=True):
     """Why a session ended."""
 
-    lenient = True
     type: Text = "success"
 
 
-class FinishSession(JsonMessage):
-    """sessions/{session_id}/finish."""
-
-    operation = "finish"
-    lenient = True
+class FinishSession(JsonMessage, operation="finish", lenient=True):
     reason: FinishReason = FinishReason()
     detail: Annotated[str, StringConstraints(min_length=1, max_length=1 << 16)] | None = None
 
 
-class SetProject(JsonMessage):
-    """sessions/{session_id}/project."""
-
-    operation = "project"
-    lenient = True
-    project_id: Text
-
-
-class SessionOwner(JsonMessage):
+class SessionOwner(JsonMessage, lenient=True):
     """Whose sessions are searched; nobody lists another's sessions here."""
 
-    lenient = True
     type: Literal["own", "accessible", "user"] = "own"
     owner_urns: list[Any] = []
 
 
-class SessionStatus(JsonMessage):
+class SessionStatus(JsonMessage, lenient=True):
     """One of the states searched for."""
 
-    lenient = True
     type: Text
     reasons: list[Any] | None = None
 
 
-class SessionCursor(JsonMessage):
+class SessionCursor(JsonMessage, lenient=True):
     """Where the page before ended."""
 
-    lenient = True
     last_created_at: Text
     last_session_id: Text
 
 
-class SearchSessions(JsonMessage):
-    """sessions/search."""
-
-    operation = "sessions/search"
+class SearchSessions(JsonMessage, operation="sessions/search"):
     session_id: Text | None = None
     project_ids: list[Any] | None = None
     user_metadata: Metadata = {}
@@ -246,7 +199,7 @@ async def create_session(context: RequestContext) -> Response:
 
 async def heartbeat(context: RequestContext) -> Response:
     """Notes that a client lives; 410 for a session that is unknown, which ends its heartbeats quietly."""
-    session_id = (await context.message(SessionHeartbeat)).session_id
+    session_id = await context.text("session_heartbeat", "session_id")
     try:
         await in_thread(context.state.store.heartbeat, session_id, context.owner)
     except NotFound as error:
@@ -280,7 +233,7 @@ async def capabilities(context: RequestContext) -> Response:
 
 async def get_info(context: RequestContext) -> Response:
     """What an open model is."""
-    model_id = (await context.message(GetInfo)).model_id
+    model_id = await context.text("get_info", "model_id")
     try:
         model = context.state.scheduler.open_model(model_id, owner=context.owner)
     except UserError as error:
@@ -348,7 +301,7 @@ def unknown_model(state: AppState, name: str) -> str:
 
 async def join_sampling_session(context: RequestContext) -> Response:
     """A number for one more process that uses a sampling session."""
-    sampler_id = (await context.message(JoinSamplingSession)).sampling_session_id
+    sampler_id = await context.text("join_sampling_session", "sampling_session_id")
     number = await in_thread(context.state.store.join_sampler, sampler_id, context.owner)
     return reply({"type": "join_sampling_session", "client_counter": number})
 
@@ -390,7 +343,7 @@ async def finish_session(context: RequestContext) -> Response:
 
 async def set_project(context: RequestContext) -> Response:
     """Moves a session to a project."""
-    project = (await context.message(SetProject)).project_id
+    project = await context.text("project", "project_id")
     await in_thread(context.state.store.set_project, context.path("session_id"), context.owner, project)
     return Response(status_code=204)
 

@@ -33,34 +33,15 @@ CLONE = 10**9  # sequence numbers of a clone begin at its number times this
 FEED_IDS, ALL_FEED_IDS = 65536, 1 << 20  # samples of one sampling session, and of all, whose end a feed can tell
 
 
-class RetrieveFuture(JsonMessage):
-    """retrieve_future."""
-
-    operation = "retrieve_future"
-    lenient = True
-    request_id: Text
-
-
-class CancelFuture(RetrieveFuture):
-    """cancel_future."""
-
-    operation = "cancel_future"
-
-
-class FeedTarget(JsonMessage):
+class FeedTarget(JsonMessage, lenient=True):
     """Whose samples a client wants to hear of."""
 
-    lenient = True
     type: Literal["sampling_session"] = "sampling_session"
     sampling_session_id: Text
     cloned_sampler_id: int = Field(0, ge=0, le=INT64_MAX)
 
 
-class RetrieveFutures(JsonMessage):
-    """retrieve_futures."""
-
-    operation = "retrieve_futures"
-    lenient = True
+class RetrieveFutures(JsonMessage, operation="retrieve_futures", lenient=True):
     target: FeedTarget
     prev_cursor: int = Field(0, ge=0, le=INT64_MAX)
     timeout: float = POLL_SECONDS
@@ -158,7 +139,7 @@ def retrieve_safely(handler: Handler) -> Handler:
 
 async def retrieve_future(context: RequestContext, *, feeds: Feeds) -> Response:
     """The result of a request as its client reads it, after a long poll; 408 with the reason while it is not done."""
-    request_id = (await context.message(RetrieveFuture)).request_id
+    request_id = await context.text("retrieve_future", "request_id")
     outcome = await context.wait(request_id, POLL_SECONDS)
     if outcome.state in ("done", "failed"):
         feeds.fetched(request_id)
@@ -195,7 +176,8 @@ def _size(result: Result) -> int:
 
 async def cancel_future(context: RequestContext) -> Response:
     """Withdraws a sample; nothing else can be withdrawn, and nothing is said about it."""
-    context.state.scheduler.cancel((await context.message(CancelFuture)).request_id, owner=context.owner)
+    request_id = await context.text("cancel_future", "request_id")
+    context.state.scheduler.cancel(request_id, owner=context.owner)
     return Response(status_code=204)
 
 

@@ -18,7 +18,7 @@ from skyrl.web.message import INT32_MAX, JsonMessage, refused, short_repr
 
 DEFAULT_BYTES = 1 << 28  # of a request's sparse tensors when they are expanded, where nobody says another bound
 # Raw arrays on the wire are little-endian.
-DTYPES = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
 assert sys.byteorder == "little", "skyrl.service hands the wire's arrays on without swapping bytes"
 
 

@@ -95,7 +95,8 @@ Name = Annotated[Text, StringConstraints(max_length=NAME_LENGTH)]
 
 
 class JsonMessage(BaseModel):
-    """A JSON object. `operation` stands before the field in every error; `lenient`: unknown fields are ignored.
+    """A JSON object. `operation` stands before the field in every error, and is what a field "type" may say;
+    `lenient`: unknown fields are ignored.
 
     `identity`: the class whose fields have to be right for a request to be accepted at all. Anything else that is
     wrong becomes the message's `problem`, with `blank` in the fields that have no default.
@@ -108,6 +109,10 @@ class JsonMessage(BaseModel):
     lenient: ClassVar[bool] = False
     identity: ClassVar[type[JsonMessage] | None] = None
     blank: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, operation: str = "", lenient: bool = False, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.operation, cls.lenient = operation or cls.operation, lenient or cls.lenient
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +130,9 @@ class JsonMessage(BaseModel):
         if not isinstance(value, dict):
             return handler(value)
         value = cls.prepare(value)
+        if cls.operation and not cls.lenient and "type" not in cls.model_fields:
+            if (kind := value.pop("type", cls.operation)) != cls.operation:
+                raise refused(f"has type={short_repr(kind)}; allowed: {cls.operation!r}")
         made = handler(value)
         if info.context and info.context["strict"] and not cls.lenient and (unknown := value.keys() - cls.known()):
             names = ", ".join(short_repr(name) for name in sorted(unknown)[:5])
