@@ -61,7 +61,7 @@ class SessionOwner(JsonMessage, lenient=True):
 class SessionStatus(JsonMessage, lenient=True):
     """One of the states searched for."""
 
-    type: Text
+    type: Literal["active", "cancelled", "client_finished", "failed"]
     reasons: list[Any] | None = None
 
 
