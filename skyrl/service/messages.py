@@ -171,7 +171,7 @@ def _read_targets(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# ---- requests
+# ---- requests for training
 
 
 class LoraSettings(JsonMessage):
