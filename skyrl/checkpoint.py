@@ -186,30 +186,30 @@ class Checkpointer:
     def _write(self, job: _Save) -> Exception | None:
         start = time.monotonic()
         tmp = self.folder / f"{job.tag}.tmp-{secrets.token_hex(4)}"
-        verdict: Exception | None = None
+        error: Exception | None = None
         if self.rank == 0:
-            verdict = self._attempt(job, lambda: tmp.mkdir(parents=True))
-        tmp, verdict = self._broadcast((tmp, verdict))
-        if verdict is not None:
-            return verdict
+            error = self._attempt(job, lambda: tmp.mkdir(parents=True))
+        tmp, error = self._broadcast((tmp, error))
+        if error is not None:
+            return error
         writer = _Writer(tmp)
         try:
             dcp.save(job.staged, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as problem:  # raised on all ranks, after all have stopped writing
             if self.rank == 0:
                 shutil.rmtree(tmp, ignore_errors=True)  # the error below matters more; the next start tries again
-                verdict = self._explain(job, problem)
-            return self._broadcast(verdict)
+                error = self._explain(job, problem)
+            return self._broadcast(error)
         parts = self._gather(writer.fs.sums)
         if self.rank == 0:
             files = {name: entry for part in parts for name, entry in part.items()}
-            verdict = self._attempt(job, lambda: self._finalise(job, tmp, files, start))
-            if verdict is not None:
+            error = self._attempt(job, lambda: self._finalise(job, tmp, files, start))
+            if error is not None:
                 shutil.rmtree(tmp, ignore_errors=True)
-        return self._broadcast(verdict)
+        return self._broadcast(error)
 
     def _attempt(self, job: _Save, action: Any) -> Exception | None:
-        # every error becomes a value: the other ranks wait for the verdict
+        # every error becomes a value: the other ranks wait for the error
         try:
             action()
         except OSError as problem:

@@ -63,9 +63,9 @@ def test_unknown_fields_are_harmless():
 def test_pure_python_runtime_reads_the_same():
     code = (
         "from google.protobuf.internal import api_implementation as a; assert a.Type() == 'python'\n"
-        "from skyrl.service import wire\n"
+        "from skyrl.service import codec\n"
         "body = open('tests/service/data/train_0.38.0.bin', 'rb').read()\n"
-        "request = wire.parse_train(body, wire.PROTOBUF, '', max_bytes=1 << 20)\n"
+        "request = codec.parse_train(body, codec.PROTOBUF, '', max_bytes=1 << 20)\n"
         "print(len(request.data), request.seq_id, request.problem, sorted(request.loss_config))\n"
     )
     env = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
