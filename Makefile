@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 # Options for a run: make train ARGS="seed=2 batch.num_steps=50"
 ARGS ?=
+# Test files that run side by side; more is faster only where there are cores for it.
+JOBS ?= 2
 # Processes of `make train` and `make serve`.
 RANKS ?= 2
 # learning.py reads finished runs, gpu.py wants a GPU, slurm.py a Slurm, tinker_*.py the clients: started by hand.
@@ -45,7 +47,7 @@ serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); opti
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m skyrl.serve service.port=$(PORT) $(ARGS)
 
 test: $(TEST_STAMP) ## the CPU suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not tinker and not slurm" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not tinker and not slurm" $(ARGS)
 
 test-slow: $(TEST_STAMP) ## what takes minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not tinker and not slurm" --timeout 1800 $(ARGS)
