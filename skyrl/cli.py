@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from skyrl.config.args import Parser, path_arg
 from skyrl.types import UserError
 
 USAGE = """\
@@ -32,6 +34,8 @@ def main() -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
         return
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # plugins of the folder one is in are found, as with python -m
     try:
         if args[0] not in COMMANDS:
             raise UserError(f"{args[0]}: no such command; choose one of: {', '.join(COMMANDS)}")
@@ -49,20 +53,22 @@ def _run(mode: str, args: list[str]) -> None:
 
 
 def _export(args: list[str]) -> None:
-    if len(args) != 2 or args[0].startswith("-"):
-        raise UserError(f"export {' '.join(args)}: needs a checkpoint and a folder to write to")
-    if not Path(args[0]).is_dir():
-        raise UserError(f"export {args[0]}: no such checkpoint; runs/<name>/checkpoints has those of a run")
+    p = Parser(prog="skyrl-tx export", description="Writes the weights of a checkpoint in Hugging Face format.")
+    p.add_argument("checkpoint", type=path_arg, help="runs/<name>/checkpoints/<step>")
+    p.add_argument("folder", type=path_arg, help="a new folder")
+    given = p.parse_args(args)
+    if not given.checkpoint.is_dir():
+        raise UserError(f"export {given.checkpoint}: no such checkpoint; runs/<name>/checkpoints has those of a run")
     from skyrl.loop import export_checkpoint
 
-    export_checkpoint(Path(args[0]), Path(args[1]))
-    print(f"wrote {args[1]}")
+    export_checkpoint(given.checkpoint, given.folder)
+    print(f"wrote {given.folder}")
 
 
 def _runs(args: list[str]) -> None:
-    if len(args) > 1 or args[:1] in (["-h"], ["--help"]):
-        raise UserError(f"runs {' '.join(args)}: takes at most one folder")
-    folder = Path(args[0]) if args else Path("runs")
+    p = Parser(prog="skyrl-tx runs", description="A table of the runs in a folder.")
+    p.add_argument("folder", nargs="?", type=path_arg, default="runs", help="folder of run folders (runs)")
+    folder = p.parse_args(args).folder
     if not folder.is_dir():
         raise UserError(f"runs: no folder {folder} here; give one, or start a run first")
     print(runs_table(folder))

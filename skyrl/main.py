@@ -25,12 +25,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from skyrl import sweep
+from skyrl.config.args import expand_home
 from skyrl.config.load import (
     COMPOSE_ERRORS,
     VERSION_BASE,
     config_dir,
     explain,
     finish,
+    quote_homes,
     register_schema,
 )
 from skyrl.config.schema import RunConfig
@@ -243,7 +245,7 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("-"):
-            overrides.append(arg)
+            overrides.append(quote_homes(arg))
             continue
         flag, equals, value = arg.partition("=")
         if flag == "--dry-run":
@@ -262,6 +264,7 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{flag}: needs a value" + (f", one of {', '.join(wanted)}" if wanted else ""))
         if wanted and value not in wanted:
             raise UserError(f"{flag} {value}: choose one of {', '.join(wanted)}")
+        value = value if wanted else expand_home(value, flag)
         flags += [f"{flag}={value}"] if flag.startswith("--") else [flag, value]
     return flags, overrides
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from skyrl.config.args import Parser
+from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import config_digest
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import ignored_on_resume
@@ -240,13 +240,13 @@ def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
 def sweep_table(args: Sequence[str]) -> None:
     """Runs the command line. Raises UserError."""
     p = Parser(prog="skyrl-tx sweep-table", description="Final numbers of a folder's runs, mean and spread over seeds.")
-    p.add_argument("folder", nargs="?", default="runs", help="folder of run folders (runs)")
+    p.add_argument("folder", nargs="?", default="runs", type=path_arg, help="folder of run folders (runs)")
     p.add_argument("--metric", action="append", default=[], help=f"repeat for more ({', '.join(DEFAULT_METRICS)})")
     p.add_argument("--json", action="store_true", help="every value, for programs")
     flags = p.parse_args(list(args))
-    if not Path(flags.folder).is_dir():
+    if not flags.folder.is_dir():
         raise UserError(f"sweep-table: no folder {flags.folder} here; give the folder that holds the runs")
-    points = read_points(Path(flags.folder))
+    points = read_points(flags.folder)
     known = sorted({name for point in points for run in point.runs.values() for name in run})
     for metric in flags.metric:
         if known and metric not in known:
@@ -264,7 +264,7 @@ def sweep_table(args: Sequence[str]) -> None:
         }
         for point in points
     ]
-    print(json.dumps({"folder": flags.folder, "points": rows}, indent=1))
+    print(json.dumps({"folder": str(flags.folder), "points": rows}, indent=1))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

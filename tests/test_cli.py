@@ -39,7 +39,16 @@ def test_help_lists_the_commands_without_torch(args):
             "skyrl: error: trian: no such command; choose one of: train, sft, serve, export, runs, launch, "
             "sweep-table, stage, doctor",
         ),
-        (("export", "a"), "skyrl: error: export a: needs a checkpoint and a folder to write to"),
+        (
+            ("export", "a"),
+            "skyrl: error: export: the following arguments are required: folder; skyrl-tx export --help lists the "
+            "flags",
+        ),
+        (
+            ("runs", "~nobody-here/x"),
+            "skyrl: error: runs: argument folder: path=~nobody-here/x: no home folder of "
+            "nobody-here here; give the whole path; skyrl-tx runs --help lists the flags",
+        ),
         (("runs", "nowhere"), "skyrl: error: runs: no folder nowhere here; give one, or start a run first"),
         (("train", "optim.lrr=1"), "skyrl: error: optim.lrr: no such option; did you mean optim.lr?"),
     ],
@@ -70,3 +79,14 @@ def test_runs_shows_last_step_and_accuracy(tmp_path):
     rows = {line.split()[0]: line.split()[1:] for line in cli.runs_table(tmp_path).splitlines()[1:]}
     assert rows == {"one": ["2", "0.500", "yes"], "two": ["7", "-", "-"], "none": ["-", "-", "-"]}
     assert cli.runs_table(tmp_path / "one") == f"no runs in {tmp_path / 'one'}"
+
+
+def test_plugins_of_the_current_folder_are_found_as_with_python_m(tmp_path):
+    (tmp_path / "mine.py").write_text("print('PLUGIN', flush=True)")
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    code = "import sys; sys.path[0] = '/usr/bin'; from skyrl.cli import main; main()"  # as a console script has it
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--dry-run", "plugins=[mine]"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and "PLUGIN" in done.stdout, done.stderr

@@ -21,6 +21,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
+from skyrl.config.args import expand_home
 from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
@@ -98,15 +99,39 @@ def _prune(node: DictConfig, mode: str, prefix: str) -> None:
             _prune(child, mode, f"{path}.")
 
 
+def quote_homes(override: str) -> str:
+    """An override whose values have a `~`, in quotes where it has none: Hydra's grammar refuses `~` outside of them."""
+    key, equals, value = override.partition("=")
+    if "~" not in value or re.search(r"['\"\\]", value):
+        return override
+    if key.startswith("hydra."):  # no option of ours, whose values are expanded where the config is made
+        return f"{key}={expand_home(value, key)}"
+    return key + equals + re.sub(r"[^\s,\[\]{}():]*~[^\s,\[\]{}()]*", lambda found: f"'{found[0]}'", value)
+
+
+def _expand_homes(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, changed in place: every option whose type is a path has its home folder written out."""
+    for known in all_options():
+        group, _, name = known.path.rpartition(".")
+        held = _at(values, group) if group else values
+        value = held.get(name)
+        if known.type == "path" and isinstance(value, str):
+            held[name] = expand_home(value, known.path)
+        elif known.type == "dict[str, path]" and isinstance(value, dict):
+            held[name] = {key: expand_home(path, f"{known.path}.{key}") for key, path in value.items()}
+    return values
+
+
 def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunConfig:
     """The RunConfig that `python -m skyrl.<mode> <overrides>` would run, run.name and run.dir filled.
 
     Raises: UserError for an unknown option, group or recipe, or a value of the wrong type.
     """
     register_schema()
+    overrides = [quote_homes(override) for override in overrides]
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
-            composed = compose("serve" if mode == "serve" else "config", overrides=list(overrides))
+            composed = compose("serve" if mode == "serve" else "config", overrides=overrides)
     except COMPOSE_ERRORS as error:
         raise UserError(explain(error, mode)) from error
     return finish(composed, overrides, mode=mode)
@@ -130,7 +155,9 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     service.aliases has those of aliases_file too."""
     _refuse_unknown(composed, RunConfig, "", mode)
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), OmegaConf.to_container(composed)))
+        values = OmegaConf.to_container(composed)
+        assert isinstance(values, dict)
+        cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), _expand_homes(values)))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, mode)) from error
     assert isinstance(cfg, RunConfig)
@@ -179,6 +206,7 @@ def _read_aliases(cfg: RunConfig) -> dict[str, str]:
         raise UserError(explain(error, "serve")) from error
     if not isinstance(values, dict) or not all(isinstance(v, str) for pair in values.items() for v in pair):
         raise UserError(f'{where}: not a mapping of names to weights; write lines such as Qwen/Qwen3-8B: ""')
+    values = {name: expand_home(weights, f"{where}: {name}") for name, weights in values.items()}
     for problem in alias_problems(cfg, values, where):
         raise UserError(problem)
     return values
@@ -310,7 +338,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
             path = new.split(".")
             _at(values, ".".join(path[:-1]), make=True)[path[-1]] = held.pop(name)
     try:
-        composed = OmegaConf.merge(_schema(), values)
+        composed = OmegaConf.merge(_schema(), _expand_homes(values))
         assert isinstance(composed, DictConfig)
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -323,7 +351,7 @@ def _at(values: dict[str, Any], path: str, *, make: bool = False) -> dict[str, A
     """The nested dict at a dotted path; an empty one that is not in `values` where there is none, unless `make`."""
     for part in path.split("."):
         values = values.setdefault(part, {}) if make else values.get(part, {})
-    return values
+    return values if isinstance(values, dict) else {}
 
 
 def save_config(cfg: RunConfig, path: Path) -> None:

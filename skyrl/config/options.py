@@ -45,7 +45,7 @@ SERVER_RENAMED = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option: dotted path, type as written, default, docstring in one line."""
+    """One option: dotted path, type as written ("path" for PathStr), default, docstring in one line."""
 
     path: str
     type: str
@@ -96,7 +96,8 @@ def _walk() -> tuple[tuple[Option, ...], dict[str, str]]:
                 walk(typing.cast(type, kind), path + ".")
                 continue
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            options.append(Option(path, str(field.type), default, _docstrings().get((cls.__name__, field.name), "")))
+            written = str(field.type).replace("PathStr", "path")
+            options.append(Option(path, written, default, _docstrings().get((cls.__name__, field.name), "")))
 
     walk(schema.RunConfig, "")
     return tuple(options), groups

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+PathStr = str
+"""Type of every option that may be a path of this machine: a leading `~` is the home folder (config.load)."""
+
 
 @dataclass(frozen=True)
 class TinyModelConfig:
@@ -49,13 +52,13 @@ class LoraConfig:
 class ModelConfig:
     """Which model is trained, and in which numbers."""
 
-    path: str = "tiny"
+    path: PathStr = "tiny"
     """`tiny` (built here, random), a local folder in Hugging Face format, or a hub name."""
     revision: str = ""
     """Branch or commit of a hub name; "" = the default one."""
-    tokenizer: str = ""
+    tokenizer: PathStr = ""
     """Folder or hub name of the tokenizer; "" = the model's own."""
-    chat_template: str = ""
+    chat_template: PathStr = ""
     """File with a Jinja chat template that replaces the tokenizer's; "" = the tokenizer's, or plain text without."""
     trust_remote_code: bool = False
     """Runs code that comes with the model. Only for models you have read."""
@@ -273,9 +276,9 @@ class EnvConfig:
 class DataConfig:
     """Where prompts come from. Environments that make their own need nothing here."""
 
-    path: str = ""
+    path: PathStr = ""
     """Training data: a .jsonl file, or a data set id."""
-    eval_path: str = ""
+    eval_path: PathStr = ""
     """Held-out data; "" = the environment's own held-out part, or the test file beside a .jsonl file named train."""
     shuffle: bool = True
     """A new order in each epoch, keyed by seed and epoch."""
@@ -366,9 +369,9 @@ class RunFolderConfig:
 
     name: str = ""
     """"" = experiment, seed and overrides, so that the same command finds its own folder again."""
-    dir: str = ""
+    dir: PathStr = ""
     """Folder; "" = runs/<name>."""
-    resume: str = "auto"
+    resume: PathStr = "auto"
     """auto (newest complete checkpoint of this folder, else a fresh start), never, or the path of a checkpoint."""
     world_size: int = 0
     """Ranks to check the plan for in a dry run; 0 = the real ones. Refused otherwise."""
@@ -396,19 +399,19 @@ class ServiceConfig:
     """Address to listen on. Another than loopback needs keys, or allow_anonymous=true."""
     port: int = 8000
     """Port; 0 = any free one, which is printed."""
-    folder: str = "service"
+    folder: PathStr = "service"
     """Where sessions, results and checkpoints are kept; the same folder goes on where it stopped."""
-    keys_file: str = ""
+    keys_file: PathStr = ""
     """File with one `name:key` a line; the name owns what is made with the key. "" = SKYRL_API_KEYS (the same, entries
     separated by commas), or no keys at all: then everyone is the owner `local`."""
     allow_anonymous: bool = False
     """Listens on other addresses than loopback without keys: whoever reaches the port may use everything."""
-    aliases: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, PathStr] = field(default_factory=dict)
     """Names that clients ask for -> weights; "" or model.path = the model served here, and nothing else is possible:
     'service.aliases={Qwen/Qwen3-8B: ""}'."""
-    aliases_file: str = ""
+    aliases_file: PathStr = ""
     """The same as aliases, as a YAML or JSON mapping in a file; for names with a colon too."""
-    tokenizer_id: str = ""
+    tokenizer_id: PathStr = ""
     """What clients load as the tokenizer (folder or hub name); "" = model.tokenizer, or model.path if it is no tiny
     one."""
     max_models: int = 128

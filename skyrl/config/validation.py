@@ -83,8 +83,8 @@ def import_plugins(plugins: Sequence[str]) -> None:
             raise
         except ModuleNotFoundError as error:
             raise UserError(
-                f"plugins=[{plugin}]: no module {error.name!r}; give its dotted name, and put the folder that holds it "
-                "on PYTHONPATH"
+                f"plugins=[{plugin}]: no module {error.name!r}; give its dotted name (no path, no .py), and start "
+                "where it is, or put its folder on PYTHONPATH"
             ) from error
         except Exception as error:  # whatever a user's module does when it is imported
             place = traceback.extract_tb(error.__traceback__)[-1]

@@ -12,8 +12,10 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from skyrl.config.args import expand_home
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.jsonl import data_file, read_prompts
 from skyrl.registry import Registry
@@ -41,8 +43,9 @@ class Environment:
     """One instance plays one episode at a time: reset, step until done, close.
 
     Subclasses write `step`; the keyword arguments of their constructor are the options a user sets as env.options.<x>,
-    checked against the annotations. A constructor argument called `max_turns` receives env.max_turns. Instances are
-    made per episode, so keep constructors cheap (files and models belong in module level caches).
+    checked against the annotations (a `Path` comes with its `~` expanded). A constructor argument called `max_turns`
+    receives env.max_turns. Instances are made per episode, so keep constructors cheap (files and models belong in
+    module level caches).
     """
 
     name: ClassVar[str] = ""  # set by register_environment
@@ -114,7 +117,12 @@ def environment_options(cfg: EnvConfig) -> dict[str, Any]:
         hint = allowed[key][0] if key in allowed else Any
         if not _matches(value, hint):
             raise UserError(f"env.options.{key}={value!r}: environment {cfg.name!r} wants {_spell(hint)} here")
-    options = dict(cfg.options)
+    options = {
+        key: Path(expand_home(value, f"env.options.{key}"))
+        if isinstance(value, str) and Path in _alternatives(allowed.get(key, (Any, False))[0])
+        else value
+        for key, value in cfg.options.items()
+    }
     if "max_turns" in allowed:
         options["max_turns"] = cfg.max_turns
     for key, (hint, required) in allowed.items():
@@ -148,11 +156,17 @@ def _signature(cls: type[Environment]) -> tuple[dict[str, tuple[Any, bool]], boo
     return allowed, open_ended
 
 
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that a union has, or the one that there is."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
 def _matches(value: object, hint: Any) -> bool:
     """Whether a value from YAML fits an annotation. Annotations that YAML cannot express are not checked."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
+    if len(alternatives := _alternatives(hint)) > 1:
+        return any(_matches(value, one) for one in alternatives)
     if origin is Literal:
         return value in arguments
     if origin in (list, tuple):
@@ -162,6 +176,8 @@ def _matches(value: object, hint: Any) -> bool:
         return value is None
     if hint in (int, float):  # True is an int for Python, hardly ever for a person
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str)
     return isinstance(value, hint) if hint in (bool, str, list, dict) else True
 
 

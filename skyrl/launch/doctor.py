@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
-from skyrl.config.args import Parser
+from skyrl.config.args import Parser, path_arg
 from skyrl.distributed import env
 from skyrl.launch import machine
 from skyrl.launch.rank import cache_folders
@@ -98,7 +98,9 @@ def warn_unless(good: bool, check: str, seen: str, todo: str) -> Finding:
 def doctor(args: Sequence[str]) -> int:
     """Runs the command line; 0, or 1 when a check failed."""
     p = Parser(prog="skyrl-tx doctor", description="Checks this machine; 1 when a check fails.")
-    p.add_argument("folder", nargs="?", default="runs", type=Path, help="folder for runs, to see how fast it is (runs)")
+    p.add_argument(
+        "folder", nargs="?", default="runs", type=path_arg, help="folder for runs, to see how fast it is (runs)"
+    )
     p.add_argument("--json", action="store_true", help="for programs")
     flags = p.parse_args(list(args))
     begun = time.monotonic()

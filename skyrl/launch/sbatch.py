@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from skyrl.config.args import expand_home, path_arg
 from skyrl.config.load import load_config
 from skyrl.main import split_args
 from skyrl.planner.plan import dry_run
@@ -37,14 +38,14 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--account", default="", help="account")
     group.add_argument("--array", default="", help="1-4: a job for each of these seeds")
     group.add_argument("--max-requeues", type=int, default=50, help="how often the job may queue itself again (50)")
-    group.add_argument("--logs", default="logs", help="folder for the output (logs)")
+    group.add_argument("--logs", type=path_arg, default="logs", help="folder for the output (logs)")
     group.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="any flag of sbatch: --qos=high")
     group.add_argument("--module", action="append", default=[], help="environment module to load")
-    group.add_argument("--setup", default="", help="file to source first")
+    group.add_argument("--setup", type=path_arg, help="file to source first")
     group.add_argument("--container", default="", help="image: *.sif is apptainer's, *.sqsh pyxis', or a name")
     group.add_argument("--container-runtime", default="", help=f"for other images: {', '.join(RUNTIMES)}")
     group.add_argument("--container-args", default="", help="more arguments for it")
-    group.add_argument("--staged", default="", help="folder made by skyrl-tx stage")
+    group.add_argument("--staged", type=path_arg, help="folder made by skyrl-tx stage")
     group.add_argument("--online", action="store_true", help="the nodes have internet")
 
 
@@ -70,7 +71,7 @@ def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
     for flag in ("time", "partition", "account", "array"):
         header += [f"--{flag}={getattr(flags, flag)}"] if getattr(flags, flag) else []
     header += [f"--signal=USR1@{flags.save_seconds}", "--requeue", "--open-mode=append"]
-    header += [f"--output={Path(flags.logs).absolute()}/%x-{job}.out", *flags.sbatch]
+    header += [f"--output={flags.logs.absolute()}/%x-{job}.out", *flags.sbatch]
     exports = {
         "SKYRL_PYTHON": sys.executable if not flags.container else "python",
         "SKYRL_COMMAND": mode,
@@ -107,7 +108,7 @@ def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
     if flags.print:
         print(script, end="")
         return 0
-    Path(flags.logs).mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job whose folder is missing
+    flags.logs.mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job whose folder is missing
     try:
         done = subprocess.run(
             ["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=SUBMIT_SECONDS
@@ -136,9 +137,9 @@ def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> No
     ranks = flags.gpus or (1 if flags.nproc == "auto" else int(flags.nproc))
     staged: list[str] = []
     if flags.staged:
-        os.environ["SKYRL_STAGED"] = str(Path(flags.staged).absolute())  # staged options are written with it
+        os.environ["SKYRL_STAGED"] = str(flags.staged.absolute())  # staged options are written with it
         try:
-            staged = (Path(flags.staged) / "options").read_text(encoding="utf-8").splitlines()
+            staged = (flags.staged / "options").read_text(encoding="utf-8").splitlines()
         except OSError:
             raise UserError(f"launch: --staged={flags.staged}: not made by skyrl-tx stage") from None
     size = flags.nodes * ranks
@@ -153,10 +154,10 @@ def _number(flag: str, text: str) -> int:
     return int(text)
 
 
-def _there(flag: str, path: str) -> str:
-    if path and not Path(path).exists():
+def _there(flag: str, path: Path | None) -> str:
+    if path is not None and not path.exists():
         raise UserError(f"launch: {flag}={path}: not there")
-    return str(Path(path).absolute()) if path else path
+    return str(path.absolute()) if path is not None else ""
 
 
 def _image(image: str, runtime: str) -> str:
@@ -168,6 +169,7 @@ def _image(image: str, runtime: str) -> str:
         return image
     if not runtime and not image.endswith((".sif", ".sqsh")):
         raise UserError(f"launch: --container={image}: give --container-runtime as well: {', '.join(RUNTIMES)}")
+    image = expand_home(image, "launch: --container")
     if Path(image).is_file() or (Path(image).is_dir() and runtime not in ("enroot", "pyxis")):
         return str(Path(image).absolute())
     by_scheme = runtime in ("", "apptainer", "singularity")

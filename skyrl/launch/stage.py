@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.args import Parser
+from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import load_config
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.config.validation import import_plugins
@@ -144,7 +144,7 @@ def check(folder: Path) -> int:
 def stage(args: Sequence[str]) -> None:
     """Runs the command line. Raises UserError."""
     p = Parser(prog="skyrl-tx stage", usage="skyrl-tx stage <folder> [flags] [option=value ...]")
-    p.add_argument("folder", type=Path)
+    p.add_argument("folder", type=path_arg)
     p.add_argument("options", nargs="*")
     p.add_argument("--serve", action="store_true", help="the options are a server's")
     p.add_argument("--no-caches", action="store_true", help="leaves this machine's compiled kernels out")
@@ -199,7 +199,7 @@ def _stage_model(made: Stage, model: ModelConfig) -> None:
 
 def _stage_snapshot(made: Stage, name: str, path: str, revision: str, where: str, patterns: Sequence[str]) -> None:
     """A model's or tokenizer's folder, or the hub's files of that name straight into the stage (resumed by the hub)."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir():
         files = [file for file in sorted(folder.iterdir()) if any(fnmatch.fnmatch(file.name, p) for p in patterns)]
         if not files:

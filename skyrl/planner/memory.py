@@ -78,7 +78,7 @@ def tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
 
 
 def _facts_of(cfg: RunConfig) -> ModelFacts:
-    path, folder = cfg.model.path, Path(cfg.model.path).expanduser()
+    path, folder = cfg.model.path, Path(cfg.model.path)
     if not path:
         raise UserError("model.path: empty; give tiny, a folder in Hugging Face format or a hub name")
     if path.startswith((".", "/", "~")) and not folder.is_dir():

@@ -7,7 +7,10 @@ import yaml
 
 from skyrl.config import load
 from skyrl.config.load import load_config
+from skyrl.config.options import all_options
 from skyrl.config.schema import RunConfig
+from skyrl.config.validation import option
+from skyrl.main import split_args
 from skyrl.types import UserError
 
 
@@ -97,3 +100,32 @@ def test_resolved_config_survives_storage(tmp_path):
     assert load.from_dict(load.to_dict(cfg)) == cfg
     with pytest.raises(UserError, match="optim.lrr: no such option"):
         load.from_dict({"optim": {"lrr": 1}})
+
+
+@pytest.mark.parametrize("mode", ["train", "serve"])
+def test_every_option_that_is_a_path_has_its_home_folder_expanded(mode, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [known.path for known in all_options(mode) if known.type == "path" and known.path != "service.aliases_file"]
+    assert len(paths) >= 6
+    cfg = load_config([f"{path}=~/a-{number}" for number, path in enumerate(paths)], mode=mode)
+    assert [option(cfg, path) for path in paths] == [f"/home/me/a-{number}" for number, _ in enumerate(paths)]
+    with pytest.raises(UserError, match=f"{paths[-1]}=~nobody-here/x: no home folder of nobody-here"):
+        load_config([f"{paths[-1]}=~nobody-here/x"], mode=mode)
+
+
+def test_a_tilde_is_read_where_a_path_is_and_kept_where_a_text_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    for written, read in (("~/a b", "/home/me/a b"), ("~", "/home/me"), ("$HOME/x", "$HOME/x"), ("/x/~/y", "/x/~/y")):
+        assert load.from_dict({"data": {"path": written}}).data.path == read
+    cfg = load_config(["sampler.stop=[~,a~b]", "env.options={file: ~/x}", "plugins=[]"])
+    assert cfg.sampler.stop == ["~", "a~b"] and cfg.env.options["file"] == "~/x"
+    assert load_config(["model.path=~/m", "service.aliases={a: ~/m}"], mode="serve").service.aliases == {
+        "a": "/home/me/m"
+    }
+    (tmp_path / "names.yaml").write_text("b: ~/m")
+    names = ["model.path=~/m", f"service.aliases_file={tmp_path}/names.yaml", "service.aliases={a: ~/m}"]
+    assert load_config(names, mode="serve").service.aliases == dict.fromkeys("ab", "/home/me/m")
+    assert split_args(["data.path=~/x,~/y", "hydra.sweep.dir=~/s", "--config-dir", "~/c"]) == (
+        ["--config-dir=/home/me/c"],
+        ["data.path='~/x','~/y'", "hydra.sweep.dir=/home/me/s"],
+    )

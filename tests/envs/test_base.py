@@ -28,9 +28,11 @@ class Options(Environment):
         flag: bool = False,
         words: list[str] | None = None,
         level: Literal["easy", "hard"] = "easy",
+        file: Path | None = None,
         max_turns: int = 1,
     ) -> None:
         self.values = (needed, part, flag, words, level, max_turns)
+        self.file = file
 
 
 def make(**options):
@@ -40,6 +42,15 @@ def make(**options):
 def test_options_arrive_typed():
     assert make(needed=2).values == (2, 0.5, False, None, "easy", 3)
     assert make(needed=2, part=1, flag=True, words=["a"], level="hard").values == (2, 1, True, ["a"], "hard", 3)
+
+
+def test_an_option_that_is_a_path_has_its_home_folder_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert make(needed=2, file="~/a b").file == Path("/home/me/a b") and make(needed=2).file is None
+    with pytest.raises(UserError, match="env.options.file=~nobody-here/x: no home folder of nobody-here"):
+        make(needed=2, file="~nobody-here/x")
+    with pytest.raises(UserError, match="env.options.file=3: environment 'test_options' wants pathlib.Path | None"):
+        make(needed=2, file=3)
 
 
 @pytest.mark.parametrize(
