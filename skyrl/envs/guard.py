@@ -2,19 +2,23 @@
 
 Three nets, because no single one catches everything:
 
-1. SIGALRM interrupts Python code, sleeping, waiting, and regular expressions. Main thread only.
+1. SIGPROF interrupts Python code, sleeping, waiting, and regular expressions. Main thread only. It is sent by the thread
+   of net 2 when the time is over, and by ITIMER_PROF, which counts CPU time and needs no interpreter: a regular
+   expression keeps every other thread from running. Neither depends on SIGALRM, so a verifier that sets and clears an
+   alarm of its own cannot disarm it.
 2. A daemon thread ends the process (exit status 70, one line) when a call is 5 s beyond its deadline: C code that
    ignores signals, code that swallows the interrupt, or a call off the main thread, where no signal arrives.
 3. C code that never lets go of the interpreter stops that thread as well. Then faulthandler's own thread, which needs
    no interpreter, ends the process (exit status 1) 30 s beyond the deadline with a dump that shows the guilty line.
 
-Uses ITIMER_REAL during a call (a timer that was running is restored) and faulthandler.dump_traceback_later while
-calls come in; another user of the latter in the same process loses its setting.
+Uses ITIMER_PROF and faulthandler.dump_traceback_later while calls come in; another user of them in the same process
+loses its setting. An alarm (ITIMER_REAL) that was running before a call goes on after it, with its handler.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import logging
 import math
 import numbers
 import os
@@ -25,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -37,10 +42,13 @@ EXIT_STATUS = 70  # EX_SOFTWARE
 GRACE_SECONDS = 5.0
 LAST_RESORT_SECONDS = 30.0
 POLL_SECONDS = 0.25
+REPEAT_SECONDS = 1.0  # until the next interrupt, for one that falls into a __del__ or a callback is dropped by Python
 
+_FAR_SECONDS = 1e6  # an alarm that never goes off: what is left of it tells whether the call has set one of its own
 _REDUCTIONS = (":mean", ":sum", ":max", ":min")
 _LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib")) + ("<frozen",)
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,6 @@ class Guard:
         if cfg.on_error not in ("stop", "mask"):
             raise UserError(f"env.on_error={cfg.on_error!r}: choose stop or mask")
         self.timeout_seconds, self.on_error = cfg.timeout_seconds, cfg.on_error
-        self._armed = False
 
     def __enter__(self) -> Guard:
         return self
@@ -115,37 +122,64 @@ class Guard:
         """The result and how many seconds it took, with the nets above around the call."""
         me = threading.get_ident()
         start = time.monotonic()
-        _WATCHDOG.begin(me, start + self.timeout_seconds + GRACE_SECONDS, who)
+        outer = _WATCHDOG.begin(me, start + self.timeout_seconds + GRACE_SECONDS, who)
         try:
             if me != threading.main_thread().ident:
                 return call(*arguments), time.monotonic() - start
-            return self._interruptible(call, arguments, start), time.monotonic() - start
+            return _interruptible(call, arguments, start, who), time.monotonic() - start
         finally:
-            _WATCHDOG.end(me)
+            _WATCHDOG.end(me, outer)
 
-    def _interruptible(self, call: Callable[..., T], arguments: tuple, start: float) -> T:
-        outer, repeat = signal.setitimer(signal.ITIMER_REAL, 0.0)
-        handler = signal.signal(signal.SIGALRM, self._alarm)
+
+def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: tuple) -> T:
+    if signal.getsignal(signal.SIGPROF) is not _interrupt:
+        # For good: one that is under way when a call ends would end the process if it found no handler.
+        signal.signal(signal.SIGPROF, _interrupt)
+    handler, before = signal.getsignal(signal.SIGALRM), _WATCHDOG.due
+    alarm, repeat = signal.setitimer(signal.ITIMER_REAL, _FAR_SECONDS)
+    try:
         try:
-            try:
-                self._armed = True
-                # Repeats, for an interrupt that falls into a __del__ or a callback is dropped by Python.
-                signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds, 1.0)
-                return call(*arguments)
-            finally:
-                self._armed = False  # the alarm may still go off right before this line; never after it
+            _WATCHDOG.due = start + who[3]
+            signal.setitimer(signal.ITIMER_PROF, POLL_SECONDS, POLL_SECONDS)
+            return call(*arguments)
         finally:
-            self._armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            _WATCHDOG.due = before  # the interrupt may still come right before this line; never after it
+    finally:
+        _WATCHDOG.due = before
+        if before == math.inf:
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
+        took = time.monotonic() - start
+        left, _ = signal.setitimer(signal.ITIMER_REAL, max(alarm - took, 1e-6) if alarm else 0.0, repeat)
+        replaced = signal.getsignal(signal.SIGALRM) is not handler
+        if replaced:
             # None: a handler that was not installed from Python; signal() cannot put it back.
             signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-            if outer:
-                left = outer - (time.monotonic() - start)
-                signal.setitimer(signal.ITIMER_REAL, max(left, 1e-6), repeat)
+        if replaced or not _FAR_SECONDS - took - 2.0 < left <= _FAR_SECONDS + 2.0:
+            _say_alarm(who, running=0.0 < left < _FAR_SECONDS / 2)
 
-    def _alarm(self, number: int, frame: FrameType | None) -> None:
-        if self._armed:
-            raise _Interrupt
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGPROF: raises into the call on the main thread if its time is over."""
+    now = time.monotonic()
+    if now >= _WATCHDOG.due:
+        _WATCHDOG.due = now + REPEAT_SECONDS
+        raise _Interrupt
+
+
+_SAID: set[str] = set()  # environments, and reward functions, whose own alarm was spoken of
+
+
+def _say_alarm(who: tuple, running: bool) -> None:
+    method, prompt, what, timeout_seconds = who
+    name = blame(method, prompt, what).partition(", prompt ")[0]
+    if name not in _SAID:
+        _SAID.add(name)
+        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG
+        log.log(
+            level,
+            f"{name}: sets an alarm (SIGALRM) of its own; env.timeout_seconds={timeout_seconds:g} holds beside it"
+            + (", and the alarm that it left running is cleared after each call" if running else ""),
+        )
 
 
 class BadResult(ValueError):
@@ -173,9 +207,9 @@ def check_step(value: object) -> StepResult:
     if not isinstance(value, StepResult):
         raise BadResult(f"{_short(value)}, wanted a StepResult")
     value.reward = _finite(value.reward, "reward")
-    if type(value.done).__name__ not in ("bool", "bool_"):  # Python's, numpy's
+    value.done = _plain(value.done)
+    if not isinstance(value.done, bool):
         raise BadResult(f"{_short(value.done)} as done, wanted True or False")
-    value.done = bool(value.done)
     if value.observation or not value.done:
         problem = messages_problem(value.observation)
         if problem:
@@ -190,17 +224,27 @@ def check_step(value: object) -> StepResult:
 
 
 def _finite(value: Any, what: str) -> float:
+    """A number of Python, numpy or torch as a finite float; True is 1.0. Raises BadResult for anything else."""
     if type(value) is float and math.isfinite(value):
         return value
-    if not isinstance(value, numbers.Real) and type(value).__name__ != "bool_":  # numpy's bool is no Real
+    plain = _plain(value)
+    if not isinstance(plain, (numbers.Real, Decimal)):
         raise BadResult(f"{_short(value)} as {what}, wanted a number")
     try:
-        number = float(value)
-    except OverflowError:
+        number = float(plain)
+    except (OverflowError, ValueError):  # an int beyond floats; a signalling NaN of Decimal
         number = math.inf
     if not math.isfinite(number):
         raise BadResult(f"{_short(value)} as {what}, wanted a finite number")
     return number
+
+
+def _plain(value: Any) -> Any:
+    """What is inside a scalar or an array without dimensions, of numpy, torch or another; all else as it is."""
+    try:
+        return value.item() if getattr(value, "ndim", None) == 0 else value
+    except Exception:  # a tensor without data
+        return value
 
 
 def blame(method: Callable, prompt: Prompt, what: str = "") -> str:
@@ -255,6 +299,7 @@ class _Watchdog:
         self._recent = False
         self._armed = False
         self._longest = 0.0
+        self.due = math.inf  # when the call on the main thread is to be interrupted
         self._lock = threading.Lock()
         os.register_at_fork(before=self._fork, after_in_parent=self._forked, after_in_child=self._forget)
 
@@ -272,16 +317,23 @@ class _Watchdog:
     def _forget(self) -> None:
         """In the child, which has a copy of the locked lock and none of the thread."""
         self._calls, self._thread, self._armed, self._lock = {}, None, False, threading.Lock()
+        self.due = math.inf
 
-    def begin(self, thread: int, deadline: float, who: tuple) -> None:
+    def begin(self, thread: int, deadline: float, who: tuple) -> tuple[float, tuple] | None:
+        """Watches a call; returns the one around it, which the end of this call takes up again."""
+        outer = self._calls.get(thread)
         self._longest = max(self._longest, who[3])
         self._calls[thread] = (deadline, who)  # before looking at _armed: the thread disarms in the other order
         self._recent = True
         if not self._armed:
             self._start()
+        return outer
 
-    def end(self, thread: int) -> None:
-        self._calls.pop(thread, None)
+    def end(self, thread: int, outer: tuple[float, tuple] | None) -> None:
+        if outer is None:
+            self._calls.pop(thread, None)
+        else:
+            self._calls[thread] = outer
 
     def rest(self) -> None:
         """Disarms the last resort, unless another thread's call is running."""
@@ -308,8 +360,10 @@ class _Watchdog:
 
     def _run(self) -> None:
         while True:
-            time.sleep(POLL_SECONDS)
+            time.sleep(min(POLL_SECONDS, max(self.due - time.monotonic(), 0.02)))
             now = time.monotonic()
+            if now >= self.due:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGPROF)
             calls = list(self._calls.values())
             for deadline, who in calls:
                 if now > deadline:

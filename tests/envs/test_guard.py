@@ -7,6 +7,8 @@ import sys
 import textwrap
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,54 @@ def test_good_result_passes_and_becomes_floats():
     value = guard().call(Play(lambda text: result).step, "x", prompt=PROMPT).value
     assert (value.reward, value.done, value.metrics) == (0.5, True, {"correct:mean": 1.0})
     assert type(value.reward) is float and type(value.done) is bool and type(value.metrics["correct:mean"]) is float
+
+
+@pytest.mark.parametrize(
+    "make, value",
+    [
+        (lambda np, torch: np.float16(0.5), 0.5),
+        (lambda np, torch: np.longdouble("0.5"), 0.5),
+        (lambda np, torch: np.int8(-1), -1.0),
+        (lambda np, torch: np.bool_(True), 1.0),
+        (lambda np, torch: np.array(0.5), 0.5),
+        (lambda np, torch: torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        (lambda np, torch: torch.tensor(True), 1.0),
+        (lambda np, torch: torch.tensor(3), 3.0),
+        (lambda np, torch: Decimal("0.25"), 0.25),
+        (lambda np, torch: Fraction(1, 4), 0.25),
+        (lambda np, torch: True, 1.0),
+        (lambda np, torch: 3, 3.0),
+    ],
+)
+def test_scalars_of_all_kinds_are_numbers(make, value):
+    import numpy as np
+    import torch
+
+    given = make(np, torch)
+    result = guard().call(Play(lambda text: StepResult(given, True, [], {"a:sum": given})).step, "x", prompt=PROMPT)
+    assert result.value is not None, result.invalid
+    assert (result.value.reward, result.value.metrics) == (value, {"a:sum": value})
+    assert type(result.value.reward) is type(result.value.metrics["a:sum"]) is float
+
+
+@pytest.mark.parametrize("done", [True, 0 == 0, "numpy", "torch"])
+def test_done_of_numpy_and_torch(done):
+    import numpy as np
+    import torch
+
+    given = {"numpy": np.bool_(True), "torch": torch.tensor(True)}.get(done, done)
+    assert guard().call(Play(lambda text: StepResult(0.0, given)).step, "x", prompt=PROMPT).value.done is True
+
+
+def test_what_only_looks_like_a_number_is_refused():
+    import numpy as np
+    import torch
+
+    nonsense = [np.array([1.0]), torch.tensor([1.0]), np.str_("1"), np.complex64(1), np.datetime64("2020-01-01"), None]
+    nonsense += [Decimal("NaN"), Decimal("sNaN"), Decimal("1e999"), np.float32("inf"), torch.tensor(float("nan"))]
+    nonsense += [Fraction(10**400), torch.empty((), device="meta"), b"1", {"reward": 1.0}]
+    for reward in nonsense:
+        assert "as reward, wanted a" in invalid(lambda text, reward=reward: StepResult(reward, True)), reward
 
 
 def test_stop_raises_one_line_that_names_everything():
@@ -186,6 +236,73 @@ def test_no_alarm_is_left_behind():
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
+def cleared_alarm():
+    """As math-verify and timeout decorators do it."""
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def alarm_that_raises():
+    def rings(*_):
+        raise TimeoutError("the verifier's own")
+
+    before = signal.signal(signal.SIGALRM, rings)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        time.sleep(5)
+    except TimeoutError:
+        pass
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+ALARMS = [
+    cleared_alarm,
+    alarm_that_raises,
+    lambda: signal.setitimer(signal.ITIMER_REAL, 0.0),
+    lambda: signal.signal(signal.SIGALRM, signal.SIG_IGN),
+    lambda: (signal.signal(signal.SIGALRM, lambda *_: None), signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)),
+    lambda: (signal.signal(signal.SIGALRM, lambda *_: None), signal.alarm(60)),
+]
+
+
+@pytest.mark.parametrize("own", ALARMS)
+@pytest.mark.parametrize("hang", [loop, catastrophic_regex, lambda text: time.sleep(60)])
+def test_a_verifier_with_an_alarm_of_its_own_does_not_disarm_the_deadline(own, hang):
+    before, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def verifier(text):
+        own()
+        hang(text)
+
+    try:
+        start = time.monotonic()
+        assert "took longer than env.timeout_seconds=0.2 at " in invalid(verifier, 0.2)
+        assert time.monotonic() - start < 2.5
+        assert signal.getsignal(signal.SIGALRM) is before
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # nothing rings in the middle of training
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def test_an_alarm_of_a_verifiers_own_is_said_once(caplog):
+    class Alarms(Play):
+        name = "alarms"
+
+    def leaves(text):
+        signal.alarm(60)
+        return 1.0
+
+    one = guard(timeout_seconds=20.0)
+    for _ in range(2):
+        assert one.call(Alarms(leaves).step, "x", prompt=PROMPT).value.reward == 1.0
+        assert one.call(Play(lambda text: 1.0).step, "x", prompt=PROMPT).value.reward == 1.0
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "environment alarms.step: sets an alarm" in lines[0] and "cleared" in lines[0]
+
+
 def test_keyboard_interrupt_passes():
     def press(text):
         raise KeyboardInterrupt
@@ -263,7 +380,7 @@ def start(body, **constants):
 def test_watchdog_ends_the_process_with_one_line():
     """Signals blocked for the thread, as C code does it: the interrupt cannot arrive. The real 5 s of grace."""
     begin = time.monotonic()
-    process = start("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); time.sleep(60)")
+    process = start("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF]); time.sleep(60)")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 70 and out == ""
     assert 5.0 < time.monotonic() - begin < 25
@@ -282,7 +399,7 @@ def test_watchdog_works_in_a_forked_child():
         "g.Guard(EnvConfig()).call(len, '', prompt=None); pid = os.fork(); "
         "play() if pid == 0 else sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
-    body = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); time.sleep(60)"
+    body = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF]); time.sleep(60)"
     process = start(body, GRACE_SECONDS=0.5, call=call)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 70 and "stuck/train/3" in err
