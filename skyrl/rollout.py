@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from skyrl.config.schema import EnvConfig
+from skyrl.distributed.collectives import MetricSums
 from skyrl.distributed.phases import heartbeat
 from skyrl.envs.base import Environment, make_environment
 from skyrl.envs.guard import Guard
@@ -127,7 +128,7 @@ class ActiveEpisode:
     env: Environment
     context: Ints
     turns: list[Turn] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: MetricSums = field(default_factory=MetricSums)
 
 
 def rollout(
@@ -145,7 +146,7 @@ def rollout(
 
     def finish(group: int, episode: ActiveEpisode, stop: str, invalid: str = "") -> None:
         reward = sum(turn.reward for turn in episode.turns)
-        metrics = {**episode.metrics, "turns:mean": float(len(episode.turns))}
+        metrics = {**episode.metrics.merged(), "turns:mean": float(len(episode.turns))}
         ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, metrics, invalid)
         groups[group][episode.index] = ended
         guard.call(episode.env.close, prompt=episode.prompt)
@@ -227,7 +228,10 @@ def _take_turn(
         return
     result = outcome.value
     turn.reward = float(result.reward)
-    episode.metrics.update(result.metrics)
+    for key, value in result.metrics.items():
+        if key == "correct:mean":  # accuracy: what the last turn says that says so
+            episode.metrics.values.pop(key, None)
+        episode.metrics.add(key, value)
     if result.done or len(episode.turns) >= config.env.max_turns:
         finish(group, episode, sample.stop)
         return

@@ -9,7 +9,9 @@ from small import make_engine
 
 from skyrl.algorithms.filters import trained_masks
 from skyrl.config.schema import DataConfig, EnvConfig
-from skyrl.envs.base import ENVIRONMENTS, make_environment
+from skyrl.distributed.collectives import MetricSums
+from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, make_environment, register_environment
+from skyrl.evaluate import episode_metrics
 from skyrl.models.tiny import tiny_tokenizer
 from skyrl.rollout import Renderer, RolloutConfig, draw_seed, rollout, to_rows
 from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError
@@ -210,6 +212,39 @@ def test_a_rewritten_history_opens_a_new_row():
     assert rows[1].rewards.tolist() == [0.0, 0.0, 0.5, 0.0, 0.25]
     assert rows[2].rewards.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     np.testing.assert_allclose(rows[2].sampling_logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
+
+
+@pytest.fixture
+def counting():
+    """An environment of three turns that reports under each reduction, and "correct" at every turn."""
+
+    @register_environment("counting")
+    class Counting(Environment):
+        def step(self, text):
+            self.turn = getattr(self, "turn", 0) + 1
+            level = [4.0, 1.0, 2.0][self.turn - 1]
+            metrics = {f"level:{kind}": level for kind in ("sum", "mean", "max", "min")}
+            metrics |= {"first:sum": 1.0} if self.turn == 1 else {}
+            metrics["correct:mean"] = float(self.turn == 3)
+            return StepResult(0.0, self.turn == 3, [{"role": "user", "content": "?"}], metrics)
+
+    yield EnvConfig(name="counting", max_turns=3)
+    del ENVIRONMENTS._things["counting"]
+
+
+def test_a_metrics_reduction_holds_over_turns_episodes_and_ranks(engine, counting):
+    prompts = [(i, Prompt(f"counting/train/{i}", "counting", [{"role": "user", "content": "?"}])) for i in range(2)]
+    groups = play(engine, counting, prompts, group=2, tokens=2)
+    each = {"level:sum": 7.0, "level:mean": 7 / 3, "level:max": 4.0, "level:min": 1.0, "first:sum": 1.0}
+    for episode in (e for group in groups for e in group):
+        assert episode.metrics == {**each, "correct:mean": 1.0, "turns:mean": 3.0}
+    ranks = [MetricSums(), MetricSums()]
+    for tally, group in zip(ranks, groups, strict=True):
+        episode_metrics(tally, [group], prefix="")
+    ranks[0].merge(ranks[1].values)  # as over real ranks: distributed/test_collectives.py
+    merged = ranks[0].merged()
+    assert merged["level:sum"] == 4 * 7.0 and merged["first:sum"] == 4.0 and merged["accuracy:mean"] == 1.0
+    assert (merged["level:mean"], merged["level:max"], merged["level:min"]) == (pytest.approx(7 / 3), 4.0, 1.0)
 
 
 def test_an_episode_without_a_score_is_kept_apart(engine):

@@ -299,7 +299,8 @@ def token_mask(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
     """old / behaviour where it lies in [1 / cap, cap], else 0, per token, [T].
 
     Source: IcePop (Ling team 2025, blog "Small Leak Can Sink a Great Ship"; Ring-1T report, arXiv 2510.18855).
-    Differs: the bounds are 1 / cap and cap, theirs are two separate numbers.
+    Differs: the bounds are 1 / cap and cap, theirs are two separate numbers. A rejected token stays in the denominator
+    of the reduction, which was made before: rejecting more tokens makes the step smaller.
     """
     ratio_T = log_ratio_T.exp()
     return ratio_T.where((ratio_T >= 1.0 / cap) & (ratio_T <= cap), 0.0)

@@ -195,7 +195,7 @@ class LossConfig:
     correction: str = "none"
     """Sampler/trainer mismatch and staleness: none, token_truncate, token_mask, sequence_truncate."""
     correction_cap: float = 2.0
-    """Largest correction weight."""
+    """Largest correction weight; token_mask also rejects weights below 1 / cap."""
     recompute_old_logprobs: bool = False
     """Takes the proximal log-probabilities from one extra forward before the update instead of from the sampler."""
     entropy_coef: float = 0.0
@@ -215,7 +215,7 @@ class KLConfig:
     target: float = 0.0
     """Adaptive coefficient that steers the mean KL per token to this; 0 = fixed."""
     horizon: float = 10000.0
-    """Episodes over which the adaptive coefficient moves by a factor of about e."""
+    """Episodes over which the adaptive coefficient moves by a factor of at most 1.22 (e^0.2) up, 0.82 down."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class CriticConfig:
     """The value model of advantage.name=gae; unused otherwise."""
 
     lr: float = 1e-4
-    """Learning rate."""
+    """Its peak learning rate. optim.warmup_steps, optim.schedule and optim.final_lr_ratio act on it as on optim.lr."""
     clip: float = 0.2
     """Values may move this far from the ones the advantages used; 0 = off."""
     warmup_steps: int = 0

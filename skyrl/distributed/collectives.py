@@ -139,16 +139,18 @@ class MetricSums:
         for key, (value, count) in other.items():
             self.add(key, value, count)
 
+    def merged(self) -> Metrics:
+        """The metrics of what was added here. A mean over nothing is left out."""
+        means = {key for key in self.values if key.endswith(":mean")}
+        return {
+            key: value / count if key in means else value
+            for key, (value, count) in self.values.items()
+            if key not in means or count > 0
+        }
+
     def result(self, world: World) -> Metrics:
-        """The global metrics, equal on every rank. Collective. A mean over nothing is left out."""
+        """The global metrics, equal on every rank. Collective."""
         total = MetricSums()
         for part in gather_objects(world, self.values):
             total.merge(part)
-        out = {}
-        for key, (value, count) in total.values.items():
-            if key.endswith(":mean"):
-                if count > 0:
-                    out[key] = value / count
-            else:
-                out[key] = value
-        return out
+        return total.merged()

@@ -29,8 +29,9 @@ class StepResult:
     """What an environment answers to one turn of the model.
 
     `reward` belongs to this turn; an episode's reward is the sum. `observation` is what the model reads next (at least
-    one message unless `done`). Metric keys end in their reduction (":mean", ":sum", ":max", ":min"); "correct:mean",
-    0 or 1 on the last step, is what evaluation calls accuracy.
+    one message unless `done`). Metric keys end in their reduction (":mean", ":sum", ":max", ":min"), which
+    holds over the turns that report one, then over episodes. "correct:mean", 0 or 1 on the last step, is what
+    evaluation calls accuracy; the last one reported counts.
     """
 
     reward: float
