@@ -2,8 +2,8 @@
 
 Three nets, because no single one catches everything:
 
-1. SIGPROF interrupts Python code, sleeping, waiting, and regular expressions. Main thread only. It is sent by the thread
-   of net 2 when the time is over, and by ITIMER_PROF, which counts CPU time and needs no interpreter: a regular
+1. SIGPROF interrupts Python code, sleeping, waiting, and regular expressions. Main thread only. It is sent by the
+   thread of net 2 when the time is over, and by ITIMER_PROF, which counts CPU time and needs no interpreter: a regular
    expression keeps every other thread from running. Neither depends on SIGALRM, so a verifier that sets and clears an
    alarm of its own cannot disarm it.
 2. A daemon thread ends the process (exit status 70, one line) when a call is 5 s beyond its deadline: C code that
