@@ -59,8 +59,8 @@ class AdaptiveKL:
     """KL coefficient that is multiplied towards a target after each step.
 
     coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon: `horizon` episodes at the limit of the error
-    move it by a factor of at most e^0.2 = 1.22. Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2 (their code's form with a
-    horizon). Differs: `kl` and `target` are means per token, not sums per episode.
+    move it by a factor of at most e^0.2 = 1.22. Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2 (their
+    code's form with a horizon). Differs: `kl` and `target` are means per token, not sums per episode.
     Raises UserError for numbers with which it could not work.
     """
 
