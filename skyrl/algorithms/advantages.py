@@ -80,7 +80,7 @@ class Advantages:
     returns: list[Floats] | None = None
 
 
-EPS = Param(1e-6, "Added to a standard deviation before division")
+EPS = Param(1e-6, "Added to a standard deviation before division; with less than 1e-12 rounding decides", low=1e-12)
 GAMMA = Param(1.0, "Discount of each sampled token", high=1.0)
 LAM = Param(1.0, "GAE's lambda: 1 sums all later rewards, 0 trusts the critic after one token", high=1.0)
 

@@ -155,8 +155,7 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     service.aliases has those of aliases_file too."""
     _refuse_unknown(composed, RunConfig, "", mode)
     try:
-        values = OmegaConf.to_container(composed)
-        assert isinstance(values, dict)
+        values: Any = OmegaConf.to_container(composed)
         cfg = OmegaConf.to_object(OmegaConf.merge(_schema(), _expand_homes(values)))
     except OmegaConfBaseException as error:
         raise UserError(explain(error, mode)) from error

@@ -62,6 +62,15 @@ ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
     "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds"
 ).split()
+# Smaller numbers than these can only fail: rounding, or what takes time of its own, would decide. 0 where it means off.
+LEAST: dict[str, tuple[float, str]] = {
+    "sampler.temperature": (1e-6, "logits divided by less are one-hot or leave the range of float32"),
+    "eval.temperature": (1e-6, "logits divided by less are one-hot or leave the range of float32; 0 is greedy"),
+    "optim.eps": (1e-30, "a smaller one is 0 in float32, and the first step of an unused weight 0 / 0"),
+    "env.timeout_seconds": (1e-3, "no call of an environment returns sooner"),
+    "run.hang_seconds": (0.5, "ranks report less often than that; 0 = never"),
+    "service.model_idle_seconds": (1.0, "clients send less often than that; 0 = never"),
+}
 PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio".split()
 BELOW_ONE = ("optim.beta1", "optim.beta2")
 
@@ -72,6 +81,10 @@ def option(cfg: RunConfig, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def _default(path: str) -> Any:
+    return next(known.default for known in all_options() if known.path == path)
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
@@ -304,12 +317,17 @@ def _ranges(cfg: RunConfig) -> Iterator[str]:
     for path in ABOVE_ZERO:
         if not option(cfg, path) > 0:
             yield f"{path}={option(cfg, path)}: must be above 0"
+    for path, (least, why) in LEAST.items():
+        if 0 < option(cfg, path) < least:
+            yield f"{path}={option(cfg, path)}: must be at least {least:g}: {why} (default {_default(path)!r})"
     for path in PARTS:
         if not 0 <= option(cfg, path) <= 1:
             yield f"{path}={option(cfg, path)}: must lie between 0 and 1"
     for path in BELOW_ONE:
         if not 0 <= option(cfg, path) < 1:
             yield f"{path}={option(cfg, path)}: must be at least 0 and below 1"
+    if negative := [token for token in cfg.sampler.stop_token_ids if token < 0]:
+        yield f"sampler.stop_token_ids={cfg.sampler.stop_token_ids}: {negative[0]} is no token id; remove it"
     if not all(cfg.sampler.stop):
         yield "sampler.stop: an empty string would stop every turn at once; remove it"
 
@@ -385,6 +403,12 @@ def _batches(cfg: RunConfig) -> Iterator[str]:
             f"batch.optim_steps_per_batch={batch.optim_steps_per_batch}: does not divide "
             f"batch.prompts_per_step={batch.prompts_per_step}; near ones that do: {', '.join(map(str, near))}"
         )
+    for path in ("optim.lr", "warmup.lr", "algorithm.critic.lr"):
+        if (part := option(cfg, path) * optim.weight_decay) >= 1:
+            yield (
+                f"optim.weight_decay={optim.weight_decay:g}: times {path}={option(cfg, path):g} it takes {part:.3g} of "
+                "every weight in each step, so nothing is left of them; lower it (0.01 to 0.1 is usual)"
+            )
     if optim.warmup_steps > batch.num_steps:
         yield f"optim.warmup_steps={optim.warmup_steps}: above batch.num_steps={batch.num_steps}; lower it"
     if cfg.algorithm.critic.warmup_steps >= batch.num_steps:
@@ -408,6 +432,12 @@ def _algorithms(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"algorithm.loss.name={loss.name}: has no ratio, so it is wrong for the {updates} updates of one batch "
             "(batch.optim_steps_per_batch * batch.epochs_per_batch); use ppo, cispo, gspo or importance_sampling, or 1"
+        )
+    cap = algorithm.loss.correction_cap
+    if algorithm.loss.correction == "token_mask" and cap <= 1:
+        yield (
+            f"algorithm.loss.correction_cap={cap:g}: token_mask keeps ratios between 1 / cap and cap, which leaves "
+            "nothing to learn from at 1 or less; give more than 1 (default 2.0)"
         )
     if updates > 1 and loss.ratio and corrects and not recomputed:
         yield (
@@ -515,6 +545,15 @@ RESUME_OPTIONS = frozenset(
 def unknown_paths() -> list[str]:
     """Paths in this file's tables that are no options: empty, or the schema has moved on without us."""
     known = {o.path for o in all_options()}
-    tables: list[Iterable[str]] = [CHOICES, AT_LEAST_ONE, ABOVE_ZERO, PARTS, BELOW_ONE, RESUME_OPTIONS, REGISTERED]
+    tables: list[Iterable[str]] = [
+        CHOICES,
+        AT_LEAST_ONE,
+        ABOVE_ZERO,
+        LEAST,
+        PARTS,
+        BELOW_ONE,
+        RESUME_OPTIONS,
+        REGISTERED,
+    ]
     paths = {path for table in tables for path in table} | {p for p in (*APPLIES, *APPLIES_TYPED)}
     return sorted(p for p in paths if p not in known and not any(k.startswith(p + ".") for k in known))

@@ -15,6 +15,7 @@ from skyrl.config import validation
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
 from skyrl.planner.memory import (
     GIB,
+    TINY_VOCAB,
     MemoryEstimate,
     ModelFacts,
     available,
@@ -178,6 +179,7 @@ def make_plan(
                 f"sampler.max_new_tokens={cfg.sampler.max_new_tokens}: leaves no room for a prompt in rows of "
                 f"{row_tokens} tokens; lower it"
             )
+        _check_against_model(cfg, model_facts, dtype)
         memory = estimate(
             cfg,
             model_facts,
@@ -207,6 +209,25 @@ def make_plan(
         facts=model_facts,
         memory=memory,
     )
+
+
+def _check_against_model(cfg: RunConfig, facts: ModelFacts, dtype: str) -> None:
+    answer, given = (cfg.sampler.max_new_tokens + 1) * facts.cache_bytes_per_token(dtype), cfg.sampler.kv_cache_gib
+    if 0 < given * GIB < answer:
+        raise UserError(
+            f"sampler.kv_cache_gib={given:g}: one answer of sampler.max_new_tokens={cfg.sampler.max_new_tokens} takes "
+            f"{answer / GIB:.3g}; raise it, or 0 for automatic"
+        )
+    if outside := [token for token in cfg.sampler.stop_token_ids if token >= facts.vocab_size]:
+        raise UserError(
+            f"sampler.stop_token_ids={cfg.sampler.stop_token_ids}: {outside[0]} is never drawn, the model has "
+            f"{facts.vocab_size} tokens; remove it"
+        )
+    tiny = cfg.model.tiny.vocab_size
+    if cfg.model.path == "tiny" and 0 < tiny < TINY_VOCAB and cfg.model.tokenizer in ("", "tiny"):
+        raise UserError(
+            f"model.tiny.vocab_size={tiny}: its tokenizer has {TINY_VOCAB} entries; give at least that, or 0"
+        )
 
 
 def dry_run(cfg: RunConfig, world_size: int) -> str:

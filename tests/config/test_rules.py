@@ -6,13 +6,15 @@ from skyrl.algorithms import losses
 from skyrl.config import validation
 from skyrl.config.load import from_dict, load_config, to_dict
 from skyrl.config.options import RENAMED, all_options, parameters
+from skyrl.planner.memory import tiny_facts
 from skyrl.planner.plan import make_plan, make_spec
 from skyrl.types import UserError
 
 
 def line_of(*overrides: str, world_size: int = 1) -> str:
     with pytest.raises(UserError) as error:
-        make_plan(load_config(overrides), world_size)
+        cfg = load_config(overrides)
+        make_plan(cfg, world_size, model_facts=tiny_facts(cfg.model.tiny) if cfg.model.path == "tiny" else None)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -122,6 +124,28 @@ def test_tables_name_only_options_that_exist():
             "algorithm.kl.horizon=10: below the",
         ),
         ("run.world_size=4", "run.world_size=4: only for a dry run"),
+        ("sampler.temperature=1e-7", "sampler.temperature=1e-07: must be at least 1e-06: logits divided by less"),
+        ("eval.temperature=1e-9", "eval.temperature=1e-09: must be at least 1e-06"),
+        ("optim.eps=1e-40", "optim.eps=1e-40: must be at least 1e-30: a smaller one is 0 in float32"),
+        ("env.timeout_seconds=1e-6", "env.timeout_seconds=1e-06: must be at least 0.001"),
+        ("run.hang_seconds=0.01", "run.hang_seconds=0.01: must be at least 0.5"),
+        (
+            "algorithm.loss.correction=token_mask algorithm.loss.correction_cap=1",
+            "algorithm.loss.correction_cap=1: token_mask keeps ratios between 1 / cap and cap",
+        ),
+        (
+            "algorithm.advantage.params.eps=0",
+            "algorithm.advantage.params.eps=0.0: grpo allows 1e-12 or more (default 1e-06)",
+        ),
+        (
+            "algorithm=ppo algorithm.advantage.params.eps=1e-20",
+            "algorithm.advantage.params.eps=1e-20: gae allows 1e-12",
+        ),
+        ("optim.weight_decay=100 optim.lr=0.01", "optim.weight_decay=100: times optim.lr=0.01 it takes 1 of every"),
+        ("sampler.stop_token_ids=[3,-1]", "sampler.stop_token_ids=[3, -1]: -1 is no token id"),
+        ("sampler.stop_token_ids=[500]", "sampler.stop_token_ids=[500]: 500 is never drawn, the model has 100 tokens"),
+        ("sampler.kv_cache_gib=1e-5", "sampler.kv_cache_gib=1e-05: one answer of sampler.max_new_tokens="),
+        ("model.tiny.vocab_size=50", "model.tiny.vocab_size=50: its tokenizer has 100 entries"),
         ("model.tiny.num_heads=3", "model.tiny.hidden_size=256: must give an even number"),
         ("model.tiny.num_kv_heads=3", "model.tiny.num_kv_heads=3: must divide"),
         ("model.path=", "model.path: empty"),
@@ -154,6 +178,9 @@ def test_rules_about_the_number_of_ranks(overrides, world_size, start):
         "strategy.name=fsdp",
         "optim.schedule=cosine optim.final_lr_ratio=0",
         "warmup.num_steps=0",
+        "sampler.temperature=1e-6 eval.temperature=0 run.hang_seconds=0 optim.eps=1e-15 optim.weight_decay=0.1",
+        "algorithm.loss.correction=token_mask algorithm.loss.correction_cap=1.5 algorithm.advantage.params.eps=1e-8",
+        "algorithm.loss.correction=token_truncate algorithm.loss.correction_cap=1",
     ],
 )
 def test_what_fits_together_is_accepted(overrides):
