@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
 from skyrl.models.tiny import tiny_config, tiny_tokenizer
-from skyrl.models.weights import fill_from, init_random, init_value_head
+from skyrl.models.weights import fill_from, init_random
 from skyrl.types import UserError
 
 TINY = "tiny"
@@ -35,6 +36,11 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
     Raises: UserError that says what was looked for, when there is neither.
     """
     folder = Path(path).expanduser()
+    if weights and (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{where}={path}: the folder holds an adapter of peft; give the model that merge_and_unload of peft makes "
+            "of it, or the base without the adapter's files"
+        )
     if folder.is_dir():
         if not (folder / "config.json").is_file() and weights:
             raise UserError(f"{where}={path}: the folder has no config.json; give a folder in Hugging Face format")
@@ -47,7 +53,10 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+        found = Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+        if weights and not any(found.glob("*.safetensors")):
+            snapshot_download(path, revision=revision or None, allow_patterns=["pytorch_model*"])
+        return found
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -62,8 +71,8 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     folder = locate(cfg.path, cfg.revision)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.path={cfg.path}: transformers cannot read its config: {reason}") from error
     check_supported(config)
     return config
@@ -124,7 +133,7 @@ def load_into(model: CausalLM, cfg: ModelConfig, *, device: torch.device | str, 
         return
     fill_from(model.net, locate(cfg.path, cfg.revision))
     if model.head == "value":
-        init_value_head(model, seed)
+        init_random(model, seed, only="value_head.")
 
 
 def build_model(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,48 +26,83 @@ from skyrl.types import UserError
 
 Region = tuple[slice, ...]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 class Checkpoint:
-    """The tensors of a folder in Hugging Face format, by their names in the files; opens files when they are read."""
+    """The tensors of a folder in Hugging Face format, by their names in the files; opens files when they are read.
+
+    The files are those that transformers takes: one safetensors file, else an index with its shards, else the same as
+    .bin. All tensors of a file count, whether an index names them or not. `files`: name -> file; `again`: (name, file)
+    of those that a further file holds as well.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: tuple[str, Any] | None = None
-        if (folder / INDEX).is_file():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-            self.files: dict[str, str] = dict(weight_map)
-        elif (folder / SINGLE).is_file():
-            self.files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
-        else:
+        there = [name for name in (SINGLE, INDEX, BIN, BIN_INDEX) if (folder / name).is_file()]
+        if not there:
             raise UserError(
-                f"model.path: {folder} holds no {SINGLE} and no {INDEX}; other formats are not read, convert them with "
-                "save_pretrained of transformers"
+                f"model.path: {folder} holds no {SINGLE}, no {INDEX} and no {BIN}; other formats are not read, convert "
+                "them with save_pretrained of transformers"
             )
-        for name in sorted(set(self.files.values())):
+        named = self._weight_map(there[0])
+        shards = self._weight_map(INDEX) if there[:2] == [SINGLE, INDEX] else named
+        if set(shards.values()) != set(named.values()):
+            raise UserError(
+                f"model.path: {folder} holds {SINGLE} and the shards of {INDEX}: transformers reads the one, vLLM the "
+                "others; delete what is old"
+            )
+        self.files: dict[str, str] = {}
+        self.again: list[tuple[str, str]] = []
+        for name in sorted(set(named.values())):
             if not (folder / name).is_file():
-                raise UserError(f"model.path: {folder} lacks {name}, which {INDEX} names; download the model again")
+                raise UserError(f"model.path: {folder} lacks {name}, which {there[0]} names; download the model again")
+            for key in self._file(name).keys():
+                if self.files.setdefault(key, name) != name:
+                    self.again.append((key, name))
+        if lost := sorted(named.keys() - self.files.keys() - {""}):
+            raise UserError(
+                f"model.path: {there[0]} in {folder} names {few(lost)}, which no file holds; download the model again"
+            )
+
+    def _weight_map(self, name: str) -> dict[str, str]:
+        """Tensor -> file as an index says, or for a file itself "" -> file."""
+        if name not in (INDEX, BIN_INDEX):
+            return {"": name}
+        try:
+            return dict(json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"model.path: {self.folder / name} is no index of weights ({error!r}); download the model again"
+            ) from error
 
     def _file(self, name: str) -> Any:
+        """A file as safetensors opens it, or the tensors of a .bin by their names, mapped into memory."""
         if self._open is None or self._open[0] != name:
+            file = str(self.folder / name)
             try:
-                self._open = (name, safe_open(str(self.folder / name), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"model.path: {self.folder / name} cannot be read ({error}); download the model again"
-                ) from error
+                if name.endswith(".bin"):
+                    self._open = (name, torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file)))
+                else:
+                    self._open = (name, safe_open(file, framework="pt"))
+            except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError) as error:
+                reason = str(error).strip().partition("\n")[0][:200]
+                raise UserError(f"model.path: {file} cannot be read ({reason}); download the model again") from error
         return self._open[1]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the tensor called `key`."""
-        return tuple(self._file(self.files[key]).get_slice(key).get_shape())
-
-    def read(self, key: str, region: Region | None = None) -> Tensor:
-        """The tensor called `key` on the CPU in its own dtype, or a part of it; a part reads only that part."""
         file = self._file(self.files[key])
-        if region is None or not region:
-            return file.get_tensor(key)
-        return file.get_slice(key)[region]
+        return tuple(file[key].shape if isinstance(file, dict) else file.get_slice(key).get_shape())
+
+    def read(self, key: str, region: Region | None = None, *, file: str = "") -> Tensor:
+        """The tensor called `key` on the CPU in its own dtype, or a part of it; a part reads only that part. `file`: of
+        several that hold it."""
+        opened = self._file(file or self.files[key])
+        if isinstance(opened, dict):
+            return opened[key][region or ...]
+        return opened.get_slice(key)[region] if region else opened.get_tensor(key)
 
 
 def local_region(param: Tensor) -> Region:
@@ -88,9 +125,12 @@ def local_region(param: Tensor) -> Region:
 
 def put(param: Tensor, value: Tensor, region: Region | None = None) -> None:
     """Copies `value` (the whole tensor, or the part given by `region`) into what this rank holds of `param`."""
-    local = param.to_local() if isinstance(param, DTensor) else param
     with torch.no_grad():
-        local.copy_(value if region is not None else value[local_region(param)])
+        _local(param).copy_(value if region is not None else value[local_region(param)])
+
+
+def _local(param: Tensor) -> Tensor:
+    return param.to_local() if isinstance(param, DTensor) else param
 
 
 def targets(net: nn.Module) -> dict[str, Tensor]:
@@ -101,92 +141,106 @@ def targets(net: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def plan(net: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is read for each target: a key of the files, or transformers' own converter of several keys (fused experts).
+def plan(net: Any, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is read for each target: a key of the files, or transformers' own converter of several keys (fused experts);
+    and further keys, with the target that they are taken for a copy of (tied weights, the same name with a prefix).
 
     Raises UserError that names keys which are missing or which the model has no place for.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    wanted = targets(net)
-    aliases = _aliases(net)
+    wanted, aliases = targets(net), _aliases(net)
     transforms = get_model_conversion_mapping(net)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings: list[Any] = [t for t in transforms if not isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known = {**wanted, **{alias: wanted[name] for alias, name in aliases.items() if name in wanted}}
     out: dict[str, Any] = {}
+    copies: dict[str, str] = {}
     made: set[str] = set()
     spare: list[str] = []
     for key in sorted(checkpoint.files, key=_natural):
         name, pattern = rename_source_key(key, renamings, converters, net.base_model_prefix, known)
         if name not in known and key in known:
             name, pattern = key, None
-        if name not in known:
+        name = aliases.get(name, name)
+        if name not in wanted or isinstance(out.get(name), str if pattern else WeightConverter):
             spare.append(key)
-        elif pattern is None:
-            # a tied weight may be stored under any of its names, or all: the first name wins, they are equal
-            out.setdefault(aliases.get(name, name), key)
-        else:
+        elif pattern is not None:
             converter = out.setdefault(name, deepcopy(by_pattern[pattern]))
             converter.add_tensor(name, key, pattern, partial(checkpoint.read, key))
             made.update(name.replace(converter.target_patterns[0], other) for other in converter.target_patterns)
+        elif out.setdefault(name, key) != key:
+            copies[key] = name
     missing = sorted(set(wanted) - set(out) - made)
     spare = [key for key in spare if not _ignorable(net, key)]
     if missing or spare:
-        said = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has no place for", spare)) if names]
+        said = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has no place for", spare)) if names]
         raise UserError(
             f"model.path: {checkpoint.folder} does not fit model type {net.config.model_type}: {' and '.join(said)}; "
             "check that config.json belongs to these weights"
         )
-    return out
-
-
-def stream_weights(
-    net: Any, checkpoint: Checkpoint, steps: dict[str, Any]
-) -> Iterator[tuple[str, Tensor, Region | None]]:
-    """(name, tensor, region) for every target, one at a time; region None: the whole tensor, else this rank's part.
-
-    Raises UserError for a tensor of the wrong shape.
-    """
-    wanted = targets(net)
-    for name, step in steps.items():
-        if isinstance(step, str):
-            found, own = checkpoint.shape(step), tuple(wanted[name].shape)
-            if found != own:
-                raise UserError(
-                    f"model.path: {step} in {checkpoint.folder} has shape {found}; the config asks for {own}"
-                )
-            region = local_region(wanted[name])
-            yield name, checkpoint.read(step, region), region
-            continue
-        for made, tensor in step.convert(name, model=net, config=net.config).items():
-            whole = tensor[0] if isinstance(tensor, list) else tensor
-            if whole.shape != wanted[made].shape:
-                raise UserError(
-                    f"model.path: {made} made from {checkpoint.folder} has shape {tuple(whole.shape)}; the config asks "
-                    f"for {tuple(wanted[made].shape)}"
-                )
-            yield made, whole, None
+    return out, copies
 
 
 def fill_from(net: Any, folder: Path) -> None:
-    """Every parameter and persistent buffer of `net` from the files in `folder`, cast to its own dtype."""
+    """Every parameter and persistent buffer of `net` from the files in `folder`, cast to its own dtype; one tensor at a
+    time, of a sharded one this rank's part alone.
+
+    Raises UserError that names the tensor: of the wrong shape, or not equal to the one that it is taken for a copy of.
+    """
     checkpoint = Checkpoint(folder)
-    steps, wanted = plan(net, checkpoint), targets(net)
-    for name, tensor, region in stream_weights(net, checkpoint, steps):
-        put(wanted[name], tensor, region)
+    (steps, copies), wanted = plan(net, checkpoint), targets(net)
+
+    def check_shape(what: str, found: Sequence[int], name: str) -> None:
+        if tuple(found) != (own := tuple(wanted[name].shape)):
+            raise UserError(f"model.path: {what} in {folder} has shape {tuple(found)}; the config asks for {own}")
+
+    for name, step in steps.items():
+        if isinstance(step, str):
+            check_shape(step, checkpoint.shape(step), name)
+            region = local_region(wanted[name])
+            put(wanted[name], checkpoint.read(step, region), region)
+            continue
+        try:
+            converted = step.convert(name, model=net, config=net.config)
+        except (RuntimeError, ValueError) as error:  # tensors to be stacked that differ in shape or number
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise UserError(
+                f"model.path: {name} cannot be made from the tensors for it in {folder} ({reason}); check that "
+                "config.json belongs to these weights"
+            ) from error
+        for made, tensor in converted.items():
+            whole = tensor[0] if isinstance(tensor, list) else tensor
+            check_shape(f"what makes {made}", whole.shape, made)
+            put(wanted[made], whole)
+    for key, name in copies.items():
+        check_shape(key, checkpoint.shape(key), name)
+        own, other = _local(wanted[name]), checkpoint.read(key, local_region(wanted[name]))
+        if not torch.equal(other.to(own.device, own.dtype), own):
+            raise UserError(
+                f"model.path: {key} and {steps[name]} in {folder} stand for one weight of model type "
+                f"{net.config.model_type} and are not equal; delete one of them, or set tie_word_embeddings to false "
+                "in config.json if the output embedding is its own"
+            )
+    for key, file in checkpoint.again:
+        if not torch.equal(checkpoint.read(key, file=file), checkpoint.read(key)):
+            raise UserError(
+                f"model.path: {key} in {folder} differs between {checkpoint.files[key]} and {file}; delete one of them"
+            )
 
 
-def init_random(module: nn.Module, seed: int, *, std: float = 0.02, residual_layers: int = 0) -> None:
+def init_random(module: nn.Module, seed: int, *, std: float = 0.02, residual_layers: int = 0, only: str = "") -> None:
     """Fresh values: norms 1, biases 0, everything else normal. Keyed by seed and name: the same on every layout.
 
     `std` is the standard deviation; projections back into the residual stream (o_proj, down_proj) have it divided by
     sqrt(2 * residual_layers) where residual_layers > 0 (GPT-2's rule). A value head starts at standard deviation
-    1 / (C + 1), bias 0.
+    1 / (C + 1), bias 0. `only`: parameters whose names begin so.
     """
     for name, param in module.named_parameters():
+        if not name.startswith(only):
+            continue
         leaf, owner = name.rpartition(".")[2], name.rpartition(".")[0].rpartition(".")[2]
         if leaf == "bias" or param.ndim < 2:
             put(param, torch.full(param.shape, 0.0 if leaf == "bias" else 1.0))
@@ -196,19 +250,12 @@ def init_random(module: nn.Module, seed: int, *, std: float = 0.02, residual_lay
             spread = std / (2 * residual_layers) ** 0.5
         elif owner == "value_head":
             spread = 1.0 / (param.shape[-1] + 1)
-        put(param, torch.randn(param.shape, generator=_generator(seed, name)) * spread)
+        put(param, torch.randn(param.shape, generator=generator_of(f"{seed}/{name}")) * spread)
 
 
-def init_value_head(module: Any, seed: int) -> None:
-    """Fresh values for the value head alone: the rest of a critic comes from files."""
-    param, bias = module.value_head.weight, module.value_head.bias
-    spread = 1.0 / (param.shape[-1] + 1)
-    put(param, torch.randn(param.shape, generator=_generator(seed, "value_head.weight")) * spread)
-    put(bias, torch.zeros(bias.shape))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+def generator_of(key: str) -> torch.Generator:
+    """A generator of random numbers on the CPU that depends on `key` alone."""
+    digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -224,18 +271,19 @@ def _aliases(net: nn.Module) -> dict[str, str]:
 
 
 def _ignorable(net: Any, key: str) -> bool:
-    """Keys that transformers ignores too, rotary buffers of old files, and the head where the model is a critic."""
-    patterns = getattr(net, "_keys_to_ignore_on_load_unexpected", None) or []
-    if any(re.search(pattern, key) for pattern in patterns) or key.endswith(("rotary_emb.inv_freq", ".masked_bias")):
-        return True
+    """Keys that transformers ignores too, and the head where the model is a critic."""
+    patterns = list(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or [])
+    if any(name.endswith("rotary_emb.inv_freq") for name, _ in net.named_buffers()):  # old files have it in each layer
+        patterns.append(r"rotary_emb\.inv_freq")
     dropped = [name for name, module in net.named_modules() if isinstance(module, nn.Identity)]
-    return any(key.startswith(f"{name}.") for name in dropped)
+    return any(re.search(p, key) for p in patterns) or any(key.startswith(f"{name}.") for name in dropped)
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
