@@ -77,7 +77,7 @@ def ours(args: argparse.Namespace) -> None:
         ]
     )
     run = open_run(cfg)
-    run.renderer.stop_token_ids = ()
+    run.engine.chat.end_tokens = {}
     with run:
         train_rl(run)
     if run.world.is_leader:

@@ -11,7 +11,7 @@ weights, so micro-batches, packing, world size and strategy change nothing but r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,14 @@ from skyrl.distributed.collectives import gather_objects
 from skyrl.distributed.init import World
 from skyrl.model import Model, ModelSpec, OpenSampler
 from skyrl.models.forward import CausalLM
-from skyrl.models.load import check_against_transformers, load_tokenizer
+from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
 from skyrl.sampler.make import make_sampler
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
+from skyrl.text.chat import load_chat
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, TrainOutput, UserError
 
 __all__ = ["Engine", "ModelSpec"]
@@ -54,8 +55,8 @@ class _Call:
 class Engine:
     """Owner of all weights. Rows come back local, metrics come back global.
 
-    `plan` gives the resolved dtype, strategy and row limit. Raises UserError for a model that cannot be loaded or is
-    not supported.
+    `plan` gives the resolved dtype, strategy and row limit. `chat` turns text into tokens and back, for whoever needs
+    it. Raises UserError for a model that cannot be loaded or is not supported.
     """
 
     def __init__(self, cfg: RunConfig, world: World, *, dtype: str, strategy: str, max_row_tokens: int) -> None:
@@ -64,7 +65,8 @@ class Engine:
         self.dtype = DTYPES[dtype]
         self.strategy_name = strategy
         self.max_row_tokens = max_row_tokens
-        self.tokenizer = load_tokenizer(cfg.model)
+        self.chat = load_chat(cfg.model, stop_token_ids=cfg.sampler.stop_token_ids)
+        self.tokenizer = self.chat.tokenizer
         self.models: dict[str, Model] = {}
         self.adapters: dict[str, Adapter] = {}  # frozen, by name: to sample from and to score with
         self._bases: dict[str, str] = {}  # of frozen adapters
@@ -78,6 +80,7 @@ class Engine:
             self.models[model] = self._create_adapter(model, spec, spec.lora)
             return
         created = Model(model, spec, self._strategy(spec), self.world)
+        self.chat.vocab_size = created.strategy.module.vocab_size
         if spec.copy_of:
             created.copy_weights(self._loaded(spec.copy_of))
         self.models[model] = created
@@ -334,16 +337,13 @@ class Engine:
         """
         self._loaded(base).replace_weights(weights)
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
-
     def _make_sampler(
         self, module: CausalLM, version: int, adapters: Mapping[str, Adapter] | None, base: str
     ) -> Sampler:
         return make_sampler(
             module,
             self.cfg.sampler,
-            decode=self._decode,
+            decode=self.chat.decode,
             max_length=self.max_row_tokens,
             version=version,
             adapters=adapters,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from skyrl.distributed.collectives import MetricSums
 from skyrl.engine import Engine
-from skyrl.rollout import Renderer, RolloutConfig, rollout
+from skyrl.rollout import RolloutConfig, rollout
 from skyrl.types import Episode, Metrics, Prompt
 
 
@@ -14,7 +14,6 @@ def evaluate(
     engine: Engine,
     prompts: Sequence[Prompt],
     config: RolloutConfig,
-    renderer: Renderer,
     check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[Metrics, list[list[Episode]]]:
     """Global metrics ("eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above
@@ -25,7 +24,7 @@ def evaluate(
     """
     mine = engine.world.deal(list(enumerate(prompts)))
     with engine.sampling("policy") as sampler:
-        groups = rollout(sampler, mine, config, renderer)
+        groups = rollout(sampler, mine, config, engine.chat)
     check_stop()
     sums = MetricSums()
     episode_metrics(sums, groups, prefix="eval/")

@@ -27,9 +27,9 @@ from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
 from skyrl.planner.plan import Plan, describe, make_plan, model_facts
-from skyrl.rollout import Renderer
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
+from skyrl.text.chat import Chat
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
 from skyrl.types import LoraSpec, Prompt, StopRun, UserError
@@ -161,8 +161,7 @@ def _open(
     train_prompts, held_out = prompts
     info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
     engine = agree(world, lambda: _policy_engine(cfg, world, plan))
-    renderer = Renderer(engine.tokenizer, cfg.sampler.stop_token_ids)
-    agree(world, lambda: _refuse_long_prompts(cfg, world, renderer, prompts))
+    agree(world, lambda: _refuse_long_prompts(cfg, world, engine.chat, prompts))
     adaptive = cfg.algorithm.kl
     run = Run(
         cfg=cfg,
@@ -170,7 +169,6 @@ def _open(
         world=world,
         folder=folder,
         engine=engine,
-        renderer=renderer,
         stream=PromptStream(train_prompts, cfg.seed, cfg.data.shuffle),
         held_out=[held_out[i] for i in range(min(len(held_out), cfg.eval.num_prompts))],
         tracker=Tracker([]),
@@ -199,13 +197,13 @@ def _open(
 
 
 def _refuse_long_prompts(
-    cfg: RunConfig, world: World, renderer: Renderer, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
+    cfg: RunConfig, world: World, chat: Chat, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
 ) -> None:
     """Holds every prompt against data.max_prompt_tokens, each rank its share. Raises UserError with its place."""
     limit = cfg.data.max_prompt_tokens
     for part in prompts if limit else ():
         for prompt in world.deal(part):
-            tokens = len(renderer.start(prompt.messages))
+            tokens = len(chat.prompt(prompt.messages))
             if tokens > limit:
                 where = prompt.extra.get("source", f"prompt {prompt.uid}")
                 raise UserError(

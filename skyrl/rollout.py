@@ -1,8 +1,7 @@
-"""Plays episodes (environment x sampler) on one rank, and turns them into rows. The only place where messages become
-tokens.
+"""Plays episodes (environment x sampler) on one rank, and turns them into rows.
 
-Tokens are never made twice: the context of a later turn is the earlier context, the very tokens that were sampled, and
-the tokens of the environment's answer. What was sampled is what is trained, id for id.
+Tokens are never made twice (text/chat.py makes them): the context of a later turn is the earlier context, the very
+tokens that were sampled, and the tokens of the environment's answer. What was sampled is what is trained, id for id.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from skyrl.distributed.phases import heartbeat
 from skyrl.envs.base import Environment, make_environment
 from skyrl.envs.guard import Guard
 from skyrl.sampler.sampler import Sampler
+from skyrl.text.chat import Chat
 from skyrl.types import (
     Datum,
     Episode,
@@ -35,65 +35,6 @@ from skyrl.types import (
     Turn,
     UserError,
 )
-
-_MARK = "<<<answer goes here>>>"
-
-
-class Renderer:
-    """Messages to token ids, with the tokenizer's chat template, or as plain text where there is none.
-
-    Plain text is the contents of the messages end to end. `stop_token_ids` are the tokens that end a turn.
-    """
-
-    def __init__(self, tokenizer: Any, stop_token_ids: Sequence[int] = ()) -> None:
-        self.tokenizer = tokenizer
-        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
-        ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self.end_token_id: int | None = ends[0] if ends else None
-        self.stop_token_ids = tuple(dict.fromkeys([*ends, *stop_token_ids]))
-
-    def text(self, messages: list[Message], *, answer_next: bool) -> str:
-        """The conversation as the text a model reads, ready for an answer if asked."""
-        if not self.is_chat:
-            return "".join(str(m["content"]) for m in messages)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-
-    def start(self, messages: list[Message]) -> Ints:
-        """Ids of an opening conversation, a beginning-of-sequence token included where the tokenizer has one."""
-        text = self.text(messages, answer_next=True)
-        ids = self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]
-        if not self.is_chat and self.end_token_id is not None and ids and ids[-1] == self.end_token_id:
-            ids = ids[:-1]  # some tokenizers close every text; an opening is not closed
-        return np.asarray(ids, np.int64)
-
-    def answer(self, text: str) -> Ints:
-        """Ids of an answer as supervised training wants it: the text and the end token."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.end_token_id is not None:
-            ids = [*ids, self.end_token_id]
-        return np.asarray(ids, np.int64)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of sampled tokens without the end token, as an environment reads it."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def continuation(self, messages: list[Message], last: int) -> Ints:
-        """Ids that follow a sampled answer: the end of its turn (unless `last`, the last sampled token, is that end),
-        the new messages, and the opening of the next answer.
-
-        Raises UserError when the chat template does not write an assistant's turn where it stands.
-        """
-        if not self.is_chat:
-            text = "".join(str(m["content"]) for m in messages)
-            return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-        opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
-        _, mark, text = self.text([*opening, *messages], answer_next=True).partition(_MARK)
-        if not mark:
-            raise UserError("model.chat_template: the template does not contain the assistant's own text")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] == last and last in self.stop_token_ids:
-            ids = ids[1:]  # the model has written the end of its turn itself
-        return np.asarray(ids, np.int64)
 
 
 def draw_seed(*key: Any) -> int:
@@ -132,7 +73,7 @@ class ActiveEpisode:
 
 
 def rollout(
-    sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], config: RolloutConfig, renderer: Renderer
+    sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], config: RolloutConfig, chat: Chat
 ) -> list[list[Episode]]:
     """The groups of episodes of `prompts` ((position in the data, prompt) pairs), in that order, samples in order.
 
@@ -168,7 +109,7 @@ def rollout(
             config.params,
             max_tokens=min(room, config.params.max_tokens),
             seed=seed,
-            stop_token_ids=renderer.stop_token_ids,
+            stop_token_ids=chat.stop_token_ids,
         )
         active[uid] = (group, episode)
         sampler.add(SampleRequest(uid=uid, tokens=episode.context, params=params))
@@ -187,7 +128,7 @@ def rollout(
                     guard.call(env.close, prompt=prompt)
                     continue
                 if known is None or known[0] != opening.value:
-                    known = opening.value, renderer.start(opening.value)
+                    known = opening.value, chat.prompt(opening.value)
                 request(group, ActiveEpisode(position, index, prompt, env, known[1]))
         while sampler.unfinished():
             heartbeat()
@@ -195,7 +136,7 @@ def rollout(
                 return _dropped(guard, sampler, active)
             for sample in sampler.step():
                 group, episode = active.pop(sample.uid)
-                _take_turn(guard, config, renderer, group, episode, sample, request, finish)
+                _take_turn(guard, config, chat, group, episode, sample, request, finish)
     return groups  # type: ignore[return-value]
 
 
@@ -210,7 +151,7 @@ def _dropped(guard: Guard, sampler: Sampler, active: dict[str, tuple[int, Active
 def _take_turn(
     guard: Guard,
     config: RolloutConfig,
-    renderer: Renderer,
+    chat: Chat,
     group: int,
     episode: ActiveEpisode,
     sample: Sample,
@@ -221,7 +162,7 @@ def _take_turn(
     check_drawn(sample)
     turn = Turn(episode.context, sample)
     episode.turns.append(turn)
-    text = renderer.decode(sample.tokens.tolist())
+    text = chat.read(sample.tokens.tolist())
     outcome = guard.call(episode.env.step, text, prompt=episode.prompt)
     if outcome.invalid:
         finish(group, episode, "aborted", outcome.invalid)
@@ -235,8 +176,7 @@ def _take_turn(
     if result.done or len(episode.turns) >= config.env.max_turns:
         finish(group, episode, sample.stop)
         return
-    last = int(sample.tokens[-1]) if len(sample.tokens) else -1
-    more = renderer.continuation(result.observation, last)
+    more = chat.continuation(sample.tokens.tolist(), result.observation)
     episode.context = np.concatenate([episode.context, sample.tokens, more])
     request(group, episode)
 

@@ -33,7 +33,7 @@ from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
 from skyrl.evaluate import evaluate
 from skyrl.planner.plan import Plan
-from skyrl.rollout import Renderer, RolloutConfig
+from skyrl.rollout import RolloutConfig
 from skyrl.run_dir import RunFolder
 from skyrl.tracking.base import Tracker, memory_metrics
 from skyrl.tracking.rollouts import write_rollouts
@@ -127,7 +127,6 @@ class Run:
     world: World
     folder: RunFolder
     engine: Engine
-    renderer: Renderer
     stream: PromptStream
     held_out: Sequence[Prompt]
     tracker: Tracker
@@ -221,9 +220,7 @@ class Run:
     def evaluate(self) -> Metrics:
         """Plays the held-out prompts; adds the metrics to the current step and keeps the accuracy."""
         with self.phase("evaluation", "evaluate", self.state.step):
-            metrics, groups = evaluate(
-                self.engine, self.held_out, self.rollout_config("eval"), self.renderer, self.check_stop
-            )
+            metrics, groups = evaluate(self.engine, self.held_out, self.rollout_config("eval"), self.check_stop)
         self.tracker.add(metrics)
         if self.cfg.tracking.rollouts_every:
             self.write_rollouts(groups, f"eval-{self.state.global_step:06d}")
@@ -235,7 +232,7 @@ class Run:
 
     def write_rollouts(self, groups: list[list[Episode]], name: str) -> None:
         """Writes this rank's episodes to the run folder."""
-        write_rollouts(self.folder.rollouts, name, groups, self.renderer.tokenizer, rank=self.world.rank)
+        write_rollouts(self.folder.rollouts, name, groups, self.engine.tokenizer, rank=self.world.rank)
 
     def save(self, *, block: bool = False) -> None:
         """Saves all models and the state; returns when the weights are copied, or with `block` when all is on disk."""

@@ -23,6 +23,7 @@ LEVELS = {
     "run_dir": 1.1,
     "data": 1.2,
     "tracking": 1.2,
+    "text": 1.3,
     "planner": 2,
     "distributed": 2.1,
     "web": 2.1,
@@ -53,7 +54,7 @@ LEVELS = {
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "algorithms api cli config data distributed.env envs launch main planner registry run_dir".split()
-    + "sft sweep tinker tracking train types web".split()
+    + "sft sweep text tinker tracking train types web".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.
 UPWARDS_BY_STRING = {

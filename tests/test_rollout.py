@@ -12,8 +12,9 @@ from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, make_environment, register_environment
 from skyrl.evaluate import episode_metrics
-from skyrl.models.tiny import tiny_tokenizer
-from skyrl.rollout import Renderer, RolloutConfig, draw_seed, rollout, to_rows
+from skyrl.rollout import RolloutConfig, draw_seed, rollout, to_rows
+from skyrl.text.chat import Chat
+from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError
 
 CHAT = (
@@ -33,11 +34,11 @@ def prompts_of(env, split="train"):
     return list(enumerate(ENVIRONMENTS.get(env.name).dataset(options, DataConfig(), split, 1)))
 
 
-def play(engine, env, prompts, *, group=4, tokens=5, limit=160, key=(1, "train"), renderer=None, temperature=1.0):
+def play(engine, env, prompts, *, group=4, tokens=5, limit=160, key=(1, "train"), chat=None, temperature=1.0):
     params = SamplingParams(tokens, temperature=temperature)
-    renderer = renderer or Renderer(engine.tokenizer)
+    chat = chat or Chat(engine.tokenizer)
     with engine.sampling() as sampler:
-        return rollout(sampler, prompts, RolloutConfig(env, params, group, limit, key), renderer)
+        return rollout(sampler, prompts, RolloutConfig(env, params, group, limit, key), chat)
 
 
 def ids_of(row):
@@ -100,14 +101,14 @@ def test_a_chat_template_closes_each_turn_once(engine, end):
     is not trained. <end> is not the tokenizer's own end: it comes through sampler.stop_token_ids."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT.replace("<eos>", end)
-    more = []
+    ends = {1: "tokenizer"}
     if end != "<eos>":
         tokenizer.add_special_tokens({"additional_special_tokens": [end]})
-        more = [tokenizer.convert_tokens_to_ids(end)]
-    renderer = Renderer(tokenizer, more)
+        ends[tokenizer.convert_tokens_to_ids(end)] = "sampler.stop_token_ids"
+    chat = Chat(tokenizer, ends)
     end_id = tokenizer.convert_tokens_to_ids(end)
     env = EnvConfig(name="lowercase", max_turns=3, options={"turns": 3})
-    groups = play(engine, env, prompts_of(env)[:30], group=4, tokens=6, renderer=renderer)
+    groups = play(engine, env, prompts_of(env)[:30], group=4, tokens=6, chat=chat)
     rows = to_rows(list(enumerate(groups)))
     check_rows(groups, rows, tokenizer)
     ended = cut = 0
@@ -129,13 +130,13 @@ def test_a_chat_template_closes_each_turn_once(engine, end):
 
 def test_texts_without_a_template_and_a_template_without_answers():
     tokenizer = tiny_tokenizer()
-    plain = Renderer(tokenizer)
-    assert tokenizer.decode(plain.start([{"role": "user", "content": "1+1="}])) == "1+1="
-    assert plain.answer("2").tolist() == [*tokenizer("2")["input_ids"], tokenizer.eos_token_id]
-    assert plain.decode(plain.answer("2")) == "2"
+    plain = Chat(tokenizer)
+    assert tokenizer.decode(plain.prompt([{"role": "user", "content": "1+1="}])) == "1+1="
+    assert plain.answer([], "2").tolist() == [*tokenizer("2")["input_ids"], tokenizer.eos_token_id]
+    assert plain.read(plain.answer([], "2")) == "2"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
     with pytest.raises(UserError, match="model.chat_template: the template does not contain the assistant's own text"):
-        Renderer(tokenizer).continuation([{"role": "user", "content": "x"}], -1)
+        Chat(tokenizer).continuation([], [{"role": "user", "content": "x"}])
 
 
 # ---- draws

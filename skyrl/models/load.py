@@ -1,4 +1,4 @@
-"""From `model.*` options to a module with weights and a tokenizer; and the probe that checks it before training.
+"""From `model.*` options to a module with weights; and the probe that checks it before training.
 
 The module is built with its parameters on the meta device and its buffers real, so that rotary frequencies are those
 of transformers to the last bit and no memory is spent before a strategy has decided what each rank holds.
@@ -6,62 +6,28 @@ of transformers to the last bit and no memory is spent before a strategy has dec
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from skyrl.config.schema import ModelConfig
+from skyrl.files import locate
 from skyrl.models.attention import NAME, register
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
-from skyrl.models.tiny import tiny_config, tiny_tokenizer
+from skyrl.models.tiny import tiny_config
 from skyrl.models.weights import fill_from, init_random
+from skyrl.text.tokenizer import TINY, tiny_tokenizer
 from skyrl.types import UserError
 
-TINY = "tiny"
 # Mean absolute difference of log-probabilities over rows and vocabulary; deep models in bfloat16 reach about 0.03.
 CHECK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 Head = Literal["logits", "value"]
-
-
-def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:
-    """The local folder of a model: `path` itself, or the hub's copy of it, fetched if need be.
-
-    Raises: UserError that says what was looked for, when there is neither.
-    """
-    folder = Path(path).expanduser()
-    if weights and (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{where}={path}: the folder holds an adapter of peft; give the model that merge_and_unload of peft makes "
-            "of it, or the base without the adapter's files"
-        )
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and weights:
-            raise UserError(f"{where}={path}: the folder has no config.json; give a folder in Hugging Face format")
-        return folder
-    looked = f"no folder {folder.absolute()}"
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError(f"{where}={path}: {looked}, and a hub name looks like org/name; give one of these, or `tiny`")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
-    try:
-        found = Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
-        if weights and not any(found.glob("*.safetensors")):
-            snapshot_download(path, revision=revision or None, allow_patterns=["pytorch_model*"])
-        return found
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{where}={path}: {looked}, and the hub gave no model of that name ({reason}); hub names look like org/name"
-        ) from error
 
 
 def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
@@ -106,15 +72,10 @@ def build_on_meta(
     """The module of `cfg` with parameters in `dtype` on the meta device; its buffers are real and right.
 
     `load_into` gives it weights, before or after it was sharded. Raises: UserError for a model that cannot be had or
-    is not supported, or a tokenizer with more entries than the model.
+    is not supported.
     """
     net = build_net(read_config(cfg, tokenizer), dtype, trust_remote_code=cfg.trust_remote_code)
     model = CausalLM(net, head, chunk_tokens=cfg.logits_chunk_tokens).to(dtype)
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(
-            f"model.tokenizer={cfg.tokenizer or cfg.path}: it has {len(tokenizer)} entries, the model only "
-            f"{model.vocab_size}; give the model's own tokenizer"
-        )
     if cfg.activation_checkpointing:
         model.checkpoint_layers()
     return model
@@ -149,34 +110,6 @@ def build_model(
     model = build_on_meta(cfg, tokenizer, head=head, dtype=dtype)
     load_into(model, cfg, device=device, seed=seed)
     return model
-
-
-def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `cfg`, with its chat template replaced if `model.chat_template` names a file.
-
-    Raises: UserError for a tokenizer that cannot be read or has no end-of-sequence token, or a missing template.
-    """
-    source = cfg.tokenizer or cfg.path
-    if source == TINY:
-        tokenizer: PreTrainedTokenizerBase = tiny_tokenizer()
-    else:
-        where = "model.tokenizer" if cfg.tokenizer else "model.path"
-        folder = locate(source, "" if cfg.tokenizer else cfg.revision, where=where, weights=False)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"{where}={source}: no tokenizer can be read there ({reason}); set model.tokenizer"
-            ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.tokenizer={source}: the tokenizer has no end-of-sequence token; give one that has")
-    if cfg.chat_template:
-        file = Path(cfg.chat_template).expanduser()
-        if not file.is_file():
-            raise UserError(f"model.chat_template={cfg.chat_template}: no such file; give one with a Jinja template")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
-    return tokenizer
 
 
 class _ShortWindow:

@@ -1,37 +1,12 @@
-"""The model that needs no download: a small Qwen3 with random weights and a character tokenizer made in code."""
+"""The model that needs no download: a small Qwen3 with random weights."""
 
 from __future__ import annotations
 
-import string
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import Qwen3Config
 
 from skyrl.config.schema import TinyModelConfig
+from skyrl.text.tokenizer import TINY_POSITIONS
 from skyrl.types import UserError
-
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-CHARACTERS = "\n\t " + string.digits + string.ascii_letters + string.punctuation
-MAX_POSITIONS = 4096
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: printable ASCII, newline and tab, so decode(encode(x)) == x; others become <unk>.
-
-    100 entries: <pad> 0, <eos> 1, <unk> 2, then the characters. Nothing is added at either end of a text.
-    """
-    vocab = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-    )
 
 
 def tiny_config(cfg: TinyModelConfig, tokenizer_size: int) -> Qwen3Config:
@@ -55,7 +30,7 @@ def tiny_config(cfg: TinyModelConfig, tokenizer_size: int) -> Qwen3Config:
         num_attention_heads=cfg.num_heads,
         num_key_value_heads=cfg.num_kv_heads,
         head_dim=cfg.hidden_size // cfg.num_heads,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=TINY_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=1,

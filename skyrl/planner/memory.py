@@ -14,13 +14,11 @@ from typing import Any
 
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import advantage_of
+from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Of models/tiny.py, which needs torch; tests hold them equal.
-TINY_VOCAB = 100
-TINY_POSITIONS = 4096
 LOGITS_CHUNK_BYTES = 64 << 20
 CPU_CACHE_LIMIT = GIB
 
@@ -58,7 +56,7 @@ def model_facts(cfg: RunConfig) -> ModelFacts:
 def tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
     """The Qwen3 that model.path=tiny builds: tied embeddings, no biases, norms on queries and keys."""
     hidden, head = tiny.hidden_size, tiny.hidden_size // tiny.num_heads
-    vocab = tiny.vocab_size or TINY_VOCAB
+    vocab = tiny.vocab_size or len(TINY_VOCABULARY)
     attention = 2 * hidden * head * (tiny.num_heads + tiny.num_kv_heads)
     layer = attention + 3 * hidden * tiny.ffn_size + 2 * hidden + 2 * head
     parameters = vocab * hidden + tiny.num_layers * layer + hidden

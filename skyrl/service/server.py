@@ -25,7 +25,6 @@ from skyrl.engine import Engine
 from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_facts
 from skyrl.planner.plan import make_plan
-from skyrl.sampler.stop import Decode
 from skyrl.service.app import AppState, http_error
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
@@ -37,7 +36,8 @@ from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.worker import Worker
-from skyrl.types import LoraSpec, UserError
+from skyrl.text.chat import Chat
+from skyrl.types import Ints, LoraSpec, Message, UserError
 from skyrl.web.auth import Keys, read_keys
 from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
 
@@ -55,22 +55,6 @@ class Service:
     checkpoints: CheckpointService
     worker: Worker
     info: ServerInfo
-
-    @property
-    def decode(self) -> Decode:
-        """Token ids to text, special tokens included."""
-        return lambda tokens: self.engine.tokenizer.decode(list(tokens), skip_special_tokens=False)
-
-    def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The prompt of a chat, by the tokenizer's own template. Raises UserError when it has none."""
-        if not getattr(self.engine.tokenizer, "chat_template", None):
-            raise UserError("this model's tokenizer has no chat template; use completions, or model.chat_template")
-        out = self.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        return list(out["input_ids"] if hasattr(out, "keys") else out)
-
-    def encode(self, text: str) -> list[int]:
-        """Text to token ids, without special tokens around it."""
-        return list(self.engine.tokenizer.encode(text, add_special_tokens=False))
 
     def close(self) -> None:
         """Waits for saves under way and lets go of the service folder."""
@@ -135,10 +119,6 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
         engine.tokenizer.save_pretrained(tokenizer_id)
         aliases[tokenizer_id] = Path(cfg.model.path)
     module = engine.models[BASE].strategy.module
-    eos = getattr(module.net.generation_config, "eos_token_id", None)
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if engine.tokenizer.eos_token_id is not None:
-        eos.append(engine.tokenizer.eos_token_id)
     info = ServerInfo(
         aliases=aliases,
         model_path=cfg.model.path,
@@ -146,7 +126,7 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
         arch=str(module.config.model_type),
         max_context=engine.max_row_tokens,
         vocab_size=module.vocab_size,
-        eos_token_ids=tuple(sorted(set(eos))),
+        eos_token_ids=tuple(sorted(engine.chat.end_tokens)),
         adaptable=not cfg.service.full_parameters and bool(adapted(module, LoraSpec(rank=1, mlp=False))),
         full_parameters=cfg.service.full_parameters,
     )
@@ -185,13 +165,24 @@ async def _fault(request: Request, error: Exception) -> Response:
     return error_reply(http_error(request, error))
 
 
+def text_tools(chat: Chat) -> TextTools:
+    """What the OpenAI endpoints need of a Chat: the one that training uses, so that both read the same ids."""
+
+    def render(messages: list[Message]) -> Ints:
+        if not chat.has_template:
+            raise UserError("this model's tokenizer has no chat template; use completions, or model.chat_template")
+        return chat.prompt(messages)
+
+    return TextTools(chat.start, chat.decode, render)
+
+
 def start_http_server(service: Service, keys: Keys | None = None) -> HttpServer:
     """Serves HTTP for `service` on service.host and service.port, in a thread of its own. Raises UserError for an
     address or keys that cannot be used."""
     settings = service.cfg.service
     keys = read_keys(settings) if keys is None else keys
     state = AppState(service.scheduler, service.checkpoints, service.info, settings, keys)
-    app = make_app(state, TextTools(service.encode, service.decode, service.render))
+    app = make_app(state, text_tools(service.engine.chat))
     return serve_in_thread(app, settings.host, settings.port, close=state.close, options="service")
 
 

@@ -34,7 +34,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
         for _ in range(filters.max_refill_rounds if filters.refill else 1):
             positions = step.deal(range(state.position, state.position + wanted))
             prompts = [(i, run.stream.at(i)) for i in positions]
-            groups = rollout(sampler, prompts, run.rollout_config("train"), run.renderer)
+            groups = rollout(sampler, prompts, run.rollout_config("train"), run.engine.chat)
             step.check_stop()
             state.position += wanted
             sampled += groups

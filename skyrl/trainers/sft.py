@@ -51,13 +51,14 @@ def sft_row(run: Run, position: int) -> Datum:
     Raises UserError for a prompt without a solution and for one that is too long.
     """
     prompt = run.stream.at(position)
+    chat = run.engine.chat
     text = prompt.extra.get("solution")
     if text is None:
         raise UserError(
             f"warmup.num_steps={run.cfg.warmup.num_steps}: prompt {prompt.uid} of env.name={run.cfg.env.name} has no "
             "solution to learn from; set warmup.num_steps=0"
         )
-    opening, answer = run.renderer.start(prompt.messages), run.renderer.answer(text)
+    opening, answer = chat.prompt(prompt.messages), chat.answer(prompt.messages, text)
     ids = np.concatenate([opening, answer])
     if len(ids) > run.engine.max_row_tokens:
         raise UserError(

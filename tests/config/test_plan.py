@@ -119,7 +119,8 @@ def test_facts_of_tiny_equal_the_built_model(shape):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from skyrl.models.tiny import tiny_config, tiny_tokenizer
+    from skyrl.models.tiny import tiny_config
+    from skyrl.text.tokenizer import tiny_tokenizer
 
     tiny = TinyModelConfig(**shape)
     facts = tiny_facts(tiny)

@@ -14,7 +14,7 @@ from skyrl.models import export
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM, collate
 from skyrl.models.load import build_model, load_tokenizer, plain_logprobs
-from skyrl.models.tiny import tiny_tokenizer
+from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import Datum, UserError
 
 

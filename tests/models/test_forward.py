@@ -7,7 +7,8 @@ from families import FAMILIES, make_net
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.load import build_model, load_tokenizer, plain_logprobs
+from skyrl.models.load import build_model, plain_logprobs
+from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, UserError
 
 LENGTHS = (5, 24, 13, 20, 1)

@@ -17,12 +17,12 @@ from skyrl.models.load import (
     build_on_meta,
     check_against_transformers,
     load_into,
-    load_tokenizer,
     read_config,
 )
 from skyrl.models.support import check_supported
-from skyrl.models.tiny import tiny_tokenizer
 from skyrl.models.weights import init_random
+from skyrl.text.chat import load_chat
+from skyrl.text.tokenizer import load_tokenizer, tiny_tokenizer
 from skyrl.types import UserError
 
 SMALL = TinyModelConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48)
@@ -124,11 +124,6 @@ def test_broken_folders_are_refused(tmp_path):
     refused("transformers cannot read its config", cfg.path)
 
 
-def test_a_tokenizer_with_more_entries_than_the_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="it has 97 entries, the model only 96"):
-        build_on_meta(saved(tmp_path, "qwen3"), Entries(97))
-
-
 UNSUPPORTED = {
     "T5Config": "encoder-decoder",
     "Gemma3Config": "more than text",
@@ -217,7 +212,7 @@ def test_tokenizer_options(tmp_path):
     config.pop("eos_token")
     (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        load_tokenizer(ModelConfig(tokenizer=str(tmp_path / "tok")))
+        load_chat(ModelConfig(tokenizer=str(tmp_path / "tok")))
 
 
 def test_tiny_is_read_without_files():

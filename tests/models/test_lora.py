@@ -10,8 +10,9 @@ from torch import nn
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM, collate, precise
-from skyrl.models.load import build_model, load_tokenizer
+from skyrl.models.load import build_model
 from skyrl.models.lora import Adapter, adapted, install, routed
+from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, LoraSpec, UserError
 
 LENGTHS = (5, 24, 13, 20)

@@ -10,7 +10,8 @@ from gloo import run_ranks
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import collate
-from skyrl.models.load import build_model, build_on_meta, load_into, load_tokenizer
+from skyrl.models.load import build_model, build_on_meta, load_into
+from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum
 
 SMALL = TinyModelConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48, vocab_size=301)

@@ -5,7 +5,8 @@ import string
 import pytest
 
 from skyrl.config.schema import TinyModelConfig
-from skyrl.models.tiny import tiny_config, tiny_tokenizer
+from skyrl.models.tiny import tiny_config
+from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import UserError
 
 

@@ -8,9 +8,10 @@ from small import small_config
 from transformers import AutoModelForCausalLM
 
 from skyrl.models.peft import write_adapter
-from skyrl.models.tiny import tiny_config, tiny_tokenizer
+from skyrl.models.tiny import tiny_config
 from skyrl.service.archive import Archive, Content
 from skyrl.service.records import CheckpointPath, ModelInfo
+from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import LoraSpec
 
 PATH = CheckpointPath("s-1:train:0", "sampler_weights", "final")

@@ -1,0 +1,156 @@
+"""Conversations to token ids and drawn tokens to text: one implementation for training, evaluation, supervised rows and
+both doors of the server.
+
+    prompt(messages)                  ids that a model reads before it answers
+    answer(messages, text)            ids of an answer to learn, closed as the template closes a turn
+    continuation(drawn, messages)     ids between what was drawn and the next answer
+    read(drawn)                       text of what was drawn, as rewards read it; stop strings are searched in the same
+
+Tokens are never made twice: the ids of prompt, drawn answer and continuation, end to end, are the row that is trained.
+Nothing here knows a row of a file: who calls puts file:line before the text of a UserError. Imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from skyrl.config.schema import ModelConfig
+from skyrl.text.tokenizer import Decode, encode, end_tokens, load_tokenizer, make_decode
+from skyrl.types import Ints, Message, UserError
+
+_MARK = "<<<answer goes here>>>"
+_NEXT = "<<<the next message goes here>>>"
+TAIL = 32  # drawn tokens that are looked at for how what follows them is tokenised
+
+
+def load_chat(
+    model: ModelConfig, *, stop_token_ids: Sequence[int] = (), template_kwargs: Mapping[str, Any] | None = None
+) -> Chat:
+    """The Chat of a model: its tokenizer, its end tokens and `stop_token_ids` (sampler.stop_token_ids) beside them.
+
+    Reads no weights. Raises UserError for a tokenizer or template that cannot be had."""
+    tokenizer = load_tokenizer(model)
+    ends = end_tokens(model, tokenizer)
+    ends |= {token: "sampler.stop_token_ids" for token in stop_token_ids if token not in ends}
+    return Chat(tokenizer, ends, template_kwargs=template_kwargs)
+
+
+class Chat:
+    """A tokenizer with its chat template, or plain text without one: the contents of the messages end to end.
+
+    `end_tokens`: ids of the tokens that end a turn -> who names them; None = the tokenizer's alone. `template_kwargs`:
+    variables for the template, such as enable_thinking. `vocab_size`: rows of the model's embedding, 0 = not known yet;
+    a tokenizer may have more entries, which must not occur.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_tokens: Mapping[int, str] | None = None,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        vocab_size: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.end_tokens = dict(end_tokens or {tokenizer.eos_token_id: "tokenizer"})
+        self.template_kwargs = dict(template_kwargs or {})
+        self.vocab_size = vocab_size
+        self.decode: Decode = make_decode(tokenizer)
+        self._between: dict[str, str] = {}
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a turn, for SamplingParams; the tokenizer's own first."""
+        return tuple(self.end_tokens)
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def render(
+        self, messages: Sequence[Message], *, answer_next: bool = True, continue_final: bool = False, **kwargs: Any
+    ) -> str:
+        """The conversation as the text a model reads: with the opening of an answer (`answer_next`), or open at the end
+        of the last message, an assistant's, which the model then continues (`continue_final`; no opening then).
+
+        kwargs: variables for the template, over `template_kwargs`. Raises UserError in one line, with the template's
+        own words, when it refuses these messages.
+        """
+        if not self.has_template:
+            return "".join(str(m["content"]) for m in messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=answer_next and not continue_final,
+                continue_final_message=continue_final,
+                **{**self.template_kwargs, **kwargs},
+            )
+        except Exception as error:  # templates refuse what they do not know with errors of their own
+            words = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"the chat template refuses these messages: {words}") from error
+
+    def after_answer(self, messages: Sequence[Message] = ()) -> str:
+        """What the template writes after the text of an assistant's turn: the end of the turn and, where `messages`
+        follow, these and the opening of the next answer.
+
+        Raises UserError when the template does not write an assistant's text where it stands."""
+        turn = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
+        _, mark, text = self.render([*turn, *messages], answer_next=bool(messages)).partition(_MARK)
+        if not mark:
+            raise UserError("model.chat_template: the template does not contain the assistant's own text")
+        return text
+
+    def read(self, drawn: Sequence[int]) -> str:
+        """The text of drawn tokens as rewards read it: the end token at their end is taken off, other special tokens
+        stay, and so does every space."""
+        tokens = list(drawn)
+        return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens)
+
+    # ---- ids -------------------------------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[Message], *, continue_final: bool = False, **kwargs: Any) -> Ints:
+        """Ids [L] that a model reads before it answers `messages`; arguments as for `render`.
+
+        Without a template a beginning-of-sequence token is added where the tokenizer has one; templates write theirs.
+        Raises UserError as `render`, and for a token that the model does not have."""
+        text = self.render(messages, continue_final=continue_final, **kwargs)
+        return self._ids(encode(self.tokenizer, text)) if self.has_template else self.start(text)
+
+    def start(self, text: str) -> Ints:
+        """Ids of a plain text that a model shall go on with: a beginning-of-sequence token is added where the tokenizer
+        has one and the text does not begin with it; an end token that the tokenizer adds is taken off."""
+        opens = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+        ids = list(self.tokenizer(text, add_special_tokens=opens, verbose=False)["input_ids"])
+        return self._ids(ids[:-1] if opens and ids and ids[-1] == self.tokenizer.eos_token_id else ids)
+
+    def answer(self, messages: Sequence[Message], text: str) -> Ints:
+        """Ids of an answer to `messages` as supervised training wants it: the text and the end of the turn."""
+        ids = encode(self.tokenizer, text)
+        return self._ids([*ids, next(iter(self.end_tokens))])
+
+    def continuation(self, drawn: Sequence[int], messages: Sequence[Message]) -> Ints:
+        """Ids that follow a drawn answer: the end of its turn, unless its last token is one, the new messages, and the
+        opening of the next answer. `drawn`: the tokens of the answer.
+
+        Raises UserError as `render` and `after_answer`."""
+        if not self.has_template:
+            return self._ids(encode(self.tokenizer, self.render(messages)))
+        ids = encode(self.tokenizer, self.after_answer(messages))
+        if len(drawn) and ids and ids[0] == drawn[-1] and drawn[-1] in self.end_tokens:
+            ids = ids[1:]  # the model has written the end of its turn itself
+        return self._ids(ids)
+
+    def _ids(self, ids: Sequence[int]) -> Ints:
+        """Checked against the embedding."""
+        found = np.asarray(ids, np.int64)
+        if self.vocab_size and len(found) and found.max() >= self.vocab_size:
+            token = int(found[found >= self.vocab_size][0])
+            name = self.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(
+                f"token {name!r} ({token}) is beyond the model's embedding of {self.vocab_size} rows; leave it out, or "
+                "give the model's own tokenizer"
+            )
+        return found
