@@ -15,7 +15,6 @@ from skyrl.config import validation
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
 from skyrl.planner.memory import (
     GIB,
-    TINY_VOCAB,
     MemoryEstimate,
     ModelFacts,
     available,
@@ -24,6 +23,7 @@ from skyrl.planner.memory import (
     model_facts,
     trained_parameters,
 )
+from skyrl.text.tokenizer import TINY_VOCABULARY
 from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
 __all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_facts"]
@@ -224,9 +224,9 @@ def _check_against_model(cfg: RunConfig, facts: ModelFacts, dtype: str) -> None:
             f"{facts.vocab_size} tokens; remove it"
         )
     tiny = cfg.model.tiny.vocab_size
-    if cfg.model.path == "tiny" and 0 < tiny < TINY_VOCAB and cfg.model.tokenizer in ("", "tiny"):
+    if cfg.model.path == "tiny" and 0 < tiny < len(TINY_VOCABULARY) and cfg.model.tokenizer in ("", "tiny"):
         raise UserError(
-            f"model.tiny.vocab_size={tiny}: its tokenizer has {TINY_VOCAB} entries; give at least that, or 0"
+            f"model.tiny.vocab_size={tiny}: its tokenizer has {len(TINY_VOCABULARY)} entries; give at least that, or 0"
         )
 
 
