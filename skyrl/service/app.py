@@ -28,7 +28,7 @@ from skyrl.service.store import Store
 from skyrl.service.tensors import SizeBudget
 from skyrl.types import UserError
 from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
-from skyrl.web.http import FAULT, HttpError, error_reply, log, log_fault, parsed, read_body, read_json
+from skyrl.web.http import FAULT, BodyReader, HttpError, error_reply, log, log_fault, read_body, read_json
 from skyrl.web.message import JsonMessage, Text
 
 if TYPE_CHECKING:  # it needs torch, and most endpoints do not
@@ -38,8 +38,11 @@ if TYPE_CHECKING:  # it needs torch, and most endpoints do not
 API = "/api/v1/"
 RETRY_SECONDS = 1  # told to clients when there is too much work
 AUDIT_ENTRIES = 10_000
+SMALL_BODY = 4 << 20  # of requests that hold neither tokens nor arrays
 REMEMBERED = 4096  # answers to posts that clients may repeat after a broken connection
+KEY_LENGTH = 256  # of what says that a post is a repetition
 M = TypeVar("M", bound=JsonMessage)
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,6 +59,7 @@ class AppState:
     settings: ServiceConfig
     keys: Keys
     signer: Signer = field(default_factory=Signer)
+    bodies: BodyReader = field(default_factory=BodyReader)
     waiting: set[asyncio.Event] = field(default_factory=set)
     closed: bool = False
     answers: OrderedDict[tuple[str, str, str], asyncio.Future[Response]] = field(default_factory=OrderedDict)
@@ -131,14 +135,25 @@ class RequestContext:
         """A parameter of the query."""
         return self.request.query_params.get(name, default)
 
-    async def body(self) -> bytes:
-        """The whole body. Raises HttpError 413 before more than service.max_request_mib of it is in memory."""
-        return await read_body(self.request, max_bytes=self.state.max_bytes, option="service.max_request_mib")
+    async def read(self, read: Callable[[bytes], T], *, kind: type[JsonMessage] | None = None, quick: bool = True) -> T:
+        """What `read` makes of the body, in the event loop only where both are small and `read` is `quick`. Raises
+        HttpError 413 before more than service.max_request_mib is in memory, or SMALL_BODY for a `kind` that is never
+        large."""
+        state, client = self.state, self.request.client
+        max_bytes, limit = state.max_bytes, "service.max_request_mib"
+        if kind is not None and not kind.large and max_bytes > SMALL_BODY:
+            max_bytes, limit = SMALL_BODY, f"in {kind.operation}"
+        sender = self.owner if state.keys.required or client is None else client.host
+        return await state.bodies.parse(self.request, sender, read, max_bytes=max_bytes, limit=limit, quick=quick)
 
     async def message(self, kind: type[M]) -> M:
         """The body as a message. Raises UserError for bytes that are no JSON, and for what the message refuses."""
-        body, budget = await self.body(), SizeBudget(self.state.max_bytes)
-        return await parsed(body, lambda: kind.parse(read_json(body), budget=budget))
+        budget = SizeBudget(self.state.max_bytes)
+        return await self.read(lambda body: kind.parse(read_json(body), budget=budget), kind=kind)
+
+    async def ignore_body(self) -> None:
+        """Lets the body pass without keeping any of it. Raises HttpError 413."""
+        await read_body(self.request, max_bytes=self.state.max_bytes, limit="service.max_request_mib", keep=False)
 
     async def text(self, operation: str, field: str) -> str:
         """The one field, a text, that matters of a small body. Raises UserError."""
@@ -165,6 +180,8 @@ def once(handler: Handler) -> Handler:
         token = context.request.headers.get("x-idempotency-key", "")
         if not token:
             return await handler(context)
+        if len(token) > KEY_LENGTH:
+            raise UserError(f"X-Idempotency-Key: {len(token)} characters; allowed: at most {KEY_LENGTH}")
         answers, key = context.state.answers, (context.owner, context.request.url.path, token)
         if key in answers:
             return await asyncio.shield(answers[key])

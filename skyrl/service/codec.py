@@ -10,15 +10,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import zstandard
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 from pydantic import FailFast, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from skyrl.service import proto
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -50,16 +50,19 @@ from skyrl.service.tensors import (
     tensor_field,
 )
 from skyrl.types import UserError
-from skyrl.web.http import JSON, encode_json, read_json
+from skyrl.web.http import JSON, SMALL_BYTES, encode_json, read_json
 from skyrl.web.message import NAME_LENGTH, TEXT_LENGTH, JsonMessage, Name, not_allowed, refused, short_repr
 
 PROTOBUF = "application/x-protobuf"
 NO_LOGPROB = -99999.0  # with token 0: an empty cell of a top-k table
-# Of datums, chunks and tensors together. Two bytes make an empty one, and it takes some sixty in memory.
-MAX_PARTS = 1 << 18
-MAX_INPUTS = 64  # of one datum in JSON; no loss has as many
-_FROM_CODE = {proto.FLOAT32: DTYPES["float32"], proto.INT64: DTYPES["int64"]}
-_TO_CODE = {"f4": proto.FLOAT32, "i4": proto.INT32, "i8": proto.INT64}
+# Of one training request in protobuf. Two bytes make an empty datum, which takes hundreds in memory.
+MAX_FIELDS, MAX_DATUMS = 1 << 20, 1 << 16
+MAX_INPUTS = 64  # of one datum, and of a loss's configuration; no loss has as many
+# Of enum DType and StopReason.
+FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
+STOP, LENGTH = 0, 1
+_FROM_CODE = {FLOAT32: DTYPES["float32"], INT64: DTYPES["int64"]}
+_TO_CODE = {"f4": FLOAT32, "i4": INT32, "i8": INT64}
 _TOKENS = np.dtype("<i4")
 # Requests in JSON, by the last part of their path.
 REQUESTS: dict[str, type[JsonMessage]] = {
@@ -74,6 +77,45 @@ REQUESTS: dict[str, type[JsonMessage]] = {
 }
 
 
+# ---- protobuf
+
+
+def _described() -> Any:
+    text = (Path(__file__).parent / "tinker.textproto").read_text(encoding="utf-8")
+    return text_format.Parse(text, descriptor_pb2.FileDescriptorProto())
+
+
+def message_classes(described: Any) -> dict[str, Any]:
+    """Classes of a file's messages, by name. In a descriptor pool of its own: the client's package registers the same
+    names in the default pool, and both can live in one process."""
+    pool = descriptor_pool.DescriptorPool()
+    # As bytes: the older pure-Python pool takes nothing else, and every runtime takes this.
+    pool.AddSerializedFile(described.SerializeToString())
+    found = {m.name: pool.FindMessageTypeByName(f"{described.package}.{m.name}") for m in described.message_type}
+    return {name: message_factory.GetMessageClass(descriptor) for name, descriptor in found.items()}
+
+
+MESSAGES = message_classes(_described())
+ForwardBackwardRequest: Any = MESSAGES["ForwardBackwardRequest"]
+ForwardBackwardOutput: Any = MESSAGES["ForwardBackwardOutput"]
+SampleResponse: Any = MESSAGES["SampleResponse"]
+# For each message, what its fields hold: another message, numbers of some bytes each (PACKED), or neither ("").
+PACKED = "packed"
+_FIELDS = {
+    message.name: {
+        field.number: field.type_name
+        or (
+            PACKED
+            if field.label == field.LABEL_REPEATED and field.type not in (field.TYPE_STRING, field.TYPE_BYTES)
+            else ""
+        )
+        for field in message.field
+    }
+    for outer in _described().message_type
+    for message in (outer, *outer.nested_type)
+}
+
+
 # ---- training requests
 
 
@@ -83,74 +125,71 @@ def parse_request(kind: type[JsonMessage], json: Any, *, max_bytes: int) -> Any:
     return kind.parse(json, budget=SizeBudget(max_bytes))
 
 
-def parse_train(
-    body: bytes, content_type: str, content_encoding: str, *, forward_only: bool = False, max_bytes: int
-) -> TrainRequest:
+def parse_train(body: bytes, content_type: str, *, forward_only: bool = False, max_bytes: int) -> TrainRequest:
     """forward_backward and forward.
 
-    `max_bytes` bounds the body, what it decompresses to, and what its sparse tensors expand to (together). Token ids
-    become int64; dense inputs are read-only views of the message's bytes, without a copy. Raises UserError where no
-    model_id and seq_id can be read; anything else that is wrong becomes the request's `problem`.
+    `max_bytes` bounds what the sparse tensors expand to (together). Token ids become int64; dense inputs are read-only
+    views of the message's bytes, without a copy. Raises UserError where no model_id and seq_id can be read; anything
+    else that is wrong becomes the request's `problem`.
     """
-    body = decompressed(body, content_encoding, max_bytes=max_bytes)
     kind = (content_type or JSON).split(";")[0].strip().lower()
     if kind == JSON:
         old = ForwardJson if forward_only else ForwardBackwardJson
         return parse_request(old, read_json(body), max_bytes=max_bytes).request()
     if kind != PROTOBUF:
         raise UserError(f"Content-Type {short_repr(content_type)}; allowed: {PROTOBUF}, {JSON}")
-    _count_parts(body)
+    unknown = check_fields(body) if len(body) > SMALL_BYTES else None
     try:
-        message = proto.ForwardBackwardRequest.FromString(body)
+        message = ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise UserError("forward_backward: the body is not the protobuf message ForwardBackwardRequest") from None
-    return _train_request(message, forward_only=forward_only, max_bytes=max_bytes)
+    if unknown is None:  # so small that it may be built first: only what has unknown fields is read field by field
+        size = message.ByteSize()
+        message.DiscardUnknownFields()
+        unknown = check_fields(body) if message.ByteSize() < size else ""
+    return _train_request(message, unknown, forward_only=forward_only, max_bytes=max_bytes)
 
 
-def decompressed(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
-    """The body without its Content-Encoding (none, identity or zstd), at most `max_bytes` long: a frame that would
-    give more is refused before or while it is expanded. Raises UserError, also for a cut-off or damaged frame."""
-    encoding = (encoding or "identity").strip().lower()
-    if encoding not in ("identity", "zstd"):
-        raise UserError(f"Content-Encoding {short_repr(encoding)}; allowed: none, zstd")
-    if len(body) > max_bytes:
-        raise UserError(f"body: {len(body)} bytes, at most {max_bytes} may be; send smaller parts")
-    if encoding == "identity":
-        return body
-    try:
-        size = zstandard.frame_content_size(body)  # -1 where the frame does not say
-        if size > max_bytes:
-            raise UserError(f"body: {size} bytes when decompressed, at most {max_bytes} may be; send smaller parts")
-        # Where the frame does not say, the buffer is max_bytes long and a longer output an error.
-        found = zstandard.ZstdDecompressor().decompress(body, max_output_size=max_bytes, allow_extra_data=False)
-        if size < 0:  # and then bytes behind the frame go unnoticed: once more, now that its length is known to be fine
-            again = zstandard.ZstdDecompressor().decompressobj()
-            again.decompress(body)
-            if again.unused_data:
-                raise UserError(f"body: {len(again.unused_data)} bytes follow the zstd frame; allowed: one frame")
-        return found
-    except zstandard.ZstdError as error:
-        raise UserError(f"body: not a zstd frame of at most {max_bytes} bytes: {short_repr(str(error))}") from None
-
-
-def _count_parts(body: bytes) -> None:
-    """Raises UserError when a message has more parts than memory should be given for; damage is left to the parser."""
-    left, places = MAX_PARTS, [(0, len(body), True)]
+def check_fields(body: bytes) -> str:
+    """Reads the fields of a ForwardBackwardRequest, and of the messages in it, without building any. Returns the first
+    one that this server does not know and that says something, "" when there is none. Raises UserError when it has more
+    fields or datums than time and memory should be given for; damage is left to the parser."""
+    left, datums, unknown = MAX_FIELDS, MAX_DATUMS, ""
+    places = [(0, len(body), "ForwardBackwardRequest")]
     while places:
-        at, end, top = places.pop()
+        at, end, name = places.pop()
+        known = _FIELDS.get(name, {})  # none of an enumeration's
         while at < end:
             tag, at = _varint(body, at, end)
-            if tag & 7 != 2:
-                # A group's content (3 to 4) is walked like any other, or it would hide what follows it.
-                at = {0: _varint(body, at, end)[1], 1: at + 8, 3: at, 4: at, 5: at + 4}.get(tag & 7, end)
-                continue
-            length, at = _varint(body, at, end)
+            number, kind, start = tag >> 3, tag & 7, at
             left -= 1
-            if left < 0:
-                raise UserError(f"forward_backward: more than {MAX_PARTS} datums, chunks and tensors; send less")
-            if top and tag >> 3 == 3:  # a Datum: its chunks and tensors count too
-                places.append((at, min(at + length, end), False))
-            at += length
+            if kind == 0:
+                value, at = _varint(body, at, end)
+            elif kind == 2:
+                value, at = _varint(body, at, end)
+                start, at = at, at + value
+                inside = known.get(number)
+                if inside == PACKED:
+                    left -= value
+                elif inside:
+                    places.append((start, min(at, end), inside))
+                    datums -= inside == "Datum"
+            elif (
+                kind == 3 or kind == 4
+            ):  # a group: its fields are counted like any other, or it would hide what follows
+                value = 1
+            elif kind == 1 or kind == 5:
+                at += 8 if kind == 1 else 4
+                value = any(body[start:at])
+            else:
+                break
+            if number == 0:  # damage: there is no such field
+                break
+            if left < 0 or datums < 0:
+                raise UserError(f"forward_backward: more than {MAX_DATUMS} datums or {MAX_FIELDS} fields; send less")
+            if value and not unknown and number not in known:
+                unknown = f"field {number} of {name}"
+    return unknown
 
 
 def _varint(body: bytes, at: int, end: int) -> tuple[int, int]:
@@ -168,24 +207,30 @@ def _number_or_text(value: Any) -> float | str:
     if isinstance(value, str):
         if 1 <= len(value) <= TEXT_LENGTH and value.isprintable():
             return value
-    elif type(value) in (int, float) and abs(value) <= sys.float_info.max:  # a NaN is not
+    elif type(value) is float and value == value or type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
-    raise not_allowed("a finite number, or text")
+    raise not_allowed("a number, or text")
 
 
 class _Loss(JsonMessage):
     loss_fn: Name
-    loss_fn_config: dict[Name, Annotated[float | str, PlainValidator(_number_or_text)]] = {}
+    loss_fn_config: dict[Name, Annotated[float | str, PlainValidator(_number_or_text)]] = Field(
+        {}, max_length=MAX_INPUTS
+    )
 
 
-def _train_request(message: Any, *, forward_only: bool, max_bytes: int) -> TrainRequest:
+def _train_request(message: Any, unknown: str, *, forward_only: bool, max_bytes: int) -> TrainRequest:
     operation = "forward" if forward_only or message.forward_only else "forward_backward"
     ModelRequest.read({"model_id": message.model_id, "seq_id": message.seq_id}, operation)
     loss, data, problem, budget = None, [], "", SizeBudget(max_bytes)
     try:
+        if unknown:
+            raise UserError(f"{operation} has {unknown}, which this server does not know; leave it out")
         loss = _Loss.read({"loss_fn": message.loss_fn, "loss_fn_config": _config(message)}, operation)
         for number, datum in enumerate(message.data):
             data.append(_datum(datum, f"{operation}: datum {number}", budget))
+            if not len(data[-1].tokens):  # such a request is refused, so what follows need not be read
+                break
     except UserError as error:
         problem = str(error)
     name, config = ("", {}) if loss is None or problem else (loss.loss_fn, loss.loss_fn_config)
@@ -217,6 +262,8 @@ def _datum(datum: Any, place: str, budget: SizeBudget) -> WireDatum:
             parts.append(byte_array(chunk.encoded_text.tokens, _TOKENS))
     tokens = np.concatenate(parts, dtype=np.int64) if parts else np.zeros(0, np.int64)
     inputs = {}
+    if len(datum.loss_fn_inputs) > MAX_INPUTS:
+        raise UserError(f"{place}: {len(datum.loss_fn_inputs)} loss_fn_inputs; allowed: at most {MAX_INPUTS}")
     for name, tensor in datum.loss_fn_inputs.items():
         if not 1 <= len(name) <= NAME_LENGTH or not name.isprintable():
             raise UserError(f"{place}: loss_fn_inputs key {short_repr(name)}; allowed: 1 to {NAME_LENGTH} characters")
@@ -324,7 +371,7 @@ def _ids(values: np.ndarray) -> np.ndarray:
 
 
 def _train_proto(result: TrainResult) -> bytes:
-    out = proto.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
+    out = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     for name, value in result.metrics.items():
         out.metrics[name] = float(value)
     arrays = [_floats(one) for one in result.logprobs]
@@ -339,7 +386,7 @@ def _train_proto(result: TrainResult) -> bytes:
         field = record.fields["logprobs"]
         field.data = b"".join(one.tobytes() for one in run)
         field.offsets = np.cumsum([0, *(one.nbytes for one in run)], dtype="<i8").tobytes()
-        field.dtype = proto.FLOAT32
+        field.dtype = FLOAT32
         field.trailing_shape.extend(trailing)
         start = stop
     return out.SerializeToString()
@@ -363,11 +410,11 @@ def _check(result: SampleResult) -> None:
 
 
 def _sample_proto(result: SampleResult) -> bytes:
-    out = proto.SampleResponse(prompt_cache_hit_tokens=result.cache_hit_tokens)
+    out = SampleResponse(prompt_cache_hit_tokens=result.cache_hit_tokens)
     for one in result.sequences:
         # The client takes zero bytes of logprobs for "none": a sequence without a token has none there.
         sequence = out.sequences.add(
-            stop_reason=proto.STOP if one.stop_reason == "stop" else proto.LENGTH,
+            stop_reason=STOP if one.stop_reason == "stop" else LENGTH,
             tokens=_ids(one.tokens).tobytes(),
             logprobs=_floats(one.logprobs).tobytes(),
         )

@@ -15,8 +15,10 @@ checked in validation.py by the worker, which knows those.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,6 +53,7 @@ CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 LossConfig = dict[str, float | str]
 
 METADATA_LENGTH = 1 << 18  # of all names and values of one map, which are kept on the disk and listed
+METADATA_NAMES = 1024
 MAX_SAMPLES = 65536
 MAX_STOPS = 1024
 KEY_LENGTH = 16384  # of a public key: SSH has long ones
@@ -86,9 +89,10 @@ def check_metadata(found: dict[str, str]) -> dict[str, str]:
     return found
 
 
+MetadataText = Annotated[str, StringConstraints(max_length=1 << 16)]
 Metadata = Annotated[
-    dict[Text, Annotated[str, StringConstraints(max_length=1 << 16)]],
-    Field(max_length=METADATA_LENGTH // 2),
+    dict[Text, MetadataText],
+    Field(max_length=METADATA_NAMES),
     AfterValidator(check_metadata),
 ]
 
@@ -221,20 +225,26 @@ class CreateModel(NewModelRequest, operation="create_model"):
     problem: str = Field("", exclude=True)
 
 
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise not_allowed("a number, 0 or infinity = no clipping")
+    return value
+
+
 class AdamSettings(JsonMessage):
-    """The numbers of an AdamW step, with the protocol's defaults."""
+    """The numbers of an AdamW step, with the protocol's defaults. grad_clip_norm: 0 and infinity clip nothing."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-12
     weight_decay: float = 0.0
-    grad_clip_norm: float = 0.0
+    grad_clip_norm: Annotated[float, Field(allow_inf_nan=True), AfterValidator(_not_nan)] = 0.0
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
         """Clients leave out what they do not set: their null is a NaN that JSON could not hold."""
-        if nulls := sorted(name for name, item in value.items() if item is None):
+        if nulls := sorted(name for name, item in value.items() if item is None and name in cls.model_fields):
             raise refused(f"has {short_repr(nulls[0])}: null (a NaN?); allowed: a finite number")
         return value
 
@@ -298,7 +308,8 @@ class SaveWeights(ModelRequest, operation="save_weights"):
     problem: str = Field("", exclude=True)
 
     @classmethod
-    def known(cls) -> set[str]:
+    @cache
+    def known(cls) -> frozenset[str]:
         """Without those of the other kinds of saves."""
         return super().known() - cls.others
 
@@ -403,7 +414,7 @@ class _SampleIdentity(JsonMessage, operation="sample"):
         return self
 
 
-class SamplingRequest(_SampleIdentity):
+class SamplingRequest(_SampleIdentity, large=True):
     """asample. target_tokens [len(prompt) - 1, K] int64, -1 = skip; where they came sparse, the answer is too. stream:
     its reader takes tokens while they are drawn (RequestScheduler.on_tokens)."""
 

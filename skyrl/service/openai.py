@@ -27,7 +27,7 @@ from skyrl.service.openai_text import ChatBody, CompletionBody, TextTools, Write
 from skyrl.service.routes_session import find_weights, unknown_model
 from skyrl.service.scheduler import PendingRequest
 from skyrl.types import Ints, UserError
-from skyrl.web.http import HttpError, in_thread, log, reply
+from skyrl.web.http import HttpError, in_thread, log, read_json, reply
 
 PREFIXES = ("/v1/", "/oai/api/v1/")
 LISTED = 1000  # checkpoints in /v1/models
@@ -96,10 +96,10 @@ async def complete(
     context: RequestContext, *, text: TextTools | None, kind: type[CompletionBody] | type[ChatBody]
 ) -> Response:
     """completions and chat/completions."""
-    body = await context.message(kind)
     if text is None:
         raise UserError("this server was started without a tokenizer; use asample with token ids")
-    ask = await in_thread(body.ask, text, context.state.info)
+    info = context.state.info
+    ask = await context.read(lambda body: kind.parse(read_json(body)).ask(text, info), kind=kind, quick=False)
     weights = await find_model(context, ask.model)
     queries = [query.model_copy(update=weights) for query in ask.queries]
     submitted: list[PendingRequest] = []

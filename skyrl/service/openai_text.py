@@ -31,6 +31,7 @@ DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI has it; a chat goes on as f
 MAX_PROMPTS = 1024
 MAX_TOP = 20
 MAX_STOPS = 16
+MAX_TURNS, MAX_PARTS = 4096, 1024
 MAX_TEXT = 1 << 24
 BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
 # Accepted when they say what is the case anyway: field -> such values, besides null.
@@ -95,7 +96,7 @@ class StreamOptions(JsonMessage, lenient=True):
     include_usage: bool = False
 
 
-class GenerateBody(JsonMessage):
+class GenerateBody(JsonMessage, large=True):
     """What both kinds of completions have."""
 
     model: Text
@@ -164,7 +165,7 @@ class ChatTurn(JsonMessage):
     """One message of a chat. Only role and content are used here."""
 
     role: Name
-    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_as_parts)] = []
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_as_parts)] = Field([], max_length=MAX_PARTS)
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class ChatTurn(JsonMessage):
 class ChatBody(GenerateBody, operation="chat/completions"):
     """chat/completions, with text messages. max_tokens is the older name of max_completion_tokens."""
 
-    messages: Annotated[list[ChatTurn], FailFast()]
+    messages: Annotated[list[ChatTurn], FailFast()] = Field(max_length=MAX_TURNS)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool = False

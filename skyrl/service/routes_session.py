@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.service.app import AppState, RequestContext, once, route
-from skyrl.service.messages import Count, Metadata, check_metadata
+from skyrl.service.messages import METADATA_NAMES, Count, MetadataText, check_metadata
 from skyrl.service.records import CheckpointPath, NotFound, SessionQuery, StatusQuery, parse_time
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
-from skyrl.web.message import JsonMessage, Text
+from skyrl.web.message import JsonMessage, Text, refused
 
 CHUNK_BYTES = 5_000_000
 # Small JSON requests have nothing to gain from more than this many samples on their way at once.
 SAMPLES_AT_ONCE = 2000
+SEARCHED_WORDS = 32
+Tag = Annotated[str, StringConstraints(max_length=256)]
 
 
 class CreateSession(JsonMessage, operation="create_session", lenient=True):
     """create_session. Fields of later releases change nothing here."""
 
-    tags: list[Any] = []
-    user_metadata: dict[str, Any] = Field({}, max_length=1 << 16)
+    tags: list[Tag] = Field([], max_length=256)
+    user_metadata: dict[str, Any] = Field({}, max_length=METADATA_NAMES)
     sdk_version: Text = ""
     project_id: Text | None = None
     display_name: Text | None = None
@@ -55,14 +57,14 @@ class SessionOwner(JsonMessage, lenient=True):
     """Whose sessions are searched; nobody lists another's sessions here."""
 
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[Any] = []
+    owner_urns: list[Text] = Field([], max_length=64)
 
 
 class SessionStatus(JsonMessage, lenient=True):
     """One of the states searched for."""
 
     type: Literal["active", "cancelled", "client_finished", "failed"]
-    reasons: list[Any] | None = None
+    reasons: list[Text] | None = Field(None, max_length=16)
 
 
 class SessionCursor(JsonMessage, lenient=True):
@@ -72,13 +74,19 @@ class SessionCursor(JsonMessage, lenient=True):
     last_session_id: Text
 
 
+def _few_words(name: str) -> str:
+    if (count := len(name.split())) > SEARCHED_WORDS:
+        raise refused(f"has {count} words; allowed: at most {SEARCHED_WORDS}")
+    return name
+
+
 class SearchSessions(JsonMessage, operation="sessions/search"):
     session_id: Text | None = None
-    project_ids: list[Any] | None = None
-    user_metadata: Metadata = {}
-    display_name: Text | None = None
+    project_ids: list[Text] | None = Field(None, max_length=256)
+    user_metadata: dict[Text, MetadataText] = Field({}, max_length=64)
+    display_name: Annotated[Text, AfterValidator(_few_words)] | None = None
     owner: SessionOwner | None = None
-    statuses: list[SessionStatus] | None = Field(None, max_length=64)
+    statuses: list[SessionStatus] | None = Field(None, max_length=16)
     limit: int = Field(50, ge=1, le=200)
     cursor: SessionCursor | None = None
 
@@ -179,7 +187,6 @@ async def revoke_key(context: RequestContext) -> Response:
 async def create_session(context: RequestContext) -> Response:
     """A session. Metadata that are not text are kept as JSON text; fields of later releases change nothing here."""
     body = await context.message(CreateSession)
-    tags = [str(tag)[:256] for tag in body.tags][:256]
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in body.user_metadata.items()}
     try:
         check_metadata(texts)
@@ -188,7 +195,7 @@ async def create_session(context: RequestContext) -> Response:
     session = await in_thread(
         context.state.store.create_session,
         context.owner,
-        tags=tags,
+        tags=body.tags,
         user_metadata=texts,
         sdk_version=body.sdk_version,
         project_id=body.project_id,
@@ -209,7 +216,7 @@ async def heartbeat(context: RequestContext) -> Response:
 
 async def telemetry(context: RequestContext) -> Response:
     """Taken and thrown away: nothing about a client's program is kept."""
-    await context.body()
+    await context.ignore_body()
     return reply({"status": "accepted"})
 
 
@@ -365,19 +372,16 @@ def _session_query(asker: str, body: SearchSessions) -> SessionQuery:
     owner, cursor = body.owner, body.cursor
     owners = None
     if owner is not None:
-        owners = tuple(map(str, owner.owner_urns)) if owner.type == "user" else (asker,)
+        owners = tuple(owner.owner_urns) if owner.type == "user" else (asker,)
     return SessionQuery(
         session_id=body.session_id,
-        project_ids=None if body.project_ids is None else tuple(map(str, body.project_ids)),
+        project_ids=None if body.project_ids is None else tuple(body.project_ids),
         user_metadata=body.user_metadata,
         display_name=body.display_name,
         owners=owners,
         statuses=None
         if body.statuses is None
-        else tuple(
-            StatusQuery(one.type, None if one.reasons is None else tuple(map(str, one.reasons)))
-            for one in body.statuses
-        ),
+        else tuple(StatusQuery(one.type, None if one.reasons is None else tuple(one.reasons)) for one in body.statuses),
         limit=body.limit,
         cursor=None if cursor is None else (parse_time(cursor.last_created_at), cursor.last_session_id),
     )

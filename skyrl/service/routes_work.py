@@ -14,6 +14,7 @@ from skyrl.service.app import AppState, Handler, RequestContext, once, route
 from skyrl.service.codec import REQUESTS, encode_result, parse_train
 from skyrl.service.messages import (
     CreateModel,
+    Id,
     LoadWeights,
     RequestOutcome,
     Result,
@@ -24,11 +25,11 @@ from skyrl.service.messages import (
 from skyrl.service.routes_session import find_weights
 from skyrl.service.scheduler import PendingRequest
 from skyrl.types import UserError
-from skyrl.web.http import FAULT, HttpError, in_thread, log_fault, parsed, reply
+from skyrl.web.http import FAULT, HttpError, in_thread, log_fault, reply
 from skyrl.web.message import INT64_MAX, JsonMessage, Text
 
 POLL_SECONDS = 30.0  # clients give up after 45
-SMALL_TOKENS = 4096  # answers about fewer tokens are written where they are: a thread would cost more
+SMALL_ANSWER = 4096  # answers of fewer numbers are written where they are: a thread would cost more
 CLONE = 10**9  # sequence numbers of a clone begin at its number times this
 FEED_IDS, ALL_FEED_IDS = 65536, 1 << 20  # samples of one sampling session, and of all, whose end a feed can tell
 
@@ -45,7 +46,7 @@ class RetrieveFutures(JsonMessage, operation="retrieve_futures", lenient=True):
     target: FeedTarget
     prev_cursor: int = Field(0, ge=0, le=INT64_MAX)
     timeout: float = POLL_SECONDS
-    retrieved_request_ids: list[Any] = []
+    retrieved_request_ids: list[Id] = Field([], max_length=FEED_IDS)
 
 
 def work_routes(state: AppState) -> list[Route]:
@@ -79,16 +80,9 @@ async def submit(context: RequestContext, *, kind: type[JsonMessage]) -> Respons
 
 async def train(context: RequestContext, *, forward_only: bool) -> Response:
     """forward_backward and forward, protobuf or JSON, compressed or not."""
-    body, headers = await context.body(), context.request.headers
-    read = partial(
-        parse_train,
-        body,
-        headers.get("content-type", ""),
-        headers.get("content-encoding", ""),
-        forward_only=forward_only,
-        max_bytes=context.state.max_bytes,
-    )
-    return accepted(context.state.scheduler.submit(await parsed(body, read), owner=context.owner))
+    kind, most = context.request.headers.get("content-type", ""), context.state.max_bytes
+    read = partial(parse_train, content_type=kind, forward_only=forward_only, max_bytes=most)
+    return accepted(context.state.scheduler.submit(await context.read(read), owner=context.owner))
 
 
 async def sample(context: RequestContext, *, feeds: Feeds) -> Response:
@@ -114,7 +108,7 @@ def accepted(done: PendingRequest) -> Response:
 
 async def create_custom_loss(context: RequestContext) -> Response:
     """Refused: see client_config. Clients are told not to ask, and then compute such losses themselves."""
-    await context.body()
+    await context.ignore_body()
     raise UserError("create_custom_loss is refused: this server runs no code of its clients; use "
                     "forward_backward_custom with a function, which the client differentiates itself")  # fmt: skip
 
@@ -157,7 +151,7 @@ async def answer(context: RequestContext, request_id: str, outcome: RequestOutco
         return reply({"error": outcome.error, "category": outcome.category})
     accept = context.request.headers.get("accept", "")
     assert outcome.result is not None
-    if _size(outcome.result) <= SMALL_TOKENS:
+    if _size(outcome.result) <= SMALL_ANSWER:
         body, kind = encode_result(outcome.result, accept)
     else:
         body, kind = await in_thread(encode_result, outcome.result, accept)
@@ -165,13 +159,15 @@ async def answer(context: RequestContext, request_id: str, outcome: RequestOutco
 
 
 def _size(result: Result) -> int:
-    """Tokens that an answer tells about."""
+    """Numbers that an answer holds, about."""
     if isinstance(result, TrainResult):
-        return sum(len(one) for one in result.logprobs)
-    if isinstance(result, SampleResult):
-        prompt = 0 if result.prompt_logprobs is None else len(result.prompt_logprobs)
-        return prompt + sum(len(one.tokens) for one in result.sequences)
-    return 0
+        return sum(one.size for one in result.logprobs)
+    if not isinstance(result, SampleResult):
+        return 0
+    tables = [result.topk_prompt, *(one.topk for one in result.sequences)]
+    arrays = [result.prompt_logprobs, result.targets, result.alt_tokens, *(one.tokens for one in result.sequences)]
+    arrays += [table.token_ids for table in tables if table is not None]
+    return sum(array.size for array in arrays if array is not None)
 
 
 async def cancel_future(context: RequestContext) -> Response:
@@ -240,7 +236,7 @@ async def retrieve_futures(context: RequestContext, *, feeds: Feeds) -> Response
     key = (context.owner, body.target.sampling_session_id, body.target.cloned_sampler_id)
     cursor, seconds = body.prev_cursor, min(POLL_SECONDS, max(0.0, body.timeout))
     for request_id in body.retrieved_request_ids:
-        feeds.fetched(str(request_id))
+        feeds.fetched(request_id)
     found = _look(context, feeds, key, cursor)
     if not found[1] and seconds > 0:
         await context.state.wait(partial(_first_of, context, feeds.waiting(key)), seconds)

@@ -26,7 +26,9 @@ from skyrl.service.messages import (
 )
 from skyrl.types import AdamParams, Datum, LossSpec, SamplingParams
 
-LARGEST = 1e6  # of any weight, advantage or log-probability: beyond it float32 sums lose what others contribute
+# Of any weight, advantage or log-probability: beyond it float32 sums lose what others contribute. Not of bounds
+# (thresholds, the norm that gradients are clipped to), where much, or infinity, means that nothing is clipped.
+LARGEST = 1e6
 # Bounds on memory, known before any command is sent: worst cases in bytes of what an answer holds. What a command needs
 # beside that is bounded by the scorer's and the sampler's own budgets.
 ANSWER_BYTES = 256 << 20  # of one request
@@ -78,23 +80,24 @@ def loss_spec(request: TrainRequest) -> LossSpec:
         if key not in allowed:
             names = ", ".join(allowed) or "none"
             raise RequestFailed(f"loss_fn_config {key!r} does not apply to {name}; allowed: {names}")
-        allowed[key] = _number(value, f"loss_fn_config {key}")
+        allowed[key] = _number(value, f"loss_fn_config {key}", bound=key in THRESHOLDS)
     params = {key: value for key, value in allowed.items() if key not in THRESHOLDS}
     for key, value in params.items():
         if not loss.params[key].fits(value):
             raise RequestFailed(f"loss_fn_config {key}={value:g}; allowed: {loss.params[key].allowed}")
     if "clip_low_threshold" in allowed:
         low, high = allowed["clip_low_threshold"], allowed["clip_high_threshold"]
-        if not 0.0 <= low <= high:
+        if not (0.0 <= low <= high or low == -math.inf):
             raise RequestFailed(f"loss_fn_config: thresholds {low:g} and {high:g}; allowed: 0 <= low <= high")
         params |= {"clip_low": 1.0 - low, "clip_high": high - 1.0}
     return LossSpec(name, params)
 
 
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RequestFailed(f"{where}={value!r}: needs a finite number")
-    if abs(value) > LARGEST:
+def _number(value: Any, where: str, *, bound: bool = False) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if not number or not bound and math.isinf(value):
+        raise RequestFailed(f"{where}={value!r}: needs a {'' if bound else 'finite '}number")
+    if not bound and abs(value) > LARGEST:
         raise RequestFailed(f"{where}={value!r}: at most {LARGEST:g}")
     return float(value)
 
@@ -141,7 +144,7 @@ def _row(datum: WireDatum, index: int, loss: str, model: str, info: ServerInfo) 
     targets = targets.astype(np.int64, copy=False)
     _check_ids(targets, info, f"{where}: target_tokens")
     arrays = {
-        name: _floats(value, targets.shape, f"{where}: {name}")
+        name: _floats(value, targets.shape, f"{where}: {name}", bound=name in THRESHOLDS)
         for name, value in datum.inputs.items()
         if name != "target_tokens"
     }
@@ -169,12 +172,16 @@ def _check_ids(ids: np.ndarray, info: ServerInfo, where: str) -> None:
         raise RequestFailed(f"{where}: token {bad} is not in the vocabulary; allowed: 0 to {info.vocab_size - 1}")
 
 
-def _floats(value: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+def _floats(value: np.ndarray, shape: tuple[int, ...], where: str, *, bound: bool = False) -> np.ndarray:
     if value.shape != shape:
         raise RequestFailed(
             f"{where} has shape {list(value.shape)}, target_tokens has {list(shape)}; they have to be equal"
         )
     out = value.astype(np.float32, copy=False)
+    if bound:
+        if np.isnan(out).any():
+            raise RequestFailed(f"{where} is not a number everywhere")
+        return out
     if not np.isfinite(out).all():
         raise RequestFailed(f"{where} is not finite everywhere")
     if out.size and np.abs(out).max() > LARGEST:
@@ -192,7 +199,7 @@ def adam_params(request: OptimStep) -> AdamParams:
     if isinstance(settings, OptimizerSettings) and settings.type != "adamw":
         raise RequestFailed(f"optimizer {settings.type!r} is refused: its update is not public; use adamw")
     numbers = {
-        name: _number(getattr(settings, name), name)
+        name: _number(getattr(settings, name), name, bound=name == "grad_clip_norm")
         for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
     }
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
@@ -207,7 +214,7 @@ def adam_params(request: OptimStep) -> AdamParams:
         beta2=numbers["beta2"],
         eps=numbers["eps"],
         weight_decay=numbers["weight_decay"],
-        grad_clip_norm=numbers["grad_clip_norm"],
+        grad_clip_norm=0.0 if math.isinf(numbers["grad_clip_norm"]) else numbers["grad_clip_norm"],
     )
 
 

@@ -13,6 +13,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import anyio
 import numpy as np
 import uvicorn
+import zstandard
 from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -32,13 +34,20 @@ log = logging.getLogger("skyrl.web")
 
 JSON = "application/json"
 BODY_SECONDS = 120.0  # a client that sends more slowly is cut off
-SMALL_BYTES = 1 << 16  # smaller bodies are parsed where they are: a thread would cost more
+SMALL_BYTES = 1 << 15  # a body is parsed where it is up to here, decompressed: a thread would cost more
+LARGE_BODIES = 8  # of one owner in memory
+PARSING_THREADS = 2
+# Of one JSON body. A prompt of a million tokens with targets fits; two bytes make an empty list, which takes sixty.
+JSON_VALUES, JSON_CONTAINERS, JSON_DEPTH = 1 << 21, 1 << 18, 64
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0
 # Above the pools of the clients, so that they close idle connections and never send into one that closes.
 KEEP_ALIVE_SECONDS = 120
 FAULT = "the server failed on this request; its log says why"
 CLOSE = {"connection": "close"}  # the rest of the body is not read, so nothing may follow it
+COUNTED_BYTES = 1 << 18  # of JSON, at a time: short enough for others to have their turn
+_STEP = np.zeros(256, np.int8)  # in depth
+_STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 T = TypeVar("T")
 
 
@@ -58,43 +67,141 @@ async def in_thread(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 # ---- bodies
 
 
-async def read_body(request: Request, *, max_bytes: int, option: str) -> bytes:
-    """The whole body. Raises HttpError 413 before more than `max_bytes` of it are in memory (`option`: what sets
-    that), 408 when it does not arrive."""
+async def read_body(request: Request, *, max_bytes: int, limit: str, keep: bool = True) -> bytes:
+    """The whole body, or b"" of one that is not to be kept. Raises HttpError 413 before more than `max_bytes` of it are
+    in memory (`limit`: what sets that), 408 when it does not arrive."""
 
     def too_large(what: str) -> HttpError:
-        return HttpError(413, f"body: {what}, at most {max_bytes >> 20} MiB may be ({option})", CLOSE)
+        return HttpError(413, f"body: {what}, at most {max_bytes >> 20} MiB may be ({limit})", CLOSE)
 
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_large(f"{announced} bytes")
-    parts, size = [], 0
+    body, size = bytearray(), 0
     try:
         with anyio.fail_after(BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
                 if size > max_bytes:
                     raise too_large("more")
-                parts.append(part)
+                if keep:
+                    body += part
     except TimeoutError:
         raise HttpError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", CLOSE) from None
-    return b"".join(parts)
+    return bytes(body)
 
 
-async def parsed(body: bytes, read: Callable[[], T]) -> T:
-    """read(), in a thread if the body is large."""
-    return read() if len(body) <= SMALL_BYTES else await in_thread(read)
+class BodyReader:
+    """Reads and parses the bodies of all requests, so that a large one holds up nobody else.
+
+    A body that is small when it is decompressed is parsed in the event loop. Larger ones are decompressed and parsed in
+    two threads of their own, one of each sender at a time, and at most eight of one sender are in memory.
+    """
+
+    def __init__(self) -> None:
+        self._threads = anyio.CapacityLimiter(PARSING_THREADS)
+        self._senders: dict[str, tuple[asyncio.Semaphore, asyncio.Lock]] = {}
+
+    async def parse(
+        self,
+        request: Request,
+        sender: str,
+        read: Callable[[bytes], T],
+        *,
+        max_bytes: int,
+        limit: str,
+        quick: bool = True,
+    ) -> T:
+        """What `read` makes of the body. `max_bytes` (`limit`: what sets it) bounds the body as it comes and as it is
+        decompressed; `quick` False: a small one is not read in the event loop either. Raises HttpError 413, 408,
+        UserError for what cannot be decompressed, and what `read` raises."""
+        announced, encoding = request.headers.get("content-length", ""), request.headers.get("content-encoding", "")
+        async with AsyncExitStack() as held:
+            room, turn = self._senders.setdefault(sender, (asyncio.Semaphore(LARGE_BODIES), asyncio.Lock()))
+            if not announced.isdigit() or int(announced) > SMALL_BYTES:
+                await held.enter_async_context(room)
+            body = await read_body(request, max_bytes=max_bytes, limit=limit)
+
+            def parse() -> T:
+                return read(decompressed(body, encoding, max_bytes=max_bytes))
+
+            if size_of(body, encoding) <= SMALL_BYTES:
+                return parse() if quick else await in_thread(parse)
+            await held.enter_async_context(turn)
+            return await to_thread.run_sync(parse, limiter=self._threads)
+
+
+def size_of(body: bytes, encoding: str) -> float:
+    """Bytes of a body as it came or decompressed, whichever are more; infinite where its zstd frame does not say."""
+    if encoding.strip().lower() != "zstd":
+        return len(body)
+    try:
+        size = zstandard.frame_content_size(body)
+    except zstandard.ZstdError:  # damaged, which is told where it is decompressed
+        return len(body)
+    return math.inf if size < 0 else max(size, len(body))
+
+
+def decompressed(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
+    """The body without its Content-Encoding (none, identity or zstd), at most `max_bytes` long: a frame that would
+    give more is refused before or while it is expanded. Raises UserError, also for a cut-off or damaged frame."""
+    encoding = (encoding or "identity").strip().lower()
+    if encoding not in ("identity", "zstd"):
+        raise UserError(f"Content-Encoding {short_repr(encoding)}; allowed: none, zstd")
+    if encoding == "identity":
+        return body
+    try:
+        size = zstandard.frame_content_size(body)  # -1 where the frame does not say
+        if size > max_bytes:
+            raise UserError(f"body: {size} bytes when decompressed, at most {max_bytes} may be; send smaller parts")
+        # Where the frame does not say, the buffer is max_bytes long and a longer output an error.
+        found = zstandard.ZstdDecompressor().decompress(body, max_output_size=max_bytes, allow_extra_data=False)
+        if size < 0:  # and then bytes behind the frame go unnoticed: once more, now that its length is known to be fine
+            again = zstandard.ZstdDecompressor().decompressobj()
+            again.decompress(body)
+            if again.unused_data:
+                raise UserError(f"body: {len(again.unused_data)} bytes follow the zstd frame; allowed: one frame")
+        return found
+    except zstandard.ZstdError as error:
+        raise UserError(f"body: not a zstd frame of at most {max_bytes} bytes: {short_repr(str(error))}") from None
 
 
 def read_json(body: bytes) -> Any:
     """The JSON value of a body, {} of an empty one. NaN and Infinity are read, as old clients write them. Raises
-    UserError for bytes that are no JSON."""
+    UserError for bytes that are no JSON, and for more values, or deeper ones, than JSON_VALUES and the like allow."""
+    check_json(body)
     try:
-        return json.loads(body) if body else {}
+        return json.loads(body.decode("utf-8", "surrogatepass")) if body else {}
     except RecursionError:
         raise UserError("body: JSON nested too deeply") from None
     except ValueError as error:  # also wrong UTF-8, and integers of more digits than Python reads
         raise UserError(f"body: not JSON: {short_repr(str(error))}") from None
+
+
+def check_json(body: bytes) -> None:
+    """Counts the values of JSON, and how deep they are nested, before any is built: the parser keeps the whole process
+    waiting, and two bytes can take sixty in memory. Raises UserError."""
+    if len(body) <= SMALL_BYTES and body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
+        return
+    commas = containers = depth = 0
+    in_text, left = False, b""
+    for start in range(0, len(body), COUNTED_BYTES):
+        part = left + body[start : start + COUNTED_BYTES]
+        left = b"\\" * ((len(part) - len(part.rstrip(b"\\"))) % 2)  # half an escape
+        part = part[: len(part) - len(left)].replace(b"\\\\", b"").replace(b'\\"', b"")
+        letters = np.frombuffer(part, np.uint8)
+        text = np.bitwise_xor.accumulate(letters == ord('"')) ^ in_text  # after a quote that begins a text
+        steps = np.where(text, 0, _STEP[letters])
+        depths = depth + np.cumsum(steps, dtype=np.int32)
+        commas += int(((letters == ord(",")) & ~text).sum())
+        containers += int((steps > 0).sum())
+        if len(depths):
+            depth, in_text = int(depths[-1]), bool(text[-1])
+            if depths.max() > JSON_DEPTH:
+                raise UserError("body: JSON nested too deeply")
+        for what, count, most in (("values", commas + containers, JSON_VALUES), ("lists", containers, JSON_CONTAINERS)):
+            if count > most:
+                raise UserError(f"body: JSON of more than {most} {what}; send smaller parts")
 
 
 def whole_number(request: Request, name: str, default: int) -> int:

@@ -1,11 +1,13 @@
 """The body of a request as a pydantic message, and what is wrong with it as one line.
 
 Strict: text is no number, 1 is not true. A field that is null counts as absent, as clients leave nulls out. A field
-that is not known is refused by name, so that none is ignored in silence.
+that is not known is refused by name, so that none is ignored in silence, unless its value is one that says nothing
+(null, false, 0, "", an empty list or object): a later release of a client may send it with every call.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -65,6 +67,11 @@ def refused(text: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{text}", {"text": text})
 
 
+def says_nothing(value: Any) -> bool:
+    """Whether a field with this value is as good as absent."""
+    return value is None or value in (0, "", [], {})
+
+
 def error_text(name: str, error: ErrorDetails) -> str:
     """One of pydantic's errors as one line: the message's name, the field with its value, and what is allowed."""
     where = ""
@@ -96,7 +103,7 @@ Name = Annotated[Text, StringConstraints(max_length=NAME_LENGTH)]
 
 class JsonMessage(BaseModel):
     """A JSON object. `operation` stands before the field in every error, and is what a field "type" may say;
-    `lenient`: unknown fields are ignored.
+    `lenient`: unknown fields are ignored. `large`: its body may be as large as the server takes at all.
 
     `identity`: the class whose fields have to be right for a request to be accepted at all. Anything else that is
     wrong becomes the message's `problem`, with `blank` in the fields that have no default.
@@ -107,12 +114,14 @@ class JsonMessage(BaseModel):
     )
     operation: ClassVar[str] = ""
     lenient: ClassVar[bool] = False
+    large: ClassVar[bool] = False
     identity: ClassVar[type[JsonMessage] | None] = None
     blank: ClassVar[dict[str, Any]] = {}
 
-    def __init_subclass__(cls, operation: str = "", lenient: bool = False, **more: Any) -> None:
+    def __init_subclass__(cls, operation: str = "", lenient: bool = False, large: bool = False, **more: Any) -> None:
         super().__init_subclass__(**more)
         cls.operation, cls.lenient = operation or cls.operation, lenient or cls.lenient
+        cls.large = large or cls.large
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -120,9 +129,10 @@ class JsonMessage(BaseModel):
         return {key: item for key, item in value.items() if item is not None}
 
     @classmethod
-    def known(cls) -> set[str]:
+    @cache
+    def known(cls) -> frozenset[str]:
         """Fields as clients write them; those with `exclude` are the server's own."""
-        return {field.alias or name for name, field in cls.model_fields.items() if not field.exclude}
+        return frozenset(field.alias or name for name, field in cls.model_fields.items() if not field.exclude)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -133,9 +143,13 @@ class JsonMessage(BaseModel):
         if cls.operation and not cls.lenient and "type" not in cls.model_fields:
             if (kind := value.pop("type", cls.operation)) != cls.operation:
                 raise refused(f"has type={short_repr(kind)}; allowed: {cls.operation!r}")
+        unknown: list[str] = []
+        if info.context and info.context["strict"] and not cls.lenient and (others := value.keys() - cls.known()):
+            unknown = sorted(name for name in others if not says_nothing(value[name]))
+            value = {name: item for name, item in value.items() if name not in others}
         made = handler(value)
-        if info.context and info.context["strict"] and not cls.lenient and (unknown := value.keys() - cls.known()):
-            names = ", ".join(short_repr(name) for name in sorted(unknown)[:5])
+        if unknown:
+            names = ", ".join(map(short_repr, unknown[:5]))
             raise refused(f"has fields that this server does not know: {names}; leave them out")
         return made
 

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 from door_server import TEXT, serving
 
-from skyrl.service import proto, routes_work
+from skyrl.service import codec, routes_work
 from skyrl.service.messages import OptimStep, TrainRequest
 
 PROTOBUF = "application/x-protobuf"
@@ -34,13 +34,13 @@ def held(server):
 
 
 def message(model_id: str, seq_id: int, *, forward_only: bool = False) -> bytes:
-    request = proto.ForwardBackwardRequest(
+    request = codec.ForwardBackwardRequest(
         model_id=model_id, seq_id=seq_id, loss_fn="cross_entropy", forward_only=forward_only
     )
     datum = request.data.add()
     datum.model_input.add().encoded_text.tokens = np.array([5, 6, 7], "<i4").tobytes()
     tensor = datum.loss_fn_inputs["target_tokens"]
-    tensor.dense, tensor.dtype = np.array([6, 7, 8], "<i8").tobytes(), proto.INT64
+    tensor.dense, tensor.dtype = np.array([6, 7, 8], "<i8").tobytes(), codec.INT64
     tensor.shape.append(3)
     return request.SerializeToString()
 
@@ -76,7 +76,7 @@ def test_a_training_step_in_protobuf(server):
         headers={"Accept": PROTOBUF, "X-Tinker-Request-Type": "ForwardBackward"},
     )
     assert got.headers["content-type"] == PROTOBUF
-    out = proto.ForwardBackwardOutput.FromString(got.content)
+    out = codec.ForwardBackwardOutput.FromString(got.content)
     assert dict(out.metrics) == {"loss:sum": 1.0} and out.loss_fn_outputs[0].num_datums == 1
     logprobs = np.frombuffer(out.loss_fn_outputs[0].fields["logprobs"].data, "<f4")
     np.testing.assert_allclose(logprobs, [-0.05, -0.06, -0.07], rtol=1e-6)
@@ -158,7 +158,7 @@ def test_sampling_acknowledges_every_sequence(server):
     assert asample(server, sampler, 0, num_samples=3, sampling_params={"max_tokens": 5}) == done
     headers = {"Accept": PROTOBUF}
     got = server.http.post("/api/v1/retrieve_future", json={"request_id": done["request_id"]}, headers=headers)
-    out = proto.SampleResponse.FromString(got.content)
+    out = codec.SampleResponse.FromString(got.content)
     assert len(out.sequences) == 3 and out.sequences[0].stop_reason == 1
     assert np.frombuffer(out.sequences[0].tokens, "<i4").tolist() == [ord(c) for c in TEXT[:5]]
     plain = server.call("retrieve_future", request_id=done["request_id"])
@@ -296,7 +296,7 @@ def test_large_bodies_are_refused_before_they_are_read(tmp_path):
                 sent += 1 << 18
                 yield bytes(1 << 18)
 
-        answer = server.http.post("/api/v1/telemetry", content=bytes((1 << 20) + 1))
+        answer = server.http.post("/api/v1/create_session", content=bytes((1 << 20) + 1))
         assert answer.status_code == 413 and "max_request_mib" in answer.json()["detail"]
         with server.client() as http:
             try:

@@ -1,5 +1,7 @@
 """From wire requests to engine rows, losses, draws; every refusal names what is wrong, and nothing bad gets through."""
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,17 @@ def test_policy_rows_train_where_the_advantage_is_not_zero_and_dro_everywhere():
     assert row.clip_low.tolist() == pytest.approx([0.5, 0.5, 0.1]) and row.clip_high.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("high", [1e6, 1e7, 1e30, 1e300, math.inf])
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "gspo"])
+def test_thresholds_that_clip_nothing_are_legal(loss, high):
+    for low in (0.0, -math.inf):
+        spec = loss_spec(policy(loss, config={"clip_low_threshold": low, "clip_high_threshold": high}))
+        assert spec.params["clip_high"] == high - 1.0 and spec.params["clip_low"] == 1.0 - low
+    per_token = f32(2, min(high, 3e38), np.inf)
+    (row,) = rows_of(policy(loss, clip_high_threshold=per_token, clip_low_threshold=f32(0, 0.5, -np.inf)))
+    assert row.clip_high.tolist() == (per_token - 1).tolist() and row.clip_low[2] == np.inf
+
+
 def test_thresholds_become_the_losses_parameters():
     assert loss_spec(policy("ppo")).params == pytest.approx({"clip_low": 0.2, "clip_high": 0.2})
     assert loss_spec(policy("cispo")).params == pytest.approx({"clip_low": 1.0, "clip_high": 3.0})
@@ -71,7 +84,14 @@ BAD = {
     "not public": (request("stable_reinforce"), "not public"),
     "custom": (request("custom"), "custom losses are off"),
     "config of another loss": (request(config={"beta": 1.0}), "'beta' does not apply to cross_entropy; allowed: none"),
-    "config text": (policy("ppo", config={"clip_low_threshold": "low"}), "needs a finite number"),
+    "config text": (policy("ppo", config={"clip_low_threshold": "low"}), "clip_low_threshold='low': needs a number"),
+    "config inf": (policy("dro", config={"beta": float("inf")}), "beta=inf: needs a finite number"),
+    "thresholds below 0": (policy("ppo", config={"clip_low_threshold": -1.0}), "0 <= low <= high"),
+    "threshold nan": (
+        policy("ppo", config={"clip_high_threshold": float("nan")}),
+        "high_threshold=nan: needs a number",
+    ),
+    "thresholds nan": (policy("ppo", clip_high_threshold=f32(1, np.nan, 1)), "clip_high_threshold is not a number"),
     "config nan": (policy("dro", config={"beta": float("nan")}), "needs a finite number"),
     "thresholds crossed": (policy("ppo", config={"clip_low_threshold": 2.0}), "0 <= low <= high"),
     "negative beta": (policy("dro", config={"beta": -1.0}), "allowed: 0 or more"),
@@ -117,6 +137,15 @@ def test_adam():
     for bad in ({"learning_rate": -1.0}, {"beta1": 1.0}, {"eps": float("inf")}):
         with pytest.raises(RequestFailed):
             adam_params(optim_step("m", 1, **bad))
+
+
+@pytest.mark.parametrize(("given", "meant"), [(1e6, 1e6), (1e7, 1e7), (1e300, 1e300), (math.inf, 0.0), (0, 0.0)])
+def test_a_norm_that_clips_nothing_is_legal(given, meant):
+    body = json.loads(json.dumps({"model_id": "m", "seq_id": 1, "adam_params": {"grad_clip_norm": given}}))
+    step = OptimStep.parse(body)
+    assert step.problem == "" and adam_params(step).grad_clip_norm == meant
+    body["adam_params"]["grad_clip_norm"] = math.nan
+    assert "grad_clip_norm=nan; allowed: a number, 0 or infinity = no clipping" in OptimStep.parse(body).problem
 
 
 def test_another_optimizer_is_refused():

@@ -7,45 +7,45 @@ from pathlib import Path
 
 from google.protobuf import descriptor_pool
 
-from skyrl.service import proto
+from skyrl.service import codec
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_pool_is_our_own():
-    pool = proto.SampleResponse.DESCRIPTOR.file.pool
+    pool = codec.SampleResponse.DESCRIPTOR.file.pool
     assert pool is not descriptor_pool.Default()
-    assert proto.SampleResponse.DESCRIPTOR.full_name == "tinker_public.SampleResponse"
+    assert codec.SampleResponse.DESCRIPTOR.full_name == "tinker_public.SampleResponse"
 
 
 def test_constants_are_the_enums_numbers():
-    enums = proto.SampleResponse.DESCRIPTOR.file.enum_types_by_name
+    enums = codec.SampleResponse.DESCRIPTOR.file.enum_types_by_name
     numbers = {value.name: value.number for enum in enums.values() for value in enum.values}
     assert numbers == {
-        "STOP_REASON_STOP": proto.STOP,
-        "STOP_REASON_LENGTH": proto.LENGTH,
+        "STOP_REASON_STOP": codec.STOP,
+        "STOP_REASON_LENGTH": codec.LENGTH,
         "DTYPE_UNSPECIFIED": 0,
-        "DTYPE_FLOAT32": proto.FLOAT32,
-        "DTYPE_INT64": proto.INT64,
-        "DTYPE_INT32": proto.INT32,
-        "DTYPE_BFLOAT16": proto.BFLOAT16,
+        "DTYPE_FLOAT32": codec.FLOAT32,
+        "DTYPE_INT64": codec.INT64,
+        "DTYPE_INT32": codec.INT32,
+        "DTYPE_BFLOAT16": codec.BFLOAT16,
     }
 
 
 def test_presence_and_choices():
-    answer = proto.SampleResponse(prompt_logprobs=b"")
+    answer = codec.SampleResponse(prompt_logprobs=b"")
     assert answer.HasField("prompt_logprobs") and not answer.HasField("target_prompt_logprobs")
-    assert proto.SampleResponse.FromString(answer.SerializeToString()).HasField("prompt_logprobs")
-    tensor = proto.MESSAGES["Tensor"](dense=b"")
+    assert codec.SampleResponse.FromString(answer.SerializeToString()).HasField("prompt_logprobs")
+    tensor = codec.MESSAGES["Tensor"](dense=b"")
     assert tensor.WhichOneof("encoding") == "dense"
     tensor.sparse_csr.values = b"1"
     assert tensor.WhichOneof("encoding") == "sparse_csr"
-    assert proto.MESSAGES["Chunk"]().WhichOneof("chunk") is None
+    assert codec.MESSAGES["Chunk"]().WhichOneof("chunk") is None
 
 
 def test_wire_bytes_by_hand():
     """Field numbers and types, spelled out: model_id 1, seq_id 2, forward_only 6, and a datum's chunk of two tokens."""
-    request = proto.ForwardBackwardRequest(model_id="m", seq_id=3, forward_only=True)
+    request = codec.ForwardBackwardRequest(model_id="m", seq_id=3, forward_only=True)
     request.data.add().model_input.add().encoded_text.tokens = b"\x01\0\0\0\x02\0\0\0"
     tokens = b"\x0a\x08" + b"\x01\0\0\0\x02\0\0\0"
     chunk = b"\x0a" + bytes([len(tokens)]) + tokens
@@ -55,8 +55,8 @@ def test_wire_bytes_by_hand():
 
 
 def test_unknown_fields_are_harmless():
-    body = proto.ForwardBackwardRequest(model_id="m", seq_id=3).SerializeToString()
-    read = proto.ForwardBackwardRequest.FromString(body + b"\xfa\x01\x02hi")  # field 31
+    body = codec.ForwardBackwardRequest(model_id="m", seq_id=3).SerializeToString()
+    read = codec.ForwardBackwardRequest.FromString(body + b"\xfa\x01\x02hi")  # field 31
     assert (read.model_id, read.seq_id) == ("m", 3)
 
 
@@ -65,7 +65,7 @@ def test_pure_python_runtime_reads_the_same():
         "from google.protobuf.internal import api_implementation as a; assert a.Type() == 'python'\n"
         "from skyrl.service import codec\n"
         "body = open('tests/service/data/train_0.38.0.bin', 'rb').read()\n"
-        "request = codec.parse_train(body, codec.PROTOBUF, '', max_bytes=1 << 20)\n"
+        "request = codec.parse_train(body, codec.PROTOBUF, max_bytes=1 << 20)\n"
         "print(len(request.data), request.seq_id, request.problem, sorted(request.loss_config))\n"
     )
     env = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}

@@ -253,8 +253,9 @@ def recorded(name: str) -> bytes:
 
 def parsed(body: bytes, kind: str = "application/x-protobuf", encoding: str = "", **more):
     from skyrl.service import codec
+    from skyrl.web.http import decompressed
 
-    return codec.parse_train(body, kind, encoding, max_bytes=1 << 20, **more)
+    return codec.parse_train(decompressed(body, encoding, max_bytes=1 << 20), kind, max_bytes=1 << 20, **more)
 
 
 @pytest.mark.parametrize("release", ["0.24.1", "0.38.0"])
@@ -326,14 +327,14 @@ def test_recorded_json_requests(release):
 
 @pytest.mark.parametrize("name", ["answer_train", "answer_sample"])
 def test_answers_are_the_messages_the_client_would_make(name):
-    from skyrl.service import codec, proto
+    from skyrl.service import codec
     from skyrl.service.messages import TrainResult
 
     train = TrainResult(OUTPUTS, {"loss:sum": -1.5, "tokens:sum": 9.0})
     result = train if name == "answer_train" else sample_result()
     body, kind = codec.encode_result(result, "application/x-protobuf, application/json")
     assert kind == "application/x-protobuf"
-    message = proto.ForwardBackwardOutput if name == "answer_train" else proto.SampleResponse
+    message = codec.ForwardBackwardOutput if name == "answer_train" else codec.SampleResponse
     assert message.FromString(body) == message.FromString(recorded(f"{name}_0.38.0.bin"))
 
 
@@ -355,7 +356,7 @@ def with_proto(release):
 def test_client_has_the_same_messages_and_lives_beside_ours(with_proto):
     from tinker.proto import tinker_public_pb2
 
-    from skyrl.service import proto
+    from skyrl.service import codec
 
     theirs = {m.name: m for m in tinker_public_pb2.DESCRIPTOR.message_types_by_name.values()}
     theirs["TopkLogprobs"] = theirs.get("TopkLogprobs", theirs.get("TopkPromptLogprobs"))
@@ -365,7 +366,7 @@ def test_client_has_the_same_messages_and_lives_beside_ours(with_proto):
         name = "" if kind is None or kind.name.startswith("Topk") else kind.name
         return field.number, field.type, field.is_repeated, name
 
-    for name, made in proto.MESSAGES.items():
+    for name, made in codec.MESSAGES.items():
         if name not in theirs:
             assert with_proto != "0.38.0"
             continue
@@ -441,10 +442,10 @@ def test_client_makes_what_was_recorded(release):
     if release != "0.3.0":
         from tinker.proto.request_conv import forward_backward_request_to_proto as convert
 
-        from skyrl.service import proto
+        from skyrl.service import codec
 
-        made = proto.ForwardBackwardRequest.FromString(convert(train_request(release)).SerializeToString())
-        assert made == proto.ForwardBackwardRequest.FromString(recorded(f"train_{release}.bin"))
+        made = codec.ForwardBackwardRequest.FromString(convert(train_request(release)).SerializeToString())
+        assert made == codec.ForwardBackwardRequest.FromString(recorded(f"train_{release}.bin"))
 
 
 if __name__ == "__main__":

@@ -174,6 +174,52 @@ def test_wrong_content_fails_through_the_future(operation, body, words):
     assert words in made.problem and "\n" not in made.problem, made.problem
 
 
+NOTHING = [None, False, 0, 0.0, "", [], {}]
+WHOLE = {
+    "create_model": {**NEW, "base_model": "m", "lora_config": {"rank": 4}, "optimizer_config": {"type": "adamw"}},
+    "optim_step": {**TURN, "adam_params": {}},
+    "save_weights": {**TURN, "path": "a"},
+    "save_weights_for_sampler": {**TURN, "path": "a"},
+    "save_weights_external": {**TURN, "path": "a"},
+    "load_weights": {**TURN, "path": "a"},
+    "unload_model": {"model_id": "m"},
+    "asample": {
+        **SAMPLE,
+        "sampling_params": {},
+        "target_prompt_logprobs": {"data": [1, 2], "dtype": "int64", "shape": [2, 1]},
+    },
+}
+
+
+def places(value):
+    """Every JSON object in a value, itself included."""
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from places(item)
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_unknown_fields_that_say_nothing_are_accepted_everywhere(operation):
+    """A later release of the client sends new fields with their defaults in every call."""
+    plainly = REQUESTS[operation].parse(WHOLE[operation])
+    assert getattr(plainly, "problem", "") == ""
+    for number in range(len(list(places(WHOLE[operation])))):
+        body = json.loads(json.dumps(WHOLE[operation]))
+        place = list(places(body))[number]
+        for value in NOTHING:
+            place.update(a_new_one=value, problem=value, stream=value)
+            made = REQUESTS[operation].parse(body)
+            assert repr(made) == repr(plainly), (number, value)
+        for value in (True, 1, -1, 0.5, "x", [None], [0], {"a": None}, float("nan")):
+            place["a_new_one"] = value
+            try:
+                problem = REQUESTS[operation].parse(body).problem
+            except UserError as error:
+                problem = str(error)
+            assert "does not know: 'a_new_one'" in problem and "\n" not in problem, (number, value)
+
+
 @pytest.mark.parametrize("operation", REQUESTS)
 @pytest.mark.parametrize("body", [None, [], "x", 3, {}, {"model_id": ""}, {"model_id": "m", "seq_id": None}])
 def test_requests_without_identity_are_refused_at_once(operation, body):
