@@ -13,10 +13,10 @@ from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.envs import ENVIRONMENTS, environment_options, make_environment
 from skyrl.envs.base import Split
-from skyrl.envs.jsonl import Row, messages_problem, read_jsonl, read_prompts
+from skyrl.envs.jsonl import Row, messages_problem, read_prompts, read_rows
 from skyrl.types import Prompt, UserError
 
-__all__ = ["PromptStream", "Row", "make_prompts", "read_jsonl", "read_prompts"]
+__all__ = ["PromptStream", "Row", "make_prompts", "read_rows", "read_prompts"]
 
 _MASK = 2**64 - 1
 

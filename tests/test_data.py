@@ -5,7 +5,7 @@ import collections
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
-from skyrl.data import PromptStream, make_prompts, read_jsonl
+from skyrl.data import PromptStream, make_prompts, read_rows
 from skyrl.envs.base import ENVIRONMENTS, Environment, register_environment
 from skyrl.types import Prompt, UserError
 
@@ -75,7 +75,7 @@ def test_make_prompts_of_a_file(tmp_path):
     path.write_text('{"prompt": "1"}\n{"text": "2"}\n')
     with pytest.raises(UserError, match=r"train.jsonl:2: field 'messages' or 'prompt' is missing"):
         make_prompts(RunConfig(env=env, data=DataConfig(path=str(path))), "train")
-    assert len(list(read_jsonl(path))) == 2
+    assert len(list(read_rows(path))) == 2
 
 
 def test_make_prompts_of_an_environment():

@@ -277,9 +277,9 @@ class DataConfig:
     """Where prompts come from. Environments that make their own need nothing here."""
 
     path: PathStr = ""
-    """Training data: a .jsonl file, or a data set id."""
+    """Training data: a .jsonl file (also packed: .gz, .bz2, .xz, .zst), a .parquet file, or a data set id."""
     eval_path: PathStr = ""
-    """Held-out data; "" = the environment's own held-out part, or the test file beside a .jsonl file named train."""
+    """Held-out data; "" = the environment's own held-out part, or the test file beside a file named train."""
     shuffle: bool = True
     """A new order in each epoch, keyed by seed and epoch."""
     max_prompt_tokens: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
-from skyrl.envs.jsonl import Row, data_file, is_file_path, read_jsonl
+from skyrl.envs.jsonl import Row, data_file, is_file_path, read_rows
 from skyrl.envs.rewards.math import answers_equal, extract_answer
 from skyrl.envs.single_turn import SingleTurn
 from skyrl.types import Prompt, UserError
@@ -68,7 +68,7 @@ def gsm8k_rows(data: DataConfig, split: Split) -> Iterable[Row]:
     source = data.eval_path if split == "test" and data.eval_path else data.path
     where = "data.eval_path" if split == "test" and data.eval_path else "data.path"
     if not source or is_file_path(source):
-        return read_jsonl(data_file(data, split), max_rows)
+        return read_rows(data_file(data, split), max_rows)
     return _hub_rows(source, where, split, max_rows)
 
 

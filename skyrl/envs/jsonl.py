@@ -1,17 +1,35 @@
-"""Rows and prompts out of .jsonl files; every complaint names file:line. Also decides which file a split is."""
+"""Rows and prompts out of .jsonl and parquet files; every complaint names file:line. Also decides which file a split
+is."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from skyrl.config.schema import DataConfig
 from skyrl.types import Message, Prompt, UserError
 
 MAX_LINE_BYTES = 16 * 2**20  # one row; a longer line is a file of another kind, not a prompt
+WANTED = "one JSON object a line (.jsonl, also as .gz, .bz2, .xz or .zst), or a .parquet file"
+ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet")
+PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
+# First bytes of a file -> what reads it; of formats that are not read -> what such a file is and what to do.
+PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
+OTHER_FORMATS = {
+    b"PK\x03\x04": f"a zip archive (or an Excel sheet); unpack it, wanted {WANTED}",
+    b"ARROW1": "an Arrow file; write its table as parquet (pyarrow.parquet.write_table)",
+    b"\xff\xff\xff\xff": "an Arrow stream, as save_to_disk writes it; write it with the data set's to_parquet",
+    b"SQLite f": f"a database; wanted {WANTED}",
+}
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -33,22 +51,66 @@ class Row:
         return value
 
 
-def read_jsonl(path: str | Path, max_rows: int = 0) -> Iterator[Row]:
-    """Rows of a UTF-8 file with one JSON object a line, at most max_rows of them (0 = all).
+def read_rows(path: str | Path, max_rows: int = 0) -> Iterator[Row]:
+    """Rows of a file, at most max_rows of them (0 = all): UTF-8 with one JSON object a line, plain or packed by gzip,
+    bzip2, xz or zstd, or a parquet file. What a file is, its first bytes say, not its name.
 
     Blank lines at the end are skipped, elsewhere refused: they usually mean a broken file. Raises UserError with
-    file:line for anything that is no JSON object, a line above 16 MiB, or a file that is missing or has no rows.
+    file:line (of parquet file:row) for anything that is no JSON object, a line above 16 MiB, a damaged file, one that
+    is missing or has no rows, and a package that is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"data file {str(path)!r}: {'is a folder' if path.is_dir() else 'does not exist'}")
-    count, blank = 0, 0
     with path.open("rb") as file:
-        number = 0
-        while max_rows == 0 or count < max_rows:
-            line = file.readline(MAX_LINE_BYTES + 1)
-            if not line:
+        head = file.read(8)
+    for magic, advice in OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise UserError(f"data file {str(path)!r}: is {advice}")
+    count = 0
+    try:
+        for row in _parquet(path) if head.startswith(b"PAR1") else _lines(path, head):
+            if max_rows and count == max_rows:
                 break
+            yield row
+            count += 1
+    except DAMAGED as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read after row {count} ({what}); copy or write it again") from error
+    if count == 0:
+        raise UserError(f"data file {str(path)!r}: has no rows")
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(
+            f"data file {str(path)!r}: reading parquet needs the package pyarrow; run pip install 'skyrl[data]', or "
+            "write the rows as .jsonl"
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    # A column, or a part of one, that this row does not have is null there.
+                    yield Row(f"{path}:{number}", _without_nulls(fields))
+    except ArrowException as error:
+        raise OSError(str(error)) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _lines(path: Path, head: bytes) -> Iterator[Row]:
+    number, blank = 0, 0
+    with _opened(path, head) as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             source = f"{path}:{number}"
             if len(line) > MAX_LINE_BYTES:
@@ -59,9 +121,62 @@ def read_jsonl(path: str | Path, max_rows: int = 0) -> Iterator[Row]:
             if blank:
                 raise UserError(f"{path}:{blank}: blank line; only allowed at the end, remove it")
             yield Row(source, _parse(line, source))
-            count += 1
-    if count == 0:
-        raise UserError(f"data file {str(path)!r}: has no rows")
+
+
+def _opened(path: Path, head: bytes) -> BinaryIO:
+    for magic, module in PACKED.items():
+        if head.startswith(magic):
+            return cast(BinaryIO, module.open(path, "rb"))
+    if not head.startswith(b"\x28\xb5\x2f\xfd"):
+        return path.open("rb")
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"data file {str(path)!r}: reading zstd needs the package zstandard; run pip install zstandard, or unpack "
+            "the file with zstd -d"
+        ) from None
+    return cast(BinaryIO, io.BufferedReader(_ZstdFile(path)))
+
+
+class _ZstdFile(io.RawIOBase):
+    """A zstd file unpacked. The reader of zstandard takes one that was cut off for a shorter one."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.left = path.open("rb"), b""
+        self.unpacked = self._pieces()
+
+    def _pieces(self) -> Iterator[bytes]:
+        import zstandard
+
+        frame, packed = None, b""
+        while packed or (packed := self.file.read(4096)):
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            packed = frame.unused_data
+            frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError("zstd data ended before its end-of-frame marker")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            piece = next(self.unpacked, None)
+            if piece is None:
+                return 0
+            self.left = piece
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _parse(line: bytes, source: str) -> dict[str, Any]:
@@ -70,22 +185,24 @@ def _parse(line: bytes, source: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: no UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{source}: no JSON ({error.msg} at column {error.colno})") from error
+        hint = f"; wanted {WANTED}" if source.endswith(":1") else ""
+        raise UserError(f"{source}: no JSON ({error.msg} at column {error.colno}){hint}") from error
     except RecursionError as error:
         raise UserError(f"{source}: JSON nested too deeply") from error
     if not isinstance(value, dict):
-        raise UserError(f"{source}: a {type(value).__name__}, wanted an object such as {{...}}")
+        hint = f" (jq -c '.[]' {source[:-2]} makes one a line)" if isinstance(value, list) else ""
+        raise UserError(f"{source}: a {type(value).__name__}, wanted an object such as {{...}}{hint}")
     return value
 
 
 def read_prompts(path: Path, env: str, split: str, max_rows: int = 0) -> list[Prompt]:
-    """Prompts of a file whose rows have "messages" (a list of role and content) or "prompt" (a user's text).
+    """Prompts of a file whose rows have "messages" (a list of role and content) or "prompt" (the same, or a text).
 
     All other fields go to `extra`, with the row's place as extra["source"]. A plain list: about 0.8 kB a row beside
     the text itself, meant for up to a million rows. Raises UserError with file:line.
     """
     prompts = []
-    for index, row in enumerate(read_jsonl(path, max_rows)):
+    for index, row in enumerate(read_rows(path, max_rows)):
         extra = {key: value for key, value in row.fields.items() if key not in ("messages", "prompt")}
         extra["source"] = row.source
         prompts.append(Prompt(f"{env}/{split}/{index}", env, _messages(row), extra))
@@ -93,17 +210,23 @@ def read_prompts(path: Path, env: str, split: str, max_rows: int = 0) -> list[Pr
 
 
 def _messages(row: Row) -> list[Message]:
-    if "messages" not in row.fields:
-        if "prompt" not in row.fields:
-            known = ", ".join(sorted(row.fields)) or "none"
-            raise UserError(f"{row.source}: field 'messages' or 'prompt' is missing; fields of this row: {known}")
-        return [{"role": "user", "content": row.text("prompt")}]
-    if "prompt" in row.fields:
+    given = [name for name in ("messages", "prompt") if row.fields.get(name) is not None]
+    if not given:
+        known = ", ".join(sorted(row.fields)) or "none"
+        raise UserError(f"{row.source}: field 'messages' or 'prompt' is missing; fields of this row: {known}")
+    if len(given) > 1:
         raise UserError(f"{row.source}: has both 'messages' and 'prompt'; keep one")
-    problem = messages_problem(row.fields["messages"])
+    name, value = given[0], row.fields[given[0]]
+    if name == "prompt" and isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if name == "prompt" and not isinstance(value, list):
+        raise UserError(
+            f"{row.source}: field 'prompt' is {type(value).__name__}, wanted a string or a list of messages"
+        )
+    problem = messages_problem(value)
     if problem:
-        raise UserError(f"{row.source}: field 'messages' {problem}")
-    return row.fields["messages"]
+        raise UserError(f"{row.source}: field {name!r} {problem}")
+    return value
 
 
 def messages_problem(value: object) -> str:
@@ -121,8 +244,11 @@ def messages_problem(value: object) -> str:
 
 
 def is_file_path(path: str) -> bool:
-    """Whether data.path means a file (ends in .jsonl, or exists as one), not a data set id."""
-    return path.endswith(".jsonl") or Path(path).is_file()
+    """Whether data.path means a file (by its ending, or because it exists as one), not a data set id."""
+    name = path.lower()
+    for ending in PACKED_ENDINGS:
+        name = name.removesuffix(ending)
+    return name.endswith(ENDINGS) or path.startswith(("/", "./", "../")) or Path(path).exists()
 
 
 def data_file(data: DataConfig, split: str) -> Path:
@@ -134,20 +260,22 @@ def data_file(data: DataConfig, split: str) -> Path:
     if split == "test" and data.eval_path:
         return _existing(Path(data.eval_path), "data.eval_path")
     if not data.path:
-        raise UserError("data.path is empty: this environment brings no prompts; give a .jsonl file")
+        raise UserError("data.path is empty: this environment brings no prompts; give a .jsonl or .parquet file")
     path = _existing(Path(data.path), "data.path")
     if split == "train":
         return path
     beside = path.with_name(path.name.replace("train", "test"))
     if beside == path or not beside.is_file():
         looked = f" and {str(beside)!r} does not exist" if beside != path else ""
-        raise UserError(f"data.eval_path is empty{looked}: give a .jsonl file with held-out rows")
+        raise UserError(f"data.eval_path is empty{looked}: give a .jsonl or .parquet file with held-out rows")
     return beside
 
 
 def _existing(path: Path, where: str) -> Path:
-    if not path.is_file():
-        raise UserError(
-            f"{where}={str(path)!r}: {'is a folder' if path.is_dir() else 'no such file'}; give a .jsonl file"
-        )
-    return path
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{where}={str(path)!r}: no such file; give a .jsonl or .parquet file")
+    inside = sorted(file.name for file in path.iterdir() if file.is_file() and is_file_path(file.name))
+    seen = f"one of its files, such as {inside[0]}" if inside else "a .jsonl or .parquet file"
+    raise UserError(f"{where}={str(path)!r}: is a folder; give {seen}")

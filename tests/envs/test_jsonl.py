@@ -1,10 +1,16 @@
 """Reading rows: every complaint names file:line."""
 
+import bz2
+import gzip
+import lzma
+import sys
+
 import pytest
+import zstandard
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs import jsonl
-from skyrl.envs.jsonl import Row, data_file, read_jsonl, read_prompts
+from skyrl.envs.jsonl import Row, data_file, is_file_path, read_prompts, read_rows
 from skyrl.types import UserError
 
 
@@ -18,7 +24,7 @@ def write(tmp_path):
     return write
 
 
-def complaint(path, read=lambda path: list(read_jsonl(path))):
+def complaint(path, read=lambda path: list(read_rows(path))):
     with pytest.raises(UserError) as caught:
         read(path)
     assert "\n" not in str(caught.value)
@@ -27,13 +33,13 @@ def complaint(path, read=lambda path: list(read_jsonl(path))):
 
 def test_rows_know_their_place(write):
     path = write('\ufeff{"a": "\u00e9"}\r\n{"a": "2"}\n{"a": 3}\n\n \n')
-    assert list(read_jsonl(path)) == [
+    assert list(read_rows(path)) == [
         Row(f"{path}:1", {"a": "\u00e9"}),
         Row(f"{path}:2", {"a": "2"}),
         Row(f"{path}:3", {"a": 3}),
     ]
-    assert len(list(read_jsonl(path, 2))) == 2
-    assert [row.text("a") for row in read_jsonl(path, 1)] == ["\u00e9"]
+    assert len(list(read_rows(path, 2))) == 2
+    assert [row.text("a") for row in read_rows(path, 1)] == ["\u00e9"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,8 @@ def test_rows_know_their_place(write):
     [
         ('{"a": 1}\n{"a": \n', ":2: no JSON ("),
         ('{"a": 1}\n\n{"a": 1}\n', ":2: blank line"),
-        ("[1]\n", ":1: a list, wanted an object"),
+        ("[1]\n", ":1: a list, wanted an object such as {...} (jq -c '.[]' "),
+        ("a,b\n1,2\n", ":1: no JSON (Expecting value at column 1); wanted one JSON object a line (.jsonl, also as .gz"),
         (b'{"a": 1}\n{"a": "\xff"}\n', ":2: no UTF-8 text"),
         ('{"a": ' + "[" * 100000, ":1: "),
     ],
@@ -83,6 +90,51 @@ def test_prompts_of_the_wrong_form(write, second, message):
     assert complaint(path, lambda path: read_prompts(path, "e", "train")).startswith(f"{path}:2: {message}")
 
 
+TEXT = b'{"prompt": [{"role": "user", "content": "2+2"}], "answer": "4"}\n{"prompt": "\xc3\xa9"}\n'
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress, lambda text: text]
+)
+def test_packed_files_are_read_whatever_they_are_called(write, pack):
+    path = write(pack(TEXT), "rows")
+    one, two = read_prompts(path, "e", "train")
+    assert one.messages == [{"role": "user", "content": "2+2"}] and one.extra == {"answer": "4", "source": f"{path}:1"}
+    assert two.messages == [{"role": "user", "content": "\u00e9"}] and two.extra["source"] == f"{path}:2"
+    twice = write(pack(TEXT) + pack(TEXT), "twice")  # pieces end to end are one file
+    assert len(list(read_rows(twice))) == 4 and len(list(read_rows(twice, 3))) == 3
+    if pack(TEXT) != TEXT:
+        cut = complaint(write(pack(TEXT * 999)[:-30], "cut"))
+        assert "cannot be read after row" in cut or cut.endswith("copy or write it again")
+        assert "cannot be read after row 0" in complaint(write(pack(TEXT)[:10] + b"\0" * 30, "damaged"))
+
+
+def test_formats_that_are_not_read_say_what_to_do(write):
+    assert "is a zip archive" in complaint(write(b"PK\x03\x04 and more", "rows.jsonl"))
+    assert "write its table as parquet" in complaint(write(b"ARROW1\0\0", "rows.arrow"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "zstandard", None)
+        assert "pip install zstandard" in complaint(write(zstandard.ZstdCompressor().compress(TEXT)))
+        patch.setitem(sys.modules, "pyarrow", None)
+        assert "run pip install 'skyrl[data]', or write the rows as .jsonl" in complaint(write(b"PAR1...PAR1"))
+
+
+def test_parquet(tmp_path):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
+    path = tmp_path / "rows.parquet"
+    tool = {"role": "tool", "content": "4", "tool_call_id": "7"}
+    rows = [
+        {"prompt": [{"role": "user", "content": "2+2"}, tool], "answer": "4", "messages": None},
+        {"prompt": None, "answer": None, "messages": [{"role": "user", "content": "x"}]},
+    ]
+    parquet.write_table(table.from_pylist(rows), path)
+    one, two = read_prompts(path, "e", "train")
+    assert one.messages == [{"role": "user", "content": "2+2"}, tool] and one.extra["source"] == f"{path}:1"
+    assert two.messages == [{"role": "user", "content": "x"}] and two.extra == {"source": f"{path}:2"}
+    path.write_bytes(path.read_bytes()[:-20] + b"PAR1")
+    assert "cannot be read after row 0" in complaint(path)
+
+
 def test_which_file_a_split_is(write, tmp_path):
     train, test, other = (write("{}\n", name) for name in ("g_train.jsonl", "g_test.jsonl", "other.jsonl"))
     assert data_file(DataConfig(path=str(train)), "train") == train
@@ -95,6 +147,15 @@ def test_which_file_a_split_is(write, tmp_path):
         (DataConfig(path=str(other)), "test", "data.eval_path is empty: "),
         (DataConfig(path=str(tmp_path / "no.jsonl")), "train", "data.path='"),
         (DataConfig(path=str(other), eval_path="no.jsonl"), "test", "data.eval_path='no.jsonl': no such file"),
-        (DataConfig(path=str(tmp_path)), "train", "data.path='"),
+        (
+            DataConfig(path=str(tmp_path)),
+            "train",
+            f"data.path='{tmp_path}': is a folder; give one of its files, such as g_train.jsonl",
+        ),
     ]:
         assert complaint(data, lambda data, split=split: data_file(data, split)).startswith(message)
+
+
+def test_what_is_taken_for_a_file(tmp_path):
+    files = ("x.jsonl", "X.JSONL.GZ", "a/x.parquet", "x.json.zst", "./x", "/x", "../x", str(tmp_path))
+    assert all(map(is_file_path, files)) and not any(map(is_file_path, ("openai/gsm8k", "org/x:main", "gz")))

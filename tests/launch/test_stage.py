@@ -125,7 +125,7 @@ def test_mistakes(sources, monkeypatch):
     assert "give the folder first" in refused("model.path=tiny", str(sources / "out"))
     assert "did you mean optim.lr?" in refused(str(sources / "out"), "optim.lrr=1")
     assert "the folder has no files of a model" in refused(str(sources / "out"), f"model.path={sources}/triton")
-    assert "no such file; give a .jsonl file" in refused(
+    assert "no such file; give a .jsonl or .parquet file" in refused(
         str(sources / "out2"), "experiment=gsm8k", f"data.path={sources}/no.jsonl"
     )
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result and type("Usage", (), {"free": 100}))
