@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from skyrl.config.schema import ServiceConfig
 from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
-from skyrl.service.records import NotFound
+from skyrl.service.records import NotFound, StorageError
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.store import Store
 from skyrl.service.tensors import SizeBudget
@@ -237,6 +237,8 @@ def http_error(request: Request, error: Exception) -> HttpError:
         return error
     if isinstance(error, NotFound):
         return HttpError(404, str(error))
+    if isinstance(error, StorageError):
+        return HttpError(503, str(error), {"retry-after": str(RETRY_SECONDS)})
     if isinstance(error, (UserError, RequestFailed)):
         return HttpError(400, str(error))
     if isinstance(error, TooManyRequests):

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class CheckpointService:
     `lines`: what was found at start and is worth telling. Raises UserError when the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, *, now: Callable[[], float] = time.time, session_timeout: float = 0.0) -> None:
+        """session_timeout: seconds of silence after which a session has ended, 0 = never."""
+        self.session_timeout = session_timeout
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.store = Store(folder / DATABASE, now=now)
@@ -59,17 +62,25 @@ class CheckpointService:
         lost = self.store.recover()
         if lost:
             self.lines.append(
-                f"{len(lost)} models were open when the last server ended; clients resume from checkpoints"
+                f"{lost} models were open when the last server ended; clients resume from checkpoints"
             )
         self.futures = FutureLog(self.store)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
         self._saving: set[Future[None]] = set()
+        self._housekeeper = ThreadPoolExecutor(1, thread_name_prefix="skyrl-tidy")
+        self._tidying: Future[None] | None = None
+        self._problem = ""  # that the last round of tidying had
 
     def close(self) -> None:
         """Waits for saves, then lets go of the folder."""
         self.wait()
         self._saver.shutdown()
-        self.futures.tidy()
+        self._housekeeper.shutdown()
+        for step in (self.futures.tidy, partial(self.store.write_heartbeats, all_of_them=True)):
+            try:
+                step()
+            except UserError as error:
+                log.warning("at the end of the server: %s", error)
         self.archive.close()
         self.store.close()
 
@@ -246,10 +257,30 @@ class CheckpointService:
     # ---- sessions and their models ---------------------------------------------------------------------------------
 
     def tidy(self) -> None:
-        """What has to happen every few seconds: checkpoints and answers whose time is over go, and it is written down
-        which models were used."""
-        self.expire()
-        self.futures.tidy()
+        """To be called every few seconds. In a thread of its own, so that no step waits for it: what the disk refused
+        is written; checkpoints, answers and sessions whose time is over go; it is written down who was heard of."""
+        if self._tidying is None or self._tidying.done():
+            self._tidying = self._housekeeper.submit(self.tidy_now)
+
+    def tidy_now(self) -> None:
+        """One round of `tidy`. Each part is tried whatever becomes of the others, and again in the next round; a
+        problem is told once."""
+        problems = []
+        for part in (self.futures.tidy, self.expire, self.store.write_heartbeats, self._end_sessions):
+            try:
+                part()
+            except Exception as error:
+                problems.append(str(error))
+        problem = "; ".join(dict.fromkeys(problems))
+        if problem and problem != self._problem:
+            log.warning("tidying up failed, and is tried again every few seconds: %s", problem)
+        elif self._problem and not problem:
+            log.warning("tidying up works again: everything is on record")
+        self._problem = problem
+
+    def _end_sessions(self) -> None:
+        if self.session_timeout:
+            self.store.end_silent_sessions(self.session_timeout)
 
     def explain_lost(self, model_id: str, owner: str) -> str:
         """Why a model that is not open is gone, or "" when it never was this owner's."""

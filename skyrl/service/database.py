@@ -1,5 +1,5 @@
-"""The database below the store: one SQLite file in WAL mode, connections that threads borrow, short transactions; and
-the log of futures, which is all of it that the scheduler sees.
+"""The database below the store: one SQLite file in WAL mode, connections that threads borrow, short transactions; which
+sessions live, in memory; and the log of futures, which is all of it that the scheduler sees.
 
 A transaction that acknowledges a save is synced to the disk (synchronous=FULL), and with it everything written before;
 other ones survive the death of the process, and not always that of the machine.
@@ -7,6 +7,7 @@ other ones survive the death of the process, and not always that of the machine.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -15,11 +16,14 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from skyrl.service.messages import CreateModel, LoadWeights, Request, RequestOutcome, Result, SaveWeights, UnloadModel
+from skyrl.service.records import StorageError
 from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")
@@ -29,13 +33,15 @@ APPLICATION_ID = 0x736B7972  # "skyr": another program's SQLite file is refused
 BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
 KEEP_SECONDS = 86400.0  # for so long a recorded answer can be asked for
+WRITE_SECONDS = 60.0  # a heartbeat in memory is at most about this much newer than the row of its session
+STALL_SECONDS = 30.0  # a longer pause of the whole process counts as so much silence: nobody could be heard in it
 REQUEST_ID = re.compile("[0-9a-f]{32}")
 EPOCH = 8  # characters of a request id that are the same for all requests of one server process
 LOST = "this request was lost when the server restarted; go on from the last saved state"
 Row = sqlite3.Row
 # What SQLite says of a disk, a file or another process (Python 3.10 gives no error codes).
 _OF_THE_DISK = ("disk is full", "readonly database", "disk I/O error", "unable to open", "not a database", "malformed",
-                "database is locked", "locking protocol")  # fmt: skip
+                "is locked", "locking protocol", "large file support")  # fmt: skip
 SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sessions (
@@ -73,6 +79,93 @@ DROP TABLE futures;
 """
 
 
+class LiveSessions:
+    """The sessions that have not ended, in memory: when each was last heard of, by a heartbeat or a request.
+    Thread-safe; nothing here waits for a disk, so a full one makes no client look silent.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """now: seconds since 1970. The silence of a session is not measured by it, unless a test brings its own: a
+        clock that is set forward must end nobody."""
+        self._now, self._steady = now, _running_time() if now is time.time else now
+        self._lock = threading.Lock()
+        # session -> [owner, last heard in microseconds since 1970, the same in running time]; longest silent first
+        self._heard: OrderedDict[str, list[Any]] = OrderedDict()
+        self._unwritten: OrderedDict[str, float] = OrderedDict()  # sessions that were heard since; running time of it
+
+    def add(self, rows: Iterable[tuple[str, str, int]]) -> None:
+        """Sessions as (id, owner, last heard in microseconds since 1970). Their silence begins now: while the server
+        was away, they could not be heard."""
+        with self._lock:
+            moment = self._steady()
+            self._heard.update((name, [owner, micros, moment]) for name, owner, micros in rows)
+
+    def touch(self, session_id: str, owner: str | None = None) -> bool:
+        """The session was heard of now. False, and nothing done, when it does not live or is not this owner's."""
+        with self._lock:
+            heard = self._heard.get(session_id)
+            if heard is None or owner not in (None, heard[0]):
+                return False
+            heard[1], heard[2] = max(heard[1], int(self._now() * 1_000_000)), self._steady()
+            self._heard.move_to_end(session_id)
+            self._unwritten.setdefault(session_id, heard[2])
+            return True
+
+    def remove(self, session_id: str) -> None:
+        """The session has ended."""
+        with self._lock:
+            self._heard.pop(session_id, None)
+            self._unwritten.pop(session_id, None)
+
+    def last_heard(self, session_id: str) -> int:
+        """In microseconds since 1970; 0 for a session that does not live."""
+        heard = self._heard.get(session_id)
+        return heard[1] if heard else 0
+
+    def ended(self, session_ids: Iterable[str], silent_seconds: float = 0) -> set[str]:
+        """Those of some sessions that do not live, or were silent for so long (0 = however long)."""
+        with self._lock:
+            before = self._steady() - silent_seconds if silent_seconds else float("-inf")
+            return {name for name in session_ids if name not in self._heard or self._heard[name][2] < before}
+
+    def silent(self, seconds: float) -> list[str]:
+        """All that were silent for so long, the longest first."""
+        with self._lock:
+            before = self._steady() - seconds
+            return [name for name, _ in itertools.takewhile(lambda item: item[1][2] < before, self._heard.items())]
+
+    def unwritten(self, most: int, *, all_of_them: bool = False) -> list[tuple[int, str]]:
+        """(microseconds, session) of up to `most` whose rows have lagged behind for WRITE_SECONDS; call `written` with
+        them once they do not."""
+        with self._lock:
+            before = self._steady() - (0 if all_of_them else WRITE_SECONDS)
+            due = itertools.takewhile(lambda item: item[1] <= before, self._unwritten.items())
+            return [(self._heard[name][1], name) for name, _ in itertools.islice(due, most)]
+
+    def written(self, rows: Iterable[tuple[int, str]]) -> None:
+        """These stand in the table now."""
+        with self._lock:
+            for micros, name in rows:
+                if self.last_heard(name) <= micros:
+                    self._unwritten.pop(name, None)
+                elif name in self._unwritten:  # it was heard of meanwhile
+                    self._unwritten[name] = self._steady()
+                    self._unwritten.move_to_end(name)
+
+
+def _running_time() -> Callable[[], float]:
+    """Seconds that this process has run. A pause (stopped, or the machine asleep) counts as at most STALL_SECONDS."""
+    total, last = 0.0, time.monotonic()
+
+    def running() -> float:
+        nonlocal total, last
+        now = time.monotonic()
+        total, last = total + min(now - last, STALL_SECONDS), now
+        return total
+
+    return running
+
+
 class Database:
     """The file and its transactions. Thread-safe: each transaction borrows a connection, and returns it.
 
@@ -83,6 +176,7 @@ class Database:
         self.path, self._now = Path(path), now
         self._idle: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
+        self.live = LiveSessions(now)
         self.touched: dict[str, int] = {}  # run -> time of its last request, where that is not in the table yet
         self._closed = False
         try:
@@ -195,7 +289,7 @@ class Database:
         except sqlite3.DatabaseError as error:
             if not any(words in str(error) for words in _OF_THE_DISK):
                 raise
-            raise UserError(
+            raise StorageError(
                 f"store {self.path}: {error}; free space there, check its rights, or give another file"
             ) from error
 
@@ -229,30 +323,50 @@ class FutureLog:
     def __init__(self, database: Database) -> None:
         self._database, self._lock = database, threading.Lock()
         self._epoch = uuid.uuid4().hex[:EPOCH]
+        self._unwritten: dict[str, tuple[str, str, str, int]] = {}  # rows of answers that the disk refused
 
     def new_id(self) -> str:
         """The id of a new request."""
         return self._epoch + uuid.uuid4().hex[EPOCH:]
 
-    def touch(self, model_id: str) -> None:
-        """A request for this model was accepted: the time of its run's last request. Written by `tidy`."""
-        with self._lock:
-            self._database.touched[model_id] = self._database.micros()
+    def touch(self, name: str) -> bool:
+        """A request for a model or a sampling session was accepted: its session was heard of, and its run has a last
+        request. Memory only; `tidy` writes it. False when the session has ended: nothing new is to be accepted."""
+        if not self._database.live.touch(name.partition(":")[0]):
+            return False
+        if ":train:" in name:
+            with self._lock:
+                self._database.touched[name] = self._database.micros()
+        return True
 
     def record(self, request_id: str, owner: str, request: Request, result: Result) -> None:
-        """A request is done; to be called before anybody is told. Writes nothing unless its effect is lasting."""
-        if not has_lasting_effect(request) or not isinstance(result, dict):
-            return
-        values = (request_id, owner, json.dumps(result), self._database.micros())
-        try:
+        """A request is done; to be called before anybody is told. Writes nothing unless its effect is lasting. Never
+        fails: what the disk refuses stays in memory, and is written when there is space again."""
+        if has_lasting_effect(request) and isinstance(result, dict):
+            with self._lock:
+                self._unwritten[request_id] = (request_id, owner, json.dumps(result), self._database.micros())
+            try:
+                self._write_answers()
+            except Exception as error:  # the work itself is done, and who asked for it has to be told
+                log.warning("an answer is not on record yet: %s", error)
+
+    def _write_answers(self) -> None:
+        with self._lock:
+            waiting = list(self._unwritten.values())
+        if waiting:
             with self._database.write() as db:
-                db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", values)
-        except UserError as error:  # a full disk must not end the service, and the work itself is done
-            log.warning("a future is not on record: %s", error)
+                db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", waiting)
+            with self._lock:
+                for row in waiting:
+                    self._unwritten.pop(row[0], None)
 
     def recall(self, request_id: str, owner: str) -> RequestOutcome:
         """What is known of a request that the scheduler does not have: a recorded answer, or (by its id, which tells
         the process that gave it out) that it ended with an earlier server."""
+        with self._lock:
+            waiting = self._unwritten.get(request_id)
+        if waiting is not None and waiting[1] == owner:
+            return RequestOutcome("done", result=json.loads(waiting[2]))
         with self._database.read() as db:
             row = db.execute(
                 "SELECT result FROM answers WHERE request_id = ? AND owner = ?", (request_id, owner)
@@ -264,8 +378,9 @@ class FutureLog:
         return RequestOutcome("unknown")
 
     def tidy(self) -> None:
-        """Throws away answers that are a day old, and writes down the times of last requests: one transaction for all
-        requests since the last call."""
+        """Writes down what the disk refused before, and the times of last requests: one transaction for all requests
+        since the last call. Throws away answers that are a day old."""
+        self._write_answers()
         before = self._database.micros() - int(KEEP_SECONDS * 1_000_000)
         with self._database.read() as db:
             old = db.execute("SELECT 1 FROM answers WHERE created_at < ?", (before,)).fetchone()
@@ -273,9 +388,14 @@ class FutureLog:
             touched, self._database.touched = self._database.touched, {}
         if not (old or touched):
             return
-        with self._database.write() as db:
-            db.execute("DELETE FROM answers WHERE created_at < ?", (before,))
-            db.executemany(
-                "UPDATE runs SET last_request_at = max(last_request_at, ?) WHERE run_id = ?",
-                [(now, run_id) for run_id, now in touched.items()],
-            )
+        try:
+            with self._database.write() as db:
+                db.execute("DELETE FROM answers WHERE created_at < ?", (before,))
+                db.executemany(
+                    "UPDATE runs SET last_request_at = max(last_request_at, ?) WHERE run_id = ?",
+                    [(now, run_id) for run_id, now in touched.items()],
+                )
+        except BaseException:
+            with self._lock:
+                self._database.touched = touched | self._database.touched
+            raise

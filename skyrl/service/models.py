@@ -199,11 +199,13 @@ class OpenModels:
                 idle.offloaded = True
 
     def drop(self, model_id: str) -> None:
-        """Closes a model and frees its memory."""
-        model = self._open.pop(model_id, None)
+        """Closes a model and frees its memory, once that is on record: after a UserError (a full disk) it is open as
+        before."""
+        model = self._open.get(model_id)
         if model is not None:
-            self.leader.call("delete", model_id)
             self.checkpoints.store.close_run(model_id, model.owner)
+            del self._open[model_id]
+            self.leader.call("delete", model_id)
 
     def base_content(self) -> Content:
         """The weights of the base model, on the CPU."""

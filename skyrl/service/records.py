@@ -7,7 +7,8 @@ absent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -30,6 +31,12 @@ T = TypeVar("T")
 
 class NotFound(UserError):
     """There is no such thing, or it is another owner's: the two are told apart nowhere. HTTP 404."""
+
+
+class StorageError(UserError):
+    """The server's own disk refused: full, read-only, broken. No fault of who asked; HTTP 503, and worth a retry."""
+
+    category: Literal["server"] = "server"
 
 
 def to_micros(moment: datetime) -> int:
@@ -344,14 +351,6 @@ class StatusQuery:
                 f"reasons, out of {', '.join(FINISH_REASONS)}"
             )
 
-    def condition(self, bind: Callable[[Any], str], alive: int) -> str:
-        """This status as an SQL condition; `bind` takes a value and returns its place in the statement."""
-        if self.type == "active":
-            return f"(status = 'active' AND last_heartbeat >= {bind(alive)})"
-        if self.reasons is None:
-            return f"status = {bind(self.type)}"
-        return f"(status = 'client_finished' AND reason IN ({', '.join(bind(reason) for reason in self.reasons)}))"
-
 
 @dataclass(frozen=True)
 class SessionQuery:
@@ -369,34 +368,44 @@ class SessionQuery:
     limit: int = 50
     cursor: tuple[datetime, str] | None = None
 
-    def conditions(self, alive: int) -> tuple[list[str], dict[str, Any]]:
-        """The search as SQL conditions on the table sessions s, and their values. alive: the oldest heartbeat of an
-        active session, in microseconds."""
-        where: list[str] = []
-        values: dict[str, Any] = {}
-
-        def bind(value: Any) -> str:
-            values[f"v{len(values)}"] = value
-            return f":v{len(values) - 1}"
-
-        names = [f"instr(folded_name, {bind(word)})" for word in (self.display_name or "").casefold().split()]
-        either = [f"s.session_id = {bind(self.session_id)}"] if self.session_id is not None else []
+    def condition(self, alive: int) -> tuple[str, dict[str, Any]]:
+        """The search as an SQL condition on the table sessions s, and its values: lists of any length are one value
+        each. alive: the oldest heartbeat of an active session, in microseconds."""
+        where, values = [], {"alive": alive, "session": self.session_id}
+        either = []
+        if self.session_id is not None:
+            either.append("s.session_id = :session")
         if self.display_name is not None:
-            either.append(f"({' AND '.join(names) or '0'})")
+            words = list(dict.fromkeys(self.display_name.casefold().split()))
+            values |= {"words": json.dumps(words), "word": max(words, key=len, default="")}  # one is looked for first
+            lacks_one = "SELECT 1 FROM json_each(:words) w WHERE NOT instr(folded_name, w.value)"
+            either.append(f"(instr(folded_name, :word) AND NOT EXISTS ({lacks_one}))" if words else "0")
         if either:
             where.append(f"({' OR '.join(either)})")
         if self.project_ids is not None:
-            wanted = ", ".join(bind(project) for project in self.project_ids)
-            where.append(f"coalesce(project_id, 'default') IN ({wanted})")
-        for key, value in (self.user_metadata or {}).items():
-            equal = f"j.key = {bind(key)} AND j.value = {bind(value)}"
-            where.append(f"EXISTS (SELECT 1 FROM json_each(s.user_metadata) j WHERE {equal})")
+            values["projects"] = json.dumps(self.project_ids)
+            where.append("coalesce(project_id, 'default') IN (SELECT value FROM json_each(:projects))")
+        if self.user_metadata:
+            values["metadata"] = json.dumps(dict(self.user_metadata))
+            values["pair"] = json.dumps(dict([next(iter(self.user_metadata.items()))]))[1:-1]  # as the column has it
+            has_it = "SELECT 1 FROM json_each(s.user_metadata) h WHERE h.key = w.key AND h.value = w.value"
+            lacks_one = f"SELECT 1 FROM json_each(:metadata) w WHERE NOT EXISTS ({has_it})"
+            where.append(f"instr(s.user_metadata, :pair) AND NOT EXISTS ({lacks_one})")
         if self.statuses is not None:
-            where.append(f"({' OR '.join(status.condition(bind, alive) for status in self.statuses) or '0'})")
+            values["ended"] = json.dumps(
+                [one.type for one in self.statuses if one.type != "active" and one.reasons is None]
+            )
+            values["reasons"] = json.dumps([reason for one in self.statuses for reason in one.reasons or ()])
+            active = " OR (status = 'active' AND last_heartbeat >= :alive)"
+            where.append(
+                "(status IN (SELECT value FROM json_each(:ended))"
+                " OR (status = 'client_finished' AND reason IN (SELECT value FROM json_each(:reasons)))"
+                f"{active if any(one.type == 'active' for one in self.statuses) else ''})"
+            )
         if self.cursor is not None:
-            moment, session_id = bind(to_micros(self.cursor[0])), bind(self.cursor[1])
-            where.append(f"(s.created_at, s.session_id) < ({moment}, {session_id})")
-        return where, values
+            values |= {"before": to_micros(self.cursor[0]), "before_id": self.cursor[1]}
+            where.append("(s.created_at, s.session_id) < (:before, :before_id)")
+        return " AND ".join(where) or "1", values
 
 
 @dataclass(frozen=True)

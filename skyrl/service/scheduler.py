@@ -417,7 +417,7 @@ class RequestScheduler:
 
     def failed(self, pending: PendingRequest, error: Exception) -> None:
         """Settles a future with an error; one that nobody foresaw is called the server's."""
-        category: Category = "user" if isinstance(error, UserError) else getattr(error, "category", "server")
+        category: Category = getattr(error, "category", "user" if isinstance(error, UserError) else "server")
         with self._locked():
             self._fail(pending, str(error), category)
 

@@ -110,7 +110,7 @@ def max_row_tokens(cfg: RunConfig) -> int:
 
 def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService, ServerInfo]:
     folder = Path(cfg.service.folder).absolute()
-    checkpoints = CheckpointService(folder)
+    checkpoints = CheckpointService(folder, session_timeout=cfg.service.model_idle_seconds)
     tokenizer_id = cfg.service.tokenizer_id
     aliases = dict.fromkeys(names(cfg), Path(cfg.model.path))
     if not tokenizer_id and cfg.model.path == "tiny":

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from skyrl.service.database import Database, Row, check_page
@@ -37,6 +39,7 @@ from skyrl.types import UserError
 
 ACTIVE_SECONDS = 300  # a session that was silent longer is not called active
 MAX_SEARCH = 200
+SESSIONS_AT_ONCE = 500  # rows that one transaction of the housekeeping changes
 MIN_TTL = 3600
 MAX_TTL = 315_576_000  # ten years of 365.25 days
 # For a table called c: what may still be seen. An expired one is gone from then on, whenever its files go.
@@ -60,6 +63,12 @@ class Store(Database):
     Raises: UserError, one line, for what a person can mend: the disk, the file, a value out of range.
     """
 
+    def __init__(self, path: Path | str, *, now: Callable[[], float] = time.time) -> None:
+        """now: seconds since 1970, for tests."""
+        super().__init__(path, now=now)
+        with self.read() as db:
+            self.live.add(db.execute("SELECT session_id, owner, last_heartbeat FROM sessions WHERE status = 'active'"))
+
     # ---- sessions and samplers -------------------------------------------------------------------------------------
 
     def create_session(
@@ -82,24 +91,52 @@ class Store(Database):
         }  # fmt: skip
         with self.write() as db:
             _insert(db, "sessions", values)
+        self.live.add([(session_id, owner, now)])
         return self.get_session(session_id, owner)
 
     def heartbeat(self, session_id: str, owner: str) -> None:
-        """Notes that the session's client lives. Raises: NotFound."""
-        self._update_session("last_heartbeat = max(last_heartbeat, ?)", (self.micros(),), session_id, owner)
+        """Notes that the session's client lives: in memory, `write_heartbeats` writes it. Raises: NotFound, also when
+        it has ended."""
+        if not self.live.touch(session_id, owner):
+            ended = self.get_session(session_id, owner).status or {}
+            raise NotFound(f"session {session_id}: has ended ({ended.get('detail') or ended.get('type')})")
+
+    def write_heartbeats(self, *, all_of_them: bool = False) -> None:
+        """Brings the rows of sessions up to date, some at a time: a step must not wait for 100,000 of them."""
+        while rows := self.live.unwritten(SESSIONS_AT_ONCE, all_of_them=all_of_them):
+            with self.write() as db:
+                db.executemany("UPDATE sessions SET last_heartbeat = max(last_heartbeat, ?) WHERE session_id = ?", rows)
+            self.live.written(rows)
+
+    def end_silent_sessions(self, seconds: float) -> int:
+        """Ends the sessions that were silent for so long: first on record, then in memory. Returns how many."""
+        silent = self.live.silent(seconds)
+        told = json.dumps({"detail": f"its client was silent for {seconds:g} s"})
+        for start in range(0, len(silent), SESSIONS_AT_ONCE):
+            part = silent[start : start + SESSIONS_AT_ONCE]
+            with self.write() as db:
+                db.executemany(
+                    "UPDATE sessions SET status = 'cancelled', detail = ?, last_heartbeat = max(last_heartbeat, ?)"
+                    " WHERE session_id = ? AND status = 'active'",
+                    [(told, self.live.last_heard(name), name) for name in part],
+                )
+            for name in part:
+                self.live.remove(name)
+        return len(silent)
 
     def finish_session(self, session_id: str, owner: str, reason: str, detail: str | None = None) -> None:
         """The client says that it is done; the first word on how a session ended stays. Raises: NotFound, UserError."""
         if reason not in FINISH_REASONS:
             raise UserError(f"session {session_id}: finish reason {reason!r}; give one of {', '.join(FINISH_REASONS)}")
         told = json.dumps(present(reason={"type": reason}, detail=detail))
+        self.get_session(session_id, owner)
         with self.write() as db:
-            _require_session(db, session_id, owner)
             db.execute(
                 "UPDATE sessions SET status = 'client_finished', reason = ?, detail = ?"
                 " WHERE session_id = ? AND status = 'active'",
                 (reason, told, session_id),
             )
+        self.live.remove(session_id)
 
     def set_project(self, session_id: str, owner: str, project_id: str | None) -> None:
         """Moves a session, and with it its runs and checkpoints, to a project. Raises: NotFound."""
@@ -139,23 +176,14 @@ class Store(Database):
         if query.owners is not None and owner not in query.owners:
             return SearchPage([], None)
         alive = self.micros() - ACTIVE_SECONDS * 1_000_000
-        where, values = query.conditions(alive)
-        sql = f"SELECT s.*, {_TALLY} FROM sessions s WHERE {' AND '.join(['owner = :owner', *where])}"
+        where, values = query.condition(alive)
+        sql = f"SELECT s.*, {_TALLY} FROM sessions s WHERE owner = :owner AND {where}"
         values.update(owner=owner, now=self.micros(), limit=query.limit + 1)
         with self.read() as db:
             rows = db.execute(f"{sql} ORDER BY created_at DESC, session_id DESC LIMIT :limit", values).fetchall()
         found = [self._session(row) for row in rows[: query.limit]]
         more = len(rows) > query.limit
         return SearchPage(found, (found[-1].created_at, found[-1].session_id) if more else None)
-
-    def ended_sessions(self, silent_seconds: float = 0) -> set[str]:
-        """Ids of all owners' sessions that have ended, well or not, or were silent for so long (0 = however long)."""
-        before = self.micros() - int(silent_seconds * 1_000_000) if silent_seconds else 0
-        with self.read() as db:
-            rows = db.execute(
-                "SELECT session_id FROM sessions WHERE status != 'active' OR last_heartbeat < ?", (before,)
-            )
-            return {row[0] for row in rows}
 
     def create_sampler(
         self,
@@ -215,14 +243,15 @@ class Store(Database):
 
     def _session(self, row: Row, runs: tuple[str, ...] = (), samplers: tuple[str, ...] = ()) -> Session:
         status: Json | None = {"type": row["status"], **json.loads(row["detail"])}
-        if row["status"] == "active" and row["last_heartbeat"] < self.micros() - ACTIVE_SECONDS * 1_000_000:
+        last_heartbeat = max(row["last_heartbeat"], self.live.last_heard(row["session_id"]))
+        if row["status"] == "active" and last_heartbeat < self.micros() - ACTIVE_SECONDS * 1_000_000:
             status = None
         return Session(
             **{key: row[key] for key in ("session_id", "owner", "sdk_version", "project_id", "display_name")},
             tags=tuple(json.loads(row["tags"])),
             user_metadata=json.loads(row["user_metadata"]),
             created_at=from_micros(row["created_at"]),
-            last_heartbeat=from_micros(row["last_heartbeat"]),
+            last_heartbeat=from_micros(last_heartbeat),
             status=status,
             run_ids=runs,
             sampler_ids=samplers,
@@ -298,12 +327,10 @@ class Store(Database):
             )
             return [checkpoint_of(row) for row in rows]
 
-    def recover(self) -> list[str]:
-        """At start: runs that were open when a server died are lost. Returns the ids of those that became so now."""
+    def recover(self) -> int:
+        """At start: runs that were open when a server died are lost. Returns how many became so now."""
         with self.write() as db:
-            runs = db.execute("SELECT run_id FROM runs WHERE state = 'open' ORDER BY rowid").fetchall()
-            db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open'")
-        return [row[0] for row in runs]
+            return db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open'").rowcount
 
     def _with_latest(self, db, run: Run, reader: str) -> Run:
         found = {}
@@ -484,9 +511,13 @@ def _insert(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> bo
 
 
 def _require_session(db: Any, session_id: str, owner: str) -> None:
-    """Inside a transaction. Raises: NotFound unless the session exists and is the owner's."""
-    if db.execute("SELECT 1 FROM sessions WHERE session_id = ? AND owner = ?", (session_id, owner)).fetchone() is None:
+    """Inside a transaction. Raises: NotFound unless the session exists and is the owner's; UserError when it has ended:
+    nothing new can belong to it."""
+    row = db.execute("SELECT status FROM sessions WHERE session_id = ? AND owner = ?", (session_id, owner)).fetchone()
+    if row is None:
         raise _no_session(session_id)
+    if row["status"] != "active":
+        raise UserError(f"session {session_id}: has ended; go on with a new service client")
 
 
 def _no_session(session_id: str) -> NotFound:

@@ -116,7 +116,7 @@ class Worker:
         """Closes models and snapshots of sessions that were finished, or were silent for so long (0 = never)."""
         snapshots = self.sampling.snapshots
         sessions = self.models.sessions() | snapshots.sessions()
-        ended = sessions & self.checkpoints.store.ended_sessions(idle_seconds) if sessions else sessions
+        ended = self.checkpoints.store.live.ended(sessions, idle_seconds)
         for model in self.models.of_sessions(ended):
             self._close(model.model_id, "its session has ended")
         for session in ended:

@@ -41,7 +41,7 @@ def test_what_was_stored_is_there_when_opened_again(tmp_path):
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     again.close()
     with pytest.raises(RuntimeError, match="closed"):
-        store.heartbeat(session.session_id, "a")
+        store.get_session(session.session_id, "a")
 
 
 def test_two_threads_write_and_two_read(store):

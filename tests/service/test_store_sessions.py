@@ -1,10 +1,13 @@
 """Sessions, their status and search, sampling sessions, owners."""
 
 import re
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 
+from skyrl.service.database import FutureLog, LiveSessions
 from skyrl.service.records import CheckpointPath, ModelInfo, NotFound, SessionQuery, StatusQuery, parse_time
 from skyrl.service.store import ACTIVE_SECONDS, Store
 from skyrl.types import UserError
@@ -54,12 +57,13 @@ def test_life_of_a_session(store, clock):
     clock.time += ACTIVE_SECONDS + 10
     silent = store.get_session(session.session_id, "a")
     assert silent.status is None and "status" not in silent.summary_json()
-    assert store.ended_sessions(ACTIVE_SECONDS) == {session.session_id} and store.ended_sessions() == set()
+    asked = [session.session_id]
+    assert store.live.ended(asked, ACTIVE_SECONDS) == set(asked) and store.live.ended(asked) == set()
     store.finish_session(session.session_id, "a", "errored", "why")
     ended = {"type": "client_finished", "reason": {"type": "errored"}, "detail": "why"}
     store.finish_session(session.session_id, "a", "success")
     assert store.get_session(session.session_id, "a").summary_json()["status"] == ended  # the first word stays
-    assert store.ended_sessions() == store.ended_sessions(10**9) == {session.session_id}
+    assert store.live.ended(asked) == store.live.ended(asked, 10**9) == set(asked)
     with pytest.raises(UserError, match="finish reason 'bored'"):
         store.finish_session(session.session_id, "a", "bored")
 
@@ -86,8 +90,16 @@ def test_another_owner_s_session_does_not_exist(store):
     assert (after.status, after.project_id, after.sampler_ids, after.run_ids) == (
         {"type": "active"}, None, (sampler,), ()
     )  # fmt: skip
-    store.finish_session(session, "a", "success")  # the owner may
-    store.create_run(session, "a", 0, ModelInfo("base"))
+    store.create_run(session, "a", 0, ModelInfo("base"))  # the owner may
+    store.finish_session(session, "a", "success")
+    for late in (
+        lambda: store.create_run(session, "a", 1, ModelInfo("base")),
+        lambda: store.create_sampler(session, "a", 1, "base"),
+    ):
+        with pytest.raises(UserError, match="has ended"):
+            late()
+    with pytest.raises(NotFound, match="has ended"):
+        store.heartbeat(session, "a")
 
 
 def test_summary_counts_what_the_session_s_runs_saved(store):
@@ -189,3 +201,74 @@ def test_samplers(store):
     after = [store.get_sampler(s.sampler_id, "a") for s in (base, named, gone)]
     assert after == [base, named, gone] and after[1].version == "v1"
     assert store.get_session(session, "a").sampler_ids == tuple(s.sampler_id for s in (base, named, gone))
+
+
+def test_a_search_for_any_number_of_things_is_one_statement(store):
+    """SQLite takes 32,766 values, expressions 1,000 deep and compounds of 500 parts; a search has lists of its own."""
+    name, many = " ".join(f"w{n}" for n in range(2000)), {f"k{n}": "v" for n in range(2000)}
+    wanted = store.create_session("a", display_name=name, user_metadata=many, project_id="p7").session_id
+    store.create_session("a", display_name="w1", user_metadata={"k1": "v"})
+    assert found(store, display_name=name) == found(store, user_metadata=many) == [wanted]
+    assert found(store, display_name=name + " w2000") == found(store, user_metadata=many | {"k1": "w"}) == []
+    assert found(store, project_ids=tuple(f"p{n}" for n in range(100_000))) == [wanted]
+    statuses = tuple(StatusQuery("client_finished", ("errored",) * 50) for _ in range(2000))
+    assert found(store, statuses=(*statuses, StatusQuery("active")), project_ids=("p7",)) == [wanted]
+    assert found(store, statuses=statuses) == found(store, statuses=()) == []
+    assert found(store, user_metadata={"k1\x00\"']": "x"}) == found(store, user_metadata={"": "v"}) == []
+
+
+def test_a_heartbeat_is_in_memory_first(store, clock):
+    """Nothing is written until the housekeeping does; the rows follow, and a server that starts again forgives the time
+    in which it could not hear."""
+    session = store.create_session("a").session_id
+    with closing(sqlite3.connect(store.path)) as watcher:
+        before = watcher.execute("PRAGMA data_version").fetchone()
+        for _ in range(3):
+            store.heartbeat(session, "a")
+        assert FutureLog(store).touch(f"{session}:sample:1") and not FutureLog(store).touch("s-none:train:0")
+        assert watcher.execute("PRAGMA data_version").fetchone() == before
+    heard = store.get_session(session, "a").last_heartbeat
+    store.write_heartbeats()
+    assert store.live.unwritten(10, all_of_them=True)  # too new
+    clock.time += 60
+    store.write_heartbeats()
+    assert store.live.unwritten(10, all_of_them=True) == []
+    clock.time += 10_000
+    again = Store(store.path, now=clock)
+    assert again.get_session(session, "a").last_heartbeat == heard
+    assert again.get_session(session, "a").status is None
+    assert again.live.ended([session], 600) == set() and again.end_silent_sessions(600) == 0
+    again.close()
+
+
+def test_a_silent_session_is_ended_on_record(store, clock):
+    silent, loud, told = (store.create_session("a").session_id for _ in range(3))
+    store.finish_session(told, "a", "success")
+    clock.time += 700
+    store.heartbeat(loud, "a")
+    assert store.live.silent(600) == [silent] and store.end_silent_sessions(600) == 1
+    assert store.live.ended([silent, loud, told]) == {silent, told}
+    status = store.get_session(silent, "a").summary_json()["status"]
+    assert status == {"type": "cancelled", "detail": "its client was silent for 600 s"}
+    assert found(store, statuses=(StatusQuery("cancelled"),)) == [silent]
+    assert store.get_session(told, "a").status["type"] == "client_finished"
+    with pytest.raises(NotFound, match="silent for 600 s"):
+        store.heartbeat(silent, "a")
+    assert store.end_silent_sessions(600) == 0
+
+
+def test_a_clock_that_is_set_forward_and_a_stopped_process_end_nobody(monkeypatch):
+    wall, running = [1e9], [50.0]
+    monkeypatch.setattr(time, "time", lambda: wall[0])
+    monkeypatch.setattr(time, "monotonic", lambda: running[0])
+    live = LiveSessions(time.time)
+    live.add([("s-1", "a", 10**15)])
+    wall[0] += 1e6
+    running[0] += 20
+    assert live.silent(100) == [] and live.ended(["s-1"], 100) == set()
+    running[0] += 3600  # nothing ran meanwhile, so nobody could be heard
+    assert live.silent(100) == [] and live.ended(["s-1", "s-2"], 100) == {"s-2"}
+    for _ in range(60):
+        running[0] += 5
+        live.silent(100)
+    assert live.silent(100) == ["s-1"]
