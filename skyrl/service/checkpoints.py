@@ -61,9 +61,7 @@ class CheckpointService:
             raise
         lost = self.store.recover()
         if lost:
-            self.lines.append(
-                f"{lost} models were open when the last server ended; clients resume from checkpoints"
-            )
+            self.lines.append(f"{lost} models were open when the last server ended; clients resume from checkpoints")
         self.futures = FutureLog(self.store)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
         self._saving: set[Future[None]] = set()
