@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from skyrl.config.args import expand_home
+from skyrl.config.model_path import path_problem
 from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
@@ -160,6 +161,10 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     except OmegaConfBaseException as error:
         raise UserError(explain(error, mode)) from error
     assert isinstance(cfg, RunConfig)
+    if problem := path_problem(cfg.model.path):
+        raise UserError(f"model.path={cfg.model.path}: {problem}")
+    if Path(cfg.model.tokenizer).is_file():
+        raise UserError(f"model.tokenizer={cfg.model.tokenizer}: is a file; give its folder")
     typed = typed_options(overrides)
     if mode == "serve":
         return _finish_serve(cfg)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skyrl.config.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import advantage_of
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
@@ -81,8 +83,8 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
         raise UserError("model.path: empty; give tiny, a folder in Hugging Face format or a hub name")
     if path.startswith((".", "/", "~")) and not folder.is_dir():
         raise UserError(f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"model.path={path}: has no config.json; give a folder in Hugging Face format")
+    if problem := path_problem(path):
+        raise UserError(f"model.path={path}: {problem}")
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,9 +96,17 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
     trust = cfg.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(source, revision=cfg.model.revision or None, trust_remote_code=trust)
+        if problem := config_problem(config.to_dict()):
+            raise UserError(f"model.path={path}: {problem}")
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
+        if named := re.search("gguf|onnx|mlx", path, re.I):
+            raise UserError(
+                f"model.path={path}: by its name {named[0]} weights, which cannot be trained; {ORIGINAL}"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.path={path}: no model can be read there ({reason}); give tiny, a folder in Hugging Face format, or "
