@@ -9,7 +9,7 @@ import contextlib
 import json
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ from skyrl.service.messages import (
     TrainRequest,
     TrainResult,
 )
-from skyrl.service.openai_text import TextTools
 from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.service.scheduler import PendingRequest, RequestScheduler
 from skyrl.service.server import make_app
+from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys
 from skyrl.web.http import HttpServer, serve_in_thread
@@ -74,18 +74,32 @@ def _adapter_files() -> dict[str, bytes]:
 ADAPTER = _adapter_files()
 
 
-def render(messages: list[dict[str, Any]]) -> list[int]:
-    """A chat as text; refuses the role "robot" as templates do, with an error of its own."""
-    if any(message["role"] == "robot" for message in messages):
-        raise RuntimeError("role robot\nis not known")
-    return [ord(c) for c in "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "]
+class Characters:
+    """A tokenizer whose tokens are characters. Its template refuses the role "robot" with an error of its own."""
+
+    eos_token, eos_token_id, bos_token, all_special_ids = "<end>", EOS, None, (EOS,)
+    chat_template = "role: content"
+
+    def __len__(self) -> int:
+        return INFO.vocab_size
+
+    def __call__(self, text: str, **settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, ids: Sequence[int], **settings: Any) -> str:
+        return "".join("<end>" if i == EOS else chr(i) for i in ids)
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], tokenize: bool, add_generation_prompt: bool,
+        continue_final_message: bool, **variables: Any,
+    ) -> str:  # fmt: skip
+        if any(message["role"] == "robot" for message in conversation):
+            raise RuntimeError("role robot\nis not known")
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in conversation)
+        return text + "assistant: " * add_generation_prompt
 
 
-CHARACTERS = TextTools(
-    encode=lambda text: [ord(c) for c in text],
-    decode=lambda ids: "".join("<end>" if i == EOS else chr(i) for i in ids),
-    render=render,
-)
+CHARACTERS = Chat(Characters())
 
 
 class Answers:
@@ -216,13 +230,13 @@ def sampled(query: SamplingRequest) -> SampleResult:
 class Server:
     """An open door. `client(key)` speaks HTTP to it; `call` posts JSON to the protocol's paths."""
 
-    def __init__(self, folder: Path, settings: ServiceConfig, keys: Keys, text: TextTools | None) -> None:
+    def __init__(self, folder: Path, settings: ServiceConfig, keys: Keys, chat: Chat | None) -> None:
         folder.mkdir(exist_ok=True)
         self.checkpoints = CheckpointService(folder)
         self.desk = RequestScheduler(max_queued_samples=settings.max_queued_samples)
         self.answers = Answers(self.desk, self.checkpoints)
         state = AppState(self.desk, self.checkpoints, INFO, settings, keys)
-        self.app = make_app(state, text)
+        self.app = make_app(state, chat)
         self.serving: HttpServer = serve_in_thread(self.app, "127.0.0.1", 0, close=state.close, options="service")
         self.http = self.client()
 
@@ -267,10 +281,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, keys: dict[str, str] | None = None, text: TextTools | None = CHARACTERS, **settings: Any
+    folder: Path, keys: dict[str, str] | None = None, chat: Chat | None = CHARACTERS, **settings: Any
 ) -> Iterator[Server]:
     """A server whose state is in `folder`. keys: key -> owner."""
-    server = Server(folder, ServiceConfig(**settings), Keys(keys or {}), text)
+    server = Server(folder, ServiceConfig(**settings), Keys(keys or {}), chat)
     try:
         yield server
     finally:

@@ -49,7 +49,6 @@ SHORT_DOCSTRINGS = {
     "What save_config wrote.",
     "Writes one record.",
     "Writes the manifest.",
-    "completions and chat/completions.",
     "kind/name",
     "module or fused.",
     "tinker://run_id/kind/name",

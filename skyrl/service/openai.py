@@ -23,9 +23,10 @@ from starlette.routing import Route
 
 from skyrl.service.app import AppState, RequestContext, http_error, route
 from skyrl.service.messages import RequestFailed, SampleResult, SamplingRequest
-from skyrl.service.openai_text import ChatBody, CompletionBody, TextTools, Writer
+from skyrl.service.openai_text import ChatBody, CompletionBody, Writer
 from skyrl.service.routes_session import find_weights, unknown_model
 from skyrl.service.scheduler import PendingRequest
+from skyrl.text.chat import Chat
 from skyrl.types import Ints, UserError
 from skyrl.web.http import HttpError, in_thread, log, read_json, reply
 
@@ -35,13 +36,13 @@ COMMENT_SECONDS = 10.0
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def openai_routes(state: AppState, text: TextTools | None) -> list[Route]:
+def openai_routes(state: AppState, chat: Chat | None) -> list[Route]:
     """OpenAI-style endpoints, under both prefixes."""
     handlers = (
         ("GET", "models", models),
         ("GET", "models/{model:path}", model),
-        ("POST", "completions", partial(complete, text=text, kind=CompletionBody)),
-        ("POST", "chat/completions", partial(complete, text=text, kind=ChatBody)),
+        ("POST", "completions", partial(complete, chat=chat, kind=CompletionBody)),
+        ("POST", "chat/completions", partial(complete, chat=chat, kind=ChatBody)),
     )
     return [
         route(state, method, prefix + path, handler, write_error=_error_reply)
@@ -93,13 +94,13 @@ async def find_model(context: RequestContext, name: str) -> dict[str, str]:
 
 
 async def complete(
-    context: RequestContext, *, text: TextTools | None, kind: type[CompletionBody] | type[ChatBody]
+    context: RequestContext, *, chat: Chat | None, kind: type[CompletionBody] | type[ChatBody]
 ) -> Response:
-    """completions and chat/completions."""
-    if text is None:
+    """An answer to completions and chat/completions, whole or as a stream of events."""
+    if chat is None:
         raise UserError("this server was started without a tokenizer; use asample with token ids")
     info = context.state.info
-    ask = await context.read(lambda body: kind.parse(read_json(body)).ask(text, info), kind=kind, quick=False)
+    ask = await context.read(lambda body: kind.parse(read_json(body)).ask(chat, info), kind=kind, quick=False)
     weights = await find_model(context, ask.model)
     queries = [query.model_copy(update=weights) for query in ask.queries]
     submitted: list[PendingRequest] = []
@@ -109,7 +110,7 @@ async def complete(
     except BaseException:
         _cancel(context, submitted)
         raise
-    writer = Writer(ask, text, context.state.info, int(time.time()))
+    writer = Writer(ask, chat, int(time.time()))
     if ask.stream:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(_events(context, submitted, writer), media_type="text/event-stream", headers=headers)

@@ -4,6 +4,7 @@ pieces while they are drawn. What is not done here is refused by name.
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,45 +24,28 @@ from skyrl.service.messages import (
     ServerInfo,
     TopK,
 )
+from skyrl.text.chat import Chat
 from skyrl.types import Ints, UserError
-from skyrl.types import Message as ChatMessage
-from skyrl.web.message import INT32_MAX, JsonMessage, Name, Text, not_allowed, refused
+from skyrl.web.message import INT32_MAX, JsonMessage, Name, Text, not_allowed, refused, says_nothing
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI has it; a chat goes on as far as the context allows
 MAX_PROMPTS = 1024
 MAX_TOP = 20
 MAX_STOPS = 16
-MAX_TURNS, MAX_PARTS = 4096, 1024
+MAX_TURNS, MAX_PARTS, MAX_KWARGS = 4096, 1024, 64
 MAX_TEXT = 1 << 24
 BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
-# Accepted when they say what is the case anyway: field -> such values, besides null.
+# What is not done here, with the values that ask for nothing, besides those that no field says anything with.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
-    "tools": ([],),
+    **dict.fromkeys("frequency_penalty presence_penalty logit_bias suffix tools functions store min_p".split(), ()),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "store": (False,),
-    "min_p": (0,),
     "repetition_penalty": (1,),
-    "parallel_tool_calls": (True, False),
+    "parallel_tool_calls": (True,),
 }
 # Change nothing about what is drawn.
 IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
-
-
-@dataclass(frozen=True)
-class TextTools:
-    """The tokenizer, as functions. encode: text to ids, nothing added. decode: ids to text, special tokens written
-    out. render: a chat to ids, ready for an answer; raises UserError when the model has no chat template."""
-
-    encode: Callable[[str], Sequence[int]]
-    decode: Callable[[Sequence[int]], str]
-    render: Callable[[list[ChatMessage]], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,8 @@ class GenerateBody(JsonMessage, large=True):
         """Leaves out what changes nothing, and refuses by name what would."""
         found = {key: item for key, item in super().prepare(value).items() if key not in IGNORED}
         for name, neutral in NEUTRAL.items():
-            if name in found and found.pop(name) not in neutral:
+            given = found.pop(name, None)
+            if not says_nothing(given) and given not in neutral:
                 raise refused(f"has {name}, which this server does not do; leave it out")
         return found
 
@@ -134,11 +119,11 @@ class CompletionBody(GenerateBody, operation="completions"):
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
 
-    def ask(self, text: TextTools, info: ServerInfo) -> Ask:
-        """Raises UserError."""
+    def ask(self, chat: Chat, info: ServerInfo) -> Ask:
+        """What is to be drawn. Raises UserError for what cannot be."""
         if self.max_tokens == 0 and not self.echo:
             raise UserError("completions: max_tokens=0: nothing would be answered; give 1 or more, or echo=true")
-        prompts = _prompts(self.prompt, text)
+        prompts = _prompts(self.prompt, chat)
         return _ask(self, prompts, info, limit=self.max_tokens, top=self.logprobs, echo=self.echo)
 
 
@@ -172,53 +157,76 @@ class ChatTurn(JsonMessage):
         """Leaves out what says nothing, and refuses by name what would."""
         found = super().prepare(value)
         for name in ("name", "tool_calls", "tool_call_id", "function_call", "refusal", "audio"):
-            if found.pop(name, "") not in ([], ""):
+            if not says_nothing(found.pop(name, None)):
                 raise refused(f"has {name}: only role and content are used here")
         return found
 
 
 class ChatBody(GenerateBody, operation="chat/completions"):
-    """chat/completions, with text messages. max_tokens is the older name of max_completion_tokens."""
+    """chat/completions, with text messages. max_tokens is the older name of max_completion_tokens.
+
+    As vLLM has them: chat_template_kwargs are variables of the template; with continue_final_message the answer goes on
+    with the last message, an assistant's; add_generation_prompt false leaves out the opening of an answer.
+    """
 
     messages: Annotated[list[ChatTurn], FailFast()] = Field(max_length=MAX_TURNS)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    chat_template_kwargs: dict[Name, Any] = Field({}, max_length=MAX_KWARGS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
 
-    def ask(self, text: TextTools, info: ServerInfo) -> Ask:
-        """Raises UserError."""
-        if not self.messages:
-            raise UserError("chat/completions: messages is empty; give at least one")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise UserError("chat/completions: top_logprobs needs logprobs=true")
+    def ask(self, chat: Chat, info: ServerInfo) -> Ask:
+        """What is to be drawn. Raises UserError, in the template's own words where that refuses something."""
+        continued, last = self.continue_final_message, self.messages[-1].role if self.messages else ""
+        for wrong, why in (
+            (not self.messages, "messages is empty; give at least one"),
+            (self.top_logprobs is not None and not self.logprobs, "top_logprobs needs logprobs=true"),
+            (
+                continued and (last != "assistant" or bool(self.add_generation_prompt)),
+                "continue_final_message needs a last message of role assistant, and no add_generation_prompt",
+            ),
+            (
+                last == "assistant" and not continued,
+                "the last message is an assistant's; give continue_final_message=true to go on with it",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"chat/completions: {why}")
+        if not chat.has_template:
+            raise UserError("this model's tokenizer has no chat template; use completions, or model.chat_template")
+        known = inspect.signature(chat.tokenizer.apply_chat_template).parameters
+        if taken := sorted(self.chat_template_kwargs.keys() & {*known, "answer_next", "continue_final"}):
+            raise UserError(
+                f"chat/completions: chat_template_kwargs has {taken[0]!r}, which is no variable of the template"
+            )
         turns = [{"role": one.role, "content": "".join(part.text for part in one.content)} for one in self.messages]
+        opened = {"answer_next": self.add_generation_prompt is not False, "continue_final": continued}
         try:
-            prompt = text.render(turns)
-        except UserError:
-            raise
-        except Exception as error:  # templates refuse what they do not know with errors of their own
-            what = " ".join(str(error).split())[:300]
-            raise UserError(f"chat/completions: the chat template refuses these messages: {what}") from error
+            prompt = chat.prompt(turns, **opened, **self.chat_template_kwargs)
+        except UserError as error:
+            raise UserError(f"chat/completions: {error}") from error
         limit, top = self.max_completion_tokens or self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None
-        return _ask(self, [np.asarray(prompt, np.int64)], info, limit=limit, top=top, echo=False)
+        return _ask(self, [prompt], info, limit=limit, top=top, echo=False)
 
 
-def _prompts(value: Any, text: TextTools) -> list[Ints]:
+def _prompts(value: Any, chat: Chat) -> list[Ints]:
     if isinstance(value, str):
-        return [_prompt(value, text)]
+        return [_prompt(value, chat)]
     if not isinstance(value, list) or not value or len(value) > MAX_PROMPTS and type(value[0]) is not int:
         raise UserError(f"completions: prompt; allowed: text or token ids, or a list of 1 to {MAX_PROMPTS} of them")
-    return [_prompt(value, text)] if type(value[0]) is int else [_prompt(one, text) for one in value]
+    return [_prompt(value, chat)] if type(value[0]) is int else [_prompt(one, chat) for one in value]
 
 
-def _prompt(value: Any, text: TextTools) -> Ints:
+def _prompt(value: Any, chat: Chat) -> Ints:
     if isinstance(value, str) and len(value) <= MAX_TEXT:
         try:
             value.encode()
         except UnicodeEncodeError:
             raise UserError("completions: prompt; allowed: text that is valid Unicode") from None
-        return np.asarray(text.encode(value), np.int64)
+        return chat.start(value)
     if not isinstance(value, list) or not all(type(one) is int and 0 <= one <= INT32_MAX for one in value):
         raise UserError("completions: prompt; allowed: text, or a list of token ids")
     return np.asarray(value, np.int64)
@@ -319,8 +327,8 @@ class Writer:
     """The answer to one body: `whole`, or `begin`, then for each prompt `grown` as often as there is news and `pieces`
     at last, then `end`."""
 
-    def __init__(self, ask: Ask, text: TextTools, info: ServerInfo, created: int) -> None:
-        self.ask, self.text, self.info = ask, text, info
+    def __init__(self, ask: Ask, chat: Chat, created: int) -> None:
+        self.ask, self.chat = ask, chat
         self.head = {
             "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": ("chat.completion" if ask.chat else "text_completion"),
@@ -362,7 +370,7 @@ class Writer:
             choice["message"] = {"role": "assistant", "content": self._content(sequence)}
             choice["logprobs"] = {"content": [self._chat_token(t) for t in tokens]} if tokens else None
             return choice
-        before = self.text.decode(self._prompt(index).tolist()) if self.ask.echo else ""
+        before = self.chat.decode(self._prompt(index).tolist()) if self.ask.echo else ""
         choice["text"] = before + ("" if self.ask.empty else self._content(sequence))
         choice["logprobs"] = self._table(tokens) if self.ask.top is not None else None
         return choice
@@ -373,14 +381,9 @@ class Writer:
     def _finish(self, sequence: SampledSequence) -> str:
         return "length" if self.ask.empty else sequence.stop_reason
 
-    def _kept(self, sequence: SampledSequence) -> list[int]:
-        """The tokens without an end-of-sequence token at their end: it is no text."""
-        ids = sequence.tokens.tolist()
-        return ids[:-1] if ids and ids[-1] in self.info.eos_token_ids and sequence.stop_reason == "stop" else ids
-
     def _content(self, sequence: SampledSequence) -> str:
-        """The text before the stop that ended it, as these endpoints have it (asample keeps stops)."""
-        text = self.text.decode(self._kept(sequence))
+        """The text as rewards read it, and before the stop string that ended it (asample keeps those)."""
+        text = self.chat.read(sequence.tokens.tolist())
         if sequence.stop_reason == "stop":
             text = text[: min((at for at in (text.find(stop) for stop in self.ask.stops) if at >= 0), default=None)]
         return text
@@ -402,7 +405,7 @@ class Writer:
     def _tokens(self, ids: list[int], logprobs: np.ndarray, topk: TopK | None, at: int) -> list[Token]:
         found = []
         for i, token in enumerate(ids):
-            text = self.text.decode([token])
+            text = self.chat.decode([token])
             value = float(logprobs[i])
             top: list[tuple[int, float]] = []
             if topk is not None and self.ask.top:
@@ -413,7 +416,7 @@ class Writer:
         return found
 
     def _table(self, tokens: list[Token]) -> dict[str, Any]:
-        tops = [{self.text.decode([i]): p for i, p in t.top} if t.logprob is not None else None for t in tokens]
+        tops = [{self.chat.decode([i]): p for i, p in t.top} if t.logprob is not None else None for t in tokens]
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
@@ -425,7 +428,7 @@ class Writer:
         def one(text: str, logprob: float | None) -> dict[str, Any]:
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-        top = [one(self.text.decode([i]), p) for i, p in token.top]
+        top = [one(self.chat.decode([i]), p) for i, p in token.top]
         return {**one(token.text, token.logprob), "top_logprobs": top}
 
     # ---- pieces
@@ -445,8 +448,8 @@ class Writer:
 
     def _grower(self, index: int) -> Growing:
         if index not in self._growing:
-            before = self.text.decode(self._prompt(index).tolist()) if self.ask.echo else ""
-            self._growing[index] = Growing(self.text.decode, self.ask.stops, before)
+            before = self.chat.decode(self._prompt(index).tolist()) if self.ask.echo else ""
+            self._growing[index] = Growing(self.chat.decode, self.ask.stops, before)
         return self._growing[index]
 
     def pieces(self, number: int, result: SampleResult) -> Iterator[dict[str, Any]]:

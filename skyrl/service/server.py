@@ -30,14 +30,13 @@ from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
 from skyrl.service.messages import ServerInfo
 from skyrl.service.openai import openai_routes
-from skyrl.service.openai_text import TextTools
 from skyrl.service.routes_checkpoints import checkpoint_routes
 from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.worker import Worker
 from skyrl.text.chat import Chat
-from skyrl.types import Ints, LoraSpec, Message, UserError
+from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys, read_keys
 from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
 
@@ -144,11 +143,11 @@ def names(cfg: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def make_app(state: AppState, text: TextTools | None = None) -> Starlette:
-    """Every endpoint of the protocol in one application. `text`: for /v1/completions and the like; without it those are
+def make_app(state: AppState, chat: Chat | None = None) -> Starlette:
+    """Every endpoint of the protocol in one application. `chat`: for /v1/completions and the like; without it those are
     refused by name."""
     # Routes are tried one after the other: what is asked most comes first.
-    routes = [*work_routes(state), *session_routes(state), *checkpoint_routes(state), *openai_routes(state, text)]
+    routes = [*work_routes(state), *session_routes(state), *checkpoint_routes(state), *openai_routes(state, chat)]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint, Exception: _fault})
     app.router.redirect_slashes = False
     return app
@@ -165,24 +164,13 @@ async def _fault(request: Request, error: Exception) -> Response:
     return error_reply(http_error(request, error))
 
 
-def text_tools(chat: Chat) -> TextTools:
-    """What the OpenAI endpoints need of a Chat: the one that training uses, so that both read the same ids."""
-
-    def render(messages: list[Message]) -> Ints:
-        if not chat.has_template:
-            raise UserError("this model's tokenizer has no chat template; use completions, or model.chat_template")
-        return chat.prompt(messages)
-
-    return TextTools(chat.start, chat.decode, render)
-
-
 def start_http_server(service: Service, keys: Keys | None = None) -> HttpServer:
     """Serves HTTP for `service` on service.host and service.port, in a thread of its own. Raises UserError for an
     address or keys that cannot be used."""
     settings = service.cfg.service
     keys = read_keys(settings) if keys is None else keys
     state = AppState(service.scheduler, service.checkpoints, service.info, settings, keys)
-    app = make_app(state, text_tools(service.engine.chat))
+    app = make_app(state, service.engine.chat)
     return serve_in_thread(app, settings.host, settings.port, close=state.close, options="service")
 
 

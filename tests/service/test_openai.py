@@ -3,11 +3,15 @@
 import threading
 import time
 
+import numpy as np
 import pytest
-from door_server import TEXT, events, serving
+from door_server import INFO, TEXT, events, serving
 
-from skyrl.service.messages import SamplingRequest
-from skyrl.service.openai_text import Growing
+from skyrl.service.messages import SampledSequence, SampleResult, SamplingRequest
+from skyrl.service.openai_text import ChatBody, Growing, Writer
+from skyrl.text.chat import Chat
+from skyrl.text.tokenizer import tiny_tokenizer
+from skyrl.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +300,80 @@ def test_what_changes_nothing_is_taken(server):
          response_format={"type": "text"}, metadata={"a": "b"}, tool_choice="none")  # fmt: skip
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots\nhere') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}[assistant] "
+    "{% if enable_thinking is defined and not enable_thinking %}(none) {% endif %}{% if style %}{{ style.tone }}"
+    "{% endif %}{% endif %}"
+)
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "I  "}
+
+
+@pytest.fixture(scope="module")
+def templated() -> Chat:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return Chat(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ({}, "[user] hi<eos>[assistant] "),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "[user] hi<eos>[assistant] (none) "),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "[user] hi<eos>[assistant] "),
+        ({"chat_template_kwargs": {"style": {"tone": "dry"}, "unused": [1]}}, "[user] hi<eos>[assistant] dry"),
+        ({"chat_template_kwargs": None, "continue_final_message": None}, "[user] hi<eos>[assistant] "),
+        ({"add_generation_prompt": True, "continue_final_message": False}, "[user] hi<eos>[assistant] "),
+        ({"add_generation_prompt": False}, "[user] hi<eos>"),
+        ({"messages": [USER, ANSWER], "continue_final_message": True}, "[user] hi<eos>[assistant] I  "),
+        (
+            {"messages": [USER, ANSWER], "continue_final_message": True, "add_generation_prompt": False},
+            "[user] hi<eos>[assistant] I  ",
+        ),
+        ({"messages": [USER, ANSWER, USER]}, "[user] hi<eos>[assistant] I  <eos>[user] hi<eos>[assistant] "),
+    ],
+)
+def test_what_the_template_is_given(templated, body, wanted):
+    ask = ChatBody.parse({"model": "m", "messages": [USER], **body}).ask(templated, INFO)
+    assert templated.decode(ask.queries[0].prompt.tolist()).rstrip() == wanted.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"messages": [USER, ANSWER]}, "the last message is an assistant's; give continue_final_message=true"),
+        ({"continue_final_message": True}, "continue_final_message needs a last message of role assistant"),
+        (
+            {"messages": [USER, ANSWER], "continue_final_message": True, "add_generation_prompt": True},
+            "and no add_generation_prompt",
+        ),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs has 'chat_template', which is no"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'tokenize', which is no variable"),
+        ({"chat_template_kwargs": {"tools": []}}, "'tools', which is no variable"),
+        ({"chat_template_kwargs": {"continue_final": True}}, "'continue_final', which is no variable"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs=a list of 1; allowed: a map"),
+        ({"chat_template_kwargs": {f"k{i}": 0 for i in range(65)}}, "chat_template_kwargs=a mapping of 65"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "the chat template refuses these messages: no robots here"),
+    ],
+)
+def test_what_the_template_cannot_be_given(templated, body, told):
+    with pytest.raises(UserError) as caught:
+        ChatBody.parse({"model": "m", "messages": [USER], **body}).ask(templated, INFO)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_text_of_an_answer_is_what_rewards_read(templated):
+    """Only the end token is taken off: special tokens in the middle stay, and so do spaces."""
+    tokenizer = templated.tokenizer
+    body = ChatBody.parse({"model": "m", "messages": [USER]})
+    for text, reason in ((" 1<pad>5 <eos>", "stop"), ("<pad>", "length"), ("a  <eos>", "stop")):
+        ids = np.array(tokenizer(text)["input_ids"])
+        one = SampledSequence(ids, np.zeros(len(ids), np.float32), reason)
+        answer = Writer(body.ask(templated, INFO), templated, 0).whole([SampleResult([one])])
+        assert answer["choices"][0]["message"]["content"] == templated.read(ids.tolist()) == text.removesuffix("<eos>")
+
+
 def test_too_much_work_and_no_tokenizer(tmp_path):
     with serving(tmp_path, max_queued_samples=2) as server:
         server.answers.hold.set()
@@ -307,6 +385,6 @@ def test_too_much_work_and_no_tokenizer(tmp_path):
         assert answer.status_code == 429 and answer.json()["error"]["type"] == "rate_limit_error"
         server.answers.hold.clear()
         waiting.join(10)
-    with serving(tmp_path / "other", text=None) as server:
+    with serving(tmp_path / "other", chat=None) as server:
         assert "without a tokenizer" in ask(server, prompt="a").json()["error"]["message"]
         assert server.http.get("/v1/models").status_code == 200
