@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from skyrl.algorithms.variance import score_of
 from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.distributed.phases import heartbeat
@@ -86,7 +87,7 @@ def rollout(
     active: dict[str, tuple[int, ActiveEpisode]] = {}
 
     def finish(group: int, episode: ActiveEpisode, stop: str, invalid: str = "") -> None:
-        reward = sum(turn.reward for turn in episode.turns)
+        reward, _ = score_of(turn.reward for turn in episode.turns)
         metrics = {**episode.metrics.merged(), "turns:mean": float(len(episode.turns))}
         ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, metrics, invalid)
         groups[group][episode.index] = ended
@@ -267,7 +268,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
     ids = np.concatenate([turns[-1].context, turns[-1].sample.tokens])
     length = len(ids) - 1
     mask = np.zeros(length, bool)
-    logprobs, rewards = np.zeros(length, np.float32), np.zeros(length, np.float32)
+    logprobs, rewards = np.zeros(length, np.float32), np.zeros(length)
     for turn in turns:
         start = len(turn.context) - 1
         end = start + len(turn.sample.tokens)

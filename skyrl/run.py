@@ -99,6 +99,11 @@ class Step:
         """Adds metrics that are global already, as the engine's are."""
         self.run.tracker.add(metrics)
 
+    def skip_updates(self, count: int) -> None:
+        """Counts optimizer steps that are not taken, since no rank has a token to learn from. Weights, moments and the
+        optimizer's own count of steps stay; the schedule goes by steps of the loop and is not shifted."""
+        self.log({"skipped_updates:sum": float(count)})
+
     def phase(self, name: str, span: str) -> contextlib.AbstractContextManager[None]:
         """Tells the watchdog and the clock what this rank does in the block."""
         return self.run.phase(name, span, self.number)

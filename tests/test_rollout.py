@@ -1,6 +1,7 @@
 """Episodes and their rows, with a real sampler: what was sampled is what is trained, id for id."""
 
 import copy
+import math
 
 import lowercase  # noqa: F401
 import numpy as np
@@ -73,8 +74,17 @@ def check_rows(groups, rows, tokenizer):
             start = len(turn.context)
             assert turn.context.tolist() == ids[:start].tolist()
             assert turn.sample.tokens.tolist() == ids[start : start + len(turn.sample.tokens)].tolist()
-            assert row.rewards[start + len(turn.sample.tokens) - 2] == np.float32(turn.reward)
-        assert row.rewards.sum() == np.float32(episode.reward)
+            assert row.rewards[start + len(turn.sample.tokens) - 2] == turn.reward
+        assert math.fsum(row.rewards) == episode.reward
+
+
+def test_rewards_of_turns_reach_the_row_as_they_are():
+    """10.1 + 0.2 and 10.3, each rounded to float32, would be two scores."""
+    drawn = Sample("0/0/0", np.array([7, 8]), np.zeros(2, np.float32), "stop", 0)
+    turns = [Turn(np.array([4, 5]), drawn, 10.1), Turn(np.array([4, 5, 7, 8, 6]), drawn, 0.2)]
+    episode = Episode(Prompt("p", "env", []), 0, turns, 10.3, "stop")
+    (row,) = to_rows([(0, [episode])])
+    assert row.rewards[row.rewards != 0].tolist() == [10.1, 0.2]
 
 
 def test_a_game_of_several_turns_trains_what_was_sampled(engine):

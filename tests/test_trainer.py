@@ -131,6 +131,36 @@ def test_a_batch_without_variance_is_no_step(size, tmp_path):
         assert found["episodes:sum"] == 32 and {key: record[key] for key in found} == pytest.approx(found, rel=1e-12)
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("advantage", ["grpo", "gae"])
+def test_an_update_without_rows_is_skipped_and_counted(advantage, size, tmp_path):
+    """Fewer groups are left than updates: momentum and decay alone must not move the weights."""
+    more = ["batch.optim_steps_per_batch=4", "batch.samples_per_prompt=2", "batch.epochs_per_batch=2"]
+    more += ["algorithm.filters.zero_variance=true", "optim.weight_decay=0.1", f"algorithm.advantage.name={advantage}"]
+    if advantage == "gae":
+        more += ["algorithm.critic.warmup_steps=1", "batch.num_steps=3"]
+    seen = run_loop(tmp_path / "run", *more, size=size, env={"levels": 2})
+    learned = 0
+    for record in seen.rl:
+        left = int(record["filters/groups:sum"] - record["filters/zero_variance_groups:sum"])
+        assert record.get("skipped_updates:sum", 0.0) == 2.0 * (4 - left)
+        assert ("lr:mean" in record or "critic/lr:mean" in record) == (left > 0)
+        learned += 2 * left
+    assert 0 < learned < 8 * len(seen.rl), "nothing was skipped: the test shows less than it says"
+    model = "policy" if advantage == "grpo" else "critic"
+    assert len(seen.updates(model)) == learned and all(seen.updates(model))
+
+
+def test_an_update_whose_every_token_is_masked_is_skipped(tmp_path):
+    more = ["env.on_error=mask", "optim.weight_decay=0.1", "batch.num_steps=1"]
+    seen = run_loop(tmp_path / "run", *more, env={"broken": 1})
+    (record,) = seen.rl
+    assert record["invalid:sum"] == record["episodes:sum"] == 16
+    assert record["skipped_updates:sum"] == 1.0 and "lr:mean" not in record
+    assert seen.updates() == []
+
+
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "prompt_mean", "constant"])
 def test_weights_sum_to_what_the_reduction_says(reduction, tmp_path):
     more = [f"algorithm.loss.reduction={reduction}", "algorithm.filters.overlong=mask", "batch.optim_steps_per_batch=2"]

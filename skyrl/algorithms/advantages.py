@@ -1,4 +1,4 @@
-"""From rewards to one advantage per sampled token: numpy on the host, float64 inside, float32 out.
+"""From rewards to one advantage per sampled token: numpy on the host, in float64; the loss alone rounds to its dtype.
 
 Does not reduce, clip or drop anything: reductions are in reductions.py, filters in filters.py. Groups live whole on
 one rank; statistics of the whole batch go through `all_reduce_sum`, which every rank calls equally often, also without
@@ -14,6 +14,7 @@ import numpy as np
 
 from skyrl.algorithms.declare import ADVANTAGES as ADVANTAGES
 from skyrl.algorithms.declare import Advantage, Param
+from skyrl.algorithms.variance import is_rounding, magnitude, score_of
 from skyrl.types import Floats, Ints, UserError
 
 AllSum = Callable[[np.ndarray], np.ndarray]  # sums a small float64 vector over all ranks
@@ -74,7 +75,7 @@ class RewardRows:
 
 @dataclass
 class Advantages:
-    """One array [L] float32 per row, 0 where nothing was sampled. `returns` are the critic's targets (gae only)."""
+    """One array [L] float64 per row, 0 where nothing was sampled. `returns` are the critic's targets (gae only)."""
 
     advantages: list[Floats]
     returns: list[Floats] | None = None
@@ -103,21 +104,21 @@ def kl_rewards(
 
 
 def _spread(rows: RewardRows, score_of_row_D: np.ndarray) -> Advantages:
-    return Advantages(
-        [np.where(mask, a, 0.0).astype(np.float32) for mask, a in zip(rows.masks, score_of_row_D, strict=True)]
-    )
+    return Advantages([np.where(mask, a, 0.0) for mask, a in zip(rows.masks, score_of_row_D, strict=True)])
 
 
 def _per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> Advantages:
-    """Gives every sampled token of an episode `centre(scores of its group)[episode]`; groups of one get 0."""
+    """Gives every sampled token of an episode `centre(scores of its group)[episode]`. Groups without variance, such as
+    groups of one, get exactly 0, and `centre` is not asked about them."""
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
     members: dict[int, list[int]] = {}
     for e, (first, _) in enumerate(spans):
         members.setdefault(int(rows.group_D[first]), []).append(e)
-    score_E = np.array([sum(np.asarray(r, np.float64).sum() for r in rows.rewards[a:b]) for a, b in spans])
+    scores = [score_of(np.concatenate(rows.rewards[a:b])) for a, b in spans]
+    score_E, scale_E = np.array(scores).reshape(-1, 2).T
     advantage_D = np.zeros(len(rows.rewards))
     for group_E in members.values():
-        if len(group_E) < 2:
+        if is_rounding(np.ptp(score_E[group_E]), scale_E[group_E].max()):
             continue
         for e, advantage in zip(group_E, centre(score_E[group_E]), strict=True):
             advantage_D[spans[e][0] : spans[e][1]] = advantage
@@ -132,16 +133,10 @@ def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float) -> Advantages:
     """(R - mean) / (std + eps) over the scores R of a group, the same for every sampled token of the episode.
 
     std is the sample standard deviation (n - 1), as torch.std; the paper does not say which. Groups whose scores are
-    all equal, and groups of one, get exactly 0. An episode of several rows has one score, the sum of its rewards.
-    Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
+    equal but for rounding, and groups of one, get exactly 0. An episode of several rows has one score, the sum of its
+    rewards. Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
     """
-
-    def centre(score_G: np.ndarray) -> np.ndarray:
-        if (score_G == score_G[0]).all():
-            return np.zeros_like(score_G)
-        return (score_G - score_G.mean()) / (score_G.std(ddof=1) + eps)
-
-    return _per_group(rows, centre)
+    return _per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=1) + eps))
 
 
 DR_GRPO = Advantage("dr_grpo", group=True, paper="2503.20783")
@@ -170,29 +165,31 @@ def rloo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     return _per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
 
 
-def _whiten(tokens: list[np.ndarray], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
+def _whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
     """(x - mean) / (std + eps) over the tokens of all ranks; population std (n). Two calls of all_reduce_sum, always.
 
-    Two passes, because the one-pass formula E[x^2] - E[x]^2 loses every digit when the spread is small.
+    Exactly 0 where std is rounding: `scales` says for each episode how large the numbers are that its tokens were made
+    from. Two passes, because the one-pass formula E[x^2] - E[x]^2 loses every digit when the spread is small.
     """
     flat = np.concatenate(tokens) if tokens else np.zeros(0)
-    count, total = all_reduce_sum(np.array([len(flat), flat.sum()], dtype=np.float64))
-    mean = total / max(count, 1.0)
+    scale = sum(len(x) * scale for x, scale in zip(tokens, scales, strict=True))
+    count, total, scale = all_reduce_sum(np.array([len(flat), flat.sum(), scale], dtype=np.float64))
+    mean, scale = total / max(count, 1.0), scale / max(count, 1.0)
     (squares,) = all_reduce_sum(np.array([np.square(flat - mean).sum()], dtype=np.float64))
     std = np.sqrt(squares / max(count, 1.0))
-    if std + eps == 0.0:
+    if is_rounding(std, scale):
         return [np.zeros_like(x) for x in tokens]
     return [(x - mean) / (std + eps) for x in tokens]
 
 
 def _join(arrays: list[Floats], masks: list[np.ndarray]) -> np.ndarray:
     """The sampled tokens of one episode's rows, end to end: what was observed is skipped."""
-    return np.concatenate([np.asarray(a, np.float64)[m] for a, m in zip(arrays, masks, strict=True)])
+    return np.concatenate([array[mask] for array, mask in zip(arrays, masks, strict=True)])
 
 
 def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray]) -> list[Floats]:
     """The inverse of _join for all episodes; 0 in rows that no span names."""
-    out = [np.zeros(len(mask), dtype=np.float32) for mask in masks]
+    out = [np.zeros(len(mask)) for mask in masks]
     for values, (first, end) in zip(tokens, spans, strict=True):
         position = 0
         for d in range(first, end):
@@ -214,13 +211,15 @@ def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: floa
     of all ranks. Source: Hu 2025 (REINFORCE++), arXiv 2501.03262, section 3.
     """
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
-    tokens = []
+    tokens, scales = [], []
     for first, end in spans:
-        returns = _join(rows.rewards[first:end], rows.masks[first:end])
+        rewards = _join(rows.rewards[first:end], rows.masks[first:end])
+        scales.append(float(magnitude(rewards).sum()))
+        returns = rewards.astype(np.float64)
         for t in range(len(returns) - 2, -1, -1):
             returns[t] += gamma * returns[t + 1]
         tokens.append(returns)
-    return Advantages(_split(_whiten(tokens, eps, all_reduce_sum), spans, rows.masks))
+    return Advantages(_split(_whiten(tokens, scales, eps, all_reduce_sum), spans, rows.masks))
 
 
 GAE = Advantage(
@@ -245,10 +244,11 @@ def gae(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, e
         raise UserError(
             "algorithm.advantage.name: gae got no values; give the run a critic, or choose one that needs none"
         )
-    kept, tokens, returns = [], [], []
+    kept, tokens, scales, returns = [], [], [], []
     all_spans = rows.episodes()
     for first, end in all_spans:
-        values = _join(rows.values[first:end], rows.masks[first:end])
+        critic = _join(rows.values[first:end], rows.masks[first:end])
+        values = critic.astype(np.float64)
         if not rows.valid_D[first]:
             returns.append(values)
             continue
@@ -261,6 +261,8 @@ def gae(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, e
             advantages[t], next_value = next_advantage, values[t]
         kept.append((first, end))
         tokens.append(advantages)
+        # an advantage is a sum of later rewards and of values, whose weights are at most 2 together
+        scales.append(float(magnitude(rewards).sum() + 2.0 * magnitude(critic).max(initial=0.0)))
         returns.append(advantages + values)
-    whitened = _whiten(tokens, eps, all_reduce_sum)
+    whitened = _whiten(tokens, scales, eps, all_reduce_sum)
     return Advantages(_split(whitened, kept, rows.masks), _split(returns, all_spans, rows.masks))

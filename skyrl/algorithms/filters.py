@@ -10,18 +10,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skyrl.algorithms.variance import is_rounding
 from skyrl.types import Metrics, StopReason, UserError
 
 OVERLONG_MODES = ("keep", "mask")
 """Values of filters.overlong."""
 
 
-def zero_variance_groups(rewards_PG: Sequence[Sequence[float]], tolerance: float = 0.0) -> np.ndarray:
-    """Keep mask [P] bool: True for groups whose largest and smallest score differ by more than `tolerance`.
+def zero_variance_groups(rewards_PG: Sequence[Sequence[float]], scale_P: Sequence[float] | None = None) -> np.ndarray:
+    """Keep mask [P] bool: True for groups whose largest and smallest score differ by more than rounding (variance.py).
 
-    `rewards_PG[p]` holds the scores of the *valid* episodes of prompt p (groups may differ in size). Fewer than two
-    scores have no variance: such a group is dropped, since its centred advantage is 0. Raises RuntimeError for a score
-    that is not finite. Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2 (dynamic sampling).
+    `rewards_PG[p]` holds the scores of the *valid* episodes of prompt p (groups may differ in size), `scale_P[p]` the
+    largest of their scales, by default their largest magnitude. Fewer than two scores have no variance: such a group is
+    dropped, since its centred advantage is 0. Raises RuntimeError for a score that is not finite.
+    Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2 (dynamic sampling).
     Differs: compares scores, not accuracy, so groups of partial credit stay.
     """
     keep_P = np.zeros(len(rewards_PG), dtype=bool)
@@ -29,7 +31,9 @@ def zero_variance_groups(rewards_PG: Sequence[Sequence[float]], tolerance: float
         score_G = np.asarray(scores, dtype=np.float64)
         if not np.isfinite(score_G).all():
             raise RuntimeError(f"zero_variance_groups: group {p} has a score that is not finite")
-        keep_P[p] = len(score_G) > 1 and score_G.max() - score_G.min() > tolerance
+        if len(score_G):
+            scale = np.abs(score_G).max() if scale_P is None else scale_P[p]
+            keep_P[p] = not is_rounding(np.ptp(score_G), scale)
     return keep_P
 
 

@@ -155,7 +155,8 @@ class OptimConfig:
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: str = "constant"
-    """constant, linear or cosine decay to lr * final_lr_ratio over batch.num_steps."""
+    """constant, linear or cosine decay to lr * final_lr_ratio over batch.num_steps. It goes by steps of the loop: all
+    updates of a step have one rate, and an update that is skipped for want of tokens shifts nothing."""
     warmup_steps: int = 0
     """Steps of linear increase from 0."""
     final_lr_ratio: float = 0.1

@@ -84,6 +84,12 @@ def add_old_logprobs(run: Run, rows: list[Row]) -> list[Row]:
     return [replace(row, old_logprobs=logprobs) for row, logprobs in zip(rows, scored.logprobs, strict=True)]
 
 
+def trained_tokens(run: Run, rows: list[Row]) -> int:
+    """How many tokens of these rows are learned from, over all ranks. Collective."""
+    mine = sum(int(row.trained.sum()) for row in rows if row.trained is not None)
+    return int(all_reduce_sum(run.world, np.array([mine]))[0])
+
+
 def apply_reduction(run: Run, rows: list[Row]) -> list[Datum]:
     """The rows of one optimizer step as data: mask and mean in one weight per token, denominators over all ranks."""
     loss = run.cfg.algorithm.loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from skyrl.algorithms.filters import filter_metrics, zero_variance_groups
+from skyrl.algorithms.variance import score_of
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
 from skyrl.evaluate import episode_metrics
 from skyrl.rollout import Group, rollout
@@ -62,7 +63,11 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
 def _note_groups(step: Step, groups: list[list[Episode]]) -> list[bool]:
     """Adds what the groups say of themselves to the step's metrics; returns which of them can teach something."""
     episode_metrics(step.sums, groups, prefix="")
-    keep_P = zero_variance_groups([[e.reward for e in group if not e.invalid] for group in groups])
+    scored = [[score_of(turn.reward for turn in e.turns) for e in group if not e.invalid] for group in groups]
+    keep_P = zero_variance_groups(
+        [[score for score, _ in group] for group in scored],
+        [max((scale for _, scale in group), default=0.0) for group in scored],
+    )
     episodes = [e for group in groups for e in group]
     valid_E = np.array([not e.invalid for e in episodes])
     for key, value in filter_metrics(keep_P, [e.stop for e in episodes], valid_E).items():

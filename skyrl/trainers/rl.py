@@ -14,7 +14,14 @@ from skyrl.loop import run_loop
 from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.rollout import Row, to_rows
 from skyrl.run import Run, Step
-from skyrl.trainers.experience import add_advantages, add_old_logprobs, add_reference, apply_reduction, count_flops
+from skyrl.trainers.experience import (
+    add_advantages,
+    add_old_logprobs,
+    add_reference,
+    apply_reduction,
+    count_flops,
+    trained_tokens,
+)
 from skyrl.trainers.generation import generate_groups
 from skyrl.trainers.sft import sft_warmup
 
@@ -46,6 +53,7 @@ def train_rl(run: Run) -> None:
                     f"step {step.number}: in every group all rewards were equal, nothing to learn from "
                     "(see filters/* and the rollouts)"
                 )
+                step.skip_updates(run.plan.updates_per_step)
                 step.commit()
                 continue
             rows, kl = add_reference(run, step, to_rows(groups))
@@ -62,27 +70,34 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
     """One optimizer step for each part of the batch and pass over it: PPO's mini-batches and epochs.
 
     A group is never split. Parts are cut by the groups' places in the whole batch, `num_groups` over all ranks, so
-    that which rows learn together does not depend on the number of ranks.
+    that which rows learn together does not depend on the number of ranks. A part without a token to learn from, on any
+    rank, is no optimizer step: AdamW would move the weights by its momentum and decay alone.
     """
     cfg, engine, plan = run.cfg, run.engine, run.plan
     spec = make_spec(cfg.algorithm, cfg.sampler.temperature)
     if run.kl is not None and spec.kl_coef:
         spec = dataclasses.replace(spec, kl_coef=run.kl.coef)
-    parts = cfg.batch.optim_steps_per_batch
+    parts, moved = cfg.batch.optim_steps_per_batch, False
     for number in range(plan.updates_per_step):
         part = [row for row in rows if row.group * parts // num_groups == number % parts]
+        if trained_tokens(run, part) == 0:
+            step.skip_updates(1)
+            continue
         data = rebalance(run.world, apply_reduction(run, part))
         if plan.policy_learns(step.index):
             metrics = engine.forward_backward(data, spec).metrics
-            if number > 0:  # later updates see a policy that has moved: only the first is the sampler/trainer gap
+            if moved:  # later updates see a policy that has moved: only the first is the sampler/trainer gap
                 metrics = {k: v for k, v in metrics.items() if not k.startswith("logprob_gap")}
             step.log(metrics)
-            if number == 0:  # the last place where the step can be taken back
+            if not moved:  # the last place where the step can be taken back
                 step.commit()
             step.log(engine.optim_step("policy", plan.adam_at(step.index)))
         if plan.needs_critic:
             critic = engine.forward_backward(data, make_value_spec(cfg.algorithm.critic), model="critic").metrics
-            if number == 0 and not plan.policy_learns(step.index):
+            if not moved and not plan.policy_learns(step.index):
                 step.commit()
             critic |= engine.optim_step("critic", plan.critic_adam_at(step.index))
             step.log({f"critic/{key}": value for key, value in critic.items()})
+        moved = True
+    if not moved:
+        step.commit()

@@ -36,11 +36,15 @@ def sft_step(run: Run, step: Step) -> None:
     # The mean over tokens is made here, as weights: the engine only sums, so that no split into micro-batches or ranks
     # changes what is computed. (A mean of the ranks' means would favour tokens that lie on a rank with few.)
     total = float(all_reduce_sum(run.world, np.array([sum(row.weights.sum() for row in rows)]))[0])
-    for row in rows:
-        row.weights = row.weights / total
-    step.log(run.engine.forward_backward(rebalance(run.world, rows), LossSpec("cross_entropy")).metrics)
-    step.commit()
-    step.log(run.engine.optim_step("policy", run.plan.warmup_adam_at(step.index)))
+    if total == 0:  # solutions without a token
+        step.skip_updates(1)
+        step.commit()
+    else:
+        for row in rows:
+            row.weights = row.weights / total
+        step.log(run.engine.forward_backward(rebalance(run.world, rows), LossSpec("cross_entropy")).metrics)
+        step.commit()
+        step.log(run.engine.optim_step("policy", run.plan.warmup_adam_at(step.index)))
     run.state.warmup_position += count
 
 

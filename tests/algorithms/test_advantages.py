@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, kl_rewards
+from skyrl.algorithms.filters import zero_variance_groups
+from skyrl.algorithms.variance import score_of
 from skyrl.types import UserError
 
 
@@ -145,8 +147,8 @@ def slow_gae(rows: RewardRows, gamma: float, lam: float) -> dict[tuple[int, int]
 def assert_rows(got: list[np.ndarray], want: list[list[float]]) -> None:
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
-        assert g.dtype == np.float32
-        np.testing.assert_allclose(g, np.array(w), rtol=3e-7, atol=1e-7)
+        assert g.dtype == np.float64
+        np.testing.assert_allclose(g, np.array(w), rtol=1e-12, atol=1e-12)
 
 
 # ---- values
@@ -263,6 +265,74 @@ def test_masks_without_a_token_and_batches_without_a_spread() -> None:
     assert advantages_of("reinforce++", one, dict(eps=0.0)).advantages[0].tolist() == [0.0]
 
 
+# ---- rounding
+
+EQUAL = [  # scores that a person calls equal, as the rewards of each episode's turns
+    [[10.1, 0.2], [10.3], [10.2, 0.1], [9.9, 0.4]],
+    [[100.1, 0.2], [100.3], [100.2, 0.1], [99.9, 0.4]],
+    [[1e6, 0.3], [1e6 + 0.1, 0.2], [1e6 + 0.3], [1e6 - 0.1, 0.4]],
+    [[1e6, -1e6, 0.3], [0.3], [0.1, 0.2], [0.1] * 3],
+    [[0.1] * 1000, [100.0], [0.2] * 500, [0.5] * 200],
+    [[-0.1, -0.2], [-0.3], [-0.2, -0.1], [0.3 - 0.6]],
+    [[1e-9, 2e-9], [3e-9], [1.5e-9] * 2, [1e-9] * 3],
+    [[0.0], [0.0, 0.0], [-0.0], [0.1, -0.1], [5e-324]],
+]
+ULP = float(np.spacing(1e6))
+UNEQUAL = [
+    [[1.0], [1.0 + 1e-12]],
+    [[1e6], [1e6 + 1e3 * ULP]],
+    [[1e-12], [2e-12]],
+    [[0.0], [1e-140]],
+    [[1e6, -1e6, 1e-6], [0.0]],
+]
+
+
+def played(groups: list[list[list[float]]], dtype: type = np.float64) -> RewardRows:
+    """Each turn is two tokens with the reward on the second; every episode is one row."""
+    turns = [(g, e, turns) for g, group in enumerate(groups) for e, turns in enumerate(group)]
+    rewards = [np.array([x for turn in one for x in (0.0, turn)], dtype) for _, _, one in turns]
+    return RewardRows(
+        np.array([g for g, _, _ in turns]),
+        np.array([e for _, e, _ in turns]),
+        rewards,
+        [np.ones(len(r), bool) for r in rewards],
+        np.ones(len(turns), bool),
+        [np.full(len(r), 0.7, np.float32) for r in rewards],
+    )
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+def test_scores_that_differ_by_rounding_have_no_advantage(name: str) -> None:
+    got = advantages_of(name, played(EQUAL), {"eps": 0.0}).advantages
+    assert all((row == 0).all() for row in got)
+    single = played([[[0.3], [np.float32(0.1) + np.float32(0.2)]]], np.float32)
+    assert all((row == 0).all() for row in advantages_of(name, single, {"eps": 0.0}).advantages)
+    got = advantages_of(name, played(UNEQUAL), {"eps": 0.0}).advantages
+    assert all((row != 0).all() for row in got)
+
+
+@pytest.mark.parametrize("name", ["reinforce++", "gae"])
+@pytest.mark.parametrize("group", EQUAL)
+def test_batches_that_differ_by_rounding_are_not_whitened(name: str, group: list[list[float]]) -> None:
+    """The reward of a whole episode on its last token, and with it tokens whose returns all are the same."""
+    rows = played([[[math.fsum(turns)] for turns in group]])
+    wobbled = [np.nextafter(r, np.inf) if i % 2 else r for i, r in enumerate(rows.rewards)]
+    rows.rewards = [np.where(np.arange(len(r)) == 1, r, 0.0) for r in wobbled]
+    got = advantages_of(name, rows, {"eps": 0.0})
+    assert all((row == 0).all() for row in got.advantages)
+    rows.rewards[0] = rows.rewards[0] + np.array([0.0, 1.0])
+    got = advantages_of(name, rows, {"eps": 0.0})
+    assert max(abs(row).max() for row in got.advantages) > 1.0
+
+
+def test_filters_of_groups_and_advantages_say_the_same() -> None:
+    for groups, kept in ((EQUAL, False), (UNEQUAL, True)):
+        scored = [[score_of(turns) for turns in group] for group in groups]
+        scales = [max(scale for _, scale in group) for group in scored]
+        keep_P = zero_variance_groups([[score for score, _ in group] for group in scored], scales)
+        assert keep_P.tolist() == [kept] * len(groups)
+
+
 # ---- ranks
 
 
@@ -284,7 +354,7 @@ def test_ranks_do_not_matter_and_call_all_sum_equally_often(name: str, over_rank
             assert len(set(calls)) == 1
             for rank in range(num_ranks):
                 for i, d in enumerate(keep[rank]):
-                    np.testing.assert_allclose(results[rank].advantages[i], whole.advantages[d], rtol=2e-7, atol=1e-12)
+                    np.testing.assert_allclose(results[rank].advantages[i], whole.advantages[d], rtol=1e-12, atol=1e-12)
                     if whole.returns is not None:
                         np.testing.assert_array_equal(results[rank].returns[i], whole.returns[d])
 
