@@ -36,7 +36,7 @@ import skyrl
 from skyrl.files import manifest_entry, remove_tree, sync_folder, verify_manifest, write_folder_atomic
 from skyrl.models.export import save_tensors
 from skyrl.models.peft import read_adapter, write_adapter
-from skyrl.service.records import CheckpointPath, Json, ModelInfo, check_part
+from skyrl.service.records import CheckpointPath, Json, ModelInfo, StorageError, check_part
 from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")
@@ -315,7 +315,13 @@ class Archive:
     def _remove(self, folder: Path) -> None:
         with self._explained(folder, "deleted"):
             try:
-                remove_tree(folder)
+                try:
+                    remove_tree(folder)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    (folder / META).unlink(missing_ok=True)  # a new name needs space; without this file it is not whole
+                    shutil.rmtree(folder)
             except FileNotFoundError:
                 return
             finally:
@@ -334,9 +340,9 @@ class Archive:
             meta = json.loads((folder / META).read_bytes())
             meta["files"], meta["facts"], meta["encrypted"]
         except OSError as error:
-            raise UserError(f"checkpoint {path.uri}: not on the disk ({folder}: {_reason(error)})") from None
+            raise StorageError(f"checkpoint {path.uri}: not on the disk ({folder}: {_reason(error)})") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"checkpoint {path.uri}: {folder / META} is damaged; load another checkpoint") from None
+            raise StorageError(f"checkpoint {path.uri}: {folder / META} is damaged; load another checkpoint") from None
         if meta["format"] != FORMAT:
             raise UserError(
                 f"checkpoint {path.uri}: format {meta['format']}, this skyrl {skyrl.__version__} reads {FORMAT}; "
@@ -351,14 +357,14 @@ class Archive:
         except OSError as error:
             problems = [_reason(error)]
         if problems:
-            raise UserError(f"checkpoint {path.uri}: {'; '.join(problems)} in {folder}; load another checkpoint")
+            raise StorageError(f"checkpoint {path.uri}: {'; '.join(problems)} in {folder}; load another checkpoint")
 
     def _claim(self, handle: int, store_id: str, strangers: bool) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise UserError(f"archive {self.root}: cannot be locked ({_reason(error)})") from None
+                raise StorageError(f"archive {self.root}: cannot be locked ({_reason(error)})") from None
             raise UserError(
                 f"archive {self.root}: another server uses it; end that one, or give another folder"
             ) from None
@@ -380,7 +386,7 @@ class Archive:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            raise UserError(
+            raise StorageError(
                 f"archive {what}: cannot be {verb} ({_reason(error)}); free space there, or check the folder's rights"
             ) from error
 

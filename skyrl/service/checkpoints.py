@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from skyrl.service.archive import Archive, Content, OptimizerState, check_recipi
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.database import FutureLog
 from skyrl.service.messages import RequestFailed, SaveWeights
-from skyrl.service.records import Checkpoint, CheckpointPath, ModelInfo, NotFound
+from skyrl.service.records import Checkpoint, CheckpointPath, ModelInfo, NotFound, StorageError
 from skyrl.service.store import Store, check_ttl
 from skyrl.types import LoraSpec, UserError
 
@@ -34,6 +35,7 @@ log = logging.getLogger("skyrl.service")
 
 DATABASE, CHECKPOINTS, SPILL = "service.sqlite", "checkpoints", "snapshots"
 WRAPPER = "net."  # before the name of each parameter of a whole model, in the engine
+NEARLY_FULL = 256 << 20  # bytes free on the disk, below which the start says so
 HOST_BYTES = 4 << 30  # ephemeral snapshots in host memory; older ones move to files
 RESIDENT = 64  # adapters on the ranks that nothing is drawn from
 Settle = Callable[[int, Exception | None], None]
@@ -49,19 +51,19 @@ class CheckpointService:
     def __init__(self, folder: Path, *, now: Callable[[], float] = time.time, session_timeout: float = 0.0) -> None:
         """session_timeout: seconds of silence after which a session has ended, 0 = never."""
         self.session_timeout = session_timeout
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.store = Store(folder / DATABASE, now=now)
         self.archive = Archive(folder / CHECKPOINTS)
+        self.store = Store(folder / DATABASE, now=now)
+        self._started = self.store.micros()
         try:
             self.lines = self._reconcile()
+            self.lines += self._check_space()
+            for line in self.lines:
+                log.warning(line)
         except BaseException:
             self.archive.close()
             self.store.close()
             raise
-        lost = self.store.recover()
-        if lost:
-            self.lines.append(f"{lost} models were open when the last server ended; clients resume from checkpoints")
         self.futures = FutureLog(self.store)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
         self._saving: set[Future[None]] = set()
@@ -96,11 +98,28 @@ class CheckpointService:
         for row in rows:
             problem = self.archive.whole(row.path, row.version)
             if row.missing != bool(problem):
-                self.store.set_missing(row.path, row.version, bool(problem))
+                with suppress(StorageError):  # a full disk: who loads it is told all the same
+                    self.store.set_missing(row.path, row.version, bool(problem))
             if problem:
                 lines.append(f"{problem}; marked as missing")
         lines += self.archive.clean(known)
-        return lines + [f"expired: {gone.path.uri}" for gone in self.expire()]
+        try:
+            lines += [f"expired: {gone.path.uri}" for gone in self.expire()]
+            if lost := self.store.recover(self._started):
+                lines.append(f"{lost} models were open when the last server ended; clients resume from checkpoints")
+        except StorageError as error:
+            lines.append(f"{error}; the server starts, and tries this again every few seconds")
+        return lines
+
+    def _check_space(self) -> list[str]:
+        """Sets aside what deleting needs, and tells of a disk that is nearly full. Raises: StorageError."""
+        self.store.keep_reserve()
+        if (free := self.store.free_bytes()) >= NEARLY_FULL:
+            return []
+        return [
+            f"{self.folder}: {free / 2**20:.1f} MiB are free on this disk; saves will be refused when it is full, "
+            "training and sampling go on: free space there, or delete checkpoints, which works in any case"
+        ]
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -236,15 +255,33 @@ class CheckpointService:
     # ---- deleting --------------------------------------------------------------------------------------------------
 
     def delete(self, path: CheckpointPath, owner: str) -> None:
-        """Deletes a checkpoint. Raises: NotFound. Files that cannot be removed now are removed at the next start."""
-        self._drop(path, self.store.delete_checkpoint(path, owner))
+        """Deletes a checkpoint. Raises: NotFound. Files that cannot be removed now are removed at the next start. When
+        the disk has no room even for this change of a row, the files go first, and the row after them."""
+        try:
+            version = self.store.delete_checkpoint(path, owner)
+        except StorageError:
+            found = self.store.version_of(path, owner)
+            if found is None:
+                raise
+            self._drop(path, found)
+            version = self.store.delete_checkpoint(path, owner)
+        self._drop(path, version)
 
     def expire(self) -> list[Checkpoint]:
-        """Deletes every checkpoint whose time is over; returns their records."""
-        gone = self.store.forget_expired()
-        for checkpoint in gone:
-            self._drop(checkpoint.path, checkpoint.version)
-        return gone
+        """Deletes every checkpoint whose time is over; returns their records. As `delete` when the disk is full."""
+        due = self.store.expired_checkpoints()
+        if due:
+            try:
+                self.store.forget(due)
+            except StorageError:
+                self._drop_all(due)
+                self.store.forget(due)
+            self._drop_all(due)
+        return due
+
+    def _drop_all(self, checkpoints: Sequence[Checkpoint]) -> None:
+        for one in checkpoints:
+            self._drop(one.path, one.version)
 
     def _drop(self, path: CheckpointPath, version: str) -> None:
         try:
@@ -264,7 +301,8 @@ class CheckpointService:
         """One round of `tidy`. Each part is tried whatever becomes of the others, and again in the next round; a
         problem is told once."""
         problems = []
-        for part in (self.futures.tidy, self.expire, self.store.write_heartbeats, self._end_sessions):
+        parts = (self.futures.tidy, self.expire, self.store.write_heartbeats, self._end_sessions, self._recover)
+        for part in (*parts, self.store.keep_reserve):
             try:
                 part()
             except Exception as error:
@@ -275,6 +313,9 @@ class CheckpointService:
         elif self._problem and not problem:
             log.warning("tidying up works again: everything is on record")
         self._problem = problem
+
+    def _recover(self) -> None:
+        self.store.recover(self._started)
 
     def _end_sessions(self) -> None:
         if self.session_timeout:
@@ -287,7 +328,7 @@ class CheckpointService:
         except NotFound:
             return ""
         last = f"; its last checkpoint is {run.last_checkpoint.path.uri}" if run.last_checkpoint else ""
-        why = "was lost when the server restarted" if run.state == "lost" else "is closed"
+        why = "is closed" if run.state == "closed" else "was lost when the server restarted"
         return f"{model_id} {why}; create a model from a saved state{last}"
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import secrets
+import shutil
 import sqlite3
 import threading
 import time
@@ -34,6 +35,7 @@ BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
 KEEP_SECONDS = 86400.0  # for so long a recorded answer can be asked for
 WRITE_SECONDS = 60.0  # a heartbeat in memory is at most about this much newer than the row of its session
+RESERVE_BYTES = 1 << 19  # of a file that is given up when the disk is full, so that deleting has room
 STALL_SECONDS = 30.0  # a longer pause of the whole process counts as so much silence: nobody could be heard in it
 REQUEST_ID = re.compile("[0-9a-f]{32}")
 EPOCH = 8  # characters of a request id that are the same for all requests of one server process
@@ -179,6 +181,8 @@ class Database:
         self.live = LiveSessions(now)
         self.touched: dict[str, int] = {}  # run -> time of its last request, where that is not in the table yet
         self._closed = False
+        self._reserve = self.path.with_name(f"{self.path.name}.reserve")
+        self.make_room()
         try:
             with self._explained(), self._connection() as connection:
                 self._prepare(connection)
@@ -198,6 +202,22 @@ class Database:
     def micros(self) -> int:
         """The time now in microseconds since 1970, as it stands in the tables."""
         return int(self._now() * 1_000_000)
+
+    def free_bytes(self) -> int:
+        """Space on the disk. Raises: StorageError."""
+        with self._explained():
+            return shutil.disk_usage(self.path.parent).free
+
+    def make_room(self) -> None:
+        """Before what frees space or memory is written: gives up the reserve when there is no other space."""
+        if self._reserve.exists() and self.free_bytes() < RESERVE_BYTES:
+            self._reserve.unlink(missing_ok=True)
+
+    def keep_reserve(self) -> None:
+        """Sets some space aside for that, once there is plenty. Raises: StorageError."""
+        if not self._reserve.exists() and self.free_bytes() > 4 * RESERVE_BYTES:
+            with self._explained():
+                self._reserve.write_bytes(bytes(RESERVE_BYTES))
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -256,6 +276,8 @@ class Database:
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise UserError(f"store {self.path}: this file system has no WAL mode; put the file on a local disk")
+        if connection.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
+            return  # nothing is written, for the disk may be full
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -286,8 +308,8 @@ class Database:
             raise UserError("text with half a surrogate pair: cannot be stored; send valid Unicode") from None
         except OverflowError:
             raise UserError("number beyond 64 bits: cannot be stored; send a smaller one") from None
-        except sqlite3.DatabaseError as error:
-            if not any(words in str(error) for words in _OF_THE_DISK):
+        except (sqlite3.DatabaseError, OSError) as error:
+            if isinstance(error, sqlite3.Error) and not any(words in str(error) for words in _OF_THE_DISK):
                 raise
             raise StorageError(
                 f"store {self.path}: {error}; free space there, check its rights, or give another file"

@@ -31,6 +31,7 @@ from skyrl.service.records import (
     SearchPage,
     Session,
     SessionQuery,
+    StorageError,
     Usage,
     from_micros,
     present,
@@ -130,6 +131,7 @@ class Store(Database):
             raise UserError(f"session {session_id}: finish reason {reason!r}; give one of {', '.join(FINISH_REASONS)}")
         told = json.dumps(present(reason={"type": reason}, detail=detail))
         self.get_session(session_id, owner)
+        self.make_room()
         with self.write() as db:
             db.execute(
                 "UPDATE sessions SET status = 'client_finished', reason = ?, detail = ?"
@@ -309,7 +311,8 @@ class Store(Database):
             return Page([self._with_latest(db, _run(row, self.touched), owner) for row in rows], offset, limit, total)
 
     def close_run(self, run_id: str, owner: str, state: RunState = "closed") -> None:
-        """The model is gone from memory (unloaded, or its session ended). Raises: NotFound."""
+        """The model goes from memory (unloaded, or its session ended). Raises: NotFound."""
+        self.make_room()
         with self.write() as db:
             done = db.execute("UPDATE runs SET state = ? WHERE run_id = ? AND owner = ?", (state, run_id, owner))
         if not done.rowcount:
@@ -327,10 +330,15 @@ class Store(Database):
             )
             return [checkpoint_of(row) for row in rows]
 
-    def recover(self) -> int:
-        """At start: runs that were open when a server died are lost. Returns how many became so now."""
+    def recover(self, before: int) -> int:
+        """Runs that were open when a server died are lost: those made before that time. Returns how many became so
+        now."""
+        with self.read() as db:
+            if db.execute("SELECT 1 FROM runs WHERE state = 'open' AND created_at <= ?", (before,)).fetchone() is None:
+                return 0
         with self.write() as db:
-            return db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open'").rowcount
+            changed = db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open' AND created_at <= ?", (before,))
+        return changed.rowcount
 
     def _with_latest(self, db, run: Run, reader: str) -> Run:
         found = {}
@@ -393,7 +401,7 @@ class Store(Database):
         if row is None or not (row["owner"] == reader or row["public"]) or self._expired(row):
             raise _no_checkpoint(path)
         if row["missing"]:
-            raise UserError(f"checkpoint {path.uri}: its files were lost or damaged on the disk; delete it")
+            raise StorageError(f"checkpoint {path.uri}: its files were lost or damaged on the disk; delete it")
         return checkpoint_of(row)
 
     def list_checkpoints(
@@ -422,11 +430,11 @@ class Store(Database):
         with self.read() as db:
             return [checkpoint_of(row) for row in db.execute("SELECT * FROM checkpoints ORDER BY rowid")]
 
-    def version_of(self, path: CheckpointPath) -> str | None:
-        """The version that a path stands for, whoever owns it; None when there is no such row."""
+    def version_of(self, path: CheckpointPath, owner: str | None = None) -> str | None:
+        """The version that a path stands for; None when there is no such row of this owner's (None: of anyone's)."""
         with self.read() as db:
             row = _row(db, path)
-        return None if row is None else row["version"]
+        return row["version"] if row is not None and owner in (None, row["owner"]) else None
 
     def set_public(self, path: CheckpointPath, owner: str, public: bool) -> None:
         """Publishes a checkpoint or takes that back; no error if it is so already. Raises: NotFound."""
@@ -447,6 +455,7 @@ class Store(Database):
 
     def delete_checkpoint(self, path: CheckpointPath, owner: str) -> str:
         """Forgets a checkpoint; returns the version whose folder is to be deleted. Raises: NotFound."""
+        self.make_room()
         with self.write(durable=True) as db:
             row = _row(db, path)
             if row is None or row["owner"] != owner:
@@ -454,16 +463,22 @@ class Store(Database):
             db.execute(f"DELETE FROM checkpoints WHERE {_KEY}", asdict(path))
         return row["version"]
 
-    def forget_expired(self) -> list[Checkpoint]:
-        """Removes the rows of all checkpoints that have expired, and returns them: their folders are to be deleted."""
-        due, values = "FROM checkpoints WHERE expires_at <= ?", (self.micros(),)
-        with self.read() as db:  # every few seconds, and there is seldom one: nothing is written then
-            if db.execute(f"SELECT 1 {due}", values).fetchone() is None:
-                return []
+    def expired_checkpoints(self) -> list[Checkpoint]:
+        """All whose time is over; nobody sees them any more."""
+        with self.read() as db:
+            return [
+                checkpoint_of(row)
+                for row in db.execute("SELECT * FROM checkpoints WHERE expires_at <= ?", (self.micros(),))
+            ]
+
+    def forget(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Removes the rows of these versions."""
+        self.make_room()
         with self.write(durable=True) as db:
-            gone = db.execute(f"SELECT * {due}", values).fetchall()
-            db.execute(f"DELETE {due}", values)
-        return [checkpoint_of(row) for row in gone]
+            db.executemany(
+                f"DELETE FROM checkpoints WHERE {_KEY} AND version = :version",
+                [{**asdict(one.path), "version": one.version} for one in checkpoints],
+            )
 
     def usage(self, owner: str, project_id: str | None = None) -> list[Usage]:
         """Space of the owner's checkpoints, by project."""
