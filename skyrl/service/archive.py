@@ -340,7 +340,8 @@ class Archive:
             meta = json.loads((folder / META).read_bytes())
             meta["files"], meta["facts"], meta["encrypted"]
         except OSError as error:
-            raise StorageError(f"checkpoint {path.uri}: not on the disk ({folder}: {_reason(error)})") from None
+            kind = UserError if isinstance(error, FileNotFoundError) else StorageError
+            raise kind(f"checkpoint {path.uri}: not on the disk ({folder}: {_reason(error)})") from None
         except (ValueError, KeyError, TypeError):
             raise StorageError(f"checkpoint {path.uri}: {folder / META} is damaged; load another checkpoint") from None
         if meta["format"] != FORMAT:

@@ -54,7 +54,6 @@ class CheckpointService:
         self.folder = folder
         self.archive = Archive(folder / CHECKPOINTS)
         self.store = Store(folder / DATABASE, now=now)
-        self._started = self.store.micros()
         try:
             self.lines = self._reconcile()
             self.lines += self._check_space()
@@ -105,7 +104,7 @@ class CheckpointService:
         lines += self.archive.clean(known)
         try:
             lines += [f"expired: {gone.path.uri}" for gone in self.expire()]
-            if lost := self.store.recover(self._started):
+            if lost := self.store.recover():
                 lines.append(f"{lost} models were open when the last server ended; clients resume from checkpoints")
         except StorageError as error:
             lines.append(f"{error}; the server starts, and tries this again every few seconds")
@@ -301,7 +300,7 @@ class CheckpointService:
         """One round of `tidy`. Each part is tried whatever becomes of the others, and again in the next round; a
         problem is told once."""
         problems = []
-        parts = (self.futures.tidy, self.expire, self.store.write_heartbeats, self._end_sessions, self._recover)
+        parts = (self.futures.tidy, self.expire, self.store.write_heartbeats, self._end_sessions, self.store.recover)
         for part in (*parts, self.store.keep_reserve):
             try:
                 part()
@@ -313,9 +312,6 @@ class CheckpointService:
         elif self._problem and not problem:
             log.warning("tidying up works again: everything is on record")
         self._problem = problem
-
-    def _recover(self) -> None:
-        self.store.recover(self._started)
 
     def _end_sessions(self) -> None:
         if self.session_timeout:

@@ -6,6 +6,7 @@ job: a training run and a server are two commands.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.init import World, init_distributed
 from skyrl.engine import Engine
+from skyrl.files import write_folder_atomic
 from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_facts
 from skyrl.planner.plan import make_plan
@@ -30,6 +32,7 @@ from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
 from skyrl.service.messages import ServerInfo
 from skyrl.service.openai import openai_routes
+from skyrl.service.records import StorageError
 from skyrl.service.routes_checkpoints import checkpoint_routes
 from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
@@ -39,6 +42,8 @@ from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys, read_keys
 from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
+
+log = logging.getLogger("skyrl.service")
 
 TINY_NAMES = ("tiny", "skyrl/tiny")
 
@@ -115,7 +120,7 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
     if not tokenizer_id and cfg.model.path == "tiny":
         # Clients on this machine load the tokenizer from here, under this very name when they ask for nothing else.
         tokenizer_id = str(folder / "tokenizer")
-        engine.tokenizer.save_pretrained(tokenizer_id)
+        _write_tokenizer(engine, folder / "tokenizer")
         aliases[tokenizer_id] = Path(cfg.model.path)
     module = engine.models[BASE].strategy.module
     info = ServerInfo(
@@ -130,6 +135,17 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
         full_parameters=cfg.service.full_parameters,
     )
     return checkpoints, info
+
+
+def _write_tokenizer(engine: Engine, folder: Path) -> None:
+    """Its files, whole. On a full disk those of an earlier start stay."""
+    try:
+        with write_folder_atomic(folder) as part:
+            engine.tokenizer.save_pretrained(part)
+    except Exception as error:  # the tokenizers package has no error of its own for the disk
+        if not folder.is_dir():
+            raise StorageError(f"{folder}: cannot be written ({error}); free space there") from error
+        log.warning("%s: stays as it is: %s", folder, error)
 
 
 def names(cfg: RunConfig) -> list[str]:

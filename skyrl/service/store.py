@@ -67,6 +67,7 @@ class Store(Database):
     def __init__(self, path: Path | str, *, now: Callable[[], float] = time.time) -> None:
         """now: seconds since 1970, for tests."""
         super().__init__(path, now=now)
+        self._opened = self.micros()
         with self.read() as db:
             self.live.add(db.execute("SELECT session_id, owner, last_heartbeat FROM sessions WHERE status = 'active'"))
 
@@ -330,9 +331,10 @@ class Store(Database):
             )
             return [checkpoint_of(row) for row in rows]
 
-    def recover(self, before: int) -> int:
-        """Runs that were open when a server died are lost: those made before that time. Returns how many became so
+    def recover(self) -> int:
+        """Runs that were open when the store was opened are lost: their server has died. Returns how many became so
         now."""
+        before = self._opened
         with self.read() as db:
             if db.execute("SELECT 1 FROM runs WHERE state = 'open' AND created_at <= ?", (before,)).fetchone() is None:
                 return 0

@@ -1,6 +1,6 @@
 """A service folder on a disk that is really full: a small tmpfs, or a limit of the system on the size of files.
 
-What needs no disk goes on, deleting works when nothing else does, what was refused is caught up, and a server starts."""
+What needs no disk goes on, deleting works when nothing else does, what was refused is caught up, a server starts."""
 
 import os
 import resource

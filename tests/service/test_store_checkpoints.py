@@ -66,7 +66,7 @@ def test_expired_is_gone_at_once_and_its_name_is_free(store, run, clock):
     add(store, CheckpointPath(run, "weights", "kept"))
     store.set_public(path, "a", True)
     clock.time += 3599
-    assert store.get_checkpoint(path, "a") and store.forget_expired() == []
+    assert store.get_checkpoint(path, "a") and store.expired_checkpoints() == []
     clock.time += 1
     for reader in ("a", "b"):
         with pytest.raises(NotFound):
@@ -75,8 +75,10 @@ def test_expired_is_gone_at_once_and_its_name_is_free(store, run, clock):
     assert store.get_run(run, "a").last_checkpoint.path.name == "kept"
     with pytest.raises(NotFound):
         store.set_ttl(path, "a", None)  # no way back
-    assert [(c.path, c.version) for c in store.forget_expired()] == [(path, "v1")]
-    assert store.forget_expired() == [] and store.version_of(path) is None
+    (gone,) = store.expired_checkpoints()
+    assert (gone.path, gone.version) == (path, "v1")
+    store.forget([gone])
+    assert store.expired_checkpoints() == [] and store.version_of(path) is None
     add(store, path, ttl_seconds=3600)
     clock.time += 3600
     assert add(store, path, "v2")[1] == "v1"  # not yet forgotten, and in nobody's way
