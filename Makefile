@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train serve test test-slow test-tinker test-slurm chaos lint bench clean
+.PHONY: help install train serve test test-slow test-exports test-tinker test-slurm chaos lint bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ test-slow: $(TEST_STAMP) ## what takes minutes
 
 test-tinker: $(TEST_STAMP) ## twelve releases of the Tinker client and its cookbook; downloads them once
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
+
+test-exports: $(TEST_STAMP) ## exports read by transformers 4.51 and 4.57, which serving stacks run; downloads them once
+	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 tests/models/test_export_source.py $(ARGS)
 
 test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
 	$(PIP) -e '.[sweep]'

@@ -383,12 +383,13 @@ class Engine:
         self._get(model).strategy.offload()
 
     def export(self, model: str, folder: Path) -> None:
-        """Writes `model` as a Hugging Face folder (safetensors, config, tokenizer), by rank 0; collective. An adapter
-        is merged into its base, and stands besides in <folder>/adapter as the peft package loads it.
+        """Writes `model` as a Hugging Face folder, with the files beside the weights as in `model.path`, by rank 0;
+        collective. An adapter is merged into its base, and stands besides in <folder>/adapter as the peft package
+        loads it.
 
         Raises UserError, on every rank, when it cannot be written."""
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
-        self._loaded(model).export(folder, self.tokenizer, dtype, source=self.cfg.model.path)
+        self._loaded(model).export(folder, self.tokenizer, dtype, source=self.cfg.model)
 
     def check_replicas(self, model: str = "policy") -> None:
         """Raises RunError unless all ranks hold the same weights (replicated strategies). Collective."""

@@ -150,7 +150,9 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
+    if weights:
+        patterns.append("*.safetensors")
     try:
         found = Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
         if weights and not any(found.glob("*.safetensors")):

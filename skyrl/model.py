@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from skyrl.algorithms.losses import LOSSES, compute_loss
+from skyrl.config.schema import ModelConfig
 from skyrl.distributed.collectives import gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.export import export_model
@@ -26,7 +27,7 @@ from skyrl.models.lora import Adapter, Segment, install, routed
 from skyrl.models.packed import PADDING_ROW, collate, loss_dtype
 from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
-from skyrl.models.weights import put
+from skyrl.models.weights import persistent_buffers, put
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, UserError
@@ -232,22 +233,26 @@ class Model:
         self.strategy.load_state_dict(own, optimizer=self.spec.trainable)
         self._sampler = None
 
-    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: str) -> None:
-        """Writes a Hugging Face folder in `dtype`, by rank 0. An adapter is merged into its base, and stands besides in
-        <folder>/adapter as the peft package loads it; `source` says there where the base came from.
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: ModelConfig
+    ) -> None:
+        """Writes a Hugging Face folder in `dtype`, by rank 0; what is not weights is that of `source`. An adapter is
+        merged into its base, and stands besides in <folder>/adapter as the peft package loads it.
 
         Raises UserError, on every rank, when it cannot be written."""
-        state = self.whole.strategy.full_state_dict(dtype)
         lora, net = self.spec.lora, self.whole.strategy.module
+        state = self.whole.strategy.full_state_dict(dtype)
+        state.update((name, buffer.cpu()) for name, buffer in persistent_buffers(net).items())
         weights = {} if lora is None else self.strategy.full_state_dict(torch.float32)
 
         def write() -> None:
             if lora is None:
-                export_model(state, net.config, tokenizer, folder, dtype)
+                export_model(state, net.config, tokenizer, folder, dtype, source=source)
                 return
             config = merge_adapter(state, weights, lora, net)
-            more = partial(write_adapter, weights=weights, spec=lora, base=source)
-            export_model(state, config, tokenizer, folder, dtype, more=lambda part: more(part / "adapter"))
+            more = partial(write_adapter, weights=weights, spec=lora, base=source.path)
+            write_more = lambda part: more(part / "adapter")  # noqa: E731
+            export_model(state, config, tokenizer, folder, dtype, source=source, more=write_more)
 
         on_leader(self.world, write)
 

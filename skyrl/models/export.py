@@ -1,10 +1,18 @@
-"""A Hugging Face folder that transformers (and what builds on it) loads: safetensors, config, tokenizer."""
+"""A Hugging Face folder as its source was, with other weights: for transformers, of earlier releases too, and vLLM.
+
+Config, tokenizer and generation settings are the source's own files and not what transformers would write today: a
+tokenizer that is serialised again, end tokens that only generation_config.json knows, or a key that a later release
+renamed would be lost on whoever serves the folder.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
+import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +22,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from skyrl.files import write_folder_atomic
+from skyrl.config.schema import ModelConfig
+from skyrl.files import locate, write_folder_atomic
 from skyrl.models.load import build_net
 from skyrl.models.weights import INDEX, SINGLE
+from skyrl.text.tokenizer import TINY
 from skyrl.types import UserError
+
+log = logging.getLogger("skyrl.models")
 
 SHARD_BYTES = 5 << 30
 PREFIX = "net."
+CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+# What belongs to a tokenizer, where model.tokenizer names another folder than model.path.
+TOKENIZER_FILES = (
+    "tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.spm", "*.tiktoken", "chat_template*", "additional_chat_templates",
+)  # fmt: skip
+# What is copied beside it: settings of generation and of processors, custom code, terms of use. No weights, no config.
+SIDE_FILES = (*TOKENIZER_FILES, "*.json", "*.jinja", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+OWN_FILES = (CONFIG, "*.index.json", "adapter_config.json", "trainer_state.json")
 
 
 def export_model(
@@ -30,23 +51,31 @@ def export_model(
     folder: Path,
     dtype: torch.dtype,
     *,
+    source: ModelConfig | None = None,
     shard_bytes: int = SHARD_BYTES,
     more: Callable[[Path], None] = lambda part: None,
 ) -> None:
     """Writes `folder`, which AutoModelForCausalLM and AutoTokenizer load and which gives the same log-probabilities.
 
-    `state`: whole weights on the CPU, named as in CausalLM ("net.model..."), tied ones once; a value head is left
-    out. Written under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name
-    is replaced. `more` is called with the folder before that, and may add files. Raises: UserError when the disk does
-    not take it, with what was there before left as it was.
+    `state`: whole weights on the CPU in `dtype`, and persistent buffers, named as in CausalLM ("net.model..."), tied
+    ones once; a value head is left out. `source` says which model it was: its config with what `config` has changed,
+    and its other files as they are. Without it, or for `tiny`, `config` and `tokenizer` are written instead. Written
+    under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name is replaced.
+    `more` is called with the folder before that, and may add files. Raises: UserError when the disk does not take it,
+    with what was there before left as it was.
     """
-    folder = Path(folder)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    folder, source = Path(folder), source or ModelConfig()
+    net = build_net(copy.deepcopy(config), torch.float32, trust_remote_code=source.trust_remote_code)
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
     try:
         with write_folder_atomic(folder) as part:
-            _write_weights(_original_names(weights, config), part, dtype, shard_bytes)
-            _write_config(config, part, dtype)
-            tokenizer.save_pretrained(part)
+            # names and shapes as in the files that the family is published in (single experts instead of fused ones)
+            _write_weights(revert_weight_conversion(net, weights), part, shard_bytes)
+            origin = _origin(source.path, source.revision)
+            _write_config(config, part, origin, dtype, type(net).__name__)
+            _copy_side_files(part, origin, source, tokenizer)
             more(part)
     except OSError as error:
         raise UserError(
@@ -54,34 +83,32 @@ def export_model(
         ) from error
 
 
-def _original_names(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Names and shapes as in the files that the family is published in (single experts instead of fused ones)."""
-    from transformers.core_model_loading import revert_weight_conversion
+def _origin(path: str, revision: str = "") -> Path | None:
+    """The folder of a model or tokenizer; None for `tiny`, and for one that is gone since the run began."""
+    try:
+        return None if path == TINY else locate(path, revision, weights=False)
+    except UserError as error:
+        log.warning("export: the files beside the weights are written anew: %s", error)
+        return None
 
-    net = build_net(copy.deepcopy(config), torch.float32)
-    return revert_weight_conversion(net, weights)
 
-
-def _write_weights(weights: dict[str, Tensor], part: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def _write_weights(weights: dict[str, Tensor], part: Path, shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     size = total = 0
     for name, value in weights.items():
-        count = value.numel() * (dtype.itemsize if value.is_floating_point() else value.element_size())
-        if shards[-1] and size + count > shard_bytes:
+        if shards[-1] and size + value.nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size, total = size + count, total + count
+        size, total = size + value.nbytes, total + value.nbytes
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, keys in zip(names, shards, strict=True):
-        cast = {k: weights[k].to(dtype) if weights[k].is_floating_point() else weights[k] for k in keys}
-        save_tensors(cast, part / file)
+        save_tensors({key: weights[key] for key in keys}, part / file)
     if len(shards) > 1:
         weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (part / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+        _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -99,9 +126,85 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _write_config(config: Any, part: Path, dtype: torch.dtype) -> None:
-    config = copy.deepcopy(config)
-    config._attn_implementation_internal = None  # ours is not known where this is loaded
-    config.dtype = dtype
-    config.save_pretrained(part)
-    GenerationConfig.from_model_config(config).save_pretrained(part)
+def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dtype, architecture: str) -> None:
+    """config.json with the keys of the source, what the export changes, and the names that transformers 4 reads."""
+    if origin is not None:
+        keys = json.loads((origin / CONFIG).read_text(encoding="utf-8"))
+    else:
+        config = copy.deepcopy(config)
+        config._attn_implementation_internal = None  # ours is not known where this is loaded
+        keys = json.loads(config.to_json_string())
+        GenerationConfig.from_model_config(config).save_pretrained(part)
+    if architecture not in keys.get("architectures", ()):  # a bare model, or one with another head
+        keys["architectures"] = [architecture]
+    keys["tie_word_embeddings"] = config.tie_word_embeddings
+    keys["dtype"] = keys["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if not str(keys.get("transformers_version", "")).startswith("4."):
+        keys = {**_keys_of_transformers_4(keys, type(config).attribute_map), **keys}
+    _write_json(part / CONFIG, keys)
+
+
+def _keys_of_transformers_4(keys: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Names that releases before 5 read, for those that 5 has put in their place; `names`: old name -> new name. They
+    do not complain of what they do not know: the rotary base would be 10,000, a window would lie in other layers."""
+    out: dict[str, Any] = {old: keys[new] for old, new in names.items() if new in keys}
+    rope = keys.get("rope_parameters") or {}
+    local = rope.get("sliding_attention")
+    whole = rope.get("full_attention", {} if local else rope)
+    if "rope_theta" in whole:
+        out["rope_theta"] = whole["rope_theta"]
+        scaling = {key: value for key, value in whole.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        out["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+        if "partial_rotary_factor" in whole:
+            out["partial_rotary_factor"] = whole["partial_rotary_factor"]
+        if keys.get("model_type") == "gpt_neox":
+            out["rotary_emb_base"], out["rotary_pct"] = whole["rope_theta"], whole.get("partial_rotary_factor", 0.25)
+    if local and "rope_theta" in local:
+        out["rope_local_base_freq"] = local["rope_theta"]
+    layers = keys.get("layer_types") or []
+    if "full_attention" in layers and "sliding_attention" in layers:
+        every = layers.index("full_attention") + 1
+        if layers == ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(layers))]:
+            out["sliding_window_pattern"] = every
+    return out
+
+
+def _copy_side_files(part: Path, origin: Path | None, source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The source's files beside its weights, with the tokenizer and the template that the run used."""
+    home = origin
+    if source.tokenizer and source.tokenizer != source.path:
+        home = _origin(source.tokenizer)
+    if origin is not None:
+        _copy(origin, part, SIDE_FILES, (*OWN_FILES, *(() if home == origin else TOKENIZER_FILES)))
+    if home is None:
+        tokenizer.save_pretrained(part)
+    elif home != origin:
+        _copy(home, part, TOKENIZER_FILES, OWN_FILES)
+    file = part / TOKENIZER_CONFIG
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    after = dict(before)
+    if after.get("tokenizer_class") == "TokenizersBackend":  # what releases before 5 call it
+        after["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(after.get("extra_special_tokens"), list):
+        after["additional_special_tokens"] = after.pop("extra_special_tokens")
+    if source.chat_template:
+        after["chat_template"] = tokenizer.chat_template
+        (part / "chat_template.jinja").write_text(str(tokenizer.chat_template), encoding="utf-8")
+    if after != before:
+        _write_json(file, after)
+
+
+def _copy(origin: Path, part: Path, wanted: tuple[str, ...], but: tuple[str, ...]) -> None:
+    for file in sorted(origin.iterdir()):
+        if not any(fnmatch(file.name, one) for one in wanted) or any(fnmatch(file.name, one) for one in but):
+            continue
+        if file.is_dir():
+            shutil.copytree(file, part / file.name)
+        else:
+            shutil.copyfile(file, part / file.name)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

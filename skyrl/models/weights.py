@@ -135,10 +135,17 @@ def _local(param: Tensor) -> Tensor:
 
 def targets(net: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, tied ones once, under their first name."""
-    out: dict[str, Tensor] = dict(net.named_parameters())
-    state = set(net.state_dict(keep_vars=True))
-    out.update((name, buffer) for name, buffer in net.named_buffers() if name in state)
-    return out
+    return {**dict(net.named_parameters()), **persistent_buffers(net)}
+
+
+def persistent_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to a model's files (biases of routers, say), by name; rotary frequencies do not."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in net.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def plan(net: Any, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
