@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import skyrl
 from skyrl.checkpoint_folder import (
+    Best,
     CheckpointInfo,
     clean_leftovers,
     find_resume,
@@ -64,7 +65,8 @@ class Checkpointer:
 
     group: a gloo group of all ranks used for nothing else, as its collectives run in a background thread beside those
     of training (on a shared group they interleave and hang); None with one process. rank and world_size are those of
-    the group. keep_last: newest that stay, 0 = all. keep_best: the one with the highest score stays besides.
+    the group. keep_last: newest that stay, 0 = all. keep_best: the one with the best score stays besides; `best` says
+    which metric that is.
     """
 
     def __init__(
@@ -78,11 +80,13 @@ class Checkpointer:
         world_size: int,
         group: dist.ProcessGroup | None,
         config_digest: str = "",
+        best: Best = Best(),
     ) -> None:
         if world_size > 1 and group is None:
             raise ValueError("several ranks need a gloo group that only the checkpointer uses")
         self.folder, self.keep_last, self.keep_best, self.async_save = Path(folder), keep_last, keep_best, async_save
         self.rank, self.world_size, self.group, self.config_digest = rank, world_size, group, config_digest
+        self.best = best
         self._pending: _Save | None = None
         self._lines: list[str] = []
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -93,7 +97,8 @@ class Checkpointer:
         """Writes `tensors` (nested dicts of tensors, DTensors, numbers) and `state` (plain JSON) as checkpoint `tag`.
 
         First waits for the save before. Returns when everything is copied to CPU memory, or with block=True or without
-        async_save when the checkpoint is complete. `state` of rank 0 is the one that counts. Higher scores are better.
+        async_save when the checkpoint is complete. `state` of rank 0 is the one that counts. `score`: the value of
+        `best.metric`, None where it was not measured.
         Raises: UserError when this save (if blocking) or the one before failed; what was complete stays.
         """
         self.wait()
@@ -142,6 +147,11 @@ class Checkpointer:
             return True
         self._pending.thread.join(timeout_seconds)
         return not self._pending.thread.is_alive() and self._pending.error is None
+
+    def improves(self, score: float) -> bool:
+        """Whether `score` is better than that of every checkpoint in the folder, and the best one is to be kept. Local;
+        for rank 0, with no save under way."""
+        return self.keep_best and self.best.improves(score, survey(self.folder)[0])
 
     def load(self, path: Path, tensors: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
         """Fills `tensors` (a template as given to `save`, of any sharding) in place; returns the saved state.
@@ -224,6 +234,7 @@ class Checkpointer:
             "tag": job.tag,
             "step": job.state.get("step"),
             "score": job.score,
+            "metric": self.best.metric,
             "world_size": self.world_size,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {"skyrl": skyrl.__version__, "torch": torch.__version__},
@@ -234,7 +245,7 @@ class Checkpointer:
         lines = publish(self.folder, tmp, manifest)
         size = sum(entry["bytes"] for entry in files.values()) / 2**20
         job.lines.append(f"saved checkpoint {self.folder / job.tag} ({size:.1f} MiB, {time.monotonic() - start:.1f} s)")
-        job.lines += lines + retain(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
+        job.lines += lines + retain(self.folder, keep_last=self.keep_last, best=self.best if self.keep_best else None)
 
     def _explain(self, job: _Save, problem: Exception) -> Exception:
         """One line for what a person can fix (disk full, read-only), the whole story for anything else."""

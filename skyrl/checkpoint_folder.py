@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ _FIELDS = ("tag", "sequence", "score", "world_size", "files", "config_digest", "
 class CheckpointInfo:
     """A complete checkpoint as its manifest describes it. A higher `sequence` was written later.
 
-    files: name -> {"bytes", "sha256"}. state: what the trainer gave to `save`.
+    files: name -> {"bytes", "sha256"}. state: what the trainer gave to `save`. score: the value of `metric`, None where
+    it was not measured.
     """
 
     path: Path
@@ -37,11 +40,35 @@ class CheckpointInfo:
     files: dict[str, dict[str, Any]]
     config_digest: str
     state: dict[str, Any]
+    metric: str
 
     @property
     def num_bytes(self) -> int:
         """Size of all files but the manifest."""
         return sum(entry["bytes"] for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which checkpoint is the best one: with the most (mode max) or least (min) of a metric, the first of equals."""
+
+    metric: str = "eval/accuracy:mean"
+    mode: str = "max"
+
+    def of(self, known: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
+        """The best of those that this metric was measured for; None without any."""
+        sign = 1.0 if self.mode == "max" else -1.0
+        measured = [
+            (sign * info.score, info) for info in known if info.score is not None and info.metric == self.metric
+        ]
+        return max(measured, key=lambda pair: (pair[0], -pair[1].sequence))[1] if measured else None
+
+    def improves(self, score: float, known: Iterable[CheckpointInfo]) -> bool:
+        """Whether `score` is better than all of `known`. What is not finite never is."""
+        best = self.of(known)
+        if best is None or best.score is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return score > best.score if self.mode == "max" else score < best.score
 
 
 def read_checkpoint(path: Path) -> CheckpointInfo:
@@ -133,17 +160,15 @@ def publish(folder: Path, tmp: Path, manifest: dict[str, Any]) -> list[str]:
     return lines + [f"checkpoint {path}: {MANIFEST} is damaged; left alone" for path in broken if path != final]
 
 
-def retain(folder: Path, *, keep_last: int, keep_best: bool) -> list[str]:
-    """Deletes all but the newest `keep_last` (0 = all) and the one with the highest score; returns lines of trouble.
+def retain(folder: Path, *, keep_last: int, best: Best | None) -> list[str]:
+    """Deletes all but the newest `keep_last` (0 = all) and the best (None: whatever it is); returns lines of trouble.
 
-    Called after a new checkpoint is complete: the one a run resumed from outlives its successor's birth. Of equal
-    scores the earliest is the best.
+    Called after a new checkpoint is complete: the one a run resumed from outlives its successor's birth.
     """
     known = sorted(survey(folder)[0], key=lambda info: info.sequence)
     keep = {info.tag for info in (known if keep_last == 0 else known[-keep_last:])}
-    scored = [info for info in known if info.score is not None]
-    if keep_best and scored:
-        keep.add(max(scored, key=lambda info: (info.score, -info.sequence)).tag)
+    if best is not None and (kept := best.of(known)) is not None:
+        keep.add(kept.tag)
     lines = []
     for info in known:
         if info.tag not in keep:
@@ -208,7 +233,8 @@ def _read(path: Path) -> CheckpointInfo:
             f"format {manifest['format']} of skyrl {manifest['versions']['skyrl']}, this skyrl {skyrl.__version__} "
             f"reads format {FORMAT}; use the version that wrote it"
         )
-    return CheckpointInfo(path=path, **{key: manifest[key] for key in _FIELDS})
+    metric = manifest.get("metric", Best.metric)  # older releases knew no other
+    return CheckpointInfo(path=path, metric=metric, **{key: manifest[key] for key in _FIELDS})
 
 
 def _candidates(folder: Path) -> list[Path]:

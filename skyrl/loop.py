@@ -15,6 +15,7 @@ import torch
 
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
+from skyrl.checkpoint_folder import Best
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
@@ -181,6 +182,7 @@ def _open(
             world_size=world.size,
             group=world.saving,
             config_digest=config_digest(cfg),
+            best=Best(cfg.checkpoint.best_metric, cfg.checkpoint.best_mode),
         ),
         state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,

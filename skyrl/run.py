@@ -24,7 +24,7 @@ from skyrl.checkpoint import Checkpointer, latest
 from skyrl.config.load import to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.data import PromptStream
-from skyrl.distributed.collectives import MetricSums, all_reduce_sum, broadcast_object, gather_objects
+from skyrl.distributed.collectives import MetricSums, all_reduce_sum, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.failure import ignore_sigterm, is_lost_peer
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, inside
@@ -51,9 +51,9 @@ class RunState:
 
     `phase` names the loop under way, `step` counts its finished steps, `global_step` those of all phases: it names
     checkpoints. `position` is the next prompt of the training stream, `warmup_position` the same for warm-up.
-    `accuracy` was measured when `global_step` was `evaluated_at`. `unrecorded`: the last step is learned, but its
-    evaluation and its record, of which `pending` is the part that is known, are still to come. `base`: fingerprint of
-    the frozen model under an adapter, which is not saved.
+    `accuracy` and `score`, the value of checkpoint.best_metric, were measured when `global_step` was `evaluated_at`.
+    `unrecorded`: the last step is learned, but its evaluation and its record, of which `pending` is the part that is
+    known, are still to come. `base`: fingerprint of the frozen model under an adapter, which is not saved.
     """
 
     phase: str = "warmup"
@@ -64,6 +64,7 @@ class RunState:
     kl: dict[str, float] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     accuracy: float | None = None
+    score: float | None = None
     evaluated_at: int = -1
     first_accuracy: float | None = None
     metrics_offset: int = 0
@@ -152,8 +153,9 @@ class Run:
         """The steps of one loop that are still to be done; `for step in run.steps(...)` is the frame of every trainer.
 
         Between two steps it records metrics, evaluates (every `evaluate_every` steps, 0 = never, and after the last),
-        saves (every checkpoint.every_steps, and after the last) and looks whether the run was asked to stop. A loop
-        whose phase is over yields nothing. `then` names the phase that begins when this one has ended.
+        saves (every checkpoint.every_steps, after the last, and after the best evaluation) and looks whether the run
+        was asked to stop. A loop whose phase is over yields nothing. `then` names the phase that begins when this one
+        has ended.
         """
         state = self.state
         if state.phase != phase:
@@ -179,7 +181,7 @@ class Run:
             state.unrecorded = False
             for line in self.checkpointer.poll():
                 self.say(line)
-            save = last or (every > 0 and state.step % every == 0)
+            save = last or (every > 0 and state.step % every == 0) or self._is_best()
             if last and then:
                 state.phase, state.step = then, 0
             if save:
@@ -229,11 +231,32 @@ class Run:
         self.tracker.add(metrics)
         if self.cfg.tracking.rollouts_every:
             self.write_rollouts(groups, f"eval-{self.state.global_step:06d}")
+        self.state.score = self._score(metrics)
         self.state.evaluated_at = self.state.global_step
         self.state.accuracy = metrics.get("eval/accuracy:mean")
         if self.state.first_accuracy is None:
             self.state.first_accuracy = self.state.accuracy
         return metrics
+
+    def _score(self, metrics: Metrics) -> float | None:
+        """What checkpoints are compared by; None where nothing was measured. For a metric that evaluations do not have
+        raises UserError before the first step; later, when work would be lost, it is said."""
+        name = self.cfg.checkpoint.best_metric
+        if name not in metrics and self.cfg.checkpoint.keep_best and "eval/reward:mean" in metrics:
+            known = ", ".join(sorted(metrics))
+            text = f"checkpoint.best_metric={name}: the evaluation has no such metric; it has: {known}"
+            if self.state.global_step == 0:
+                raise UserError(text)
+            self.say(text)
+        return metrics.get(name)
+
+    def _is_best(self) -> bool:
+        """Whether this step was evaluated and is better than all checkpoints there are. Collective."""
+        state = self.state
+        if state.evaluated_at != state.global_step or (score := state.score) is None:
+            return False
+        self.checkpointer.wait()
+        return on_leader(self.world, lambda: self.checkpointer.improves(score))
 
     def write_rollouts(self, groups: list[list[Episode]], name: str) -> None:
         """Writes this rank's episodes to the run folder."""
@@ -252,7 +275,7 @@ class Run:
                 f"{state.global_step:06d}",
                 tensors,
                 {**dataclasses.asdict(state), "config": to_dict(self.cfg)},
-                score=state.accuracy if state.evaluated_at == state.global_step else None,
+                score=state.score if state.evaluated_at == state.global_step else None,
                 block=block,
             )
         self.saved = (state.global_step, state.unrecorded)

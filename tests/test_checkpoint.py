@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from skyrl.checkpoint import Checkpointer, clean_leftovers, find_resume, latest, list_checkpoints, read_checkpoint
+from skyrl.checkpoint_folder import Best
 from skyrl.types import UserError
 
 
@@ -105,6 +106,21 @@ def test_keeps_the_last_and_the_best(tmp_path):
     saver = make(tmp_path, keep_last=1, keep_best=False)
     saver.save("s7", some_tensors(), {"step": 7}, score=None)
     assert names(tmp_path) == ["s7"]
+
+
+@pytest.mark.parametrize("mode, kept", [("max", "s3"), ("min", "s2")])
+def test_keeps_the_first_of_the_best_of_its_metric(tmp_path, mode, kept):
+    nan, inf = float("nan"), float("inf")
+    other = make(tmp_path, keep_last=0, best=Best("eval/other:mean", mode))
+    other.save("other", some_tensors(), {}, score=99.0 if mode == "max" else -99.0)
+    saver = make(tmp_path, keep_last=1, keep_best=True, best=Best("eval/length:mean", mode))
+    assert not saver.improves(nan) and saver.improves(1.0)
+    for number, score in enumerate([1.0, -2.0, 3.0, nan, 3.0, -2.0, inf, -inf, 0.0, None]):
+        saver.save(f"s{number + 1}", some_tensors(), {}, score=score)
+    assert names(tmp_path) == ["s10", kept]
+    for value in (3.0, -2.0, 0.0, nan, inf, -inf):
+        assert not saver.improves(value)
+    assert saver.improves(4.0) == (mode == "max") and saver.improves(-3.0) == (mode == "min")
 
 
 def test_newest_is_the_one_written_last_not_the_highest_step(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from gloo import run_ranks
 from loop import loop_config, run_loop, train_here
 
+from skyrl.checkpoint import read_checkpoint
 from skyrl.config import validation
 from skyrl.tracking.base import without_wall_clock
 from skyrl.tracking.jsonl import read_metrics
@@ -192,6 +193,29 @@ def test_a_second_epoch_sees_the_same_rows_under_a_moved_policy(tmp_path):
         assert first.metrics["logprob_gap:max"] < 1e-5 < 1e-3 < second.metrics["logprob_gap:max"]
         assert record["logprob_gap:max"] == first.metrics["logprob_gap:max"]
         assert record["ratio:max"] == max(first.metrics["ratio:max"], second.metrics["ratio:max"]) > 1.01
+
+
+# ---- the best
+
+
+@pytest.mark.parametrize("metric, mode", [("eval/reward:mean", "max"), ("eval/length:mean", "min")])
+def test_the_best_evaluated_step_is_saved_and_stays(metric, mode, tmp_path):
+    """Evaluations at 2, 4, 6 and 7, a checkpoint at 5 and at the end of each of two starts: 3 and 7."""
+    more = ["eval.every_steps=2", "checkpoint.every_steps=5", "checkpoint.keep_last=1", "optim.lr=1e-2"]
+    more += [f"checkpoint.best_metric={metric}", f"checkpoint.best_mode={mode}"]
+    folder = tmp_path / "run" / "checkpoints"
+    for steps in (3, 7):
+        seen = run_loop(tmp_path / "run", *more, f"batch.num_steps={steps}")
+        found = {record["step"]: record[metric] for record in seen.rl if metric in record}
+        sign = 1 if mode == "max" else -1
+        best = max(found, key=lambda step: (sign * found[step], -step))
+        assert len(found) > 1 and {path.name for path in folder.iterdir()} == {f"{best:06d}", f"{steps:06d}"}
+        assert read_checkpoint(folder / f"{best:06d}").score == found[best]
+
+
+def test_a_metric_that_evaluations_do_not_have_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match="checkpoint.best_metric=eval/luck:mean: .* it has: .*eval/accuracy:mean"):
+        run_loop(tmp_path / "run", "eval.every_steps=1", "checkpoint.best_metric=eval/luck:mean")
 
 
 # ---- metrics

@@ -324,7 +324,12 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept; 0 = all."""
     keep_best: bool = True
-    """Keeps the best checkpoint by eval accuracy besides."""
+    """Saves after each evaluation that is better than those of all checkpoints there are, whatever every_steps says,
+    and keeps that checkpoint besides. The first of equals is the best one."""
+    best_metric: str = "eval/accuracy:mean"
+    """What is best: a metric of the evaluation."""
+    best_mode: str = "max"
+    """max or min: whether more or less of it is better."""
     async_save: bool = True
     """Writes while the next step samples, and is waited for before that step's update: never more than every_steps
     steps are unsaved."""

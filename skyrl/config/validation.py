@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "algorithm.kl.placement": ("loss", "reward"),
     "algorithm.filters.overlong": ("keep", "mask"),
     "env.on_error": ("stop", "mask"),
+    "checkpoint.best_mode": ("max", "min"),
     "tracking.console": ("auto", "lines", "off"),
     "tracking.wandb": ("off", "offline", "online"),
     "service.mix_tenants": ("auto", "always", "never"),

@@ -75,7 +75,7 @@ BUDGET = {
     "data": (5, "two sources, an order and two limits"),
     "eval": (4, "when, on what, how"),
     "warmup": (3, "as little as a supervised phase needs"),
-    "checkpoint": (5, "when, what is kept, how it is written"),
+    "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
     "tracking": (6, "one switch for each place numbers go to"),
     "debug": (3, "one switch for each doubt"),
     "run": (10, "name, place, resume, and the patience of ranks"),
