@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "system"), str(ROOT / "benchmark
 from common import write  # noqa: E402
 from launcher import LETTERS, Warm, lines_in, when  # noqa: E402
 
-from skyrl.checkpoint_folder import list_checkpoints  # noqa: E402
+from skyrl.checkpoint.folder import list_checkpoints  # noqa: E402
 from skyrl.tracking.base import without_wall_clock  # noqa: E402
 from skyrl.tracking.jsonl import read_metrics  # noqa: E402
 

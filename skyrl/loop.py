@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from skyrl.algorithms.kl import AdaptiveKL
-from skyrl.checkpoint import Checkpointer, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
-from skyrl.checkpoint_folder import Best
+from skyrl.checkpoint.checkpointer import Checkpointer
+from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins

@@ -287,3 +287,27 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         stop=episode.stop,
         valid=not episode.invalid,
     )
+
+
+def episode_metrics(sums: MetricSums, groups: list[list[Episode]], prefix: str) -> None:
+    """Adds what episodes say of themselves: reward, accuracy, length, stop reasons, the environment's own metrics.
+
+    Episodes whose verifier failed are counted as "<prefix>invalid:sum" and left out of reward and accuracy.
+    """
+    for group in groups:
+        for episode in group:
+            sums.add(f"{prefix}episodes:sum", 1.0)
+            sums.add(f"{prefix}invalid:sum", float(bool(episode.invalid)))
+            length = sum(len(turn.sample.tokens) for turn in episode.turns)
+            sums.add(f"{prefix}length:mean", float(length))
+            sums.add(f"{prefix}length:max", float(length))
+            sums.add(f"{prefix}cut_by_length:mean", float(episode.stop == "length"))
+            sums.add(f"{prefix}turns:mean", float(len(episode.turns)))
+            if episode.invalid:
+                continue
+            sums.add(f"{prefix}reward:mean", episode.reward)
+            correct = episode.metrics.get("correct:mean", float(episode.reward > 0))
+            sums.add(f"{prefix}accuracy:mean", correct)
+            for key, value in episode.metrics.items():
+                if key not in ("correct:mean", "turns:mean"):
+                    sums.add(f"{prefix}{key}", value)

@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from skyrl.algorithms.kl import AdaptiveKL
-from skyrl.checkpoint import Checkpointer, latest
+from skyrl.checkpoint.checkpointer import Checkpointer
+from skyrl.checkpoint.folder import latest
 from skyrl.config.load import to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.data import PromptStream
@@ -31,9 +32,8 @@ from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, ins
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
-from skyrl.evaluate import evaluate
 from skyrl.planner.plan import Plan
-from skyrl.rollout import RolloutConfig
+from skyrl.rollout import RolloutConfig, episode_metrics, rollout
 from skyrl.run_dir import RunFolder
 from skyrl.tracking.base import Tracker, memory_metrics
 from skyrl.tracking.rollouts import write_rollouts
@@ -225,9 +225,20 @@ class Run:
             raise StopRun
 
     def evaluate(self) -> Metrics:
-        """Plays the held-out prompts; adds the metrics to the current step and keeps the accuracy."""
+        """Plays the held-out prompts without learning; adds global metrics to the current step, keeps the accuracy.
+
+        "eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above 0. Prompts are
+        dealt to the ranks; which rank plays one changes nothing. Ranks that were asked to stop leave when they have
+        played. Collective.
+        """
+        sums, config = MetricSums(), self.rollout_config("eval")
         with self.phase("evaluation", "evaluate", self.state.step):
-            metrics, groups = evaluate(self.engine, self.held_out, self.rollout_config("eval"), self.check_stop)
+            mine = self.world.deal(list(enumerate(self.held_out)))
+            with self.engine.sampling("policy") as sampler:
+                groups = rollout(sampler, mine, config, self.engine.chat)
+            self.check_stop()
+            episode_metrics(sums, groups, prefix="eval/")
+            metrics = sums.result(self.world)
         self.tracker.add(metrics)
         if self.cfg.tracking.rollouts_every:
             self.write_rollouts(groups, f"eval-{self.state.global_step:06d}")

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import skyrl.checkpoint as module
-from skyrl.checkpoint import Checkpointer, latest
+import skyrl.checkpoint.checkpointer as module
+from skyrl.checkpoint.checkpointer import Checkpointer
+from skyrl.checkpoint.folder import latest
 from skyrl.types import UserError
 
 SIZES = (5, 7, 3)  # divisible by neither 2 nor 4

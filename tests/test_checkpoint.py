@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.checkpoint import Checkpointer, clean_leftovers, find_resume, latest, list_checkpoints, read_checkpoint
-from skyrl.checkpoint_folder import Best
+from skyrl.checkpoint.checkpointer import Checkpointer
+from skyrl.checkpoint.folder import Best, clean_leftovers, find_resume, latest, list_checkpoints, read_checkpoint
 from skyrl.types import UserError
 
 
@@ -258,14 +258,14 @@ def test_state_that_json_would_change_is_our_bug(tmp_path):
 KILLED = """
 import os, sys, time, torch
 from pathlib import Path
-from skyrl.checkpoint import Checkpointer
+from skyrl.checkpoint.checkpointer import Checkpointer
 folder, where = Path(sys.argv[1]), sys.argv[2]
 saver = Checkpointer(folder, keep_last=1, keep_best=False, async_save=True, rank=0, world_size=1, group=None)
 saver.save("s1", {"w": torch.full((1000,), 1.0)}, {"step": 1}, score=None, block=True)
 def stop(*args, **options):
     print("here", flush=True)
     time.sleep(60)
-import skyrl.checkpoint as module, skyrl.checkpoint_folder as folder_module
+import skyrl.checkpoint.checkpointer as module, skyrl.checkpoint.folder as folder_module
 if where == "data":
     module._HashingStream.write = stop
 elif where == "manifest":
@@ -377,7 +377,7 @@ def test_limit_on_file_sizes(tmp_path):
     script = (
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from skyrl.checkpoint import Checkpointer\n"
+        "from skyrl.checkpoint.checkpointer import Checkpointer\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "saver = Checkpointer(Path(sys.argv[1]), keep_last=0, keep_best=False, async_save=False, rank=0,\n"
         "                     world_size=1, group=None)\n"
@@ -410,7 +410,7 @@ def test_folder_whose_name_is_taken_by_a_file(tmp_path):
 
 
 def test_manifest_of_a_later_format(tmp_path):
-    from skyrl.checkpoint_folder import digest
+    from skyrl.checkpoint.folder import digest
 
     make(tmp_path).save("s1", some_tensors(), {"step": 1}, score=None)
     path = tmp_path / "s1" / "manifest.json"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.checkpoint import Checkpointer, list_checkpoints
+from skyrl.checkpoint.checkpointer import Checkpointer
+from skyrl.checkpoint.folder import list_checkpoints
 
 PROGRAM = Path(__file__).with_name("checkpoint_ranks.py")
 SPEC = importlib.util.spec_from_file_location("checkpoint_ranks", PROGRAM)

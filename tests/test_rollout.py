@@ -12,8 +12,7 @@ from skyrl.algorithms.filters import trained_masks
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, make_environment, register_environment
-from skyrl.evaluate import episode_metrics
-from skyrl.rollout import RolloutConfig, draw_seed, rollout, to_rows
+from skyrl.rollout import RolloutConfig, draw_seed, episode_metrics, rollout, to_rows
 from skyrl.text.chat import Chat
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError

@@ -16,7 +16,7 @@ FOLDER_LINES = 3_000
 LARGER_FOLDERS = {"service": 7_900}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
-FULLER_FOLDERS = {"skyrl": 23, "skyrl/service": 23}
+FULLER_FOLDERS = {"skyrl/service": 23}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
 TWICE = set("Checkpoint Row Run Sampler".split())

@@ -7,7 +7,7 @@ import pytest
 from gloo import run_ranks
 from loop import loop_config, run_loop, train_here
 
-from skyrl.checkpoint import read_checkpoint
+from skyrl.checkpoint.folder import read_checkpoint
 from skyrl.config import validation
 from skyrl.tracking.base import without_wall_clock
 from skyrl.tracking.jsonl import read_metrics

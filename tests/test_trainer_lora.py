@@ -15,8 +15,7 @@ from small import distance, make_engine, make_rows, small_config
 from transformers import AutoModelForCausalLM
 
 from skyrl import weight_check
-from skyrl.checkpoint import latest
-from skyrl.checkpoint_folder import digest
+from skyrl.checkpoint.folder import digest, latest
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine
 from skyrl.loop import create_policy, export_checkpoint

@@ -7,8 +7,7 @@ import numpy as np
 from skyrl.algorithms.filters import filter_metrics, zero_variance_groups
 from skyrl.algorithms.variance import score_of
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
-from skyrl.evaluate import episode_metrics
-from skyrl.rollout import Group, rollout
+from skyrl.rollout import Group, episode_metrics, rollout
 from skyrl.run import Run, Step
 from skyrl.tracking.flops import forward_flops, sample_attended
 from skyrl.trainers.experience import model_shape

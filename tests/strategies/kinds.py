@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small import ADAM, SPEC, dealt, make_engine, make_rows, weights_of
 
-from skyrl.checkpoint import Checkpointer
+from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.engine import Engine
 from skyrl.types import SampleRequest, SamplingParams
 

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from launcher import LETTERS, TINY, lines_in, when
 
-from skyrl.checkpoint_folder import list_checkpoints
+from skyrl.checkpoint.folder import list_checkpoints
 
 MODEL = [option for option in TINY if option.startswith("model.")]
 OTHER_MODEL = [option for option in LETTERS if option not in MODEL]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launcher import LETTERS, environment, lines_in, torchrun, torchrun_command
 
-from skyrl.checkpoint_folder import list_checkpoints
+from skyrl.checkpoint.folder import list_checkpoints
 
 pytestmark = pytest.mark.ranks
 

@@ -16,7 +16,7 @@ STEPS = [("warmup", n) for n in range(1, 5)] + [("rl", n) for n in range(1, 7)]
 LAYOUT = ("sampler/", "microbatches", "padding", "flops/")
 # Writing a checkpoint takes half a second more, so that a kill can fall into it.
 SLOW_SAVE = """
-import time, skyrl.checkpoint as c
+import time, skyrl.checkpoint.checkpointer as c
 real = c.publish
 c.publish = lambda *args: (time.sleep(0.5), real(*args))[1]
 """
@@ -83,7 +83,7 @@ def test_kill_right_after_a_save_and_before_the_first(warm, whole, tmp_path):
 def test_saves_in_the_background_never_leave_more_than_an_interval_unsaved(warm, whole, tmp_path):
     """When checkpoint n is complete no later step counts as done, however slow the disk; sampling went on meanwhile."""
     watched = """
-import pathlib, time, skyrl.checkpoint as c, skyrl.trainers.rl as t
+import pathlib, time, skyrl.checkpoint.checkpointer as c, skyrl.trainers.rl as t
 publish, generate, played = c.publish, t.generate_groups, []
 t.generate_groups = lambda run, step: (generate(run, step), played.append(run.state.global_step))[0]
 def slow(folder, tmp, manifest):

@@ -7,7 +7,7 @@ import signal
 import pytest
 from launcher import LETTERS, when
 
-from skyrl.checkpoint_folder import list_checkpoints
+from skyrl.checkpoint.folder import list_checkpoints
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.tracking.rollouts import read_rollouts
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 from launcher import LETTERS, lines_in, when
 
-from skyrl.checkpoint_folder import list_checkpoints
+from skyrl.checkpoint.folder import list_checkpoints
 from skyrl.tracking.base import without_wall_clock
 from skyrl.tracking.jsonl import read_metrics
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 from launcher import LETTERS, TINY, environment, lines_in, python
 
-from skyrl.checkpoint_folder import list_checkpoints
+from skyrl.checkpoint.folder import list_checkpoints
 from skyrl.tracking.rollouts import read_rollouts
 
 EXPORT = [option for option in TINY if option != "checkpoint.export=false"]

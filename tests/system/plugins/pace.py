@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-import skyrl.checkpoint
+import skyrl.checkpoint.checkpointer
 import skyrl.distributed.init
 import skyrl.engine
 import skyrl.sampler.sampler
@@ -51,4 +51,4 @@ if PHASE:
     before(skyrl.engine.Engine, "create")
     before(skyrl.engine.Engine, "forward_backward")
     before(skyrl.sampler.sampler.Sampler, "step")
-    before(skyrl.checkpoint, "publish", "saving")
+    before(skyrl.checkpoint.checkpointer, "publish", "saving")

@@ -31,14 +31,10 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import skyrl
-from skyrl.checkpoint_folder import (
+from skyrl.checkpoint.folder import (
     Best,
     CheckpointInfo,
-    clean_leftovers,
-    find_resume,
     is_final,
-    latest,
-    list_checkpoints,
     publish,
     read_checkpoint,
     remedy,
@@ -48,16 +44,6 @@ from skyrl.checkpoint_folder import (
 )
 from skyrl.files import verify_manifest
 from skyrl.types import UserError
-
-__all__ = [
-    "CheckpointInfo",
-    "Checkpointer",
-    "clean_leftovers",
-    "find_resume",
-    "latest",
-    "list_checkpoints",
-    "read_checkpoint",
-]
 
 
 class Checkpointer:
@@ -104,10 +90,11 @@ class Checkpointer:
         self.wait()
         if not tag or "/" in tag or not is_final(Path(tag)):
             raise ValueError(f"bad checkpoint tag {tag!r}")
-        _check_plain(state, "state")
-        state = json.loads(json.dumps(state))  # a copy: the caller's goes on changing
+        copy = json.loads(json.dumps(state))  # the caller's goes on changing
+        if repr(copy) != repr(state):
+            raise TypeError(f"checkpoint {tag}: its state does not come back from JSON as it was")
         staged = {name: _staged(value) for name, (_, _, value) in _flatten(tensors).items()}
-        self._pending = _Save(tag, staged, state, _finite(score))
+        self._pending = _Save(tag, staged, copy, _finite(score))
         # daemon: a dying run must not hang in a collective whose peers are gone
         thread = threading.Thread(target=self._background, args=(self._pending,), name="skyrl-checkpoint", daemon=True)
         self._pending.thread = thread
@@ -174,6 +161,7 @@ class Checkpointer:
         first = next((text for text in self._all_gather(problem) if text is not None), None)
         if first is not None:
             raise UserError(first)
+        assert info is not None
         values = {name: value for name, (_, _, value) in flat.items()}
         reader = dcp.FileSystemReader(info.path)
         dcp.load(values, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
@@ -222,10 +210,8 @@ class Checkpointer:
         # every error becomes a value: the other ranks wait for the error
         try:
             action()
-        except OSError as problem:
-            return self._explain(job, problem)
         except Exception as problem:
-            return RuntimeError(f"checkpoint {job.tag}: {type(problem).__name__}: {problem}")
+            return self._explain(job, problem)
         return None
 
     def _finalise(self, job: _Save, tmp: Path, files: dict[str, dict[str, Any]], start: float) -> None:
@@ -247,19 +233,20 @@ class Checkpointer:
         job.lines.append(f"saved checkpoint {self.folder / job.tag} ({size:.1f} MiB, {time.monotonic() - start:.1f} s)")
         job.lines += lines + retain(self.folder, keep_last=self.keep_last, best=self.best if self.keep_best else None)
 
-    def _explain(self, job: _Save, problem: Exception) -> Exception:
+    def _explain(self, job: _Save, problem: BaseException) -> Exception:
         """One line for what a person can fix (disk full, read-only), the whole story for anything else."""
-        where, cause = "", problem
+        where, cause, story = "", problem, ""
         if isinstance(problem, CheckpointException):
             rank, (cause, trace) = sorted(problem.failures.items())[0]
             where = f" on rank {rank}" if self.world_size > 1 else ""
-            if not isinstance(cause, OSError):
-                return RuntimeError(f"checkpoint {job.tag}{where}: {cause!r}\n{''.join(trace.format())}")
+            story = "\n" + "".join(trace.format())
+        if not isinstance(cause, OSError):
+            return RuntimeError(f"checkpoint {job.tag}{where}: {cause!r}{story}")
         advice = {
             errno.ENOSPC: "free some space there or set run.dir to a bigger disk",
             errno.EDQUOT: "free some of your quota or set run.dir to another disk",
             errno.EFBIG: "raise the limit on file sizes (ulimit -f) or set run.dir to another disk",
-        }.get(cause.errno, "make that folder writable or set run.dir to another one")
+        }.get(cause.errno or 0, "make that folder writable or set run.dir to another one")
         known, _ = survey(self.folder)
         last = max(known, key=lambda info: info.sequence, default=None)
         kept = f"the last complete checkpoint is {last.path}" if last else "no complete checkpoint exists yet"
@@ -432,19 +419,6 @@ def _check_template(info: CheckpointInfo, flat: dict[str, Any], partial: bool) -
 def _some(names: list[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _check_plain(value: Any, place: str) -> None:
-    if isinstance(value, dict):
-        for key, below in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{place}: key {key!r} is not text")
-            _check_plain(below, f"{place}.{key}")
-    elif isinstance(value, list):
-        for index, below in enumerate(value):
-            _check_plain(below, f"{place}[{index}]")
-    elif type(value) not in (str, int, float, bool, type(None)):
-        raise TypeError(f"{place}: {type(value).__name__} does not come back from JSON as it was")
 
 
 def _finite(score: float | None) -> float | None:
