@@ -67,6 +67,12 @@ def _sum_by_row(x_T: Tensor, rows: Microbatch) -> Tensor:
     return x_T.new_zeros(len(rows.starts_S1) - 1).index_add(0, rows.row_T, x_T)
 
 
+def _given(x_T: Tensor | None) -> Tensor:
+    """What `compute_loss` has seen to: a field that the loss needs, an output that its model gives."""
+    assert x_T is not None
+    return x_T
+
+
 def _ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> TokenMetrics:
     """approx_kl is k3 of KL(base || pi), with tokens drawn from the base: ratio - 1 - log ratio."""
     ratio_T, log_ratio_T = ratio_T.detach(), log_ratio_T.detach()
@@ -80,7 +86,7 @@ def _ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> T
 
 def _clipped_surrogate(ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0."""
-    advantages_T = rows.advantages_T
+    advantages_T = _given(rows.advantages_T)
     clipped_T = ((advantages_T > 0) & (ratio_T > high_T)) | ((advantages_T < 0) & (ratio_T < low_T))
     bounded_T = ratio_T.detach().maximum(low_T).minimum(high_T)
     return -bounded_T.where(clipped_T, ratio_T) * advantages_T, clipped_T
@@ -98,7 +104,7 @@ def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMe
 
     Source: Williams 1992, Simple statistical gradient-following algorithms, Machine Learning 8.
     """
-    return -rows.advantages_T * outputs.logprobs_T, {}
+    return -_given(rows.advantages_T) * outputs.logprobs_T, {}
 
 
 CROSS_ENTROPY = Loss("cross_entropy", kind="supervised", many=True, wire=Wire(optional=("weights",)))
@@ -124,7 +130,7 @@ def importance_sampling(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tenso
     log_ratio_T = outputs.logprobs_T - _base(rows)
     ratio_T = log_ratio_T.exp()
     metrics = _ratio_metrics(ratio_T, _nowhere(ratio_T), log_ratio_T)
-    return -ratio_T * rows.advantages_T, metrics
+    return -ratio_T * _given(rows.advantages_T), metrics
 
 
 PPO = Loss(
@@ -181,7 +187,7 @@ def cispo(
     low_T, high_T = _bounds(clip_low, clip_high, ratio_T, rows)
     weight_T = ratio_T.maximum(low_T).minimum(high_T)
     clipped_T = (ratio_T < low_T) | (ratio_T > high_T)
-    return -weight_T * rows.advantages_T * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+    return -weight_T * _given(rows.advantages_T) * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
 DRO = Loss(
@@ -202,7 +208,7 @@ def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float) -> tuple[Tenso
     of this name; A (reward minus soft value) is the caller's.
     """
     log_ratio_T = outputs.logprobs_T - _base(rows)
-    loss_T = -(rows.advantages_T * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
+    loss_T = -(_given(rows.advantages_T) * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
     ratio_T = log_ratio_T.detach().exp()
     return loss_T, _ratio_metrics(ratio_T, _nowhere(ratio_T), log_ratio_T)
 
@@ -259,18 +265,20 @@ def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float) -> tuple[Ten
     `rows.values_T` are v_old, the values the advantages were made with. Source: the clipped value loss of PPO's
     reference code (OpenAI baselines, ppo2), discussed in Engstrom et al. 2020, arXiv 2005.12729.
     """
-    error_T = (outputs.values_T - rows.returns_T).square()
+    values_T, returns_T = _given(outputs.values_T), _given(rows.returns_T)
+    error_T = (values_T - returns_T).square()
     clipped_T = _nowhere(error_T)
     if clip > 0:
-        bounded_T = rows.values_T + (outputs.values_T - rows.values_T).clamp(-clip, clip)
-        bounded_error_T = (bounded_T - rows.returns_T).square()
+        old_T = _given(rows.values_T)
+        bounded_T = old_T + (values_T - old_T).clamp(-clip, clip)
+        bounded_error_T = (bounded_T - returns_T).square()
         clipped_T = bounded_error_T > error_T
         error_T = bounded_error_T.where(clipped_T, error_T)
     metrics = {
-        "value_error:mean": (outputs.values_T - rows.returns_T).detach().abs(),
+        "value_error:mean": (values_T - returns_T).detach().abs(),
         "value_clipped:mean": clipped_T.to(error_T.dtype),
-        "value:mean": outputs.values_T.detach(),
-        "return:mean": rows.returns_T,
+        "value:mean": values_T.detach(),
+        "return:mean": returns_T,
     }
     return 0.5 * error_T, metrics
 
@@ -331,12 +339,12 @@ def sanitised(
     """
     kept_T = _trained(rows) if also_T is None else _trained(rows) | also_T
 
-    def clean(x_T: Tensor | None) -> Tensor | None:
-        return None if x_T is None else x_T.where(kept_T, 0.0)
+    def clean(x: Any, names: list[str]) -> Any:
+        held = {name: x_T.where(kept_T, 0.0) for name in names if (x_T := getattr(x, name)) is not None}
+        return replace(x, **held)
 
-    optional = {f.name: clean(getattr(rows, f.name)) for f in fields(Microbatch) if f.default is None}
-    outputs = ForwardOutput(clean(outputs.logprobs_T), clean(outputs.entropy_T), clean(outputs.values_T))
-    return outputs, replace(rows, **optional)
+    optional = [f.name for f in fields(Microbatch) if f.default is None]
+    return clean(outputs, [f.name for f in fields(ForwardOutput)]), clean(rows, optional)
 
 
 def check_spec(spec: LossSpec) -> Loss:
@@ -367,7 +375,8 @@ def _with_fields(rows: Microbatch, names: list[str], spec: LossSpec) -> Microbat
         name = missing[0]
         other = " or old_logprobs" if name == "sampling_logprobs" else ""
         raise UserError(f"loss {spec.name}: the rows have no {name}{other}; give each row {name} [L]")
-    return replace(rows, **{f"{name}_T": rows.weights_T.new_zeros(rows.weights_T.shape) for name in missing})
+    zeros: dict[str, Any] = {f"{name}_T": rows.weights_T.new_zeros(rows.weights_T.shape) for name in missing}
+    return replace(rows, **zeros)
 
 
 def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
@@ -381,7 +390,7 @@ def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
 
 def _mismatch_metrics(outputs: ForwardOutput, rows: Microbatch) -> TokenMetrics:
     """Distance of the current policy from the one that sampled; its KL is k3 of KL(behaviour || current)."""
-    gap_T = outputs.logprobs_T.detach() - rows.sampling_logprobs_T
+    gap_T = outputs.logprobs_T.detach() - _given(rows.sampling_logprobs_T)
     return {
         "logprob_gap:mean": gap_T.abs(),
         "logprob_gap:max": gap_T.abs(),
@@ -432,13 +441,13 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
     if spec.correction != "none":
         if rows.old_logprobs_T is None:
             rows = replace(rows, old_logprobs_T=outputs.logprobs_T.detach())
-        log_ratio_T = rows.old_logprobs_T - rows.sampling_logprobs_T
+        log_ratio_T = _base(rows) - _given(rows.sampling_logprobs_T)
         correction_T = CORRECTIONS.get(spec.correction)(log_ratio_T, rows, spec.correction_cap).detach()
         metrics["correction:mean"] = correction_T
         changed_T = (correction_T >= spec.correction_cap) | (correction_T == 0)
         metrics["correction_capped:mean"] = changed_T.to(correction_T.dtype)
     if loss.ratio_mask and rows.ratio_mask_T is not None:  # its tokens count in a ratio without being trained
-        wide = sanitised(*given, given[1].ratio_mask_T != 0)
+        wide = sanitised(*given, _given(given[1].ratio_mask_T) != 0)
         old_logprobs_T = (
             wide[0].logprobs_T.detach() if correction_T is not None and given[1].old_logprobs_T is None else None
         )
