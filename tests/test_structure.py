@@ -16,10 +16,10 @@ FOLDER_LINES = 3_000
 LARGER_FOLDERS = {"service": 7_900}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
-FULLER_FOLDERS = {"skyrl/service": 23}
+FULLER_FOLDERS = {"skyrl/service": 22}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
-TWICE = set("Checkpoint Row Run Sampler".split())
+TWICE = {"Row"}
 # Docstrings of one to three words, which say no more than the name. Better none, or one that says what a reader of the
 # name does not know.
 SHORT_DOCSTRINGS = {
@@ -40,18 +40,13 @@ SHORT_DOCSTRINGS = {
     "Syncs and closes.",
     "Text of tokens.",
     "The open models.",
-    "The protocol's Checkpoint.",
-    "The protocol's Cursor.",
     "The run ends.",
     "The transformers config.",
     "What `to_text` gave.",
-    "What get_info tells.",
     "What save_config wrote.",
     "Writes one record.",
     "Writes the manifest.",
-    "kind/name",
     "module or fused.",
-    "tinker://run_id/kind/name",
 }
 
 

@@ -143,23 +143,23 @@ class Archive:
 
         recipients: age1... keys; each file is then encrypted for all of them and named <file>.age.
         """
-        step = {"step": content.optimizer.step} if content.optimizer else {}
-        return self.write_files(
-            path, content.info, lambda folder: write_content(content, folder), recipients=recipients, **step
+        step = content.optimizer.step if content.optimizer else None
+        return self._write_files(
+            path, content.info, step, lambda folder: write_content(content, folder), recipients=recipients
         )
 
-    def write_files(
+    def _write_files(
         self,
         path: CheckpointPath,
         info: ModelInfo,
+        step: int | None,
         fill: Callable[[Path], None],
         *,
         recipients: Sequence[str] = (),
         encrypted: bool = False,
-        **more: Any,
     ) -> tuple[str, int]:
-        """As `write`, for any files: `fill` makes them in the folder that it is given. encrypted: they are already.
-        more: goes into meta.json."""
+        """As `write`, for any files: `fill` makes them in the folder that it is given. step: of the optimizer's state,
+        None without one. encrypted: they are already."""
         check_recipients(recipients)
         version = secrets.token_hex(8)
         final = self.folder(path, version)
@@ -175,7 +175,7 @@ class Archive:
                         "versions": {"skyrl": skyrl.__version__},
                         "facts": info.dump(),
                         "encrypted": encrypted or bool(recipients),
-                        **more,
+                        **({} if step is None else {"step": step}),
                         "files": files,
                     }
                     (part / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -199,8 +199,8 @@ class Archive:
                     (part / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(folder / name, part / name)
 
-            step = {"step": meta["step"]} if "step" in meta else {}
-            return self.write_files(target, ModelInfo.parse(meta["facts"]), fill, encrypted=meta["encrypted"], **step)
+            info = ModelInfo.parse(meta["facts"])
+            return self._write_files(target, info, meta.get("step"), fill, encrypted=meta["encrypted"])
 
     def read(self, path: CheckpointPath, version: str, *, optimizer: bool = True) -> Content:
         """The tensors of a checkpoint, every byte checked; with `optimizer` False its state is left out (None).

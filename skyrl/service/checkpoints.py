@@ -27,7 +27,7 @@ from skyrl.service.archive import Archive, Content, OptimizerState, check_recipi
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.database import FutureLog
 from skyrl.service.messages import RequestFailed, SaveWeights
-from skyrl.service.records import Checkpoint, CheckpointPath, ModelInfo, NotFound, StorageError
+from skyrl.service.records import CheckpointPath, CheckpointRecord, ModelInfo, NotFound, StorageError
 from skyrl.service.store import Store, check_ttl
 from skyrl.types import LoraSpec, UserError
 
@@ -162,7 +162,7 @@ class CheckpointService:
 
     def save(
         self, path: CheckpointPath, owner: str, content: Content, *, recipients: Sequence[str] = (), **options: Any
-    ) -> Checkpoint:
+    ) -> CheckpointRecord:
         """Saves a checkpoint; when this returns, it is on the disk and known, and may be acknowledged.
 
         options: ttl_seconds, user_metadata, overwrite. Raises: UserError (a name that is taken, ttl, recipients,
@@ -180,7 +180,7 @@ class CheckpointService:
 
     def copy(
         self, source: CheckpointPath, reader: str, target: CheckpointPath, *, ttl_seconds: int | None = None
-    ) -> Checkpoint:
+    ) -> CheckpointRecord:
         """A copy in another run of the reader's, with the metadata, without expiry or publication of the source."""
         found = self.store.get_checkpoint(source, reader)
         return self._commit(
@@ -204,7 +204,7 @@ class CheckpointService:
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
-    ) -> Checkpoint:
+    ) -> CheckpointRecord:
         """Refuses what can be refused, writes the folder, then the row; removes what that replaced."""
         check_ttl(ttl_seconds)
         self.store.require_free(path, owner, overwrite=overwrite)
@@ -266,7 +266,7 @@ class CheckpointService:
             version = self.store.delete_checkpoint(path, owner)
         self._drop(path, version)
 
-    def expire(self) -> list[Checkpoint]:
+    def expire(self) -> list[CheckpointRecord]:
         """Deletes every checkpoint whose time is over; returns their records. As `delete` when the disk is full."""
         due = self.store.expired_checkpoints()
         if due:
@@ -278,7 +278,7 @@ class CheckpointService:
             self._drop_all(due)
         return due
 
-    def _drop_all(self, checkpoints: Sequence[Checkpoint]) -> None:
+    def _drop_all(self, checkpoints: Sequence[CheckpointRecord]) -> None:
         for one in checkpoints:
             self._drop(one.path, one.version)
 

@@ -33,7 +33,7 @@ class TrainableModel:
     offloaded: bool = False
 
     def facts(self) -> dict[str, Any]:
-        """What get_info tells."""
+        """The model's base and LoRA fields, from which get_info answers."""
         lora = self.lora
         return {
             "base_model": self.base_model,

@@ -111,12 +111,12 @@ class CheckpointPath:
 
     @property
     def uri(self) -> str:
-        """tinker://run_id/kind/name"""
+        """How clients write it."""
         return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"
 
     @property
     def checkpoint_id(self) -> str:
-        """kind/name"""
+        """How clients name it within its run: kind/name, as REST paths have it."""
         return f"{self.kind}/{self.name}"
 
     @staticmethod
@@ -173,7 +173,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointRecord:
     """A saved checkpoint. `version` names the very folder: a checkpoint that is overwritten has another one.
 
     missing: its folder was not whole when the server started; it is listed nowhere and cannot be read.
@@ -192,7 +192,7 @@ class Checkpoint:
     missing: bool = False
 
     def to_json(self) -> Json:
-        """The protocol's Checkpoint."""
+        """The protocol's type Checkpoint, as listings have it."""
         return present(
             checkpoint_id=self.path.checkpoint_id,
             checkpoint_type=CHECKPOINT_TYPES[self.path.kind],
@@ -206,7 +206,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A training run: a model that a session made. lost: it was open when a server died, and can train no more."""
 
     run_id: str
@@ -217,8 +217,8 @@ class Run:
     created_at: datetime
     last_request_at: datetime
     state: RunState
-    last_checkpoint: Checkpoint | None = None
-    last_sampler_checkpoint: Checkpoint | None = None
+    last_checkpoint: CheckpointRecord | None = None
+    last_sampler_checkpoint: CheckpointRecord | None = None
 
     def to_json(self) -> Json:
         """The protocol's TrainingRun. A lost run is called corrupted: the only word the protocol has for it."""
@@ -281,7 +281,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplingSession:
     """A sampling session: of the base, of a checkpoint (model_path and its version), or of an ephemeral snapshot of
     `ephemeral_run`, which ends with its server."""
 
@@ -329,7 +329,7 @@ class Page(Generic[T]):
     total: int
 
     def cursor(self) -> Json:
-        """The protocol's Cursor."""
+        """Which part of the list this is, as the protocol tells it."""
         return {"offset": self.offset, "limit": self.limit, "total_count": self.total}
 
 

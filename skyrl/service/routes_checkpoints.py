@@ -16,7 +16,7 @@ from starlette.routing import Route
 from skyrl.service.app import AppState, RequestContext, once, route
 from skyrl.service.archive import TarStream
 from skyrl.service.messages import Count
-from skyrl.service.records import Checkpoint, CheckpointPath
+from skyrl.service.records import CheckpointPath, CheckpointRecord
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
 from skyrl.web.message import INT64_MAX, JsonMessage, Text, refused
@@ -183,7 +183,7 @@ async def copy_weights(context: RequestContext) -> Response:
     return reply({"tinker_path": copied.path.uri})
 
 
-def _copy(context: RequestContext, source: CheckpointPath, body: CopyWeights) -> Checkpoint:
+def _copy(context: RequestContext, source: CheckpointPath, body: CopyWeights) -> CheckpointRecord:
     store, owner, session_id = context.state.store, context.owner, body.session_id
     found = store.get_checkpoint(source, owner)
     if session_id is None:
@@ -198,7 +198,7 @@ def _copy(context: RequestContext, source: CheckpointPath, body: CopyWeights) ->
 # ---- downloads. An address is signed for the caller; whoever has it may fetch it, without a key, for an hour.
 
 
-def _address(context: RequestContext, found: Checkpoint, file: str) -> tuple[str, float]:
+def _address(context: RequestContext, found: CheckpointRecord, file: str) -> tuple[str, float]:
     path = found.path
     signed, expires = context.state.signer.sign(
         f"/api/v1/download/{path.run_id}/{path.kind}/{path.name}/{found.version}/{file}"

@@ -18,20 +18,20 @@ from typing import Any
 from skyrl.service.database import Database, Row, check_page
 from skyrl.service.records import (
     FINISH_REASONS,
-    Checkpoint,
     CheckpointPath,
+    CheckpointRecord,
     Json,
     ModelInfo,
     NotFound,
     Page,
-    Run,
     RunState,
-    Sampler,
+    SamplingSession,
     Scope,
     SearchPage,
     Session,
     SessionQuery,
     StorageError,
+    TrainingRun,
     Usage,
     from_micros,
     present,
@@ -198,7 +198,7 @@ class Store(Database):
         model_path: str | None = None,
         version: str | None = None,
         ephemeral_run: str | None = None,
-    ) -> Sampler:
+    ) -> SamplingSession:
         """The sampling session "{session}:sample:{seq_id}". version: that of the checkpoint at model_path.
 
         Raises: NotFound for the session, UserError when the number is taken.
@@ -215,7 +215,7 @@ class Store(Database):
             raise UserError(f"sampling session {sampler_id}: exists; give another sampling_session_seq_id")
         return self.get_sampler(sampler_id, owner)
 
-    def get_sampler(self, sampler_id: str, owner: str) -> Sampler:
+    def get_sampler(self, sampler_id: str, owner: str) -> SamplingSession:
         """One sampling session. Raises: NotFound."""
         with self.read() as db:
             row = db.execute(
@@ -224,7 +224,7 @@ class Store(Database):
         if row is None:
             raise NotFound(f"sampling session {sampler_id}: not found")
         fields = ("sampler_id", "session_id", "owner", "base_model", "model_path", "version", "ephemeral_run")
-        return Sampler(**{key: row[key] for key in fields}, created_at=from_micros(row["created_at"]))
+        return SamplingSession(**{key: row[key] for key in fields}, created_at=from_micros(row["created_at"]))
 
     def join_sampler(self, sampler_id: str, owner: str) -> int:
         """A number for one more client of a sampling session: 1, 2, ... (the first client is 0). Raises: NotFound."""
@@ -271,7 +271,7 @@ class Store(Database):
         model_seq_id: int,
         info: ModelInfo,
         user_metadata: Mapping[str, str] | None = None,
-    ) -> Run:
+    ) -> TrainingRun:
         """The run "{session}:train:{model_seq_id}", open. Raises: NotFound for the session, UserError if it exists."""
         run_id, now = f"{session_id}:train:{model_seq_id}", self.micros()
         values = {
@@ -286,7 +286,7 @@ class Store(Database):
             raise UserError(f"model {run_id}: exists; give another model_seq_id")
         return self.get_run(run_id, owner)
 
-    def get_run(self, run_id: str, owner: str, *, scope: Scope = "owned") -> Run:
+    def get_run(self, run_id: str, owner: str, *, scope: Scope = "owned") -> TrainingRun:
         """One run with its newest checkpoints, of another owner's run only published ones. Raises: NotFound."""
         with self.read() as db:
             values = {"id": run_id, "owner": owner, "now": self.micros()}
@@ -296,7 +296,7 @@ class Store(Database):
             return self._with_latest(db, _run(row, self.touched), owner)
 
     def list_runs(self, owner: str, *, limit: int = 100, offset: int = 0, scope: Scope = "owned",
-                  project_id: str | None = None) -> Page[Run]:  # fmt: skip
+                  project_id: str | None = None) -> Page[TrainingRun]:  # fmt: skip
         """Runs, newest first. accessible: other owners' too that have a published checkpoint."""
         check_page(limit, offset)
         where = _seen(scope)
@@ -319,7 +319,7 @@ class Store(Database):
         if not done.rowcount:
             raise NotFound(f"training run {run_id}: not found")
 
-    def run_checkpoints(self, run_id: str, owner: str) -> list[Checkpoint]:
+    def run_checkpoints(self, run_id: str, owner: str) -> list[CheckpointRecord]:
         """All checkpoints of a run, newest first; of another owner's run the published ones. Raises: NotFound when
         there is no such run or nothing of it may be seen."""
         self.get_run(run_id, owner, scope="accessible")
@@ -342,7 +342,7 @@ class Store(Database):
             changed = db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open' AND created_at <= ?", (before,))
         return changed.rowcount
 
-    def _with_latest(self, db, run: Run, reader: str) -> Run:
+    def _with_latest(self, db, run: TrainingRun, reader: str) -> TrainingRun:
         found = {}
         for kind in ("weights", "sampler_weights"):
             row = db.execute(
@@ -372,7 +372,7 @@ class Store(Database):
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
-    ) -> tuple[Checkpoint, str | None]:
+    ) -> tuple[CheckpointRecord, str | None]:
         """Commits a checkpoint whose folder is on the disk: once this returns, it is saved. Synced to the disk.
 
         Returns its record, and the version that it replaces (whose folder is to be deleted). Overwriting starts anew:
@@ -390,14 +390,14 @@ class Store(Database):
             earlier = self._require_free(db, path, owner, overwrite)
             if earlier is not None:
                 db.execute(f"DELETE FROM checkpoints WHERE {_KEY}", values)
-            made = _insert(db, "checkpoints", values)
-            assert made, f"{path.uri}: two rows"
+            _insert(db, "checkpoints", values)
             row = _row(db, path)
+        assert row is not None and row["version"] == version, f"{path.uri}: two rows"
         return checkpoint_of(row), earlier
 
-    def get_checkpoint(self, path: CheckpointPath, reader: str) -> Checkpoint:
-        """A checkpoint that is the reader's own or published. Raises: NotFound, also when it has expired; UserError
-        when its folder is damaged."""
+    def get_checkpoint(self, path: CheckpointPath, reader: str) -> CheckpointRecord:
+        """A checkpoint that is the reader's own or published. Raises: NotFound, also when it has expired;
+        StorageError when its folder is damaged."""
         with self.read() as db:
             row = _row(db, path)
         if row is None or not (row["owner"] == reader or row["public"]) or self._expired(row):
@@ -408,7 +408,7 @@ class Store(Database):
 
     def list_checkpoints(
         self, owner: str, *, limit: int = 100, offset: int = 0, kinds: Sequence[str] | None = None
-    ) -> Page[Checkpoint]:
+    ) -> Page[CheckpointRecord]:
         """The owner's checkpoints of all runs, newest first; only those of some kinds if given."""
         check_page(limit, offset)
         values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset}
@@ -427,7 +427,7 @@ class Store(Database):
             )
             return Page([checkpoint_of(row) for row in rows], offset, limit, total)
 
-    def all_checkpoints(self) -> list[Checkpoint]:
+    def all_checkpoints(self) -> list[CheckpointRecord]:
         """Of all owners, also expired and missing ones: what `reconcile` compares with the disk."""
         with self.read() as db:
             return [checkpoint_of(row) for row in db.execute("SELECT * FROM checkpoints ORDER BY rowid")]
@@ -465,7 +465,7 @@ class Store(Database):
             db.execute(f"DELETE FROM checkpoints WHERE {_KEY}", asdict(path))
         return row["version"]
 
-    def expired_checkpoints(self) -> list[Checkpoint]:
+    def expired_checkpoints(self) -> list[CheckpointRecord]:
         """All whose time is over; nobody sees them any more."""
         with self.read() as db:
             return [
@@ -473,7 +473,7 @@ class Store(Database):
                 for row in db.execute("SELECT * FROM checkpoints WHERE expires_at <= ?", (self.micros(),))
             ]
 
-    def forget(self, checkpoints: Sequence[Checkpoint]) -> None:
+    def forget(self, checkpoints: Sequence[CheckpointRecord]) -> None:
         """Removes the rows of these versions."""
         self.make_room()
         with self.write(durable=True) as db:
@@ -547,8 +547,8 @@ def _seen(scope: Scope) -> str:
     return _SEEN[scope]
 
 
-def _run(row: Row, touched: Mapping[str, int]) -> Run:
-    return Run(
+def _run(row: Row, touched: Mapping[str, int]) -> TrainingRun:
+    return TrainingRun(
         **{key: row[key] for key in ("run_id", "session_id", "owner", "state")},
         info=ModelInfo.parse(json.loads(row["facts"])),
         user_metadata=json.loads(row["user_metadata"]),
@@ -563,9 +563,9 @@ def check_ttl(seconds: int | None) -> None:
         raise UserError(f"ttl_seconds={seconds}: give {MIN_TTL} to {MAX_TTL}, or null to keep it for ever")
 
 
-def checkpoint_of(row: Row) -> Checkpoint:
+def checkpoint_of(row: Row) -> CheckpointRecord:
     """The record of a row of the table."""
-    return Checkpoint(
+    return CheckpointRecord(
         path=CheckpointPath(row["run_id"], row["kind"], row["name"]),
         owner=row["owner"],
         version=row["version"],

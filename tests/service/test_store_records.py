@@ -5,11 +5,11 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from skyrl.service.records import (
-    Checkpoint,
     CheckpointPath,
+    CheckpointRecord,
     ModelInfo,
     Page,
-    Run,
+    TrainingRun,
     from_micros,
     parse_time,
     to_micros,
@@ -75,7 +75,7 @@ def make_checkpoint(**changes):
         path=CheckpointPath("s:train:0", "weights", "final"), owner="a", version="v", created_at=NOW, size_bytes=10,
         public=False, expires_at=None, user_metadata={}, info=INFO, has_optimizer=True,
     )  # fmt: skip
-    return Checkpoint(**{**fields, **changes})
+    return CheckpointRecord(**{**fields, **changes})
 
 
 def test_json_has_the_protocol_s_names_and_no_nulls():
@@ -90,7 +90,7 @@ def test_json_has_the_protocol_s_names_and_no_nulls():
         "user_metadata": {},
     }
     assert make_checkpoint(expires_at=NOW).to_json()["expires_at"] == "2026-01-31T12:00:00.123456+00:00"
-    run = Run("s:train:0", "s", "a", INFO, {"k": "v"}, NOW, NOW, "lost", last_checkpoint=checkpoint)
+    run = TrainingRun("s:train:0", "s", "a", INFO, {"k": "v"}, NOW, NOW, "lost", last_checkpoint=checkpoint)
     assert run.to_json() == {
         "training_run_id": "s:train:0",
         "base_model": "org/name",
