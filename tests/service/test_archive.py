@@ -94,7 +94,7 @@ def test_all_parameters(archive):
 
 def test_a_write_that_fails_leaves_nothing(archive):
     with pytest.raises(ZeroDivisionError):
-        archive.write_files(PATH, INFO, lambda folder: 1 / 0)
+        archive._write_files(PATH, INFO, None, lambda folder: 1 / 0)
     assert names(archive) == ["s-1:train:0", "s-1:train:0/weights"]
 
 
