@@ -6,7 +6,6 @@ A loop (trainers/) is a function of an open Run. `run_loop` is all that surround
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +116,7 @@ def _claim_folder(cfg: RunConfig, world: World) -> RunFolder:
     folder = RunFolder(Path(cfg.run.dir), world.rank)
 
     def claim() -> None:
-        lines = folder.open(to_dict(cfg), command=sys.argv)
+        lines = folder.open(to_dict(cfg))
         try:
             _refuse_other_run(cfg, folder)
             lines += clean_leftovers(folder.checkpoints)
@@ -218,14 +217,12 @@ def _make_tracker(run: Run, offset: int | None) -> Tracker:
     """The tracker, with sinks on rank 0. Raises its UserError on every rank."""
     cfg, world = run.cfg, run.world
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    made: list[Tracker] = []
-    on_leader(
+    return agree(
         world,
-        lambda: made.append(
-            make_tracker(cfg, run.folder.path, 0, resume_from=offset, world_size=world.size, gpu_name=name)
+        lambda: make_tracker(
+            cfg, run.folder.path, world.rank, resume_from=offset, world_size=world.size, gpu_name=name
         ),
     )
-    return made[0] if made else Tracker([])
 
 
 def _policy_engine(cfg: RunConfig, world: World, plan: Plan) -> Engine:

@@ -42,7 +42,6 @@ class Registry(Generic[T]):
         return list(self._things.values())
 
     def names(self) -> list[str]:
-        """All names, sorted."""
         return sorted(self._things)
 
     def __contains__(self, name: object) -> bool:

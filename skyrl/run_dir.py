@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,17 +48,11 @@ class RunFolder:
             # A forked child that outlives this process would go on holding the lock.
             os.register_at_fork(after_in_child=self.close)
 
-    def open(
-        self,
-        config: dict[str, Any],
-        *,
-        diff: Callable[[dict[str, Any], dict[str, Any]], list[str]] | None = None,
-        command: list[str] | None = None,
-    ) -> list[str]:
+    def open(self, config: dict[str, Any], *, command: list[str] | None = None) -> list[str]:
         """Creates the folder, takes its lock, writes config.yaml and versions.json; returns lines worth showing.
 
-        A config.yaml of an earlier start that differs is kept as config.<n>.yaml, and the differences are among the
-        lines, as told by `diff(before, now)` (None: every value that changed). Values must be plain YAML.
+        A config.yaml of an earlier start that differs is kept as config.<n>.yaml, and every value that changed is among
+        the lines. Values must be plain YAML. `command`: what to note as the start, by default this process's own.
         Raises: UserError when another live run holds the folder or it cannot be written.
         """
         if self.rank != 0:
@@ -67,7 +60,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lines = self._take_lock()
-            lines += self._keep_config(config, diff or config_changes)
+            lines += self._keep_config(config)
             self._keep_versions(command if command is not None else sys.argv)
         except OSError as problem:
             self.close()
@@ -108,7 +101,7 @@ class RunFolder:
         os.pwrite(handle, json.dumps(text).encode(), 0)
         return []
 
-    def _keep_config(self, config: dict[str, Any], diff: Callable[..., list[str]]) -> list[str]:
+    def _keep_config(self, config: dict[str, Any]) -> list[str]:
         path = self.path / "config.yaml"
         lines: list[str] = []
         if path.exists():
@@ -116,7 +109,9 @@ class RunFolder:
                 before = yaml.safe_load(path.read_text())
             except yaml.YAMLError:
                 before = None
-            changes = diff(before, config) if isinstance(before, dict) else ["the config.yaml there cannot be read"]
+            changes = ["the config.yaml there cannot be read"]
+            if isinstance(before, dict):
+                changes = config_changes(before, config)
             if not changes:
                 return []
             number = 1

@@ -24,10 +24,8 @@ TWICE = {"Row"}
 # name does not know.
 SHORT_DOCSTRINGS = {
     "A JSON answer.",
-    "All names, sorted.",
     "Deletes a checkpoint.",
     "Files of checkpoints.",
-    "For the store.",
     "Ids, newest first.",
     "Logs one record.",
     "Nothing is billed.",
@@ -42,7 +40,6 @@ SHORT_DOCSTRINGS = {
     "The open models.",
     "The run ends.",
     "The transformers config.",
-    "What `to_text` gave.",
     "What save_config wrote.",
     "Writes one record.",
     "Writes the manifest.",

@@ -198,7 +198,7 @@ class Checkpointer:
                 shutil.rmtree(tmp, ignore_errors=True)  # the error below matters more; the next start tries again
                 error = self._explain(job, problem)
             return self._broadcast(error)
-        parts = self._gather(writer.fs.sums)
+        parts = self._all_gather(writer.fs.sums)
         if self.rank == 0:
             files = {name: entry for part in parts for name, entry in part.items()}
             error = self._attempt(job, lambda: self._finalise(job, tmp, files, start))
@@ -252,21 +252,10 @@ class Checkpointer:
         kept = f"the last complete checkpoint is {last.path}" if last else "no complete checkpoint exists yet"
         return UserError(f"checkpoint {self.folder / job.tag}: not saved{where} ({short(cause)}); {advice}; {kept}")
 
-    # -- collectives --
+    # -- collectives; what is sent is small, so one kind is enough --
 
     def _broadcast(self, value: Any) -> Any:
-        if self.group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, group=self.group, group_src=0)
-        return box[0]
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.group is None:
-            return [value]
-        box = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, box, group=self.group, group_dst=0)
-        return box or []
+        return self._all_gather(value)[0]
 
     def _all_gather(self, value: Any) -> list[Any]:
         if self.group is None:

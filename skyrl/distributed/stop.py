@@ -38,12 +38,12 @@ class StopRequest:
         return INTERRUPTED if self.reason == "SIGINT" else TEMPORARY
 
     def to_text(self) -> str:
-        """For the store."""
+        """One line of JSON, as it travels through the store."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_text(text: str | bytes) -> StopRequest:
-        """What `to_text` gave."""
+        """The request that `to_text` made a line of."""
         return StopRequest(**json.loads(text))
 
 
