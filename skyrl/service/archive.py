@@ -442,12 +442,6 @@ class TarStream:
         return entry.tobuf(tarfile.PAX_FORMAT)
 
 
-def check_recipients(recipients: Sequence[str]) -> None:
-    """Raises: UserError unless each is an X25519 key of age ("age1...") and the package that encrypts is there."""
-    if recipients:
-        _parse(recipients)
-
-
 def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
@@ -465,7 +459,7 @@ def _reason(error: BaseException) -> str:
 
 def _encrypt(folder: Path, recipients: Sequence[str]) -> None:
     """Every file becomes <file>.age, which any one of the recipients can decrypt; the plain ones are removed."""
-    keys, pyrage = _parse(recipients), _pyrage()
+    keys, pyrage = check_recipients(recipients), _pyrage()
     for name in _listing(folder):
         plain = folder / name
         try:
@@ -485,10 +479,12 @@ def _pyrage() -> ModuleType:
         ) from None
 
 
-def _parse(recipients: Sequence[str]) -> list[object]:
-    pyrage = _pyrage()
+def check_recipients(recipients: Sequence[str]) -> list[object]:
+    """Their keys. Raises: UserError unless each is an X25519 key of age ("age1...") and the package that encrypts is
+    there."""
     keys = []
     for text in recipients:
+        pyrage = _pyrage()
         try:
             keys.append(pyrage.x25519.Recipient.from_str(text))
         except pyrage.RecipientError:

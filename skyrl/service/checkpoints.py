@@ -65,14 +65,12 @@ class CheckpointService:
             raise
         self.futures = FutureLog(self.store)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="skyrl-save")
-        self._saving: set[Future[None]] = set()
         self._housekeeper = ThreadPoolExecutor(1, thread_name_prefix="skyrl-tidy")
         self._tidying: Future[None] | None = None
         self._problem = ""  # that the last round of tidying had
 
     def close(self) -> None:
         """Waits for saves, then lets go of the folder."""
-        self.wait()
         self._saver.shutdown()
         self._housekeeper.shutdown()
         for step in (self.futures.tidy, partial(self.store.write_heartbeats, all_of_them=True)):
@@ -151,14 +149,11 @@ class CheckpointService:
             else:
                 settle(saved.size_bytes, None)
 
-        future = self._saver.submit(write)
-        self._saving.add(future)
-        future.add_done_callback(self._saving.discard)
+        self._saver.submit(write)
 
     def wait(self) -> None:
         """Returns when all saves are settled."""
-        for future in list(self._saving):
-            future.result()
+        self._saver.submit(lambda: None).result()  # one thread: this comes after them
 
     def save(
         self, path: CheckpointPath, owner: str, content: Content, *, recipients: Sequence[str] = (), **options: Any
@@ -383,25 +378,31 @@ class Snapshots:
         self._clock = itertools.count(1)
 
     def publish(self, name: str, content: Content, model_id: str) -> None:
-        """Makes a model's weights as they are now sampleable under an ephemeral name; no disk is touched."""
+        """Makes a model's weights as they are now sampleable under an ephemeral name. Raises: StorageError when host
+        memory is full and the disk takes none of the older ones."""
+        self._keep(name, content)
         if content.info.is_lora:
             self.leader.call("freeze_adapter", name, model_id)
             self._resident[name] = _Resident(used=next(self._clock))
-        self._keep(name, content)
         self._make_room()
 
     def _keep(self, name: str, content: Content) -> None:
         self._host[name] = content
         while sum(map(_num_bytes, self._host.values())) > HOST_BYTES and len(self._host) > 1:
-            old, weights = self._host.popitem(last=False)
+            old, weights = next(iter(self._host.items()))
             try:
                 self._folder.mkdir(exist_ok=True)
                 torch.save(weights, self._file(old))
-            except OSError as error:
-                # Nobody can be told until they ask for it; the oldest is the one least likely to be asked for.
-                log.warning("the snapshot %s is lost: host memory is full and the disk refuses it: %s", old, error)
-            else:
-                self._spilled.add(old)
+            except (OSError, RuntimeError) as error:  # torch has no error of its own for a full disk
+                del self._host[name]  # who asks for one more is told; those that were promised stay
+                with suppress(OSError):
+                    self._file(old).unlink(missing_ok=True)
+                raise StorageError(
+                    f"no room for one more snapshot: host memory has its {HOST_BYTES >> 30} GiB, and the disk refuses "
+                    f"({' '.join(str(error).split())[:200]}); free space at {self._folder.parent}, or end sessions"
+                ) from error
+            del self._host[old]
+            self._spilled.add(old)
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pt"
@@ -448,7 +449,10 @@ class Snapshots:
         if name in self._host:
             return self._host[name]
         if name in self._spilled:
-            return torch.load(self._file(name), weights_only=False)  # this server wrote it
+            try:
+                return torch.load(self._file(name), weights_only=False)  # this server wrote it
+            except Exception as error:  # pickle, zip and the system each have their own
+                raise StorageError(f"{name}: its file is damaged ({error}); make another snapshot") from error
         if name.startswith("tinker://"):
             path, _, version = name.rpartition("#")
             return self.checkpoints.load_version(path, version)

@@ -136,23 +136,23 @@ class LiveSessions:
             before = self._steady() - seconds
             return [name for name, _ in itertools.takewhile(lambda item: item[1][2] < before, self._heard.items())]
 
-    def unwritten(self, most: int, *, all_of_them: bool = False) -> list[tuple[int, str]]:
-        """(microseconds, session) of up to `most` whose rows have lagged behind for WRITE_SECONDS; call `written` with
-        them once they do not."""
+    def take_unwritten(self, most: int, *, all_of_them: bool = False) -> list[tuple[int, str]]:
+        """(microseconds, session) of up to `most` whose rows have lagged behind for WRITE_SECONDS. They count as
+        written now: give them back with `put_back` when they could not be."""
         with self._lock:
             before = self._steady() - (0 if all_of_them else WRITE_SECONDS)
             due = itertools.takewhile(lambda item: item[1] <= before, self._unwritten.items())
-            return [(self._heard[name][1], name) for name, _ in itertools.islice(due, most)]
+            taken = [name for name, _ in itertools.islice(due, most)]
+            for name in taken:
+                del self._unwritten[name]
+            return [(self._heard[name][1], name) for name in taken]
 
-    def written(self, rows: Iterable[tuple[int, str]]) -> None:
-        """These stand in the table now."""
+    def put_back(self, rows: Iterable[tuple[int, str]]) -> None:
+        """These were not written after all."""
         with self._lock:
-            for micros, name in rows:
-                if self.last_heard(name) <= micros:
-                    self._unwritten.pop(name, None)
-                elif name in self._unwritten:  # it was heard of meanwhile
-                    self._unwritten[name] = self._steady()
-                    self._unwritten.move_to_end(name)
+            for _, name in rows:
+                if name in self._heard:
+                    self._unwritten.setdefault(name, self._heard[name][2])
 
 
 def _running_time() -> Callable[[], float]:

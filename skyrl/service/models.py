@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skyrl.config.schema import RunConfig
@@ -128,7 +128,7 @@ class OpenModels:
         content = self.checkpoints.load(request.path, model.owner, optimizer=request.optimizer)
         self._check_content(content, request)
         ours, theirs = model.lora, content.info.lora
-        if (ours is None) != (theirs is None) or (ours is not None and _form(ours) != _form(theirs)):
+        if _form(ours) != _form(theirs):
             raise RequestFailed(f"{request.path} has {_describe(theirs)}, {model.model_id} has {_describe(ours)}")
         self.use(model.model_id)
         self._load(model, content, request.optimizer)
@@ -217,9 +217,8 @@ class OpenModels:
         return to_content(model.base_model, model.lora, state)
 
 
-def _form(lora: LoraSpec | None) -> tuple[Any, ...]:
-    assert lora is not None
-    return (lora.rank, lora.alpha, lora.mlp, lora.attn, lora.unembed)
+def _form(lora: LoraSpec | None) -> LoraSpec | None:
+    return None if lora is None else replace(lora, seed=0)  # whose weights they were at first does not matter
 
 
 def _describe(lora: LoraSpec | None) -> str:

@@ -105,10 +105,14 @@ class Store(Database):
 
     def write_heartbeats(self, *, all_of_them: bool = False) -> None:
         """Brings the rows of sessions up to date, some at a time: a step must not wait for 100,000 of them."""
-        while rows := self.live.unwritten(SESSIONS_AT_ONCE, all_of_them=all_of_them):
-            with self.write() as db:
-                db.executemany("UPDATE sessions SET last_heartbeat = max(last_heartbeat, ?) WHERE session_id = ?", rows)
-            self.live.written(rows)
+        sql = "UPDATE sessions SET last_heartbeat = max(last_heartbeat, ?) WHERE session_id = ?"
+        while rows := self.live.take_unwritten(SESSIONS_AT_ONCE, all_of_them=all_of_them):
+            try:
+                with self.write() as db:
+                    db.executemany(sql, rows)
+            except BaseException:
+                self.live.put_back(rows)
+                raise
 
     def end_silent_sessions(self, seconds: float) -> int:
         """Ends the sessions that were silent for so long: first on record, then in memory. Returns how many."""

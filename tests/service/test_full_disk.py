@@ -7,13 +7,14 @@ import resource
 import subprocess
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from requests_made import save_weights
 from starlette.requests import Request
 
-from skyrl.service import database
+from skyrl.service import checkpoints, database
 from skyrl.service.app import http_error
 from skyrl.service.archive import Content
 from skyrl.service.checkpoints import CheckpointService
@@ -190,3 +191,23 @@ def test_a_limit_on_files_is_the_server_s_failure_too(tmp_path):
     service.tidy_now()
     assert service.load(path.uri, "o", optimizer=False).info == CONTENT.info
     service.close()
+
+
+def test_a_snapshot_that_was_promised_stays(disk, monkeypatch):
+    """Ephemeral ones move to files when host memory is full: a full disk refuses the new one and costs no other."""
+    monkeypatch.setattr(checkpoints, "HOST_BYTES", 500_000)
+    leader = SimpleNamespace(call=lambda *args: None)  # no ranks: what they would hold is not looked at
+    snapshots = checkpoints.Snapshots(leader, disk.service, lambda: CONTENT)
+    one, two = f"{disk.session}:sample:1", f"{disk.session}:sample:2"
+    snapshots.publish(one, CONTENT, disk.run)
+    disk.fill()
+    with pytest.raises(StorageError, match="no room for one more snapshot") as caught:
+        snapshots.publish(two, CONTENT, disk.run)
+    assert "\n" not in str(caught.value)
+    assert snapshots._find(one) is CONTENT and two not in snapshots._host and not snapshots._spilled
+    disk.filler.unlink()
+    snapshots.publish(two, CONTENT, disk.run)
+    assert snapshots._spilled == {one} and snapshots._find(one).weights["w"].equal(CONTENT.weights["w"])
+    snapshots._file(one).write_bytes(b"damaged")
+    with pytest.raises(StorageError, match="damaged"):
+        snapshots._find(one)
