@@ -12,7 +12,7 @@ import numpy as np
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, StepResult, register_environment
 from skyrl.envs.rewards.format import is_digits
-from skyrl.envs.single_turn import SingleTurn, require
+from skyrl.envs.single_turn import SingleTurn, no_files, require
 from skyrl.types import Prompt, UserError
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -94,12 +94,7 @@ class Arithmetic(SingleTurn):
         b+a are on the same side. The held-out list itself does not depend on the seed, so runs can be compared.
         Raises UserError when the options leave no problem, or when data.path is set (nothing is read).
         """
-        if data.path or data.eval_path:
-            where = "data.path" if data.path else "data.eval_path"
-            raise UserError(
-                f"{where}={data.path or data.eval_path!r}: environment {cls.name!r} makes its own prompts; "
-                "leave it empty, or choose another env.name"
-            )
+        no_files(cls.name, data)
         return _Problems(cls(**options), cls.name, split, seed)
 
     def question_and_answer(self, a: int, op: str, b: int) -> tuple[str, str]:

@@ -44,15 +44,13 @@ class Expressions:
     def add(self, annotation: str, source: str) -> None:
         """Takes one annotation such as "48/2=24", or counts why not."""
         self.annotations += 1
-        expression, _, result = annotation.replace("x", "*").partition("=")
-        expression, result = normalise(expression), normalise(result)
+        expression, result = (normalise(part) for part in annotation.replace("x", "*").partition("=")[::2])
         if expression in self.answers:
             self.repeated += 1
             return
-        if not _ALLOWED.fullmatch(expression) or not _ALLOWED.fullmatch(result):
-            self.malformed += 1
-            return
         try:
+            if not _ALLOWED.fullmatch(expression) or not _ALLOWED.fullmatch(result):
+                raise ExpressionError(annotation)
             value, said = evaluate(parse(expression)), evaluate(parse(result))
         except ExpressionError:
             self.malformed += 1
@@ -90,9 +88,8 @@ def decimal(value: Fraction) -> str | None:
     scaled = abs(value) * 10**MAX_DECIMALS
     if scaled.denominator != 1:
         return None
-    digits = str(scaled.numerator).zfill(MAX_DECIMALS + 1)
-    text = _tidy(f"{digits[:-MAX_DECIMALS]}.{digits[-MAX_DECIMALS:]}")
-    return f"-{text}" if value < 0 else text
+    whole, part = divmod(scaled.numerator, 10**MAX_DECIMALS)
+    return "-" * (value < 0) + _tidy(f"{whole}.{part:0{MAX_DECIMALS}}")
 
 
 def collect_expressions(rows: Iterable[Row]) -> Expressions:

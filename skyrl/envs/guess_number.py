@@ -9,7 +9,7 @@ from typing import Any
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Environment, Split, StepResult, register_environment
-from skyrl.envs.single_turn import require
+from skyrl.envs.single_turn import no_files, require
 from skyrl.types import Message, Prompt, UserError
 
 HELD_OUT_PART = 5  # one secret in so many is held out
@@ -58,12 +58,7 @@ class GuessNumber(Environment):
         Raises UserError when data.path is set (nothing is read).
         """
         del seed
-        if data.path or data.eval_path:
-            where = "data.path" if data.path else "data.eval_path"
-            raise UserError(
-                f"{where}={data.path or data.eval_path!r}: environment {cls.name!r} makes its own prompts; "
-                "leave it empty, or choose another env.name"
-            )
+        no_files(cls.name, data)
         env = cls(**options)
         secrets = list(range(env.low, env.high + 1))
         random.Random("skyrl.guess_number").shuffle(secrets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Environment, StepResult, register_environment
 from skyrl.envs.rewards import REWARDS
 from skyrl.types import UserError
@@ -29,6 +30,16 @@ class SingleTurn(Environment):
         """Whether the answer counts as right in evaluation. Here: the reward reaches correct_reward."""
         del text
         return reward >= self._correct_reward
+
+
+def no_files(name: str, data: DataConfig) -> None:
+    """Raises UserError when data names a file and the environment makes its own prompts."""
+    where = "data.path" if data.path else "data.eval_path"
+    if data.path or data.eval_path:
+        raise UserError(
+            f"{where}={data.path or data.eval_path!r}: environment {name!r} makes its own prompts; leave it empty, or "
+            "choose another env.name"
+        )
 
 
 def require(condition: bool, option: str, value: object, wanted: str) -> None:

@@ -18,6 +18,12 @@ from skyrl.config.schema import RunConfig
 from skyrl.types import Metrics
 
 WALL_CLOCK = ("time/", "speed/", "memory/")
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "sum": sum,
+    "mean": lambda values: sum(values) / len(values),
+    "max": max,
+    "min": min,
+}
 Record = dict[str, Any]  # {"step": 3, "phase": "rl", "reward:mean": 0.5, ...}, in the order it is written
 
 
@@ -41,54 +47,27 @@ class Sink:
         """The run ends."""
 
 
-class StepMetrics:
-    """Metrics of one step, merged by the end of their key: sums add, max and min compare, means are averaged plainly.
-
-    Plainly: a step with several optimizer calls logs the average of their means, each call counting the same.
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {}
-
-    def add(self, metrics: Metrics) -> None:
-        """Raises ValueError for a key without :sum, :mean, :max or :min."""
-        for key, value in metrics.items():
-            name, _, reduction = key.rpartition(":")
-            if not name or reduction not in _REDUCTIONS:
-                raise ValueError(
-                    f"metric {key!r}: the key must end in one of {', '.join(':' + r for r in _REDUCTIONS)}"
-                )
-            self._values.setdefault(key, []).append(float(value))
-
-    def result(self) -> Metrics:
-        """Merged values, sorted by key."""
-        return {key: _REDUCTIONS[key.rpartition(":")[2]](self._values[key]) for key in sorted(self._values)}
-
-
-_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
-    "sum": sum,
-    "mean": lambda values: sum(values) / len(values),
-    "max": max,
-    "min": min,
-}
-
-
 class Tracker:
     """Collects one step's metrics and times; writes them to all sinks. A Tracker without sinks ignores everything.
 
-    Metrics given must be global already (the engine's are): only rank 0 has sinks. `peak_flops` is the peak of all
-    devices together in FLOP/s, for MFU; None leaves MFU out.
+    Values of one key are merged by its end: sums add, max and min compare, means are averaged plainly (a step with
+    several optimizer calls logs the average of their means, each call counting the same). Metrics given must be global
+    already (the engine's are): only rank 0 has sinks. `peak_flops` is the peak of all devices together in FLOP/s, for
+    MFU; None leaves MFU out.
     """
 
     def __init__(self, sinks: list[Sink], *, metrics_path: Path | None = None, peak_flops: float | None = None) -> None:
         self.sinks, self.metrics_path, self.peak_flops = sinks, metrics_path, peak_flops
-        self._tally = StepMetrics()
+        self._values: dict[str, list[float]] = {}
         self._start = time.perf_counter()
 
     def add(self, metrics: Metrics) -> None:
-        """Adds metrics to the step that is under way."""
-        if self.sinks:
-            self._tally.add(metrics)
+        """Adds metrics to the step that is under way. Raises ValueError for a key without a reduction."""
+        for key, value in metrics.items() if self.sinks else ():
+            name, _, reduction = key.rpartition(":")
+            if not name or reduction not in _REDUCTIONS:
+                raise ValueError(f"metric {key!r}: the key must end in one of :{', :'.join(_REDUCTIONS)}")
+            self._values.setdefault(key, []).append(float(value))
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -111,9 +90,9 @@ class Tracker:
         now = time.perf_counter()
         self.add({"time/step_seconds:sum": now - self._start})
         self._start = now
-        metrics = self._tally.result()
+        metrics = {key: _REDUCTIONS[key.rpartition(":")[2]](self._values[key]) for key in sorted(self._values)}
         metrics |= speeds(metrics, self.peak_flops)
-        self._tally = StepMetrics()
+        self._values = {}
         record = {"step": step, "phase": phase, **dict(sorted(metrics.items()))}
         for sink in self.sinks:
             sink.write(record)
@@ -121,12 +100,12 @@ class Tracker:
 
     def pending(self) -> dict[str, list[float]]:
         """What was added to the step under way, to be taken up by `restore` after a restart; {} on ranks but 0."""
-        return {key: list(values) for key, values in self._tally._values.items()}
+        return {key: list(values) for key, values in self._values.items()}
 
     def restore(self, pending: dict[str, list[float]]) -> None:
         """Takes up a step that was under way when `pending` was made. Ignored without sinks."""
         if self.sinks:
-            self._tally._values = {key: list(values) for key, values in pending.items()}
+            self._values = {key: list(values) for key, values in pending.items()}
 
     def restart_clock(self) -> None:
         """Begins the step's duration now: set-up before the first step is not part of it."""
@@ -169,12 +148,11 @@ def speeds(metrics: Metrics, peak_flops: float | None = None) -> Metrics:
         "speed/trained_tokens_per_second:mean": (metrics.get("tokens:sum"), "time/train_seconds:sum", 1.0),
         "speed/mfu:mean": (sum(flops) if flops and peak_flops else None, "time/step_seconds:sum", peak_flops or 1.0),
     }
-    found = {}
-    for key, (count, clock, scale) in parts.items():
-        seconds = metrics.get(clock, 0.0)
-        if count is not None and seconds > 0:
-            found[key] = count / seconds / scale
-    return found
+    return {
+        key: count / metrics[clock] / scale
+        for key, (count, clock, scale) in parts.items()
+        if count is not None and metrics.get(clock, 0.0) > 0
+    }
 
 
 def without_wall_clock(record: Record) -> Record:
@@ -218,7 +196,8 @@ def make_tracker(
     from skyrl.tracking.jsonl import JsonlSink
 
     options, folder = cfg.tracking, Path(folder)
-    sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", resume_from=resume_from)]
+    lines = JsonlSink(folder / "metrics.jsonl", resume_from=resume_from)
+    sinks: list[Sink] = [lines]
     if options.wandb != "off":
         from skyrl.tracking.wandb import WandbSink
 
@@ -232,4 +211,7 @@ def make_tracker(
         live = options.console == "auto" and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         sinks.append(ConsoleSink(totals, stream=sys.stdout, live=live))
     peak = options.peak_tflops * 1e12 if options.peak_tflops > 0 else peak_flops(gpu_name)
-    return Tracker(sinks, metrics_path=folder / "metrics.jsonl", peak_flops=peak * world_size if peak else None)
+    tracker = Tracker(sinks, metrics_path=lines.path, peak_flops=peak * world_size if peak else None)
+    for note in lines.notes:
+        tracker.say(note)
+    return tracker

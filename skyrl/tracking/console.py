@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
 from collections import deque
 from typing import Any, TextIO
@@ -79,8 +80,8 @@ class ConsoleSink(Sink):
         self._last = {key: value for key, value in self._last.items() if key.startswith("eval/")}
         self._seconds.clear()
         width = self._step_width(phase)
-        header = "  ".join([f"{'step':>{width}}", *(f"{title:>{size}}" for title, size, _, _ in _COLUMNS)])
-        header = f"{header}  {'left':>{_LEFT}}"
+        titles = [("step", width), *((title, size) for title, size, _, _ in _COLUMNS), ("left", _LEFT)]
+        header = "  ".join(f"{title:>{size}}" for title, size in titles)
         self._print(f"\r\x1b[K{self._fit(header)}\n" if self.live else f"{header}\n")
 
     def _step_width(self, phase: str) -> int:
@@ -98,9 +99,7 @@ class ConsoleSink(Sink):
             if text.startswith("-0.") and float(text) == 0:
                 text = text[1:]  # a group's advantages sum to zero, and so does the loss, rounding aside
             cells.append(f"{text:>{size}}")
-        left = None
-        if total and self._seconds:
-            left = (total - step) * sum(self._seconds) / len(self._seconds)
+        left = (total - step) * statistics.fmean(self._seconds) if total and self._seconds else None
         return "  ".join([*cells, f"{duration(left):>{_LEFT}}"])
 
     def _fit(self, line: str) -> str:
@@ -116,9 +115,7 @@ def duration(seconds: float | None) -> str:
     """Seconds as "42s", "3m 05s" or "2h 10m"; "-" for None."""
     if seconds is None or not math.isfinite(seconds):
         return "-"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}h {minutes % 60:02d}m"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +82,12 @@ def _axis(records: list[Record]) -> tuple[list[int], list[tuple[str, int, int]]]
     """Positions of the records on the common axis, and (phase, first, last) of each stretch of one phase."""
     positions: list[int] = []
     spans: list[tuple[str, int, int]] = []
-    base = 0
-    for record in records:
-        if not spans or spans[-1][0] != record["phase"]:
-            base = spans[-1][2] if spans else 0
-            spans.append((record["phase"], base, base))
-        positions.append(base + int(record["step"]))
-        spans[-1] = (spans[-1][0], base, max(spans[-1][2], positions[-1]))
+    end = 0
+    for phase, part in itertools.groupby(records, key=lambda record: record["phase"]):
+        steps = [end + int(record["step"]) for record in part]
+        spans.append((phase, end, max(end, *steps)))
+        positions += steps
+        end = spans[-1][2]
     return positions, spans
 
 
@@ -95,8 +97,8 @@ def _draw(
     drawn = 0
     for label, keys, colour in panel.lines:
         key = next((key for key in keys if any(key in record for record in records)), None)
-        points = [(x, r[key], r["phase"]) for x, r in zip(positions, records, strict=True) if key in r]
-        points = [p for p in points if math.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
+        found = [(x, r[key], r["phase"]) for x, r in zip(positions, records, strict=True) if key in r]
+        points = [p for p in found if math.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
         if panel.last_phase and points:
             points = [p for p in points if p[2] == points[-1][2]]
         if not points:
@@ -120,7 +122,7 @@ def _draw(
 
 
 def _draw_line(axes: Any, points: list[tuple[int, float]], colour: str, label: str | None, *, marked: bool) -> None:
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    xs, ys = zip(*points, strict=True)
     marker = {"marker": "o", "markersize": 4} if marked else {}
     if len(points) < 30 or marked:
         axes.plot(xs, ys, color=colour, lw=1.6, label=label, **marker)
@@ -132,8 +134,7 @@ def _draw_line(axes: Any, points: list[tuple[int, float]], colour: str, label: s
 def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]]) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10, color=_INK)
     axes.tick_params(colors=_MUTED, labelsize=8, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
     axes.grid(axis="y", color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
@@ -146,8 +147,8 @@ def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]]) -> None:
         axes.set_ylim(bottom=0)
     if panel.unit_range:
         axes.set_ylim(-0.03, 1.06)
-    last = spans[-1][2]
-    axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
+    last = max(spans[-1][2], 1)
+    axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.get_major_locator().set_params(integer=True)
     for phase, start, end in spans:
         if phase != "rl" and end > start:
@@ -156,18 +157,17 @@ def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]]) -> None:
     axes.set_xlabel("step", fontsize=8, color=_MUTED)
 
 
-def _smooth(values: list[float], window: int = 9) -> list[float]:
+def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
     """Centred running median: one wild step does not bend the line."""
     half = window // 2
-    return [
-        sorted(part)[len(part) // 2] for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])
-    ]
+    return [statistics.median_high(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def _summary(records: list[Record]) -> str:
     steps = sum(1 for record in records if record["phase"] == "rl" and record["step"] > 0)
     text = f"{steps} steps of RL" if steps else f"{len(records)} steps of {records[-1]['phase']}"
-    scored = [(r["phase"] == "rl" and r["step"] > 0, r[_ACCURACY]) for r in records if _ACCURACY in r]
-    before = [score for learned, score in scored if not learned]
-    after = [score for learned, score in scored if learned]
+    before, after = (
+        [r[_ACCURACY] for r in records if _ACCURACY in r and (r["phase"] == "rl" and r["step"] > 0) == learned]
+        for learned in (False, True)
+    )
     return f"{text}: held-out accuracy {before[-1]:.3f} to {after[-1]:.3f}" if before and after else text

@@ -71,17 +71,6 @@ def sample_attended(prompt_length: int, new_tokens: int) -> int:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of one device in FLOP/s by its name as torch gives it; None for an unknown one."""
-    words = device_name.replace("-", " ").upper()
-    matches = [name for name in PEAK_TFLOPS if _has_words(words, name.upper())]
+    words = f" {device_name.replace('-', ' ').upper()} "
+    matches = [name for name in PEAK_TFLOPS if f" {name.upper()} " in words]  # whole ones: "A100" is not an "A10"
     return PEAK_TFLOPS[max(matches, key=len)] * 1e12 if matches else None
-
-
-def mfu(flops: float, seconds: float, device_name: str, world_size: int = 1) -> float | None:
-    """Part of the devices' peak that `flops` in `seconds` is; None for an unknown device."""
-    peak = peak_flops(device_name)
-    return flops / (seconds * peak * world_size) if peak else None
-
-
-def _has_words(text: str, name: str) -> bool:
-    # whole words only: "A100" is not an "A10"
-    return f" {name} " in f" {text} "

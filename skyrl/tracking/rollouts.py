@@ -6,47 +6,35 @@ One line of JSON for each episode; each rank writes the groups it played. Nothin
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from skyrl.files import write_atomic
 from skyrl.run_dir import ROLLOUT_NAME
+from skyrl.tracking.jsonl import to_json
 from skyrl.types import Episode, Metrics, UserError
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that is needed."""
-
-    def decode(self, token_ids: list[int], **options: Any) -> str:
-        """Text of tokens."""
 
 
 def write_rollouts(
     folder: Path,
     name: str,
     groups: Sequence[Sequence[Episode]],
-    tokenizer: Decoder,
+    tokenizer: Any,
     *,
     rank: int,
-    advantages: Sequence[Sequence[float]] | None = None,
 ) -> Path:
     """Writes this rank's groups to <folder>/<name>-r<rank>.jsonl, whole or not at all; returns that path.
 
-    name: the step with six digits, with "<kind>-" before it for other than training ("eval-000010"). advantages: one
-    number for each episode of each group, as in `groups`. Text is decoded with special tokens visible.
+    name: the step with six digits, with "<kind>-" before it for other than training ("eval-000010"). Text is decoded
+    with special tokens visible.
     Raises: UserError when the file cannot be written.
     """
     path = Path(folder) / f"{name}-r{rank}.jsonl"
-    lines = []
-    for i, group in enumerate(groups):
-        for j, episode in enumerate(group):
-            advantage = None if advantages is None else float(advantages[i][j])
-            lines.append(json.dumps(_plain(_episode_entry(episode, tokenizer, advantage)), ensure_ascii=False))
+    lines = (to_json(_episode_entry(episode, tokenizer)) + "\n" for group in groups for episode in group)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        write_atomic(path, "".join(lines))
     except OSError as problem:
         raise UserError(
             f"{path}: cannot be written ({problem.strerror}); free some space, or give tracking.rollouts_every=0"
@@ -56,12 +44,9 @@ def write_rollouts(
 
 def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """The episodes of `name` (see write_rollouts) from all ranks' files, ranks in order."""
-    found = []
-    for path in Path(folder).glob(f"{name}-r*.jsonl"):
-        match = ROLLOUT_NAME.fullmatch(path.name)
-        if match is not None and path.name == f"{name}-r{match['rank']}.jsonl":
-            found.append((int(match["rank"]), path))
-    for _, path in sorted(found):
+    matches = [(path, ROLLOUT_NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{name}-r*.jsonl")]
+    ranks = {int(m["rank"]): path for path, m in matches if m and path.name == f"{name}-r{m['rank']}.jsonl"}
+    for _, path in sorted(ranks.items()):
         with open(path, encoding="utf-8") as stream:
             for line in stream:
                 yield json.loads(line)
@@ -93,23 +78,21 @@ def recompute_metrics(episodes: Sequence[dict[str, Any]]) -> Metrics:
     return metrics
 
 
-def _episode_entry(episode: Episode, tokenizer: Decoder, advantage: float | None) -> dict[str, Any]:
-    turns = []
-    for turn in episode.turns:
-        context, tokens = [int(t) for t in turn.context], [int(t) for t in turn.sample.tokens]
-        turns.append(
-            {
-                "context_text": tokenizer.decode(context, skip_special_tokens=False),
-                "text": tokenizer.decode(tokens, skip_special_tokens=False),
-                "reward": float(turn.reward),
-                "stop": turn.sample.stop,
-                "version": turn.sample.version,
-                "context": context,
-                "tokens": tokens,
-                "logprobs": [float(value) for value in turn.sample.logprobs],
-            }
-        )
-    entry = {
+def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
+    turns = [
+        {
+            "context_text": tokenizer.decode(turn.context.tolist(), skip_special_tokens=False),
+            "text": tokenizer.decode(turn.sample.tokens.tolist(), skip_special_tokens=False),
+            "reward": float(turn.reward),
+            "stop": turn.sample.stop,
+            "version": turn.sample.version,
+            "context": turn.context.tolist(),
+            "tokens": turn.sample.tokens.tolist(),
+            "logprobs": turn.sample.logprobs.tolist(),
+        }
+        for turn in episode.turns
+    ]
+    return {
         "uid": episode.prompt.uid,
         "env": episode.prompt.env,
         "index": episode.index,
@@ -117,16 +100,5 @@ def _episode_entry(episode: Episode, tokenizer: Decoder, advantage: float | None
         "stop": episode.stop,
         "invalid": episode.invalid,
         "metrics": {key: float(value) for key, value in episode.metrics.items()},
+        "turns": turns,
     }
-    return {**entry, **({} if advantage is None else {"advantage": advantage}), "turns": turns}
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that are not finite as text: JSON has none."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_plain(below) for below in value]
-    return value

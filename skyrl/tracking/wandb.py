@@ -34,18 +34,16 @@ class WandbSink(Sink):
                 f'tracking.wandb={mode}: the package wandb is not installed; pip install "wandb>=0.20" or give '
                 "tracking.wandb=off"
             ) from None
-        name = cfg.run.name or Path(folder).name
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
         try:
             self._run = wandb.init(
                 project=cfg.tracking.wandb_project,
-                name=name,
+                name=cfg.run.name or Path(folder).name,
                 id=run_id(Path(folder)),
                 dir=str(folder),
                 mode=mode,
                 resume="allow",
                 config=asdict(cfg),
-                settings=settings,
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
             )
         except (wandb.errors.Error, OSError) as problem:
             text = " ".join(str(problem).split())

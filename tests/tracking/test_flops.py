@@ -8,7 +8,6 @@ from skyrl.tracking.flops import (
     ModelShape,
     causal_attended,
     forward_flops,
-    mfu,
     peak_flops,
     sample_attended,
     train_flops,
@@ -77,9 +76,3 @@ def test_pairs_counted_one_by_one():
 )
 def test_peaks_by_name(name, tflops):
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
-
-
-def test_mfu():
-    assert mfu(989e12, 2.0, "NVIDIA H200") == 0.5
-    assert mfu(989e12, 2.0, "NVIDIA H200", world_size=4) == 0.125
-    assert mfu(1.0, 1.0, "toaster") is None

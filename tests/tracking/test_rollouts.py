@@ -35,17 +35,10 @@ def groups():
 
 
 def test_every_token_and_number_comes_back(tmp_path):
-    path = write_rollouts(
-        tmp_path / "rollouts", "000007", groups(), Letters(), rank=0, advantages=[[1.0, -1.0], [0, 0]]
-    )
+    path = write_rollouts(tmp_path / "rollouts", "000007", groups(), Letters(), rank=0)
     assert path.name == "000007-r0.jsonl" and os.listdir(path.parent) == [path.name]
     episodes = list(read_rollouts(tmp_path / "rollouts", "000007"))
-    assert [(e["uid"], e["index"], e["advantage"]) for e in episodes] == [
-        ("a", 0, 1.0),
-        ("a", 1, -1.0),
-        ("b", 0, 0.0),
-        ("b", 1, 0.0),
-    ]
+    assert [(e["uid"], e["index"]) for e in episodes] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     for line, given in zip(episodes, [e for group in groups() for e in group], strict=True):
         assert (line["reward"], line["stop"], line["invalid"]) == (given.reward, given.stop, given.invalid)
         for turn, original in zip(line["turns"], given.turns, strict=True):
