@@ -36,7 +36,6 @@ SHORT_DOCSTRINGS = {
     "See attention.Attention.",
     "See skyrl.models.attention.Attention.",
     "Syncs and closes.",
-    "Text of tokens.",
     "The open models.",
     "The run ends.",
     "The transformers config.",
