@@ -18,6 +18,7 @@ from skyrl.service import checkpoints, database
 from skyrl.service.app import http_error
 from skyrl.service.archive import Content
 from skyrl.service.checkpoints import CheckpointService
+from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.records import CheckpointPath, ModelInfo, StorageError
 
 CONTENT = Content(ModelInfo("base"), {"w": torch.zeros(100_000)})
@@ -211,3 +212,24 @@ def test_a_snapshot_that_was_promised_stays(disk, monkeypatch):
     snapshots._file(one).write_bytes(b"damaged")
     with pytest.raises(StorageError, match="damaged"):
         snapshots._find(one)
+
+
+def test_a_model_is_dropped_only_once_that_is_on_record(disk):
+    calls = []
+    leader = SimpleNamespace(call=lambda *args: calls.append(args))
+    models = OpenModels(None, leader, disk.service, None)
+    models._open[disk.run] = TrainableModel(disk.run, "o", disk.session, "base", None)
+    disk.service.store._reserve.unlink()
+    disk.fill()
+    with pytest.raises(StorageError):
+        disk.service.store.create_session("o", user_metadata={"k": "v" * 1_000_000})  # uses up the log's own space
+    with pytest.raises(StorageError):
+        for _ in range(1000):  # the log may have a few pages left
+            models.drop(disk.run)
+            models._open[disk.run] = TrainableModel(disk.run, "o", disk.session, "base", None)
+            calls.clear()
+    assert models.find(disk.run) is not None and calls == []
+    disk.filler.unlink()
+    models.drop(disk.run)
+    assert models.find(disk.run) is None and calls == [("delete", disk.run)]
+    assert disk.service.store.get_run(disk.run, "o").state == "closed"
