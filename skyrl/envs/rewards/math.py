@@ -18,6 +18,8 @@ from skyrl.types import Prompt
 MAX_NODES = 40
 MAX_NAMES = 3
 MAX_DEGREE = 10
+MAX_WRAPPERS = 8
+MAX_HEADINGS = 50
 
 _NUMBER = re.compile(
     r"(?P<sign>[-+\u2212]?)\s?\\?[$\u20ac\u00a3]?\s?(?P<again>[-\u2212]?)"
@@ -28,6 +30,17 @@ _ANYWHERE = re.compile(
     r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-\u2212]?\.\d+", re.A
 )
 _FRACTION = re.compile(r"([-\u2212]?)(?:\\[dt]?frac\{(\d{1,30})\}\{(\d{1,30})\}|(\d{1,30})\s?/\s?(\d{1,30}))", re.A)
+_WRAPPERS = [
+    re.compile(pattern + r"[.,;:]?", re.S)
+    for pattern in (r"\$\$(?P<x>[^$]+)\$\$", r"\$(?P<x>[^$]+)\$", r"\\\((?P<x>.+)\\\)", r"\\\[(?P<x>.+)\\\]")
+    + (r"\*\*(?P<x>[^*]+)\*\*", r"__(?P<x>[^_]+)__", r"\*(?P<x>[^*]+)\*", r"`+(?P<x>[^`]+)`+", r'"(?P<x>[^"]+)"')
+]
+_LABEL = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|[:=])\s*(?=\S)", re.I)
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_MARKED = re.compile(r"(?<!#)####(?!#)([^\n]*)")
+_PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}")
+_WITH_UNIT = re.compile(r"[^\sA-Za-z]*\d(?:\s+[a-z][\w/]*){1,4}\.?")
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -47,22 +60,51 @@ def parse_number(text: str) -> Fraction | None:
 _PLAIN = set("0123456789+-,.$%\\ \u2212\u20ac\u00a3")
 
 
-def extract_answer(text: str) -> str | None:
-    """What the text gives as its final answer, or None: the rest of the line after the last "####", else the content
-    of the last \\boxed{}. Numbers elsewhere do not count; last_number finds those."""
-    mark = text.rfind("####")
-    if mark >= 0:
-        line = text[mark + 4 :].lstrip(" \t").split("\n", 1)[0].strip()
-        return line or None
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
+def unwrap(text: str) -> str:
+    """The text without what only sets it off: dollar signs of LaTeX, \\boxed{}, bold, quotes, "The answer is"."""
+    for _ in range(MAX_WRAPPERS):
+        before = text = text.strip()
+        match = next((m for pattern in _WRAPPERS if (m := pattern.fullmatch(text))), None)
+        if match is not None:
+            text = match["x"]
+        elif (box := BOX.match(text)) and closing(text, box.end()) == len(text.rstrip(".")) - 1:
+            text = text.rstrip(".")[box.end() + 1 : -1]
+        elif mark := next((m for m in ("\\$", "$", "**", "`") if text.endswith(m) and text.count(m) == 1), ""):
+            text = text.removesuffix(mark)
+        else:
+            text = text[label.end() :] if (label := _LABEL.match(text)) else text
+        if text == before:
+            break
+    return text
+
+
+def closing(text: str, start: int, pairs: str = "{}") -> int:
+    """The place of what closes the bracket at `start`, escaped ones left aside; -1 when nothing does."""
     depth = 0
-    for index in range(start + 6, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
+    for match in re.compile(r"\\[{}]|[" + re.escape(pairs) + "]").finditer(text, start):
+        depth += 0 if len(match[0]) > 1 else 1 if match[0] in pairs[::2] else -1
         if depth == 0:
-            return text[start + 7 : index].strip() or None
-    return None
+            return match.start()
+    return -1
+
+
+def extract_answer(text: str) -> str | None:
+    """What the text gives as its final answer, unwrapped, or None: the content of the last \\boxed{}, or what the last
+    line with "####" after it has. Numbers elsewhere do not count; last_number finds those.
+
+    A heading of markdown is no answer: "####" before words, when more text follows or a box came before.
+    """
+    boxes = [*BOX.finditer(text)]
+    start = boxes[-1].end() if boxes else -1
+    end = closing(text, start) if boxes else -1
+    boxed = unwrap(text[start + 1 : end]) if end >= 0 else ""
+    for match in [*_MARKED.finditer(text, max(end, 0))][: -MAX_HEADINGS - 1 : -1]:
+        line = next((part for part in reversed(re.split("#{4,}", match[1])) if part.strip()), "")
+        answer = unwrap(line)
+        prose = _PROSE.search(re.sub(r"\\[a-z]+\{[^{}]*\}", "", answer)) and not _WITH_UNIT.fullmatch(answer)
+        if answer and not (prose and (boxed or text[match.end() :].strip())):
+            return answer
+    return boxed or None
 
 
 def last_number(text: str) -> str | None:
