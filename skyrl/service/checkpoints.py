@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -189,26 +189,15 @@ class CheckpointService:
         )
 
     def _commit(
-        self,
-        path: CheckpointPath,
-        owner: str,
-        write: Callable[[], tuple[str, int]],
-        *,
-        info: ModelInfo,
-        has_optimizer: bool,
-        ttl_seconds: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-        overwrite: bool = False,
+        self, path: CheckpointPath, owner: str, write: Callable[[], tuple[str, int]], **options: Any
     ) -> CheckpointRecord:
-        """Refuses what can be refused, writes the folder, then the row; removes what that replaced."""
-        check_ttl(ttl_seconds)
-        self.store.require_free(path, owner, overwrite=overwrite)
+        """Refuses what can be refused, writes the folder, then the row; removes what that replaced. options: as
+        `Store.add_checkpoint` has them."""
+        check_ttl(options.get("ttl_seconds"))
+        self.store.require_free(path, owner, overwrite=options.get("overwrite", False))
         version, size = write()
         try:
-            saved, earlier = self.store.add_checkpoint(
-                path, owner, version=version, size_bytes=size, info=info, has_optimizer=has_optimizer,
-                ttl_seconds=ttl_seconds, user_metadata=user_metadata, overwrite=overwrite,
-            )  # fmt: skip
+            saved, earlier = self.store.add_checkpoint(path, owner, version=version, size_bytes=size, **options)
         except BaseException:
             self._withdraw(path, version)
             raise

@@ -415,11 +415,8 @@ class Store(Database):
     ) -> Page[CheckpointRecord]:
         """The owner's checkpoints of all runs, newest first; only those of some kinds if given."""
         check_page(limit, offset)
-        values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset}
-        some = ""
-        if kinds is not None:
-            values |= {f"kind{i}": kind for i, kind in enumerate(kinds)}
-            some = f" AND kind IN ({', '.join(f':kind{i}' for i in range(len(kinds)))})"
+        values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset, "kinds": json.dumps(kinds)}
+        some = "" if kinds is None else " AND kind IN (SELECT value FROM json_each(:kinds))"
         with self.read() as db:
             (total,) = db.execute(
                 f"SELECT count(*) FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}", values

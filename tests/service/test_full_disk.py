@@ -64,10 +64,12 @@ def disk(tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", root], capture_output=True)
     if mounted.returncode:
         pytest.skip("only root can mount a small file system")
-    disk = Disk(root)
-    yield disk
-    disk.service.close()
-    subprocess.run(["umount", "-l", root], check=True)
+    try:
+        disk = Disk(root)
+        yield disk
+        disk.service.close()
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
 
 
 def test_what_needs_no_disk_goes_on_and_failures_are_the_server_s(disk):
