@@ -224,7 +224,7 @@ class Run:
         if all_reduce_sum(self.world, np.array([float(self.watch.stop_requested())]))[0]:
             raise StopRun
 
-    def evaluate(self) -> Metrics:
+    def evaluate(self) -> None:
         """Plays the held-out prompts without learning; adds global metrics to the current step, keeps the accuracy.
 
         "eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above 0. Prompts are
@@ -247,7 +247,6 @@ class Run:
         self.state.accuracy = metrics.get("eval/accuracy:mean")
         if self.state.first_accuracy is None:
             self.state.first_accuracy = self.state.accuracy
-        return metrics
 
     def _score(self, metrics: Metrics) -> float | None:
         """What checkpoints are compared by; None where nothing was measured. For a metric that evaluations do not have

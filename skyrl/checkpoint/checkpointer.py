@@ -148,12 +148,13 @@ class Checkpointer:
         Raises: UserError, the same on every rank, for a damaged checkpoint or one of another model.
         """
         flat = _flatten(tensors)
+        values = {name: value for name, (_, _, value) in flat.items()}
         info: CheckpointInfo | None = None
         problem: str | None = None
         try:
             info = read_checkpoint(path)
             self._verify_files(info)
-            _check_template(info, {name: value for name, (_, _, value) in flat.items()}, partial)
+            _check_template(info, values, partial)
         except UserError as error:
             problem = str(error)
         except OSError as error:
@@ -162,7 +163,6 @@ class Checkpointer:
         if first is not None:
             raise UserError(first)
         assert info is not None
-        values = {name: value for name, (_, _, value) in flat.items()}
         reader = dcp.FileSystemReader(info.path)
         dcp.load(values, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         for name, (holder, key, value) in flat.items():
