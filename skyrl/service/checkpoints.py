@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,10 @@ class CheckpointService:
         """Waits for saves, then lets go of the folder."""
         self._saver.shutdown()
         self._housekeeper.shutdown()
-        for step in (self.futures.tidy, partial(self.store.write_heartbeats, all_of_them=True)):
-            try:
-                step()
-            except UserError as error:
-                log.warning("at the end of the server: %s", error)
+        try:
+            self.futures.tidy()
+        except UserError as error:
+            log.warning("at the end of the server: %s", error)
         self.archive.close()
         self.store.close()
 
@@ -276,7 +274,7 @@ class CheckpointService:
 
     def tidy(self) -> None:
         """To be called every few seconds. In a thread of its own, so that no step waits for it: what the disk refused
-        is written; checkpoints, answers and sessions whose time is over go; it is written down who was heard of."""
+        is written; checkpoints, answers and sessions whose time is over go."""
         if self._tidying is None or self._tidying.done():
             self._tidying = self._housekeeper.submit(self.tidy_now)
 
@@ -284,7 +282,7 @@ class CheckpointService:
         """One round of `tidy`. Each part is tried whatever becomes of the others, and again in the next round; a
         problem is told once."""
         problems = []
-        parts = (self.futures.tidy, self.expire, self.store.write_heartbeats, self._end_sessions, self.store.recover)
+        parts = (self.futures.tidy, self.expire, self._end_sessions, self.store.recover)
         for part in (*parts, self.store.keep_reserve):
             try:
                 part()

@@ -34,7 +34,6 @@ APPLICATION_ID = 0x736B7972  # "skyr": another program's SQLite file is refused
 BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
 KEEP_SECONDS = 86400.0  # for so long a recorded answer can be asked for
-WRITE_SECONDS = 60.0  # a heartbeat in memory is at most about this much newer than the row of its session
 RESERVE_BYTES = 1 << 19  # of a file that is given up when the disk is full, so that deleting has room
 STALL_SECONDS = 30.0  # a longer pause of the whole process counts as so much silence: nobody could be heard in it
 REQUEST_ID = re.compile("[0-9a-f]{32}")
@@ -93,7 +92,6 @@ class LiveSessions:
         self._lock = threading.Lock()
         # session -> [owner, last heard in microseconds since 1970, the same in running time]; longest silent first
         self._heard: OrderedDict[str, list[Any]] = OrderedDict()
-        self._unwritten: OrderedDict[str, float] = OrderedDict()  # sessions that were heard since; running time of it
 
     def add(self, rows: Iterable[tuple[str, str, int]]) -> None:
         """Sessions as (id, owner, last heard in microseconds since 1970). Their silence begins now: while the server
@@ -110,14 +108,12 @@ class LiveSessions:
                 return False
             heard[1], heard[2] = max(heard[1], int(self._now() * 1_000_000)), self._steady()
             self._heard.move_to_end(session_id)
-            self._unwritten.setdefault(session_id, heard[2])
             return True
 
     def remove(self, session_id: str) -> None:
         """The session has ended."""
         with self._lock:
             self._heard.pop(session_id, None)
-            self._unwritten.pop(session_id, None)
 
     def last_heard(self, session_id: str) -> int:
         """In microseconds since 1970; 0 for a session that does not live."""
@@ -136,23 +132,10 @@ class LiveSessions:
             before = self._steady() - seconds
             return [name for name, _ in itertools.takewhile(lambda item: item[1][2] < before, self._heard.items())]
 
-    def take_unwritten(self, most: int, *, all_of_them: bool = False) -> list[tuple[int, str]]:
-        """(microseconds, session) of up to `most` whose rows have lagged behind for WRITE_SECONDS. They count as
-        written now: give them back with `put_back` when they could not be."""
+    def heard_since(self, micros: int) -> list[str]:
+        """Sessions that were heard at that time or later."""
         with self._lock:
-            before = self._steady() - (0 if all_of_them else WRITE_SECONDS)
-            due = itertools.takewhile(lambda item: item[1] <= before, self._unwritten.items())
-            taken = [name for name, _ in itertools.islice(due, most)]
-            for name in taken:
-                del self._unwritten[name]
-            return [(self._heard[name][1], name) for name in taken]
-
-    def put_back(self, rows: Iterable[tuple[int, str]]) -> None:
-        """These were not written after all."""
-        with self._lock:
-            for _, name in rows:
-                if name in self._heard:
-                    self._unwritten.setdefault(name, self._heard[name][2])
+            return [name for name, heard in self._heard.items() if heard[1] >= micros]
 
 
 def _running_time() -> Callable[[], float]:

@@ -8,7 +8,7 @@ absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -368,10 +368,16 @@ class SessionQuery:
     limit: int = 50
     cursor: tuple[datetime, str] | None = None
 
-    def condition(self, alive: int) -> tuple[str, dict[str, Any]]:
+    @property
+    def active(self) -> bool:
+        """Whether active sessions are among those searched for by status."""
+        return any(one.type == "active" for one in self.statuses or ())
+
+    def condition(self, active: Sequence[str]) -> tuple[str, dict[str, Any]]:
         """The search as an SQL condition on the table sessions s, and its values: lists of any length are one value
-        each. alive: the oldest heartbeat of an active session, in microseconds."""
-        where, values = [], {"alive": alive, "session": self.session_id}
+        each. active: the ids of active sessions, if any are searched for."""
+        where: list[str] = []
+        values: dict[str, Any] = {"active": json.dumps(active), "session": self.session_id}
         either = []
         if self.session_id is not None:
             either.append("s.session_id = :session")
@@ -396,11 +402,10 @@ class SessionQuery:
                 [one.type for one in self.statuses if one.type != "active" and one.reasons is None]
             )
             values["reasons"] = json.dumps([reason for one in self.statuses for reason in one.reasons or ()])
-            active = " OR (status = 'active' AND last_heartbeat >= :alive)"
             where.append(
                 "(status IN (SELECT value FROM json_each(:ended))"
                 " OR (status = 'client_finished' AND reason IN (SELECT value FROM json_each(:reasons)))"
-                f"{active if any(one.type == 'active' for one in self.statuses) else ''})"
+                " OR (status = 'active' AND s.session_id IN (SELECT value FROM json_each(:active))))"
             )
         if self.cursor is not None:
             values |= {"before": to_micros(self.cursor[0]), "before_id": self.cursor[1]}

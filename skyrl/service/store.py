@@ -97,22 +97,11 @@ class Store(Database):
         return self.get_session(session_id, owner)
 
     def heartbeat(self, session_id: str, owner: str) -> None:
-        """Notes that the session's client lives: in memory, `write_heartbeats` writes it. Raises: NotFound, also when
+        """Notes that the session's client lives: in memory alone, until it has ended. Raises: NotFound, also when
         it has ended."""
         if not self.live.touch(session_id, owner):
             ended = self.get_session(session_id, owner).status or {}
             raise NotFound(f"session {session_id}: has ended ({ended.get('detail') or ended.get('type')})")
-
-    def write_heartbeats(self, *, all_of_them: bool = False) -> None:
-        """Brings the rows of sessions up to date, some at a time: a step must not wait for 100,000 of them."""
-        sql = "UPDATE sessions SET last_heartbeat = max(last_heartbeat, ?) WHERE session_id = ?"
-        while rows := self.live.take_unwritten(SESSIONS_AT_ONCE, all_of_them=all_of_them):
-            try:
-                with self.write() as db:
-                    db.executemany(sql, rows)
-            except BaseException:
-                self.live.put_back(rows)
-                raise
 
     def end_silent_sessions(self, seconds: float) -> int:
         """Ends the sessions that were silent for so long: first on record, then in memory. Returns how many."""
@@ -183,7 +172,7 @@ class Store(Database):
         if query.owners is not None and owner not in query.owners:
             return SearchPage([], None)
         alive = self.micros() - ACTIVE_SECONDS * 1_000_000
-        where, values = query.condition(alive)
+        where, values = query.condition(self.live.heard_since(alive) if query.active else [])
         sql = f"SELECT s.*, {_TALLY} FROM sessions s WHERE owner = :owner AND {where}"
         values.update(owner=owner, now=self.micros(), limit=query.limit + 1)
         with self.read() as db:
