@@ -438,7 +438,7 @@ class ServiceConfig:
     max_tokens_per_request: int = 4194304
     """Most tokens of one training request, or of prompt and answers of one sampling request."""
     model_idle_seconds: float = 3600.0
-    """Silence of a session (no request, no heartbeat) after which its models are closed; 0 = never."""
+    """Silence of a session (no request, no heartbeat) after which it has ended and its models are closed; 0 = never."""
     gap_seconds: float = 30.0
     """How long a request waits for one with an earlier number that never came; then it goes on without it."""
     slice_seconds: float = 0.25
