@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -86,11 +86,11 @@ class Engine:
         self.models[model] = created
         if model in ("policy", "base"):
             with created.strategy.gathered() as module:
-                check_against_transformers(module)
+                check_against_transformers(cast(CausalLM, module))
 
     def _create_adapter(self, model: str, spec: ModelSpec, lora: LoraSpec) -> Model:
         if spec.head != "logits" or not spec.trainable or spec.copy_of:
-            raise UserError(f"model {model!r}: a LoRA tenant is trainable, has head logits and copies no other model")
+            raise UserError(f"model {model!r}: a LoRA adapter is trainable, has head logits and copies no other model")
         base = self._base(spec.base)
         adapter = Adapter(base.strategy.module, lora, name=model, dtype=self.dtype, device=self.world.device)
         return Model(model, spec, base.strategy.attach(adapter), self.world, base)
@@ -180,8 +180,8 @@ class Engine:
     ) -> TrainOutput:
         """Adds the gradient of the weighted sum of losses to what is pending for `model`.
 
-        model None: each row's own `row.model`, all of them tenants of one base. A micro-batch then holds rows of one
-        tenant, so that nothing of a tenant depends on who else is in the call, bit for bit; with `mix` tenants share
+        model None: each row's own `row.model`, all of them adapters of one base. A micro-batch then holds rows of one
+        model, so that nothing of a model depends on who else is in the call, bit for bit; with `mix` models share
         micro-batches. `losses` are each row's weighted sum.
         Metrics: "loss:sum", those of the loss (over trained tokens), "tokens:sum" (all), "trained_tokens:sum" and
         "microbatches:max" (of any rank). Raises RunError on every rank, naming rows, when a loss is not finite;
@@ -315,7 +315,7 @@ class Engine:
 
     def _check_adapter(self, model: str) -> None:
         if self._get(model).spec.lora is None:
-            raise UserError(f"model {model!r} is no LoRA tenant: its only version is the weights as they are now")
+            raise UserError(f"model {model!r} is no LoRA adapter: its only version is the weights as they are now")
 
     @contextmanager
     def sampling(self, model: str = "policy") -> Iterator[Sampler]:

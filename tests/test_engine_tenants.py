@@ -376,8 +376,8 @@ def test_what_makes_no_sense_is_refused():
         ("model 'base' is frozen", lambda: engine.forward_backward(named("base", 0), SPEC, model=None)),
         ("several base models .base, full.", lambda: engine.forward(named("a", 0) + named("full", 0), CE, model=None)),
         ("no model called 'policy'", lambda: engine.forward(rows, CE, model=None)),
-        ("'full' is no LoRA tenant", lambda: engine.freeze_adapter("x", "full")),
-        ("'full' is no LoRA tenant", lambda: engine.offload("full")),
+        ("'full' is no LoRA adapter", lambda: engine.freeze_adapter("x", "full")),
+        ("'full' is no LoRA adapter", lambda: engine.offload("full")),
     ):
         with pytest.raises(UserError, match=match):
             call()

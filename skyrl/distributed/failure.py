@@ -6,6 +6,8 @@ it says, and nothing here makes a collective: after an error the others may be g
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
 import re
@@ -34,6 +36,7 @@ _LOST = re.compile(
 _processes: list[tuple[str, int]] = []  # (host, process id) of every rank
 _shared_folder: list[Path] = []  # the folder in which ranks of this machine leave word for each other
 _PR_SET_PDEATHSIG = 1
+_at_the_end: list[Callable[[], None]] = []
 reporting = False  # a thread of this process tells an error, and ends the process when it has
 describe_rank: Callable[[int], str] | None = None  # what a rank did last, while a watch knows it
 
@@ -91,6 +94,50 @@ def _ended_by_launcher(number: int, frame: FrameType | None) -> None:
         os.write(2, f"skyrl: error: {about_ranks(gone)}\n".encode())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signals_stop(stop: Callable[[], None]) -> None:
+    """Calls `stop` at SIGTERM and SIGINT, for a program that ends well then.
+
+    torchrun, which passes on the signals that it gets, waits for its ranks and then prints a traceback about the
+    signal, whatever their exit codes. So the leader's process kills it as its very last act. Not when the signal came
+    to this process alone: then torchrun knows of none, and ends well by itself."""
+    received: list[int] = []
+    others = shared_file("signalled") if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        stop()
+
+    def end_launcher() -> None:
+        if "TORCHELASTIC_RUN_ID" not in os.environ or not received or (others is not None and not others.exists()):
+            return
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(os.getppid())
+            if "torch" in " ".join(parent.cmdline()[:4]):  # and no script that inherited the variable
+                parent.kill()
+
+    _at_the_end.append(end_launcher)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def leave_signals_to_leader() -> None:
+    """SIGTERM and SIGINT do nothing here but leave word that they came: the leader ends the job."""
+    word = shared_file("signalled")
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if word is not None:
+            word.touch()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+@atexit.register  # before the end of the group of ranks is registered, and so called after it
+def _very_last() -> None:
+    for action in _at_the_end:
+        action()
 
 
 def is_lost_peer(error: BaseException) -> bool:

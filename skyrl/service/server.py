@@ -7,12 +7,9 @@ job: a training run and a server are two commands.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from skyrl.config.schema import RunConfig
+from skyrl.distributed import failure
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.init import World, init_distributed
 from skyrl.engine import Engine
@@ -82,8 +80,7 @@ def open_service(cfg: RunConfig) -> Service | None:
     context.open()
     if not world.is_leader:
         on_leader(world, lambda: None)
-        for number in (signal.SIGTERM, signal.SIGINT):  # the leader ends the job, after the work in hand
-            signal.signal(number, signal.SIG_IGN)
+        failure.leave_signals_to_leader()  # it ends the job, after the work in hand
         serve_commands(world, context)
         return None
     made: list[tuple[CheckpointService, ServerInfo]] = []
@@ -203,8 +200,8 @@ def serve(cfg: RunConfig) -> None:
         service.close()
         raise
     service.worker.check = server.check
+    failure.signals_stop(lambda: service.worker.stop("the server stops"))
     try:
-        previous = _stop_on_signals(service.worker.stop)
         print(
             f"skyrl: serving {cfg.model.path} on {service.world.size} x {service.world.device.type} at {server.url}\n"
             f"skyrl: clients: TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-"
@@ -213,15 +210,6 @@ def serve(cfg: RunConfig) -> None:
             flush=True,
         )
         service.worker.run()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     finally:
         server.stop()
         service.close()
-
-
-def _stop_on_signals(stop: Callable[[str], None]) -> dict[int, Any]:
-    def handle(number: int, frame: Any) -> None:
-        stop("the server stops")
-
-    return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

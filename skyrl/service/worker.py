@@ -39,7 +39,7 @@ from skyrl.types import Datum, Floats, LossSpec, UserError
 
 log = logging.getLogger("skyrl.service")
 
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 0.25  # so long a signal to stop may go unseen
 TICK_SECONDS = 5.0
 SILENT_SECONDS = 120.0  # clients beat every 10: after this a session gives way when there is no room for a new model
 LONGEST_STRETCH = 2.0  # of sampling, after a training command that took long
@@ -68,7 +68,7 @@ class Worker:
         self._stopping = ""
         self._next_tick = 0.0
         self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
-        leader.context.has_pending_work = scheduler.has_pending_work
+        leader.context.has_pending_work = lambda: bool(self._stopping) or scheduler.has_pending_work()
 
     def stop(self, why: str) -> None:
         """Ends `run` after the work in hand; safe from a signal handler."""

@@ -4,6 +4,7 @@ parameters."""
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,12 @@ def test_a_script_at_a_server_of_two_ranks_too(run, tmp_path):
     with serve(tmp_path, Path("tiny"), *small) as server:
         with tinker.ServiceClient(base_url=server.url, api_key="tml-any") as client:
             path, norms = posted(client, updates, 0)
+        server.process.terminate()  # to torchrun, which passes it on
+        start = time.monotonic()
+        server.process.wait(20)
+        assert time.monotonic() - start < 5  # some 0.5 s where there is nothing else to do
+        said = server.log.read_text()
+        assert "Traceback" not in said and "error" not in said, said
     np.testing.assert_allclose(norms, [norm for *_, norm in updates], rtol=1e-5)
     with open_client(tmp_path / "state", *SERVICE) as client:
         assert distance(parameters_of(client, path), parameters) < 1e-6
