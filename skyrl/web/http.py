@@ -23,6 +23,7 @@ import numpy as np
 import uvicorn
 import zstandard
 from anyio import to_thread
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -218,29 +219,13 @@ def whole_number(request: Request, name: str, default: int) -> int:
 def encode_json(value: Any) -> bytes:
     """UTF-8 JSON. Numbers that JSON cannot write become the strings "NaN", "Infinity" and "-Infinity", as protobuf's
     JSON does, and the clients' number fields read them as numbers; null would be refused there."""
-    try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=_plain)
-    except ValueError:  # not finite
-        text = json.dumps(_spelled(value), allow_nan=False, separators=(",", ":"))
-    return text.encode()
+    return to_json(value, inf_nan_mode="strings", fallback=_plain)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     raise TypeError(f"no JSON for {type(value).__name__}")
-
-
-def _spelled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _spelled(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_spelled(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _spelled(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

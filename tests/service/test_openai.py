@@ -8,8 +8,9 @@ import pytest
 from door_server import INFO, TEXT, events, serving
 
 from skyrl.service.messages import SampledSequence, SampleResult, SamplingRequest
-from skyrl.service.openai_text import ChatBody, Growing, Writer
+from skyrl.service.openai import ChatBody, Writer
 from skyrl.text.chat import Chat
+from skyrl.text.stream import GrowingText
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import UserError
 
@@ -138,7 +139,7 @@ def test_a_growing_text_gives_out_only_what_stays(size, stops):
     text = "h\u00e9 \u20ac1, sto s  \U0001f600\u20ac stop it. no more \u20ac"
     ids, decode = letters(text)
     at = min((i for i in (text.find(stop) for stop in stops) if i >= 0), default=len(text))
-    one, seen = Growing(decode, stops, before="stop! "), ""
+    one, seen = GrowingText(decode, stops, before="stop! "), ""
     for start in range(0, len(ids), size):
         seen += one.more(ids[start : start + size])
         assert ("stop! " + text[:at]).startswith(seen) and "\ufffd" not in seen
@@ -150,7 +151,7 @@ def test_a_growing_text_gives_out_only_what_stays(size, stops):
 
 
 def test_a_text_that_changes_after_it_was_sent_is_a_fault():
-    one = Growing(lambda ids: "a" * len(ids), ())
+    one = GrowingText(lambda ids: "a" * len(ids), ())
     assert one.more([1, 2]) == "aa"
     with pytest.raises(RuntimeError, match="has changed, after 2 characters"):
         one.rest("ab")
@@ -335,8 +336,8 @@ def templated() -> Chat:
     ],
 )
 def test_what_the_template_is_given(templated, body, wanted):
-    ask = ChatBody.parse({"model": "m", "messages": [USER], **body}).ask(templated, INFO)
-    assert templated.decode(ask.queries[0].prompt.tolist()).rstrip() == wanted.rstrip()
+    (query,) = ChatBody.parse({"model": "m", "messages": [USER], **body}).queries(templated, INFO)
+    assert templated.decode(query.prompt.tolist()).rstrip() == wanted.rstrip()
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,7 @@ def test_what_the_template_is_given(templated, body, wanted):
 )
 def test_what_the_template_cannot_be_given(templated, body, told):
     with pytest.raises(UserError) as caught:
-        ChatBody.parse({"model": "m", "messages": [USER], **body}).ask(templated, INFO)
+        ChatBody.parse({"model": "m", "messages": [USER], **body}).queries(templated, INFO)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -370,7 +371,7 @@ def test_the_text_of_an_answer_is_what_rewards_read(templated):
     for text, reason in ((" 1<pad>5 <eos>", "stop"), ("<pad>", "length"), ("a  <eos>", "stop")):
         ids = np.array(tokenizer(text)["input_ids"])
         one = SampledSequence(ids, np.zeros(len(ids), np.float32), reason)
-        answer = Writer(body.ask(templated, INFO), templated, 0).whole([SampleResult([one])])
+        answer = Writer(body, body.queries(templated, INFO), templated, 0).whole([SampleResult([one])])
         assert answer["choices"][0]["message"]["content"] == templated.read(ids.tolist()) == text.removesuffix("<eos>")
 
 
