@@ -86,7 +86,7 @@ def rollout(
     groups: list[list[Episode | None]] = [[None] * config.group_size for _ in prompts]
     active: dict[str, tuple[int, ActiveEpisode]] = {}
 
-    def finish(group: int, episode: ActiveEpisode, stop: str, invalid: str = "") -> None:
+    def finish(group: int, episode: ActiveEpisode, stop: StopReason, invalid: str = "") -> None:
         reward, _ = score_of(turn.reward for turn in episode.turns)
         metrics = {**episode.metrics.merged(), "turns:mean": float(len(episode.turns))}
         ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, metrics, invalid)
@@ -128,6 +128,7 @@ def rollout(
                     groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, opening.invalid)
                     guard.call(env.close, prompt=prompt)
                     continue
+                assert opening.value is not None
                 if known is None or known[0] != opening.value:
                     known = opening.value, chat.prompt(opening.value)
                 request(group, ActiveEpisode(position, index, prompt, env, known[1]))
@@ -163,12 +164,13 @@ def _take_turn(
     check_drawn(sample)
     turn = Turn(episode.context, sample)
     episode.turns.append(turn)
-    text = chat.read(sample.tokens.tolist())
+    text = chat.read(sample.tokens.tolist(), int(episode.context[-1]))
     outcome = guard.call(episode.env.step, text, prompt=episode.prompt)
     if outcome.invalid:
         finish(group, episode, "aborted", outcome.invalid)
         return
     result = outcome.value
+    assert result is not None
     turn.reward = float(result.reward)
     for key, value in result.metrics.items():
         if key == "correct:mean":  # accuracy: what the last turn says that says so
@@ -177,7 +179,10 @@ def _take_turn(
     if result.done or len(episode.turns) >= config.env.max_turns:
         finish(group, episode, sample.stop)
         return
-    more = chat.continuation(sample.tokens.tolist(), result.observation)
+    try:
+        more = chat.continuation(sample.tokens.tolist(), result.observation)
+    except UserError as error:
+        raise UserError(f"prompt {episode.prompt.uid}: what the environment answers: {error}") from error
     episode.context = np.concatenate([episode.context, sample.tokens, more])
     request(group, episode)
 

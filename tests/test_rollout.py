@@ -97,7 +97,7 @@ def test_a_game_of_several_turns_trains_what_was_sampled(engine):
         text = "".join(m["content"] for m in env.reset(episode.prompt))
         for turn in episode.turns:
             text += engine.tokenizer.decode(turn.sample.tokens, skip_special_tokens=False)
-            answer = env.step(engine.tokenizer.decode(turn.sample.tokens, skip_special_tokens=True))
+            answer = env.step(engine.chat.read(turn.sample.tokens))
             assert answer.reward == turn.reward
             text += "" if answer.done else answer.observation[0]["content"]
         assert engine.tokenizer.decode(ids_of(row), skip_special_tokens=False) == text
@@ -106,8 +106,8 @@ def test_a_game_of_several_turns_trains_what_was_sampled(engine):
 
 @pytest.mark.parametrize("end", ["<eos>", "<end>"])
 def test_a_chat_template_closes_each_turn_once(engine, end):
-    """`end` closes a turn in the template. A sample that wrote it itself gets no second one; a cut sample gets one that
-    is not trained. <end> is not the tokenizer's own end: it comes through sampler.stop_token_ids."""
+    """`end` closes a turn in the template. A sample that wrote an end token itself gets no second one; a cut sample
+    gets one that is not trained. <end> is not the tokenizer's own end: it comes through sampler.stop_token_ids."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT.replace("<eos>", end)
     ends = {1: "tokenizer"}
@@ -127,7 +127,7 @@ def test_a_chat_template_closes_each_turn_once(engine, end):
         for number, turn in enumerate(turns, start=1):
             text += turn
             if number < len(turns):
-                closed = turn.endswith(end)
+                closed = turn.endswith((end, "<eos>"))  # by either end token
                 ended, cut = ended + closed, cut + (not closed)
                 text += ("" if closed else end) + f"\n[u]({number}){end}\n[a]"
         assert tokenizer.decode(ids_of(row), skip_special_tokens=False) == text

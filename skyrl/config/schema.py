@@ -111,7 +111,7 @@ class SamplerConfig:
     stop: list[str] = field(default_factory=list)
     """Strings that end a turn; they stay in its tokens."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Token ids that end a turn, besides the tokenizer's end-of-sequence token."""
+    """Token ids that end a turn, besides those that the tokenizer, config.json and generation_config.json name."""
     backend: str = "auto"
     """auto; module (the model's own forward); fused (a decode plan over the same parameters, common architectures)."""
     block_tokens: int = 16

@@ -23,6 +23,7 @@ from skyrl.planner.memory import (
     model_facts,
     trained_parameters,
 )
+from skyrl.text.chat import load_chat
 from skyrl.text.tokenizer import TINY_VOCABULARY
 from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
@@ -297,8 +298,18 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
         ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn"),
     ]
     if plan.facts is not None and plan.memory is not None:
-        lines += _describe_memory(plan, plan.facts, plan.memory)
+        lines += [*describe_turns(cfg), *_describe_memory(plan, plan.facts, plan.memory)]
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def describe_turns(cfg: RunConfig) -> list[tuple[str, str]]:
+    """Lines of the plan: what ends a turn and who says so, and what is doubtful about it. None on a login node without
+    transformers. Raises UserError for a tokenizer or template that cannot be had."""
+    try:
+        chat = load_chat(cfg.model, stop_token_ids=cfg.sampler.stop_token_ids)
+    except ImportError:
+        return []
+    return [("turns end", chat.describe_ends()), *(("", f"warning: {line}") for line in chat.warnings())]
 
 
 def _layout(cfg: RunConfig, plan: Plan) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 from skyrl.config.load import TYPICAL_ROW
 from skyrl.config.schema import RunConfig
 from skyrl.planner.memory import GIB, adapter_parameters, available, estimate, model_facts
-from skyrl.planner.plan import make_plan
+from skyrl.planner.plan import describe_turns, make_plan
 from skyrl.types import UserError
 
 
@@ -31,6 +31,7 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
         ("server", f"http://{service.host}:{service.port}, state in {service.folder}"),
         ("ranks", f"{size} x {plan.device}, {plan.strategy}, {plan.dtype}"),
         ("model", f"{facts.name}, {facts.num_parameters / 1e6:,.1f}M parameters, rows of at most {limit} tokens"),
+        *describe_turns(cfg),
     ]
     total = need.peak
     if service.full_parameters:

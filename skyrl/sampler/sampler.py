@@ -83,7 +83,8 @@ class Sampler:
         adapter = None if known is None else known.adapter
         tokens = np.zeros(limit, dtype=np.int64)
         tokens[: len(context)] = context
-        stops_at = StringStop(request.params.stop, self._decode).push if request.params.stop else None
+        stop = request.params.stop
+        stops_at = StringStop(stop, self._decode, int(context[-1])).push if stop else None
         room = np.zeros(limit - len(context), dtype=np.float32)
         sequence = Sequence(
             self._arrived, request.uid, request.params, tokens, len(context), len(context), room, stops_at,

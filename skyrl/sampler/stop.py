@@ -1,46 +1,43 @@
-"""When a sequence ends: token ids, strings, lengths."""
+"""When a sequence ends: stop strings in the text of its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from skyrl.text.tokenizer import Decode
 
-Decode = Callable[[Sequence[int]], str]
-
-_MARGIN = 8  # characters; the first ones of a window may differ: half a UTF-8 character, a dropped leading space
+BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole character (yet)
+LIMIT = 64  # tokens without a whole character at their end; no stop string is waited for beyond that
 
 
 class StringStop:
-    """Finds stop strings in the text of a growing list of tokens, also across borders of tokens.
+    """Finds stop strings in the text of a growing list of tokens, at the token that completes one.
 
-    Decodes a window at the end of the tokens, not the whole text, so that n tokens cost O(n). A string may begin in
-    any token that was drawn, never in the prompt.
+    A string may begin inside a token and span several, bytes of one character too, but begins in a token that was
+    drawn. `after`: the last token of the prompt, as a Decode takes it. Only the tokens since the last whole character
+    are decoded, behind those before them: n tokens cost O(n). A run of bytes may read otherwise once it is whole, so
+    what ends in half a character is not settled.
     """
 
-    def __init__(self, strings: tuple[str, ...], decode: Decode) -> None:
+    def __init__(self, strings: tuple[str, ...], decode: Decode, after: int | None = None) -> None:
         if not all(strings):
             raise ValueError("an empty stop string would end every sequence")
-        self._strings, self._decode = strings, decode
-        self._longest = max(len(string) for string in strings)
-        self._tokens: list[int] = []
-        self._seen = 0  # characters of the window that were searched before
+        self._strings, self._decode, self._after = strings, decode, after
+        self._keep = max(len(string) for string in strings) - 1
+        self._settled = ""  # the end of the text up to `_before`, as long as a string may reach back
+        self._before: list[int] = []  # settled tokens that `_tokens` are decoded behind
+        self._before_text = ""
+        self._tokens: list[int] = []  # not settled
 
     def push(self, token: int) -> bool:
         """Adds a token; True when a stop string is now in the text."""
         self._tokens.append(token)
-        text = self._decode(self._tokens)
-        tail = text[max(0, self._seen - self._longest - _MARGIN) :]
-        if any(string in tail for string in self._strings):
+        text = self._decode([*self._before, *self._tokens], None if self._before else self._after)
+        follows = text.startswith(self._before_text)
+        # Where bytes make what stood before unreadable, all that is new is what the decoder gives now.
+        text = self._settled + (text[len(self._before_text) :] if follows else text)
+        if any(string in text for string in self._strings):
             return True
-        self._seen = len(text)
-        if len(self._tokens) > 2 * (self._longest + _MARGIN) + 32:
-            self._shorten()
+        if not text.endswith(BROKEN) or len(self._tokens) >= LIMIT:
+            self._settled = text[len(text) - min(self._keep, len(text)) :]
+            self._before, self._tokens = self._tokens[-LIMIT // 2 :], []
+            self._before_text = self._decode(self._before)
         return False
-
-    def _shorten(self) -> None:
-        """Keeps a window that still holds the longest string and the margin twice."""
-        keep = self._longest + 2 * _MARGIN
-        start = len(self._tokens) - 1
-        while start > 0 and len(self._decode(self._tokens[start:])) < keep:
-            start -= 1
-        self._tokens = self._tokens[start:]
-        self._seen = len(self._decode(self._tokens))

@@ -205,7 +205,10 @@ def serve(cfg: RunConfig) -> None:
         print(
             f"skyrl: serving {cfg.model.path} on {service.world.size} x {service.world.device.type} at {server.url}\n"
             f"skyrl: clients: TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-"
-            f"{'<your key>' if keys.required else 'any'}; models: {', '.join(service.info.aliases)}",
+            f"{'<your key>' if keys.required else 'any'}; models: {', '.join(service.info.aliases)}\n"
+            f"skyrl: turns end with {service.engine.chat.describe_ends()}",
+            *(f"skyrl: warning: {line}" for line in service.engine.chat.warnings()),
+            sep="\n",
             file=sys.stderr,
             flush=True,
         )

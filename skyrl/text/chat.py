@@ -12,13 +12,14 @@ Nothing here knows a row of a file: who calls puts file:line before the text of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from skyrl.config.schema import ModelConfig
-from skyrl.text.tokenizer import Decode, encode, end_tokens, load_tokenizer, make_decode
+from skyrl.text.tokenizer import Decode, encode, encode_after, end_tokens, load_tokenizer, make_decode
 from skyrl.types import Ints, Message, UserError
 
 _MARK = "<<<answer goes here>>>"
@@ -103,11 +104,11 @@ class Chat:
             raise UserError("model.chat_template: the template does not contain the assistant's own text")
         return text
 
-    def read(self, drawn: Sequence[int]) -> str:
+    def read(self, drawn: Sequence[int], after: int | None = None) -> str:
         """The text of drawn tokens as rewards read it: the end token at their end is taken off, other special tokens
-        stay, and so does every space."""
+        stay, and so does every space. `after`: the last token of their context."""
         tokens = list(drawn)
-        return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens)
+        return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens, after)
 
     # ---- ids -------------------------------------------------------------------------------------------------------
 
@@ -126,22 +127,114 @@ class Chat:
         ids = list(self.tokenizer(text, add_special_tokens=opens, verbose=False)["input_ids"])
         return self._ids(ids[:-1] if opens and ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 
-    def answer(self, messages: Sequence[Message], text: str) -> Ints:
-        """Ids of an answer to `messages` as supervised training wants it: the text and the end of the turn."""
-        ids = encode(self.tokenizer, text)
-        return self._ids([*ids, next(iter(self.end_tokens))])
-
-    def continuation(self, drawn: Sequence[int], messages: Sequence[Message]) -> Ints:
-        """Ids that follow a drawn answer: the end of its turn, unless its last token is one, the new messages, and the
-        opening of the next answer. `drawn`: the tokens of the answer.
+    def answer(self, messages: Sequence[Message], text: str, **kwargs: Any) -> Ints:
+        """Ids of the answer `text` to `messages` as supervised training wants it. They go on from `prompt(messages)`
+        and end as the template ends an assistant's turn: with what it writes up to its first end token; without a
+        template, or where it writes none, with the text and the first of `end_tokens`.
 
         Raises UserError as `render` and `after_answer`."""
+        prompt = self.render(messages, **kwargs)
         if not self.has_template:
-            return self._ids(encode(self.tokenizer, self.render(messages)))
-        ids = encode(self.tokenizer, self.after_answer(messages))
-        if len(drawn) and ids and ids[0] == drawn[-1] and drawn[-1] in self.end_tokens:
-            ids = ids[1:]  # the model has written the end of its turn itself
-        return self._ids(ids)
+            return self._ids([*encode_after(self.tokenizer, prompt, text), next(iter(self.end_tokens))])
+        closing = self.after_answer()
+        said = [*messages, {"role": "assistant", "content": text}]
+        if messages and messages[-1]["role"] == "assistant":  # the answer goes on with it
+            said[-2:] = [{**messages[-1], "content": messages[-1]["content"] + text}]
+        whole = self.render(said, answer_next=False, **kwargs)
+        written = whole[len(prompt) :] if whole.startswith(prompt) else ""
+        if not (written.endswith(closing) and text.strip() in written):
+            written = text + closing  # the opening of an answer is not what stands before one that is given
+        end = self._first_end(closing)
+        kept = end[1] if end else 0
+        ids = encode_after(self.tokenizer, prompt, written[: len(written) - len(closing) + kept])
+        return self._ids(ids if end else [*ids, next(iter(self.end_tokens))])
+
+    def continuation(self, drawn: Sequence[int], messages: Sequence[Message]) -> Ints:
+        """Ids between the drawn tokens of an answer and the next one: the rest of the end of its turn, the new
+        messages, and the opening of the next answer.
+
+        The turn is closed once: after an end token that was drawn, nothing of the template's own end is repeated, nor
+        of what it writes before it (white space, a stop string) when that was drawn. Raises UserError as `render` and
+        `after_answer`."""
+        tokens = list(drawn[-TAIL:])
+        before = self.decode(tokens)
+        if not self.has_template:
+            return self._ids(encode_after(self.tokenizer, before, self.render(messages)))
+        text = self.after_answer(messages)
+        between = self._between_messages(messages)
+        if not text.startswith(between):
+            between = text
+        end = self._first_end(between)
+        if end and tokens and tokens[-1] in self.end_tokens:
+            name = self._name(tokens[-1])
+            at = between.find(name) if name else -1
+            text = text[end[1] if at < 0 else at + len(name) :]
+        else:
+            limit = end[0] if end else len(between) if len(between) < len(text) else 0
+            text = text[next(size for size in range(limit, -1, -1) if before.endswith(text[:size])) :]
+        return self._ids(encode_after(self.tokenizer, before, text))
+
+    def _between_messages(self, messages: Sequence[Message]) -> str:
+        """What the template writes between an answer's text and that of the first of `messages`, whatever its text."""
+        role = str(messages[0]["role"])
+        if role not in self._between:
+            marked = [{**message, "content": _NEXT} for message in messages]
+            self._between[role] = self.after_answer(marked).partition(_NEXT)[0]
+        return self._between[role]
+
+    def _first_end(self, text: str) -> tuple[int, int] | None:
+        """Where the first end token in what the template writes after an answer begins and ends; without one, where the
+        first special token of the end of a turn does, which nothing names (`warnings`)."""
+        for tokens in (self._end_texts, self._unnamed):
+            places = [(at, at + len(token)) for token in tokens if (at := text.find(token)) >= 0]
+            if places:
+                return min(places)
+        return None
+
+    @functools.cached_property
+    def _end_texts(self) -> list[str]:
+        names = [self._name(token) for token in self.end_tokens]
+        return [name for name in names if name]
+
+    @functools.cached_property
+    def _unnamed(self) -> list[str]:
+        """The special token that the template ends a turn with, if no end token names it."""
+        if not self.has_template:
+            return []
+        try:
+            closing = self.after_answer()
+        except UserError:
+            return []
+        if any(name in closing for name in self._end_texts):
+            return []
+        special = {str(entry) for entry in getattr(self.tokenizer, "added_tokens_decoder", {}).values()}
+        places = [(closing.find(token), token) for token in special if token and token in closing]
+        return [min(places)[1]] if places else []
+
+    def _name(self, token: int) -> str:
+        """A token as it stands in text; "" for an id that the tokenizer does not have."""
+        if token >= len(self.tokenizer):
+            return ""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return str(added[token]) if token in added else self.decode([token])
+
+    # ---- for the plan and the log ----------------------------------------------------------------------------------
+
+    def describe_ends(self) -> str:
+        """The tokens that end a turn and who names them: "<eos> (1: tokenizer), <end> (5: generation_config.json)"."""
+        names = {token: repr(self._name(token))[1:-1] or "?" for token in self.end_tokens}
+        return ", ".join(f"{names[token]} ({token}: {source})" for token, source in self.end_tokens.items())
+
+    def warnings(self) -> list[str]:
+        """What is doubtful about the tokenizer and its template, one line each: an end of turn that nothing names."""
+        lines = []
+        for name in self._unnamed:
+            token = self.tokenizer.convert_tokens_to_ids(name)
+            lines.append(
+                f"the chat template ends an assistant's turn with {name} ({token}), which tokenizer, config.json and "
+                f"generation_config.json do not name: answers go on after it; give sampler.stop_token_ids=[{token}]"
+            )
+        return lines
 
     def _ids(self, ids: Sequence[int]) -> Ints:
         """Checked against the embedding."""

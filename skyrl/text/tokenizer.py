@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl.config.schema import ModelConfig
 from skyrl.files import locate
@@ -27,7 +27,15 @@ TINY_POSITIONS = 4096  # of the model that model.path=tiny builds
 # What a fragment is put after where nothing is known of the text before it, or where that melts into it.
 ANCHORS = ("\n", ".", "0", "a", "?", ")", "\u00e9")
 
-Decode = Callable[[Sequence[int]], str]
+
+class Decode(Protocol):
+    """Ids to their text as it stands after other text: special tokens written out, every space as it is. Bytes that are
+    no whole character come out as U+FFFD.
+
+    `after`: the id before them, where it is known: some tokenizers put a space behind each special token, and that one
+    is left out, since nobody wrote it."""
+
+    def __call__(self, tokens: Sequence[int], after: int | None = None) -> str: ...
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -145,29 +153,31 @@ def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
 
 
 def make_decode(tokenizer: Any) -> Decode:
-    """A function from ids to their text as it stands after other text: special tokens written out, spaces as they are.
+    """A Decode of this tokenizer, without any clean-up.
 
     A decoder drops the space before the first word of what it is given (SentencePiece), or joins tokens with spaces
-    (word pieces); so ids are decoded behind a token whose text is known, and that text is taken off. Bytes that are no
-    whole character come out as U+FFFD.
+    (word pieces); so ids are decoded behind a token whose text is known, and that text is taken off.
     """
 
     def plain(tokens: Sequence[int]) -> str:
         return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     anchor, joined = _decoding_anchor(tokenizer, plain)
-    if anchor is None:
-        return plain
-    skipped = len(plain([anchor]))
+    front = [] if anchor is None else [anchor]
+    skipped = len(plain(front))
 
-    def decode(tokens: Sequence[int]) -> str:
-        text = plain([anchor, *tokens])[skipped:]
-        return text.removeprefix(" ") if joined else text
+    def decode(tokens: Sequence[int], after: int | None = None) -> str:
+        text = plain([*front, *tokens])[skipped:]
+        return text.removeprefix(" ") if joined or after in spaced else text
 
+    spaced: Container[int | None] = ()
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    if added and decode(encode_after(tokenizer, str(next(iter(added.values()))), "a")).startswith(" "):
+        spaced = added.keys()
     return decode
 
 
-def _decoding_anchor(tokenizer: Any, plain: Decode) -> tuple[int | None, bool]:
+def _decoding_anchor(tokenizer: Any, plain: Callable[[Sequence[int]], str]) -> tuple[int | None, bool]:
     """A token that others are decoded after, and whether the decoder puts a space between any two tokens."""
     likely = [token for text in ("a.", "x0", "1)", "ab") for token in encode(tokenizer, text)[::-1]]
     joined = None

@@ -7,16 +7,16 @@ import pytest
 from skyrl.sampler.stop import StringStop
 
 
-def letters(tokens):
+def letters(tokens, after=None):
     return "".join("ab<|>\u00e9"[t] for t in tokens)
 
 
-def utf8(tokens):
+def utf8(tokens, after=None):
     """A byte-level decoder: half characters come out as replacement characters."""
     return bytes(tokens).decode("utf-8", errors="replace")
 
 
-def spaced(tokens):
+def spaced(tokens, after=None):
     """Drops the leading space of a window, as sentencepiece does."""
     return "".join(" w"[t] for t in tokens).removeprefix(" ")
 
@@ -32,7 +32,10 @@ def test_string_over_several_tokens():
 
 
 def test_string_inside_one_token():
-    assert first_hit(("END",), lambda tokens: "".join({0: "x", 1: "..END.."}[t] for t in tokens), [0, 0, 1, 0]) == 2
+    assert (
+        first_hit(("END",), lambda tokens, after=None: "".join({0: "x", 1: "..END.."}[t] for t in tokens), [0, 0, 1, 0])
+        == 2
+    )
 
 
 def test_half_characters():
@@ -68,7 +71,7 @@ def test_same_as_searching_the_whole_text(decode, size):
 def test_cost_does_not_grow_with_length():
     lengths = []
 
-    def decode(tokens):
+    def decode(tokens, after=None):
         lengths.append(len(tokens))
         return "x" * len(tokens)
 

@@ -1,0 +1,172 @@
+"""Conversations to ids: turns are closed once, rows end as the template ends a turn, rewards read what was drawn."""
+
+import numpy as np
+import pytest
+from small_tokenizers import KINDS, SPECIALS, characters
+
+from skyrl.text.chat import Chat
+from skyrl.text.tokenizer import encode
+from skyrl.types import UserError
+
+USER = [{"role": "user", "content": "7+5="}]
+LOW = [{"role": "user", "content": "too low"}]
+
+
+def template(turn, opening):
+    """One turn after the other, `turn` with role and content in it; `opening` before an answer."""
+    turns = "{% for m in messages %}" + turn.replace("ROLE", "{{ m['role'] }}").replace("TEXT", "{{ m['content'] }}")
+    return turns + "{% endfor %}{% if add_generation_prompt %}" + opening + "{% endif %}"
+
+
+# template -> what closes a turn, up to and with its first end token
+TEMPLATES = {
+    "end token": (template("<|ROLE|>TEXT<|EOT|>", "<|assistant|>"), "<|EOT|>"),
+    "a line break after it": (template("<|ROLE|>\nTEXT<|EOT|>\n", "<|assistant|>\n"), "<|EOT|>"),
+    "a line break before it": (template("<|ROLE|> {{ m['content'] + '\n<|EOT|>\n' }}", "<|assistant|> "), "\n<|EOT|>"),
+    "spaces around the text": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %}"
+        "{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        " </s>",
+    ),
+    "two end tokens": (template("ROLE:TEXT<|EOT|></s>\n", "assistant:"), "<|EOT|>"),
+    "trimmed": (template("<|ROLE|>{{ m['content'] | trim }}<end_of_turn>\n", "<|assistant|>"), "<end_of_turn>"),
+    "words only": (template("### ROLE:TEXT\n\n", "### assistant:"), None),
+    "nothing after the last turn": (
+        template("<|ROLE|>TEXT{% if not loop.last or m['role'] == 'user' %}</s>{% endif %}", "<|assistant|>"), None,
+    ),
+}  # fmt: skip
+ENDS = ("</s>", "<|EOT|>", "<end_of_turn>")
+
+
+def chat_of(name, make=characters, **more):
+    tokenizer = make()
+    tokenizer.chat_template = TEMPLATES[name][0]
+    return Chat(tokenizer, {tokenizer.convert_tokens_to_ids(end): "tokenizer" for end in ENDS}, **more)
+
+
+def ids_of(chat, text):
+    return encode(chat.tokenizer, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_and_games_are_the_ids_of_the_whole_text(name, kind):
+    """Prompt, answer and continuation, end to end, are what the template writes, tokenised at once."""
+    chat, closing = chat_of(name, KINDS[kind]), TEMPLATES[name][1]
+    prompt, answer = chat.prompt(USER), chat.answer(USER, "12")
+    more = chat.continuation(answer.tolist(), LOW)
+    messages = [*USER, {"role": "assistant", "content": "12"}, *LOW]
+    later = chat.answer(messages, "13")
+    if closing is None:  # the template ends no turn: the first end token does
+        assert answer[-1] == next(iter(chat.end_tokens)) and not set(answer[:-1].tolist()) & set(chat.end_tokens)
+        assert chat.read(answer.tolist(), int(prompt[-1])) == "12"
+        return
+    whole = chat.render(messages)
+    if ids_of(chat, whole)[: len(prompt)] != prompt.tolist():
+        return  # a token of the whole text lies over the end of the prompt, which is read without an answer
+    assert [*prompt, *answer, *more] == ids_of(chat, whole)
+    assert [*prompt, *answer, *more, *later] == ids_of(
+        chat,
+        whole
+        + chat.render([*messages, {"role": "assistant", "content": "13"}], answer_next=False)[len(whole) :].partition(
+            closing
+        )[0]
+        + closing,
+    )
+    assert sum(int(token) in chat.end_tokens for token in answer) == 1 and answer[-1] in chat.end_tokens
+    assert chat.read(answer.tolist(), int(prompt[-1])).strip() == "12"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_turn_is_closed_once_however_it_ended(name):
+    """Cut before its end, within the white space before it, at it, or by another end token."""
+    chat, closing = chat_of(name), TEMPLATES[name][1]
+    ends = [chat.tokenizer.convert_tokens_to_ids(end) for end in ENDS]
+    answer = chat.answer(USER, "12").tolist()
+    after = chat.continuation(answer, LOW).tolist()
+    for cut in range(1, len(answer)):
+        if closing is not None and cut >= len(answer) - len(ids_of(chat, closing)):
+            assert answer[:cut] + chat.continuation(answer[:cut], LOW).tolist() == answer + after, cut
+    for end in ends:
+        drawn = [*ids_of(chat, "12"), end]
+        more = chat.continuation(drawn, LOW).tolist()
+        if closing is not None:
+            own = name == "two end tokens" and end == ends[0]  # the second of the template's own
+            assert more == (after[1:] if own else after), chat.decode(more)
+
+
+def test_what_a_stop_string_has_written_is_not_written_again():
+    chat = chat_of("words only")
+    for drawn, more in [
+        ("12", "\n\n### user:too low\n\n### assistant:"), ("12\n", "\n### user:too low\n\n### assistant:"),
+        ("12\n\n### ", "user:too low\n\n### assistant:"), ("12\n\n### user:", "too low\n\n### assistant:"),
+    ]:  # fmt: skip
+        assert chat.decode(chat.continuation(ids_of(chat, drawn), LOW)) == more
+
+
+def test_plain_text_has_no_turns():
+    chat = Chat(characters())
+    end = chat.tokenizer.eos_token_id
+    assert chat.decode(chat.prompt([{"role": "user", "content": "1+1="}])) == "1+1="
+    assert chat.answer(USER, "2").tolist() == [*ids_of(chat, "2"), end]
+    assert chat.decode(chat.continuation([*ids_of(chat, "2"), end], LOW)) == "too low"
+    bos = Chat(KINDS["byte level, bos"]())
+    assert bos.start("7+5=")[0] == bos.tokenizer.bos_token_id
+    assert bos.start("<s>7+5=").tolist() == bos.start("7+5=").tolist()
+
+
+def test_the_reward_reads_what_was_drawn():
+    specials = (*SPECIALS, "<think>", "</think>")
+    tokenizer = characters(specials, clean_up_tokenization_spaces=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(specials[4:])})
+    chat = Chat(tokenizer)
+    for text in ("<think>4</think>1<pad>5", "if x != y : f ( a , b ) .", " 4 ", "1<|EOT|>5"):
+        assert chat.read([*ids_of(chat, text), tokenizer.eos_token_id]) == text == chat.read(ids_of(chat, text))
+    assert chat.read([tokenizer.eos_token_id] * 2) == "</s>"
+
+
+def test_an_end_that_nothing_names_is_a_warning():
+    tokenizer = characters()
+    tokenizer.chat_template = TEMPLATES["a line break before it"][0]
+    chat = Chat(tokenizer)
+    eot = tokenizer.convert_tokens_to_ids("<|EOT|>")
+    assert chat.describe_ends() == "</s> (2: tokenizer)"
+    (line,) = chat.warnings()
+    assert f"ends an assistant's turn with <|EOT|> ({eot})" in line and f"sampler.stop_token_ids=[{eot}]" in line
+    assert chat.answer(USER, "12").tolist() == ids_of(chat, "12\n<|EOT|>")  # what the template ends with all the same
+    assert Chat(tokenizer, {2: "tokenizer", eot: "generation_config.json"}).warnings() == []
+    for name in ("words only", "spaces around the text"):
+        tokenizer.chat_template = TEMPLATES[name][0]
+        assert Chat(tokenizer).warnings() == []
+
+
+def test_a_token_beyond_the_embedding_is_named_when_it_occurs():
+    tokenizer = characters()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<image>", "<audio>"])
+    chat = Chat(tokenizer, vocab_size=size)
+    assert len(chat.prompt(USER)) == 4
+    with pytest.raises(
+        UserError, match=rf"token '<audio>' \({size + 1}\) is beyond the model's embedding of {size} rows"
+    ):
+        chat.prompt([{"role": "user", "content": "see <audio>"}])
+    for made in (
+        lambda: chat.answer(USER, "<image>"),
+        lambda: chat.continuation([], [{"role": "user", "content": "<image>"}]),
+    ):
+        with pytest.raises(UserError, match="token '<image>'"):
+            made()
+    assert np.issubdtype(chat.prompt(USER).dtype, np.int64)
+
+
+def test_templates_that_refuse_or_drop():
+    tokenizer = characters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(UserError, match="model.chat_template: the template does not contain the assistant's own text"):
+        Chat(tokenizer).continuation([], LOW)
+    tokenizer.chat_template = "{{ raise_exception('System role\nnot supported') }}"
+    with pytest.raises(UserError, match="the chat template refuses these messages: System role not supported"):
+        Chat(tokenizer).prompt(USER)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ ' think' if think else '' }}"
+    assert Chat(tokenizer, template_kwargs={"think": True}).render(USER) == "7+5= think"
+    assert Chat(tokenizer, template_kwargs={"think": True}).render(USER, think=False) == "7+5="
