@@ -30,7 +30,7 @@ def qwen3(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Causa
     return CausalLM(net)
 
 
-def text(tokens) -> str:
+def text(tokens, after=None) -> str:
     """Token 1 is "a", 2 is "b", ..., 27 is "ab", 28 "abc", 0 and the rest are "."."""
     return "".join(chr(96 + t) if 1 <= t <= 26 else {27: "ab", 28: "abc"}.get(int(t), ".") for t in map(int, tokens))
 
