@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 
 # Lines of all files of skyrl/, and of each folder with what is below it: what one person can read. Where a folder is
 # above FOLDER_LINES, its ceiling of today stands here; lower it with every commit that shortens it.
-TOTAL_LINES = 30_500  # of a session under way; set to what it is at its end
+TOTAL_LINES = 31_800  # of a session under way; set to what it is at its end
 FOLDER_LINES = 3_000
 LARGER_FOLDERS = {"service": 7_900}
 # Python files side by side in one folder; where there are more, the ceiling of today.
