@@ -194,9 +194,8 @@ def _open(
     run.tracker = _make_tracker(run, offset)
     run.tracker.restore(run.state.pending)
     run.saved = (run.state.global_step, run.state.unrecorded)
-    run.say(f"turns end with {engine.chat.describe_ends()}")
-    for line in engine.chat.warnings():
-        run.say(f"warning: {line}")
+    for line in (f"turns end with {engine.chat.describe_ends()}", *map("warning: {}".format, engine.chat.warnings())):
+        run.say(line)
     return run
 
 

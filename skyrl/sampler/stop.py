@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from skyrl.text.tokenizer import Decode
+from skyrl.text.tokenizer import BROKEN, Decode
 
-BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole character (yet)
 LIMIT = 64  # tokens without a whole character at their end; no stop string is waited for beyond that
 
 

@@ -193,8 +193,7 @@ class Chat:
 
     @functools.cached_property
     def _end_texts(self) -> list[str]:
-        names = [self._name(token) for token in self.end_tokens]
-        return [name for name in names if name]
+        return [name for name in map(self._name, self.end_tokens) if name]
 
     @functools.cached_property
     def _unnamed(self) -> list[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from skyrl.text.tokenizer import Decode
-
-BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
+from skyrl.text.tokenizer import BROKEN, Decode
 
 
 class GrowingText:

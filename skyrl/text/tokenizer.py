@@ -24,6 +24,7 @@ TINY = "tiny"
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 TINY_VOCABULARY = (PAD, EOS, UNKNOWN, *"\n\t ", *string.digits, *string.ascii_letters, *string.punctuation)
 TINY_POSITIONS = 4096  # of the model that model.path=tiny builds
+BROKEN = "\ufffd"  # what a decoder writes for a character that is not whole yet
 # What a fragment is put after where nothing is known of the text before it, or where that melts into it.
 ANCHORS = ("\n", ".", "0", "a", "?", ")", "\u00e9")
 
@@ -183,7 +184,7 @@ def _decoding_anchor(tokenizer: Any, plain: Callable[[Sequence[int]], str]) -> t
     joined = None
     for token in [*likely, *range(min(len(tokenizer), 1000))]:
         text = plain([token])
-        if not text.strip() or "\ufffd" in text or token in tokenizer.all_special_ids:
+        if not text.strip() or BROKEN in text or token in tokenizer.all_special_ids:
             continue
         twice = plain([token, token])
         if twice == 2 * text:
