@@ -126,11 +126,12 @@ class LiveSessions:
             before = self._steady() - silent_seconds if silent_seconds else float("-inf")
             return {name for name in session_ids if name not in self._heard or self._heard[name][2] < before}
 
-    def silent(self, seconds: float) -> list[str]:
-        """All that were silent for so long, the longest first."""
+    def silent(self, seconds: float, most: int) -> list[str]:
+        """Up to `most` that were silent for so long, the longest first."""
         with self._lock:
             before = self._steady() - seconds
-            return [name for name, _ in itertools.takewhile(lambda item: item[1][2] < before, self._heard.items())]
+            silent = itertools.takewhile(lambda item: item[1][2] < before, self._heard.items())
+            return [name for name, _ in itertools.islice(silent, most)]
 
     def heard_since(self, micros: int) -> list[str]:
         """Sessions that were heard at that time or later."""

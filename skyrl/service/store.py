@@ -105,10 +105,8 @@ class Store(Database):
 
     def end_silent_sessions(self, seconds: float) -> int:
         """Ends the sessions that were silent for so long: first on record, then in memory. Returns how many."""
-        silent = self.live.silent(seconds)
-        told = json.dumps({"detail": f"its client was silent for {seconds:g} s"})
-        for start in range(0, len(silent), SESSIONS_AT_ONCE):
-            part = silent[start : start + SESSIONS_AT_ONCE]
+        ended, told = 0, json.dumps({"detail": f"its client was silent for {seconds:g} s"})
+        while part := self.live.silent(seconds, SESSIONS_AT_ONCE):  # looked at anew: some may be heard meanwhile
             with self.write() as db:
                 db.executemany(
                     "UPDATE sessions SET status = 'cancelled', detail = ?, last_heartbeat = max(last_heartbeat, ?)"
@@ -117,7 +115,8 @@ class Store(Database):
                 )
             for name in part:
                 self.live.remove(name)
-        return len(silent)
+            ended += len(part)
+        return ended
 
     def finish_session(self, session_id: str, owner: str, reason: str, detail: str | None = None) -> None:
         """The client says that it is done; the first word on how a session ended stays. Raises: NotFound, UserError."""
@@ -327,13 +326,13 @@ class Store(Database):
     def recover(self) -> int:
         """Runs that were open when the store was opened are lost: their server has died. Returns how many became so
         now."""
-        before = self._opened
-        with self.read() as db:
-            if db.execute("SELECT 1 FROM runs WHERE state = 'open' AND created_at <= ?", (before,)).fetchone() is None:
-                return 0
+        if not self._opened:
+            return 0
         with self.write() as db:
-            changed = db.execute("UPDATE runs SET state = 'lost' WHERE state = 'open' AND created_at <= ?", (before,))
-        return changed.rowcount
+            sql = "UPDATE runs SET state = 'lost' WHERE state = 'open' AND created_at <= ?"
+            changed = db.execute(sql, (self._opened,)).rowcount
+        self._opened = 0  # that is done, once for all
+        return changed
 
     def _with_latest(self, db, run: TrainingRun, reader: str) -> TrainingRun:
         found = {}

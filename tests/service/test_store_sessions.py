@@ -242,7 +242,7 @@ def test_a_silent_session_is_ended_on_record(store, clock):
     store.finish_session(told, "a", "success")
     clock.time += 700
     store.heartbeat(loud, "a")
-    assert store.live.silent(600) == [silent] and store.end_silent_sessions(600) == 1
+    assert store.live.silent(600, 9) == [silent] and store.end_silent_sessions(600) == 1
     assert store.live.ended([silent, loud, told]) == {silent, told}
     status = store.get_session(silent, "a").summary_json()["status"]
     assert status == {"type": "cancelled", "detail": "its client was silent for 600 s"}
@@ -261,10 +261,10 @@ def test_a_clock_that_is_set_forward_and_a_stopped_process_end_nobody(monkeypatc
     live.add([("s-1", "a", 10**15)])
     wall[0] += 1e6
     running[0] += 20
-    assert live.silent(100) == [] and live.ended(["s-1"], 100) == set()
+    assert live.silent(100, 9) == [] and live.ended(["s-1"], 100) == set()
     running[0] += 3600  # nothing ran meanwhile, so nobody could be heard
-    assert live.silent(100) == [] and live.ended(["s-1", "s-2"], 100) == {"s-2"}
+    assert live.silent(100, 9) == [] and live.ended(["s-1", "s-2"], 100) == {"s-2"}
     for _ in range(60):
         running[0] += 5
-        live.silent(100)
-    assert live.silent(100) == ["s-1"]
+        live.silent(100, 9)
+    assert live.silent(100, 9) == ["s-1"]
