@@ -11,7 +11,7 @@ import numpy as np
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, StepResult, register_environment
-from skyrl.envs.rewards.format import is_digits
+from skyrl.envs.rewards.text import is_digits
 from skyrl.envs.single_turn import SingleTurn, no_files, require
 from skyrl.types import Prompt, UserError
 

@@ -1,8 +1,11 @@
-"""Rewards that compare characters."""
+"""Rewards that compare characters, and for the form of an answer, whatever its value."""
 
 from __future__ import annotations
 
+import re
+
 from skyrl.envs.rewards.base import reference, register_reward
+from skyrl.envs.rewards.equal import parse_number, unwrap
 from skyrl.types import Prompt
 
 
@@ -22,3 +25,17 @@ def characters(text: str, prompt: Prompt) -> float:
     given, wanted = text.strip(), reference(prompt).strip()
     longer = max(len(given), len(wanted))
     return sum(a == b for a, b in zip(given, wanted, strict=False)) / longer if longer else 1.0
+
+
+def is_digits(text: str) -> bool:
+    """Whether the text, apart from white space around it, is a row of ASCII digits and nothing else."""
+    stripped = text.strip()
+    return stripped.isascii() and stripped.isdigit()
+
+
+@register_reward("format")
+def final_line(text: str, prompt: Prompt) -> float:
+    """1.0 when "####" stands once and a number follows it as the end of the text; else 0.0."""
+    del prompt
+    match = re.search(r"####[ \t]*(\S[^\n]*?)\s*\Z", text)
+    return float(text.count("####") == 1 and match is not None and parse_number(unwrap(match[1])) is not None)

@@ -1,7 +1,6 @@
 """Answer extraction and comparison."""
 
 import random
-import time
 from fractions import Fraction
 
 import pytest
@@ -125,27 +124,6 @@ def test_equal(given, wanted):
 )
 def test_not_equal(given, wanted):
     assert not answers_equal(given, wanted)
-
-
-def test_symbolic_comparison_is_bounded_in_time():
-    answers_equal("x*2", "2x")  # imports sympy
-    start = time.perf_counter()
-    assert answers_equal("(x+y+z+1)^9 - (1+x+z+y)^9 + x", "x + z - z")
-    nasty = [
-        "(" * 30 + "x" + "+1)^9" * 30,
-        "x^(9^9^9)",
-        "9^9^9^9",
-        "(1+sqrt(2))^10^10",
-        "x^(1/7)",
-        "(x+y+z+w)^2",
-        "x" * 50,
-    ]
-    nasty += ["(((1+sqrt(2))^9)^9)^9", "+".join(["sqrt(x)"] * 60), "(sqrt(2)+sqrt(3)+sqrt(5)+sqrt(7)+sqrt(11))^10"]
-    for text in nasty:
-        assert answers_equal(text, text)
-        answers_equal(text, text + "+0*x")
-        answers_equal(text, text.replace("9", "8"))
-    assert time.perf_counter() - start < 20
 
 
 def test_rewards():

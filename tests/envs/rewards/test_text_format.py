@@ -3,7 +3,7 @@
 import pytest
 
 from skyrl.envs.rewards import REWARDS, register_reward
-from skyrl.envs.rewards.format import is_digits
+from skyrl.envs.rewards.text import is_digits
 from skyrl.types import Prompt, UserError
 
 PROMPT = Prompt("t/train/0", "t", [{"role": "user", "content": "?"}], {"answer": "123"})
