@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import import_plugins
-from skyrl.envs import ENVIRONMENTS, environment_options, make_environment
+from skyrl.envs import ENVIRONMENTS, environment_options
 from skyrl.envs.base import Split
 from skyrl.envs.jsonl import Row, messages_problem, read_prompts, read_rows
 from skyrl.types import Prompt, UserError
@@ -64,7 +63,7 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
     """The prompts of the run's environment for "train" or "test", in their own order (PromptStream shuffles).
 
     data.max_prompts cuts "train". Raises UserError for bad options, bad or missing data (with file:line), a prompt
-    of a wrong form, or uids that are not unique. Whether prompts are short enough needs a tokenizer: not checked here.
+    of a wrong form, or uids that are not unique. Whether they can be played needs a tokenizer: text/fit.py.
     """
     if cfg.data.max_prompts < 0:
         raise UserError(f"data.max_prompts={cfg.data.max_prompts}: wanted 0 (all) or more")
@@ -76,17 +75,6 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
         raise UserError(f"env.name={cfg.env.name}: its dataset() has no {split} prompts")
     _check(prompts, cfg.env.name, split)
     return prompts
-
-
-def check_task(cfg: RunConfig, *, files: bool) -> None:
-    """What a dry run can say of the task: plugins, the environment and its options, and with `files` the prompts.
-
-    Raises UserError for what is wrong. Imports plugins, and no torch unless they do.
-    """
-    import_plugins(cfg.plugins)
-    make_environment(cfg.env)
-    if files:
-        make_prompts(cfg, "train"), make_prompts(cfg, "test")
 
 
 def _check(prompts: Sequence[Prompt], env: str, split: str) -> None:

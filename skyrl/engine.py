@@ -33,7 +33,7 @@ from skyrl.sampler.make import make_sampler
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
-from skyrl.text.chat import load_chat
+from skyrl.text.chat import Chat, chat_of
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, TrainOutput, UserError
 
 __all__ = ["Engine", "ModelSpec"]
@@ -59,13 +59,15 @@ class Engine:
     it. Raises UserError for a model that cannot be loaded or is not supported.
     """
 
-    def __init__(self, cfg: RunConfig, world: World, *, dtype: str, strategy: str, max_row_tokens: int) -> None:
+    def __init__(
+        self, cfg: RunConfig, world: World, *, dtype: str, strategy: str, max_row_tokens: int, chat: Chat | None = None
+    ) -> None:
         self.cfg = cfg
         self.world = world
         self.dtype = DTYPES[dtype]
         self.strategy_name = strategy
         self.max_row_tokens = max_row_tokens
-        self.chat = load_chat(cfg.model, stop_token_ids=cfg.sampler.stop_token_ids)
+        self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
         self.models: dict[str, Model] = {}
         self.adapters: dict[str, Adapter] = {}  # frozen, by name: to sample from and to score with

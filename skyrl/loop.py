@@ -5,7 +5,6 @@ A loop (trainers/) is a function of an open Run. `run_loop` is all that surround
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,18 @@ from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
-from skyrl.distributed.collectives import agree, on_leader
+from skyrl.distributed.collectives import agree, gather_objects, on_leader
 from skyrl.distributed.env import REQUEUE_FILE
-from skyrl.distributed.init import World, init_distributed, world_size_from_environment
-from skyrl.distributed.phases import FINISHING, LOADING, inside
+from skyrl.distributed.init import World, init_distributed
+from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
-from skyrl.planner.plan import Plan, describe, make_plan, model_facts
+from skyrl.planner.plan import Plan, make_plan, model_facts
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
-from skyrl.text.chat import Chat
+from skyrl.text.chat import Chat, chat_of
+from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
 from skyrl.types import LoraSpec, Prompt, StopRun, UserError
@@ -43,10 +43,7 @@ def run_loop(cfg: RunConfig, loop: Callable[[Run], None]) -> None:
 
     Raises StopRun, when all is saved, after a signal or at a deadline; UserError and RunError as what they call does.
     """
-    run = open_run(cfg)
-    if run is None:
-        return
-    with run:
+    with open_run(cfg) as run:
         try:
             loop(run)
         except StopRun:
@@ -69,6 +66,8 @@ def _finish(run: Run) -> None:
     accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
     first = f" (before RL {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
     run.say(f"done: held-out accuracy {accuracy}{first}")
+    for line in run.left_out:
+        run.say(f"  data        {line}")
     run.say(f"  run folder  {folder.path}")
     run.say(f"  curves      {curves}")
     if cfg.checkpoint.export:
@@ -77,19 +76,14 @@ def _finish(run: Run) -> None:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
 
 
-def open_run(cfg: RunConfig) -> Run | None:
-    """The run as it should go on: fresh, or resumed. None after a dry run, which only prints the plan.
+def open_run(cfg: RunConfig) -> Run:
+    """The run as it should go on: fresh, or resumed.
 
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
     """
+    assert not cfg.dry_run, "main.py has planned it"
     import_plugins(cfg.plugins)
     facts = model_facts(cfg)
-    if cfg.dry_run:
-        size = cfg.run.world_size or world_size_from_environment()
-        plan = make_plan(cfg, size, model_facts=facts)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(describe(cfg, plan))
-        return None
     world = init_distributed(cfg)
     plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
     deadline = agree(world, lambda: save_by(cfg.run))
@@ -97,14 +91,20 @@ def open_run(cfg: RunConfig) -> Run | None:
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
     watch.start()
     try:
-        prompts = agree(world, lambda: (make_prompts(cfg, "train"), make_prompts(cfg, "test")))
+        chat = agree(world, lambda: chat_of(cfg))
+        chat.vocab_size = facts.vocab_size
+        *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens)
         folder = _claim_folder(cfg, world)
         watch.claim()
     except UserError:
         watch.close()
         raise
     try:
-        return _open(cfg, world, plan, prompts, folder, watch)
+        run = _open(cfg, world, plan, chat, (prompts[0], prompts[1]), folder, watch)
+        run.left_out = left_out
+        for line in left_out:
+            run.say(line)
+        return run
     except BaseException:
         folder.close()
         watch.disarm()
@@ -154,14 +154,14 @@ def _open(
     cfg: RunConfig,
     world: World,
     plan: Plan,
+    chat: Chat,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     folder: RunFolder,
     watch: Watchdog,
 ) -> Run:
     train_prompts, held_out = prompts
     info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
-    engine = agree(world, lambda: _policy_engine(cfg, world, plan))
-    agree(world, lambda: _refuse_long_prompts(cfg, world, engine.chat, prompts))
+    engine = agree(world, lambda: _policy_engine(cfg, world, plan, chat))
     adaptive = cfg.algorithm.kl
     run = Run(
         cfg=cfg,
@@ -199,20 +199,28 @@ def _open(
     return run
 
 
-def _refuse_long_prompts(
-    cfg: RunConfig, world: World, chat: Chat, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
-) -> None:
-    """Holds every prompt against data.max_prompt_tokens, each rank its share. Raises UserError with its place."""
-    limit = cfg.data.max_prompt_tokens
-    for part in prompts if limit else ():
-        for prompt in world.deal(part):
-            tokens = len(chat.prompt(prompt.messages))
-            if tokens > limit:
-                where = prompt.extra.get("source", f"prompt {prompt.uid}")
-                raise UserError(
-                    f"{where}: {tokens} tokens, above data.max_prompt_tokens={limit}; leave it out of the data, or "
-                    "raise that limit"
-                )
+def _fitting_prompts(
+    cfg: RunConfig, world: World, chat: Chat, row_tokens: int
+) -> tuple[Sequence[Prompt], Sequence[Prompt], list[str]]:
+    """Training and held-out prompts that can be played, and a line for each split that counts what data.filter left
+    out. Each rank looks at its share; all know the same afterwards. Collective. Raises UserError, on all ranks."""
+    parts = agree(world, lambda: {split: make_prompts(cfg, split) for split in ("train", "test")})
+    if not cfg.data.filter:  # what is not played need not fit
+        parts["test"] = parts["test"][: cfg.eval.num_prompts]
+    found = []
+    for split, part in parts.items():
+        mine = world.deal(range(len(part)))
+        say = say_progress(split, len(mine), lambda line: print(line, flush=True) if world.is_leader else None)
+
+        def progress(done: int, say: Progress = say) -> None:
+            heartbeat()
+            say(done)
+
+        check = PromptCheck.of(cfg, split, row_tokens)
+        found += check.run(chat, ((index, part[index]) for index in mine), progress)
+    everything = [one for found in gather_objects(world, found) for one in found]
+    (train, first), (test, second) = (leave_out(cfg, split, part, everything) for split, part in parts.items())
+    return train, test, [line for line in (first, second) if line]
 
 
 def _make_tracker(run: Run, offset: int | None) -> Tracker:
@@ -227,8 +235,8 @@ def _make_tracker(run: Run, offset: int | None) -> Tracker:
     )
 
 
-def _policy_engine(cfg: RunConfig, world: World, plan: Plan) -> Engine:
-    engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens)
+def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engine:
+    engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens, chat=chat)
     create_policy(engine)
     return engine
 

@@ -36,7 +36,6 @@ from skyrl.config.load import (
     register_schema,
 )
 from skyrl.config.schema import RunConfig
-from skyrl.data import check_task
 from skyrl.distributed import env
 from skyrl.distributed.env import REQUEUE_FILE, from_slurm, rank, report_to_launcher, world_size
 from skyrl.planner.serve import dry_run_text
@@ -337,13 +336,14 @@ class _Entry:
             self._serve(cfg)
             return None
         if cfg.dry_run:
-            from skyrl.planner.plan import dry_run
+            from skyrl.planner.plan import describe, dry_run
+            from skyrl.text.fit import check_task
 
-            text = dry_run(cfg, cfg.run.world_size or world_size())
+            plan = dry_run(cfg, cfg.run.world_size or world_size())
             # For another machine's plan the data need not be here.
-            check_task(cfg, files=not cfg.run.world_size)
+            lines = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size)
             if rank() == 0:
-                print(text, flush=True)
+                print(describe(cfg, plan), *lines, sep="\n", flush=True)
             return None
         _refuse_restart(Path(cfg.run.dir))
         return sweep.play(cfg, self.mode, sweep=self.sweep)

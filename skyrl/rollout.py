@@ -182,7 +182,12 @@ def _take_turn(
     try:
         more = chat.continuation(sample.tokens.tolist(), result.observation)
     except UserError as error:
-        raise UserError(f"prompt {episode.prompt.uid}: what the environment answers: {error}") from error
+        where = episode.prompt.extra.get("source", f"prompt {episode.prompt.uid}")
+        said = f"{where}: what env.name={config.env.name} answered to turn {len(episode.turns)}: {error}"
+        if config.env.on_error == "stop":
+            raise UserError(said) from error
+        finish(group, episode, "aborted", said)
+        return
     episode.context = np.concatenate([episode.context, sample.tokens, more])
     request(group, episode)
 

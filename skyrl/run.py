@@ -140,6 +140,7 @@ class Run:
     state: RunState
     kl: AdaptiveKL | None
     watch: Watchdog
+    left_out: list[str] = field(default_factory=list)  # lines that count the prompts that data.filter left out
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 

@@ -144,8 +144,29 @@ def test_texts_without_a_template_and_a_template_without_answers():
     assert plain.answer([], "2").tolist() == [*tokenizer("2")["input_ids"], tokenizer.eos_token_id]
     assert plain.read(plain.answer([], "2")) == "2"
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
-    with pytest.raises(UserError, match="model.chat_template: the template does not contain the assistant's own text"):
+    with pytest.raises(UserError, match="is not written by the chat template"):
         Chat(tokenizer).continuation([], [{"role": "user", "content": "x"}])
+
+
+@register_environment("test_developer")
+class Developer(Environment):
+    def step(self, text):
+        return StepResult(1.0, False, [{"role": "developer", "content": "go on"}])
+
+
+def test_an_observation_that_the_template_drops_is_named_or_kept_apart(engine):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}[{{ m.role[0] }}]{{ m.content }}<eos>{% endfor %}"
+    )
+    prompts = [(0, Prompt("p", "test_developer", [{"role": "user", "content": "1+1="}], {"source": "f.jsonl:3"}))]
+    said = (
+        "f.jsonl:3: what env.name=test_developer answered to turn 1: message 3 of 3 .role 'developer'. is not written"
+    )
+    with pytest.raises(UserError, match=said):
+        play(engine, EnvConfig(name="test_developer", max_turns=2), prompts, group=1, chat=Chat(tokenizer))
+    kept = play(engine, EnvConfig(name="test_developer", max_turns=2, on_error="mask"), prompts, chat=Chat(tokenizer))
+    assert all("role 'developer'" in episode.invalid and episode.stop == "aborted" for episode in kept[0])
 
 
 # ---- draws

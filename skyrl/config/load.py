@@ -63,11 +63,17 @@ def _schema() -> DictConfig:
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
-    do a server's aliases; parameters of a loss and an advantage are checked against their declarations.
+    do a template's variables and a server's aliases; parameters of a loss and an advantage are checked against their
+    declarations.
     """
     node = OmegaConf.structured(RunConfig)
     _thaw(node)
-    for free in (node.env.options, node.algorithm.advantage.params, node.algorithm.loss.params):
+    for free in (
+        node.env.options,
+        node.chat.template_kwargs,
+        node.algorithm.advantage.params,
+        node.algorithm.loss.params,
+    ):
         free._set_flag("struct", False)
     node.service.aliases._set_flag("struct", False)
     return node

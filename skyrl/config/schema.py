@@ -284,9 +284,21 @@ class DataConfig:
     shuffle: bool = True
     """A new order in each epoch, keyed by seed and epoch."""
     max_prompt_tokens: int = 0
-    """Longer prompts are refused with their line; 0 = no limit."""
+    """Longer prompts are refused with their line, or left out (filter); 0 = what a row has room for."""
+    filter: list[str] = field(default_factory=list)
+    """Prompts that are left out and counted instead of refused: too_long, empty (no tokens), refused (by the chat
+    template or the tokenizer), or all."""
     max_prompts: int = 0
     """Uses only the first so many; 0 = all."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How messages become text."""
+
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, for example chat.template_kwargs={enable_thinking: false}; one that the template
+    does not read is refused."""
 
 
 @dataclass(frozen=True)
@@ -465,6 +477,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -63,6 +63,7 @@ ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
     "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds"
 ).split()
+FILTERS = {"too_long", "empty", "refused", "all"}
 # Smaller numbers than these can only fail: rounding, or what takes time of its own, would decide. 0 where it means off.
 LEAST: dict[str, tuple[float, str]] = {
     "sampler.temperature": (1e-6, "logits divided by less are one-hot or leave the range of float32"),
@@ -327,6 +328,8 @@ def _ranges(cfg: RunConfig) -> Iterator[str]:
     for path in BELOW_ONE:
         if not 0 <= option(cfg, path) < 1:
             yield f"{path}={option(cfg, path)}: must be at least 0 and below 1"
+    if unknown := sorted(set(cfg.data.filter) - FILTERS):
+        yield f"data.filter={cfg.data.filter}: no kind {unknown[0]!r}; choose from: {', '.join(sorted(FILTERS))}"
     if negative := [token for token in cfg.sampler.stop_token_ids if token < 0]:
         yield f"sampler.stop_token_ids={cfg.sampler.stop_token_ids}: {negative[0]} is no token id; remove it"
     if not all(cfg.sampler.stop):

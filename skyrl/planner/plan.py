@@ -23,7 +23,7 @@ from skyrl.planner.memory import (
     model_facts,
     trained_parameters,
 )
-from skyrl.text.chat import load_chat
+from skyrl.text.chat import chat_of
 from skyrl.text.tokenizer import TINY_VOCABULARY
 from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
@@ -231,10 +231,10 @@ def _check_against_model(cfg: RunConfig, facts: ModelFacts, dtype: str) -> None:
         )
 
 
-def dry_run(cfg: RunConfig, world_size: int) -> str:
-    """Checks everything that can be checked without building, and returns the plan as text. Raises UserError."""
+def dry_run(cfg: RunConfig, world_size: int) -> Plan:
+    """The plan, with everything checked that can be checked without building. Raises UserError."""
     make_plan(cfg, world_size)  # the rules first: a model may take a while to look at
-    return describe(cfg, make_plan(cfg, world_size, model_facts=model_facts(cfg)))
+    return make_plan(cfg, world_size, model_facts=model_facts(cfg))
 
 
 def _device(cfg: RunConfig) -> str:
@@ -306,7 +306,7 @@ def describe_turns(cfg: RunConfig) -> list[tuple[str, str]]:
     """Lines of the plan: what ends a turn and who says so, and what is doubtful about it. None on a login node without
     transformers. Raises UserError for a tokenizer or template that cannot be had."""
     try:
-        chat = load_chat(cfg.model, stop_token_ids=cfg.sampler.stop_token_ids)
+        chat = chat_of(cfg)
     except ImportError:
         return []
     return [("turns end", chat.describe_ends()), *(("", f"warning: {line}") for line in chat.warnings())]

@@ -18,13 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.config.schema import ModelConfig
+from skyrl.config.schema import ModelConfig, RunConfig
+from skyrl.text.check import check_template_kwargs, check_text, lost_message, structure
 from skyrl.text.tokenizer import Decode, encode, encode_after, end_tokens, load_tokenizer, make_decode
 from skyrl.types import Ints, Message, UserError
 
 _MARK = "<<<answer goes here>>>"
 _NEXT = "<<<the next message goes here>>>"
 TAIL = 32  # drawn tokens that are looked at for how what follows them is tokenised
+
+
+def chat_of(cfg: RunConfig) -> Chat:
+    """The Chat of a run or a server: `load_chat` with all options that it has."""
+    return load_chat(cfg.model, stop_token_ids=cfg.sampler.stop_token_ids, template_kwargs=cfg.chat.template_kwargs)
 
 
 def load_chat(
@@ -36,6 +42,8 @@ def load_chat(
     tokenizer = load_tokenizer(model)
     ends = end_tokens(model, tokenizer)
     ends |= {token: "sampler.stop_token_ids" for token in stop_token_ids if token not in ends}
+    if template_kwargs:
+        check_template_kwargs(tokenizer.chat_template, template_kwargs)
     return Chat(tokenizer, ends, template_kwargs=template_kwargs)
 
 
@@ -62,6 +70,7 @@ class Chat:
         self.vocab_size = vocab_size
         self.decode: Decode = make_decode(tokenizer)
         self._between: dict[str, str] = {}
+        self._lost: dict[tuple[Any, ...], str] = {}  # structure of messages -> what the template leaves out of them
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -71,27 +80,49 @@ class Chat:
     # ---- text ------------------------------------------------------------------------------------------------------
 
     def render(
-        self, messages: Sequence[Message], *, answer_next: bool = True, continue_final: bool = False, **kwargs: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool = True,
+        continue_final: bool | None = None,
+        **kwargs: Any,
     ) -> str:
         """The conversation as the text a model reads: with the opening of an answer (`answer_next`), or open at the end
-        of the last message, an assistant's, which the model then continues (`continue_final`; no opening then).
+        of the last message, an assistant's, which the model then continues (`continue_final`; no opening then. None =
+        where an answer comes next and the last message is an assistant's).
 
-        kwargs: variables for the template, over `template_kwargs`. Raises UserError in one line, with the template's
-        own words, when it refuses these messages.
+        kwargs: variables for the template, over `template_kwargs`. Raises UserError in one line for a message that the
+        template would leave out, with the template's own words when it refuses these messages, and for half of a
+        surrogate pair.
         """
+        for message in messages:
+            check_text(message["content"])
         if not self.has_template:
-            return "".join(str(m["content"]) for m in messages)
+            return "".join(message["content"] for message in messages)
+        variables = {**self.template_kwargs, **kwargs}
+        if continue_final is None:
+            continue_final = answer_next and bool(messages) and messages[-1]["role"] == "assistant"
+        if continue_final and not messages[-1]["content"].strip():
+            raise UserError("the last message is an assistant's and empty, so there is nothing to continue; remove it")
+        kind = structure(messages)
+        if kind not in self._lost:
+            self._lost[kind] = lost_message(messages, functools.partial(self._apply, False, False, variables))
+        if self._lost[kind]:
+            raise UserError(self._lost[kind])
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=answer_next and not continue_final,
-                continue_final_message=continue_final,
-                **{**self.template_kwargs, **kwargs},
-            )
+            return self._apply(answer_next and not continue_final, continue_final, variables, messages)
         except Exception as error:  # templates refuse what they do not know with errors of their own
             words = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"the chat template refuses these messages: {words}") from error
+
+    def _apply(self, opening: bool, continued: bool, variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=opening,
+            continue_final_message=continued,
+            **variables,
+        )
 
     def after_answer(self, messages: Sequence[Message] = ()) -> str:
         """What the template writes after the text of an assistant's turn: the end of the turn and, where `messages`
@@ -112,7 +143,7 @@ class Chat:
 
     # ---- ids -------------------------------------------------------------------------------------------------------
 
-    def prompt(self, messages: Sequence[Message], *, continue_final: bool = False, **kwargs: Any) -> Ints:
+    def prompt(self, messages: Sequence[Message], *, continue_final: bool | None = None, **kwargs: Any) -> Ints:
         """Ids [L] that a model reads before it answers `messages`; arguments as for `render`.
 
         Without a template a beginning-of-sequence token is added where the tokenizer has one; templates write theirs.
@@ -123,6 +154,7 @@ class Chat:
     def start(self, text: str) -> Ints:
         """Ids of a plain text that a model shall go on with: a beginning-of-sequence token is added where the tokenizer
         has one and the text does not begin with it; an end token that the tokenizer adds is taken off."""
+        check_text(text)
         opens = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
         ids = list(self.tokenizer(text, add_special_tokens=opens, verbose=False)["input_ids"])
         return self._ids(ids[:-1] if opens and ids and ids[-1] == self.tokenizer.eos_token_id else ids)
@@ -134,6 +166,7 @@ class Chat:
 
         Raises UserError as `render` and `after_answer`."""
         prompt = self.render(messages, **kwargs)
+        check_text(text)
         if not self.has_template:
             return self._ids([*encode_after(self.tokenizer, prompt, text), next(iter(self.end_tokens))])
         closing = self.after_answer()

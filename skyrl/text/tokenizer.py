@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl.config.schema import ModelConfig
 from skyrl.files import locate
+from skyrl.text.check import check_text
 from skyrl.types import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _named_in(path: Path) -> list[int]:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` as a whole, nothing added at its ends but what the tokenizer takes for part of the text."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(check_text(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_after(tokenizer: Any, before: str, text: str) -> list[int]:

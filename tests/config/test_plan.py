@@ -82,7 +82,7 @@ def test_sampling_parameters_reach_both_kinds():
 def test_every_recipe_dry_runs(recipe, world_size):
     size = min(world_size, 32) if recipe != "gsm8k" else world_size
     cfg = load_config([f"experiment={recipe}", "model.path=tiny", "dry_run=true", f"run.world_size={size}"])
-    text = dry_run(cfg, size)
+    text = describe(cfg, dry_run(cfg, size))
     assert cfg.experiment == recipe and cfg.run.name.startswith(recipe)
     assert f"{size} x" in text and "peak" in text
 

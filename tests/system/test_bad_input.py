@@ -76,7 +76,7 @@ def test_a_data_row_without_its_field(warm, tmp_path):
 def test_a_prompt_longer_than_rows_may_be(warm, tmp_path):
     options = [option for option in LETTERS if not option.startswith("warmup.")]
     options += ["warmup.num_steps=0", "env.options.trouble=long", "batch.max_row_tokens=60", "run.dir=run"]
-    refused(warm.run(*options, cwd=tmp_path), "letters/test/7 has 400 tokens", "rows end at 60")
+    refused(warm.run(*options, cwd=tmp_path), "prompt letters/train/7: 400 tokens, and rows of 60 must have room")
 
 
 @pytest.mark.parametrize(

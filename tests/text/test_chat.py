@@ -162,7 +162,7 @@ def test_a_token_beyond_the_embedding_is_named_when_it_occurs():
 def test_templates_that_refuse_or_drop():
     tokenizer = characters()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
-    with pytest.raises(UserError, match="model.chat_template: the template does not contain the assistant's own text"):
+    with pytest.raises(UserError, match="is not written by the chat template"):
         Chat(tokenizer).continuation([], LOW)
     tokenizer.chat_template = "{{ raise_exception('System role\nnot supported') }}"
     with pytest.raises(UserError, match="the chat template refuses these messages: System role not supported"):
