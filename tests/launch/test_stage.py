@@ -124,7 +124,9 @@ def test_mistakes(sources, monkeypatch):
     assert "is not empty and has no manifest.json" in refused(str(sources))
     assert "give the folder first" in refused("model.path=tiny", str(sources / "out"))
     assert "did you mean optim.lr?" in refused(str(sources / "out"), "optim.lrr=1")
-    assert "the folder has no files of a model" in refused(str(sources / "out"), f"model.path={sources}/triton")
+    assert "has no config.json; give a folder in Hugging Face format" in refused(
+        str(sources / "out"), f"model.path={sources}/triton"
+    )
     assert "no such file; give a .jsonl or .parquet file" in refused(
         str(sources / "out2"), "experiment=gsm8k", f"data.path={sources}/no.jsonl"
     )
