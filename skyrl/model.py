@@ -249,8 +249,8 @@ class Model:
             if lora is None:
                 export_model(state, net.config, tokenizer, folder, dtype, source=source)
                 return
-            config = merge_adapter(state, weights, lora, net)
-            more = partial(write_adapter, weights=weights, spec=lora, base=source.path)
+            config, written, heads = merge_adapter(state, weights, lora, net)
+            more = partial(write_adapter, weights=written, spec=lora, base=source.path, heads=heads)
             write_more = lambda part: more(part / "adapter")  # noqa: E731
             export_model(state, config, tokenizer, folder, dtype, source=source, more=write_more)
 

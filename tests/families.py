@@ -31,6 +31,10 @@ def _config(kind: str, **more: Any) -> Callable[[], Any]:
 _SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
 _SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
+_GPT: dict[str, Any] = dict(
+    vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=None, eos_token_id=1
+)
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2": _config("Qwen2Config", tie_word_embeddings=True),
     "qwen3": _config("Qwen3Config"),
@@ -48,6 +52,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
     "granite": _config("GraniteConfig", logits_scaling=3.0, embedding_multiplier=2.0),
     "cohere": _config("CohereConfig", logit_scale=0.25),
+    # names and layers of their own: Conv1D, learned positions, one key head for all
+    "gpt2": lambda: tf.GPT2Config(**_GPT),
+    "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**_GPT),
+    "opt": lambda: tf.OPTConfig(
+        **{key: _SIZES[key] for key in _SIZES if key not in ("intermediate_size", "num_key_value_heads", "head_dim")},
+        ffn_dim=48,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+    ),
 }
 
 

@@ -54,7 +54,7 @@ class CausalLM(nn.Module):
         self.vocab_size: int = embeddings.weight.shape[0]
         embedding = embeddings.weight
         if head == "value":
-            channels = net.config.get_text_config().hidden_size
+            channels = net.get_output_embeddings().weight.shape[1]  # OPT's may be other than hidden_size
             self.value_head = nn.Linear(channels, 1, device=embedding.device, dtype=embedding.dtype)
             _drop_output(net)
         else:

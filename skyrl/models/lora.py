@@ -7,7 +7,6 @@ tokens belong to which adapter. Adapters lie outside of the module, whole on eve
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from skyrl.models import exact_ops
+from skyrl.models.weights import generator_of
 from skyrl.types import LoraSpec, UserError
 
+Product = nn.Linear | Conv1D  # Conv1D is a linear map whose weight lies the other way round, as in GPT-2
 Segment = tuple[int, int, "Adapter | None"]  # tokens start ... stop of a pack, and what adapts them
 
 
@@ -113,9 +115,10 @@ class Adapter(nn.Module):
             if weights is not None:
                 a, b = (weights[f"{path}.{side}"] for side in "AB")
             else:
-                bound = 1.0 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
-                a = torch.rand(spec.rank, linear.in_features, generator=_generator(spec.seed, path)) * 2 - 1
-                a, b = a * bound, torch.zeros(linear.out_features, spec.rank)
+                inputs, outputs = sizes(linear)
+                generator = generator_of(f"lora/{spec.seed}/{path}")
+                a = torch.rand(spec.rank, inputs, generator=generator) * 2 - 1
+                a, b = a / math.sqrt(inputs), torch.zeros(outputs, spec.rank)  # kaiming_uniform with a = sqrt(5)
             holder.A, holder.B = (nn.Parameter(t.detach().to(device, dtype, copy=True)) for t in (a, b))
             self.pairs[path] = (holder.A, holder.B)
 
@@ -130,27 +133,43 @@ class Adapter(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters()}
 
 
-def adapted(model: AdaptableModel, spec: LoraSpec) -> dict[str, nn.Linear]:
+def adapted(model: AdaptableModel, spec: LoraSpec) -> dict[str, Product]:
     """The products that `spec` adapts, by their path in `model.net`, in the order of the module.
 
     Found by structure: attention's are all linear maps inside the module that attends, the feed-forward ones all
-    others of a layer. Raises: UserError for `mlp` where tokens go to experts, naming the module.
+    others of a layer. Raises: UserError for a kind of which the model has none, or some that cannot be adapted
+    (experts, modules of other classes), naming the module.
     """
-    groups = {id(module): kind for kind, modules in _groups(model).items() for module in modules}
+    groups, strange = _groups(model)
     wanted = {kind for kind in ("attn", "mlp", "unembed") if getattr(spec, kind)}
     experts = _experts(model)
+    family = f"model type {model.config.model_type!r}"
     if spec.mlp and experts:
         raise UserError(
-            f"lora.mlp: model type {model.config.model_type!r} sends tokens to experts ({experts}), which cannot be "
-            "adapted; set mlp (train_mlp) to false"
+            f"lora.mlp: {family} sends tokens to experts ({experts}), which cannot be adapted; set mlp (train_mlp) to "
+            "false"
         )
-    return {path: module for path, module in model.net.named_modules() if groups.get(id(module)) in wanted}
+    for kind in sorted(wanted):
+        if kind in strange or not groups[kind]:
+            found = strange.get(kind, "nothing of the kind is found in it")
+            raise UserError(
+                f"lora.{kind}: {family} has what cannot be adapted ({found}); nn.Linear and Conv1D can; set {kind} "
+                f"(train_{kind}) to false"
+            )
+    kinds = {id(module): kind for kind, modules in groups.items() for module in modules}
+    return {path: module for path, module in model.net.named_modules() if kinds.get(id(module)) in wanted}
 
 
-def _check_weights(name: str, linears: dict[str, nn.Linear], rank: int, weights: Mapping[str, Tensor]) -> None:
+def sizes(product: Product) -> tuple[int, int]:
+    """Inputs and outputs of a product."""
+    return (product.nx, product.nf) if isinstance(product, Conv1D) else (product.in_features, product.out_features)
+
+
+def _check_weights(name: str, linears: dict[str, Product], rank: int, weights: Mapping[str, Tensor]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, linear in linears.items():
-        shapes[f"{path}.A"], shapes[f"{path}.B"] = (rank, linear.in_features), (linear.out_features, rank)
+        inputs, outputs = sizes(linear)
+        shapes[f"{path}.A"], shapes[f"{path}.B"] = (rank, inputs), (outputs, rank)
     if odd := sorted(shapes.keys() ^ weights.keys()):
         verb = "lacks" if odd[0] in shapes else "has"
         raise UserError(
@@ -171,18 +190,23 @@ def output_path(model: AdaptableModel) -> str | None:
     return next((path for path, module in model.net.named_modules() if module is output), None)
 
 
-def _groups(model: AdaptableModel) -> dict[str, list[nn.Linear]]:
-    out: dict[str, list[nn.Linear]] = {"attn": [], "mlp": [], "unembed": []}
-    for layer in model.layers():
+def _groups(model: AdaptableModel) -> tuple[dict[str, list[Product]], dict[str, str]]:
+    """The products of each kind; and for a kind that has weights in modules of other classes, one of these."""
+    out: dict[str, list[Product]] = {"attn": [], "mlp": [], "unembed": []}
+    strange: dict[str, str] = {}
+    for number, layer in enumerate(model.layers()):
         attending = [m for m in layer.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
         inside = {id(part) for m in attending for part in m.modules()}
-        for module in layer.modules():
-            if type(module) is nn.Linear:
-                out["attn" if id(module) in inside else "mlp"].append(module)
+        for path, module in layer.named_modules():
+            kind = "attn" if id(module) in inside else "mlp"
+            if type(module) in (nn.Linear, Conv1D):
+                out[kind].append(module)
+            elif type(module) is not nn.Embedding and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                strange.setdefault(kind, f"{type(module).__name__} {path} of layer {number}")
     output = model.net.get_output_embeddings()
     if type(output) is nn.Linear:
         out["unembed"].append(output)
-    return out
+    return out, strange
 
 
 def _experts(model: AdaptableModel) -> str:
@@ -192,11 +216,6 @@ def _experts(model: AdaptableModel) -> str:
         if stacked or path.rpartition(".")[2] == "experts":
             return path
     return ""
-
-
-def _generator(seed: int, path: str) -> torch.Generator:
-    digest = hashlib.sha256(f"lora/{seed}/{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 # ---- hooks
@@ -209,7 +228,7 @@ def install(model: AdaptableModel) -> Router:
     """
     if model.router is None:
         router = model.router = Router()
-        groups = _groups(model)
+        groups, _ = _groups(model)
         linears = groups["attn"] if _experts(model) else groups["attn"] + groups["mlp"]
         paths = {id(module): path for path, module in model.net.named_modules()}
         for linear in linears:  # the output embedding is never called in training: see CausalLM.forward

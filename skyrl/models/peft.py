@@ -8,28 +8,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from skyrl.models.export import PREFIX, save_tensors
-from skyrl.models.lora import output_path
-from skyrl.types import LoraSpec
+from skyrl.models.lora import adapted, output_path, sizes
+from skyrl.types import LoraSpec, UserError
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Fields of peft's config that change what the weights mean, with the only value that an Adapter knows besides none.
+PLAIN = {
+    "peft_type": "LORA", "bias": "none", "use_dora": None, "use_rslora": None, "rank_pattern": None, "lora_bias": None,
+    "alpha_pattern": None, "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None,
+}  # fmt: skip
 WRAPPER = "base_model.model."  # where peft puts the model that it wraps
 
 
-def write_adapter(folder: Path, weights: Mapping[str, Tensor], spec: LoraSpec, base: str) -> None:
+def write_adapter(
+    folder: Path, weights: Mapping[str, Tensor], spec: LoraSpec, base: str, heads: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the two files that peft.PeftModel.from_pretrained(model, folder) reads, into a folder that is made where
     it is not there.
 
     `weights`: an Adapter's parameters by name (<module path>.A, <module path>.B), on the CPU. `base`: where the model
-    under it comes from, for people. Modules are named by their whole paths, since a short name would also match those
-    without an adapter. Raises: OSError.
+    under it comes from, for people. `heads`: module path -> whole weight of what is stored so instead: an output
+    embedding that is tied to the input embedding, where peft's merging would change both. Modules are named by their
+    whole paths, since a short name would also match those without an adapter. Raises: OSError.
     """
+    heads = heads or {}
+    pairs = {path: pair for path, pair in _pairs(weights).items() if path not in heads}
+    assert pairs, "peft loads no adapter without A and B: merge_adapter adds a pair of zeros"
     folder.mkdir(exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -42,45 +55,67 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor], spec: LoraSpec, b
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": sorted(_pairs(weights)),
+        "modules_to_save": sorted(heads) or None,
+        "target_modules": sorted(pairs),
         "use_dora": False,
         "use_rslora": False,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
-    tensors = {f"{WRAPPER}{path}.lora_{side}.weight": t for path, pair in _pairs(weights).items() for side, t in pair}
-    save_tensors(tensors, folder / WEIGHTS)
+    tensors = {f"{WRAPPER}{path}.lora_{side}.weight": t for path, pair in pairs.items() for side, t in pair}
+    save_tensors(tensors | {f"{WRAPPER}{path}.weight": t for path, t in heads.items()}, folder / WEIGHTS)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The weights that `write_adapter` wrote, by the same names. Raises: OSError, SafetensorError."""
+    """The weights that `write_adapter` wrote, or peft for an adapter of the same kind, by the same names.
+
+    Raises: UserError for what peft can do and an Adapter cannot, by its name; OSError, SafetensorError.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    odd = [f"{key}={config[key]}" for key, plain in PLAIN.items() if (config.get(key) or None) not in (None, plain)]
     found = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
-        path, side, _ = name.removeprefix(WRAPPER).rsplit(".", 2)
+        path, _, side = name.removeprefix(WRAPPER).removesuffix(".weight").rpartition(".")
+        if side not in ("lora_A", "lora_B"):
+            odd.append(name)
         found[f"{path}.{side.removeprefix('lora_')}"] = tensor
+    if odd:
+        raise UserError(
+            f"adapter {folder}: {', '.join(odd[:3])} cannot be taken over; give A and B of linear layers alone, with "
+            "one rank and alpha"
+        )
     return found
 
 
-def merge_adapter(state: dict[str, Tensor], weights: Mapping[str, Tensor], spec: LoraSpec, model: CausalLM) -> Any:
-    """Adds alpha / rank * B A to the whole weights in `state` ("net.<path>.weight", on the CPU), in place; returns the
-    transformers config of what came out.
+def merge_adapter(
+    state: dict[str, Tensor], weights: Mapping[str, Tensor], spec: LoraSpec, model: CausalLM
+) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """Adds alpha / rank * B A to the whole weights in `state` ("net.<path>.weight", on the CPU), in place. Returns the
+    transformers config of what came out, and the `weights` and `heads` for write_adapter.
 
     Sums are float32 and rounded to the dtype of `state`: a bfloat16 model with its adapter merged in is not quite the
     model that was trained. An output embedding that is adapted and tied to the input embedding is no longer tied.
     """
-    config, head = model.config, output_path(model)
+    config, head, heads, written = model.config, output_path(model), {}, dict(weights)
     names = {id(p): name for name, p in model.named_parameters()}
     for path, pair in _pairs(weights).items():
         name = f"{PREFIX}{path}.weight"
-        if path == head and model.tied:
+        untied = path == head and model.tied
+        if untied:
             state[name] = state[names[id(model.net.get_input_embeddings().weight)]].clone()
             config = copy.deepcopy(config)
-            for part in (config, config.get_text_config()):
-                part.tie_word_embeddings = False
+            config.tie_word_embeddings = False
         sides = dict(pair)
-        delta = sides["B"].float() @ sides["A"].float()
-        state[name] = (state[name].float() + spec.alpha / spec.rank * delta).to(state[name].dtype)
-    return config
+        delta = spec.alpha / spec.rank * (sides["B"].float() @ sides["A"].float())
+        if isinstance(model.net.get_submodule(path), Conv1D):
+            delta = delta.t()
+        state[name] = (state[name].float() + delta).to(state[name].dtype)
+        if untied:
+            heads[path] = state[name]
+    if heads and len(written) == 2:  # peft loads no adapter without A and B: one that adds nothing
+        path, product = next(iter(adapted(model, LoraSpec(spec.rank, mlp=False, unembed=False)).items()))
+        inputs, outputs = sizes(product)
+        written[f"{path}.A"], written[f"{path}.B"] = torch.zeros(spec.rank, inputs), torch.zeros(outputs, spec.rank)
+    return config, written, heads
 
 
 def _pairs(weights: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Tensor]]]:

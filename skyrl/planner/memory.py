@@ -115,7 +115,8 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
     text = config.get_text_config()
     heads = text.num_attention_heads
     # A mixture of experts runs some of its experts on each token.
-    ffn = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    ffn = _first(text, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
+    ffn = ffn or 4 * text.hidden_size
     active = getattr(text, "num_experts_per_tok", None) or 1
     return ModelFacts(
         name=text.model_type,
@@ -125,11 +126,16 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
         hidden_size=text.hidden_size,
         ffn_size=ffn * active,
         num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_kv_heads=_first(text, "num_key_value_heads") or (1 if _first(text, "multi_query") else heads),
+        head_size=_first(text, "head_dim") or text.hidden_size // heads,
         vocab_size=text.vocab_size,
-        max_positions=text.max_position_embeddings,
+        max_positions=_first(text, "max_position_embeddings") or 1 << 30,
     )
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of some fields that a config has: families call the same number by several names. None: it has none."""
+    return next((value for value in (getattr(config, name, None) for name in names) if value), None)
 
 
 def _matmul_parameters(module: Any, text: Any) -> int:
@@ -138,8 +144,7 @@ def _matmul_parameters(module: Any, text: Any) -> int:
     if output is not None and output.weight is not embedding.weight:
         count -= embedding.weight.numel()
     experts = sum(p.numel() for name, p in module.named_parameters() if ".experts." in name)
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    total = next((n for n in (getattr(text, name, None) for name in names) if n), None)
+    total = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
     if experts and total:
         count -= experts * (total - text.num_experts_per_tok) // total
     return count

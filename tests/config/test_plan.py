@@ -147,6 +147,30 @@ def test_facts_of_a_folder_equal_its_model(tmp_path):
     assert (facts.num_kv_heads, facts.vocab_size, facts.max_positions) == (2, 50, 77)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "ffn", "kv_heads", "positions"),
+    [
+        ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, 128, 4, 64),
+        ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48}, 48, 4, 1024),
+        ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, 128, 1, 64),
+        (
+            "OPTConfig",
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48},
+            48,
+            4,
+            2048,
+        ),
+    ],
+)
+def test_facts_of_families_with_names_of_their_own(kind, options, ffn, kv_heads, positions, tmp_path):
+    import transformers
+
+    getattr(transformers, kind)(vocab_size=50, **options).save_pretrained(tmp_path)
+    facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
+    assert (facts.num_layers, facts.hidden_size, facts.head_size, facts.ffn_size) == (2, 32, 8, ffn)
+    assert (facts.num_kv_heads, facts.max_positions) == (kv_heads, positions)
+
+
 def test_a_token_goes_through_the_experts_it_visits_only(tmp_path):
     from transformers import Qwen3MoeConfig
 

@@ -13,8 +13,8 @@ from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models import export
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.load import build_model, load_tokenizer, plain_logprobs
-from skyrl.text.tokenizer import tiny_tokenizer
+from skyrl.models.load import build_model, plain_logprobs
+from skyrl.text.tokenizer import load_tokenizer, tiny_tokenizer
 from skyrl.types import Datum, UserError
 
 

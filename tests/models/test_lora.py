@@ -5,13 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from families import FAMILIES, make_net
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM, collate, precise
 from skyrl.models.load import build_model
 from skyrl.models.lora import Adapter, adapted, install, routed
+from skyrl.models.peft import merge_adapter, read_adapter, write_adapter
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, LoraSpec, UserError
 
@@ -49,7 +52,8 @@ def merged_net(model, adapter):
     net = copy.deepcopy(model.net)
     for path, (a, b) in adapter.pairs.items():
         linear = net.get_submodule(path)
-        linear.weight = nn.Parameter(linear.weight.detach() + adapter.scale * (b @ a).detach())
+        delta = adapter.scale * (b @ a).detach()
+        linear.weight = nn.Parameter(linear.weight.detach() + (delta.t() if isinstance(linear, Conv1D) else delta))
         linear._forward_hooks.clear()
     return net.requires_grad_(True)
 
@@ -77,7 +81,8 @@ def test_numbers_and_gradients_are_those_of_merged_weights(name):
             (got.logprobs_T * mb.weights_T).sum().backward()
         assert (got.logprobs_T - want).abs().max() < 1e-10
         for path, (a, b) in adapter.pairs.items():
-            dense = net.get_submodule(path).weight.grad * adapter.scale
+            linear = net.get_submodule(path)
+            dense = (linear.weight.grad.t() if isinstance(linear, Conv1D) else linear.weight.grad) * adapter.scale
             for ours, theirs in ((a.grad, b.T @ dense), (b.grad, dense @ a.T)):
                 assert (ours - theirs).abs().max() < 1e-9 * (1 + theirs.abs().max()), path
     assert all(p.grad is None for p in model.parameters())
@@ -184,22 +189,82 @@ def test_segments_must_fit_the_tokens():
     assert model.router.segments == [] and not model.router.connect
 
 
-def test_numbers_are_those_of_peft():
-    """Only where peft is installed; the output embedding too."""
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("kinds", [{}, {"unembed": False}, {"attn": False, "mlp": False}])
+def test_what_peft_makes_of_an_adapter_is_what_we_make_of_it(name, kinds, tmp_path):
+    """Loaded, merged and taken off again, on tied models too; and the merged weights that we export."""
     peft = pytest.importorskip("peft")
-    model = make_model("llama3", torch.float32)
-    adapter = trained(model, LoraSpec(4, alpha=10.0), dtype=torch.float32)
+    model = make_model(name, torch.float32)
+    spec = LoraSpec(4, alpha=10.0, **kinds)
+    adapter = trained(model, spec, dtype=torch.float32)
     rows = make_rows()
     mb = collate(rows, torch.float32, "cpu")
-    with routed(model, [(0, 62, adapter)]), torch.no_grad():
-        ours = model(mb).logprobs_T
-    kinds = sorted({path.rpartition(".")[2] for path in adapter.pairs})
-    other = make_model("llama3", torch.float32)
-    theirs = peft.get_peft_model(other.net, peft.LoraConfig(r=4, lora_alpha=10, target_modules=kinds))
     with torch.no_grad():
-        for path, (a, b) in adapter.pairs.items():
-            layer = theirs.base_model.model.get_submodule(path)
-            layer.lora_A["default"].weight.copy_(a)
-            layer.lora_B["default"].weight.copy_(b)
-        want = torch.cat([plain(theirs.base_model.model, row) for row in rows])
-    assert (ours - want).abs().max() < 2e-5
+        base = model(mb).logprobs_T
+        with routed(model, [(0, 62, adapter)]):
+            ours = model(mb).logprobs_T
+    state = {key: p.detach().clone() for key, p in model.named_parameters()}
+    config, written, heads = merge_adapter(state, adapter.weights(), spec, model)
+    write_adapter(tmp_path, written, spec, "base", heads)
+
+    def said_by(net):
+        with torch.no_grad():
+            return torch.cat([plain(net, row) for row in rows])
+
+    def loaded():
+        return peft.PeftModel.from_pretrained(make_model(name, torch.float32).net, tmp_path)
+
+    assert (ours - base).abs().max() > 1e-2
+    assert (said_by(loaded().base_model.model) - ours).abs().max() < 5e-5
+    merged = loaded().merge_and_unload()
+    assert (said_by(merged) - ours).abs().max() < 5e-5
+    assert merged.config.tie_word_embeddings == config.tie_word_embeddings
+    if not heads:  # peft's unload leaves whole modules in place: docs/models.md
+        assert (said_by(loaded().unload()) - base).abs().max() < 5e-5
+    exported = tf.AutoModelForCausalLM.from_config(config)
+    exported.load_state_dict({key.removeprefix("net."): value for key, value in state.items()}, strict=False)
+    assert (said_by(exported.eval()) - ours).abs().max() < 5e-5
+
+
+def test_adapters_that_peft_wrote_are_taken_over_or_refused_by_name(tmp_path):
+    peft = pytest.importorskip("peft")
+    paths = ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+
+    def written(**more):
+        options = {"r": 4, "lora_alpha": 10, "target_modules": paths, "init_lora_weights": False, **more}
+        wrapped = peft.get_peft_model(make_model("llama3", torch.float32).net, peft.LoraConfig(**options))
+        wrapped.save_pretrained(tmp_path)
+        return wrapped
+
+    wrapped = written()
+    got = read_adapter(tmp_path)
+    assert got.keys() == {f"{path}.{side}" for path in paths for side in "AB"}
+    layer = wrapped.base_model.model.get_submodule(paths[0])
+    assert torch.equal(got[f"{paths[0]}.B"], layer.lora_B["default"].weight)
+    for named, more in {
+        "use_dora": {"use_dora": True},
+        "use_rslora": {"use_rslora": True},
+        "bias": {"bias": "lora_only"},
+        "rank_pattern": {"rank_pattern": {paths[0]: 2}},
+        "alpha_pattern": {"alpha_pattern": {paths[0]: 2}},
+        "modules_to_save": {"modules_to_save": ["lm_head"]},
+        "embed_tokens.lora_embedding_A": {"target_modules": ["embed_tokens"]},
+    }.items():
+        written(**more)
+        with pytest.raises(UserError, match=f"{named}.*cannot be taken over"):
+            read_adapter(tmp_path)
+
+
+def test_what_was_asked_for_is_adapted_or_refused_by_name():
+    model = make_model("gpt2")
+    names = {path.partition("h.0.")[2] for path in adapted(model, LoraSpec(2)) if ".0." in path}
+    assert names == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    with pytest.raises(UserError, match=r"lora.mlp: model type 'gpt2'.*Own mlp.c_fc of layer 1.*train_mlp"):
+        model.layers()[1].mlp.c_fc = type("Own", (nn.Linear,), {})(32, 128)
+        adapted(model, LoraSpec(2))
+    adapted(model, LoraSpec(2, mlp=False))
+    model = make_model("qwen3")
+    for layer in model.layers():
+        del layer.self_attn.is_causal
+    with pytest.raises(UserError, match="lora.attn.*nothing of the kind"):
+        adapted(model, LoraSpec(2))
