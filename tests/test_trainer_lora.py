@@ -108,7 +108,9 @@ def test_the_adapter_learns_in_both_phases_and_alone_is_saved(whole):
     assert max(record["logprob_gap:max"] for record in records_of(folder)[2:]) < 3e-5
     info = latest(folder / "checkpoints")
     saved = dcp.FileSystemReader(info.path).read_metadata().state_dict_metadata
-    assert len(saved) == 3 * (len(adapter_of(folder)) + 1) + 2  # the tied head stands there whole, not as A and B and all(name.startswith("policy/") for name in saved)
+    assert (
+        len(saved) == 3 * (len(adapter_of(folder)) + 1) + 2
+    )  # the tied head stands there whole, not as A and B and all(name.startswith("policy/") for name in saved)
     assert info.state["models"] == ["policy"] and len(info.state["base"]) == 16
 
 
