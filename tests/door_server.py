@@ -35,8 +35,9 @@ from skyrl.service.messages import (
     TrainRequest,
     TrainResult,
 )
+from skyrl.service.pending import PendingRequest
 from skyrl.service.records import CheckpointPath, ModelInfo
-from skyrl.service.scheduler import PendingRequest, RequestScheduler
+from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.server import make_app
 from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError

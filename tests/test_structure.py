@@ -36,7 +36,6 @@ SHORT_DOCSTRINGS = {
     "See attention.Attention.",
     "See skyrl.models.attention.Attention.",
     "Syncs and closes.",
-    "The open models.",
     "The run ends.",
     "The transformers config.",
     "What save_config wrote.",

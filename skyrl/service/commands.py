@@ -53,12 +53,13 @@ class SamplingBatch:
 
 @dataclass
 class SamplingOutput:
-    """What a stretch of sampling gave: finished samples, requests that cannot be run and why, and the new tokens of
-    watched ones."""
+    """What a stretch of sampling gave: finished samples, requests that cannot be run and why, the new tokens of watched
+    ones, and the seconds of one step (0: none was made)."""
 
     samples: list[Sample]
     refused: list[tuple[str, str]]
     new_tokens: dict[str, np.ndarray]
+    step_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,18 @@ def sample(context: RankContext, part: SamplingBatch, seconds: float) -> Samplin
             sampler.add(request)
         except UserError as error:
             refused.append((request.uid, str(error)))
-    end = time.monotonic() + seconds
+    start, steps = time.monotonic(), 0
+    end = start + seconds
     try:
         while sampler.unfinished():
             samples += sampler.step()
+            steps += 1
             if time.monotonic() >= end or context.has_pending_work():
                 break
     except RunError:
         refused += [(uid, NOT_FINITE) for uid in sampler.abandon()]
     new_tokens = {uid: new for uid, known in part.watched.items() if len(new := sampler.partial(uid)[known:])}
-    return SamplingOutput(samples, refused, new_tokens)
+    return SamplingOutput(samples, refused, new_tokens, (time.monotonic() - start) / steps if steps else 0.0)
 
 
 def score(context: RankContext, part: list[PromptLogprobsRequest]) -> list[PromptLogprobsResult | Problem]:
@@ -241,7 +244,8 @@ class Leader:
 def serve_commands(world: World, context: RankContext) -> None:
     """What every other rank does, until the leader says stop."""
     while True:
-        method, args, part = scatter_objects(world, None)
+        command: tuple[str, tuple[Any, ...], Any] = scatter_objects(world, None)
+        method, args, part = command
         if method == STOP:
             return
         gather_to_leader(world, execute(context, method, args, part))

@@ -39,8 +39,8 @@ from skyrl.service.messages import (
     Seed,
     ServerInfo,
 )
+from skyrl.service.pending import PendingRequest
 from skyrl.service.routes_session import find_weights, unknown_model
-from skyrl.service.scheduler import PendingRequest
 from skyrl.text.chat import Chat
 from skyrl.text.stream import GrowingText, before_stop
 from skyrl.types import Ints, UserError

@@ -22,8 +22,8 @@ from skyrl.service.messages import (
     SamplingRequest,
     TrainResult,
 )
+from skyrl.service.pending import PendingRequest
 from skyrl.service.routes_session import find_weights
-from skyrl.service.scheduler import PendingRequest
 from skyrl.types import UserError
 from skyrl.web.http import FAULT, HttpError, in_thread, log_fault, reply
 from skyrl.web.message import INT64_MAX, JsonMessage, Text

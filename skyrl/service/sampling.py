@@ -7,9 +7,10 @@ ranks in parts, in turn with the others'.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
-from typing import TypeVar
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
 from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
 from skyrl.service.messages import RequestFailed, SampledSequence, SampleResult, SamplingRequest, ServerInfo, TopK
-from skyrl.service.scheduler import LARGE_SAMPLE, PendingSample, RequestScheduler
+from skyrl.service.pending import PendingSample
+from skyrl.service.scheduler import ENDED, LARGE_SAMPLE, RequestScheduler
 from skyrl.service.validation import (
     CELL,
     FLIGHT_BYTES,
@@ -34,9 +36,35 @@ from skyrl.service.validation import (
 from skyrl.types import Sample, SampleRequest, UserError
 
 T = TypeVar("T")
+RECENT_SECONDS = 5.0  # a client that asked for samples so lately shares the ranks with the others
+SLOWDOWN = 1.5  # of a step of all that several clients draw, against one of a few sequences
 RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
+
+
+class Pace:
+    """How many sequences a rank may draw at once while several clients share it.
+
+    On a GPU a step of hundreds takes about as long as one of a few; where it does not, as on a CPU, a client with many
+    requests would make each token of all others that much slower. So the time of a step is measured, by load."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # of a step of 2 ** (key - 1) to 2 ** key - 1 sequences
+
+    def note(self, load: int, seconds: float) -> None:
+        """A step of so many sequences took so long."""
+        before = self._seconds.setdefault(load.bit_length(), seconds)
+        self._seconds[load.bit_length()] = 0.8 * before + 0.2 * seconds
+
+    def room(self) -> int:
+        """The largest number whose step is not much slower than that of a few; twice the largest known one at most."""
+        least, size = min(self._seconds.values(), default=0.0), 2
+        while 1 << size < RUNNING_PER_RANK and self._seconds.get(size + 1, 0.0) <= SLOWDOWN * least:
+            size += 1
+            if size not in self._seconds:
+                break
+        return (1 << size) - 1
 
 
 class Sampling:
@@ -56,11 +84,12 @@ class Sampling:
         self._active: dict[str, PendingSample] = {}
         self._batches = self._empty_batches()  # what each rank is told next
         self._load = [0] * len(self._batches)  # sequences of each rank
-        self._unsent: OrderedDict[str, deque[PendingSample]] = OrderedDict()  # by owner: with draws that no rank has
+        self._unsent: OrderedDict[str, deque[PendingSample]] = OrderedDict()  # by client: with draws that no rank has
         self._bytes = 0  # of the answers to all active requests, at most
         self._questions: list[tuple[PendingSample, PromptLogprobsRequest]] = []
         self._waiting: deque[PendingSample] = deque()  # taken from the scheduler, not begun
         self._filled = ""  # whose whole weights are sampled, where all parameters are trained
+        self._pace, self._seen = Pace(), dict[str, float]()  # when each client last asked for samples
         self._leaving: list[str] = []  # adapters of cancelled requests, which the ranks still draw from
 
     def _empty_batches(self) -> list[SamplingBatch]:
@@ -71,15 +100,29 @@ class Sampling:
         """Whether there is anything to draw or to score."""
         return bool(self._active or self._leaving or self._waiting)
 
+    def sessions(self) -> set[str]:
+        """Sessions that have samples, or snapshots without a name."""
+        begun = {one.session for one in (*self._active.values(), *self._waiting)} - {""}
+        return begun | self.scheduler.sampling_sessions() | self.snapshots.sessions()
+
+    def withdraw(self, which: Callable[[PendingSample], bool], why: str) -> None:
+        """Withdraws all samples of that kind, wherever they are; what the ranks draw leaves them with the next turn."""
+        self.scheduler.withdraw(which, why)
+        for pending in [one for one in self._active.values() if which(one)]:
+            self._take_out(pending, RequestFailed(why))
+        for pending in [one for one in self._waiting if which(one)]:
+            self._waiting.remove(pending)
+            self.scheduler.failed(pending, RequestFailed(why))
+
     def admit(self) -> None:
         """Takes requests from the scheduler as far as there is room, and answers questions about their prompts."""
         for pending in self.scheduler.take_cancelled():
             if pending.request_id in self._active:
-                self._take_out(pending, RequestFailed("cancelled by the client"))
+                self._take_out(pending, RequestFailed(pending.cancelled))
         if not (self._waiting and self.facts.full_parameters):
             unsent = sum(min(len(one.unsent), TOGETHER) for some in self._unsent.values() for one in some)
             room = RUNNING_PER_RANK * len(self._load) - len(self._questions) - unsent
-            self._waiting += self.scheduler.take_samples(room, without=frozenset(one.owner for one in self._waiting))
+            self._waiting += self.scheduler.take_samples(room, without=frozenset(one.client for one in self._waiting))
         later: deque[PendingSample] = deque()
         while self._waiting:
             pending = self._waiting.popleft()
@@ -99,7 +142,7 @@ class Sampling:
         if request.problem:
             raise RequestFailed(request.problem)
         if pending.cancelled:
-            raise RequestFailed("cancelled by the client")
+            raise RequestFailed(pending.cancelled)
         # A prompt that fills the context can be scored, and nothing can be drawn after it.
         wanted = request.sampling_params.max_tokens
         full = len(request.prompt) == self.facts.max_context and wanted == 1 and _asks(request)
@@ -117,7 +160,7 @@ class Sampling:
         size = answer_bytes(request, longest)
         if self._active and self._bytes + size > FLIGHT_BYTES:
             return False
-        adapter = self._adapter(request, pending.owner)
+        adapter = self._adapter(request, pending)
         if self.facts.full_parameters:
             if adapter != self._filled and (self._active or self._leaving):
                 return False
@@ -128,6 +171,7 @@ class Sampling:
                 return False
             self.snapshots.acquire(adapter)
         self._active[pending.request_id] = pending
+        self._seen[pending.client] = time.monotonic()
         self._bytes += size
         pending.adapter, pending.answer_bytes = adapter, size
         pending.answer = SampleResult([NOTHING] * request.num_samples)
@@ -137,17 +181,24 @@ class Sampling:
             for name, one in zip(pending.sequence_ids, params, strict=False)
         )
         if params:
-            self._unsent.setdefault(pending.owner, deque()).append(pending)
+            self._unsent.setdefault(pending.client, deque()).append(pending)
         if _asks(request):
             self._questions.append((pending, _prompt_question(pending, request)))
         return True
 
-    def _adapter(self, request: SamplingRequest, owner: str) -> str:
-        """The name of the weights to draw from, "" for the base. Raises RequestFailed when there are none."""
+    def _adapter(self, request: SamplingRequest, pending: PendingSample) -> str:
+        """The name of the weights to draw from, "" for the base. Raises RequestFailed when there are none, or its
+        session or model has ended."""
         path, base, sampler_id = request.model_path, request.base_model, request.sampling_session_id
+        store, owner = self.checkpoints.store, pending.owner
         if sampler_id is not None:
-            sampler = self.checkpoints.store.get_sampler(sampler_id, owner)
+            sampler = store.get_sampler(sampler_id, owner)
+            if store.live.ended([pending.session]):
+                raise RequestFailed(f"{sampler_id}: {ENDED}")
             if sampler.ephemeral_run is not None:
+                if why := self.scheduler.why_gone(sampler.ephemeral_run):
+                    raise RequestFailed(f"{sampler_id}: its weights have no name, and ended with their model: {why}")
+                pending.drawn_from = sampler.ephemeral_run
                 return sampler_id
             if sampler.model_path and sampler.version:
                 return f"{sampler.model_path}#{sampler.version}"
@@ -159,16 +210,23 @@ class Sampling:
         return ""
 
     def _hand_over(self) -> None:
-        """Draws to the ranks while they have room: one owner after the other, and each one's requests in turn. The
+        """Draws to the ranks while they have room: one client after the other, and each one's requests in turn. The
         samples of one prompt share its prefill, so they stay together unless they would fill a rank."""
         ranks = range(len(self._load))
+        allowed = self._allowances()
         while self._unsent and min(self._load) < RUNNING_PER_RANK:
-            owner, waiting = self._unsent.popitem(last=False)
+            client = next((one for one in self._unsent if allowed.get(one, TOGETHER) > 0), None)
+            if client is None:
+                break
+            waiting = self._unsent.pop(client)
             pending = waiting.popleft()
             total = pending.num_samples
             each = total if total < 8 * len(ranks) else min(TOGETHER, -(-total // len(ranks)))
+            each = min(each, len(pending.unsent), allowed.get(client, each))
+            if client in allowed:
+                allowed[client] -= each
             rank = min(ranks, key=lambda r: (self._load[r], r))
-            for _ in range(min(each, len(pending.unsent))):
+            for _ in range(each):
                 request = pending.unsent.popleft()
                 pending.ranks[request.uid] = rank
                 self._batches[rank].requests.append(request)
@@ -176,17 +234,29 @@ class Sampling:
             if pending.unsent:
                 waiting.append(pending)
             if waiting:
-                self._unsent[owner] = waiting
+                self._unsent[client] = waiting
+
+    def _allowances(self) -> dict[str, int]:
+        """How many more sequences each client may draw now; {} while one is alone, who may have all the room."""
+        oldest = time.monotonic() - RECENT_SECONDS
+        own = Counter({client: 0 for client in self._unsent})
+        for pending in self._active.values():
+            own[pending.client] += len(pending.ranks)
+        self._seen = {client: at for client, at in self._seen.items() if at >= oldest or client in own}
+        if len(self._seen) < 2:
+            return {}
+        most = self._pace.room() * len(self._load)
+        return {client: most // len(self._seen) + 1 - count for client, count in own.items()}
 
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
     def _score(self) -> None:
         """Answers questions in one command, spread over the ranks by their tokens: as many as fit into its budgets,
-        one owner's after the other's. The rest comes with the next turn."""
+        one client's after the other's. The rest comes with the next turn."""
         if not self._questions:
             return
         world = self.leader.world
-        ordered = round_robin((pair[0].owner, pair) for pair in self._questions)
+        ordered = round_robin((pair[0].client, pair) for pair in self._questions)
         asked: list[tuple[PendingSample, PromptLogprobsRequest]] = []
         tokens, cells = 0, 0
         for pending, question in ordered:
@@ -240,16 +310,18 @@ class Sampling:
             if adapter:
                 self.snapshots.release(adapter)
         self._leaving = []
-        for output in outputs:
+        for load, output in zip(tuple(self._load), outputs, strict=False):
+            if load and output.step_seconds:
+                self._pace.note(load, output.step_seconds)
             for sample in output.samples:
                 self._sampled(sample)
             for uid, why in output.refused:
-                if (pending := self._ended(uid)) is not None:
-                    self._take_out(pending, RequestFailed(why.partition(": ")[2] or why))
+                if (refused := self._ended(uid)) is not None:
+                    self._take_out(refused, RequestFailed(why.partition(": ")[2] or why))
             for uid, tokens in output.new_tokens.items():
-                if (pending := self._active.get(_request_id(uid))) is not None:
-                    pending.known[uid] = pending.known.get(uid, 0) + len(tokens)
-                    self.scheduler.progress(pending, _index(uid), tokens)
+                if (growing := self._active.get(_request_id(uid))) is not None:
+                    growing.known[uid] = growing.known.get(uid, 0) + len(tokens)
+                    self.scheduler.progress(growing, _index(uid), tokens)
         self._score()
 
     def _ended(self, uid: str) -> PendingSample | None:
@@ -266,7 +338,7 @@ class Sampling:
         if sample.stop == "aborted":
             self._take_out(pending, RequestFailed(NOT_FINITE))
             return
-        reason = "stop" if sample.stop == "stop" else "length"
+        reason: Literal["stop", "length"] = "stop" if sample.stop == "stop" else "length"
         assert pending.answer is not None
         sequence = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
         pending.answer.sequences[_index(sample.uid)] = sequence
@@ -311,9 +383,9 @@ class Sampling:
         pending.ranks.clear()
         if pending.unsent:
             pending.unsent.clear()
-            self._unsent[pending.owner].remove(pending)
-            if not self._unsent[pending.owner]:
-                del self._unsent[pending.owner]
+            self._unsent[pending.client].remove(pending)
+            if not self._unsent[pending.client]:
+                del self._unsent[pending.client]
         self._questions = [pair for pair in self._questions if pair[0] is not pending]
         self._forget(pending)
         self._leaving.append(pending.adapter)

@@ -5,6 +5,8 @@ threads; the worker takes work and settles futures from its own.
 
 A model's requests run by seq_id, not by arrival, because the client posts the chunks of one call in parallel. A number
 that never arrives is given up after `gap_seconds`. A repeated number finds the first request's future.
+
+What is shared is shared between clients: owners of keys, or without keys (`by_session`) sessions.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,14 @@ from skyrl.service.messages import (
     Request,
     RequestOutcome,
     Result,
-    SampleResult,
     SamplingRequest,
     TooManyRequests,
     TrainRequest,
     UnloadModel,
 )
-from skyrl.types import Ints, SampleRequest, UserError
+from skyrl.service.pending import NAME_BYTES, ClientUsage, Key, ModelQueue, PendingRequest, PendingSample
+from skyrl.types import Ints, UserError
 
-Key = tuple[Any, ...]
 KEEP_SECONDS = 3600.0  # a result stays fetchable this long after it was made
 FETCHED_SECONDS = 120.0  # a result that was fetched is kept for repeated polls this long
 RESULT_BYTES = 2 << 30  # results that wait to be fetched; beyond it the oldest of who has most are thrown away
@@ -45,101 +45,9 @@ WAITING_BYTES = 2 << 30  # of requests that wait or run, shared by the owners th
 WAITING_REQUESTS = 4096  # of one model
 CLOSED_MODELS = 4096  # closed models of which the scheduler itself knows why; of older ones the record does
 LARGE_SAMPLE = 64  # a request for more samples takes the place of so many: it is drawn in parts
-FUTURE_BYTES, NAME_BYTES = 2048, 100  # of a future, and of the name of one sample, about
-
-
-@dataclass(eq=False)
-class PendingRequest:
-    """A request with its future. `request` is None once that is settled, for it may hold much memory. `model_id` is the
-    model whose order it keeps, "" for samples; `key` makes two posts the same request."""
-
-    request_id: str
-    request: Any  # a Request, or None
-    owner: str
-    model_id: str
-    key: Key | None
-    arrived: float = field(default_factory=time.monotonic)
-    running: bool = False
-    outcome: RequestOutcome = RequestOutcome("pending")
-    finished: float = 0.0
-    fetched: float = 0.0
-    callbacks: list[Callable[[], None]] = field(default_factory=list)
-    request_bytes: int = 0
-    kept_bytes: int = FUTURE_BYTES  # of the future and its result
-
-    @property
-    def settled(self) -> bool:
-        """Whether it is done, or has failed."""
-        return self.outcome.state != "pending"
-
-    @property
-    def sequence_ids(self) -> tuple[str, ...]:
-        """A name for each sample to come."""
-        return ()
-
-
-@dataclass(eq=False)
-class PendingSample(PendingRequest):
-    """A sampling request from its submission to its answer. What is below `readers` is the worker's (sampling.py)."""
-
-    num_samples: int = 1  # at most as many as may wait at all: a request for more will be refused
-    cancelled: bool = False
-    streamed: list[tuple[int, Ints]] = field(default_factory=list)  # (sample, tokens) in the order drawn
-    readers: list[Callable[[int, Ints], None]] = field(default_factory=list)
-    adapter: str = ""  # that it is drawn from, "" = the base
-    answer: SampleResult | None = None  # filled in as it comes
-    answer_bytes: int = 0  # at most
-    unsent: deque[SampleRequest] = field(default_factory=deque)  # no rank has them yet
-    ranks: dict[str, int] = field(default_factory=dict)  # those that a rank has
-    known: dict[str, int] = field(default_factory=dict)  # tokens of each that its reader has
-    unanswered: int = 0  # samples, and questions about the prompt, that are not complete
-
-    @property
-    def sequence_ids(self) -> tuple[str, ...]:
-        """A name for each sample to come."""
-        return tuple(f"{self.request_id}:{index}" for index in range(self.num_samples))
-
-
-@dataclass(eq=False)
-class ModelQueue:
-    """One model's requests. `next_seq_id` runs next; `out_of_order` came early."""
-
-    owner: str
-    next_seq_id: int = 1
-    out_of_order: dict[int, PendingRequest] = field(default_factory=dict)
-    ready: deque[PendingRequest] = field(default_factory=deque)
-    served: int = 0  # when it last had a turn: the queue that waited longest comes first
-    closed: str = ""  # why nothing runs here any more
-    info: dict[str, Any] | None = None  # of the created model
-
-    @property
-    def gap(self) -> bool:
-        """Whether the next request has not arrived, but later ones have."""
-        return bool(self.out_of_order) and self.next_seq_id not in self.out_of_order
-
-    def advance(self) -> None:
-        """Makes those ready whose turn has come."""
-        while self.next_seq_id in self.out_of_order:
-            self.ready.append(self.out_of_order.pop(self.next_seq_id))
-            self.next_seq_id += 1
-
-    def clear(self) -> list[PendingRequest]:
-        """Takes out all that waits."""
-        waiting = [*self.ready, *self.out_of_order.values()]
-        self.ready.clear()
-        self.out_of_order.clear()
-        return waiting
-
-
-@dataclass(eq=False)
-class OwnerUsage:
-    """What one owner has of what all share."""
-
-    samples: deque[PendingSample] = field(default_factory=deque)  # that wait
-    num_samples: int = 0  # in them
-    request_bytes: int = 0  # of requests that wait or run
-    settled: OrderedDict[str, PendingRequest] = field(default_factory=OrderedDict)  # that are kept, oldest first
-    kept_bytes: int = 0  # of these
+CHUNK_ROWS, CHUNK_BYTES = 1024, 5_000_000  # clients cut a forward_backward into requests of at most so much
+CANCELLED = "cancelled by the client"
+ENDED = "its session has ended; go on with a new service client"
 
 
 class RequestScheduler:
@@ -150,18 +58,32 @@ class RequestScheduler:
         *,
         gap_seconds: float = 30.0,
         max_queued_samples: int = 4096,
+        by_session: bool = False,
+        hold_seconds: float = 0.0,
         futures: FutureLog | None = None,
         explain_lost: Callable[[str, str], str] = lambda model_id, owner: "",
     ) -> None:
-        """futures: records answers, and knows those of earlier servers. explain_lost(model_id, owner): why a model that
-        is not open is gone, "" when it never was."""
+        """futures: records answers, knows those of earlier servers, and which sessions live. explain_lost(model_id,
+        owner): why a model that is not open is gone, "" when it never was.
+
+        hold_seconds: no failure of a forward_backward is told earlier than so long after it came. The client's library
+        fetches it at once, on its own, while the program's next request is on its way: that one counts as queued."""
         self.gap_seconds, self.max_queued_samples = gap_seconds, max_queued_samples
+        self._by_session, self._hold_seconds = by_session, hold_seconds
         self._lock = threading.Condition()
         self._requests: dict[str, PendingRequest] = {}
         self._by_key: dict[Key, PendingRequest] = {}
-        self._owners: OrderedDict[str, OwnerUsage] = OrderedDict()  # whose samples wait longest for a turn comes first
-        self._queues: dict[str, ModelQueue] = {}
+        self._clients: dict[str, ClientUsage] = {}  # that have anything
+        self._turns: OrderedDict[str, ClientUsage] = OrderedDict()  # those whose samples wait, the next one first
+        self._posting: set[str] = set()  # those with requests that wait or run
+        self._waiting_samples, self._request_bytes, self._kept_bytes = 0, 0, 0  # of all clients together
+        self._queues: dict[str, ModelQueue] = {}  # of models that are open, or being made
+        self._ready: dict[str, ModelQueue] = {}  # those with work to take
+        self._gaps: dict[str, ModelQueue] = {}  # those that wait for a number
+        self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()  # closed model -> (owner, why)
+        self._settled: deque[PendingRequest] = deque()  # oldest first
         self._fetched: deque[PendingRequest] = deque()
+        self._held: deque[tuple[float, PendingRequest, str, Category]] = deque()  # failures to tell, and when
         self._cancelled: list[PendingSample] = []
         self._due: deque[Callable[[], None]] = deque()
         self._clock = itertools.count(1)
@@ -183,49 +105,60 @@ class RequestScheduler:
         """Queues a request, or finds the earlier one of the same key (model and seq_id, session and seq_id): a
         repeated request is never run twice, and its answer is the first one's. Raises UserError for what is malformed
         or not the owner's, TooManyRequests."""
+        model_id, session, key = _place(request)
+        key = None if key is None else (owner, *key)
         with self._locked():
             if self._closed:
                 raise TooManyRequests(self._closed)
-            model_id, key = _place(request)
-            key = None if key is None else (owner, *key)
+            ended = False
+            if self._futures is not None and session:  # its client lives, whatever becomes of the request
+                ended = not self._futures.touch(model_id or session)
             if key is not None and key in self._by_key:
                 return self._by_key[key]
-            queue = self._queues.get(model_id) if model_id else None
-            if queue is not None and queue.owner != owner:
+            queue = self._queues.get(model_id)
+            if owner != (queue.owner if queue is not None else self._gone.get(model_id, (owner,))[0]):
                 raise UserError(f"{model_id}: no such model")
-            size, usage = 1024 + _array_bytes(request), self._owners.setdefault(owner, OwnerUsage())
-            self._check_bytes(request, usage, queue, size)
+            client = session if self._by_session and session else owner
+            size, usage = 1024 + _array_bytes(request), self._clients.get(client) or ClientUsage()
+            self._check_bytes(request, client, usage, queue, size)
             request_id = uuid.uuid4().hex if self._futures is None else self._futures.new_id()
+            pending = PendingRequest(request_id, request, owner, client, session, model_id, key)
             if isinstance(request, SamplingRequest):
-                self._check_samples(request, usage)
+                self._check_samples(request, client, usage)
                 number = min(request.num_samples, self.max_queued_samples)
-                pending = PendingSample(request_id, request, owner, model_id, key, num_samples=number)
+                pending = PendingSample(request_id, request, owner, client, session, model_id, key, num_samples=number)
                 pending.kept_bytes += NAME_BYTES * number
-                usage.samples.append(pending)
-                usage.num_samples += request.num_samples
-            else:
-                pending = PendingRequest(request_id, request, owner, model_id, key)
-            pending.request_bytes = size
-            usage.request_bytes += size
             self._prune()
+            pending.request_bytes = size
+            usage = self._clients.setdefault(client, usage)
+            usage.request_bytes += size
+            self._request_bytes += size
+            self._posting.add(client)
             self._requests[request_id] = pending
             if key is not None:
                 self._by_key[key] = pending
-            if model_id:
+            if ended and queue is not None:  # of samples the worker says so
+                self._fail(pending, f"{model_id}: {ENDED}")
+            elif isinstance(pending, PendingSample) and isinstance(request, SamplingRequest):
+                usage.samples.append(pending)
+                usage.num_samples += request.num_samples
+                self._waiting_samples += request.num_samples
+                self._turns.setdefault(client, usage)
+            else:
                 self._queue_for_model(pending, queue)
-            if self._futures is not None and queue is not None:
-                self._futures.touch(model_id)
             self._lock.notify_all()
         return pending
 
-    def _check_samples(self, request: SamplingRequest, usage: OwnerUsage) -> None:
-        """Owners that have samples waiting share the places; one who has none may always have some."""
+    def _check_samples(self, request: SamplingRequest, client: str, usage: ClientUsage) -> None:
+        """Clients that have samples waiting share the places; one who has none may always have some."""
         own = usage.num_samples
-        most = self.max_queued_samples // sum(1 for one in self._owners.values() if one.num_samples or one is usage)
+        most = self.max_queued_samples // len({*self._turns, client})
         if own and own + request.num_samples > most:
             raise TooManyRequests(f"{own} samples are waiting, at most {most} may; try again in a moment")
 
-    def _check_bytes(self, request: Request, usage: OwnerUsage, queue: ModelQueue | None, size: int) -> None:
+    def _check_bytes(
+        self, request: Request, client: str, usage: ClientUsage, queue: ModelQueue | None, size: int
+    ) -> None:
         """Memory for what waits. The request for which a model's later ones wait always has room."""
         if queue is not None:
             first = getattr(request, "seq_id", None) == queue.next_seq_id and not queue.ready
@@ -235,56 +168,72 @@ class RequestScheduler:
             if waiting >= WAITING_REQUESTS and not first:
                 raise TooManyRequests(f"{waiting} requests of this model are waiting; try again in a moment")
         own = usage.request_bytes
-        most = WAITING_BYTES // sum(1 for one in self._owners.values() if one.request_bytes or one is usage)
+        most = WAITING_BYTES // len({*self._posting, client})
         if own and own + size > most:
             raise TooManyRequests(
                 f"{own >> 20} MiB of requests are waiting, at most {most >> 20} may; try again in a moment"
             )
+        if self._request_bytes + size > 2 * WAITING_BYTES:  # of very many clients
+            raise TooManyRequests(f"{self._request_bytes >> 20} MiB of requests are waiting; try again in a moment")
 
     def _queue_for_model(self, pending: PendingRequest, queue: ModelQueue | None) -> None:
         request, model_id = pending.request, pending.model_id
         seq_id = getattr(request, "seq_id", None)
         if _makes_model(request):
-            if queue is not None:  # its first future was thrown away long ago
+            if queue is not None or model_id in self._gone:  # its first future was thrown away long ago
                 self._fail(pending, f"{model_id}: exists already; give another model_seq_id")
                 return
-            self._queues[model_id] = ModelQueue(pending.owner, ready=deque([pending]))
-        elif queue is None or queue.closed:
-            why = queue.closed if queue is not None else self._explain_lost(model_id, pending.owner)
+            queue = self._queues[model_id] = ModelQueue(pending.owner, ready=deque([pending]))
+        elif queue is None:
+            _, why = self._gone.get(model_id) or ("", self._explain_lost(model_id, pending.owner))
             self._fail(pending, why or f"{model_id}: no such model", "server" if why else "user")
+            return
         elif seq_id is None:
             queue.ready.append(pending)
         elif seq_id < queue.next_seq_id:
             why = f"seq_id {seq_id} of {model_id} came after its turn was given up; start a new client"
             self._fail(pending, why)
+            return
         else:
             queue.out_of_order[seq_id] = pending
             queue.advance()
+        failure = queue.failure
+        if failure is not None and failure.fetched and not _may_be_one_call(queue, pending.request_bytes):
+            pending.known_failure = failure
+        self._note(model_id, queue)
+
+    def _note(self, model_id: str, queue: ModelQueue) -> None:
+        """Keeps the lists of queues with work, and of those that wait for a number."""
+        for lists, belongs in ((self._ready, bool(queue.ready)), (self._gaps, queue.gap)):
+            if belongs:
+                lists[model_id] = queue
+            else:
+                lists.pop(model_id, None)
 
     def outcome(self, request_id: str, *, owner: str) -> RequestOutcome:
         """What is known now."""
         with self._lock:
             pending = self._requests.get(request_id)
-            if pending is None and self._futures is not None:
-                return self._futures.recall(request_id, owner)
-            if pending is None or pending.owner != owner:
-                return RequestOutcome("unknown")
-            if not pending.settled:
-                return RequestOutcome("pending", reason=self._reason(pending))
-            if not pending.fetched:
-                pending.fetched = time.monotonic()
-                self._fetched.append(pending)
-            return pending.outcome
+            if pending is not None and pending.owner == owner:
+                if not pending.settled:
+                    return RequestOutcome("pending", reason=self._reason(pending))
+                if not pending.fetched:
+                    pending.fetched = time.monotonic()
+                    self._fetched.append(pending)
+                return pending.outcome
+        if pending is None and self._futures is not None:  # on the disk, so nobody's work waits for it
+            return self._futures.recall(request_id, owner)
+        return RequestOutcome("unknown")
 
     def _reason(self, pending: PendingRequest) -> str:
         if pending.running:
             return "running"
         if isinstance(pending, PendingSample):
-            return f"{sum(usage.num_samples for usage in self._owners.values())} samples are waiting"
+            return f"{self._waiting_samples} samples are waiting"
         queue = self._queues.get(pending.model_id)
         if queue is not None and queue.gap:
             return f"waiting for request {queue.next_seq_id} of this model, which has not arrived"
-        return f"{sum(1 for other in self._queues.values() if other.ready)} models have work waiting"
+        return f"{len(self._ready)} models have work waiting"
 
     def when_done(self, request_id: str, call: Callable[[], None]) -> None:
         """Calls `call` once, from any thread, when the future is no longer pending (at once if it is not)."""
@@ -309,17 +258,28 @@ class RequestScheduler:
         worker a moment later."""
         with self._locked():
             pending = self._requests.get(request_id)
-            if not isinstance(pending, PendingSample) or pending.owner != owner or pending.settled:
-                return
-            if pending.running:
-                pending.cancelled = True
-                self._cancelled.append(pending)
-                self._lock.notify_all()
-            else:
-                usage = self._owners[owner]
-                usage.samples.remove(pending)
-                usage.num_samples -= pending.request.num_samples
-                self._fail(pending, "cancelled by the client")
+            if isinstance(pending, PendingSample) and pending.owner == owner:
+                self._withdraw(pending, CANCELLED)
+
+    def _withdraw(self, pending: PendingSample, why: str) -> None:
+        if pending.settled or pending.cancelled:
+            return
+        if pending.running:
+            pending.cancelled = why
+            self._cancelled.append(pending)
+            self._lock.notify_all()
+            return
+        self._clients[pending.client].samples.remove(pending)
+        self._leave(pending)
+        self._fail(pending, why)
+
+    def _leave(self, pending: PendingSample) -> None:
+        """A sample does not wait any longer."""
+        usage = self._clients[pending.client]
+        usage.num_samples -= pending.request.num_samples
+        self._waiting_samples -= pending.request.num_samples
+        if not usage.samples:
+            del self._turns[pending.client]
 
     def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
         """Facts for get_info: {"base_model", "is_lora", "lora_rank", "train_mlp", "train_attn", "train_unembed"}.
@@ -336,25 +296,24 @@ class RequestScheduler:
         """Returns when there may be work, or after so many seconds."""
         with self._lock:
             if not self.has_pending_work():
-                gaps = any(queue.out_of_order for queue in self._queues.values())
-                self._lock.wait(min(seconds, self.gap_seconds / 4) if gaps else seconds)
+                seconds = min(seconds, self.gap_seconds / 4) if self._gaps else seconds
+                self._lock.wait(min(seconds, self._hold_seconds / 4) if self._held else seconds)
 
     def has_pending_work(self) -> bool:
-        """Whether something waits to be taken."""
-        with self._lock:
-            samples = any(usage.samples for usage in self._owners.values())
-            return bool(self._cancelled) or samples or any(queue.ready for queue in self._queues.values())
+        """Whether something waits to be taken. Without the lock: it is asked at every step of the sampler."""
+        return bool(self._cancelled or self._turns or self._ready)
 
     def take_training(self, batch_key: Callable[[TrainRequest], Any], max_tokens: int) -> list[PendingRequest]:
         """The next work of models: the request that waited longest for its turn and, when that is a TrainRequest, the
         first request of every other model with an equal `batch_key`, up to `max_tokens` tokens in all. [] when
         idle."""
-        with self._lock:
+        with self._locked():
+            self._tell_failures(time.monotonic())
             self._give_up_gaps()
-            queues = sorted((queue for queue in self._queues.values() if queue.ready), key=lambda queue: queue.served)
+            queues = sorted(self._ready.items(), key=lambda pair: pair[1].served)
             batch: list[PendingRequest] = []
             tokens = 0
-            for queue in queues:
+            for model_id, queue in queues:
                 request = queue.ready[0].request
                 joins = isinstance(request, TrainRequest) and not request.problem
                 size = sum(len(datum.tokens) for datum in request.data) if joins else 0
@@ -364,35 +323,47 @@ class RequestScheduler:
                 queue.served = next(self._clock)
                 batch.append(queue.ready.popleft())
                 batch[-1].running = True
+                self._note(model_id, queue)
                 tokens += size
                 if not joins:
                     break
             return batch
 
     def _give_up_gaps(self) -> None:
-        for queue in self._queues.values():
-            if queue.gap:
-                first = min(queue.out_of_order)
-                if time.monotonic() - queue.out_of_order[first].arrived >= self.gap_seconds:
-                    queue.next_seq_id = first
-                    queue.advance()
+        for model_id, queue in list(self._gaps.items()):
+            first = min(queue.out_of_order)
+            if time.monotonic() - queue.out_of_order[first].arrived >= self.gap_seconds:
+                queue.next_seq_id = first
+                queue.advance()
+                self._note(model_id, queue)
 
     def take_samples(self, room: int, *, without: frozenset[str] = frozenset()) -> list[PendingSample]:
-        """Sample requests for about `room` more sequences, one owner after the other in turn, none of `without`."""
+        """Sample requests for about `room` more sequences, one client after the other in turn, none of `without`."""
         taken: list[PendingSample] = []
         with self._lock:
             while room > 0:
-                waiting = (owner for owner, usage in self._owners.items() if usage.samples and owner not in without)
-                owner = next(waiting, None)
-                if owner is None:
+                client = next((client for client in self._turns if client not in without), None)
+                if client is None:
                     break
-                self._owners.move_to_end(owner)
-                pending = self._owners[owner].samples.popleft()
+                self._turns.move_to_end(client)
+                pending = self._turns[client].samples.popleft()
                 pending.running = True
-                self._owners[owner].num_samples -= pending.request.num_samples
+                self._leave(pending)
                 room -= min(pending.request.num_samples, LARGE_SAMPLE)
                 taken.append(pending)
         return taken
+
+    def withdraw(self, which: Callable[[PendingSample], bool], why: str) -> None:
+        """Withdraws all samples of that kind that wait, with the reason."""
+        with self._locked():
+            for usage in list(self._turns.values()):
+                for pending in [one for one in usage.samples if which(one)]:
+                    self._withdraw(pending, why)
+
+    def sampling_sessions(self) -> set[str]:
+        """Sessions whose samples wait."""
+        with self._lock:
+            return {one.session for usage in self._turns.values() for one in usage.samples} - {""}
 
     def progress(self, pending: PendingSample, number: int, tokens: Ints) -> None:
         """Tells the readers of a streamed request more tokens of one of its samples."""
@@ -403,7 +374,7 @@ class RequestScheduler:
                     call(number, tokens)
 
     def take_cancelled(self) -> list[PendingSample]:
-        """Running samples that their clients withdrew since the last call."""
+        """Running samples that were withdrawn since the last call; `cancelled` says why."""
         with self._lock:
             taken, self._cancelled = [pending for pending in self._cancelled if not pending.settled], []
         return taken
@@ -418,8 +389,30 @@ class RequestScheduler:
     def failed(self, pending: PendingRequest, error: Exception) -> None:
         """Settles a future with an error; one that nobody foresaw is called the server's."""
         category: Category = getattr(error, "category", "user" if isinstance(error, UserError) else "server")
+        request, until = pending.request, pending.arrived + self._hold_seconds
         with self._locked():
+            if isinstance(request, TrainRequest) and not request.forward_only and pending.model_id in self._queues:
+                queue = self._queues[pending.model_id]
+                queue.failure, queue.failed_rows = pending, len(request.data)
+                if time.monotonic() < until:
+                    self._held.append((until, pending, str(error), category))
+                    return
             self._fail(pending, str(error), category)
+
+    def _tell_failures(self, now: float) -> None:
+        """Settles those forward_backwards that failed and came long enough before `now`."""
+        due = [held for held in self._held if held[0] <= now]
+        if due:
+            self._held = deque(held for held in self._held if held[0] > now)
+        for _, pending, why, category in due:
+            self._fail(pending, why, category)
+
+    def knew_of_failure(self, pending: PendingRequest) -> bool:
+        """Whether the client had fetched the failure of its model's last failed forward_backward before it posted this
+        request, which then cannot be a part of the step that the failure ended."""
+        with self._lock:
+            queue = self._queues.get(pending.model_id)
+            return queue is not None and queue.failure is not None and pending.known_failure is queue.failure
 
     def _fail(self, pending: PendingRequest, why: str, category: Category = "user") -> None:
         self._settle(pending, RequestOutcome("failed", error=why, category=category))
@@ -437,29 +430,27 @@ class RequestScheduler:
             queue = self._queues.pop(model_id, None)
             if queue is None:
                 return
-            queue.closed, queue.info = why, None
+            self._ready.pop(model_id, None)
+            self._gaps.pop(model_id, None)
             if not forget:
-                self._queues[model_id] = queue  # to the end: the first closed ones are the oldest
-                closed = [name for name, one in self._queues.items() if one.closed]
-                for name in closed[: max(0, len(closed) - CLOSED_MODELS)]:
-                    del self._queues[name]
-            for pending in queue.clear():
+                self._gone[model_id] = (queue.owner, why)
+                if len(self._gone) > CLOSED_MODELS:
+                    self._gone.popitem(last=False)
+            for pending in [*queue.ready, *queue.out_of_order.values()]:
                 self._fail(pending, why)
 
-    def models(self) -> list[str]:
-        """The open models."""
+    def why_gone(self, model_id: str) -> str:
+        """Why a model is closed; "" when it is not, or was long ago."""
         with self._lock:
-            return [name for name, queue in self._queues.items() if not queue.closed]
+            return self._gone.get(model_id, ("", ""))[1]
 
     def close(self, why: str) -> None:
         """Accepts nothing more, and fails what waits."""
         with self._locked():
             self._closed = why
-            for queue in self._queues.values():
-                queue.clear()
-            for usage in self._owners.values():
-                usage.samples.clear()
-                usage.num_samples = 0
+            self._tell_failures(float("inf"))
+            for lists in (self._queues, self._ready, self._gaps, self._turns):
+                lists.clear()
             for pending in [one for one in self._requests.values() if not (one.running or one.settled)]:
                 self._fail(pending, why, "server")
             self._lock.notify_all()
@@ -476,12 +467,17 @@ class RequestScheduler:
         if isinstance(pending, PendingSample):
             pending.streamed, pending.readers, pending.answer = [], [], None
         pending.kept_bytes += _array_bytes(outcome.result)
-        usage = self._owners[pending.owner]
+        usage = self._clients[pending.client]
         usage.request_bytes -= pending.request_bytes
+        self._request_bytes -= pending.request_bytes
+        if not usage.request_bytes:
+            self._posting.discard(pending.client)
+        self._settled.append(pending)
         usage.settled[pending.request_id] = pending
         usage.kept_bytes += pending.kept_bytes
-        while sum(one.kept_bytes for one in self._owners.values()) > RESULT_BYTES:
-            most = max(self._owners.values(), key=lambda one: one.kept_bytes - pending.kept_bytes * (one is usage))
+        self._kept_bytes += pending.kept_bytes
+        while self._kept_bytes > RESULT_BYTES:
+            most = max(self._clients.values(), key=lambda one: one.kept_bytes - pending.kept_bytes * (one is usage))
             oldest = next(iter(most.settled.values()), pending)
             if oldest is pending:
                 return  # this one is all there is
@@ -492,17 +488,19 @@ class RequestScheduler:
         now = time.monotonic()
         while self._fetched and now - self._fetched[0].fetched >= FETCHED_SECONDS:
             self._remove(self._fetched.popleft())
-        for usage in self._owners.values():
-            while usage.settled and now - (oldest := next(iter(usage.settled.values()))).finished >= KEEP_SECONDS:
-                self._remove(oldest)
+        while self._settled and now - self._settled[0].finished >= KEEP_SECONDS:
+            self._remove(self._settled.popleft())
 
     def _remove(self, pending: PendingRequest) -> None:
         if self._requests.pop(pending.request_id, None) is None:
             return
         pending.outcome = RequestOutcome("unknown")  # lists may hold the request itself a little longer
-        usage = self._owners[pending.owner]
+        usage = self._clients[pending.client]
         del usage.settled[pending.request_id]
         usage.kept_bytes -= pending.kept_bytes
+        self._kept_bytes -= pending.kept_bytes
+        if not (usage.settled or usage.samples or usage.request_bytes):
+            del self._clients[pending.client]
         if pending.key is not None and self._by_key.get(pending.key) is pending:
             del self._by_key[pending.key]
 
@@ -519,15 +517,27 @@ def _makes_model(request: Request) -> bool:
     return isinstance(request, CreateModel) or (isinstance(request, LoadWeights) and request.model_id is None)
 
 
-def _place(request: Request) -> tuple[str, Key | None]:
-    """The model whose queue a request joins ("" = none) and the key that makes two posts the same request."""
+def _may_be_one_call(queue: ModelQueue, size: int) -> bool:
+    """Whether a request of so many bytes may be the next part of the call whose last part failed. Clients cut a call
+    only where it would exceed these limits."""
+    assert queue.failure is not None
+    return queue.failed_rows >= CHUNK_ROWS or queue.failure.request_bytes + size > CHUNK_BYTES
+
+
+def _place(request: Request) -> tuple[str, str, Key | None]:
+    """The model whose queue a request joins ("" = none), its session ("" = none), and the key that makes two posts the
+    same request."""
     if isinstance(request, SamplingRequest):
-        session = request.sampling_session_id
-        return "", None if session is None else ("sample", session, request.seq_id)
+        sampler = request.sampling_session_id
+        if sampler is None:
+            return "", "", None
+        return "", sampler.partition(":")[0], ("sample", sampler, request.seq_id)
     if isinstance(request, (CreateModel, LoadWeights)) and _makes_model(request):
         model_id = f"{request.session_id}:train:{request.model_seq_id}"
-        return model_id, ("create", model_id)
-    assert request.model_id is not None
+        return model_id, str(request.session_id), ("create", model_id)
+    known: Any = request
+    model_id = str(known.model_id)
+    session = model_id.partition(":")[0]
     if isinstance(request, UnloadModel):
-        return request.model_id, ("unload", request.model_id)
-    return request.model_id, None if request.seq_id is None else ("model", request.model_id, request.seq_id)
+        return model_id, session, ("unload", model_id)
+    return model_id, session, None if known.seq_id is None else ("model", model_id, known.seq_id)

@@ -43,6 +43,7 @@ from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
 
 log = logging.getLogger("skyrl.service")
 
+HOLD_SECONDS = 0.2  # see RequestScheduler
 TINY_NAMES = ("tiny", "skyrl/tiny")
 
 
@@ -83,12 +84,14 @@ def open_service(cfg: RunConfig) -> Service | None:
         failure.leave_signals_to_leader()  # it ends the job, after the work in hand
         serve_commands(world, context)
         return None
-    made: list[tuple[CheckpointService, ServerInfo]] = []
-    on_leader(world, lambda: made.append(_open_checkpoints(cfg, context.engine)))
-    checkpoints, info = made[0]
+    made: list[tuple[CheckpointService, ServerInfo, Keys]] = []
+    on_leader(world, lambda: made.append((*_open_checkpoints(cfg, context.engine), read_keys(cfg.service))))
+    checkpoints, info, keys = made[0]
     scheduler = RequestScheduler(
         gap_seconds=cfg.service.gap_seconds,
         max_queued_samples=cfg.service.max_queued_samples,
+        by_session=not keys.required,
+        hold_seconds=HOLD_SECONDS,
         futures=checkpoints.futures,
         explain_lost=checkpoints.explain_lost,
     )

@@ -32,14 +32,16 @@ from skyrl.service.messages import (
     UnloadModel,
 )
 from skyrl.service.models import OpenModels, TrainableModel
+from skyrl.service.pending import PendingRequest
 from skyrl.service.sampling import Sampling
-from skyrl.service.scheduler import PendingRequest, RequestScheduler
+from skyrl.service.scheduler import ENDED, RequestScheduler
 from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, to_rows
-from skyrl.types import Datum, Floats, LossSpec, UserError
+from skyrl.types import Datum, Floats, UserError
 
 log = logging.getLogger("skyrl.service")
 
 IDLE_SECONDS = 0.25  # so long a signal to stop may go unseen
+LOOK_SECONDS = 0.5  # between looks, in memory, at which sessions have ended
 TICK_SECONDS = 5.0
 SILENT_SECONDS = 120.0  # clients beat every 10: after this a session gives way when there is no room for a new model
 LONGEST_STRETCH = 2.0  # of sampling, after a training command that took long
@@ -66,7 +68,7 @@ class Worker:
             cfg, leader, scheduler, checkpoints, facts, Snapshots(leader, checkpoints, self.models.base_content)
         )
         self._stopping = ""
-        self._next_tick = 0.0
+        self._next_look, self._next_tick = 0.0, 0.0
         self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
         leader.context.has_pending_work = lambda: bool(self._stopping) or scheduler.has_pending_work()
 
@@ -99,28 +101,30 @@ class Worker:
         elif not batch:
             self.leader.idle()
             self.scheduler.wait(IDLE_SECONDS)
-        if time.monotonic() >= self._next_tick:
-            self._next_tick = time.monotonic() + TICK_SECONDS
-            self._tick()
-
-    def _tick(self) -> None:
-        """What has to happen now and then: silent sessions, expired checkpoints."""
-        self.check()
-        try:
-            self._close_ended(self.cfg.service.model_idle_seconds)
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._close_ended()
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_SECONDS
+            self.check()
             self.checkpoints.tidy()
-        except UserError as error:  # a full disk; nobody asked for anything, and the next tick tries again
-            log.warning("tidying up failed: %s", error)
 
-    def _close_ended(self, idle_seconds: float) -> None:
-        """Closes models and snapshots of sessions that were finished, or were silent for so long (0 = never)."""
-        snapshots = self.sampling.snapshots
-        sessions = self.models.sessions() | snapshots.sessions()
-        ended = self.checkpoints.store.live.ended(sessions, idle_seconds)
+    def _close_ended(self, silent_seconds: float = 0) -> None:
+        """Withdraws the samples of sessions that have ended, or were silent for so long (0 = however long), and closes
+        their models and snapshots."""
+        sessions = self.models.sessions() | self.sampling.sessions()
+        ended = self.checkpoints.store.live.ended(sessions, silent_seconds)
+        if not ended:
+            return
+        self.sampling.withdraw(lambda one: one.session in ended, ENDED)
         for model in self.models.of_sessions(ended):
-            self._close(model.model_id, "its session has ended")
+            try:
+                self._close(model.model_id, "its session has ended")
+            except UserError as error:  # a full disk: it is open as before, and the next look tries again
+                log.warning("%s stays open: %s", model.model_id, error)
         for session in ended:
-            snapshots.forget_session(session)
+            self.sampling.snapshots.forget_session(session)
 
     # ---- requests of models ----------------------------------------------------------------------------------------
 
@@ -174,10 +178,11 @@ class Worker:
     def _unload(self, pending: PendingRequest, request: UnloadModel) -> Result:
         self.models.get(request.model_id)
         self._close(request.model_id, "it was unloaded")
+        self.sampling.withdraw(lambda one: one.drawn_from == request.model_id, f"{request.model_id} was unloaded")
         return {"model_id": request.model_id, "type": "unload_model"}
 
     def _close(self, model_id: str, why: str) -> None:
-        self.models.drop(model_id)
+        self.models.drop(model_id)  # on record before anything is gone
         self.scheduler.closed(model_id, f"{model_id} is closed: {why}; create a model from its last checkpoint")
 
     def _train(self, batch: list[PendingRequest]) -> None:
@@ -186,46 +191,50 @@ class Worker:
         spec, forward_only = None, batch[0].request.forward_only
         for pending in batch:
             request = pending.request
-            with self._refusing(pending):
-                self.models.get(request.model_id)
+            with self._refusing_part(pending, forward_only):
+                model = self.models.get(request.model_id)
+                if not forward_only and not model.has_gradient and self.scheduler.knew_of_failure(pending):
+                    model.gradient_failed = False  # the client knows that the step before came to nothing: a new one
                 if request.problem:
                     raise RequestFailed(request.problem)
                 spec = loss_spec(request)
                 check_width(request, max_tokens_per_microbatch=self.cfg.batch.max_tokens_per_microbatch)
                 rows = to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
                 ready.append((pending, rows))
-        try:
-            if ready:
-                self._train_together(ready, spec, forward_only)
-        except UserError as error:
-            for pending, _ in ready:
-                self.scheduler.failed(pending, error)
-        for pending in batch:
-            if pending.outcome.state == "failed" and not forward_only:
-                self._drop_gradient(pending.model_id)
-
-    def _train_together(
-        self, ready: list[tuple[PendingRequest, list[Datum]]], spec: LossSpec, forward_only: bool
-    ) -> None:
+        if not ready:
+            return
+        assert spec is not None
         for pending, _ in ready:
             self.models.use(pending.model_id)
         model_id = ready[0][0].model_id if len(ready) == 1 else None
-        outputs = self._compute(ready, spec, forward_only, self.mix, model_id)
+        try:
+            outputs = self._compute(ready, spec, forward_only, self.mix, model_id)
+        except UserError as error:
+            for pending, _ in ready:
+                with self._refusing_part(pending, forward_only):
+                    raise error
+            return
         for (pending, rows), found in zip(ready, outputs, strict=True):
-            losses = np.array([loss for _, loss in found], dtype=np.float64)
-            if not np.isfinite(losses).all():
-                first = int(np.flatnonzero(~np.isfinite(losses))[0])
-                why = f"{pending.request.loss_fn}: the loss of datum {first} is not finite"
-                self.scheduler.failed(pending, RequestFailed(why))
-                continue
-            metrics = {
-                "loss:sum": float(losses.sum()),
-                "tokens:sum": float(sum(len(row.tokens) for row in rows)),
-                "trained_tokens:sum": float(sum((row.weights != 0).sum() for row in rows)),
-            }
-            self.models.get(pending.model_id).has_gradient |= not forward_only
-            logprobs = [one.astype(np.float32, copy=False) for one, _ in found]
-            self.scheduler.done(pending, TrainResult(logprobs, metrics))
+            with self._refusing_part(pending, forward_only):
+                result = _train_result(pending.request.loss_fn, rows, found)
+                self.models.get(pending.model_id).has_gradient |= not forward_only
+                self.scheduler.done(pending, result)
+
+    @contextmanager
+    def _refusing_part(self, pending: PendingRequest, forward_only: bool) -> Iterator[None]:
+        """As `_refusing`, for a part of a step: when it fails, nothing of that step may reach the weights, so what is
+        pending for its model is dropped, and its client is told that."""
+        try:
+            yield
+        except (RequestFailed, UserError) as error:
+            model = None if forward_only else self.models.find(pending.model_id)
+            if model is not None:
+                if model.has_gradient:
+                    more = f"{error}; the gradient of the forward_backward requests before it is dropped as well"
+                    error = RequestFailed(more, getattr(error, "category", "user"))
+                self.leader.call("clear_gradient", model.model_id)
+                model.has_gradient, model.gradient_failed = False, True
+            self.scheduler.failed(pending, error)
 
     def _compute(self, ready: list[tuple[PendingRequest, list[Datum]]], *args: Any) -> list[list[tuple[Floats, float]]]:
         """Rows to ranks and back: (log-probabilities, loss) of each row. Each request is laid out over the ranks by
@@ -240,15 +249,6 @@ class Worker:
         for part, (logprobs, losses) in zip(dealt, self.leader.call("train", *args, parts=parts), strict=True):
             found.update(zip(part, zip(logprobs, losses, strict=True), strict=True))
         return [[found[number, index] for index in range(len(rows))] for number, (_, rows) in enumerate(ready)]
-
-    def _drop_gradient(self, model_id: str) -> None:
-        """After a failed forward_backward nothing of that step may reach the weights."""
-        model = self.models.find(model_id)
-        if model is None:
-            return
-        if model.has_gradient or self.mix:
-            self.leader.call("clear_gradient", model_id)
-        model.has_gradient, model.gradient_failed = False, True
 
     def _optim_step(self, pending: PendingRequest, request: OptimStep) -> Result:
         model = self.models.get(request.model_id)
@@ -296,3 +296,23 @@ class Worker:
         ).sampler_id
         self.sampling.snapshots.publish(sampler_id, self.models.content(model, optimizer=False), model.model_id)
         return {"path": None, "sampling_session_id": sampler_id}
+
+
+def _train_result(loss: str, rows: list[Datum], found: list[tuple[Floats, float]]) -> TrainResult:
+    """The answer about rows, from (log-probabilities, loss) of each. Raises RequestFailed for what is not finite."""
+    logprobs = [one.astype(np.float32, copy=False) for one, _ in found]
+    for number, (own, (_, value)) in enumerate(zip(logprobs, found, strict=True)):
+        if not np.isfinite(value):
+            raise RequestFailed(f"{loss}: the loss of datum {number} is not finite")
+        if not np.isfinite(own).all():
+            first = int(np.flatnonzero(~np.isfinite(own).reshape(len(own), -1).all(1))[0])
+            raise RequestFailed(
+                f"{loss}: datum {number}: the log-probability of token {first} is not finite: the model's weights went "
+                "astray; go on from a checkpoint before"
+            )
+    metrics = {
+        "loss:sum": float(sum(value for _, value in found)),
+        "tokens:sum": float(sum(len(row.tokens) for row in rows)),
+        "trained_tokens:sum": float(sum((row.weights != 0).sum() for row in rows)),
+    }
+    return TrainResult(logprobs, metrics)

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from skyrl.distributed.init import World
-from skyrl.strategies.adam import check_finite, clip, set_options, square_sum
+from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
 from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.types import AdamParams, Metrics
 
@@ -117,13 +117,22 @@ class FSDPStrategy:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         shards = [p.grad.to_local() for p in params]
-        total = torch.stack([square_sum(g) for g in shards]).sum().reshape(1)
-        dist.all_reduce(total)
-        norm = float((total / self._copies).sqrt())  # every copy has added the same squares
-        check_finite(norm)
-        clip(shards, norm, adam)
-        set_options(self._optimizer, adam)
-        self._optimizer.step()
+        states = [self._optimizer.state[p] for p in params]
+        local = [[p.detach().to_local() for p in params], *([s[key].to_local() for s in states] for key in MOMENTS)]
+        # The sum of the squares is above the square of the largest: one collective gives the norm and all bounds.
+        totals = torch.stack([torch.stack([square_sum(g) for g in shards]).sum(), *(largest(t) ** 2 for t in local)])
+        dist.all_reduce(totals)
+        totals[0] /= self._copies  # every copy has added the same squares
+        norm, *bounds = totals.sqrt().tolist()
+        measures = [norm, float(states[0]["step"]) + 1, *bounds]
+        weights, *moments = local
+        state = [t for part in moments for t in part]
+
+        def is_finite() -> bool:
+            return all_finite([*(t.to(self._dtype) for t in weights), *state], totals.device)
+
+        tensors = [*weights, *state, *(s["step"] for s in states)]
+        checked_step(self._optimizer, adam, shards, measures, tensors, is_finite)
         self._optimizer.zero_grad(set_to_none=True)
         return {"grad_norm:mean": norm}
 

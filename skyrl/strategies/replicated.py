@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from skyrl.distributed.init import World
-from skyrl.strategies.adam import check_finite, clip, set_options, square_sum
+from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
 from skyrl.types import AdamParams, Metrics
 
 _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that vector kernels like
@@ -91,15 +91,26 @@ class ReplicatedStrategy:
         assert self._optimizer is not None
         if self.world.dp_size > 1:
             dist.all_reduce(self._grad)
-        norm = float(square_sum(self._grad).sqrt())
-        check_finite(norm)
-        clip([self._grad], norm, adam)
-        set_options(self._optimizer, adam)
-        self._optimizer.step()
+        state = self._optimizer.state[self._master]
+        sizes = [largest([one]) for one in (self._master.detach(), *(state[key] for key in MOMENTS))]
+        measures = torch.stack([square_sum(self._grad).sqrt(), state["step"].double() + 1, *sizes]).tolist()
+        tensors = [self._master.data, *state.values()]
+        checked_step(self._optimizer, adam, [self._grad], measures, tensors, self._is_finite)
         self._grad.zero_()
         if self._master.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(self._master.detach())
-        return {"grad_norm:mean": norm}
+        return {"grad_norm:mean": measures[0]}
+
+    def _is_finite(self) -> bool:
+        """Whether the weights, also when rounded, and the moments are finite; 0 is put between the views, where eps=0
+        makes NaN of nothing."""
+        assert self._optimizer is not None
+        state = self._optimizer.state[self._master]
+        flats = (self._master.detach().to(self.flat.dtype), *(state[key] for key in MOMENTS))
+        fine = all_finite(self._view(flat, n, p) for flat in flats for n, p in self._named)
+        if fine:
+            self._master.data.nan_to_num_(nan=0.0)
+        return fine
 
     def clear_gradient(self) -> None:
         """Drops what is pending."""

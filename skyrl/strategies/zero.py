@@ -27,19 +27,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from skyrl.distributed.init import World
 from skyrl.models.packed import PADDING_ROW, collate, loss_dtype
-from skyrl.strategies.adam import set_options
+from skyrl.strategies.adam import (
+    MOMENTS,
+    all_finite,
+    check_factors,
+    largest,
+    set_options,
+    surely_finite,
+    update_not_finite,
+)
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.fsdp import copy_buffers, make_mesh
 from skyrl.types import AdamParams, ForwardOutput, Metrics, Microbatch, RunError, UserError
 
 _GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
 _BUCKET_ELEMENTS = 50_000_000  # reduced or gathered at a time: 200 MB in float32
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroStrategy:
@@ -71,10 +79,12 @@ class ZeroStrategy:
         self._stage, self._build, self._dtype, self._model = stage, build, dtype, model
         self._mesh = make_mesh(world)
         self._pending = 0
-        self._clip = 0.0
+        self._given = AdamParams(lr=0.0)  # of the step under way
+        self._sizes: list[float] = []
+        self._kept: tuple[dict[Any, Tensor], dict[Any, dict[str, Tensor]]] | None = None
         self._engine, self._adam = _prepare(stage, model, world, dtype=dtype, offload=offload)
         self._named = [(name, p) for name, p in model.named_parameters()]
-        self._adam.register_step_pre_hook(self._clip_gradient)
+        self._adam.register_step_pre_hook(self._before_adam)
         self.module = _Front(self._engine, model)
         # The zero-sized step makes moments, so that a checkpoint always has the same tensors; it counts as none.
         self._step_of_size_zero()
@@ -91,8 +101,10 @@ class ZeroStrategy:
         """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
         if self._pending == 0:
             self._backward_of_zero()
+        check_factors(adam, self._number())
         set_options(self._adam, adam)
-        self._clip = adam.grad_clip_norm
+        self._given, self._kept = adam, None
+        self._sizes = self._bounds()
         self._pending = 0
         self._engine.step()
         if not self._engine.was_step_applied():
@@ -100,7 +112,43 @@ class ZeroStrategy:
                 "the gradient is not finite; no weight was changed; lower the learning rate, or go on from a "
                 "checkpoint before"
             )
+        states = self._adam.state.items()
+        weights_and_moments = (
+            t for p, state in states for t in (p.to(self._dtype), state[MOMENTS[0]], state[MOMENTS[1]])
+        )
+        if self._kept is not None and not all_finite(weights_and_moments, self.world.device):
+            self._undo(*self._kept)
+            raise update_not_finite(adam)
         return {"grad_norm:mean": self._norm()}
+
+    def _number(self) -> float:
+        """Of the step that comes next: 1, 2, ..."""
+        return 1.0 + max((float(state["step"]) for state in self._adam.state.values()), default=0.0)
+
+    def _bounds(self) -> list[float]:
+        """Bounds on the absolute values of masters and moments, over all ranks."""
+        states = self._adam.state.values()
+        parts = [[p.detach() for p in self._adam.state], *([state[key] for state in states] for key in MOMENTS)]
+        if not self._adam.state:  # before the first step there are no moments
+            return [float("inf")] * 3
+        sizes = torch.stack([largest(part) for part in parts]).to(self.world.device)
+        dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
+        return sizes.tolist()
+
+    def _undo(self, masters: dict[Any, Tensor], moments: dict[Any, dict[str, Tensor]]) -> None:
+        """Takes a step back: masters, then, by a step of size zero, the weights that are made of them, then moments.
+        That step needs a backward pass, so what is not finite goes out of the weights first."""
+        with torch.no_grad():
+            weight: Any
+            for _, weight in self._named:
+                weight.data.zero_()
+                if self._stage == 3:  # where only this rank's part is kept, or that beside the whole
+                    weight.ds_tensor.zero_()
+            for p, kept in masters.items():
+                p.copy_(kept)
+            self._put_back(moments)
+            self._step_of_size_zero()
+            self._put_back(moments)
 
     def clear_gradient(self) -> None:
         """Drops what is pending, by a step of size zero whose moments are taken back; collective."""
@@ -125,13 +173,21 @@ class ZeroStrategy:
         # set by `step` before AdamW runs; the engine's own accessor has it only afterwards
         return float(self._engine.optimizer._global_grad_norm)
 
-    def _clip_gradient(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        norm = self._norm()
-        if self._clip > 0 and norm > self._clip:
+    def _before_adam(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Clips, and keeps masters and moments when the step may have to be taken back. zero3 comes here once for each
+        of its groups of parameters; nothing has changed when it comes for the first."""
+        norm, limit = self._norm(), self._given.grad_clip_norm
+        if (
+            self._kept is None
+            and self._adam.state
+            and not surely_finite(self._given, norm, self._number(), self._sizes)
+        ):
+            self._kept = {p: p.detach().clone() for p in self._adam.state}, self._moments()
+        if limit > 0 and norm > limit:
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        p.grad.mul_(self._clip / norm)
+                        p.grad.mul_(limit / norm)
 
     def _backward_of_zero(self) -> None:
         """A gradient of zero by DeepSpeed's own way of making one: it has no way to step without a backward."""
@@ -200,7 +256,7 @@ class ZeroStrategy:
 
         out: dict[str, Any] = {"weights": {n: self._rows(safe_get_full_fp32_param(p)) for n, p in self._named}}
         if optimizer:
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 out[key] = {n: self._rows(safe_get_full_optimizer_state(p, key)) for n, p in self._named}
             out["step"] = next(iter(self._adam.state.values()))["step"].detach().cpu().clone()
         return out
@@ -226,7 +282,7 @@ class ZeroStrategy:
             self._step_of_size_zero()
             self._put_back(kept)
             if optimizer:
-                for key in _MOMENTS:
+                for key in MOMENTS:
                     for name, p in self._named:
                         self._set(p, _full(state[key][name]), key)
                 self._set_step_count(state["step"])

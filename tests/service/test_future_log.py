@@ -28,6 +28,7 @@ CREATE = create_model("s-1", 0, "tiny", 4)
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path / "s.db")
+    store.live.add([("s-1", "o", store.micros())])
     yield store
     store.close()
 

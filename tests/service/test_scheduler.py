@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from requests_made import create_model, optim_step, sampling_request
 
+from skyrl.service import scheduler as schedulers
 from skyrl.service.messages import (
     RequestFailed,
     TooManyRequests,
@@ -156,7 +157,7 @@ def test_unknown_and_closed_models_fail_through_the_future():
     scheduler.submit(UnloadModel(model_id=model), owner="a")
     scheduler.closed(model, "closed: test")
     assert woken.is_set() and scheduler.outcome(held.request_id, owner="a").error == "closed: test"
-    assert scheduler.models() == []
+    assert scheduler.why_gone(model) == "closed: test"
 
 
 def test_when_done_calls_once_now_or_later():
@@ -198,3 +199,96 @@ def test_waiting_ends_with_work_and_closing_ends_everything():
     assert scheduler.outcome(accepted.request_id, owner="a").error == "the server stops"
     with pytest.raises(TooManyRequests, match="the server stops"):
         scheduler.submit(sample(2), owner="a")
+
+
+def failing(scheduler, model, seq, rows=1, tokens=3):
+    """A forward_backward that has failed."""
+    datum = WireDatum(np.arange(tokens), {"target_tokens": np.arange(tokens)})
+    accepted = scheduler.submit(TrainRequest(model, seq, [datum] * rows, "cross_entropy", {}, False), owner="a")
+    (pending,) = scheduler.take_training(batch_key, 10**9)
+    scheduler.failed(pending, RequestFailed("no"))
+    return accepted
+
+
+@pytest.mark.parametrize(
+    ("fetched", "rows", "tokens", "knew"),
+    [
+        (True, 1, 3, True),
+        (False, 1, 3, False),
+        (True, 1023, 3, True),
+        (True, 1024, 3, False),
+        (True, 1, 400_000, False),
+    ],
+)
+def test_whoever_fetched_a_failure_knew_of_it_unless_it_may_be_a_part_of_the_same_call(fetched, rows, tokens, knew):
+    scheduler = RequestScheduler()
+    model = make_model(scheduler)
+    accepted = failing(scheduler, model, 1, rows, tokens)
+    if fetched:
+        scheduler.outcome(accepted.request_id, owner="a")
+    scheduler.submit(train(model, 2), owner="a")
+    (pending,) = scheduler.take_training(batch_key, 10**6)
+    assert scheduler.knew_of_failure(pending) is knew
+
+
+def test_what_is_known_is_the_last_failure_and_nothing_else():
+    scheduler = RequestScheduler()
+    model = make_model(scheduler)
+    assert scheduler.outcome(failing(scheduler, model, 1).request_id, owner="a").error == "no"
+    for seq in (2, 3, 4):
+        scheduler.submit(train(model, seq), owner="a")
+    pending = [scheduler.take_training(batch_key, 10**6)[0] for _ in range(3)]
+    assert all(scheduler.knew_of_failure(one) for one in pending)
+    scheduler.failed(pending[0], RequestFailed("again"))  # 3 and 4 were queued behind it
+    assert not any(scheduler.knew_of_failure(one) for one in pending[1:])
+
+
+def test_a_failure_is_told_a_moment_after_its_request_came():
+    """So that what the program has posted behind it counts as queued, however fast its library fetches the failure."""
+    scheduler = RequestScheduler(hold_seconds=0.2)
+    model = make_model(scheduler)
+    accepted, told = failing(scheduler, model, 1), threading.Event()
+    scheduler.when_done(accepted.request_id, told.set)
+    assert scheduler.outcome(accepted.request_id, owner="a").state == "pending"
+    scheduler.submit(train(model, 2), owner="a")
+    (pending,) = scheduler.take_training(batch_key, 10**6)
+    assert not scheduler.knew_of_failure(pending) and not told.is_set()
+    while not told.is_set():
+        scheduler.wait(1.0)
+        scheduler.take_training(batch_key, 10**6)
+    assert 0.2 <= time.monotonic() - accepted.arrived < 2
+    last = failing(scheduler, model, 3)
+    scheduler.close("the server stops")
+    assert scheduler.outcome(last.request_id, owner="a").error == "no"
+
+
+def test_without_keys_sessions_share():
+    scheduler = RequestScheduler(max_queued_samples=4, by_session=True)
+    for seq in range(4):
+        scheduler.submit(sample(seq, "s:sample:0"), owner="local")
+    with pytest.raises(TooManyRequests, match="4 samples are waiting, at most 4 may"):
+        scheduler.submit(sample(4, "s:sample:1"), owner="local")
+    for name in "tu":
+        scheduler.submit(sample(0, f"{name}:sample:0"), owner="local")
+    assert [pending.session for pending in scheduler.take_samples(100)] == ["s", "t", "u", "s", "s", "s"]
+
+
+def test_what_was_done_for_very_many_sessions_is_forgotten_with_them(monkeypatch):
+    monkeypatch.setattr(schedulers, "KEEP_SECONDS", 0.0)
+    scheduler = RequestScheduler(by_session=True)
+    for number in range(50):
+        scheduler.submit(sample(0, f"{number}:sample:0"), owner="local")
+        (pending,) = scheduler.take_samples(9)
+        scheduler.done(pending, {})
+    assert len(scheduler._clients) == len(scheduler._requests) == 1 and scheduler._request_bytes == 0
+
+
+def test_samples_that_wait_are_withdrawn_together():
+    scheduler = RequestScheduler()
+    kept, gone = (scheduler.submit(sample(0, f"{name}:sample:0"), owner="a") for name in "st")
+    assert scheduler.sampling_sessions() == {"s", "t"}
+    scheduler.withdraw(lambda one: one.session == "t", "it has ended")
+    assert scheduler.outcome(gone.request_id, owner="a").error == "it has ended"
+    assert scheduler.outcome(kept.request_id, owner="a").state == "pending"
+    assert [one.request_id for one in scheduler.take_samples(9)] == [kept.request_id]
+    assert not scheduler.has_pending_work()

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,13 @@ def failure_body(strategy):
     rows[7].advantages[rows[7].weights != 0] = np.nan  # dealt to rank 1 of 2 only
     errors = [refused(lambda: engine.forward_backward(dealt(rows, engine), SPEC))]
     errors.append(refused(lambda: engine.optim_step("policy", ADAM)))
+    engine.clear_gradient("policy")
+    before = engine.model_state("policy")
+    errors.append(refused(lambda: engine.optim_step("policy", replace(ADAM, eps=0.0))))  # 0 / 0 everywhere
+    moments = [kind for kind in before if kind != "step"]
+    state = engine.model_state("policy")
+    same = all(torch.equal(state[kind][name], before[kind][name]) for kind in moments for name in before[kind])
+    errors.append("" if same and state["step"] == before["step"] == 0 else "something has changed")
     after = weights_of(engine)
     return errors, distance(after, start) if start else 0.0
 
@@ -166,6 +174,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(strategy):
             "RunError: the loss is not finite in the micro-batch of rows row7; nothing was learned"
         )
         assert "gradient is not finite" in errors[1] and moved == 0.0
+        assert errors[2].startswith("RunError: the update is not finite (lr=0.001, eps=0") and errors[3] == ""
 
 
 def replicas_body():

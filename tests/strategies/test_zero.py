@@ -1,6 +1,7 @@
 """DeepSpeed under the engine's meaning of a step: sums, pending gradients, refusals, copies, several models."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,7 +105,16 @@ def not_finite(fresh):
     texts = [refused(lambda: engine.forward_backward(dealt(rows, engine), SPEC))]
     texts.append(refused(lambda: engine.optim_step("policy", ADAM)))
     after = weights_of(engine)
-    return texts, distance(after, before) if before else 0.0
+    moved = distance(after, before) if before else 0.0
+    engine = fresh()
+    before, rows = weights_of(engine), dealt(make_rows(), engine)
+    scores = engine.score(rows, 1.0).logprobs
+    texts.append(refused(lambda: engine.optim_step("policy", replace(ADAM, eps=0.0))))  # 0 / 0 everywhere
+    same = all(map(np.array_equal, engine.score(rows, 1.0).logprobs, scores))
+    after = weights_of(engine)
+    moved += distance(after, before) if before else 0.0
+    train(engine, 0, 1)  # it goes on
+    return texts, moved if same else 1.0
 
 
 def own(tensor):
@@ -242,6 +252,7 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_any_weight_change
             texts[0].startswith("RunError: the loss is not finite in the micro-batch of rows ") and "row7" in texts[0]
         )
         assert texts[1].startswith("RunError: the gradient is not finite") and moved == 0.0
+        assert texts[2].startswith("RunError: the update is not finite (lr=0.001, eps=0") and "eps above 0" in texts[2]
 
 
 @pytest.mark.parametrize("kind", STAGES)
