@@ -11,12 +11,12 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 
 # Lines of all files of skyrl/, and of each folder with what is below it: what one person can read. Where a folder is
 # above FOLDER_LINES, its ceiling of today stands here; lower it with every commit that shortens it.
-TOTAL_LINES = 31_800  # of a session under way; set to what it is at its end
+TOTAL_LINES = 31_615
 FOLDER_LINES = 3_000
-LARGER_FOLDERS = {"service": 8_100}
+LARGER_FOLDERS = {"service": 7_930}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
-FULLER_FOLDERS = {"skyrl/service": 23}
+FULLER_FOLDERS = {"skyrl/service": 22}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
 TWICE = {"Row"}
