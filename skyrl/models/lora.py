@@ -118,7 +118,8 @@ class Adapter(nn.Module):
                 inputs, outputs = sizes(linear)
                 generator = generator_of(f"lora/{spec.seed}/{path}")
                 a = torch.rand(spec.rank, inputs, generator=generator) * 2 - 1
-                a, b = a / math.sqrt(inputs), torch.zeros(outputs, spec.rank)  # kaiming_uniform with a = sqrt(5)
+                bound = 1.0 / math.sqrt(inputs)  # kaiming_uniform with a = sqrt(5)
+                a, b = a * bound, torch.zeros(outputs, spec.rank)  # a product: a quotient rounds otherwise
             holder.A, holder.B = (nn.Parameter(t.detach().to(device, dtype, copy=True)) for t in (a, b))
             self.pairs[path] = (holder.A, holder.B)
 
