@@ -251,8 +251,9 @@ class Model:
                 return
             config, written, heads = merge_adapter(state, weights, lora, net)
             more = partial(write_adapter, weights=written, spec=lora, base=source.path, heads=heads)
-            write_more = lambda part: more(part / "adapter")  # noqa: E731
-            export_model(state, config, tokenizer, folder, dtype, source=source, more=write_more)
+            export_model(
+                state, config, tokenizer, folder, dtype, source=source, more=lambda part: more(part / "adapter")
+            )
 
         on_leader(self.world, write)
 

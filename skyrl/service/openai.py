@@ -189,10 +189,9 @@ class CompletionBody(GenerateBody, operation="completions"):
 def _prompt(value: Any, chat: Chat) -> Ints:
     if isinstance(value, str) and len(value) <= MAX_TEXT:
         try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError("completions: prompt; allowed: text that is valid Unicode") from None
-        return chat.start(value)
+            return chat.start(value)
+        except UserError as error:
+            raise UserError(f"completions: prompt: {error}") from error
     if not isinstance(value, list) or not all(type(one) is int and 0 <= one <= INT32_MAX for one in value):
         raise UserError("completions: prompt; allowed: text, or a list of token ids")
     return np.asarray(value, np.int64)
@@ -336,19 +335,19 @@ class Writer:
             reason = "length" if self.limit == 0 else sequence.stop_reason
             choice: dict[str, Any] = {"index": index, "finish_reason": reason}
             if self.is_chat:
-                choice["message"] = {"role": "assistant", "content": self._content(sequence)}
+                choice["message"] = {"role": "assistant", "content": self._content(number, sequence)}
                 choice["logprobs"] = {"content": list(map(_chat_token, tokens))} if tokens else None
             else:
-                choice["text"] = self._before(number) + ("" if self.limit == 0 else self._content(sequence))
+                choice["text"] = self._before(number) + ("" if self.limit == 0 else self._content(number, sequence))
                 choice["logprobs"] = self._table(tokens) if self.top is not None else None
             yield choice
 
     def _before(self, number: int) -> str:
         return self.chat.decode(self.queries[number].prompt.tolist()) if self.echo else ""
 
-    def _content(self, sequence: SampledSequence) -> str:
+    def _content(self, number: int, sequence: SampledSequence) -> str:
         """The text as rewards read it, and before the stop string that ended it (asample keeps those)."""
-        text = self.chat.read(sequence.tokens.tolist())
+        text = self.chat.read(sequence.tokens.tolist(), int(self.queries[number].prompt[-1]))
         return before_stop(text, self.body.stop) if sequence.stop_reason == "stop" else text
 
     def _tokens(self, number: int, result: SampleResult, sequence: SampledSequence) -> list[Token]:
@@ -380,9 +379,9 @@ class Writer:
     def begin(self) -> Iterator[dict[str, Any]]:
         """The first events: who speaks, for each sample of a chat."""
         for number in range(len(self.queries)):
-            before = self._before(number)
+            before, last = self._before(number), int(self.queries[number].prompt[-1])
             for index in range(number * self.body.n, (number + 1) * self.body.n):
-                self._growing[index] = GrowingText(self.chat.decode, self.body.stop, before)
+                self._growing[index] = GrowingText(partial(self.chat.decode, after=last), self.body.stop, before)
         for index in range(self.body.n if self.is_chat else 0):
             yield self._event([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
 

@@ -13,6 +13,7 @@ Nothing here knows a row of a file: who calls puts file:line before the text of 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from skyrl.types import Ints, Message, UserError
 
 _MARK = "<<<answer goes here>>>"
 _NEXT = "<<<the next message goes here>>>"
+KINDS = 4096  # structures of conversations of which is kept what the template leaves out
 TAIL = 32  # drawn tokens that are looked at for how what follows them is tokenised
 
 
@@ -70,7 +72,7 @@ class Chat:
         self.vocab_size = vocab_size
         self.decode: Decode = make_decode(tokenizer)
         self._between: dict[str, str] = {}
-        self._lost: dict[tuple[Any, ...], str] = {}  # structure of messages -> what the template leaves out of them
+        self._lost: dict[bytes, str] = {}  # digest of a structure and variables -> what the template leaves out
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -104,16 +106,22 @@ class Chat:
             continue_final = answer_next and bool(messages) and messages[-1]["role"] == "assistant"
         if continue_final and not messages[-1]["content"].strip():
             raise UserError("the last message is an assistant's and empty, so there is nothing to continue; remove it")
-        kind = structure(messages)
-        if kind not in self._lost:
-            self._lost[kind] = lost_message(messages, functools.partial(self._apply, False, False, variables))
-        if self._lost[kind]:
-            raise UserError(self._lost[kind])
+        if lost := self._lost_of(messages, variables):
+            raise UserError(lost)
         try:
             return self._apply(answer_next and not continue_final, continue_final, variables, messages)
         except Exception as error:  # templates refuse what they do not know with errors of their own
             words = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"the chat template refuses these messages: {words}") from error
+
+    def _lost_of(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """What the template leaves out of these messages (check.py), known for each structure and set of variables."""
+        kind = hashlib.sha256(repr((list(map(structure, messages)), sorted(variables.items()))).encode()).digest()
+        if kind not in self._lost:
+            if len(self._lost) >= KINDS:
+                self._lost.clear()
+            self._lost[kind] = lost_message(messages, functools.partial(self._apply, False, False, variables))
+        return self._lost[kind]
 
     def _apply(self, opening: bool, continued: bool, variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
         return self.tokenizer.apply_chat_template(

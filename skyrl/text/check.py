@@ -8,7 +8,9 @@ from typing import Any
 from skyrl.types import Message, UserError
 
 # Variables of templates that are said in other ways.
-TAKEN = set("messages add_generation_prompt continue_final_message tokenize raise_exception strftime_now".split())
+TAKEN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "bos_token", "eos_token"}
+TAKEN |= {"raise_exception", "strftime_now"}
+MAX_TRIED = 16  # kinds of messages without a text in one conversation
 Write = Callable[[Sequence[Message]], str]
 
 
@@ -41,46 +43,54 @@ def check_template_kwargs(template: Any, given: Iterable[str]) -> None:
         parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except TemplateSyntaxError:  # a tag of transformers' own; what is wrong with it is told where it is used
         return
-    known = (
-        meta.find_undeclared_variables(parsed) - TAKEN - {"raise_exception", "strftime_now", "bos_token", "eos_token"}
-    )
+    known = meta.find_undeclared_variables(parsed) - TAKEN
     if unknown := [name for name in given if name not in known]:
         reads = ", ".join(sorted(known)) or "none"
         raise UserError(f"chat.template_kwargs.{unknown[0]}: the chat template does not read it; it reads: {reads}")
 
 
-def structure(messages: Sequence[Message]) -> tuple[Any, ...]:
-    """What decides whether a template writes these messages: roles, which texts are blank, and further fields."""
-    return tuple((m["role"], not m["content"].strip(), *sorted(key for key in m if m[key])) for m in messages)
+def structure(message: Message) -> tuple[Any, ...]:
+    """What decides whether a template writes a message: its role, whether its text is blank, and further fields."""
+    return (message["role"], not message["content"].strip(), *sorted(key for key in message if message[key]))
 
 
 def lost_message(messages: Sequence[Message], write: Write) -> str:
     """What of `messages` is not in the text that `write` makes of them, and what to do; "" when all of it is.
 
     Each text is replaced by a word that occurs nowhere else, so only roles and fields decide (`structure`). A blank
-    message, and tool_calls, must make a difference to what is written.
+    message, and tool_calls, must make a difference to what is written; of many alike the first and the last are tried.
     """
     marked = [{**m, "content": f"MESSAGE{i}STANDSHERE"} if m["content"].strip() else m for i, m in enumerate(messages)]
     try:
         text = write(marked)
     except Exception:  # the template refuses these roles, or looks into the texts: the real ones decide then
         return ""
+    advice = "give it another role, or a template that knows it (model.chat_template)"
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for i, message in enumerate(messages):
-        place = f"message {i + 1} of {len(messages)} (role {message['role']!r})"
-        advice = "give it another role, or a template that knows it (model.chat_template)"
         if message["content"].strip() and f"MESSAGE{i}STANDSHERE" not in text:
-            return f"{place} is not written by the chat template, so no model would see it; {advice}"
-        if not message["content"].strip() and not message.get("tool_calls"):
-            if _equal(write, marked, text, [*marked[:i], *marked[i + 1 :]]):
-                return f"{place} is empty, and the chat template writes nothing for it; remove it"
-        if message.get("tool_calls"):
-            without = {key: value for key, value in marked[i].items() if key != "tool_calls"}
-            if _equal(write, marked, text, [*marked[:i], without, *marked[i + 1 :]]):
-                return f"the tool_calls of {place} are not written by the chat template; {advice}"
+            return f"{_place(messages, i)} is not written by the chat template, so no model would see it; {advice}"
+        if message.get("tool_calls") or not message["content"].strip():
+            alike.setdefault(structure(message), []).append(i)
+    if len(alike) > MAX_TRIED:  # each costs a text of its own
+        return f"{len(alike)} roles have messages without a text; remove these messages"
+    for i in sorted({i for places in alike.values() for i in (places[0], places[-1])}):
+        message, others = marked[i], [*marked[:i], *marked[i + 1 :]]
+        if not message.get("tool_calls"):
+            if _equal(write, text, others):
+                return f"{_place(messages, i)} is empty, and the chat template writes nothing for it; remove it"
+        else:
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
+            if _equal(write, text, [*marked[:i], without, *marked[i + 1 :]]):
+                return f"the tool_calls of {_place(messages, i)} are not written by the chat template; {advice}"
     return ""
 
 
-def _equal(write: Write, marked: Sequence[Message], text: str, others: Sequence[Message]) -> bool:
+def _place(messages: Sequence[Message], i: int) -> str:
+    return f"message {i + 1} of {len(messages)} (role {messages[i]['role']!r})"
+
+
+def _equal(write: Write, text: str, others: Sequence[Message]) -> bool:
     try:
         return bool(others) and write(others) == text
     except Exception:  # the template wants this message

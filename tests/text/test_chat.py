@@ -1,10 +1,13 @@
 """Conversations to ids: turns are closed once, rows end as the template ends a turn, rewards read what was drawn."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from small_tokenizers import KINDS, SPECIALS, characters
 
 from skyrl.text.chat import Chat
+from skyrl.text.stream import GrowingText
 from skyrl.text.tokenizer import encode
 from skyrl.types import UserError
 
@@ -170,3 +173,14 @@ def test_templates_that_refuse_or_drop():
     tokenizer.chat_template = "{{ messages[0]['content'] }}{{ ' think' if think else '' }}"
     assert Chat(tokenizer, template_kwargs={"think": True}).render(USER) == "7+5= think"
     assert Chat(tokenizer, template_kwargs={"think": True}).render(USER, think=False) == "7+5="
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_is_streamed_is_the_whole_one(kind):
+    """Also behind a special token, after which some tokenizers write a space that nobody wrote."""
+    chat = chat_of("end token", KINDS[kind])
+    last, drawn = int(chat.prompt(USER)[-1]), chat.answer(USER, "the sum is 42").tolist()
+    whole = chat.read(drawn, last)
+    growing = GrowingText(partial(chat.decode, after=last), ())
+    given = [growing.more([token]) for token in drawn[:-1]]
+    assert whole == "the sum is 42" and "".join(given) + growing.rest(whole) == whole

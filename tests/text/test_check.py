@@ -3,8 +3,8 @@
 import pytest
 
 from skyrl.config.schema import ModelConfig
-from skyrl.text.chat import Chat, load_chat
-from skyrl.text.check import check_template_kwargs
+from skyrl.text.chat import KINDS, Chat, load_chat
+from skyrl.text.check import check_template_kwargs, lost_message
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import UserError
 
@@ -129,3 +129,30 @@ def test_variables_reach_the_template_and_one_it_does_not_read_is_refused(tmp_pa
     for taken in ("messages", "add_generation_prompt"):
         with pytest.raises(UserError, match=f"chat.template_kwargs.{taken}: the chat template does not read it"):
             check_template_kwargs(THINKING, {taken: 1})
+
+
+def test_what_one_request_leaves_out_on_purpose_is_not_refused_to_others():
+    """The verdict is kept for a structure and the template's variables together, and not for ever more of them."""
+    chat = chat_of(
+        "{% for m in messages if not (hide and m.role == 'system') %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    messages = say(("s", "be kind"), HI)
+    with pytest.raises(UserError, match="role 'system'. is not written"):
+        chat.render(messages, hide=True)
+    assert chat.render(messages) == "[system]be kind[user]hi"
+    for number in range(KINDS + 10):
+        chat._lost_of(messages, {"hide": number})
+    assert len(chat._lost) <= KINDS
+
+
+def test_many_blank_messages_cost_few_texts():
+    texts = []
+
+    def write(messages):
+        texts.append(messages)
+        return " ".join(f"[{m['role']}]{m['content']}" for m in messages)
+
+    assert lost_message(say(*[("u", "")] * 2000), write) == "" and len(texts) <= 3
+    roles = say(*[(f"role {i}", "") for i in range(2000)])
+    assert lost_message(roles, write) == "2000 roles have messages without a text; remove these messages"
+    assert len(texts) <= 4
