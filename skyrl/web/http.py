@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import anyio
 import numpy as np
@@ -92,6 +93,13 @@ async def read_body(request: Request, *, max_bytes: int, limit: str, keep: bool 
     return bytes(body)
 
 
+class _Sender:
+    """What bounds the large bodies of one sender."""
+
+    def __init__(self) -> None:
+        self.room, self.turn = asyncio.Semaphore(LARGE_BODIES), asyncio.Lock()
+
+
 class BodyReader:
     """Reads and parses the bodies of all requests, so that a large one holds up nobody else.
 
@@ -101,7 +109,7 @@ class BodyReader:
 
     def __init__(self) -> None:
         self._threads = anyio.CapacityLimiter(PARSING_THREADS)
-        self._senders: dict[str, tuple[asyncio.Semaphore, asyncio.Lock]] = {}
+        self._senders: WeakValueDictionary[str, _Sender] = WeakValueDictionary()  # those with a body under way
 
     async def parse(
         self,
@@ -118,9 +126,9 @@ class BodyReader:
         UserError for what cannot be decompressed, and what `read` raises."""
         announced, encoding = request.headers.get("content-length", ""), request.headers.get("content-encoding", "")
         async with AsyncExitStack() as held:
-            room, turn = self._senders.setdefault(sender, (asyncio.Semaphore(LARGE_BODIES), asyncio.Lock()))
+            own = self._senders.setdefault(sender, _Sender())
             if not announced.isdigit() or int(announced) > SMALL_BYTES:
-                await held.enter_async_context(room)
+                await held.enter_async_context(own.room)
             body = await read_body(request, max_bytes=max_bytes, limit=limit)
 
             def parse() -> T:
@@ -128,7 +136,7 @@ class BodyReader:
 
             if size_of(body, encoding) <= SMALL_BYTES:
                 return parse() if quick else await in_thread(parse)
-            await held.enter_async_context(turn)
+            await held.enter_async_context(own.turn)
             return await to_thread.run_sync(parse, limiter=self._threads)
 
 
