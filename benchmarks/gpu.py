@@ -23,7 +23,7 @@ from skyrl.config.load import load_config
 from skyrl.distributed.init import init_distributed, shutdown
 from skyrl.engine import Engine, ModelSpec
 from skyrl.models.tiny import tiny_tokenizer
-from skyrl.planner.plan import make_plan, model_facts
+from skyrl.planner.plan import make_plan, model_sizes
 from skyrl.tracking.flops import ModelShape, causal_attended, peak_flops, train_flops
 from skyrl.types import AdamParams, Datum, LossSpec, SampleRequest, SamplingParams
 
@@ -77,7 +77,7 @@ def bandwidth() -> float:
     return 2 * source.numel() / best
 
 
-def decode(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float]:
+def decode(engine: Engine, args: argparse.Namespace, sizes) -> dict[str, float]:
     """Tokens per second over all requests, prefill included, and the bandwidth's limit for the same lengths."""
     rng = np.random.default_rng(0)
     low, high = args.lengths
@@ -98,8 +98,8 @@ def decode(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float]:
             seconds = sync() - start
         tokens = sum(len(sample.tokens) for sample in drawn)
         result[f"{name}_pass_tokens_per_second"] = tokens / seconds
-    weights = facts.num_parameters * 2
-    per_token = facts.cache_bytes_per_token("bfloat16")
+    weights = sizes.num_parameters * 2
+    per_token = sizes.cache_bytes_per_token("bfloat16")
     total = 0.0
     for step in range(int(outs.max())):
         running = outs > step
@@ -121,7 +121,7 @@ def decode(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float]:
     return result
 
 
-def training(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float]:
+def training(engine: Engine, args: argparse.Namespace, sizes) -> dict[str, float]:
     """Seconds and MFU of forward, backward and optimizer over 4 micro-batches of packed rows of 512 tokens, and the
     time from the end of an update to the first sampled token."""
     rng = np.random.default_rng(1)
@@ -153,7 +153,7 @@ def training(engine: Engine, args: argparse.Namespace, facts) -> dict[str, float
         while sampler.unfinished():
             sampler.step()
         first = sync() - start
-    shape = ModelShape(facts.matmul_parameters, facts.num_layers, facts.num_heads * facts.head_size)
+    shape = ModelShape(sizes.matmul_parameters, sizes.num_layers, sizes.num_heads * sizes.head_size)
     flops = train_flops(shape, len(rows) * length, causal_attended([length] * len(rows)))
     seconds = float(np.median(times[2:] or times))
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -189,13 +189,13 @@ def main() -> None:
             ]
         )
         world = init_distributed(cfg)
-        facts = model_facts(cfg)
-        plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
-        engine = Engine(cfg, world, dtype="bfloat16", strategy=plan.strategy, max_row_tokens=facts.max_positions)
+        sizes = model_sizes(cfg)
+        plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.device.type)
+        engine = Engine(cfg, world, dtype="bfloat16", strategy=plan.strategy, max_row_tokens=sizes.max_positions)
         engine.create("policy", ModelSpec())
-    figures = {"model": f"qwen3-{args.size} shape, random", "parameters": facts.num_parameters, "options": vars(args)}
-    figures["decode"] = decode(engine, args, facts)
-    figures["training"] = training(engine, args, facts)
+    figures = {"model": f"qwen3-{args.size} shape, random", "parameters": sizes.num_parameters, "options": vars(args)}
+    figures["decode"] = decode(engine, args, sizes)
+    figures["training"] = training(engine, args, sizes)
     if torch.cuda.is_available():
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     for part in ("decode", "training"):

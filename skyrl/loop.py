@@ -25,7 +25,7 @@ from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
-from skyrl.planner.plan import Plan, make_plan, model_facts
+from skyrl.planner.plan import Plan, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
 from skyrl.text.chat import Chat, chat_of
@@ -83,16 +83,16 @@ def open_run(cfg: RunConfig) -> Run:
     """
     assert not cfg.dry_run, "main.py has planned it"
     import_plugins(cfg.plugins)
-    facts = model_facts(cfg)
+    sizes = model_sizes(cfg)
     world = init_distributed(cfg)
-    plan = make_plan(cfg, world.size, model_facts=facts, device=world.device.type)
+    plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.device.type)
     deadline = agree(world, lambda: save_by(cfg.run))
     patience = cfg.env.timeout_seconds + ENV_SECONDS
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
     watch.start()
     try:
         chat = agree(world, lambda: chat_of(cfg))
-        chat.vocab_size = facts.vocab_size
+        chat.vocab_size = sizes.vocab_size
         *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens)
         folder = _claim_folder(cfg, world)
         watch.claim()
@@ -294,7 +294,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     cfg = from_dict(info.state["config"])
     cfg = replace(cfg, strategy=replace(cfg.strategy, name="single", device="cpu"))
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    plan = make_plan(cfg, 1, model_facts=model_facts(cfg), device="cpu")
+    plan = make_plan(cfg, 1, model_sizes=model_sizes(cfg), device="cpu")
     engine = Engine(cfg, world, dtype=plan.dtype, strategy="single", max_row_tokens=plan.max_row_tokens)
     create_policy(engine, trainable=False)
     check_base(fingerprint(engine, "base") if cfg.model.lora.rank else "", info, cfg)

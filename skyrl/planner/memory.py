@@ -26,7 +26,7 @@ CPU_CACHE_LIMIT = GIB
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelSizes:
     """What the plan has to know about a model. `num_parameters` counts tied weights once; `matmul_parameters` are those
     that one token goes through: without an untied input embedding, and with the experts that it visits only."""
 
@@ -47,22 +47,22 @@ class ModelFacts:
         return 2 * self.num_layers * self.num_kv_heads * self.head_size * BYTES[dtype]
 
 
-def model_facts(cfg: RunConfig) -> ModelFacts:
-    """Facts about model.path: by formula for tiny, else from its config and a model built on the meta device.
+def model_sizes(cfg: RunConfig) -> ModelSizes:
+    """Sizes of model.path: by formula for tiny, else from its config and a model built on the meta device.
 
     Raises UserError when there is no such model. Reads no weights; a hub name needs the hub, or its cache.
     """
-    return tiny_facts(cfg.model.tiny) if cfg.model.path == "tiny" else _facts_of(cfg)
+    return tiny_sizes(cfg.model.tiny) if cfg.model.path == "tiny" else _sizes_of(cfg)
 
 
-def tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
+def tiny_sizes(tiny: TinyModelConfig) -> ModelSizes:
     """The Qwen3 that model.path=tiny builds: tied embeddings, no biases, norms on queries and keys."""
     hidden, head = tiny.hidden_size, tiny.hidden_size // tiny.num_heads
     vocab = tiny.vocab_size or len(TINY_VOCABULARY)
     attention = 2 * hidden * head * (tiny.num_heads + tiny.num_kv_heads)
     layer = attention + 3 * hidden * tiny.ffn_size + 2 * hidden + 2 * head
     parameters = vocab * hidden + tiny.num_layers * layer + hidden
-    return ModelFacts(
+    return ModelSizes(
         name="tiny",
         num_parameters=parameters,
         matmul_parameters=parameters,
@@ -77,7 +77,7 @@ def tiny_facts(tiny: TinyModelConfig) -> ModelFacts:
     )
 
 
-def _facts_of(cfg: RunConfig) -> ModelFacts:
+def _sizes_of(cfg: RunConfig) -> ModelSizes:
     path, folder = cfg.model.path, Path(cfg.model.path)
     if not path:
         raise UserError("model.path: empty; give tiny, a folder in Hugging Face format or a hub name")
@@ -118,7 +118,7 @@ def _facts_of(cfg: RunConfig) -> ModelFacts:
     ffn = _first(text, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
     ffn = ffn or 4 * text.hidden_size
     active = getattr(text, "num_experts_per_tok", None) or 1
-    return ModelFacts(
+    return ModelSizes(
         name=text.model_type,
         num_parameters=sum(p.numel() for p in module.parameters()),
         matmul_parameters=_matmul_parameters(module, text),
@@ -151,21 +151,21 @@ def _matmul_parameters(module: Any, text: Any) -> int:
 
 
 def adapter_parameters(
-    facts: ModelFacts, rank: int, *, mlp: bool = True, attn: bool = True, unembed: bool = True
+    sizes: ModelSizes, rank: int, *, mlp: bool = True, attn: bool = True, unembed: bool = True
 ) -> int:
     """Numbers of one LoRA adapter on linear layers of these kinds: rank * (inputs + outputs) each; a gated MLP."""
-    queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
-    hidden, ffn = facts.hidden_size, facts.ffn_size
+    queries, keys = sizes.num_heads * sizes.head_size, sizes.num_kv_heads * sizes.head_size
+    hidden, ffn = sizes.hidden_size, sizes.ffn_size
     layer = (2 * (hidden + queries) + 2 * (hidden + keys)) * attn + 3 * (hidden + ffn) * mlp
-    return rank * (facts.num_layers * layer + (hidden + facts.vocab_size) * unembed)
+    return rank * (sizes.num_layers * layer + (hidden + sizes.vocab_size) * unembed)
 
 
-def trained_parameters(cfg: RunConfig, facts: ModelFacts) -> int:
+def trained_parameters(cfg: RunConfig, sizes: ModelSizes) -> int:
     """Numbers that the optimizer changes: all of the policy's, or with model.lora the adapter's."""
     lora = cfg.model.lora
     if not lora.rank:
-        return facts.num_parameters
-    return adapter_parameters(facts, lora.rank, mlp=lora.train_mlp, attn=lora.train_attn, unembed=lora.train_unembed)
+        return sizes.num_parameters
+    return adapter_parameters(sizes, lora.rank, mlp=lora.train_mlp, attn=lora.train_attn, unembed=lora.train_unembed)
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,18 @@ class MemoryEstimate:
         return self.peak - self.cache + self.least_cache
 
 
-def layer_values(facts: ModelFacts, *, half: bool) -> int:
+def layer_values(sizes: ModelSizes, *, half: bool) -> int:
     """Numbers that one decoder layer keeps of one token for its backward pass.
 
     Fitted to Qwen3, within 5 %: 7 hidden states, 4 states of all query and key/value heads (projected, normalised,
     rotated, attended), 4 of the FFN; with half-precision numbers the norms' float32 inputs besides.
     """
-    heads = facts.head_size * (facts.num_heads + facts.num_kv_heads)
-    return 7 * facts.hidden_size + 4 * heads + 4 * facts.ffn_size + (2 * facts.hidden_size + heads if half else 0)
+    heads = sizes.head_size * (sizes.num_heads + sizes.num_kv_heads)
+    return 7 * sizes.hidden_size + 4 * heads + 4 * sizes.ffn_size + (2 * sizes.hidden_size + heads if half else 0)
 
 
 def estimate(
-    cfg: RunConfig, facts: ModelFacts, *, world_size: int, dtype: str, strategy: str, device: str, row_tokens: int
+    cfg: RunConfig, sizes: ModelSizes, *, world_size: int, dtype: str, strategy: str, device: str, row_tokens: int
 ) -> MemoryEstimate:
     """Memory of one rank.
 
@@ -226,25 +226,25 @@ def estimate(
     has weights alone and is its own reference; the adapter is whole on every rank and never offloaded.
     """
     compute, master = BYTES[dtype], max(4, BYTES[dtype])
-    shares = _shares(cfg, facts, world_size, compute, master, strategy, device)
+    shares = _shares(cfg, sizes, world_size, compute, master, strategy, device)
     weights, masters, gradients, optimizer = shares
     # FSDP2 lays out what is frozen beside DeepSpeed.
     beside = "fsdp" if strategy.startswith("zero") else strategy
-    frozen = _shares(cfg, facts, world_size, compute, master, beside, device)[0]
+    frozen = _shares(cfg, sizes, world_size, compute, master, beside, device)[0]
     sharded = strategy in ("fsdp", "hsdp", "zero3")
     algorithm, lora, adapter = cfg.algorithm, cfg.model.lora, 0
     if lora.rank:
         weights, masters, gradients, optimizer, sharded = frozen, 0, 0, 0, beside in ("fsdp", "hsdp")
-        adapter = trained_parameters(cfg, facts) * ((compute if compute < master else 0) + 4 * master)
+        adapter = trained_parameters(cfg, sizes) * ((compute if compute < master else 0) + 4 * master)
     critic = weights + masters + gradients + optimizer if advantage_of(cfg).critic else 0
-    layer = layer_values(facts, half=compute < 4)
-    tokens = max(cfg.batch.max_tokens_per_microbatch, min(row_tokens, facts.max_positions))
+    layer = layer_values(sizes, half=compute < 4)
+    tokens = max(cfg.batch.max_tokens_per_microbatch, min(row_tokens, sizes.max_positions))
     if cfg.model.activation_checkpointing:
-        kept = facts.num_layers * facts.hidden_size + layer
+        kept = sizes.num_layers * sizes.hidden_size + layer
     else:
-        kept = facts.num_layers * layer
-    chunk = min(cfg.model.logits_chunk_tokens, tokens) * facts.vocab_size * 4 or LOGITS_CHUNK_BYTES
-    per_token = facts.cache_bytes_per_token(dtype)
+        kept = sizes.num_layers * layer
+    chunk = min(cfg.model.logits_chunk_tokens, tokens) * sizes.vocab_size * 4 or LOGITS_CHUNK_BYTES
+    per_token = sizes.cache_bytes_per_token(dtype)
     running = math.ceil(cfg.batch.prompts_per_step / world_size) * cfg.batch.samples_per_prompt
     running = min(running, cfg.sampler.max_running or (256 if device == "cuda" else 128))
     cache = running * row_tokens * per_token
@@ -262,14 +262,14 @@ def estimate(
         critic=critic,
         activations=tokens * kept * compute,
         logits=2 * chunk,  # the chunk and its gradient
-        gathered=facts.num_parameters * compute if sharded else 0,
+        gathered=sizes.num_parameters * compute if sharded else 0,
         cache=cache,
         least_cache=min(cache, row_tokens * per_token),
     )
 
 
 def _shares(
-    cfg: RunConfig, facts: ModelFacts, world_size: int, compute: int, master: int, strategy: str, device: str
+    cfg: RunConfig, sizes: ModelSizes, world_size: int, compute: int, master: int, strategy: str, device: str
 ) -> tuple[int, int, int, int]:
     """Bytes of weights, masters, gradients and optimizer state on the device of one rank.
 
@@ -277,7 +277,7 @@ def _shares(
     float32 too.
     """
     parts = cfg.strategy.shard_size if strategy == "hsdp" else world_size
-    whole, share = facts.num_parameters, math.ceil(facts.num_parameters / parts)
+    whole, share = sizes.num_parameters, math.ceil(sizes.num_parameters / parts)
     offload = cfg.strategy.offload if device == "cuda" else "none"
     if strategy in ("fsdp", "hsdp"):
         return (0, 0, 0, 0) if offload == "all" else (share * master, 0, share * master, 2 * share * master)
@@ -309,13 +309,13 @@ def available(device: str) -> tuple[int, str] | None:
     return total // ranks, f"the machine's memory, shared by {ranks} rank(s)"
 
 
-def check_fits(cfg: RunConfig, facts: ModelFacts, need: MemoryEstimate, device: str) -> None:
+def check_fits(cfg: RunConfig, sizes: ModelSizes, need: MemoryEstimate, device: str) -> None:
     """Raises UserError when not even the smallest cache makes this rank fit. No check for a device that is not here."""
     room = available(device)
     if room is None or need.least <= room[0]:
         return
     remedies = "fewer batch.max_tokens_per_microbatch, model.activation_checkpointing=true, strategy.name=fsdp over "
     raise UserError(
-        f"model.path={cfg.model.path}: {facts.num_parameters / 1e9:.2f}G parameters need about {need.least / GIB:.1f} "
+        f"model.path={cfg.model.path}: {sizes.num_parameters / 1e9:.2f}G parameters need about {need.least / GIB:.1f} "
         f"GiB on each rank, there are {room[0] / GIB:.1f} GiB ({room[1]}); try {remedies}more ranks, or a smaller model"
     )

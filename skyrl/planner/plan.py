@@ -16,18 +16,18 @@ from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunC
 from skyrl.planner.memory import (
     GIB,
     MemoryEstimate,
-    ModelFacts,
+    ModelSizes,
     available,
     check_fits,
     estimate,
-    model_facts,
+    model_sizes,
     trained_parameters,
 )
 from skyrl.text.chat import chat_of
 from skyrl.text.tokenizer import TINY_VOCABULARY
 from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
-__all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_facts"]
+__all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_sizes"]
 
 Due = Literal["rollouts", "replicas"]
 
@@ -36,7 +36,7 @@ Due = Literal["rollouts", "replicas"]
 class Plan:
     """What a run will do, in numbers. The same on every rank, whatever the rank.
 
-    `max_row_tokens` is 0 when neither the options nor model facts say it: then the model does.
+    `max_row_tokens` is 0 when neither the options nor model sizes say it: then the model does.
     """
 
     cfg: RunConfig
@@ -52,7 +52,7 @@ class Plan:
     needs_critic: bool
     sampling: SamplingParams
     eval_sampling: SamplingParams
-    facts: ModelFacts | None = None
+    sizes: ModelSizes | None = None
     memory: MemoryEstimate | None = None
 
     @property
@@ -149,11 +149,11 @@ def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int, wa
 
 
 def make_plan(
-    cfg: RunConfig, world_size: int, *, model_facts: ModelFacts | None = None, device: str | None = None
+    cfg: RunConfig, world_size: int, *, model_sizes: ModelSizes | None = None, device: str | None = None
 ) -> Plan:
     """The plan of `cfg` on `world_size` ranks. `device`: cpu or cuda; None = strategy.device, or what is here.
 
-    With model facts also the row limit and the memory estimate; then a model that does not fit in this machine is
+    With model sizes also the row limit and the memory estimate; then a model that does not fit in this machine is
     refused, unless run.world_size says that another machine is meant. Raises UserError for every broken rule.
     """
     validation.check(cfg)
@@ -168,22 +168,22 @@ def make_plan(
     if strategy == "auto":
         strategy = "single" if world_size == 1 else "ddp"
     row_tokens, memory = cfg.batch.max_row_tokens, None
-    if model_facts is not None:
-        if row_tokens > model_facts.max_positions:
+    if model_sizes is not None:
+        if row_tokens > model_sizes.max_positions:
             raise UserError(
-                f"batch.max_row_tokens={row_tokens}: the model has {model_facts.max_positions} positions; give at most "
+                f"batch.max_row_tokens={row_tokens}: the model has {model_sizes.max_positions} positions; give at most "
                 "that, or 0"
             )
-        row_tokens = row_tokens or model_facts.max_positions
+        row_tokens = row_tokens or model_sizes.max_positions
         if cfg.sampler.max_new_tokens >= row_tokens:
             raise UserError(
                 f"sampler.max_new_tokens={cfg.sampler.max_new_tokens}: leaves no room for a prompt in rows of "
                 f"{row_tokens} tokens; lower it"
             )
-        _check_against_model(cfg, model_facts, dtype)
+        _check_against_model(cfg, model_sizes, dtype)
         memory = estimate(
             cfg,
-            model_facts,
+            model_sizes,
             world_size=world_size,
             dtype=dtype,
             strategy=strategy,
@@ -191,7 +191,7 @@ def make_plan(
             row_tokens=_typical_row(cfg, row_tokens),
         )
         if not cfg.run.world_size:
-            check_fits(cfg, model_facts, memory, device)
+            check_fits(cfg, model_sizes, memory, device)
     batch, algorithm = cfg.batch, cfg.algorithm
     return Plan(
         cfg=cfg,
@@ -207,22 +207,22 @@ def make_plan(
         needs_critic=validation.advantage_of(cfg).critic,
         sampling=_sampling(cfg, cfg.sampler.temperature),
         eval_sampling=_sampling(cfg, cfg.eval.temperature),
-        facts=model_facts,
+        sizes=model_sizes,
         memory=memory,
     )
 
 
-def _check_against_model(cfg: RunConfig, facts: ModelFacts, dtype: str) -> None:
-    answer, given = (cfg.sampler.max_new_tokens + 1) * facts.cache_bytes_per_token(dtype), cfg.sampler.kv_cache_gib
+def _check_against_model(cfg: RunConfig, sizes: ModelSizes, dtype: str) -> None:
+    answer, given = (cfg.sampler.max_new_tokens + 1) * sizes.cache_bytes_per_token(dtype), cfg.sampler.kv_cache_gib
     if 0 < given * GIB < answer:
         raise UserError(
             f"sampler.kv_cache_gib={given:g}: one answer of sampler.max_new_tokens={cfg.sampler.max_new_tokens} takes "
             f"{answer / GIB:.3g}; raise it, or 0 for automatic"
         )
-    if outside := [token for token in cfg.sampler.stop_token_ids if token >= facts.vocab_size]:
+    if outside := [token for token in cfg.sampler.stop_token_ids if token >= sizes.vocab_size]:
         raise UserError(
             f"sampler.stop_token_ids={cfg.sampler.stop_token_ids}: {outside[0]} is never drawn, the model has "
-            f"{facts.vocab_size} tokens; remove it"
+            f"{sizes.vocab_size} tokens; remove it"
         )
     tiny = cfg.model.tiny.vocab_size
     if cfg.model.path == "tiny" and 0 < tiny < len(TINY_VOCABULARY) and cfg.model.tokenizer in ("", "tiny"):
@@ -234,7 +234,7 @@ def _check_against_model(cfg: RunConfig, facts: ModelFacts, dtype: str) -> None:
 def dry_run(cfg: RunConfig, world_size: int) -> Plan:
     """The plan, with everything checked that can be checked without building. Raises UserError."""
     make_plan(cfg, world_size)  # the rules first: a model may take a while to look at
-    return make_plan(cfg, world_size, model_facts=model_facts(cfg))
+    return make_plan(cfg, world_size, model_sizes=model_sizes(cfg))
 
 
 def _device(cfg: RunConfig) -> str:
@@ -297,8 +297,8 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
         ),
         ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn"),
     ]
-    if plan.facts is not None and plan.memory is not None:
-        lines += [*describe_turns(cfg), *_describe_memory(plan, plan.facts, plan.memory)]
+    if plan.sizes is not None and plan.memory is not None:
+        lines += [*describe_turns(cfg), *_describe_memory(plan, plan.sizes, plan.memory)]
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
@@ -324,26 +324,26 @@ def _layout(cfg: RunConfig, plan: Plan) -> str:
     )
 
 
-def _describe_adapter(plan: Plan, facts: ModelFacts) -> list[tuple[str, str]]:
+def _describe_adapter(plan: Plan, sizes: ModelSizes) -> list[tuple[str, str]]:
     lora = plan.cfg.model.lora
     if not lora.rank:
         return []
     parts = [("attention", lora.train_attn), ("feed-forward", lora.train_mlp), ("output", lora.train_unembed)]
     where = ", ".join(name for name, trained in parts if trained)
-    trained = trained_parameters(plan.cfg, facts)
-    share = 100 * trained / facts.num_parameters
+    trained = trained_parameters(plan.cfg, sizes)
+    share = 100 * trained / sizes.num_parameters
     text = f"rank {lora.rank}, alpha {lora.alpha:g} on {where}: {trained / 1e6:,.2f}M parameters ({share:.2g} %) learn"
     return [("lora", text)]
 
 
-def _describe_memory(plan: Plan, facts: ModelFacts, memory: MemoryEstimate) -> list[tuple[str, str]]:
+def _describe_memory(plan: Plan, sizes: ModelSizes, memory: MemoryEstimate) -> list[tuple[str, str]]:
     lines = [
         (
             "model",
-            f"{facts.name}, {facts.num_parameters / 1e6:,.1f}M parameters, {facts.num_layers} layers, hidden "
-            f"{facts.hidden_size}, vocabulary {facts.vocab_size}",
+            f"{sizes.name}, {sizes.num_parameters / 1e6:,.1f}M parameters, {sizes.num_layers} layers, hidden "
+            f"{sizes.hidden_size}, vocabulary {sizes.vocab_size}",
         ),
-        *_describe_adapter(plan, facts),
+        *_describe_adapter(plan, sizes),
         ("memory", "estimate for one rank, GiB"),
     ]
     names = "weights masters gradients optimizer adapter reference critic activations logits gathered cache".split()

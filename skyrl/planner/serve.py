@@ -6,7 +6,7 @@ import dataclasses
 
 from skyrl.config.load import TYPICAL_ROW
 from skyrl.config.schema import RunConfig
-from skyrl.planner.memory import GIB, adapter_parameters, available, estimate, model_facts
+from skyrl.planner.memory import GIB, adapter_parameters, available, estimate, model_sizes
 from skyrl.planner.plan import describe_turns, make_plan
 from skyrl.types import UserError
 
@@ -14,14 +14,14 @@ from skyrl.types import UserError
 def dry_run_text(cfg: RunConfig, world_size: int) -> str:
     """Checks everything that can be checked without building, and returns the plan as text. Raises UserError."""
     size = cfg.run.world_size or world_size
-    plan, facts = make_plan(cfg, size), model_facts(cfg)
-    limit = cfg.batch.max_row_tokens or facts.max_positions
-    if limit > facts.max_positions:
+    plan, sizes = make_plan(cfg, size), model_sizes(cfg)
+    limit = cfg.batch.max_row_tokens or sizes.max_positions
+    if limit > sizes.max_positions:
         raise UserError(
-            f"batch.max_row_tokens={limit}: the model has {facts.max_positions} positions; give at most that, or 0"
+            f"batch.max_row_tokens={limit}: the model has {sizes.max_positions} positions; give at most that, or 0"
         )
     need = estimate(
-        cfg, facts, world_size=size, dtype=plan.dtype, strategy=plan.strategy, device=plan.device,
+        cfg, sizes, world_size=size, dtype=plan.dtype, strategy=plan.strategy, device=plan.device,
         row_tokens=min(TYPICAL_ROW, limit),
     )  # fmt: skip
     if not cfg.service.full_parameters:  # the base is frozen: adapters alone have gradients and moments
@@ -30,7 +30,7 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
     lines = [
         ("server", f"http://{service.host}:{service.port}, state in {service.folder}"),
         ("ranks", f"{size} x {plan.device}, {plan.strategy}, {plan.dtype}"),
-        ("model", f"{facts.name}, {facts.num_parameters / 1e6:,.1f}M parameters, rows of at most {limit} tokens"),
+        ("model", f"{sizes.name}, {sizes.num_parameters / 1e6:,.1f}M parameters, rows of at most {limit} tokens"),
         *describe_turns(cfg),
     ]
     total = need.peak
@@ -38,7 +38,7 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
         lines.append(("training", "all parameters, one model at a time"))
     else:
         # Weights, gradients and two moments, float32.
-        each = 16 * adapter_parameters(facts, 32)
+        each = 16 * adapter_parameters(sizes, 32)
         resident = min(service.max_models, service.max_resident_models)
         lines.append(
             (

@@ -23,7 +23,7 @@ from skyrl.distributed.init import World, init_distributed
 from skyrl.engine import Engine
 from skyrl.files import write_folder_atomic
 from skyrl.models.lora import adapted
-from skyrl.planner.memory import model_facts
+from skyrl.planner.memory import model_sizes
 from skyrl.planner.plan import make_plan
 from skyrl.service.app import AppState, http_error
 from skyrl.service.checkpoints import CheckpointService
@@ -103,7 +103,7 @@ def open_service(cfg: RunConfig) -> Service | None:
 
 def max_row_tokens(cfg: RunConfig) -> int:
     """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
-    positions = model_facts(cfg).max_positions
+    positions = model_sizes(cfg).max_positions
     if cfg.batch.max_row_tokens > positions:
         raise UserError(
             f"batch.max_row_tokens={cfg.batch.max_row_tokens}: the model has {positions} positions; give at most that, "

@@ -113,9 +113,9 @@ def count_flops(run: Run, step: Step, rows: list[Row]) -> None:
 
 def model_shape(run: Run) -> ModelShape:
     """What the FLOP formula needs of the policy; with model.lora of its base."""
-    facts = run.plan.facts
-    assert facts is not None  # a run that is open has been planned with its model
-    return ModelShape(facts.matmul_parameters, facts.num_layers, facts.num_heads * facts.head_size)
+    sizes = run.plan.sizes
+    assert sizes is not None  # a run that is open has been planned with its model
+    return ModelShape(sizes.matmul_parameters, sizes.num_layers, sizes.num_heads * sizes.head_size)
 
 
 def _to_score(rows: list[Row]) -> list[Datum]:

@@ -6,7 +6,7 @@ import pytest
 
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
 from skyrl.config.schema import TinyModelConfig
-from skyrl.planner.memory import GIB, ModelFacts, available, check_fits, estimate, model_facts, tiny_facts
+from skyrl.planner.memory import GIB, ModelSizes, available, check_fits, estimate, model_sizes, tiny_sizes
 from skyrl.planner.plan import describe, dry_run, make_plan
 from skyrl.types import UserError
 
@@ -101,21 +101,21 @@ def test_every_algorithm_fits_every_recipe(recipe, algorithm):
 
 
 def test_row_limit_comes_from_the_model_and_is_checked_against_it():
-    facts = tiny_facts(TinyModelConfig())
+    sizes = tiny_sizes(TinyModelConfig())
     assert plan_of().max_row_tokens == 0
-    assert plan_of(model_facts=facts).max_row_tokens == facts.max_positions
-    assert plan_of("batch.max_row_tokens=99", model_facts=facts).max_row_tokens == 99
+    assert plan_of(model_sizes=sizes).max_row_tokens == sizes.max_positions
+    assert plan_of("batch.max_row_tokens=99", model_sizes=sizes).max_row_tokens == 99
     with pytest.raises(UserError, match="batch.max_row_tokens=9999: the model has 4096 positions"):
-        plan_of("batch.max_row_tokens=9999", model_facts=facts)
+        plan_of("batch.max_row_tokens=9999", model_sizes=sizes)
     with pytest.raises(UserError, match="sampler.max_new_tokens=4096: leaves no room"):
-        plan_of("sampler.max_new_tokens=4096", model_facts=facts)
+        plan_of("sampler.max_new_tokens=4096", model_sizes=sizes)
 
 
 # ---- memory
 
 
 @pytest.mark.parametrize("shape", [{}, {"hidden_size": 64, "num_heads": 8, "num_kv_heads": 1, "vocab_size": 300}])
-def test_facts_of_tiny_equal_the_built_model(shape):
+def test_sizes_of_tiny_equal_the_built_model(shape):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -123,16 +123,16 @@ def test_facts_of_tiny_equal_the_built_model(shape):
     from skyrl.text.tokenizer import tiny_tokenizer
 
     tiny = TinyModelConfig(**shape)
-    facts = tiny_facts(tiny)
+    sizes = tiny_sizes(tiny)
     config = tiny_config(tiny, len(tiny_tokenizer()))
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
-    assert facts.num_parameters == sum(p.numel() for p in module.parameters())
-    assert facts.vocab_size == config.vocab_size and facts.max_positions == config.max_position_embeddings
-    assert facts.head_size == config.head_dim and facts.num_kv_heads == config.num_key_value_heads
+    assert sizes.num_parameters == sum(p.numel() for p in module.parameters())
+    assert sizes.vocab_size == config.vocab_size and sizes.max_positions == config.max_position_embeddings
+    assert sizes.head_size == config.head_dim and sizes.num_kv_heads == config.num_key_value_heads
 
 
-def test_facts_of_a_folder_equal_its_model(tmp_path):
+def test_sizes_of_a_folder_equal_its_model(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -140,11 +140,11 @@ def test_facts_of_a_folder_equal_its_model(tmp_path):
         num_key_value_heads=2, max_position_embeddings=77, tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
-    assert facts.num_parameters == LlamaForCausalLM(config).num_parameters()
-    assert facts.matmul_parameters == facts.num_parameters - 50 * 32  # the input embedding is a look-up
-    assert (facts.num_layers, facts.hidden_size, facts.ffn_size, facts.head_size) == (3, 32, 48, 8)
-    assert (facts.num_kv_heads, facts.vocab_size, facts.max_positions) == (2, 50, 77)
+    sizes = model_sizes(load_config([f"model.path='{tmp_path}'"]))
+    assert sizes.num_parameters == LlamaForCausalLM(config).num_parameters()
+    assert sizes.matmul_parameters == sizes.num_parameters - 50 * 32  # the input embedding is a look-up
+    assert (sizes.num_layers, sizes.hidden_size, sizes.ffn_size, sizes.head_size) == (3, 32, 48, 8)
+    assert (sizes.num_kv_heads, sizes.vocab_size, sizes.max_positions) == (2, 50, 77)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_facts_of_a_folder_equal_its_model(tmp_path):
         ),
     ],
 )
-def test_facts_of_families_with_names_of_their_own(kind, options, ffn, kv_heads, positions, tmp_path):
+def test_sizes_of_families_with_names_of_their_own(kind, options, ffn, kv_heads, positions, tmp_path):
     import transformers
 
     getattr(transformers, kind)(vocab_size=50, **options).save_pretrained(tmp_path)
-    facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
-    assert (facts.num_layers, facts.hidden_size, facts.head_size, facts.ffn_size) == (2, 32, 8, ffn)
-    assert (facts.num_kv_heads, facts.max_positions) == (kv_heads, positions)
+    sizes = model_sizes(load_config([f"model.path='{tmp_path}'"]))
+    assert (sizes.num_layers, sizes.hidden_size, sizes.head_size, sizes.ffn_size) == (2, 32, 8, ffn)
+    assert (sizes.num_kv_heads, sizes.max_positions) == (kv_heads, positions)
 
 
 def test_a_token_goes_through_the_experts_it_visits_only(tmp_path):
@@ -180,14 +180,14 @@ def test_a_token_goes_through_the_experts_it_visits_only(tmp_path):
         max_position_embeddings=77, tie_word_embeddings=True,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    facts = model_facts(load_config([f"model.path='{tmp_path}'"]))
-    assert facts.num_parameters - facts.matmul_parameters == 2 * (8 - 2) * 3 * 32 * 16
+    sizes = model_sizes(load_config([f"model.path='{tmp_path}'"]))
+    assert sizes.num_parameters - sizes.matmul_parameters == 2 * (8 - 2) * 3 * 32 * 16
 
 
 def test_a_missing_model_is_one_line(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(UserError) as error:
-            model_facts(load_config([f"model.path='{path}'"]))
+            model_sizes(load_config([f"model.path='{path}'"]))
         assert str(error.value).startswith(f"model.path={path}:") and "\n" not in str(error.value)
 
 
@@ -216,13 +216,13 @@ def test_activations_are_what_autograd_keeps(dtype, shape):
         out = module(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
     cfg = load_config([f"batch.max_tokens_per_microbatch={tokens}"])
     need = estimate(
-        cfg, tiny_facts(tiny), world_size=1, dtype=dtype, strategy="single", device="cpu", row_tokens=tokens
+        cfg, tiny_sizes(tiny), world_size=1, dtype=dtype, strategy="single", device="cpu", row_tokens=tokens
     )  # fmt: skip
     assert out.requires_grad
     assert need.activations == pytest.approx(sum(kept.values()), rel=0.1)
 
 
-BIG = ModelFacts("big", 4_000_000_000, 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
+BIG = ModelSizes("big", 4_000_000_000, 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
 
 
 def memory_of(*overrides: str, world_size: int = 8, dtype: str = "bfloat16", strategy: str = "fsdp"):
@@ -256,7 +256,7 @@ def test_memory_of_an_adapter_over_a_frozen_model():
     assert fsdp == zero and fsdp.weights == 4 * BIG.num_parameters // 8 and fsdp.gathered == 2 * BIG.num_parameters
     few = memory_of(*lora, "model.lora.train_mlp=false", "model.lora.train_unembed=false", dtype="float32")
     assert few.adapter == 8 * 36 * (2 * (2560 + 4096) + 2 * (2560 + 1024)) * 16
-    text = describe(load_config(lora), plan_of(*lora, model_facts=tiny_facts(TinyModelConfig())))
+    text = describe(load_config(lora), plan_of(*lora, model_sizes=tiny_sizes(TinyModelConfig())))
     assert (
         "rank 8, alpha 32 on attention, feed-forward, output" in text and "adapter  " in text and "masters" not in text
     )
@@ -279,10 +279,10 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr("skyrl.planner.memory.available", lambda device: (8 * GIB, "a small machine"))
     cfg = load_config([])
     with pytest.raises(UserError, match=r"4.00G parameters need about .* GiB on each rank, there are 8.0 GiB"):
-        make_plan(cfg, 1, model_facts=BIG, device="cpu")
-    make_plan(cfg, 1, model_facts=tiny_facts(TinyModelConfig()), device="cpu")
+        make_plan(cfg, 1, model_sizes=BIG, device="cpu")
+    make_plan(cfg, 1, model_sizes=tiny_sizes(TinyModelConfig()), device="cpu")
     other = load_config(["dry_run=true", "run.world_size=64"])
-    make_plan(other, 64 // 2, model_facts=BIG, device="cpu")  # another machine: told, not refused
+    make_plan(other, 64 // 2, model_sizes=BIG, device="cpu")  # another machine: told, not refused
 
 
 def test_available_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch):

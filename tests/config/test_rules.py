@@ -6,7 +6,7 @@ from skyrl.algorithms import losses
 from skyrl.config import validation
 from skyrl.config.load import from_dict, load_config, to_dict
 from skyrl.config.options import RENAMED, all_options, parameters
-from skyrl.planner.memory import tiny_facts
+from skyrl.planner.memory import tiny_sizes
 from skyrl.planner.plan import make_plan, make_spec
 from skyrl.types import UserError
 
@@ -14,7 +14,7 @@ from skyrl.types import UserError
 def line_of(*overrides: str, world_size: int = 1) -> str:
     with pytest.raises(UserError) as error:
         cfg = load_config(overrides)
-        make_plan(cfg, world_size, model_facts=tiny_facts(cfg.model.tiny) if cfg.model.path == "tiny" else None)
+        make_plan(cfg, world_size, model_sizes=tiny_sizes(cfg.model.tiny) if cfg.model.path == "tiny" else None)
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -142,16 +142,16 @@ def test_plan_for_any_number_of_ranks():
 
 def test_adapter_parameters_are_those_of_the_layers():
     from skyrl.models.tiny import tiny_config
-    from skyrl.planner.memory import tiny_facts
+    from skyrl.planner.memory import tiny_sizes
 
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    facts = tiny_facts(RunConfig().model.tiny)
+    sizes = tiny_sizes(RunConfig().model.tiny)
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(tiny_config(RunConfig().model.tiny, facts.vocab_size))
+        module = AutoModelForCausalLM.from_config(tiny_config(RunConfig().model.tiny, sizes.vocab_size))
     layers = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
-    assert adapter_parameters(facts, 8) == sum(8 * (m.in_features + m.out_features) for m in layers)
+    assert adapter_parameters(sizes, 8) == sum(8 * (m.in_features + m.out_features) for m in layers)
 
 
 def test_dry_run_tells_memory_and_refuses_what_cannot_be():

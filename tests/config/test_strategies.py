@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 
 from skyrl.config.load import config_dir, load_config
-from skyrl.planner.memory import ModelFacts, estimate
+from skyrl.planner.memory import ModelSizes, estimate
 from skyrl.planner.plan import describe, make_plan
 from skyrl.types import UserError
 
-BIG = ModelFacts("big", 4_000_000_000, 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
+BIG = ModelSizes("big", 4_000_000_000, 4_000_000_000, 36, 2560, 9728, 32, 8, 128, 151936, 40960)
 
 
 @pytest.fixture(autouse=True)
