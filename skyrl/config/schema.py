@@ -53,7 +53,7 @@ class ModelConfig:
     """Which model is trained, and in which numbers."""
 
     path: PathStr = "tiny"
-    """`tiny` (built here, random), a local folder in Hugging Face format, or a hub name."""
+    """`tiny` (built here, random), a local folder in Hugging Face format, a GGUF file, or a hub name."""
     revision: str = ""
     """Branch or commit of a hub name; "" = the default one."""
     tokenizer: PathStr = ""

@@ -32,6 +32,7 @@ from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
 from skyrl.envs.jsonl import data_file, is_file_path
 from skyrl.files import manifest_entry, verify_manifest, write_atomic
+from skyrl.hub.gguf import converted, gguf_file
 from skyrl.launch.rank import CACHES, cache_folders
 from skyrl.types import UserError
 
@@ -199,7 +200,8 @@ def _stage_model(made: Stage, model: ModelConfig) -> None:
 
 def _stage_snapshot(made: Stage, name: str, path: str, revision: str, where: str, patterns: Sequence[str]) -> None:
     """A model's or tokenizer's folder, or the hub's files of that name straight into the stage (resumed by the hub)."""
-    folder = Path(path)
+    file = gguf_file(Path(path), where)
+    folder = converted(file, where=where) if file else Path(path)
     if folder.is_dir():
         files = [file for file in sorted(folder.iterdir()) if any(fnmatch.fnmatch(file.name, p) for p in patterns)]
         if not files:

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from skyrl.config.schema import ModelConfig
-from skyrl.files import locate, write_folder_atomic
+from skyrl.files import write_folder_atomic
+from skyrl.hub.locate import locate
 from skyrl.models.load import build_net
 from skyrl.models.weights import INDEX, SINGLE
 from skyrl.text.tokenizer import TINY

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from skyrl.config.schema import ModelConfig
-from skyrl.files import locate
+from skyrl.hub.locate import locate
 from skyrl.models.attention import NAME, register
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype

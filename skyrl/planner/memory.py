@@ -16,6 +16,7 @@ from typing import Any
 from skyrl.config.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import advantage_of
+from skyrl.hub.gguf import converted, gguf_file
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 
@@ -81,7 +82,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     path, folder = cfg.model.path, Path(cfg.model.path)
     if not path:
         raise UserError("model.path: empty; give tiny, a folder in Hugging Face format or a hub name")
-    if path.startswith((".", "/", "~")) and not folder.is_dir():
+    if path.startswith((".", "/", "~")) and not folder.exists():
         raise UserError(f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name")
     if problem := path_problem(path):
         raise UserError(f"model.path={path}: {problem}")
@@ -92,7 +93,8 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         raise UserError(
             f"model.path={path}: its size needs torch and transformers ({error}); install skyrl whole"
         ) from error
-    source = str(folder) if folder.is_dir() else path
+    file = gguf_file(folder)
+    source = str(converted(file)) if file else str(folder) if folder.is_dir() else path
     trust = cfg.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(source, revision=cfg.model.revision or None, trust_remote_code=trust)
@@ -103,7 +105,11 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        if named := re.search("gguf|onnx|mlx", path, re.I):
+        if "gguf" in path.lower():
+            raise UserError(
+                f"model.path={path}: by its name GGUF files on a hub; fetch one of them and give the path of that file"
+            ) from error
+        if named := re.search("onnx|mlx", path, re.I):
             raise UserError(
                 f"model.path={path}: by its name {named[0]} weights, which cannot be trained; {ORIGINAL}"
             ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from skyrl.config.schema import ModelConfig
-from skyrl.files import locate
+from skyrl.hub.locate import locate
 from skyrl.text.check import check_text
 from skyrl.types import UserError
 

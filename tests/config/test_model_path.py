@@ -14,8 +14,7 @@ CONFIG = {"model_type": "llama"}
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        (["m.Q4_K_M.gguf"], "holds a GGUF file, made for llama.cpp, whose rounded numbers cannot be trained; give the"),
-        (["m.gguf", "config.json"], "holds a GGUF file"),
+        (["m.Q4_K_M.ggml"], "holds a GGML file, which llama.cpp read before GGUF; give the"),
         (["model.onnx", "config.json"], "holds an ONNX model"),
         (["weights.npz", "config.json"], "holds weights for Apple's MLX"),
         (["tf_model.h5", "config.json"], "holds weights of TensorFlow or Flax; give the model that it was made from"),
@@ -62,7 +61,7 @@ def test_quantised_folders(tmp_path, config, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("m.gguf", "is a GGUF file"),
+        ("m.ggml", "is a GGML file"),
         ("m.safetensors", "is a file of weights alone; give a folder"),
         ("m.pt", "is a file of weights alone"),
         ("m.bin", "is a file of weights alone"),
@@ -82,9 +81,9 @@ def test_what_may_be_trained_and_where_it_is_asked(tmp_path):
     (tmp_path / "m.onnx").write_text("")  # beside weights that can be trained
     (tmp_path / "model.safetensors").write_text("")
     assert path_problem(str(tmp_path)) == path_problem("org/name") == path_problem("tiny") == ""
-    (tmp_path / "m.gguf").write_text("")
+    (tmp_path / "m.onnx").write_text("")
     for mode in ("train", "serve"):
-        with pytest.raises(UserError, match=f"model.path={tmp_path}/m.gguf: is a GGUF file"):
-            load_config([f"model.path={tmp_path}/m.gguf"], mode=mode)
+        with pytest.raises(UserError, match=f"model.path={tmp_path}/m.onnx: is an ONNX model"):
+            load_config([f"model.path={tmp_path}/m.onnx"], mode=mode)
     with pytest.raises(UserError, match="model.tokenizer=.*: is a file; give its folder"):
         load_config([f"model.tokenizer={tmp_path}/config.json"])

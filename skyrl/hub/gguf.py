@@ -1,0 +1,163 @@
+"""Files in GGUF format (llama.cpp's), made into Hugging Face folders once, with their numbers dequantised.
+
+transformers reads the tensors and the vocabulary. What it leaves to chance is checked here: that the file is whole,
+that its quantisation is known, and that the rule by which text is split before merges apply (`tokenizer.ggml.pre`), of
+which it ignores some without a word, is the one that the model was trained with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skyrl.files import write_folder_atomic
+from skyrl.types import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+# What `tokenizer.ggml.pre` may say for byte-level BPE, beside the rules that transformers applies by itself: every
+# digit alone and then GPT-2's pattern, or that pattern alone (as llama.cpp has them).
+DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+AS_GPT2 = ("gpt-2", "gpt2", "default", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais", "trillion")
+
+
+def gguf_file(path: Path, where: str = "model.path") -> Path | None:
+    """The GGUF file that `path` is, or that a folder without other weights holds; None where there is none.
+
+    Raises: UserError for a folder that holds several, and for a file that is a part of one.
+    """
+    if path.is_dir() and not any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")):
+        found = sorted(path.glob("*.gguf"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise UserError(f"{where}={path}: the folder holds several GGUF files ({names}); give the path of one")
+        file = found[0] if found else None
+    else:
+        file = path if path.suffix.lower() == ".gguf" and path.is_file() else None
+    if file is not None and "-of-0" in file.stem:
+        raise UserError(f"{where}={file}: is one part of a model; join the parts first: llama-gguf-split --merge")
+    return file
+
+
+def converted(file: Path, *, where: str = "model.path") -> Path:
+    """The Hugging Face folder of a GGUF file in the user's cache, made by the first process that asks for it.
+
+    The file's size and time of change are part of the folder's name, so that a changed file is converted anew. Raises:
+    UserError for what `convert` refuses.
+    """
+    from filelock import FileLock
+
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "skyrl" / "gguf"
+    folder = cache / f"{file.stem}-{key}"
+    if not (folder / "config.json").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "config.json").is_file():
+                convert(file, folder, where=where)
+    return folder
+
+
+def convert(file: Path, folder: Path, *, where: str = "model.path", more: Mapping[str, bytes] | None = None) -> None:
+    """Writes the model of a GGUF file as a Hugging Face folder: float32 weights, tokenizer, chat template, config.
+
+    The weights are the numbers that the file's codes stand for; what quantisation lost stays lost. `more` are files to
+    lie beside, by name. `folder` appears whole or not at all. Raises: UserError, before weights are read where
+    possible, for a file that is cut or of another format, a quantisation, an architecture or a splitting rule that is
+    not known, or a missing package.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reader = _open(file, where)
+    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    held = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items()))
+    print(
+        f"skyrl: {where}={file}: dequantising {len(reader.tensors)} tensors ({held}) to float32, once; to {folder}",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        _split_as_trained(tokenizer, reader, where, file)
+        net: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+    except (ValueError, KeyError, OSError, NotImplementedError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}={file}: transformers cannot convert this model: {reason}") from error
+    # What transformers has read is a plain model; its mark of quantisation would only keep it from being saved.
+    del net.config.quantization_config
+    net.hf_quantizer = None
+    net.is_quantized = False
+    try:
+        with write_folder_atomic(folder) as part:
+            net.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            for name, content in (more or {}).items():
+                (part / name).write_bytes(content)
+            for written in part.iterdir():  # safetensors makes its files readable by their owner alone
+                written.chmod((part / "config.json").stat().st_mode)
+    except OSError as error:
+        raise UserError(f"{where}={file}: its folder {folder} cannot be written: {error.strerror or error}") from error
+
+
+def _open(file: Path, where: str) -> GGUFReader:
+    """The file's header, and that all tensors that it names are there in a form that can be read."""
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise UserError(f"{where}={file}: reading GGUF needs the package gguf; run pip install gguf") from error
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        size = file.stat().st_size
+        raise UserError(
+            f"{where}={file}: is no whole GGUF file ({size:,} bytes; {str(error)[:120]}); fetch it again"
+        ) from error
+    unknown = set()
+    for kind in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
+        try:
+            dequantize(kind.data[:1] if kind.data.ndim > 1 else kind.data, kind.tensor_type)
+        except NotImplementedError:
+            unknown.add(kind.tensor_type.name)
+    if unknown:
+        raise UserError(
+            f"{where}={file}: quantisation {', '.join(sorted(unknown))} cannot be dequantised here; give the model in "
+            "a K or legacy quantisation (Q4_K_M, Q8_0), in F16, or its Hugging Face folder"
+        )
+    return reader
+
+
+def _split_as_trained(tokenizer: Any, reader: GGUFReader, where: str, file: Path) -> None:
+    """Gives a byte-level BPE tokenizer the splitting rule that the file names."""
+    from tokenizers import pre_tokenizers
+
+    def value(key: str) -> Any:
+        return found.contents() if (found := reader.get_field(key)) is not None else None
+
+    if value("tokenizer.ggml.model") != "gpt2":
+        return
+    rule = value("tokenizer.ggml.pre") or "default"
+    if rule in DIGITS_ALONE:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif rule not in AS_GPT2 and rule not in _rules_of_transformers():
+        raise UserError(
+            f"{where}={file}: its tokenizer splits text by the rule {rule!r}, which is not known here, so the tokens "
+            "would not be those of its training; give the Hugging Face folder of the model"
+        )
+
+
+def _rules_of_transformers() -> Container[str]:
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # older releases apply none
+        return ()
+    return GGUF_PRE_TOKENIZER_SPLITS

@@ -1,0 +1,49 @@
+"""From what `model.path` and `model.tokenizer` name to a local folder in Hugging Face format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from skyrl.hub.gguf import converted, gguf_file
+from skyrl.types import UserError
+
+
+def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:
+    """The local folder of a model: `path` itself, the hub's copy of it, fetched if need be, or, for a file in GGUF
+    format or a folder that holds one, the Hugging Face folder that is made of it once.
+
+    Raises: UserError that says what was looked for, when there is neither.
+    """
+    folder = Path(path).expanduser()
+    if weights and (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{where}={path}: the folder holds an adapter of peft; give the model that merge_and_unload of peft makes "
+            "of it, or the base without the adapter's files"
+        )
+    if (file := gguf_file(folder, where)) is not None:
+        return converted(file, where=where)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and weights:
+            raise UserError(
+                f"{where}={path}: the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"
+            )
+        return folder
+    looked = f"no folder {folder.absolute()}"
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"{where}={path}: {looked}, and a hub name looks like org/name; give one of these, or `tiny`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
+    if weights:
+        patterns.append("*.safetensors")
+    try:
+        found = Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+        if weights and not any(found.glob("*.safetensors")):
+            snapshot_download(path, revision=revision or None, allow_patterns=["pytorch_model*"])
+        return found
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{where}={path}: {looked}, and the hub gave no model of that name ({reason}); hub names look like org/name"
+        ) from error

@@ -1,0 +1,157 @@
+"""GGUF files as model.path: the numbers that their codes stand for, the text rule they name, and what is refused."""
+
+import os
+import shutil
+
+import numpy
+import pytest
+import torch
+
+from skyrl.config.schema import ModelConfig
+from skyrl.hub.get_model import get_model
+from skyrl.hub.gguf import convert, converted, gguf_file
+from skyrl.hub.locate import locate
+from skyrl.models.load import build_model
+from skyrl.text.tokenizer import load_tokenizer
+from skyrl.types import UserError
+
+gguf = pytest.importorskip("gguf")
+
+WIDTH, INNER, LAYERS, HEADS = 64, 96, 2, 4
+BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]] + [chr(256 + n) for n in range(68)]
+TOKENS = ["<|end|>", "<|start|>", *BYTES, "ĠĠ", "he", "hel"]
+MERGES = ["Ġ Ġ", "h e", "he l"]
+
+
+def write(path, *, rule="smollm", kind=gguf.GGMLQuantizationType.Q8_0, architecture="llama"):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    if rule is not None:
+        writer.add_tokenizer_pre(rule)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{% for m in messages %}{{ '<|start|>' + m['content'] + '<|end|>' }}{% endfor %}")
+    draw = numpy.random.default_rng(1)
+    shapes = {"token_embd": (len(TOKENS), WIDTH)}
+    for layer in range(LAYERS):
+        block = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH)}
+        block |= {"attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH)}
+        block |= {"ffn_down": (WIDTH, INNER)}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    values = {}
+    for name, shape in shapes.items():
+        data = gguf.quantize(draw.normal(0, 0.1, shape).astype(numpy.float32), kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        values[name] = torch.from_numpy(gguf.dequantize(data, kind).copy())
+    for name in ["output_norm", *(f"blk.{n}.{part}_norm" for n in range(LAYERS) for part in ("attn", "ffn"))]:
+        writer.add_tensor(f"{name}.weight", numpy.ones(WIDTH, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "skyrl" / "gguf"
+
+
+def test_a_file_and_the_folder_that_holds_it_load_as_the_numbers_of_its_codes(cache, tmp_path, capfd):
+    (tmp_path / "m").mkdir()
+    values = write(tmp_path / "m" / "small.gguf")
+    cfg = ModelConfig(path=str(tmp_path / "m" / "small.gguf"))
+    tokenizer = load_tokenizer(cfg)
+    net = dict(build_model(cfg, tokenizer, device="cpu", dtype=torch.float32, seed=0).net.named_parameters())
+    assert torch.equal(net["model.embed_tokens.weight"], values["token_embd"])
+    assert torch.equal(net["model.layers.1.mlp.down_proj.weight"], values["blk.1.ffn_down"])
+    assert locate(str(tmp_path / "m")) == locate(cfg.path)
+    said = capfd.readouterr().err
+    assert said.count("dequantising") == 1 and "Q8_0" in said, "said once, and converted once"
+    assert (locate(cfg.path) / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False) == "<|start|>he<|end|>"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_text_is_split_by_the_rule_that_the_file_names(cache, tmp_path):
+    """`smollm`: digits alone, so the spaces before one stay together; `gpt-2`: the last space goes with the digit."""
+    for rule, pieces in (("smollm", ["ĠĠ", "5", "9"]), ("gpt-2", ["Ġ", "Ġ", "5", "9"]), (None, ["Ġ", "Ġ", "5", "9"])):
+        write(tmp_path / f"{rule}.gguf", rule=rule)
+        tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path / f"{rule}.gguf")))
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode("  59")) == pieces
+        assert tokenizer.decode(tokenizer.encode("  59 hel")) == "  59 hel"
+
+
+def test_a_changed_file_is_converted_anew(cache, tmp_path):
+    write(tmp_path / "m.gguf")
+    first = converted(tmp_path / "m.gguf")
+    write(tmp_path / "m.gguf", rule="gpt-2")
+    assert converted(tmp_path / "m.gguf") != first
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"rule": "some-new-rule"}, "splits text by the rule 'some-new-rule', which is not known"),
+        ({"architecture": "nonesuch"}, "transformers cannot convert this model"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(cache, tmp_path, made, said):
+    write(tmp_path / "m.gguf", **made)
+    with pytest.raises(UserError, match=said):
+        locate(str(tmp_path / "m.gguf"))
+    assert not list(cache.glob("*/")), "nothing half made is left"
+
+
+@pytest.mark.parametrize("keep", [0, 3, 2_000, 0.9])
+def test_a_cut_download_is_one_line(tmp_path, keep):
+    write(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
+    with pytest.raises(UserError, match="is no whole GGUF file .* fetch it again"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    (tmp_path / "m.gguf").write_bytes(b"<html>not found</html>" * 40)
+    with pytest.raises(UserError, match="is no whole GGUF file"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_which_file_is_meant(tmp_path):
+    write(tmp_path / "a.gguf")
+    assert gguf_file(tmp_path) == tmp_path / "a.gguf"
+    shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    with pytest.raises(UserError, match=r"several GGUF files \(a.gguf, b.gguf\); give the path of one"):
+        gguf_file(tmp_path)
+    shutil.copy(tmp_path / "a.gguf", tmp_path / "m-00001-of-00002.gguf")
+    with pytest.raises(UserError, match="is one part of a model; join the parts"):
+        gguf_file(tmp_path / "m-00001-of-00002.gguf")
+    (tmp_path / "model.safetensors").write_text("")
+    assert gguf_file(tmp_path) is None, "a Hugging Face folder that has a GGUF file beside it is that folder"
+
+
+def test_get_model_leaves_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="no such model; choose one of: smollm2-135m"):
+        get_model("nonesuch", tmp_path / "m")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        get_model("smollm2-135m", tmp_path)
