@@ -190,7 +190,7 @@ def main() -> None:
         )
         world = init_distributed(cfg)
         sizes = model_sizes(cfg)
-        plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.device.type)
+        plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.choice)
         engine = Engine(cfg, world, dtype="bfloat16", strategy=plan.strategy, max_row_tokens=sizes.max_positions)
         engine.create("policy", ModelSpec())
     figures = {"model": f"qwen3-{args.size} shape, random", "parameters": sizes.num_parameters, "options": vars(args)}

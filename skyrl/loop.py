@@ -25,7 +25,7 @@ from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
-from skyrl.planner.plan import Plan, make_plan, model_sizes
+from skyrl.planner.plan import Plan, describe_ranks, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
 from skyrl.text.chat import Chat, chat_of
@@ -85,7 +85,13 @@ def open_run(cfg: RunConfig) -> Run:
     import_plugins(cfg.plugins)
     sizes = model_sizes(cfg)
     world = init_distributed(cfg)
-    plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.device.type)
+    plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.choice)
+    if world.is_leader:
+        lines = (
+            f"computes on {describe_ranks(plan, world.choice.name)}",
+            *map("warning: {}".format, world.choice.notes),
+        )
+        print(*lines, sep="\n", flush=True)
     deadline = agree(world, lambda: save_by(cfg.run))
     patience = cfg.env.timeout_seconds + ENV_SECONDS
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)

@@ -377,19 +377,20 @@ def read_config(path: Path) -> RunConfig:
     return from_dict({str(key): value for key, value in values.items()})
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, "group.option" -> value."""
+    out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            out.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return out
 
 
 def _that_count(cfg: RunConfig | dict[str, Any]) -> tuple[dict[str, Any], str]:
-    flat = _flat(to_dict(cfg) if isinstance(cfg, RunConfig) else cfg)
-    return flat, str(flat.get("optim.schedule"))
+    values = flat(to_dict(cfg) if isinstance(cfg, RunConfig) else cfg)
+    return values, str(values.get("optim.schedule"))
 
 
 def config_diff(before: RunConfig | dict[str, Any], now: RunConfig | dict[str, Any]) -> list[str]:
@@ -410,6 +411,6 @@ def config_diff(before: RunConfig | dict[str, Any], now: RunConfig | dict[str, A
 
 def config_digest(cfg: RunConfig | dict[str, Any]) -> str:
     """16 hex digits, equal for two configs between which config_diff finds nothing."""
-    flat, schedule = _that_count(cfg)
-    kept = {path: value for path, value in flat.items() if not ignored_on_resume(path, schedule)}
+    values, schedule = _that_count(cfg)
+    kept = {path: value for path, value in values.items() if not ignored_on_resume(path, schedule)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,16 +13,20 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import skyrl
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, failure
+from skyrl.distributed.agreement import POLL_SECONDS, agree_on_start, missing_after, options_of_all
+from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, look
 from skyrl.types import RunError, UserError
 
 T = TypeVar("T")
@@ -31,7 +35,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class World:
     """This process among all of them. `control` (gloo, CPU) carries small agreements, `saving` (gloo, CPU) belongs to
-    checkpoints alone, since their collectives run beside those of training. Both are None on one rank."""
+    checkpoints alone, since their collectives run beside those of training. Both are None on one rank. `choice` says
+    what the device is, which dtype model.dtype means on it, and what a person should know about that."""
 
     rank: int
     size: int
@@ -39,6 +44,7 @@ class World:
     device: torch.device
     control: Any = None
     saving: Any = None
+    choice: DeviceChoice = DeviceChoice("cpu", "float32")
 
     @property
     def is_leader(self) -> bool:
@@ -66,7 +72,7 @@ class World:
         return [items[i] for i in range(self.dp_rank, len(items), self.dp_size)]
 
 
-JOIN_POLL_SECONDS, CONNECT_SECONDS = 0.1, 5.0
+CONNECT_SECONDS = 5.0
 _world: World | None = None
 _store: Any = None  # where the ranks met
 
@@ -84,20 +90,6 @@ def _environment(name: str, default: int) -> int:
 def world_size_from_environment() -> int:
     """Ranks of this job as the launcher says; 1 without a launcher."""
     return _environment("WORLD_SIZE", 1)
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device of this rank. Raises UserError when the one asked for is not there."""
-    count = torch.cuda.device_count() if name in ("auto", "cuda") else 0
-    if name == "cuda" and count == 0:
-        raise UserError("strategy.device=cuda: no CUDA device is visible; use strategy.device=cpu or fix the driver")
-    if count == 0:
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise UserError(
-            f"local rank {local_rank} has no GPU of its own: {count} visible; start at most {count} processes per node"
-        )
-    return torch.device("cuda", local_rank)
 
 
 def set_threads(threads: int) -> None:
@@ -130,36 +122,64 @@ def init_distributed(cfg: RunConfig) -> World:
     set_threads(cfg.run.threads)
     set_determinism(cfg.seed, cfg.debug.deterministic)
     rank, size, local_rank = _environment("RANK", 0), world_size_from_environment(), _environment("LOCAL_RANK", 0)
-    device = choose_device(cfg.strategy.device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if _world is not None:
+        choice, device = _choose(cfg, local_rank)
         if _world.device != device:
             raise UserError("strategy.device cannot change between the runs of one sweep; start them separately")
-        return _world
-    needs_group = size > 1 or cfg.strategy.name not in ("auto", "single", "ddp")
-    if not needs_group:
-        return World(rank=0, size=1, local_rank=local_rank, device=device)
+        return replace(_world, choice=choice)
+    if size > 1:
+        failure.end_with_launcher()
+        _store = _meet(rank, size, cfg.run.join_seconds)
+        choice, device = _choose_together(cfg, _store, rank, size, local_rank)
+    else:
+        choice, device = _choose(cfg, local_rank)
+        if cfg.strategy.name in ("auto", "single", "ddp"):
+            return World(rank=0, size=1, local_rank=local_rank, device=device, choice=choice)
+        _store = dist.HashStore()
     timeout = timedelta(seconds=cfg.run.collective_timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-    if size > 1:
-        failure.end_with_launcher()
-    _store = _meet(rank, size, cfg.run.join_seconds)
     dist.init_process_group(backend, timeout=timeout, store=_store, rank=rank, world_size=size, **kwargs)
     control = dist.new_group(backend="gloo", timeout=timeout)
     saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
     failure.remember_ranks(control, local_rank)
-    _world = World(rank, size, local_rank, device, control, saving)
+    _world = World(rank, size, local_rank, device, control, saving, choice)
     env.in_group = size > 1
     atexit.register(shutdown)
     return _world
 
 
+def _choose(cfg: RunConfig, local_rank: int) -> tuple[DeviceChoice, torch.device]:
+    choice = choose(cfg.strategy.device, cfg.model.dtype, look(cfg.strategy.device, local_rank))
+    return choice, torch.device("cpu") if choice.kind == "cpu" else torch.device("cuda", local_rank)
+
+
+def _choose_together(
+    cfg: RunConfig, store: Any, rank: int, size: int, local_rank: int
+) -> tuple[DeviceChoice, torch.device]:
+    """This rank's device, once all ranks have one and agree. Raises UserError or RunError, the same on every rank."""
+    facts, choice, error = DeviceFacts(torch.__version__), DeviceChoice("", ""), ""
+    try:
+        facts = look(cfg.strategy.device, local_rank)
+        choice = choose(cfg.strategy.device, cfg.model.dtype, facts)
+    except UserError as problem:
+        error = str(problem)
+    same = {
+        "device": choice.kind,
+        "dtype": choice.dtype,
+        "skyrl": skyrl.__version__,
+        "Python": ".".join(map(str, sys.version_info[:2])),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": version("transformers"),
+        **({"CUDA": facts.cuda or facts.hip, "NCCL": facts.nccl} if choice.kind == "cuda" else {}),
+    }
+    told = {"host": socket.gethostname(), "error": error, "device": facts.name, "uuid": facts.uuid, "same": same}
+    agree_on_start(store, rank, size, {**told, "options": options_of_all(cfg)}, cfg.run.join_seconds)
+    return choice, torch.device("cpu") if choice.kind == "cpu" else torch.device("cuda", local_rank)
+
+
 def _meet(rank: int, size: int, seconds: int) -> Any:
     """The store through which the ranks meet, once all of them are there. Raises RunError that names who is not."""
-    if size == 1:
-        return dist.HashStore()
     until = time.monotonic() + seconds
     host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", 0)
     where, limit = f"{host}:{port}", f"within run.join_seconds={seconds}"
@@ -179,12 +199,10 @@ def _meet(rank: int, size: int, seconds: int) -> Any:
     # torchrun may keep one store over its restarts
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.PrefixStore(f"skyrl/{attempt}", store)
-    store.set(f"here/{rank}", "1")
-    while missing := [other for other in range(size) if not store.check([f"here/{other}"])]:
-        if time.monotonic() > until:
-            some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
-        time.sleep(JOIN_POLL_SECONDS)
+    store.set(f"here/{rank}", socket.gethostname())
+    if missing := missing_after(store, [f"here/{other}" for other in range(size)], until):
+        some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
     return store
 
 
@@ -199,7 +217,7 @@ def _reach(host: str, port: int, until: float) -> None:
         except OSError:
             if time.monotonic() > until:
                 raise
-        time.sleep(JOIN_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def own_store(name: str) -> Any:

@@ -7,12 +7,14 @@ of ranks that does not divide prompts_per_step costs idle time on some ranks and
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from skyrl.algorithms.losses import check_spec
 from skyrl.config import validation
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
+from skyrl.planner.device import DeviceChoice, choose, look
 from skyrl.planner.memory import (
     GIB,
     MemoryEstimate,
@@ -149,9 +151,14 @@ def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int, wa
 
 
 def make_plan(
-    cfg: RunConfig, world_size: int, *, model_sizes: ModelSizes | None = None, device: str | None = None
+    cfg: RunConfig,
+    world_size: int,
+    *,
+    model_sizes: ModelSizes | None = None,
+    device: DeviceChoice | str | None = None,
 ) -> Plan:
-    """The plan of `cfg` on `world_size` ranks. `device`: cpu or cuda; None = strategy.device, or what is here.
+    """The plan of `cfg` on `world_size` ranks. `device`: what a rank has chosen, or cpu or cuda; None =
+    strategy.device, or what is here.
 
     With model sizes also the row limit and the memory estimate; then a model that does not fit in this machine is
     refused, unless run.world_size says that another machine is meant. Raises UserError for every broken rule.
@@ -160,10 +167,8 @@ def make_plan(
     validation.check_world(cfg, world_size)
     if not cfg.run.world_size:  # else the plan is for another machine
         validation.check_machine(cfg)
-    device = device or _device(cfg)
-    dtype = cfg.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
+    choice = device if isinstance(device, DeviceChoice) else _device(cfg, device or "")
+    device, dtype = choice.kind, choice.dtype
     strategy = cfg.strategy.name
     if strategy == "auto":
         strategy = "single" if world_size == 1 else "ddp"
@@ -237,14 +242,23 @@ def dry_run(cfg: RunConfig, world_size: int) -> Plan:
     return make_plan(cfg, world_size, model_sizes=model_sizes(cfg))
 
 
-def _device(cfg: RunConfig) -> str:
-    if cfg.strategy.device != "auto":
-        return cfg.strategy.device
-    try:
-        import torch
-    except ImportError:  # a login node
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(cfg: RunConfig, kind: str) -> DeviceChoice:
+    """This machine's device, unless `kind` or strategy.device say another; a plan for another machine only looks at
+    which one is here. Raises UserError for GPUs that cannot be used, if the plan is for this machine."""
+    kind = kind or cfg.strategy.device
+    dtype = cfg.model.dtype
+    if kind == "auto":
+        try:
+            facts = look(kind, int(os.environ.get("LOCAL_RANK", "0")))
+        except ImportError:  # a login node
+            kind = "cpu"
+        else:
+            if not cfg.run.world_size:
+                return choose(kind, dtype, facts)
+            kind = "cuda" if facts.count and not facts.problem else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" else "float32"
+    return DeviceChoice(kind, dtype)
 
 
 def _typical_row(cfg: RunConfig, limit: int) -> int:
@@ -276,7 +290,7 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
     longest = f"at most {plan.max_row_tokens} tokens" if plan.max_row_tokens else "the limit of the model"
     lines = [
         ("run", f"{cfg.run.name} in {cfg.run.dir}"),
-        ("ranks", f"{plan.world_size} x {plan.device}, {_layout(cfg, plan)}, {plan.dtype}"),
+        ("ranks", describe_ranks(plan)),
         (
             "step",
             f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples = {episodes} episodes; "
@@ -300,6 +314,12 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
     if plan.sizes is not None and plan.memory is not None:
         lines += [*describe_turns(cfg), *_describe_memory(plan, plan.sizes, plan.memory)]
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def describe_ranks(plan: Plan, device_name: str = "") -> str:
+    """ "8 x cuda (NVIDIA H100 80GB HBM3), fsdp, bfloat16"."""
+    name = f" ({device_name})" if device_name else ""
+    return f"{plan.world_size} x {plan.device}{name}, {_layout(plan.cfg, plan)}, {plan.dtype}"
 
 
 def describe_turns(cfg: RunConfig) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from skyrl.engine import Engine
 from skyrl.files import write_folder_atomic
 from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_sizes
-from skyrl.planner.plan import make_plan
+from skyrl.planner.plan import describe_ranks, make_plan
 from skyrl.service.app import AppState, http_error
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
@@ -58,6 +58,7 @@ class Service:
     checkpoints: CheckpointService
     worker: Worker
     info: ServerInfo
+    ranks: str  # how many, on which device, with which strategy and dtype
 
     def close(self) -> None:
         """Waits for saves under way and lets go of the service folder."""
@@ -70,7 +71,7 @@ def open_service(cfg: RunConfig) -> Service | None:
     Everything that can be refused is refused here. Raises UserError, the same on every rank.
     """
     world = init_distributed(cfg)
-    plan = make_plan(cfg, world.size)
+    plan = make_plan(cfg, world.size, device=world.choice)
 
     def make() -> RankContext:
         longest = max_row_tokens(cfg)
@@ -98,7 +99,9 @@ def open_service(cfg: RunConfig) -> Service | None:
     leader = Leader(world, context, timeout_seconds=cfg.run.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
     worker = Worker(cfg, leader, scheduler, checkpoints, info, mix=mix)
-    return Service(cfg, world, context.engine, scheduler, checkpoints, worker, info)
+    return Service(
+        cfg, world, context.engine, scheduler, checkpoints, worker, info, describe_ranks(plan, world.choice.name)
+    )
 
 
 def max_row_tokens(cfg: RunConfig) -> int:
@@ -206,11 +209,11 @@ def serve(cfg: RunConfig) -> None:
     failure.signals_stop(lambda: service.worker.stop("the server stops"))
     try:
         print(
-            f"skyrl: serving {cfg.model.path} on {service.world.size} x {service.world.device.type} at {server.url}\n"
+            f"skyrl: serving {cfg.model.path} on {service.ranks} at {server.url}\n"
             f"skyrl: clients: TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-"
             f"{'<your key>' if keys.required else 'any'}; models: {', '.join(service.info.aliases)}\n"
             f"skyrl: turns end with {service.engine.chat.describe_ends()}",
-            *(f"skyrl: warning: {line}" for line in service.engine.chat.warnings()),
+            *(f"skyrl: warning: {line}" for line in (*service.world.choice.notes, *service.engine.chat.warnings())),
             sep="\n",
             file=sys.stderr,
             flush=True,

@@ -1,0 +1,141 @@
+"""What all ranks must have in common, told through the store before any group is made.
+
+A rank whose GPU does not start would otherwise leave the others in NCCL's start, where nothing watches yet. Each rank
+leaves its facts, or its error; rank 0 reads them all and leaves one verdict, which every rank raises.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from skyrl.config.load import flat, to_dict
+from skyrl.config.schema import RunConfig
+from skyrl.types import RunError, UserError
+
+POLL_SECONDS = 0.1
+MARGIN_SECONDS = 30  # by which the others wait longer than rank 0, whose words are better
+READ_SECONDS = 10.0  # after an error, while rank 0, which may hold the store, waits until all have read it
+OF_ONE_NODE = ("run.", "tracking.", "service.")  # options that may differ between nodes, as any path may
+NAMED = 4  # ranks that one line names
+
+
+def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seconds: int) -> None:
+    """Returns when all ranks have left facts that fit together. Raises UserError, the same on every rank, that names
+    who does not fit, and RunError for ranks that do not answer within `seconds`.
+
+    `facts`: `host`; `error`, in words, or "" ; `device`, its name for a person; `uuid` of a GPU, or ""; `same`, a dict
+    of what must be equal on all ranks; `options`, likewise. Also reads here/<rank>, the host of each rank.
+    """
+    store.set(f"facts/{rank}", json.dumps(facts))
+    if rank == 0:
+        verdict = _judge_all(store, size, seconds)
+        store.set("verdict", json.dumps(verdict))
+    else:
+        try:
+            store.wait(["verdict"], timedelta(seconds=seconds + MARGIN_SECONDS))
+            verdict = json.loads(store.get("verdict"))
+        except dist.DistError as error:
+            what = str(error).split("\n")[0][:120]
+            raise RunError(f"rank 0 is gone or stands still before the group of ranks was made ({what})") from None
+    if not verdict:
+        return
+    store.add("verdict-read", 1)
+    until = time.monotonic() + READ_SECONDS
+    while rank == 0 and store.add("verdict-read", 0) < size and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+    kind, text = verdict
+    raise (UserError if kind == "user" else RunError)(text)
+
+
+def options_of_all(cfg: RunConfig) -> dict[str, Any]:
+    """The options that must be equal on all ranks: all but places, and what a run's folder or its display is."""
+    return {
+        path: value
+        for path, value in flat(to_dict(cfg)).items()
+        if not path.startswith(OF_ONE_NODE) and not str(value).startswith(("/", "~", "."))
+    }
+
+
+def missing_after(store: Any, keys: Sequence[str], until: float) -> list[int]:
+    """Indices of the keys that nobody has set by `until` (monotonic); [] as soon as all are there."""
+    left = list(range(len(keys)))
+    while True:
+        left = [index for index in left if not store.check([keys[index]])]
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(POLL_SECONDS)
+
+
+def _judge_all(store: Any, size: int, seconds: int) -> tuple[str, str] | None:
+    late = missing_after(store, [f"facts/{rank}" for rank in range(size)], time.monotonic() + seconds)
+    found = {rank: json.loads(store.get(f"facts/{rank}")) for rank in range(size) if rank not in late}
+    if (verdict := judge(found)) is not None:
+        return "user", verdict  # an error that is known says more than who is late
+    if not late:
+        return None
+    hosts = {rank: {"host": store.get(f"here/{rank}").decode()} for rank in late}
+    return "run", (
+        f"{_names(hosts, late)} came, and did not say within run.join_seconds={seconds} which device it has: killed, "
+        "or its driver does not answer (see nvidia-smi there); leave that node out"
+    )
+
+
+def judge(found: dict[int, dict[str, Any]]) -> str | None:
+    """What is wrong with facts by rank (see agree_on_start), in one line for a person; None when they fit together."""
+    broken = [rank for rank, facts in found.items() if facts["error"]]
+    if broken:
+        first = found[broken[0]]["error"]
+        return f"{_names(found, [rank for rank in broken if found[rank]['error'] == first])}: {first}"
+    ranks = sorted(found)
+    for part in ("same", "options"):
+        for name in found[ranks[0]][part]:
+            values = {rank: found[rank][part].get(name) for rank in ranks}
+            if len({json.dumps(value) for value in values.values()}) > 1:
+                return _difference(found, name, values, part)
+    owners: dict[tuple[str, str], int] = {}
+    for rank in ranks:
+        facts = found[rank]
+        owner = owners.setdefault((facts["host"], facts["uuid"]), rank) if facts["uuid"] else rank
+        if owner != rank:
+            return (
+                f"ranks {owner} and {rank} on {facts['host']} have the same GPU ({facts['device']}, {facts['uuid']}); "
+                "start one process for each GPU, with torchrun, or give each its own CUDA_VISIBLE_DEVICES"
+            )
+    return None
+
+
+def _difference(found: dict[int, dict[str, Any]], name: str, values: dict[int, Any], part: str) -> str:
+    """One value that differs from the most frequent one, and who has them; of equally frequent ones rank 0's counts."""
+    texts = {rank: json.dumps(value) for rank, value in values.items()}
+    common = max(texts.values(), key=lambda text: (list(texts.values()).count(text), text == texts[min(texts)]))
+    other = next(text for text in texts.values() if text != common)
+    some = [[rank for rank in texts if texts[rank] == text] for text in (common, other)]
+    shown = [values[ranks[0]] for ranks in some]
+    if name == "device":
+        remedy = "mend that node or leave it out, or give strategy.device=cpu"
+    elif name == "dtype":
+        remedy = "give model.dtype=float32, which all can do, or leave the older GPUs out"
+    elif part == "options":
+        remedy = "start all ranks with the same options"
+    else:
+        remedy = "give all nodes the same environment"
+    return (
+        f"the ranks differ in {name}: {shown[1]} on {_names(found, some[1])}, {shown[0]} on {_names(found, some[0])}; "
+        f"{remedy}"
+    )
+
+
+def _names(found: dict[int, dict[str, Any]], ranks: list[int]) -> str:
+    """ "rank 8 on node3 (NVIDIA H100)", or "ranks 8, 9 and 6 more on node3, node4"."""
+    hosts = list(dict.fromkeys(found[rank]["host"] for rank in ranks))
+    device = found[ranks[0]].get("device", "") if len(ranks) == 1 else ""
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    which = f"rank{'s' * (len(ranks) > 1)} " + ", ".join(map(str, ranks[:NAMED])) + more
+    where = ", ".join(hosts[:NAMED]) + (f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else "")
+    return f"{which} on {where}" + (f" ({device})" if device else "")
