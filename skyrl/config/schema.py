@@ -299,6 +299,9 @@ class ChatConfig:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, for example chat.template_kwargs={enable_thinking: false}; one that the template
     does not read is refused."""
+    skip_special_tokens: bool = False
+    """Leaves special tokens (`<think>` where it is one, padding) out of the text that rewards, environments and
+    OpenAI-style clients read; they stay in what is trained, and stop strings see them."""
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,7 @@ class ChatBody(GenerateBody, operation="chat/completions"):
             raise UserError(
                 f"chat/completions: chat_template_kwargs has {taken[0]!r}, which is no variable of the template"
             )
+        chat.check_variables(self.chat_template_kwargs, "chat/completions: chat_template_kwargs")
         turns = [{"role": one.role, "content": "".join(part.text for part in one.content)} for one in self.messages]
         opened = {"answer_next": self.add_generation_prompt is not False, "continue_final": continued}
         try:
@@ -381,7 +382,7 @@ class Writer:
         for number in range(len(self.queries)):
             before, last = self._before(number), int(self.queries[number].prompt[-1])
             for index in range(number * self.body.n, (number + 1) * self.body.n):
-                self._growing[index] = GrowingText(partial(self.chat.decode, after=last), self.body.stop, before)
+                self._growing[index] = GrowingText(partial(self.chat.read, after=last), self.body.stop, before)
         for index in range(self.body.n if self.is_chat else 0):
             yield self._event([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
 
@@ -485,7 +486,6 @@ async def complete(
     """An answer to completions and chat/completions, whole or as a stream of events."""
     if chat is None:
         raise UserError("this server was started without a tokenizer; use asample with token ids")
-    info = context.state.info
     info = context.state.info
 
     def read(content: bytes) -> tuple[GenerateBody, list[SamplingRequest]]:

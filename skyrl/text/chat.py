@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from skyrl.config.schema import ModelConfig, RunConfig
-from skyrl.text.check import check_template_kwargs, check_text, lost_message, structure
+from skyrl.config.schema import ChatConfig, ModelConfig, RunConfig
+from skyrl.text.check import check_text, lost_message, structure, template_variables
 from skyrl.text.tokenizer import Decode, encode, encode_after, end_tokens, load_tokenizer, make_decode
 from skyrl.types import Ints, Message, UserError
 
@@ -32,29 +32,30 @@ TAIL = 32  # drawn tokens that are looked at for how what follows them is tokeni
 
 def chat_of(cfg: RunConfig) -> Chat:
     """The Chat of a run or a server: `load_chat` with all options that it has."""
-    return load_chat(cfg.model, stop_token_ids=cfg.sampler.stop_token_ids, template_kwargs=cfg.chat.template_kwargs)
+    return load_chat(cfg.model, cfg.chat, stop_token_ids=cfg.sampler.stop_token_ids)
 
 
-def load_chat(
-    model: ModelConfig, *, stop_token_ids: Sequence[int] = (), template_kwargs: Mapping[str, Any] | None = None
-) -> Chat:
+def load_chat(model: ModelConfig, options: ChatConfig = ChatConfig(), *, stop_token_ids: Sequence[int] = ()) -> Chat:
     """The Chat of a model: its tokenizer, its end tokens and `stop_token_ids` (sampler.stop_token_ids) beside them.
 
     Reads no weights. Raises UserError for a tokenizer or template that cannot be had."""
     tokenizer = load_tokenizer(model)
     ends = end_tokens(model, tokenizer)
     ends |= {token: "sampler.stop_token_ids" for token in stop_token_ids if token not in ends}
-    if template_kwargs:
-        check_template_kwargs(tokenizer.chat_template, template_kwargs)
-    return Chat(tokenizer, ends, template_kwargs=template_kwargs)
+    chat = Chat(
+        tokenizer, ends, template_kwargs=options.template_kwargs, skip_special_tokens=options.skip_special_tokens
+    )
+    chat.check_variables(options.template_kwargs, "chat.template_kwargs")
+    return chat
 
 
 class Chat:
     """A tokenizer with its chat template, or plain text without one: the contents of the messages end to end.
 
     `end_tokens`: ids of the tokens that end a turn -> who names them; None = the tokenizer's alone. `template_kwargs`:
-    variables for the template, such as enable_thinking. `vocab_size`: rows of the model's embedding, 0 = not known yet;
-    a tokenizer may have more entries, which must not occur.
+    variables for the template, such as enable_thinking. `skip_special_tokens`: rewards read a text without them.
+    `vocab_size`: rows of the model's embedding, 0 = not known yet; a tokenizer may have more entries, which must not
+    occur.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Chat:
         end_tokens: Mapping[int, str] | None = None,
         *,
         template_kwargs: Mapping[str, Any] | None = None,
+        skip_special_tokens: bool = False,
         vocab_size: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
@@ -71,6 +73,9 @@ class Chat:
         self.template_kwargs = dict(template_kwargs or {})
         self.vocab_size = vocab_size
         self.decode: Decode = make_decode(tokenizer)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
+        self._skipped = special if skip_special_tokens else set()
         self._between: dict[str, str] = {}
         self._lost: dict[bytes, str] = {}  # digest of a structure and variables -> what the template leaves out
 
@@ -78,6 +83,18 @@ class Chat:
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a turn, for SamplingParams; the tokenizer's own first."""
         return tuple(self.end_tokens)
+
+    def check_variables(self, given: Iterable[str], where: str) -> None:
+        """Raises UserError, naming `where`, for a variable that the template does not read and that would so have no
+        effect."""
+        known = self._variables
+        if known is not None and (unknown := [name for name in given if name not in known]):
+            reads = f"it reads: {', '.join(sorted(known)) or 'none'}" if self.has_template else "there is none"
+            raise UserError(f"{where}.{unknown[0]}: the chat template does not read it; {reads}")
+
+    @functools.cached_property
+    def _variables(self) -> set[str] | None:
+        return template_variables(getattr(self.tokenizer, "chat_template", None))
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -145,9 +162,11 @@ class Chat:
 
     def read(self, drawn: Sequence[int], after: int | None = None) -> str:
         """The text of drawn tokens as rewards read it: the end token at their end is taken off, other special tokens
-        stay, and so does every space. `after`: the last token of their context."""
+        stay (without `skip_special_tokens`), and so does every space. `after`: the last token of their context."""
         tokens = list(drawn)
-        return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens, after)
+        if tokens and tokens[-1] in self.end_tokens:
+            tokens.pop()
+        return self.decode(tokens, after, self._skipped)
 
     # ---- ids -------------------------------------------------------------------------------------------------------
 
@@ -161,34 +180,36 @@ class Chat:
 
     def start(self, text: str) -> Ints:
         """Ids of a plain text that a model shall go on with: a beginning-of-sequence token is added where the tokenizer
-        has one and the text does not begin with it; an end token that the tokenizer adds is taken off."""
-        check_text(text)
-        opens = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
-        ids = list(self.tokenizer(text, add_special_tokens=opens, verbose=False)["input_ids"])
-        return self._ids(ids[:-1] if opens and ids and ids[-1] == self.tokenizer.eos_token_id else ids)
+        has one and the text does not begin with it; what the tokenizer adds behind a text is taken off."""
+        ids = encode(self.tokenizer, text)
+        if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
+            return self._ids(ids)
+        whole = list(self.tokenizer(text, verbose=False)["input_ids"])
+        places = range(len(whole) - len(ids), -1, -1) if ids else ()
+        return self._ids(next((whole[: at + len(ids)] for at in places if whole[at : at + len(ids)] == ids), ids))
 
     def answer(self, messages: Sequence[Message], text: str, **kwargs: Any) -> Ints:
         """Ids of the answer `text` to `messages` as supervised training wants it. They go on from `prompt(messages)`
-        and end as the template ends an assistant's turn: with what it writes up to its first end token; without a
-        template, or where it writes none, with the text and the first of `end_tokens`.
+        and end as the template ends an assistant's turn: with what it writes up to its first end token, at the end of
+        a conversation or before the next message; without a template, or where it writes none, with the text and the
+        first of `end_tokens`. What the opening of an answer says already (`<think>`) is not said again.
 
         Raises UserError as `render` and `after_answer`."""
         prompt = self.render(messages, **kwargs)
         check_text(text)
         if not self.has_template:
             return self._ids([*encode_after(self.tokenizer, prompt, text), next(iter(self.end_tokens))])
-        closing = self.after_answer()
+        closing, ended = self._closing
         said = [*messages, {"role": "assistant", "content": text}]
         if messages and messages[-1]["role"] == "assistant":  # the answer goes on with it
             said[-2:] = [{**messages[-1], "content": messages[-1]["content"] + text}]
-        whole = self.render(said, answer_next=False, **kwargs)
-        written = whole[len(prompt) :] if whole.startswith(prompt) else ""
-        if not (written.endswith(closing) and text.strip() in written):
-            written = text + closing  # the opening of an answer is not what stands before one that is given
-        end = self._first_end(closing)
-        kept = end[1] if end else 0
-        ids = encode_after(self.tokenizer, prompt, written[: len(written) - len(closing) + kept])
-        return self._ids(ids if end else [*ids, next(iter(self.end_tokens))])
+        whole = self.render(said, answer_next=False, **kwargs).removesuffix(closing)
+        written = whole[len(prompt) :] if whole.startswith(prompt) and whole.rstrip().endswith(text.strip()) else None
+        if written is None:  # the opening of an answer is not what stands before one that is given
+            opening = prompt.removeprefix(self.render(messages, answer_next=False, **kwargs))
+            written = _beyond(opening, text)
+        ids = encode_after(self.tokenizer, prompt, written + ended)
+        return self._ids(ids if ended else [*ids, next(iter(self.end_tokens))])
 
     def continuation(self, drawn: Sequence[int], messages: Sequence[Message]) -> Ints:
         """Ids between the drawn tokens of an answer and the next one: the rest of the end of its turn, the new
@@ -211,7 +232,7 @@ class Chat:
             at = between.find(name) if name else -1
             text = text[end[1] if at < 0 else at + len(name) :]
         else:
-            limit = end[0] if end else len(between) if len(between) < len(text) else 0
+            limit = end[1] if end else len(between) if len(between) < len(text) else 0
             text = text[next(size for size in range(limit, -1, -1) if before.endswith(text[:size])) :]
         return self._ids(encode_after(self.tokenizer, before, text))
 
@@ -222,6 +243,24 @@ class Chat:
             marked = [{**message, "content": _NEXT} for message in messages]
             self._between[role] = self.after_answer(marked).partition(_NEXT)[0]
         return self._between[role]
+
+    @functools.cached_property
+    def _closing(self) -> tuple[str, str]:
+        """What the template writes behind the last answer of a conversation, and what of it, or of what stands before
+        the next message, ends the turn: up to its first end token; "" where there is none."""
+        closing = self.after_answer()
+        for text in (closing, self._before_user):
+            if end := self._first_end(text):
+                return closing, text[: end[1]]
+        return closing, ""
+
+    @functools.cached_property
+    def _before_user(self) -> str:
+        """What stands between an answer and a user's next message; "" for a template that refuses it."""
+        try:
+            return self._between_messages([{"role": "user", "content": "."}])
+        except UserError:
+            return ""
 
     def _first_end(self, text: str) -> tuple[int, int] | None:
         """Where the first end token in what the template writes after an answer begins and ends; without one, where the
@@ -238,18 +277,22 @@ class Chat:
 
     @functools.cached_property
     def _unnamed(self) -> list[str]:
-        """The special token that the template ends a turn with, if no end token names it."""
+        """The special token that the template ends a turn with, if no end token names it. What it writes behind the
+        last turn alone, as the end of a conversation, ends no turn before another message."""
         if not self.has_template:
             return []
         try:
             closing = self.after_answer()
         except UserError:
             return []
-        if any(name in closing for name in self._end_texts):
+        between = self._before_user or closing
+        if any(name in between for name in self._end_texts):
             return []
         special = {str(entry) for entry in getattr(self.tokenizer, "added_tokens_decoder", {}).values()}
-        places = [(closing.find(token), token) for token in special if token and token in closing]
-        return [min(places)[1]] if places else []
+        found = sorted((closing.find(token), token) for token in special if token and token in closing)
+        both = [token for _, token in found if token in between]
+        named = any(name in closing for name in self._end_texts)
+        return (both or [token for _, token in found if not named])[:1]
 
     def _name(self, token: int) -> str:
         """A token as it stands in text; "" for an id that the tokenizer does not have."""
@@ -287,3 +330,11 @@ class Chat:
                 "give the model's own tokenizer"
             )
         return found
+
+
+def _beyond(opening: str, text: str) -> str:
+    """What of an answer's `text` its `opening` has not said: a template that thinks may open one with `<think>`."""
+    said = opening.rstrip()
+    sizes = (size for size in range(min(len(said), len(text)), 0, -1) if text[size - 1] == ">")
+    size = next((size for size in sizes if said.endswith(text[:size])), 0)
+    return text[size:].lstrip() if size and said != opening else text[size:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from skyrl.types import Message, UserError
@@ -28,25 +28,20 @@ def check_text(text: str) -> str:
     return text
 
 
-def check_template_kwargs(template: Any, given: Iterable[str]) -> None:
-    """Raises UserError for a variable of chat.template_kwargs that the chat template does not read, which would have no
-    effect; and for all of them without a template. Templates with names are not looked into."""
-    if not template:
-        names = ", ".join(given)
-        raise UserError(f"chat.template_kwargs: {names} would have no effect, the tokenizer has no chat template")
-    if not isinstance(template, str):
-        return
+def template_variables(template: Any) -> set[str] | None:
+    """The variables that a chat template reads besides those that are said in other ways. None: nobody can tell, for
+    templates with names and for one with tags of transformers' own; what is wrong with it is told where it is used."""
     from jinja2 import TemplateSyntaxError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    if template and not isinstance(template, str):
+        return None
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except TemplateSyntaxError:  # a tag of transformers' own; what is wrong with it is told where it is used
-        return
-    known = meta.find_undeclared_variables(parsed) - TAKEN
-    if unknown := [name for name in given if name not in known]:
-        reads = ", ".join(sorted(known)) or "none"
-        raise UserError(f"chat.template_kwargs.{unknown[0]}: the chat template does not read it; it reads: {reads}")
+        parsed = environment.parse(template or "")
+    except TemplateSyntaxError:
+        return None
+    return meta.find_undeclared_variables(parsed) - TAKEN - environment.globals.keys()
 
 
 def structure(message: Message) -> tuple[Any, ...]:

@@ -7,9 +7,10 @@ read ids as they stand inside the whole text. Imports without torch.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import string
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,9 +36,9 @@ class Decode(Protocol):
     no whole character come out as U+FFFD.
 
     `after`: the id before them, where it is known: some tokenizers put a space behind each special token, and that one
-    is left out, since nobody wrote it."""
+    is left out, there and within `tokens`, since nobody wrote it. `skip`: ids that are left out of the text."""
 
-    def __call__(self, tokens: Sequence[int], after: int | None = None) -> str: ...
+    def __call__(self, tokens: Sequence[int], after: int | None = None, skip: Set[int] = frozenset()) -> str: ...
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,6 +80,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0][:200]
+            if (Path(folder) / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:
+                reason = "tokenizer.model is read by the package sentencepiece: pip install sentencepiece"
             raise UserError(
                 f"{where}={source}: no tokenizer can be read there ({reason}); set model.tokenizer"
             ) from error
@@ -161,21 +164,39 @@ def make_decode(tokenizer: Any) -> Decode:
     (word pieces); so ids are decoded behind a token whose text is known, and that text is taken off.
     """
 
+    from tokenizers import decoders
+
+    own = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    words = decoders.WordPiece(own.prefix, cleanup=False) if isinstance(own, decoders.WordPiece) else None
+
     def plain(tokens: Sequence[int]) -> str:
+        if words is not None:  # a decoder with a clean-up of its own, which joins "f ( a )"
+            return words.decode(tokenizer.convert_ids_to_tokens(list(tokens)))
         return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     anchor, joined = _decoding_anchor(tokenizer, plain)
     front = [] if anchor is None else [anchor]
     skipped = len(plain(front))
 
-    def decode(tokens: Sequence[int], after: int | None = None) -> str:
+    def piece(tokens: Sequence[int], after: int | None) -> str:
         text = plain([*front, *tokens])[skipped:]
         return text.removeprefix(" ") if joined or after in spaced else text
 
-    spaced: Container[int | None] = ()
+    def decode(tokens: Sequence[int], after: int | None = None, skip: Set[int] = frozenset()) -> str:
+        if joined:
+            return piece([token for token in tokens if token not in skip], after)
+        cuts = [place for place, token in enumerate(tokens, 1) if token in spaced or token in skip]
+        text, start = "", 0
+        for end in [*cuts, len(tokens)] if spaced or skip else [len(tokens)]:
+            kept = tokens[start : end - 1] if end > start and tokens[end - 1] in skip else tokens[start:end]
+            text += piece(kept, tokens[start - 1] if start else after) if len(kept) else ""
+            start = end
+        return text
+
+    spaced: Set[int | None] = frozenset()
     added = getattr(tokenizer, "added_tokens_decoder", {})
     if added and decode(encode_after(tokenizer, str(next(iter(added.values()))), "a")).startswith(" "):
-        spaced = added.keys()
+        spaced = {token for token, entry in added.items() if plain([token]).strip() == str(entry).strip()}  # no bytes
     return decode
 
 

@@ -73,7 +73,7 @@ BUDGET = {
     "algorithm": (21, "five independent parts: advantage, loss, KL, filters, critic"),
     "env": (5, "which task, its own options, and its limits"),
     "data": (6, "two sources, an order, two limits, and what is left out"),
-    "chat": (1, "what the template is told"),
+    "chat": (2, "what the template is told, and what rewards read"),
     "eval": (4, "when, on what, how"),
     "warmup": (3, "as little as a supervised phase needs"),
     "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),

@@ -1,14 +1,16 @@
 """Conversations to ids: turns are closed once, rows end as the template ends a turn, rewards read what was drawn."""
 
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 from small_tokenizers import KINDS, SPECIALS, characters
+from tokenizers import processors
 
 from skyrl.text.chat import Chat
 from skyrl.text.stream import GrowingText
-from skyrl.text.tokenizer import encode
+from skyrl.text.tokenizer import encode, encode_after
 from skyrl.types import UserError
 
 USER = [{"role": "user", "content": "7+5="}]
@@ -107,6 +109,36 @@ def test_what_a_stop_string_has_written_is_not_written_again():
         assert chat.decode(chat.continuation(ids_of(chat, drawn), LOW)) == more
 
 
+THINKS = "<|assistant|><think>\n"
+SAYS = {
+    "kept": template("<|ROLE|>TEXT<|EOT|>", THINKS),
+    "dropped": template("<|ROLE|>{{ m['content'].split('</think>')[-1] }}<|EOT|>", THINKS),
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_what_the_opening_of_an_answer_says_is_not_said_twice(name):
+    """A template that opens an answer with <think>, and a solution that begins with it; whatever it does to history."""
+    tokenizer = characters((*SPECIALS, "<think>", "</think>"))
+    tokenizer.chat_template = SAYS[name]
+    chat = Chat(tokenizer, {tokenizer.convert_tokens_to_ids("<|EOT|>"): "tokenizer"})
+    row = "<|user|>7+5=<|EOT|><|assistant|><think>\nhm\n</think>\n\n12<|EOT|>"
+    for text in ("<think>\nhm\n</think>\n\n12", "hm\n</think>\n\n12"):
+        assert chat.decode([*chat.prompt(USER), *chat.answer(USER, text)]) == row
+    assert chat.decode(chat.answer(USER, "1 > 0")) == "1 > 0<|EOT|>"
+
+
+def test_a_turn_may_end_with_what_opens_the_next():
+    """As GLM-4's: nothing is written behind the last answer, and the next role's token is an end token."""
+    tokenizer = characters()
+    tokenizer.chat_template = template("<|ROLE|>TEXT", "<|assistant|>")
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    chat = Chat(tokenizer, {2: "tokenizer", user: "generation_config.json"})
+    assert chat.answer(USER, "12").tolist() == ids_of(chat, "12<|user|>")
+    assert chat.decode(chat.continuation(ids_of(chat, "12<|user|>"), LOW)) == "too low<|assistant|>"
+    assert chat.decode(chat.continuation(ids_of(chat, "12"), LOW)) == "<|user|>too low<|assistant|>"
+
+
 def test_plain_text_has_no_turns():
     chat = Chat(characters())
     end = chat.tokenizer.eos_token_id
@@ -116,6 +148,15 @@ def test_plain_text_has_no_turns():
     bos = Chat(KINDS["byte level, bos"]())
     assert bos.start("7+5=")[0] == bos.tokenizer.bos_token_id
     assert bos.start("<s>7+5=").tolist() == bos.start("7+5=").tolist()
+    assert bos.start("7</s>").tolist() == [*bos.start("7"), bos.tokenizer.eos_token_id]  # written, and not added
+    for behind in ("</s>", "<|EOT|>"):  # what a tokenizer adds behind a text, its end token or another
+        closed = KINDS["byte level"]()
+        token = closed.convert_tokens_to_ids(behind)
+        closed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"<s> $A {behind}", special_tokens=[("<s>", closed.bos_token_id), (behind, token)]
+        )
+        assert Chat(closed).start("7+5=").tolist() == bos.start("7+5=").tolist()
+        assert Chat(closed).start(f"7{behind}").tolist() == [*bos.start("7"), token]
 
 
 def test_the_reward_reads_what_was_drawn():
@@ -128,6 +169,23 @@ def test_the_reward_reads_what_was_drawn():
     assert chat.read([tokenizer.eos_token_id] * 2) == "</s>"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_stay_without_a_space_that_nobody_wrote_or_are_left_out(kind):
+    tokenizer = KINDS[kind]()
+    last = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    for text in ("4<|EOT|>12", "<|user|>4<|user|>", "the <|EOT|>sum", "<pad><pad>5"):
+        drawn = [*encode_after(tokenizer, "<|assistant|>", text), tokenizer.eos_token_id]
+        read = Chat(tokenizer).read(drawn, last)
+        bare = Chat(tokenizer, skip_special_tokens=True).read(drawn, last)
+        if kind == "word pieces":  # its decoder writes a space between any two
+            read, bare, text = read.replace(" ", ""), bare.replace(" ", ""), text.replace(" ", "")
+        assert (read, bare) == (text, words(text))
+
+
+def words(text):
+    return re.sub("<[^>]+>", "", text)
+
+
 def test_an_end_that_nothing_names_is_a_warning():
     tokenizer = characters()
     tokenizer.chat_template = TEMPLATES["a line break before it"][0]
@@ -138,6 +196,14 @@ def test_an_end_that_nothing_names_is_a_warning():
     assert f"ends an assistant's turn with <|EOT|> ({eot})" in line and f"sampler.stop_token_ids=[{eot}]" in line
     assert chat.answer(USER, "12").tolist() == ids_of(chat, "12\n<|EOT|>")  # what the template ends with all the same
     assert Chat(tokenizer, {2: "tokenizer", eot: "generation_config.json"}).warnings() == []
+    closed = template("<|ROLE|>TEXT<|EOT|>\n", "<|assistant|>") + "{% if not add_generation_prompt %}</s>{% endif %}"
+    tokenizer.chat_template = closed  # </s> ends the conversation, and no turn: the Phi-3 family
+    chat = Chat(tokenizer)
+    assert f"ends an assistant's turn with <|EOT|> ({eot})" in chat.warnings()[0]
+    assert chat.answer(USER, "12").tolist() == ids_of(chat, "12<|EOT|>\n</s>")
+    after = ids_of(chat, "\n<|user|>too low<|EOT|>\n<|assistant|>")
+    for end in (2, eot):
+        assert chat.continuation([*ids_of(chat, "12"), end], LOW).tolist() == after
     for name in ("words only", "spaces around the text"):
         tokenizer.chat_template = TEMPLATES[name][0]
         assert Chat(tokenizer).warnings() == []

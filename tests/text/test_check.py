@@ -2,9 +2,9 @@
 
 import pytest
 
-from skyrl.config.schema import ModelConfig
+from skyrl.config.schema import ChatConfig, ModelConfig
 from skyrl.text.chat import KINDS, Chat, load_chat
-from skyrl.text.check import check_template_kwargs, lost_message
+from skyrl.text.check import lost_message
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import UserError
 
@@ -121,14 +121,14 @@ def test_variables_reach_the_template_and_one_it_does_not_read_is_refused(tmp_pa
     assert chat_of(THINKING).render(say(HI)).endswith("[a]")
     (tmp_path / "t.jinja").write_text(THINKING)
     model = ModelConfig(chat_template=str(tmp_path / "t.jinja"))
-    assert load_chat(model, template_kwargs={"enable_thinking": False}).template_kwargs == {"enable_thinking": False}
+    assert load_chat(model, ChatConfig({"enable_thinking": False})).template_kwargs == {"enable_thinking": False}
     with pytest.raises(UserError, match="template_kwargs.thinking: the chat template does not read it; it reads: ena"):
-        load_chat(model, template_kwargs={"thinking": False})
-    with pytest.raises(UserError, match="chat.template_kwargs: x would have no effect"):
-        check_template_kwargs(None, {"x": 1})
-    for taken in ("messages", "add_generation_prompt"):
-        with pytest.raises(UserError, match=f"chat.template_kwargs.{taken}: the chat template does not read it"):
-            check_template_kwargs(THINKING, {taken: 1})
+        load_chat(model, ChatConfig({"thinking": False}))
+    with pytest.raises(UserError, match="chat.template_kwargs.x: the chat template does not read it; there is none"):
+        load_chat(ModelConfig(), ChatConfig({"x": 1}))
+    for taken in ("messages", "add_generation_prompt", "range", "raise_exception"):
+        with pytest.raises(UserError, match=f"kwargs.{taken}: the chat template does not read it; it reads: enable_t"):
+            chat_of(THINKING).check_variables([taken], "kwargs")
 
 
 def test_what_one_request_leaves_out_on_purpose_is_not_refused_to_others():

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from small_tokenizers import KINDS, characters, metaspace, word_piece
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from skyrl.config.schema import ModelConfig
@@ -64,6 +65,10 @@ def test_no_clean_up():
     text = "if x != y : f ( a , b ) ."
     assert tokenizer.decode(encode(tokenizer, text)) != text
     assert make_decode(tokenizer)(encode(tokenizer, text)) == text
+    pieces = word_piece()
+    pieces.backend_tokenizer.decoder = decoders.WordPiece(cleanup=True)  # the decoder has one of its own
+    assert pieces.decode(encode(pieces, text)) != make_decode(word_piece())(encode(pieces, text))
+    assert make_decode(pieces)(encode(pieces, text)) == make_decode(word_piece())(encode(pieces, text))
 
 
 # ---- stop strings
