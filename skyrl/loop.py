@@ -18,6 +18,7 @@ from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
+from skyrl.distributed import env
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.init import World, init_distributed
@@ -25,7 +26,7 @@ from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
-from skyrl.planner.plan import Plan, describe_ranks, make_plan, model_sizes
+from skyrl.planner.plan import Plan, describe_peak, describe_ranks, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
 from skyrl.text.chat import Chat, chat_of
@@ -86,6 +87,7 @@ def open_run(cfg: RunConfig) -> Run:
     sizes = model_sizes(cfg)
     world = init_distributed(cfg)
     plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.choice)
+    env.planned_memory = describe_peak(plan)
     if world.is_leader:
         lines = (
             f"computes on {describe_ranks(plan, world.choice.name)}",

@@ -36,8 +36,9 @@ from skyrl.config.load import (
     register_schema,
 )
 from skyrl.config.schema import RunConfig
-from skyrl.distributed import env
+from skyrl.distributed import env, phases
 from skyrl.distributed.env import REQUEUE_FILE, from_slurm, rank, report_to_launcher, world_size
+from skyrl.distributed.faults import classify, describe
 from skyrl.planner.serve import dry_run_text
 from skyrl.types import RunError, StopRun, UserError
 from skyrl.web.auth import read_keys
@@ -109,19 +110,18 @@ def _report(error: BaseException, mode: str) -> int:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return _log_error(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        what = " ".join(str(error).split())[:200]
-        return _log_error(
-            f"out of memory ({what}); lower batch.max_tokens_per_microbatch or sampler.kv_cache_gib, set "
-            "model.activation_checkpointing=true or strategy.name=fsdp; dry_run=true shows what needs how much",
-            FAILURE,
-            bundle=True,
-        )
-    group = _group()
-    if group is not None and group.is_lost_peer(error):
+    fault, group = classify(error), _group()
+    if fault is not None and fault.kind == "lost" and group is not None:
         return _log_error(group.about_lost_peer(error), FAILURE, bundle=True)
     trace = "".join(traceback.format_exception(type(error), error, _own_part(error)))
-    return _log_error(trace, FAILURE, plain=True, bundle=True)
+    if fault is None or fault.kind == "lost":
+        return _log_error(trace, FAILURE, plain=True, bundle=True)
+    phase = phases.status.phase if env.watchdog is not None else ""
+    line = f"rank {rank()} on {socket.gethostname()}: {describe(fault, phase, phases.status.step, env.planned_memory)}"
+    if fault.kind != "kernel":
+        return _log_error(line, FAILURE, bundle=True, named=True)
+    # It may be a fault of the program: where it was is worth its lines.
+    return _log_error(f"{trace}skyrl: error: {line}\n", FAILURE, plain=True, bundle=True, named=True)
 
 
 def _own_part(error: BaseException) -> TracebackType | None:
@@ -137,12 +137,14 @@ def _group() -> ModuleType | None:
     return failure
 
 
-def _log_error(message: str | None, code: int, *, plain: bool = False, bundle: bool = False) -> int:
+def _log_error(
+    message: str | None, code: int, *, plain: bool = False, bundle: bool = False, named: bool = False
+) -> int:
     """Prints the message, unless another rank has told one; None: nothing to tell. Returns `code`.
 
     Ranks but 0 say who they are; where there is no group of ranks yet, all see the same, and rank 0 tells it: torchrun
     ends the others before they can, and under srun one rank of each node speaks. With `bundle` a crash bundle is left
-    in the run folder. A traceback (`plain`) is the last thing printed.
+    in the run folder. A traceback (`plain`) is the last thing printed. `named`: the message says which rank it is of.
     """
     group, me = _group(), rank()
     if group is not None:
@@ -154,7 +156,7 @@ def _log_error(message: str | None, code: int, *, plain: bool = False, bundle: b
         if group is not None and group.reporting:
             time.sleep(OWN_THREAD_SECONDS)
         return code
-    who = f"rank {me}: " if me != 0 else ""
+    who = f"rank {me}: " if me != 0 and not named else ""
     place, details = _crash_report(message) if bundle else ("", "")
     if plain:
         if place:

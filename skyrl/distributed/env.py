@@ -25,6 +25,7 @@ SCONTROL_SECONDS = 20
 # Set by distributed.init and distributed.watchdog, which import torch; read by main.py, which must not.
 in_group = False  # this process is one of a group of ranks
 watchdog: Any = None  # the Watchdog that listens, while a run or a server lives
+planned_memory = ""  # of one rank, in words, once there is a plan
 # Below the ports that the kernel hands to outgoing connections (32768 and up), above those of services.
 FIRST, COUNT = 20000, 10000
 STRIDE = 7  # no divisor of COUNT: jobs that follow each other start apart, and 10000 of them differ

@@ -26,13 +26,10 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from skyrl.distributed.faults import classify
+
 LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 SETTLE_SECONDS = 2.0  # how long we look for the rank that is gone
-_LOST = re.compile(
-    r"Connection (closed|reset|refused|aborted)|Broken pipe|pair closure|Timed out waiting|timed out|NCCL|"
-    r"Socket (Timeout|closed)|peer .*(closed|gone)",
-    re.IGNORECASE,
-)
 _processes: list[tuple[str, int]] = []  # (host, process id) of every rank
 _shared_folder: list[Path] = []  # the folder in which ranks of this machine leave word for each other
 _PR_SET_PDEATHSIG = 1
@@ -142,9 +139,8 @@ def _very_last() -> None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether `error` says that another rank is gone or does not answer, rather than that something is wrong here."""
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or _LOST.search(str(error).split("\n")[0]) is not None
-    )
+    fault = classify(error)
+    return fault is not None and fault.kind == "lost"
 
 
 def restore_sigterm() -> None:
@@ -195,10 +191,11 @@ def about_lost_peer(error: BaseException) -> str | None:
         gone = ended_ranks()
     if error_reported():
         return None
-    what = " ".join(str(error).split("\n")[0].split())
     if gone:
         return about_ranks(gone)
-    if re.search("timed out", what, re.IGNORECASE):
+    fault = classify(error)
+    what = fault.what if fault is not None else str(error).split("\n")[0]
+    if re.search("timed out|timing out|timeout", what, re.IGNORECASE):
         return (
             f"another rank did not answer within run.collective_timeout_seconds ({what}): it hangs or is much slower; "
             "look at its output, or raise that limit; the same command goes on from the last checkpoint"

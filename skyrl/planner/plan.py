@@ -31,6 +31,9 @@ from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
 __all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_sizes"]
 
+MEMORY_PARTS = tuple(
+    "weights masters gradients optimizer adapter reference critic activations logits gathered cache".split()
+)
 Due = Literal["rollouts", "replicas"]
 
 
@@ -356,6 +359,17 @@ def _describe_adapter(plan: Plan, sizes: ModelSizes) -> list[tuple[str, str]]:
     return [("lora", text)]
 
 
+def describe_peak(plan: Plan) -> str:
+    """What one rank's memory is for by the plan, in one line; "" for a plan without a model."""
+    if plan.memory is None:
+        return ""
+    parts = {name: getattr(plan.memory, name) / GIB for name in MEMORY_PARTS}
+    shown = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
+    room = available(plan.device)
+    there = f" of {room[0] / GIB:.1f}" if room is not None else ""
+    return f"{plan.memory.peak / GIB:.2f}{there} GiB ({shown})"
+
+
 def _describe_memory(plan: Plan, sizes: ModelSizes, memory: MemoryEstimate) -> list[tuple[str, str]]:
     lines = [
         (
@@ -366,8 +380,7 @@ def _describe_memory(plan: Plan, sizes: ModelSizes, memory: MemoryEstimate) -> l
         *_describe_adapter(plan, sizes),
         ("memory", "estimate for one rank, GiB"),
     ]
-    names = "weights masters gradients optimizer adapter reference critic activations logits gathered cache".split()
-    for name in names:
+    for name in MEMORY_PARTS:
         size = getattr(memory, name)
         if size:
             lines.append(("", f"{name:<14}{size / GIB:>9.3f}"))

@@ -1,0 +1,174 @@
+"""What an error of torch, CUDA, NCCL or gloo means: another rank is gone, or something is wrong on this one.
+
+By type and text alone, without torch, so that a text from any machine can be tested. The whole text counts, and what is
+wrong here comes first: NCCL reports a broken GPU of this rank under the same first line as a lost connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["memory", "gpu", "kernel", "setup", "lost"]
+LONGEST = 4000  # characters of an error that are looked at; symbolised C++ frames may follow
+FRAGMENTED = 0.1  # of the device's memory, reserved and not allocated
+UNITS = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
+OVER_MORE_RANKS = "strategy.name=fsdp or zero3 over more ranks"
+PHASE_REMEDIES = {
+    "generation": f"lower sampler.kv_cache_gib or sampler.max_running, or {OVER_MORE_RANKS}",
+    "training": "lower batch.max_tokens_per_microbatch or model.logits_chunk_tokens, set "
+    f"model.activation_checkpointing=true, or {OVER_MORE_RANKS}",
+    "loading": f"{OVER_MORE_RANKS}, strategy.offload, or a smaller model",
+    "": "lower batch.max_tokens_per_microbatch or sampler.kv_cache_gib, set model.activation_checkpointing=true, or "
+    f"{OVER_MORE_RANKS}",
+}
+SAME_REMEDY = {"evaluation": "generation", "warm-up": "training", "opening": "loading", "finishing": "loading"}
+SAME_REMEDY["saving"] = "loading"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`kind`: memory (out of it), gpu (broken or taken), kernel (a program's fault, or a GPU's), setup (something of
+    this machine or start), lost (another rank, or the way to it). `what` is the line of the text that says so."""
+
+    kind: Kind
+    what: str
+    remedy: str = ""
+
+
+_LAST_CHECKPOINT = "the same command goes on from the last checkpoint"
+_BROKEN = f"leave this GPU or node out and tell who runs it (dmesg shows its Xid); {_LAST_CHECKPOINT}"
+_KERNEL = (
+    "CUDA_LAUNCH_BLOCKING=1 shows the line that started it; where it comes and goes, a GPU is broken (dmesg shows its "
+    f"Xid); {_LAST_CHECKPOINT}"
+)
+_RULES: tuple[tuple[Kind, str, str], ...] = (
+    (
+        "memory",
+        r"(CUDA|HIP) out of memory|(CUDA|HIP) error: out of memory|Cuda failure (\d+ )?'out of memory'|"
+        r"CU\w+_STATUS_ALLOC_FAILED|DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|"
+        r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|Cannot allocate memory",
+        "",
+    ),
+    (
+        "gpu",
+        r"ECC error|uncorrectable NVLink|over nvlink or a hardware error|hardware stack error|GPU is lost|"
+        r"fallen off the bus|unspecified device failure|Contained error|cudaErrorDevicesUnavailable|device .*is lost",
+        _BROKEN,
+    ),
+    (
+        "gpu",
+        r"device\(s\) is/are busy or unavailable",
+        "another process holds the GPU, or it is in exclusive mode: nvidia-smi shows which; end it or use another GPU",
+    ),
+    (
+        "setup",
+        r"no kernel image is available|invalid device function",
+        "this torch holds no kernels for the GPU: install a build that does (a run names it at its start)",
+    ),
+    (
+        "kernel",
+        r"device-side assert triggered",
+        "an index is out of range, most often a token id beyond the model's vocabulary; CUDA_LAUNCH_BLOCKING=1 shows "
+        "where",
+    ),
+    (
+        "kernel",
+        r"illegal memory access|misaligned address|illegal instruction|invalid program counter|invalid address space|"
+        r"unspecified launch failure|launch timed out and was terminated|"
+        r"CU\w+_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
+        _KERNEL,
+    ),
+    (
+        "setup",
+        r"driver version is insufficient|driver on your system is too old|Found no NVIDIA driver|"
+        r"no CUDA-capable device|No CUDA GPUs are available|driver initialization failed|system not yet initialized|"
+        r"CUDA unknown error|CUDA error: (unknown error|initialization error)",
+        "see whether nvidia-smi works here, mend the driver or use another node; skyrl-tx doctor says more",
+    ),
+    (
+        "setup",
+        r"not compiled with CUDA|doesn't have NCCL built in|ProcessGroupNCCL is only supported with GPUs",
+        "install a torch built for CUDA, or give strategy.device=cpu",
+    ),
+    ("setup", r"Duplicate GPU detected", "start one process for each GPU, with torchrun or srun --gpus-per-task=1"),
+    ("setup", r"Mismatched NCCL version", "give all nodes the same environment"),
+    (
+        "setup",
+        r"shared memory segment|/dev/shm|unable to (open|write to|allocate) .*shared memory|</torch_\d+",
+        "/dev/shm is full or too small: in a container --shm-size=8g or --ipc=host",
+    ),
+    (
+        "setup",
+        r"no socket interface found|Failed to initialize (any )?NET plugin|ibv_\w+ .*failed|"
+        r"Failed to bind NVLink SHARP",
+        "NCCL_SOCKET_IFNAME names the interface between nodes, NCCL_IB_DISABLE=1 or NCCL_NVLS_ENABLE=0 leaves the "
+        "broken way out; NCCL_DEBUG=INFO says more",
+    ),
+)
+# What gloo, NCCL and the store say of a rank that is gone or late. A text that is none of theirs is not looked at: a
+# user's "connection reset" is about something else.
+_OF_A_GROUP = re.compile(r"/gloo/|NCCL|nccl|ProcessGroup|c10d")
+_LOST = re.compile(
+    r"Connection (closed|reset|refused|aborted|timed out)|Broken pipe|pair closure|closed by (remote )?peer|"
+    r"ncclRemoteError|remote process exited|Timed out waiting|collective operation timeout|before timing out|"
+    r"NCCL timeout|communicator was aborted|Socket (Timeout|closed)|No route to host|wait timeout|"
+    r"Software caused connection abort|successfully reached monitoredBarrier",
+    re.IGNORECASE,
+)
+_LOST_TYPES = ("DistNetworkError", "DistStoreError", "DistQueueEmptyError")
+
+
+def classify(error: BaseException) -> Fault | None:
+    """The fault that an error tells of; None for any other error, which is then shown with its traceback."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    text = str(error)[:LONGEST]
+    memory = "OutOfMemoryError" in names or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if memory or isinstance(error, MemoryError):
+        return Fault("memory", _line(text) or "no memory is left")
+    if not isinstance(error, (RuntimeError, AssertionError)):
+        return None
+    for kind, pattern, remedy in _RULES:
+        if found := re.search(pattern, text, re.IGNORECASE):
+            return Fault(kind, _line(text, found.start()), remedy)
+    if any(name in names for name in _LOST_TYPES):
+        return Fault("lost", _line(text))
+    if ("DistBackendError" in names or _OF_A_GROUP.search(text)) and (found := _LOST.search(text)):
+        return Fault("lost", _line(text, found.start()))
+    return None
+
+
+def describe(fault: Fault, phase: str, step: int, planned: str) -> str:
+    """One line for a person about a fault of this rank: where, what, what was planned, what to do. `phase` is "" when
+    it is not known, `planned` the plan's memory in words, or ""."""
+    where = f" in {phase}, step {step}" if phase else ""
+    if fault.kind != "memory":
+        return f"{fault.what}{where}; {fault.remedy}"
+    text = f"out of memory{where} ({fault.what})"
+    return f"{text}; {f'planned: {planned}; ' if planned else ''}{_memory_remedy(fault.what, phase)}"
+
+
+def _memory_remedy(text: str, phase: str) -> str:
+    others = [(int(pid), size) for pid, size in re.findall(r"Process (\d+) has ([\d.]+ \wiB) memory in use", text)]
+    if others:
+        return f"another process ({others[0][0]}) holds {others[0][1]} of that GPU: end it, or use another GPU"
+    remedy = PHASE_REMEDIES[SAME_REMEDY.get(phase, phase if phase in PHASE_REMEDIES else "")]
+    idle = re.search(r"([\d.]+) (\wiB) is reserved by PyTorch but unallocated", text)
+    total = re.search(r"total capacity of ([\d.]+) (\wiB)", text)
+    if idle and total and _gib(idle) > FRAGMENTED * _gib(total):
+        remedy = f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory lies in pieces), {remedy}"
+    return f"{remedy}; dry_run=true shows what needs how much"
+
+
+def _gib(found: re.Match[str]) -> float:
+    return float(found[1]) * UNITS.get(found[2], 0.0)
+
+
+def _line(text: str, at: int = 0) -> str:
+    """The line of `text` around position `at`, without double spaces, at most 600 characters; torch's long advice on
+    its allocator is cut off."""
+    begin = text.rfind("\n", 0, at) + 1
+    line = " ".join(text[begin:].split("\n")[0].split()).partition(" If reserved but unallocated")[0]
+    return line if len(line) <= 600 else f"{line[:600]}..."

@@ -1,0 +1,254 @@
+"""Real texts of torch, CUDA, NCCL and gloo: which of them say that another rank is gone, and what the others say."""
+
+import errno
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from skyrl import main
+from skyrl.distributed import env
+from skyrl.distributed.failure import is_lost_peer
+from skyrl.distributed.faults import classify, describe
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.29.7\n{}\nLast error:\n{}"
+)
+UNHANDLED_CUDA = "unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+CALL_FAILED = "ncclUnhandledCudaError: Call to CUDA function failed."
+UNHANDLED_SYSTEM = "unhandled system error (run with NCCL_DEBUG=INFO for details)"
+SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. "
+REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+INVALID = "ncclInvalidUsage: This usually reflects invalid usage of NCCL library."
+GLOO = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/{}"
+SEARCH = "\nSearch for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api for more information.\n"
+OOM = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.12 GiB is "
+    "free. {}Including non-PyTorch memory, this process has 70.97 GiB memory in use. Of the allocated memory {} GiB is "
+    "allocated by PyTorch, and {} GiB is reserved by PyTorch but unallocated. If reserved but "
+    "unallocated memory is large try "
+    "setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
+
+
+def of_cuda(last: str) -> dist.DistBackendError:
+    return dist.DistBackendError(NCCL.format(UNHANDLED_CUDA, CALL_FAILED, last))
+
+
+def of_system(last: str) -> dist.DistBackendError:
+    return dist.DistBackendError(NCCL.format(UNHANDLED_SYSTEM, SYSTEM, last))
+
+
+LOST = [
+    RuntimeError(GLOO.format("pair.cc:537] Read error [127.0.0.1]:14755: Connection reset by peer. This is typically")),
+    RuntimeError(GLOO.format("pair.cc:544] Connection closed by peer [127.0.0.1]:45345")),
+    RuntimeError(GLOO.format("unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation to complete")),
+    RuntimeError(GLOO.format("pair.cc:523] Application timeout caused pair closure")),
+    RuntimeError("Rank 0 successfully reached monitoredBarrier, received errors: [c10d] Connection closed by peer"),
+    dist.DistStoreError("wait timeout after 20000ms, keys: /x"),
+    dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+    dist.DistBackendError(
+        NCCL.format(
+            "remote process exited or there was a network error",
+            REMOTE,
+            "socketProgress: Connection closed by remote peer",
+        )
+    ),
+    of_system("socketPollConnect: connect to 10.0.0.4<4242> returned Connection timed out"),
+    dist.DistBackendError(
+        NCCL.format(
+            "internal error",
+            "ncclInternalError: Internal check failed.",
+            "Net : Call to recv from n2<1> failed : Broken pipe",
+        )
+    ),
+    dist.DistBackendError(
+        "NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] "
+        "Watchdog caught collective "
+        "operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600029 "
+        "milliseconds before "
+        "timing out."
+    ),
+    dist.DistBackendError(
+        "[1] is setting up NCCL communicator and retrieving ncclUniqueId via c10d key-value store by key '0', "
+        "but store->get('0') got error: Connection reset by peer"
+    ),
+]
+HERE = [
+    (
+        torch.OutOfMemoryError(OOM.format("", "60.00", "0.50")),
+        "memory",
+        "CUDA out of memory. Tried to allocate 20.00 GiB",
+    ),
+    (torch.AcceleratorError("CUDA error: out of memory" + SEARCH), "memory", "CUDA error: out of memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory", "CUBLAS"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "memory", "CUDNN"),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 40000000000000 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        "memory",
+        "DefaultCPUAllocator",
+    ),
+    (MemoryError("Unable to allocate 7.11 PiB for an array with shape (10,)"), "memory", "7.11 PiB"),
+    (MemoryError(), "memory", "no memory is left"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory", "Cannot allocate memory"),
+    (of_cuda("Cuda failure 2 'out of memory'"), "memory", "Cuda failure 2"),
+    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered" + SEARCH), "gpu", "ECC"),
+    (of_cuda("Cuda failure 214 'uncorrectable ECC error encountered'"), "gpu", "Cuda failure 214"),
+    (
+        torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution" + SEARCH),
+        "gpu",
+        "NVLink",
+    ),
+    (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable" + SEARCH), "gpu", "busy"),
+    (
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered" + SEARCH),
+        "kernel",
+        "illegal memory",
+    ),
+    (torch.AcceleratorError("CUDA error: misaligned address" + SEARCH), "kernel", "misaligned"),
+    (torch.AcceleratorError("CUDA error: unspecified launch failure" + SEARCH), "kernel", "unspecified"),
+    (RuntimeError("CUDA error: device-side assert triggered" + SEARCH), "kernel", "assert"),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, ...)`"),
+        "kernel",
+        "CUBLAS",
+    ),
+    (of_cuda("Cuda failure 700 'an illegal memory access was encountered'"), "kernel", "Cuda failure 700"),
+    (
+        dist.DistBackendError(
+            "NCCL communicator was aborted on rank 0. Original reason for failure was: CUDA error: an illegal memory "
+            "access was encountered"
+        ),
+        "kernel",
+        "illegal",
+    ),
+    (
+        RuntimeError("CUDA error: no kernel image is available for execution on the device" + SEARCH),
+        "setup",
+        "no kernel",
+    ),
+    (
+        RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"),
+        "setup",
+        "driver",
+    ),
+    (
+        RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version" + SEARCH),
+        "setup",
+        "insufficient",
+    ),
+    (AssertionError("Torch not compiled with CUDA enabled"), "setup", "not compiled"),
+    (RuntimeError("Distributed package doesn't have NCCL built in"), "setup", "NCCL built in"),
+    (ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), None, ""),
+    (
+        dist.DistBackendError(
+            NCCL.format(
+                "invalid usage", INVALID, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+            )
+        ),
+        "setup",
+        "Duplicate GPU",
+    ),
+    (
+        of_system(
+            "Error while creating shared memory segment /dev/shm/nccl-x (size 9), error: No space left on device (28)"
+        ),
+        "setup",
+        "/dev/shm",
+    ),
+    (
+        dist.DistBackendError(
+            NCCL.format(
+                "internal error", "ncclInternalError: Internal check failed.", "Bootstrap : no socket interface found"
+            )
+        ),
+        "setup",
+        "no socket",
+    ),
+    (
+        RuntimeError(
+            "unable to open shared memory object </torch_12_3> in read-write mode: No space left on device (28)"
+        ),
+        "setup",
+        "shared memory",
+    ),
+    # none of these is a fault that one line explains: they keep their traceback
+    (RuntimeError("NCCL_ALGO=Foo is not known"), None, ""),
+    (
+        dist.DistBackendError(
+            NCCL.format(
+                "invalid argument", "ncclInvalidArgument: Invalid value for an argument.", "Broadcast : invalid root 7"
+            )
+        ),
+        None,
+        "",
+    ),
+    (RuntimeError("the judge's request timed out"), None, ""),
+    (RuntimeError("HTTP: Connection reset by peer"), None, ""),
+    (ConnectionResetError("Connection reset by peer"), None, ""),
+    (
+        RuntimeError("[enforce fail at /x/gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 50000 vs 8"),
+        None,
+        "",
+    ),
+    (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), None, ""),
+    (KeyError("NCCL"), None, ""),
+]
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: str(error)[-60:])
+def test_a_lost_rank_is_known_by_its_text(error):
+    assert classify(error).kind == "lost" and is_lost_peer(error)
+
+
+@pytest.mark.parametrize("error, kind, what", HERE, ids=lambda part: str(part)[-60:])
+def test_what_is_wrong_here_is_not_a_lost_rank(error, kind, what):
+    fault = classify(error)
+    assert (fault.kind if fault else None) == kind and not is_lost_peer(error)
+    if fault is not None:
+        line = describe(fault, "training", 7, "")
+        assert what in fault.what and "\n" not in line and "in training, step 7" in line
+        assert kind == "memory" or fault.remedy
+
+
+def test_out_of_memory_says_the_phase_what_was_planned_and_what_to_lower():
+    def line(phase, others="", allocated="60.00", idle="0.50", planned="12.00 of 79.1 GiB (weights 3.00)"):
+        return describe(classify(torch.OutOfMemoryError(OOM.format(others, allocated, idle))), phase, 3, planned)
+
+    training, drawing, loading = line("training"), line("generation"), line("loading")
+    assert training.startswith(
+        "out of memory in training, step 3 (CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"
+    )
+    assert "planned: 12.00 of 79.1 GiB (weights 3.00); lower batch.max_tokens_per_microbatch" in training
+    assert "lower sampler.kv_cache_gib or sampler.max_running" in drawing and "microbatch" not in drawing
+    assert "strategy.name=fsdp or zero3" in loading and line("evaluation") == drawing.replace(
+        "generation", "evaluation"
+    )
+    for told in (training, drawing, loading, line("")):
+        assert "expandable_segments" not in told and told.endswith("dry_run=true shows what needs how much")
+    assert "expandable_segments:True" in line("training", idle="9.50")
+    assert "another process (4321) holds 60.00 GiB" in line("training", "Process 4321 has 60.00 GiB memory in use. ")
+    assert line("").startswith("out of memory (") and "planned" not in line("", planned="")
+
+
+def test_what_a_person_sees_of_a_fault(capsys, monkeypatch):
+    """One line with rank and host; for a kernel's fault also where the program was, before it."""
+    monkeypatch.setattr(env, "planned_memory", "1.00 GiB")
+    out_of_memory, illegal = HERE[0][0], next(error for error, kind, _ in HERE if kind == "kernel")
+    assert main._report(out_of_memory, "train") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"skyrl: error: rank 0 on {socket.gethostname()}: out of memory (CUDA out")
+    assert said.count("\n") == 1
+    assert "planned: 1.00 GiB; lower batch.max_tokens_per_microbatch" in said
+    assert main._report(illegal, "train") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        lines[0].startswith("torch.AcceleratorError: CUDA error: an illegal") and "CUDA_LAUNCH_BLOCKING=1" in lines[-1]
+    )
+    assert lines[-1].startswith(f"skyrl: error: rank 0 on {socket.gethostname()}: CUDA error: an illegal memory access")
+    assert main._report(RuntimeError("NCCL_ALGO=Foo is not known"), "train") == 1
+    assert "RuntimeError: NCCL_ALGO=Foo" in capsys.readouterr().err
