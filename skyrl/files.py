@@ -7,6 +7,7 @@ that the content does not. Hence the order here, always the same: content, fsync
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -68,6 +69,30 @@ def to_trash(folder: Path) -> Path:
     target = folder.with_name(f"{folder.name}.trash-{secrets.token_hex(4)}")
     folder.rename(target)
     return target
+
+
+def disk_reason(problem: BaseException, place: Path | None = None) -> str:
+    """An error of a disk in a few words of one line, with the file if it has one, and what a full disk has run out of.
+    `place`: where that disk is, if not where the file is."""
+    if not isinstance(problem, OSError) or not problem.strerror:
+        text = " ".join(str(problem).split())
+    else:
+        text = problem.strerror + (f": {problem.filename}" if problem.filename else "")
+    place = place or Path(getattr(problem, "filename", None) or ".")
+    full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return text + (f"; {lack}" if full and (lack := disk_lack(place)) else "")
+
+
+def disk_lack(place: Path) -> str:
+    """What the disk of `place` has run out of, as a clause; "" where it has room, or does not tell."""
+    place = place.absolute()
+    try:
+        found = os.statvfs(next(path for path in (place, *place.parents) if path.exists()))
+    except OSError:
+        return ""
+    if found.f_files and not found.f_favail:
+        return "all inodes of that disk are used, so it takes no further file, however small: delete some"
+    return "" if found.f_bavail * found.f_frsize >= found.f_frsize else "no byte of that disk is free"
 
 
 def sync_folder(folder: Path) -> None:

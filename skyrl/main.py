@@ -39,6 +39,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, phases
 from skyrl.distributed.env import REQUEUE_FILE, from_slurm, rank, report_to_launcher, world_size
 from skyrl.distributed.faults import classify, describe
+from skyrl.files import disk_reason
 from skyrl.planner.serve import dry_run_text
 from skyrl.types import RunError, StopRun, UserError
 from skyrl.web.auth import read_keys
@@ -108,8 +109,7 @@ def _report(error: BaseException, mode: str) -> int:
         kept = "with what was saved" if mode == "serve" else "from the last checkpoint"
         return _log_error(f"interrupted; the same command goes on {kept}", INTERRUPTED)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        where = f"{error.filename}: " if error.filename else ""
-        return _log_error(f"{where}{error.strerror}; free some space there, or make it writable", USAGE_ERROR)
+        return _log_error(f"{disk_reason(error)}; free some space there, or make it writable", USAGE_ERROR)
     fault, group = classify(error), _group()
     if fault is not None and fault.kind == "lost" and group is not None:
         return _log_error(group.about_lost_peer(error), FAILURE, bundle=True)

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 import skyrl
-from skyrl.files import write_atomic
+from skyrl.files import disk_reason, write_atomic
 from skyrl.types import UserError
 
 # "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
@@ -65,8 +65,8 @@ class RunFolder:
         except OSError as problem:
             self.close()
             raise UserError(
-                f"run.dir={self.path}: cannot be used ({problem.strerror}: {problem.filename}); make it writable, free "
-                "some space, or give another run.dir"
+                f"run.dir={self.path}: cannot be used ({disk_reason(problem, self.path)}); make it writable, "
+                "free some space, or give another run.dir"
             ) from None
         except UserError:
             self.close()

@@ -1,10 +1,13 @@
 """Files and folders are whole or absent, and a manifest finds what is damaged."""
 
+import errno
 import os
+import types
 
 import pytest
 
 from skyrl.files import (
+    disk_reason,
     manifest_entry,
     remove_tree,
     sha256,
@@ -56,3 +59,14 @@ def test_a_manifest_names_each_fault(tmp_path):
     (tmp_path / "gone").unlink()
     assert sorted(verify_manifest(tmp_path, files)) == ["file gone is missing", "file short has 0 bytes instead of 5"]
     assert sha256(tmp_path / "kept") == files["kept"]["sha256"]
+
+
+def test_a_full_disk_is_told_as_what_it_is(tmp_path, monkeypatch):
+    """Bytes or inodes, of the folder that is there for one that could not be made; nothing more for other errors."""
+    full, other = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only", "x")
+    assert disk_reason(full, tmp_path / "a" / "b") == "No space left on device"
+    for inodes, free, told in ((0, 9, "all inodes of that disk are used"), (9, 0, "no byte of that disk is free")):
+        found = types.SimpleNamespace(f_files=99, f_favail=inodes, f_bavail=free, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", lambda path, found=found: found)
+        assert told in disk_reason(full, tmp_path / "a" / "b") and "None" not in disk_reason(full)
+        assert disk_reason(other) == "Read-only: x"

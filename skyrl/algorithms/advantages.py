@@ -19,6 +19,7 @@ from skyrl.types import Floats, Ints, UserError
 
 AllSum = Callable[[np.ndarray], np.ndarray]  # sums a small float64 vector over all ranks
 Span = tuple[int, int]  # rows [first, end) of one episode
+EPISODES_AT_ONCE = 256
 
 
 @dataclass
@@ -179,12 +180,15 @@ def _whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduc
     std = np.sqrt(squares / max(count, 1.0))
     if is_rounding(std, scale):
         return [np.zeros_like(x) for x in tokens]
-    return [(x - mean) / (std + eps) for x in tokens]
+    flat -= mean
+    flat /= std + eps
+    return np.split(flat, np.cumsum([len(x) for x in tokens])[:-1]) if tokens else []
 
 
 def _join(arrays: list[Floats], masks: list[np.ndarray]) -> np.ndarray:
     """The sampled tokens of one episode's rows, end to end: what was observed is skipped."""
-    return np.concatenate([array[mask] for array, mask in zip(arrays, masks, strict=True)])
+    parts = [array[mask] for array, mask in zip(arrays, masks, strict=True)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray]) -> list[Floats]:
@@ -193,9 +197,30 @@ def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray])
     for values, (first, end) in zip(tokens, spans, strict=True):
         position = 0
         for d in range(first, end):
-            count = int(masks[d].sum())
+            count = np.count_nonzero(masks[d])
             out[d][masks[d]] = values[position : position + count]
             position += count
+    return out
+
+
+def _sums_to_come(tokens: list[np.ndarray], discount: float) -> list[np.ndarray]:
+    """S_t = x_t + discount * S_{t+1} for the tokens of each episode, float64; S is 0 after the last one.
+
+    All episodes go backward together, one numpy operation for each token of the longest: the same products and sums, in
+    the same order, as token by token. `EPISODES_AT_ONCE` bounds the padding.
+    """
+    out: list[np.ndarray] = []
+    for first in range(0, len(tokens), EPISODES_AT_ONCE):
+        part = tokens[first : first + EPISODES_AT_ONCE]
+        longest = max(map(len, part))
+        padded_ET = np.zeros((len(part), longest))  # episodes end together; padding stands before their first tokens
+        for e, x in enumerate(part):
+            padded_ET[e, longest - len(x) :] = x
+        sums_TE = np.ascontiguousarray(padded_ET.T)
+        for t in range(longest - 2, -1, -1):
+            sums_TE[t] += discount * sums_TE[t + 1]
+        padded_ET[:] = sums_TE.T
+        out += [padded_ET[e, longest - len(x) :] for e, x in enumerate(part)]
     return out
 
 
@@ -211,15 +236,10 @@ def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: floa
     of all ranks. Source: Hu 2025 (REINFORCE++), arXiv 2501.03262, section 3.
     """
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
-    tokens, scales = [], []
-    for first, end in spans:
-        rewards = _join(rows.rewards[first:end], rows.masks[first:end])
-        scales.append(float(magnitude(rewards).sum()))
-        returns = rewards.astype(np.float64)
-        for t in range(len(returns) - 2, -1, -1):
-            returns[t] += gamma * returns[t + 1]
-        tokens.append(returns)
-    return Advantages(_split(_whiten(tokens, scales, eps, all_reduce_sum), spans, rows.masks))
+    rewards = [_join(rows.rewards[first:end], rows.masks[first:end]) for first, end in spans]
+    scales = [float(magnitude(x).sum()) for x in rewards]
+    returns = _sums_to_come(rewards, gamma)
+    return Advantages(_split(_whiten(returns, scales, eps, all_reduce_sum), spans, rows.masks))
 
 
 GAE = Advantage(
@@ -244,25 +264,18 @@ def gae(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, e
         raise UserError(
             "algorithm.advantage.name: gae got no values; give the run a critic, or choose one that needs none"
         )
-    kept, tokens, scales, returns = [], [], [], []
-    all_spans = rows.episodes()
-    for first, end in all_spans:
-        critic = _join(rows.values[first:end], rows.masks[first:end])
-        values = critic.astype(np.float64)
-        if not rows.valid_D[first]:
-            returns.append(values)
-            continue
+    spans = rows.episodes()
+    critics = [_join(rows.values[first:end], rows.masks[first:end]) for first, end in spans]
+    values = [critic.astype(np.float64) for critic in critics]
+    deltas, scales = [np.zeros_like(v) for v in values], []
+    kept = [e for e, (first, _) in enumerate(spans) if rows.valid_D[first]]
+    for e in kept:
+        first, end = spans[e]
         rewards = _join(rows.rewards[first:end], rows.masks[first:end])
-        advantages = np.zeros_like(values)
-        next_value = next_advantage = 0.0
-        for t in range(len(values) - 1, -1, -1):
-            delta = rewards[t] + gamma * next_value - values[t]
-            next_advantage = delta + gamma * lam * next_advantage
-            advantages[t], next_value = next_advantage, values[t]
-        kept.append((first, end))
-        tokens.append(advantages)
+        deltas[e] = rewards + gamma * np.append(values[e][1:], 0.0)[: len(rewards)] - values[e]
         # an advantage is a sum of later rewards and of values, whose weights are at most 2 together
-        scales.append(float(magnitude(rewards).sum() + 2.0 * magnitude(critic).max(initial=0.0)))
-        returns.append(advantages + values)
-    whitened = _whiten(tokens, scales, eps, all_reduce_sum)
-    return Advantages(_split(whitened, kept, rows.masks), _split(returns, all_spans, rows.masks))
+        scales.append(float(magnitude(rewards).sum() + 2.0 * magnitude(critics[e]).max(initial=0.0)))
+    advantages = _sums_to_come(deltas, gamma * lam)
+    returns = [a + v for a, v in zip(advantages, values, strict=True)]
+    whitened = _whiten([advantages[e] for e in kept], scales, eps, all_reduce_sum)
+    return Advantages(_split(whitened, [spans[e] for e in kept], rows.masks), _split(returns, spans, rows.masks))

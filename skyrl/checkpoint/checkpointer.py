@@ -39,10 +39,9 @@ from skyrl.checkpoint.folder import (
     read_checkpoint,
     remedy,
     retain,
-    short,
     survey,
 )
-from skyrl.files import verify_manifest
+from skyrl.files import disk_reason, verify_manifest
 from skyrl.types import UserError
 
 
@@ -158,7 +157,7 @@ class Checkpointer:
         except UserError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"checkpoint {path}: cannot be read ({short(error)}); {remedy(Path(path))}"
+            problem = f"checkpoint {path}: cannot be read ({disk_reason(error)}); {remedy(Path(path))}"
         first = next((text for text in self._all_gather(problem) if text is not None), None)
         if first is not None:
             raise UserError(first)
@@ -250,7 +249,8 @@ class Checkpointer:
         known, _ = survey(self.folder)
         last = max(known, key=lambda info: info.sequence, default=None)
         kept = f"the last complete checkpoint is {last.path}" if last else "no complete checkpoint exists yet"
-        return UserError(f"checkpoint {self.folder / job.tag}: not saved{where} ({short(cause)}); {advice}; {kept}")
+        reason = disk_reason(cause, self.folder)
+        return UserError(f"checkpoint {self.folder / job.tag}: not saved{where} ({reason}); {advice}; {kept}")
 
     # -- collectives; what is sent is small, so one kind is enough --
 

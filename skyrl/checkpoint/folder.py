@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import skyrl
-from skyrl.files import sync_folder, to_trash, verify_manifest, write_atomic
+from skyrl.files import disk_reason, sync_folder, to_trash, verify_manifest, write_atomic
 from skyrl.types import UserError
 
 FORMAT = 1
@@ -130,7 +130,9 @@ def clean_leftovers(folder: Path) -> list[str]:
                 continue
             shutil.rmtree(path)
         except OSError as problem:
-            raise UserError(f"checkpoint leftover {path}: cannot be removed ({short(problem)}); remove it") from None
+            raise UserError(
+                f"checkpoint leftover {path}: cannot be removed ({disk_reason(problem)}); remove it"
+            ) from None
         lines.append(f"removed {path.name}: left by a run that was killed while it wrote or deleted it")
     return lines
 
@@ -207,13 +209,6 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def short(problem: BaseException) -> str:
-    """An error in a few words, with the file if it has one."""
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror + (f": {problem.filename}" if problem.filename else "")
-    return str(problem)
-
-
 class _Unusable(Exception):
     """Why a manifest cannot be used; without advice, as finding advice reads manifests."""
 
@@ -222,7 +217,7 @@ def _read(path: Path) -> CheckpointInfo:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except OSError as problem:
-        raise _Unusable(f"not a complete checkpoint ({short(problem)})") from None
+        raise _Unusable(f"not a complete checkpoint ({disk_reason(problem)})") from None
     except ValueError:
         raise _Unusable(f"{MANIFEST} is damaged") from None
     given = manifest.pop("digest", None) if isinstance(manifest, dict) else None
@@ -255,5 +250,5 @@ def _delete(path: Path) -> list[str]:
     try:
         shutil.rmtree(path if not is_final(path) else to_trash(path))
     except OSError as problem:
-        return [f"checkpoint {path}: could not be deleted ({short(problem)})"]
+        return [f"checkpoint {path}: could not be deleted ({disk_reason(problem)})"]
     return []

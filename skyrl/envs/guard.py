@@ -44,6 +44,7 @@ LAST_RESORT_SECONDS = 30.0
 POLL_SECONDS = 0.25
 REPEAT_SECONDS = 1.0  # until the next interrupt, for one that falls into a __del__ or a callback is dropped by Python
 
+LARGEST = 1e30  # of rewards and metrics: squares and sums of them stay numbers, and a loss's float32 holds them
 _FAR_SECONDS = 1e6  # an alarm that never goes off: what is left of it tells whether the call has set one of its own
 _REDUCTIONS = (":mean", ":sum", ":max", ":min")
 _LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib")) + ("<frozen",)
@@ -224,10 +225,12 @@ def check_step(value: object) -> StepResult:
 
 
 def _finite(value: Any, what: str) -> float:
-    """A number of Python, numpy or torch as a finite float; True is 1.0. Raises BadResult for anything else."""
-    if type(value) is float and math.isfinite(value):
+    """A number of Python, numpy or torch as a finite float; True is 1.0. One of a narrower type becomes the shortest
+    decimal that rounds to it, as it prints (float32's 10.1 is 10.1): turns of 10.1 and 0.2 are as much as one of
+    10.3 in any type. Raises BadResult for anything else, and for what no sum of squares can hold."""
+    if type(value) is float and abs(value) <= LARGEST:
         return value
-    plain = _plain(value)
+    plain = _shortest(value, _plain(value))
     if not isinstance(plain, (numbers.Real, Decimal)):
         raise BadResult(f"{_short(value)} as {what}, wanted a number")
     try:
@@ -236,7 +239,20 @@ def _finite(value: Any, what: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise BadResult(f"{_short(value)} as {what}, wanted a finite number")
+    if abs(number) > LARGEST:
+        raise BadResult(f"{_short(value)} as {what}, wanted a number of at most {LARGEST:g}")
     return number
+
+
+def _shortest(value: Any, plain: Any) -> Any:
+    """`plain`, what is inside `value`, with as few digits as its type needs."""
+    if type(plain) is not float or type(value) is float or not math.isfinite(plain):
+        return plain
+    try:
+        make = value.new_tensor if hasattr(value, "new_tensor") else value.dtype.type
+        return next(short for digits in range(1, 18) if make(short := float(f"{plain:.{digits}g}")) == value)
+    except Exception:  # another kind of number
+        return plain
 
 
 def _plain(value: Any) -> Any:

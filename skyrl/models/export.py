@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -23,7 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from skyrl.config.schema import ModelConfig
-from skyrl.files import write_folder_atomic
+from skyrl.files import disk_reason, write_folder_atomic
 from skyrl.hub.locate import locate
 from skyrl.models.load import build_net
 from skyrl.models.weights import INDEX, SINGLE
@@ -80,7 +82,7 @@ def export_model(
             more(part)
     except OSError as error:
         raise UserError(
-            f"export to {folder} failed: {error.strerror or error}; free space there or choose another folder"
+            f"export to {folder} failed: {disk_reason(error, folder)}; free space there or choose another folder"
         ) from error
 
 
@@ -124,7 +126,8 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     try:
         save_file(plain, file, metadata={"format": "pt"})
     except SafetensorError as error:  # how it tells what the system said
-        raise OSError(str(error)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
 
 
 def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dtype, architecture: str) -> None:
@@ -138,6 +141,7 @@ def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dty
         GenerationConfig.from_model_config(config).save_pretrained(part)
     if architecture not in keys.get("architectures", ()):  # a bare model, or one with another head
         keys["architectures"] = [architecture]
+    keys.pop("transformers_weights", None)  # a name of files that are not these
     keys["tie_word_embeddings"] = config.tie_word_embeddings
     keys["dtype"] = keys["torch_dtype"] = str(dtype).removeprefix("torch.")
     if not str(keys.get("transformers_version", "")).startswith("4."):

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -21,7 +20,7 @@ from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
 from skyrl.models.tiny import tiny_config
-from skyrl.models.weights import fill_from, init_random
+from skyrl.models.weights import fill_from, init_random, reason_of
 from skyrl.text.tokenizer import TINY, tiny_tokenizer
 from skyrl.types import UserError
 
@@ -36,9 +35,11 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
         return tiny_config(cfg.tiny, len(tokenizer if tokenizer is not None else tiny_tokenizer()))
     folder = locate(cfg.path, cfg.revision)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
+        config = AutoConfig.from_pretrained(  # the file's own dtype may be "auto", which is none
+            folder, trust_remote_code=cfg.trust_remote_code, dtype=torch.float32
+        )
+    except Exception as error:  # whatever a class makes of values that it did not expect, and code of the folder
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise UserError(f"model.path={cfg.path}: transformers cannot read its config: {reason}") from error
     check_supported(config)
     return config
@@ -47,16 +48,16 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
 def build_net(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """A transformers causal LM with meta parameters in `dtype` and real buffers (in their own dtype, on the CPU)."""
     register()
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     with init_empty_weights(include_buffers=False):
         try:
             net = AutoModelForCausalLM.from_config(
                 config, attn_implementation=NAME, trust_remote_code=trust_remote_code, dtype=torch.float32
             )
-        except (ValueError, KeyError) as error:  # KeyError: a table of attention classes instead of the interface
-            reason = str(error).strip().splitlines()[0][:200]
+        except Exception as error:  # a table of attention classes instead of the interface, values that fit nothing
             raise UserError(
                 f"model.path: model type {config.model_type!r} is not supported: transformers cannot build it as a "
-                f"causal LM with its attention interface ({reason})"
+                f"causal LM with its attention interface ({reason_of(error)})"
             ) from error
     net.tie_weights()  # the empty-weights context has made separate parameters of tied ones
     check_module(net)
@@ -113,12 +114,14 @@ def build_model(
 
 
 class _ShortWindow:
-    """Attends as PackedAttention, with `short` in place of the window `long`."""
+    """Attends as PackedAttention, with `short` in place of the window `long`; `layers`: which layers have attended."""
 
     def __init__(self, inner: PackedAttention, long: int | None, short: int) -> None:
         self.inner, self.long, self.short = inner, long, short
+        self.layers: list[int] = []
 
     def attend(self, layer: int, *args: Tensor, **kwargs: Any) -> Tensor:
+        self.layers.append(layer)
         if self.long is not None and kwargs["window"] == self.long:
             kwargs["window"] = self.short
         return self.inner.attend(layer, *args, **kwargs)
@@ -158,6 +161,8 @@ def check_against_transformers(model: CausalLM) -> None:
     finally:
         if window is not None:
             config.sliding_window = window
+    if len(set(attention.layers)) != len(attention.layers):
+        refuse("a layer of it attends more than once, and the sampler keeps keys and values of one time")
     gap = float((ours - plain).abs().mean())
     if not gap <= CHECK_TOLERANCE[dtype]:
         refuse(f"packed log-probabilities differ from transformers' own by {gap:.2g} on average")

@@ -27,55 +27,67 @@ from skyrl.types import UserError
 Region = tuple[slice, ...]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
+INDEX_END = ".index.json"
 
 
 class Checkpoint:
     """The tensors of a folder in Hugging Face format, by their names in the files; opens files when they are read.
 
     The files are those that transformers takes: one safetensors file, else an index with its shards, else the same as
-    .bin. All tensors of a file count, whether an index names them or not. `files`: name -> file; `again`: (name, file)
-    of those that a further file holds as well.
+    .bin; or the one that `named` is (config.json's `transformers_weights`). All tensors of a file count, whether an
+    index names them or not. `files`: name -> file; `again`: (name, file) of those that a further file holds as well.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, named: str | None = None) -> None:
         self.folder = folder
         self._open: tuple[str, Any] | None = None
         there = [name for name in (SINGLE, INDEX, BIN, BIN_INDEX) if (folder / name).is_file()]
+        if named:
+            if not named.endswith((".safetensors", f".safetensors{INDEX_END}")) or not (folder / named).is_file():
+                raise UserError(
+                    f"model.path: config.json in {folder} says transformers_weights={named}, which is no safetensors "
+                    "file or index there; take that line out, or give the file"
+                )
+            there = [named]
         if not there:
             raise UserError(
                 f"model.path: {folder} holds no {SINGLE}, no {INDEX} and no {BIN}; other formats are not read, convert "
                 "them with save_pretrained of transformers"
             )
-        named = self._weight_map(there[0])
-        shards = self._weight_map(INDEX) if there[:2] == [SINGLE, INDEX] else named
-        if set(shards.values()) != set(named.values()):
+        tensors = self._weight_map(there[0])
+        shards = self._weight_map(INDEX) if there[:2] == [SINGLE, INDEX] else tensors
+        if set(shards.values()) != set(tensors.values()):
             raise UserError(
                 f"model.path: {folder} holds {SINGLE} and the shards of {INDEX}: transformers reads the one, vLLM the "
                 "others; delete what is old"
             )
         self.files: dict[str, str] = {}
         self.again: list[tuple[str, str]] = []
-        for name in sorted(set(named.values())):
+        for name in sorted(set(tensors.values())):
             if not (folder / name).is_file():
                 raise UserError(f"model.path: {folder} lacks {name}, which {there[0]} names; download the model again")
             for key in self._file(name).keys():
                 if self.files.setdefault(key, name) != name:
                     self.again.append((key, name))
-        if lost := sorted(named.keys() - self.files.keys() - {""}):
+        if lost := sorted(tensors.keys() - self.files.keys() - {""}):
             raise UserError(
                 f"model.path: {there[0]} in {folder} names {few(lost)}, which no file holds; download the model again"
             )
 
     def _weight_map(self, name: str) -> dict[str, str]:
         """Tensor -> file as an index says, or for a file itself "" -> file."""
-        if name not in (INDEX, BIN_INDEX):
+        if not name.endswith(INDEX_END):
             return {"": name}
         try:
-            return dict(json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"])
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"]
+            if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+                raise ValueError("weight_map must name a file for each tensor")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"model.path: {self.folder / name} is no index of weights ({error!r}); download the model again"
+                f"model.path: {self.folder / name} is no index of weights ({str(error)[:100]!r}); download the model "
+                "again"
             ) from error
+        return found
 
     def _file(self, name: str) -> Any:
         """A file as safetensors opens it, or the tensors of a .bin by their names, mapped into memory."""
@@ -83,12 +95,14 @@ class Checkpoint:
             file = str(self.folder / name)
             try:
                 if name.endswith(".bin"):
-                    self._open = (name, torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file)))
+                    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+                    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+                        raise UnpicklingError("it is no mapping of names to tensors alone")
+                    self._open = (name, tensors)
                 else:
                     self._open = (name, safe_open(file, framework="pt"))
             except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError) as error:
-                reason = str(error).strip().partition("\n")[0][:200]
-                raise UserError(f"model.path: {file} cannot be read ({reason}); download the model again") from error
+                raise UserError(f"model.path: {file} cannot be read ({reason_of(error)}); download it again") from error
         return self._open[1]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -195,9 +209,10 @@ def fill_from(net: Any, folder: Path) -> None:
     """Every parameter and persistent buffer of `net` from the files in `folder`, cast to its own dtype; one tensor at a
     time, of a sharded one this rank's part alone.
 
-    Raises UserError that names the tensor: of the wrong shape, or not equal to the one that it is taken for a copy of.
+    Raises UserError that names the tensor: of the wrong shape, with NaN or infinity in it, or not equal to the one that
+    it is taken for a copy of.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, getattr(net.config, "transformers_weights", None))
     (steps, copies), wanted = plan(net, checkpoint), targets(net)
 
     def check_shape(what: str, found: Sequence[int], name: str) -> None:
@@ -213,15 +228,20 @@ def fill_from(net: Any, folder: Path) -> None:
         try:
             converted = step.convert(name, model=net, config=net.config)
         except (RuntimeError, ValueError) as error:  # tensors to be stacked that differ in shape or number
-            reason = str(error).strip().partition("\n")[0][:200]
             raise UserError(
-                f"model.path: {name} cannot be made from the tensors for it in {folder} ({reason}); check that "
-                "config.json belongs to these weights"
+                f"model.path: {name} cannot be made from the tensors for it in {folder} ({reason_of(error)}); check "
+                "that config.json belongs to these weights"
             ) from error
         for made, tensor in converted.items():
             whole = tensor[0] if isinstance(tensor, list) else tensor
             check_shape(f"what makes {made}", whole.shape, made)
             put(wanted[made], whole)
+    for name, tensor in wanted.items():
+        if not _is_finite(_local(tensor)):
+            raise UserError(
+                f"model.path: {name} in {folder} is not finite everywhere (in {str(tensor.dtype)[6:]}); download the "
+                "model again, or give a model.dtype with a larger range"
+            )
     for key, name in copies.items():
         check_shape(key, checkpoint.shape(key), name)
         own, other = _local(wanted[name]), checkpoint.read(key, local_region(wanted[name]))
@@ -282,12 +302,26 @@ def _ignorable(net: Any, key: str) -> bool:
     patterns = list(getattr(net, "_keys_to_ignore_on_load_unexpected", None) or [])
     if any(name.endswith("rotary_emb.inv_freq") for name, _ in net.named_buffers()):  # old files have it in each layer
         patterns.append(r"rotary_emb\.inv_freq")
+    patterns.append(r"\.(attn|attention)\.masked_bias$")  # -10,000, which GPT-2's relatives stored in each layer
     dropped = [name for name, module in net.named_modules() if isinstance(module, nn.Identity)]
     return any(re.search(p, key) for p in patterns) or any(key.startswith(f"{name}.") for name in dropped)
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; in one pass, without a tensor of the same size."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's text, or its class where that says nothing."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0][:200]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def few(names: list[str]) -> str:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import skyrl
-from skyrl.files import manifest_entry, remove_tree, sync_folder, verify_manifest, write_folder_atomic
+from skyrl.files import disk_reason, manifest_entry, remove_tree, sync_folder, verify_manifest, write_folder_atomic
 from skyrl.models.export import save_tensors
 from skyrl.models.peft import read_adapter, write_adapter
 from skyrl.service.records import CheckpointPath, Json, ModelInfo, StorageError, check_part
@@ -341,7 +341,7 @@ class Archive:
             meta["files"], meta["facts"], meta["encrypted"]
         except OSError as error:
             kind = UserError if isinstance(error, FileNotFoundError) else StorageError
-            raise kind(f"checkpoint {path.uri}: not on the disk ({folder}: {_reason(error)})") from None
+            raise kind(f"checkpoint {path.uri}: not on the disk ({folder}: {disk_reason(error)})") from None
         except (ValueError, KeyError, TypeError):
             raise StorageError(f"checkpoint {path.uri}: {folder / META} is damaged; load another checkpoint") from None
         if meta["format"] != FORMAT:
@@ -356,7 +356,7 @@ class Archive:
         try:
             problems = verify_manifest(folder, files, hashed=hashed)
         except OSError as error:
-            problems = [_reason(error)]
+            problems = [disk_reason(error)]
         if problems:
             raise StorageError(f"checkpoint {path.uri}: {'; '.join(problems)} in {folder}; load another checkpoint")
 
@@ -365,7 +365,7 @@ class Archive:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise StorageError(f"archive {self.root}: cannot be locked ({_reason(error)})") from None
+                raise StorageError(f"archive {self.root}: cannot be locked ({disk_reason(error)})") from None
             raise UserError(
                 f"archive {self.root}: another server uses it; end that one, or give another folder"
             ) from None
@@ -388,7 +388,8 @@ class Archive:
             yield
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"archive {what}: cannot be {verb} ({_reason(error)}); free space there, or check the folder's rights"
+                f"archive {what}: cannot be {verb} ({disk_reason(error, what)}); free space there, or check the "
+                "folder's rights"
             ) from error
 
 
@@ -449,12 +450,6 @@ def _padded(size: int) -> int:
 def _listing(folder: Path) -> list[str]:
     """Names ("a/b") of the files below `folder`, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _reason(error: BaseException) -> str:
-    """An error of the system in a few words, one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())
 
 
 def _encrypt(folder: Path, recipients: Sequence[str]) -> None:

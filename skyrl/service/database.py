@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from skyrl.files import disk_lack
 from skyrl.service.messages import CreateModel, LoadWeights, Request, RequestOutcome, Result, SaveWeights, UnloadModel
 from skyrl.service.records import StorageError
 from skyrl.types import UserError
@@ -295,8 +296,10 @@ class Database:
         except (sqlite3.DatabaseError, OSError) as error:
             if isinstance(error, sqlite3.Error) and not any(words in str(error) for words in _OF_THE_DISK):
                 raise
+            lack = disk_lack(self.path)  # SQLite says "unable to open" or "I/O error" as well
             raise StorageError(
-                f"store {self.path}: {error}; free space there, check its rights, or give another file"
+                f"store {self.path}: {error}{lack and f' ({lack})'}; free space there, check its rights, or give "
+                "another file"
             ) from error
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from skyrl.algorithms.declare import Loss
 from skyrl.algorithms.losses import LOSSES
+from skyrl.config.validation import LEAST
 from skyrl.service.messages import (
     OptimizerSettings,
     OptimStep,
@@ -37,7 +38,6 @@ SCORE_TOKENS, SCORE_BYTES = 65536, 256 << 20  # of one scoring command on each r
 STOP_CHARACTERS = 4096  # of all stop strings of a request: each is looked for after each token
 WIDE_TARGETS = 1 << 23  # targets of a row in all, and of a micro-batch that is as wide as its widest row
 CELL = 8  # bytes of a token with its log-probability in a table
-COLDEST = 1e-20  # logits divided by less leave the range of float32
 NOT_PUBLIC = {
     "stable_reinforce": "its mathematics are not public; use importance_sampling, ppo, cispo, dro or gspo",
     "custom": "server-side custom losses are off; the client computes forward_backward_custom itself",
@@ -246,9 +246,10 @@ def sampling_params(query: SamplingRequest, info: ServerInfo, key: str) -> list[
     if wanted < 1:
         raise RequestFailed(f"max_tokens={wanted}; allowed: 1 or more")
     _range("temperature", settings.temperature, 0.0, 100.0)
-    if 0 < settings.temperature < COLDEST:
+    coldest, reason = LEAST["sampler.temperature"]
+    if 0 < settings.temperature < coldest:
         raise RequestFailed(
-            f"temperature={settings.temperature!r}; allowed: 0 (the likeliest token), or {COLDEST:g} to 100"
+            f"temperature={settings.temperature!r}; allowed: 0 (the likeliest token), or {coldest:g} to 100: {reason}"
         )
     _range("top_p", settings.top_p, 0.0, 1.0, open_low=True)
     if settings.top_k < -1:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skyrl.files import disk_reason
 from skyrl.tracking.base import Record
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import UserError
@@ -74,7 +75,9 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120, format="png")
     except OSError as problem:
-        raise UserError(f"{out}: the curves cannot be written ({problem.strerror}); free some space there") from None
+        raise UserError(
+            f"{out}: the curves cannot be written ({disk_reason(problem, out)}); free some space there"
+        ) from None
     return out
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from skyrl.files import disk_reason
 from skyrl.run_dir import cut_metrics
 from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
@@ -54,8 +55,8 @@ class JsonlSink(Sink):
             yield
         except OSError as problem:
             raise UserError(
-                f"{self.path}: cannot be written ({problem.strerror}); free some space, make it writable, or give a "
-                "run.dir on another disk"
+                f"{self.path}: cannot be written ({disk_reason(problem, self.path)}); free some space, make it "
+                "writable, or give a run.dir on another disk"
             ) from None
 
 

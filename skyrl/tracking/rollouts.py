@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from skyrl.files import write_atomic
+from skyrl.files import disk_reason, write_atomic
 from skyrl.run_dir import ROLLOUT_NAME
 from skyrl.tracking.jsonl import to_json
 from skyrl.types import Episode, Metrics, UserError
@@ -37,7 +37,8 @@ def write_rollouts(
         write_atomic(path, "".join(lines))
     except OSError as problem:
         raise UserError(
-            f"{path}: cannot be written ({problem.strerror}); free some space, or give tracking.rollouts_every=0"
+            f"{path}: cannot be written ({disk_reason(problem, path)}); free some space, or give "
+            "tracking.rollouts_every=0"
         ) from None
     return path
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from skyrl.algorithms import advantages
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, kl_rewards
 from skyrl.algorithms.filters import zero_variance_groups
 from skyrl.algorithms.variance import score_of
@@ -331,6 +332,18 @@ def test_filters_of_groups_and_advantages_say_the_same() -> None:
         scales = [max(scale for _, scale in group) for group in scored]
         keep_P = zero_variance_groups([[score for score, _ in group] for group in scored], scales)
         assert keep_P.tolist() == [kept] * len(groups)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.37, 1.0])
+def test_sums_to_come_have_the_bits_of_a_loop(discount: float, monkeypatch) -> None:
+    monkeypatch.setattr(advantages, "EPISODES_AT_ONCE", 3)
+    rng = np.random.default_rng(0)
+    tokens = [rng.normal(size=n).astype(t) for n, t in zip((5, 1, 0, 9, 2, 0, 7), "dfdfddd", strict=True)]
+    for x, got in zip(tokens, advantages._sums_to_come(tokens, discount), strict=True):
+        want = x.astype(np.float64)
+        for t in range(len(x) - 2, -1, -1):
+            want[t] += discount * want[t + 1]
+        np.testing.assert_array_equal(got, want)
 
 
 # ---- ranks

@@ -64,6 +64,12 @@ def test_good_result_passes_and_becomes_floats():
     [
         (lambda np, torch: np.float16(0.5), 0.5),
         (lambda np, torch: np.longdouble("0.5"), 0.5),
+        (lambda np, torch: np.float32(10.1), 10.1),
+        (lambda np, torch: np.array(0.3, np.float16), 0.3),
+        (lambda np, torch: torch.tensor(0.7), 0.7),
+        (lambda np, torch: torch.tensor(-0.1, dtype=torch.bfloat16), -0.1),
+        (lambda np, torch: np.float32(16777217), 16777216.0),
+        (lambda np, torch: np.float64(0.1) + np.float64(0.2), 0.1 + 0.2),
         (lambda np, torch: np.int8(-1), -1.0),
         (lambda np, torch: np.bool_(True), 1.0),
         (lambda np, torch: np.array(0.5), 0.5),
@@ -102,6 +108,7 @@ def test_what_only_looks_like_a_number_is_refused():
 
     nonsense = [np.array([1.0]), torch.tensor([1.0]), np.str_("1"), np.complex64(1), np.datetime64("2020-01-01"), None]
     nonsense += [Decimal("NaN"), Decimal("sNaN"), Decimal("1e999"), np.float32("inf"), torch.tensor(float("nan"))]
+    nonsense += [1.1e30, -1e300, 10**31, np.float32(2e30), Decimal("-1e31"), torch.tensor(1e300, dtype=torch.float64)]
     nonsense += [Fraction(10**400), torch.empty((), device="meta"), b"1", {"reward": 1.0}]
     for reward in nonsense:
         assert "as reward, wanted a" in invalid(lambda text, reward=reward: StepResult(reward, True)), reward

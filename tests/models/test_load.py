@@ -217,3 +217,11 @@ def test_tokenizer_options(tmp_path):
 
 def test_tiny_is_read_without_files():
     assert read_config(ModelConfig()).model_type == "qwen3" and read_config(ModelConfig()).vocab_size == 100
+
+
+def test_a_layer_that_attends_twice_is_refused(tmp_path):
+    """Its packed forward is right, and the sampler would keep the keys and values of the second time alone."""
+    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    net = tf.AutoModelForCausalLM.from_config(tf.DiffLlamaConfig(**sizes, num_key_value_heads=2))
+    with pytest.raises(UserError, match="'diffllama' is not supported: a layer of it attends more than once"):
+        check_against_transformers(CausalLM(net.float().eval()))

@@ -10,7 +10,7 @@ from families import make_net
 from safetensors.torch import load_file, save_file
 
 from skyrl.config.schema import ModelConfig
-from skyrl.models.load import build_model
+from skyrl.models.load import build_model, check_against_transformers
 from skyrl.types import UserError
 
 WEIGHTS, EMBEDDING, HEAD, NORM = "model.safetensors", "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -75,6 +75,21 @@ def adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
 
 
+def another_file(folder):
+    save_file({**load_file(folder / WEIGHTS), NORM: torch.full((32,), 3.0)}, folder / "own.safetensors")
+    in_config(lambda c: c.update(transformers_weights="own.safetensors"))(folder)
+
+
+def as_list(folder):
+    torch.save(list(load_file(folder / WEIGHTS)), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def training_state(folder):
+    torch.save({"model": load_file(folder / WEIGHTS), "step": 3}, folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
 def half(t):
     t.update({key: value.half() for key, value in t.items() if "mlp" in key})
 
@@ -103,6 +118,15 @@ SAME = {
     "a .bin of a tied model": ("qwen2", as_bin),
     "the index points to another shard": ("qwen3", in_index(lambda m: m.update({NORM: m[EMBEDDING]}))),
     "the index forgets a tensor": ("qwen3", in_index(lambda m: m.pop(NORM))),
+    "answers as tuples": ("qwen3", in_config(lambda c: c.update(return_dict=False, output_hidden_states=True))),
+    "a dtype of auto": ("qwen3", in_config(lambda c: c.update(dtype="auto"))),
+    "another file by name": ("qwen3", another_file),
+    "masks of old files": (
+        "gpt2",
+        in_file(
+            lambda t: t.update({f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")})
+        ),
+    ),
 }
 REFUSED = {
     "tied, another head": (
@@ -132,6 +156,27 @@ REFUSED = {
         "experts.gate_up_proj cannot be made",
     ),
     "an adapter": ("qwen3", adapter, "adapter of peft.*merge_and_unload"),
+    "NaN where few rows look": (
+        "qwen3",
+        in_file(lambda t: t[EMBEDDING][95].fill_(float("nan"))),
+        f"{EMBEDDING}.*finite",
+    ),
+    "infinity": ("qwen3", in_file(lambda t: t[HEAD][95, 0].fill_(float("-inf"))), f"{HEAD}.*not finite"),
+    "NaN in two copies": (
+        "qwen2",
+        in_file(lambda t: (t[EMBEDDING][95].fill_(float("nan")), t.update({HEAD: t[EMBEDDING].clone()}))),
+        f"{EMBEDDING}.*not finite",
+    ),
+    "an index of no names": ("qwen3", in_index(lambda m: m.update({NORM: None})), "is no index of weights"),
+    "a .bin of something else": ("qwen3", as_list, "bin cannot be read .it is no mapping"),
+    "a .bin of a training run": ("qwen3", training_state, "bin cannot be read .it is no mapping"),
+    "a file by name that is not there": (
+        "qwen3",
+        in_config(lambda c: c.update(transformers_weights="own.safetensors")),
+        "transformers_weights=own.safetensors",
+    ),
+    "a padding token beyond the embedding": ("qwen3", in_config(lambda c: c.update(pad_token_id=500)), "Padding_idx"),
+    "a field that no config has room for": ("qwen3", in_config(lambda c: c.update(use_return_dict=True)), "read its c"),
     "a field of another type": ("qwen3", in_config(lambda c: c.update(tie_word_embeddings=None)), "read its config"),
 }
 SHARDED = {name for name in (*SAME, *REFUSED) if "index" in name or "shard" in name}
@@ -139,7 +184,7 @@ SHARDED = {name for name in (*SAME, *REFUSED) if "index" in name or "shard" in n
 
 @pytest.fixture(scope="module")
 def nets():
-    return {name: make_net(name) for name in ("qwen2", "qwen3", "gemma2", "qwen3_moe")}
+    return {name: make_net(name) for name in ("qwen2", "qwen3", "gemma2", "qwen3_moe", "gpt2")}
 
 
 def prepared(nets, case, tmp_path):
@@ -153,7 +198,9 @@ def prepared(nets, case, tmp_path):
 def test_loaded_as_transformers_loads_it(case, nets, tmp_path):
     cfg, _ = prepared(nets, case, tmp_path)
     theirs = dict(tf.AutoModelForCausalLM.from_pretrained(cfg.path, dtype=torch.float32).named_parameters())
-    ours = dict(build_model(cfg, Entries(96)).net.named_parameters())
+    model = build_model(cfg, Entries(96))
+    check_against_transformers(model)
+    ours = dict(model.net.named_parameters())
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
