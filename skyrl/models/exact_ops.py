@@ -17,7 +17,7 @@ Letters: N rows, K inner, V columns; for attention N matrices, M queries, L keys
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -381,7 +381,22 @@ def hook_norms(net: nn.Module) -> None:
     sees a norm that only looks like one."""
     for module in net.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = partial(_norm, module, module.forward)
+            replace_forward(module, _norm)
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """`module(...)` becomes forward(module, plain, ...), `plain` being what its forward pass was. By a subclass: a
+    module that holds itself in an attribute would keep its weights until the cyclic collector runs."""
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind, forward)
+
+
+@cache
+def _subclass(kind: Any, forward: Callable[..., Any]) -> Any:
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, partial(kind.forward, self), *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": replaced})
 
 
 def _norm(module: Any, plain: Any, x: Tensor) -> Tensor:

@@ -109,9 +109,8 @@ class CausalLM(nn.Module):
 
     def checkpoint_layers(self) -> None:
         """Recomputes each decoder layer in the backward pass. Once, before the layers are sharded; no new names."""
-        dtype = next(self.parameters()).dtype
         for layer in self.layers():
-            layer.forward = partial(_run_checkpointed, layer.forward, dtype)
+            exact_ops.replace_forward(layer, _run_checkpointed)
 
     def to(self, *args: Any, **kwargs: Any) -> CausalLM:
         """As nn.Module.to, but a dtype is for parameters only: rotary frequencies lose digits when they are cast."""
@@ -237,8 +236,8 @@ def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
     return _StayDouble() if dtype == torch.float64 else nullcontext()
 
 
-def _run_checkpointed(forward: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    again = partial(_run_again, forward, dtype, exact_ops.is_enabled())
+def _run_checkpointed(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    again = partial(_run_again, forward, next(layer.parameters()).dtype, exact_ops.is_enabled())
     return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
