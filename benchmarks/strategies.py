@@ -168,8 +168,8 @@ def run_rank(kind: str, steps: int, out: Path, rank: int, size: int, port: int) 
         step(steps)
     found["step"] = sent.report()
     strategy = engine.models["policy"].strategy
-    with torch.no_grad(), Bytes() as sent, strategy.gathered():
-        pass
+    with torch.no_grad(), Bytes() as sent:
+        strategy.gathered()
     found["hand_over"] = sent.report()
     with Bytes() as sent:
         strategy.state_dict(optimizer=True)

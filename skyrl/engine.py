@@ -67,6 +67,7 @@ class Engine:
         self.dtype = DTYPES[dtype]
         self.strategy_name = strategy
         self.max_row_tokens = max_row_tokens
+        self.keeps_sampling = True
         self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
         self.models: dict[str, Model] = {}
@@ -87,8 +88,7 @@ class Engine:
             created.copy_weights(self._loaded(spec.copy_of))
         self.models[model] = created
         if model in ("policy", "base"):
-            with created.strategy.gathered() as module:
-                check_against_transformers(cast(CausalLM, module))
+            check_against_transformers(cast(CausalLM, created.strategy.gathered()))
 
     def _create_adapter(self, model: str, spec: ModelSpec, lora: LoraSpec) -> Model:
         if spec.head != "logits" or not spec.trainable or spec.copy_of:
@@ -203,6 +203,9 @@ class Engine:
         mix: bool = False,
         strict: bool = True,
     ) -> TrainOutput:
+        if backward and not self.keeps_sampling:
+            for entry in self.models.values():  # also what a check has gathered since
+                entry.free_sampling()
         call = self._plan_call(rows, model, backward=backward, mix=mix)
         results, packing = RowResults(rows), self.cfg.batch.packing
         for number in range(call.count):
@@ -324,7 +327,7 @@ class Engine:
         """A sampler over the trained weights themselves, an adapter's base with the adapter as it is now. Entering and
         leaving are collective; inside, ranks are on their own. No training call until it is left. Requests name the
         model ("policy" by default)."""
-        with self._loaded(model).sampling(self._make_sampler) as sampler:
+        with self._loaded(model).sampling(self._make_sampler, keep=self.keeps_sampling) as sampler:
             yield sampler
 
     def open_sampler(self, base: str) -> OpenSampler:

@@ -6,8 +6,8 @@ An adapter (LoRA) is a model too: a small one of its own, whose forward pass is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -55,7 +55,6 @@ class OpenSampler:
 
     module: CausalLM
     sampler: Sampler
-    held: ExitStack = field(repr=False)  # what keeps gathered weights in memory
 
 
 class Model:
@@ -66,7 +65,7 @@ class Model:
         self.name, self.spec, self.strategy, self.world, self.base = name, spec, strategy, world, base
         self.version = 0
         self.open: OpenSampler | None = None
-        self._sampler: Sampler | None = None  # kept from one `sampling` to the next
+        self._sampler: Sampler | None = None  # kept from one `sampling` to the next, which refreshes it
 
     @property
     def whole(self) -> Model:
@@ -145,25 +144,36 @@ class Model:
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def sampling(self, make: MakeSampler) -> Iterator[Sampler]:
+    def sampling(self, make: MakeSampler, *, keep: bool = True) -> Iterator[Sampler]:
         """A sampler over the weights as they are now: the trained parameters themselves where every rank has them
-        whole (nothing is copied, and the sampler is kept), else a gathered copy that is freed at exit."""
+        whole, else a copy that is filled in place where they have changed. Both stay for the next time with `keep`."""
         adapters = None if self.base is None else {self.name: self.strategy.module}
-        with torch.no_grad(), self.whole.strategy.gathered() as module:
-            module.eval()
-            shared = module is self.whole.strategy.module
+        finished = False
+        with torch.no_grad():
+            module = self.whole.strategy.gathered()
             if adapters is not None:
                 install(module)
-            if self._sampler is None or not shared:
+            if self._sampler is None:
                 self._sampler = make(module, self.version, adapters, self.spec.base or "policy")
             else:
                 if adapters is not None:
                     self._sampler.forget_adapter(self.name)  # it has changed in place
                 self._sampler.refresh(self.version)
                 self._sampler.metrics()  # dropped: an evaluation's counts are not the next step's
-            yield self._sampler
-            if not shared:
-                self._sampler = None
+            try:
+                yield self._sampler
+                finished = True
+            finally:
+                if not finished:
+                    self._sampler = None  # it may hold requests that nobody waits for
+                if not keep:
+                    self.free_sampling()
+
+    def free_sampling(self) -> None:
+        """Gives back what `sampling` keeps: the cache, what the sampler has packed or recorded, the gathered copy."""
+        self._sampler = None
+        if self.whole.open is None:
+            self.whole.strategy.free_gathered()
 
     def open_sampler(self, make: MakeSampler, adapters: Mapping[str, Adapter]) -> OpenSampler:
         """A frozen model open for sampling from now on, over `adapters` (a live mapping). Collective at the first call
@@ -171,11 +181,10 @@ class Model:
         if self.open is None:
             if self.spec.trainable:
                 raise UserError(f"model {self.name!r} is trained itself; only a frozen base can stay open for sampling")
-            held = ExitStack()
-            module = held.enter_context(self.strategy.gathered()).eval()
+            module = self.strategy.gathered()
             if module is not self.strategy.module:
                 install(module)
-            self.open = OpenSampler(module, make(module, 0, adapters, self.name), held)
+            self.open = OpenSampler(module, make(module, 0, adapters, self.name))
         return self.open
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -184,13 +193,9 @@ class Model:
         if self.open is not None and self.open.sampler.unfinished():
             raise RuntimeError(f"model {self.name!r} cannot be replaced: samples are under way")
         self.load_whole_state({"weights": weights}, optimizer=False)
-        if self.open is None:
-            return
-        if self.open.module is self.strategy.module:
+        if self.open is not None:
+            self.strategy.gathered()  # the copy that the sampler reads, where there is one, takes the new weights
             self.open.sampler.refresh(self.open.sampler.version + 1)
-        else:  # a gathered copy, which holds the old weights
-            self.open.held.close()
-            self.open = None
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +209,6 @@ class Model:
         parts = dict(state)
         self.version = int(parts.pop("version"))
         self.strategy.load_state_dict(parts, optimizer=optimizer and self.spec.trainable)
-        self._sampler = None  # what it cached belongs to other weights, whatever their version
 
     def whole_state(self, *, optimizer: bool) -> dict[str, Any]:
         """Whole tensors as copies on the CPU of every rank, in full precision: "weights" and, with `optimizer`,
@@ -231,7 +235,6 @@ class Model:
         if step is not None:
             own["step"] = torch.as_tensor(float(state["step"]) if optimizer else 0.0, dtype=step.dtype)
         self.strategy.load_state_dict(own, optimizer=self.spec.trainable)
-        self._sampler = None
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: ModelConfig

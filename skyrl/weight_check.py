@@ -99,8 +99,8 @@ def _check_copy(engine: Engine, model: str) -> None:
     strategy = engine.models[model].strategy
     own = strategy.state_dict(optimizer=False)["weights"]
     differs, sums = "", []
-    with torch.no_grad(), strategy.gathered() as module:
-        handed = dict(module.named_parameters())
+    with torch.no_grad():
+        handed = dict(strategy.gathered().named_parameters())
         for name in sorted(own):
             tensor = own[name]
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -125,8 +125,9 @@ def _check_copy(engine: Engine, model: str) -> None:
 def fingerprint(engine: Engine, model: str) -> str:
     """16 hex digits of a model's whole weights, rounded to bfloat16: equal under every layout and dtype. Collective."""
     digest = hashlib.sha256()
-    with torch.no_grad(), engine.models[model].strategy.gathered() as module:
-        for name, tensor in sorted(module.named_parameters(), key=lambda pair: pair[0]):
+    with torch.no_grad():
+        weights = dict(engine.models[model].strategy.gathered().named_parameters())
+        for name, tensor in sorted(weights.items()):
             digest.update(f"{name} {list(tensor.shape)} {_checksum(tensor.to(torch.bfloat16))}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +39,12 @@ class Strategy(Protocol):
     def clear_gradient(self) -> None:
         """Drops what is pending, also what is not finite; weights and moments stay as they are, bit for bit."""
 
-    def gathered(self) -> AbstractContextManager[nn.Module]:
-        """Inside, the module holds whole weights on every rank and may be called without collectives."""
+    def gathered(self) -> nn.Module:
+        """A module with whole weights as they are now on every rank, which may be called without collectives until the
+        weights change: the model itself, or a copy that every later call fills in place where they have changed."""
+
+    def free_gathered(self) -> None:
+        """Gives the memory of such a copy back; the next `gathered` makes another."""
 
     def attach(self, adapter: nn.Module) -> Strategy:
         """The layout of a trainable adapter (models.lora) over this frozen model."""

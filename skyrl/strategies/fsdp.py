@@ -14,8 +14,7 @@ shards live in CPU memory, where AdamW runs too; a layer visits the device while
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from skyrl.distributed.init import World
 from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
 from skyrl.strategies.replicated import ReplicatedStrategy
+from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, Metrics
 
 
@@ -35,8 +35,8 @@ class FSDPStrategy:
     """Strategy protocol over `fully_shard`, one unit per decoder layer and one for the rest.
 
     `build` makes the module, on the meta device, with masters' dtype; `fill(module, device)` puts weights into a module
-    whose parameters are whole or sharded. Sampling gathers all weights once into a second, whole module in the compute
-    dtype, made by `build` too: no hook and no collective is left in it, so ranks may sample at their own pace.
+    whose parameters are whole or sharded. Sampling reads a second, whole module in the compute dtype, made by `build`
+    too (whole.py).
 
     shard_size: ranks that share one copy, 0 = all; it divides the world. offload: shards in CPU memory.
     """
@@ -58,7 +58,6 @@ class FSDPStrategy:
         self.name = "hsdp" if shard_size else "fsdp"
         self.world = world
         self.trainable = trainable
-        self._build = build
         self._dtype = dtype
         self._copies = world.dp_size // shard_size if shard_size else 1
         self._offload = offload
@@ -86,10 +85,13 @@ class FSDPStrategy:
                     part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
         fill(module, torch.device("cpu") if offload else world.device)
         if offload:
-            _move_buffers(module, world.device)
+            for part in module.modules():  # registered again, since FSDP keeps them where the shards are
+                for name, buffer in part.named_buffers(recurse=False):
+                    part._buffers[name] = buffer.to(world.device)
         for p in module.parameters():
             p.requires_grad_(trainable)
         self.module = module
+        self._whole = WholeCopy(build, module, dtype, world.device)
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.AdamW | None = None
@@ -111,7 +113,8 @@ class FSDPStrategy:
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
         assert self._optimizer is not None
-        self._free_gathered()
+        self._reshard()
+        self._whole.outdate()
         params = [p for _, p in self._named]
         for p in params:
             if p.grad is None:
@@ -141,7 +144,7 @@ class FSDPStrategy:
         for _, p in self._named:
             p.grad = None
 
-    def _free_gathered(self) -> None:
+    def _reshard(self) -> None:
         """A forward without a backward leaves what is not resharded after it (the root, always) gathered: the next
         forward would take these weights again, also after an optimizer step or a load."""
         for unit in self._units:
@@ -157,19 +160,18 @@ class FSDPStrategy:
     def onload(self) -> None:
         """Nothing to take back."""
 
-    @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """A whole module in the compute dtype with the weights as they are now; one gather per entry, freed at exit."""
-        whole = self._build().to(self._dtype)
-        whole.to_empty(device=self.world.device)
-        copy_buffers(self.module, whole)
-        targets = dict(whole.named_parameters())
-        with torch.no_grad():
-            for name, p in self._named:
-                # rounded before the gather: half the bytes, and the very values that training computes with
-                targets[name].copy_(_full(self._visiting(p.detach().to(self._dtype))))
-        whole.eval().requires_grad_(False)
-        yield whole
+    def gathered(self) -> nn.Module:
+        """A whole module in the compute dtype with the weights as they are now; one gather after each change."""
+        return self._whole.module(self._gather)
+
+    def free_gathered(self) -> None:
+        """Gives the memory of `gathered` back."""
+        self._whole.free()
+
+    def _gather(self, targets: dict[str, Tensor]) -> None:
+        for name, p in self._named:
+            # rounded before the gather: half the bytes, and the very values that training computes with
+            targets[name].copy_(_full(self._visiting(p.detach().to(self._dtype))))
 
     def _visiting(self, shard: DTensor) -> DTensor:
         """The shard on the device, so that a gather of offloaded weights does not go over the CPU's network."""
@@ -190,7 +192,8 @@ class FSDPStrategy:
 
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
         """Copies a filled `state_dict` back; shards that were filled in place stay as they are."""
-        self._free_gathered()
+        self._reshard()
+        self._whole.outdate()
         own = self.state_dict(optimizer=optimizer)
         for key, part in own.items():
             if key == "step":
@@ -222,20 +225,3 @@ def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Buffers (rotary frequencies) keep their own dtype: they are copied as they are, never cast."""
-    _put_buffers(target, {name: value.clone() for name, value in source.named_buffers()})
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    _put_buffers(module, {name: value.to(device) for name, value in module.named_buffers()})
-
-
-def _put_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, _ in list(module.named_buffers()):
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        persistent = leaf not in owner._non_persistent_buffers_set
-        owner.register_buffer(leaf, values[name], persistent=persistent)

@@ -10,8 +10,7 @@ reads the module's parameters (the sampler) sees the trained weights themselves,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -166,10 +165,12 @@ class ReplicatedStrategy:
         """The adapter whole on every rank, as this model is."""
         return ReplicatedStrategy(adapter, self.world)
 
-    @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
+    def gathered(self) -> nn.Module:
         """The module itself: every rank has whole weights."""
-        yield self.module
+        return self.module
+
+    def free_gathered(self) -> None:
+        """Nothing: there is no copy."""
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any."""

@@ -43,7 +43,8 @@ from skyrl.strategies.adam import (
     update_not_finite,
 )
 from skyrl.strategies.base import Strategy
-from skyrl.strategies.fsdp import copy_buffers, make_mesh
+from skyrl.strategies.fsdp import make_mesh
+from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, ForwardOutput, Metrics, Microbatch, RunError, UserError
 
 _GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
@@ -76,7 +77,8 @@ class ZeroStrategy:
     ) -> None:
         self.name = f"zero{stage}"
         self.world = world
-        self._stage, self._build, self._dtype, self._model = stage, build, dtype, model
+        self._stage, self._dtype, self._model = stage, dtype, model
+        self._whole = WholeCopy(build, model, dtype, world.device)
         self._mesh = make_mesh(world)
         self._pending = 0
         self._given = AdamParams(lr=0.0)  # of the step under way
@@ -106,6 +108,7 @@ class ZeroStrategy:
         self._given, self._kept = adam, None
         self._sizes = self._bounds()
         self._pending = 0
+        self._whole.outdate()
         self._engine.step()
         if not self._engine.was_step_applied():
             raise RunError(
@@ -217,26 +220,22 @@ class ZeroStrategy:
 
     # ---- weights and state -----------------------------------------------------------------------------------------
 
-    @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """zero1, zero2: the model itself. zero3: a whole module in the compute dtype, gathered once, freed at exit."""
-        if self._stage < 3:
-            yield self._model
-            return
+    def gathered(self) -> nn.Module:
+        """zero1, zero2: the model itself. zero3: a whole module in the compute dtype, gathered after each change."""
+        return self._model if self._stage < 3 else self._whole.module(self._gather)
+
+    def free_gathered(self) -> None:
+        """zero3: gives the memory of `gathered` back."""
+        self._whole.free()
+
+    def _gather(self, targets: dict[str, Tensor]) -> None:
         import deepspeed
 
         self._engine.optimizer.empty_partition_cache()  # a forward without a backward may leave weights gathered
-        whole = self._build().to(self._dtype)
-        whole.to_empty(device=self.world.device)
-        copy_buffers(self._model, whole)
-        targets = dict(whole.named_parameters())
-        with torch.no_grad():
-            for portion in self._portions():
-                with deepspeed.zero.GatheredParameters([p for _, p in portion]):
-                    for name, p in portion:
-                        targets[name].copy_(p.detach())
-        whole.eval().requires_grad_(False)
-        yield whole
+        for portion in self._portions():
+            with deepspeed.zero.GatheredParameters([p for _, p in portion]):
+                for name, p in portion:
+                    targets[name].copy_(p.detach())
 
     def _portions(self) -> Iterator[list[tuple[str, Any]]]:
         portion: list[tuple[str, Any]] = []  # DeepSpeed adds attributes to the parameters

@@ -239,8 +239,8 @@ def sampled_body(strategy, dtype):
         gaps.append(max(np.abs(p[5:] - samples[r.name].logprobs).max() for p, r in zip(scored, rows, strict=True)))
         engine.forward_backward(dealt(make_rows(number), engine), SPEC)
         engine.optim_step("policy", AdamParams(lr=0.01))
-    with engine.models["policy"].strategy.gathered() as module:
-        whole = {n: p.detach().clone() for n, p in module.named_parameters()}
+    module = engine.models["policy"].strategy.gathered()
+    whole = {n: p.detach().clone() for n, p in module.named_parameters()}
     return gaps, whole, weights_of(engine)
 
 
@@ -291,8 +291,7 @@ def buffers_body():
     engine.forward_backward(dealt(make_rows(), engine), SPEC)
     engine.optim_step("policy", ADAM)
     engine.load_state(copy.deepcopy(engine.state()))
-    with engine.models["policy"].strategy.gathered() as whole:
-        gathered = {n: b.clone() for n, b in whole.named_buffers()}
+    gathered = {n: b.clone() for n, b in engine.models["policy"].strategy.gathered().named_buffers()}
     return fresh, {n: b.clone() for n, b in module.named_buffers()}, gathered
 
 

@@ -183,9 +183,9 @@ def whole_copy(fresh):
     engine = fresh()
     train(engine, 0, 2)
     strategy = engine.models["policy"].strategy
-    with strategy.gathered() as module:
-        whole = {n: p.detach().clone() for n, p in module.named_parameters()}
-        buffers = {n: b.clone() for n, b in module.named_buffers()}
+    module = strategy.gathered()
+    whole = {n: p.detach().clone() for n, p in module.named_parameters()}
+    buffers = {n: b.clone() for n, b in module.named_buffers()}
     held = sum(p.numel() for p in strategy.module.parameters())
     return whole, weights_of(engine), buffers, held, draw(engine)
 

@@ -1,0 +1,58 @@
+"""The whole copy of sharded weights that sampling reads: built once, filled in place when the shards have changed.
+
+A module of its own, without hooks and collectives, so that ranks may sample at their own pace. It stays where it is, so
+that a sampler, what it has packed and its CUDA graphs, which hold addresses, stay as well; a frozen model is gathered
+once and never again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WholeCopy:
+    """Every weight of `source` on every rank, in `dtype` on `device`. `build` makes the module, on meta."""
+
+    def __init__(self, build: Callable[[], Any], source: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self._build, self._source, self._dtype, self._device = build, source, dtype, device
+        self._module: nn.Module | None = None
+        self._current = False
+
+    @torch.no_grad()
+    def module(self, gather: Callable[[dict[str, Tensor]], None]) -> nn.Module:
+        """The copy with the weights as they are now. Unless nothing has changed since the last call, `gather` fills its
+        parameters, given by name; collective then."""
+        if self._module is None:
+            module = self._build().to(self._dtype)
+            module.to_empty(device=self._device)
+            self._module = module.eval().requires_grad_(False)
+        if not self._current:
+            put_buffers(self._module, dict(self._source.named_buffers()))
+            gather(dict(self._module.named_parameters()))
+            self._current = True
+        return self._module
+
+    def outdate(self) -> None:
+        """The shards change: the next `module` gathers again. To be called by whatever changes them."""
+        self._current = False
+
+    def free(self) -> None:
+        """Gives the memory back, once nobody else holds the module; the next `module` builds and gathers again."""
+        self._module, self._current = None, False
+
+
+def put_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copies buffers (rotary frequencies) as they are, never cast; in place where the shape is the same."""
+    for name, own in list(module.named_buffers()):
+        value = values[name]
+        if own.shape == value.shape and own.dtype == value.dtype:
+            own.copy_(value)
+            continue
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        persistent = leaf not in owner._non_persistent_buffers_set
+        owner.register_buffer(leaf, value.to(own.device, copy=True), persistent=persistent)
