@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +21,14 @@ from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
 from skyrl.distributed import env
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
+from skyrl.distributed.compare import check_shared, compare_nodes
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.init import World, init_distributed
 from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
+from skyrl.planner.memory import ModelSizes
 from skyrl.planner.plan import Plan, describe_peak, describe_ranks, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
@@ -33,7 +36,7 @@ from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
-from skyrl.types import LoraSpec, Prompt, StopRun, UserError
+from skyrl.types import LoraSpec, Prompt, RunError, StopRun, UserError
 from skyrl.weight_check import fingerprint
 
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
@@ -83,10 +86,8 @@ def open_run(cfg: RunConfig) -> Run:
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
     """
     assert not cfg.dry_run, "main.py has planned it"
-    import_plugins(cfg.plugins)
-    sizes = model_sizes(cfg)
-    world = init_distributed(cfg)
-    plan = make_plan(cfg, world.size, model_sizes=sizes, device=world.choice)
+    world, sizes = meet(cfg)
+    plan = agree(world, lambda: make_plan(cfg, world.size, model_sizes=sizes, device=world.choice))
     env.planned_memory = describe_peak(plan)
     if world.is_leader:
         lines = (
@@ -101,8 +102,10 @@ def open_run(cfg: RunConfig) -> Run:
     try:
         chat = agree(world, lambda: chat_of(cfg))
         chat.vocab_size = sizes.vocab_size
-        *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens)
-        folder = _claim_folder(cfg, world)
+        parts = agree(world, lambda: _prompts(cfg))
+        hosts = compare_nodes(cfg, world, parts)
+        *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
+        folder = _claim_folder(cfg, world, hosts)
         watch.claim()
     except UserError:
         watch.close()
@@ -119,12 +122,35 @@ def open_run(cfg: RunConfig) -> Run:
         raise
 
 
-def _claim_folder(cfg: RunConfig, world: World) -> RunFolder:
+def meet(cfg: RunConfig) -> tuple[World, ModelSizes]:
+    """The world, with the plugins imported and the model looked at. What this node lacks for that is told when all
+    ranks are there, so that they end with its line instead of waiting for it. Raises UserError, on every rank."""
+    problem, sizes = None, None
+    try:
+        import_plugins(cfg.plugins)
+        sizes = model_sizes(cfg)
+    except UserError as error:
+        problem = error
+    try:
+        world = init_distributed(cfg)
+    except RunError as error:
+        raise problem or error from None
+
+    def found() -> ModelSizes:
+        if problem is not None:
+            raise problem
+        assert sizes is not None
+        return sizes
+
+    return world, agree(world, found)
+
+
+def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]) -> RunFolder:
     """The run folder, locked by rank 0. Raises UserError, on every rank, when it belongs to another run."""
     folder = RunFolder(Path(cfg.run.dir), world.rank)
 
     def claim() -> None:
-        lines = folder.open(to_dict(cfg))
+        lines = folder.open(to_dict(cfg), hosts=hosts)
         try:
             _refuse_other_run(cfg, folder)
             lines += clean_leftovers(folder.checkpoints)
@@ -137,6 +163,11 @@ def _claim_folder(cfg: RunConfig, world: World) -> RunFolder:
             print(line, flush=True)
 
     on_leader(world, claim)
+    try:
+        check_shared(world, folder.path, "run.dir")
+    except UserError:
+        folder.close()
+        raise
     return folder
 
 
@@ -207,14 +238,19 @@ def _open(
     return run
 
 
+def _prompts(cfg: RunConfig) -> dict[str, Sequence[Prompt]]:
+    """Training and held-out prompts as the environment gives them, of the latter those that are played."""
+    parts: dict[str, Sequence[Prompt]] = {"train": make_prompts(cfg, "train"), "test": make_prompts(cfg, "test")}
+    if not cfg.data.filter:  # what is not played need not fit
+        parts["test"] = parts["test"][: cfg.eval.num_prompts]
+    return parts
+
+
 def _fitting_prompts(
-    cfg: RunConfig, world: World, chat: Chat, row_tokens: int
+    cfg: RunConfig, world: World, chat: Chat, row_tokens: int, parts: dict[str, Sequence[Prompt]]
 ) -> tuple[Sequence[Prompt], Sequence[Prompt], list[str]]:
     """Training and held-out prompts that can be played, and a line for each split that counts what data.filter left
     out. Each rank looks at its share; all know the same afterwards. Collective. Raises UserError, on all ranks."""
-    parts = agree(world, lambda: {split: make_prompts(cfg, split) for split in ("train", "test")})
-    if not cfg.data.filter:  # what is not played need not fit
-        parts["test"] = parts["test"][: cfg.eval.num_prompts]
     found = []
     for split, part in parts.items():
         mine = world.deal(range(len(part)))

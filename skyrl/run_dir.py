@@ -48,11 +48,18 @@ class RunFolder:
             # A forked child that outlives this process would go on holding the lock.
             os.register_at_fork(after_in_child=self.close)
 
-    def open(self, config: dict[str, Any], *, command: list[str] | None = None) -> list[str]:
+    def open(
+        self,
+        config: dict[str, Any],
+        *,
+        command: list[str] | None = None,
+        hosts: dict[str, dict[str, Any]] | None = None,
+    ) -> list[str]:
         """Creates the folder, takes its lock, writes config.yaml and versions.json; returns lines worth showing.
 
         A config.yaml of an earlier start that differs is kept as config.<n>.yaml, and every value that changed is among
         the lines. Values must be plain YAML. `command`: what to note as the start, by default this process's own.
+        `hosts`: the versions of each host of the job.
         Raises: UserError when another live run holds the folder or it cannot be written.
         """
         if self.rank != 0:
@@ -61,7 +68,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lines = self._take_lock()
             lines += self._keep_config(config)
-            self._keep_versions(command if command is not None else sys.argv)
+            self._keep_versions(command if command is not None else sys.argv, hosts)
         except OSError as problem:
             self.close()
             raise UserError(
@@ -122,13 +129,14 @@ class RunFolder:
         write_atomic(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
         return lines
 
-    def _keep_versions(self, command: list[str]) -> None:
+    def _keep_versions(self, command: list[str], hosts: dict[str, dict[str, Any]] | None) -> None:
         path = self.path / "versions.json"
         try:
             starts = json.loads(path.read_text()) if path.exists() else []
         except ValueError:
             starts = []  # a record for people; the run does not depend on it
-        write_atomic(path, json.dumps([*starts, {**collect_versions(), "command": command}], indent=1) + "\n")
+        start = {**collect_versions(), "command": command, **({"hosts": hosts} if hosts else {})}
+        write_atomic(path, json.dumps([*starts, start], indent=1) + "\n")
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from skyrl.checkpoint import checkpointer
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, clean_leftovers, find_resume, latest, list_checkpoints, read_checkpoint
 from skyrl.types import UserError
@@ -258,6 +259,7 @@ def test_state_that_json_would_change_is_our_bug(tmp_path):
 KILLED = """
 import os, sys, time, torch
 from pathlib import Path
+from skyrl.checkpoint import checkpointer
 from skyrl.checkpoint.checkpointer import Checkpointer
 folder, where = Path(sys.argv[1]), sys.argv[2]
 saver = Checkpointer(folder, keep_last=1, keep_best=False, async_save=True, rank=0, world_size=1, group=None)
@@ -420,3 +422,28 @@ def test_manifest_of_a_later_format(tmp_path):
     path.write_text(json.dumps({**manifest, "digest": digest(manifest)}))
     with pytest.raises(UserError, match="format 99 of skyrl"):
         read_checkpoint(tmp_path / "s1")
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_saved_is_said_once_every_part_of_another_host_is_seen(tmp_path, monkeypatch, comes):
+    """Rank 1 says what it has written; where its disk is its own, rank 0 never sees it, and over NFS only later."""
+    monkeypatch.setattr(checkpointer, "SEEN_SECONDS", 1.0 if comes else 0.3)
+    saver = make(tmp_path)
+    gathered = saver._all_gather
+
+    def with_rank_1(value):
+        if not isinstance(value, dict):
+            return gathered(value)
+        (folder,) = tmp_path.glob("s1.tmp-*")
+        if comes:
+            threading.Timer(0.3, lambda: (folder / "__1_0.distcp").write_bytes(b"0123456789")).start()
+        return [value, {"__1_0.distcp": {"bytes": 10, "sha256": "84d89877"}}]
+
+    monkeypatch.setattr(saver, "_all_gather", with_rank_1)
+    if comes:
+        saver.save("s1", some_tensors(), {"step": 1}, score=None, block=True)
+        assert "saved checkpoint" in saver.poll()[0] and latest(tmp_path).tag == "s1"
+    else:
+        with pytest.raises(UserError, match=r"not saved: file __1_0.distcp is missing as rank 0 on .* run.dir"):
+            saver.save("s1", some_tensors(), {"step": 1}, score=None, block=True)
+        assert saver.poll() == [] and names(tmp_path) == []

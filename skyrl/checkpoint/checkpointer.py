@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import shutil
+import socket
 import threading
 import time
 import warnings
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import skyrl
+from skyrl import clock
 from skyrl.checkpoint.folder import (
     Best,
     CheckpointInfo,
@@ -43,6 +45,8 @@ from skyrl.checkpoint.folder import (
 )
 from skyrl.files import disk_reason, verify_manifest
 from skyrl.types import UserError
+
+SEEN_SECONDS = 30.0  # within which what another host has written is seen, over a slow network too
 
 
 class Checkpointer:
@@ -214,7 +218,16 @@ class Checkpointer:
         return None
 
     def _finalise(self, job: _Save, tmp: Path, files: dict[str, dict[str, Any]], start: float) -> None:
-        """Manifest, rename, retention; rank 0 only."""
+        """Manifest, rename, retention; rank 0 only, and once it sees every part that any rank has written."""
+        until = clock.now() + SEEN_SECONDS
+        while (unseen := verify_manifest(tmp, files, hashed=())) and clock.now() < until:
+            time.sleep(0.2)
+            os.listdir(tmp)  # a client of NFS looks at a folder again when it is listed
+        if unseen:
+            raise UserError(
+                f"checkpoint {self.folder / job.tag}: not saved: {unseen[0]} as rank 0 on {socket.gethostname()} sees "
+                f"that folder, after {SEEN_SECONDS:g} s; give a run.dir on a file system that all hosts share"
+            )
         manifest = {
             "tag": job.tag,
             "step": job.state.get("step"),
@@ -239,6 +252,8 @@ class Checkpointer:
             rank, (cause, trace) = sorted(problem.failures.items())[0]
             where = f" on rank {rank}" if self.world_size > 1 else ""
             story = "\n" + "".join(trace.format())
+        if isinstance(cause, UserError):
+            return cause
         if not isinstance(cause, OSError):
             return RuntimeError(f"checkpoint {job.tag}{where}: {cause!r}{story}")
         advice = {

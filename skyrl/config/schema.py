@@ -405,6 +405,9 @@ class RunFolderConfig:
     first time, loading, saving and export may take ten times as long."""
     collective_timeout_seconds: int = 3600
     """Longest wait for another rank that does make progress (uneven sampling)."""
+    allow_different: list[str] = field(default_factory=list)
+    """What may differ between the nodes, which are compared at the start: versions, code, data, model, the name of an
+    option, or a part of these as the error names it (versions.torch)."""
     must_save_by: str = ""
     """Time by which the run has saved and left: 2026-05-01T18:30:00, or seconds from the start. "" = Slurm's end of
     the job where there is one; never = no deadline."""

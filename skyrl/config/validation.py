@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import math
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -238,7 +239,7 @@ def check_serve(cfg: RunConfig) -> None:
             "--nproc_per_node), or add dry_run=true"
         )
     import_plugins(cfg.plugins)
-    for problems in (_choices, _ranges, _service):
+    for problems in (_choices, _ranges, _service, _different):
         for problem in problems(cfg):
             raise UserError(problem)
     check(cfg)
@@ -509,7 +510,18 @@ def check_machine(cfg: RunConfig) -> None:
         )
 
 
+def _different(cfg: RunConfig) -> Iterator[str]:
+    known = {"versions", "code", "data", *(option.path.partition(".")[0] for option in all_options())}
+    for name in cfg.run.allow_different:
+        if re.split(r"[./]", name)[0] not in known:
+            yield (
+                f"run.allow_different=[{name}]: no such thing is compared; give versions, code, data, model, the name "
+                "of an option, or a part of these as the error names it"
+            )
+
+
 def _places(cfg: RunConfig) -> Iterator[str]:
+    yield from _different(cfg)
     if cfg.run.world_size and not cfg.dry_run:
         yield (
             f"run.world_size={cfg.run.world_size}: only for a dry run; a real run counts its processes (torchrun "

@@ -58,8 +58,15 @@ def options_of_all(cfg: RunConfig) -> dict[str, Any]:
     return {
         path: value
         for path, value in flat(to_dict(cfg)).items()
-        if not path.startswith(OF_ONE_NODE) and not str(value).startswith(("/", "~", "."))
+        if not path.startswith(OF_ONE_NODE)
+        and not str(value).startswith(("/", "~", "."))
+        and not is_allowed(path, cfg.run.allow_different)
     }
+
+
+def is_allowed(name: str, allowed: Sequence[str]) -> bool:
+    """Whether run.allow_different names this, or what it is part of."""
+    return any(name == one or name.startswith((f"{one}.", f"{one}/")) for one in allowed)
 
 
 def missing_after(store: Any, keys: Sequence[str], until: float) -> list[int]:
@@ -122,9 +129,9 @@ def _difference(found: dict[int, dict[str, Any]], name: str, values: dict[int, A
     elif name == "dtype":
         remedy = "give model.dtype=float32, which all can do, or leave the older GPUs out"
     elif part == "options":
-        remedy = "start all ranks with the same options"
+        remedy = f"start all ranks with the same options, or say that it is meant: run.allow_different=[{name}]"
     else:
-        remedy = "give all nodes the same environment"
+        remedy = f"give all nodes the same environment, or say that it is meant: run.allow_different=[versions.{name}]"
     return (
         f"the ranks differ in {name}: {shown[1]} on {_names(found, some[1])}, {shown[0]} on {_names(found, some[0])}; "
         f"{remedy}"

@@ -6,6 +6,7 @@ Each function is collective: all ranks call it, in the same order, whatever they
 from __future__ import annotations
 
 import pickle
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -86,15 +87,17 @@ def on_leader(world: World, action: Callable[[], T]) -> T:
 
 
 def agree(world: World, action: Callable[[], T]) -> T:
-    """Runs `action` on every rank; a UserError on any rank becomes a UserError on all of them (the lowest rank's)."""
+    """Runs `action` on every rank; a UserError on any rank becomes a UserError on all of them (the lowest rank's). It
+    says where, unless all ranks have it."""
     result, error = None, None
     try:
         result = action()
     except UserError as failure:
-        error = str(failure)
-    errors = [text for text in gather_objects(world, error) if text is not None]
+        error = (world.rank, socket.gethostname(), str(failure))
+    errors = [one for one in gather_objects(world, error) if one is not None]
     if errors:
-        raise UserError(errors[0])
+        rank, host, text = errors[0]
+        raise UserError(text if len(errors) == world.size else f"rank {rank} on {host}: {text}")
     return result  # type: ignore[return-value]
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import skyrl
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, failure
-from skyrl.distributed.agreement import POLL_SECONDS, agree_on_start, missing_after, options_of_all
+from skyrl.distributed.agreement import POLL_SECONDS, agree_on_start, is_allowed, missing_after, options_of_all
 from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, look
 from skyrl.types import RunError, UserError
 
@@ -164,13 +164,20 @@ def _choose_together(
         choice = choose(cfg.strategy.device, cfg.model.dtype, facts)
     except UserError as problem:
         error = str(problem)
+    versions = {
+        "skyrl": skyrl.__version__,
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": version("transformers"),
+    }
     same = {
         "device": choice.kind,
         "dtype": choice.dtype,
-        "skyrl": skyrl.__version__,
-        "Python": ".".join(map(str, sys.version_info[:2])),
-        "torch": torch.__version__.partition("+")[0],
-        "transformers": version("transformers"),
+        **{
+            name: known
+            for name, known in versions.items()
+            if not is_allowed(f"versions.{name}", cfg.run.allow_different)
+        },
         **({"CUDA": facts.cuda or facts.hip, "NCCL": facts.nccl} if choice.kind == "cuda" else {}),
     }
     told = {"host": socket.gethostname(), "error": error, "device": facts.name, "uuid": facts.uuid, "same": same}

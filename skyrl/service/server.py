@@ -19,9 +19,11 @@ from starlette.responses import Response
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import failure
 from skyrl.distributed.collectives import agree, on_leader
-from skyrl.distributed.init import World, init_distributed
+from skyrl.distributed.compare import compare_nodes
+from skyrl.distributed.init import World
 from skyrl.engine import Engine
 from skyrl.files import write_folder_atomic
+from skyrl.loop import meet
 from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_sizes
 from skyrl.planner.plan import describe_ranks, make_plan
@@ -70,7 +72,8 @@ def open_service(cfg: RunConfig) -> Service | None:
 
     Everything that can be refused is refused here. Raises UserError, the same on every rank.
     """
-    world = init_distributed(cfg)
+    world, _ = meet(cfg)
+    compare_nodes(cfg, world, {})
     plan = make_plan(cfg, world.size, device=world.choice)
 
     def make() -> RankContext:

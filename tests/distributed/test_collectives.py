@@ -1,5 +1,7 @@
 """Small agreements on 3 ranks and on one: order, errors on every rank, exact sums."""
 
+import socket
+
 import numpy as np
 import pytest
 from gloo import run_ranks
@@ -66,7 +68,7 @@ def test_three_ranks_agree():
         assert out["broadcast"] == "from 0" and out["leader"] == "made by 0"
         assert out["leader fails"] == "refused: no disk on 0"
         assert out["agree"] == rank * 10
-        assert out["one fails"] == out["two fail"] == "refused: rank 1 says no"
+        assert out["one fails"] == out["two fail"] == f"refused: rank 1 on {socket.gethostname()}: rank 1 says no"
         assert out["exchange"] == [[f"{source} to {rank}"] * (source + rank) for source in range(3)]
         for source, (array,) in enumerate(out["arrays"]):
             assert array.shape == (200_000 * source + rank,) and (array == source).all()

@@ -1,0 +1,211 @@
+"""What the nodes of a job must have in common: the files and code they read, and versions. Compared at the start.
+
+Options, devices and the versions on which the process group depends were compared before (agreement.py).
+
+Nothing makes nodes alike: a folder that was copied to each, an environment of its own on one, a file that changed
+between two copies. Ranks would train on together, each on its own. So every rank says what it has read, and the ranks
+that differ from most of the others are named, on all ranks, before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import struct
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import skyrl
+from skyrl import clock
+from skyrl.config.schema import RunConfig
+from skyrl.distributed.agreement import is_allowed
+from skyrl.distributed.collectives import agree, broadcast_object, gather_objects, on_leader
+from skyrl.distributed.init import World
+from skyrl.files import locate, sha256
+from skyrl.run_dir import collect_versions
+from skyrl.types import Prompt, UserError
+
+WHOLE_BYTES = 64 << 20  # of a larger file its size and its first part count: reading terabytes delays every start
+FIRST_BYTES = 1 << 20
+MODEL = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".spm", ".tiktoken", ".txt")
+CODE = (".py", ".cpp", ".cu", ".h", ".yaml", ".so")
+LIBRARIES = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+NAMED = 4  # differences that are told; ranks and hosts likewise
+REMEDY = {
+    "versions": "give all nodes the same environment",
+    "code": "give all nodes the same code",
+    "data": "copy the same data to all nodes",
+    "model": "copy the same model to all nodes",
+}
+MISSING = "(nothing)"
+SHARED_SECONDS = 30.0  # after which a client of NFS has looked at a folder again
+POLL_SECONDS = 0.2
+
+
+def compare_nodes(cfg: RunConfig, world: World, prompts: dict[str, Sequence[Prompt]]) -> dict[str, dict[str, Any]]:
+    """Host -> versions there, once all ranks are found to have read the same, but for what run.allow_different names.
+
+    `prompts`: the prompts of each split. Collective. Raises UserError, the same on every rank, that names the odd hosts
+    and what differs there.
+    """
+    versions = collect_versions()
+    facts = agree(world, lambda: {} if world.size == 1 else read_facts(cfg, versions, prompts))
+    told = gather_objects(world, (versions["host"], versions, facts))
+    found = differences([host for host, _, _ in told], [facts for _, _, facts in told], cfg.run.allow_different)
+    if found:
+        more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
+        names = list(dict.fromkeys(name.partition("/")[0] for name, _ in found))
+        remedy = REMEDY.get(names[0].partition(".")[0], "start all ranks with the same command")
+        raise UserError(
+            f"the nodes are not alike: {'; '.join(text for _, text in found[:NAMED])}{more}; {remedy}, or say that it "
+            f"is meant: run.allow_different=[{','.join(names)}]"
+        )
+    return {host: versions for host, versions, _ in reversed(told)}
+
+
+def check_shared(world: World, folder: Path, option: str) -> None:
+    """Raises UserError, the same on every rank, when `folder`, or checkpoints in it, which may be a link, is not one
+    and the same place on all hosts. Rank 0 leaves a file in each, which the others look for: for some seconds, since a
+    file system over the network may show new names late. Collective. `option` names the folder."""
+    name = f".same-{broadcast_object(world, secrets.token_hex(8))}"
+    places = [folder, folder / "checkpoints"]
+
+    def leave() -> None:
+        try:
+            for place in places:
+                place.mkdir(parents=True, exist_ok=True)
+                (place / name).touch()
+        except OSError as problem:
+            raise UserError(f"{option}={folder}: cannot be written ({problem.strerror}: {problem.filename})") from None
+
+    on_leader(world, leave)
+    until = clock.now() + SHARED_SECONDS
+    missing = list(places)
+    while (missing := [place for place in missing if not _shows(place, name)]) and clock.now() < until:
+        time.sleep(POLL_SECONDS)
+    told = gather_objects(world, (socket.gethostname(), str(missing[0]) if missing else ""))
+    if world.is_leader:
+        for place in places:
+            (place / name).unlink(missing_ok=True)
+    without = [rank for rank, (_, place) in enumerate(told) if place]
+    if without:
+        hosts = [host for host, _ in told]
+        raise UserError(
+            f"{option}={folder}: not one folder on all hosts: what rank 0 on {hosts[0]} writes to "
+            f"{told[without[0]][1]} is not there on {_who(hosts, without)} within {SHARED_SECONDS:g} s; give a "
+            "folder on a file system that all hosts share (data, models and caches may lie on disks of their own)"
+        )
+
+
+def _shows(place: Path, name: str) -> bool:
+    """Whether the file is there. The folder is listed, since a client of NFS looks at it again only then."""
+    try:
+        return name in os.listdir(place)
+    except OSError:
+        return False
+
+
+def read_facts(cfg: RunConfig, versions: dict[str, Any], prompts: dict[str, Sequence[Prompt]]) -> dict[str, str]:
+    """name -> a digest or value in a few characters, of all that this process has read and computes with."""
+    facts = {
+        f"versions.{name}": str(versions.get(name)) for name in versions if name not in ("started", "platform", "host")
+    }
+    facts |= {f"code.{name}": file_digest(path) for name, path in _code()}
+    facts |= {f"data.{split}": f"{len(part)} prompts, {_prompts_digest(part)}" for split, part in prompts.items()}
+    for name in ("path", "tokenizer", "chat_template"):
+        facts |= dict(_files(f"model.{name}", getattr(cfg.model, name), cfg))
+    for name, value in dict(cfg.env.options).items():  # an environment's own files
+        if isinstance(value, str) and value and Path(value).is_file():
+            facts[f"env.options.{name}"] = file_digest(Path(value))
+    return facts
+
+
+def differences(
+    hosts: Sequence[str], facts: Sequence[dict[str, str]], allowed: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """(name, what differs in words) for each fact that is not the same on all ranks, but for those `allowed` by name or
+    by the name of what they are part of. `hosts` and `facts` are by rank."""
+    found = []
+    for name in dict.fromkeys(name for one in facts for name in one):
+        values = [one.get(name, MISSING) for one in facts]
+        if len(set(values)) == 1 or is_allowed(name, allowed):
+            continue
+        if name.startswith("code.") and set(values) - {MISSING} == {values[0], MISSING} - {MISSING}:
+            continue  # a module that one rank alone has imported so far
+        counts = Counter(values)
+        usual = max(counts, key=lambda value: (counts[value], value == values[0]))
+        odd = min(counts, key=lambda value: (counts[value], value == usual))
+        told = [f"{value} on {_who(hosts, [r for r, v in enumerate(values) if v == value])}" for value in (odd, usual)]
+        found.append((name, f"{name} is {told[0]}, and {told[1]}"))
+    return found
+
+
+def _who(hosts: Sequence[str], ranks: Sequence[int]) -> str:
+    """ "node1 (rank 3)" or "node1, node2, node3, node4 and 2 more (12 ranks)"."""
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    which = (
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if len(ranks) <= NAMED else f"{len(ranks)} ranks"
+    )
+    return f"{', '.join(names[:NAMED])}{more} ({which})"
+
+
+def file_digest(path: Path) -> str:
+    """A few characters of the SHA-256 of a file; of a large one its size and those of its first part, in which the
+    names and shapes of safetensors stand. Raises OSError."""
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return sha256(path)[:12]
+    with open(path, "rb") as stream:
+        first = stream.read(FIRST_BYTES)
+        if path.suffix == ".safetensors":
+            first += stream.read(max(0, struct.unpack("<Q", first[:8])[0] - len(first)))
+    return f"{size} bytes, {hashlib.sha256(first).hexdigest()[:12]}"
+
+
+def _prompts_digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        parts = [prompt.uid, prompt.messages, prompt.extra]
+        digest.update(json.dumps(parts, sort_keys=True, default=_plain).encode())
+    return digest.hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON cannot hold, without addresses and without the order of a set, which differ between processes."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return value.tolist() if hasattr(value, "tolist") else f"{type(value).__name__} {getattr(value, '__dict__', '')}"
+
+
+def _code() -> Iterator[tuple[str, Path]]:
+    """skyrl's own files, and the modules of others that are loaded and belong to no library: plugins and theirs."""
+    root = Path(skyrl.__file__).parent
+    for path in sorted(root.rglob("*")):
+        if path.suffix in CODE[:-1] and "__pycache__" not in path.parts:
+            yield f"skyrl/{path.relative_to(root)}", path
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.partition(".")[0] not in ("skyrl", "__main__") and file.endswith(CODE):
+            if not file.startswith(LIBRARIES) and Path(file).is_file():
+                yield name, Path(file)
+
+
+def _files(option: str, value: str, cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """The files that an option means which is a file, or a folder in the hub's format."""
+    path = Path(value)
+    if path.is_file():
+        yield option, file_digest(path)
+    elif value and value != "tiny":
+        folder = locate(value, cfg.model.revision, where=option, weights=option == "model.path")
+        for one in sorted(folder.glob("*")):
+            if one.suffix in MODEL and one.is_file():
+                yield f"{option}/{one.name}", file_digest(one)

@@ -1,0 +1,140 @@
+"""What differs between nodes is named, with the hosts, on all ranks; what is meant may differ."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gloo import run_ranks
+from small import small_config
+
+from skyrl.distributed import compare
+from skyrl.distributed.collectives import agree
+from skyrl.distributed.compare import check_shared, compare_nodes, differences, file_digest, read_facts
+from skyrl.distributed.init import init_distributed
+from skyrl.types import Prompt, UserError
+
+FACTS = {"versions.torch": "2.13", "data.train": "10 prompts, ab", "optim.lr": "0.1", "model.path/config.json": "cd"}
+PROMPTS = {"train": [Prompt("a", "arithmetic", [{"role": "user", "content": "1+1"}], {"answer": {"2", "two"}})]}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_odd_host_is_named_with_what_differs(name):
+    hosts = ["n0", "n0", "n1", "n1", "n2", "n2"]
+    facts = [dict(FACTS) for _ in hosts]
+    facts[2][name] = facts[3][name] = "other"
+    ((found, text),) = differences(hosts, facts)
+    assert (
+        found == name and text == f"{name} is other on n1 (ranks 2, 3), and {FACTS[name]} on n0, n2 (ranks 0, 1, 4, 5)"
+    )
+    assert differences(hosts, facts, [name]) == differences(hosts, facts, [name.split(".")[0]]) == []
+    assert differences(hosts, facts, ["optim.l", "versions.tor", "mod"]) != []
+
+
+def test_two_nodes_of_which_none_is_the_odd_one():
+    ((_, text),) = differences(["n0", "n1"], [{"seed": "1"}, {"seed": "2"}])
+    assert text == "seed is 2 on n1 (rank 1), and 1 on n0 (rank 0)"
+    ((_, text),) = differences(["n0", "n1", "n2"], [{"seed": "1"}, {"seed": "1"}, {}])
+    assert text == "seed is (nothing) on n2 (rank 2), and 1 on n0, n1 (ranks 0, 1)"
+    many = differences([f"n{rank}" for rank in range(9)], [{"seed": str(rank == 8)} for rank in range(9)])
+    assert many[0][1] == "seed is True on n8 (rank 8), and False on n0, n1, n2, n3 and 4 more (8 ranks)"
+
+
+def test_a_module_that_one_rank_has_not_imported_yet_is_no_difference():
+    assert differences(["n0", "n1"], [{"code.wandb_hook": "a"}, {}]) == []
+    assert differences(["n0", "n1", "n2"], [{"code.hook": "a"}, {}, {"code.hook": "b"}]) != []
+
+
+def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
+    """Wherever it lies: model folders and files of an environment may have another path on each node."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "answers.csv").write_text("1 2 3")
+        (tmp_path / folder / "config.json").write_text("{}")
+        (tmp_path / folder / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"a": 1}' + bytes(100))
+    cfg = small_config()
+
+    def facts(folder, prompts=PROMPTS):
+        options = {**cfg.env.options, "answers": str(tmp_path / folder / "answers.csv")}
+        model = replace(cfg.model, path=str(tmp_path / folder))
+        return read_facts(replace(cfg, env=replace(cfg.env, options=options), model=model), {"torch": "2"}, prompts)
+
+    assert facts("here") == facts("there")
+    other = {"train": [replace(PROMPTS["train"][0], extra={"answer": {"3", "two"}})]}
+    assert facts("here", other)["data.train"] != facts("here")["data.train"]
+    (tmp_path / "there" / "answers.csv").write_text("1 2 4")
+    (tmp_path / "there" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"b": 1}' + bytes(100))
+    here, there = facts("here"), facts("there")
+    assert {name for name in here if here[name] != there[name]} == {
+        "env.options.answers",
+        "model.path/model.safetensors",
+    }
+    monkeypatch.setattr(compare, "WHOLE_BYTES", 50)
+    large = file_digest(tmp_path / "there" / "model.safetensors")
+    assert large.startswith("116 bytes, ")
+    (tmp_path / "there" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"c": 1}' + bytes(100))
+    assert file_digest(tmp_path / "there" / "model.safetensors") != large
+
+
+def test_the_code_of_plugins_and_of_what_they_import_counts(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("import my_helper\n")
+    (tmp_path / "my_helper.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("my_rewards")
+    before = read_facts(small_config(), {}, PROMPTS)
+    (tmp_path / "my_helper.py").write_text("VALUE = 2\n")
+    after = read_facts(small_config(), {}, PROMPTS)
+    assert [name for name in before if before[name] != after[name]] == ["code.my_helper"]
+    assert "code.skyrl/loop.py" in before and not any(name.startswith("code.torch") for name in before)
+    for name in ("my_rewards", "my_helper"):
+        del sys.modules[name]
+
+
+def _two(place):
+    import os
+    import socket
+
+    cfg = small_config()
+    world = init_distributed(cfg)
+    socket.gethostname = lambda: f"node{world.rank}"
+    prompts = PROMPTS if world.rank == 0 else {"train": [replace(PROMPTS["train"][0], uid="b")]}
+    meant = replace(cfg, run=replace(cfg.run, allow_different=["data"]))
+    compare.SHARED_SECONDS = 1.0
+    slow, own = Path(place) / "slow", Path(place) / f"own-{world.rank}"
+    if world.rank == 1:  # as on NFS, whose clients look again after some seconds
+        shows, begun = compare._shows, time.monotonic()
+        compare._shows = lambda *which: time.monotonic() > begun + 0.5 and shows(*which)
+
+    said = []
+    for action in (
+        lambda: compare_nodes(cfg, world, prompts),
+        lambda: sorted(compare_nodes(meant, world, prompts)),
+        lambda: agree(world, lambda: os.stat if world.rank == 0 else _missing()),
+        lambda: check_shared(world, slow, "run.dir"),
+        lambda: check_shared(world, own, "service.folder"),
+    ):
+        try:
+            said.append(action())
+        except UserError as error:
+            said.append(str(error))
+    return said, [str(path) for path in Path(place).rglob(".same-*")]
+
+
+def _missing():
+    raise UserError("data.path=x: no such file")
+
+
+@pytest.mark.ranks
+def test_all_ranks_say_the_same(tmp_path):
+    first, second = run_ranks(2, _two, str(tmp_path))
+    assert first[0][:4] == second[0][:4] and second[1] == []
+    (data, meant, missing, shared, own), left = first
+    assert data.startswith("the nodes are not alike: data.train is 1 prompts, ") and "node1 (rank 1)" in data
+    assert data.endswith("or say that it is meant: run.allow_different=[data.train]")
+    assert meant == ["node0", "node1"]
+    assert missing == "rank 1 on node1: data.path=x: no such file"
+    assert shared is None
+    assert own.startswith(f"service.folder={tmp_path}/own-")
+    assert f"rank 0 on node0 writes to {tmp_path}/own-1 is not there on node1 (rank 1) within 1 s" in own
+    assert left == []
