@@ -29,7 +29,8 @@ from skyrl.config.schema import RunConfig
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.init import World
-from skyrl.files import locate, sha256
+from skyrl.files import sha256
+from skyrl.hub.locate import locate
 from skyrl.run_dir import collect_versions
 from skyrl.types import Prompt, UserError
 

@@ -164,6 +164,7 @@ def _choose_together(
         choice = choose(cfg.strategy.device, cfg.model.dtype, facts)
     except UserError as problem:
         error = str(problem)
+    allowed = cfg.run.allow_different
     versions = {
         "skyrl": skyrl.__version__,
         "python": ".".join(map(str, sys.version_info[:2])),
@@ -173,11 +174,7 @@ def _choose_together(
     same = {
         "device": choice.kind,
         "dtype": choice.dtype,
-        **{
-            name: known
-            for name, known in versions.items()
-            if not is_allowed(f"versions.{name}", cfg.run.allow_different)
-        },
+        **{name: known for name, known in versions.items() if not is_allowed(f"versions.{name}", allowed)},
         **({"CUDA": facts.cuda or facts.hip, "NCCL": facts.nccl} if choice.kind == "cuda" else {}),
     }
     told = {"host": socket.gethostname(), "error": error, "device": facts.name, "uuid": facts.uuid, "same": same}

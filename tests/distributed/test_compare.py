@@ -15,7 +15,7 @@ from skyrl.distributed.compare import check_shared, compare_nodes, differences, 
 from skyrl.distributed.init import init_distributed
 from skyrl.types import Prompt, UserError
 
-FACTS = {"versions.torch": "2.13", "data.train": "10 prompts, ab", "optim.lr": "0.1", "model.path/config.json": "cd"}
+FACTS = {"versions.torch": "2.13", "data.train": "10 prompts, ab", "env.name": "0.1", "model.path/config.json": "cd"}
 PROMPTS = {"train": [Prompt("a", "arithmetic", [{"role": "user", "content": "1+1"}], {"answer": {"2", "two"}})]}
 
 
@@ -29,7 +29,7 @@ def test_the_odd_host_is_named_with_what_differs(name):
         found == name and text == f"{name} is other on n1 (ranks 2, 3), and {FACTS[name]} on n0, n2 (ranks 0, 1, 4, 5)"
     )
     assert differences(hosts, facts, [name]) == differences(hosts, facts, [name.split(".")[0]]) == []
-    assert differences(hosts, facts, ["optim.l", "versions.tor", "mod"]) != []
+    assert differences(hosts, facts, ["env.nam", "versions.tor", "mod"]) != []
 
 
 def test_two_nodes_of_which_none_is_the_odd_one():
