@@ -46,6 +46,7 @@ REMEDY = {
     "data": "copy the same data to all nodes",
     "model": "copy the same model to all nodes",
 }
+NO_VERSION = ("started", "platform", "host", "commit", "uncommitted_changes")  # the files themselves are compared
 MISSING = "(nothing)"
 SHARED_SECONDS = 30.0  # after which a client of NFS has looked at a folder again
 POLL_SECONDS = 0.2
@@ -116,9 +117,7 @@ def _shows(place: Path, name: str) -> bool:
 
 def read_facts(cfg: RunConfig, versions: dict[str, Any], prompts: dict[str, Sequence[Prompt]]) -> dict[str, str]:
     """name -> a digest or value in a few characters, of all that this process has read and computes with."""
-    facts = {
-        f"versions.{name}": str(versions.get(name)) for name in versions if name not in ("started", "platform", "host")
-    }
+    facts = {f"versions.{name}": str(known) for name, known in versions.items() if name not in NO_VERSION}
     facts |= {f"code.{name}": file_digest(path) for name, path in _code()}
     facts |= {f"data.{split}": f"{len(part)} prompts, {_prompts_digest(part)}" for split, part in prompts.items()}
     for name in ("path", "tokenizer", "chat_template"):
