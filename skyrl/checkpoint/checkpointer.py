@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import skyrl
-from skyrl import clock
 from skyrl.checkpoint.folder import (
     Best,
     CheckpointInfo,
@@ -43,6 +42,7 @@ from skyrl.checkpoint.folder import (
     retain,
     survey,
 )
+from skyrl.envs import clock
 from skyrl.files import disk_reason, verify_manifest
 from skyrl.types import UserError
 

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import skyrl
-from skyrl import clock
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.init import World
+from skyrl.envs import clock
 from skyrl.files import sha256
 from skyrl.hub.locate import locate
 from skyrl.run_dir import collect_versions
