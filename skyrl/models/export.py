@@ -13,7 +13,9 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,7 @@ def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dty
     keys["tie_word_embeddings"] = config.tie_word_embeddings
     keys["dtype"] = keys["torch_dtype"] = str(dtype).removeprefix("torch.")
     if not str(keys.get("transformers_version", "")).startswith("4."):
-        keys = {**_keys_of_transformers_4(keys, type(config).attribute_map), **keys}
+        keys = {**_harmless(_keys_of_transformers_4(keys, type(config).attribute_map), keys, type(config)), **keys}
     _write_json(part / CONFIG, keys)
 
 
@@ -155,7 +157,7 @@ def _keys_of_transformers_4(keys: dict[str, Any], names: dict[str, str]) -> dict
     out: dict[str, Any] = {old: keys[new] for old, new in names.items() if new in keys}
     rope = keys.get("rope_parameters") or {}
     local = rope.get("sliding_attention")
-    whole = rope.get("full_attention", {} if local else rope)
+    whole = rope.get("full_attention", {} if local else rope) or {}  # None: those layers have no positions
     if "rope_theta" in whole:
         out["rope_theta"] = whole["rope_theta"]
         scaling = {key: value for key, value in whole.items() if key not in ("rope_theta", "partial_rotary_factor")}
@@ -172,6 +174,25 @@ def _keys_of_transformers_4(keys: dict[str, Any], names: dict[str, str]) -> dict
         if layers == ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(len(layers))]:
             out["sliding_window_pattern"] = every
     return out
+
+
+def _harmless(old: dict[str, Any], keys: dict[str, Any], family: Any) -> dict[str, Any]:
+    """Those of the `old` names beside which this transformers reads `keys` as without them. Some families read an old
+    name first: rope_scaling of null would take their rotary frequencies away."""
+
+    def read(more: dict[str, Any]) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a name is old
+            return family.from_dict(copy.deepcopy(more | keys)).to_dict()
+
+    kept: dict[str, Any] = {}
+    wanted = read({})
+    for name, value in old.items():
+        with suppress(Exception):  # refused, by whatever reads it
+            got = read({**kept, name: value})
+            if all(got[key] == same for key, same in wanted.items()):
+                kept[name] = value
+    return kept
 
 
 def _copy_side_files(part: Path, origin: Path | None, source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:

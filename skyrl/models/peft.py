@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from skyrl.models.export import PREFIX, save_tensors
-from skyrl.models.lora import adapted, output_path, sizes
+from skyrl.models.lora import output_path, sizes
 from skyrl.types import LoraSpec, UserError
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ def write_adapter(
     it is not there.
 
     `weights`: an Adapter's parameters by name (<module path>.A, <module path>.B), on the CPU. `base`: where the model
-    under it comes from, for people. `heads`: module path -> whole weight of what is stored so instead: an output
-    embedding that is tied to the input embedding, where peft's merging would change both. Modules are named by their
-    whole paths, since a short name would also match those without an adapter. Raises: OSError.
+    under it comes from, for people. `heads`: whole parameters by name of what is stored so instead: an output embedding
+    that is tied to the input embedding, where peft's merging would change both. Modules are named by their whole paths,
+    since a short name would also match those without an adapter. Raises: OSError.
     """
     heads = heads or {}
-    pairs = {path: pair for path, pair in _pairs(weights).items() if path not in heads}
+    saved = sorted({name.rpartition(".")[0] for name in heads})
+    pairs = {path: pair for path, pair in _pairs(weights).items() if path not in saved}
     assert pairs, "peft loads no adapter without A and B: merge_adapter adds a pair of zeros"
     folder.mkdir(exist_ok=True)
     config = {
@@ -55,14 +56,14 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": sorted(heads) or None,
+        "modules_to_save": saved or None,
         "target_modules": sorted(pairs),
         "use_dora": False,
         "use_rslora": False,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
     tensors = {f"{WRAPPER}{path}.lora_{side}.weight": t for path, pair in pairs.items() for side, t in pair}
-    save_tensors(tensors | {f"{WRAPPER}{path}.weight": t for path, t in heads.items()}, folder / WEIGHTS)
+    save_tensors(tensors | {f"{WRAPPER}{name}": t for name, t in heads.items()}, folder / WEIGHTS)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -110,9 +111,11 @@ def merge_adapter(
             delta = delta.t()
         state[name] = (state[name].float() + delta).to(state[name].dtype)
         if untied:
-            heads[path] = state[name]
+            own = model.net.get_submodule(path).named_parameters()
+            heads = {f"{path}.{leaf}": state[f"{PREFIX}{path}.{leaf}"] for leaf, _ in own}
     if heads and len(written) == 2:  # peft loads no adapter without A and B: one that adds nothing
-        path, product = next(iter(adapted(model, LoraSpec(spec.rank, mlp=False, unembed=False)).items()))
+        linears = ((path, module) for path, module in model.net.named_modules() if path != head)
+        path, product = next((path, module) for path, module in linears if type(module) in (nn.Linear, Conv1D))
         inputs, outputs = sizes(product)
         written[f"{path}.A"], written[f"{path}.B"] = torch.zeros(spec.rank, inputs), torch.zeros(outputs, spec.rank)
     return config, written, heads

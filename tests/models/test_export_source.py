@@ -15,7 +15,7 @@ from families import FAMILIES, make_net
 from logits_of import IDS
 
 from skyrl.config.schema import ModelConfig
-from skyrl.models.export import export_model
+from skyrl.models.export import _write_config, export_model
 from skyrl.models.forward import CausalLM
 from skyrl.text.tokenizer import tiny_tokenizer
 
@@ -173,3 +173,27 @@ def test_earlier_releases_read_what_is_exported(release, tmp_path):
         assert (torch.tensor(got["logits"]) - logits).abs().max() < 1e-4, name
         assert got["ids"] == tokenizer("1+2=3<|end|>")["input_ids"] and got["text"] == "<user>hi"
         assert got["end"] == [1, [1, 2]] and got["dtype"] == "torch.float32"
+
+
+OLD = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+KINDS = {
+    "MellumConfig": OLD,  # takes its frequencies away for rope_scaling of null
+    "LagunaConfig": {**OLD, "num_attention_heads_per_layer": [4] * 4, "mlp_layer_types": ["dense"] * 4},
+    "Gemma4TextConfig": OLD,  # refuses rope_scaling of a type that transformers 4 did not know
+    "BeamConfig": OLD,  # has layers without positions
+    "GPTNeoXConfig": {},
+    "LlamaConfig": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_transformers_4_change_nothing_for_5(kind, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    getattr(tf, kind)(**KINDS[kind]).save_pretrained(source)
+    config = tf.AutoConfig.from_pretrained(source)
+    out.mkdir()
+    _write_config(config, out, source, torch.float32, "Own")
+    got, want = tf.AutoConfig.from_pretrained(out).to_dict(), config.to_dict()
+    assert got["architectures"] == ["Own"]
+    changed = {key for key in want if got[key] != want[key]}
+    assert changed <= {"architectures", "dtype", "_name_or_path"}

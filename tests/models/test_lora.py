@@ -226,6 +226,30 @@ def test_what_peft_makes_of_an_adapter_is_what_we_make_of_it(name, kinds, tmp_pa
     assert (said_by(exported.eval()) - ours).abs().max() < 5e-5
 
 
+def test_a_tied_head_with_a_bias_over_layers_that_cannot_be_adapted(tmp_path):
+    """peft wants all of a module that is stored whole, and one pair at least."""
+    peft = pytest.importorskip("peft")
+
+    def made():
+        model = make_model("qwen2", torch.float32)
+        model.net.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 96))
+        for layer in model.layers():
+            del layer.self_attn.is_causal  # as modules of classes that LoRA does not know
+        return model
+
+    model, spec = made(), LoraSpec(4, alpha=10.0, attn=False, mlp=False)
+    adapter = trained(model, spec, dtype=torch.float32)
+    state = {key: p.detach().clone() for key, p in model.named_parameters()}
+    _, written, heads = merge_adapter(state, adapter.weights(), spec, model)
+    write_adapter(tmp_path, written, spec, "base", heads)
+    row = make_rows()[0]
+    mb = collate([row], torch.float32, "cpu")
+    with torch.no_grad(), routed(model, [(0, len(row.tokens), adapter)]):
+        ours = model(mb).logprobs_T
+        merged = peft.PeftModel.from_pretrained(made().net, tmp_path).merge_and_unload()
+        assert (plain(merged, row) - ours).abs().max() < 5e-5
+
+
 def test_adapters_that_peft_wrote_are_taken_over_or_refused_by_name(tmp_path):
     peft = pytest.importorskip("peft")
     paths = ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
