@@ -1,6 +1,7 @@
 """skyrl-tx sweep-table: points, seeds, mean and spread."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -22,14 +23,21 @@ def make_run(folder, name, accuracy, *options, done=True):
         (run / RESULT).write_text("{}")
 
 
-@pytest.fixture
-def sweep(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Composing a config takes a second, so once for all tests; they get copies."""
+    tmp_path = tmp_path_factory.mktemp("sweep")
     for lr in ("1e-3", "1e-4"):
         for seed, accuracy in ((1, 0.5), (2, 0.7), (3, 0.9)):
             more = 0.05 if lr == "1e-3" else 0.0
             make_run(tmp_path, f"{lr}-{seed}", accuracy + more, f"optim.lr={lr}", f"seed={seed}", f"run.threads={seed}")
     make_run(tmp_path, "1e-4-4", 0.1, "optim.lr=1e-4", "seed=4", done=False)
     return tmp_path
+
+
+@pytest.fixture
+def sweep(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "sweep")
 
 
 def test_mean_and_spread_over_seeds(sweep, capsys):

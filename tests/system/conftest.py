@@ -1,18 +1,10 @@
-"""One warm process for all system tests, and a finished run that tests may copy."""
+"""A finished run that tests may copy."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from launcher import LETTERS, Warm
-
-
-@pytest.fixture(scope="session")
-def warm():
-    """Forks ranks of command lines without paying for imports."""
-    process = Warm()
-    yield process
-    process.close()
+from launcher import LETTERS
 
 
 @pytest.fixture(scope="session")
