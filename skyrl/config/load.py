@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -58,8 +59,9 @@ def config_dir() -> Path:
     raise UserError(f"no conf/config.yaml in {package} or {package.parent}; install skyrl again")
 
 
+@functools.cache
 def _schema() -> DictConfig:
-    """RunConfig as OmegaConf's base, that YAML and command line may only override.
+    """RunConfig as OmegaConf's base, that YAML and command line may only override; merging into it makes a copy.
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
@@ -79,10 +81,11 @@ def _schema() -> DictConfig:
     return node
 
 
+@functools.cache
 def register_schema() -> None:
     """Gives Hydra the schema of each command: what it does not read is not there, so Hydra refuses it by itself."""
     for name, mode in ((SCHEMA_NAME, "train"), (SERVE_SCHEMA_NAME, "serve")):
-        node = _schema()
+        node = copy.deepcopy(_schema())
         _prune(node, mode, "")
         ConfigStore.instance().store(name, node=node)
 
