@@ -63,7 +63,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Runs code that comes with the model. Only for models you have read."""
     dtype: str = "auto"
-    """Numbers of the forward pass: float32, bfloat16 or float64. auto = bfloat16 on a GPU, float32 on a CPU.
+    """Numbers of the forward pass: float32, bfloat16 or float64. auto = bfloat16 on a GPU (float32 below compute
+    capability 8.0), float32 on a CPU.
     Masters, gradients' sums and optimizer state are float32 for bfloat16."""
     activation_checkpointing: bool = False
     """Recomputes each decoder layer in the backward pass: about 30 % more time for much less memory."""
@@ -83,7 +84,7 @@ class StrategyConfig:
     """single (one process), ddp (whole model on each rank), fsdp (FSDP2 shards), hsdp (FSDP2 shards within groups of
     ranks), zero1, zero2, zero3 (DeepSpeed). auto = single or ddp."""
     device: str = "auto"
-    """cpu or cuda. auto = cuda where there is one."""
+    """cpu or cuda. auto = cuda where there is one; a GPU that torch cannot use is refused, unless this is cpu."""
     reshard_after_forward: bool = True
     """fsdp, hsdp: frees each layer's gathered weights after its forward; false keeps them (faster, more memory)."""
     shard_size: int = 0
