@@ -46,7 +46,7 @@ train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARG
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node=$(RANKS) -m skyrl.train $(ARGS)
 
 serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); options in ARGS
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) -m skyrl.serve service.port=$(PORT) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/skyrl-tx launch --nproc=$(RANKS) -- serve service.port=$(PORT) $(ARGS)
 
 test: $(TEST_STAMP) ## the CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not tinker and not slurm" $(ARGS)

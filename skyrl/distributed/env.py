@@ -11,16 +11,22 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
+from types import FrameType
 from typing import Any
+
+import psutil
 
 from skyrl.types import UserError
 
 REQUEUE_FILE = "requeue"  # in the run folder: the same command should be started again
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives each rank one of its own
+LAUNCHED = "SKYRL_LEFT"  # set by skyrl-tx launch: a file that says that ranks left before they had anything to save
 SCONTROL_SECONDS = 20
 # Set by distributed.init and distributed.watchdog, which import torch; read by main.py, which must not.
 in_group = False  # this process is one of a group of ranks
@@ -69,11 +75,38 @@ def world_size() -> int:
 
 def report_to_launcher(text: str) -> None:
     """Leaves the text where torchrun looks for it, so that its own report ends with it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    path = os.environ.get(ERROR_FILE)
     if path:
         with contextlib.suppress(OSError), open(path, "w") as file:
             extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
             json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+
+
+def end_launcher() -> None:
+    """Kills the torchrun that has started this process, which would print a traceback about the signal that it got,
+    whatever becomes of its ranks. Nothing where that is not our parent: a script that only handed its variables on has
+    the same error file as we. Nothing below skyrl-tx launch either: there torchrun gets no signal."""
+    mine = os.environ.get(ERROR_FILE)
+    if mine is None or LAUNCHED in os.environ:
+        return
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(os.getppid())
+        if parent.environ().get(ERROR_FILE) != mine:
+            parent.kill()
+
+
+def leave_at_signals() -> None:
+    """Until a server listens itself, SIGTERM and SIGINT end its ranks below torchrun at once, and that with them."""
+    if ERROR_FILE not in os.environ or LAUNCHED in os.environ:
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("LOCAL_RANK") == "0":
+            end_launcher()
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
 def in_step(environment: Mapping[str, str] = os.environ) -> bool:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +27,12 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from skyrl.distributed import env
 from skyrl.distributed.faults import classify
 
-LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 SETTLE_SECONDS = 2.0  # how long we look for the rank that is gone
+HEED_SECONDS = 0.25  # between looks at what ranks of other machines have heard
+SIGNALLED = "signalled"
 _processes: list[tuple[str, int]] = []  # (host, process id) of every rank
 _shared_folder: list[Path] = []  # the folder in which ranks of this machine leave word for each other
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +54,7 @@ def remember_ranks(group: Any, local_rank: int) -> None:
 
 
 def _make_shared_folder(local_rank: int) -> str:
-    file = os.environ.get(LAUNCHER_FILE)
+    file = os.environ.get(env.ERROR_FILE)
     if file:
         return str(Path(file).parent.parent)  # torchrun's folder of one attempt, with a folder for each local rank
     try:
@@ -62,7 +65,7 @@ def _make_shared_folder(local_rank: int) -> str:
 
 def forget_ranks() -> None:
     """The job has ended well: removes what `remember_ranks` made."""
-    if not os.environ.get(LAUNCHER_FILE):
+    if not os.environ.get(env.ERROR_FILE):
         for folder in _shared_folder:
             shutil.rmtree(folder, ignore_errors=True)  # another rank of this machine may be faster
     _processes.clear()
@@ -74,7 +77,8 @@ def end_with_launcher() -> None:
 
     And when torchrun ends it because another rank was lost, it says so first."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _ended_by_launcher)
+        before = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, partial(_ended_by_launcher, before if callable(before) else signal.SIG_DFL))
     if sys.platform != "linux":
         return
     parent = os.getppid()
@@ -83,52 +87,75 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ended_by_launcher(number: int, frame: FrameType | None) -> None:
-    """The usual end by SIGTERM, after the line about a rank that is gone and could not speak for itself."""
+def _ended_by_launcher(usual: Any, number: int, frame: FrameType | None) -> None:
+    """The `usual` handler, or the end with a line about a rank that is gone and could not speak for itself."""
     gone = ended_ranks()
     if gone and not error_reported() and claim_error_report():
         # not print: what it interrupts may be a print
         os.write(2, f"skyrl: error: {about_ranks(gone)}\n".encode())
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if gone else usual)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def signals_stop(stop: Callable[[], None]) -> None:
-    """Calls `stop` at SIGTERM and SIGINT, for a program that ends well then.
+def signals_stop(stop: Callable[[], None], store: Any = None) -> None:
+    """Calls `stop` at SIGTERM and SIGINT, for a program that ends well then. `store`: where ranks of other machines
+    leave word of theirs, which count alike; `stop` is called from a thread then.
 
     torchrun, which passes on the signals that it gets, waits for its ranks and then prints a traceback about the
     signal, whatever their exit codes. So the leader's process kills it as its very last act. Not when the signal came
     to this process alone: then torchrun knows of none, and ends well by itself."""
     received: list[int] = []
-    others = shared_file("signalled") if dist.is_initialized() and dist.get_world_size() > 1 else None
+    others = shared_file(SIGNALLED) if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" else None
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
         stop()
 
-    def end_launcher() -> None:
-        if "TORCHELASTIC_RUN_ID" not in os.environ or not received or (others is not None and not others.exists()):
-            return
-        with contextlib.suppress(psutil.Error):
-            parent = psutil.Process(os.getppid())
-            if "torch" in " ".join(parent.cmdline()[:4]):  # and no script that inherited the variable
-                parent.kill()
+    def heed_others() -> None:
+        with contextlib.suppress(RuntimeError):  # the ranks part
+            while not store.check([SIGNALLED]):
+                time.sleep(HEED_SECONDS)
+            elsewhere.set()
+            stop()
 
+    def end_launcher() -> None:
+        # torchrun, too, waits for those of other machines, which are gone after a signal.
+        if elsewhere.is_set() or received and (others is None or others.exists()):
+            env.end_launcher()
+
+    elsewhere = threading.Event()
     _at_the_end.append(end_launcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
+    if store is not None:
+        threading.Thread(target=heed_others, name="skyrl-signals", daemon=True).start()
 
 
-def leave_signals_to_leader() -> None:
-    """SIGTERM and SIGINT do nothing here but leave word that they came: the leader ends the job."""
-    word = shared_file("signalled")
+def leave_signals_to_leader(store: Any = None) -> None:
+    """SIGTERM and SIGINT do nothing here but leave word that they came: the leader ends the job. `store`: for a leader
+    on another machine.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if word is not None:
-            word.touch()
+    A process that waits for the others of a collective runs no handler; a thread hears of signals there as well."""
+    word, first = shared_file(SIGNALLED), os.environ.get("LOCAL_RANK") == "0"
+    here, there = socket.socketpair()
+    there.setblocking(False)
+
+    def tell() -> None:
+        while here.recv(1):
+            if word is not None:
+                word.touch()
+            if store is not None:
+                store.set(SIGNALLED, "1")
+
+    def end_launcher() -> None:
+        if first and word is not None and word.exists():
+            env.end_launcher()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(there.detach())
+    threading.Thread(target=tell, name="skyrl-signals", daemon=True).start()
+    _at_the_end.append(end_launcher)
 
 
 @atexit.register  # before the end of the group of ranks is registered, and so called after it

@@ -224,6 +224,12 @@ def _reach(host: str, port: int, until: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def store_of_machines(name: str) -> Any:
+    """`own_store` where the ranks are on several machines, else None."""
+    size = world_size_from_environment()
+    return own_store(name) if _environment("LOCAL_WORLD_SIZE", size) < size else None
+
+
 def own_store(name: str) -> Any:
     """A connection of its own to the store where the ranks met, for a thread of its own; None on one rank. Keys are
     below `name`."""

@@ -22,7 +22,8 @@ from skyrl.types import UserError
 
 AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
 MODES = ("train", "sft", "serve")
-BIND, CACHE, WARM, LEFT = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE", "SKYRL_LEFT"
+BIND, CACHE, WARM = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE"
+LEFT = slurm_env.LAUNCHED
 # Variables of libraries that say where they keep compiled kernels, and our names of these folders. On a shared file
 # system they slow down or break the ranks of other nodes.
 CACHES = {

@@ -101,11 +101,11 @@ class LiveSessions:
             moment = self._steady()
             self._heard.update((name, [owner, micros, moment]) for name, owner, micros in rows)
 
-    def touch(self, session_id: str, owner: str | None = None) -> bool:
+    def touch(self, session_id: str, owner: str) -> bool:
         """The session was heard of now. False, and nothing done, when it does not live or is not this owner's."""
         with self._lock:
             heard = self._heard.get(session_id)
-            if heard is None or owner not in (None, heard[0]):
+            if heard is None or owner != heard[0]:
                 return False
             heard[1], heard[2] = max(heard[1], int(self._now() * 1_000_000)), self._steady()
             self._heard.move_to_end(session_id)
@@ -338,10 +338,11 @@ class FutureLog:
         """The id of a new request."""
         return self._epoch + uuid.uuid4().hex[EPOCH:]
 
-    def touch(self, name: str) -> bool:
+    def touch(self, name: str, owner: str) -> bool:
         """A request for a model or a sampling session was accepted: its session was heard of, and its run has a last
-        request. Memory only; `tidy` writes it. False when the session has ended: nothing new is to be accepted."""
-        if not self._database.live.touch(name.partition(":")[0]):
+        request. Memory only; `tidy` writes it. False when the session has ended, or is another owner's: nothing new is
+        to be accepted."""
+        if not self._database.live.touch(name.partition(":")[0], owner):
             return False
         if ":train:" in name:
             with self._lock:

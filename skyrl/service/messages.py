@@ -97,7 +97,8 @@ Metadata = Annotated[
 ]
 
 
-def _read_stop(value: Any) -> tuple[str, ...] | tuple[int, ...]:
+def read_stop(value: Any) -> tuple[str, ...] | tuple[int, ...]:
+    """What ends a sample, from a string, strings or token ids. Raises ValueError, for pydantic."""
     stops = [value] if isinstance(value, str) else value
     kinds = set(map(type, stops)) if isinstance(stops, (list, tuple)) else {dict}
     if not (kinds <= {str} or kinds <= {int}) or len(stops) > MAX_STOPS:
@@ -390,7 +391,7 @@ class SamplingSettings(JsonMessage):
 
     max_tokens: Count | None = None
     seed: Seed | None = None
-    stop: Annotated[tuple[str, ...] | tuple[int, ...], PlainValidator(_read_stop)] | None = None
+    stop: Annotated[tuple[str, ...] | tuple[int, ...], PlainValidator(read_stop)] | None = None
     temperature: float = 1.0
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] = -1
     top_p: float = 1.0

@@ -38,6 +38,7 @@ from skyrl.service.messages import (
     SamplingSettings,
     Seed,
     ServerInfo,
+    read_stop,
 )
 from skyrl.service.pending import PendingRequest
 from skyrl.service.routes_session import find_weights, unknown_model
@@ -74,7 +75,7 @@ def _listed_stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise not_allowed(f"a text that is not empty, or a list of up to {MAX_STOPS}")
-    return stops
+    return list(read_stop(stops))
 
 
 class Wishes(NamedTuple):

@@ -124,7 +124,7 @@ def _knows_external(context: RequestContext) -> bool:
     sent = (
         context.request.headers.get("x-sdk-version") or context.request.headers.get("user-agent", "").rpartition(" ")[2]
     )
-    release = re.match(r"(\d+)\.(\d+)", sent)
+    release = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", sent)
     agent = "tinker" in context.request.headers.get("user-agent", "").lower()
     return release is None or not agent or (int(release[1]), int(release[2])) >= (0, 28)
 

@@ -282,8 +282,11 @@ def make_sampler(state: AppState, owner: str, body: CreateSamplingSession) -> st
         return store.create_sampler(session_id, owner, number, base, model_path=path, version=version).sampler_id
     except NotFound:
         raise
-    except UserError:
-        known = store.get_sampler(f"{session_id}:sample:{number}", owner)
+    except UserError as error:
+        try:
+            known = store.get_sampler(f"{session_id}:sample:{number}", owner)
+        except NotFound:
+            raise error from None  # its session has ended
         if (known.model_path, known.ephemeral_run) != (path, None) or known.base_model != base:
             raise
         return known.sampler_id

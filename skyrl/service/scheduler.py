@@ -112,7 +112,7 @@ class RequestScheduler:
                 raise TooManyRequests(self._closed)
             ended = False
             if self._futures is not None and session:  # its client lives, whatever becomes of the request
-                ended = not self._futures.touch(model_id or session)
+                ended = not self._futures.touch(model_id or session, owner)
             if key is not None and key in self._by_key:
                 return self._by_key[key]
             queue = self._queues.get(model_id)

@@ -20,7 +20,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.distributed import failure
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.compare import compare_nodes
-from skyrl.distributed.init import World
+from skyrl.distributed.init import World, store_of_machines
 from skyrl.engine import Engine
 from skyrl.files import write_folder_atomic
 from skyrl.loop import meet
@@ -85,7 +85,8 @@ def open_service(cfg: RunConfig) -> Service | None:
     context.open()
     if not world.is_leader:
         on_leader(world, lambda: None)
-        failure.leave_signals_to_leader()  # it ends the job, after the work in hand
+        # The leader ends the job, after the work in hand.
+        failure.leave_signals_to_leader(store_of_machines("signals"))
         serve_commands(world, context)
         return None
     made: list[tuple[CheckpointService, ServerInfo, Keys]] = []
@@ -209,7 +210,7 @@ def serve(cfg: RunConfig) -> None:
         service.close()
         raise
     service.worker.check = server.check
-    failure.signals_stop(lambda: service.worker.stop("the server stops"))
+    failure.signals_stop(lambda: service.worker.stop("the server stops"), store_of_machines("signals"))
     try:
         print(
             f"skyrl: serving {cfg.model.path} on {service.ranks} at {server.url}\n"

@@ -12,6 +12,7 @@ import logging
 import math
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ BODY_SECONDS = 120.0  # a client that sends more slowly is cut off
 SMALL_BYTES = 1 << 15  # a body is parsed where it is up to here, decompressed: a thread would cost more
 LARGE_BODIES = 8  # of one owner in memory
 PARSING_THREADS = 2
-# Of one JSON body. A prompt of a million tokens with targets fits; two bytes make an empty list, which takes sixty.
-JSON_VALUES, JSON_CONTAINERS, JSON_DEPTH = 1 << 21, 1 << 18, 64
+# Of one JSON body. A prompt of a million tokens with targets fits; two bytes make an empty list, which takes sixty, and
+# a key takes ten times as long as a number. The time for a whole number goes with the square of its digits.
+JSON_VALUES, JSON_CONTAINERS, JSON_KEYS, JSON_DEPTH, JSON_DIGITS = 1 << 21, 1 << 18, 1 << 18, 64, 1024
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0
 # Above the pools of the clients, so that they close idle connections and never send into one that closes.
@@ -61,9 +63,18 @@ class HttpError(Exception):
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
 
-async def in_thread(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """The result of a call that waits for a disk or computes for long."""
-    return await to_thread.run_sync(partial(call, *args, **kwargs))
+async def in_thread(
+    call: Callable[..., T], *args: Any, limiter: anyio.CapacityLimiter | None = None, **kwargs: Any
+) -> T:
+    """The result of a call that waits for a disk or computes for long. limiter: of the threads that it may take."""
+    try:
+        return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=limiter)
+    except Exception as error:
+        # An error and the future that brought it hold each other, and by its frames all that the call worked on: many
+        # refused bodies would stay in memory until the next large garbage collection.
+        error.__context__ = None
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 # ---- bodies
@@ -137,7 +148,7 @@ class BodyReader:
             if size_of(body, encoding) <= SMALL_BYTES:
                 return parse() if quick else await in_thread(parse)
             await held.enter_async_context(own.turn)
-            return await to_thread.run_sync(parse, limiter=self._threads)
+            return await in_thread(parse, limiter=self._threads)
 
 
 def size_of(body: bytes, encoding: str) -> float:
@@ -188,11 +199,11 @@ def read_json(body: bytes) -> Any:
 
 
 def check_json(body: bytes) -> None:
-    """Counts the values of JSON, and how deep they are nested, before any is built: the parser keeps the whole process
-    waiting, and two bytes can take sixty in memory. Raises UserError."""
+    """Counts the values of JSON and its keys, how deep they are nested and how long its numbers are, before any is
+    built: the parser keeps the whole process waiting, and two bytes can take sixty in memory. Raises UserError."""
     if len(body) <= SMALL_BYTES and body.count(b"[") + body.count(b"{") <= JSON_DEPTH:
         return
-    commas = containers = depth = 0
+    commas = containers = keys = depth = 0
     in_text, left = False, b""
     for start in range(0, len(body), COUNTED_BYTES):
         part = left + body[start : start + COUNTED_BYTES]
@@ -204,11 +215,19 @@ def check_json(body: bytes) -> None:
         depths = depth + np.cumsum(steps, dtype=np.int32)
         commas += int(((letters == ord(",")) & ~text).sum())
         containers += int((steps > 0).sum())
+        keys += int(((letters == ord(":")) & ~text).sum())
+        other = np.flatnonzero(text | (letters < ord("0")) | (letters > ord("9")))
+        if np.diff(other, prepend=-1, append=len(letters)).max() > JSON_DIGITS + 1:
+            raise UserError(f"body: JSON with a number of more than {JSON_DIGITS} digits; write it shorter")
         if len(depths):
             depth, in_text = int(depths[-1]), bool(text[-1])
             if depths.max() > JSON_DEPTH:
                 raise UserError("body: JSON nested too deeply")
-        for what, count, most in (("values", commas + containers, JSON_VALUES), ("lists", containers, JSON_CONTAINERS)):
+        for what, count, most in (
+            ("values", commas + containers, JSON_VALUES),
+            ("lists", containers, JSON_CONTAINERS),
+            ("keys", keys, JSON_KEYS),
+        ):
             if count > most:
                 raise UserError(f"body: JSON of more than {most} {what}; send smaller parts")
 

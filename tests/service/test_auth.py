@@ -123,8 +123,9 @@ def test_the_door_asks_for_a_key(tmp_path):
 
 def test_without_keys_web_pages_of_others_are_refused(tmp_path):
     with serving(tmp_path) as server:
-        there = {"Origin": "https://evil.example"}
-        assert server.http.post("/api/v1/create_session", headers=there, content=b"{}").status_code == 403
+        for page in ("https://evil.example", "null", "http://[", "http://[::1"):
+            there = {"Origin": page}
+            assert server.http.post("/api/v1/create_session", headers=there, content=b"{}").status_code == 403
         here = {"Origin": server.serving.url}
         assert server.http.post("/api/v1/create_session", headers=here, json={}).status_code == 200
         assert server.client("eyJ.any.thing").get("/api/v1/sessions").status_code == 200  # any key will do

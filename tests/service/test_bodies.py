@@ -1,10 +1,12 @@
 """Bodies: whatever a client sends, others are answered meanwhile, and lists are bounded by name."""
 
 import asyncio
+import gc
 import gzip
 import json
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -44,6 +46,15 @@ BOMBS = {  # (path, body decompressed, content type, encoding, status, what is t
     "packed tags": ("create_session", lambda: TAGS % many(b"[]", 2 * MIB), JSON, "zstd", 400, "at most 4194304"),
     "some tags": ("create_session", lambda: TAGS % many(b"[]", 250_000), JSON, "", 400, "tags=a list of 250000"),
     "gzip": ("forward_backward", lambda: bytes(MIB), PROTOBUF, "gzip", 400, "'gzip'; allowed: none, zstd"),
+    "keys": (
+        "asample",
+        lambda: b"{" + b",".join(b'"%d":1' % i for i in range(300_000)) + b"}",
+        JSON,
+        "zstd",
+        400,
+        "keys",
+    ),
+    "digits": ("asample", lambda: b"[" + many(b"1" * 4000, 10_000) + b"]", JSON, "zstd", 400, "1024 digits"),
     "prompts": ("/v1/completions", lambda: many(b'"a"', 3 * MIB), JSON, "zstd", 400, "more than 2097152 values"),
     "events": ("telemetry", lambda: TAGS % many(b"[]", 10 * MIB), JSON, "", 200, "accepted"),
 }
@@ -146,30 +157,67 @@ def test_json_is_counted_before_it_is_built(monkeypatch):
         items = [draw(depth + 1) for _ in range(rng.integers(0, 5))]
         return items if kind == 2 else {f"{texts[i % len(texts)]}{i}": item for i, item in enumerate(items)}
 
-    def measure(value) -> tuple[int, int, int]:
-        """(commas, containers, depth)"""
+    def measure(value) -> tuple[int, int, int, int]:
+        """(commas, containers, depth, keys)"""
         if not isinstance(value, (list, dict)):
-            return 0, 0, 0
+            return 0, 0, 0, 0
         inside = [measure(item) for item in (value.values() if isinstance(value, dict) else value)]
         commas = sum(one[0] for one in inside) + max(0, len(inside) - 1)
-        return commas, 1 + sum(one[1] for one in inside), 1 + max((one[2] for one in inside), default=0)
+        keys = sum(one[3] for one in inside) + (len(inside) if isinstance(value, dict) else 0)
+        return commas, 1 + sum(one[1] for one in inside), 1 + max((one[2] for one in inside), default=0), keys
 
     monkeypatch.setattr(http, "SMALL_BYTES", 0)
-    for trial in range(300):
+    for trial in range(150):
         value = draw(0)
-        commas, containers, depth = measure(value)
+        commas, containers, depth, keys = measure(value)
         body = json.dumps(value, ensure_ascii=bool(trial % 2)).encode()
         monkeypatch.setattr(http, "COUNTED_BYTES", int(rng.integers(1, 12)))
         limits = {"JSON_VALUES": commas + containers, "JSON_CONTAINERS": containers, "JSON_DEPTH": depth}
+        limits |= {"JSON_KEYS": keys, "JSON_DIGITS": 1}
         for name, limit in limits.items():
             monkeypatch.setattr(http, name, limit)
         check_json(body)
-        for name, limit in limits.items():
+        for name, limit in list(limits.items())[:4]:
             if limit:
                 monkeypatch.setattr(http, name, limit - 1)
                 with pytest.raises(UserError):
                     check_json(body)
                 monkeypatch.setattr(http, name, limit)
+
+
+def test_a_number_of_very_many_digits_is_refused_before_it_is_built():
+    for body in (b'["%s"]' % (b"1" * 60_000), b'["a", %s]' % (b"1" * 1024), b'["%s\\"", 1]' % (b"1" * 60_000)):
+        check_json(body + b" " * 60_000)
+    for body in (b"1" * 60_000, b'["a\\"", -%s]' % (b"1" * 60_000), b'{"a": 0.%s}' % (b"1" * 60_000)):
+        with pytest.raises(UserError, match="more than 1024 digits"):
+            check_json(body)
+
+
+def test_a_refused_body_is_let_go_of_at_once():
+    """What is refused in a thread comes back with all that it worked on, in a circle with the future that brings it."""
+
+    class Body:
+        pass
+
+    async def refuse(kept: list):
+        def read():
+            body = Body()
+            kept.append(weakref.ref(body))
+            try:
+                raise ValueError(body)
+            except ValueError:
+                raise UserError("no") from None
+
+        with pytest.raises(UserError):
+            await http.in_thread(read)
+
+    kept: list = []
+    gc.disable()
+    try:
+        asyncio.run(refuse(kept))
+    finally:
+        gc.enable()
+    assert kept[0]() is None
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])

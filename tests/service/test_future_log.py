@@ -125,7 +125,7 @@ def test_the_time_of_a_last_request_is_known_at_once_and_written_later(tmp_path)
     run = store.create_run(store.create_session("o").session_id, "o", 0, ModelInfo("tiny"))
     futures, before = FutureLog(store), store.get_run(run.run_id, "o").last_request_at
     time += 7
-    futures.touch(run.run_id)
+    futures.touch(run.run_id, run.owner)
     told = store.get_run(run.run_id, "o").last_request_at
     assert (told - before).total_seconds() == 7 and store.list_runs("o").items[0].last_request_at == told
     futures.tidy()

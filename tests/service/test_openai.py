@@ -256,6 +256,7 @@ def test_models_and_paths(server):
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
         ({"prompt": "a", "logprobs": 99}, "logprobs=99"),
         ({"prompt": "a", "stop": [""]}, "stop=a list of 1; allowed"),
+        ({"prompt": "a", "stop": ["a" * 4097]}, "stop=a list of 1; allowed: strings of at most 4096 characters"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": []}, "prompt; allowed"),
         ({"prompt": ["a", 5]}, "prompt; allowed"),

@@ -190,6 +190,10 @@ def test_samples_of_what_has_ended_are_withdrawn(client, how):
             client, "create_model", session_id=session, model_seq_id=1, base_model="tiny", lora_config={"rank": 4}
         )
         assert made.status_code == 400 or "has ended" in outcome(client, made)["error"]
+        made = post(
+            client, "create_sampling_session", session_id=session, sampling_session_seq_id=77, base_model="tiny"
+        )
+        assert made.status_code == 400 and "has ended" in made.json()["detail"]
 
 
 def test_a_model_goes_only_when_that_is_on_record(client, monkeypatch):

@@ -224,7 +224,9 @@ def test_a_heartbeat_is_in_memory_first(store, clock):
         before = watcher.execute("PRAGMA data_version").fetchone()
         for _ in range(3):
             store.heartbeat(session, "a")
-        assert FutureLog(store).touch(f"{session}:sample:1") and not FutureLog(store).touch("s-none:train:0")
+        futures = FutureLog(store)
+        assert futures.touch(f"{session}:sample:1", "a") and not futures.touch(f"{session}:sample:1", "b")
+        assert not futures.touch("s-none:train:0", "a")
         assert watcher.execute("PRAGMA data_version").fetchone() == before
     assert found(store, statuses=(StatusQuery("active"),)) == [session]
     clock.time += 10_000
