@@ -23,7 +23,7 @@ def wheel(tmp_path_factory) -> Path:
         capture_output=True,
         timeout=120,
     )
-    (built,) = folder.glob("skyrl-*.whl")
+    (built,) = folder.glob("skyrl_spmd-*.whl")
     return built
 
 
@@ -57,3 +57,15 @@ def test_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
     assert "peak" in run("-m", "skyrl.train", "dry_run=true")
     assert "skyrl-tx <command>" in run("-m", "skyrl.cli")
     assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize(("rank", "told"), [(None, 1), ("0", 1), ("3", 0)])
+def test_a_namesake_in_the_same_environment_is_told_once(tmp_path, rank, told):
+    info = tmp_path / "skyrl_tx-9.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: skyrl-tx\nVersion: 9.1\n")
+    env = {key: value for key, value in os.environ.items() if key != "RANK"} | ({"RANK": rank} if rank else {})
+    env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    done = subprocess.run([sys.executable, "-c", "import skyrl"], env=env, capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stderr.splitlines() if "skyrl-tx 9.1 is installed in this environment" in line]
+    assert done.returncode == 0 and len(lines) == told

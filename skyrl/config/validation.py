@@ -506,7 +506,7 @@ def check_machine(cfg: RunConfig) -> None:
     if cfg.strategy.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"strategy.name={cfg.strategy.name}: DeepSpeed is not installed; install the extra with "
-            "pip install 'skyrl[deepspeed]', or use strategy.name=fsdp"
+            "pip install 'skyrl-spmd[deepspeed]', or use strategy.name=fsdp"
         )
 
 

@@ -78,7 +78,7 @@ def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Row]:
     except ImportError as error:
         raise UserError(
             f"{where}={source!r} is a data set id and the package 'datasets' is not installed; "
-            "run pip install 'skyrl[data]', or give the path of a .jsonl file"
+            "run pip install 'skyrl-spmd[data]', or give the path of a .jsonl file"
         ) from error
     name, _, config = source.partition(":")
     if not config and name.lower().endswith("/gsm8k"):

@@ -138,7 +138,7 @@ def versions() -> Findings:
     """Python and the packages, against what this skyrl asks for."""
     yield Finding("python", "ok", f"{platform.python_version()}, {sys.executable}")
     try:
-        wanted = [Requirement(text) for text in requires("skyrl") or ()]
+        wanted = [Requirement(text) for text in requires("skyrl-spmd") or ()]
     except PackageNotFoundError:
         seen = "skyrl is not installed, only on the path"
         yield Finding("packages", "warn", seen, "pip install -e . checks versions")

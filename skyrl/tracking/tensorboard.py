@@ -20,7 +20,7 @@ class TensorBoardSink(Sink):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                'tracking.tensorboard=true: the package tensorboard is not installed; pip install "skyrl[tensorboard]" '
+                'tracking.tensorboard=true: the package tensorboard is not installed; pip install "skyrl-spmd[tensorboard]" '
                 "or give tracking.tensorboard=false"
             ) from None
         self._writer = SummaryWriter(str(folder))

@@ -116,7 +116,7 @@ def test_formats_that_are_not_read_say_what_to_do(write):
         patch.setitem(sys.modules, "zstandard", None)
         assert "pip install zstandard" in complaint(write(zstandard.ZstdCompressor().compress(TEXT)))
         patch.setitem(sys.modules, "pyarrow", None)
-        assert "run pip install 'skyrl[data]', or write the rows as .jsonl" in complaint(write(b"PAR1...PAR1"))
+        assert "run pip install 'skyrl-spmd[data]', or write the rows as .jsonl" in complaint(write(b"PAR1...PAR1"))
 
 
 def test_parquet(tmp_path):

@@ -82,6 +82,6 @@ def test_keys_are_checked_before_anything_is_written(tmp_path):
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyrage", None)
-    with pytest.raises(UserError, match=r"pip install 'skyrl\[age\]'"):
+    with pytest.raises(UserError, match=r"pip install 'skyrl-spmd\[age\]'"):
         check_recipients(["age1x"])
     check_recipients([])

@@ -7,7 +7,7 @@ import sys
 import pytest
 from jobs import RUN, command, environment, numbers, steps, stops, until
 
-pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'skyrl[sweep]'")
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'skyrl-spmd[sweep]'")
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 TRAIN = ("python", "-m", "skyrl.train")
 
@@ -67,7 +67,7 @@ def test_a_point_that_fails_is_told_where_the_sweep_runs(tmp_path):
 
 
 def test_optuna_looks_for_the_best_accuracy_in_jobs(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'skyrl[sweep]'")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install 'skyrl-spmd[sweep]'")
     sweep = [
         "-m",
         "hydra/launcher=slurm",

@@ -46,7 +46,7 @@ def test_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r'tracking.tensorboard=true: .*pip install "skyrl\[tensorboard\]"'):
+    with pytest.raises(UserError, match=r'tracking.tensorboard=true: .*pip install "skyrl-spmd\[tensorboard\]"'):
         make_tracker(config(tensorboard=True), tmp_path, 0)
 
 
