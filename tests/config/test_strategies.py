@@ -57,7 +57,8 @@ def test_deepspeed_that_is_not_there_is_one_line_and_not_asked_of_another_machin
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else real(name))
     line = line_of("strategy.name=zero1")
     assert (
-        line.startswith("strategy.name=zero1: DeepSpeed is not installed") and "pip install 'skyrl-spmd[deepspeed]'" in line
+        line.startswith("strategy.name=zero1: DeepSpeed is not installed")
+        and "pip install 'skyrl-spmd[deepspeed]'" in line
     )
     make_plan(load_config(["strategy.name=zero1", "dry_run=true", "run.world_size=4"]), 4)
     make_plan(load_config(["strategy.name=fsdp"]), 4)
