@@ -15,8 +15,8 @@ def _warn_of_namesakes() -> None:
         except PackageNotFoundError:
             continue
         print(
-            f"skyrl: another project's package {other} {found} is installed in this environment and has the same import "
-            f"name; one may run the other's code: pip uninstall {other}, or give each an environment of its own",
+            f"skyrl: another project's package {other} {found} is installed in this environment and has the same "
+            f"import name; one may run the other's code: pip uninstall {other}, or give each an environment of its own",
             file=sys.stderr,
         )
 

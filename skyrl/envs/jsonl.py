@@ -86,8 +86,8 @@ def _parquet(path: Path) -> Iterator[Row]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(
-            f"data file {str(path)!r}: reading parquet needs the package pyarrow; run pip install 'skyrl-spmd[data]', or "
-            "write the rows as .jsonl"
+            f"data file {str(path)!r}: reading parquet needs the package pyarrow; run pip install 'skyrl-spmd[data]', "
+            "or write the rows as .jsonl"
         ) from None
     number = 0
     try:

@@ -469,8 +469,8 @@ def _pyrage() -> ModuleType:
         return importlib.import_module("pyrage")
     except ImportError:
         raise UserError(
-            "age_encryption_recipients: this server cannot encrypt, pyrage is not installed; pip install 'skyrl-spmd[age]' "
-            "there, or ask for no encryption"
+            "age_encryption_recipients: this server cannot encrypt, pyrage is not installed; pip install "
+            "'skyrl-spmd[age]' there, or ask for no encryption"
         ) from None
 
 
