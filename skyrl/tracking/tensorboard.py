@@ -20,8 +20,8 @@ class TensorBoardSink(Sink):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                'tracking.tensorboard=true: the package tensorboard is not installed; pip install "skyrl-spmd[tensorboard]" '
-                "or give tracking.tensorboard=false"
+                "tracking.tensorboard=true: the package tensorboard is not installed; "
+                'pip install "skyrl-spmd[tensorboard]" or give tracking.tensorboard=false'
             ) from None
         self._writer = SummaryWriter(str(folder))
 
