@@ -1,6 +1,6 @@
 """Prompts of a run: where they come from, and their order. Position i is an integer, so any run can go on anywhere.
 
-Reading of files lives in envs/jsonl.py (environments need it too) and is offered here under the same names.
+Files are read by envs/data_files.py, since environments need it too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import numpy as np
 from skyrl.config.schema import RunConfig
 from skyrl.envs import ENVIRONMENTS, environment_options
 from skyrl.envs.base import Split
-from skyrl.envs.jsonl import Row, messages_problem, read_prompts, read_rows
+from skyrl.envs.data_files import messages_problem
 from skyrl.types import Prompt, UserError
-
-__all__ = ["PromptStream", "Row", "make_prompts", "read_rows", "read_prompts"]
 
 _MASK = 2**64 - 1
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -237,6 +238,7 @@ class Engine:
                     raise UserError(
                         f"row {row.name or '?'} has {len(row.tokens)} tokens; at most {self.max_row_tokens} fit"
                     )
+                check_ids(row, self.chat.vocab_size)
             for name in sorted(set(names) if model is None else {model}):
                 uses[name] = self._use(name, backward=backward)
             microbatches = pack_by_model(rows, names, self.cfg.batch.max_tokens_per_microbatch, mix=mix)
@@ -399,3 +401,16 @@ class Engine:
     def check_replicas(self, model: str = "policy") -> None:
         """Raises RunError unless all ranks hold the same weights (replicated strategies). Collective."""
         self._loaded(model).check_replicas()
+
+
+def check_ids(row: Datum, vocab_size: int) -> None:
+    """Raises UserError for an id that has no row in the embedding: on a GPU such a lookup ends the process, if it is
+    noticed at all."""
+    for what, ids in (("token", row.tokens), ("target", row.targets)):
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if len(wrong):
+            at = int(wrong[0])
+            raise UserError(
+                f"row {row.name or '?'}: {what} {int(ids.flat[at])} at position {at} is outside of the vocabulary of "
+                f"{vocab_size}; it was made by another tokenizer than this model's"
+            )

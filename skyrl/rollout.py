@@ -98,7 +98,7 @@ def rollout(
         if room <= 0:
             if not episode.turns:
                 raise UserError(
-                    f"prompt {episode.prompt.uid} has {len(episode.context)} tokens, and rows end at "
+                    f"{episode.prompt.place} has {len(episode.context)} tokens, and rows end at "
                     f"{config.max_row_tokens}; raise batch.max_row_tokens or leave it out of the data "
                     "(data.max_prompt_tokens finds such prompts at the start)"
                 )
@@ -124,14 +124,17 @@ def rollout(
                     return _dropped(guard, sampler, active)
                 env = make_environment(config.env)
                 opening = guard.call(env.reset, prompt, prompt=prompt)
-                if opening.invalid:
-                    groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, opening.invalid)
+                ids, problem = None, opening.invalid
+                if opening.value is not None and known is not None and known[0] == opening.value:
+                    ids = known[1]
+                elif opening.value is not None:
+                    ids, problem = _ids(config, prompt, "began with", chat.prompt, opening.value)
+                    known = (opening.value, ids) if ids is not None else None
+                if ids is None:
+                    groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, problem)
                     guard.call(env.close, prompt=prompt)
                     continue
-                assert opening.value is not None
-                if known is None or known[0] != opening.value:
-                    known = opening.value, chat.prompt(opening.value)
-                request(group, ActiveEpisode(position, index, prompt, env, known[1]))
+                request(group, ActiveEpisode(position, index, prompt, env, ids))
         while sampler.unfinished():
             heartbeat()
             if config.stop_requested():
@@ -179,17 +182,25 @@ def _take_turn(
     if result.done or len(episode.turns) >= config.env.max_turns:
         finish(group, episode, sample.stop)
         return
-    try:
-        more = chat.continuation(sample.tokens.tolist(), result.observation)
-    except UserError as error:
-        where = episode.prompt.extra.get("source", f"prompt {episode.prompt.uid}")
-        said = f"{where}: what env.name={config.env.name} answered to turn {len(episode.turns)}: {error}"
-        if config.env.on_error == "stop":
-            raise UserError(said) from error
-        finish(group, episode, "aborted", said)
+    what = f"answered to turn {len(episode.turns)}"
+    more, problem = _ids(config, episode.prompt, what, chat.continuation, sample.tokens.tolist(), result.observation)
+    if more is None:
+        finish(group, episode, "aborted", problem)
         return
     episode.context = np.concatenate([episode.context, sample.tokens, more])
     request(group, episode)
+
+
+def _ids(config: RolloutConfig, prompt: Prompt, what: str, make: Callable[..., Ints], *given: Any) -> tuple[Any, str]:
+    """Ids of what an environment said, or None and why it has none, where env.on_error masks such episodes. Raises
+    UserError with the prompt's place otherwise."""
+    try:
+        return make(*given), ""
+    except UserError as error:
+        said = f"{prompt.place}: what env.name={config.env.name} {what}: {error}"
+        if config.env.on_error == "stop":
+            raise UserError(said) from error
+        return None, said
 
 
 def check_drawn(sample: Sample) -> None:

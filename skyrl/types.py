@@ -47,6 +47,11 @@ class Prompt:
     messages: list[Message]
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def place(self) -> str:
+        """Where it stands, for errors: "file:line" of its row, else its uid."""
+        return str(self.extra.get("source") or f"prompt {self.uid}")
+
 
 @dataclass(frozen=True)
 class SamplingParams:

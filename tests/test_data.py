@@ -5,8 +5,9 @@ import collections
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
-from skyrl.data import PromptStream, make_prompts, read_rows
+from skyrl.data import PromptStream, make_prompts
 from skyrl.envs.base import ENVIRONMENTS, Environment, register_environment
+from skyrl.envs.data_files import read_examples
 from skyrl.types import Prompt, UserError
 
 GOLDEN = [3, 5, 2, 9, 7, 0, 8, 6, 1, 4, 0, 6, 5, 3, 4, 9, 7, 8, 2, 1]
@@ -75,7 +76,30 @@ def test_make_prompts_of_a_file(tmp_path):
     path.write_text('{"prompt": "1"}\n{"text": "2"}\n')
     with pytest.raises(UserError, match=r"train.jsonl:2: field 'messages' or 'prompt' is missing"):
         make_prompts(RunConfig(env=env, data=DataConfig(path=str(path))), "train")
-    assert len(list(read_rows(path))) == 2
+    assert len(list(read_examples(path))) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("null", "is missing, and this reward needs it"), ('" "', "is ' ', wanted a text or a number"),
+        ("[1]", "is '[1]'"), ('{"a": 1}', "is \"{'a': 1}\""), ("1", ""), ("0", ""), ("false", ""), ('"x"', ""),
+    ],
+)  # fmt: skip
+def test_a_row_without_an_answer_is_refused_before_it_is_played(tmp_path, answer, said):
+    path = tmp_path / "train.jsonl"
+    path.write_text(f'{{"prompt": "1", "answer": 2}}\n{{"prompt": "1", "answer": {answer}}}\n')
+    for reward in ("exact", "characters", "number", "math", "math_last_number"):
+        env = EnvConfig(name="single_turn", options={"reward": reward})
+        cfg = RunConfig(env=env, data=DataConfig(path=str(path)))
+        if said:
+            with pytest.raises(UserError) as error:
+                make_prompts(cfg, "train")
+            assert str(error.value).startswith(f"{path}:2: field 'answer' {said}")
+        else:
+            assert len(make_prompts(cfg, "train")) == 2
+    free = EnvConfig(name="single_turn", options={"reward": "format"})
+    assert len(make_prompts(RunConfig(env=free, data=DataConfig(path=str(path))), "train")) == 2
 
 
 def test_make_prompts_of_an_environment():

@@ -234,6 +234,14 @@ def test_names_and_lengths_are_checked(engine):
     long = Datum(np.zeros(65, np.int64), np.zeros(65, np.int64), np.ones(65), name="gsm8k/train/7")
     with pytest.raises(UserError, match="row gsm8k/train/7 has 65 tokens; at most 64 fit"):
         engine.forward([long], LossSpec("cross_entropy"))
+    vocab, whole = engine.chat.vocab_size, np.arange(4)
+    for tokens, targets, what in (
+        ([1, vocab, 2, 3], whole, f"token {vocab} at position 1"), ([1, 2, 3, -1], whole, "token -1 at position 3"),
+        (whole, [1, 2, vocab + 7, 0], f"target {vocab + 7} at position 2"),
+    ):  # fmt: skip
+        row = Datum(np.array(tokens), np.array(targets), np.ones(4), name="e/train/7")
+        with pytest.raises(UserError, match=f"row e/train/7: {what} is outside of the vocabulary of {vocab}"):
+            engine.forward_backward([row], LossSpec("cross_entropy"))
     engine.delete("policy")
     with pytest.raises(UserError, match="no model called 'policy'"):
         engine.version("policy")

@@ -167,6 +167,11 @@ def test_an_observation_that_the_template_drops_is_named_or_kept_apart(engine):
         play(engine, EnvConfig(name="test_developer", max_turns=2), prompts, group=1, chat=Chat(tokenizer))
     kept = play(engine, EnvConfig(name="test_developer", max_turns=2, on_error="mask"), prompts, chat=Chat(tokenizer))
     assert all("role 'developer'" in episode.invalid and episode.stop == "aborted" for episode in kept[0])
+    first = [(0, Prompt("p", "test_developer", [{"role": "developer", "content": "x"}], {"source": "f.jsonl:3"}))]
+    with pytest.raises(UserError, match="f.jsonl:3: what env.name=test_developer began with: message 1 of 1"):
+        play(engine, EnvConfig(name="test_developer"), first, chat=Chat(tokenizer))
+    kept = play(engine, EnvConfig(name="test_developer", on_error="mask"), first, chat=Chat(tokenizer))
+    assert all("began with: message 1" in episode.invalid and episode.stop == "aborted" for episode in kept[0])
 
 
 # ---- draws

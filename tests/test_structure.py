@@ -19,7 +19,7 @@ FOLDER_FILES = 20
 FULLER_FOLDERS = {"skyrl/service": 22}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
-TWICE = {"Row"}
+TWICE: set[str] = set()
 # Docstrings of one to three words, which say no more than the name. Better none, or one that says what a reader of the
 # name does not know.
 SHORT_DOCSTRINGS = {

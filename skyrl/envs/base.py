@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from skyrl.config.args import expand_home
 from skyrl.config.schema import DataConfig, EnvConfig
-from skyrl.envs.jsonl import data_file, read_prompts
+from skyrl.envs.data_files import data_file, read_prompts
 from skyrl.registry import Registry
 from skyrl.types import Message, Metrics, Prompt, UserError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
+from skyrl.envs.data_files import Example
 from skyrl.envs.gsm8k import gsm8k_rows
-from skyrl.envs.jsonl import Row
 from skyrl.envs.rewards.math import parse_number
 from skyrl.envs.rewards.parse import ExpressionError, evaluate, parse
 from skyrl.envs.single_turn import SingleTurn, require
@@ -92,7 +92,7 @@ def decimal(value: Fraction) -> str | None:
     return "-" * (value < 0) + _tidy(f"{whole}.{part:0{MAX_DECIMALS}}")
 
 
-def collect_expressions(rows: Iterable[Row]) -> Expressions:
+def collect_expressions(rows: Iterable[Example]) -> Expressions:
     """All annotated calculations of GSM8K rows, each once, in the order of their first occurrence."""
     found = Expressions()
     for row in rows:

@@ -8,7 +8,7 @@ from typing import Any
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
-from skyrl.envs.jsonl import Row, data_file, is_file_path, read_rows
+from skyrl.envs.data_files import Example, data_file, is_file_path, read_examples
 from skyrl.envs.rewards.math import answers_equal, extract_answer
 from skyrl.envs.single_turn import SingleTurn
 from skyrl.types import Prompt, UserError
@@ -46,7 +46,7 @@ class Gsm8k(SingleTurn):
         env = cls(**options)
         return [env._prompt(row, split, n) for n, row in enumerate(gsm8k_rows(data, split))]
 
-    def _prompt(self, row: Row, split: str, number: int) -> Prompt:
+    def _prompt(self, row: Example, split: str, number: int) -> Prompt:
         text = row.text("question").strip()
         solution = ANNOTATION.sub("", row.text("answer")).strip()
         answer = extract_answer(solution)
@@ -58,7 +58,7 @@ class Gsm8k(SingleTurn):
         return Prompt(f"{self.name}/{split}/{number}", self.name, messages, extra)
 
 
-def gsm8k_rows(data: DataConfig, split: Split) -> Iterable[Row]:
+def gsm8k_rows(data: DataConfig, split: Split) -> Iterable[Example]:
     """Rows of a split from a .jsonl file or a data set id; training rows end at data.max_prompts (0 = all).
 
     An id may carry a configuration, "openai/gsm8k:main" (":main" is assumed for names that end in gsm8k). Only an id
@@ -68,11 +68,11 @@ def gsm8k_rows(data: DataConfig, split: Split) -> Iterable[Row]:
     source = data.eval_path if split == "test" and data.eval_path else data.path
     where = "data.eval_path" if split == "test" and data.eval_path else "data.path"
     if not source or is_file_path(source):
-        return read_rows(data_file(data, split), max_rows)
+        return read_examples(data_file(data, split), max_rows)
     return _hub_rows(source, where, split, max_rows)
 
 
-def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Row]:
+def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Example]:
     try:
         import datasets  # optional, and slow to import
     except ImportError as error:
@@ -92,4 +92,4 @@ def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Row]:
             f"{reason}); give a .jsonl file, or an id with a split {split!r}"
         ) from error
     count = min(max_rows, len(table)) if max_rows else len(table)
-    return [Row(f"{source}[{split}]:{n + 1}", dict(table[n])) for n in range(count)]
+    return [Example(f"{source}[{split}]:{n + 1}", dict(table[n])) for n in range(count)]

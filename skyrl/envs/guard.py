@@ -35,7 +35,7 @@ from typing import Any, Generic, TypeVar
 
 from skyrl.config.schema import EnvConfig
 from skyrl.envs.base import Environment, StepResult
-from skyrl.envs.jsonl import messages_problem
+from skyrl.envs.data_files import messages_problem
 from skyrl.types import Message, Prompt, UserError
 
 EXIT_STATUS = 70  # EX_SOFTWARE
@@ -47,6 +47,12 @@ REPEAT_SECONDS = 1.0  # until the next interrupt, for one that falls into a __de
 LARGEST = 1e30  # of rewards and metrics: squares and sums of them stay numbers, and a loss's float32 holds them
 _FAR_SECONDS = 1e6  # an alarm that never goes off: what is left of it tells whether the call has set one of its own
 _REDUCTIONS = (":mean", ":sum", ":max", ":min")
+# What the loop reports under its own names (docs/metrics.md): an environment's numbers would be mixed into it.
+_RESERVED = frozenset(
+    "reward accuracy episodes invalid length turns cut_by_length loss entropy logprob_gap logprob_gap_kl grad_norm lr "
+    "skipped_updates sampled_tokens trained_tokens tokens microbatches".split()
+)
+_RESERVED_GROUPS = ("eval/", "time/", "speed/", "memory/", "flops/")
 _LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib")) + ("<frozen",)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -220,6 +226,8 @@ def check_step(value: object) -> StepResult:
     for key, number in value.metrics.items():
         if not (isinstance(key, str) and key.endswith(_REDUCTIONS)):
             raise BadResult(f"metric {key!r}: its name must end in one of {', '.join(_REDUCTIONS)}")
+        if key.rpartition(":")[0] in _RESERVED or key.startswith(_RESERVED_GROUPS):
+            raise BadResult(f"metric {key!r}: the loop reports one of this name itself; give it another")
         value.metrics[key] = _finite(number, f"metric {key!r}")
     return value
 

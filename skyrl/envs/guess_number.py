@@ -46,8 +46,7 @@ class GuessNumber(Environment):
         right = guess == self._secret
         if right or self._turns >= self.max_turns:
             reward = self.discount ** (self._turns - 1) if right else 0.0
-            metrics = {"correct:mean": float(right), "turns:mean": float(self._turns)}
-            return StepResult(reward, True, metrics=metrics)
+            return StepResult(reward, True, metrics={"correct:mean": float(right)})
         hint = "not a number" if guess is None else "higher" if guess < self._secret else "lower"
         return StepResult(0.0, False, [{"role": "user", "content": hint}])
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from skyrl.config.schema import DataConfig
-from skyrl.envs.base import Environment, StepResult, register_environment
+from skyrl.envs.base import Environment, Split, StepResult, register_environment
 from skyrl.envs.rewards import REWARDS
-from skyrl.types import UserError
+from skyrl.envs.rewards.base import ANSWERED, reference
+from skyrl.types import Prompt, UserError
 
 
 @register_environment("single_turn")
@@ -20,6 +24,14 @@ class SingleTurn(Environment):
         self.reward_name = reward  # guard.py names it in errors
         self._reward = REWARDS.get(reward, "env.options.reward")
         self._correct_reward = correct_reward
+
+    @classmethod
+    def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
+        """Rows of a file; where the reward compares with their answers, each has one, else UserError by file:line."""
+        prompts = super().dataset(options, data, split, seed)
+        for prompt in prompts if options.get("reward") in ANSWERED else ():
+            reference(prompt)
+        return prompts
 
     def step(self, text: str) -> StepResult:
         """Scores the answer; always the last step."""

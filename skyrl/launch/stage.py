@@ -30,7 +30,7 @@ from skyrl.config.load import load_config
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
-from skyrl.envs.jsonl import data_file, is_file_path
+from skyrl.envs.data_files import data_file, is_file_path
 from skyrl.files import manifest_entry, verify_manifest, write_atomic
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.launch.rank import CACHES, cache_folders

@@ -232,8 +232,9 @@ class Chat:
             at = between.find(name) if name else -1
             text = text[end[1] if at < 0 else at + len(name) :]
         else:
-            limit = end[1] if end else len(between) if len(between) < len(text) else 0
-            text = text[next(size for size in range(limit, -1, -1) if before.endswith(text[:size])) :]
+            limit = end[0] if end else len(between) if len(between) < len(text) else 0
+            sizes = [*([end[1]] if end else []), *range(limit, -1, -1)]
+            text = text[next(size for size in sizes if before.endswith(text[:size])) :]
         return self._ids(encode_after(self.tokenizer, before, text))
 
     def _between_messages(self, messages: Sequence[Message]) -> str:

@@ -69,8 +69,9 @@ class PromptCheck:
             for index, prompt in self._maybe_long(chat, open_ones):
                 if problem := self._problem(chat, prompt):
                     kind, words = problem
-                    where = prompt.extra.get("source", f"prompt {prompt.uid}")
-                    found.append(Unfit(self.split, index, kind, f"{where}: {words}" if len(found) < TOLD else ""))
+                    found.append(
+                        Unfit(self.split, index, kind, f"{prompt.place}: {words}" if len(found) < TOLD else "")
+                    )
             done += len(chunk)
             progress(done)
         return found

@@ -59,14 +59,14 @@ def sft_row(run: Run, position: int) -> Datum:
     text = prompt.extra.get("solution")
     if text is None:
         raise UserError(
-            f"warmup.num_steps={run.cfg.warmup.num_steps}: prompt {prompt.uid} of env.name={run.cfg.env.name} has no "
+            f"warmup.num_steps={run.cfg.warmup.num_steps}: {prompt.place} of env.name={run.cfg.env.name} has no "
             "solution to learn from; set warmup.num_steps=0"
         )
     opening, answer = chat.prompt(prompt.messages), chat.answer(prompt.messages, text)
     ids = np.concatenate([opening, answer])
     if len(ids) > run.engine.max_row_tokens:
         raise UserError(
-            f"prompt {prompt.uid} with its solution has {len(ids)} tokens, rows end at {run.engine.max_row_tokens}; "
+            f"{prompt.place} with its solution has {len(ids)} tokens, rows end at {run.engine.max_row_tokens}; "
             "raise batch.max_row_tokens or leave it out of the data"
         )
     weights = np.zeros(len(ids) - 1)

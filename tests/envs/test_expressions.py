@@ -8,8 +8,8 @@ import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import ENVIRONMENTS, make_environment
+from skyrl.envs.data_files import read_examples
 from skyrl.envs.expressions import Expressions, collect_expressions, decimal, normalise
-from skyrl.envs.jsonl import read_rows
 from skyrl.types import UserError
 
 
@@ -90,6 +90,6 @@ def test_real_data(gsm8k):
     for prompt in [*train, *test]:  # once more, with Python's own parser
         expression = re.sub(r"\d+\.?\d*", lambda m: f"Fraction('{m[0]}')", prompt.messages[0]["content"][:-1])
         assert eval(expression, {"Fraction": Fraction}) == Fraction(prompt.extra["answer"]), prompt
-    found = collect_expressions(read_rows(gsm8k / "train.jsonl"))
+    found = collect_expressions(read_examples(gsm8k / "train.jsonl"))
     parts = (found.repeated, found.malformed, found.wrong, found.endless, found.trivial)
     assert found.annotations == 23716 == len(train) + sum(parts)

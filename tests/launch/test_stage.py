@@ -33,7 +33,7 @@ def sources(tmp_path, monkeypatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "CUDA_CACHE_PATH"):
         monkeypatch.setenv(name, str(tmp_path / "nothing"))
     (tmp_path / "mine.py").write_text(
-        "from skyrl.api import *\nfrom skyrl.envs.jsonl import *\n"
+        "from skyrl.api import *\nfrom skyrl.envs.data_files import *\n"
         "@register_environment('staged')\n"
         "class Staged(Environment):\n"
         "    @classmethod\n"

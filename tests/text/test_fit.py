@@ -31,7 +31,7 @@ def run(tmp_path):
             (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
         (tmp_path / "t.jinja").write_text(template)
         cfg = RunConfig(
-            env=EnvConfig(name="single_turn", options={"reward": "exact"}),
+            env=EnvConfig(name="single_turn", options={"reward": "format"}),
             model=ModelConfig(chat_template=str(tmp_path / "t.jinja") if template else ""),
             data=DataConfig(path=str(tmp_path / "train.jsonl"), filter=list(filter), **data),
             warmup=WarmupConfig(num_steps=warmup),

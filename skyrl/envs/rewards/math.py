@@ -42,21 +42,21 @@ def last_number(text: str) -> str | None:
     return found[-1] if found else None
 
 
-@register_reward("math")
+@register_reward("math", answer=True)
 def math_reward(text: str, prompt: Prompt) -> float:
     """1.0 when the final answer ("#### x" or \\boxed{x}) equals the prompt's; else 0.0."""
     answer = extract_answer(text)
     return float(answer is not None and answers_equal(answer, reference(prompt)))
 
 
-@register_reward("math_last_number")
+@register_reward("math_last_number", answer=True)
 def math_last_number(text: str, prompt: Prompt) -> float:
     """Like "math", but a text without a marked answer is judged by the last number in it."""
     answer = extract_answer(text) or last_number(text)
     return float(answer is not None and answers_equal(answer, reference(prompt)))
 
 
-@register_reward("number")
+@register_reward("number", answer=True)
 def number(text: str, prompt: Prompt) -> float:
     """1.0 when the whole text is one number with the answer's exact value (".50" for "0.5"); else 0.0."""
     value = parse_number(text)

@@ -9,13 +9,13 @@ from skyrl.envs.rewards.equal import parse_number, unwrap
 from skyrl.types import Prompt
 
 
-@register_reward("exact")
+@register_reward("exact", answer=True)
 def exact(text: str, prompt: Prompt) -> float:
     """1.0 when the text is the answer, character by character, apart from white space around it; else 0.0."""
     return float(text.strip() == reference(prompt).strip())
 
 
-@register_reward("characters")
+@register_reward("characters", answer=True)
 def characters(text: str, prompt: Prompt) -> float:
     """Part of the positions with the right character, 0.0 to 1.0; 1.0 only for the exact answer.
 

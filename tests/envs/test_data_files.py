@@ -4,13 +4,14 @@ import bz2
 import gzip
 import lzma
 import sys
+from decimal import Decimal
 
 import pytest
 import zstandard
 
 from skyrl.config.schema import DataConfig
-from skyrl.envs import jsonl
-from skyrl.envs.jsonl import Row, data_file, is_file_path, read_prompts, read_rows
+from skyrl.envs import data_files
+from skyrl.envs.data_files import Example, data_file, is_file_path, read_examples, read_prompts
 from skyrl.types import UserError
 
 
@@ -24,7 +25,7 @@ def write(tmp_path):
     return write
 
 
-def complaint(path, read=lambda path: list(read_rows(path))):
+def complaint(path, read=lambda path: list(read_examples(path))):
     with pytest.raises(UserError) as caught:
         read(path)
     assert "\n" not in str(caught.value)
@@ -33,13 +34,13 @@ def complaint(path, read=lambda path: list(read_rows(path))):
 
 def test_rows_know_their_place(write):
     path = write('\ufeff{"a": "\u00e9"}\r\n{"a": "2"}\n{"a": 3}\n\n \n')
-    assert list(read_rows(path)) == [
-        Row(f"{path}:1", {"a": "\u00e9"}),
-        Row(f"{path}:2", {"a": "2"}),
-        Row(f"{path}:3", {"a": 3}),
+    assert list(read_examples(path)) == [
+        Example(f"{path}:1", {"a": "\u00e9"}),
+        Example(f"{path}:2", {"a": "2"}),
+        Example(f"{path}:3", {"a": 3}),
     ]
-    assert len(list(read_rows(path, 2))) == 2
-    assert [row.text("a") for row in read_rows(path, 1)] == ["\u00e9"]
+    assert len(list(read_examples(path, 2))) == 2
+    assert [row.text("a") for row in read_examples(path, 1)] == ["\u00e9"]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,10 @@ def test_rows_know_their_place(write):
         ("a,b\n1,2\n", ":1: no JSON (Expecting value at column 1); wanted one JSON object a line (.jsonl, also as .gz"),
         (b'{"a": 1}\n{"a": "\xff"}\n', ":2: no UTF-8 text"),
         ('{"a": ' + "[" * 100000, ":1: "),
+        ('{"a": 1}\n{"a": NaN}\n', ":2: a number that cannot be read (NaN is no number of JSON); write it as a string"),
+        ('{"a": [-Infinity]}\n', ":1: a number that cannot be read (-Infinity is no number of JSON)"),
+        ('{"a": ' + "9" * 5000 + "}\n", ":1: a number that cannot be read (Exceeds the limit (4300 digits)"),
+        ('{"a": 1}\n'.encode("utf-16"), ":1: no UTF-8 text (invalid start byte at byte 0); it is UTF-16: iconv"),
     ],
 )
 def test_bad_lines(write, content, message):
@@ -62,13 +67,13 @@ def test_bad_files(write, tmp_path, monkeypatch):
     assert "has no rows" in complaint(write("\n"))
     assert "does not exist" in complaint(tmp_path / "none.jsonl")
     assert "is a folder" in complaint(tmp_path)
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 2**20)
     path = write(b'{"a": 1}\n{"a": "' + b"x" * 2**20 + b'"}\n')
     assert complaint(path).startswith(f"{path}:2: longer than 1 MiB")
 
 
 def test_missing_and_wrong_fields():
-    row = Row("f.jsonl:7", {"question": "?", "answer": 3})
+    row = Example("f.jsonl:7", {"question": "?", "answer": 3})
     assert complaint("anser", row.text) == "f.jsonl:7: field 'anser' is missing; fields of this row: answer, question"
     assert complaint("answer", row.text) == "f.jsonl:7: field 'answer' is int, wanted a string"
 
@@ -102,7 +107,7 @@ def test_packed_files_are_read_whatever_they_are_called(write, pack):
     assert one.messages == [{"role": "user", "content": "2+2"}] and one.extra == {"answer": "4", "source": f"{path}:1"}
     assert two.messages == [{"role": "user", "content": "\u00e9"}] and two.extra["source"] == f"{path}:2"
     twice = write(pack(TEXT) + pack(TEXT), "twice")  # pieces end to end are one file
-    assert len(list(read_rows(twice))) == 4 and len(list(read_rows(twice, 3))) == 3
+    assert len(list(read_examples(twice))) == 4 and len(list(read_examples(twice, 3))) == 3
     if pack(TEXT) != TEXT:
         cut = complaint(write(pack(TEXT * 999)[:-30], "cut"))
         assert "cannot be read after row" in cut or cut.endswith("copy or write it again")
@@ -131,6 +136,17 @@ def test_parquet(tmp_path):
     one, two = read_prompts(path, "e", "train")
     assert one.messages == [{"role": "user", "content": "2+2"}, tool] and one.extra["source"] == f"{path}:1"
     assert two.messages == [{"role": "user", "content": "x"}] and two.extra == {"source": f"{path}:2"}
+    import pyarrow
+
+    for kind, wanted in (
+        (pyarrow.float32(), 0.1),
+        (pyarrow.float64(), 0.1),
+        (pyarrow.decimal128(4, 2), Decimal("0.1")),
+    ):
+        values = pyarrow.array([Decimal("0.1"), None]).cast(kind)
+        parquet.write_table(table.from_pydict({"prompt": ["x", "y"], "answer": values}), path)
+        one, two = read_prompts(path, "e", "train")
+        assert one.extra["answer"] == wanted and "answer" not in two.extra
     path.write_bytes(path.read_bytes()[:-20] + b"PAR1")
     assert "cannot be read after row 0" in complaint(path)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
 from skyrl.config.schema import DataConfig
 from skyrl.types import Message, Prompt, UserError
 
@@ -34,7 +36,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One JSON object of a file, and where it stood: "<file>:<line>"."""
 
     source: str
@@ -51,7 +53,7 @@ class Row:
         return value
 
 
-def read_rows(path: str | Path, max_rows: int = 0) -> Iterator[Row]:
+def read_examples(path: str | Path, max_rows: int = 0) -> Iterator[Example]:
     """Rows of a file, at most max_rows of them (0 = all): UTF-8 with one JSON object a line, plain or packed by gzip,
     bzip2, xz or zstd, or a parquet file. What a file is, its first bytes say, not its name.
 
@@ -81,7 +83,7 @@ def read_rows(path: str | Path, max_rows: int = 0) -> Iterator[Row]:
         raise UserError(f"data file {str(path)!r}: has no rows")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Example]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -93,10 +95,13 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(1024):
+                short = [field.name for field in batch.schema if field.type in ("float", "halffloat")]
                 for fields in batch.to_pylist():
                     number += 1
-                    # A column, or a part of one, that this row does not have is null there.
-                    yield Row(f"{path}:{number}", _without_nulls(fields))
+                    # A column, or a part of one, that this row does not have is null there. Of the numbers that round
+                    # to what a column of 32 bits holds, the shortest is meant: 0.1, and not 0.10000000149011612.
+                    fields |= {name: float(str(np.float32(fields[name]))) for name in short if fields[name] is not None}
+                    yield Example(f"{path}:{number}", _without_nulls(fields))
     except ArrowException as error:
         raise OSError(str(error)) from error
 
@@ -107,7 +112,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _lines(path: Path, head: bytes) -> Iterator[Row]:
+def _lines(path: Path, head: bytes) -> Iterator[Example]:
     number, blank = 0, 0
     with _opened(path, head) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -120,7 +125,7 @@ def _lines(path: Path, head: bytes) -> Iterator[Row]:
                 continue
             if blank:
                 raise UserError(f"{path}:{blank}: blank line; only allowed at the end, remove it")
-            yield Row(source, _parse(line, source))
+            yield Example(source, _parse(line, source))
 
 
 def _opened(path: Path, head: bytes) -> BinaryIO:
@@ -181,18 +186,28 @@ class _ZstdFile(io.RawIOBase):
 
 def _parse(line: bytes, source: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig" if source.endswith(":1") else "utf-8"))
+        text = line.decode("utf-8-sig" if source.endswith(":1") else "utf-8")
+        value = json.loads(text, parse_constant=_no_number)
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: no UTF-8 text ({error.reason} at byte {error.start})") from error
+        utf16 = line.startswith((b"\xff\xfe", b"\xfe\xff"))
+        advice = "; it is UTF-16: iconv -f UTF-16 -t UTF-8" if utf16 else "; write it as UTF-8"
+        raise UserError(f"{source}: no UTF-8 text ({error.reason} at byte {error.start}){advice}") from error
     except json.JSONDecodeError as error:
         hint = f"; wanted {WANTED}" if source.endswith(":1") else ""
         raise UserError(f"{source}: no JSON ({error.msg} at column {error.colno}){hint}") from error
     except RecursionError as error:
         raise UserError(f"{source}: JSON nested too deeply") from error
+    except ValueError as error:
+        what = " ".join(str(error).split()).split(";")[0]
+        raise UserError(f"{source}: a number that cannot be read ({what}); write it as a string, or null") from error
     if not isinstance(value, dict):
         hint = f" (jq -c '.[]' {source[:-2]} makes one a line)" if isinstance(value, list) else ""
         raise UserError(f"{source}: a {type(value).__name__}, wanted an object such as {{...}}{hint}")
     return value
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_prompts(path: Path, env: str, split: str, max_rows: int = 0) -> list[Prompt]:
@@ -202,14 +217,14 @@ def read_prompts(path: Path, env: str, split: str, max_rows: int = 0) -> list[Pr
     the text itself, meant for up to a million rows. Raises UserError with file:line.
     """
     prompts = []
-    for index, row in enumerate(read_rows(path, max_rows)):
+    for index, row in enumerate(read_examples(path, max_rows)):
         extra = {key: value for key, value in row.fields.items() if key not in ("messages", "prompt")}
         extra["source"] = row.source
         prompts.append(Prompt(f"{env}/{split}/{index}", env, _messages(row), extra))
     return prompts
 
 
-def _messages(row: Row) -> list[Message]:
+def _messages(row: Example) -> list[Message]:
     given = [name for name in ("messages", "prompt") if row.fields.get(name) is not None]
     if not given:
         known = ", ".join(sorted(row.fields)) or "none"
