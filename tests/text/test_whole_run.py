@@ -13,14 +13,14 @@ from skyrl.tracking.jsonl import read_metrics
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}<|{{ 'user' if m['role'] == 'user' else 'assistant' }}|>"
+    "{{ raise_exception('System role not supported') }}{% endif %}<|{{ m['role'] }}|>"
     "\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 END = SPECIALS.index("<end_of_turn>")
 
 
 def gemma_like(folder):
-    """Tied embeddings, capped logits, a sliding window, a scaled embedding; <end_of_turn> is no eos of the tokenizer."""
+    """Tied embeddings, capped logits, a sliding window; <end_of_turn> is no end token of the tokenizer's."""
     tokenizer = characters()
     tokenizer.chat_template = TEMPLATE
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
