@@ -7,8 +7,12 @@ leaves its facts, or its error; rank 0 reads them all and leaves one verdict, wh
 from __future__ import annotations
 
 import json
+import os
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,11 +20,15 @@ import torch.distributed as dist
 
 from skyrl.config.load import flat, to_dict
 from skyrl.config.schema import RunConfig
+from skyrl.distributed.env import report_to_launcher
+from skyrl.distributed.faults import classify
 from skyrl.types import RunError, UserError
 
 POLL_SECONDS = 0.1
 MARGIN_SECONDS = 30  # by which the others wait longer than rank 0, whose words are better
 READ_SECONDS = 10.0  # after an error, while rank 0, which may hold the store, waits until all have read it
+AFTER_RANK_0_SECONDS = 3.0  # the others end later than rank 0, whose line is the one to read
+NETWORK_REMEDY = "NCCL_DEBUG=INFO says more, and skyrl-tx doctor tries the network"
 OF_ONE_NODE = ("run.", "tracking.", "service.")  # options that may differ between nodes, as any path may
 NAMED = 4  # ranks that one line names
 
@@ -51,6 +59,44 @@ def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seco
         time.sleep(POLL_SECONDS)
     kind, text = verdict
     raise (UserError if kind == "user" else RunError)(text)
+
+
+@contextmanager
+def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None]:
+    """Around the making of groups, where nothing watches yet: what fails in it becomes a RunError in one line, and when
+    it takes longer than `seconds` the process ends with a line that names the ranks that are still in it."""
+
+    def end() -> None:
+        time.sleep(AFTER_RANK_0_SECONDS if rank else 0.0)
+        line = still_starting(own, rank, size, seconds)
+        os.write(2, f"skyrl: error: {line}\n".encode())
+        report_to_launcher(line)
+        os._exit(1)
+
+    own = store.clone()  # a connection of its own: the main thread may be waiting in the other
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+        store.set(f"made/{rank}", "1")
+    except (RuntimeError, ValueError) as error:
+        fault = classify(error)
+        what = fault.what if fault is not None else str(error).split("\n")[0][:300]
+        remedy = (fault.remedy if fault is not None else "") or NETWORK_REMEDY
+        raise RunError(
+            f"rank {rank} on {socket.gethostname()}: the group of ranks could not be made ({what}); {remedy}"
+        ) from None
+    finally:
+        timer.cancel()
+
+
+def still_starting(store: Any, rank: int, size: int, seconds: int) -> str:
+    """One line about the ranks that have not made their groups."""
+    late = missing_after(store, [f"made/{other}" for other in range(size)], 0.0)
+    hosts = {other: {"host": store.get(f"here/{other}").decode()} for other in late}
+    who = _names(hosts, late) if late else f"rank {rank}"
+    return f"the group of ranks was not made within run.join_seconds={seconds}: {who} not ready; {NETWORK_REMEDY}"
 
 
 def options_of_all(cfg: RunConfig) -> dict[str, Any]:

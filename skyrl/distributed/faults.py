@@ -128,7 +128,7 @@ def classify(error: BaseException) -> Fault | None:
     memory = "OutOfMemoryError" in names or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if memory or isinstance(error, MemoryError):
         return Fault("memory", _line(text) or "no memory is left")
-    if not isinstance(error, (RuntimeError, AssertionError)):
+    if not isinstance(error, (RuntimeError, AssertionError, ValueError)):
         return None
     for kind, pattern, remedy in _RULES:
         if found := re.search(pattern, text, re.IGNORECASE):

@@ -25,7 +25,14 @@ import torch.distributed as dist
 import skyrl
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, failure
-from skyrl.distributed.agreement import POLL_SECONDS, agree_on_start, is_allowed, missing_after, options_of_all
+from skyrl.distributed.agreement import (
+    POLL_SECONDS,
+    agree_on_start,
+    group_start,
+    is_allowed,
+    missing_after,
+    options_of_all,
+)
 from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, look
 from skyrl.types import RunError, UserError
 
@@ -139,9 +146,10 @@ def init_distributed(cfg: RunConfig) -> World:
     timeout = timedelta(seconds=cfg.run.collective_timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, timeout=timeout, store=_store, rank=rank, world_size=size, **kwargs)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    with group_start(_store, rank, size, cfg.run.join_seconds):
+        dist.init_process_group(backend, timeout=timeout, store=_store, rank=rank, world_size=size, **kwargs)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
     failure.remember_ranks(control, local_rank)
     _world = World(rank, size, local_rank, device, control, saving, choice)
     env.in_group = size > 1

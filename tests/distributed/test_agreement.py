@@ -11,7 +11,7 @@ import torch.distributed as dist
 from small import small_config
 
 from skyrl.distributed import agreement
-from skyrl.distributed.agreement import agree_on_start, judge, options_of_all
+from skyrl.distributed.agreement import agree_on_start, group_start, judge, options_of_all
 from skyrl.planner.device import choose, look
 from skyrl.types import RunError, UserError
 
@@ -129,3 +129,21 @@ def test_a_wheel_without_cuda_beside_nvidia_devices_is_seen_for_real(tmp_path):
     assert found.wheels and found.nvidia == ("/dev/nvidia0",)
     with pytest.raises(UserError, match="this machine has GPUs .*/dev/nvidia0"):
         choose("auto", "auto", dataclasses.replace(found, visible=None))
+
+
+def test_who_is_still_in_the_start_of_the_group_is_named():
+    store = dist.HashStore()
+    for rank in range(4):
+        store.set(f"here/{rank}", f"node{rank // 2}")
+    with group_start(store, 0, 4, 60):
+        pass
+    line = agreement.still_starting(store, 1, 4, 60)
+    assert "within run.join_seconds=60: ranks 1, 2, 3 on node0, node1 not ready" in line
+    with pytest.raises(
+        RunError, match="rank 1 on .*: the group of ranks could not be made .Bootstrap : no socket.*NCCL_SOCKET"
+    ):
+        with group_start(store, 1, 4, 60):
+            raise dist.DistBackendError(
+                "NCCL error in: x, internal error\nLast error:\nBootstrap : no socket interface found"
+            )
+    assert not store.check(["made/1"])

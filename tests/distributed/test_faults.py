@@ -143,7 +143,7 @@ HERE = [
     ),
     (AssertionError("Torch not compiled with CUDA enabled"), "setup", "not compiled"),
     (RuntimeError("Distributed package doesn't have NCCL built in"), "setup", "NCCL built in"),
-    (ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), None, ""),
+    (ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"), "setup", "no GPUs found"),
     (
         dist.DistBackendError(
             NCCL.format(
