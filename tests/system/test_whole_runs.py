@@ -21,6 +21,7 @@ NO_WARMUP = [option for option in LETTERS if not option.startswith("warmup.")] +
 def test_one_process_prints_where_everything_is_and_the_export_answers_as_the_sampler(tmp_path):
     done = python(*EXPORT, "run.dir=run", cwd=tmp_path)
     assert done.code == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("computes on 1 x cpu, single, float32\n")
     run = tmp_path / "run"
     assert "curves      run/curves.png" in done.stdout and (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "model       run/export" in done.stdout and "done: held-out accuracy" in done.stdout
