@@ -43,12 +43,36 @@ _WRAPPERS = [
 _LABEL = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|[:=])\s*(?=\S)", re.I)
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3001: ",", 0x3002: "."}  # of Chinese typography
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[).:]|\Z))[\s.:]*(?!.*\b[A-J]\b)", re.S
+)
 
 # ---- from text to a tree
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])(?![^(\[\u2983]*[)\]\u2984])")  # in no brackets
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\overline{6} as a fraction, or as a whole number."""
+    whole, once, again = match["whole"] or "0", match["once"], match["again"]
+    value = Fraction(int(whole + once + again) - int(whole + once), 10 ** len(once) * (10 ** len(again) - 1))
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
+
+
 _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # before spelling, which would lose it
     (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;: ])(?=\d{3}(?!\d))"), ""),  # LaTeX's thousands
+    (re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])"), lambda m: m[0].replace(" ", "")),
+    (re.compile(r"(?P<whole>\d*)\.(?P<once>\d*)\\(?:overline|bar)\s?\{(?P<again>\d{1,16})\}"), _repeating),
+    (re.compile(r"(?<![A-Za-z])\{([:.;])\}"), r"\1"),
+    (re.compile(r"(?<=\d)\s?\^\s?\{?(?:\\(?:text|mathrm)\{o\}|o)(?:\}|\b)"), "\u00b0"),
+    (re.compile(r"\\(?:bf|rm|it|sf|textstyle|large|Large)\b|\\color\{\w+\}|\\(?:angle|triangle)\s?(?=[A-Z])"), ""),
+    (
+        re.compile(r"\\(?:overline|overrightarrow|overleftrightarrow)\s?\{([A-Z]{2,4})\}|\\underline\s?\{([^{}]*)\}"),
+        r"\1\2",
+    ),
+    (re.compile(r"\\mathbb\s?\{?R(?:\}|\b)|\u211d"), r"(-\\infty,\\infty)"),
+    (re.compile(r"\A(?:\\text\{)?(?:the set of )?all real(?: number)?s\.?\}?\Z", re.I), r"(-\\infty,\\infty)"),
     (re.compile(r"\\\\(?:\[\w*\])?"), "\u23ce"),
     (re.compile(r"\\begin\{(?:(?:small|[pbB])?matrix|array)\}(?:\{[clr|]*\})?"), "\u27e6"),
     (re.compile(r"\\end\{(?:(?:small|[pbB])?matrix|array)\}"), "\u27e7"),
@@ -283,14 +307,27 @@ def answers_equal(given: str, wanted: str) -> bool:
     a name that only one has ("x=5"), and the letter case of words. Text of more than 256 characters is compared as
     words.
     """
-    given, wanted = given.strip(), wanted.strip()
+    given, wanted = given.strip().translate(_WIDE), wanted.strip().translate(_WIDE)
     if given == wanted:
         return given != ""
     value, target = parse_number(given), parse_number(wanted)
     if value is not None and target is not None:
         marks = {mark for text in (given, wanted) for mark in "$%\u20ac\u00a3" if mark in text}
         return value == target and len(marks) < 2
+    chosen, letter = _choice(given), _choice(wanted)
+    if chosen and letter and not (chosen[1] and letter[1]):  # one of them says what the choice stands for
+        return chosen[0] == letter[0]
     return _same(given, wanted)
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+    """The letter that "(B) 5", "B. 5", "\\textbf{(B)}" or "option B" chooses, and what is said of it."""
+    if len(text) > MAX_CHARACTERS or not text.isascii():
+        return None
+    text = re.sub(r"\\(?:text\w*|math\w*|mbox)\s?\{([^{}]*)\}", r"\1", unwrap(text))
+    text = re.sub(r"\\[,;:! ]|\\q?quad|[~$]", " ", text).strip()
+    match = _CHOICE.match(text)
+    return ((match[1] or match[2]).upper(), text[match.end() :]) if match else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -309,7 +346,9 @@ def _match(given: Node, wanted: Node) -> bool:
         return True
     equations = [node for node in (given, wanted) if node.value in ("named", "=") and len(node.args) == 2]
     if len(equations) == 2 and given.op == wanted.op == "row":
-        return all(map(_match, given.args, wanted.args)) or _same_equation(given, wanted)
+        if all(map(_match, given.args, wanted.args)) or all(map(_match, given.args[::-1], wanted.args)):
+            return True
+        return _same_equation(given, wanted)
     if (given.value == "named") != (wanted.value == "named"):
         given, wanted = (node.args[-1] if node.value == "named" else node for node in (given, wanted))
         return _match(given, wanted)
@@ -322,6 +361,8 @@ def _match(given: Node, wanted: Node) -> bool:
         return words and {given.op, wanted.op} <= {"word", "name"}
     if not {given.op, wanted.op} & {"row", "bag"}:
         return _same_value(given, wanted)
+    if str(given.value) == "()" or str(wanted.value) == "()":
+        given, wanted = _point(given), _point(wanted)
     if "(" in str(given.value) + str(wanted.value) or "[" in str(given.value) + str(wanted.value):
         given, wanted = _interval(given), _interval(wanted)
     if (given.op, given.value, len(given.args)) != (wanted.op, wanted.value, len(wanted.args)):
@@ -351,12 +392,27 @@ def _interval(node: Node) -> Node:
     return Node("row", ("(" if kinds[0] == "<" else "[") + (")" if kinds[1] == "<" else "]"), sides[::2])
 
 
+def _point(node: Node) -> Node:
+    """x=1, y=2 as (1, 2), where the names are in order; anything else as it is."""
+    names = [str(item.args[0].value) for item in node.args if item.value == "named"]
+    if node.op != "bag" or len(names) < 2 or len(names) < len(node.args) or names != sorted(set(names)):
+        return node
+    return Node("row", "()", tuple(item.args[1] for item in node.args))
+
+
 def _same_equation(given: Node, wanted: Node) -> bool:
-    """Whether the sides differ by the same, but for the sign: y=x+1 and y-x=1."""
+    """Whether the sides differ by the same, but for a factor: y=x+1 and 2y-2x=2. Not where one is solved: x=5."""
     if any(side.op in ("word", "row", "bag", "unit") for side in given.args + wanted.args):
         return False
+    if any(node.value == "named" and not _names(node.args[1]) for node in (given, wanted)):
+        return False
     a, b = (Node("-", None, node.args) for node in (given, wanted))
-    return _same_value(a, b) or _same_value(Node("neg", None, (a,)), b)
+    try:
+        values = [(evaluate(a, point), evaluate(b, point)) for point in range(3)]
+        first, other = values[0]
+        return bool(first and other) and all(agree(x * other, y * first) for x, y in values[1:])
+    except (ExpressionError, ArithmeticError, ValueError):
+        return False
 
 
 def _same_value(given: Node, wanted: Node) -> bool:

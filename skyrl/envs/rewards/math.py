@@ -13,6 +13,7 @@ _ANYWHERE = re.compile(
     r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-\u2212]?\.\d+", re.A
 )
 _MARKED = re.compile(r"(?<!#)####(?!#)([^\n]*)")
+_BARE = re.compile(r"\\(?:boxed|fbox)\s?(\d[^\s{}$\\]*|[A-Za-z](?![A-Za-z]))")  # \boxed 7
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or)\b)[A-Za-z]{2,}")
 _WITH_UNIT = re.compile(r"[^\sA-Za-z]*\d(?:\s+[a-z][\w/]*){1,4}\.?")
 
@@ -27,6 +28,8 @@ def extract_answer(text: str) -> str | None:
     start = boxes[-1].end() if boxes else -1
     end = closing(text, start) if boxes else -1
     boxed = unwrap(text[start + 1 : end]) if end >= 0 else ""
+    for bare in _BARE.finditer(text, max(start, 0)):
+        boxed, end = bare[1].rstrip(".,;:"), bare.end()
     for match in [*_MARKED.finditer(text, max(end, 0))][: -MAX_HEADINGS - 1 : -1]:
         line = next((part for part in reversed(re.split("#{4,}", match[1])) if part.strip()), "")
         answer = unwrap(line)
