@@ -45,12 +45,18 @@ SHARED = "nfs nfs4 lustre gpfs beegfs cephfs ceph wekafs panfs fuse.sshfs 9p vir
 CGROUP_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 TORCH = """
 import json, torch
+from skyrl.planner.device import choose, look
+from skyrl.types import UserError
 out = {"version": torch.__version__, "cuda": torch.version.cuda, "count": torch.cuda.device_count()}
 out["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
 for index in range(out["count"]):
     x = torch.randn(512, 512, device=f"cuda:{index}", dtype=torch.float32)
     error = (x @ x - (x.double() @ x.double()).float()).abs().max().item()
     out.setdefault("errors", []).append(error)
+try:
+    out["notes"] = choose("auto", "auto", look("auto", 0)).notes
+except UserError as error:
+    out["refused"] = str(error)
 print(json.dumps(out))
 """
 COLLECTIVE = """
@@ -185,11 +191,16 @@ def gpus() -> Findings:
 def check_gpus(visible: Sequence[machine.Gpu], count: int, torch: dict[str, Any]) -> Findings:
     """Whether `torch` (what TORCH printed) sees all `count` devices, multiplies right, and they are of one kind."""
     build = f"{torch['version']}, CUDA {torch['cuda']}, NCCL {torch['nccl']}" if torch["cuda"] else torch["version"]
+    if refused := torch.get("refused", ""):  # as a run would be
+        seen, _, todo = refused.partition("; ")
+        yield Finding("torch", "fail", f"{build}: {seen}", todo)
+        return
     if torch["count"] < count:
         seen = f"{build}: sees {torch['count']} of {count} GPUs"
         yield Finding("torch", "fail", seen, "install a torch with CUDA that fits the driver (nvidia-smi shows it)")
         return
-    yield Finding("torch", "ok", build)
+    notes = "; ".join(torch.get("notes", ()))
+    yield warn_unless(not notes, "torch", build, notes)
     if not count:
         yield Finding("gpus", "ok", "none; runs use the CPU")
         return

@@ -66,6 +66,10 @@ def test_gpus_that_are_missing_different_or_wrong():
     assert wrong[1].seen.endswith("wrong products on 1")
     missing = list(check_gpus([one, other], 2, {**told, "cuda": None, "count": 0}))
     assert missing[0].status == "fail" and "sees 0 of 2 GPUs" in missing[0].seen
+    refused = "strategy.device=auto: this machine has GPUs (x), but torch is built for the CPU alone; install another"
+    (same,) = check_gpus([one, other], 2, {**told, "refused": refused})  # what a run would say
+    assert (same.status, same.todo) == ("fail", "install another") and "for the CPU alone" in same.seen
+    assert next(check_gpus([one, one], 2, {**told, "notes": ["slower"]})).todo == "slower"
 
 
 def test_cores(monkeypatch):
