@@ -40,6 +40,8 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
         )
     except Exception as error:  # whatever a class makes of values that it did not expect, and code of the folder
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        if "trust_remote_code=True" in str(error):
+            reason = "it needs the folder's own code; read that, and set model.trust_remote_code=true to run it"
         raise UserError(f"model.path={cfg.path}: transformers cannot read its config: {reason}") from error
     check_supported(config)
     return config

@@ -65,6 +65,15 @@ def test_peft_computes_the_same_model(tmp_path, head):
     adapted = {name.split("base_model.model.")[-1].removesuffix(".lora_A.default")
                for name, _ in wrapped.named_modules() if name.endswith("lora_A.default")}  # fmt: skip
     assert adapted == set(adapters)
+    # docs/serve.md: how a base whose embeddings are tied is merged
+    base_model = tiny_model()
+    base_model.lm_head.weight = torch.nn.Parameter(base_model.get_input_embeddings().weight.detach().clone())
+    base_model.config.tie_word_embeddings = False
+    merged = peft.PeftModel.from_pretrained(base_model, archive.folder(PATH, version)).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("alpha, told", [(32.0, 32), (0.5, 0.5)])
