@@ -29,7 +29,7 @@ from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
 from skyrl.models.weights import persistent_buffers, put
 from skyrl.sampler.sampler import Sampler
-from skyrl.strategies.base import Strategy
+from skyrl.strategies.base import Strategy, full_tensor
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, UserError
 
 # (module with whole weights, version, adapters by name or None, name of the model itself) -> a sampler over them
@@ -275,8 +275,7 @@ class Model:
 
 def _whole(tensor: Tensor) -> Tensor:
     """A copy on the CPU; of a sharded tensor the whole (collective)."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().to("cpu", copy=True)
+    return full_tensor(tensor).detach().to("cpu", copy=True)
 
 
 def _check_fits(model: str, key: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor] | None) -> None:

@@ -18,6 +18,7 @@ from skyrl.distributed.collectives import gather_objects
 from skyrl.engine import Engine
 from skyrl.rollout import check_drawn, draw_seed
 from skyrl.sampler.sampler import Sampler
+from skyrl.strategies.base import full_tensor
 from skyrl.types import Datum, RunError, Sample, SampleRequest, SamplingParams
 
 PROBES, PROMPT_TOKENS, DRAWN_TOKENS = 4, 8, 8
@@ -102,9 +103,8 @@ def _check_copy(engine: Engine, model: str) -> None:
     with torch.no_grad():
         handed = dict(strategy.gathered().named_parameters())
         for name in sorted(own):
-            tensor = own[name]
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if not differs and not torch.equal(whole.to(handed[name].device, handed[name].dtype), handed[name]):
+            tensor = full_tensor(own[name])
+            if not differs and not torch.equal(tensor.to(handed[name].device, handed[name].dtype), handed[name]):
                 differs = name
             sums.append(_checksum(handed[name]))
     everyone = gather_objects(engine.world, (differs, sums))

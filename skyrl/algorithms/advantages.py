@@ -197,7 +197,7 @@ def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray])
     for values, (first, end) in zip(tokens, spans, strict=True):
         position = 0
         for d in range(first, end):
-            count = np.count_nonzero(masks[d])
+            count = int(np.count_nonzero(masks[d]))
             out[d][masks[d]] = values[position : position + count]
             position += count
     return out

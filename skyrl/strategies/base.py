@@ -6,8 +6,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from skyrl.types import AdamParams, Metrics
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a sharded one all of it (collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Strategy(Protocol):

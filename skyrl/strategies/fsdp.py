@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from skyrl.distributed.init import World
 from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
+from skyrl.strategies.base import full_tensor
 from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, Metrics
@@ -171,7 +172,7 @@ class FSDPStrategy:
     def _gather(self, targets: dict[str, Tensor]) -> None:
         for name, p in self._named:
             # rounded before the gather: half the bytes, and the very values that training computes with
-            targets[name].copy_(_full(self._visiting(p.detach().to(self._dtype))))
+            targets[name].copy_(full_tensor(self._visiting(p.detach().to(self._dtype))))
 
     def _visiting(self, shard: DTensor) -> DTensor:
         """The shard on the device, so that a gather of offloaded weights does not go over the CPU's network."""
@@ -209,7 +210,7 @@ class FSDPStrategy:
         """Whole weights on the CPU of rank 0, gathered one by one; {} elsewhere."""
         out = {}
         for name, p in self._named:
-            whole = _full(p.detach())
+            whole = full_tensor(p.detach())
             if self.world.is_leader:
                 out[name] = whole.to("cpu", dtype, copy=True)
         return out
@@ -221,7 +222,3 @@ def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.dp_size,), mesh_dim_names=("dp_shard",))
     shape = (world.dp_size // shard_size, shard_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -42,7 +42,7 @@ from skyrl.strategies.adam import (
     surely_finite,
     update_not_finite,
 )
-from skyrl.strategies.base import Strategy
+from skyrl.strategies.base import Strategy, full_tensor
 from skyrl.strategies.fsdp import make_mesh
 from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, ForwardOutput, Metrics, Microbatch, RunError, UserError
@@ -277,13 +277,13 @@ class ZeroStrategy:
         kept = self._moments()
         with torch.no_grad():
             for name, p in self._named:
-                self._set(p, _full(state["weights"][name]))
+                self._set(p, full_tensor(state["weights"][name]))
             self._step_of_size_zero()
             self._put_back(kept)
             if optimizer:
                 for key in MOMENTS:
                     for name, p in self._named:
-                        self._set(p, _full(state[key][name]), key)
+                        self._set(p, full_tensor(state[key][name]), key)
                 self._set_step_count(state["step"])
 
     def _set(self, p: Any, whole: Tensor, *key: str) -> None:
@@ -342,10 +342,6 @@ class _Front(nn.Module):
 
     def forward(self, batch: Microbatch, **options: Any) -> ForwardOutput:
         return ForwardOutput(**self._behind[0](dict(vars(batch)), options))
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _prepare(
