@@ -11,9 +11,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from skyrl.config.load import flat, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.env import report_to_launcher
 from skyrl.distributed.faults import classify
+from skyrl.envs import clock
 from skyrl.types import RunError, UserError
 
 POLL_SECONDS = 0.1
@@ -46,7 +46,8 @@ def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seco
         store.set("verdict", json.dumps(verdict))
     else:
         try:
-            store.wait(["verdict"], timedelta(seconds=seconds + MARGIN_SECONDS))
+            if missing_after(store, ["verdict"], clock.now() + seconds + MARGIN_SECONDS):
+                raise dist.DistError(f"no word within {seconds + MARGIN_SECONDS} s")
             verdict = json.loads(store.get("verdict"))
         except dist.DistError as error:
             what = str(error).split("\n")[0][:120]
@@ -54,8 +55,8 @@ def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seco
     if not verdict:
         return
     store.add("verdict-read", 1)
-    until = time.monotonic() + READ_SECONDS
-    while rank == 0 and store.add("verdict-read", 0) < size and time.monotonic() < until:
+    until = clock.now() + READ_SECONDS
+    while rank == 0 and store.add("verdict-read", 0) < size and clock.now() < until:
         time.sleep(POLL_SECONDS)
     kind, text = verdict
     raise (UserError if kind == "user" else RunError)(text)
@@ -73,10 +74,14 @@ def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None
         report_to_launcher(line)
         os._exit(1)
 
+    def watch() -> None:
+        while not made.wait(POLL_SECONDS):
+            if clock.now() > until:
+                end()
+
     own = store.clone()  # a connection of its own: the main thread may be waiting in the other
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    made, until = threading.Event(), clock.now() + seconds
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
         store.set(f"made/{rank}", "1")
@@ -88,7 +93,7 @@ def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None
             f"rank {rank} on {socket.gethostname()}: the group of ranks could not be made ({what}); {remedy}"
         ) from None
     finally:
-        timer.cancel()
+        made.set()
 
 
 def still_starting(store: Any, rank: int, size: int, seconds: int) -> str:
@@ -116,17 +121,17 @@ def is_allowed(name: str, allowed: Sequence[str]) -> bool:
 
 
 def missing_after(store: Any, keys: Sequence[str], until: float) -> list[int]:
-    """Indices of the keys that nobody has set by `until` (monotonic); [] as soon as all are there."""
+    """Indices of the keys that nobody has set by `until` (of the clock); [] as soon as all are there."""
     left = list(range(len(keys)))
     while True:
         left = [index for index in left if not store.check([keys[index]])]
-        if not left or time.monotonic() > until:
+        if not left or clock.now() > until:
             return left
         time.sleep(POLL_SECONDS)
 
 
 def _judge_all(store: Any, size: int, seconds: int) -> tuple[str, str] | None:
-    late = missing_after(store, [f"facts/{rank}" for rank in range(size)], time.monotonic() + seconds)
+    late = missing_after(store, [f"facts/{rank}" for rank in range(size)], clock.now() + seconds)
     found = {rank: json.loads(store.get(f"facts/{rank}")) for rank in range(size) if rank not in late}
     if (verdict := judge(found)) is not None:
         return "user", verdict  # an error that is known says more than who is late
@@ -185,10 +190,16 @@ def _difference(found: dict[int, dict[str, Any]], name: str, values: dict[int, A
 
 
 def _names(found: dict[int, dict[str, Any]], ranks: list[int]) -> str:
-    """ "rank 8 on node3 (NVIDIA H100)", or "ranks 8, 9 and 6 more on node3, node4"."""
-    hosts = list(dict.fromkeys(found[rank]["host"] for rank in ranks))
     device = found[ranks[0]].get("device", "") if len(ranks) == 1 else ""
+    return name_ranks({rank: facts["host"] for rank, facts in found.items()}, ranks) + (
+        f" ({device})" if device else ""
+    )
+
+
+def name_ranks(host_of: Mapping[int, str] | Sequence[str], ranks: Sequence[int]) -> str:
+    """ "rank 8 on node3", or "ranks 8, 9, 10, 11 and 6 more on node3, node4"."""
+    hosts = list(dict.fromkeys(host_of[rank] for rank in ranks))
     more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
     which = f"rank{'s' * (len(ranks) > 1)} " + ", ".join(map(str, ranks[:NAMED])) + more
     where = ", ".join(hosts[:NAMED]) + (f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else "")
-    return f"{which} on {where}" + (f" ({device})" if device else "")
+    return f"{which} on {where}"

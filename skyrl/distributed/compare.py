@@ -25,7 +25,7 @@ from typing import Any
 
 import skyrl
 from skyrl.config.schema import RunConfig
-from skyrl.distributed.agreement import is_allowed
+from skyrl.distributed.agreement import is_allowed, name_ranks
 from skyrl.distributed.collectives import agree, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.envs import clock
@@ -102,7 +102,7 @@ def check_shared(world: World, folder: Path, option: str) -> None:
         hosts = [host for host, _ in told]
         raise UserError(
             f"{option}={folder}: not one folder on all hosts: what rank 0 on {hosts[0]} writes to "
-            f"{told[without[0]][1]} is not there on {_who(hosts, without)} within {SHARED_SECONDS:g} s; give a "
+            f"{told[without[0]][1]} is not there on {name_ranks(hosts, without)} within {SHARED_SECONDS:g} s; give a "
             "folder on a file system that all hosts share (data, models and caches may lie on disks of their own)"
         )
 
@@ -143,19 +143,11 @@ def differences(
         counts = Counter(values)
         usual = max(counts, key=lambda value: (counts[value], value == values[0]))
         odd = min(counts, key=lambda value: (counts[value], value == usual))
-        told = [f"{value} on {_who(hosts, [r for r, v in enumerate(values) if v == value])}" for value in (odd, usual)]
+        told = [
+            f"{value} on {name_ranks(hosts, [r for r, v in enumerate(values) if v == value])}" for value in (odd, usual)
+        ]
         found.append((name, f"{name} is {told[0]}, and {told[1]}"))
     return found
-
-
-def _who(hosts: Sequence[str], ranks: Sequence[int]) -> str:
-    """ "node1 (rank 3)" or "node1, node2, node3, node4 and 2 more (12 ranks)"."""
-    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    which = (
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if len(ranks) <= NAMED else f"{len(ranks)} ranks"
-    )
-    return f"{', '.join(names[:NAMED])}{more} ({which})"
 
 
 def file_digest(path: Path) -> str:

@@ -244,6 +244,11 @@ def about_ranks(gone: list[int]) -> str:
     )
 
 
+def where_is(rank: int) -> str:
+    """Process and host of a rank, in brackets; "" before all ranks know of each other."""
+    return f" (process {_processes[rank][1]} on {_processes[rank][0]})" if _processes else ""
+
+
 def ended_ranks() -> list[int]:
     """Ranks of this machine whose process is gone."""
     here = socket.gethostname()

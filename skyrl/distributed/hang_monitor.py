@@ -23,11 +23,11 @@ from skyrl.distributed import failure, phases
 from skyrl.distributed.crash_report import write_bundle
 from skyrl.distributed.env import report_to_launcher
 from skyrl.distributed.init import World
+from skyrl.distributed.peers import EARLY, STALE
+from skyrl.envs import clock
 
 FAILED = 1
 LOOK_SECONDS = 1.0
-EARLY = 0.25  # of its patience after which a waiting rank begins to look at the others
-STALE = 0.7  # of its patience for which a status must have stayed as it was; the rest went by before the first look
 NEARLY = 0.8  # of its patience: hangs as much as the one who is suspected
 STACK_SECONDS = 2.0  # how long stacks of the others are waited for
 END_SECONDS = 15.0  # after a decision nobody lives longer
@@ -69,7 +69,7 @@ class HangMonitor:
             "count": count,
             "phase": status.phase,
             "step": status.step,
-            "seconds_in_phase": round(time.monotonic() - status.since, 1),
+            "seconds_in_phase": round(clock.now() - status.since, 1),
             "seconds_without_progress": round(still, 1),
             "waits_in": waits,
             "agreements": status.calls,
@@ -82,7 +82,7 @@ class HangMonitor:
         """rank -> its status, of those that have told one; our own only, without a store."""
         store = store if store is not None else self.store
         if store is None:
-            return {self.world.rank: self.report_status(0, *phases.progress(time.monotonic()))}
+            return {self.world.rank: self.report_status(0, *phases.progress(clock.now()))}
         keys = [f"status/{rank}" for rank in range(self.world.size)]
         if not store.check(keys):
             keys = [key for key in keys if store.check([key])]
@@ -96,10 +96,6 @@ class HangMonitor:
             return ""
         return f" was in {status['phase']}, step {status['step']}" if status else ""
 
-    def forget(self) -> None:
-        """What was seen of the others is old."""
-        self._seen = {}
-
     # ---- checking
 
     def check(self, now: float, still: float, waits: str) -> None:
@@ -112,7 +108,7 @@ class HangMonitor:
             return
         if not waits:
             if still > patience:
-                self._suspect(self._still_ones(), f"makes no progress (for {still:.0f} s)")
+                self.accuse(self._still_ones(), f"makes no progress (for {still:.0f} s)")
             return
         monitor = self.world.rank < MONITORS or self.world.local_rank == 0
         if self.store is None or not monitor or now < self._next_look:
@@ -123,12 +119,12 @@ class HangMonitor:
         if still <= patience:
             return
         if silent:
-            self._suspect(silent, f"does not answer any more (for at least {now - self._seen[silent[0]][1]:.0f} s)")
+            self.accuse(silent, f"does not answer any more (for at least {now - self._seen[silent[0]][1]:.0f} s)")
         elif all(p["waits_in"] and p["seconds_without_progress"] > p["patience"] for p in table.values()):
             least = min(status["agreements"] for status in table.values())
             behind = [rank for rank, status in table.items() if status["agreements"] == least]
             what = "waits, as all ranks do, in a collective that the others are not in"
-            self._suspect(behind, f"{what} (for {still:.0f} s)")
+            self.accuse(behind, f"{what} (for {still:.0f} s)")
 
     def _still_ones(self) -> list[int]:
         """Us, and those who stand still as we do (on GPUs a rank that waits for another looks like one that hangs)."""
@@ -149,7 +145,8 @@ class HangMonitor:
                 out.append(rank)
         return out
 
-    def _suspect(self, hung_ranks: list[int], what: str) -> None:
+    def accuse(self, hung_ranks: list[int], what: str) -> None:
+        """Says that these ranks hang or are lost, to all, and ends this process."""
         decision = json.dumps({"by": self.world.rank, "kind": "hang", "hung_ranks": hung_ranks, "what": what})
         if self.store is not None:
             if self.store.compare_set("decision", "", decision).decode() != decision:
@@ -165,7 +162,7 @@ class HangMonitor:
         lines = []
         for rank in hung_ranks:
             status = table.get(rank)
-            who, where = "", ""
+            who, where = failure.where_is(rank), ""
             if status:
                 who = f" (process {status['process']} on {status['host']})"
                 where = f"; it was in {status['phase']}, step {status['step']}"
@@ -193,7 +190,7 @@ class HangMonitor:
         """Another rank has said that it is over: gives our stack. After a hang ends this process with the others."""
         if self._over_at is not None:
             return
-        self._over_at = time.monotonic() + END_SECONDS
+        self._over_at = clock.now() + END_SECONDS
         decision = json.loads(self.store.get("decision"))
         if decision["by"] == self.world.rank:
             return
@@ -201,7 +198,7 @@ class HangMonitor:
         if decision["kind"] != "hang":
             return
         self._fetch_from_neighbours(decision["hung_ranks"])
-        while time.monotonic() < self._over_at and not self.store.check(["end"]):
+        while clock.now() < self._over_at and not self.store.check(["end"]):
             time.sleep(0.1)
         if self.world.is_leader:
             time.sleep(GOODBYE_SECONDS)
@@ -219,11 +216,11 @@ class HangMonitor:
             return {me: phases.stacks()}
         store.set(f"stack/{me}", phases.stacks()[-MAX_STACK:])
         wanted = set(range(self.world.size))
-        until = time.monotonic() + seconds
+        until = clock.now() + seconds
         fetched = False
-        while time.monotonic() < until and not all(store.check([f"stack/{rank}"]) for rank in wanted):
+        while clock.now() < until and not all(store.check([f"stack/{rank}"]) for rank in wanted):
             time.sleep(0.05)
-            if hung_ranks and not fetched and time.monotonic() > until - seconds / 2:
+            if hung_ranks and not fetched and clock.now() > until - seconds / 2:
                 fetched = True
                 self._fetch_from_neighbours(hung_ranks)
         return {r: store.get(f"stack/{r}").decode(errors="replace") for r in wanted if store.check([f"stack/{r}"])}

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import skyrl
 from skyrl.config.schema import RunConfig
-from skyrl.distributed import env, failure
+from skyrl.distributed import env, failure, peers
 from skyrl.distributed.agreement import (
     POLL_SECONDS,
     agree_on_start,
@@ -33,6 +33,8 @@ from skyrl.distributed.agreement import (
     missing_after,
     options_of_all,
 )
+from skyrl.distributed.peers import Peers
+from skyrl.envs import clock
 from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, look
 from skyrl.types import RunError, UserError
 
@@ -80,6 +82,8 @@ class World:
 
 
 CONNECT_SECONDS = 5.0
+# The libraries' own deadlines go on while this process is stopped, and cannot be moved: those of `peers` count.
+FOREVER = timedelta(days=365)
 _world: World | None = None
 _store: Any = None  # where the ranks met
 
@@ -143,13 +147,15 @@ def init_distributed(cfg: RunConfig) -> World:
         if cfg.strategy.name in ("auto", "single", "ddp"):
             return World(rank=0, size=1, local_rank=local_rank, device=device, choice=choice)
         _store = dist.HashStore()
-    timeout = timedelta(seconds=cfg.run.collective_timeout_seconds)
+    if size > 1:
+        limits = {"hang_seconds": cfg.run.hang_seconds, "collective_seconds": cfg.run.collective_timeout_seconds}
+        Peers.meet(_store, rank, size, **limits)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     with group_start(_store, rank, size, cfg.run.join_seconds):
-        dist.init_process_group(backend, timeout=timeout, store=_store, rank=rank, world_size=size, **kwargs)
-        control = dist.new_group(backend="gloo", timeout=timeout)
-        saving = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        dist.init_process_group(backend, timeout=FOREVER, store=_store, rank=rank, world_size=size, **kwargs)
+        control = dist.new_group(backend="gloo", timeout=FOREVER)
+        saving = dist.new_group(backend="gloo", timeout=FOREVER)
     failure.remember_ranks(control, local_rank)
     _world = World(rank, size, local_rank, device, control, saving, choice)
     env.in_group = size > 1
@@ -192,7 +198,7 @@ def _choose_together(
 
 def _meet(rank: int, size: int, seconds: int) -> Any:
     """The store through which the ranks meet, once all of them are there. Raises RunError that names who is not."""
-    until = time.monotonic() + seconds
+    until = clock.now() + seconds
     host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", 0)
     where, limit = f"{host}:{port}", f"within run.join_seconds={seconds}"
     advice = "see whether their processes have started and can reach that address, or raise run.join_seconds"
@@ -227,7 +233,7 @@ def _reach(host: str, port: int, until: float) -> None:
             socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
             return
         except OSError:
-            if time.monotonic() > until:
+            if clock.now() > until:
                 raise
         time.sleep(POLL_SECONDS)
 
@@ -259,6 +265,8 @@ def shutdown(*, failed: bool = False) -> None:
             _lost_at_the_end(error)
     _world, _store, env.in_group = None, None, False
     if ended:
+        if peers.current is not None:
+            peers.current.close()
         failure.forget_ranks()
         dist.destroy_process_group()
 

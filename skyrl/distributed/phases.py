@@ -1,20 +1,21 @@
 """What this rank is doing, and since when it stands still. Told by the loop, read by the watchdog's thread.
 
 Progress is a heartbeat (a step of the sampler), a change of phase, an agreement begun or ended, or another line of code
-on the main thread's stack. Durations are of the monotonic clock: a wall clock that jumps changes nothing.
+on the main thread's stack. Durations are of the clock that leaves pauses out; a wall clock that jumps changes nothing.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
+
+from skyrl.envs import clock
 
 OPENING, LOADING, SAVING, FINISHING, BETWEEN_PHASES = "opening", "loading", "saving", "finishing", "between phases"
 SLOW = (OPENING, LOADING, SAVING, FINISHING)  # disks and compilers: nothing there says that it goes on
@@ -23,7 +24,7 @@ SLOW_FACTOR = 10  # how much longer these may stand still, and whatever is done 
 LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work queued on a GPU shows no progress
 LIBRARY = "/torch/distributed/"
 LOGGER = "/c10d_logger.py"  # wraps every collective
-WATCHER = "skyrl-watch"
+WATCHERS = ("skyrl-watch", "skyrl-peers", "skyrl-clock")
 BETWEEN = ("/torch/_ops.py", "/torch/utils/_contextlib.py")  # stand between a collective and its caller
 
 
@@ -33,13 +34,13 @@ class RankStatus:
 
     phase: str = OPENING
     step: int = 0
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=clock.now)
     calls: int = 0  # agreements begun: the same number on every rank that is as far
     waits: str = ""  # the agreement it is in
     heartbeats: int = 0
     patience: float = 0.0  # seconds that a call of an environment may take by the user's own options
     seen: set[str] = field(default_factory=set)  # phases gone through once
-    moved: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=clock.now)
     stack: tuple[Any, ...] = ()
     longest: dict[str, float] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)  # that runs the loop
@@ -58,7 +59,7 @@ def enter(phase: str, step: int) -> tuple[str, int]:
     """This rank is in `phase` of step `step` from now on; returns where it was."""
     before = status.phase, status.step
     status.seen.add(status.phase)
-    status.phase, status.step, status.since = phase, step, time.monotonic()
+    status.phase, status.step, status.since = phase, step, clock.now()
     status.heartbeats += 1
     return before
 
@@ -102,11 +103,6 @@ def progress(now: float) -> tuple[float, str]:
     return now - status.moved, status.waits or _waits_inside(main_frame())
 
 
-def reset_timeout(now: float) -> None:
-    """Begins the stretch without progress anew: the whole process stood still, or has just been started."""
-    status.moved = now
-
-
 def timeout(hang_seconds: float) -> float:
     """How long this rank may stand still where it is now."""
     least = max(hang_seconds, status.patience if status.phase in PLAYING else 0.0)
@@ -142,12 +138,12 @@ def _waits_inside(frame: FrameType | None) -> str:
 
 
 def stacks() -> str:
-    """Every thread's Python stack but the watcher's, the main one first, innermost call last."""
+    """Every thread's Python stack but the watchers', the main one first, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = status.thread
     frames = sorted(sys._current_frames().items(), key=lambda pair: (pair[0] != main, pair[0]))
     parts = []
     for ident, frame in frames:
-        if names.get(ident) != WATCHER:
+        if names.get(ident) not in WATCHERS:
             parts.append(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}")
     return "\n".join(parts)

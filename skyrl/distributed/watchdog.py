@@ -21,16 +21,16 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from skyrl.distributed import env, failure, phases
+from skyrl.distributed import env, failure, peers, phases
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.hang_monitor import HangMonitor
 from skyrl.distributed.init import World, own_store
 from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest
+from skyrl.envs import clock
 
 LISTEN_SECONDS = 0.1
 EXCHANGE_SECONDS = 0.5
 STOP_FILE_SECONDS = 1.0
-PAUSED_SECONDS = 5.0  # a turn that took so long: the process was stopped, or the machine asleep
 AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent us already
 STORE_SECONDS = 20.0
 CRASH_REPORT_SECONDS = 2.0
@@ -65,11 +65,11 @@ class Watchdog:
         self._news = 0
         self._turns = 0
         self._sent: tuple[str, int] = ("", 0)
-        self._last_turn = self._next_exchange = self._next_file = time.monotonic()
+        self.turned_at = self._next_exchange = self._next_file = clock.now()
         self._closing = self._disarmed = False
         self._before: dict[int, Any] = {}
         self._signal_sockets: tuple[socket.socket, socket.socket] | None = None
-        self._thread = threading.Thread(target=self._run, name=phases.WATCHER, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=phases.WATCHERS[0], daemon=True)
 
     # ---- from the main thread
 
@@ -140,12 +140,10 @@ class Watchdog:
 
     def _turn(self) -> None:
         self._listen()
-        now = time.monotonic()
-        if now - self._last_turn > PAUSED_SECONDS:
-            phases.reset_timeout(now)
-            self.hang_monitor.forget()
-        self._last_turn = now
-        if self.save_by is not None and now >= self.save_by and self.stop_request is None:
+        now = self.turned_at = clock.now()
+        if peers.current is not None and peers.current.verdict is not None:
+            self.hang_monitor.accuse(*peers.current.verdict)
+        if self.save_by is not None and time.monotonic() >= self.save_by and self.stop_request is None:
             self._ask("deadline")
         if self.world.is_leader and now >= self._next_file:
             self._next_file = now + STOP_FILE_SECONDS

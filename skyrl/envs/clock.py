@@ -1,8 +1,8 @@
 """One clock for all deadlines: seconds for which this process has run.
 
 A process that was stopped (`scontrol suspend`, SIGSTOP, a debugger, a laptop that slept) finds every deadline over when
-it goes on, though it had no time to keep any. So a thread looks at the clock twice a second. When it comes late, and
-the process has used no processor meanwhile, the time between is taken out, and all deadlines lie as far ahead as
+it goes on, though it had no time to keep any. So a thread looks at the clock ten times a second. When it comes late,
+and the process has used no processor meanwhile, the time between is taken out, and all deadlines lie as far ahead as
 before. Code that keeps the other threads from running does use the processor: its time counts.
 """
 
@@ -14,7 +14,7 @@ import time
 
 TICK_SECONDS = 0.5
 LATE_SECONDS = 1.0  # a turn so late is a pause
-BUSY = 0.3  # part of the time between, on a processor, from which it was no pause
+BUSY = 0.1  # part of the time between, on a processor, from which it was no pause: a loaded machine gives less than all
 
 # Monotonic time and processor time of the last turn, and seconds of pauses before it. Replaced as a whole: signal
 # handlers read it, which must not wait for a lock.

@@ -8,11 +8,13 @@ Three nets, because no single one catches everything:
    alarm of its own cannot disarm it.
 2. A daemon thread ends the process (exit status 70, one line) when a call is 5 s beyond its deadline: C code that
    ignores signals, code that swallows the interrupt, or a call off the main thread, where no signal arrives.
-3. C code that never lets go of the interpreter stops that thread as well. Then faulthandler's own thread, which needs
-   no interpreter, ends the process (exit status 1) 30 s beyond the deadline with a dump that shows the guilty line.
+3. C code that never lets go of the interpreter stops that thread as well. Then ITIMER_VIRTUAL, which counts CPU time
+   and needs no interpreter either, ends the process (SIGVTALRM) 30 s beyond the deadline, with faulthandler's dump that
+   shows the guilty line.
 
-Uses ITIMER_PROF and faulthandler.dump_traceback_later while calls come in; another user of them in the same process
-loses its setting. An alarm (ITIMER_REAL) that was running before a call goes on after it, with its handler.
+Time is that of envs/clock.py, and CPU time: a process that was stopped for a while is not taken for a call that hangs.
+Uses ITIMER_PROF and ITIMER_VIRTUAL while calls come in; another user of them in the same process loses its setting.
+An alarm (ITIMER_REAL) that was running before a call goes on after it, with its handler.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from skyrl.config.schema import EnvConfig
+from skyrl.envs import clock
 from skyrl.envs.base import Environment, StepResult
 from skyrl.envs.data_files import messages_problem
 from skyrl.types import Message, Prompt, UserError
@@ -128,12 +131,12 @@ class Guard:
     def _timed(self, call: Callable[..., T], arguments: tuple, who: tuple) -> tuple[T, float]:
         """The result and how many seconds it took, with the nets above around the call."""
         me = threading.get_ident()
-        start = time.monotonic()
+        start = clock.now()
         outer = _WATCHDOG.begin(me, start + self.timeout_seconds + GRACE_SECONDS, who)
         try:
             if me != threading.main_thread().ident:
-                return call(*arguments), time.monotonic() - start
-            return _interruptible(call, arguments, start, who), time.monotonic() - start
+                return call(*arguments), clock.now() - start
+            return _interruptible(call, arguments, start, who), clock.now() - start
         finally:
             _WATCHDOG.end(me, outer)
 
@@ -142,7 +145,7 @@ def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: 
     if signal.getsignal(signal.SIGPROF) is not _interrupt:
         # For good: one that is under way when a call ends would end the process if it found no handler.
         signal.signal(signal.SIGPROF, _interrupt)
-    handler, before = signal.getsignal(signal.SIGALRM), _WATCHDOG.due
+    handler, before, begun = signal.getsignal(signal.SIGALRM), _WATCHDOG.due, time.monotonic()
     alarm, repeat = signal.setitimer(signal.ITIMER_REAL, _FAR_SECONDS)
     try:
         try:
@@ -155,7 +158,7 @@ def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: 
         _WATCHDOG.due = before
         if before == math.inf:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
-        took = time.monotonic() - start
+        took = time.monotonic() - begun  # alarms go on while the process is stopped
         left, _ = signal.setitimer(signal.ITIMER_REAL, max(alarm - took, 1e-6) if alarm else 0.0, repeat)
         replaced = signal.getsignal(signal.SIGALRM) is not handler
         if replaced:
@@ -167,7 +170,7 @@ def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """The handler of SIGPROF: raises into the call on the main thread if its time is over."""
-    now = time.monotonic()
+    now = clock.now()
     if now >= _WATCHDOG.due:
         _WATCHDOG.due = now + REPEAT_SECONDS
         raise _Interrupt
@@ -325,21 +328,10 @@ class _Watchdog:
         self._longest = 0.0
         self.due = math.inf  # when the call on the main thread is to be interrupted
         self._lock = threading.Lock()
-        os.register_at_fork(before=self._fork, after_in_parent=self._forked, after_in_child=self._forget)
-
-    def _fork(self) -> None:
-        """Before a fork: faulthandler must be off, for the child would wait for its thread for ever."""
-        self._lock.acquire()
-        if self._armed:
-            faulthandler.cancel_dump_traceback_later()
-
-    def _forked(self) -> None:
-        if self._armed:
-            self._arm()
-        self._lock.release()
+        os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """In the child, which has a copy of the locked lock and none of the thread."""
+        """In a forked child, which has none of the threads and timers, and may have a copy of a locked lock."""
         self._calls, self._thread, self._armed, self._lock = {}, None, False, threading.Lock()
         self.due = math.inf
 
@@ -372,20 +364,21 @@ class _Watchdog:
             self._arm()
 
     def _arm(self) -> None:
-        faulthandler.dump_traceback_later(self._longest + LAST_RESORT_SECONDS, exit=True, file=2)
+        faulthandler.register(signal.SIGVTALRM, file=2, chain=True)  # chain: what the signal does without a handler
+        signal.setitimer(signal.ITIMER_VIRTUAL, self._longest + LAST_RESORT_SECONDS)
         self._armed = True
 
     def _disarm(self) -> None:
         if self._armed and not self._calls:
             self._armed = self._recent = False
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
             if self._calls:  # a call that began in between and saw it armed
                 self._arm()
 
     def _run(self) -> None:
         while True:
-            time.sleep(min(POLL_SECONDS, max(self.due - time.monotonic(), 0.02)))
-            now = time.monotonic()
+            time.sleep(min(POLL_SECONDS, max(self.due - clock.now(), 0.02)))
+            now = clock.now()
             if now >= self.due:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGPROF)
             calls = list(self._calls.values())

@@ -26,7 +26,8 @@ def test_the_odd_host_is_named_with_what_differs(name):
     facts[2][name] = facts[3][name] = "other"
     ((found, text),) = differences(hosts, facts)
     assert (
-        found == name and text == f"{name} is other on n1 (ranks 2, 3), and {FACTS[name]} on n0, n2 (ranks 0, 1, 4, 5)"
+        found == name
+        and text == f"{name} is other on ranks 2, 3 on n1, and {FACTS[name]} on ranks 0, 1, 4, 5 on n0, n2"
     )
     assert differences(hosts, facts, [name]) == differences(hosts, facts, [name.split(".")[0]]) == []
     assert differences(hosts, facts, ["env.nam", "versions.tor", "mod"]) != []
@@ -34,11 +35,14 @@ def test_the_odd_host_is_named_with_what_differs(name):
 
 def test_two_nodes_of_which_none_is_the_odd_one():
     ((_, text),) = differences(["n0", "n1"], [{"seed": "1"}, {"seed": "2"}])
-    assert text == "seed is 2 on n1 (rank 1), and 1 on n0 (rank 0)"
+    assert text == "seed is 2 on rank 1 on n1, and 1 on rank 0 on n0"
     ((_, text),) = differences(["n0", "n1", "n2"], [{"seed": "1"}, {"seed": "1"}, {}])
-    assert text == "seed is (nothing) on n2 (rank 2), and 1 on n0, n1 (ranks 0, 1)"
+    assert text == "seed is (nothing) on rank 2 on n2, and 1 on ranks 0, 1 on n0, n1"
     many = differences([f"n{rank}" for rank in range(9)], [{"seed": str(rank == 8)} for rank in range(9)])
-    assert many[0][1] == "seed is True on n8 (rank 8), and False on n0, n1, n2, n3 and 4 more (8 ranks)"
+    assert (
+        many[0][1]
+        == "seed is True on rank 8 on n8, and False on ranks 0, 1, 2, 3 and 4 more on n0, n1, n2, n3 and 4 more"
+    )
 
 
 def test_a_module_that_one_rank_has_not_imported_yet_is_no_difference():
@@ -130,11 +134,11 @@ def test_all_ranks_say_the_same(tmp_path):
     first, second = run_ranks(2, _two, str(tmp_path))
     assert first[0][:4] == second[0][:4] and second[1] == []
     (data, meant, missing, shared, own), left = first
-    assert data.startswith("the nodes are not alike: data.train is 1 prompts, ") and "node1 (rank 1)" in data
+    assert data.startswith("the nodes are not alike: data.train is 1 prompts, ") and "rank 1 on node1" in data
     assert data.endswith("or say that it is meant: run.allow_different=[data.train]")
     assert meant == ["node0", "node1"]
     assert missing == "rank 1 on node1: data.path=x: no such file"
     assert shared is None
     assert own.startswith(f"service.folder={tmp_path}/own-")
-    assert f"rank 0 on node0 writes to {tmp_path}/own-1 is not there on node1 (rank 1) within 1 s" in own
+    assert f"rank 0 on node0 writes to {tmp_path}/own-1 is not there on rank 1 on node1 within 1 s" in own
     assert left == []
