@@ -38,6 +38,7 @@ _shared_folder: list[Path] = []  # the folder in which ranks of this machine lea
 _PR_SET_PDEATHSIG = 1
 _at_the_end: list[Callable[[], None]] = []
 reporting = False  # a thread of this process tells an error, and ends the process when it has
+find_lost: Callable[[], dict[int, str]] | None = None  # ranks on other hosts that cannot be reached, and why
 describe_rank: Callable[[int], str] | None = None  # what a rank did last, while a watch knows it
 
 
@@ -220,6 +221,12 @@ def about_lost_peer(error: BaseException) -> str | None:
         return None
     if gone:
         return about_ranks(gone)
+    if find_lost is not None and (lost := find_lost()):
+        told = "; ".join(f"rank {rank}{where_is(rank)}: {why}" for rank, why in list(lost.items())[:4])
+        return (
+            f"{told} (killed from outside, crashed, or its node is gone): look at its output and dmesg there; the same "
+            "command goes on from the last checkpoint"
+        )
     fault = classify(error)
     what = fault.what if fault is not None else str(error).split("\n")[0]
     if re.search("timed out|timing out|timeout", what, re.IGNORECASE):

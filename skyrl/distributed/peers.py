@@ -74,14 +74,38 @@ class Peers:
         told = [json.loads(store.get(f"peer/{other}")) for other in range(size)]
         doors = [(address, port) for _, address, port in told]
         current = cls(rank, door, [host for host, *_ in told], doors, **limits)
+        failure.find_lost = current.find_lost
         return current
 
     def close(self) -> None:
         """The job has ended: nobody is expected to answer any more."""
         global current
-        current, self._closing = None, True
+        current, failure.find_lost, self._closing = None, None, True
         self._thread.join(2 * TURN_SECONDS)
         self._door.close()
+
+    def find_lost(self) -> dict[int, str]:
+        """Rank -> why, of the ranks on other hosts that cannot be reached now. Takes as long as an answer may."""
+        knocks = {rank: self._open(rank) for rank, host in enumerate(self.hosts) if host != self.hosts[self.rank]}
+        found: dict[int, str] = {}
+        until = time.monotonic() + ANSWER_SECONDS
+        while knocks and time.monotonic() < until:
+            time.sleep(0.05)
+            for rank, why in [(rank, self._answer(knock)) for rank, knock in knocks.items()]:
+                if why is not None:
+                    knocks.pop(rank).close()
+                    found[rank] = why
+        for rank, knock in knocks.items():
+            knock.close()
+            found[rank] = f"{self.hosts[rank]} does not answer"
+        return {rank: why for rank, why in sorted(found.items()) if why}
+
+    def _open(self, rank: int) -> socket.socket:
+        knock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        knock.setblocking(False)
+        with contextlib.suppress(OSError):
+            knock.connect_ex(self.doors[rank])
+        return knock
 
     def _run(self) -> None:
         while not self._closing:
@@ -117,11 +141,7 @@ class Peers:
     def _knock(self, now: float) -> None:
         for rank in self._others:
             if rank not in self._knocks:
-                knock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-                knock.setblocking(False)
-                with contextlib.suppress(OSError):
-                    knock.connect_ex(self.doors[rank])
-                self._knocks[rank] = knock, now
+                self._knocks[rank] = self._open(rank), now
         here = {rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]}
         gone = set(failure.ended_ranks())
         for rank in here:
@@ -148,7 +168,7 @@ class Peers:
         return ""
 
     def _note(self, rank: int, now: float, why: str) -> None:
-        if why and rank in self._answered:
+        if why and (rank in self._answered or rank not in self._others):
             self._failing[rank] = self._failing.get(rank, (now, ""))[0], why
         elif not why:
             self._answered.add(rank)

@@ -144,3 +144,13 @@ def test_the_deadline_of_collectives_is_ours(make, monkeypatch):
     monkeypatch.setattr(phases, "progress", lambda now: (5.1, "all_reduce_sum"))
     assert soon(lambda: said[0])
     assert "waits in all_reduce_sum for longer than run.collective_timeout_seconds=5" in said[0][0][1]
+
+
+def test_who_is_gone_is_found_at_once_when_a_connection_breaks(make, nowhere):
+    made, _ = make(THREE)
+    made[2].stop()
+    made[2]._thread.join()
+    made[2]._door.close()
+    made[1].doors[3] = nowhere
+    assert made[1].find_lost() == {2: "its process is gone", 3: "c does not answer"}
+    assert made[0].find_lost() == {2: "its process is gone"}

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# A real Slurm of several nodes on one machine, for tests: no systemd, no cgroups, no accounting.
+# A real Slurm of several nodes on one machine, for tests: no systemd, no cgroups, no accounting. Each node has a network,
+# a host name and a disk (DIR/local) of its own. Host names do not resolve, as on many clusters. Root.
 #
-#   cluster.sh install         Debian's or Ubuntu's packages (root)
+#   cluster.sh install         Debian's or Ubuntu's packages
 #   cluster.sh start           a munged, a slurmctld, and one slurmd a node; prints what to export
 #   cluster.sh stop            ends what start has started, and nothing else
 #   cluster.sh run COMMAND...  start, COMMAND with SLURM_CONF set, stop; exits as COMMAND did
+#   cluster.sh cut|mend K      takes node K off the network, and puts it back
+#   cluster.sh on K COMMAND... COMMAND in the network of node K
 #
+# SLURM_TEST_NET (10.77.0; nodes are .10, .11, ..., the controller .1), SLURM_TEST_NAME (skyrl; of bridge and networks),
 # SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>), SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each
-# node claims to have), SLURM_TEST_PORT (26817; this port and one more a node), SLURM_TEST_PLUGSTACK (a plugstack.conf, as
+# node claims to have), SLURM_TEST_PORT (26817; this port and the next), SLURM_TEST_PLUGSTACK (a plugstack.conf, as
 # pyxis comes with one; none).
 set -euo pipefail
 
@@ -15,6 +19,8 @@ DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}
 NODES=${SLURM_TEST_NODES:-3}
 CPUS=${SLURM_TEST_CPUS:-4}
 PORT=${SLURM_TEST_PORT:-26817}
+NET=${SLURM_TEST_NET:-10.77.0}
+NAME=${SLURM_TEST_NAME:-skyrl}
 CONF=$DIR/slurm.conf
 
 # The daemons live in sbin, which is not on everybody's path.
@@ -33,13 +39,12 @@ install() {
 # cred_expire: a requeued job waits for twice the life of its credential, 121 s by default; below 5 is not taken.
 # config_overrides: a node may claim more cores than the machine has.
 write_conf() {
-    local host memory node
-    host=$(hostname -s)
+    local memory node
     memory=$(awk '/^MemTotal/ { print int($2 / 1024 * 0.9) }' /proc/meminfo)
     {
         cat <<END
 ClusterName=skyrl
-SlurmctldHost=$host(127.0.0.1)
+SlurmctldHost=$(hostname -s)($NET.1)
 SlurmctldPort=$PORT
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
@@ -71,7 +76,7 @@ PreemptMode=REQUEUE
 END
         [ -z "${SLURM_TEST_PLUGSTACK:-}" ] || echo "PlugStackConfig=$SLURM_TEST_PLUGSTACK"
         for node in $(seq 0 $((NODES - 1))); do
-            echo "NodeName=node$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((PORT + 1 + node))" \
+            echo "NodeName=node$node NodeHostname=node$node NodeAddr=$NET.1$node Port=$((PORT + 1))" \
                 "CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$memory"
         done
         echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30"
@@ -80,18 +85,41 @@ END
     printf 'CgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\n' >"$DIR/cgroup.conf"
 }
 
+on() { # not `ip netns exec`, which hides /sys
+    nsenter --net="/run/netns/$NAME$1" "${@:2}"
+}
+
+cut() { ip link set "${NAME}v$1" down; }
+
+mend() { ip link set "${NAME}v$1" up; }
+
 start() {
     local node try up
-    mkdir -p "$DIR/state"
+    [ "$(id -u)" = 0 ] || { say "nodes with networks of their own need root"; exit 2; }
+    mkdir -p "$DIR/state" "$DIR/local"
     chmod 755 "$DIR"
-    for node in $(seq 0 $((NODES - 1))); do mkdir -p "$DIR/spool.node$node"; done
+    ip link add "${NAME}br" type bridge
+    ip addr add "$NET.1/24" dev "${NAME}br"
+    ip link set "${NAME}br" up
+    for node in $(seq 0 $((NODES - 1))); do
+        mkdir -p "$DIR/spool.node$node" "$DIR/disk.node$node"
+        ip netns add "$NAME$node"
+        ip link add "${NAME}v$node" type veth peer name eth0 netns "$NAME$node"
+        ip link set "${NAME}v$node" master "${NAME}br" up
+        on "$node" ip addr add "$NET.1$node/24" dev eth0
+        on "$node" ip link set eth0 up
+        on "$node" ip link set lo up
+    done
     [ -s "$DIR/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$DIR/munge.key")
     write_conf
     rm -f "$DIR/munge.sock"*
     munged --force --key-file="$DIR/munge.key" --socket="$DIR/munge.sock" --pid-file="$DIR/munged.pid" \
         --log-file="$DIR/munged.log" --seed-file="$DIR/munge.seed"
     slurmctld -i -f "$CONF"
-    for node in $(seq 0 $((NODES - 1))); do slurmd -N "node$node" -f "$CONF"; done
+    for node in $(seq 0 $((NODES - 1))); do
+        on "$node" unshare --uts --mount bash -c "hostname node$node; mount --make-rprivate /
+            mount --bind '$DIR/disk.node$node' '$DIR/local'; exec slurmd -N node$node -f '$CONF'"
+    done
     export SLURM_CONF=$CONF
     for try in $(seq 120); do
         up=$(sinfo -h -N -p main -o '%t' 2>/dev/null | grep -c -E '^(idle|mix|alloc)$' || true)
@@ -103,7 +131,7 @@ start() {
 }
 
 stop() {
-    local file pid try pids=()
+    local file node pid try pids=()
     [ -f "$CONF" ] && SLURM_CONF=$CONF timeout 10 scancel --full -u "$(id -un)" 2>/dev/null || true
     sleep 1
     for file in "$DIR"/slurmd.*.pid "$DIR/slurmctld.pid" "$DIR/munged.pid"; do
@@ -118,11 +146,16 @@ stop() {
             sleep 0.2
         done
     done
+    for node in $(seq 0 $((NODES - 1))); do
+        ip netns del "$NAME$node" 2>/dev/null || true
+        ip link del "${NAME}v$node" 2>/dev/null || true
+    done
+    ip link del "${NAME}br" 2>/dev/null || true
     [ -n "${SLURM_TEST_KEEP:-}" ] || rm -rf "$DIR"
 }
 
 case ${1:-} in
-install | stop) "$1" ;;
+install | stop | cut | mend | on) "$@" ;;
 start) install && start && echo "export SLURM_CONF=$CONF" ;;
 run)
     shift
@@ -132,7 +165,7 @@ run)
     "$@"
     ;;
 *)
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
