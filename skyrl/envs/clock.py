@@ -14,9 +14,8 @@ import time
 
 TICK_SECONDS = 0.1
 LATE_SECONDS = 1.0  # a turn so late is a pause
-BUSY = (
-    0.03  # part of the time between, on a processor, from which it was no pause: a loaded machine gives less than all
-)
+# Part of the time between, on a processor, from which it was no pause. A loaded machine gives a process a small part.
+BUSY = 0.05
 
 # Monotonic time and processor time of the last turn, and seconds of pauses before it. Replaced as a whole: signal
 # handlers read it, which must not wait for a lock.

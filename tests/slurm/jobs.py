@@ -97,6 +97,13 @@ class Job:
         return last
 
 
+def address(node: str) -> str:
+    """Where a node of the cluster is reached; its name does not resolve."""
+    found = re.search(rf"NodeName={node} .*?NodeAddr=(\S+)", Path(os.environ["SLURM_CONF"]).read_text())
+    assert found is not None
+    return found[1]
+
+
 def until(condition: Callable[[], bool], seconds: float, job: Job | None = None, every: float = 0.2) -> None:
     """Waits for a condition; fails with the job's output after `seconds`."""
     end = time.monotonic() + seconds

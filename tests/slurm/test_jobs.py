@@ -4,7 +4,7 @@ import json
 import urllib.request
 
 import pytest
-from jobs import RUN, Job, command, numbers, steps, stops, until
+from jobs import RUN, Job, address, command, numbers, steps, stops, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 SLOW = "env.options.sleep=0.05"
@@ -158,14 +158,15 @@ def test_doctor_compares_the_clocks_of_the_nodes(tmp_path):
 
 def test_a_server_is_queued_again_and_cancelled(tmp_path):
     options = [option for option in RUN if option.startswith("model.tiny.")]
-    job = Job.submit(tmp_path, "serve.sbatch", *options, SKYRL_HOST="127.0.0.1")
+    job = Job.submit(tmp_path, "serve.sbatch", *options, "service.allow_anonymous=true")
     where = tmp_path / f"skyrl-url-{job.id}"
     until(where.exists, 60, job)
-    url = where.read_text().strip().rpartition(":")[2]
+    port = where.read_text().strip().rpartition(":")[2]
+    url = f"{address(job.fact('NodeList'))}:{port}"
 
     def healthy():
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{url}/api/v1/healthz", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://{url}/api/v1/healthz", timeout=2) as answer:
                 return answer.status == 200
         except OSError:
             return False
