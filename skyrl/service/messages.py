@@ -383,6 +383,7 @@ class LoadWeights(_LoadIdentity):
 class UnloadModel(JsonMessage, operation="unload_model"):
     """unload_model. It has no seq_id to waste, so anything wrong refuses it."""
 
+    problem: ClassVar[str] = ""
     model_id: Id
 
 

@@ -77,8 +77,6 @@ class OpenModels:
 
     def create(self, request: CreateModel, owner: str) -> TrainableModel:
         """A new model. Raises RequestFailed for an unknown base, a rank out of range, another optimizer, or no room."""
-        if request.problem:
-            raise RequestFailed(request.problem)
         self._check_base(request.base_model)
         if request.optimizer_config.type != "adamw":
             name = request.optimizer_config.type
@@ -89,10 +87,6 @@ class OpenModels:
                 raise RequestFailed("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
             if not 1 <= settings.rank <= self.cfg.service.max_rank:
                 raise RequestFailed(f"lora rank {settings.rank}; allowed: 1 to {self.cfg.service.max_rank}")
-            if not (settings.train_mlp or settings.train_attn or settings.train_unembed):
-                raise RequestFailed(
-                    "train_mlp, train_attn and train_unembed are all false; at least one has to be true"
-                )
             seed = settings.seed if settings.seed is not None else self.cfg.seed
             lora = LoraSpec(
                 rank=settings.rank,
@@ -107,8 +101,6 @@ class OpenModels:
 
     def create_from(self, request: LoadWeights, model_id: str, owner: str) -> TrainableModel:
         """A new model from a checkpoint: rank and flags come from there."""
-        if request.problem:
-            raise RequestFailed(request.problem)
         if request.optimizer_config.type != "adamw":
             raise RequestFailed(f"optimizer_config type {request.optimizer_config.type!r} is refused; use adamw")
         assert request.session_id is not None and request.model_seq_id is not None
@@ -123,8 +115,6 @@ class OpenModels:
     def load_into(self, model: TrainableModel, request: LoadWeights) -> None:
         """Replaces a model's weights and, with request.optimizer, its optimizer state; without, that starts anew.
         A pending gradient is dropped. Raises RequestFailed when the checkpoint has another form."""
-        if request.problem:
-            raise RequestFailed(request.problem)
         content = self.checkpoints.load(request.path, model.owner, optimizer=request.optimizer)
         self._check_content(content, request)
         ours, theirs = model.lora, content.info.lora

@@ -179,7 +179,7 @@ class RequestScheduler:
     def _queue_for_model(self, pending: PendingRequest, queue: ModelQueue | None) -> None:
         request, model_id = pending.request, pending.model_id
         seq_id = getattr(request, "seq_id", None)
-        if _makes_model(request):
+        if makes_model(request):
             if queue is not None or model_id in self._gone:  # its first future was thrown away long ago
                 self._fail(pending, f"{model_id}: exists already; give another model_seq_id")
                 return
@@ -513,7 +513,8 @@ def _array_bytes(thing: Any) -> int:
     return sum(map(_array_bytes, parts or getattr(thing, "__dict__", {}).values()))
 
 
-def _makes_model(request: Request) -> bool:
+def makes_model(request: Request) -> bool:
+    """Whether the model of this request does not exist before it."""
     return isinstance(request, CreateModel) or (isinstance(request, LoadWeights) and request.model_id is None)
 
 
@@ -532,7 +533,7 @@ def _place(request: Request) -> tuple[str, str, Key | None]:
         if sampler is None:
             return "", "", None
         return "", sampler.partition(":")[0], ("sample", sampler, request.seq_id)
-    if isinstance(request, (CreateModel, LoadWeights)) and _makes_model(request):
+    if isinstance(request, (CreateModel, LoadWeights)) and makes_model(request):
         model_id = f"{request.session_id}:train:{request.model_seq_id}"
         return model_id, str(request.session_id), ("create", model_id)
     known: Any = request

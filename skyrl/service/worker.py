@@ -34,7 +34,7 @@ from skyrl.service.messages import (
 from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.pending import PendingRequest
 from skyrl.service.sampling import Sampling
-from skyrl.service.scheduler import ENDED, RequestScheduler
+from skyrl.service.scheduler import ENDED, RequestScheduler, makes_model
 from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, to_rows
 from skyrl.types import Datum, Floats, UserError
 
@@ -141,6 +141,8 @@ class Worker:
         }
         (pending,) = batch
         with self._refusing(pending):
+            if pending.request.problem and not makes_model(pending.request):
+                raise RequestFailed(pending.request.problem)
             action = next(action for kind, action in actions.items() if isinstance(pending.request, kind))
             result = action(pending, pending.request)
             if result is not None:  # a save is settled when it is on the disk
@@ -158,6 +160,8 @@ class Worker:
         if self.models.full():
             self._close_ended(SILENT_SECONDS)
         try:
+            if request.problem:
+                raise RequestFailed(request.problem)
             if isinstance(request, CreateModel):
                 model = self.models.create(request, pending.owner)
             else:
@@ -271,8 +275,6 @@ class Worker:
 
     def _save(self, pending: PendingRequest, request: SaveWeights) -> Result | None:
         model = self.models.get(request.model_id)
-        if request.problem:
-            raise RequestFailed(request.problem)
         self.models.use(model.model_id)
         if request.name is None and request.kind == "sampler_weights":
             return self._save_ephemeral(request, model)

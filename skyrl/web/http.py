@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,9 @@ PARSING_THREADS = 2
 # a key takes ten times as long as a number. The time for a whole number goes with the square of its digits.
 JSON_VALUES, JSON_CONTAINERS, JSON_KEYS, JSON_DEPTH, JSON_DIGITS = 1 << 21, 1 << 18, 1 << 18, 64, 1024
 START_SECONDS = 30.0
+# How long a thread that runs Python keeps the others waiting. torch gives the interpreter away at each operation: with
+# Python's 5 ms a busy event loop makes a step of the model, and with it everybody's tokens, several times slower.
+SWITCH_SECONDS = 5e-4
 STOP_SECONDS = 5.0
 # Above the pools of the clients, so that they close idle connections and never send into one that closes.
 KEEP_ALIVE_SECONDS = 120
@@ -317,6 +321,7 @@ def serve_in_thread(app: Starlette, host: str, port: int, *, close: Callable[[],
     Raises: UserError when the address cannot be had, before any thread is started.
     """
     listener = _listen(host, port, options)
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -358,7 +358,7 @@ def test_the_ranks_answers_must_agree(monkeypatch):
 
 
 def test_same_numbers_under_fire(client):
-    """A tenant trains and samples while another sends everything that is refused, and ruins itself."""
+    """A client trains and samples while another sends everything that is refused, and ruins itself."""
 
     def work() -> list[Any]:
         model = client.create_lora_training_client("tiny", rank=4, seed=7).result()

@@ -1,6 +1,7 @@
 """Keys, tokens and signed addresses, and that the door asks for them."""
 
 import dataclasses
+import sys
 import time
 
 import pytest
@@ -129,3 +130,14 @@ def test_without_keys_web_pages_of_others_are_refused(tmp_path):
         here = {"Origin": server.serving.url}
         assert server.http.post("/api/v1/create_session", headers=here, json={}).status_code == 200
         assert server.client("eyJ.any.thing").get("/api/v1/sessions").status_code == 200  # any key will do
+
+
+def test_a_busy_event_loop_leaves_the_interpreter_to_who_computes(tmp_path):
+    """With Python's own 5 ms each operation of a step would wait so long for the thread that serves HTTP."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    try:
+        with serving(tmp_path):
+            assert sys.getswitchinterval() <= 0.001
+    finally:
+        sys.setswitchinterval(before)

@@ -112,7 +112,6 @@ BAD = {
     "nan weight": (request(weights=f32(1, np.nan, 1)), "not finite"),
     "huge advantage": (policy("ppo", advantages=f32(1, 1e30, 1)), "at most 1e"),
     "no data": (TrainRequest("m", 1, [], "cross_entropy", {}, False), "without data"),
-    "what the wire found": (TrainRequest("m", 1, [], "cross_entropy", {}, False, problem="datum 0: torn"), "torn"),
 }
 
 
@@ -185,20 +184,15 @@ def test_queries_that_are_refused():
         {"prompt": ints(1, 60)},
         {"max_tokens": 14},
         {"max_tokens": 0},
-        {"num_samples": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_p": 1.5},
-        {"top_k": -2},
         {"stop": ("",)},
         {"stop": (50,)},
-        {"topk_prompt_logprobs": -1},
         {"topk_sample_logprobs": 51},
-        {"prompt_logprobs_last_n": -1},
         {"target_tokens": Tensor(np.zeros((3, 1), np.int64))},
         {"target_tokens": Tensor(np.full((2, 1), 50))},
-        {"problem": "no"},
     ]
     for one in bad:
         with pytest.raises(RequestFailed):

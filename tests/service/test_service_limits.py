@@ -46,9 +46,9 @@ def test_more_models_than_there_may_be(tmp_path):
         expected = [control.optim_step(ADAM).result().metrics, step(control, 3)]
         tensors = contents(client, control.save_state("x").result().path)
         models = [make(seed) for seed in range(126)]
-        tenants = client.service.worker.models
-        assert tenants.get(first.model_id).offloaded
-        assert sum(not tenants.get(m.model_id).offloaded for m in [first, control, *models]) == 4
+        models_open = client.service.worker.models
+        assert models_open.get(first.model_id).offloaded
+        assert sum(not models_open.get(m.model_id).offloaded for m in [first, control, *models]) == 4
         for _ in range(2):
             with pytest.raises(
                 RequestFailedError, match="128 models are open, at most 128 may be; end a session"
@@ -144,7 +144,7 @@ def test_samples_of_whole_models(tmp_path):
         assert mismatch(model, prompt(5, 6), found[1]) < 1e-4
 
 
-def test_tenants_that_share_forward_passes(tmp_path):
+def test_models_that_share_forward_passes(tmp_path):
     """service.mix_tenants=always: equal to each alone to rounding, no longer bit for bit."""
     with open_client(tmp_path, "service.mix_tenants=always", "batch.max_tokens_per_microbatch=1024") as client:
         together, alone = together_and_alone(client)

@@ -14,7 +14,7 @@ PROMPTS = [prompt(5, 6, 7), prompt(5, 6, 7, 8, 9, 10), prompt(20)]
 
 
 def workout(client: ServiceClient) -> dict[str, Any]:
-    """Two tenants that train by several losses side by side, then sample; everything that came back."""
+    """Two models that train by several losses side by side, then sample; everything that came back."""
     one = client.create_lora_training_client("tiny", rank=4, seed=7).result()
     two = client.create_lora_training_client("tiny", rank=8, seed=8, train_unembed=False).result()
     base = client.create_sampling_client(base_model="tiny").result()

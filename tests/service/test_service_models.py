@@ -1,4 +1,4 @@
-"""Tenants of one service: nothing of one depends on another, bit for bit; failures stay where they are."""
+"""Models of one service: nothing of one depends on another, bit for bit; failures stay where they are."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def client(tmp_path_factory):
         yield opened
 
 
-def test_two_tenants_side_by_side_equal_each_alone(client):
+def test_two_models_side_by_side_equal_each_alone(client):
     together, alone = together_and_alone(client)
     assert same(together, alone)
     assert not same(together[2], together[3])
 
 
 @pytest.mark.ranks
-def test_two_tenants_on_two_ranks_equal_each_alone(tmp_path):
+def test_two_models_on_two_ranks_equal_each_alone(tmp_path):
     together, alone = on_ranks(2, together_and_alone, tmp_path, "strategy.name=fsdp")
     assert same(together, alone)
 

@@ -1,0 +1,249 @@
+"""What a server's clients see under load: steps and restarts with very many sessions on record, and small clients
+beside one with many requests in flight.
+
+    python benchmarks/server_load.py [--write] [--live 100000] [--recorded 200000] [--rounds 3]
+
+One CPU rank with the tiny model, in a process of its own, so that a step hardly computes and what is measured is the
+server. Everything is measured alternately with and without, for a shared machine's minutes differ. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import ROOT, write
+
+MODEL = ("model.path=tiny", "run.threads=1")
+PROMPT = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 21))}]}
+CROWD = 64  # requests that the large client has in flight
+SMALL = {"max_tokens": 8, "stop": []}
+CROWDS = {"long": (4, {"max_tokens": 64, "stop": []}), "short": (1, {"max_tokens": 4, "stop": []})}
+
+
+class Client:
+    """Requests over one connection that stays open."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.streams: Any = None
+
+    async def call(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """(status, answer) of a POST, or of a GET without a body."""
+        if self.streams is None:
+            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self.streams
+        content = b"" if body is None else json.dumps(body).encode()
+        writer.write(
+            f"{'GET' if body is None else 'POST'} /api/v1/{path} HTTP/1.1\r\nHost: x\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        length = int((head.partition("content-length: ")[2] or "0").partition("\r\n")[0])
+        answer = json.loads(await reader.readexactly(length) or b"null")
+        return int(head.split()[1]), answer
+
+    async def result(self, path: str, **body: Any) -> Any:
+        """What becomes of a request with a future."""
+        _, made = await self.call(path, body)
+        while True:
+            status, answer = await self.call("retrieve_future", {"request_id": made["request_id"]})
+            if status != 408:
+                assert status == 200 and "error" not in answer, answer
+                return answer
+
+    async def session(self) -> str:
+        """A new one."""
+        return (await self.call("create_session", {"tags": []}))[1]["session_id"]
+
+    async def sampler(self) -> str:
+        """A sampling session of the base model."""
+        body = {"session_id": await self.session(), "sampling_session_seq_id": 0, "base_model": "tiny"}
+        return (await self.call("create_sampling_session", body))[1]["sampling_session_id"]
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[int, float]]:
+    """(port, seconds from its start until it answers) of a server that keeps its state in `folder`."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [sys.executable, "-m", "skyrl.serve", *MODEL, f"service.port={port}", f"service.folder={folder}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    with open(folder.with_suffix(".log"), "a") as log, subprocess.Popen(command, env=env, stderr=log) as process:
+        try:
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    if process.poll() is not None or time.monotonic() > start + 300:
+                        raise RuntimeError(folder.with_suffix(".log").read_text()[-2000:]) from None
+                    time.sleep(0.02)
+            yield port, time.monotonic() - start
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def fill(folder: Path, live: int, recorded: int) -> None:
+    """Puts sessions of earlier days into the records of a server that does not run: `live` that have not ended."""
+    now = int(time.time() * 1e6)
+    rows = [
+        (f"s-{number:012x}", "local", "[]", "{}", "0.38.0", "", now, now, "active" if number < live else "cancelled")
+        for number in range(live + recorded)
+    ]
+    with contextlib.closing(sqlite3.connect(folder / "service.sqlite")) as db, db:
+        db.executemany(
+            "INSERT INTO sessions (session_id, owner, tags, user_metadata, sdk_version, folded_name, created_at,"
+            " last_heartbeat, status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+
+
+async def steps(port: int, count: int) -> list[float]:
+    """Seconds of steps: forward_backward of 4 tokens and optim_step."""
+    client = Client(port)
+    session = await client.session()
+    body = {"session_id": session, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 1}}
+    model = (await client.result("create_model", **body))["model_id"]
+    inputs = {"target_tokens": {"data": [5, 6, 7, 8], "dtype": "int64"}}
+    data = [{"model_input": {"chunks": [{"tokens": [5, 6, 7, 8]}]}, "loss_fn_inputs": inputs}]
+    given, took = {"loss_fn": "cross_entropy", "data": data}, []
+    for number in range(count):
+        start = time.perf_counter()
+        await client.result("forward_backward", model_id=model, seq_id=2 * number + 1, forward_backward_input=given)
+        await client.result("optim_step", model_id=model, seq_id=2 * number + 2, adam_params={"learning_rate": 1e-4})
+        took.append(time.perf_counter() - start)
+    return took[5:]
+
+
+async def samples(port: int, count: int, settings: dict[str, Any]) -> list[float]:
+    """Seconds of one-sample requests, one after the other."""
+    client, took = Client(port), []
+    sampler = await client.sampler()
+    for number in range(count):
+        start = time.perf_counter()
+        await client.result(
+            "asample", sampling_session_id=sampler, seq_id=number, prompt=PROMPT, sampling_params=settings
+        )
+        took.append(time.perf_counter() - start)
+        await asyncio.sleep(0.01)
+    return took
+
+
+@contextlib.asynccontextmanager
+async def crowd(port: int, kind: str) -> AsyncIterator[None]:
+    """One session that always has CROWD requests in flight, from a process of its own."""
+    number, settings = CROWDS[kind]
+    code = f"import asyncio, server_load; asyncio.run(server_load.press({port}, {number}, {settings!r}))"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, cwd=Path(__file__).parent, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    session = (await process.stdout.readline()).decode().strip()
+    try:
+        yield
+    finally:
+        process.kill()
+        await process.wait()
+        await Client(port).call(f"sessions/{session}/finish", {"reason": {"type": "success"}})
+        await asyncio.sleep(1)  # what it has in flight is withdrawn
+
+
+async def press(port: int, number: int, settings: dict[str, Any]) -> None:
+    """Keeps CROWD requests of `number` samples in flight for ever."""
+    sampler, seq_ids = await Client(port).sampler(), iter(range(1 << 30))
+
+    async def one() -> None:
+        client = Client(port)
+        while True:
+            body = {"prompt": PROMPT, "num_samples": number, "sampling_params": settings}
+            await client.result("asample", sampling_session_id=sampler, seq_id=next(seq_ids), **body)
+
+    tasks = [asyncio.ensure_future(one()) for _ in range(CROWD)]
+    await asyncio.sleep(2)
+    print(sampler.partition(":")[0], flush=True)
+    await asyncio.gather(*tasks)
+
+
+async def two_small(port: int, count: int) -> list[float]:
+    """Seconds of the requests of two small clients."""
+    return sum(await asyncio.gather(*(samples(port, count, SMALL) for _ in range(2))), [])
+
+
+async def fairness(port: int, rounds: int, count: int = 100) -> dict[str, Any]:
+    """p95 of two small clients alone and beside each crowd, and the ratios."""
+    found: dict[str, list[float]] = {"alone": []}
+    await two_small(port, 20)
+    for _ in range(rounds):
+        for kind in CROWDS:
+            found["alone"] += await two_small(port, count)
+            async with crowd(port, kind):
+                found.setdefault(kind, []).extend(await two_small(port, count))
+    p95 = {name: float(np.percentile(took, 95)) for name, took in found.items()}
+    return {"p95_seconds": p95, "ratio": {kind: p95[kind] / p95["alone"] for kind in CROWDS}}
+
+
+def quantiles(took: list[float]) -> dict[str, float]:
+    """p50, p99 and the longest."""
+    return {"p50": float(np.median(took)), "p99": float(np.percentile(took, 99)), "max": max(took)}
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--live", type=int, default=100_000)
+    parser.add_argument("--recorded", type=int, default=200_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--only", choices=("sessions", "fairness"))
+    args = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        empty, full = Path(name) / "empty", Path(name) / "full"
+        if args.only != "fairness":
+            seen: dict[str, Any] = {"empty": {"starts": [], "took": []}, "full": {"starts": [], "took": []}}
+            for folder in (empty, full):
+                with serving(folder):
+                    pass
+            fill(full, args.live, args.recorded)
+            for _ in range(args.rounds):
+                for folder in (empty, full):
+                    with serving(folder) as (port, start):
+                        seen[folder.name]["starts"].append(start)
+                        seen[folder.name]["took"] += asyncio.run(steps(port, args.steps))
+            figures["sessions"] = {
+                "live": args.live,
+                "recorded": args.recorded,
+                **{
+                    kind: {"step_seconds": quantiles(one["took"]), "start_seconds": sorted(one["starts"])}
+                    for kind, one in seen.items()
+                },
+            }
+        if args.only != "sessions":
+            with serving(empty) as (port, _):
+                figures["fairness"] = asyncio.run(fairness(port, args.rounds))
+    print(json.dumps(figures, indent=1))
+    if args.write:
+        print(write("server_load", figures))
+
+
+if __name__ == "__main__":
+    main()
