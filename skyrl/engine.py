@@ -30,6 +30,7 @@ from skyrl.models.forward import CausalLM
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
+from skyrl.planner.memory import MemoryEstimate
 from skyrl.sampler.make import make_sampler
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy
@@ -56,19 +57,31 @@ class _Call:
 class Engine:
     """Owner of all weights. Rows come back local, metrics come back global.
 
-    `plan` gives the resolved dtype, strategy and row limit. `chat` turns text into tokens and back, for whoever needs
-    it. Raises UserError for a model that cannot be loaded or is not supported.
+    A plan gives dtype, strategy, row limit, and `memory`, by which the sampler's cache is sized. `chat` turns text into
+    tokens and back, for whoever needs it. Raises UserError for a model that cannot be loaded or is not supported.
     """
 
     def __init__(
-        self, cfg: RunConfig, world: World, *, dtype: str, strategy: str, max_row_tokens: int, chat: Chat | None = None
+        self,
+        cfg: RunConfig,
+        world: World,
+        *,
+        dtype: str,
+        strategy: str,
+        max_row_tokens: int,
+        memory: MemoryEstimate | None = None,
+        chat: Chat | None = None,
     ) -> None:
         self.cfg = cfg
         self.world = world
         self.dtype = DTYPES[dtype]
         self.strategy_name = strategy
         self.max_row_tokens = max_row_tokens
-        self.keeps_sampling = True
+        self.memory = memory
+        keeps = cfg.sampler.keep_memory != "never" if memory is None else memory.keeps_sampling
+        self.keeps_sampling = all(
+            gather_objects(world, keeps)
+        )  # one answer: under sharding each gather is a collective
         self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
         self.models: dict[str, Model] = {}
@@ -355,6 +368,7 @@ class Engine:
             version=version,
             adapters=adapters,
             base_name=base,
+            memory=self.memory,
         )
 
     # ---- state -----------------------------------------------------------------------------------------------------

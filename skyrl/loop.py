@@ -280,7 +280,15 @@ def _make_tracker(run: Run, offset: int | None) -> Tracker:
 
 
 def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engine:
-    engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=plan.max_row_tokens, chat=chat)
+    engine = Engine(
+        cfg,
+        world,
+        dtype=plan.dtype,
+        strategy=plan.strategy,
+        max_row_tokens=plan.max_row_tokens,
+        memory=plan.memory,
+        chat=chat,
+    )
     create_policy(engine)
     return engine
 

@@ -71,9 +71,7 @@ def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
     again; 130 after an interrupt. Every rank runs this; the first rank that fails tells why, the others are silent.
     `prepare` runs once this process knows its rank, and gives options to add to the command line.
     """
-    # Without it every rank whose connection to a rank that has ended breaks writes twenty lines of C++ frames, in which
-    # the one line that says why is lost. Read when torch is imported.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    set_torch_defaults()
     args = sys.argv[1:]
     if any(arg in ("-h", "--help") for arg in args):
         if rank() == 0:
@@ -94,6 +92,16 @@ def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
         _end(_report(error, mode))
     if world_size() > 1:
         _end(0)
+
+
+def set_torch_defaults() -> None:
+    """Sets what torch reads from the environment when it is imported, unless a person has set it."""
+    # Without it every rank whose connection to a rank that has ended breaks writes twenty lines of C++ frames, in which
+    # the one line that says why is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Training and sampling take blocks of other sizes in turns: segments of a GPU that can grow leave no gaps between.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name; torch would read both
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _report(error: BaseException, mode: str) -> int:

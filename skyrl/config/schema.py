@@ -120,7 +120,11 @@ class SamplerConfig:
     max_running: int = 0
     """Sequences decoded together on one rank; 0 = automatic."""
     kv_cache_gib: float = 0.0
-    """Memory of the KV cache on one rank; 0 = automatic (half of what is free on a GPU, at most 1 GiB on a CPU)."""
+    """Memory of the KV cache on one rank; 0 = automatic: what the plan says, or what training leaves of a GPU if that
+    is less; at most 1 GiB on a CPU."""
+    keep_memory: str = "auto"
+    """Whether the KV cache, CUDA graphs and, under sharding, the whole copy of the weights stay while training: always;
+    never (built again for each rollout, which takes seconds); auto = always where the plan fits into memory."""
     prefix_cache: bool = True
     """Lets requests with equal beginnings share blocks."""
     cuda_graphs: bool = True

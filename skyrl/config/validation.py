@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "strategy.offload": ("none", "optimizer", "all"),
     "strategy.device": ("auto", "cpu", "cuda"),
     "sampler.backend": ("auto", "module", "fused"),
+    "sampler.keep_memory": ("auto", "always", "never"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "algorithm.kl.placement": ("loss", "reward"),
     "algorithm.filters.overlong": ("keep", "mask"),
@@ -554,7 +555,8 @@ RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.")
 RESUME_OPTIONS = frozenset(
     "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "
-    "sampler.prefix_cache sampler.cuda_graphs debug.check_replicas_every debug.check_weights_every".split()
+    "sampler.prefix_cache sampler.cuda_graphs sampler.keep_memory debug.check_replicas_every "
+    "debug.check_weights_every".split()
 )
 
 

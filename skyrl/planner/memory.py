@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 LOGITS_CHUNK_BYTES = 64 << 20
 CPU_CACHE_LIMIT = GIB
+# Part of a GPU's memory that no plan spends: what the allocator cannot use between its blocks, workspaces of libraries.
+SPARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,13 @@ def trained_parameters(cfg: RunConfig, sizes: ModelSizes) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank by what they are for. `adapter`: all of a LoRA adapter, its moments too. The sampler's cache is
-    what a whole rollout would use, capped as the sampler caps it; `least_cache` is one longest row, without which
-    nothing can be sampled."""
+    """Bytes on one rank by what they are for; docs/sizing.md shows the sums with an example.
+
+    `adapter`: all of a LoRA adapter, its moments too. `transient`: weights and gradients that are whole for a moment
+    of a backward pass. `update`: what an optimizer step takes besides. `gathered`: the whole copy of sharded weights
+    that is sampled from. `drawing`: logits of the running sequences. `cache`: keys and values of a whole rollout, or
+    what the options say; `least_cache`: of one row, without which nothing can be sampled. `keeps_sampling`: cache and
+    gathered weights stay through training."""
 
     weights: int
     masters: int
@@ -189,9 +195,13 @@ class MemoryEstimate:
     critic: int
     activations: int
     logits: int
+    transient: int
+    update: int
     gathered: int
+    drawing: int
     cache: int
     least_cache: int
+    keeps_sampling: bool = True
 
     @property
     def resident(self) -> int:
@@ -200,14 +210,28 @@ class MemoryEstimate:
         return trained + self.reference + self.critic
 
     @property
+    def training(self) -> int:
+        """The most while training, of what is not kept for sampling."""
+        return self.resident + max(self.activations + self.logits + self.transient, self.update)
+
+    @property
+    def beside_cache(self) -> int:
+        """The most that is needed at one time while the cache is there."""
+        sampling = self.resident + self.gathered + self.drawing
+        return max(sampling, self.training + self.gathered) if self.keeps_sampling else sampling
+
+    @property
     def peak(self) -> int:
-        """The larger of a training and a sampling phase; the cache stays through both."""
-        return self.resident + self.cache + max(self.activations + self.logits, self.gathered)
+        """The larger of a training and a sampling phase."""
+        return self._with(self.cache)
 
     @property
     def least(self) -> int:
         """The peak with the smallest cache that works."""
-        return self.peak - self.cache + self.least_cache
+        return self._with(self.least_cache)
+
+    def _with(self, cache: int) -> int:
+        return max(self.training, self.beside_cache + cache)
 
 
 def layer_values(sizes: ModelSizes, *, half: bool) -> int:
@@ -226,10 +250,10 @@ def estimate(
     """Memory of one rank.
 
     Weights are in `dtype`, masters, gradient sums and Adam's two moments in float32 (float64 for float64); _shares says
-    what each strategy divides by how many ranks. Sharded weights are whole while sampling. What is offloaded to CPU
-    memory is not counted on a GPU. A decoder layer keeps layer_values() of each token; with activation checkpointing
-    one hidden state, and one layer whole at a time. The critic is a second policy without logits. A model under LoRA
-    has weights alone and is its own reference; the adapter is whole on every rank and never offloaded.
+    what each strategy divides by how many ranks. Sharded weights have a whole copy to sample from. What is offloaded
+    to CPU memory is not counted on a GPU. A decoder layer keeps layer_values() of each token; with activation
+    checkpointing one hidden state, and one layer whole at a time. The critic is a second policy without logits. A model
+    under LoRA has weights alone and is its own reference; the adapter is whole on every rank and never offloaded.
     """
     compute, master = BYTES[dtype], max(4, BYTES[dtype])
     shares = _shares(cfg, sizes, world_size, compute, master, strategy, device)
@@ -252,7 +276,8 @@ def estimate(
     chunk = min(cfg.model.logits_chunk_tokens, tokens) * sizes.vocab_size * 4 or LOGITS_CHUNK_BYTES
     per_token = sizes.cache_bytes_per_token(dtype)
     running = math.ceil(cfg.batch.prompts_per_step / world_size) * cfg.batch.samples_per_prompt
-    running = min(running, cfg.sampler.max_running or (256 if device == "cuda" else 128))
+    at_most = cfg.sampler.max_running or (256 if device == "cuda" else 128)
+    running = min(running, at_most)
     cache = running * row_tokens * per_token
     if cfg.sampler.kv_cache_gib:
         cache = int(cfg.sampler.kv_cache_gib * GIB)
@@ -268,10 +293,29 @@ def estimate(
         critic=critic,
         activations=tokens * kept * compute,
         logits=2 * chunk,  # the chunk and its gradient
+        transient=_transient(cfg, sizes, compute, master, sharded, trained=not lora.rank),
+        # without a fused kernel AdamW takes a root of every second moment
+        update=optimizer // 2 if device == "cpu" and strategy in ("fsdp", "hsdp") else 0,
         gathered=sizes.num_parameters * compute if sharded else 0,
+        drawing=3 * at_most * sizes.vocab_size * 4,  # logits, their copy, and what the draw makes of them
         cache=cache,
         least_cache=min(cache, row_tokens * per_token),
+        keeps_sampling=cfg.sampler.keep_memory != "never",
     )
+
+
+def _transient(cfg: RunConfig, sizes: ModelSizes, compute: int, master: int, sharded: bool, *, trained: bool) -> int:
+    """Bytes of weights and gradients that are whole for a moment. Whole weights: the gradient of the embedding, before
+    it is added to what is pending. Sharded ones: two layers (the next is gathered while one computes) and what belongs
+    to no layer, and the gradient of the largest of these before and after it is cast to be reduced."""
+    embedding = sizes.vocab_size * sizes.hidden_size
+    if not sharded:
+        return embedding * compute * trained
+    tied = sizes.num_parameters - sizes.matmul_parameters < embedding
+    rest = embedding if tied else 2 * embedding
+    layer = max(0, sizes.num_parameters - rest) // sizes.num_layers
+    layers = 2 * layer if cfg.strategy.reshard_after_forward else sizes.num_layers * layer
+    return (layers + rest) * compute + max(layer, rest) * (compute + master) * trained
 
 
 def _shares(
@@ -315,12 +359,22 @@ def available(device: str) -> tuple[int, str] | None:
     return total // ranks, f"the machine's memory, shared by {ranks} rank(s)"
 
 
+def with_room(cfg: RunConfig, need: MemoryEstimate, device: str) -> MemoryEstimate:
+    """`need`, with sampler.keep_memory=auto decided: what sampling holds stays where it fits into this machine."""
+    room = available(device)
+    if cfg.sampler.keep_memory != "auto" or room is None or need.least <= (1 - SPARE) * room[0]:
+        return need
+    return replace(need, keeps_sampling=False)
+
+
 def check_fits(cfg: RunConfig, sizes: ModelSizes, need: MemoryEstimate, device: str) -> None:
     """Raises UserError when not even the smallest cache makes this rank fit. No check for a device that is not here."""
     room = available(device)
     if room is None or need.least <= room[0]:
         return
     remedies = "fewer batch.max_tokens_per_microbatch, model.activation_checkpointing=true, strategy.name=fsdp over "
+    if need.keeps_sampling:
+        remedies = f"sampler.keep_memory=never, {remedies}"
     raise UserError(
         f"model.path={cfg.model.path}: {sizes.num_parameters / 1e9:.2f}G parameters need about {need.least / GIB:.1f} "
         f"GiB on each rank, there are {room[0] / GIB:.1f} GiB ({room[1]}); try {remedies}more ranks, or a smaller model"

@@ -24,6 +24,7 @@ from skyrl.planner.memory import (
     estimate,
     model_sizes,
     trained_parameters,
+    with_room,
 )
 from skyrl.text.chat import chat_of
 from skyrl.text.tokenizer import TINY_VOCABULARY
@@ -32,7 +33,8 @@ from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 __all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_spec", "make_value_spec", "model_sizes"]
 
 MEMORY_PARTS = tuple(
-    "weights masters gradients optimizer adapter reference critic activations logits gathered cache".split()
+    "weights masters gradients optimizer adapter reference critic activations logits transient update gathered drawing "
+    "cache".split()
 )
 Due = Literal["rollouts", "replicas"]
 
@@ -199,6 +201,7 @@ def make_plan(
             row_tokens=_typical_row(cfg, row_tokens),
         )
         if not cfg.run.world_size:
+            memory = with_room(cfg, memory, device)
             check_fits(cfg, model_sizes, memory, device)
     batch, algorithm = cfg.batch, cfg.algorithm
     return Plan(
@@ -322,7 +325,10 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
 def describe_ranks(plan: Plan, device_name: str = "") -> str:
     """ "8 x cuda (NVIDIA H100 80GB HBM3), fsdp, bfloat16"."""
     name = f" ({device_name})" if device_name else ""
-    return f"{plan.world_size} x {plan.device}{name}, {_layout(plan.cfg, plan)}, {plan.dtype}"
+    text = f"{plan.world_size} x {plan.device}{name}, {_layout(plan.cfg, plan)}, {plan.dtype}"
+    if plan.memory is not None and not plan.memory.keeps_sampling and plan.cfg.sampler.keep_memory == "auto":
+        text += "; too little memory to keep what sampling holds while training: it is built again for each rollout"
+    return text
 
 
 def describe_turns(cfg: RunConfig) -> list[tuple[str, str]]:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from skyrl.config.schema import SamplerConfig
+from skyrl.planner.memory import MemoryEstimate
 from skyrl.sampler.blocks import BlockPool
+from skyrl.sampler.cache_size import num_blocks
 from skyrl.sampler.runners.attention_calls import LayerCall, layer_calls, signature
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, LayerShape, PrefillChunk, Runner, Sequence
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, Sequence
 from skyrl.sampler.runners.cpu_kernels import CpuKernelRunner, unsupported_reason
 from skyrl.sampler.runners.cuda import CudaRunner, page_size
 from skyrl.sampler.runners.fused import FusedRunner
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
-
 
 def make_sampler(
     model: CausalLM,
@@ -44,6 +43,7 @@ def make_sampler(
     version: int = 0,
     adapters: Mapping[str, Adapter] | None = None,
     base_name: str = "policy",
+    memory: MemoryEstimate | None = None,
 ) -> Sampler:
     """A sampler over the parameters of `model`, which it reads live: call refresh(version) after they change.
 
@@ -52,9 +52,10 @@ def make_sampler(
     Given a mapping, compiled kernels do everything themselves, so that no request's bits depend on what runs beside it.
 
     `decode` turns token ids into text, for stop strings. `max_length` bounds context and drawn tokens together (stop
-    reason "length"). No token ends a sequence by itself: put the end-of-sequence ids into
-    SamplingParams.stop_token_ids. cfg.backend "fused" raises UserError where the architecture has no fused plan or the
-    plan disagrees with the module; "auto" then uses the module and logs one line.
+    reason "length"). `memory` is the run's plan, by which the cache is sized on a GPU. No token ends a sequence by
+    itself: put the end-of-sequence ids into SamplingParams.stop_token_ids. cfg.backend "fused" raises UserError where
+    the architecture has no fused plan or the plan disagrees with the module; "auto" then uses the module and logs one
+    line.
     """
     if max_length > model.max_positions:
         raise UserError(f"batch.max_row_tokens={max_length}: the model has {model.max_positions} positions; lower it")
@@ -67,10 +68,11 @@ def make_sampler(
     size = page or cfg.block_tokens
     if page and page != cfg.block_tokens:
         _say_once(f"KV cache in blocks of {page} tokens, as this device's paged attention needs")
-    num_blocks = _num_blocks(cfg, shapes, parameter, size, max_running * -(-max_length // size))
-    cache = KVCache(shapes, num_blocks, size, parameter.dtype, parameter.device, tokens_first=bool(page))
+    each, most = KVCache.block_bytes(shapes, size, parameter.dtype), max_running * -(-max_length // size)
+    blocks = num_blocks(cfg, each, size, most, parameter.device, memory, _say_once)
+    cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, tokens_first=bool(page))
     scheduler = Scheduler(
-        BlockPool(num_blocks, size),
+        BlockPool(blocks, size),
         max_running=max_running,
         max_prefill_tokens=8192 if on_gpu else 2048,
         share=cfg.prefix_cache,
@@ -136,23 +138,6 @@ def _make_runner(
 def _say_once(line: str) -> None:
     """To standard error, from rank 0 only: a slower sampler than expected should not be a secret."""
     log.log(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG, line)
-
-
-def _num_blocks(cfg: SamplerConfig, shapes: list[LayerShape], parameter: Tensor, size: int, most: int) -> int:
-    """Blocks within the memory budget. Automatic: no more than `most`, what all running sequences can fill."""
-    each = KVCache.block_bytes(shapes, size, parameter.dtype)
-    if cfg.kv_cache_gib > 0:
-        blocks = int(cfg.kv_cache_gib * GIB) // each - 1  # one is for padding
-        if blocks < 1:
-            raise UserError(
-                f"sampler.kv_cache_gib={cfg.kv_cache_gib}: one block of {size} tokens takes "
-                f"{each / GIB:.3g} GiB; allowed: two blocks or more"
-            )
-        return blocks
-    budget = GIB
-    if parameter.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(parameter.device)[0] // 2
-    return max(1, min(budget // each - 1, 2 * most))  # twice: room for cached beginnings
 
 
 @torch.no_grad()

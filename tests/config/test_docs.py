@@ -67,7 +67,7 @@ BUDGET = {
     "": (4, "seed, dry_run, experiment, plugins"),
     "model": (19, "which weights in which numbers, with the shape of tiny (6) and adapters (5)"),
     "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
-    "sampler": (13, "what is drawn (7) and the memory it takes (6)"),
+    "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
     "batch": (8, "a step is prompts, samples, updates; the rest is memory"),
     "optim": (9, "AdamW (5), its schedule (4)"),
     "algorithm": (21, "five independent parts: advantage, loss, KL, filters, critic"),

@@ -11,7 +11,7 @@ import yaml
 from skyrl.config.docs import config_groups
 from skyrl.config.load import load_config, to_dict
 from skyrl.config.options import all_options, reads
-from skyrl.main import split_args
+from skyrl.main import set_torch_defaults, split_args
 from skyrl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,3 +251,17 @@ def test_flags_and_overrides_may_come_in_any_order():
     assert split_args(["--dry-run", "-m"]) == (["-m"], ["dry_run=true"])
     with pytest.raises(UserError, match="-p: needs a value"):
         split_args(["-p"])
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_segments_of_a_gpu_grow_unless_a_person_says_otherwise(given, want, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    set_torch_defaults()
+    assert {key: value for key, value in os.environ.items() if "ALLOC_CONF" in key} == want

@@ -1,12 +1,13 @@
 """Numbers of the plan: shares of ranks, schedules, what is due, memory, dry runs of every recipe."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
 from skyrl.config.schema import TinyModelConfig
-from skyrl.planner.memory import GIB, ModelSizes, available, check_fits, estimate, model_sizes, tiny_sizes
+from skyrl.planner.memory import GIB, ModelSizes, available, check_fits, estimate, model_sizes, tiny_sizes, with_room
 from skyrl.planner.plan import describe, dry_run, make_plan
 from skyrl.types import UserError
 
@@ -242,6 +243,41 @@ def test_memory_of_weights_and_states():
     assert ddp.gathered == 0
     assert memory_of("algorithm.kl.coef=0.1", strategy="ddp").reference == 2 * BIG.num_parameters
     assert memory_of("algorithm=ppo").critic == 16 * BIG.num_parameters // 8
+
+
+def test_what_is_whole_for_a_moment_and_the_sums():
+    ddp, fsdp = memory_of(strategy="ddp"), memory_of()
+    embedding, share = 151936 * 2560, 4_000_000_000 // 8
+    layer = (4_000_000_000 - embedding) // 36
+    assert ddp.transient == 2 * embedding
+    assert fsdp.transient == 2 * (2 * layer + embedding) + (2 + 4) * embedding
+    assert (
+        memory_of("strategy.name=fsdp", "strategy.reshard_after_forward=false").transient > fsdp.transient + 60 * layer
+    )
+    assert ddp.update == fsdp.update == 0
+    cpu = estimate(load_config([]), BIG, world_size=8, dtype="float32", strategy="fsdp", device="cpu", row_tokens=9)
+    assert cpu.update == 4 * share
+    lora = memory_of("model.lora.rank=8", strategy="ddp")
+    assert lora.transient == 0
+    assert fsdp.training == fsdp.resident + fsdp.activations + fsdp.logits + fsdp.transient
+    assert fsdp.peak == fsdp.training + fsdp.gathered + fsdp.cache
+    freed = replace(fsdp, keeps_sampling=False)
+    assert freed.beside_cache == fsdp.resident + fsdp.gathered + fsdp.drawing
+    assert freed.peak == max(freed.training, freed.beside_cache + fsdp.cache) < fsdp.peak
+
+
+def test_what_sampling_holds_stays_where_it_fits(monkeypatch):
+    room = [0]
+    monkeypatch.setattr("skyrl.planner.memory.available", lambda device: (room[0], "a test"))
+    cfgs = {keep: load_config([f"sampler.keep_memory={keep}"]) for keep in ("auto", "always", "never")}
+    need = memory_of()
+    for keep, kept, factor in (("auto", True, 1.1), ("auto", False, 0.99), ("always", True, 0.99)):
+        room[0] = int(factor * need.least)
+        assert with_room(cfgs[keep], need, "cuda").keeps_sampling == kept, (keep, factor)
+    assert not memory_of("sampler.keep_memory=never").keeps_sampling
+    with pytest.raises(UserError, match="try sampler.keep_memory=never, fewer batch.max_tokens_per_microbatch"):
+        check_fits(cfgs["always"], BIG, need, "cuda")
+    check_fits(cfgs["auto"], BIG, replace(need, keeps_sampling=False), "cuda")
 
 
 def test_memory_of_an_adapter_over_a_frozen_model():
