@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,13 +78,15 @@ class Engine:
         self.dtype = DTYPES[dtype]
         self.strategy_name = strategy
         self.max_row_tokens = max_row_tokens
-        self.memory = memory
         keeps = cfg.sampler.keep_memory != "never" if memory is None else memory.keeps_sampling
         self.keeps_sampling = all(
             gather_objects(world, keeps)
         )  # one answer: under sharding each gather is a collective
         self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
+        self._make_sampler = partial(
+            make_sampler, cfg=cfg.sampler, decode=self.chat.decode, max_length=max_row_tokens, memory=memory
+        )
         self.models: dict[str, Model] = {}
         self.adapters: dict[str, Adapter] = {}  # frozen, by name: to sample from and to score with
         self._bases: dict[str, str] = {}  # of frozen adapters
@@ -356,20 +359,6 @@ class Engine:
         on is drawn from them. Raises UserError for weights that do not fit, RuntimeError while samples are under way.
         """
         self._loaded(base).replace_weights(weights)
-
-    def _make_sampler(
-        self, module: CausalLM, version: int, adapters: Mapping[str, Adapter] | None, base: str
-    ) -> Sampler:
-        return make_sampler(
-            module,
-            self.cfg.sampler,
-            decode=self.chat.decode,
-            max_length=self.max_row_tokens,
-            version=version,
-            adapters=adapters,
-            base_name=base,
-            memory=self.memory,
-        )
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

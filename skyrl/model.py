@@ -32,8 +32,7 @@ from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy, full_tensor
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, UserError
 
-# (module with whole weights, version, adapters by name or None, name of the model itself) -> a sampler over them
-MakeSampler = Callable[[CausalLM, int, Mapping[str, Adapter] | None, str], Sampler]
+MakeSampler = Callable[..., Sampler]  # sampler.make.make_sampler with all that every model has in common
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,9 @@ class Model:
             if adapters is not None:
                 install(module)
             if self._sampler is None:
-                self._sampler = make(module, self.version, adapters, self.spec.base or "policy")
+                self._sampler = make(
+                    module, version=self.version, adapters=adapters, base_name=self.spec.base or "policy"
+                )
             else:
                 if adapters is not None:
                     self._sampler.forget_adapter(self.name)  # it has changed in place
@@ -184,7 +185,7 @@ class Model:
             module = self.strategy.gathered()
             if module is not self.strategy.module:
                 install(module)
-            self.open = OpenSampler(module, make(module, 0, adapters, self.name))
+            self.open = OpenSampler(module, make(module, adapters=adapters, base_name=self.name))
         return self.open
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -103,8 +103,9 @@ def _check_copy(engine: Engine, model: str) -> None:
     with torch.no_grad():
         handed = dict(strategy.gathered().named_parameters())
         for name in sorted(own):
-            tensor = full_tensor(own[name])
-            if not differs and not torch.equal(tensor.to(handed[name].device, handed[name].dtype), handed[name]):
+            tensor = own[name]
+            whole = full_tensor(tensor)
+            if not differs and not torch.equal(whole.to(handed[name].device, handed[name].dtype), handed[name]):
                 differs = name
             sums.append(_checksum(handed[name]))
     everyone = gather_objects(engine.world, (differs, sums))

@@ -367,13 +367,14 @@ def with_room(cfg: RunConfig, need: MemoryEstimate, device: str) -> MemoryEstima
     return replace(need, keeps_sampling=False)
 
 
-def check_fits(cfg: RunConfig, sizes: ModelSizes, need: MemoryEstimate, device: str) -> None:
-    """Raises UserError when not even the smallest cache makes this rank fit. No check for a device that is not here."""
+def check_fits(cfg: RunConfig, sizes: ModelSizes, need: MemoryEstimate, device: str, *, may_free: bool = True) -> None:
+    """Raises UserError when not even the smallest cache makes this rank fit. No check for a device that is not here.
+    `may_free`: what sampling holds could be freed between its turns."""
     room = available(device)
     if room is None or need.least <= room[0]:
         return
     remedies = "fewer batch.max_tokens_per_microbatch, model.activation_checkpointing=true, strategy.name=fsdp over "
-    if need.keeps_sampling:
+    if need.keeps_sampling and may_free:
         remedies = f"sampler.keep_memory=never, {remedies}"
     raise UserError(
         f"model.path={cfg.model.path}: {sizes.num_parameters / 1e9:.2f}G parameters need about {need.least / GIB:.1f} "

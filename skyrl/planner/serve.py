@@ -6,7 +6,15 @@ import dataclasses
 
 from skyrl.config.load import TYPICAL_ROW
 from skyrl.config.schema import RunConfig
-from skyrl.planner.memory import GIB, adapter_parameters, available, estimate, model_sizes
+from skyrl.planner.memory import (
+    GIB,
+    ModelSizes,
+    adapter_parameters,
+    available,
+    check_fits,
+    estimate,
+    model_sizes,
+)
 from skyrl.planner.plan import describe_turns, make_plan
 from skyrl.types import UserError
 
@@ -15,17 +23,14 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
     """Checks everything that can be checked without building, and returns the plan as text. Raises UserError."""
     size = cfg.run.world_size or world_size
     plan, sizes = make_plan(cfg, size), model_sizes(cfg)
-    limit = cfg.batch.max_row_tokens or sizes.max_positions
-    if limit > sizes.max_positions:
-        raise UserError(
-            f"batch.max_row_tokens={limit}: the model has {sizes.max_positions} positions; give at most that, or 0"
-        )
+    limit = max_row_tokens(cfg, sizes)
     need = estimate(
         cfg, sizes, world_size=size, dtype=plan.dtype, strategy=plan.strategy, device=plan.device,
         row_tokens=min(TYPICAL_ROW, limit),
     )  # fmt: skip
+    each = 16 * adapter_parameters(sizes, 32)  # weights, gradients and two moments, float32
     if not cfg.service.full_parameters:  # the base is frozen: adapters alone have gradients and moments
-        need = dataclasses.replace(need, masters=0, gradients=0, optimizer=0)
+        need = dataclasses.replace(need, masters=0, gradients=0, optimizer=0, adapter=each)
     service = cfg.service
     lines = [
         ("server", f"http://{service.host}:{service.port}, state in {service.folder}"),
@@ -33,12 +38,9 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
         ("model", f"{sizes.name}, {sizes.num_parameters / 1e6:,.1f}M parameters, rows of at most {limit} tokens"),
         *describe_turns(cfg),
     ]
-    total = need.peak
     if service.full_parameters:
         lines.append(("training", "all parameters, one model at a time"))
     else:
-        # Weights, gradients and two moments, float32.
-        each = 16 * adapter_parameters(sizes, 32)
         resident = min(service.max_models, service.max_resident_models)
         lines.append(
             (
@@ -47,17 +49,21 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
             )
         )
         lines.append(("", f"{resident} of them on the device: {resident * each / GIB:.3f} GiB"))
-        total += each
-    lines.append(("memory", f"{total / GIB:.3f} GiB on each rank with one model open (estimate)"))
+    lines.append(("memory", f"{need.peak / GIB:.3f} GiB on each rank with one model open (estimate)"))
     room = available(plan.device)
     if cfg.run.world_size or room is None:
         lines.append(("", "not compared with this machine"))
-    elif total - need.cache + need.least_cache > room[0]:
-        raise UserError(
-            f"model.path={cfg.model.path}: needs about {total / GIB:.1f} GiB on each rank, there are "
-            f"{room[0] / GIB:.1f} GiB ({room[1]}); try strategy.name=fsdp over more ranks, fewer "
-            "batch.max_tokens_per_microbatch, model.activation_checkpointing=true, or a smaller model"
-        )
     else:
+        check_fits(cfg, sizes, need, plan.device, may_free=False)
         lines.append(("", f"{room[0] / GIB:.3f} GiB available: {room[1]}"))
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def max_row_tokens(cfg: RunConfig, sizes: ModelSizes) -> int:
+    """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
+    if cfg.batch.max_row_tokens > sizes.max_positions:
+        raise UserError(
+            f"batch.max_row_tokens={cfg.batch.max_row_tokens}: the model has {sizes.max_positions} positions; give at "
+            "most that, or 0"
+        )
+    return cfg.batch.max_row_tokens or sizes.max_positions

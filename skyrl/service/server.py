@@ -27,6 +27,7 @@ from skyrl.loop import meet
 from skyrl.models.lora import adapted
 from skyrl.planner.memory import model_sizes
 from skyrl.planner.plan import describe_ranks, make_plan
+from skyrl.planner.serve import max_row_tokens
 from skyrl.service.app import AppState, http_error
 from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
@@ -77,7 +78,7 @@ def open_service(cfg: RunConfig) -> Service | None:
     plan = make_plan(cfg, world.size, device=world.choice)
 
     def make() -> RankContext:
-        longest = max_row_tokens(cfg)
+        longest = max_row_tokens(cfg, model_sizes(cfg))
         engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=longest)
         return RankContext(engine, score_tokens=cfg.batch.max_tokens_per_microbatch)
 
@@ -106,17 +107,6 @@ def open_service(cfg: RunConfig) -> Service | None:
     return Service(
         cfg, world, context.engine, scheduler, checkpoints, worker, info, describe_ranks(plan, world.choice.name)
     )
-
-
-def max_row_tokens(cfg: RunConfig) -> int:
-    """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
-    positions = model_sizes(cfg).max_positions
-    if cfg.batch.max_row_tokens > positions:
-        raise UserError(
-            f"batch.max_row_tokens={cfg.batch.max_row_tokens}: the model has {positions} positions; give at most that, "
-            "or 0"
-        )
-    return cfg.batch.max_row_tokens or positions
 
 
 def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService, ServerInfo]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from skyrl.distributed.init import World
 from skyrl.types import AdamParams, Metrics
 
 
@@ -28,7 +30,7 @@ class Strategy(Protocol):
     the same layers. Where it is False a rank may compute as much as it likes on its own.
     """
 
-    name: str
+    world: World
     module: Any  # a CausalLM, or what DeepSpeed makes of one
     is_sharded: bool
 
@@ -51,15 +53,19 @@ class Strategy(Protocol):
 
     def free_gathered(self) -> None:
         """Gives the memory of such a copy back; the next `gathered` makes another."""
+        return None
 
     def attach(self, adapter: nn.Module) -> Strategy:
         """The layout of a trainable adapter (models.lora) over this frozen model."""
 
     def offload(self) -> None:
-        """Moves an idle model to host memory where the layout can do that; only `onload` may be called then."""
+        """Moves an idle model to host memory where the layout can do that (else nothing); only `onload` may be called
+        then."""
+        return None
 
     def onload(self) -> None:
         """Takes `offload` back, bit for bit."""
+        return None
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Tensors and DTensors by name, ready for torch.distributed.checkpoint; full precision (masters)."""
@@ -68,4 +74,26 @@ class Strategy(Protocol):
         """Takes back what `state_dict` gave, after it was filled."""
 
     def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole weights on the CPU of rank 0 ({} elsewhere), named as in the module."""
+        """Whole weights on the CPU of rank 0 ({} elsewhere), named as in the module; gathered one by one."""
+        out = {}
+        for name, tensor in self._weights():
+            if self.world.is_leader:
+                out[name] = tensor.to("cpu", dtype, copy=True)
+        return out
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.state_dict(optimizer=False)["weights"].items():
+            yield name, full_tensor(tensor)
+
+
+def put_state(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Copies the tensors of a filled `state_dict`, the number of steps aside, where they belong; those that were filled
+    in place are there."""
+
+    def place(tensor: Tensor) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+
+    for key in own.keys() - {"step"}:
+        for name, tensor in own[key].items():
+            if place(tensor) != place(state[key][name]):
+                tensor.copy_(state[key][name])

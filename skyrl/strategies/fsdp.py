@@ -15,6 +15,7 @@ shards live in CPU memory, where AdamW runs too; a layer visits the device while
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from skyrl.distributed.init import World
 from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
-from skyrl.strategies.base import full_tensor
+from skyrl.strategies.base import Strategy, full_tensor, put_state
 from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, Metrics
 
 
-class FSDPStrategy:
+class FSDPStrategy(Strategy):
     """Strategy protocol over `fully_shard`, one unit per decoder layer and one for the rest.
 
     `build` makes the module, on the meta device, with masters' dtype; `fill(module, device)` puts weights into a module
@@ -47,7 +47,7 @@ class FSDPStrategy:
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        fill: Callable[[nn.Module, torch.device], None],
+        fill: Callable[[Any, torch.device], None],
         world: World,
         *,
         dtype: torch.dtype,
@@ -56,12 +56,9 @@ class FSDPStrategy:
         reshard_after_forward: bool = True,
         trainable: bool = True,
     ) -> None:
-        self.name = "hsdp" if shard_size else "fsdp"
         self.world = world
-        self.trainable = trainable
         self._dtype = dtype
         self._copies = world.dp_size // shard_size if shard_size else 1
-        self._offload = offload
         mesh = make_mesh(world, shard_size)
         gpu = world.device.type == "cuda"
         offload_policy = CPUOffloadPolicy(pin_memory=gpu) if offload else OffloadPolicy()
@@ -70,20 +67,15 @@ class FSDPStrategy:
         policy = (
             MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if dtype != master else MixedPrecisionPolicy()
         )
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
         for layer in module.layers():
-            fully_shard(
-                layer,
-                mesh=mesh,
-                mp_policy=policy,
-                offload_policy=offload_policy,
-                reshard_after_forward=reshard_after_forward,
-            )
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_gradient_divide_factor(1.0)  # sum over ranks: the loss carries every denominator
-                if world.device.type == "cpu":
-                    part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            shard(layer, reshard_after_forward=reshard_after_forward)
+        shard(module)
+        self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        for unit in self._units:
+            unit.set_gradient_divide_factor(1.0)  # sum over ranks: the loss carries every denominator
+            if world.device.type == "cpu":
+                unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
         fill(module, torch.device("cpu") if offload else world.device)
         if offload:
             for part in module.modules():  # registered again, since FSDP keeps them where the shards are
@@ -93,7 +85,6 @@ class FSDPStrategy:
             p.requires_grad_(trainable)
         self.module = module
         self._whole = WholeCopy(build, module, dtype, world.device)
-        self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.AdamW | None = None
         if trainable:
@@ -155,12 +146,6 @@ class FSDPStrategy:
         """The adapter whole on every rank: it is small, and its hooks then need no collective of their own."""
         return ReplicatedStrategy(adapter, self.world)
 
-    def offload(self) -> None:
-        """Shards stay where they are: `offload` of the configuration says where that is."""
-
-    def onload(self) -> None:
-        """Nothing to take back."""
-
     def gathered(self) -> nn.Module:
         """A whole module in the compute dtype with the weights as they are now; one gather after each change."""
         return self._whole.module(self._gather)
@@ -171,16 +156,9 @@ class FSDPStrategy:
 
     def _gather(self, targets: dict[str, Tensor]) -> None:
         for name, p in self._named:
-            # rounded before the gather: half the bytes, and the very values that training computes with
-            targets[name].copy_(full_tensor(self._visiting(p.detach().to(self._dtype))))
-
-    def _visiting(self, shard: DTensor) -> DTensor:
-        """The shard on the device, so that a gather of offloaded weights does not go over the CPU's network."""
-        if not self._offload or self.world.device.type == "cpu":
-            return shard
-        local = shard.to_local().to(self.world.device)
-        mesh, placements = shard.device_mesh, shard.placements
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shard.shape, stride=shard.stride())
+            # rounded before the gather: half the bytes, and the very values that training computes with; on the device,
+            # so that a gather of offloaded weights does not go over the CPU's network
+            targets[name].copy_(full_tensor(p.detach().to(self._dtype).to(self.world.device)))
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """DTensors by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"."""
@@ -195,25 +173,10 @@ class FSDPStrategy:
         """Copies a filled `state_dict` back; shards that were filled in place stay as they are."""
         self._reshard()
         self._whole.outdate()
-        own = self.state_dict(optimizer=optimizer)
-        for key, part in own.items():
-            if key == "step":
-                assert self._optimizer is not None
-                for _, p in self._named:
-                    self._optimizer.state[p]["step"].copy_(state["step"])
-                continue
-            for name, tensor in part.items():
-                if tensor.to_local().data_ptr() != state[key][name].to_local().data_ptr():
-                    tensor.copy_(state[key][name])
-
-    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole weights on the CPU of rank 0, gathered one by one; {} elsewhere."""
-        out = {}
-        for name, p in self._named:
-            whole = full_tensor(p.detach())
-            if self.world.is_leader:
-                out[name] = whole.to("cpu", dtype, copy=True)
-        return out
+        put_state(self.state_dict(optimizer=optimizer), state)
+        if optimizer and self._optimizer is not None:
+            for _, p in self._named:
+                self._optimizer.state[p]["step"].copy_(state["step"])
 
 
 def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:

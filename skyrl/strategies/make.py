@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,30 +31,19 @@ def make_strategy(
     A frozen model beside a DeepSpeed one is laid out by FSDP2: without an optimizer ZeRO has nothing else to offer.
     Collective. Raises UserError for a model that cannot be loaded or is not supported.
     """
-    offload = cfg.strategy.offload
+    offload, low = cfg.strategy.offload, dtype == torch.bfloat16
+    build = partial(build_on_meta, cfg.model, tokenizer, head=head)
     if name.startswith("zero") and trainable:
         stage = int(name[-1])
         home = torch.device("cpu") if stage == 3 else world.device
         model = build_model(cfg.model, tokenizer, device=home, dtype=dtype, head=head, seed=cfg.seed)
-        return ZeroStrategy(
-            stage,
-            model,
-            lambda: build_on_meta(cfg.model, tokenizer, head=head, dtype=dtype),
-            world,
-            dtype=dtype,
-            offload=offload,
-        )
+        return ZeroStrategy(stage, model, partial(build, dtype=dtype), world, dtype=dtype, offload=offload)
     if name in ("single", "ddp"):
         module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, head=head, seed=cfg.seed)
         return ReplicatedStrategy(module, world, trainable=trainable)
-    master = torch.float32 if dtype == torch.bfloat16 else dtype
-
-    def fill(module: Any, device: torch.device) -> None:
-        load_into(module, cfg.model, device=device, seed=cfg.seed)
-
     return FSDPStrategy(
-        lambda: build_on_meta(cfg.model, tokenizer, head=head, dtype=master),
-        fill,
+        partial(build, dtype=torch.float32 if low else dtype),
+        lambda module, device: load_into(module, cfg.model, device=device, seed=cfg.seed),
         world,
         dtype=dtype,
         shard_size=cfg.strategy.shard_size if name == "hsdp" else 0,

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from skyrl.distributed.init import World
 from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
+from skyrl.strategies.base import Strategy, put_state
 from skyrl.types import AdamParams, Metrics
 
 _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that vector kernels like
 
 
-class ReplicatedStrategy:
+class ReplicatedStrategy(Strategy):
     """Strategy protocol over flat buffers.
 
     With bfloat16 parameters, gradients are added into a float32 buffer after every backward, and AdamW works on
@@ -35,7 +36,6 @@ class ReplicatedStrategy:
     is_sharded = False
 
     def __init__(self, module: nn.Module, world: World, *, trainable: bool = True) -> None:
-        self.name = "single" if world.dp_size == 1 else "ddp"
         self.module = module
         self.world = world
         self.trainable = trainable
@@ -169,9 +169,6 @@ class ReplicatedStrategy:
         """The module itself: every rank has whole weights."""
         return self.module
 
-    def free_gathered(self) -> None:
-        """Nothing: there is no copy."""
-
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any."""
         source = self._master.detach() if self.trainable else self.flat
@@ -185,24 +182,11 @@ class ReplicatedStrategy:
 
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
         """Copies a filled `state_dict` back (views that were filled in place copy onto themselves)."""
-        own = self.state_dict(optimizer=optimizer)
-        for key, part in own.items():
-            if key == "step":
-                assert self._optimizer is not None
-                self._optimizer.state[self._master]["step"].copy_(state["step"])
-                continue
-            for name, tensor in part.items():
-                if tensor.data_ptr() != state[key][name].data_ptr():
-                    tensor.copy_(state[key][name])
+        put_state(self.state_dict(optimizer=optimizer), state)
+        if optimizer and self._optimizer is not None:
+            self._optimizer.state[self._master]["step"].copy_(state["step"])
         if self.trainable and self._master.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(self._master.detach())
-
-    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole weights on the CPU of rank 0; {} elsewhere."""
-        if not self.world.is_leader:
-            return {}
-        source = self._master.detach() if self.trainable else self.flat
-        return {n: self._view(source, n, p).to("cpu", dtype, copy=True) for n, p in self._named}
 
 
 def _adds_into(owner: weakref.ref[ReplicatedStrategy], name: str) -> Any:

@@ -51,7 +51,7 @@ _GATHER_ELEMENTS = 1 << 26  # zero3: weights gathered at a time for a whole copy
 _BUCKET_ELEMENTS = 50_000_000  # reduced or gathered at a time: 200 MB in float32
 
 
-class ZeroStrategy:
+class ZeroStrategy(Strategy):
     """Strategy protocol over a DeepSpeed engine; trainable models only (a frozen one has nothing for ZeRO to shard).
 
     `model` holds whole weights, on the CPU for stage 3 and on the device otherwise; zero3 takes it apart and moves this
@@ -75,7 +75,6 @@ class ZeroStrategy:
         dtype: torch.dtype,
         offload: str = "none",
     ) -> None:
-        self.name = f"zero{stage}"
         self.world = world
         self._stage, self._dtype, self._model = stage, dtype, model
         self._whole = WholeCopy(build, model, dtype, world.device)
@@ -212,12 +211,6 @@ class ZeroStrategy:
         """Never called: only frozen models have adapters, and make_strategy lays these out by FSDP2."""
         raise AssertionError("a model that is trained by DeepSpeed has no adapters")
 
-    def offload(self) -> None:
-        """Nothing: `offload` of the configuration says where masters and weights lie."""
-
-    def onload(self) -> None:
-        """Nothing to take back."""
-
     # ---- weights and state -----------------------------------------------------------------------------------------
 
     def gathered(self) -> nn.Module:
@@ -300,16 +293,11 @@ class ZeroStrategy:
         own[: len(part)] = part
         (utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param)(p, own, *key)
 
-    def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole masters on the CPU of rank 0, gathered one by one; {} elsewhere."""
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        out = {}
         for name, p in self._named:
-            whole = safe_get_full_fp32_param(p)
-            if self.world.is_leader:
-                out[name] = whole.to("cpu", dtype, copy=True)
-        return out
+            yield name, safe_get_full_fp32_param(p)
 
 
 class _Bridge(nn.Module):
