@@ -358,12 +358,12 @@ class Writer:
             assert result.prompt_logprobs is not None
             parts.insert(0, (self.queries[number].prompt, result.prompt_logprobs, result.topk_prompt))
         found: list[Token] = []
-        at = 0
+        at, before = 0, None if self.echo else int(self.queries[number].prompt[-1])
         for ids, logprobs, topk in parts:
             tops = [None] * len(ids) if topk is None else topk_rows(topk)
             for token, logprob, top in zip(ids.tolist(), logprobs.tolist(), tops, strict=True):
-                likeliest = [(self.chat.decode([other]), p) for other, p in (top or [])[: self.top]]
-                text = self.chat.decode([token])
+                likeliest = [(self.chat.decode([other], before), p) for other, p in (top or [])[: self.top]]
+                text, before = self.chat.decode([token], before), token
                 found.append(Token(text, None if math.isnan(logprob) else logprob, likeliest, at))
                 at += len(text)
         return found

@@ -92,6 +92,14 @@ class Chat:
             reads = f"it reads: {', '.join(sorted(known)) or 'none'}" if self.has_template else "there is none"
             raise UserError(f"{where}.{unknown[0]}: the chat template does not read it; {reads}")
 
+    def unread_field(self, fields: Mapping[str, Any]) -> str:
+        """Of a row: a field that other trainers give to the template and this one does not, in words; "" for none."""
+        if fields.get("tools") and "tools" in (self._variables or ()):
+            return "field 'tools' is not given to the chat template; write them into a message, or rename the field"
+        if fields.get("chat_template_kwargs") and self.has_template:
+            return "field 'chat_template_kwargs' is not read; chat.template_kwargs holds for all rows, remove the field"
+        return ""
+
     @functools.cached_property
     def _variables(self) -> set[str] | None:
         return template_variables(getattr(self.tokenizer, "chat_template", None))
@@ -137,7 +145,8 @@ class Chat:
         if kind not in self._lost:
             if len(self._lost) >= KINDS:
                 self._lost.clear()
-            self._lost[kind] = lost_message(messages, functools.partial(self._apply, False, False, variables))
+            write = functools.partial(self._apply, False, False, variables)
+            self._lost[kind] = lost_message(messages, write, getattr(self.tokenizer, "chat_template", None))
         return self._lost[kind]
 
     def _apply(self, opening: bool, continued: bool, variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
@@ -310,7 +319,8 @@ class Chat:
         return ", ".join(f"{names[token]} ({token}: {source})" for token, source in self.end_tokens.items())
 
     def warnings(self) -> list[str]:
-        """What is doubtful about the tokenizer and its template, one line each: an end of turn that nothing names."""
+        """What is doubtful about the tokenizer and its template, one line each: an end of turn that nothing names,
+        prompts that depend on the day."""
         lines = []
         for name in self._unnamed:
             token = self.tokenizer.convert_tokens_to_ids(name)
@@ -318,6 +328,12 @@ class Chat:
                 f"the chat template ends an assistant's turn with {name} ({token}), which tokenizer, config.json and "
                 f"generation_config.json do not name: answers go on after it; give sampler.stop_token_ids=[{token}]"
             )
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        if "strftime_now" in template and "date_string" not in self.template_kwargs:
+            fixed = (
+                "chat.template_kwargs={date_string: '26 Jul 2024'}" if "date_string" in template else "another template"
+            )
+            lines.append(f"the chat template writes today's date, so tomorrow's prompts are others; {fixed} keeps one")
         return lines
 
     def _ids(self, ids: Sequence[int]) -> Ints:

@@ -10,6 +10,7 @@ from skyrl.types import Message, UserError
 # Variables of templates that are said in other ways.
 TAKEN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "bos_token", "eos_token"}
 TAKEN |= {"raise_exception", "strftime_now"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of a message beside its content
 MAX_TRIED = 16  # kinds of messages without a text in one conversation
 Write = Callable[[Sequence[Message]], str]
 
@@ -49,17 +50,26 @@ def structure(message: Message) -> tuple[Any, ...]:
     return (message["role"], not message["content"].strip(), *sorted(key for key in message if message[key]))
 
 
-def lost_message(messages: Sequence[Message], write: Write) -> str:
+def lost_message(messages: Sequence[Message], write: Write, template: Any = None) -> str:
     """What of `messages` is not in the text that `write` makes of them, and what to do; "" when all of it is.
 
     Each text is replaced by a word that occurs nowhere else, so only roles and fields decide (`structure`). A blank
     message, and tool_calls, must make a difference to what is written; of many alike the first and the last are tried.
+    What an answer thought may be left out on purpose, but not by a `template` that does not know such a field.
     """
     marked = [{**m, "content": f"MESSAGE{i}STANDSHERE"} if m["content"].strip() else m for i, m in enumerate(messages)]
     try:
         text = write(marked)
     except Exception:  # the template refuses these roles, or looks into the texts: the real ones decide then
         return ""
+    for i, message in enumerate(messages):
+        unknown = [
+            name for name in THOUGHTS if message.get(name) and isinstance(template, str) and name not in template
+        ]
+        if unknown:
+            return (
+                f"the {unknown[0]} of {_place(messages, i)} is not read by the chat template; put it into the content"
+            )
     advice = "give it another role, or a template that knows it (model.chat_template)"
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, message in enumerate(messages):

@@ -79,6 +79,8 @@ class PromptCheck:
     def _read(self, chat: Chat, prompt: Prompt) -> str | None:
         """The whole text of a prompt whose tokens have to be counted, "" when it is short enough without, None when it
         is empty or cannot be read."""
+        if chat.unread_field(prompt.extra):
+            return None
         try:
             text = chat.render(prompt.messages)
         except UserError:
@@ -109,6 +111,8 @@ class PromptCheck:
 
     def _problem(self, chat: Chat, prompt: Prompt) -> tuple[str, str] | None:
         """(kind, words) of what is wrong with one prompt, exactly as it will be played."""
+        if unread := chat.unread_field(prompt.extra):
+            return "refused", unread
         try:
             count = len(chat.prompt(prompt.messages))
             if count == 0:

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 from door_server import INFO, TEXT, events, serving
+from small_tokenizers import llama2
 
 from skyrl.service.messages import SampledSequence, SampleResult, SamplingRequest
 from skyrl.service.openai import ChatBody, Writer
@@ -375,6 +376,19 @@ def test_the_text_of_an_answer_is_what_rewards_read(templated):
         one = SampledSequence(ids, np.zeros(len(ids), np.float32), reason)
         answer = Writer(body, body.queries(templated, INFO), templated, 0).whole([SampleResult([one])])
         assert answer["choices"][0]["message"]["content"] == templated.read(ids.tolist()) == text.removesuffix("<eos>")
+
+
+def test_the_tokens_of_log_probabilities_are_the_text_of_the_answer():
+    """Also of a tokenizer that begins a word behind a special token with a space of its own."""
+    tokenizer = llama2()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<|assistant|>"
+    chat = Chat(tokenizer)
+    body = ChatBody.parse({"model": "m", "messages": [USER], "logprobs": True})
+    ids = chat.answer([USER], "the sum is 42")[:-1]
+    one = SampledSequence(ids, np.zeros(len(ids), np.float32), "length")
+    (choice,) = Writer(body, body.queries(chat, INFO), chat, 0).whole([SampleResult([one])])["choices"]
+    tokens = [token["token"] for token in choice["logprobs"]["content"]]
+    assert "".join(tokens) == choice["message"]["content"] == "the sum is 42"
 
 
 def test_too_much_work_and_no_tokenizer(tmp_path):

@@ -209,6 +209,16 @@ def test_an_end_that_nothing_names_is_a_warning():
         assert Chat(tokenizer).warnings() == []
 
 
+def test_a_template_that_writes_the_date_is_a_warning():
+    """A run that goes on tomorrow would read other prompts than today, and a resumed one others than before."""
+    tokenizer = characters()
+    date = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    tokenizer.chat_template = date + TEMPLATES["spaces around the text"][0]
+    (line,) = Chat(tokenizer).warnings()
+    assert "writes today's date" in line and "chat.template_kwargs={date_string: '26 Jul 2024'} keeps one" in line
+    assert Chat(tokenizer, template_kwargs={"date_string": "26 Jul 2024"}).warnings() == []
+
+
 def test_a_token_beyond_the_embedding_is_named_when_it_occurs():
     tokenizer = characters()
     size = len(tokenizer)

@@ -145,6 +145,15 @@ def test_what_one_request_leaves_out_on_purpose_is_not_refused_to_others():
     assert len(chat._lost) <= KINDS
 
 
+def test_what_an_answer_thought_is_known_to_the_template_or_refused():
+    thought = [{"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}, *say(HI)]
+    with pytest.raises(UserError, match=r"the reasoning_content of message 1 of 2 \(role 'assistant'\) is not read by"):
+        chat_of(GENERIC).render(thought)
+    drops = GENERIC + "{# of the last answer alone: reasoning_content #}"  # on purpose, as Qwen3 does
+    assert chat_of(drops).render(thought).startswith("[assistant]4<eos>[user]hi")
+    assert chat_of(GENERIC).render([{**thought[0], "reasoning_content": None}, *say(HI)])
+
+
 def test_many_blank_messages_cost_few_texts():
     texts = []
 

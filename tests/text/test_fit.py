@@ -55,6 +55,18 @@ OK = {"prompt": "2+2=", "solution": "4"}
         ({"prompt": "\u00e9" * 70}, "", "too_long", "70 tokens"),
         (ROWS["long"], KNOWN, "too_long", "77 tokens"),
         (ROWS["developer"], KNOWN, "refused", "message 1 of 2 (role 'developer') is not written"),
+        (
+            {"prompt": "x", "tools": [{"type": "function"}]},
+            KNOWN + "{% if tools %}{{ tools }}{% endif %}",
+            "refused",
+            "field 'tools' is not given to the chat template; write them into a message",
+        ),
+        (
+            {"prompt": "x", "chat_template_kwargs": {"a": 1}},
+            KNOWN,
+            "refused",
+            "field 'chat_template_kwargs' is not read; chat.template_kwargs holds for all rows",
+        ),
         (ROWS["tool"], KNOWN, "refused", "the chat template refuses these messages: No tools here"),
     ],
 )
@@ -78,6 +90,7 @@ def test_a_prompt_that_cannot_be_played_is_named_by_its_line_or_left_out(run, tm
 def test_what_fits_to_the_last_token_is_played(run):
     run({"prompt": "x" * 63}, {"prompt": "."}, {"prompt": "\u00e9" * 63})
     run({"prompt": "x" * 63}, max_prompt_tokens=63)
+    run({"prompt": "x", "tools": [1], "chat_template_kwargs": {}}, {"prompt": "x", "tools": []}, template=KNOWN)
     with pytest.raises(UserError, match="train.jsonl:1: 31 tokens, above data.max_prompt_tokens=30"):
         run({"prompt": "x" * 31}, max_prompt_tokens=30)
     run(OK, test=[OK] * 256 + [ROWS["long"]])  # is never played
