@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import NoReturn
 
 import hydra
@@ -32,13 +32,14 @@ from skyrl.config.load import (
     config_dir,
     explain,
     finish,
-    quote_homes,
+    quote_text,
     register_schema,
 )
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, phases
-from skyrl.distributed.env import REQUEUE_FILE, from_slurm, rank, report_to_launcher, world_size
+from skyrl.distributed.env import REQUEUE_FILE, rank, report_to_launcher, world_size
 from skyrl.distributed.faults import classify, describe
+from skyrl.distributed.place import take_place
 from skyrl.files import disk_reason
 from skyrl.planner.serve import dry_run_text
 from skyrl.types import RunError, StopRun, UserError
@@ -80,7 +81,7 @@ def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
             print(help_text(mode))
         return
     try:
-        from_slurm()  # under srun alone, RANK and the others come from Slurm's variables
+        take_place()  # under srun or mpirun alone, RANK and the others come from the launcher's own variables
         _Entry(mode, [*args, *prepare()]).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
@@ -121,7 +122,8 @@ def _report(error: BaseException, mode: str) -> int:
     fault, group = classify(error), _group()
     if fault is not None and fault.kind == "lost" and group is not None:
         return _log_error(group.about_lost_peer(error), FAILURE, bundle=True)
-    trace = "".join(traceback.format_exception(type(error), error, _own_part(error)))
+    own = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    trace = "".join(traceback.format_exception(type(error), error, own))
     if fault is None or fault.kind == "lost":
         return _log_error(trace, FAILURE, plain=True, bundle=True)
     phase = phases.status.phase if env.watchdog is not None else ""
@@ -130,10 +132,6 @@ def _report(error: BaseException, mode: str) -> int:
         return _log_error(line, FAILURE, bundle=True, named=True)
     # It may be a fault of the program: where it was is worth its lines.
     return _log_error(f"{trace}skyrl: error: {line}\n", FAILURE, plain=True, bundle=True, named=True)
-
-
-def _own_part(error: BaseException) -> TracebackType | None:
-    return error.__traceback__.tb_next if error.__traceback__ is not None else None
 
 
 def _group() -> ModuleType | None:
@@ -165,19 +163,14 @@ def _log_error(
             time.sleep(OWN_THREAD_SECONDS)
         return code
     who = f"rank {me}: " if me != 0 and not named else ""
-    place, details = _crash_report(message) if bundle else ("", "")
+    # " in <phase>, step <n>" and "; details in <crash bundle>", while a run is watched.
+    place, details = env.watchdog.crash_report(message) if bundle and env.watchdog is not None else ("", "")
+    line = f"skyrl: error: {who}{message}{details}\n"
     if plain:
-        if place:
-            _print_error(f"rank {me} failed{place}{details}")
-        print(f"{who}{message}", end="", file=sys.stderr, flush=True)
-    else:
-        _print_error(who + message + details)
+        line = f"skyrl: error: rank {me} failed{place}{details}\n" * bool(place) + who + message
+    print(line, end="", file=sys.stderr, flush=True)
     report_to_launcher(who + message.rstrip())
     return code
-
-
-def _print_error(text: str) -> None:
-    print(f"skyrl: error: {text}", file=sys.stderr, flush=True)
 
 
 def _first_of_step(message: str) -> bool:
@@ -202,11 +195,6 @@ def _first_of_step(message: str) -> bool:
     except OSError:  # two lines are better than none
         return True
     return True
-
-
-def _crash_report(message: str) -> tuple[str, str]:
-    """(" in <phase>, step <n>", "; details in <crash bundle>") while a run is watched, else ("", "")."""
-    return env.watchdog.crash_report(message) if env.watchdog is not None else ("", "")
 
 
 def _refuse_restart(folder: Path) -> None:
@@ -260,7 +248,7 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("-"):
-            overrides.append(quote_homes(arg))
+            overrides.append(arg)
             continue
         flag, equals, value = arg.partition("=")
         if flag == "--dry-run":
@@ -281,7 +269,8 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{flag} {value}: choose one of {', '.join(wanted)}")
         value = value if wanted else expand_home(value, flag)
         flags += [f"{flag}={value}"] if flag.startswith("--") else [flag, value]
-    return flags, overrides
+    sweep = "-m" in flags or "--multirun" in flags
+    return flags, [quote_text(override, sweep=sweep) for override in overrides]
 
 
 class _Entry:

@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 import yaml
 
 from skyrl.config.args import Parser, path_arg
-from skyrl.config.load import config_digest
+from skyrl.config.load import config_digest, flat
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import ignored_on_resume
-from skyrl.distributed import env as slurm_env
+from skyrl.distributed.place import take_place
 from skyrl.files import write_atomic
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.trainers import run_trainer
@@ -45,7 +45,7 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
 
     A point of a `sweep` whose folder has a result of the same options is not run again. Raises what the run raises.
     """
-    slurm_env.from_slurm()  # a task that submitit started comes here without the command line's start
+    take_place()  # a task that submitit started comes here without the command line's start
     folder, leader = Path(cfg.run.dir), os.environ.get("RANK", "0") == "0"
     done = read_result(folder)
     if sweep and done is not None and done["digest"] == point_digest(cfg):
@@ -193,12 +193,12 @@ def read_points(folder: Path) -> list[Point]:
     for path in sorted(folder.glob("*/config.yaml")):
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
-            flat = _flat(config)
-            seed = int(flat.pop("seed"))
+            options = flat(config)
+            seed = int(options.pop("seed"))
         except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{path}: not the config of a run; move that folder away") from None
-        schedule = str(flat.get("optim.schedule"))
-        kept = {k: v for k, v in flat.items() if k in UNCOUNTED or not ignored_on_resume(k, schedule)}
+        schedule = str(options.get("optim.schedule"))
+        kept = {k: v for k, v in options.items() if k in UNCOUNTED or not ignored_on_resume(k, schedule)}
         _, point = found.setdefault(json.dumps(kept, sort_keys=True, default=str), (kept, Point({})))
         if (path.parent / RESULT).exists():
             if seed in point.runs:
@@ -265,13 +265,6 @@ def sweep_table(args: Sequence[str]) -> None:
         for point in points
     ]
     print(json.dumps({"folder": str(flags.folder), "points": rows}, indent=1))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _text(values: dict[str, Any], key: str) -> str:

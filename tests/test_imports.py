@@ -52,7 +52,8 @@ LEVELS = {
 }
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
-    for name in "algorithms api cli config data distributed.env envs launch main planner registry run_dir".split()
+    for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
+    + "launch main planner registry run_dir".split()
     + "sft sweep text tinker tracking train types web".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.

@@ -18,7 +18,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
         raise UserError(f"{self.prog.split()[-1]}: {message}; {self.prog} --help lists the flags")
 
 

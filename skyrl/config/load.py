@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from skyrl.config.args import expand_home
-from skyrl.config.model_path import path_problem
 from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
@@ -34,6 +35,7 @@ from skyrl.config.validation import (
     with_params,
     without_foreign_params,
 )
+from skyrl.hub.model_path import path_problem
 from skyrl.types import UserError
 
 VERSION_BASE = "1.3"
@@ -46,6 +48,7 @@ SERVE_GROUPS = ("model",)  # the folders of conf that serve.yaml uses
 MANY_PROMPTS = 1 << 20
 TYPICAL_ROW = 1024
 MAX_SUFFIX = 40
+MAX_NAME_BYTES = 255
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
 
@@ -109,13 +112,27 @@ def _prune(node: DictConfig, mode: str, prefix: str) -> None:
             _prune(child, mode, f"{path}.")
 
 
-def quote_homes(override: str) -> str:
-    """An override whose values have a `~`, in quotes where it has none: Hydra's grammar refuses `~` outside of them."""
+def quote_text(override: str, *, sweep: bool = False) -> str:
+    """An override as Hydra's grammar wants it, where the value is a text and the grammar would refuse it or take it for
+    several: a path may have commas, equals signs, quotes, a `~`, and letters of any language. In a `sweep` commas
+    stand between values."""
     key, equals, value = override.partition("=")
-    if "~" not in value or re.search(r"['\"\\]", value):
+    if re.fullmatch(r"[\w./:@+ -]*", value, re.ASCII):
         return override
     if key.startswith("hydra."):  # no option of ours, whose values are expanded where the config is made
-        return f"{key}={expand_home(value, key)}"
+        return f"{key}={expand_home(value, key)}" if "~" in value and not re.search(r"['\"\\]", value) else override
+    try:
+        several = OverridesParser.create().parse_override(override).is_sweep_override()
+        if sweep or not several:
+            return override
+    except HydraException:
+        pass
+    texts = {option.path for option in all_options() if option.type in ("path", "str")}
+    if key.lstrip("+") in texts and not (sweep and re.search(r"[,()]", value)):
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+        return f"{key}='{escaped}'"
+    if "~" not in value or re.search(r"['\"\\]", value):
+        return override
     return key + equals + re.sub(r"[^\s,\[\]{}():]*~[^\s,\[\]{}()]*", lambda found: f"'{found[0]}'", value)
 
 
@@ -138,7 +155,7 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     Raises: UserError for an unknown option, group or recipe, or a value of the wrong type.
     """
     register_schema()
-    overrides = [quote_homes(override) for override in overrides]
+    overrides = [quote_text(override) for override in overrides]
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
             composed = compose("serve" if mode == "serve" else "config", overrides=overrides)
@@ -187,7 +204,13 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         raise UserError(f"run.name={name}: a name has no / and no leading dot; give a folder with run.dir")
     run = dataclasses.replace(cfg.run, name=name)
     cfg = dataclasses.replace(cfg, run=run)
-    return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(resolve_run_dir(cfg))))
+    folder = resolve_run_dir(cfg)
+    if too_long := [part for part in folder.parts if len(os.fsencode(part)) > MAX_NAME_BYTES]:
+        raise UserError(
+            f"{'run.dir' if cfg.run.dir else 'run.name'}={too_long[0]}: {len(os.fsencode(too_long[0]))} bytes long, "
+            f"and file systems allow {MAX_NAME_BYTES}; give a shorter name"
+        )
+    return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(folder)))
 
 
 def _finish_serve(cfg: RunConfig) -> RunConfig:
@@ -367,13 +390,8 @@ def _at(values: dict[str, Any], path: str, *, make: bool = False) -> dict[str, A
     return values if isinstance(values, dict) else {}
 
 
-def save_config(cfg: RunConfig, path: Path) -> None:
-    """Writes the resolved config as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))), encoding="utf-8")
-
-
 def read_config(path: Path) -> RunConfig:
-    """What save_config wrote."""
+    """The config.yaml that a run has left. Raises UserError for what is no mapping, or has unknown names."""
     values = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a config; expected a YAML mapping")

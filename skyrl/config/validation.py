@@ -558,20 +558,3 @@ RESUME_OPTIONS = frozenset(
     "sampler.prefix_cache sampler.cuda_graphs sampler.keep_memory debug.check_replicas_every "
     "debug.check_weights_every".split()
 )
-
-
-def unknown_paths() -> list[str]:
-    """Paths in this file's tables that are no options: empty, or the schema has moved on without us."""
-    known = {o.path for o in all_options()}
-    tables: list[Iterable[str]] = [
-        CHOICES,
-        AT_LEAST_ONE,
-        ABOVE_ZERO,
-        LEAST,
-        PARTS,
-        BELOW_ONE,
-        RESUME_OPTIONS,
-        REGISTERED,
-    ]
-    paths = {path for table in tables for path in table} | {p for p in (*APPLIES, *APPLIES_TYPED)}
-    return sorted(p for p in paths if p not in known and not any(k.startswith(p + ".") for k in known))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from skyrl.config.load import flat, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.env import report_to_launcher
 from skyrl.distributed.faults import classify
+from skyrl.distributed.network import MAX_SKEW
 from skyrl.envs import clock
 from skyrl.types import RunError, UserError
 
@@ -43,15 +45,17 @@ def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seco
     store.set(f"facts/{rank}", json.dumps(facts))
     if rank == 0:
         verdict = _judge_all(store, size, seconds)
-        store.set("verdict", json.dumps(verdict))
+        store.set("verdict", json.dumps([verdict, facts["host"], time.time()]))
     else:
         try:
             if missing_after(store, ["verdict"], clock.now() + seconds + MARGIN_SECONDS):
                 raise dist.DistError(f"no word within {seconds + MARGIN_SECONDS} s")
-            verdict = json.loads(store.get("verdict"))
+            verdict, host, shown = json.loads(store.get("verdict"))
         except dist.DistError as error:
             what = str(error).split("\n")[0][:120]
             raise RunError(f"rank 0 is gone or stands still before the group of ranks was made ({what})") from None
+    if rank != 0 and (told := clock_problem(facts["host"], time.time(), host, shown)):
+        print(f"skyrl: warning: {told}", file=sys.stderr, flush=True)
     if not verdict:
         return
     store.add("verdict-read", 1)
@@ -102,6 +106,17 @@ def still_starting(store: Any, rank: int, size: int, seconds: int) -> str:
     hosts = {other: {"host": store.get(f"here/{other}").decode()} for other in late}
     who = _names(hosts, late) if late else f"rank {rank}"
     return f"the group of ranks was not made within run.join_seconds={seconds}: {who} not ready; {NETWORK_REMEDY}"
+
+
+def clock_problem(host: str, now: float, other: str, then: float) -> str:
+    """Words about a clock that is off: `now` is shown on `host` just after `then` on `other`; "" when they agree."""
+    if abs(now - then) <= MAX_SKEW or host == other:
+        return ""
+    way = "ahead of" if now > then else "behind"
+    return (
+        f"the clock of {host} is {abs(now - then):.0f} s {way} that of {other}: deadlines and times of files will not "
+        "fit; mend time service there"
+    )
 
 
 def options_of_all(cfg: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import os
 import random
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,18 +24,13 @@ import torch.distributed as dist
 import skyrl
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, failure, peers
-from skyrl.distributed.agreement import (
-    POLL_SECONDS,
-    agree_on_start,
-    group_start,
-    is_allowed,
-    missing_after,
-    options_of_all,
-)
+from skyrl.distributed.agreement import agree_on_start, group_start, is_allowed, options_of_all
+from skyrl.distributed.meet import meet
+from skyrl.distributed.network import use_interface
 from skyrl.distributed.peers import Peers
-from skyrl.envs import clock
+from skyrl.distributed.place import number
 from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, look
-from skyrl.types import RunError, UserError
+from skyrl.types import UserError
 
 T = TypeVar("T")
 
@@ -81,35 +75,19 @@ class World:
         return [items[i] for i in range(self.dp_rank, len(items), self.dp_size)]
 
 
-CONNECT_SECONDS = 5.0
 # The libraries' own deadlines go on while this process is stopped, and cannot be moved: those of `peers` count.
 FOREVER = timedelta(days=365)
 _world: World | None = None
 _store: Any = None  # where the ranks met
 
 
-def _environment(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"environment variable {name}={text!r} is not a number; start with torchrun or srun") from None
-
-
-def world_size_from_environment() -> int:
-    """Ranks of this job as the launcher says; 1 without a launcher."""
-    return _environment("WORLD_SIZE", 1)
-
-
 def set_threads(threads: int) -> None:
     """CPU threads of this rank: the given number, else the cores this process may use shared by the node's ranks."""
     if threads == 0:
-        if "OMP_NUM_THREADS" in os.environ and _environment("LOCAL_WORLD_SIZE", 1) == 1:
+        if "OMP_NUM_THREADS" in os.environ and number("LOCAL_WORLD_SIZE", 1) == 1:
             return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        threads = max(1, cores // _environment("LOCAL_WORLD_SIZE", 1))
+        threads = max(1, cores // number("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads)
 
 
@@ -132,7 +110,7 @@ def init_distributed(cfg: RunConfig) -> World:
     global _world, _store
     set_threads(cfg.run.threads)
     set_determinism(cfg.seed, cfg.debug.deterministic)
-    rank, size, local_rank = _environment("RANK", 0), world_size_from_environment(), _environment("LOCAL_RANK", 0)
+    rank, size, local_rank = env.rank(), env.world_size(), number("LOCAL_RANK", 0)
     if _world is not None:
         choice, device = _choose(cfg, local_rank)
         if _world.device != device:
@@ -140,8 +118,8 @@ def init_distributed(cfg: RunConfig) -> World:
         return replace(_world, choice=choice)
     if size > 1:
         failure.end_with_launcher()
-        _store = _meet(rank, size, cfg.run.join_seconds)
-        choice, device = _choose_together(cfg, _store, rank, size, local_rank)
+        _store, address = meet(rank, size, cfg.run.join_seconds)
+        choice, device = _choose_together(cfg, _store, address, local_rank)
     else:
         choice, device = _choose(cfg, local_rank)
         if cfg.strategy.name in ("auto", "single", "ddp"):
@@ -168,14 +146,14 @@ def _choose(cfg: RunConfig, local_rank: int) -> tuple[DeviceChoice, torch.device
     return choice, torch.device("cpu") if choice.kind == "cpu" else torch.device("cuda", local_rank)
 
 
-def _choose_together(
-    cfg: RunConfig, store: Any, rank: int, size: int, local_rank: int
-) -> tuple[DeviceChoice, torch.device]:
-    """This rank's device, once all ranks have one and agree. Raises UserError or RunError, the same on every rank."""
+def _choose_together(cfg: RunConfig, store: Any, address: str, local_rank: int) -> tuple[DeviceChoice, torch.device]:
+    """This rank's device, once all ranks have one and agree; gloo and NCCL use the interface of `address` from here on.
+    Raises UserError or RunError, the same on every rank."""
     facts, choice, error = DeviceFacts(torch.__version__), DeviceChoice("", ""), ""
     try:
         facts = look(cfg.strategy.device, local_rank)
         choice = choose(cfg.strategy.device, cfg.model.dtype, facts)
+        use_interface(address)
     except UserError as problem:
         error = str(problem)
     allowed = cfg.run.allow_different
@@ -192,56 +170,14 @@ def _choose_together(
         **({"CUDA": facts.cuda or facts.hip, "NCCL": facts.nccl} if choice.kind == "cuda" else {}),
     }
     told = {"host": socket.gethostname(), "error": error, "device": facts.name, "uuid": facts.uuid, "same": same}
-    agree_on_start(store, rank, size, {**told, "options": options_of_all(cfg)}, cfg.run.join_seconds)
+    agree_on_start(store, env.rank(), env.world_size(), {**told, "options": options_of_all(cfg)}, cfg.run.join_seconds)
     return choice, torch.device("cpu") if choice.kind == "cpu" else torch.device("cuda", local_rank)
-
-
-def _meet(rank: int, size: int, seconds: int) -> Any:
-    """The store through which the ranks meet, once all of them are there. Raises RunError that names who is not."""
-    until = clock.now() + seconds
-    host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", 0)
-    where, limit = f"{host}:{port}", f"within run.join_seconds={seconds}"
-    advice = "see whether their processes have started and can reach that address, or raise run.join_seconds"
-    if not host or not port:
-        raise UserError("MASTER_ADDR and MASTER_PORT are not both set; start with torchrun, or set them for all ranks")
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    try:
-        if not keeps:
-            _reach(host, port, until)
-        store: dist.Store = dist.TCPStore(
-            host, port, is_master=keeps, timeout=timedelta(seconds=seconds), multi_tenant=True, wait_for_workers=False
-        )
-    except (dist.DistError, OSError) as error:
-        what = " ".join(str(error).split("\n")[0].split())[:160]
-        raise RunError(f"the {size} ranks did not meet at {where} {limit} ({what}); {advice}") from None
-    # torchrun may keep one store over its restarts
-    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = dist.PrefixStore(f"skyrl/{attempt}", store)
-    store.set(f"here/{rank}", socket.gethostname())
-    if missing := missing_after(store, [f"here/{other}" for other in range(size)], until):
-        some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
-    return store
-
-
-def _reach(host: str, port: int, until: float) -> None:
-    """Waits until somebody listens there. Raises OSError when nobody does in time.
-
-    In Python, because torch's own waiting is deaf to signals: a launcher that ends us would have to wait for it."""
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-            return
-        except OSError:
-            if clock.now() > until:
-                raise
-        time.sleep(POLL_SECONDS)
 
 
 def store_of_machines(name: str) -> Any:
     """`own_store` where the ranks are on several machines, else None."""
-    size = world_size_from_environment()
-    return own_store(name) if _environment("LOCAL_WORLD_SIZE", size) < size else None
+    size = env.world_size()
+    return own_store(name) if number("LOCAL_WORLD_SIZE", size) < size else None
 
 
 def own_store(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skyrl.hub.gguf import converted, gguf_file
+from skyrl.hub.model_path import path_problem
 from skyrl.types import UserError
 
 
@@ -14,19 +15,12 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
 
     Raises: UserError that says what was looked for, when there is neither.
     """
-    folder = Path(path).expanduser()
-    if weights and (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{where}={path}: the folder holds an adapter of peft; give the model that merge_and_unload of peft makes "
-            "of it, or the base without the adapter's files"
-        )
+    folder = Path(path)
+    if weights and (problem := path_problem(path)):
+        raise UserError(f"{where}={path}: {problem}")
     if (file := gguf_file(folder, where)) is not None:
         return converted(file, where=where)
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and weights:
-            raise UserError(
-                f"{where}={path}: the folder has no config.json; give a folder in Hugging Face format, or a .gguf file"
-            )
         return folder
     looked = f"no folder {folder.absolute()}"
     if path.count("/") != 1 or path.startswith((".", "/", "~")):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from skyrl.config.args import Parser
 from skyrl.config.load import load_config
-from skyrl.distributed import env as slurm_env
-from skyrl.distributed.env import REQUEUE_FILE
+from skyrl.distributed import place
+from skyrl.distributed.env import LAUNCHED, REQUEUE_FILE
 from skyrl.launch import hosts, machine, processes, sbatch
-from skyrl.launch.rank import BIND, LEFT, MODES
+from skyrl.launch.rank import BIND, MODES
 from skyrl.main import split_args
 from skyrl.types import UserError
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--nproc", default="auto", help="ranks of a node; auto: one a GPU, else one a core")
+    p.add_argument("--nproc", type=ranks_arg, default=0, help="ranks of a node; auto: one a GPU, else one a core")
     p.add_argument("--no-bind", action="store_true", help="leaves ranks on all cores instead of on their own")
     p.add_argument("--max-restarts", type=int, default=0, help="restarts from the last checkpoint after a failure (0)")
     p.add_argument("--dry-run", action="store_true", help="prints what would run")
@@ -64,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--asks-again", type=float, default=None, help=argparse.SUPPRESS)
     p.add_argument("--remote-commands", action="store_true", help=argparse.SUPPRESS)
     return p
+
+
+def ranks_arg(text: str) -> int:
+    """The type of --nproc: a number of ranks, 0 for auto."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: give a number of ranks, or auto")
+    return 0 if text == "auto" else int(text)
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,23 @@ def launch(args: Sequence[str]) -> int:
     if flags.print:
         raise UserError("launch: --print shows a batch script: add --slurm; --dry-run shows other commands")
     if flags.hosts:
-        if slurm_env.in_allocation():
+        if place.in_allocation():
             raise UserError(f"launch: --hosts={flags.hosts}: Slurm has chosen the hosts of this job; leave it out")
         return hosts.launch(flags, job.mode, job.args)
-    if slurm_env.in_allocation() and flags.nnodes == 1:
+    if place.in_allocation() and flags.nnodes == 1:
         return _in_slurm(flags, job)
+    if not flags.remote_commands:
+        _refuse_several()
     return _on_this_node(flags, job)
+
+
+def _refuse_several(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UserError when srun or mpirun has started several launches: their ranks would not know of each other."""
+    if (started := place.launcher_place(environment)) is not None:
+        raise UserError(
+            f"launch: this is {started}, and the launches would not know of each other; start one, outside of srun (it "
+            "starts the ranks on all nodes of a job), or the ranks themselves: srun python -m skyrl.train"
+        )
 
 
 def read_job(args: Sequence[str]) -> Job:
@@ -109,15 +127,11 @@ def read_job(args: Sequence[str]) -> Job:
     return Job(mode, rest, None if mode == "serve" or cfg.dry_run else Path(cfg.run.dir))
 
 
-def ranks_of(text: str, found: machine.Machine) -> int:
-    """--nproc as a number. Raises UserError when it is none, or more than there are GPUs."""
-    if text == "auto":
-        return found.default_ranks()
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"launch: --nproc={text}: give a number of ranks, or auto")
-    if found.visible_gpus and int(text) > found.visible_gpus:
-        raise UserError(f"launch: --nproc={text}: this node shows {found.visible_gpus} GPUs; give at most that")
-    return int(text)
+def ranks_of(nproc: int, found: machine.Machine) -> int:
+    """The ranks of this node. Raises UserError for more than there are GPUs."""
+    if found.visible_gpus and nproc > found.visible_gpus:
+        raise UserError(f"launch: --nproc={nproc}: this node shows {found.visible_gpus} GPUs; give at most that")
+    return nproc or found.default_ranks()
 
 
 def torchrun(flags: argparse.Namespace, ranks: int) -> list[str]:
@@ -147,6 +161,8 @@ def _on_this_node(flags: argparse.Namespace, job: Job) -> int:
     if flags.no_bind:
         extra[BIND] = "none"
     say(f"{found.describe()}; {ranks} rank{'s' * (ranks != 1)}")
+    if idle := idle_share(found, ranks):
+        say(idle)
     for rank, share in enumerate(shares):
         place = f"CPUs {machine.show_cpus(share.cpus)}" if share.cpus and ranks > 1 else "not bound"
         say(f"local rank {rank}: {place}, {share.threads} thread{'s' * (share.threads != 1)}")
@@ -156,37 +172,37 @@ def _on_this_node(flags: argparse.Namespace, job: Job) -> int:
     since = time.time()
     with tempfile.TemporaryDirectory(prefix="skyrl-launch-") as folder:
         left = Path(folder) / "left"
-        environment = {**os.environ, **extra, LEFT: str(left)}
+        environment = {**os.environ, **extra, LAUNCHED: str(left)}
         code, child = processes.run(command, environment, remote_commands=flags.remote_commands)
         return exit_code(code, child.heard, job, since, left=child.early or left.exists())
 
 
+def idle_share(found: machine.Machine, ranks: int, environment: Mapping[str, str] = os.environ) -> str:
+    """Words about what this launch, inside a step of one node, leaves idle of a Slurm job; "" without any."""
+    nodes, gpus = int(environment.get("SLURM_JOB_NUM_NODES", "1")), found.visible_gpus
+    idle = [f"{nodes - 1} of {nodes} nodes (start it outside of srun to use all)"] * (nodes > 1)
+    idle += [f"{gpus - ranks} of {gpus} GPUs (--nproc auto uses all)"] * (
+        gpus > ranks and "SLURM_JOB_ID" in environment
+    )
+    return f"idle: {', '.join(idle)}" if idle else ""
+
+
 def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
     """The ranks as tasks of one srun step over the whole allocation."""
-    command = ["srun", "--kill-on-bad-exit=0", f"--wait={SRUN_WAIT_SECONDS}", *_tasks(flags.nproc, os.environ)]
-    command += [sys.executable, "-m", "skyrl.launch.rank", job.mode, *job.args]
     if flags.max_restarts:
         raise UserError("launch: --max-restarts needs torchrun; inside Slurm a failed job is queued again instead")
+    layout, environment = sbatch.layout(flags.nproc)
+    # Shells that `srun --pty` has opened hold what they were given: steps wait for it, unless they share it.
+    shared = ["--overlap"] if int(os.environ.get("SLURM_STEP_ID", place.SPECIAL_STEPS)) < place.SPECIAL_STEPS else []
+    command = ["srun", "--kill-on-bad-exit=0", f"--wait={SRUN_WAIT_SECONDS}", *shared, *layout]
+    command += [sys.executable, "-m", "skyrl.launch.rank", job.mode, *job.args]
     extra = {BIND: "none"} if flags.no_bind else {}
     say(show(command, extra))
     if flags.dry_run:
         return 0
     since = time.time()
-    code, child = processes.run(command, {**os.environ, **extra}, through=True)
+    code, child = processes.run(command, {**environment, **extra}, through=True)
     return exit_code(code, child.heard, job, since, left=code == AGAIN)
-
-
-def _tasks(nproc: str, environment: Mapping[str, str]) -> list[str]:
-    """srun's flags for the number of ranks: as asked, one a GPU, or as the allocation was asked for."""
-    nodes = int(environment.get("SLURM_NNODES", environment.get("SLURM_JOB_NUM_NODES", "1")))
-    if nproc == "auto":
-        gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
-        if gpus == "0" and {"SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"} & environment.keys():
-            return []
-        nproc = gpus if gpus != "0" else environment.get("SLURM_CPUS_ON_NODE", "1")
-    if not nproc.isdecimal() or int(nproc) < 1:
-        raise UserError(f"launch: --nproc={nproc}: give a number of ranks, or auto")
-    return [f"--nodes={nodes}", f"--ntasks={nodes * int(nproc)}", f"--ntasks-per-node={nproc}"]
 
 
 def exit_code(code: int, heard: Sequence[int], job: Job, since: float, *, left: bool = False) -> int:

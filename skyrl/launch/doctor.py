@@ -31,7 +31,8 @@ import psutil
 from packaging.requirements import Requirement
 
 from skyrl.config.args import Parser, path_arg
-from skyrl.distributed import env
+from skyrl.distributed import network as net
+from skyrl.distributed.place import in_allocation, in_step
 from skyrl.launch import machine
 from skyrl.launch.rank import cache_folders
 from skyrl.types import UserError
@@ -40,7 +41,7 @@ GIB = 2**30
 TORCH_SECONDS, COLLECTIVE_SECONDS, SLURM_SECONDS = 45, 45, 20
 SYNCS, SLOW_SYNC_SECONDS, SLOW_RENAME_SECONDS = 20, 0.05, 0.05
 LEAST_FREE, LEAST_SHM, LEAST_FILES, LEAST_PROCESSES = 10 * GIB, GIB // 4, 4096, 4096
-MAX_SKEW, MAX_FILE_SKEW = 2.0, 2.0
+MAX_FILE_SKEW = 2.0
 SHARED = "nfs nfs4 lustre gpfs beegfs cephfs ceph wekafs panfs fuse.sshfs 9p virtiofs".split()
 CGROUP_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 TORCH = """
@@ -66,8 +67,7 @@ device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu"
 if backend == "nccl":
     torch.cuda.set_device(device)
 limit = datetime.timedelta(seconds=30)
-store = dist.TCPStore("127.0.0.1", int(file), size, is_master=rank == 0, timeout=limit)
-dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+dist.init_process_group(backend, f"tcp://127.0.0.1:{file}", rank=rank, world_size=size, timeout=limit)
 x = torch.arange(2**20, dtype=torch.float32, device=device) + rank
 dist.all_reduce(x)
 right = bool((x == size * torch.arange(2**20, device=device) + size * (size - 1) / 2).all())
@@ -354,21 +354,19 @@ def network() -> Findings:
     ]
     seen = ", ".join(up + _infiniband()) or "loopback alone"
     yield warn_unless(bool(up), "interfaces", seen, "one node is all that works")
-    names = {name for _, name in socket.if_nameindex()}
-    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        chosen = os.environ.get(variable, "")
-        if chosen and not chosen.startswith("^") and not any(n.startswith(chosen.lstrip("=")) for n in names):
-            seen = f"{variable}={chosen}: no such interface; there are {', '.join(sorted(names))}"
-            yield Finding("interface chosen", "fail", seen, f"unset {variable}, or give one of these")
+    for variable in (net.GLOO, net.NCCL):
+        if problem := net.interface_problem(variable):
+            seen, _, todo = problem.rpartition("; ")
+            yield Finding("interface chosen", "fail", seen, todo)
     host = socket.gethostname()
     try:
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
     except OSError:
-        todo = "gloo asks for it: add it to /etc/hosts, or set GLOO_SOCKET_IFNAME"
-        yield Finding("host name", "fail", f"{host} has no address", todo)
+        todo = "runs find the interface by themselves; other programs ask for the name: add it to /etc/hosts"
+        yield Finding("host name", "warn", f"{host} has no address", todo)
         return
     reachable = not all(a.startswith("127.") or a == "::1" for a in addresses)
-    todo = "other nodes cannot reach that: set GLOO_SOCKET_IFNAME to the interface between nodes"
+    todo = "other nodes cannot reach that; runs find the interface by themselves, other programs may not"
     yield warn_unless(reachable, "host name", f"{host} is {', '.join(addresses)}", todo)
 
 
@@ -426,7 +424,7 @@ def slurm() -> Findings:
         return
     options = dict(re.findall(r"^(\w+)\s+= (.*?)\s*$", answer, re.M))
     seen = f"{options.get('SLURM_VERSION', '?')}, cluster {options.get('ClusterName', '?')}"
-    if env.in_step() or env.in_allocation():
+    if in_step() or in_allocation():
         seen += f", job {os.environ['SLURM_JOB_ID']} on {os.environ.get('SLURM_JOB_NODELIST', '?')}"
     yield Finding("slurm", "ok", seen)
     if options.get("JobRequeue") == "0":
@@ -452,7 +450,7 @@ def clocks(folder: Path) -> Findings:
     except OSError:
         pass  # disk() says it
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    if nodes > 1 and (env.in_allocation() or env.in_step()):
+    if nodes > 1 and (in_allocation() or in_step()):
         yield _node_clocks(nodes)
 
 
@@ -467,7 +465,7 @@ def _node_clocks(nodes: int) -> Finding:
     skew = max(max(times) - after, before - min(times), 0.0)
     seen = f"{nodes} nodes; at most {max(skew, max(times) - min(times)):.1f} s apart"
     todo = "deadlines are seen at different times: mend time service on the nodes"
-    return warn_unless(skew <= MAX_SKEW, "clocks", seen, todo)
+    return warn_unless(skew <= net.MAX_SKEW, "clocks", seen, todo)
 
 
 def _run(command: list[str]) -> str | None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from skyrl.distributed.env import job_port
+from skyrl.distributed.network import job_port, read_port
 from skyrl.launch import processes
 from skyrl.types import UserError
 
@@ -26,27 +26,16 @@ PORT_SECONDS = 60
 # After a host has failed: the others find out by themselves within a minute and say what happened.
 AFTER_FAILURE_SECONDS = 75.0
 KILL_SECONDS = 60.0
-FORWARDED = (
-    "SKYRL_",
-    "HF_",
-    "NCCL_",
-    "GLOO_",
-    "TORCH_",
-    "TRANSFORMERS_",
-    "WANDB_",
-    "OMP_",
-    "PYTHONPATH",
-    "XDG_CACHE_HOME",
-)
+FORWARDED = tuple("SKYRL_ HF_ NCCL_ GLOO_ TORCH_ TRANSFORMERS_ WANDB_ OMP_ PYTHONPATH XDG_CACHE_HOME".split())
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host as given: the name to connect to, the address for the other hosts, ranks ("auto" = its own count)."""
+    """A host as given: the name to connect to, the address for the other hosts, ranks (0: as many as it finds)."""
 
     name: str
-    ranks: str
+    ranks: int
 
     @property
     def address(self) -> str:
@@ -54,14 +43,14 @@ class Host:
         return self.name.rpartition("@")[2]
 
 
-def read_hosts(text: str, nproc: str) -> list[Host]:
+def read_hosts(text: str, nproc: int) -> list[Host]:
     """--hosts=a,b:4 as hosts. Raises UserError."""
     found = []
     for part in text.split(","):
         name, colon, ranks = part.strip().partition(":")
         if not name or (colon and (not ranks.isdecimal() or ranks == "0")):
             raise UserError(f"launch: --hosts={text}: {part!r} is neither a name nor name:ranks; write a,b:4")
-        found.append(Host(name, ranks or nproc))
+        found.append(Host(name, int(ranks or nproc)))
     if len({host.name for host in found}) < len(found):
         raise UserError(f"launch: --hosts={text}: a host is there twice; write name:ranks for more ranks on it")
     return found
@@ -105,15 +94,8 @@ def _command(
     flags: argparse.Namespace, hosts: list[Host], place: int, port: int, mode: str, args: Sequence[str]
 ) -> list[str]:
     host = hosts[place]
-    own = [
-        sys.executable,
-        "-m",
-        "skyrl.cli",
-        "launch",
-        "--remote-commands",
-        f"--nproc={host.ranks}",
-        f"--nnodes={len(hosts)}",
-    ]
+    own = [sys.executable, "-m", "skyrl.cli", "launch", "--remote-commands", f"--nproc={host.ranks or 'auto'}"]
+    own += [f"--nnodes={len(hosts)}"]
     own += [f"--node-rank={place}", f"--rendezvous={hosts[0].address}:{port}", f"--address={host.address}"]
     own += [f"--max-restarts={flags.max_restarts}"] + ["--no-bind"] * flags.no_bind
     line = _line([*own, "--", mode, *args])
@@ -122,7 +104,7 @@ def _command(
 
 def _ask_port(rsh: str, host: Host) -> int:
     """A port that is free on the host where the ranks meet. Raises UserError when it cannot be reached."""
-    line = _line([sys.executable, "-m", "skyrl.distributed.env", str(os.getpid())])
+    line = _line([sys.executable, "-m", "skyrl.distributed.network", str(os.getpid())])
     command = _reach(rsh, host, line)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PORT_SECONDS, stdin=subprocess.DEVNULL)
@@ -130,13 +112,14 @@ def _ask_port(rsh: str, host: Host) -> int:
         raise UserError(f"launch: --rsh={rsh}: {error.strerror}: {error.filename}") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"launch: {host.name}: no answer within {PORT_SECONDS} s; try {shlex.join(command)}") from None
-    if done.returncode or not done.stdout.strip().isdecimal():
+    port = read_port(done.stdout)
+    if done.returncode or port is None:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(
             f"launch: {host.name}: {words[-1] if words else f'ended with {done.returncode}'}; it must be reachable "
             f"without a password and see this folder and this Python; try {shlex.join(command)}"
         )
-    return int(done.stdout)
+    return port
 
 
 class _Hosts:

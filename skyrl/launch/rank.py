@@ -15,7 +15,8 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from skyrl.distributed import env as slurm_env
+from skyrl.distributed.env import LAUNCHED
+from skyrl.distributed.place import own_place
 from skyrl.launch import machine
 from skyrl.main import run_entry
 from skyrl.types import UserError
@@ -23,7 +24,6 @@ from skyrl.types import UserError
 AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
 MODES = ("train", "sft", "serve")
 BIND, CACHE, WARM = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE"
-LEFT = slurm_env.LAUNCHED
 # Variables of libraries that say where they keep compiled kernels, and our names of these folders. On a shared file
 # system they slow down or break the ranks of other nodes.
 CACHES = {
@@ -35,7 +35,6 @@ CACHES = {
 
 
 def main() -> None:
-    """Runs this rank."""
     mode, *args = sys.argv[1:] or [""]
 
     def prepare() -> list[str]:
@@ -62,9 +61,11 @@ def bind_cpus(args: Sequence[str], environment: MutableMapping[str, str] = os.en
     given = any(arg.partition("=")[0] == option for arg in args)
     if ranks == 1 or given:
         return []
-    if slurm_env.in_step(environment):
-        local = int(environment.get("SLURM_LOCALID", local))
-        if environment.get("SLURM_CPU_BIND_TYPE", "none") not in ("none", "") and hasattr(os, "sched_getaffinity"):
+    place = own_place(environment)
+    if place is not None and place.local_rank >= 0:
+        local = place.local_rank
+        bound = place.launcher == "srun" and environment.get("SLURM_CPU_BIND_TYPE", "none") not in ("none", "")
+        if bound and hasattr(os, "sched_getaffinity"):
             return [f"{option}={len(machine.look().cores)}"]  # these cores are this task's alone
     share = machine.shares(machine.look(), ranks, bind=environment.get(BIND, "auto") != "none")[local]
     if share.cpus and hasattr(os, "sched_setaffinity"):
@@ -124,8 +125,8 @@ def _listen(mode: str) -> list[int]:
     asked: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if os.environ.get(LEFT):  # torchrun would hide the code
-            os.close(os.open(os.environ[LEFT], os.O_CREAT | os.O_WRONLY))
+        if os.environ.get(LAUNCHED):  # torchrun would hide the code
+            os.close(os.open(os.environ[LAUNCHED], os.O_CREAT | os.O_WRONLY))
         os._exit(AGAIN)
 
     def pass_on(number: int, frame: FrameType | None) -> None:

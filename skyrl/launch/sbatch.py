@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skyrl.config.args import expand_home, path_arg
@@ -21,6 +21,14 @@ SCRIPT = "train.sbatch"
 BODY = "# ---- what follows is the same for every job\n"
 SUBMIT_SECONDS = 60
 SAVE_SECONDS = 180
+MAX_NAME = 200  # bytes of a log's name, of the 255 that file systems allow
+# Flags of sbatch that say how many ranks there are and where.
+LAYOUT = r"-([NnGca]|-(nodes|ntasks|gpus|gres=gpu|cpus-per|array))"
+# Around the lines of the batch script that `layout` runs.
+SHELL = """\
+set -u; say() { echo "launch: $*" >&2; }; fail() { echo "$*" >&2; exit 2; }
+job=$SLURM_JOB_ID; [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+"""
 RUNTIMES = ("apptainer", "singularity", "enroot", "pyxis")
 
 
@@ -51,7 +59,7 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
 
 def body() -> str:
     """What train.sbatch does below its header, in every mode. The file lies beside the modules in an installed wheel,
-    else at the root of the repository."""
+    else at the root of the repository. Raises UserError where it is missing."""
     here = Path(__file__).resolve()
     for folder in (here.parent / "slurm", here.parents[2] / "launch" / "slurm"):
         if (folder / SCRIPT).is_file():
@@ -60,18 +68,42 @@ def body() -> str:
     raise UserError(f"launch: {SCRIPT} is not in {here.parent / 'slurm'}; install skyrl again")
 
 
+def layout(nproc: int, environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[str, str]]:
+    """(srun's flags for the ranks of this allocation, the environment for srun), as the batch script finds them: its
+    own lines are run. `nproc`: ranks of a node, 0 for one a GPU or as many as were asked for. Says what stays idle.
+    Raises UserError."""
+    parts = {part.split(":")[0].split("\n")[0]: part for part in body().split("\n# ---- ")}
+    lines = [part.partition("\n")[2] for title, part in parts.items() if title.startswith(("what the", "ranks"))]
+    script = "\n".join([SHELL, *lines, 'printf "%s\\0" "${layout[@]}" "" && env -0'])
+    own = {"SKYRL_RANKS_PER_NODE": str(nproc)} if nproc else {}
+    done = subprocess.run(["bash", "-c", script], env={**environment, **own}, capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        raise UserError(f"launch: {words[-1] if words else 'bash failed on the lines of ' + SCRIPT}")
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    flags, _, inside = done.stdout.partition("\0\0")
+    return flags.split("\0"), dict(line.split("=", 1) for line in inside.split("\0") if "=" in line)
+
+
 def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
     """The whole batch script. Raises UserError for flags that do not fit."""
-    ranks = flags.gpus or (1 if flags.nproc == "auto" else _number("--nproc", flags.nproc))
+    ranks = flags.gpus or flags.nproc or 1
     name = flags.name or next((arg[9:] for arg in args if arg.startswith("run.name=")), f"skyrl-{mode}")
-    job = "%A_%a" if flags.array else "%j"
-    header = [f"--job-name={name}", f"--nodes={flags.nodes}", f"--ntasks-per-node={ranks}"]
-    header += [f"--gpus-per-node={flags.gpus}"] if flags.gpus else []
-    header += [f"--cpus-per-task={flags.cpus}"] if flags.cpus else []
-    for flag in ("time", "partition", "account", "array"):
-        header += [f"--{flag}={getattr(flags, flag)}"] if getattr(flags, flag) else []
-    header += [f"--signal=USR1@{flags.save_seconds}", "--requeue", "--open-mode=append"]
-    header += [f"--output={flags.logs.absolute()}/%x-{job}.out", *flags.sbatch]
+    # Slurm would put the job's name in for %x as it is, a folder's / included.
+    file = os.fsencode(re.sub(r"[^\w.+=-]", "_", name))[:MAX_NAME].decode(errors="ignore")
+    logs = str(flags.logs.absolute()).replace("%", "%%")
+    header = {"job-name": name, "nodes": flags.nodes, "ntasks-per-node": ranks}
+    header |= {"gpus-per-node": flags.gpus or "", "cpus-per-task": flags.cpus or "", "time": flags.time}
+    header |= {"partition": flags.partition, "account": flags.account, "array": flags.array}
+    header |= {"signal": f"USR1@{flags.save_seconds}", "requeue": None, "open-mode": "append"}
+    header |= {"output": f"{logs}/{file}-{'%A_%a' if flags.array else '%j'}.out"}
+    lines = [f"--{flag}" if value is None else f"--{flag}={value}" for flag, value in header.items() if value != ""]
+    for line in flags.sbatch:
+        if re.match(LAYOUT, line):
+            raise UserError(f"launch: --sbatch={line}: planned here; use --nodes, --gpus, --nproc, --cpus or --array")
+    for line in (lines := [*lines, *flags.sbatch]):
+        if not re.fullmatch(r"--?[a-zA-Z][^\n]*", line):
+            raise UserError(f"launch: --sbatch={line!r}: not a flag of one line; write --sbatch=--qos=high")
     exports = {
         "SKYRL_PYTHON": sys.executable if not flags.container else "python",
         "SKYRL_COMMAND": mode,
@@ -86,10 +118,8 @@ def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
         "SKYRL_ONLINE": "1" if flags.online else "",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
-    for line in header:
-        if not re.fullmatch(r"-[^\n]+", line):
-            raise UserError(f"launch: --sbatch={line}: not a flag; write --sbatch=--qos=high")
-    lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in header), ""]
+    quoted = (re.sub("(?<==).*", lambda value: shlex.quote(value[0]), line, count=1) for line in lines)
+    lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in quoted), ""]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items() if value]
     return "\n".join([*lines, f"set -- {shlex.join(args)}", "", body()])
 
@@ -111,7 +141,12 @@ def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
     flags.logs.mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job whose folder is missing
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable"], input=script, capture_output=True, text=True, timeout=SUBMIT_SECONDS
+            ["sbatch", "--parsable"],
+            input=script,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=SUBMIT_SECONDS,
         )
     except FileNotFoundError:
         raise UserError(
@@ -121,7 +156,8 @@ def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
         raise UserError(f"launch: --slurm: sbatch gave no answer within {SUBMIT_SECONDS} s") from None
     if done.returncode:
         raise UserError(f"launch: --slurm: {' '.join(done.stderr.split())}")
-    print(done.stdout.strip().partition(";")[0])
+    numbers = re.findall(r"^(\d+)(?:;.*)?$", done.stdout, re.M)  # a site's own words may stand before it
+    print(numbers[-1] if numbers else done.stdout.strip())
     return 0
 
 
@@ -134,7 +170,7 @@ def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> No
         )
     if mode == "serve":
         return
-    ranks = flags.gpus or (1 if flags.nproc == "auto" else int(flags.nproc))
+    ranks = flags.gpus or flags.nproc or 1
     staged: list[str] = []
     if flags.staged:
         os.environ["SKYRL_STAGED"] = str(flags.staged.absolute())  # staged options are written with it
@@ -146,12 +182,6 @@ def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> No
     # dry_run with a number of ranks: the plan is not compared with this machine's memory
     cfg = load_config([*overrides, *staged, "dry_run=true", f"run.world_size={size}"], mode=mode)
     dry_run(cfg, size)
-
-
-def _number(flag: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"launch: {flag}={text}: give a number of ranks, or auto")
-    return int(text)
 
 
 def _there(flag: str, path: Path | None) -> str:

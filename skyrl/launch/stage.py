@@ -102,7 +102,6 @@ class Stage:
         self.save()
 
     def save(self) -> None:
-        """Writes the manifest."""
         write_atomic(self.folder / MANIFEST, json.dumps({"files": self.files}, indent=1, sort_keys=True) + "\n")
 
     def _note(self, name: str, source: Path) -> None:

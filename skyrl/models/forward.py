@@ -69,7 +69,6 @@ class CausalLM(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
         return self.net.config
 
     @property

@@ -32,7 +32,7 @@ class AdaptableModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
+        """What transformers made of the model's config.json."""
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers, first to last: where attention and feed-forward products are found."""

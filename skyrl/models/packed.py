@@ -225,7 +225,6 @@ class PackedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See attention.Attention."""
         if window is not None and window >= self.max_length:
             window = None
         if query_HTC.is_cuda and query_HTC.dtype in (torch.bfloat16, torch.float16) and not softcap:
@@ -356,7 +355,6 @@ class PaddedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See attention.Attention."""
         group = query_HTC.shape[0] // key_KTC.shape[0]
 
         def rows(x_HTC: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import advantage_of
 from skyrl.hub.gguf import converted, gguf_file
+from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 

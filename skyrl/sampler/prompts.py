@@ -69,7 +69,6 @@ class PromptLogprobsResult:
 
     @staticmethod
     def empty(query: PromptLogprobsRequest) -> PromptLogprobsResult:
-        """Only missing cells."""
         length, stats = len(query.tokens), PromptLogprobsResult(query.uid)
         if query.logprobs:
             stats.logprobs = np.full(length, np.nan, np.float32)

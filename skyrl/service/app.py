@@ -71,7 +71,6 @@ class AppState:
 
     @property
     def archive(self) -> Archive:
-        """Files of checkpoints."""
         return self.checkpoints.archive
 
     @property

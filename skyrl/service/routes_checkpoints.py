@@ -83,7 +83,6 @@ def _scope(context: RequestContext) -> Any:
 
 
 async def list_runs(context: RequestContext) -> Response:
-    """Runs, newest first."""
     page = await in_thread(
         context.state.store.list_runs,
         context.owner,
@@ -162,7 +161,6 @@ async def set_ttl(context: RequestContext) -> Response:
 
 
 async def delete(context: RequestContext) -> Response:
-    """Deletes a checkpoint."""
     path = _path(context)
     await in_thread(context.state.checkpoints.delete, path, context.owner)
     context.state.add_audit(context.owner, "checkpoint_delete", tinker_path=path.uri)
@@ -303,7 +301,6 @@ async def audit(context: RequestContext) -> Response:
 
 
 async def usage_events(context: RequestContext) -> Response:
-    """Nothing is billed."""
     return reply({"data": [], "sessions": {}, "cost_data_through": datetime.now(timezone.utc).isoformat()})
 
 

@@ -323,7 +323,6 @@ async def get_sampler(context: RequestContext) -> Response:
 
 
 async def list_sessions(context: RequestContext) -> Response:
-    """Ids, newest first."""
     _scope(context)
     limit, offset = whole_number(context.request, "limit", 20), whole_number(context.request, "offset", 0)
     page = await in_thread(context.state.store.list_sessions, context.owner, limit=limit, offset=offset)

@@ -86,7 +86,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
                 f"{where}={source}: no tokenizer can be read there ({reason}); set model.tokenizer"
             ) from error
     if cfg.chat_template:
-        file = Path(cfg.chat_template).expanduser()
+        file = Path(cfg.chat_template)
         if not file.is_file():
             raise UserError(f"model.chat_template={cfg.chat_template}: no such file; give one with a Jinja template")
         tokenizer.chat_template = file.read_text(encoding="utf-8")

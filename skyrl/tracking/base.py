@@ -44,7 +44,7 @@ class Sink:
         """Makes what was written safe from a kill; called before a checkpoint."""
 
     def close(self) -> None:
-        """The run ends."""
+        """Called once, at the end of the run, however it ends."""
 
 
 class Tracker:

@@ -45,7 +45,6 @@ class JsonlSink(Sink):
             os.fsync(self._file)
 
     def close(self) -> None:
-        """Syncs and closes."""
         self.sync()
         os.close(self._file)
 

@@ -26,7 +26,6 @@ class TensorBoardSink(Sink):
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        """Writes one record."""
         for key, value in record.items():
             if key not in ("step", "phase"):
                 self._writer.add_scalar(f"{record['phase']}/{key.replace(':', '.')}", value, record["step"])

@@ -53,7 +53,6 @@ class WandbSink(Sink):
         self._phases: set[str] = set()
 
     def write(self, record: Record) -> None:
-        """Logs one record."""
         phase = record["phase"]
         if phase not in self._phases:
             self._phases.add(phase)

@@ -61,7 +61,7 @@ def read_keys(service: ServiceConfig) -> Keys:
     Raises: UserError for a line that is no `name:key`, and for an address that others reach while nobody needs a key.
     """
     if service.keys_file:
-        path = Path(service.keys_file).expanduser()
+        path = Path(service.keys_file)
         where = f"service.keys_file={service.keys_file}"
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

@@ -260,7 +260,6 @@ def _plain(value: Any) -> Any:
 
 
 def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer."""
     return Response(encode_json(value), status, headers=dict(headers or {}), media_type=JSON)
 
 

@@ -94,7 +94,7 @@ def test_places_and_switches_do_not_change_the_name():
 
 def test_resolved_config_survives_storage(tmp_path):
     cfg = load_config(["optim.lr=1e-6", "sampler.stop=['#','a: b']", "env.options={digits: 2, ops: ['+','*']}"])
-    load.save_config(cfg, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(load.to_dict(cfg), allow_unicode=True))
     assert load.read_config(tmp_path / "config.yaml") == cfg
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch"]["num_steps"] == cfg.batch.num_steps
     assert load.from_dict(load.to_dict(cfg)) == cfg
@@ -125,7 +125,24 @@ def test_a_tilde_is_read_where_a_path_is_and_kept_where_a_text_is(monkeypatch, t
     (tmp_path / "names.yaml").write_text("b: ~/m")
     names = ["model.path=~/m", f"service.aliases_file={tmp_path}/names.yaml", "service.aliases={a: ~/m}"]
     assert load_config(names, mode="serve").service.aliases == dict.fromkeys("ab", "/home/me/m")
-    assert split_args(["data.path=~/x,~/y", "hydra.sweep.dir=~/s", "--config-dir", "~/c"]) == (
-        ["--config-dir=/home/me/c"],
+    assert split_args(["-m", "data.path=~/x,~/y", "hydra.sweep.dir=~/s", "--config-dir", "~/c"]) == (
+        ["-m", "--config-dir=/home/me/c"],
         ["data.path='~/x','~/y'", "hydra.sweep.dir=/home/me/s"],
     )
+
+
+def test_a_text_may_have_any_letters(monkeypatch, tmp_path):
+    """What Hydra's grammar refuses or takes for several values is one value of an option that is a text."""
+    for name in ("a=b", "a,b", "it's", "né", "a(b)", 'say "x"', "a:b{c}", "[a", "a\\", "x;y&z", "日本"):
+        assert load_config([f"run.dir=/tmp/{name}"]).run.dir == f"/tmp/{name}", name
+    assert load_config(["run.dir='/tmp/a,b'"]).run.dir == "/tmp/a,b"  # quoted already
+    assert split_args(["-m", "run.dir=a,b=c", "run.name=choice(a,b)"])[1] == ["run.dir=a,b=c", "run.name=choice(a,b)"]
+    with pytest.raises(UserError, match="a sweep over values needs -m"):
+        load_config(["optim.lr=1,2"])
+
+
+def test_a_name_that_no_file_system_takes_is_refused():
+    for start in ("run.name=", "run.dir=/tmp/"):
+        assert load_config([f"{start}{'é' * 127}"])
+        with pytest.raises(UserError, match="256 bytes long, and file systems allow 255; give a shorter name"):
+            load_config([f"{start}{'é' * 128}"])

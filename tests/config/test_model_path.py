@@ -5,7 +5,7 @@ import json
 import pytest
 
 from skyrl.config.load import load_config
-from skyrl.config.model_path import path_problem
+from skyrl.hub.model_path import path_problem
 from skyrl.types import UserError
 
 CONFIG = {"model_type": "llama"}

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.launch import command, hosts
+from skyrl.distributed.network import ANSWER, read_port
+from skyrl.launch import command, hosts, sbatch
 from skyrl.launch.command import Job, exit_code, launch, parser, ranks_of, torchrun
 from skyrl.launch.machine import Gpu, Machine
 from skyrl.types import UserError
@@ -46,32 +48,111 @@ def test_mistakes_are_found_before_anything_starts():
     assert "walk: say what to run" in refused("--", "walk")
     assert "did you mean optim.lr?" in refused("--", "train", "optim.lrr=1")
     assert "service.prt: no such option" in refused("serve", "service.prt=1")
-    assert "--nproc=none: give a number of ranks, or auto" in refused("--nproc", "none", "--", "train")
+    assert "argument --nproc: none: give a number of ranks, or auto" in refused("--nproc", "none", "--", "train")
     assert "unrecognized arguments: --gpu" in refused("--gpu", "4", "--", "train")
     assert "--print shows a batch script: add --slurm" in refused("--print", "--", "train")
     assert "'b:x' is neither a name nor name:ranks" in refused("--hosts", "a,b:x", "--", "train")
     assert "a host is there twice" in refused("--hosts", "a,a", "--", "train")
 
 
-def test_slurm_has_chosen_the_hosts(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+# What a real Slurm 22.05 has said of a job with two GPUs on one node and one on another.
+GPUS = (
+    "Nodes=node0 CPU_IDs=0-7 Mem=200 GRES=gpu:h100:2(IDX:0,2) Nodes=node1 CPU_IDs=0-5 Mem=200 GRES=gpu:1(IDX:0),nic:1"
+)
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path):
+    """job(what scontrol says of it, **SLURM_ variables): this is a shell of that job, on node0 and node1."""
+
+    def enter(told="", **variables):
+        for name, value in {"JOB_ID": "1", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[0-1]", **variables}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        scontrol = tmp_path / "scontrol"
+        names = 'case $3 in "node[0-1]") printf "node0\\nnode1\\n";; *) echo "$3";; esac'
+        scontrol.write_text(f"#!/bin/bash\nif [ $2 = hostnames ]; then {names}; else echo ' {told}'; fi\n")
+        scontrol.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return enter
+
+
+def test_slurm_has_chosen_the_hosts(job):
+    job()
     assert "Slurm has chosen the hosts" in refused("--hosts", "a", "--", "train")
     assert "--max-restarts needs torchrun" in refused("--max-restarts", "2", "--", "train")
 
 
-def test_inside_an_allocation_srun_starts_the_ranks(monkeypatch, capsys):
-    for name, value in {"JOB_ID": "1", "NNODES": "2", "NTASKS_PER_NODE": "3", "CPUS_ON_NODE": "8"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+def laid_out(capsys, nproc=0):
+    """(srun's flags for the ranks, what else is said)."""
+    return " ".join(sbatch.layout(nproc)[0]), capsys.readouterr().err.splitlines()
+
+
+def no_layout(nproc):
+    with pytest.raises(UserError) as error:
+        sbatch.layout(nproc)
+    return str(error.value)
+
+
+def test_inside_an_allocation_srun_starts_the_ranks(job, capsys):
+    job(TASKS_PER_NODE="3(x2)", JOB_CPUS_PER_NODE="6(x2)", NTASKS="6")
+    six = "--nodes=2 --ntasks=6 --cpus-per-task=2 --export=ALL --ntasks-per-node=3"
+    assert laid_out(capsys) == (six, [])
     assert launch(["--dry-run", "--", "sft", "warmup.num_steps=2"]) == 0
-    told = capsys.readouterr().err
-    assert (
-        told.startswith("launch: srun --kill-on-bad-exit=0") and "--ntasks" not in told
-    )  # the allocation's own layout
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
-    launch(["--dry-run", "--", "train"])
-    assert "--nodes=2 --ntasks=8 --ntasks-per-node=4" in capsys.readouterr().err
-    launch(["--dry-run", "--nproc", "1", "--", "train"])
-    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in capsys.readouterr().err
+    assert f"launch: srun --kill-on-bad-exit=0 --wait=120 {six} {sys.executable} -m skyrl" in capsys.readouterr().err
+    assert laid_out(capsys, 1)[0].startswith("--nodes=2 --ntasks=2 --cpus-per-task=6 ")
+    assert laid_out(capsys, 4) == (
+        "--nodes=2 --ntasks=8 --cpus-per-task=1 --export=ALL --ntasks-per-node=4",
+        ["launch: idle with 8 ranks: 2 of 6 CPUs on node0, 2 of 6 CPUs on node1"],
+    )
+    assert laid_out(capsys, 7)[0].endswith(" --ntasks-per-node=7 --overcommit")
+    job(STEP_ID="4294967290", STEP_NUM_TASKS="1")
+    assert laid_out(capsys)[0] == six  # the shell of salloc
+
+
+def test_ranks_follow_uneven_nodes(job, capsys):
+    job(TASKS_PER_NODE="2,1", JOB_CPUS_PER_NODE="2,1")
+    assert laid_out(capsys)[0] == (
+        "--nodes=2 --ntasks=3 --cpus-per-task=1 --export=ALL --distribution=arbitrary --nodelist=node0,node0,node1"
+    )
+    # Variables of this node alone, and of an outer job: what the controller says counts.
+    job(GPUS, TASKS_PER_NODE="1(x2)", JOB_CPUS_PER_NODE="8,6", GPUS_ON_NODE="7", GPUS="9", CPUS_PER_TASK="3")
+    flags, said = laid_out(capsys)
+    assert flags.startswith("--nodes=2 --ntasks=3 --cpus-per-task=4 ") and "=node0,node0,node1" in flags
+    assert said == ["launch: idle with 3 ranks: 2 of 6 CPUs on node1"]
+    assert "--ntasks=2 --cpus-per-task=6 " in laid_out(capsys, 1)[0]
+    assert "2 ranks (--nproc, SKYRL_RANKS_PER_NODE): job 1 has 1 GPUs on node1; give at most" in no_layout(2)
+    job(GPUS.replace("gpu:1", "mps:1"), TASKS_PER_NODE="1(x2)")
+    assert "2 GPUs on 2 nodes and none on node1; ask for some on each (--gpus-per-node)" in no_layout(0)
+
+
+def test_srun_inherits_no_other_job_and_no_other_world(job, monkeypatch):
+    job(MEM_PER_CPU="1", MEM_PER_NODE="2", CPU_BIND="x", GPUS_PER_NODE="3", EXPORT_ENV="NONE", JOB_CPUS_PER_NODE="2")
+    for name in ("RANK", "MASTER_ADDR", "OMPI_COMM_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "a=b\nc")
+    inside = sbatch.layout(0)[1]
+    gone = {name for name in os.environ if name not in inside}
+    assert gone >= {"SLURM_MEM_PER_CPU", "SLURM_MEM_PER_NODE", "SLURM_CPU_BIND", "SLURM_GPUS_PER_NODE", "RANK"}
+    assert gone >= {"SLURM_EXPORT_ENV", "MASTER_ADDR", "OMPI_COMM_WORLD_SIZE", "TORCHELASTIC_RUN_ID"}
+    assert inside["KEPT"] == "a=b\nc" and inside["SLURM_JOB_ID"] == "1" and "KEPT" not in gone
+
+
+def test_launches_that_would_not_know_of_each_other_are_refused():
+    """`srun skyrl-tx launch` on two nodes: each would train alone, in one folder."""
+    step = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    for started in (step, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}):
+        with pytest.raises(UserError, match="launches would not know of each other; start one, outside of srun"):
+            command._refuse_several(started)
+    command._refuse_several({**step, "SLURM_STEP_NUM_TASKS": "1"})
+
+
+def test_what_stays_idle_is_said():
+    found, job = Machine((), 2, ((0,),), {0: 0}), {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "3"}
+    assert command.idle_share(found, 1, job) == (
+        "idle: 2 of 3 nodes (start it outside of srun to use all), 1 of 2 GPUs (--nproc auto uses all)"
+    )
+    assert command.idle_share(found, 2, {**job, "SLURM_JOB_NUM_NODES": "1"}) == command.idle_share(found, 1, {}) == ""
 
 
 def test_hosts_get_the_same_settings_and_no_secrets(monkeypatch, capsys):
@@ -95,9 +176,9 @@ def test_a_host_that_cannot_be_reached_is_named():
 
 def test_ranks_never_outnumber_gpus():
     machine = Machine((Gpu(0, "", "", 0),), 2, ((0,), (1,), (2,)), {0: 0, 1: 0, 2: 0})
-    assert ranks_of("auto", machine) == 2
+    assert ranks_of(0, machine) == 2
     with pytest.raises(UserError, match="--nproc=3: this node shows 2 GPUs"):
-        ranks_of("3", machine)
+        ranks_of(3, machine)
 
 
 def test_torchrun_takes_a_port_of_the_kernels_choice_or_the_given_one():
@@ -146,6 +227,16 @@ def test_children_of_a_dead_launcher_get_sigterm(tmp_path):
         time.sleep(0.05)
 
 
+def test_what_start_files_of_a_shell_print_is_no_answer(monkeypatch):
+    """.bashrc, a module system, conda: before, after, without a line's end, in colour."""
+    noise = "echo 'Welcome 20111'; printf '\\033[31mloading 7 modules'"
+    line = f"{noise}; printf 'x{ANSWER}20123\\ny'; echo 'bye 5'"
+    assert hosts._ask_port(f"sh -c {shlex.quote(line)}", hosts.Host("a", 0)) == 20123
+    assert read_port("20111\n") is None and read_port(f"{ANSWER}1\n{ANSWER}2\n") == 2
+    with pytest.raises(UserError, match="a: Welcome 20111; it must be reachable"):
+        hosts._ask_port("sh -c 'echo Welcome 20111'", hosts.Host("a", 0))
+
+
 def test_hosts_are_read():
-    assert hosts.read_hosts("a, me@b:4", "auto") == [hosts.Host("a", "auto"), hosts.Host("me@b", "4")]
-    assert hosts.Host("me@b", "4").address == "b" and isinstance(parser(), argparse.ArgumentParser)
+    assert hosts.read_hosts("a, me@b:4", 0) == [hosts.Host("a", 0), hosts.Host("me@b", 4)]
+    assert hosts.Host("me@b", 4).address == "b" and isinstance(parser(), argparse.ArgumentParser)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from skyrl.distributed import env as ports
+from skyrl.distributed import network as ports
 from skyrl.types import UserError
 
 

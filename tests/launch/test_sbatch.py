@@ -1,5 +1,8 @@
 """Batch scripts: what launch --slurm renders, and that the server's runs the other one."""
 
+import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skyrl.launch import sbatch
-from skyrl.launch.command import launch
+from skyrl.launch.command import launch, parser
 from skyrl.types import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "launch" / "slurm"
@@ -39,7 +42,7 @@ def test_the_servers_script_runs_the_one_beside_it(tmp_path):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobName=x'\necho '   Command={kept}/serve.sbatch a=b.sbatch c=d'\n")
     scontrol.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0"}
 
     def run():
         script = ["bash", str(tmp_path / "spool" / "slurm_script"), "a=b"]
@@ -64,7 +67,7 @@ def test_a_whole_script(capsys, tmp_path):
     wanted = [
         "--job-name=mine", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8",
         "--time=8:00:00", "--partition=p", "--account=a", "--signal=USR1@240", "--requeue", "--open-mode=append",
-        f"--output={tmp_path}/logs/%x-%j.out", "--qos=high",
+        f"--output={tmp_path}/logs/mine-%j.out", "--qos=high",
     ]  # fmt: skip
     assert [line[8:] for line in head.splitlines() if line.startswith("#SBATCH")] == wanted
     assert "export SKYRL_MODULES='cuda/12.8 gcc'\n" in head and f"export SKYRL_CONTAINER={tmp_path}/image.sif\n" in head
@@ -74,15 +77,36 @@ def test_a_whole_script(capsys, tmp_path):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_arrays_have_a_log_for_each_task(capsys):
-    script = printed(capsys, "--array", "1-4", "--", "train")
-    assert "#SBATCH --array=1-4\n" in script and "/%x-%A_%a.out\n" in script
-    assert "export SKYRL_COMMAND=serve\n" in printed(capsys, "--", "serve", "service.port=8001")
+def test_arrays_have_a_log_for_each_task():
+    script = rendered("--array", "1-4")
+    assert "#SBATCH --array=1-4\n" in script and "/skyrl-train-%A_%a.out\n" in script
+    serve = sbatch.render(parser().parse_args(["--slurm"]), "serve", ["service.port=8001"])
+    assert "export SKYRL_COMMAND=serve\n" in serve
 
 
-def test_a_container_is_a_file_or_a_name_that_its_program_knows(capsys, tmp_path):
+def rendered(*flags):
+    return sbatch.render(parser().parse_args(["--slurm", *flags]), "train", [])
+
+
+def test_values_of_the_header_are_quoted(tmp_path, monkeypatch):
+    """What a real sbatch reads is in tests/slurm; here that nothing is lost or cut off."""
+    odd = tmp_path / 'a, b="c" it\'s é 100%'
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    name = "a b=c,d/e 'f' 20% é"
+    script = rendered("--name", name, "--sbatch=--comment=two words", "--sbatch=--qos high")
+    header = [shlex.split(line[8:]) for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert [f"--job-name={name}"] in header and ["--comment=two words"] in header and ["--qos", "high"] in header
+    logs = str(odd).replace("%", "%%")
+    assert [f"--output={logs}/logs/a_b=c_d_e__f__20__é-%j.out"] in header
+    long = rendered("--name", 150 * "é")
+    assert len(os.fsencode(re.search(r"/(é+-%j.out)", long)[1])) < 255 and 150 * "é" in long
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_container_is_a_file_or_a_name_that_its_program_knows(tmp_path):
     def exported(image, runtime=""):
-        script = printed(capsys, "--container", image, "--container-runtime", runtime, "--", "train")
+        script = rendered("--container", image, "--container-runtime", runtime)
         lines = [line.partition("=") for line in script.splitlines() if line.startswith("export SKYRL_CONTAINER")]
         return {name.removeprefix("export SKYRL_"): value.strip("'") for name, _, value in lines}
 
@@ -91,10 +115,14 @@ def test_a_container_is_a_file_or_a_name_that_its_program_knows(capsys, tmp_path
     assert exported("a.sqsh", "enroot") == {"CONTAINER": f"{tmp_path}/a.sqsh", "CONTAINER_RUNTIME": "enroot"}
     for image, runtime in (("docker://a/b", "apptainer"), ("pytorch", "enroot"), ("nvcr.io#nvidia/pytorch:1", "pyxis")):
         assert exported(image, runtime) == {"CONTAINER": image, "CONTAINER_RUNTIME": runtime}
-    assert "--container=b.sif: not there" in refused("--container", "b.sif", "--", "train")
-    assert "not there" in refused("--container", "a/b", "--container-runtime", "enroot", "--", "train")
-    assert "give --container-runtime as well: apptainer," in refused("--container", "docker://a", "--", "train")
-    assert "choose one of: apptainer" in refused("--container", "b", "--container-runtime", "docker", "--", "train")
+    for words, *flags in (
+        ("--container=b.sif: not there", "b.sif"),
+        ("not there", "a/b", "--container-runtime", "enroot"),
+        ("give --container-runtime as well: apptainer,", "docker://a"),
+        ("choose one of: apptainer", "b", "--container-runtime", "docker"),
+    ):
+        with pytest.raises(UserError, match=words):
+            rendered("--container", *flags)
 
 
 def refused(*args):
@@ -110,6 +138,12 @@ def test_a_plan_that_cannot_work_is_refused_before_it_waits_in_the_queue(monkeyp
     assert "not with --slurm" in refused("--max-restarts", "1", "--", "train")
     assert "--setup=nowhere: not there" in refused("--setup", "nowhere", "--", "train")
     assert "not a flag; write --sbatch=--qos=high" in refused("--sbatch=qos", "--", "train")
+    for flag in ("-n4", "--ntasks=4", "-N 2", "--gpus=3", "--gres=gpu:2", "--cpus-per-task=2", "-c2", "--array=1-2"):
+        with pytest.raises(UserError, match=f"--sbatch={flag}: planned here; use --nodes"):
+            rendered(f"--sbatch={flag}")
+    with pytest.raises(UserError, match="not a flag of one line"):
+        rendered("--name", "a\nb")
+    assert "file systems allow 255" in refused("--", "train", f"run.name={'x' * 300}")
     assert "hydra/launcher=slurm" in refused("--", "train", "-m", "seed=1,2")
     assert "not made by skyrl-tx stage" in refused("--staged", ".", "--", "train")
     monkeypatch.setenv("PATH", "/nowhere")

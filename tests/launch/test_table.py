@@ -5,8 +5,9 @@ import shutil
 import statistics
 
 import pytest
+import yaml
 
-from skyrl.config.load import load_config, save_config
+from skyrl.config.load import load_config, to_dict
 from skyrl.sweep import RESULT, sweep_table
 from skyrl.types import UserError
 
@@ -14,7 +15,7 @@ from skyrl.types import UserError
 def make_run(folder, name, accuracy, *options, done=True):
     run = folder / name
     run.mkdir(parents=True)
-    save_config(load_config([*options, f"run.dir={run}"]), run / "config.yaml")
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(load_config([*options, f"run.dir={run}"]))))
     records = [{"step": 0, "phase": "rl", "eval/accuracy:mean": 0.0}]
     records += [{"step": 1, "phase": "rl", "reward:mean": 2 * accuracy, "eval/accuracy:mean": accuracy}]
     records += [{"step": 2, "phase": "rl", "reward:mean": None}]

@@ -184,7 +184,6 @@ class CudaRunner:
 
     @property
     def name(self) -> str:
-        """module or fused."""
         return self._inner.name
 
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:

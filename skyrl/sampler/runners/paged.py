@@ -79,7 +79,6 @@ class PagedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """See skyrl.models.attention.Attention."""
         self.write(layer, key_KTC.transpose(0, 1), value_KTC.transpose(0, 1))
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         out_THC = query_HTC.new_empty(query_HTC.shape[1], query_HTC.shape[0], values.shape[-1])

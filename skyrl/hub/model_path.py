@@ -6,18 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-FORMATS = {
-    "GGML": "a GGML file, which llama.cpp read before GGUF",
-    "ONNX": "an ONNX model, made for inference, which cannot be trained",
-    "MLX": "weights for Apple's MLX",
-    "Keras": "weights of TensorFlow or Flax",
-}
+MLX, KERAS = "weights for Apple's MLX", "weights of TensorFlow or Flax"
 ENDINGS = {
-    ".ggml": "GGML",
-    ".onnx": "ONNX",
-    ".npz": "MLX",
-    ".h5": "Keras",
-    ".msgpack": "Keras",
+    ".ggml": "a GGML file, which llama.cpp read before GGUF",
+    ".onnx": "an ONNX model, made for inference, which cannot be trained",
+    ".npz": MLX,
+    ".h5": KERAS,
+    ".msgpack": KERAS,
 }
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".bz2", ".7z", ".nemo")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -53,7 +48,7 @@ def _file_problem(file: Path) -> str:
     if file.suffix.lower() == ".gguf":
         return ""  # skyrl.hub.gguf makes a folder of it
     if kind := ENDINGS.get(file.suffix.lower()):
-        return f"is {FORMATS[kind]}; {_origin(kind)}"
+        return f"is {kind}; {_origin(kind)}"
     if file.suffix.lower() in ARCHIVES:
         return "is an archive; unpack it and give the folder"
     if (file.parent / "config.json").is_file():
@@ -62,9 +57,7 @@ def _file_problem(file: Path) -> str:
 
 
 def _origin(kind: str) -> str:
-    if kind == "Keras":
-        return f"{ORIGINAL}, whose weights are safetensors"
-    return ORIGINAL
+    return f"{ORIGINAL}, whose weights are safetensors" if kind == KERAS else ORIGINAL
 
 
 def _folder_problem(folder: Path) -> str:
@@ -89,7 +82,7 @@ def _folder_problem(folder: Path) -> str:
             return config_problem({"quantization_config": {"quant_method": method}})
     if kinds and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         kind = next(iter(kinds))
-        return f"holds {FORMATS[kind]}; {_origin(kind)}"
+        return f"holds {kind}; {_origin(kind)}"
     return ""
 
 
@@ -109,7 +102,7 @@ def _without_config(folder: Path, found: list[str], kind: str) -> str:
     if (folder / "snapshots").is_dir():
         inside = [f"snapshots/{path.name}" for path in sorted((folder / "snapshots").iterdir())]
     if kind:
-        return f"holds {FORMATS[kind]}; {_origin(kind)}"
+        return f"holds {kind}; {_origin(kind)}"
     if inside:
         return f"has no config.json; give the folder in it that has, {folder / inside[-1]}"
     if "params.json" in found and any(name.startswith("consolidated") for name in found):
