@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from skyrl.distributed import env
 from skyrl.distributed.faults import classify
+from skyrl.distributed.stop import heard_signals
 
 SETTLE_SECONDS = 2.0  # how long we look for the rank that is gone
 HEED_SECONDS = 0.25  # between looks at what ranks of other machines have heard
@@ -99,8 +100,8 @@ def _ended_by_launcher(usual: Any, number: int, frame: FrameType | None) -> None
 
 
 def signals_stop(stop: Callable[[], None], store: Any = None) -> None:
-    """Calls `stop` at SIGTERM and SIGINT, for a program that ends well then. `store`: where ranks of other machines
-    leave word of theirs, which count alike; `stop` is called from a thread then.
+    """Calls `stop` at the signals of stop.SIGNALS, for a program that ends well then. `store`: where ranks of other
+    machines leave word of theirs, which count alike; `stop` is called from a thread then.
 
     torchrun, which passes on the signals that it gets, waits for its ranks and then prints a traceback about the
     signal, whatever their exit codes. So the leader's process kills it as its very last act. Not when the signal came
@@ -126,14 +127,14 @@ def signals_stop(stop: Callable[[], None], store: Any = None) -> None:
 
     elsewhere = threading.Event()
     _at_the_end.append(end_launcher)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in heard_signals():
         signal.signal(number, handle)
     if store is not None:
         threading.Thread(target=heed_others, name="skyrl-signals", daemon=True).start()
 
 
 def leave_signals_to_leader(store: Any = None) -> None:
-    """SIGTERM and SIGINT do nothing here but leave word that they came: the leader ends the job. `store`: for a leader
+    """The same signals do nothing here but leave word that they came: the leader ends the job. `store`: for a leader
     on another machine.
 
     A process that waits for the others of a collective runs no handler; a thread hears of signals there as well."""
@@ -152,7 +153,7 @@ def leave_signals_to_leader(store: Any = None) -> None:
         if first and word is not None and word.exists():
             env.end_launcher()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in heard_signals():
         signal.signal(number, lambda number, frame: None)
     signal.set_wakeup_fd(there.detach())
     threading.Thread(target=tell, name="skyrl-signals", daemon=True).start()

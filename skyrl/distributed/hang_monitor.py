@@ -33,6 +33,7 @@ STACK_SECONDS = 2.0  # how long stacks of the others are waited for
 END_SECONDS = 15.0  # after a decision nobody lives longer
 GOODBYE_SECONDS = 0.7
 MONITORS = 4  # ranks that look at the others, besides the first of each machine: reading all statuses is N keys
+STACK_SIGNAL = signal.SIGRTMIN + 3  # no batch system sends it
 MAX_STACK = 64 << 10
 STATES = {
     psutil.STATUS_STOPPED: ", its process is stopped (SIGSTOP)",
@@ -58,7 +59,7 @@ class HangMonitor:
         """Lets another rank of this machine have our stack even when the interpreter does not run any more."""
         if self.world.size > 1 and (path := failure.shared_file(f"stack-{self.world.rank}")) is not None:
             self._dump = open(path, "w")  # noqa: SIM115 - faulthandler needs it until the process ends
-            faulthandler.register(signal.SIGUSR2, file=self._dump, all_threads=True)
+            faulthandler.register(STACK_SIGNAL, file=self._dump, all_threads=True)
 
     # ---- statuses
 
@@ -238,7 +239,7 @@ class HangMonitor:
             if _state(table[rank]) or path is None:
                 self._give_stack(rank, f"(none{_state(table[rank])})\n")
                 continue
-            os.kill(table[rank]["process"], signal.SIGUSR2)
+            os.kill(table[rank]["process"], STACK_SIGNAL)
             time.sleep(0.3)
             self._give_stack(rank, path.read_text() if path.exists() else "")
 

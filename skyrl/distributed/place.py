@@ -166,12 +166,8 @@ def _set_meeting_place(environment: MutableMapping[str, str], place: Place) -> N
         environment["MASTER_ADDR"] = node_address(first_host(nodes)) if srun else "127.0.0.1"
     if not environment.get("MASTER_PORT"):
         same = next((environment[name] for name in MPI_JOB if environment.get(name)), str(os.getsid(0)))
-        job = (
-            (int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"]))
-            if srun
-            else (zlib.crc32(same.encode()),)
-        )
-        environment["MASTER_PORT"] = str(job_port(*job))
+        job = (number("SLURM_JOB_ID", 0, environment), number("SLURM_STEP_ID", 0, environment))
+        environment["MASTER_PORT"] = str(job_port(*job) if srun else job_port(zlib.crc32(same.encode())))
 
 
 def origin(environment: Mapping[str, str] = os.environ) -> str:

@@ -17,10 +17,18 @@ from skyrl.config.schema import RunFolderConfig
 from skyrl.types import UserError
 
 TEMPORARY, INTERRUPTED = 75, 130  # EX_TEMPFAIL: start me again; the shell's code for Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What batch systems send besides SIGTERM: SIGUSR1 or SIGUSR2 before a time limit, SIGXCPU at one of CPU time, SIGHUP at
+# the end of a terminal.
+OF_BATCH = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, *OF_BATCH, signal.SIGINT)
 STOP_FILE = "stop"
 END_OF_JOB = "SLURM_JOB_END_TIME"
 LONGEST_JOB = 10 * 365 * 86400  # Slurm writes a far date for a job without a limit
+
+
+def heard_signals() -> list[signal.Signals]:
+    """Those of SIGNALS that this process listens to: not a SIGHUP that nohup has told it to ignore."""
+    return [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
 @dataclass(frozen=True)

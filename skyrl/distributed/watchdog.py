@@ -25,7 +25,7 @@ from skyrl.distributed import env, failure, peers, phases
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.hang_monitor import HangMonitor
 from skyrl.distributed.init import World, own_store
-from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest
+from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest, heard_signals
 from skyrl.envs import clock
 
 LISTEN_SECONDS = 0.1
@@ -41,7 +41,7 @@ _runs = 0  # of this process; ranks count alike
 class Watchdog:
     """Knows whether this rank has been asked to stop (`stop_request`), where the others are, and who hangs.
 
-    One for each run; `start` takes over SIGTERM, SIGUSR1 and SIGINT, `close` gives them back.
+    One for each run; `start` takes over stop.SIGNALS, `close` gives them back.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Watchdog:
             # Python runs handlers between two lines of the main thread, which may wait for other ranks for long. This
             # descriptor is written at once, and the handlers themselves do nothing.
             signal.set_wakeup_fd(self._signal_sockets[1].fileno(), warn_on_full_buffer=False)
-            for number in SIGNALS:
+            for number in heard_signals():
                 self._before[number] = signal.signal(number, _ignore)
             os.register_at_fork(after_in_child=self._restore_signals_in_child)
         self.hang_monitor.prepare()

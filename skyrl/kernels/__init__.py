@@ -7,11 +7,13 @@ compiler, on another architecture or with SKYRL_CPU_KERNELS=0 everything runs in
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -50,8 +52,12 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "no C++ compiler"
     if platform.system() != "Linux":
         return None, f"not tried on {platform.system()}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
     try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
+        try:
+            loaded = ctypes.CDLL(str(_build(compiler, cache)))
+        except OSError:  # a home that is full, cannot be written to or runs no programs: anew for this process
+            loaded = ctypes.CDLL(str(_build(compiler, Path(tempfile.mkdtemp(prefix="skyrl-kernels-")))))
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler} failed: {str(getattr(error, 'stderr', '') or error).strip().splitlines()[-1:]}"
     for name, arguments in _ARGUMENTS.items():
@@ -60,23 +66,21 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return loaded, ""
 
 
-def _build(compiler: str) -> Path:
-    """Path of the library. Ranks wait for the one that builds; a half-written file never has the final name."""
+def _build(compiler: str, folder: Path) -> Path:
+    """Path of the library in `folder`. Ranks wait for the one that builds; a half-written file never has the final
+    name, so where a file system has no locks several build, and nothing else changes. Raises OSError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
     parts = [*(path.read_text() for path in sorted(FOLDER.glob("*.[ch]*"))), version, flags, " ".join(FLAGS)]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to: build anew for this process
-        folder = Path(tempfile.mkdtemp(prefix="skyrl-kernels-"))
+    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"decode-{name}.so"
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            part = folder / f"{target.name}.{os.getpid()}"
+            part = folder / f"{target.name}.{secrets.token_hex(4)}"
             command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
             # torch's own OpenMP, already loaded, is the one this resolves to: no second pool of threads
             done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)

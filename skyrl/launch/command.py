@@ -17,6 +17,7 @@ from skyrl.config.args import Parser
 from skyrl.config.load import load_config
 from skyrl.distributed import place
 from skyrl.distributed.env import LAUNCHED, REQUEUE_FILE
+from skyrl.distributed.stop import OF_BATCH
 from skyrl.launch import hosts, machine, processes, sbatch
 from skyrl.launch.rank import BIND, MODES
 from skyrl.main import split_args
@@ -209,7 +210,7 @@ def exit_code(code: int, heard: Sequence[int], job: Job, since: float, *, left: 
     """The exit code for a launcher's `code`, which may hide that of the ranks (torchrun's is 1 for all).
 
     75 when the run folder has a request to be started again that is newer than `since`, when ranks `left` before they
-    had anything to save, or when a server was asked by SIGUSR1; 130 when a person asked for the end.
+    had anything to save, or when a batch system asked a server; 130 when a person asked for the end.
     """
     if code == 0:
         return 0
@@ -217,7 +218,7 @@ def exit_code(code: int, heard: Sequence[int], job: Job, since: float, *, left: 
         return INTERRUPTED
     if left or (job.folder is not None and asks_again(job.folder, since)):
         return AGAIN
-    if job.folder is None and signal.SIGUSR1 in heard:
+    if job.folder is None and set(OF_BATCH) & set(heard):
         return AGAIN
     return code
 

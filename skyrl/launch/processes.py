@@ -20,8 +20,9 @@ from types import FrameType
 
 import psutil
 
+from skyrl.distributed.stop import SIGNALS, heard_signals
+
 AGAIN, INTERRUPTED = 75, 130
-HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE_SECONDS = 600.0  # from a second Ctrl-C nothing is waited for; from a first signal a save may take so long
 _PDEATHSIG = 1
 
@@ -94,12 +95,12 @@ def run(
 
 @contextlib.contextmanager
 def passing(send: Callable[[int], None]):
-    """While inside, HEARD goes to `send`."""
+    """While inside, what asks for a stop goes to `send`."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         send(number)
 
-    before = {number: signal.signal(number, handle) for number in HEARD}
+    before = {number: signal.signal(number, handle) for number in heard_signals()}
     try:
         yield
     finally:
@@ -134,7 +135,7 @@ def catches(pid: int, number: int) -> bool:
 def _follow_remote_commands(child: Child) -> None:
     for line in sys.stdin:
         number = getattr(signal, line.strip(), None)
-        if number in HEARD:
+        if number in SIGNALS:
             child.send(number)
     child.send(signal.SIGTERM)
 

@@ -17,6 +17,7 @@ from types import FrameType
 
 from skyrl.distributed.env import LAUNCHED
 from skyrl.distributed.place import own_place
+from skyrl.distributed.stop import heard_signals
 from skyrl.launch import machine
 from skyrl.main import run_entry
 from skyrl.types import UserError
@@ -120,8 +121,8 @@ def warm_up(source: Path, place: Path) -> None:
 
 
 def _listen(mode: str) -> list[int]:
-    """Until the run itself listens there is nothing to save: a signal ends this process with 75. A server knows SIGTERM
-    only, so SIGUSR1 becomes that, and what was heard is kept in the list that is returned: it may be started again."""
+    """Until the run itself listens there is nothing to save: a signal ends this process with 75. A server ends well at
+    SIGTERM, so others become that, and what was heard is kept in the list that is returned: it may be started again."""
     asked: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -133,8 +134,9 @@ def _listen(mode: str) -> list[int]:
         asked.append(number)
         signal.raise_signal(signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGUSR1, pass_on if mode == "serve" else leave)
+    for number in heard_signals():
+        if number != signal.SIGINT:
+            signal.signal(number, pass_on if mode == "serve" and number != signal.SIGTERM else leave)
     return asked
 
 

@@ -10,6 +10,7 @@ import torch
 
 from skyrl.distributed import phases
 from skyrl.distributed.init import World
+from skyrl.distributed.stop import SIGNALS, heard_signals
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
 
 
@@ -17,7 +18,7 @@ from skyrl.distributed.watchdog import Watchdog, mark_requeue
 def watch(tmp_path):
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     one = Watchdog(world, tmp_path, hang_seconds=0.0, patience=0.0, save_by=None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     one.start()
     phases.enter("training", 3)
     yield one
@@ -33,8 +34,9 @@ def soon(condition, seconds=3.0):
     return condition()
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
-def test_a_signal_is_a_request(watch, name, code):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP", "SIGINT"])
+def test_a_signal_is_a_request(watch, name):
+    code = 130 if name == "SIGINT" else 75
     assert not watch.stop_requested()
     os.kill(os.getpid(), getattr(signal, name))
     assert soon(watch.stop_requested) and watch.stop_request.reason == name and watch.stop_request.exit_code == code
@@ -42,6 +44,15 @@ def test_a_signal_is_a_request(watch, name, code):
     os.kill(os.getpid(), getattr(signal, name))  # again, within what torchrun may repeat
     time.sleep(0.3)
     assert watch.stop_request.reason == name
+
+
+def test_what_nohup_ignores_stays_ignored():
+    assert set(heard_signals()) == set(SIGNALS)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert set(SIGNALS) - set(heard_signals()) == {signal.SIGHUP}
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _sleep():

@@ -137,7 +137,7 @@ def test_a_plan_that_cannot_work_is_refused_before_it_waits_in_the_queue(monkeyp
     assert "strategy.shard_size=2" in hsdp and "3" in hsdp
     assert "not with --slurm" in refused("--max-restarts", "1", "--", "train")
     assert "--setup=nowhere: not there" in refused("--setup", "nowhere", "--", "train")
-    assert "not a flag; write --sbatch=--qos=high" in refused("--sbatch=qos", "--", "train")
+    assert "not a flag of one line; write --sbatch=--qos=high" in refused("--sbatch=qos", "--", "train")
     for flag in ("-n4", "--ntasks=4", "-N 2", "--gpus=3", "--gres=gpu:2", "--cpus-per-task=2", "-c2", "--array=1-2"):
         with pytest.raises(UserError, match=f"--sbatch={flag}: planned here; use --nodes"):
             rendered(f"--sbatch={flag}")

@@ -1,5 +1,7 @@
 """The compiled kernels and the torch plan against the module path, in both number formats; building them."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 
+from skyrl import kernels
 from skyrl.models.forward import CausalLM
 from skyrl.sampler.runners import cpu_kernels
 from skyrl.types import UserError
@@ -176,6 +179,26 @@ def test_two_ranks_build_once(tmp_path):
         out, err = rank.communicate(timeout=120)
         assert rank.returncode == 0 and "CDLL" in out, err
     assert len(list((tmp_path / "skyrl" / "kernels").glob("decode-*"))) == 1  # and no part of one
+
+
+def test_a_file_system_without_locks_or_without_programs(tmp_path, monkeypatch):
+    """NFS of some sites, a home without exec: kernels are compiled all the same, and found again."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { while [ "$1" != -o ]; do shift; done; echo so >"$2"; }\n')
+    compiler.chmod(0o755)
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    built = kernels._build(str(compiler), tmp_path / "cache")
+    assert built.read_text() == "so\n" and kernels._build(str(compiler), tmp_path / "cache") == built
+    tried = []
+    monkeypatch.setattr(kernels, "_build", lambda compiler, folder: tried.append(folder) or folder / "no.so")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels.library.__wrapped__()[0] is None  # neither can be loaded here
+    assert tried[0] == tmp_path / "skyrl" / "kernels" and "skyrl-kernels-" in str(tried[1])
+    tried[1].rmdir()
 
 
 def test_without_compiler_or_when_switched_off(tmp_path):
