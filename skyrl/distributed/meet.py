@@ -52,7 +52,7 @@ def meet(rank: int, size: int, seconds: int) -> tuple[Any, str]:
     # torchrun may keep one store over its restarts
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.PrefixStore(f"skyrl/{attempt}", store)
-    store.set(f"peer/{rank}", there)
+    store.set(f"reached/{rank}", there)
     store.set(f"here/{rank}", socket.gethostname())
     if missing := missing_after(store, [f"here/{other}" for other in range(size)], until):
         some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -101,6 +101,6 @@ def _own_address(store: Any, size: int, here: str) -> str:
     own machine, which is reached over loopback there, the address by which others have come."""
     if not _is_loopback(here):
         return here
-    others = {text.decode() for text in store.multi_get([f"peer/{rank}" for rank in range(size)])}
+    others = {text.decode() for text in store.multi_get([f"reached/{rank}" for rank in range(size)])}
     outside = sorted(address for address in others if not _is_loopback(address) and network.interface_of(address))
     return outside[0] if outside else here or "127.0.0.1"
