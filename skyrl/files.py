@@ -54,6 +54,8 @@ def write_folder_atomic(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():  # the second renaming failed, now or in a process that was killed
+            old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import types
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,20 @@ def test_a_full_disk_is_told_as_what_it_is(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "statvfs", lambda path, found=found: found)
         assert told in disk_reason(full, tmp_path / "a" / "b") and "None" not in disk_reason(full)
         assert disk_reason(other) == "Read-only: x"
+
+
+def test_a_folder_whose_new_name_is_refused_keeps_what_was_there(tmp_path, monkeypatch):
+    folder = tmp_path / "export"
+    with write_folder_atomic(folder) as part:
+        (part / "a").write_text("old")
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="No space"), write_folder_atomic(folder) as part:
+        (part / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"] and (folder / "a").read_text() == "old"
