@@ -20,6 +20,7 @@ import torch
 from skyrl.distributed.collectives import gather_to_leader, scatter_objects
 from skyrl.distributed.init import World
 from skyrl.engine import Engine, ModelSpec
+from skyrl.envs import clock
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult, score_prompts
 from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, Sample, SampleRequest, UserError
 
@@ -208,7 +209,7 @@ class Leader:
 
     def __init__(self, world: World, context: RankContext, *, timeout_seconds: float) -> None:
         self.world, self.context = world, context
-        self._last = time.monotonic()
+        self._last = clock.now()
         self._idle_after = timeout_seconds / 4
 
     def call(self, method: str, *args: Any, parts: list[Any] | None = None) -> list[Any]:
@@ -228,12 +229,12 @@ class Leader:
         parts = parts if parts is not None else [None] * self.world.size
         _, _, part = scatter_objects(self.world, [(method, args, one) for one in parts])
         answers = gather_to_leader(self.world, execute(self.context, method, args, part))
-        self._last = time.monotonic()
+        self._last = clock.now()
         return answers
 
     def idle(self) -> None:
         """Keeps the followers' wait within their timeout; cheap, and does nothing most of the time."""
-        if time.monotonic() - self._last > self._idle_after:
+        if clock.now() - self._last > self._idle_after:
             self.call("nothing")
 
     def stop(self) -> None:

@@ -3,12 +3,12 @@ of scheduler.py hold these, under its lock."""
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from skyrl.envs import clock
 from skyrl.service.messages import RequestOutcome, SampleResult
 from skyrl.types import Ints, SampleRequest
 
@@ -28,7 +28,7 @@ class PendingRequest:
     session: str  # "" where old releases sample without one
     model_id: str
     key: Key | None
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=clock.now)
     running: bool = False
     outcome: RequestOutcome = RequestOutcome("pending")
     finished: float = 0.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from skyrl.envs import clock
 from skyrl.service.database import FutureLog
 from skyrl.service.messages import (
     Category,
@@ -218,7 +218,7 @@ class RequestScheduler:
                 if not pending.settled:
                     return RequestOutcome("pending", reason=self._reason(pending))
                 if not pending.fetched:
-                    pending.fetched = time.monotonic()
+                    pending.fetched = clock.now()
                     self._fetched.append(pending)
                 return pending.outcome
         if pending is None and self._futures is not None:  # on the disk, so nobody's work waits for it
@@ -308,7 +308,7 @@ class RequestScheduler:
         first request of every other model with an equal `batch_key`, up to `max_tokens` tokens in all. [] when
         idle."""
         with self._locked():
-            self._tell_failures(time.monotonic())
+            self._tell_failures(clock.now())
             self._give_up_gaps()
             queues = sorted(self._ready.items(), key=lambda pair: pair[1].served)
             batch: list[PendingRequest] = []
@@ -332,7 +332,7 @@ class RequestScheduler:
     def _give_up_gaps(self) -> None:
         for model_id, queue in list(self._gaps.items()):
             first = min(queue.out_of_order)
-            if time.monotonic() - queue.out_of_order[first].arrived >= self.gap_seconds:
+            if clock.now() - queue.out_of_order[first].arrived >= self.gap_seconds:
                 queue.next_seq_id = first
                 queue.advance()
                 self._note(model_id, queue)
@@ -394,7 +394,7 @@ class RequestScheduler:
             if isinstance(request, TrainRequest) and not request.forward_only and pending.model_id in self._queues:
                 queue = self._queues[pending.model_id]
                 queue.failure, queue.failed_rows = pending, len(request.data)
-                if time.monotonic() < until:
+                if clock.now() < until:
                     self._held.append((until, pending, str(error), category))
                     return
             self._fail(pending, str(error), category)
@@ -461,7 +461,7 @@ class RequestScheduler:
         """Lets go of what a request brought, and keeps its outcome as long as there is room."""
         if pending.settled:
             return
-        pending.outcome, pending.finished = outcome, time.monotonic()
+        pending.outcome, pending.finished = outcome, clock.now()
         self._due += pending.callbacks
         pending.request, pending.callbacks = None, []
         if isinstance(pending, PendingSample):
@@ -485,7 +485,7 @@ class RequestScheduler:
 
     def _prune(self) -> None:
         """Forgets old futures: fetched ones after a while, others after an hour."""
-        now = time.monotonic()
+        now = clock.now()
         while self._fetched and now - self._fetched[0].fetched >= FETCHED_SECONDS:
             self._remove(self._fetched.popleft())
         while self._settled and now - self._settled[0].finished >= KEEP_SECONDS:

@@ -127,23 +127,23 @@ def test_a_run_folder_on_disks_of_the_nodes_is_refused(tmp_path):
 
 def test_data_that_differs_on_one_node_is_named(tmp_path):
     """On disks of their own data may lie, as long as it is the same."""
-    rows = [{"prompt": f"say {n}", "answer": str(n)} for n in range(20)]
-    data = [option for option in RUN if "letters" not in option]
-    data += [f"data.path={place() / 'local' / 'data.jsonl'}", "env.name=single_turn", "env.reward=exact"]
-    data += ["run.dir=run", "eval.num_prompts=2"]
+    data = [option for option in RUN if "letters" not in option and not option.startswith("eval.num")]
+    data += ["env.name=gsm8k", f"data.path={place() / 'local' / 'train.jsonl'}", "run.dir=run", "eval.num_prompts=2"]
 
     def write(node, answer):
-        text = "\n".join(json.dumps(row) for row in [*rows, {"prompt": "say 20", "answer": answer}])
-        (place() / f"disk.node{node}" / "data.jsonl").write_text(text + "\n")
+        rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(20)]
+        text = "\n".join(json.dumps(row) for row in [*rows, {"question": "20 + 1?", "answer": f"#### {answer}"}])
+        for name in ("train.jsonl", "test.jsonl"):
+            (place() / f"disk.node{node}" / name).write_text(text + "\n")
 
     for node in range(3):
-        write(node, "21" if node == 1 else "20")
+        write(node, "22" if node == 1 else "21")
     start = ["srun", "--kill-on-bad-exit=0", "-N3", "-n3", "--time=10", "python", "-m", "skyrl.train"]
     done = command(*start, *data, cwd=tmp_path, timeout=150)
     assert done.returncode != 0
     assert "the nodes are not alike: data.train is 21 prompts, " in errors(done.stderr)[0]
     assert "on rank 1 on node1, and 21 prompts, " in errors(done.stderr)[0]
-    write(1, "20")
+    write(1, "21")
     done = command(*start, *data, cwd=tmp_path, timeout=150)
     assert done.returncode == 0, done.stderr
     assert sorted(json.loads((tmp_path / "run" / "versions.json").read_text())[-1]["hosts"]) == [
@@ -151,3 +151,25 @@ def test_data_that_differs_on_one_node_is_named(tmp_path):
         "node1",
         "node2",
     ]
+
+
+def test_two_machines_by_hand(tmp_path):
+    """The commands of docs/cluster.md, on two of the nodes."""
+    text = (ROOT / "docs" / "cluster.md").read_text().split("## Two machines by hand")[1].split("## ")[0]
+    lines = [line.strip().replace("10.0.0.1", address("node0")) for line in text.splitlines() if "torchrun" in line]
+    env = environment(GLOO_SOCKET_IFNAME="eth0")
+    options = [option for option in RUN if not option.startswith("run.dir")]
+    nodes = [
+        subprocess.Popen(
+            ["bash", CLUSTER, "on", str(node), *line.split(), *options],
+            cwd=tmp_path,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for node, line in enumerate(lines)
+    ]
+    said = [node.communicate(timeout=150)[0] for node in nodes]
+    assert len(nodes) == 2 and [node.returncode for node in nodes] == [0, 0], said
+    assert "done: held-out accuracy" in said[0] and steps(tmp_path / "run") == 10
