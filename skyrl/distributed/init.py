@@ -125,12 +125,12 @@ def init_distributed(cfg: RunConfig) -> World:
         if cfg.strategy.name in ("auto", "single", "ddp"):
             return World(rank=0, size=1, local_rank=local_rank, device=device, choice=choice)
         _store = dist.HashStore()
-    if size > 1:
-        limits = {"hang_seconds": cfg.run.hang_seconds, "collective_seconds": cfg.run.collective_timeout_seconds}
-        Peers.meet(_store, rank, size, **limits)
+    limits = {"hang_seconds": cfg.run.hang_seconds, "collective_seconds": cfg.run.collective_timeout_seconds}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     with group_start(_store, rank, size, cfg.run.join_seconds):
+        if size > 1:
+            Peers.meet(_store, rank, size, **limits)
         dist.init_process_group(backend, timeout=FOREVER, store=_store, rank=rank, world_size=size, **kwargs)
         control = dist.new_group(backend="gloo", timeout=FOREVER)
         saving = dist.new_group(backend="gloo", timeout=FOREVER)
