@@ -93,8 +93,11 @@ def _ended_by_launcher(usual: Any, number: int, frame: FrameType | None) -> None
     """The `usual` handler, or the end with a line about a rank that is gone and could not speak for itself."""
     gone = ended_ranks()
     if gone and not error_reported() and claim_error_report():
-        # not print: what it interrupts may be a print
-        os.write(2, f"skyrl: error: {about_ranks(gone)}\n".encode())
+        if env.watchdog is not None:  # with a crash bundle, also when this comes while the run is being closed
+            env.watchdog.hang_monitor.report_lost_ranks(gone)
+        else:
+            # not print: what it interrupts may be a print
+            os.write(2, f"skyrl: error: {about_ranks(gone)}\n".encode())
     signal.signal(signal.SIGTERM, signal.SIG_DFL if gone else usual)
     os.kill(os.getpid(), signal.SIGTERM)
 
