@@ -26,6 +26,8 @@ MAX_SCORES = 1 << 26
 BUCKET_RATIO = 0.75
 
 OPTIONAL_FIELDS = ("sampling_logprobs", "advantages", "old_logprobs", "reference", "values", "returns")
+INTEGER_FIELDS = ("tokens_T", "targets_T", "positions_T", "row_T")
+ALIGNMENT = 64  # bytes between which the arrays of one copy lie
 FILLED_FIELDS = ("clip_low", "clip_high", "ratio_mask")  # a row may lack them where others have them
 
 
@@ -60,26 +62,48 @@ def collate(
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     starts[1:] = np.cumsum(lengths)
 
-    def ints(arrays: list[Any]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False)).to(device)
-
-    def floats(arrays: list[Any]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device=device, dtype=dtype)
-
-    return Microbatch(
-        tokens_T=ints([row.tokens for row in rows]),
-        targets_T=ints(_widened([row.targets for row in rows])),
-        positions_T=ints([np.arange(n) for n in lengths]),
-        row_T=ints([np.repeat(np.arange(len(rows)), lengths)]),
-        starts_S1=torch.from_numpy(starts).to(device),
-        max_length=int(lengths.max()),
-        weights_T=floats(_widened([row.weights for row in rows])),
+    floats = np.float64 if dtype == torch.float64 else np.float32
+    fields = {
+        "tokens_T": [row.tokens for row in rows],
+        "targets_T": _widened([row.targets for row in rows]),
+        "positions_T": [np.arange(n) for n in lengths],
+        "row_T": [np.repeat(np.arange(len(rows)), lengths)],
+        "weights_T": _widened([row.weights for row in rows]),
         **{
-            f"{key}_T": floats(arrays)
+            f"{key}_T": arrays
             for key in (*OPTIONAL_FIELDS, *FILLED_FIELDS)
             if (arrays := _optional(rows, key, fill)) is not None
         },
-    )
+    }
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which the loss finds
+        packed = {
+            name: np.concatenate(arrays).astype(np.int64 if name in INTEGER_FIELDS else floats, copy=False)
+            for name, arrays in fields.items()
+        }
+    device = torch.device(device)
+    move = move_together if device.type == "cuda" else move_each
+    return Microbatch(**move({**packed, "starts_S1": starts}, device), max_length=int(lengths.max()))
+
+
+def move_each(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Tensors on the device; on a CPU they are the arrays themselves."""
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def move_together(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """The same by one copy out of pinned memory that the host does not wait for: a micro-batch has a dozen arrays, each
+    of which would hold up the host until the GPU has done what was queued before."""
+    ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values()])
+    whole = np.empty(int(ends[-1]), dtype=np.uint8)
+    starts = [0, *ends[:-1].tolist()]
+    for start, array in zip(starts, arrays.values(), strict=True):
+        whole[start : start + array.nbytes] = np.frombuffer(array.tobytes(), dtype=np.uint8)
+    host = torch.from_numpy(whole)
+    moved = (host.pin_memory() if torch.cuda.is_available() else host).to(device, non_blocking=True)
+    return {
+        name: moved[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for start, (name, array) in zip(starts, arrays.items(), strict=True)
+    }
 
 
 def _optional(rows: list[Datum], key: str, fill: Mapping[str, float]) -> list[Any] | None:

@@ -88,12 +88,13 @@ class FSDPStrategy(Strategy):
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.AdamW | None = None
         if trainable:
-            # On a CPU the fused kernel is the fast one; foreach is a loop there.
-            kind = {"fused": True} if offload else {"foreach": True}
-            self._optimizer = torch.optim.AdamW([p for _, p in self._named], lr=0.0, **kind)
+            # Fused on a GPU: one kernel, and no root of every second moment besides. On a CPU the two kinds differ in
+            # the last bit; foreach stays there, so that runs of before go on as they were.
+            fused = offload or world.device.type == "cuda"
+            self._optimizer = torch.optim.AdamW([p for _, p in self._named], lr=0.0, fused=fused, foreach=not fused)
             for _, p in self._named:  # state from the start: a checkpoint always has the same tensors
                 self._optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32),
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),  # where a fused kernel wants it
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
@@ -166,7 +167,7 @@ class FSDPStrategy(Strategy):
         if optimizer and self._optimizer is not None:
             for key in ("exp_avg", "exp_avg_sq"):
                 out[key] = {n: self._optimizer.state[p][key] for n, p in self._named}
-            out["step"] = self._optimizer.state[self._named[0][1]]["step"].clone()
+            out["step"] = self._optimizer.state[self._named[0][1]]["step"].to("cpu", copy=True)
         return out
 
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:

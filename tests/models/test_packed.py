@@ -136,3 +136,21 @@ def test_collate_wants_a_field_from_all_rows_or_none():
         collate([with_it, row(3, name="y/1/0")], torch.float32, "cpu")
     with pytest.raises(ValueError, match="at least one row"):
         collate([], torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_copy_of_a_micro_batch_carries_what_single_ones_do(dtype, monkeypatch):
+    rows = [
+        Datum(np.arange(n), np.arange(2 * n).reshape(n, 2), np.ones((n, 2)) / 3, advantages=np.full(n, 1e300))
+        for n in (1, 7, 30)
+    ]  # fmt: skip
+    want = vars(collate(rows, dtype, "cpu"))
+    monkeypatch.setattr(packed, "move_each", packed.move_together)
+    found = vars(collate(rows, dtype, "cpu"))
+    tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    assert len({value.untyped_storage().data_ptr() for value in tensors.values()}) == 1 and len(tensors) == 7
+    for name, value in want.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        else:
+            assert found[name] == value, name
