@@ -100,6 +100,11 @@ class Sampling:
         """Whether there is anything to draw or to score."""
         return bool(self._active or self._leaving or self._waiting)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several clients asked for samples lately."""
+        return len(self._seen) > 1
+
     def sessions(self) -> set[str]:
         """Sessions that have samples, or snapshots without a name."""
         begun = {one.session for one in (*self._active.values(), *self._waiting)} - {""}

@@ -44,6 +44,7 @@ IDLE_SECONDS = 0.25  # so long a signal to stop may go unseen
 LOOK_SECONDS = 0.5  # between looks, in memory, at which sessions have ended
 TICK_SECONDS = 5.0
 SILENT_SECONDS = 120.0  # clients beat every 10: after this a session gives way when there is no room for a new model
+SHARED_SLICES = 8  # a sample is told when a slice ends: beside others a short one would wait for most of a long slice
 LONGEST_STRETCH = 2.0  # of sampling, after a training command that took long
 TOKENS_PER_COMMAND = 65536  # training requests of several models join up to here
 
@@ -96,7 +97,7 @@ class Worker:
         took = time.monotonic() - started
         self.sampling.admit()
         if self.sampling.active:
-            longest = self.cfg.service.slice_seconds
+            longest = self.cfg.service.slice_seconds / (SHARED_SLICES if self.sampling.is_shared else 1)
             self.sampling.draw(min(max(took, longest), LONGEST_STRETCH) if batch else longest)
         elif not batch:
             self.leader.idle()

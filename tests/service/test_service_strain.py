@@ -222,3 +222,16 @@ def test_requests_keep_a_session_alive_as_heartbeats_do(client):
     assert live.ended([session], 1800)
     told = outcome(client, post(client, "optim_step", model_id=model, seq_id=2, adam_params={"learning_rate": 0.1}))
     assert "metrics" in told and not live.ended([session], 1800)
+
+
+def test_slices_are_short_while_several_clients_sample(client, monkeypatch):
+    """A sample is told when a slice ends; beside others a short one would wait for most of a long slice."""
+    sampling, slice_seconds = client.service.worker.sampling, client.service.cfg.service.slice_seconds
+    seconds, one = [], client.create_sampling_client(base_model="tiny").result()
+    monkeypatch.setattr(sampling, "draw", lambda length, made=sampling.draw: (seconds.append(length), made(length)))
+    sampling._seen.clear()
+    one.sample(PROMPT, 1, draw(5)).result()
+    assert set(seconds) == {slice_seconds}
+    sampling._seen["another"] = time.monotonic()
+    one.sample(PROMPT, 1, draw(5)).result()
+    assert seconds[-1] == slice_seconds / 8
