@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class Engine:
             created.copy_weights(self._loaded(spec.copy_of))
         self.models[model] = created
         if model in ("policy", "base"):
-            check_against_transformers(cast(CausalLM, created.strategy.gathered()))
+            check_against_transformers(created.strategy.gathered())
 
     def _create_adapter(self, model: str, spec: ModelSpec, lora: LoraSpec) -> Model:
         if spec.head != "logits" or not spec.trainable or spec.copy_of:

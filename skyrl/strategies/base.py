@@ -47,7 +47,7 @@ class Strategy(Protocol):
     def clear_gradient(self) -> None:
         """Drops what is pending, also what is not finite; weights and moments stay as they are, bit for bit."""
 
-    def gathered(self) -> nn.Module:
+    def gathered(self) -> Any:
         """A module with whole weights as they are now on every rank, which may be called without collectives until the
         weights change: the model itself, or a copy that every later call fills in place where they have changed."""
 

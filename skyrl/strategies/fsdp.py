@@ -46,7 +46,7 @@ class FSDPStrategy(Strategy):
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
+        build: Callable[[], Any],
         fill: Callable[[Any, torch.device], None],
         world: World,
         *,
@@ -147,7 +147,7 @@ class FSDPStrategy(Strategy):
         """The adapter whole on every rank: it is small, and its hooks then need no collective of their own."""
         return ReplicatedStrategy(adapter, self.world)
 
-    def gathered(self) -> nn.Module:
+    def gathered(self) -> Any:
         """A whole module in the compute dtype with the weights as they are now; one gather after each change."""
         return self._whole.module(self._gather)
 

@@ -165,7 +165,7 @@ class ReplicatedStrategy(Strategy):
         """The adapter whole on every rank, as this model is."""
         return ReplicatedStrategy(adapter, self.world)
 
-    def gathered(self) -> nn.Module:
+    def gathered(self) -> Any:
         """The module itself: every rank has whole weights."""
         return self.module
 

@@ -19,11 +19,11 @@ class WholeCopy:
 
     def __init__(self, build: Callable[[], Any], source: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self._build, self._source, self._dtype, self._device = build, source, dtype, device
-        self._module: nn.Module | None = None
+        self._module: Any = None  # a CausalLM
         self._current = False
 
     @torch.no_grad()
-    def module(self, gather: Callable[[dict[str, Tensor]], None]) -> nn.Module:
+    def module(self, gather: Callable[[dict[str, Tensor]], None]) -> Any:
         """The copy with the weights as they are now. Unless nothing has changed since the last call, `gather` fills its
         parameters, given by name; collective then."""
         if self._module is None:

@@ -213,7 +213,7 @@ class ZeroStrategy(Strategy):
 
     # ---- weights and state -----------------------------------------------------------------------------------------
 
-    def gathered(self) -> nn.Module:
+    def gathered(self) -> Any:
         """zero1, zero2: the model itself. zero3: a whole module in the compute dtype, gathered after each change."""
         return self._model if self._stage < 3 else self._whole.module(self._gather)
 
