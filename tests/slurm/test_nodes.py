@@ -108,6 +108,7 @@ def test_a_suspended_job_goes_on(tmp_path):
     log = open(tmp_path / "log", "w")  # noqa: SIM115
     process = subprocess.Popen(srun(*options), cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT)
     until(lambda: steps(tmp_path / "run") >= 4 or process.poll() is not None, 120)
+    assert process.poll() is None, (tmp_path / "log").read_text()
     job = command("squeue", "-h", "-o", "%i", cwd=tmp_path).stdout.split()[0]
     time.sleep(1.5)
     assert command("scontrol", "suspend", job, cwd=tmp_path).returncode == 0
@@ -157,7 +158,8 @@ def test_two_machines_by_hand(tmp_path):
     """The commands of docs/cluster.md, on two of the nodes."""
     text = (ROOT / "docs" / "cluster.md").read_text().split("## Two machines by hand")[1].split("## ")[0]
     lines = [line.strip().replace("10.0.0.1", address("node0")) for line in text.splitlines() if "torchrun" in line]
-    env = environment(GLOO_SOCKET_IFNAME="eth0")
+    cluster_is = {name: value for name, value in os.environ.items() if name.startswith("SLURM_TEST_")}
+    env = environment(GLOO_SOCKET_IFNAME="eth0", **cluster_is)
     options = [option for option in RUN if not option.startswith("run.dir")]
     nodes = [
         subprocess.Popen(
