@@ -159,7 +159,7 @@ def test_two_machines_by_hand(tmp_path):
     text = (ROOT / "docs" / "cluster.md").read_text().split("## Two machines by hand")[1].split("## ")[0]
     lines = [line.strip().replace("10.0.0.1", address("node0")) for line in text.splitlines() if "torchrun" in line]
     cluster_is = {name: value for name, value in os.environ.items() if name.startswith("SLURM_TEST_")}
-    env = environment(GLOO_SOCKET_IFNAME="eth0", **cluster_is)
+    env = environment(**cluster_is)
     options = [option for option in RUN if not option.startswith("run.dir")]
     nodes = [
         subprocess.Popen(
