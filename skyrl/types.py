@@ -168,17 +168,17 @@ class Datum:
 
 @dataclass
 class Microbatch:
-    """Rows packed end to end: T tokens of S sequences. `starts_S1` [S+1] int32 are the borders, `row_T` [T] int64
-    the sequence of each token. Optional fields are None when no row of the batch has them; float tensors have the
-    dtype of the loss (float32, or float64 for a float64 model). `targets_T` and `weights_T` are [T, K] when any row
-    has several targets; cells that a row lacks are target 0 with weight 0."""
+    """Rows packed end to end: T tokens of S sequences. `starts_S1` [S+1] int32 are the borders, `lengths` their
+    differences as numbers, `row_T` [T] int64 the sequence of each token. Optional fields are None when no row of the
+    batch has them; float tensors have the dtype of the loss (float32, or float64 for a float64 model). `targets_T` and
+    `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0."""
 
     tokens_T: Tensor
     targets_T: Tensor
     positions_T: Tensor
     row_T: Tensor
     starts_S1: Tensor
-    max_length: int
+    lengths: tuple[int, ...]
     weights_T: Tensor
     sampling_logprobs_T: Tensor | None = None
     advantages_T: Tensor | None = None
@@ -189,6 +189,11 @@ class Microbatch:
     clip_low_T: Tensor | None = None
     clip_high_T: Tensor | None = None
     ratio_mask_T: Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
 
 
 @dataclass

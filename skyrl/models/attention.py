@@ -59,8 +59,11 @@ def forward(
 
 
 def register() -> None:
-    """Makes attn_implementation="skyrl" known to transformers, with no mask built for it. Safe to call again."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Makes attn_implementation="skyrl" known to transformers. Safe to call again.
+
+    No mask function is registered: for a name without one transformers builds no mask, while with one it first looks
+    for packed rows in the positions, which waits for the device once per mask in every forward pass.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, forward)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -45,6 +45,7 @@ class CausalLM(nn.Module):
         if net.config._attn_implementation != NAME:
             net.set_attn_implementation(NAME)
         exact_ops.hook_norms(net)
+        net.base_model.warn_if_padding_and_no_attention_mask = _never_padded  # type: ignore[assignment]
         self.net = net
         self.head = head
         self.chunk_tokens = chunk_tokens
@@ -171,7 +172,7 @@ class CausalLM(nn.Module):
                 "lower batch.max_row_tokens"
             )
         if packing:
-            hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.max_length))
+            hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths))
         else:
             hidden_TC = self._hidden_padded(mb)
         if self.head == "value":
@@ -233,6 +234,10 @@ def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """For float64 models: no step inside is rounded to float32, as norms, rotary embeddings and routers of transformers
     are; without it two layouts of the same float64 computation differ by 1e-8. Nothing for other dtypes."""
     return _StayDouble() if dtype == torch.float64 else nullcontext()
+
+
+def _never_padded(*args: Any) -> None:
+    """In place of transformers' look for padding, which waits for the device in every forward pass of some families."""
 
 
 def _run_checkpointed(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

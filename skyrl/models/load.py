@@ -149,7 +149,7 @@ def check_against_transformers(model: CausalLM) -> None:
     starts = torch.tensor([0, 7, 11], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(len(row), device=device) for row in rows])
     window = getattr(config, "sliding_window", None)
-    attention = _ShortWindow(PackedAttention(starts, 7), window, 3)
+    attention = _ShortWindow(PackedAttention(starts, (7, 4)), window, 3)
     try:
         if window is not None:
             config.sliding_window = 3  # what transformers' masks are made from

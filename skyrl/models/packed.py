@@ -6,9 +6,10 @@ Letters: H heads, K key/value heads, G = H / K, T packed tokens, L length of one
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -16,11 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from skyrl.fallbacks import warn_fallback
 from skyrl.models import exact_ops
 from skyrl.types import Datum, Microbatch, UserError
 
-# Above this many scores of one bucket (B x H x L x L) the fused kernel is used, which keeps none of them.
+# Above this many scores of one bucket (B x H x L x L) the fused kernel is used, which keeps none of them. Capped ones,
+# which it cannot compute, are kept up to exact_ops.KEEP_SCORES for all buckets; no more than MAX_SCORES exist at once.
 MAX_SCORES = 1 << 26
 # Rows shorter than this part of the longest row of their bucket open a bucket of their own.
 BUCKET_RATIO = 0.75
@@ -82,7 +86,7 @@ def collate(
         }
     device = torch.device(device)
     move = move_together if device.type == "cuda" else move_each
-    return Microbatch(**move({**packed, "starts_S1": starts}, device), max_length=int(lengths.max()))
+    return Microbatch(**move({**packed, "starts_S1": starts}, device), lengths=tuple(lengths.tolist()))
 
 
 def move_each(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -139,13 +143,32 @@ def banned(length: int, window: int | None, device: torch.device) -> Tensor:
     return behind < 0 if window is None else (behind < 0) | (behind >= window)
 
 
-@lru_cache(maxsize=1)
-def varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
-    """torch's variable-length attention and the names of its arguments; None where this torch has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+def varlen_refusal(query_HTC: Tensor, value_KTC: Tensor, softcap: float | None) -> str:
+    """Why torch's variable-length attention does not take these on CUDA; "" when it does."""
+    channels = query_HTC.shape[-1]
+    if query_HTC.dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(query_HTC.dtype).removeprefix('torch.')} (it takes bfloat16 and float16)"
+    if softcap:
+        return "the model caps its scores"
+    if channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
+        return f"heads of {channels} and {value_KTC.shape[-1]} channels (it takes equal multiples of 8 up to 256)"
+    return _device_refusal(query_HTC.device)
+
+
+@lru_cache(maxsize=16)
+def _device_refusal(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} (it needs 8.0)"
+
+
+@cache
+def varlen() -> tuple[Callable[..., Any], frozenset[str]]:
+    """torch's variable-length attention and the names of its arguments: grouped heads and paged keys came with 2.13.
+    Its module imports half of torch's compiler, 1.5 s of a process that may never use it."""
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -180,15 +203,17 @@ class _Layout:
 class PackedAttention:
     """Causal attention inside each packed row; exact and differentiable.
 
-    CUDA in half precision: torch's varlen kernel, except with softcap. Otherwise rows of similar length are padded
-    together in buckets. In float32 on a CPU each query is computed as the sampler does it, by the same kernels, where
-    there are any and rows are not long (kernels.LONGEST). Else scores are computed with batched matrix products,
-    because on a CPU the fused kernel's bfloat16 backward is about ten times slower (and equal in float32), unless they
-    would take too much memory.
+    CUDA in half precision: torch's varlen kernel, except with softcap. Otherwise (said once on CUDA) rows of similar
+    length are padded together in buckets. In float32 on a CPU each query is computed as the sampler does it, by the
+    same kernels, where there are any and rows are not long (kernels.LONGEST). Else scores are computed with batched
+    matrix products, because on a CPU the fused kernel's bfloat16 backward is about ten times slower (and equal in
+    float32), unless they would take too much memory: then by the fused kernel, and in blocks of queries where they are
+    capped, which the fused kernel cannot do.
     """
 
-    def __init__(self, starts_S1: Tensor, max_length: int) -> None:
-        self.starts_S1, self.max_length, self.device = starts_S1, max_length, starts_S1.device
+    def __init__(self, starts_S1: Tensor, lengths: Sequence[int]) -> None:
+        self.starts_S1, self._lengths, self.device = starts_S1, lengths, starts_S1.device
+        self.max_length, self._starts = max(lengths), list(accumulate(lengths, initial=0))
         self._layouts: dict[int, _Layout] = {}
         self._bias: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         self._bucket_list: list[list[int]] | None = None
@@ -197,9 +222,6 @@ class PackedAttention:
 
     def _buckets(self) -> list[list[int]]:
         if self._bucket_list is None:
-            starts = self.starts_S1.tolist()
-            self._starts = starts
-            self._lengths = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
             self._bucket_list = []
             for row in sorted(range(len(self._lengths)), key=lambda s: -self._lengths[s]):
                 if self._bucket_list:
@@ -215,7 +237,7 @@ class PackedAttention:
 
     def _layout(self, heads: int) -> _Layout:
         if heads not in self._layouts:
-            out, back, base = [], np.zeros((self.starts_list()[-1], heads), dtype=np.int64), 0
+            out, back, base = [], np.zeros((self._starts[-1], heads), dtype=np.int64), 0
             for rows in self._buckets():
                 longest = self._lengths[rows[0]]
                 first = np.array([self._starts[s] for s in rows])
@@ -233,11 +255,6 @@ class PackedAttention:
             self._layouts[heads] = _Layout(to(np.concatenate(out)), to(back.reshape(-1)))
         return self._layouts[heads]
 
-    def starts_list(self) -> list[int]:
-        """Borders of the rows as numbers."""
-        self._buckets()
-        return self._starts
-
     def attend(
         self,
         layer: int,
@@ -251,39 +268,26 @@ class PackedAttention:
     ) -> Tensor:
         if window is not None and window >= self.max_length:
             window = None
-        if query_HTC.is_cuda and query_HTC.dtype in (torch.bfloat16, torch.float16) and not softcap:
-            out_THC = self._varlen(query_HTC, key_KTC, value_KTC, scale, window)
-            if out_THC is not None:
-                return out_THC
+        if query_HTC.is_cuda:
+            refusal = varlen_refusal(query_HTC, value_KTC, softcap)
+            if not refusal:
+                return self._varlen(query_HTC, key_KTC, value_KTC, scale, window)
+            warn_fallback(f"training attends without FlashAttention: {refusal}")
         return self._bucketed(query_HTC, key_KTC, value_KTC, scale, window, softcap)
 
-    def _varlen(self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None) -> Any:
-        """[T, H, C], or None where this torch's kernel cannot do it."""
-        found = varlen()
-        channels = query_HTC.shape[-1]
-        if found is None or channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
-            return None
-        attn, names = found
-        more: dict[str, Any] = {}
-        if "window_size" in names:  # (left, right) besides the token itself
-            more["window_size"] = (-1 if window is None else window - 1, 0)
-        elif window is None:
-            more["is_causal"] = True
-        else:
-            return None
+    def _varlen(
+        self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         query, key, value = (x.transpose(0, 1).contiguous() for x in (query_HTC, key_KTC, value_KTC))
-        if "scale" in names:
-            more["scale"] = scale
-        else:
-            query = query * (scale * channels**0.5)
+        attend, names = varlen()
         if query.shape[1] != key.shape[1]:
             if "enable_gqa" in names:
-                more["enable_gqa"] = True
+                attend = partial(attend, enable_gqa=True)
             else:
-                group = query.shape[1] // key.shape[1]
-                key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        starts = self.starts_S1.to(torch.int32)
-        return attn(query, key, value, starts, starts, self.max_length, self.max_length, **more)
+                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        starts, longest = self.starts_S1, self.max_length
+        seen = (-1 if window is None else window - 1, 0)  # left and right of the token itself
+        return attend(query, key, value, starts, starts, longest, longest, scale=scale, window_size=seen)
 
     def _bucketed(
         self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None, softcap: Any
@@ -306,7 +310,7 @@ class PackedAttention:
             value.split([n * kv_heads for n in sizes]),
             strict=True,
         )
-        outs = []
+        outs, keep = [], sum(rows * heads * longest**2 for rows, longest in shapes) <= exact_ops.KEEP_SCORES
         for (rows, longest), q, k, v in parts:
             q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
@@ -315,8 +319,10 @@ class PackedAttention:
             if sampled and exact_ops.kernel_can_attend(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
                 q, k, v = (x.reshape(rows * kv_heads, -1, x.shape[-1]) for x in (q, k, v))
                 out = exact_ops.attend_causal(q, k, v, scale)
-            elif rows * heads * longest * longest <= MAX_SCORES or softcap:
+            elif keep if softcap else rows * heads * longest * longest <= MAX_SCORES:
                 out = self._products(q, k, v, scale, cut, softcap)
+            elif softcap:
+                out = self._in_blocks(q, k, v, scale, cut, softcap)
             else:
                 out = self._fused(q, k, v, scale, cut)
             outs.append(out.reshape(rows * heads * longest, -1))
@@ -343,6 +349,30 @@ class PackedAttention:
             scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
         out = torch.bmm(torch.softmax(scores, -1), v.reshape(rows * kv_heads, longest, -1))
         return out.view(rows, kv_heads, group, longest, -1)
+
+    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
+        """The same for capped scores, a block of queries at a time; the backward pass computes each block's again."""
+        rows, kv_heads, group, longest, _ = q.shape
+        k, v = k.reshape(rows * kv_heads, longest, -1), v.reshape(rows * kv_heads, longest, -1)
+        # scores, capped, weights and a gradient exist together
+        step = max(1, MAX_SCORES // 4 // (rows * kv_heads * group * longest))
+
+        def block(q: Tensor, k: Tensor, v: Tensor, first: int, low: int) -> Tensor:
+            count = q.shape[3]
+            queries = torch.arange(first, first + count, device=q.device).unsqueeze(1)
+            behind = queries - torch.arange(low, low + k.shape[1], device=q.device)
+            unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            scores = torch.bmm(q.reshape(rows * kv_heads, group * count, -1), k.transpose(1, 2)) * scale
+            scores = torch.tanh(scores / softcap) * softcap
+            weights = torch.softmax(scores.masked_fill(unseen.repeat(group, 1), float("-inf")), -1)
+            return torch.bmm(weights, v).view(rows, kv_heads, group, count, -1)
+
+        outs = []
+        for first in range(0, longest, step):
+            last, low = min(longest, first + step), 0 if window is None else max(0, first - window + 1)
+            given = q[..., first:last, :], k[:, low:last], v[:, low:last], first, low
+            outs.append(checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 3)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """The same by scaled_dot_product_attention, which never holds all scores."""

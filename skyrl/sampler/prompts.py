@@ -7,6 +7,7 @@ Legend: L tokens of a query, N positions that are looked at together, V vocabula
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,9 +144,8 @@ def _places(query: PromptLogprobsRequest) -> np.ndarray:
     return np.flatnonzero(seen)
 
 
-Member = tuple[
-    PromptLogprobsRequest, np.ndarray, PromptLogprobsResult
-]  # a query, its positions, and where its answer goes
+# a query, its positions, and where its answer goes
+Member = tuple[PromptLogprobsRequest, np.ndarray, PromptLogprobsResult]
 
 
 def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, Adapter]) -> None:
@@ -153,15 +153,12 @@ def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, A
     starts = np.cumsum([0, *lengths])
     tokens = np.concatenate([np.asarray(query.tokens, dtype=np.int64) for query, _, _ in members])
     positions = np.concatenate([np.arange(length) for length in lengths])
-    attention = PackedAttention(torch.from_numpy(starts.astype(np.int32)).to(device), max(lengths))
+    attention = PackedAttention(torch.from_numpy(starts.astype(np.int32)).to(device), lengths)
     tokens_T, positions_T = (torch.from_numpy(x).to(device) for x in (tokens, positions))
     used = [adapters[query.model] if query.model else None for query, _, _ in members]
     segments = segments_of(used, lengths)
-    if segments is None:
+    with nullcontext() if segments is None else routed(model, segments):
         hidden_TC = model.hidden(tokens_T, positions_T, attention)
-    else:
-        with routed(model, segments):
-            hidden_TC = model.hidden(tokens_T, positions_T, attention)
     rows = np.concatenate([start + places - 1 for start, (_, places, _) in zip(starts, members, strict=False)])
     owners = np.repeat(np.arange(len(members)), [len(places) for _, places, _ in members])
     step = max(1, LOGITS_BYTES // (4 * model.vocab_size))

@@ -42,7 +42,7 @@ def make_batch(seed: int = 0, lengths=(4, 1, 6), trained: float = 0.7, dtype=tor
         positions_T=torch.cat([torch.arange(n) for n in lengths]),
         row_T=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         starts_S1=starts,
-        max_length=max(lengths),
+        lengths=tuple(lengths),
         weights_T=weights,
         sampling_logprobs_T=logprobs + draw(0.4),
         advantages_T=advantages,

@@ -69,7 +69,7 @@ def _one(mb, s):
     from skyrl.models.packed import PackedAttention
 
     n = int((mb.row_T == s).sum())
-    return PackedAttention(torch.tensor([0, n], dtype=torch.int32), n)
+    return PackedAttention(torch.tensor([0, n], dtype=torch.int32), [n])
 
 
 def test_float64_does_not_depend_on_the_layout():
@@ -117,7 +117,7 @@ def test_critic():
 def _pack(mb):
     from skyrl.models.packed import PackedAttention
 
-    return PackedAttention(mb.starts_S1, mb.max_length)
+    return PackedAttention(mb.starts_S1, mb.lengths)
 
 
 def test_no_dropout_in_training():

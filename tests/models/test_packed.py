@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from skyrl.fallbacks import warn_fallback
 from skyrl.models import packed
 from skyrl.models.packed import PackedAttention, PaddedAttention, banned, collate
 from skyrl.types import Datum, UserError
@@ -47,20 +50,81 @@ CASES = [(None, None), (4, None), (None, 2.0), (4, 2.0), (24, None)]
 
 
 @pytest.mark.parametrize(("window", "softcap"), CASES)
-@pytest.mark.parametrize("fused", [False, True])
-def test_packed_equals_the_loop(window, softcap, fused, monkeypatch):
-    if fused:
-        monkeypatch.setattr(packed, "MAX_SCORES", 0)
+@pytest.mark.parametrize("bound", [None, 0, 2000])  # scores that may exist at once: 0 = one query at a time
+def test_packed_equals_the_loop(window, softcap, bound, monkeypatch):
+    if bound is not None:
+        monkeypatch.setattr(packed, "MAX_SCORES", bound)
+        monkeypatch.setattr(packed.exact_ops, "KEEP_SCORES", 0)
     leaves, (q, k, v) = qkv(LENGTHS)
     up = torch.randn(sum(LENGTHS), H, C, dtype=torch.float64)
     want = loop(q, k, v, LENGTHS, 0.3, window, softcap)
-    attention = PackedAttention(starts_of(LENGTHS), max(LENGTHS))
+    attention = PackedAttention(starts_of(LENGTHS), LENGTHS)
     for _ in range(2):  # the second layer uses what the first one prepared
         got = attention.attend(0, q, k, v, scale=0.3, window=window, softcap=softcap)
         assert (got - want).abs().max() < 1e-12
         a = torch.autograd.grad((got * up).sum(), leaves, retain_graph=True)
         b = torch.autograd.grad((want * up).sum(), leaves, retain_graph=True)
         assert all((x - y).abs().max() < 1e-12 for x, y in zip(a, b, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that an operator gives inside."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window"), [([4096], None), ([4096, 300], 2048), ([700] * 8, None), ([300, 200, 130, 80] * 5, None)]
+)
+def test_capped_scores_are_bounded_and_not_kept(lengths, window):
+    """Gemma 2's attention: a step holds at most MAX_SCORES numbers, autograd only queries, keys and values."""
+    tokens, kept, heads = sum(lengths), 0, 8
+    leaves = [torch.empty(tokens, n, 64, device="meta", requires_grad=True) for n in (heads, 4, 4)]
+
+    def keep(x):
+        nonlocal kept
+        if kept is not None:
+            kept += x.nbytes
+        return x
+
+    attention = PackedAttention(starts_of(lengths).to("meta"), lengths)
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            query, key, value = (x.transpose(0, 1) for x in leaves)
+            out = attention.attend(0, query, key, value, scale=0.1, window=window, softcap=50.0)
+        held, kept = kept, None
+        out.sum().backward()
+    assert largest.size <= packed.MAX_SCORES
+    assert held < 20 * sum(x.nbytes for x in leaves)  # views of them, counted once for each block
+    assert all(x.grad is not None for x in leaves)
+
+
+@pytest.mark.parametrize(
+    ("channels", "value_channels", "dtype", "softcap", "reason"),
+    [
+        (64, 64, torch.float32, None, "float32"),
+        (64, 64, torch.bfloat16, 30.0, "caps its scores"),
+        (512, 512, torch.bfloat16, None, "512"),
+        (12, 12, torch.bfloat16, None, "multiples of 8"),
+        (64, 32, torch.float16, None, "64 and 32"),
+        (64, 64, torch.bfloat16, None, ""),
+    ],
+)
+def test_attention_without_the_kernel_is_told(channels, value_channels, dtype, softcap, reason, monkeypatch, caplog):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.device.type == "meta"))
+    warn_fallback.cache_clear()
+    q, k = (torch.empty(n, 9, channels, dtype=dtype, device="meta") for n in (4, 2))
+    value = torch.empty(2, 9, value_channels, dtype=dtype, device="meta")
+    attention = PackedAttention(starts_of([9]).to("meta"), [9])
+    for _ in range(2):
+        out = attention.attend(0, q, k, value, scale=1.0, window=None, softcap=softcap)
+    assert out.shape == (9, 4, value_channels)
+    assert [reason in r.message for r in caplog.records] == ([True] if reason else [])
 
 
 @pytest.mark.parametrize(("window", "softcap"), CASES)
@@ -73,7 +137,7 @@ def test_padded_equals_the_loop(window, softcap):
 
 def test_other_shapes_of_heads():
     leaves, (q, k, v) = qkv([7, 2, 9], value_channels=5)
-    attention = PackedAttention(starts_of([7, 2, 9]), 9)
+    attention = PackedAttention(starts_of([7, 2, 9]), [7, 2, 9])
     assert (
         attention.attend(0, q, k, v, scale=1.0, window=None, softcap=None) - loop(q, k, v, [7, 2, 9], 1.0, None, None)
     ).abs().max() < 1e-12
@@ -85,7 +149,7 @@ def test_other_shapes_of_heads():
 def test_rows_do_not_see_each_other():
     """NaN and inf in one row leave the others as they were, values and gradients."""
     leaves, (q, k, v) = qkv(LENGTHS)
-    attention = PackedAttention(starts_of(LENGTHS), max(LENGTHS))
+    attention = PackedAttention(starts_of(LENGTHS), LENGTHS)
     clean = attention.attend(0, q, k, v, scale=0.3, window=None, softcap=None)
     bad = [x.detach().clone() for x in leaves]
     for x in bad:
@@ -102,7 +166,7 @@ def test_rows_do_not_see_each_other():
 def test_buckets_waste_little():
     rng = np.random.default_rng(0)
     lengths = rng.integers(10, 400, 200).tolist()
-    attention = PackedAttention(starts_of(lengths), max(lengths))
+    attention = PackedAttention(starts_of(lengths), lengths)
     padded = sum(rows * longest for rows, longest in attention._shapes())
     assert padded < 1.2 * sum(lengths) and len(attention._shapes()) < 16
 
