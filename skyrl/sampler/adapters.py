@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from skyrl.models.lora import Adapter
-from skyrl.sampler.blocks import BASE_KEY
 from skyrl.types import UserError
 
 
@@ -60,8 +59,3 @@ class AdapterRegistry:
         for known in found:
             del self._known[id(known.adapter)]
         return found
-
-
-def cache_key_of(known: Known | None) -> int:
-    """Where cached contents of a request begin."""
-    return BASE_KEY if known is None else known.cache_key

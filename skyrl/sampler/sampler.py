@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from skyrl.models.lora import Adapter
-from skyrl.sampler.adapters import AdapterRegistry, cache_key_of
+from skyrl.sampler.adapters import AdapterRegistry
+from skyrl.sampler.blocks import BASE_KEY
 from skyrl.sampler.decode_batch import DecodeBatch
 from skyrl.sampler.runners import sampling
 from skyrl.sampler.runners.base import KVCache, PrefillChunk, Runner, Sequence
@@ -88,7 +89,7 @@ class Sampler:
         room = np.zeros(limit - len(context), dtype=np.float32)
         sequence = Sequence(
             self._arrived, request.uid, request.params, tokens, len(context), len(context), room, stops_at,
-            adapter=adapter, cache_key=cache_key_of(known),
+            adapter=adapter, cache_key=BASE_KEY if known is None else known.cache_key,
         )  # fmt: skip
         self._scheduler.add(sequence)
         self._adapters.count(adapter, 1)

@@ -1,5 +1,6 @@
 """The compiled kernels and the torch plan against the module path, in both number formats; building them."""
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -13,8 +14,14 @@ import torch
 import transformers as tf
 
 from skyrl import kernels
+from skyrl.models.attention_calls import layer_calls
 from skyrl.models.forward import CausalLM
+from skyrl.sampler.make import disagreement, rounding
 from skyrl.sampler.runners import cpu_kernels
+from skyrl.sampler.runners.base import KVCache
+from skyrl.sampler.runners.fused import FusedRunner
+from skyrl.sampler.runners.paged import ModuleRunner
+from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.types import UserError
 from tests.sampler.tools import prompts, qwen3, reference_logprobs, requests, run, sampler
 
@@ -210,7 +217,7 @@ def test_without_compiler_or_when_switched_off(tmp_path):
     fake.chmod(0o755)
     failing = _python(ASK, PATH=f"{fake.parent}:/bin:/usr/bin", CXX=str(fake), XDG_CACHE_HOME=str(tmp_path))
     for process, reason in ((off, "SKYRL_CPU_KERNELS=0"), (none, "no C++ compiler"), (failing, "no such flag")):
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == 0 and "None" in out and reason in out, out + err
 
 
@@ -231,3 +238,29 @@ sys.exit(pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *here]))
     process = _python(code, XDG_CACHE_HOME=str(tmp_path))
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out[-2000:] + err[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_plan_that_is_a_little_wrong_is_refused(dtype):
+    """What rounding of the dtype gives is allowed, what a mistake gives is not."""
+    model = qwen3(dtype=dtype, initializer_range=0.1)
+    calls = layer_calls(model)
+    cache = KVCache([call.shape for call in calls], 5, 16, dtype, torch.device("cpu"))
+    right = make_decode_plan(model, calls, 128)
+    plans = {
+        "": right,
+        "no norm": dataclasses.replace(
+            right, layers=[dataclasses.replace(layer, qk_norms=None) for layer in right.layers]
+        ),
+        "one position on": dataclasses.replace(right, cos_LC=right.cos_LC.roll(1, 0), sin_LC=right.sin_LC.roll(1, 0)),
+        "backwards": dataclasses.replace(right, sin_LC=-right.sin_LC),
+        "scale": dataclasses.replace(right, scale=1.25 * right.scale),
+        "layers": dataclasses.replace(right, layers=[right.layers[i] for i in (0, 2, 1)]),
+    }
+    allowed = rounding(dtype, len(calls), 48)
+    with torch.no_grad():
+        found = {
+            name: disagreement(FusedRunner(plan, cache), ModuleRunner(model, cache), cache, 128, allowed)
+            for name, plan in plans.items()
+        }
+    assert found.pop("") == "" and all("differ by" in reason for reason in found.values())

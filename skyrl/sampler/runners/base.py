@@ -14,18 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl.models.attention_calls import LayerShape
 from skyrl.models.lora import Adapter, Segment, segments_of
 from skyrl.sampler.runners.sampling import BatchSamplingParams
 from skyrl.types import SamplingParams
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps of a token."""
-
-    num_heads: int  # K
-    key_size: int
-    value_size: int
 
 
 class KVCache:
@@ -121,6 +113,11 @@ class DecodeInputs:
     table_BW: np.ndarray  # int32, blocks of each; 0 beyond its own
     segments: list[Segment] | None = None  # rows of one adapter lie together; None = all are the base
 
+    def slots(self, size: int) -> np.ndarray:
+        """Where the newest token of each sequence is stored, [B] int64, with `size` tokens in a block."""
+        blocks_B = self.table_BW[np.arange(len(self.tokens_B)), self.positions_B // size]
+        return blocks_B.astype(np.int64) * size + self.positions_B % size
+
 
 class Runner(Protocol):
     """Computes logits over the cache and samples from them. Decides nothing."""
@@ -143,6 +140,19 @@ class Runner(Protocol):
 
     def forget(self, adapter: Adapter) -> None:
         """Drops what is kept of an adapter."""
+
+
+def prefill_arrays(chunks: list[PrefillChunk], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of a prefill step with `size` tokens in a block: tokens [T], their positions [T] and where they are stored [T],
+    int64; the blocks of each sequence [B, W], int32."""
+    tokens_T = np.concatenate([p.sequence.tokens[p.start : p.end] for p in chunks])
+    positions_T = np.concatenate([np.arange(p.start, p.end) for p in chunks])
+    table_BW = np.zeros((len(chunks), max(len(p.sequence.blocks) for p in chunks)), dtype=np.int32)
+    for row, p in zip(table_BW, chunks, strict=True):
+        row[: len(p.sequence.blocks)] = p.sequence.blocks
+    owner_T = np.repeat(np.arange(len(chunks)), [p.end - p.start for p in chunks])
+    slots_T = table_BW[owner_T, positions_T // size].astype(np.int64) * size + positions_T % size
+    return tokens_T, positions_T, slots_T, table_BW
 
 
 def chunk_segments(chunks: list[PrefillChunk]) -> tuple[list[Segment] | None, list[Segment] | None]:

@@ -5,7 +5,6 @@ in torch operations (fused.py), which the log says once.
 from __future__ import annotations
 
 import ctypes
-import logging
 from functools import lru_cache
 from itertools import groupby
 
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 
 from skyrl import kernels
 from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
-from skyrl.models.lora import Adapter, Segment, segments_of
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk
+from skyrl.models.lora import Adapter, Segment
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, prefill_arrays
 from skyrl.sampler.runners.lowrank import STRUCTS, PackedAdapters, SegmentStruct
 from skyrl.sampler.runners.paged import ModuleRunner
 from skyrl.sampler.runners.plan import DecodePlan
 from skyrl.sampler.runners.sampling import BatchSamplingParams, sample
-
-log = logging.getLogger(__name__)
 
 LONGEST_PREFILL = LONGEST  # tokens; longer contexts are prefilled by the module
 _POINTER = ctypes.c_void_p
@@ -136,17 +133,10 @@ class CpuKernelRunner:
 
     def _prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         lengths = [chunk.end - chunk.start for chunk in chunks]
-        tokens = np.concatenate([chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        width = max(len(chunk.sequence.blocks) for chunk in chunks)
-        table = np.zeros((len(chunks), width), dtype=np.int32)
-        for row, chunk in zip(table, chunks, strict=True):
-            row[: len(chunk.sequence.blocks)] = chunk.sequence.blocks
+        tokens, positions, _, table = prefill_arrays(chunks, self._cache.block_tokens)
         rows = (np.cumsum(lengths) - 1)[[chunk.complete for chunk in chunks]]
         table = np.repeat(table, lengths, axis=0)
-        logits = self._forward(
-            tokens, positions, table, rows, segments_of([p.sequence.adapter for p in chunks], lengths)
-        )
+        logits = self._forward(tokens, positions, table, rows, chunk_segments(chunks)[0])
         return logits if len(rows) else None
 
     def decode(self, batch: DecodeInputs) -> Tensor:

@@ -1,17 +1,21 @@
 """Paged attention by torch.nn.attention.varlen on CUDA, and decode steps replayed as CUDA graphs.
 
 Used where the installed torch has the paged form (argument `block_table`) and its kernel takes the model's layers;
-elsewhere CUDA runs the gathered attention of paged.py. A decode step is padded to one of a few batch sizes; padding
-rows write to block 0, see one key and are cut off. Steps with adapters are not recorded: they run call by call.
+elsewhere CUDA runs the gathered attention of paged.py, with a warning that says why. A decode step is padded to one of
+a few batch sizes; padding rows write to block 0, see one key and are cut off.
 
-Legend: T tokens of a step, B sequences, W blocks of a sequence, H heads, K key/value heads, C channels.
+A step whose sequences all have one adapter is replayed as well: its graph reads a copy of the adapter at fixed
+addresses, which is filled again when another adapter comes or the weights have changed. Steps over several adapters,
+or over an adapter and the base, run call by call, which costs about a graph's gain: a model of small layers decodes
+several times slower then, a large one hardly.
+
+Legend: T tokens of a step, B sequences, W blocks of a sequence, H heads, K key/value heads, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,65 +23,99 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows
-from skyrl.sampler.runners.paged import PagedRunner
+from skyrl.fallbacks import warn_fallback
+from skyrl.models.packed import banned, varlen
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, prefill_arrays
+from skyrl.sampler.runners.paged import PagedRunner, attention
 from skyrl.sampler.runners.sampling import sample
 
 if TYPE_CHECKING:
+    from skyrl.models.attention_calls import LayerCall
     from skyrl.models.lora import Adapter, Segment
-    from skyrl.sampler.runners.attention_calls import LayerCall
-
-log = logging.getLogger(__name__)
+    from skyrl.types import LoraSpec
 
 FLASH_PAGE = 256  # tokens; Flash Attention 2 takes pages of a multiple of this, version 3 any
+PROBE_WINDOW = 3  # tokens; a window that is wrong by one token changes a third of what is seen
 
 
-def varlen_function() -> Callable[..., Any] | None:
-    """torch's variable-length attention, if it is there and knows block tables."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    names = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"block_table", "seqused_k", "window_size", "enable_gqa"} <= set(names) else None
+@dataclass(frozen=True)
+class PagedKernel:
+    """The form in which torch's paged attention works here: tokens of a page, and whether `cu_seq_k` is given beside
+    the block table. Flash Attention 2 refuses to go without (and ignores the values), version 3 refuses to have it."""
+
+    page: int
+    key_borders: bool
 
 
-def page_size(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a block for which paged attention works on this device: `wanted`, else FLASH_PAGE; 0 = for none."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or varlen_function() is None:
-        return 0
-    if any(call.softcap is not None or call.shape.key_size != call.shape.value_size for call in calls):
-        return 0
-    shapes = {(call.num_heads, call.shape.num_heads, call.shape.key_size) for call in calls}
-    for size in dict.fromkeys((wanted, FLASH_PAGE)):
-        if all(probe_kernel(size, *shape, dtype, device) for shape in shapes):
-            return size
-    return 0
+def paged_kernel(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device: torch.device) -> PagedKernel | str:
+    """The form of paged attention that works for all layers on this device, with pages of `wanted` tokens if it can be;
+    or why there is none."""
+    if device.type != "cuda":
+        return f"it is for CUDA, not for {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if "block_table" not in varlen()[1]:
+        return f"varlen_attn of torch {torch.__version__} takes no block table (that of 2.13 does)"
+    if any(call.softcap is not None for call in calls):
+        return "the model caps its attention scores"
+    if any(call.shape.key_size != call.shape.value_size for call in calls):
+        return "keys and values have different sizes"
+    return working_form(wanted, calls, dtype, device)
+
+
+def working_form(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device: torch.device) -> PagedKernel | str:
+    """The first form that gives what plain attention gives for each kind of layer, or what is wrong with each."""
+    layers = {(c.num_heads, c.shape.num_heads, c.shape.key_size, c.window is not None) for c in calls}
+    reasons = []
+    for page in dict.fromkeys((wanted, FLASH_PAGE)):
+        for key_borders in (True, False):
+            kernel = PagedKernel(page, key_borders)
+            refusals = (kernel_refusal(kernel, layer, dtype, device) for layer in sorted(layers))
+            reason = next(filter(None, refusals), "")
+            if not reason:
+                return kernel
+            reasons.append(f"pages of {page} tokens {'with' if key_borders else 'without'} cu_seq_k: {reason}")
+    return "; ".join(reasons)
 
 
 @lru_cache(maxsize=64)
-def probe_kernel(size: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether one query over two shuffled pages gives what plain attention gives."""
-    generator = torch.Generator().manual_seed(0)
+def kernel_refusal(
+    kernel: PagedKernel, layer: tuple[int, int, int, bool], dtype: torch.dtype, device: torch.device
+) -> str:
+    """Why paged attention in this form does not do for a layer (heads, key/value heads, channels, whether it has a
+    window); "" when it gives what plain attention gives.
+
+    Three sequences over shuffled pages, with several queries each and with one each, with a window if the layer has
+    one. What is allowed are the roundings of `dtype`: of the weights that the kernel multiplies, and of the result.
+    """
+    (heads, kv_heads, channels, windowed), generator = layer, torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
-    keys, values, query = (
-        noise(3, size, kv_heads, channels),
-        noise(3, size, kv_heads, channels),
-        noise(1, heads, channels),
-    )
-    table = torch.tensor([[2, 1]], dtype=torch.int32, device=device)
-    step = VarlenAttention(None, torch.zeros(0), [0, 1], [size + 1], 1, 2 * size, table)
-    try:
-        out = step.over(query, keys, values, channels**-0.5, None)
-    except RuntimeError as error:
-        log.info("paged attention with blocks of %d tokens: %s", size, str(error).splitlines()[0])
-        return False
-    seen = [torch.cat([x[2], x[1, :1]]).float().repeat_interleave(heads // kv_heads, 1) for x in (keys, values)]
-    weights = torch.einsum("hc,shc->hs", query[0].float(), seen[0]).mul(channels**-0.5).softmax(-1)
-    return bool(torch.allclose(torch.einsum("hs,shc->hc", weights, seen[1]), out[0].float(), atol=0.05))
+    size, scale, allowed = kernel.page, 0.8 * channels**-0.5, 4 * torch.finfo(dtype).eps
+    keys, values, lengths = *(noise(6, size, kv_heads, channels) for _ in "kv"), [size + 1, 5, 2 * size - 1]
+    table = torch.tensor([[4, 2], [5, 0], [1, 3]], dtype=torch.int32, device=device)
+    for counts in ([7, 5, 2], [1, 1, 1]):
+        query, firsts = noise(sum(counts), heads, channels), np.cumsum([0, *counts])
+        step = VarlenAttention(kernel, None, table[:0], firsts, lengths, max(counts), 2 * size, table)
+        for window in (None, PROBE_WINDOW) if windowed else (None,):
+            try:
+                out = step.over(query, keys, values, scale, window)
+            except (RuntimeError, ValueError) as error:
+                return str(error).strip().splitlines()[0]
+            for pages, first, count, length in zip(table, firsts, counts, lengths, strict=False):
+                unseen = banned(length, window, device)[None, None, -count:]
+                mask = torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, float("-inf"))
+                q, k, v = (
+                    x.float().transpose(0, 1)[None]
+                    for x in (query[first : first + count], *(x[pages].flatten(0, 1)[:length] for x in (keys, values)))
+                )
+                want, got = attention(q, k, v, mask, scale, None), out[first : first + count].float().transpose(0, 1)
+                gap = (got - want[0]).abs()
+                if not (gap <= allowed * (1 + want[0].abs())).all():
+                    return f"with {count} queries and window {window} its result is off by {gap.max().item():.2g}"
+    return ""
 
 
 class VarlenAttention:
@@ -85,6 +123,7 @@ class VarlenAttention:
 
     def __init__(
         self,
+        kernel: PagedKernel,
         cache: KVCache | None,
         slots_T: Tensor,
         firsts: Any,
@@ -94,7 +133,7 @@ class VarlenAttention:
         table: Tensor,
     ) -> None:
         device = table.device
-        self._cache, self._slots_T, self._table_BW = cache, slots_T, table
+        self._kernel, self._cache, self._slots_T, self._table_BW = kernel, cache, slots_T, table
         self._firsts = torch.as_tensor(firsts, dtype=torch.int32, device=device)  # [B + 1], borders of the queries
         self._lengths = torch.as_tensor(lengths, dtype=torch.int32, device=device)  # [B], keys of each
         self._max_query, self._max_keys = max_query, max_keys
@@ -119,18 +158,18 @@ class VarlenAttention:
 
     def over(self, query_THC: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of queries over pages, aligned at the end: the last query of a sequence sees all its keys."""
-        function = varlen_function()
-        assert function is not None
-        return function(
+        # one query sees all keys with or without "none to the right", and without it grouped heads are packed together
+        right = -1 if window is None and self._max_query == 1 else 0
+        return varlen()[0](
             query_THC,
             keys,
             values,
             self._firsts,
-            None,
+            self._firsts if self._kernel.key_borders else None,  # int32 [B + 1]; block table and lengths count
             self._max_query,
             self._max_keys,
             scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
+            window_size=(-1 if window is None else window - 1, right),
             enable_gqa=query_THC.shape[1] != keys.shape[2],
             seqused_k=self._lengths,
             block_table=self._table_BW,
@@ -140,7 +179,7 @@ class VarlenAttention:
 class _Buffers:
     """Inputs of a decode step of a fixed batch size, at fixed addresses."""
 
-    def __init__(self, cache: KVCache, size: int, width: int) -> None:
+    def __init__(self, kernel: PagedKernel, cache: KVCache, size: int, width: int) -> None:
         device = cache.device
         self.tokens, self.positions, self.slots = (
             torch.zeros(size, dtype=torch.int64, device=device) for _ in range(3)
@@ -149,17 +188,13 @@ class _Buffers:
         self.table = torch.zeros(size, width, dtype=torch.int32, device=device)
         firsts = torch.arange(size + 1, dtype=torch.int32, device=device)
         keys = width * cache.block_tokens
-        self.attention = VarlenAttention(cache, self.slots, firsts, self.lengths, 1, keys, self.table)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor | None = None
+        self.attention = VarlenAttention(kernel, cache, self.slots, firsts, self.lengths, 1, keys, self.table)
 
     def fill(self, batch: DecodeInputs, block_tokens: int) -> None:
         """Takes over a batch; rows beyond it become padding."""
         count, size = len(batch.tokens_B), len(self.tokens)
-        slots_B = batch.table_BW[np.arange(count), batch.positions_B // block_tokens].astype(np.int64) * block_tokens
-        slots_B += batch.positions_B % block_tokens
         packed = np.zeros((3, size), dtype=np.int64)
-        packed[:, :count] = batch.tokens_B, batch.positions_B, slots_B
+        packed[:, :count] = batch.tokens_B, batch.positions_B, batch.slots(block_tokens)
         moved = torch.from_numpy(packed).to(self.tokens.device)
         for buffer, row in zip((self.tokens, self.positions, self.slots), moved, strict=True):
             buffer.copy_(row)
@@ -170,16 +205,39 @@ class _Buffers:
         self.table.copy_(torch.from_numpy(table))
 
 
+@dataclass
+class _AdapterCopy:
+    """What graphs read in place of the adapter `source`, whose weights it holds; None = to be filled again."""
+
+    adapter: Adapter
+    source: Adapter | None
+
+
 class CudaRunner:
-    """Runs the module or the fused plan with paged attention; decode steps as graphs if asked."""
+    """Runs the module or the fused plan with paged attention; decode steps as graphs if asked.
+
+    All graphs write their logits to one buffer, [largest batch, V] float32.
+    """
 
     sample = staticmethod(sample)
 
-    def __init__(self, inner: PagedRunner, cache: KVCache, *, max_length: int, max_running: int, graphs: bool) -> None:
-        self._inner, self._cache, self._graphs = inner, cache, graphs and cache.device.type == "cuda"
+    def __init__(
+        self,
+        inner: PagedRunner,
+        kernel: PagedKernel,
+        cache: KVCache,
+        *,
+        max_length: int,
+        max_running: int,
+        graphs: bool,
+    ) -> None:
+        self._inner, self._kernel, self._cache, self._use_graphs = inner, kernel, cache, graphs
         self._width = -(-max_length // cache.block_tokens)
         self._sizes = sorted({1, 2, 4, *range(8, max_running, 8), max_running})
         self._buffers: dict[int, _Buffers] = {}
+        self._copies: dict[tuple[LoraSpec, torch.dtype], _AdapterCopy] = {}  # by what adapters of one graph share
+        self._graphs: dict[tuple[int, int], Any] = {}  # by batch size and id of the copy (0: none); None = refused
+        self._logits_BV: Tensor | None = None
         self._pool: Any = None
 
     @property
@@ -188,71 +246,99 @@ class CudaRunner:
 
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
-        size, device = self._cache.block_tokens, self._cache.device
-        tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in chunks])
-        positions = np.concatenate([np.arange(p.start, p.end) for p in chunks])
-        lengths = [p.end - p.start for p in chunks]
-        table = np.zeros((len(chunks), max(len(p.sequence.blocks) for p in chunks)), dtype=np.int32)
-        for row, p in zip(table, chunks, strict=True):
-            row[: len(p.sequence.blocks)] = p.sequence.blocks
-        owner = np.repeat(np.arange(len(chunks)), lengths)
-        slots = table[owner, positions // size].astype(np.int64) * size + positions % size
-        tokens_T, positions_T, slots_T, table_BW = (
-            torch.from_numpy(x).to(device) for x in (tokens, positions, slots, table)
-        )
-        firsts, ends = np.cumsum([0, *lengths]), [p.end for p in chunks]
-        attention = VarlenAttention(self._cache, slots_T, firsts, ends, max(lengths), max(ends), table_BW)
-        segments, drawing = chunk_segments(chunks)
-        hidden_TC = self._inner.hidden(tokens_T, positions_T, attention, segments)
-        return self._inner.logits(last_rows(hidden_TC, chunks), drawing) if any(p.complete for p in chunks) else None
+        lengths, ends = [p.end - p.start for p in chunks], [p.end for p in chunks]
+        arrays, firsts = prefill_arrays(chunks, self._cache.block_tokens), np.cumsum([0, *lengths])
+        tokens_T, positions_T, slots_T, table = (torch.from_numpy(x).to(self._cache.device) for x in arrays)
+        attention = VarlenAttention(self._kernel, self._cache, slots_T, firsts, ends, max(lengths), max(ends), table)
+        return self._inner.prefill_with(chunks, tokens_T, positions_T, attention)
 
     def decode(self, batch: DecodeInputs) -> Tensor:
-        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
-        count = len(batch.tokens_B)
+        """Logits [B, V] float32 of the newest token of each sequence, until the next call; adds it to the cache."""
+        count, segments = len(batch.tokens_B), batch.segments
         size = next(size for size in self._sizes if size >= count)
         if size not in self._buffers:
-            self._buffers[size] = _Buffers(self._cache, size, self._width)
+            self._buffers[size] = _Buffers(self._kernel, self._cache, size, self._width)
         buffers = self._buffers[size]
         buffers.fill(batch, self._cache.block_tokens)
-        if batch.segments is not None:  # a graph would fix the adapters; the padding belongs to nobody
-            segments = [*batch.segments, *([(count, size, None)] if count < size else [])]
-            return self._compute(buffers, segments)[:count]
-        if self._graphs and buffers.graph is None:
-            self._capture(buffers)
-        if buffers.graph is None:
-            return self._compute(buffers)[:count]
-        assert buffers.logits is not None
-        buffers.graph.replay()
-        return buffers.logits[:count].clone()  # drawing overwrites it
+        if self._use_graphs and (segments is None or len(segments) == 1):
+            copy = None if segments is None or segments[0][2] is None else self._copy(segments[0][2])
+            fixed: list[Segment] | None = None if copy is None else [(0, size, copy)]  # the padding's is cut off
+            key = (size, 0 if copy is None else id(copy))
+            if key not in self._graphs:
+                self._graphs[key] = self._captured(size, lambda: self._compute(buffers, fixed))
+            if (graph := self._graphs[key]) is not None:
+                graph.replay()
+                assert self._logits_BV is not None
+                return self._logits_BV[:count]
+        elif self._use_graphs:
+            warn_fallback("decoding without CUDA graphs: several adapters, or some with and some without, together")
+        if segments is not None and count < size:
+            segments = [*segments, (count, size, None)]
+        return self._compute(buffers, segments)[:count]
 
     def refresh(self) -> None:
         """The parameters changed in place; graphs read them where they are."""
         self._inner.refresh()
 
     def forget(self, adapter: Adapter) -> None:
-        """Drops what is kept of an adapter."""
+        """Drops what is kept of an adapter, or was filled from it; the graphs stay."""
         self._inner.forget(adapter)
+        for copy in self._copies.values():
+            if copy.source is adapter:
+                copy.source = None
 
     def _compute(self, buffers: _Buffers, segments: list[Segment] | None = None) -> Tensor:
         hidden = self._inner.hidden(buffers.tokens, buffers.positions, buffers.attention, segments)
         return self._inner.logits(hidden, segments)
 
-    def _capture(self, buffers: _Buffers) -> None:
-        """Records one step. What it computes while warming up is what the replay computes again: same slots, same
-        values. A model that cannot be recorded runs without graphs, said once."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._compute(buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+    def _copy(self, adapter: Adapter) -> Adapter:
+        """The adapter's weights where the graphs for its shape read them."""
+        shape = (replace(adapter.spec, seed=0), next(adapter.parameters()).dtype)
+        copy = self._copies.get(shape)
+        if copy is None:
+            copy = self._copies[shape] = _AdapterCopy(adapter.frozen_copy("of CUDA graphs"), adapter)
+        if copy.source is not adapter:
+            weights = adapter.weights()
+            for name, tensor in copy.adapter.weights().items():
+                tensor.copy_(weights[name])
+            self._inner.adapter_changed(copy.adapter)
+            copy.source = adapter
+        return copy.adapter
+
+    def _captured(self, size: int, compute: Callable[[], Tensor]) -> Any:
+        """The graph of one step; None, said once, where this step cannot be recorded.
+
+        What it computes while warming up is what the replay computes again: same slots, same values."""
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                buffers.logits = self._compute(buffers)
+            warm_BV = on_side_stream(compute)
+            if self._logits_BV is None:
+                self._logits_BV = warm_BV.new_empty(self._sizes[-1], warm_BV.shape[1])
+            target_BV = self._logits_BV[:size]
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            return capture(lambda: target_BV.copy_(compute()), self._pool)
         except RuntimeError as error:
-            log.info("decoding without CUDA graphs: %s", str(error).splitlines()[0])
-            self._graphs = False
-            return
-        self._pool = self._pool or graph.pool()
-        buffers.graph = graph
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warn_fallback(f"decoding without a CUDA graph for batches of {size}: {reason}")
+            self._pool = None  # what a broken recording left there is not shared with the next
+            return None
+
+
+def on_side_stream(compute: Callable[[], Tensor]) -> Tensor:
+    """The result of the second of two runs on a stream of their own, as a capture needs it: kernels are loaded then."""
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        compute()
+        out = compute()
+    main.wait_stream(side)
+    return out
+
+
+def capture(step: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
+    """Records what `step` does as a graph. Other threads may use the device meanwhile: only calls of this one count."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # given back also where the recording breaks
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            step()
+    return graph

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skyrl.fallbacks import warn_fallback
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.logprobs import matmul_float
@@ -37,7 +38,11 @@ class FusedRunner(PagedRunner):
         super().__init__(cache)
         self._plan = plan
         weights = sum(p.nbytes for p in _linear_weights(plan))
-        pack = cache.device.type == "cpu" and weights <= PACK_LIMIT and exact_ops.has_packed_product(cache.dtype)
+        on_cpu = cache.device.type == "cpu"
+        pack = on_cpu and weights <= PACK_LIMIT and exact_ops.has_packed_product(cache.dtype)
+        if on_cpu and not pack:
+            reason = f"above {PACK_LIMIT >> 30} GiB" if weights > PACK_LIMIT else f"no oneDNN product of {cache.dtype}"
+            warn_fallback(f"sampling without packed weights: {reason}")
         exact = pack and cache.dtype == torch.float32  # training's roundings: see exact_ops
         self._ops: type[_Ops] = _ExactOps if exact else _Ops
         self._adapters: dict[int, Adapter] = {}  # by id: those whose weights the linears hold
@@ -47,7 +52,7 @@ class FusedRunner(PagedRunner):
         self._down = [_Linear(plan, [layer.down], pack, exact) for layer in plan.layers]
         self._head = _Linear(plan, [plan.head], pack, exact)
         # products in bfloat16 with a mask are faster than torch's attention for one query on a CPU, not in float32
-        self._products = cache.device.type == "cpu" and cache.dtype == torch.bfloat16
+        self._products = on_cpu and cache.dtype == torch.bfloat16
         self._qk_scale: list[Tensor | None] = []
         self.refresh()
 
@@ -61,6 +66,12 @@ class FusedRunner(PagedRunner):
         for kept, new in zip(self._qk_scale, scales, strict=True):
             if kept is not None and new is not None:
                 kept.copy_(new)  # in place: a CUDA graph reads it there
+
+    def adapter_changed(self, adapter: Adapter) -> None:
+        """Takes over an adapter's weights as they are now, where those of before were kept."""
+        if id(adapter) in self._adapters:
+            for linear in self._linears():
+                linear.take(adapter)
 
     def forget(self, adapter: Adapter) -> None:
         """Drops what is kept of an adapter."""
@@ -205,7 +216,8 @@ class _Linear:
             self._bias = torch.cat([z if b is None else b for b, z in zip(biases, zero, strict=True)])
 
     def take(self, adapter: Adapter) -> None:
-        """Joins an adapter's weights for the parts, in the parts' numbers: [ranks, in] and [out, ranks]."""
+        """Joins an adapter's weights for the parts, in the parts' numbers: [ranks, in] and [out, ranks]. The second
+        time in place, for a CUDA graph reads them there."""
         pairs = self._plan.adapted(adapter, self._parts)
         if not any(pair is not None for pair in pairs):
             return
@@ -225,7 +237,13 @@ class _Linear:
         zeros = [(like.new_zeros(0, p.in_features), like.new_zeros(p.out_features, 0)) for p in self._parts]
         filled = [zero if pair is None else pair for pair, zero in zip(pairs, zeros, strict=True)]
         downs, ups = ([tensor.detach().to(like) for tensor in side] for side in zip(*filled, strict=True))
-        self._pairs[id(adapter)] = [(slice(None), torch.cat(downs).t(), torch.block_diag(*ups).t())]
+        joined = torch.cat(downs).t(), torch.block_diag(*ups).t()
+        if id(adapter) in self._pairs:
+            ((_, *kept),) = self._pairs[id(adapter)]
+            for old, new in zip(kept, joined, strict=True):
+                old.copy_(new)
+            return
+        self._pairs[id(adapter)] = [(slice(None), *joined)]
 
     def forget(self, adapter: Adapter) -> None:
         """Drops what `take` joined."""

@@ -9,6 +9,7 @@ decode step; T tokens of a step; H heads, K key/value heads, C channels.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.lora import Adapter, Segment, routed
 from skyrl.models.packed import MAX_SCORES
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows, prefill_arrays
 from skyrl.sampler.runners.sampling import sample
 
 if TYPE_CHECKING:
@@ -124,45 +125,37 @@ def attention(
         out = (weights @ values).to(q_nHLC.dtype)
     elif softcap is None:
         out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
-    else:
-        scores = torch.matmul(q_nHLC * scale, k_nKSC.transpose(2, 3))
-        scores = torch.tanh(scores / softcap) * softcap + mask_n1LS
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        out = torch.matmul(scores.softmax(-1, dtype=wide).to(v_nKSC.dtype), v_nKSC)
+    else:  # blocks of queries, so that no more than MAX_SCORES exist at once
+        step = max(1, MAX_SCORES // (count * heads * k_nKSC.shape[2])) if length > 1 else group
+        parts = zip(q_nHLC.split(step, 2), mask_n1LS.split(step, 2), strict=True)
+        out = torch.cat([_capped(q, k_nKSC, v_nKSC, mask, scale, softcap) for q, mask in parts], 2)
     return out.reshape(count, heads, length, -1)
+
+
+def _capped(q_nHLC: Tensor, k_nHSC: Tensor, v_nHSC: Tensor, mask_n1LS: Tensor, scale: float, softcap: float) -> Tensor:
+    scores = torch.matmul(q_nHLC * scale, k_nHSC.transpose(2, 3))
+    scores = torch.tanh(scores / softcap) * softcap + mask_n1LS
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.matmul(scores.softmax(-1, dtype=wide).to(v_nHSC.dtype), v_nHSC)
 
 
 def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, PagedAttention]:
     """tokens_T, positions_T and the attention of a prefill step."""
-    size, device = cache.block_tokens, cache.device
-    tokens = np.concatenate([p.sequence.tokens[p.start : p.end] for p in chunks])
-    positions = np.concatenate([np.arange(p.start, p.end) for p in chunks])
-    tables = [np.array(p.sequence.blocks, dtype=np.int64) for p in chunks]
-    slots = np.concatenate(
-        [
-            table[np.arange(p.start, p.end) // size] * size + np.arange(p.start, p.end) % size
-            for p, table in zip(chunks, tables, strict=True)
-        ]
-    )
-    firsts = np.cumsum([0] + [p.end - p.start for p in chunks])
+    tokens, positions, slots, table_BW = prefill_arrays(chunks, cache.block_tokens)
+    starts, ends = (np.array([getattr(p, side) for p in chunks]) for side in ("start", "end"))
+    lengths = ends - starts
+    firsts = np.cumsum([0, *lengths])[:-1]
     groups = []
-    for members in _alike([p.end - p.start for p in chunks]):
-        lengths = [chunks[i].end - chunks[i].start for i in members]
-        width = max(-(-chunks[i].end // size) for i in members)
-        rows = np.zeros((len(members), max(lengths)), dtype=np.int64)
-        where = np.zeros_like(rows)
-        table = np.zeros((len(members), width), dtype=np.int64)
-        valid = np.arange(rows.shape[1]) < np.array(lengths)[:, None]
-        for at, i in enumerate(members):
-            rows[at, : lengths[at]] = np.arange(firsts[i], firsts[i + 1])
-            where[at, : lengths[at]] = np.arange(chunks[i].start, chunks[i].end)
-            used = min(width, len(tables[i]))
-            table[at, :used] = tables[i][:used]
-        real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)
-        members_T = [torch.from_numpy(x).to(device) for x in (rows, where, table)]
-        groups.append(Group(members_T[0], members_T[1], members_T[2], valid=real))
-    tensors = [torch.from_numpy(x).to(device) for x in (tokens, positions, slots)]
-    return tensors[0], tensors[1], PagedAttention(cache, tensors[2], groups)
+    for members in _alike(lengths.tolist()):
+        column = np.arange(lengths[members[0]])  # the longest is first
+        valid = column < lengths[members, None]
+        rows, where = (np.where(valid, first[members, None] + column, 0) for first in (firsts, starts))
+        table = table_BW[members, : -(-ends[members].max() // cache.block_tokens)].astype(np.int64)
+        real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(cache.device)
+        rows_nL, where_nL, table_nW = (torch.from_numpy(x).to(cache.device) for x in (rows, where, table))
+        groups.append(Group(rows_nL, where_nL, table_nW, real))
+    tokens_T, positions_T, slots_T = (torch.from_numpy(x).to(cache.device) for x in (tokens, positions, slots))
+    return tokens_T, positions_T, PagedAttention(cache, slots_T, groups)
 
 
 def _alike(lengths: list[int]) -> list[list[int]]:
@@ -181,13 +174,9 @@ def _alike(lengths: list[int]) -> list[list[int]]:
 
 def decode_attention(cache: KVCache, batch: DecodeInputs) -> tuple[Tensor, Tensor, PagedAttention]:
     """tokens_B, positions_B and the attention of a decode step."""
-    size, device = cache.block_tokens, cache.device
-    width = int(batch.positions_B.max()) // size + 1
-    slots = batch.table_BW[np.arange(len(batch.tokens_B)), batch.positions_B // size].astype(np.int64) * size
-    slots += batch.positions_B % size
-    tokens, positions, slots_B = (
-        torch.from_numpy(x).to(device) for x in (batch.tokens_B.copy(), batch.positions_B.copy(), slots)
-    )
+    device, width = cache.device, int(batch.positions_B.max()) // cache.block_tokens + 1
+    arrays = batch.tokens_B.copy(), batch.positions_B.copy(), batch.slots(cache.block_tokens)
+    tokens, positions, slots_B = (torch.from_numpy(x).to(device) for x in arrays)
     table = torch.from_numpy(batch.table_BW[:, :width].astype(np.int64)).to(device)
     rows = torch.arange(len(tokens), device=device).unsqueeze(1)
     return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, None)])
@@ -208,9 +197,14 @@ class PagedRunner:
 
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
-        tokens_T, positions_T, attend = prefill_attention(self._cache, chunks)
+        return self.prefill_with(chunks, *prefill_attention(self._cache, chunks))
+
+    def prefill_with(
+        self, chunks: list[PrefillChunk], tokens_T: Tensor, positions_T: Tensor, attention: Attention
+    ) -> Tensor | None:
+        """The same by the given attention."""
         segments, segments_of_logits = chunk_segments(chunks)
-        hidden_TC = self.hidden(tokens_T, positions_T, attend, segments)
+        hidden_TC = self.hidden(tokens_T, positions_T, attention, segments)
         if not any(chunk.complete for chunk in chunks):
             return None
         return self.logits(last_rows(hidden_TC, chunks), segments_of_logits)
@@ -238,6 +232,9 @@ class PagedRunner:
     def refresh(self) -> None:
         """The parameters changed in place; nothing to do where they are read live."""
 
+    def adapter_changed(self, adapter: Adapter) -> None:
+        """An adapter's weights changed in place; nothing to do where its own tensors are read."""
+
     def forget(self, adapter: Adapter) -> None:
         """Drops what is kept of an adapter; nothing where its own tensors are read."""
 
@@ -255,9 +252,7 @@ class ModuleRunner(PagedRunner):
         self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
     ) -> Tensor:
         """Final, normed hidden states [T, channels of the model]."""
-        if segments is None:
-            return self._model.hidden(tokens_T, positions_T, attention)
-        with routed(self._model, segments):
+        with nullcontext() if segments is None else routed(self._model, segments):
             return self._model.hidden(tokens_T, positions_T, attention)
 
     def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:

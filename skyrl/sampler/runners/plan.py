@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from skyrl.sampler.runners.attention_calls import LayerCall
+from skyrl.models.attention_calls import LayerCall
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -78,8 +78,8 @@ def make_decode_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -
         return "scaled or capped logits"
     call, decoder = calls[0], model.decoder
     layers = [_layer(layer) for layer in model.layers()]
-    eps = {float(_eps(norm)) for layer in layers for norm in (layer.input_norm, layer.mlp_norm)}
-    eps |= {float(_eps(norm)) for layer in layers for norm in layer.qk_norms or ()} | {float(_eps(decoder.norm))}
+    norms = [norm for layer in layers for norm in (layer.input_norm, layer.mlp_norm, *(layer.qk_norms or ()))]
+    eps = {float(norm.variance_epsilon) for norm in (*norms, decoder.norm)}
     if len(eps) != 1:
         return "norms with different eps"
     positions = torch.arange(max_length, device=decoder.embed_tokens.weight.device).unsqueeze(0)
@@ -93,10 +93,6 @@ def make_decode_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -
         eps.pop(), call.scale, cos[0].contiguous(), sin[0].contiguous(),
         {module: path for path, module in model.net.named_modules()},
     )  # fmt: skip
-
-
-def _eps(norm: Any) -> float:
-    return norm.variance_epsilon
 
 
 def _layer(layer: Any) -> LayerPlan:

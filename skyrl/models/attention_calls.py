@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from skyrl.sampler.runners.base import LayerShape
-
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
 
 _CALLS: dict[str, list[LayerCall]] = {}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps of a token."""
+
+    num_heads: int  # K
+    key_size: int
+    value_size: int
 
 
 @dataclass(frozen=True)
