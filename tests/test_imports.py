@@ -14,7 +14,6 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # decimals': options first, then what reads them.
 LEVELS = {
     "types": 0,
-    "fallbacks": 0.1,
     "files": 0.1,
     "hub": 0.2,
     "kernels": 0.1,

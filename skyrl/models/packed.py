@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from skyrl.fallbacks import warn_fallback
 from skyrl.models import exact_ops
+from skyrl.models.fallbacks import warn_fallback
 from skyrl.types import Datum, Microbatch, UserError
 
 # Above this many scores of one bucket (B x H x L x L) the fused kernel is used, which keeps none of them. Capped ones,

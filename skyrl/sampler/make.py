@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from skyrl.config.schema import SamplerConfig
-from skyrl.fallbacks import warn_fallback
 from skyrl.models.attention_calls import LayerCall, layer_calls, signature
+from skyrl.models.fallbacks import warn_fallback
 from skyrl.planner.memory import MemoryEstimate
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.cache_size import num_blocks

@@ -6,8 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skyrl.fallbacks import warn_fallback
 from skyrl.models import packed
+from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.packed import PackedAttention, PaddedAttention, banned, collate
 from skyrl.types import Datum, UserError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl import fallbacks
 from skyrl.algorithms.losses import compute_loss
+from skyrl.models import fallbacks
 from skyrl.models.attention_calls import layer_calls
 from skyrl.models.forward import CausalLM
 from skyrl.models.lora import Adapter, install

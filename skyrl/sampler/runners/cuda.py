@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.fallbacks import warn_fallback
+from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.packed import banned, varlen
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl.fallbacks import warn_fallback
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
+from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import KVCache
