@@ -97,8 +97,8 @@ class Setup:
     def make_engine(self, *overrides: str) -> Engine:
         """An engine without models, from the same options and these."""
         cfg = load_config([*self.options, *overrides])
-        dtype, strategy = self.plan.dtype, self.plan.strategy
-        return Engine(cfg, self.world, dtype=dtype, strategy=strategy, max_row_tokens=self.args.positions)
+        plan = {"dtype": self.plan.dtype, "strategy": self.plan.strategy, "memory": self.plan.memory}
+        return Engine(cfg, self.world, max_row_tokens=self.args.positions, **plan)
 
     def frozen(self, *overrides: str) -> Engine:
         """Another engine with the same weights, to sample from and to score with."""
@@ -183,15 +183,11 @@ def graphs_of(sampler: Any) -> int:
 @contextlib.contextmanager
 def gathered_attention() -> Iterator[None]:
     """Samplers made inside decode over gathered keys, without the paged kernel and without graphs."""
-    names = [name for name in ("paged_kernel", "page_size") if hasattr(make, name)]
-    before = {name: getattr(make, name) for name in names}
-    for name in names:
-        setattr(make, name, lambda *rest, off="off in this benchmark" if name == "paged_kernel" else 0: off)
+    before, make.paged_kernel = make.paged_kernel, lambda *_: "off in this benchmark"
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(make, name, value)
+        make.paged_kernel = before
 
 
 # ---- checks: each returns figures, or raises Failed or Skipped
