@@ -15,7 +15,15 @@ from skyrl.distributed.watchdog import Watchdog, mark_requeue
 
 
 @pytest.fixture
-def watch(tmp_path):
+def hangup():
+    """SIGHUP as a terminal gives it, also where the tests themselves run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def watch(tmp_path, hangup):
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     one = Watchdog(world, tmp_path, hang_seconds=0.0, patience=0.0, save_by=None)
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -46,13 +54,10 @@ def test_a_signal_is_a_request(watch, name):
     assert watch.stop_request.reason == name
 
 
-def test_what_nohup_ignores_stays_ignored():
+def test_what_nohup_ignores_stays_ignored(hangup):
     assert set(heard_signals()) == set(SIGNALS)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert set(SIGNALS) - set(heard_signals()) == {signal.SIGHUP}
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert set(SIGNALS) - set(heard_signals()) == {signal.SIGHUP}
 
 
 def _sleep():

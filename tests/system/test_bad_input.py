@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_when_logging(warm, disk, tmp_path):
 
     options = ["run.dir=disk/run", "tracking.rollouts_every=0", "checkpoint.every_steps=0", "env.options.sleep=0.03"]
     done = warm.run(*LETTERS, *options, cwd=tmp_path, kill=fill)
-    refused(done, "metrics.jsonl: cannot be written (No space left on device)", "free some space")
+    refused(done, "metrics.jsonl: cannot be written (No space left on device; ", "free some space")
     (place / "filler").unlink()
     assert [info.tag for info in list_checkpoints(place / "run" / "checkpoints")] == ["000004"]
     done = warm.run(*LETTERS, *options, cwd=tmp_path)
