@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,7 +30,7 @@ from skyrl.distributed.meet import meet
 from skyrl.distributed.network import use_interface
 from skyrl.distributed.peers import Peers
 from skyrl.distributed.place import number
-from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, look
+from skyrl.planner.device import DeviceChoice, DeviceFacts, choose, first_line, look
 from skyrl.types import UserError
 
 T = TypeVar("T")
@@ -156,6 +157,9 @@ def _choose_together(cfg: RunConfig, store: Any, address: str, local_rank: int) 
         use_interface(address)
     except UserError as problem:
         error = str(problem)
+    except Exception as problem:  # the others are told at once, instead of waiting for this rank's facts
+        traceback.print_exc()
+        error = f"{type(problem).__name__}: {first_line(problem)}"
     allowed = cfg.run.allow_different
     versions = {
         "skyrl": skyrl.__version__,

@@ -12,6 +12,7 @@ import platform
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,8 +228,8 @@ def look(device: str, local_rank: int, root: Path = Path("/")) -> DeviceFacts:
         found["architectures"] = tuple((torch._C._cuda_getArchFlags() or "").split())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # several lines from each rank, about what `choose` says in one
-        found["count"] = torch.cuda.device_count()
         try:
+            found["count"] = torch.cuda.device_count()
             if local_rank < found["count"]:
                 torch.cuda.set_device(local_rank)
             if facts.cuda or facts.hip:
@@ -237,11 +238,18 @@ def look(device: str, local_rank: int, root: Path = Path("/")) -> DeviceFacts:
                 properties = torch.cuda.get_device_properties(local_rank)
                 found.update(name=properties.name, uuid=str(getattr(properties, "uuid", "")))
                 found["capability"] = (properties.major, properties.minor)
-                found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
                 torch.ones(1, device="cuda").add_(1).item()
-        except (RuntimeError, AssertionError) as error:
-            found["problem"] = " ".join(str(error).split("\n")[0].split())[:300] or type(error).__name__
+        except Exception as error:  # whatever it is is told: init raises DeferredCudaCallError, an Exception alone
+            found["problem"] = first_line(error)
+    with suppress(AttributeError):  # a build without NCCL, as on Jetson and Windows
+        if found.get("capability"):
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return DeviceFacts(**found)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, at most 300 characters; its type where it has no text."""
+    return " ".join(str(error).split("\n")[0].split())[:300] or type(error).__name__
 
 
 def machine_facts(root: Path = Path("/")) -> dict[str, tuple[str, ...] | str]:

@@ -4,13 +4,14 @@ import dataclasses
 import re
 import threading
 import time
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 from small import small_config
 
-from skyrl.distributed import agreement
+from skyrl.distributed import agreement, init
 from skyrl.distributed.agreement import agree_on_start, group_start, judge, options_of_all
 from skyrl.planner.device import choose, look
 from skyrl.types import RunError, UserError
@@ -129,6 +130,59 @@ def test_a_wheel_without_cuda_beside_nvidia_devices_is_seen_for_real(tmp_path):
     assert found.wheels and found.nvidia == ("/dev/nvidia0",)
     with pytest.raises(UserError, match="this machine has GPUs .*/dev/nvidia0"):
         choose("auto", "auto", dataclasses.replace(found, visible=None))
+
+
+LAZILY = "CUDA call failed lazily at initialization with error: device >= 0 INTERNAL ASSERT FAILED"
+
+
+@pytest.mark.parametrize("place", ["device_count", "set_device", "init", "get_device_properties"])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (torch.cuda.DeferredCudaCallError(f"{LAZILY}\n\nCUDA call was originally invoked at:\n"), LAZILY),
+        (RuntimeError("CUDA  error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
+        (AttributeError("module 'torch._C' has no attribute '_x'"), "module 'torch._C' has no attribute '_x'"),
+        (OSError("libcuda.so.1: cannot open shared object file"), "libcuda.so.1: cannot open shared object file"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_a_runtime_that_does_not_start_is_told_whatever_it_raises(monkeypatch, place, error, told):
+    def fail(*args):
+        raise error
+
+    of_cuda = {"device_count": lambda: 1, "set_device": lambda rank: None, "init": lambda: None, place: fail}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: "sm_90", raising=False)
+    for name, function in of_cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert look("auto", 0).problem == told
+
+
+def test_a_build_without_nccl_still_has_its_gpu(monkeypatch):
+    orin = types.SimpleNamespace(name="Orin", uuid="u", major=8, minor=7)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: "sm_87", raising=False)
+    monkeypatch.delattr(torch._C, "_nccl_version", raising=False)
+    for name, value in {"device_count": 1, "set_device": None, "init": None, "get_device_properties": orin}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch, "ones", lambda *args, device: torch.zeros(1))  # the CPU in place of the GPU
+    found = look("auto", 0)
+    assert found.problem == found.nccl == "" and found.capability == (8, 7)
+    assert choose("auto", "auto", found).kind == "cuda"
+
+
+@pytest.mark.parametrize("error", [torch.cuda.DeferredCudaCallError(f"{LAZILY}\n\nat:"), KeyError("x"), OSError("y")])
+def test_what_a_rank_raises_before_it_has_a_device_is_told_to_all(monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(init, "look", fail)
+    monkeypatch.setattr(agreement, "READ_SECONDS", 0.0)
+    with pytest.raises(UserError) as caught:
+        init._choose_together(small_config(), dist.HashStore(), "127.0.0.1", 0)
+    name = type(error).__name__
+    assert f": {name}: " in str(caught.value) and "\n" not in str(caught.value)
+    assert f"{name}: " in capsys.readouterr().err  # with its traceback, on this rank
 
 
 def test_who_is_still_in_the_start_of_the_group_is_named():
