@@ -79,6 +79,10 @@ def launcher_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     found = None
     for launcher, *names in MPI:
         rank, size, local, per_node = (number(name, -1, environment) for name in names)
+        if rank >= size > 1:
+            raise UserError(
+                f"{names[0]}={rank} with {names[1]}={size}: no rank of that many; start with {launcher} anew"
+            )
         if rank >= 0 and size > 1 and (found is None or found.local_size < 0):
             found = Place(launcher, rank, size, local, per_node)
     if not in_step(environment):
@@ -86,9 +90,11 @@ def launcher_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     size, rank = number("SLURM_STEP_NUM_TASKS", 1, environment), number("SLURM_PROCID", 0, environment)
     if size == 1 or (found is not None and (found.rank, found.size) != (rank, size)):
         return found
-    per_node_tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+    alone = number("SLURM_STEP_NUM_NODES", 1, environment) == 1
+    tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE") or (str(size) if alone else "0"))
     node = number("SLURM_NODEID", 0, environment)
-    return Place("srun", rank, size, number("SLURM_LOCALID", 0, environment), per_node_tasks[node])
+    here = tasks[node] if node < len(tasks) and tasks[node] else -1
+    return Place("srun", rank, size, number("SLURM_LOCALID", 0, environment), here)
 
 
 def take_place(environment: MutableMapping[str, str] = os.environ) -> bool:
@@ -101,7 +107,7 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> bool:
     ranks meet.
     """
     place = launcher_place(environment)
-    if TORCHRUN in environment:
+    if _below_torchrun(environment):
         return False
     if "RANK" in environment or "WORLD_SIZE" in environment:
         _check_world(environment, place)
@@ -126,10 +132,15 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> bool:
     return True
 
 
+def _below_torchrun(environment: Mapping[str, str]) -> bool:
+    """Its variable alone may be left from another shell: torchrun gives each rank a place as well."""
+    return TORCHRUN in environment and bool(environment.get("RANK")) and bool(environment.get("WORLD_SIZE"))
+
+
 def own_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """The launcher's place where RANK is that very one; None below torchrun, whose ranks share the place of their task.
     Its `local_rank` counts also ranks that see one GPU of their own, which all have LOCAL_RANK 0."""
-    place = None if TORCHRUN in environment else launcher_place(environment)
+    place = None if _below_torchrun(environment) else launcher_place(environment)
     mine = (environment.get("RANK"), environment.get("WORLD_SIZE"))
     return place if place is not None and mine == (str(place.rank), str(place.size)) else None
 
@@ -139,7 +150,7 @@ def _check_world(environment: Mapping[str, str], place: Place | None) -> None:
     given = " ".join(f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if name in environment)
     rank, size = number("RANK", -1, environment), number("WORLD_SIZE", -1, environment)
     left = "they are left from another shell or launcher"
-    if rank < 0 and size == 1:
+    if rank < 0 and size == 1 and place is None:
         return
     if rank < 0 or size < 1 or rank >= size:
         if place is None and rank == 0 and size < 0:
@@ -172,7 +183,7 @@ def _set_meeting_place(environment: MutableMapping[str, str], place: Place) -> N
 
 def origin(environment: Mapping[str, str] = os.environ) -> str:
     """Where MASTER_ADDR and MASTER_PORT come from, for a person."""
-    if TORCHRUN in environment:
+    if _below_torchrun(environment):
         return "set by torchrun"
     job = "the number of this Slurm job, unless they were set before" if in_step(environment) else "the environment"
     return f"MASTER_ADDR and MASTER_PORT, from {job}"

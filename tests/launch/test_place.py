@@ -46,6 +46,10 @@ def test_a_task_of_a_step_gets_its_place():
     assert taken(STEP) == (("2", "3", "0", "1"), "localhost", job_port(41, 2))
 
 
+def test_a_name_left_by_torchrun_is_no_place():
+    assert taken({**STEP, "TORCHELASTIC_RUN_ID": "stale"})[0] == ("2", "3", "0", "1")
+
+
 def test_a_process_of_mpirun_gets_its_place():
     ranks, address, port = taken(OPEN_MPI)
     assert (ranks, address) == (("3", "4", "3", "4"), "127.0.0.1") and port == taken(OPEN_MPI)[2]
@@ -102,6 +106,11 @@ def test_what_is_right_is_left_alone(environment):
         ({**STEP, "RANK": "0"}, "RANK=0: not the place of a rank"),
         ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, "rank 3 of 4 of Open MPI, so 4 ranks would not know"),
         ({**MPICH, "RANK": "0", "WORLD_SIZE": "2"}, "ranks would be there twice"),
+        ({**STEP, "WORLD_SIZE": "1"}, "WORLD_SIZE=1: not the place of a rank"),  # else three worlds of one
+        ({**OPEN_MPI, "RANK": "", "WORLD_SIZE": "1"}, "RANK= WORLD_SIZE=1: not the place of a rank"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "5"}, "OMPI_COMM_WORLD_RANK=5 with OMPI_COMM_WORLD_SIZE=4: no rank of"),
+        ({k: v for k, v in STEP.items() if k != "SLURM_STEP_TASKS_PER_NODE"} | {"SLURM_STEP_NUM_NODES": "2"},
+         "does not say its place on this machine"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: not the place of a rank"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 WORLD_SIZE=2: not the place of a rank, RANK from 0"),
         ({"RANK": "1"}, "RANK=1: not the place of a rank"),
