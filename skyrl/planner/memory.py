@@ -220,6 +220,10 @@ class MemoryEstimate:
         sampling = self.resident + self.gathered + self.drawing
         return max(sampling, self.training + self.gathered) if self.keeps_sampling else sampling
 
+    def left_for_cache(self, ours: int) -> int:
+        """What of the bytes that a process can have is left to the cache; below 0 when the rest does not fit."""
+        return ours - int(SPARE * ours) - self.beside_cache
+
     @property
     def peak(self) -> int:
         """The larger of a training and a sampling phase."""

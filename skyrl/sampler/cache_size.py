@@ -7,26 +7,29 @@ from collections.abc import Callable
 
 import torch
 
+from skyrl.config.load import TYPICAL_ROW
 from skyrl.config.schema import SamplerConfig
 from skyrl.planner.memory import GIB, SPARE, MemoryEstimate
 from skyrl.types import UserError
 
 REMEDIES = "sampler.keep_memory=never, fewer batch.max_tokens_per_microbatch, or strategy.name=fsdp over more ranks"
+SERVER_REMEDIES = "a GPU that nothing else uses, a smaller model, or strategy.name=fsdp over more ranks"
 
 
 def num_blocks(
     cfg: SamplerConfig,
     each: int,
     tokens: int,
-    most: int,
+    max_running: int,
+    max_length: int,
     device: torch.device,
     memory: MemoryEstimate | None,
     warn: Callable[[str], None],
 ) -> int:
     """Blocks, of `each` bytes for so many tokens, besides the one that takes the writes of padding.
 
-    Automatic: no more than twice `most`, what all running sequences can fill: room for cached beginnings. Raises
-    UserError where not even the smallest cache fits.
+    Automatic: no more than twice what all running sequences can fill: room for cached beginnings. Raises UserError
+    where not even the smallest cache fits.
     """
     if cfg.kv_cache_gib > 0:
         blocks = int(cfg.kv_cache_gib * GIB) // each - 1
@@ -36,8 +39,10 @@ def num_blocks(
                 f"{each / GIB:.3g} GiB; allowed: two blocks or more"
             )
         return blocks
-    budget = GIB if device.type == "cpu" else gpu_budget(*gpu_memory(device), memory, warn)
-    return max(1, min(budget // each - 1, 2 * most))
+    most = 2 * max_running * -(-max_length // tokens)
+    if device.type == "cpu":
+        return max(1, min(GIB // each - 1, most))
+    return min(gpu_blocks(*gpu_memory(device), each, tokens, max_length, memory, warn), most)
 
 
 def gpu_memory(device: torch.device) -> tuple[int, int]:
@@ -49,18 +54,41 @@ def gpu_memory(device: torch.device) -> tuple[int, int]:
     return ours, ours - torch.cuda.memory_allocated(device)
 
 
-def gpu_budget(ours: int, free: int, memory: MemoryEstimate | None, warn: Callable[[str], None]) -> int:
-    """Bytes of the cache, from what `gpu_memory` says with the weights in place. The same whenever it is asked: what
-    training will need at its peak is left to it from the start. Without a plan half of what is free.
+def gpu_blocks(
+    ours: int,
+    free: int,
+    each: int,
+    tokens: int,
+    max_length: int,
+    memory: MemoryEstimate | None,
+    warn: Callable[[str], None],
+) -> int:
+    """Blocks besides the padding's, from what `gpu_memory` says with the weights in place. The same whenever it is
+    asked: what training will need at its peak is left to it from the start. Without a plan half of what is free.
 
-    Raises UserError when one row does not fit; warns when it takes what training may miss."""
+    One row of the plan fits always, without a plan one of TYPICAL_ROW tokens. Raises UserError when there is no memory
+    for it; warns when it takes what training may miss, and when a row of `max_length` does not fit."""
     if memory is None:
-        return free // 2
-    left = min(ours - memory.beside_cache, free - memory.drawing) - int(SPARE * ours)
-    if left >= memory.least_cache:
-        return min(left, memory.cache)
-    needs = f"one row needs {memory.least_cache / GIB:.2f} GiB of KV cache, training leaves {max(0, left) / GIB:.2f}"
-    if free - memory.drawing < memory.least_cache:
-        raise UserError(f"out of memory for sampling: {needs} of {ours / GIB:.1f}; try {REMEDIES}")
-    warn(f"{needs} of {ours / GIB:.1f}: training may run out of memory; then try {REMEDIES}")
-    return memory.least_cache
+        row, rows, left, room, remedies = TYPICAL_ROW, free // each, free // 2, free, SERVER_REMEDIES
+    else:
+        row, rows = -(-memory.least_cache * tokens // each), memory.cache // memory.least_cache
+        room, remedies = free - memory.drawing, REMEDIES
+        left = min(memory.left_for_cache(ours), room - int(SPARE * ours))
+    longest = -(-max_length // tokens)
+    least = min(-(-row // tokens), longest)  # a sequence fills whole blocks
+    blocks = min(left // each - 1, max(rows * least, longest))
+    if blocks < least:
+        needs = (
+            f"one row of {min(row, max_length)} tokens needs {(least + 1) * each / GIB:.2f} GiB of KV cache, "
+            f"there are {max(0, left) / GIB:.2f} of {ours / GIB:.1f} for it"
+        )
+        if room < (least + 1) * each:
+            raise UserError(f"out of memory for sampling: {needs}; try {remedies}")
+        warn(f"{needs}: it takes them all the same, and training may run out of memory; then try {remedies}")
+        blocks = least
+    if blocks < longest:
+        warn(
+            f"the KV cache holds {blocks * tokens} tokens, a row may have {max_length}: longer requests are refused; "
+            f"lower batch.max_row_tokens, or try {remedies}"
+        )
+    return blocks

@@ -65,8 +65,8 @@ def make_sampler(
     size, paging = (kernel.page, True) if isinstance(kernel, PagedKernel) else (cfg.block_tokens, False)
     if on_gpu and not paging:
         warn_fallback(f"decoding with gathered attention and without CUDA graphs; paged attention: {kernel}")
-    each, most = KVCache.block_bytes(shapes, size, parameter.dtype), max_running * -(-max_length // size)
-    blocks = num_blocks(cfg, each, size, most, parameter.device, memory, warn_fallback)
+    each = KVCache.block_bytes(shapes, size, parameter.dtype)
+    blocks = num_blocks(cfg, each, size, max_running, max_length, parameter.device, memory, warn_fallback)
     cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, tokens_first=paging)
     scheduler = Scheduler(
         BlockPool(blocks, size),

@@ -9,8 +9,10 @@ import torch
 from skyrl.config.load import load_config
 from skyrl.config.schema import SamplerConfig
 from skyrl.planner.memory import GIB, SPARE, ModelSizes, estimate
-from skyrl.sampler.cache_size import gpu_budget, num_blocks
+from skyrl.sampler import make
+from skyrl.sampler.cache_size import gpu_blocks, num_blocks
 from skyrl.types import UserError
+from tests.sampler.tools import prompts, qwen3, requests, run, sampler
 
 SMALL = ModelSizes("1.5B", 1_540_000_000, 1_540_000_000, 28, 1536, 8960, 12, 2, 128, 151936, 32768)
 BLOCK = 256 * SMALL.cache_bytes_per_token("bfloat16")
@@ -22,10 +24,10 @@ def config_of(*options):
     return load_config(["experiment=gsm8k", "model.path=/x", "data.path=/x", *options])
 
 
-def plan_of(*options, strategy="single", world_size=1, keep=True):
+def plan_of(*options, strategy="single", world_size=1, keep=True, row_tokens=1024):
     memory = estimate(
         config_of(*options), SMALL, world_size=world_size, dtype="bfloat16", strategy=strategy, device="cuda",
-        row_tokens=1024,
+        row_tokens=row_tokens,
     )  # fmt: skip
     return replace(memory, keeps_sampling=keep)
 
@@ -45,16 +47,16 @@ class Allocator:
         self.reserved = max(self.reserved, size)
 
 
-def blocks_of(memory, **options):
-    said = []
-    blocks = num_blocks(SamplerConfig(**options), BLOCK, 256, 1 << 20, torch.device("cuda", 0), memory, said.append)
+def blocks_of(memory, max_length=1024, **options):
+    said, device = [], torch.device("cuda", 0)
+    blocks = num_blocks(SamplerConfig(**options), BLOCK, 256, 1 << 18, max_length, device, memory, said.append)
     return blocks, said
 
 
 def test_the_cache_is_the_plans_where_training_leaves_as_much(monkeypatch):
     memory = plan_of()
     Allocator(monkeypatch).hold(memory.resident)
-    assert blocks_of(memory) == (memory.cache // BLOCK - 1, [])
+    assert blocks_of(memory) == (memory.cache // BLOCK, [])
     assert memory.cache < 10 * GIB  # half of what is free would be 26 GiB, for a rollout that fills 7
 
 
@@ -91,12 +93,53 @@ def test_what_is_asked_for_wins(monkeypatch):
         blocks_of(plan_of(), kv_cache_gib=0.005)
 
 
-def test_too_little_is_said_or_refused():
-    memory, said = plan_of(), []
+@pytest.mark.parametrize("tokens", [16, 256, 1024])
+@pytest.mark.parametrize("row", [100, 257, 300, 2048])
+def test_the_smallest_cache_holds_one_row_and_the_whole_one_all_rows(tokens, row):
+    memory, each = plan_of(row_tokens=row), tokens * SMALL.cache_bytes_per_token("bfloat16")
+    pages, said = -(-row // tokens), []
+    whole = gpu_blocks(OURS, OURS - memory.resident, each, tokens, row, memory, said.append)
+    assert whole == 256 * pages and said == []
     short = memory.beside_cache + memory.least_cache  # without anything to spare
-    assert gpu_budget(short, short - memory.resident, memory, said.append) == memory.least_cache
-    assert said[0].startswith("one row needs 0.03 GiB of KV cache, training leaves 0.00 of ")
+    assert gpu_blocks(short, short - memory.resident, each, tokens, row, memory, said.append) == pages
+    assert said[0].startswith(f"one row of {row} tokens needs {(pages + 1) * each / GIB:.2f} GiB of KV cache, there ")
     assert said[0].endswith("then try sampler.keep_memory=never, fewer batch.max_tokens_per_microbatch, or "
-                            "strategy.name=fsdp over more ranks")  # fmt: skip
-    with pytest.raises(UserError, match="^out of memory for sampling: one row needs 0.03 GiB"):
-        gpu_budget(short, memory.drawing, memory, said.append)
+                            "strategy.name=fsdp over more ranks") and len(said) == 1  # fmt: skip
+    room = memory.drawing + (pages + 1) * each
+    assert gpu_blocks(short, room, each, tokens, row, memory, said.append) == pages
+    with pytest.raises(UserError, match="^out of memory for sampling: one row of "):
+        gpu_blocks(short, room - 1, each, tokens, row, memory, said.append)
+
+
+def test_a_request_of_the_longest_row_is_admitted_after_the_warning(monkeypatch):
+    memory, said = plan_of(row_tokens=64), []
+    short = memory.beside_cache
+
+    def on_a_full_gpu(cfg, each, tokens, max_running, max_length, device, plan, warn):
+        need = replace(memory, cache=each * 32, least_cache=each * 64 // tokens)
+        return gpu_blocks(short, short - memory.resident, each, tokens, max_length, need, said.append)
+
+    monkeypatch.setattr(make, "num_blocks", on_a_full_gpu)
+    run(sampler(qwen3(), max_length=64, block_tokens=16), requests(prompts(1, low=20), max_tokens=64))
+    assert len(said) == 1 and said[0].startswith("one row of 64 tokens")
+
+
+def test_a_cache_without_room_for_the_longest_row_is_said(monkeypatch):
+    memory = plan_of()
+    Allocator(monkeypatch, total=int((memory.beside_cache + 0.1 * GIB) / (1 - SPARE))).hold(memory.resident)
+    blocks, (line,) = blocks_of(memory, max_length=32768)
+    assert 4 <= blocks < 15
+    assert line.startswith(f"the KV cache holds {blocks * 256} tokens, a row may have 32768: longer requests are refus")
+
+
+def test_a_server_without_room_is_said_or_refused(monkeypatch):
+    row = 5 * BLOCK  # one of 1024 tokens, and the padding's block
+    for free, blocks, begins in ((2 * row, 4, []), (2 * row - 2, 4, ["one row of 1024 tokens"]), (row, 4, ["one row"])):
+        device = Allocator(monkeypatch)
+        device.hold(OURS - free)
+        found, said = blocks_of(None)
+        assert found == blocks and [line.startswith(*begins) for line in said] == [True] * len(begins)
+    for free in (row - 1, 0, -GIB):
+        device.hold(OURS - free)
+        with pytest.raises(UserError, match="^out of memory for sampling: one row of 1024 tokens needs 0.03 GiB"):
+            blocks_of(None)
