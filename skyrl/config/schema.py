@@ -124,7 +124,7 @@ class SamplerConfig:
     is less; at most 1 GiB on a CPU."""
     keep_memory: str = "auto"
     """Whether the KV cache, CUDA graphs and, under sharding, the whole copy of the weights stay while training: always;
-    never (built again for each rollout, which takes seconds); auto = always where the plan fits into memory."""
+    never (built again for each rollout, which takes seconds); auto = always where half the cache fits beside it."""
     prefix_cache: bool = True
     """Lets requests with equal beginnings share blocks."""
     cuda_graphs: bool = True

@@ -26,6 +26,7 @@ LOGITS_CHUNK_BYTES = 64 << 20
 CPU_CACHE_LIMIT = GIB
 # Part of a GPU's memory that no plan spends: what the allocator cannot use between its blocks, workspaces of libraries.
 SPARE = 0.05
+CONTEXT = GIB  # of the CUDA context and the interpreter, before anything of this process is counted
 
 
 @dataclass(frozen=True)
@@ -364,11 +365,17 @@ def available(device: str) -> tuple[int, str] | None:
 
 
 def with_room(cfg: RunConfig, need: MemoryEstimate, device: str) -> MemoryEstimate:
-    """`need`, with sampler.keep_memory=auto decided: what sampling holds stays where it fits into this machine."""
+    """`need`, with sampler.keep_memory=auto decided: what sampling holds stays through training where at least half of
+    the plan's cache fits beside that (all of what sampler.kv_cache_gib asks for), counted as the sampler counts, or
+    where freeing it would leave no more."""
     room = available(device)
-    if cfg.sampler.keep_memory != "auto" or room is None or need.least <= (1 - SPARE) * room[0]:
+    if cfg.sampler.keep_memory != "auto" or room is None:
         return need
-    return replace(need, keeps_sampling=False)
+    freed = replace(need, keeps_sampling=False)
+    enough = need.cache if cfg.sampler.kv_cache_gib else max(need.least_cache, need.cache // 2)
+    if need.left_for_cache(room[0] - CONTEXT) >= enough or freed.beside_cache == need.beside_cache:
+        return need
+    return freed
 
 
 def check_fits(cfg: RunConfig, sizes: ModelSizes, need: MemoryEstimate, device: str, *, may_free: bool = True) -> None:

@@ -7,8 +7,19 @@ import pytest
 
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
 from skyrl.config.schema import TinyModelConfig
-from skyrl.planner.memory import GIB, ModelSizes, available, check_fits, estimate, model_sizes, tiny_sizes, with_room
+from skyrl.planner.memory import (
+    GIB,
+    SPARE,
+    ModelSizes,
+    available,
+    check_fits,
+    estimate,
+    model_sizes,
+    tiny_sizes,
+    with_room,
+)
 from skyrl.planner.plan import describe, dry_run, make_plan
+from skyrl.sampler.cache_size import gpu_blocks
 from skyrl.types import UserError
 
 RECIPES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
@@ -271,13 +282,36 @@ def test_what_sampling_holds_stays_where_it_fits(monkeypatch):
     monkeypatch.setattr("skyrl.planner.memory.available", lambda device: (room[0], "a test"))
     cfgs = {keep: load_config([f"sampler.keep_memory={keep}"]) for keep in ("auto", "always", "never")}
     need = memory_of()
-    for keep, kept, factor in (("auto", True, 1.1), ("auto", False, 0.99), ("always", True, 0.99)):
-        room[0] = int(factor * need.least)
+    half = need.beside_cache + need.cache // 2
+    for keep, kept, factor in (("auto", True, 1.01), ("auto", False, 0.99), ("always", True, 0.99)):
+        room[0] = GIB + int(factor * half / (1 - SPARE))  # the context, and what an allocator cannot use
         assert with_room(cfgs[keep], need, "cuda").keeps_sampling == kept, (keep, factor)
     assert not memory_of("sampler.keep_memory=never").keeps_sampling
+    room[0] = int(0.99 * need.least)
     with pytest.raises(UserError, match="try sampler.keep_memory=never, fewer batch.max_tokens_per_microbatch"):
         check_fits(cfgs["always"], BIG, need, "cuda")
     check_fits(cfgs["auto"], BIG, replace(need, keeps_sampling=False), "cuda")
+    idle = replace(need, activations=0, logits=0, transient=0, update=0)  # training takes less than a draw
+    assert with_room(cfgs["auto"], idle, "cuda").keeps_sampling
+    room[0] = GIB + int(1.01 * half / (1 - SPARE))
+    assert not with_room(load_config(["sampler.kv_cache_gib=9"]), need, "cuda").keeps_sampling  # all of it, as asked
+
+
+def test_the_cache_is_not_kept_where_training_leaves_a_few_rows(monkeypatch):
+    """1.5B on one GPU of 30 to 48 GiB: rows of 2,048 that are drawn at once, of the 256 wanted."""
+    cfg = load_config(["experiment=gsm8k", "model.path=/x", "data.path=/x"])
+    sizes = ModelSizes("1.5B", 1_540_000_000, 1_540_000_000, 28, 1536, 8960, 12, 2, 128, 151936, 32768)
+    need = estimate(cfg, sizes, world_size=1, dtype="bfloat16", strategy="single", device="cuda", row_tokens=2048)
+    each, rows, said = 256 * sizes.cache_bytes_per_token("bfloat16"), {}, []
+    for total in (31.1, 32, 36, 40, 44, 48):
+        monkeypatch.setattr("skyrl.planner.memory.available", lambda device, total=total: (int(total * GIB), "a test"))
+        ours, plan = int((total - 1) * GIB), with_room(cfg, need, "cuda")
+        rows[total] = (
+            gpu_blocks(ours, ours - plan.resident, each, 256, 2048, plan, said.append) // 8,
+            plan.keeps_sampling,
+        )
+    assert all(count >= (128 if kept else 40) for count, kept in rows.values()) and said == [], rows
+    assert not rows[31.1][1] and not rows[32][1] and rows[44][1] and rows[48] == (256, True), rows
 
 
 def test_memory_of_an_adapter_over_a_frozen_model():
