@@ -117,9 +117,9 @@ def _report(error: BaseException, mode: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         kept = "with what was saved" if mode == "serve" else "from the last checkpoint"
         return _log_error(f"interrupted; the same command goes on {kept}", INTERRUPTED)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return _log_error(f"{disk_reason(error)}; free some space there, or make it writable", USAGE_ERROR)
     fault, group = classify(error), _group()
+    if fault is None and isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return _log_error(f"{disk_reason(error)}; free some space there, or make it writable", USAGE_ERROR)
     if fault is not None and fault.kind == "lost" and group is not None:
         return _log_error(group.about_lost_peer(error), FAILURE, bundle=True)
     own = error.__traceback__.tb_next if error.__traceback__ is not None else None

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from skyrl.config.load import flat, to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.env import report_to_launcher
-from skyrl.distributed.faults import classify
+from skyrl.distributed.faults import STARTING, classify, remedy_of
 from skyrl.distributed.network import MAX_SKEW
 from skyrl.envs import clock
+from skyrl.planner.device import first_line
 from skyrl.types import RunError, UserError
 
 POLL_SECONDS = 0.1
@@ -91,8 +92,8 @@ def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None
         store.set(f"made/{rank}", "1")
     except (RuntimeError, ValueError) as error:
         fault = classify(error)
-        what = fault.what if fault is not None else str(error).split("\n")[0][:300]
-        remedy = (fault.remedy if fault is not None else "") or NETWORK_REMEDY
+        what = fault.what if fault is not None else first_line(error)
+        remedy = (remedy_of(fault, STARTING) if fault is not None else "") or NETWORK_REMEDY
         raise RunError(
             f"rank {rank} on {socket.gethostname()}: the group of ranks could not be made ({what}); {remedy}"
         ) from None

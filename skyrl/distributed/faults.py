@@ -7,6 +7,7 @@ wrong here comes first: NCCL reports a broken GPU of this rank under the same fi
 from __future__ import annotations
 
 import errno
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +15,16 @@ from typing import Literal
 Kind = Literal["memory", "gpu", "kernel", "setup", "lost"]
 LONGEST = 4000  # characters of an error that are looked at; symbolised C++ frames may follow
 FRAGMENTED = 0.1  # of the device's memory, reserved and not allocated
+HELD = 0.1  # of the device's memory: another process that holds less is not to blame
+# Where torch's allocator is told its options; the first that is set counts, and the last is the name of today.
+ALLOCATOR_OPTIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+SIZE = r"(?P<size>(?P<number>[\d.]+) (?P<unit>\wiB))"
 UNITS = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
 OVER_MORE_RANKS = "strategy.name=fsdp or zero3 over more ranks"
+STARTING = "the start"
 PHASE_REMEDIES = {
+    STARTING: "nothing of this run is loaded yet, so something else fills that memory: see nvidia-smi and free, end it "
+    "or use another node",
     "generation": f"lower sampler.kv_cache_gib or sampler.max_running, or {OVER_MORE_RANKS}",
     "training": "lower batch.max_tokens_per_microbatch or model.logits_chunk_tokens, set "
     f"model.activation_checkpointing=true, or {OVER_MORE_RANKS}",
@@ -44,18 +52,23 @@ _KERNEL = (
     "CUDA_LAUNCH_BLOCKING=1 shows the line that started it; where it comes and goes, a GPU is broken (dmesg shows its "
     f"Xid); {_LAST_CHECKPOINT}"
 )
+# Before the words of a fault of a GPU, on the same line: a user's "illegal instruction" is about something else.
+_CUDA_SAYS = r"(\b(CUDA|HIP) (driver |runtime )?(error|failure)|Triton Error|NVML).*"
 _RULES: tuple[tuple[Kind, str, str], ...] = (
     (
         "memory",
-        r"(CUDA|HIP) out of memory|(CUDA|HIP) error: out of memory|Cuda failure (\d+ )?'out of memory'|"
-        r"CU\w+_STATUS_ALLOC_FAILED|DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|"
-        r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|Cannot allocate memory",
+        r"(CUDA|HIP) out of memory|(CUDA|HIP) (driver |runtime )?error:? (\(2\) : )?out of memory|"
+        r"(Cuda|HIP) failure:? (\d+ )?'out of memory'|Triton Error.*out of memory|Failed to CUDA (host )?[cm]?alloc|"
+        r"(CU|HIP)\w+_STATUS_ALLOC_FAILED|(CU|HIP)(BLAS|DNN)\w*_STATUS_NOT_INITIALIZED|rocblas_status_memory_error|"
+        r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|"
+        r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory|Cannot allocate memory",
         "",
     ),
     (
         "gpu",
-        r"ECC error|uncorrectable NVLink|over nvlink or a hardware error|hardware stack error|GPU is lost|"
-        r"fallen off the bus|unspecified device failure|Contained error|cudaErrorDevicesUnavailable|device .*is lost",
+        rf"{_CUDA_SAYS}(ECC error|uncorrectable NVLink|over nvlink or a hardware error|hardware stack error|"
+        r"unspecified device failure|(?<![\w-])Contained error\b|\bdevice .*is lost|device lost)|"
+        r"uncorrectable ECC error|GPU is lost|fallen off the bus|cudaErrorDevicesUnavailable",
         _BROKEN,
     ),
     (
@@ -76,9 +89,9 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
     ),
     (
         "kernel",
-        r"illegal memory access|misaligned address|illegal instruction|invalid program counter|invalid address space|"
-        r"unspecified launch failure|launch timed out and was terminated|"
-        r"CU\w+_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
+        rf"{_CUDA_SAYS}(illegal memory access|misaligned address|illegal instruction|invalid program counter|"
+        r"invalid address space|unspecified launch failure|launch timed out and was terminated)|"
+        r"(CU|HIP)\w+_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)",
         _KERNEL,
     ),
     (
@@ -97,7 +110,9 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
     ("setup", r"Mismatched NCCL version", "give all nodes the same environment"),
     (
         "setup",
-        r"shared memory segment|/dev/shm|unable to (open|write to|allocate) .*shared memory|</torch_\d+",
+        r"/dev/shm.*No space left on device|No space left on device.*/dev/shm|failed to extend /dev/shm|"
+        r"(unable to|Error while creating) (?!.*(No such file|Too many open files|Permission denied))"
+        r".*(shared memory|/dev/shm|</torch_\d+)",
         "/dev/shm is full or too small: in a container --shm-size=8g or --ipc=host",
     ),
     (
@@ -110,7 +125,7 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
 )
 # What gloo, NCCL and the store say of a rank that is gone or late. A text that is none of theirs is not looked at: a
 # user's "connection reset" is about something else.
-_OF_A_GROUP = re.compile(r"/gloo/|NCCL|nccl|ProcessGroup|c10d")
+_OF_A_GROUP = re.compile(r"/gloo/[\w/]+\.\w+:\d+|\[Gloo\]|\b(Work)?NCCL\b|\bnccl[A-Z]|ProcessGroup|c10d")
 _LOST = re.compile(
     r"Connection (closed|reset|refused|aborted|timed out)|Broken pipe|pair closure|closed by (remote )?peer|"
     r"ncclRemoteError|remote process exited|Timed out waiting|collective operation timeout|before timing out|"
@@ -128,7 +143,8 @@ def classify(error: BaseException) -> Fault | None:
     memory = "OutOfMemoryError" in names or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if memory or isinstance(error, MemoryError):
         return Fault("memory", _line(text) or "no memory is left")
-    if not isinstance(error, (RuntimeError, AssertionError, ValueError)):
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # of /dev/shm it is told how to enlarge it
+    if not full and not isinstance(error, (RuntimeError, AssertionError, ValueError)):
         return None
     for kind, pattern, remedy in _RULES:
         if found := re.search(pattern, text, re.IGNORECASE):
@@ -147,23 +163,38 @@ def describe(fault: Fault, phase: str, step: int, planned: str) -> str:
     if fault.kind != "memory":
         return f"{fault.what}{where}; {fault.remedy}"
     text = f"out of memory{where} ({fault.what})"
-    return f"{text}; {f'planned: {planned}; ' if planned else ''}{_memory_remedy(fault.what, phase)}"
+    return f"{text}; {f'planned: {planned}; ' if planned else ''}{remedy_of(fault, phase)}"
 
 
-def _memory_remedy(text: str, phase: str) -> str:
-    others = [(int(pid), size) for pid, size in re.findall(r"Process (\d+) has ([\d.]+ \wiB) memory in use", text)]
+def remedy_of(fault: Fault, phase: str) -> str:
+    """What to do about a fault of this rank in `phase`; STARTING is the time before anything is loaded."""
+    if fault.kind != "memory":
+        return fault.remedy
+    text = fault.what
+    capacity = _gib(re.search(rf"total capacity of {SIZE}", text))
+    # A process in a container does not know itself in the driver's list, and stands there as another; where memory is
+    # not told per process, the driver says far more than there is.
+    known = "this process has" in text
+    processes = re.finditer(rf"Process (?P<pid>\d+) has {SIZE} memory in use", text)
+    others = [found for found in processes if known and HELD * capacity < _gib(found) <= capacity]
     if others:
-        return f"another process ({others[0][0]}) holds {others[0][1]} of that GPU: end it, or use another GPU"
+        most = max(others, key=_gib)
+        return f"another process ({most['pid']}) holds {most['size']} of that GPU: end it, or use another GPU"
+    if phase == STARTING:
+        return PHASE_REMEDIES[STARTING]
     remedy = PHASE_REMEDIES[SAME_REMEDY.get(phase, phase if phase in PHASE_REMEDIES else "")]
-    idle = re.search(r"([\d.]+) (\wiB) is reserved by PyTorch but unallocated", text)
-    total = re.search(r"total capacity of ([\d.]+) (\wiB)", text)
-    if idle and total and _gib(idle) > FRAGMENTED * _gib(total):
-        remedy = f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (memory lies in pieces), {remedy}"
+    idle = _gib(re.search(rf"{SIZE} is reserved by PyTorch but unallocated", text))
+    name = next((name for name in ALLOCATOR_OPTIONS if name in os.environ), ALLOCATOR_OPTIONS[-1])
+    expandable = re.search(r"expandable_segments\s*:\s*True", os.environ.get(name, ""))
+    if idle > FRAGMENTED * capacity > 0 and not expandable:
+        instead = "" if name == ALLOCATOR_OPTIONS[-1] else f" in place of {name}"
+        remedy = f"{ALLOCATOR_OPTIONS[-1]}=expandable_segments:True{instead} (memory lies in pieces), {remedy}"
     return f"{remedy}; dry_run=true shows what needs how much"
 
 
-def _gib(found: re.Match[str]) -> float:
-    return float(found[1]) * UNITS.get(found[2], 0.0)
+def _gib(found: re.Match[str] | None) -> float:
+    """GiB of a match of SIZE; 0 without one."""
+    return float(found["number"]) * UNITS.get(found["unit"], 0.0) if found else 0.0
 
 
 def _line(text: str, at: int = 0) -> str:

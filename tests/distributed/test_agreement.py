@@ -201,3 +201,24 @@ def test_who_is_still_in_the_start_of_the_group_is_named():
                 "NCCL error in: x, internal error\nLast error:\nBootstrap : no socket interface found"
             )
     assert not store.check(["made/1"])
+
+
+@pytest.mark.parametrize(
+    "text, remedy",
+    [
+        ("NCCL error in: x\nLast error:\nCuda failure 2 'out of memory'", "nothing of this run is loaded yet"),
+        ("NCCL error in: x\nLast error:\nFailed to CUDA calloc async 608 bytes", "nothing of this run is loaded yet"),
+        (
+            "CUDA out of memory. GPU 0 has a total capacity of 79.11 GiB. Process 999 has 78.90 GiB memory in use. "
+            "Including non-PyTorch memory, this process has 0.20 GiB memory in use.",
+            r"another process \(999\) holds 78.90 GiB",
+        ),
+    ],
+)
+def test_memory_that_lacks_while_the_group_is_made_is_not_the_networks(text, remedy):
+    with (
+        pytest.raises(RunError, match=f"could not be made .*; {remedy}") as caught,
+        group_start(dist.HashStore(), 0, 1, 60),
+    ):
+        raise RuntimeError(text)
+    assert "NCCL_DEBUG" not in str(caught.value) and "dry_run" not in str(caught.value)

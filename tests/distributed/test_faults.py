@@ -10,7 +10,7 @@ import torch.distributed as dist
 from skyrl import main
 from skyrl.distributed import env
 from skyrl.distributed.failure import is_lost_peer
-from skyrl.distributed.faults import classify, describe
+from skyrl.distributed.faults import ALLOCATOR_OPTIONS, classify, describe
 
 NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.29.7\n{}\nLast error:\n{}"
@@ -70,6 +70,8 @@ LOST = [
         "milliseconds before "
         "timing out."
     ),
+    RuntimeError("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, OpType=ALLREDUCE) ran"),
+    RuntimeError("[Gloo] Rank 0 successfully reached monitoredBarrier, but received errors while waiting for rank 1"),
     dist.DistBackendError(
         "[1] is setting up NCCL communicator and retrieving ncclUniqueId via c10d key-value store by key '0', "
         "but store->get('0') got error: Connection reset by peer"
@@ -176,7 +178,35 @@ HERE = [
         "setup",
         "shared memory",
     ),
+    (RuntimeError("CUDA driver error: out of memory"), "memory", "driver error"),
+    (RuntimeError("HIP error: out of memory"), "memory", "HIP"),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), "memory", "Triton"),
+    (RuntimeError("Triton Error [HIP]:  Code: 2, Messsage: out of memory"), "memory", "Triton"),
+    (of_cuda("Failed to CUDA calloc async 608 bytes"), "memory", "calloc"),
+    (of_cuda("Failed to CUDA host alloc 4096 bytes"), "memory", "alloc"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "memory", "CUBLAS"),
+    (RuntimeError("CUDA error: HIPBLAS_STATUS_NOT_INITIALIZED when calling `hipblasCreate(handle)`"), "memory", "BLAS"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "memory", "CUDNN"),
+    (RuntimeError("CUDA error: device 3 is lost"), "gpu", "device 3"),
+    (of_cuda("Cuda failure 721 'Contained error'"), "gpu", "Contained"),
+    (RuntimeError("Unable to determine the device handle: GPU is lost. Reboot the system"), "gpu", "GPU is lost"),
+    (RuntimeError("Triton Error [CUDA]: misaligned address"), "kernel", "misaligned"),
+    (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/x"), "setup", "/dev/shm/x"),
+    (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "setup", "unable to write"),
+    (of_system("Error: failed to extend /dev/shm/nccl-3Xq1 to 9637892 bytes"), "setup", "extend"),
     # none of these is a fault that one line explains: they keep their traceback
+    (OSError(errno.ENOSPC, "No space left on device", "/scratch/x"), None, ""),
+    (RuntimeError("Parent directory /dev/shm/run1 does not exist."), None, ""),
+    (RuntimeError("Expected all tensors on the same device, found cuda:0 and cpu! /dev/shm/hf_cache"), None, ""),
+    (RuntimeError("unable to open shared memory object </torch_1_2>: Too many open files (24)"), None, ""),
+    (RuntimeError("could not unlink the shared memory file /torch_123 : No such file or directory (2)"), None, ""),
+    (RuntimeError("device mesh is lost"), None, ""),
+    (RuntimeError("no device name; what the episode says is lost"), None, ""),
+    (RuntimeError("the environment wrote: self-Contained error message"), None, ""),
+    (RuntimeError("the log contained error lines"), None, ""),
+    (RuntimeError("the emulated machine met an illegal instruction"), None, ""),
+    (RuntimeError("Connection reset by peer while talking to nccl-lab.example.org"), None, ""),
+    (RuntimeError("https://example.org/gloo/scores: Connection refused"), None, ""),
     (RuntimeError("NCCL_ALGO=Foo is not known"), None, ""),
     (
         dist.DistBackendError(
@@ -230,9 +260,70 @@ def test_out_of_memory_says_the_phase_what_was_planned_and_what_to_lower():
     )
     for told in (training, drawing, loading, line("")):
         assert "expandable_segments" not in told and told.endswith("dry_run=true shows what needs how much")
-    assert "expandable_segments:True" in line("training", idle="9.50")
     assert "another process (4321) holds 60.00 GiB" in line("training", "Process 4321 has 60.00 GiB memory in use. ")
     assert line("").startswith("out of memory (") and "planned" not in line("", planned="")
+
+
+@pytest.mark.parametrize(
+    "processes, known, blamed",
+    [
+        ("Process 17 has 60.00 GiB memory in use. ", True, "(17) holds 60.00 GiB"),
+        ("Process 17 has 9000.00 MiB memory in use. ", True, "(17) holds 9000.00 MiB"),
+        ("Process 9 has 4.00 MiB memory in use. Process 17 has 20.00 GiB memory in use. ", True, "(17) holds 20.00"),
+        ("Process 17 has 20.00 GiB memory in use. Process 9 has 30.00 GiB memory in use. ", True, "(9) holds 30.00"),
+        ("Process 3 has 17179869184.00 GiB memory in use. Process 9 has 8.00 GiB memory in use. ", True, "(9) holds 8"),
+        ("Process 17 has 4.00 MiB memory in use. ", True, None),
+        ("Process 17 has 7.90 GiB memory in use. ", True, None),
+        ("Process 17 has 17179869184.00 GiB memory in use. ", True, None),
+        ("Process 17 has 77.91 GiB memory in use. ", False, None),  # a container: this is the run itself
+        ("Process 17 has 40.00 GiB memory in use. Process 18 has 30.00 GiB memory in use. ", False, None),
+        ("", True, None),
+    ],
+)
+def test_another_process_is_blamed_only_for_what_it_surely_holds(processes, known, blamed):
+    text = OOM.format(processes, "60.00", "0.50")
+    if not known:
+        text = text.replace("Including non-PyTorch memory, this process has 70.97 GiB memory in use. ", "")
+    line = describe(classify(torch.OutOfMemoryError(text)), "training", 3, "")
+    if blamed:
+        assert f"another process {blamed}" in line and "lower" not in line
+    else:
+        assert "another process" not in line and "; lower batch.max_tokens_per_microbatch" in line
+
+
+@pytest.mark.parametrize(
+    "options, idle, advised",
+    [
+        ({}, "9.50", "; PYTORCH_ALLOC_CONF=expandable_segments:True (memory"),
+        ({}, "7.00", ""),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "9.50", ""),
+        (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:False"},
+            "9.50",
+            "; PYTORCH_ALLOC_CONF=expandable_segments:True (",
+        ),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments: True"}, "9.50", ""),
+        (  # torch reads the older name first, and then not the newer one
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            "9.50",
+            "; PYTORCH_ALLOC_CONF=expandable_segments:True in place of PYTORCH_CUDA_ALLOC_CONF (memory",
+        ),
+    ],
+)
+def test_expandable_segments_are_advised_where_they_are_not_in_force(monkeypatch, options, idle, advised):
+    for name in ALLOCATOR_OPTIONS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in options.items():
+        monkeypatch.setenv(name, value)
+    line = describe(classify(torch.OutOfMemoryError(OOM.format("", "60.00", idle))), "training", 3, "")
+    assert advised in line and ("expandable_segments" in line) == bool(advised)
+
+
+def test_a_full_shared_memory_is_told_with_how_to_enlarge_it(capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "/dev/shm/psm_1")
+    assert main._report(full, "train") == 1 and "--shm-size" in capsys.readouterr().err
+    assert main._report(OSError(errno.ENOSPC, "No space left on device", "/scratch/x"), "train") == 2
+    assert "free some space there" in capsys.readouterr().err
 
 
 def test_what_a_person_sees_of_a_fault(capsys, monkeypatch):
