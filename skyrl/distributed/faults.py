@@ -32,8 +32,8 @@ PHASE_REMEDIES = {
     "": "lower batch.max_tokens_per_microbatch or sampler.kv_cache_gib, set model.activation_checkpointing=true, or "
     f"{OVER_MORE_RANKS}",
 }
-SAME_REMEDY = {"evaluation": "generation", "warm-up": "training", "opening": "loading", "finishing": "loading"}
-SAME_REMEDY["saving"] = "loading"
+SAME_REMEDY = {"evaluation": "generation", "warm-up": "training"}
+SAME_REMEDY |= dict.fromkeys(("opening", "finishing", "saving"), "loading")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ _LOST = re.compile(
     r"Software caused connection abort|successfully reached monitoredBarrier",
     re.IGNORECASE,
 )
-_LOST_TYPES = ("DistNetworkError", "DistStoreError", "DistQueueEmptyError")
 
 
 def classify(error: BaseException) -> Fault | None:
@@ -149,7 +148,7 @@ def classify(error: BaseException) -> Fault | None:
     for kind, pattern, remedy in _RULES:
         if found := re.search(pattern, text, re.IGNORECASE):
             return Fault(kind, _line(text, found.start()), remedy)
-    if any(name in names for name in _LOST_TYPES):
+    if not {"DistNetworkError", "DistStoreError", "DistQueueEmptyError"}.isdisjoint(names):
         return Fault("lost", _line(text))
     if ("DistBackendError" in names or _OF_A_GROUP.search(text)) and (found := _LOST.search(text)):
         return Fault("lost", _line(text, found.start()))
@@ -170,21 +169,19 @@ def remedy_of(fault: Fault, phase: str) -> str:
     """What to do about a fault of this rank in `phase`; STARTING is the time before anything is loaded."""
     if fault.kind != "memory":
         return fault.remedy
-    text = fault.what
+    text, name = fault.what, next((name for name in ALLOCATOR_OPTIONS if name in os.environ), ALLOCATOR_OPTIONS[-1])
     capacity = _gib(re.search(rf"total capacity of {SIZE}", text))
     # A process in a container does not know itself in the driver's list, and stands there as another; where memory is
     # not told per process, the driver says far more than there is.
-    known = "this process has" in text
     processes = re.finditer(rf"Process (?P<pid>\d+) has {SIZE} memory in use", text)
-    others = [found for found in processes if known and HELD * capacity < _gib(found) <= capacity]
-    if others:
+    others = [found for found in processes if HELD * capacity < _gib(found) <= capacity]
+    if others and "this process has" in text:
         most = max(others, key=_gib)
         return f"another process ({most['pid']}) holds {most['size']} of that GPU: end it, or use another GPU"
     if phase == STARTING:
         return PHASE_REMEDIES[STARTING]
     remedy = PHASE_REMEDIES[SAME_REMEDY.get(phase, phase if phase in PHASE_REMEDIES else "")]
     idle = _gib(re.search(rf"{SIZE} is reserved by PyTorch but unallocated", text))
-    name = next((name for name in ALLOCATOR_OPTIONS if name in os.environ), ALLOCATOR_OPTIONS[-1])
     expandable = re.search(r"expandable_segments\s*:\s*True", os.environ.get(name, ""))
     if idle > FRAGMENTED * capacity > 0 and not expandable:
         instead = "" if name == ALLOCATOR_OPTIONS[-1] else f" in place of {name}"
