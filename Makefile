@@ -7,8 +7,10 @@ PIP_ARGS ?=
 ARGS ?=
 # Test files that run side by side; more is faster only where there are cores for it.
 JOBS ?= 2
-# Where `make test-cuda-build` keeps torch's CUDA build; one that is there already may be named instead.
-CUDA_TORCH ?= .cuda-torch
+# Where `make test-cuda-build` keeps torch's CUDA build of the pinned release; one that is there already may be named
+# instead.
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CUDA_TORCH ?= .cuda-torch/$(TORCH)
 # Processes of `make train` and `make serve`.
 RANKS ?= 2
 # learning.py reads finished runs, gpu_smoke.py wants a GPU, slurm.py a Slurm, tinker_*.py the clients: started by hand.
@@ -66,12 +68,14 @@ test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on a real Slurm of th
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
 
 test-cuda-build: $(TEST_STAMP) $(CUDA_TORCH)/torch/version.py ## what of the CUDA path can be checked without a GPU; gets torch's CUDA build once (2.5 GB, 4.7 GB on disk)
+	@grep -q "^__version__ = '$(TORCH)[+']" $(CUDA_TORCH)/torch/version.py || \
+	  { echo "skyrl: error: CUDA_TORCH=$(CUDA_TORCH) does not hold torch $(TORCH), which constraints.txt pins; name another folder" >&2; exit 1; }
 	CUDA_VISIBLE_DEVICES= PYTHONPATH=$(abspath $(CUDA_TORCH)):$(CURDIR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cuda_build $(ARGS)
 
-# The release that .venv has; "===" leaves out builds with a suffix, such as a local "+cpu". torch/ comes nearly last.
+# The release that .venv has as well; "===" leaves out builds with a suffix, such as a local "+cpu". torch/ comes nearly last.
 $(CUDA_TORCH)/torch/version.py: | $(TEST_STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(CUDA_TORCH) \
-	  "torch===$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch").partition("+")[0])')"
+	  "torch===$(TORCH)"
 
 chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; 3 to 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
