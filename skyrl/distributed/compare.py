@@ -38,7 +38,7 @@ WHOLE_BYTES = 64 << 20  # of a larger file its size and its first part count: re
 FIRST_BYTES = 1 << 20
 MODEL = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".spm", ".tiktoken", ".txt")
 CODE = (".py", ".cpp", ".cu", ".h", ".yaml", ".so")
-LIBRARIES = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+LIBRARIES = tuple({f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")})
 NAMED = 4  # differences that are told; ranks and hosts likewise
 REMEDY = {
     "versions": "give all nodes the same environment",
@@ -118,7 +118,7 @@ def _shows(place: Path, name: str) -> bool:
 def read_facts(cfg: RunConfig, versions: dict[str, Any], prompts: dict[str, Sequence[Prompt]]) -> dict[str, str]:
     """name -> a digest or value in a few characters, of all that this process has read and computes with."""
     facts = {f"versions.{name}": str(known) for name, known in versions.items() if name not in NO_VERSION}
-    facts |= {f"code.{name}": file_digest(path) for name, path in _code()}
+    facts |= {f"code.{name}": file_digest(path) for name, path in _code(cfg.plugins)}
     facts |= {f"data.{split}": f"{len(part)} prompts, {_prompts_digest(part)}" for split, part in prompts.items()}
     for name in ("path", "tokenizer", "chat_template"):
         facts |= dict(_files(f"model.{name}", getattr(cfg.model, name), cfg))
@@ -138,8 +138,8 @@ def differences(
         values = [one.get(name, MISSING) for one in facts]
         if len(set(values)) == 1 or is_allowed(name, allowed):
             continue
-        if name.startswith("code.") and set(values) - {MISSING} == {values[0], MISSING} - {MISSING}:
-            continue  # a module that one rank alone has imported so far
+        if name.startswith("code.") and "skyrl/" not in name and len(set(values) - {MISSING}) == 1:
+            continue  # a module that not all ranks have imported so far
         counts = Counter(values)
         usual = max(counts, key=lambda value: (counts[value], value == values[0]))
         odd = min(counts, key=lambda value: (counts[value], value == usual))
@@ -178,16 +178,17 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else f"{type(value).__name__} {getattr(value, '__dict__', '')}"
 
 
-def _code() -> Iterator[tuple[str, Path]]:
-    """skyrl's own files, and the modules of others that are loaded and belong to no library: plugins and theirs."""
+def _code(plugins: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
+    """skyrl's own files, and those of loaded modules: of the packages of `plugins`, and of what is in no library."""
     root = Path(skyrl.__file__).parent
     for path in sorted(root.rglob("*")):
         if path.suffix in CODE[:-1] and "__pycache__" not in path.parts:
             yield f"skyrl/{path.relative_to(root)}", path
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and name.partition(".")[0] not in ("skyrl", "__main__") and file.endswith(CODE):
-            if not file.startswith(LIBRARIES) and Path(file).is_file():
+        package = name.partition(".")[0]
+        if file and package not in ("skyrl", "__main__") and file.endswith(CODE) and Path(file).is_file():
+            if not file.startswith(LIBRARIES) or package in [plugin.partition(".")[0] for plugin in plugins]:
                 yield name, Path(file)
 
 

@@ -25,9 +25,9 @@ def meet(rank: int, size: int, seconds: int) -> tuple[Any, str]:
     Raises RunError that names who is not there, UserError for an address or port that cannot be right."""
     until = clock.now() + seconds
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
-        raise UserError("MASTER_ADDR and MASTER_PORT are not both set; start with torchrun, or set them for all ranks")
     where = f"{host}:{port} ({origin()})"
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{where}: no address and port (1 to 65535); start with torchrun, or set both for all ranks")
     limit = f"within run.join_seconds={seconds}"
     advice = "see whether their processes have started and can reach that address, or raise run.join_seconds"
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
@@ -46,7 +46,7 @@ def meet(rank: int, size: int, seconds: int) -> tuple[Any, str]:
             multi_tenant=True,
             wait_for_workers=False,
         )
-    except (dist.DistError, OSError) as error:
+    except (dist.DistError, OSError, UnicodeError) as error:
         what = " ".join(str(error).split("\n")[0].split())[:160]
         raise RunError(f"the {size} ranks did not meet at {where} {limit} ({what}); {advice}") from None
     # torchrun may keep one store over its restarts

@@ -38,7 +38,7 @@ def is_free(port: int) -> bool:
             ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
         ).close()
         return True
-    except OSError:
+    except (OSError, OverflowError):  # the latter for what is no port
         return False
 
 
@@ -111,7 +111,7 @@ def is_local(host: str) -> bool:
     """Whether `host`, a name or an address, is this machine; True for a name that only others know."""
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
+    except (OSError, UnicodeError):
         return True
     return any(interface_of(address) for address in addresses)
 

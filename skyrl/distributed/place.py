@@ -222,7 +222,7 @@ def node_address(name: str) -> str:
         addresses = [str(info[4][0]) for info in socket.getaddrinfo(name, None)]
         if name == "localhost" or not all(one.startswith("127.") or one == "::1" for one in addresses):
             return name
-    except OSError:
+    except (OSError, UnicodeError):
         addresses = []
     try:
         command = ["scontrol", "show", "node", name, "--oneliner"]

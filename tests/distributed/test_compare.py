@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from gloo import run_ranks
@@ -48,6 +49,8 @@ def test_two_nodes_of_which_none_is_the_odd_one():
 def test_a_module_that_one_rank_has_not_imported_yet_is_no_difference():
     assert differences(["n0", "n1"], [{"code.wandb_hook": "a"}, {}]) == []
     assert differences(["n0", "n1", "n2"], [{"code.hook": "a"}, {}, {"code.hook": "b"}]) != []
+    assert differences(["n0", "n1"], [{}, {"code.hook": "a"}]) == []
+    assert differences(["n0", "n1"], [{"code.skyrl/x.py": "a"}, {}]) != []  # skyrl's own are listed, not imported
 
 
 def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
@@ -79,6 +82,19 @@ def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
     assert large.startswith("116 bytes, ")
     (tmp_path / "there" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"c": 1}' + bytes(100))
     assert file_digest(tmp_path / "there" / "model.safetensors") != large
+
+
+def test_plugins_count_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "LIBRARIES", (f"{tmp_path}/site/",))
+    for folder in ("site", "site-own"):
+        for name in ("plugin", "other"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.py").touch()
+            module = ModuleType(f"{name}_{folder[4:]}")
+            module.__file__ = str(tmp_path / folder / f"{name}.py")
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert {"plugin_", "plugin_-own", "other_-own"} <= set(found := dict(compare._code(["plugin_"])))
+    assert "other_" not in found
 
 
 def test_the_code_of_plugins_and_of_what_they_import_counts(tmp_path, monkeypatch):

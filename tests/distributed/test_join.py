@@ -15,6 +15,7 @@ from skyrl.distributed import meet as meeting
 from skyrl.distributed import network
 from skyrl.distributed.agreement import clock_problem
 from skyrl.distributed.meet import meet
+from skyrl.distributed.place import node_address
 from skyrl.types import RunError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +114,21 @@ def test_a_port_or_an_address_of_somebody_else_is_one_line(lone, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")  # for documentation: nobody has it
     with pytest.raises(RunError, match=r"192.0.2.1:\d+ \(.*from the environment.*: unset MASTER_ADDR, or set it"):
         meet(0, 3, 1)
+
+
+@pytest.mark.parametrize("name, value", [("PORT", "99999"), ("PORT", "0"), ("PORT", "x")])
+def test_a_place_that_cannot_be_is_refused_at_once(lone, monkeypatch, name, value):
+    monkeypatch.setenv(f"MASTER_{name}", value)
+    for rank in (0, 1):
+        with pytest.raises(UserError, match=rf":{value} \(.*the environment\): no "):
+            meet(rank, 3, 60)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("MASTER_ADDR", "a..b")
+    with pytest.raises(RunError, match=r"did not meet at a..b:29500 \(.*the environment\)"):
+        meet(1, 3, 1)
+    assert network.is_local("a..b") and not network.is_free(99999)
+    with pytest.raises(UserError, match="has no address; set MASTER_ADDR"):
+        node_address("a..b")
 
 
 def test_clocks_that_are_off_are_named():
