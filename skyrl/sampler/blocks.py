@@ -1,10 +1,9 @@
 """Paged blocks of the KV cache: who holds which, which can be shared, which can be thrown away. Holds no tensors.
 
-A block is free, held (by one or more sequences) or cached (held by nobody, content still valid). Content is found
-again by exact comparison: a block's key is the id of the block content before it and the bytes of its own tokens, so
-two contents never meet by a hash collision. Contents begin
-at a cache key, one for each adapter: the same tokens below two keys are two contents, since keys and values depend on
-the adapter.
+A block is free, held (by one or more sequences) or cached (held by nobody, content still valid). Content is found again
+by exact comparison: a block's key is the id of the block content before it and the bytes of its own tokens, so two
+contents never meet by a hash collision. Contents begin at a cache key, one for each adapter: the same tokens below two
+keys are two contents, since keys and values depend on the adapter.
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ def num_blocks(
 ) -> int:
     """Blocks, of `each` bytes for so many tokens, besides the one that takes the writes of padding.
 
-    Automatic: no more than twice what all running sequences can fill: room for cached beginnings. Raises UserError
-    where not even the smallest cache fits.
+    Automatic: at most twice what all running sequences can fill, for cached beginnings. UserError where none fits.
     """
     if cfg.kv_cache_gib > 0:
         blocks = int(cfg.kv_cache_gib * GIB) // each - 1
@@ -87,8 +86,5 @@ def gpu_blocks(
         warn(f"{needs}: it takes them all the same, and training may run out of memory; then try {remedies}")
         blocks = least
     if blocks < longest:
-        warn(
-            f"the KV cache holds {blocks * tokens} tokens, a row may have {max_length}: longer requests are refused; "
-            f"lower batch.max_row_tokens, or try {remedies}"
-        )
+        warn(f"a KV cache of {blocks * tokens} tokens takes no longer rows; lower batch.max_row_tokens ({max_length})")
     return blocks

@@ -129,7 +129,7 @@ def test_a_cache_without_room_for_the_longest_row_is_said(monkeypatch):
     Allocator(monkeypatch, total=int((memory.beside_cache + 0.1 * GIB) / (1 - SPARE))).hold(memory.resident)
     blocks, (line,) = blocks_of(memory, max_length=32768)
     assert 4 <= blocks < 15
-    assert line.startswith(f"the KV cache holds {blocks * 256} tokens, a row may have 32768: longer requests are refus")
+    assert line == (f"a KV cache of {blocks * 256} tokens takes no longer rows; lower batch.max_row_tokens (32768)")
 
 
 def test_a_server_without_room_is_said_or_refused(monkeypatch):

@@ -178,7 +178,7 @@ class Recorded:
     """Stands in for a CUDA graph: `replay` does again what was done, over whatever lies at the same places now."""
 
     def __init__(self, step, pool):
-        self.replay = step
+        self.replay, self.pool = step, lambda: pool
         step()
 
 
@@ -284,6 +284,46 @@ def test_one_adapter_is_recorded_and_filled_again_in_place(recorded, backend, ca
     check(run(engine, asked), asked, {"": model, "a": merged(model, first), "b": merged(model, second)})
     (line,) = warnings(caplog)
     assert "several adapters" in line
+
+
+@pytest.mark.parametrize("backend", ["module", "fused"])
+def test_copies_and_graphs_of_adapters_are_bounded(recorded, backend, caplog):
+    """Tenants with adapters of many shapes: the least recently used shape goes, with its graphs and what was joined."""
+    model = qwen3()
+    adapters = {f"r{rank}": adapter(model, f"r{rank}", rank=rank) for rank in range(1, cuda.MAX_COPIES + 3)}
+    engine = with_graphs(model, backend=backend, adapters=adapters)
+    runner = engine._runner
+
+    def sampled(name):
+        asked = requests(prompts(2), model=name, max_tokens=4)
+        check(run(engine, asked), asked, {name: merged(model, adapters[name]) if name else model})
+
+    sampled("")
+    base, kept = dict(runner._graphs), []
+    for name in [*adapters, "r3", "r1", "r6", "r4", "r3"]:
+        sampled(name)
+        kept = [*(each for each in kept if each != name), name][-cuda.MAX_COPIES :]
+        assert [copy.source for copy in runner._copies.values()] == [adapters[each] for each in kept]
+    ids = {id(copy.adapter) for copy in runner._copies.values()}
+    assert {key[1] for key in runner._graphs} == ids | {0} and base.items() <= runner._graphs.items()
+    for name in list(adapters):
+        engine.forget_adapter(name)
+    if backend == "fused":
+        assert set(runner._inner._adapters) == ids
+        assert all(set(linear._pairs) <= ids for linear in runner._inner._linears())
+    (line,) = warnings(caplog)
+    assert line.endswith("others are recorded again")
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_used_again(recorded, monkeypatch):
+    monkeypatch.setattr(cuda, "MAX_COPIES", 1)
+    model = qwen3()
+    adapters = {f"r{rank}": adapter(model, f"r{rank}", rank=rank) for rank in (1, 2)}
+    engine, pools = with_graphs(model, adapters=adapters), []
+    for name in ("r1", "r2", "", "r1"):
+        run(engine, requests(prompts(2), model=name, max_tokens=4))
+        pools.append(engine._runner._pool)
+    assert pools[0] is not pools[1] is pools[2] is pools[3]
 
 
 def test_a_torch_without_block_tables_is_told(monkeypatch):

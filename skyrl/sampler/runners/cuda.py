@@ -5,9 +5,9 @@ elsewhere CUDA runs the gathered attention of paged.py, with a warning that says
 a few batch sizes; padding rows write to block 0, see one key and are cut off.
 
 A step whose sequences all have one adapter is replayed as well: its graph reads a copy of the adapter at fixed
-addresses, which is filled again when another adapter comes or the weights have changed. Steps over several adapters,
-or over an adapter and the base, run call by call, which costs about a graph's gain: a model of small layers decodes
-several times slower then, a large one hardly.
+addresses, which is filled again when another adapter of its shape (rank, alpha, products) comes or the weights have
+changed; graphs of MAX_COPIES shapes are kept. Steps over several adapters, or over an adapter and the base, run call by
+call, which costs about a graph's gain: a model of small layers decodes several times slower then, a large one hardly.
 
 Legend: T tokens of a step, B sequences, W blocks of a sequence, H heads, K key/value heads, C channels, V vocabulary.
 """
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from skyrl.types import LoraSpec
 
 FLASH_PAGE = 256  # tokens; Flash Attention 2 takes pages of a multiple of this, version 3 any
+MAX_COPIES = 4  # shapes of adapters that graphs are kept for; tenants of a server may choose any number of them
 PROBE_WINDOW = 3  # tokens; a window that is wrong by one token changes a third of what is seen
 
 
@@ -235,7 +236,7 @@ class CudaRunner:
         self._width = -(-max_length // cache.block_tokens)
         self._sizes = sorted({1, 2, 4, *range(8, max_running, 8), max_running})
         self._buffers: dict[int, _Buffers] = {}
-        self._copies: dict[tuple[LoraSpec, torch.dtype], _AdapterCopy] = {}  # by what adapters of one graph share
+        self._copies: dict[tuple[LoraSpec, torch.dtype], _AdapterCopy] = {}  # by shape, least recently used first
         self._graphs: dict[tuple[int, int], Any] = {}  # by batch size and id of the copy (0: none); None = refused
         self._logits_BV: Tensor | None = None
         self._pool: Any = None
@@ -294,13 +295,19 @@ class CudaRunner:
     def _copy(self, adapter: Adapter) -> Adapter:
         """The adapter's weights where the graphs for its shape read them."""
         shape = (replace(adapter.spec, seed=0), next(adapter.parameters()).dtype)
-        copy = self._copies.get(shape)
+        copy = self._copies.pop(shape, None)
         if copy is None:
-            copy = self._copies[shape] = _AdapterCopy(adapter.frozen_copy("of CUDA graphs"), adapter)
+            if len(self._copies) == MAX_COPIES:
+                warn_fallback(f"CUDA graphs are kept for {MAX_COPIES} shapes of adapters; others are recorded again")
+                gone = self._copies.pop(next(iter(self._copies))).adapter
+                self._graphs = {key: graph for key, graph in self._graphs.items() if key[1] != id(gone)}
+                self._inner.forget(gone)
+                if not any(graph.pool() == self._pool for graph in self._graphs.values() if graph is not None):
+                    self._pool = None  # torch takes no graph into a pool whose graphs are all gone
+            copy = _AdapterCopy(adapter.frozen_copy("of CUDA graphs"), adapter)
+        self._copies[shape] = copy  # the most recently used is the last
         if copy.source is not adapter:
-            weights = adapter.weights()
-            for name, tensor in copy.adapter.weights().items():
-                tensor.copy_(weights[name])
+            copy.adapter.load_state_dict(adapter.state_dict())
             self._inner.adapter_changed(copy.adapter)
             copy.source = adapter
         return copy.adapter
@@ -314,8 +321,7 @@ class CudaRunner:
             if self._logits_BV is None:
                 self._logits_BV = warm_BV.new_empty(self._sizes[-1], warm_BV.shape[1])
             target_BV = self._logits_BV[:size]
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             return capture(lambda: target_BV.copy_(compute()), self._pool)
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
