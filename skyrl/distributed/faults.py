@@ -23,8 +23,7 @@ UNITS = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
 OVER_MORE_RANKS = "strategy.name=fsdp or zero3 over more ranks"
 STARTING = "the start"
 PHASE_REMEDIES = {
-    STARTING: "nothing of this run is loaded yet, so something else fills that memory: see nvidia-smi and free, end it "
-    "or use another node",
+    STARTING: "nothing of this run is loaded yet: see in nvidia-smi what fills it, end that or use another node",
     "generation": f"lower sampler.kv_cache_gib or sampler.max_running, or {OVER_MORE_RANKS}",
     "training": "lower batch.max_tokens_per_microbatch or model.logits_chunk_tokens, set "
     f"model.activation_checkpointing=true, or {OVER_MORE_RANKS}",
@@ -136,14 +135,13 @@ _LOST = re.compile(
 
 
 def classify(error: BaseException) -> Fault | None:
-    """The fault that an error tells of; None for any other error, which is then shown with its traceback."""
+    """The fault that an error (of a disk: a full /dev/shm) tells of; None for others, shown with their traceback."""
     names = [kind.__name__ for kind in type(error).__mro__]
     text = str(error)[:LONGEST]
     memory = "OutOfMemoryError" in names or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if memory or isinstance(error, MemoryError):
         return Fault("memory", _line(text) or "no memory is left")
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # of /dev/shm it is told how to enlarge it
-    if not full and not isinstance(error, (RuntimeError, AssertionError, ValueError)):
+    if not isinstance(error, (RuntimeError, AssertionError, ValueError)) and getattr(error, "errno", 0) != errno.ENOSPC:
         return None
     for kind, pattern, remedy in _RULES:
         if found := re.search(pattern, text, re.IGNORECASE):
@@ -171,8 +169,7 @@ def remedy_of(fault: Fault, phase: str) -> str:
         return fault.remedy
     text, name = fault.what, next((name for name in ALLOCATOR_OPTIONS if name in os.environ), ALLOCATOR_OPTIONS[-1])
     capacity = _gib(re.search(rf"total capacity of {SIZE}", text))
-    # A process in a container does not know itself in the driver's list, and stands there as another; where memory is
-    # not told per process, the driver says far more than there is.
+    # In a container this process stands in the list as another; sizes that are not known are far too large.
     processes = re.finditer(rf"Process (?P<pid>\d+) has {SIZE} memory in use", text)
     others = [found for found in processes if HELD * capacity < _gib(found) <= capacity]
     if others and "this process has" in text:

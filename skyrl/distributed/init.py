@@ -55,10 +55,7 @@ class World:
         """True on rank 0."""
         return self.rank == 0
 
-    # Every rank is a data-parallel replica of its own today. Ranks that share a model (tensor, context or expert
-    # parallelism) will have one data-parallel place between them; whoever deals out data asks here, so that nothing
-    # else has to change then.
-
+    # Who deals out data asks here: ranks that share a model will have one data-parallel place between them.
     @property
     def dp_rank(self) -> int:
         """This process's place among those that hold different data."""

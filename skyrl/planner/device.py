@@ -26,6 +26,8 @@ NO_DEVICE = re.compile(r"no NVIDIA driver|No (CUDA|HIP) GPUs", re.IGNORECASE)  #
 AMD_MEMORY = 8 << 30  # of its own; what has less is a display, or the graphics part of a CPU
 BF16_CAPABILITY = (8, 0)  # bfloat16 products and FlashAttention
 HIDDEN = ("", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that let no device through; so does a negative number
+# Of CUDA, of ROCm: the variable that hides devices, what shows them, and the driver's files.
+NAMES = (("CUDA_VISIBLE_DEVICES", "nvidia-smi", "/dev/nvidia*"), ("HIP_VISIBLE_DEVICES", "rocm-smi", "/dev/kfd"))
 OVERRULE = "or strategy.device=cpu to compute on the CPU"
 
 
@@ -71,7 +73,7 @@ def choose(device: str, dtype: str, facts: DeviceFacts) -> DeviceChoice:
     cpu = "float32" if dtype == "auto" else dtype
     if device == "cpu":
         return DeviceChoice("cpu", cpu)
-    where = f"strategy.device={device}"
+    where, (variable, _, file) = f"strategy.device={device}", NAMES[bool(facts.hip)]
     if facts.count and facts.local_rank >= facts.count:
         raise UserError(f"{where}: {_too_many(facts)}")
     if facts.capability > (0, 0) and not facts.hip:
@@ -81,13 +83,13 @@ def choose(device: str, dtype: str, facts: DeviceFacts) -> DeviceChoice:
     hidden = facts.visible is not None and (facts.visible.strip() in HIDDEN or facts.visible.strip().startswith("-"))
     shown = bool(facts.nvidia or facts.amd or (facts.problem and not NO_DEVICE.search(facts.problem)))
     if device == "auto" and (hidden or not shown):
-        note = f"CUDA_VISIBLE_DEVICES={facts.visible} hides the GPUs of this machine ({_found(facts)})"
+        note = f"{variable}={facts.visible} hides the GPUs of this machine ({_found(facts)})"
         return DeviceChoice("cpu", cpu, notes=(note,) if shown else ())
     if hidden:
-        raise UserError(f"{where}: CUDA_VISIBLE_DEVICES={facts.visible} hides all devices; unset it, {OVERRULE}")
+        raise UserError(f"{where}: {variable}={facts.visible} hides all devices; unset it, {OVERRULE}")
     if not shown:
         build = "" if facts.cuda or facts.hip else f", and torch {facts.torch} is built for the CPU alone"
-        raise UserError(f"{where}: this machine shows no GPU (no /dev/nvidia*){build}; use another one, {OVERRULE}")
+        raise UserError(f"{where}: this machine shows no GPU (no {file}){build}; use another one, {OVERRULE}")
     what, remedy = _why_not(facts)
     raise UserError(f"{where}: this machine has GPUs ({_found(facts)}), but {what}; {remedy}, {OVERRULE}")
 
@@ -116,7 +118,7 @@ def _too_many(facts: DeviceFacts) -> str:
             f"{text}, an instance of a divided GPU (MIG): a process sees one, and NCCL does not join several of one "
             "GPU; start one process, or use whole GPUs"
         )
-    given = f" (CUDA_VISIBLE_DEVICES={facts.visible})" if facts.visible is not None else ""
+    given = f" ({NAMES[bool(facts.hip)][0]}={facts.visible})" if facts.visible is not None else ""
     return (
         f"{text}{given}; start at most {facts.count} process{'es' * (facts.count > 1)} per node, or ask for more GPUs"
     )
@@ -140,9 +142,11 @@ def _check_architecture(where: str, facts: DeviceFacts) -> None:
     fitting = [
         version for version, codes in facts.wheels.items() if any(runs_on(f"sm_{c}", facts.capability) for c in codes)
     ]
-    fitting = _for_driver(fitting, facts.driver) or fitting
-    base = facts.torch.partition("+")[0]
-    remedy = f"install torch=={base} built for CUDA {' or '.join(fitting)}" if fitting else "no build of it does"
+    remedy, able = "no build of it does", _for_driver(fitting, facts.driver)
+    if fitting:
+        remedy = f"install torch=={facts.torch.partition('+')[0]} built for CUDA {' or '.join(able or fitting)}"
+        driver = next((needed for needed in DRIVERS.values() if _for_driver(fitting, str(needed))), "")
+        remedy += "" if able else f", and update the driver to {driver} or later"
     raise UserError(
         f"{where}: {facts.name} has compute capability {'.'.join(map(str, facts.capability))}, and torch {facts.torch} "
         f"holds kernels for {' '.join(facts.architectures)} alone; {remedy}, {OVERRULE}"
@@ -163,7 +167,7 @@ def _found(facts: DeviceFacts) -> str:
 
 def _why_not(facts: DeviceFacts) -> tuple[str, str]:
     """(why torch cannot use the GPUs that this machine shows, what to do)."""
-    base, problem = facts.torch.partition("+")[0], facts.problem
+    base, problem, (variable, smi, _) = facts.torch.partition("+")[0], facts.problem, NAMES[bool(facts.hip)]
     wheels = [f"CUDA {version}" for version in _for_driver(list(facts.wheels), facts.driver)] or ["CUDA"]
     wheel = f"install torch=={base} built for {' or '.join(wheels)}"
     if facts.amd and not facts.nvidia and not facts.hip:
@@ -172,28 +176,29 @@ def _why_not(facts: DeviceFacts) -> tuple[str, str]:
         return f"torch {facts.torch} is built for ROCm", wheel
     if not facts.cuda and not facts.hip:
         return f"torch {facts.torch} is built for the CPU alone", wheel
-    said = f"CUDA {facts.cuda or facts.hip} does not start ({problem or 'no device is visible'})"
+    said = f"{'ROCm' if facts.hip else 'CUDA'} {facts.hip or facts.cuda} does not start ({problem or 'no GPU visible'})"
     needed = DRIVERS.get(int(facts.cuda.partition(".")[0] or 0), 0)
     if facts.cuda and facts.driver and not _for_driver([facts.cuda], facts.driver):
         return (
             f"driver {facts.driver} is too old for torch {facts.torch}, which is built for CUDA {facts.cuda}",
-            f"update the driver to {needed} or later, or {wheel}",
+            f"update the driver to {needed} or later" + (f", or {wheel}" if wheels != ["CUDA"] else ""),
         )
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, problem, re.IGNORECASE):
-            return said, remedy
+            return said, remedy.replace("nvidia-smi", smi)
     if (facts.visible or "").strip():
-        return f"{said}; CUDA_VISIBLE_DEVICES={facts.visible}", "name devices that nvidia-smi -L lists, or unset it"
+        return f"{said}; {variable}={facts.visible}", f"name devices that {smi} lists, or unset it"
     if facts.in_slurm_job:
         return said, "ask Slurm for GPUs (--gpus-per-node)"
-    if not any(name.startswith("/dev/") for name in facts.nvidia + facts.amd):
+    if not any(name.startswith(("/dev/", "/usr/lib/wsl")) for name in facts.nvidia + facts.amd):
         return said, "give the container its GPUs (docker run --gpus all)"
-    return said, "see whether nvidia-smi works here, mend the driver or use another node"
+    return said, f"see whether {smi} works here, mend the driver or use another node"
 
 
 # What the runtime says when it does not start, and what helps. The first that fits counts.
 _REMEDIES = (
     ("driver on your system is too old|driver version is insufficient", "update the driver, or install an older build"),
+    ("Error 500|named symbol", "update the NVIDIA driver of Windows and WSL (wsl --update), then wsl --shutdown"),
     ("no NVIDIA driver", "mend the driver; in a container, libcuda.so comes with docker run --gpus all"),
     ("Error 802|not yet initialized", "start nvidia-fabricmanager on this node, or use another one"),
     ("Error 803|unsupported display driver", "library and kernel module of the driver differ: restart the node"),
@@ -220,7 +225,7 @@ def look(device: str, local_rank: int, root: Path = Path("/")) -> DeviceFacts:
     found = {
         **vars(facts),
         **machine_facts(root),
-        "visible": os.environ.get("HIP_VISIBLE_DEVICES" if facts.hip else "CUDA_VISIBLE_DEVICES"),
+        "visible": os.environ.get(NAMES[bool(facts.hip)][0]),
         "in_slurm_job": "SLURM_JOB_ID" in os.environ,
         "wheels": {version: sorted(codes.get(machine, ())) for version, codes in wheels.items()},
     }

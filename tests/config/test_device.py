@@ -18,6 +18,9 @@ H100 = dataclasses.replace(
     CUDA_WHEEL, problem="", count=2, name="NVIDIA H100 80GB HBM3", capability=(9, 0), nvidia=NODE, driver="580.65.06"
 )
 
+WSL = ("/usr/lib/wsl/lib/libcuda.so",)
+ROCM = DeviceFacts("2.13.0+rocm6.4", hip="6.4", amd=("/dev/dri/card1",), wheels=WHEELS)
+
 
 def at(facts: DeviceFacts, **changes) -> DeviceFacts:
     return dataclasses.replace(facts, **changes)
@@ -44,7 +47,7 @@ def at(facts: DeviceFacts, **changes) -> DeviceFacts:
         (at(H100, count=0, problem="No CUDA GPUs are available", in_slurm_job=True), ["--gpus-per-node"]),
         (
             at(H100, count=0, problem="No CUDA GPUs are available", visible="9"),
-            ["CUDA_VISIBLE_DEVICES=9", "nvidia-smi -L"],
+            ["CUDA_VISIBLE_DEVICES=9", "nvidia-smi lists"],
         ),
         (
             at(H100, problem="Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
@@ -81,6 +84,17 @@ def at(facts: DeviceFacts, **changes) -> DeviceFacts:
         ),
         (at(H100, capability=(3, 5), name="Tesla K40"), ["no build of it does"]),
         (
+            at(H100, capability=(7, 0), name="Tesla V100", driver="470.1"),
+            ["built for CUDA 12.6, and update the driver to 525 or later, or strategy"],
+        ),
+        (at(CUDA_WHEEL, nvidia=NODE, driver="390.1", problem=TOO_OLD), ["to 580 or later, or strategy.device"]),
+        (at(CUDA_WHEEL, nvidia=WSL, problem="Error 500: named symbol not found"), ["wsl --update"]),
+        (at(CUDA_WHEEL, nvidia=WSL, problem="Error 35: x"), ["see whether nvidia-smi works here"]),
+        (at(ROCM, problem="HIP error: unknown error"), ["ROCm 6.4 does not start", "see whether rocm-smi works"]),
+        (at(ROCM, problem="HIP out of memory"), ["see rocm-smi"]),
+        (at(ROCM, visible="9"), ["HIP_VISIBLE_DEVICES=9; name devices that rocm-smi lists"]),
+        (at(ROCM, count=1, local_rank=1, visible="0"), ["(HIP_VISIBLE_DEVICES=0); start at most 1 process per"]),
+        (
             at(H100, capability=(12, 0), name="RTX 5090", architectures=("sm_80", "sm_90"), driver="570.1"),
             ["built for CUDA 12.9,"],
         ),
@@ -115,6 +129,14 @@ def test_hidden_gpus_are_left_alone_and_told(wheel, visible):
     assert choice.kind == "cpu" and f"CUDA_VISIBLE_DEVICES={visible} hides the GPUs" in choice.notes[0]
     with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={visible} hides all devices; unset it"):
         choose("cuda", "auto", facts)
+
+
+def test_texts_for_rocm_name_its_own_variable_and_files():
+    with pytest.raises(UserError, match="HIP_VISIBLE_DEVICES=-1 hides all devices; unset it"):
+        choose("cuda", "auto", at(ROCM, visible="-1"))
+    assert "HIP_VISIBLE_DEVICES= hides the GPUs" in choose("auto", "auto", at(ROCM, visible="")).notes[0]
+    with pytest.raises(UserError, match="shows no GPU .no /dev/kfd"):
+        choose("cuda", "auto", at(ROCM, amd=()))
 
 
 def test_the_dtype_is_one_that_the_device_computes_in():
