@@ -5,7 +5,10 @@ Files are read by envs/data_files.py, since environments need it too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from skyrl.envs.data_files import messages_problem
 from skyrl.types import Prompt, UserError
 
 _MASK = 2**64 - 1
+DEEP = 60  # levels into which a value of a prompt is followed
 
 
 class PromptStream:
@@ -89,3 +93,42 @@ def _check(prompts: Sequence[Prompt], env: str, split: str) -> None:
         if problem:
             raise UserError(f"{place}: messages {problem}")
         uids.add(prompt.uid)
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """A few characters of the SHA-256 of prompts, the same in all processes that have read the same."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        parts = [prompt.uid, prompt.env, prompt.messages, prompt.extra]
+        digest.update(canonical(parts).encode(errors="backslashreplace"))
+    return digest.hexdigest()[:12]
+
+
+def canonical(value: Any, above: tuple[int, ...] = ()) -> str:
+    """A value of any kind as a text that tells it from others and is the same in all processes: without addresses,
+    without the order of a set. Objects count by what pickle would store of them. `above`: the ids of what it is part
+    of. Never raises: what cannot be looked into is its type's name."""
+    if type(value) is str:
+        return repr(value)
+    kind = type(value).__qualname__
+    try:
+        if value is None or isinstance(value, (str, bytes, bytearray, int, float, type, re.Pattern)):
+            return hex(value) if type(value) is int else repr(value)
+        if id(value) in above or len(above) > DEEP:
+            return kind
+        above = (*above, id(value))
+        if isinstance(value, Mapping):
+            parts = sorted(f"{canonical(key, above)}: {canonical(one, above)}" for key, one in value.items())
+        elif isinstance(value, Set):
+            parts = sorted(canonical(one, above) for one in value)
+        elif isinstance(value, (list, tuple)):
+            parts, kind = [canonical(one, above) for one in value], ""
+        elif hasattr(value, "detach") and hasattr(value, "tolist"):  # a tensor
+            parts = [str(value.dtype), str(list(value.shape)), canonical(value.detach().tolist(), above)]
+        else:
+            stored = value.__reduce_ex__(4)  # a name, or what makes it, its state, its items and pairs
+            stored = stored if isinstance(stored, tuple) else (stored,)
+            parts = [canonical(list(one) if isinstance(one, Iterator) else one, above) for one in stored]
+        return f"{kind}({', '.join(parts)})"
+    except Exception:  # of foreign code
+        return kind

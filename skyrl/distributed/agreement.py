@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from skyrl.config.load import flat, to_dict
+from skyrl.config.options import all_options
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.env import report_to_launcher
 from skyrl.distributed.faults import STARTING, classify, remedy_of
@@ -121,12 +122,22 @@ def clock_problem(host: str, now: float, other: str, then: float) -> str:
 
 
 def options_of_all(cfg: RunConfig) -> dict[str, Any]:
-    """The options that must be equal on all ranks: all but places, and what a run's folder or its display is."""
+    """The options that must be equal on all ranks: all but places, and what a run's folder or its display is.
+
+    A place is what an option of paths says that is no name in the working folder or on a hub; below env.options, whose
+    meaning nobody knows, a path that is there on this host."""
+    places = {option.path for option in all_options() if option.type == "path"}
+
+    def is_place(path: str, value: Any) -> bool:
+        if path.startswith("env.options."):
+            return "/" in (text := str(value)) and os.path.exists(os.path.expanduser(text))
+        return path in places and str(value).startswith(("/", "~", "."))
+
     return {
         path: value
         for path, value in flat(to_dict(cfg)).items()
         if not path.startswith(OF_ONE_NODE)
-        and not str(value).startswith(("/", "~", "."))
+        and not is_place(path, value)
         and not is_allowed(path, cfg.run.allow_different)
     }
 

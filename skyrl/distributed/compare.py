@@ -10,7 +10,6 @@ that differ from most of the others are named, on all ranks, before the first st
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import socket
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import skyrl
+from skyrl.config.load import flat
 from skyrl.config.schema import RunConfig
+from skyrl.data import prompts_digest
 from skyrl.distributed.agreement import is_allowed, name_ranks
 from skyrl.distributed.collectives import agree, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.init import World
@@ -36,6 +37,7 @@ from skyrl.types import Prompt, UserError
 
 WHOLE_BYTES = 64 << 20  # of a larger file its size and its first part count: reading terabytes delays every start
 FIRST_BYTES = 1 << 20
+FOLDER_FILES = 200  # of a folder that an option of an environment names
 MODEL = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".spm", ".tiktoken", ".txt")
 CODE = (".py", ".cpp", ".cu", ".h", ".yaml", ".so")
 LIBRARIES = tuple({f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -119,12 +121,14 @@ def read_facts(cfg: RunConfig, versions: dict[str, Any], prompts: dict[str, Sequ
     """name -> a digest or value in a few characters, of all that this process has read and computes with."""
     facts = {f"versions.{name}": str(known) for name, known in versions.items() if name not in NO_VERSION}
     facts |= {f"code.{name}": file_digest(path) for name, path in _code(cfg.plugins)}
-    facts |= {f"data.{split}": f"{len(part)} prompts, {_prompts_digest(part)}" for split, part in prompts.items()}
+    facts |= {f"data.{split}": f"{len(part)} prompts, {prompts_digest(part)}" for split, part in prompts.items()}
     for name in ("path", "tokenizer", "chat_template"):
         facts |= dict(_files(f"model.{name}", getattr(cfg.model, name), cfg))
-    for name, value in dict(cfg.env.options).items():  # an environment's own files
-        if isinstance(value, str) and value and Path(value).is_file():
-            facts[f"env.options.{name}"] = file_digest(Path(value))
+    for name, value in flat(cfg.env.options).items():  # an environment's own files
+        for place in map(Path, filter(os.path.exists, map(str, value if isinstance(value, list) else [value]))):
+            for path in [place, *sorted(place.rglob("*"))[:FOLDER_FILES]]:
+                if path.is_file():
+                    facts[f"env.options.{name}/{path.relative_to(place.parent)}"] = file_digest(path)
     return facts
 
 
@@ -161,21 +165,6 @@ def file_digest(path: Path) -> str:
         if path.suffix == ".safetensors":
             first += stream.read(max(0, struct.unpack("<Q", first[:8])[0] - len(first)))
     return f"{size} bytes, {hashlib.sha256(first).hexdigest()[:12]}"
-
-
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        parts = [prompt.uid, prompt.messages, prompt.extra]
-        digest.update(json.dumps(parts, sort_keys=True, default=_plain).encode())
-    return digest.hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON cannot hold, without addresses and without the order of a set, which differ between processes."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    return value.tolist() if hasattr(value, "tolist") else f"{type(value).__name__} {getattr(value, '__dict__', '')}"
 
 
 def _code(plugins: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:

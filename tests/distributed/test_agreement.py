@@ -78,6 +78,22 @@ def test_what_may_differ():
     assert options_of_all(cfg) == options_of_all(elsewhere) and "optim.lr" in options_of_all(cfg)
 
 
+def test_a_text_that_begins_like_a_path_is_compared(tmp_path):
+    cfg = small_config()
+
+    def options(closing, path="/a/data.jsonl"):
+        env = dataclasses.replace(cfg.env, options={**cfg.env.options, "closing": closing})
+        return options_of_all(dataclasses.replace(cfg, env=env, data=dataclasses.replace(cfg.data, path=path)))
+
+    for one, other in (("/think", "/end"), (".", ","), (".*42", ".*43"), ("~", "/"), ("/x y", "/")):
+        assert options(one) != options(other)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert options(a, "/b/data.jsonl") == options(b)
+    assert options(a) != options(f"{tmp_path}/missing")
+
+
 def start(found, seconds=20):
     """What each rank raised, all of them against one real store; a rank without facts does not answer."""
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)

@@ -1,15 +1,24 @@
 """What differs between nodes is named, with the hosts, on all ranks; what is meant may differ."""
 
+import re
 import sys
+import threading
 import time
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 import pytest
+import torch
 from gloo import run_ranks
 from small import small_config
 
+from skyrl.data import canonical, prompts_digest
 from skyrl.distributed import compare
 from skyrl.distributed.collectives import agree
 from skyrl.distributed.compare import check_shared, compare_nodes, differences, file_digest, read_facts
@@ -48,9 +57,58 @@ def test_two_nodes_of_which_none_is_the_odd_one():
 
 def test_a_module_that_one_rank_has_not_imported_yet_is_no_difference():
     assert differences(["n0", "n1"], [{"code.wandb_hook": "a"}, {}]) == []
-    assert differences(["n0", "n1", "n2"], [{"code.hook": "a"}, {}, {"code.hook": "b"}]) != []
     assert differences(["n0", "n1"], [{}, {"code.hook": "a"}]) == []
+    assert differences(["n0", "n1", "n2"], [{"code.hook": "a"}, {}, {"code.hook": "b"}]) != []
     assert differences(["n0", "n1"], [{"code.skyrl/x.py": "a"}, {}]) != []  # skyrl's own are listed, not imported
+
+
+@dataclass(slots=True)
+class _Slots:
+    x: object
+
+
+class _Holder:
+    def __init__(self, value):
+        self.inner, self.lock, self.me = {_Slots(value).x, "b", "c"}, threading.Lock(), self
+
+
+@pytest.mark.parametrize(
+    "make, one, other",
+    [
+        (lambda value: value, b"1", b"2"),
+        (lambda value: {value: 3}, 1, "1"),
+        (lambda value: {(1, value): 3, "b": value}, 1, 2),
+        (date.fromordinal, 1, 2),
+        (Decimal, 1, 2),
+        (Fraction, 1, 2),
+        (re.compile, "1", "2"),
+        (Path, "/a", "/b"),
+        (range, 1, 2),
+        (_Slots, 1, 2),
+        (_Holder, "1", "2"),
+        (lambda value: {_Slots(value).x, frozenset([value])}, 1, 2),
+        (lambda value: deque([value]), 1, 2),
+        (lambda value: numpy.array([_Holder(value)], dtype=object), "1", "2"),
+        (lambda value: torch.tensor(value, dtype=torch.bfloat16), 1.0, 2.0),
+        (lambda value: torch.zeros(0, value), 1, 2),
+        (lambda value: 10**5000 + value, 1, 2),  # more digits than str() gives
+    ],
+)
+def test_values_of_any_kind_count_by_what_they_hold(make, one, other):
+    def told(value):
+        return prompts_digest([Prompt("u", "e", [], {"value": make(value)})])
+
+    assert told(one) == told(one) != told(other)
+
+
+def test_what_cannot_be_looked_into_is_no_error():
+    cycle: dict = {}
+    cycle["me"], deep = cycle, []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (cycle, deep, threading.Lock(), lambda: 1, sys, int, (one for one in [])):
+        assert " at 0x" not in canonical(value)
+        prompts_digest([Prompt("u", "e", [], {"value": value})])
 
 
 def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
@@ -74,7 +132,7 @@ def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
     (tmp_path / "there" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"b": 1}' + bytes(100))
     here, there = facts("here"), facts("there")
     assert {name for name in here if here[name] != there[name]} == {
-        "env.options.answers",
+        "env.options.answers/answers.csv",
         "model.path/model.safetensors",
     }
     monkeypatch.setattr(compare, "WHOLE_BYTES", 50)
@@ -82,6 +140,20 @@ def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
     assert large.startswith("116 bytes, ")
     (tmp_path / "there" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"c": 1}' + bytes(100))
     assert file_digest(tmp_path / "there" / "model.safetensors") != large
+
+
+def test_files_and_folders_below_the_options_of_an_environment_count(tmp_path):
+    inner = tmp_path / "folder" / "inner" / "b.txt"
+    inner.parent.mkdir(parents=True)
+    options = {"one": str(inner), "many": ["x" * 5000, str(inner)], "deep": {"x": str(inner)}, "all": str(tmp_path)}
+    cfg, told = small_config(), []
+    for text in "12":
+        inner.write_text(text)
+        told.append(read_facts(replace(cfg, env=replace(cfg.env, options={**cfg.env.options, **options})), {}, {}))
+    changed = {name for name in told[0] if told[0][name] != told[1][name]}
+    assert {name.split("/")[0] for name in changed} == {
+        f"env.options.{name}" for name in ("one", "many", "deep.x", "all")
+    }
 
 
 def test_plugins_count_wherever_they_lie(tmp_path, monkeypatch):
