@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from skyrl.distributed import env
 from skyrl.distributed.faults import classify
-from skyrl.distributed.stop import heard_signals
+from skyrl.distributed.stop import OF_BATCH, heard_signals
 
 SETTLE_SECONDS = 2.0  # how long we look for the rank that is gone
 HEED_SECONDS = 0.25  # between looks at what ranks of other machines have heard
@@ -130,8 +130,7 @@ def signals_stop(stop: Callable[[], None], store: Any = None) -> None:
 
     elsewhere = threading.Event()
     _at_the_end.append(end_launcher)
-    for number in heard_signals():
-        signal.signal(number, handle)
+    _hear(handle)
     if store is not None:
         threading.Thread(target=heed_others, name="skyrl-signals", daemon=True).start()
 
@@ -156,11 +155,18 @@ def leave_signals_to_leader(store: Any = None) -> None:
         if first and word is not None and word.exists():
             env.end_launcher()
 
-    for number in heard_signals():
-        signal.signal(number, lambda number, frame: None)
+    _hear(lambda number, frame: None)
     signal.set_wakeup_fd(there.detach())
     threading.Thread(target=tell, name="skyrl-signals", daemon=True).start()
     _at_the_end.append(end_launcher)
+
+
+def _hear(handle: Callable[[int, FrameType | None], None]) -> None:
+    """Handles the signals of stop.SIGNALS, but for those that launch/rank.py passes on as SIGTERM: it notes them, since
+    a server that a batch system has stopped is to be queued again."""
+    for number in heard_signals():
+        if number not in OF_BATCH or not callable(signal.getsignal(number)):
+            signal.signal(number, handle)
 
 
 @atexit.register  # before the end of the group of ranks is registered, and so called after it

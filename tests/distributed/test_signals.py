@@ -10,6 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from skyrl.distributed import env, failure
+from skyrl.distributed.stop import OF_BATCH, SIGNALS
+from skyrl.launch import rank
 
 RANK = "from skyrl.distributed.env import end_launcher; end_launcher(); print('left alone')"
 STARTER = """
@@ -45,13 +47,27 @@ def test_only_the_torchrun_that_started_us_is_ended(given, added, code):
 
 @pytest.fixture
 def signals(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(-1)
     monkeypatch.setattr(failure, "_at_the_end", [])
     yield
     signal.set_wakeup_fd(wakeup)
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", OF_BATCH)
+@pytest.mark.parametrize("leader", [True, False])
+def test_a_server_that_a_batch_system_stops_is_to_be_queued_again(signals, number, leader):
+    """Its own handlers come after the launcher's, which has to know of the signal for its exit code 75."""
+    signal.signal(number, signal.SIG_DFL)
+    asked, stopped = rank._listen("serve"), Event()
+    if leader:
+        failure.signals_stop(stopped.set)
+    else:
+        failure.leave_signals_to_leader()
+    os.kill(os.getpid(), number)
+    assert asked == [number] and stopped.is_set() == leader
 
 
 def test_a_signal_on_another_machine_reaches_the_leader(signals):
