@@ -2,24 +2,27 @@
 
 A process that was stopped (`scontrol suspend`, SIGSTOP, a debugger, a laptop that slept) finds every deadline over when
 it goes on, though it had no time to keep any. So a thread looks at the clock ten times a second. When it comes late,
-and the process has used no processor meanwhile, the time between is taken out, and all deadlines lie as far ahead as
-before. Code that keeps the other threads from running does use the processor: its time counts.
+and no thread of the process has moved meanwhile, the time between is taken out, and all deadlines lie as far ahead as
+before. Code that keeps the interpreter to itself, whether it computes or waits, is no pause, and its time counts: our
+thread asks for the interpreter every few milliseconds (sys.getswitchinterval), and the system counts that.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 
 TICK_SECONDS = 0.1
 LATE_SECONDS = 1.0  # a turn so late is a pause
-# Part of the time between, on a processor, from which it was no pause. A loaded machine gives a process a small part.
-BUSY = 0.05
+# Waits of our threads in a second, from which it was no pause: about 200 while code holds the interpreter, none while
+# the process is stopped. A process that hardly gets a processor makes few, and is forgiven as well.
+WAITS = 10
 
-# Monotonic time and processor time of the last turn, and seconds of pauses before it. Replaced as a whole: signal
+# Monotonic time and number of waits at the last turn, and seconds of pauses before it. Replaced as a whole: signal
 # handlers read it, which must not wait for a lock.
-_turn: tuple[float, float, float] = (0.0, 0.0, 0.0)
+_turn: tuple[float, int, float] = (0.0, 0, 0.0)
 _thread: threading.Thread | None = None
 
 
@@ -27,9 +30,9 @@ def now() -> float:
     """Monotonic seconds without pauses. Only differences mean something."""
     if _thread is None:
         _start()
-    at, used, paused = _turn
+    at, waits, paused = _turn
     found = time.monotonic()
-    if _is_pause(found - at, used):
+    if _is_pause(found - at, waits):
         return at + TICK_SECONDS - paused  # the thread, which is to say so, has not had its turn yet
     return found - paused
 
@@ -39,13 +42,18 @@ def pauses() -> float:
     return time.monotonic() - now()
 
 
-def _is_pause(seconds: float, used: float) -> bool:
-    return seconds > TICK_SECONDS + LATE_SECONDS and time.process_time() - used < BUSY * seconds
+def _is_pause(seconds: float, waits: int) -> bool:
+    return seconds > TICK_SECONDS + LATE_SECONDS and _waits() - waits < WAITS * seconds
+
+
+def _waits() -> int:
+    """How often threads of this process have waited for something so far (voluntary switches)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
 
 def _start() -> None:
     global _turn, _thread
-    _turn = time.monotonic(), time.process_time(), _turn[2]
+    _turn = time.monotonic(), _waits(), _turn[2]
     _thread = threading.Thread(target=_run, name="skyrl-clock", daemon=True)
     _thread.start()
 
@@ -54,15 +62,15 @@ def _run() -> None:
     global _turn
     while True:
         time.sleep(TICK_SECONDS)
-        at, used, paused = _turn
+        at, waits, paused = _turn
         found = time.monotonic()
-        if _is_pause(found - at, used):
+        if _is_pause(found - at, waits):
             paused += found - at - TICK_SECONDS
-        _turn = found, time.process_time(), paused
+        _turn = found, _waits(), paused
 
 
 def _forget() -> None:
-    """In a forked child, which has no such thread, and whose processor time begins anew."""
+    """In a forked child, which has no such thread, and whose waits are counted anew."""
     global _thread
     _thread = None
 

@@ -10,7 +10,8 @@ Three nets, because no single one catches everything:
    ignores signals, code that swallows the interrupt, or a call off the main thread, where no signal arrives.
 3. C code that never lets go of the interpreter stops that thread as well. Then ITIMER_VIRTUAL, which counts CPU time
    and needs no interpreter either, ends the process (SIGVTALRM) 30 s beyond the deadline, with faulthandler's dump that
-   shows the guilty line.
+   shows the guilty line. C code that waits there without computing counts as late once it returns; one that waits
+   there for ever is left to the watchers of the other ranks.
 
 Time is that of envs/clock.py, and CPU time: a process that was stopped for a while is not taken for a call that hangs.
 Uses ITIMER_PROF and ITIMER_VIRTUAL while calls come in; another user of them in the same process loses its setting.
@@ -365,7 +366,9 @@ class _Watchdog:
 
     def _arm(self) -> None:
         faulthandler.register(signal.SIGVTALRM, file=2, chain=True)  # chain: what the signal does without a handler
-        signal.setitimer(signal.ITIMER_VIRTUAL, self._longest + LAST_RESORT_SECONDS)
+        # The timer adds up the threads of a call, so that one which computes on several gets the time of each.
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        signal.setitimer(signal.ITIMER_VIRTUAL, threads * (self._longest + LAST_RESORT_SECONDS))
         self._armed = True
 
     def _disarm(self) -> None:

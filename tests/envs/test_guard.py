@@ -363,7 +363,7 @@ def test_bad_settings_are_refused():
 def start(body, **constants):
     """A Python process that plays one step of an environment with this body of step(); quick nets."""
     script = """
-        import collections, itertools, os, signal, sys, threading, time
+        import collections, ctypes, itertools, os, signal, sys, threading, time
         import skyrl.envs.guard as g
         from skyrl.api import *
         from skyrl.config.schema import EnvConfig
@@ -383,7 +383,7 @@ def start(body, **constants):
     call = constants.pop("call", "play()")
     lines = "; ".join(f"g.{key} = {value}" for key, value in constants.items()) or "pass"
     code = textwrap.dedent(script).format(body=body, constants=lines, call=call)
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -446,12 +446,21 @@ def test_a_pause_of_the_process_is_no_overlong_call(where):
 
 def test_the_clock_leaves_pauses_out(monkeypatch):
     before = clock.now()
-    at, used, paused = clock._turn
-    monkeypatch.setattr(clock, "_turn", (at - 1000, time.process_time(), paused))  # as if the last turn were long ago
+    at, _, paused = clock._turn
+    monkeypatch.setattr(clock, "_turn", (at - 1000, clock._waits(), paused))  # as if the last turn were long ago
     assert clock.now() < before  # a thread that asks before the clock's own has had its turn
     time.sleep(3 * clock.TICK_SECONDS)
     assert clock._turn[2] - paused == pytest.approx(1000, abs=2) and clock.pauses() == pytest.approx(
         clock._turn[2], abs=1
     )
-    monkeypatch.setattr(clock, "_turn", (at - 1000, time.process_time() - 900, paused))
-    assert clock.now() == pytest.approx(time.monotonic() - paused, abs=1)  # it computed: that time counts
+    monkeypatch.setattr(clock, "_turn", (at - 1000, clock._waits() - 1000 * clock.WAITS, paused))
+    assert clock.now() == pytest.approx(
+        time.monotonic() - paused, abs=1
+    )  # a thread asked for the interpreter: it counts
+
+
+def test_code_that_waits_with_the_interpreter_locked_is_no_pause():
+    """It uses no processor either, but our threads go on asking for the interpreter."""
+    process = start("ctypes.PyDLL(None).usleep(3_000_000); return StepResult(1.0, True)")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "took longer than env.timeout_seconds=0.3" in out, (out, err)
