@@ -453,7 +453,7 @@ def test_the_clock_leaves_pauses_out(monkeypatch):
     assert clock._turn[2] - paused == pytest.approx(1000, abs=2) and clock.pauses() == pytest.approx(
         clock._turn[2], abs=1
     )
-    monkeypatch.setattr(clock, "_turn", (at - 1000, clock._waits() - 1000 * clock.WAITS, paused))
+    monkeypatch.setattr(clock, "_turn", (at - 1000, clock._waits() - 1100 * clock.WAITS, paused))
     assert clock.now() == pytest.approx(
         time.monotonic() - paused, abs=1
     )  # a thread asked for the interpreter: it counts
