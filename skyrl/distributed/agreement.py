@@ -179,7 +179,7 @@ def judge(found: dict[int, dict[str, Any]]) -> str | None:
         return f"{_names(found, [rank for rank in broken if found[rank]['error'] == first])}: {first}"
     ranks = sorted(found)
     for part in ("same", "options"):
-        for name in found[ranks[0]][part]:
+        for name in dict.fromkeys(name for rank in ranks for name in found[rank][part]):
             values = {rank: found[rank][part].get(name) for rank in ranks}
             if len({json.dumps(value) for value in values.values()}) > 1:
                 return _difference(found, name, values, part)

@@ -58,7 +58,8 @@ def scatter_objects(world: World, parts: list[T] | None) -> T:
         assert parts is not None
         return parts[0]
     box: list[Any] = [None]
-    dist.scatter_object_list(box, parts, src=0, group=world.control)
+    with waiting("scatter_objects"):
+        dist.scatter_object_list(box, parts, src=0, group=world.control)
     return box[0]
 
 
@@ -67,7 +68,8 @@ def gather_to_leader(world: World, thing: T) -> list[T]:
     if world.size == 1:
         return [thing]
     out: list[Any] | None = [None] * world.size if world.is_leader else None
-    dist.gather_object(thing, out, dst=0, group=world.control)
+    with waiting("gather_to_leader"):
+        dist.gather_object(thing, out, dst=0, group=world.control)
     return out or []
 
 

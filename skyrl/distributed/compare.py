@@ -63,7 +63,8 @@ def compare_nodes(cfg: RunConfig, world: World, prompts: dict[str, Sequence[Prom
     versions = collect_versions()
     facts = agree(world, lambda: {} if world.size == 1 else read_facts(cfg, versions, prompts))
     told = gather_objects(world, (versions["host"], versions, facts))
-    found = differences([host for host, _, _ in told], [facts for _, _, facts in told], cfg.run.allow_different)
+    allowed = broadcast_object(world, cfg.run.allow_different)  # one verdict, whatever each rank was given
+    found = differences([host for host, _, _ in told], [facts for _, _, facts in told], allowed)
     if found:
         more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
         names = list(dict.fromkeys(name.partition("/")[0] for name, _ in found))

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from skyrl.distributed import env
 from skyrl.distributed.faults import classify
-from skyrl.distributed.stop import OF_BATCH, heard_signals
+from skyrl.distributed.stop import OF_BATCH, SIGNALS, heard_signals
 
 SETTLE_SECONDS = 2.0  # how long we look for the rank that is gone
 HEED_SECONDS = 0.25  # between looks at what ranks of other machines have heard
@@ -145,7 +145,9 @@ def leave_signals_to_leader(store: Any = None) -> None:
     there.setblocking(False)
 
     def tell() -> None:
-        while here.recv(1):
+        while number := here.recv(1):  # of any signal that has a handler
+            if number[0] not in SIGNALS:
+                continue
             if word is not None:
                 word.touch()
             if store is not None:

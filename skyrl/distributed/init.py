@@ -113,6 +113,8 @@ def init_distributed(cfg: RunConfig) -> World:
         choice, device = _choose(cfg, local_rank)
         if _world.device != device:
             raise UserError("strategy.device cannot change between the runs of one sweep; start them separately")
+        if peers.current is not None:
+            peers.current.set_limits(cfg.run.hang_seconds, cfg.run.collective_timeout_seconds)
         return replace(_world, choice=choice)
     if size > 1:
         failure.end_with_launcher()
@@ -128,7 +130,7 @@ def init_distributed(cfg: RunConfig) -> World:
     kwargs: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     with group_start(_store, rank, size, cfg.run.join_seconds):
         if size > 1:
-            Peers.meet(_store, rank, size, **limits)
+            Peers.meet(_store, rank, size, address, **limits)
         dist.init_process_group(backend, timeout=FOREVER, store=_store, rank=rank, world_size=size, **kwargs)
         control = dist.new_group(backend="gloo", timeout=FOREVER)
         saving = dist.new_group(backend="gloo", timeout=FOREVER)

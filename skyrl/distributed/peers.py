@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 import threading
@@ -22,6 +23,8 @@ from skyrl.distributed import env, failure, phases
 from skyrl.distributed.agreement import name_ranks
 from skyrl.distributed.crash_report import write_bundle
 from skyrl.envs import clock
+
+log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.5
 KNOCK_SECONDS = 4.0  # between two knocks
@@ -57,7 +60,10 @@ class Peers:
         self._others = [other for other in firsts if hosts[other] != hosts[rank]]
         self._first = rank in firsts
         self._knocks: dict[int, tuple[socket.socket, float]] = {}
-        self._answered: set[int] = set()  # a door that has never answered says nothing: a firewall, perhaps
+        # A door that has never answered says nothing: a firewall, perhaps. Nor does a process of this host that was
+        # never seen: containers with one host name may have process numbers of their own.
+        self._answered: set[int] = set()
+        self._knocked = False
         self._failing: dict[int, tuple[float, str]] = {}  # rank -> (since when, why)
         self._next_knock = self._judged_at = 0.0
         self._closing = False
@@ -65,17 +71,21 @@ class Peers:
         self._thread.start()
 
     @classmethod
-    def meet(cls, store: Any, rank: int, size: int, **limits: float) -> Peers:
-        """All ranks' doors, told through `store`. Collective."""
+    def meet(cls, store: Any, rank: int, size: int, address: str, **limits: float) -> Peers:
+        """All ranks' doors, told through `store`; this rank's is at `address`, which the others reach. Collective."""
         global current
-        door = socket.create_server(("", 0), family=socket.AF_INET, backlog=BACKLOG)
+        door = socket.create_server((address, 0), family=_family(address), backlog=BACKLOG)
         door.setblocking(False)
-        store.set(f"peer/{rank}", json.dumps([socket.gethostname(), own_address(), door.getsockname()[1]]))
+        store.set(f"peer/{rank}", json.dumps([socket.gethostname(), address, door.getsockname()[1]]))
         told = [json.loads(store.get(f"peer/{other}")) for other in range(size)]
         doors = [(address, port) for _, address, port in told]
         current = cls(rank, door, [host for host, *_ in told], doors, **limits)
         failure.find_lost = current.find_lost
         return current
+
+    def set_limits(self, hang_seconds: float, collective_seconds: float) -> None:
+        """Those of another run of a sweep."""
+        self.hang_seconds, self.collective_seconds = hang_seconds, collective_seconds
 
     def close(self) -> None:
         """The job has ended: nobody is expected to answer any more."""
@@ -85,7 +95,9 @@ class Peers:
         self._door.close()
 
     def find_lost(self) -> dict[int, str]:
-        """Rank -> why, of the ranks on other hosts that cannot be reached now. Takes as long as an answer may."""
+        """Rank -> why, of the ranks on other hosts that cannot be reached now; of hosts that have never answered none.
+        Takes as long as an answer may."""
+        known = {self.hosts[rank] for rank in self._answered}
         knocks = {rank: self._open(rank) for rank, host in enumerate(self.hosts) if host != self.hosts[self.rank]}
         found: dict[int, str] = {}
         until = time.monotonic() + ANSWER_SECONDS
@@ -95,13 +107,14 @@ class Peers:
                 if why is not None:
                     knocks.pop(rank).close()
                     found[rank] = why
+                    known |= {self.hosts[rank]} if not why else set()
         for rank, knock in knocks.items():
             knock.close()
             found[rank] = f"{self.hosts[rank]} does not answer"
-        return {rank: why for rank, why in sorted(found.items()) if why}
+        return {rank: why for rank, why in sorted(found.items()) if why and self.hosts[rank] in known}
 
     def _open(self, rank: int) -> socket.socket:
-        knock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        knock = socket.socket(_family(self.doors[rank][0]), socket.SOCK_STREAM)
         knock.setblocking(False)
         with contextlib.suppress(OSError):
             knock.connect_ex(self.doors[rank])
@@ -110,10 +123,14 @@ class Peers:
     def _run(self) -> None:
         while not self._closing:
             time.sleep(TURN_SECONDS)
-            with contextlib.suppress(BlockingIOError, OSError):
-                while True:
-                    self._door.accept()[0].close()
-            self._turn(clock.now())
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    for _ in range(BACKLOG):
+                        self._door.accept()[0].close()
+                self._turn(clock.now())
+            except Exception as error:  # out of descriptors, say; this thread is the last that watches, so it goes on
+                if not self._closing:
+                    log.warning("looking after the other ranks failed and is tried again: %s", error)
 
     def _turn(self, now: float) -> None:
         if self.verdict is not None:
@@ -121,14 +138,16 @@ class Peers:
                 self._end_alone(*self.verdict)
             return
         still, waits = phases.progress(now)
-        if waits and still > self.collective_seconds:
+        if (waits or env.watchdog is not None) and still > self.collective_seconds:
             limit = f"run.collective_timeout_seconds={self.collective_seconds:g}"
-            self._end_alone([], f"waits in {waits} for longer than {limit}: another rank hangs or is much slower")
+            does = f"waits in {waits}" if waits else "stands still"
+            self._end_alone([], f"{does} for longer than {limit}: another rank hangs or is much slower")
         if not self.hang_seconds:
             return
         self._listen(now)
-        if now >= self._next_knock and (self._first or (waits and still > EARLY * self.hang_seconds)):
-            self._next_knock = now + KNOCK_SECONDS
+        due = self._first or not self._knocked or (waits and still > EARLY * self.hang_seconds)
+        if now >= self._next_knock and due:
+            self._next_knock, self._knocked = now + KNOCK_SECONDS, True
             self._knock(now)
         if any(now - since > STALE * self.hang_seconds for since, _ in self._failing.values()):
             self._judge(sorted(self._failing), now)
@@ -168,7 +187,7 @@ class Peers:
         return ""
 
     def _note(self, rank: int, now: float, why: str) -> None:
-        if why and (rank in self._answered or rank not in self._others):
+        if why and rank in self._answered:
             self._failing[rank] = self._failing.get(rank, (now, ""))[0], why
         elif not why:
             self._answered.add(rank)
@@ -208,9 +227,5 @@ class Peers:
         os._exit(FAILED)
 
 
-def own_address() -> str:
-    """The address of this machine on the way to MASTER_ADDR. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "1"))))
-        return probe.getsockname()[0]
-    return socket.gethostname()
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

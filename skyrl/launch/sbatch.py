@@ -76,7 +76,14 @@ def layout(nproc: int, environment: Mapping[str, str] = os.environ) -> tuple[lis
     lines = [part.partition("\n")[2] for title, part in parts.items() if title.startswith(("what the", "ranks"))]
     script = "\n".join([SHELL, *lines, 'printf "%s\\0" "${layout[@]}" "" && env -0'])
     own = {"SKYRL_RANKS_PER_NODE": str(nproc)} if nproc else {}
-    done = subprocess.run(["bash", "-c", script], env={**environment, **own}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**environment, **own},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
     if done.returncode:
         words = done.stderr.strip().splitlines()
         raise UserError(f"launch: {words[-1] if words else 'bash failed on the lines of ' + SCRIPT}")

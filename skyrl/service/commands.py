@@ -19,6 +19,7 @@ import torch
 
 from skyrl.distributed.collectives import gather_to_leader, scatter_objects
 from skyrl.distributed.init import World
+from skyrl.distributed.phases import waiting
 from skyrl.engine import Engine, ModelSpec
 from skyrl.envs import clock
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult, score_prompts
@@ -188,9 +189,10 @@ REFUSABLE = (*MAKERS, "load_model_state", "replace_base", "train")
 def execute(context: RankContext, method: str, args: tuple[Any, ...], part: Any) -> Any:
     """This rank's answer to a command, or the Problem that it refuses it for."""
     try:
-        if method in ENGINE_METHODS:
-            return getattr(context.engine, method)(*args)
-        return FUNCTIONS[method](context, part, *args)
+        with waiting(method):  # a GPU waits for other ranks outside of any call of torch.distributed
+            if method in ENGINE_METHODS:
+                return getattr(context.engine, method)(*args)
+            return FUNCTIONS[method](context, part, *args)
     except UserError as error:
         if method not in REFUSABLE:
             raise

@@ -1,12 +1,14 @@
 """Small agreements on 3 ranks and on one: order, errors on every rank, exact sums."""
 
 import socket
+import time
 
 import numpy as np
 import pytest
 from gloo import run_ranks
 from small import small_config
 
+from skyrl.distributed import peers
 from skyrl.distributed.collectives import (
     MetricSums,
     agree,
@@ -14,7 +16,9 @@ from skyrl.distributed.collectives import (
     broadcast_object,
     exchange,
     gather_objects,
+    gather_to_leader,
     on_leader,
+    scatter_objects,
 )
 from skyrl.distributed.init import init_distributed
 from skyrl.types import UserError
@@ -89,3 +93,20 @@ def test_one_rank_needs_no_process_group():
 def test_a_metric_without_a_reduction_is_our_bug():
     with pytest.raises(AssertionError, match="'loss' does not end in"):
         MetricSums().add("loss", 1.0)
+
+
+def _quiet_leader():
+    world = init_distributed(small_config())
+    peers.current.set_limits(0.0, 2.0)
+    for _ in range(10):
+        if world.is_leader:
+            time.sleep(0.5)
+        scatter_objects(world, ["nothing", "nothing"] if world.is_leader else None)
+        gather_to_leader(world, world.rank)
+    return world.rank
+
+
+@pytest.mark.ranks
+def test_who_waits_for_one_quiet_word_after_another_does_not_hang():
+    """A rank of an idle server: it stands at the same line for hours, and hears from rank 0 in time each time."""
+    assert run_ranks(2, _quiet_leader) == [0, 1]

@@ -76,6 +76,45 @@ def test_a_process_that_is_gone(make):
         assert ranks == [2] and "cannot be reached from" in what and "its process is gone" in what
 
 
+def test_a_process_that_was_never_seen_is_no_loss(make, monkeypatch):
+    """Containers with one host name and process numbers of their own: number 7 of the other is nobody here."""
+    monkeypatch.setattr(failure, "ended_ranks", lambda: [1])
+    made, said = make(["a", "a"], hang_seconds=0.4)
+    time.sleep(1.0)
+    assert not said[0] and not said[1]
+
+
+def test_hosts_that_never_answered_are_not_blamed_for_an_error(make):
+    made, _ = make(["a", "b"])
+    made[1].stop()
+    made[1]._thread.join()
+    made[1]._door.close()
+    made[0].stop()
+    made[0]._thread.join()
+    made[0]._answered.clear()
+    assert made[0].find_lost() == {}
+    made[0]._answered.add(1)
+    assert list(made[0].find_lost()) == [1]
+
+
+def test_the_last_that_watches_goes_on_after_an_error(make, monkeypatch):
+    made, said = make(["a", "b"])
+    real, failed = Peers._open, []
+
+    def without_descriptors(self, rank):
+        if len(failed) < 3:
+            failed.append(rank)
+            raise OSError(24, "Too many open files")
+        return real(self, rank)
+
+    monkeypatch.setattr(Peers, "_open", without_descriptors)
+    assert soon(lambda: len(failed) == 3)
+    made[1].stop()
+    made[1]._thread.join()
+    made[1]._door.close()
+    assert soon(lambda: said[0]) and said[0][0][0] == [1]
+
+
 def test_a_host_that_is_gone_takes_all_its_ranks(make, nowhere):
     made, said = make(["a", "b", "b", "c"])
     for one in made:
@@ -115,6 +154,7 @@ def test_a_process_that_stands_still_is_there(make):
 
 def test_a_local_process_that_is_gone(make, monkeypatch):
     made, said = make(["a", "a"])
+    assert soon(lambda: 1 in made[0]._answered)
     monkeypatch.setattr(failure, "ended_ranks", lambda: [1])
     assert soon(lambda: said[0])
     assert said[0][0][0] == [1] and "its process is gone" in said[0][0][1]
