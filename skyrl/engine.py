@@ -24,7 +24,7 @@ from torch import Tensor
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import pack_by_model
-from skyrl.distributed.collectives import gather_objects
+from skyrl.distributed.collectives import agree, gather_objects
 from skyrl.distributed.init import World
 from skyrl.model import Model, ModelSpec, OpenSampler
 from skyrl.models.forward import CausalLM
@@ -78,10 +78,8 @@ class Engine:
         self.dtype = DTYPES[dtype]
         self.strategy_name = strategy
         self.max_row_tokens = max_row_tokens
-        keeps = cfg.sampler.keep_memory != "never" if memory is None else memory.keeps_sampling
-        self.keeps_sampling = all(
-            gather_objects(world, keeps)
-        )  # one answer: under sharding each gather is a collective
+        # The same on every rank: under sharding each gather is a collective.
+        self.keeps_sampling = cfg.sampler.keep_memory != "never" if memory is None else memory.keeps_sampling
         self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
         self._make_sampler = partial(
@@ -99,13 +97,17 @@ class Engine:
         if spec.lora is not None:
             self.models[model] = self._create_adapter(model, spec, spec.lora)
             return
-        created = Model(model, spec, self._strategy(spec), self.world)
+        # Files of weights are read by each rank for its own shards, so what is wrong there one rank may see alone.
+        strategy = agree(self.world, lambda: self._strategy(spec))
+        created = Model(model, spec, strategy, self.world)
         self.chat.vocab_size = created.strategy.module.vocab_size
         if spec.copy_of:
             created.copy_weights(self._loaded(spec.copy_of))
         self.models[model] = created
         if model in ("policy", "base"):
             check_against_transformers(created.strategy.gathered())
+            if not self.keeps_sampling:
+                created.free_sampling()  # supervised training may come first, and samples nothing
 
     def _create_adapter(self, model: str, spec: ModelSpec, lora: LoraSpec) -> Model:
         if spec.head != "logits" or not spec.trainable or spec.copy_of:
@@ -412,7 +414,7 @@ def check_ids(row: Datum, vocab_size: int) -> None:
     for what, ids in (("token", row.tokens), ("target", row.targets)):
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if len(wrong):
-            at = int(wrong[0])
+            at = int(wrong[0]) if ids.ndim == 1 else int(np.argwhere((ids < 0) | (ids >= vocab_size))[0, 0])
             raise UserError(
                 f"row {row.name or '?'}: {what} {int(ids.flat[at])} at position {at} is outside of the vocabulary of "
                 f"{vocab_size}; it was made by another tokenizer than this model's"

@@ -88,6 +88,9 @@ def open_run(cfg: RunConfig) -> Run:
     assert not cfg.dry_run, "main.py has planned it"
     world, sizes = meet(cfg)
     plan = agree(world, lambda: make_plan(cfg, world.size, model_sizes=sizes, device=world.choice))
+    if plan.memory is not None:  # each rank has looked at its own GPU; the fullest decides for all
+        keeps = all(gather_objects(world, plan.memory.keeps_sampling))
+        plan = replace(plan, memory=replace(plan.memory, keeps_sampling=keeps))
     env.planned_memory = describe_peak(plan)
     if world.is_leader:
         lines = (

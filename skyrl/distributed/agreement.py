@@ -75,7 +75,11 @@ def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None
 
     def end() -> None:
         time.sleep(AFTER_RANK_0_SECONDS if rank else 0.0)
-        line = still_starting(own, rank, size, seconds)
+        lines = [f"the group of ranks was not made within run.join_seconds={seconds}: the store does not answer"]
+        ask = threading.Thread(target=lambda: lines.append(still_starting(own, rank, size, seconds)), daemon=True)
+        ask.start()  # of a store that stands still no call returns
+        ask.join(READ_SECONDS)
+        line = lines[-1]
         os.write(2, f"skyrl: error: {line}\n".encode())
         report_to_launcher(line)
         os._exit(1)

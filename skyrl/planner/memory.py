@@ -100,14 +100,16 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     source = str(converted(file)) if file else str(folder) if folder.is_dir() else path
     trust = cfg.model.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(source, revision=cfg.model.revision or None, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(
+            source, revision=cfg.model.revision or None, trust_remote_code=trust, dtype=torch.float32
+        )  # the file's own may be "auto", which is none
         if problem := config_problem(config.to_dict()):
             raise UserError(f"model.path={path}: {problem}")
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a class makes of values that it did not expect, and code of the folder
         if "gguf" in path.lower():
             raise UserError(
                 f"model.path={path}: by its name GGUF files on a hub; fetch one of them and give the path of that file"
@@ -116,7 +118,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
             raise UserError(
                 f"model.path={path}: by its name {named[0]} weights, which cannot be trained; {ORIGINAL}"
             ) from error
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise UserError(
             f"model.path={path}: no model can be read there ({reason}); give tiny, a folder in Hugging Face format, or "
             "a hub name that this machine can reach or has in its cache"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +67,9 @@ def make_sampler(
     if on_gpu and not paging:
         warn_fallback(f"decoding with gathered attention and without CUDA graphs; paged attention: {kernel}")
     each = KVCache.block_bytes(shapes, size, parameter.dtype)
-    blocks = num_blocks(cfg, each, size, max_running, max_length, parameter.device, memory, warn_fallback)
+    blocks = num_blocks(
+        cfg, each, size, max_running, max_length, parameter.device, memory, partial(warn_fallback, every_rank=True)
+    )
     cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, tokens_first=paging)
     scheduler = Scheduler(
         BlockPool(blocks, size),

@@ -48,8 +48,10 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
                 break
         for key, value in sampler.metrics().items():
             step.sums.add(key, value)
+        if probe is not None:
+            check_copies(run.engine)  # here, where the very copy is there that was sampled from
+    del sampler  # what is freed between rollouts must not live on by this name
     if probe is not None:
-        check_copies(run.engine)
         check_probe(run.engine, probe)
     _count_sampled(run, step, sampled)
     if run.plan.due("rollouts", step.number):

@@ -103,6 +103,8 @@ def kernel_refusal(
         for window in (None, PROBE_WINDOW) if windowed else (None,):
             try:
                 out = step.over(query, keys, values, scale, window)
+            except torch.OutOfMemoryError:
+                raise  # which passes, and says nothing of the kernel
             except (RuntimeError, ValueError) as error:
                 return str(error).strip().splitlines()[0]
             for pages, first, count, length in zip(table, firsts, counts, lengths, strict=False):
