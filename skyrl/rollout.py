@@ -88,8 +88,7 @@ def rollout(
 
     def finish(group: int, episode: ActiveEpisode, stop: StopReason, invalid: str = "") -> None:
         reward, _ = score_of(turn.reward for turn in episode.turns)
-        metrics = {**episode.metrics.merged(), "turns:mean": float(len(episode.turns))}
-        ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, metrics, invalid)
+        ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
         groups[group][episode.index] = ended
         guard.call(episode.env.close, prompt=episode.prompt)
 
@@ -311,7 +310,8 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
 
 
 def episode_metrics(sums: MetricSums, groups: list[list[Episode]], prefix: str) -> None:
-    """Adds what episodes say of themselves: reward, accuracy, length, stop reasons, the environment's own metrics.
+    """Adds what episodes say of themselves: reward, accuracy, length, stop reasons, and the environment's own metrics
+    as "<prefix>env/<name>", so that no name an environment gives is one of the loop's.
 
     Episodes whose verifier failed are counted as "<prefix>invalid:sum" and left out of reward and accuracy.
     """
@@ -330,5 +330,5 @@ def episode_metrics(sums: MetricSums, groups: list[list[Episode]], prefix: str) 
             correct = episode.metrics.get("correct:mean", float(episode.reward > 0))
             sums.add(f"{prefix}accuracy:mean", correct)
             for key, value in episode.metrics.items():
-                if key not in ("correct:mean", "turns:mean"):
-                    sums.add(f"{prefix}{key}", value)
+                if key != "correct:mean":
+                    sums.add(f"{prefix}env/{key}", value)

@@ -101,7 +101,6 @@ def test_a_game_of_several_turns_trains_what_was_sampled(engine):
             assert answer.reward == turn.reward
             text += "" if answer.done else answer.observation[0]["content"]
         assert engine.tokenizer.decode(ids_of(row), skip_special_tokens=False) == text
-        assert episode.metrics["turns:mean"] == len(episode.turns)
 
 
 @pytest.mark.parametrize("end", ["<eos>", "<end>"])
@@ -250,6 +249,16 @@ def test_a_rewritten_history_opens_a_new_row():
     np.testing.assert_allclose(rows[2].sampling_logprobs[rows[2].mask], [-0.6, -0.7, -0.4], rtol=1e-6)
 
 
+OF_THE_LOOP = (
+    "reward:mean",
+    "turns:mean",
+    "ratio:mean",
+    "kl/coef:mean",
+    "eval/accuracy:mean",
+    "time/train_seconds:sum",
+)
+
+
 @pytest.fixture
 def counting():
     """An environment of three turns that reports under each reduction, and "correct" at every turn."""
@@ -262,6 +271,7 @@ def counting():
             metrics = {f"level:{kind}": level for kind in ("sum", "mean", "max", "min")}
             metrics |= {"first:sum": 1.0} if self.turn == 1 else {}
             metrics["correct:mean"] = float(self.turn == 3)
+            metrics |= dict.fromkeys(OF_THE_LOOP, 9.0) if self.turn == 3 else {}
             return StepResult(0.0, self.turn == 3, [{"role": "user", "content": "?"}], metrics)
 
     yield EnvConfig(name="counting", max_turns=3)
@@ -273,14 +283,18 @@ def test_a_metrics_reduction_holds_over_turns_episodes_and_ranks(engine, countin
     groups = play(engine, counting, prompts, group=2, tokens=2)
     each = {"level:sum": 7.0, "level:mean": 7 / 3, "level:max": 4.0, "level:min": 1.0, "first:sum": 1.0}
     for episode in (e for group in groups for e in group):
-        assert episode.metrics == {**each, "correct:mean": 1.0, "turns:mean": 3.0}
+        assert episode.metrics == {**each, "correct:mean": 1.0, **dict.fromkeys(OF_THE_LOOP, 9.0)}
     ranks = [MetricSums(), MetricSums()]
     for tally, group in zip(ranks, groups, strict=True):
         episode_metrics(tally, [group], prefix="")
     ranks[0].merge(ranks[1].values)  # as over real ranks: distributed/test_collectives.py
     merged = ranks[0].merged()
-    assert merged["level:sum"] == 4 * 7.0 and merged["first:sum"] == 4.0 and merged["accuracy:mean"] == 1.0
-    assert (merged["level:mean"], merged["level:max"], merged["level:min"]) == (pytest.approx(7 / 3), 4.0, 1.0)
+    own = {key.removeprefix("env/"): value for key, value in merged.items() if key.startswith("env/")}
+    assert own["level:sum"] == 4 * 7.0 and own["first:sum"] == 4.0 and merged["accuracy:mean"] == 1.0
+    assert (own["level:mean"], own["level:max"], own["level:min"]) == (pytest.approx(7 / 3), 4.0, 1.0)
+    # Whatever an environment calls its numbers, none is one of the loop's.
+    assert (merged["turns:mean"], merged["reward:mean"]) == (3.0, 0.0) and set(OF_THE_LOOP) < set(own)
+    assert not {"ratio:mean", "kl/coef:mean", "eval/accuracy:mean", "time/train_seconds:sum"} & set(merged)
 
 
 def test_an_episode_without_a_score_is_kept_apart(engine):

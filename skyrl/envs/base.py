@@ -31,7 +31,7 @@ class StepResult:
     `reward` belongs to this turn; an episode's reward is the sum. `observation` is what the model reads next (at least
     one message unless `done`). Metric keys end in their reduction (":mean", ":sum", ":max", ":min"), which
     holds over the turns that report one, then over episodes. "correct:mean", 0 or 1 on the last step, is what
-    evaluation calls accuracy; the last one reported counts.
+    evaluation calls accuracy; the last one reported counts. Others are logged as "env/<key>".
     """
 
     reward: float

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ OTHER_FORMATS = {
     b"\xff\xff\xff\xff": "an Arrow stream, as save_to_disk writes it; write it with the data set's to_parquet",
     b"SQLite f": f"a database; wanted {WANTED}",
 }
+NARROW = {"float": np.float32, "halffloat": np.float16}
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -95,21 +97,39 @@ def _parquet(path: Path) -> Iterator[Example]:
     try:
         with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(1024):
-                short = [field.name for field in batch.schema if field.type in ("float", "halffloat")]
                 for fields in batch.to_pylist():
                     number += 1
-                    # A column, or a part of one, that this row does not have is null there. Of the numbers that round
-                    # to what a column of 32 bits holds, the shortest is meant: 0.1, and not 0.10000000149011612.
-                    fields |= {name: float(str(np.float32(fields[name]))) for name in short if fields[name] is not None}
-                    yield Example(f"{path}:{number}", _without_nulls(fields))
+                    row = {field.name: _as_meant(fields[field.name], field.type) for field in batch.schema}
+                    yield Example(f"{path}:{number}", {name: value for name, value in row.items() if value is not None})
     except ArrowException as error:
         raise OSError(str(error)) from error
 
 
-def _without_nulls(value: Any) -> Any:
+def _as_meant(value: Any, kind: Any) -> Any:
+    """A value of arrow type `kind`. A field that this row does not have is null there. Of the numbers that round to
+    what a type of 32 or 16 bits holds, wherever it stands, the shortest is meant: 0.1, and not 0.10000000149011612."""
+    kind = getattr(kind, "storage_type", kind)  # of an extension
     if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {key: _as_meant(part, kind.field(key).type) for key, part in value.items() if part is not None}
+    if isinstance(value, list) and hasattr(kind, "key_type"):
+        return [(_as_meant(key, kind.key_type), _as_meant(part, kind.item_type)) for key, part in value]
+    if isinstance(value, list):
+        return [_as_meant(part, kind.value_type) for part in value]
+    make = NARROW.get(str(getattr(kind, "value_type", kind))) if isinstance(value, (float, np.floating)) else None
+    return shortest(make(value), float(value)) if make is not None else value
+
+
+def shortest(value: Any, plain: float) -> float:
+    """`plain`, what is inside a number of numpy, torch or another, with as few digits as that type needs."""
+    if not math.isfinite(plain):
+        return plain
+    try:
+        if isinstance(value, np.floating):
+            return float(str(value))
+        make = value.new_tensor if hasattr(value, "new_tensor") else value.dtype.type
+        return next(short for digits in range(1, 18) if make(short := float(f"{plain:.{digits}g}")) == value)
+    except Exception:  # another kind of number
+        return plain
 
 
 def _lines(path: Path, head: bytes) -> Iterator[Example]:

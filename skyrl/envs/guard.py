@@ -39,7 +39,7 @@ from typing import Any, Generic, TypeVar
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
 from skyrl.envs.base import Environment, StepResult
-from skyrl.envs.data_files import messages_problem
+from skyrl.envs.data_files import messages_problem, shortest
 from skyrl.types import Message, Prompt, UserError
 
 EXIT_STATUS = 70  # EX_SOFTWARE
@@ -51,12 +51,6 @@ REPEAT_SECONDS = 1.0  # until the next interrupt, for one that falls into a __de
 LARGEST = 1e30  # of rewards and metrics: squares and sums of them stay numbers, and a loss's float32 holds them
 _FAR_SECONDS = 1e6  # an alarm that never goes off: what is left of it tells whether the call has set one of its own
 _REDUCTIONS = (":mean", ":sum", ":max", ":min")
-# What the loop reports under its own names (docs/metrics.md): an environment's numbers would be mixed into it.
-_RESERVED = frozenset(
-    "reward accuracy episodes invalid length turns cut_by_length loss entropy logprob_gap logprob_gap_kl grad_norm lr "
-    "skipped_updates sampled_tokens trained_tokens tokens microbatches".split()
-)
-_RESERVED_GROUPS = ("eval/", "time/", "speed/", "memory/", "flops/")
 _LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib")) + ("<frozen",)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -228,10 +222,8 @@ def check_step(value: object) -> StepResult:
     if not isinstance(value.metrics, dict):
         raise BadResult(f"{_short(value.metrics)} as metrics, wanted a dict")
     for key, number in value.metrics.items():
-        if not (isinstance(key, str) and key.endswith(_REDUCTIONS)):
-            raise BadResult(f"metric {key!r}: its name must end in one of {', '.join(_REDUCTIONS)}")
-        if key.rpartition(":")[0] in _RESERVED or key.startswith(_RESERVED_GROUPS):
-            raise BadResult(f"metric {key!r}: the loop reports one of this name itself; give it another")
+        if not (isinstance(key, str) and key.endswith(_REDUCTIONS) and key not in _REDUCTIONS):
+            raise BadResult(f"metric {key!r}: it must be a name that ends in one of {', '.join(_REDUCTIONS)}")
         value.metrics[key] = _finite(number, f"metric {key!r}")
     return value
 
@@ -242,7 +234,9 @@ def _finite(value: Any, what: str) -> float:
     10.3 in any type. Raises BadResult for anything else, and for what no sum of squares can hold."""
     if type(value) is float and abs(value) <= LARGEST:
         return value
-    plain = _shortest(value, _plain(value))
+    plain = _plain(value)
+    if type(plain) is float and type(value) is not float:
+        plain = shortest(value, plain)
     if not isinstance(plain, (numbers.Real, Decimal)):
         raise BadResult(f"{_short(value)} as {what}, wanted a number")
     try:
@@ -254,17 +248,6 @@ def _finite(value: Any, what: str) -> float:
     if abs(number) > LARGEST:
         raise BadResult(f"{_short(value)} as {what}, wanted a number of at most {LARGEST:g}")
     return number
-
-
-def _shortest(value: Any, plain: Any) -> Any:
-    """`plain`, what is inside `value`, with as few digits as its type needs."""
-    if type(plain) is not float or type(value) is float or not math.isfinite(plain):
-        return plain
-    try:
-        make = value.new_tensor if hasattr(value, "new_tensor") else value.dtype.type
-        return next(short for digits in range(1, 18) if make(short := float(f"{plain:.{digits}g}")) == value)
-    except Exception:  # another kind of number
-        return plain
 
 
 def _plain(value: Any) -> Any:

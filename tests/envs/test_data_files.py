@@ -6,6 +6,7 @@ import lzma
 import sys
 from decimal import Decimal
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -139,14 +140,42 @@ def test_parquet(tmp_path):
     import pyarrow
 
     for kind, wanted in (
+        (pyarrow.float16(), 0.1),
         (pyarrow.float32(), 0.1),
         (pyarrow.float64(), 0.1),
         (pyarrow.decimal128(4, 2), Decimal("0.1")),
     ):
-        values = pyarrow.array([Decimal("0.1"), None]).cast(kind)
+        values = pyarrow.array(
+            [wanted if "float" not in str(kind) else np.array(wanted, kind.to_pandas_dtype())[()], None], kind
+        )
         parquet.write_table(table.from_pydict({"prompt": ["x", "y"], "answer": values}), path)
         one, two = read_prompts(path, "e", "train")
         assert one.extra["answer"] == wanted and "answer" not in two.extra
+
+
+def test_numbers_of_narrow_types_are_what_was_meant_wherever_they_stand(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, short = tmp_path / "rows.parquet", pa.float32()
+    struct = pa.struct(
+        [("a", short), ("b", pa.list_(pa.struct([("c", short), ("d", pa.float64())]))), ("e", pa.string())]
+    )
+    for kind, value in (
+        (pa.list_(short), [0.1, None, 10.1]),
+        (pa.large_list(pa.list_(short)), [[0.1], [], [0.7, 1e-5]]),
+        (pa.list_(short, 2), [0.1, 0.2]),
+        (struct, {"a": 0.1, "b": [{"c": 0.3, "d": 0.1}], "e": "x"}),
+        (pa.map_(pa.string(), short), [("k", 0.1)]),
+        (pa.dictionary(pa.int32(), short), 0.1),
+        (short, float("inf")),
+    ):
+        values = (
+            pa.array([value, None], kind)
+            if not pa.types.is_dictionary(kind)
+            else pa.array([value, None], short).dictionary_encode()
+        )
+        parquet.write_table(pa.table({"prompt": ["x", "y"], "answer": values}), path)
+        one, two = read_prompts(path, "e", "train")
+        assert one.extra["answer"] == value and "answer" not in two.extra, kind
     path.write_bytes(path.read_bytes()[:-20] + b"PAR1")
     assert "cannot be read after row 0" in complaint(path)
 
