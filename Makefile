@@ -81,8 +81,8 @@ chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: $(TEST_STAMP) ## format and rules (ruff), types (mypy)
-	$(BIN)/ruff format --check skyrl tests benchmarks
-	$(BIN)/ruff check skyrl tests benchmarks
+	$(BIN)/ruff format --check skyrl tests benchmarks examples
+	$(BIN)/ruff check skyrl tests benchmarks examples
 	$(BIN)/mypy
 
 bench: $(TEST_STAMP) ## the benchmarks, one after the other; BENCH=benchmarks/rl_step.py for one, ARGS=--write to keep results

@@ -1,16 +1,70 @@
 """What a user's script or plugin imports. Imports without torch."""
 
+from dataclasses import replace
+from pathlib import Path
+
+from skyrl.algorithms.advantages import Advantages, RewardRows, per_group
+from skyrl.algorithms.declare import Advantage, Loss, Param
 from skyrl.envs.base import Environment, StepResult, register_environment
 from skyrl.envs.rewards.base import register_reward
 from skyrl.types import Message, Metrics, Prompt, UserError
 
 __all__ = [
+    "Advantage",
+    "Advantages",
     "Environment",
+    "Loss",
     "Message",
     "Metrics",
+    "Param",
     "Prompt",
+    "RewardRows",
     "StepResult",
     "UserError",
+    "evaluate",
+    "per_group",
     "register_environment",
     "register_reward",
+    "train",
 ]
+
+
+def train(*options: str) -> Path:
+    """Runs `python -m skyrl.train` with these options in this program, on every rank that calls it.
+
+    Returns the run's folder. Raises UserError for what a person can fix, RunError for a run that cannot go on, and
+    StopRun, when all is saved, after a signal or at a deadline.
+    """
+    from skyrl.config.load import load_config
+    from skyrl.main import set_torch_defaults
+    from skyrl.sweep import play
+
+    set_torch_defaults()
+    cfg = load_config(options)
+    play(cfg, "train", sweep=False)
+    return Path(cfg.run.dir)
+
+
+def evaluate(*options: str) -> Metrics:
+    """Plays the held-out prompts with the weights of model.path and trains nothing. Collective.
+
+    Options are those of `python -m skyrl.train`. Returns the metrics whose names begin with "eval/"; the rollouts lie
+    in the run's folder. Raises as `train` does.
+    """
+    from skyrl.config.load import load_config
+    from skyrl.distributed.place import take_place
+    from skyrl.loop import run_loop
+    from skyrl.main import set_torch_defaults
+    from skyrl.run import Run
+    from skyrl.sweep import final_values
+
+    def play(run: Run) -> None:
+        run.evaluate()
+        run.tracker.finish_step(0, "rl")
+
+    set_torch_defaults()
+    take_place()
+    cfg = load_config(options)
+    run_loop(replace(cfg, checkpoint=replace(cfg.checkpoint, export=False)), play)
+    found = final_values(Path(cfg.run.dir) / "metrics.jsonl")
+    return {name: value for name, value in found.items() if name.startswith("eval/")}

@@ -108,7 +108,7 @@ def _spread(rows: RewardRows, score_of_row_D: np.ndarray) -> Advantages:
     return Advantages([np.where(mask, a, 0.0) for mask, a in zip(rows.masks, score_of_row_D, strict=True)])
 
 
-def _per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> Advantages:
+def per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> Advantages:
     """Gives every sampled token of an episode `centre(scores of its group)[episode]`. Groups without variance, such as
     groups of one, get exactly 0, and `centre` is not asked about them."""
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
@@ -137,7 +137,7 @@ def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float) -> Advantages:
     equal but for rounding, and groups of one, get exactly 0. An episode of several rows has one score, the sum of its
     rewards. Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
     """
-    return _per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=1) + eps))
+    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=1) + eps))
 
 
 DR_GRPO = Advantage("dr_grpo", group=True, paper="2503.20783")
@@ -150,7 +150,7 @@ def dr_grpo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. The paper's other
     half, no division by the answer's length, is loss.reduction=constant.
     """
-    return _per_group(rows, lambda score_G: score_G - score_G.mean())
+    return per_group(rows, lambda score_G: score_G - score_G.mean())
 
 
 RLOO = Advantage("rloo", group=True, paper="2402.14740")
@@ -163,7 +163,7 @@ def rloo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     Groups of one have no others and get 0. Source: Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for
     Free!); Ahmadian et al. 2024, arXiv 2402.14740.
     """
-    return _per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
+    return per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
 
 
 def _whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
