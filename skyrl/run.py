@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -32,16 +33,24 @@ from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, ins
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
+from skyrl.files import write_atomic
 from skyrl.planner.plan import Plan
 from skyrl.rollout import RolloutConfig, episode_metrics, rollout
-from skyrl.run_dir import RunFolder
+from skyrl.run_dir import RESULT, RunFolder
+from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.base import Tracker, memory_metrics
+from skyrl.tracking.notices import Notices
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
 STOPS = "stops.jsonl"
+BACKENDS = {
+    "kernels": "compiled CPU kernels",
+    "fused": "a fused decode plan over the model's own parameters",
+    "module": "the model's own forward",
+}
 T = TypeVar("T")
 
 
@@ -53,7 +62,8 @@ class RunState:
     checkpoints. `position` is the next prompt of the training stream, `warmup_position` the same for warm-up.
     `accuracy` and `score`, the value of checkpoint.best_metric, were measured when `global_step` was `evaluated_at`.
     `unrecorded`: the last step is learned, but its evaluation and its record, of which `pending` is the part that is
-    known, are still to come. `base`: fingerprint of the frozen model under an adapter, which is not saved.
+    known, are still to come. `notices`: what was said of the run so far. `parent`: the checkpoint that it began from,
+    if that is another run's. `base`: fingerprint of the frozen model under an adapter, which is not saved.
     """
 
     phase: str = "warmup"
@@ -71,17 +81,23 @@ class RunState:
     unrecorded: bool = False
     base: str = ""
     pending: dict[str, list[float]] = field(default_factory=dict)
+    notices: Notices = field(default_factory=Notices)
+    parent: str = ""
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> RunState:
         """The state as a checkpoint holds it, beside the config; also under the names of the first release."""
         older = {"done": "global_step", "half": "unrecorded"}
-        return cls(**{older.get(key, key): value for key, value in saved.items() if key != "config"})
+        state = cls(**{older.get(key, key): value for key, value in saved.items() if key != "config"})
+        if isinstance(state.notices, dict):
+            state.notices = Notices(**state.notices)
+        return state
 
 
 @dataclass
 class Step:
-    """One step of a loop, while it is under way. `index` counts from 0, `number` from 1."""
+    """One step of a loop, while it is under way. `index` counts this loop's steps from 0; `number` is the step as
+    everything that a person sees counts it: over all phases, from 1."""
 
     run: Run
     index: int
@@ -89,8 +105,8 @@ class Step:
 
     @property
     def number(self) -> int:
-        """As people count: the first step is 1."""
-        return self.index + 1
+        """The step that console, metrics, rollouts and checkpoints call by this number."""
+        return self.run.state.global_step + 1
 
     def deal(self, items: Sequence[T]) -> list[T]:
         """This rank's part of a list that all ranks have."""
@@ -141,6 +157,8 @@ class Run:
     kl: AdaptiveKL | None
     watch: Watchdog
     left_out: list[str] = field(default_factory=list)  # lines that count the prompts that data.filter left out
+    backend: str = ""  # of the sampler, once there has been one
+    invalid: str = ""  # why an episode of this rank was invalid
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 
@@ -148,22 +166,36 @@ class Run:
         """One line for a person, from rank 0."""
         self.tracker.say(text)
 
+    def total_of(self, phase: str) -> int:
+        """The last step of a phase, as everything that a person sees counts steps: over all phases."""
+        warmup, before = self.cfg.warmup.num_steps, self.state.global_step - self.state.step
+        if phase != "rl":
+            return warmup
+        return self.plan.num_steps + (before if self.state.phase == "rl" else warmup)
+
     def steps(
-        self, phase: str, total: int, *, then: str = "", evaluate_every: int = 0, evaluate_first: bool = False
+        self,
+        phase: str,
+        total: int,
+        *,
+        then: str = "",
+        evaluate_every: int = 0,
+        evaluate_first: bool = False,
+        called: str = "",
     ) -> Iterator[Step]:
         """The steps of one loop that are still to be done; `for step in run.steps(...)` is the frame of every trainer.
 
         Between two steps it records metrics, evaluates (every `evaluate_every` steps, 0 = never, and after the last),
         saves (every checkpoint.every_steps, after the last, and after the best evaluation) and looks whether the run
         was asked to stop. A loop whose phase is over yields nothing. `then` names the phase that begins when this one
-        has ended.
+        has ended; `called` is the phase's name in the records, if it has another one there.
         """
         state = self.state
         if state.phase != phase:
             return
         if evaluate_first and state.global_step == 0:
             self.evaluate()
-            self.tracker.finish_step(0, phase)
+            self.tracker.finish_step(0, called or phase)
         if then and state.step > total:
             raise UserError(
                 f"{total} steps of {phase}: this run has done {state.step} already; give at least that many"
@@ -178,7 +210,7 @@ class Run:
             last, every = state.step == total, self.cfg.checkpoint.every_steps
             if last or (evaluate_every and state.step % evaluate_every == 0):
                 self.evaluate()
-            self.tracker.finish_step(state.step, phase)
+            self.tracker.finish_step(state.global_step, called or phase)
             state.unrecorded = False
             for line in self.checkpointer.poll():
                 self.say(line)
@@ -192,7 +224,8 @@ class Run:
 
     def _end_step(self, step: Step) -> None:
         """What was learned counts from here on."""
-        self.tracker.add(step.sums.result(self.world))
+        metrics = step.sums.result(self.world)
+        self.tracker.add(metrics)
         self.tracker.add(memory_metrics())
         if self.plan.due("replicas", step.number):
             self.engine.check_replicas()
@@ -200,10 +233,32 @@ class Run:
         self.state.step += 1
         self.state.global_step += 1
         self.state.unrecorded = True
+        for line in self.state.notices.look(self.state.global_step, metrics):
+            self.say(line)
+        if self.state.notices.hopeless:
+            self._stop_without_verifiers()
+
+    def _stop_without_verifiers(self) -> None:
+        """Ends a run in which no verifier works although env.on_error masks it. Collective. Raises UserError."""
+        reason = next((text for text in gather_objects(self.world, self.invalid) if text), "no reason was kept")
+        if self.world.is_leader:
+            result = {"name": self.cfg.run.name, "state": "stopped", "notices": self.state.notices.said}
+            write_atomic(self.folder.path / RESULT, json.dumps(result, indent=1) + "\n")
+        raise UserError(
+            f"env.on_error=mask: all verifiers fail, in step {self.state.global_step} of every episode; the first: "
+            f"{reason}; mend it, then the same command goes on"
+        )
+
+    def note_sampler(self, sampler: Sampler) -> None:
+        """Says once by what sequences are drawn."""
+        if not self.backend:
+            self.backend = sampler.backend
+            self.say(f"{'sampler':<12}{BACKENDS.get(self.backend, self.backend)}")
 
     def rollout_config(self, kind: Literal["train", "eval"]) -> RolloutConfig:
         """How episodes are played; the key says what each draw belongs to."""
         cfg, training = self.cfg, kind == "train"
+        share = f" of {self.world.size} ranks' first" if self.world.size > 1 else ""
         return RolloutConfig(
             env=cfg.env,
             params=self.plan.sampling if training else self.plan.eval_sampling,
@@ -211,6 +266,7 @@ class Run:
             max_row_tokens=self.engine.max_row_tokens,
             key=(cfg.seed, kind),
             stop_requested=self.watch.stop_requested,
+            progress=partial(self.tracker.progress, f"{'sampling' if training else 'evaluating'} episodes{share}"),
         )
 
     @contextlib.contextmanager
@@ -233,9 +289,10 @@ class Run:
         played. Collective.
         """
         sums, config = MetricSums(), self.rollout_config("eval")
-        with self.phase("evaluation", "evaluate", self.state.step):
+        with self.phase("evaluation", "evaluate", self.state.global_step):
             mine = self.world.deal(list(enumerate(self.held_out)))
             with self.engine.sampling("policy") as sampler:
+                self.note_sampler(sampler)
                 groups = rollout(sampler, mine, config, self.engine.chat)
             self.check_stop()
             episode_metrics(sums, groups, prefix="eval/")
@@ -281,7 +338,7 @@ class Run:
         state.models = sorted(tensors)
         state.metrics_offset = broadcast_object(self.world, self.tracker.offset())
         state.pending = broadcast_object(self.world, self.tracker.pending()) if state.unrecorded else {}
-        with self.phase(SAVING, "save", state.step):
+        with self.phase(SAVING, "save", state.global_step):
             self.checkpointer.save(
                 f"{state.global_step:06d}",
                 tensors,
@@ -299,11 +356,11 @@ class Run:
         same command should be started again.
         """
         if self.before_step is not None:
-            vars(self.state).update(self.before_step)
+            vars(self.state).update({**self.before_step, "notices": Notices(**self.before_step["notices"])})
         request = next(r for r in gather_objects(self.world, self.watch.stop_request) if r is not None)
         if self.saved != (self.state.global_step, self.state.unrecorded):
             self.save(block=True)
-        with inside(SAVING, self.state.step):
+        with inside(SAVING, self.state.global_step):
             self.checkpointer.wait()
             waited = gather_objects(
                 self.world, time.monotonic() - self.watch.stop_requested_at if self.watch.stop_requested() else 0.0
@@ -336,7 +393,7 @@ class Run:
     def create_models(self) -> None:
         """Makes the models that RL needs beside the policy: the frozen reference is the policy as it is now, or with
         model.lora the base, which is there already."""
-        with inside(LOADING, self.state.step):
+        with inside(LOADING, self.state.global_step):
             if self.plan.needs_reference and self.plan.reference not in self.engine.models:
                 self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
             if self.plan.needs_critic and "critic" not in self.engine.models:
@@ -353,7 +410,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self.tracker.restart_clock()
-        enter(BETWEEN_PHASES, self.state.step)
+        enter(BETWEEN_PHASES, self.state.global_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:

@@ -28,6 +28,7 @@ from skyrl.types import UserError
 
 # "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
 ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
+RESULT = "result.json"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 

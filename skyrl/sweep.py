@@ -26,11 +26,11 @@ from skyrl.config.schema import RunConfig
 from skyrl.config.validation import ignored_on_resume
 from skyrl.distributed.place import take_place
 from skyrl.files import write_atomic
+from skyrl.run_dir import RESULT
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.trainers import run_trainer
 from skyrl.types import RunError, StopRun, UserError
 
-RESULT = "result.json"
 OBJECTIVE = "eval/accuracy:mean"
 SWEEPS = "runs/.sweeps"  # what sweepers and submitit keep, when points run elsewhere
 BEST = "optimization_results.yaml"
@@ -53,15 +53,15 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
             print(f"{folder}: done already, accuracy {_show(done['accuracy'])}", flush=True)
         return done["accuracy"]
     start = time.time()
-    run_trainer(mode, cfg)
-    if cfg.dry_run:
-        return None
+    told = run_trainer(mode, cfg)
     accuracy = final_values(folder / "metrics.jsonl").get(OBJECTIVE)
     if leader and folder.is_dir():
         result = {
             "name": cfg.run.name,
+            "state": "finished",
             "seed": cfg.seed,
-            "accuracy": accuracy,
+            **summary(folder / "metrics.jsonl"),
+            **told,
             "digest": point_digest(cfg),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "seconds_of_last_start": round(time.time() - start, 1),
@@ -90,6 +90,24 @@ def final_values(metrics: Path) -> dict[str, float]:
     for record in read_metrics(metrics) if metrics.exists() else ():
         values.update({key: value for key, value in record.items() if key != "phase" and value is not None})
     return values
+
+
+def summary(metrics: Path) -> dict[str, Any]:
+    """What a metrics.jsonl says in a few numbers: held-out accuracy at the end and before the policy learned by RL (of
+    supervised training alone: when it was first measured), the last reward, steps, tokens drawn and forwarded in
+    training, seconds of all steps."""
+    records = read_metrics(metrics) if metrics.exists() else []
+    measured = [record for record in records if record.get(OBJECTIVE) is not None]
+    last = final_values(metrics)
+    return {
+        "accuracy": last.get(OBJECTIVE),
+        "accuracy_before": measured[0][OBJECTIVE] if measured else None,
+        "reward": last.get("reward:mean"),
+        "steps": int(last.get("step", 0)),
+        "sampled_tokens": int(sum(record.get("sampled_tokens:sum", 0) for record in records)),
+        "trained_tokens": int(sum(record.get("tokens:sum", 0) for record in records)),
+        "seconds": round(sum(record.get("time/step_seconds:sum", 0.0) for record in records), 1),
+    }
 
 
 def sweep_folder(overrides: list[str]) -> str | None:

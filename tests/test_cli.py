@@ -36,7 +36,7 @@ def test_help_lists_the_commands_without_torch(args):
     [
         (
             ("trian",),
-            "skyrl: error: trian: no such command; choose one of: train, sft, serve, export, runs, launch, "
+            "skyrl: error: trian: no such command; choose one of: train, sft, serve, export, runs, rollouts, launch, "
             "sweep-table, get-model, stage, doctor",
         ),
         (

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,11 @@ SERVER_READS = (
     "sampler.cuda_graphs"
 ).split()
 # Command -> groups that it does not read, although it reads what is around them.
-UNREAD = {"train": ("service",), "sft": ("service", "algorithm"), "serve": ("model.lora",)}
+SFT_UNREAD = (
+    "service algorithm batch.num_steps batch.samples_per_prompt batch.optim_steps_per_batch batch.epochs_per_batch "
+    "optim.lr optim.warmup_steps sampler.temperature debug.check_weights_every"
+).split()
+UNREAD: dict[str, Sequence[str]] = {"train": ("service",), "sft": SFT_UNREAD, "serve": ("model.lora",)}
 # Names of an earlier release -> the ones of today. They are refused with the new name.
 RENAMED = {
     "algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs",
@@ -170,6 +175,7 @@ def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train"
         return f"{path}: clients of a server ask for adapters themselves (create_lora_training_client); leave it out"
     known = {option.path for option in all_options()} | set(groups())
     if path in known and not reads(mode, path):
-        return f"{path}: skyrl.{mode} does not read it; leave it out"
+        own = {"batch.num_steps": "warmup.num_steps", "optim.lr": "warmup.lr"}.get(path, "") if mode == "sft" else ""
+        return f"{path}: skyrl.{mode} does not read it; " + (f"its own is {own}" if own else "leave it out")
     meant = suggest(path, folders, mode)
     return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")

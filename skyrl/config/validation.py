@@ -13,7 +13,7 @@ import importlib.util
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
@@ -65,6 +65,15 @@ ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
     "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds"
 ).split()
+NO_LENGTH = (
+    "sampler.max_new_tokens: has no default for a task of your own; give the most tokens that one answer may have (64 "
+    "for a short one, 1024 or more for reasoning)"
+)
+NO_MODEL = (
+    "model.path: no model is named; give a folder in Hugging Face format or a hub name (model.path=...), or say "
+    "model=tiny for a small random one"
+)
+OUR_TASKS = ("arithmetic", "gsm8k", "gsm8k_expressions", "guess_number")  # whose recipes say how long an answer is
 FILTERS = {"too_long", "empty", "refused", "all"}
 # Smaller numbers than these can only fail: rounding, or what takes time of its own, would decide. 0 where it means off.
 LEAST: dict[str, tuple[float, str]] = {
@@ -270,8 +279,12 @@ def alias_problems(cfg: RunConfig, aliases: dict[str, str], where: str) -> Itera
             )
 
 
-def check_typed(cfg: RunConfig, keys: Iterable[str]) -> None:
-    """Raises UserError for an option typed by hand (`keys`) that has no effect in `cfg`."""
+def check_typed(cfg: RunConfig, keys: Collection[str]) -> None:
+    """Raises UserError for an option typed by hand (`keys`) that has no effect in `cfg`, and for the length of an
+    answer that is left at another task's."""
+    own = cfg.env.name == "single_turn" or (cfg.plugins and cfg.env.name not in OUR_TASKS)
+    if own and cfg.experiment == "arithmetic" and "sampler.max_new_tokens" not in keys:
+        raise UserError(NO_LENGTH)
     for key in keys:
         for path, (applies, words) in APPLIES_TYPED.items():
             if (key == path or key.startswith(path + ".")) and not applies(cfg):
@@ -315,6 +328,8 @@ def _ranges(cfg: RunConfig) -> Iterator[str]:
             yield f"{known.path}={value}: must be a finite number (default {known.default!r})"
         if isinstance(value, (int, float)) and value < 0:
             yield f"{known.path}={value}: must not be negative (default {known.default!r})"
+    if cfg.sampler.max_new_tokens == 0:
+        yield NO_LENGTH
     for path in AT_LEAST_ONE:
         if option(cfg, path) < 1:
             yield f"{path}={option(cfg, path)}: must be at least 1"
@@ -537,7 +552,7 @@ def _places(cfg: RunConfig) -> Iterator[str]:
     if cfg.model.path == "tiny" and tiny.num_heads % tiny.num_kv_heads:
         yield f"model.tiny.num_kv_heads={tiny.num_kv_heads}: must divide model.tiny.num_heads={tiny.num_heads}"
     if not cfg.model.path:
-        yield "model.path: empty; give tiny, a folder in Hugging Face format or a hub name"
+        yield NO_MODEL
 
 
 def ignored_on_resume(path: str, schedule: str) -> bool:

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from skyrl.distributed.env import rank
+from skyrl.text.fit import say_progress
 from skyrl.types import UserError
 
 Region = tuple[slice, ...]
@@ -219,7 +221,11 @@ def fill_from(net: Any, folder: Path) -> None:
         if tuple(found) != (own := tuple(wanted[name].shape)):
             raise UserError(f"model.path: {what} in {folder} has shape {tuple(found)}; the config asks for {own}")
 
-    for name, step in steps.items():
+    progress = say_progress(
+        "loading tensors", len(steps), lambda line: print(line, flush=True) if rank() == 0 else None
+    )
+    for number, (name, step) in enumerate(steps.items()):
+        progress(number)
         if isinstance(step, str):
             check_shape(step, checkpoint.shape(step), name)
             region = local_region(wanted[name])

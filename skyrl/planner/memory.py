@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.schema import RunConfig, TinyModelConfig
-from skyrl.config.validation import advantage_of
+from skyrl.config.validation import NO_MODEL, advantage_of
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
@@ -84,8 +84,10 @@ def tiny_sizes(tiny: TinyModelConfig) -> ModelSizes:
 def _sizes_of(cfg: RunConfig) -> ModelSizes:
     path, folder = cfg.model.path, Path(cfg.model.path)
     if not path:
-        raise UserError("model.path: empty; give tiny, a folder in Hugging Face format or a hub name")
-    if path.startswith((".", "/", "~")) and not folder.exists():
+        raise UserError(NO_MODEL)
+    # A hub name has at most one slash, and its organisation is no folder of ours.
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(folder.parts[0]).is_dir())
+    if local and not folder.exists():
         raise UserError(f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name")
     if problem := path_problem(path):
         raise UserError(f"model.path={path}: {problem}")

@@ -287,16 +287,51 @@ def _sampling(cfg: RunConfig, temperature: float) -> SamplingParams:
     )
 
 
-def describe(cfg: RunConfig, plan: Plan) -> str:
-    """The plan as a table for a person, without a line break at the end."""
+def describe(cfg: RunConfig, plan: Plan, *, supervised: bool = False) -> str:
+    """The plan as a table for a person, without a line break at the end; `supervised`: without what only RL does."""
+    lines = _describe_run(cfg, plan, supervised)
+    if plan.sizes is not None and plan.memory is not None:
+        lines += [*describe_turns(cfg), _describe_model(plan, plan.sizes), *_describe_adapter(plan, plan.sizes)]
+        lines += _describe_memory(plan, plan.memory)
+    return _as_table(lines)
+
+
+def describe_start(
+    cfg: RunConfig, plan: Plan, more: list[tuple[str, str]], *, supervised: bool, device_name: str
+) -> str:
+    """The same for a run that begins: its memory in one line, and what only a run knows (`more`)."""
+    assert plan.sizes is not None  # a run has looked at its model
+    lines = [*_describe_run(cfg, plan, supervised, device_name), _describe_model(plan, plan.sizes)]
+    lines += [*_describe_adapter(plan, plan.sizes), ("memory", describe_peak(plan)), *more]
+    return _as_table(lines)
+
+
+def _as_table(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+
+
+def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str = "") -> list[tuple[str, str]]:
+    longest = f"at most {plan.max_row_tokens} tokens" if plan.max_row_tokens else "the limit of the model"
+    steps = f"{cfg.warmup.num_steps} SFT steps x {cfg.warmup.rows_per_step} rows" if cfg.warmup.num_steps else "none"
+    if supervised and cfg.warmup.num_steps:
+        first, last = (plan.warmup_adam_at(step).lr for step in (0, cfg.warmup.num_steps - 1))
+        what = [("SFT", steps), ("lr", f"{first:.3g} first, {cfg.warmup.lr:.3g} peak, {last:.3g} last")]
+    else:
+        what = [*_describe_rl(cfg, plan), ("warm-up", steps)]
+    return [
+        ("run", f"{cfg.run.name} in {cfg.run.dir}"),
+        ("ranks", describe_ranks(plan, device_name)),
+        *what,
+        ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn"),
+    ]
+
+
+def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
     batch, algorithm = cfg.batch, cfg.algorithm
     uneven = batch.prompts_per_step % plan.world_size
     least = plan.prompts_on_rank(plan.world_size - 1)
     episodes = batch.prompts_per_step * batch.samples_per_prompt
-    longest = f"at most {plan.max_row_tokens} tokens" if plan.max_row_tokens else "the limit of the model"
-    lines = [
-        ("run", f"{cfg.run.name} in {cfg.run.dir}"),
-        ("ranks", describe_ranks(plan)),
+    return [
         (
             "step",
             f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples = {episodes} episodes; "
@@ -311,15 +346,7 @@ def describe(cfg: RunConfig, plan: Plan) -> str:
             + (", critic" if plan.needs_critic else ""),
         ),
         ("lr", f"{plan.lr_at(0):.3g} first, {cfg.optim.lr:.3g} peak, {plan.lr_at(plan.num_steps - 1):.3g} last"),
-        (
-            "warm-up",
-            f"{cfg.warmup.num_steps} steps x {cfg.warmup.rows_per_step} rows" if cfg.warmup.num_steps else "none",
-        ),
-        ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn"),
     ]
-    if plan.sizes is not None and plan.memory is not None:
-        lines += [*describe_turns(cfg), *_describe_memory(plan, plan.sizes, plan.memory)]
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
 
 
 def describe_ranks(plan: Plan, device_name: str = "") -> str:
@@ -376,16 +403,16 @@ def describe_peak(plan: Plan) -> str:
     return f"{plan.memory.peak / GIB:.2f}{there} GiB ({shown})"
 
 
-def _describe_memory(plan: Plan, sizes: ModelSizes, memory: MemoryEstimate) -> list[tuple[str, str]]:
-    lines = [
-        (
-            "model",
-            f"{sizes.name}, {sizes.num_parameters / 1e6:,.1f}M parameters, {sizes.num_layers} layers, hidden "
-            f"{sizes.hidden_size}, vocabulary {sizes.vocab_size}",
-        ),
-        *_describe_adapter(plan, sizes),
-        ("memory", "estimate for one rank, GiB"),
-    ]
+def _describe_model(plan: Plan, sizes: ModelSizes) -> tuple[str, str]:
+    count, unit = (
+        (sizes.num_parameters / 1e6, "M") if sizes.num_parameters >= 1e5 else (sizes.num_parameters / 1e3, "K")
+    )
+    text = f"{sizes.name}, {count:,.1f}{unit} parameters in {plan.dtype}, {sizes.num_layers} layers, "
+    return "model", f"{text}hidden {sizes.hidden_size}, vocabulary {sizes.vocab_size}"
+
+
+def _describe_memory(plan: Plan, memory: MemoryEstimate) -> list[tuple[str, str]]:
+    lines = [("memory", "estimate for one rank, GiB")]
     for name in MEMORY_PARTS:
         size = getattr(memory, name)
         if size:

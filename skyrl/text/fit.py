@@ -159,15 +159,15 @@ def leave_out(
     return left, line
 
 
-def say_progress(split: str, total: int, say: Callable[[str], None]) -> Progress:
-    """A Progress that says how far it is, from PROGRESS_SECONDS on and as often."""
+def say_progress(what: str, total: int, say: Callable[[str], None]) -> Progress:
+    """A Progress that says how far `what` is, from PROGRESS_SECONDS on and as often."""
     begun = last = time.monotonic()
 
     def progress(done: int) -> None:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            say(f"checking {split} prompts: {done} of {total} in {last - begun:.0f} s")
+            say(f"{what}: {done} of {total} in {last - begun:.0f} s")
 
     return progress
 

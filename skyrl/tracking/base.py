@@ -37,6 +37,9 @@ class Sink:
     def begin(self, name: str) -> None:
         """A span of the step, for example "collect", begins; for live displays."""
 
+    def progress(self, name: str, done: int, total: int) -> None:
+        """How far the span under way is; called often."""
+
     def say(self, text: str) -> None:
         """A line for a person."""
 
@@ -111,6 +114,11 @@ class Tracker:
         """Begins the step's duration now: set-up before the first step is not part of it."""
         self._start = time.perf_counter()
 
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Shows a person how far `name` is; cheap enough for every episode."""
+        for sink in self.sinks:
+            sink.progress(name, done, total)
+
     def say(self, text: str) -> None:
         """Shows a line to a person, above a live display."""
         for sink in self.sinks:
@@ -181,12 +189,13 @@ def make_tracker(
     resume_from: int | None = None,
     world_size: int = 1,
     gpu_name: str = "",
+    totals: dict[str, int] | None = None,
 ) -> Tracker:
     """The Tracker that cfg.tracking asks for, writing to the run folder; without sinks on ranks but 0.
 
     resume_from: the length of metrics.jsonl that the checkpoint kept, to which it is cut back (0 = begin it again: an
     earlier start was killed before its first checkpoint); None = a new run, which refuses a file that has lines.
-    gpu_name: torch's name of the device, for MFU.
+    gpu_name: torch's name of the device, for MFU. totals: the last step of each phase, where the options do not say it.
     Raises: UserError for a package that is missing, a file that cannot be written, or metrics of another run.
     """
     if rank != 0:
@@ -207,7 +216,8 @@ def make_tracker(
 
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     if options.console != "off":
-        totals = {"warmup": cfg.warmup.num_steps, "rl": cfg.batch.num_steps}
+        if totals is None:
+            totals = {"warmup": cfg.warmup.num_steps, "rl": cfg.warmup.num_steps + cfg.batch.num_steps}
         live = options.console == "auto" and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         sinks.append(ConsoleSink(totals, stream=sys.stdout, live=live))
     peak = options.peak_tflops * 1e12 if options.peak_tflops > 0 else peak_flops(gpu_name)

@@ -12,8 +12,10 @@ from typing import Any
 
 from skyrl.files import disk_reason, write_atomic
 from skyrl.run_dir import ROLLOUT_NAME
-from skyrl.tracking.jsonl import to_json
+from skyrl.tracking.jsonl import plain, to_json
 from skyrl.types import Episode, Metrics, UserError
+
+EXPECTED = ("answer", "target", "solution", "ground_truth", "label")  # fields of a prompt that hold what is wanted
 
 
 def write_rollouts(
@@ -79,6 +81,38 @@ def recompute_metrics(episodes: Sequence[dict[str, Any]]) -> Metrics:
     return metrics
 
 
+def show_rollouts(folder: Path, name: str, count: int) -> str:
+    """The first `count` episodes of a dump for eyes: what was asked, drawn and expected, and what it was worth."""
+    lines = []
+    for number, episode in zip(range(count), read_rollouts(folder, name), strict=False):
+        said = f"{episode['uid']} sample {episode['index']}: reward {episode['reward']:g}, ended by {episode['stop']}"
+        lines.append(f"{'=' * 8} {number + 1}. {said}")
+        seen = ""
+        for turn in episode["turns"]:
+            context = turn["context_text"]
+            lines += ["--- prompt" if not seen else "--- answer of the environment", context.removeprefix(seen)]
+            lines += [f"--- drawn ({len(turn['tokens'])} tokens, reward {turn['reward']:g})", turn["text"]]
+            seen = context + turn["text"]
+        if episode.get("expected") is not None:
+            lines += ["--- expected", str(episode["expected"])]
+        if episode["invalid"]:
+            lines += ["--- invalid", episode["invalid"]]
+    return "\n".join(lines)
+
+
+def dumps(folder: Path) -> list[str]:
+    """Names of what was dumped there, by step; of one step the evaluation last."""
+    found = {
+        path.name.rpartition("-r")[0] for path in Path(folder).glob("*.jsonl") if ROLLOUT_NAME.fullmatch(path.name)
+    }
+    return sorted(found, key=lambda name: (int(name.rpartition("-")[2]), "-" in name))
+
+
+def _readable(value: Any) -> Any:
+    """A value of any kind as JSON may hold it; what it cannot hold as its text."""
+    return json.loads(json.dumps(plain(value), default=str, skipkeys=True))
+
+
 def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     turns = [
         {
@@ -93,10 +127,14 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         }
         for turn in episode.turns
     ]
+    extra = episode.prompt.extra
+    expected = next((extra[key] for key in EXPECTED if key in extra), None)
     return {
         "uid": episode.prompt.uid,
         "env": episode.prompt.env,
         "index": episode.index,
+        "expected": _readable(expected),
+        "extra": _readable(episode.prompt.extra),
         "reward": float(episode.reward),
         "stop": episode.stop,
         "invalid": episode.invalid,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skyrl.config.schema import RunConfig
 
 
-def run_trainer(mode: str, cfg: RunConfig) -> None:
-    """Runs the loop of `python -m skyrl.<mode>`: "train" or "sft". Imports torch only here: a login node has none."""
+def run_trainer(mode: str, cfg: RunConfig) -> dict[str, Any]:
+    """Runs the loop of `python -m skyrl.<mode>`: "train" or "sft"; returns what `run_loop` does. Imports torch only
+    here: a login node has none."""
     if mode == "sft":
         from skyrl.trainers.sft import sft
 
-        sft(cfg)
-    else:
-        assert mode == "train", mode
-        from skyrl.trainers.rl import train
+        return sft(cfg)
+    assert mode == "train", mode
+    from skyrl.trainers.rl import train
 
-        train(cfg)
+    return train(cfg)

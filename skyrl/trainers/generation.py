@@ -14,6 +14,8 @@ from skyrl.trainers.experience import model_shape
 from skyrl.types import Episode
 from skyrl.weight_check import Probe, check_copies, check_probe, sample_probe
 
+FIRST_ROLLOUTS = 3  # steps of RL whose rollouts are kept whatever tracking.rollouts_every says: people look at these
+
 
 def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     """This rank's groups of one batch, each with its place in the batch, and how many all ranks have together.
@@ -29,6 +31,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     sampled: list[list[Episode]] = []
     probe: Probe | None = None
     with run.engine.sampling("policy") as sampler:
+        run.note_sampler(sampler)
         if run.weight_check_due():
             probe = sample_probe(run.engine, sampler, step.index)
         for _ in range(filters.max_refill_rounds if filters.refill else 1):
@@ -39,6 +42,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
             state.position += wanted
             sampled += groups
             keep_P = _note_groups(step, groups)
+            run.invalid = run.invalid or next((e.invalid for group in groups for e in group if e.invalid), "")
             kept += [
                 (i, group)
                 for i, group, keep in zip(positions, groups, keep_P, strict=True)
@@ -54,8 +58,8 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     if probe is not None:
         check_probe(run.engine, probe)
     _count_sampled(run, step, sampled)
-    if run.plan.due("rollouts", step.number):
-        run.write_rollouts(sampled, f"{state.global_step + 1:06d}")
+    if run.plan.due("rollouts", step.number) or (cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
+        run.write_rollouts(sampled, f"{step.number:06d}")
     everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]
     place = {position: number for number, position in enumerate(everyone)}
     return [(place[i], group) for i, group in kept if i in place], len(everyone)
@@ -65,6 +69,9 @@ def _note_groups(step: Step, groups: list[list[Episode]]) -> list[bool]:
     """Adds what the groups say of themselves to the step's metrics; returns which of them can teach something."""
     episode_metrics(step.sums, groups, prefix="")
     scored = [[score_of(turn.reward for turn in e.turns) for e in group if not e.invalid] for group in groups]
+    for group in scored:
+        if group:
+            step.sums.add("reward_std:mean", float(np.std([score for score, _ in group])))
     keep_P = zero_variance_groups(
         [[score for score, _ in group] for group in scored],
         [max((scale for _, scale in group), default=0.0) for group in scored],

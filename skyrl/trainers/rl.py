@@ -7,6 +7,7 @@ denominators, metrics) goes through sums over ranks, so a branch before a collec
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
@@ -26,12 +27,12 @@ from skyrl.trainers.generation import generate_groups
 from skyrl.trainers.sft import sft_warmup
 
 
-def train(cfg: RunConfig) -> None:
+def train(cfg: RunConfig) -> dict[str, Any]:
     """The whole run: warm-up if there is one, RL, final evaluation, export. Resumes where its folder says.
 
     Raises StopRun, when all is saved, after a signal or at a deadline.
     """
-    run_loop(cfg, train_rl)
+    return run_loop(cfg, train_rl)
 
 
 def train_rl(run: Run) -> None:
@@ -39,8 +40,8 @@ def train_rl(run: Run) -> None:
     total, state = run.plan.num_steps, run.state
     if state.phase == "rl" and state.step >= total and not state.unrecorded:
         run.say(
-            f"finished already: step {state.step} of {total}; give more batch.num_steps to go on, or another run.name "
-            "to start anew"
+            f"finished already: step {run.total_of('rl')} of {run.total_of('rl')}; give more batch.num_steps to go on, "
+            "or another run.name to start anew"
         )
     sft_warmup(run)
     run.create_models()  # the frozen reference is the policy as it is now

@@ -5,6 +5,9 @@ L = - sum over the step's solution tokens of log p(token) / number of these toke
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 
 from skyrl.config.schema import RunConfig
@@ -15,17 +18,19 @@ from skyrl.run import Run, Step
 from skyrl.types import Datum, LossSpec, UserError
 
 
-def sft(cfg: RunConfig) -> None:
+def sft(cfg: RunConfig) -> dict[str, Any]:
     """Supervised training alone: `warmup.num_steps` steps, evaluation, export. Raises as `run_loop` does."""
     if cfg.warmup.num_steps == 0:
         raise UserError("warmup.num_steps=0: supervised training needs at least 1 step")
-    run_loop(cfg, sft_warmup)
+    return run_loop(cfg, partial(sft_warmup, called="sft", evaluate_every=cfg.eval.every_steps), supervised=True)
 
 
-def sft_warmup(run: Run) -> None:
-    """All supervised steps that are still to be done; RL begins, in the same run, where they end."""
-    for step in run.steps("warmup", run.cfg.warmup.num_steps, then="rl"):
-        with step.phase("warm-up", "train"):
+def sft_warmup(run: Run, called: str = "", evaluate_every: int = 0) -> None:
+    """All supervised steps that are still to be done; RL begins, in the same run, where they end. Records call the
+    phase "warmup", or what it is `called`. Evaluates every so many steps (0: after the last alone)."""
+    steps = run.steps("warmup", run.cfg.warmup.num_steps, then="rl", called=called, evaluate_every=evaluate_every)
+    for step in steps:
+        with step.phase("training" if called else "warm-up", "train"):
             sft_step(run, step)
 
 

@@ -151,7 +151,7 @@ def test_tables_name_only_options_that_exist():
         ("model.tiny.vocab_size=50", "model.tiny.vocab_size=50: its tokenizer has 100 entries"),
         ("model.tiny.num_heads=3", "model.tiny.hidden_size=256: must give an even number"),
         ("model.tiny.num_kv_heads=3", "model.tiny.num_kv_heads=3: must divide"),
-        ("model.path=", "model.path: empty"),
+        ("model.path=", "model.path: no model is named"),
     ],
 )
 def test_each_rule_refuses_with_place_and_remedy(overrides, start):

@@ -89,7 +89,7 @@ def test_overrides_aliases_and_their_file(tmp_path):
         ("model.dtype=int8", "model.dtype=int8: choose one of"),
         ("model.revision=abc", "model.revision=abc: has an effect only with a hub name"),
         ("model.tiny.num_kv_heads=3", "model.tiny.num_kv_heads=3: must divide"),
-        ("model=hub", "model.path: empty"),
+        ("model=hub", "model.path: no model is named"),
         ("model.lora.rank=4", "model.lora.rank: clients of a server ask for adapters themselves"),
         ("run.world_size=3", "run.world_size=3: only for a dry run"),
         ("service.aliases_file=nope.yaml", "service.aliases_file=nope.yaml: No such file"),

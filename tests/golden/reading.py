@@ -79,6 +79,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if not k.startswith(NOT_COMPARED)} for record in records]
 
 
+def one_count(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of a release that counted the steps of RL from 1, and called supervised training alone a warm-up, as
+    they are written today: steps are counted over all phases."""
+    warmup = max((r["step"] for r in records if r["phase"] == "warmup"), default=0)
+    phase = "warmup" if any(r["phase"] == "rl" for r in records) else "sft"
+    return [
+        {**r, "phase": phase if r["phase"] == "warmup" else r["phase"]}
+        | {"step": r["step"] + (warmup if r["phase"] == "rl" and r["step"] <= warmup else 0)}
+        for r in records
+    ]
+
+
 def read_rollouts(folder: Path) -> dict[str, dict[str, Any]]:
     """By step (for evaluations "eval-<step>"): the number of episodes, and digests of their tokens, log-probabilities
     and rewards. Which rank played an episode makes no difference."""
@@ -158,7 +170,7 @@ def metric_differences(recorded: list[dict[str, Any]], found: list[dict[str, Any
     lines = []
     if len(recorded) != len(found):
         lines.append(f"{len(found)} records instead of {len(recorded)}")
-    for before, now in zip(recorded, found, strict=False):
+    for before, now in zip(one_count(recorded), one_count(found), strict=False):
         place = f"{before['phase']} step {before['step']}"
         for name, value in before.items():
             other = now.get(_now(name))

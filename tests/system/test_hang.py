@@ -37,7 +37,7 @@ def ended(done, tmp_path, words, phases):
 
 @pytest.mark.parametrize(
     ("phase", "step", "rank", "patience"),
-    [pytest.param("generation", 3, 1, 6.5, marks=pytest.mark.slow), ("training", 3, 0, 3)],
+    [pytest.param("generation", 7, 1, 6.5, marks=pytest.mark.slow), ("training", 7, 0, 3)],
 )
 def test_a_rank_that_hangs_is_named_with_its_stack(warm, tmp_path, phase, step, rank, patience):
     done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace(phase, step, "hang", rank))
@@ -58,27 +58,27 @@ def test_a_rank_that_hangs_is_named_with_its_stack(warm, tmp_path, phase, step, 
 def test_a_process_that_is_stopped_is_named(warm, tmp_path):
     there = when((tmp_path / "in-1").exists, delay=0.4)
     done = warm.run(
-        *RUN, cwd=tmp_path, ranks=2, kill=there, only=[1], number=signal.SIGSTOP, before=pace("training", 3, "1", 1)
+        *RUN, cwd=tmp_path, ranks=2, kill=there, only=[1], number=signal.SIGSTOP, before=pace("training", 7, "1", 1)
     )
     words = [
         "rank 1 (process ",
         "does not answer any more (for",
-        "it was in training, step 3",
+        "it was in training, step 7",
         "its process is stopped (SIGSTOP)",
     ]
     ended(done, tmp_path, words, {"1": "training", "0": "training"})
 
 
 def test_collectives_that_do_not_fit_are_a_deadlock(warm, tmp_path):
-    done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace("training", 3, "apart", 1))
-    words = ["waits, as all ranks do, in a collective that the others are not in", "it was in training, step 3"]
+    done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace("training", 7, "apart", 1))
+    words = ["waits, as all ranks do, in a collective that the others are not in", "it was in training, step 7"]
     ended(done, tmp_path, words, {"1": "training", "0": "training"})
 
 
 @pytest.mark.slow
 def test_a_slow_rank_is_no_hang(warm, tmp_path):
     """Rank 1 plays for longer than any patience, but plays; rank 0 waits for it."""
-    slow = pace("generation", 3, "2", 1)
+    slow = pace("generation", 7, "2", 1)
     done = warm.run(*RUN[:-2], "run.hang_seconds=1", "env.timeout_seconds=0.2", cwd=tmp_path, ranks=2, before=slow)
     assert done.code == 0 and done.stderr == "", done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -93,12 +93,12 @@ def test_a_slow_rank_is_no_hang(warm, tmp_path):
     ],
 )
 def test_a_rank_that_raises(warm, tmp_path, what, word):
-    done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace("training", 3, what, 1))
+    done = warm.run(*RUN, cwd=tmp_path, ranks=2, before=pace("training", 7, what, 1))
     bundle, table = ended(done, tmp_path, ["rank 1"], {"1": "training"})
-    assert "rank 1 in training, step 3" in (bundle / "report.txt").read_text()
+    assert "rank 1 in training, step 7" in (bundle / "report.txt").read_text()
     assert word in (bundle / "report.txt").read_text() and table["0"]["process"] != table["1"]["process"]
     if what == "raise":
-        assert "failed in training, step 3" in done.errors[0]
+        assert "failed in training, step 7" in done.errors[0]
         assert done.stderr.splitlines()[-1] == "AssertionError: something nobody thought of"
     else:
         assert word in done.errors[0]
@@ -109,12 +109,12 @@ def test_a_rank_that_is_killed(warm, tmp_path, victim):
     """Also rank 0, with which the store goes when there is no torchrun."""
     there = when((tmp_path / f"in-{victim}").exists, delay=0.4)
     start = time.monotonic()
-    done = warm.run(*RUN, cwd=tmp_path, ranks=2, kill=there, only=[victim], before=pace("training", 3, "1", victim))
+    done = warm.run(*RUN, cwd=tmp_path, ranks=2, kill=there, only=[victim], before=pace("training", 7, "1", victim))
     assert len(done.errors) == 1 and f"rank {victim} (process " in done.errors[0], done.stderr
     assert "ended without a message" in done.errors[0] and time.monotonic() - start < 60
     (bundle,) = (tmp_path / "run").glob("crash-*")
     if victim == 1:
-        assert "ended without a message (rank 1 was in training, step 3)" in done.errors[0]
+        assert "ended without a message (rank 1 was in training, step 7)" in done.errors[0]
         assert json.loads((bundle / "phases.json").read_text())["1"]["phase"] == "training"
     else:
         assert "no word from the other ranks" in (bundle / "report.txt").read_text()

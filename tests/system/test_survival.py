@@ -11,7 +11,7 @@ from skyrl.tracking.jsonl import read_metrics
 from skyrl.tracking.rollouts import read_rollouts
 
 pytestmark = pytest.mark.ranks
-STEPS = [("warmup", n) for n in range(1, 5)] + [("rl", n) for n in range(1, 7)]
+STEPS = [("warmup", n) for n in range(1, 5)] + [("rl", n) for n in range(5, 11)]
 # How the work was spread, and what only one rank can see of it.
 LAYOUT = ("sampler/", "microbatches", "padding", "flops/")
 # Writing a checkpoint takes half a second more, so that a kill can fall into it.
@@ -121,7 +121,7 @@ def played(run, tag):
 def test_resume_on_other_ranks_and_strategies(warm, whole, cut, tmp_path, ranks, options):
     run = cut("000006")
     done = warm.run(*LETTERS, "run.dir=run", *options, cwd=tmp_path, ranks=ranks)
-    assert done.code == 0 and "resuming from run/checkpoints/000006: rl step 2" in done.stdout, done.stderr
+    assert done.code == 0 and "resuming from run/checkpoints/000006: rl step 6" in done.stdout, done.stderr
     close(records(run), records(whole))
     for tag in ("000007", "000009", "000010"):
         assert played(run, tag) == played(whole, tag)
@@ -129,5 +129,5 @@ def test_resume_on_other_ranks_and_strategies(warm, whole, cut, tmp_path, ranks,
         for later in ("000009", "000010"):
             shutil.rmtree(run / "checkpoints" / later, ignore_errors=True)
         done = warm.run(*LETTERS, "run.dir=run", cwd=tmp_path, ranks=2)
-        assert done.code == 0 and "000008: rl step 4" in done.stdout, done.stderr
+        assert done.code == 0 and "000008: rl step 8" in done.stdout, done.stderr
         close(records(run), records(whole))

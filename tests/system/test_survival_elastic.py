@@ -41,9 +41,9 @@ def test_a_stop_between_refills_goes_on_with_other_ranks(warm, straight, tmp_pat
     run = tmp_path / "run"
     there = when((tmp_path / "in-0").exists, delay=0.2)
     one = {"cwd": tmp_path, "kill": there, "only": [0], "number": signal.SIGUSR1}
-    assert warm.run(*RUN, **one, ranks=first, before=pace("generation", 4)).code == 75
+    assert warm.run(*RUN, **one, ranks=first, before=pace("generation", 8)).code == 75
     done = warm.run(*RUN, cwd=tmp_path, ranks=second)
-    assert done.code == 0 and "rl step 3" in done.stdout, done.stderr
+    assert done.code == 0 and "rl step 7" in done.stdout, done.stderr
     ours, theirs = read_metrics(run / "metrics.jsonl"), read_metrics(straight / "metrics.jsonl")
     assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
     for our, their in zip(ours, theirs, strict=True):

@@ -41,10 +41,10 @@ def finishes_like(warm, whole, tmp_path, ranks=2):
     ("phase", "step", "number", "only"),
     [
         ("warm-up", 3, signal.SIGTERM, [1]),
-        ("generation", 3, signal.SIGUSR1, [1]),
-        ("generation", 1, signal.SIGTERM, [0, 1]),
-        ("training", 3, signal.SIGUSR1, [0]),
-        ("evaluation", 4, signal.SIGTERM, [1]),
+        ("generation", 7, signal.SIGUSR1, [1]),
+        ("generation", 5, signal.SIGTERM, [0, 1]),
+        ("training", 7, signal.SIGUSR1, [0]),
+        ("evaluation", 8, signal.SIGTERM, [1]),
         ("saving", 2, signal.SIGTERM, [0, 1]),
     ],
 )
@@ -87,7 +87,7 @@ def test_the_clock_and_a_file_stop_a_run_too(warm, whole, tmp_path, how):
             (run / "stop").touch()
         return False
 
-    done = warm.run(*RUN, *clock, cwd=tmp_path, ranks=2, kill=touch, before=pace("generation", 3, "3"))
+    done = warm.run(*RUN, *clock, cwd=tmp_path, ranks=2, kill=touch, before=pace("generation", 7, "3"))
     assert done.code == LEFT, done.stderr
     (stop,) = stops(run)
     assert stop["reason"] == how and not (run / "stop").exists()
@@ -103,7 +103,7 @@ def test_slurms_end_of_the_job_is_a_deadline(warm, tmp_path):
     assert " s from now, of which run.save_margin_seconds=120 are kept" in done.errors[0]
     later = f"{end}; os.environ['TORCHELASTIC_RESTART_COUNT'] = '1'"  # near the end of the job torchrun starts again
     assert warm.run(*RUN, cwd=tmp_path, before=later).code == LEFT
-    done = warm.run(*RUN, "run.save_margin_seconds=20", cwd=tmp_path, before=f"{end}; {pace('training', 2, '15')}")
+    done = warm.run(*RUN, "run.save_margin_seconds=20", cwd=tmp_path, before=f"{end}; {pace('training', 6, '15')}")
     assert done.code == LEFT and stops(tmp_path / "run")[0]["reason"] == "deadline"
 
 
@@ -111,13 +111,13 @@ def test_slurms_end_of_the_job_is_a_deadline(warm, tmp_path):
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(warm, whole, tmp_path):
     there = (tmp_path / "in-0").exists
     one = {"cwd": tmp_path, "number": signal.SIGINT}
-    done = warm.run(*RUN, **one, kill=when(there), before=pace("generation", 3, "0.5"))
+    done = warm.run(*RUN, **one, kill=when(there), before=pace("generation", 7, "0.5"))
     assert done.code == INTERRUPTED and "skyrl: interrupted: stops with a save; once more ends at once" in done.stderr
     assert stops(tmp_path / "run")[0]["reason"] == "SIGINT" and not (tmp_path / "run" / "requeue").exists()
     (tmp_path / "in-0").unlink()
     # the second comes while the main thread is in a call that takes long
     twice = "import os, signal, threading as t; t.Timer(9, lambda: os.kill(os.getpid(), signal.SIGINT)).start(); "
-    done = warm.run(*RUN, **one, kill=when(there), before=twice + pace("training", 5, "35"))
+    done = warm.run(*RUN, **one, kill=when(there), before=twice + pace("training", 9, "35"))
     assert done.code == INTERRUPTED and done.seconds < 20
     assert done.errors == ["skyrl: error: interrupted; the same command goes on from the last checkpoint"]
     done = warm.run(*RUN, cwd=tmp_path)

@@ -56,7 +56,7 @@ def in_phase(place, rank=1):
 
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_again_while_saving(whole, tmp_path):
-    job = start(tmp_path, SKYRL_PACE="generation:3:0.4")
+    job = start(tmp_path, SKYRL_PACE="generation:7:0.4")
     in_phase(tmp_path)
     ranks = ranks_of(tmp_path, job)
     job.send_signal(signal.SIGTERM)
@@ -79,19 +79,19 @@ def test_torchrun_passes_sigterm_on_and_again_while_saving(whole, tmp_path):
 @pytest.mark.slow
 def test_torchrun_restarts_all_ranks_from_the_last_checkpoint(whole, tmp_path):
     """kill -9 of a rank: one command, a second attempt, the numbers of the uninterrupted run. A stop is no failure."""
-    job = start(tmp_path, flags=["--max-restarts=3"], SKYRL_PACE="generation:4:0.4")
+    job = start(tmp_path, flags=["--max-restarts=3"], SKYRL_PACE="generation:8:0.4")
     in_phase(tmp_path)
     os.kill(ranks_of(tmp_path, job)[1], signal.SIGKILL)
     assert wait_for(lambda: "resuming from" in (tmp_path / "stdout").read_text(), 90)
     (tmp_path / "in-1").unlink(missing_ok=True)
     in_phase(tmp_path)  # the second attempt is there again
     text = (tmp_path / "stderr").read_text()
-    assert "rank 1 (process" in text and "ended without a message (rank 1 was in generation, step 4)" in text
+    assert "rank 1 (process" in text and "ended without a message (rank 1 was in generation, step 8)" in text
     os.kill(ranks_of(tmp_path, job)[0], signal.SIGUSR1)
     assert job.wait(90) != 0  # the restarts that are left end at once
     assert [stop["reason"] for stop in stops(tmp_path)] == ["SIGUSR1"] and (tmp_path / "run" / "requeue").exists()
     assert (tmp_path / "stdout").read_text().count("resuming from") == 1
-    again = start(tmp_path, flags=["--max-restarts=3"], SKYRL_PACE="generation:5:0.4")
+    again = start(tmp_path, flags=["--max-restarts=3"], SKYRL_PACE="generation:9:0.4")
     in_phase(tmp_path)
     os.kill(ranks_of(tmp_path, again)[0], signal.SIGKILL)
     assert again.wait(120) == 0, (tmp_path / "stderr").read_text()
@@ -102,17 +102,17 @@ def test_torchrun_restarts_all_ranks_from_the_last_checkpoint(whole, tmp_path):
 @pytest.mark.slow
 def test_the_line_about_a_lost_rank_comes_however_long_its_bundle_takes(tmp_path):
     """torchrun's SIGTERM makes a thread tell it; the main thread, which sees the lost rank too, must not end first."""
-    job = start(tmp_path, "plugins=[letters,pace,slow_bundle]", SKYRL_PACE="generation:4:0.4")
+    job = start(tmp_path, "plugins=[letters,pace,slow_bundle]", SKYRL_PACE="generation:8:0.4")
     in_phase(tmp_path)
     os.kill(ranks_of(tmp_path, job)[1], signal.SIGKILL)
     assert job.wait(60) != 0
     text = (tmp_path / "stderr").read_text()
-    assert "ended without a message (rank 1 was in generation, step 4)" in text and "details in" in text
+    assert "ended without a message (rank 1 was in generation, step 8)" in text and "details in" in text
 
 
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_job_within_a_minute(tmp_path):
-    job = start(tmp_path, "run.hang_seconds=4", SKYRL_PACE="training:3:1")
+    job = start(tmp_path, "run.hang_seconds=4", SKYRL_PACE="training:7:1")
     in_phase(tmp_path)
     time.sleep(0.4)
     os.kill(ranks_of(tmp_path, job)[1], signal.SIGSTOP)

@@ -12,6 +12,7 @@ import pytest
 from launcher import LETTERS, TINY, environment, lines_in, python
 
 from skyrl.checkpoint.folder import list_checkpoints
+from skyrl.config.options import SFT_UNREAD
 from skyrl.tracking.rollouts import read_rollouts
 
 EXPORT = [option for option in TINY if option != "checkpoint.export=false"]
@@ -21,7 +22,10 @@ NO_WARMUP = [option for option in LETTERS if not option.startswith("warmup.")] +
 def test_one_process_prints_where_everything_is_and_the_export_answers_as_the_sampler(tmp_path):
     done = python(*EXPORT, "run.dir=run", cwd=tmp_path)
     assert done.code == 0 and done.stderr == "", done.stderr
-    assert done.stdout.startswith("computes on 1 x cpu, single, float32\n")
+    table = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[:12])
+    assert table["run"] == "run in run" and table["ranks"] == "1 x cpu, single, float32"
+    assert "parameters in float32" in table["model"] and table["data"].endswith("8 held out")
+    assert "resume      nothing: a new run\n" in done.stdout
     run = tmp_path / "run"
     assert "curves      run/curves.png" in done.stdout and (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "model       run/export" in done.stdout and "done: held-out accuracy" in done.stdout
@@ -49,10 +53,10 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(warm, cut, tmp_path)
     run = cut("000010")
     before = (run / "metrics.jsonl").read_bytes()
     done = warm.run(*LETTERS, "run.dir=run", cwd=tmp_path)
-    assert done.code == 0 and "finished already: step 6 of 6" in done.stdout and "done: " in done.stdout, done.stderr
+    assert done.code == 0 and "finished already: step 10 of 10" in done.stdout and "done: " in done.stdout, done.stderr
     assert (run / "metrics.jsonl").read_bytes() == before and len(list_checkpoints(run / "checkpoints")) == 5
     done = warm.run(*LETTERS, "run.dir=run", "batch.num_steps=8", cwd=tmp_path)
-    assert done.code == 0 and "rl 8/8" in done.stdout and "finished already" not in done.stdout
+    assert done.code == 0 and "rl 12/12" in done.stdout and "finished already" not in done.stdout
     after = (run / "metrics.jsonl").read_bytes()
     assert after.startswith(before) and lines_in(run / "metrics.jsonl") == 12
 
@@ -60,9 +64,9 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(warm, cut, tmp_path)
 def test_resume_from_the_path_of_another_runs_checkpoint(warm, whole, tmp_path):
     options = [f"run.resume={whole}/checkpoints/000006", "run.dir=other"]
     done = warm.run(*LETTERS, *options, cwd=tmp_path)
-    assert done.code == 0 and f"resuming from {whole}/checkpoints/000006: rl step 2" in done.stdout, done.stderr
+    assert done.code == 0 and f"resuming from {whole}/checkpoints/000006: rl step 6" in done.stdout, done.stderr
     ours = [json.loads(line) for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["phase"], row["step"]) for row in ours] == [("rl", step) for step in (3, 4, 5, 6)]
+    assert [(row["phase"], row["step"]) for row in ours] == [("rl", step) for step in (7, 8, 9, 10)]
     again = warm.run(*LETTERS, *options, cwd=tmp_path)
     assert again.code == 2 and "run.resume=auto" in again.errors[0]
     assert lines_in(tmp_path / "other" / "metrics.jsonl") == 4
@@ -90,10 +94,12 @@ def test_wandb_offline_and_tensorboard(tmp_path):
 
 
 def test_supervised_training_alone(warm, tmp_path):
-    done = warm.run(*LETTERS, "run.dir=run", cwd=tmp_path, module="skyrl.sft")
-    assert done.code == 0 and "warmup 4/4" in done.stdout and "rl" not in done.stdout.split("done:")[0], done.stderr
+    options = [option for option in LETTERS if option.partition("=")[0] not in SFT_UNREAD]
+    done = warm.run(*options, "run.dir=run", cwd=tmp_path, module="skyrl.sft")
+    assert done.code == 0 and "sft 4/4" in done.stdout and "rl " not in done.stdout.split("done:")[0], done.stderr
+    assert "algorithm" not in done.stdout and "held-out" in done.stdout
     assert [info.tag for info in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000002", "000004"]
-    none = [option for option in LETTERS if not option.startswith("warmup.")]
+    none = [option for option in options if not option.startswith("warmup.")]
     done = warm.run(*none, "warmup.num_steps=0", "run.dir=none", cwd=tmp_path, module="skyrl.sft")
     assert done.code == 2 and "warmup.num_steps=0: supervised training needs at least 1 step" in done.errors[0]
 

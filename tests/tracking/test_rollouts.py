@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from skyrl.tracking.rollouts import read_rollouts, recompute_metrics, write_rollouts
+from skyrl.tracking.rollouts import dumps, read_rollouts, recompute_metrics, show_rollouts, write_rollouts
 from skyrl.types import Episode, Prompt, Sample, Turn, UserError
 
 
@@ -47,6 +47,19 @@ def test_every_token_and_number_comes_back(tmp_path):
             assert turn["text"] == Letters().decode(turn["tokens"], skip_special_tokens=False)
             assert turn["version"] == 3
     assert episodes[0]["turns"][1]["context_text"] == "Q:12\n" and episodes[0]["turns"][1]["text"] == "3é"
+
+
+def test_lines_say_what_was_expected_and_are_shown_in_the_terminal(tmp_path):
+    one = episode("a", 0, ["12", "3"], [0.0, 1.0])
+    one.prompt.extra.update({"answer": 7, "rubric": {"a": float("nan")}, "seen": {1, 2}})
+    write_rollouts(tmp_path, "000002", [[one]], Letters(), rank=0)
+    write_rollouts(tmp_path, "eval-000002", groups(), Letters(), rank=0)
+    (line,) = read_rollouts(tmp_path, "000002")
+    assert line["expected"] == 7 and line["extra"]["rubric"] == {"a": "nan"} and line["extra"]["seen"] == "{1, 2}"
+    assert dumps(tmp_path) == ["000002", "eval-000002"]
+    text = show_rollouts(tmp_path, "000002", 4)
+    assert "reward 1, ended by" in text and text.count("--- drawn") == 2 and text.endswith("--- expected\n7")
+    assert show_rollouts(tmp_path, "eval-000002", 2).count("========") == 2
 
 
 def test_parts_of_ranks_are_read_in_order_and_kinds_stay_apart(tmp_path):
