@@ -20,8 +20,9 @@ from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
 from skyrl.distributed import env
+from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
-from skyrl.distributed.compare import check_shared, compare_nodes
+from skyrl.distributed.compare import check_shared, compare_nodes, read_facts
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.init import World, init_distributed
 from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
@@ -31,7 +32,7 @@ from skyrl.engine import Engine, ModelSpec
 from skyrl.planner.memory import ModelSizes
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
-from skyrl.run_dir import RunFolder, drop_rollouts
+from skyrl.run_dir import RunFolder, changed_facts, collect_versions, drop_rollouts, keep_fingerprint
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
@@ -69,6 +70,8 @@ def _finish(run: Run) -> None:
         run.engine.export("policy", folder.export)
     run.tracker.offset()  # syncs
     picture = folder.path / "curves.png"
+    if run.drawing is not None:
+        run.drawing.wait()  # an older picture must not come after the last one
     curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
     accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
     first = f" (before RL {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
@@ -103,22 +106,23 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
         chat = agree(world, lambda: chat_of(cfg))
         chat.vocab_size = sizes.vocab_size
         parts = agree(world, lambda: _prompts(cfg))
-        hosts = compare_nodes(cfg, world, parts)
+        facts = agree(world, lambda: read_facts(cfg, collect_versions(), parts))
+        hosts = compare_nodes(cfg, world, parts, facts)
         *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
-        folder = _claim_folder(cfg, world, hosts)
+        folder = _claim_folder(cfg, world, hosts, facts)
         watch.claim()
     except UserError:
         watch.close()
         raise
     try:
-        info = on_leader(world, lambda: find_resume(cfg.run.resume, folder.checkpoints))
+        info = on_leader(world, lambda: _checkpoint(cfg, folder))
         if world.is_leader:
             data = f"{len(prompts[0])} prompts to train on, {min(len(prompts[1]), cfg.eval.num_prompts)} held out"
-            more = [("data", data), *(("", line) for line in left_out), *_about_start(cfg, chat, info)]
+            more = [("data", data), *(("", line) for line in left_out), *_about_start(cfg, chat, folder, info)]
             print(describe_start(cfg, plan, more, supervised=supervised, device_name=world.choice.name), flush=True)
             for line in (*world.choice.notes, *chat.warnings()):
                 print(f"warning: {line}", flush=True)
-        return _open(cfg, world, plan, chat, (prompts[0], prompts[1]), folder, watch, info, left_out)
+        return _open(cfg, world, plan, chat, (prompts[0], prompts[1]), folder, watch, info, left_out, supervised)
     except BaseException:
         folder.close()
         watch.disarm()
@@ -148,7 +152,7 @@ def meet(cfg: RunConfig) -> tuple[World, ModelSizes]:
     return world, agree(world, found)
 
 
-def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]) -> RunFolder:
+def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]], facts: dict[str, str]) -> RunFolder:
     """The run folder, locked by rank 0. Raises UserError, on every rank, when it belongs to another run."""
     folder = RunFolder(Path(cfg.run.dir), world.rank)
 
@@ -156,6 +160,7 @@ def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]
         lines = folder.open(to_dict(cfg), hosts=hosts)
         try:
             _refuse_other_run(cfg, folder)
+            lines += _refuse_edited(cfg, folder, facts)
             lines += clean_leftovers(folder.checkpoints)
             for mark in (REQUEUE_FILE, STOP_FILE):
                 (folder.path / mark).unlink(missing_ok=True)
@@ -176,20 +181,66 @@ def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]
 
 def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:
     """A folder with checkpoints may be resumed only with options that compute the same."""
-    info = find_resume(cfg.run.resume, folder.checkpoints)
+    info = _checkpoint(cfg, folder)
     if info is None:
         if cfg.run.resume == "never" and latest(folder.checkpoints) is not None:
             raise UserError(
                 f"run.resume=never: {folder.path} holds the checkpoints of an earlier run; give another run.name, or "
                 "remove that folder"
             )
-        return
-    # digests of different releases differ, since options are added; what they mean need not
-    if info.config_digest != config_digest(cfg) and (changes := config_diff(from_dict(info.state["config"]), cfg)):
+    elif _is_own(info, folder) and (changes := _changes(cfg, info)):
         raise UserError(
             f"run.resume={cfg.run.resume}: checkpoint {info.path} was made with other options "
-            f"({'; '.join(changes[:4])}); give these options, or another run.name"
+            f"({'; '.join(changes[:4])}); give these options, or begin a run of its own from it: "
+            f"run.resume={info.path} run.name=<another>"
         )
+
+
+def _checkpoint(cfg: RunConfig, folder: RunFolder) -> CheckpointInfo | None:
+    """What the run goes on or begins from: as run.resume says, a run folder meaning its newest checkpoint. A run that
+    began from another's goes on from its own, by the same command."""
+    setting = cfg.run.resume
+    if setting not in ("auto", "never"):
+        own = latest(folder.checkpoints)
+        if own is not None and own.state.get("parent") and not _inside(Path(setting), folder.path):
+            return own
+        inside = latest(Path(setting) / "checkpoints")
+        setting = str(inside.path) if inside is not None else setting
+    return find_resume(setting, folder.checkpoints)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+
+
+def _is_own(info: CheckpointInfo, folder: RunFolder) -> bool:
+    return _inside(info.path, folder.path)
+
+
+def _changes(cfg: RunConfig, info: CheckpointInfo) -> list[str]:
+    """Options that compute something else than those of the checkpoint."""
+    # digests of different releases differ, since options are added; what they mean need not
+    return [] if info.config_digest == config_digest(cfg) else config_diff(from_dict(info.state["config"]), cfg)
+
+
+def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> list[str]:
+    """A folder with checkpoints goes on only with the code and data that it began with, or where run.allow_different
+    names what has changed; the fingerprint is then what is read now. Returns lines worth showing."""
+    edited, ours = changed_facts(folder.path, facts) if latest(folder.checkpoints) is not None else ([], [])
+    refused = [name for name in edited if not is_allowed(name, cfg.run.allow_different)]
+    if refused:
+        more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
+        raise UserError(
+            f"run.dir={folder.path}: what this run reads has changed since its last start: {', '.join(refused[:4])}"
+            f"{more}; to go on with it as it is now: run.allow_different=[{','.join(refused[:4])}]; to start anew: "
+            "another run.name"
+        )
+    lines = [f"changed since the last start, and allowed: {', '.join(edited)}"] if edited else []
+    if ours:
+        more = f" and {len(ours) - 4} more" if len(ours) > 4 else ""
+        lines.append(f"warning: changed since the last start of this run: {', '.join(ours[:4])}{more}")
+    keep_fingerprint(folder.path, facts)
+    return lines
 
 
 def _open(
@@ -202,6 +253,7 @@ def _open(
     watch: Watchdog,
     info: CheckpointInfo | None,
     left_out: list[str],
+    supervised: bool,
 ) -> Run:
     train_prompts, held_out = prompts
     engine = agree(world, lambda: _policy_engine(cfg, world, plan, chat))
@@ -227,6 +279,7 @@ def _open(
             best=Best(cfg.checkpoint.best_metric, cfg.checkpoint.best_mode),
         ),
         state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
+        supervised=supervised,
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
         watch=watch,
         left_out=left_out,
@@ -241,13 +294,16 @@ def _open(
     return run
 
 
-def _about_start(cfg: RunConfig, chat: Chat, info: CheckpointInfo | None) -> list[tuple[str, str]]:
+def _about_start(cfg: RunConfig, chat: Chat, folder: RunFolder, info: CheckpointInfo | None) -> list[tuple[str, str]]:
     """Lines of the table at the start: what is sampled how, and what is resumed."""
     sampler = cfg.sampler
     resumed = "nothing: a new run"
     if info is not None:
         state = RunState.from_checkpoint(info.state)
         resumed = f"resuming from {info.path}: {state.phase} step {state.global_step}"
+        if not _is_own(info, folder) and _changes(cfg, info):
+            what = "weights and optimizer state" if cfg.run.resume_optimizer else "weights"
+            resumed = f"nothing: a new run with the {what} of {info.path} ({state.phase} step {state.global_step})"
     return [
         ("sampler", f"backend {sampler.backend}, temperature {sampler.temperature:g}"),
         ("turns end", f"with {chat.describe_ends()}"),
@@ -336,9 +392,15 @@ def check_base(found: str, info: CheckpointInfo, cfg: RunConfig) -> None:
 
 
 def _resume(run: Run, info: CheckpointInfo) -> int | None:
-    """Puts everything back as the checkpoint says; returns where its metrics.jsonl ended, None for another folder's."""
+    """Puts everything back as the checkpoint says; returns where its metrics.jsonl ended, 0 for another run's."""
     check_base(run.state.base, info, run.cfg)
+    own = _is_own(info, run.folder)
+    if not own and agree(run.world, lambda: _changes(run.cfg, info)):
+        _branch(run, info)
+        return 0
     run.state = RunState.from_checkpoint(info.state)
+    if not own:
+        run.state.parent = str(info.path)
     if len(run.state.models) > 1:
         run.create_models()
     tensors = run.engine.state()
@@ -346,10 +408,25 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     run.engine.load_state(tensors)
     if run.kl is not None and run.state.kl:
         run.kl.load_state_dict(run.state.kl)
-    own = info.path.resolve().parent == run.folder.checkpoints.resolve()
     if run.world.is_leader and own:
         drop_rollouts(run.folder.rollouts, run.state.global_step)
-    return run.state.metrics_offset if own else None
+    return run.state.metrics_offset if own else 0
+
+
+def _branch(run: Run, info: CheckpointInfo) -> None:
+    """Begins a run of its own from another's policy, and critic if both have one: their weights and, unless
+    run.resume_optimizer=false, optimizer state. It counts from step 0, does no warm-up that its parent has done, and
+    its reference is the policy that it begins with."""
+    parent = RunState.from_checkpoint(info.state)
+    run.state.parent = str(info.path)
+    if parent.phase == "rl" and not run.supervised:
+        run.state.phase = "rl"
+    if run.plan.needs_critic and "critic" in parent.models:
+        run.engine.create("critic", ModelSpec(head="value"))
+    optimizer = run.cfg.run.resume_optimizer
+    tensors = run.engine.state(optimizer=optimizer)
+    run.checkpointer.load(info.path, tensors, partial=True)
+    run.engine.load_state(tensors, optimizer=optimizer)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ from skyrl.rollout import RolloutConfig, episode_metrics, rollout
 from skyrl.run_dir import RESULT, RunFolder
 from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.base import Tracker, memory_metrics
+from skyrl.tracking.curves import draw_beside
 from skyrl.tracking.notices import Notices
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
+DRAW_SECONDS = (30.0, 600.0)  # between two pictures of a run that goes on: at first, and at most
 STOPS = "stops.jsonl"
 BACKENDS = {
     "kernels": "compiled CPU kernels",
@@ -157,8 +160,12 @@ class Run:
     kl: AdaptiveKL | None
     watch: Watchdog
     left_out: list[str] = field(default_factory=list)  # lines that count the prompts that data.filter left out
+    supervised: bool = False  # there is no RL in it
     backend: str = ""  # of the sampler, once there has been one
     invalid: str = ""  # why an episode of this rank was invalid
+    drawing: subprocess.Popen[bytes] | None = None  # what draws the curves so far
+    draw_at: float = 0.0  # when they are drawn next; 0 before the first step
+    draw_every: float = DRAW_SECONDS[0] / 2
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 
@@ -212,6 +219,8 @@ class Run:
                 self.evaluate()
             self.tracker.finish_step(state.global_step, called or phase)
             state.unrecorded = False
+            if not last:
+                self._draw_curves()
             for line in self.checkpointer.poll():
                 self.say(line)
             save = last or (every > 0 and state.step % every == 0) or self._is_best()
@@ -237,6 +246,15 @@ class Run:
             self.say(line)
         if self.state.notices.hopeless:
             self._stop_without_verifiers()
+
+    def _draw_curves(self) -> None:
+        """Now and then draws the curves so far, beside the run: after half a minute, then after twice as long as before
+        each time, since each costs a second or two of one core."""
+        now = time.monotonic()
+        if self.world.is_leader and now >= self.draw_at and (self.drawing is None or self.drawing.poll() is not None):
+            self.drawing = draw_beside(self.folder.path) if self.draw_at else None
+            self.draw_every = min(2 * self.draw_every, DRAW_SECONDS[1])
+            self.draw_at = now + self.draw_every
 
     def _stop_without_verifiers(self) -> None:
         """Ends a run in which no verifier works although env.on_error masks it. Collective. Raises UserError."""

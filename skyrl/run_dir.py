@@ -29,6 +29,7 @@ from skyrl.types import UserError
 # "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
 ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
 RESULT = "result.json"
+FINGERPRINT = "fingerprint.json"  # name -> digest of all that the last start read and computed with
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -150,6 +151,28 @@ def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = ""
         elif old != new:
             changes.append(f"{prefix}{key}: {old} -> {new}")
     return changes
+
+
+def changed_facts(folder: Path, facts: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What a run's folder remembers otherwise than `facts` says: names of what the user gave (code, data, model, files
+    of the environment), and of what computes (versions, skyrl itself). Modules that one start alone had loaded count as
+    equal: they are loaded when they are first needed. Nothing for a folder without a fingerprint."""
+    try:
+        before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [], []
+    found = [
+        name
+        for name in sorted(before.keys() | facts.keys())
+        if before.get(name) != facts.get(name) and (name in before and name in facts or not name.startswith("code."))
+    ]
+    ours = [name for name in found if name.startswith(("versions.", "code.skyrl/"))]
+    return [name for name in found if name not in ours], ours
+
+
+def keep_fingerprint(folder: Path, facts: dict[str, str]) -> None:
+    """Writes what `changed_facts` reads. Raises OSError."""
+    write_atomic(folder / FINGERPRINT, json.dumps(facts, indent=1) + "\n")
 
 
 def collect_versions() -> dict[str, Any]:

@@ -398,7 +398,10 @@ class RunFolderConfig:
     dir: PathStr = ""
     """Folder; "" = runs/<name>."""
     resume: PathStr = "auto"
-    """auto (newest complete checkpoint of this folder, else a fresh start), never, or the path of a checkpoint."""
+    """auto (newest complete checkpoint of this folder, else a fresh start), never, or the path of a checkpoint or run
+    folder. That of another run with other options begins a new run with its weights (run.name names it)."""
+    resume_optimizer: bool = True
+    """A run that begins with the weights of another takes its optimizer state too."""
     world_size: int = 0
     """Ranks to check the plan for in a dry run; 0 = the real ones. Refused otherwise."""
     threads: int = 0

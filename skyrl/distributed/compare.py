@@ -54,14 +54,16 @@ SHARED_SECONDS = 30.0  # after which a client of NFS has looked at a folder agai
 POLL_SECONDS = 0.2
 
 
-def compare_nodes(cfg: RunConfig, world: World, prompts: dict[str, Sequence[Prompt]]) -> dict[str, dict[str, Any]]:
+def compare_nodes(
+    cfg: RunConfig, world: World, prompts: dict[str, Sequence[Prompt]], facts: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Host -> versions there, once all ranks are found to have read the same, but for what run.allow_different names.
 
-    `prompts`: the prompts of each split. Collective. Raises UserError, the same on every rank, that names the odd hosts
-    and what differs there.
+    `prompts`: those of each split; `facts`: what read_facts said here, if it was asked. Collective. Raises UserError,
+    the same on every rank, that names the odd hosts and what differs there.
     """
     versions = collect_versions()
-    facts = agree(world, lambda: {} if world.size == 1 else read_facts(cfg, versions, prompts))
+    facts = facts or agree(world, lambda: {} if world.size == 1 else read_facts(cfg, versions, prompts))
     told = gather_objects(world, (versions["host"], versions, facts))
     allowed = broadcast_object(world, cfg.run.allow_different)  # one verdict, whatever each rank was given
     found = differences([host for host, _, _ in told], [facts for _, _, facts in told], allowed)

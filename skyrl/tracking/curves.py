@@ -1,47 +1,70 @@
-"""One picture of a run, drawn from its metrics.jsonl: reward, accuracy, log-prob gap, loss, entropy, tokens/s."""
+"""One picture of a run, drawn from its metrics.jsonl while it goes and at its end.
+
+`python -m skyrl.tracking.curves RUN` draws it anew. Needs no torch."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skyrl.files import disk_reason
+import numpy as np
+import yaml
+
+from skyrl.files import disk_reason, write_atomic
 from skyrl.tracking.base import Record
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import UserError
 
 _ACCURACY = "eval/accuracy:mean"
+_SPREAD = "reward_std:mean"
 _INK, _MUTED, _GRID, _SHADE = "#22262e", "#6b7280", "#e5e7eb", "#f3f1ea"
+_SHORT = 0.15  # what comes before RL takes at most this part of the axis
+_Line = tuple[str, tuple[str, ...], str]  # label, keys of which the first present counts, colour
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """One small plot: its title and its lines as (label, keys of which the first present counts, colour)."""
+    """One small plot: its title and its lines; those of `right` have an axis of their own on that side."""
 
     title: str
-    lines: tuple[tuple[str, tuple[str, ...], str], ...]
+    lines: tuple[_Line, ...]
+    right: tuple[_Line, ...] = ()
     log: bool = False
     unit_range: bool = False  # values between 0 and 1
     sparse: bool = False  # points of evaluations, drawn with markers
-    last_phase: bool = False  # the scale of an earlier phase would hide the last one
     from_zero: bool = False
 
 
+_REWARD = _Panel("Reward, and its spread within groups", (("mean", ("reward:mean",), "#2563eb"),))
+_LOSS = _Panel("Loss of supervised steps (nats per token)", (("loss", ("nll:mean", "loss:sum"), "#7c3aed"),))
 _PANELS = (
-    _Panel("Reward of training episodes", (("mean", ("reward:mean",), "#2563eb"),)),
     _Panel("Held-out accuracy", (("accuracy", (_ACCURACY,), "#059669"),), unit_range=True, sparse=True),
+    _Panel(
+        "Response length (tokens), truncated share",
+        (("length", ("length:mean",), "#0f766e"),),
+        (("truncated", ("cut_by_length:mean",), "#f59e0b"),),
+        from_zero=True,
+    ),
+    _Panel(
+        "Entropy (nats per token), KL",
+        (("entropy", ("entropy:mean",), "#db2777"),),
+        (("KL", ("kl_reference:mean", "kl/behaviour_reference:mean", "approx_kl:mean"), "#9333ea"),),
+    ),
+    _Panel("Gradient norm, before clipping", (("norm", ("grad_norm:mean",), "#475569"),), from_zero=True),
     _Panel(
         "Log-prob gap, sampler to trainer (nats)",
         (("mean", ("logprob_gap:mean",), "#d97706"), ("max", ("logprob_gap:max",), "#fbbf77")),
         log=True,
     ),
-    _Panel("Loss", (("loss", ("loss:sum", "loss:mean"), "#7c3aed"),), last_phase=True),
-    _Panel("Entropy (nats per token)", (("entropy", ("entropy:mean",), "#db2777"),)),
     _Panel(
         "Tokens per second",
         (
@@ -50,6 +73,7 @@ _PANELS = (
         ),
         from_zero=True,
     ),
+    _Panel("Groups whose rewards are all equal (share)", (("equal", ("equal_groups",), "#b91c1c"),), unit_range=True),
 )
 
 
@@ -65,15 +89,25 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    learned = any(record["phase"] == "rl" and record["step"] > 0 for record in records)
+    for record in records:
+        if groups := record.get("filters/groups:sum"):
+            record["equal_groups"] = record.get("filters/zero_variance_groups:sum", 0.0) / groups
     positions, spans = _axis(records)
-    figure = Figure(figsize=(12.5, 6.4), facecolor="white", layout="constrained")
+    shorten = _Shortened(spans)
+    figure = Figure(figsize=(16.0, 6.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)  # no window, no global state, whatever backend the user has set
-    for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-        _draw(axes, panel, records, positions, spans)
-    figure.suptitle(title or _summary(records), x=0.01, ha="left", fontsize=12, color=_INK, fontweight="bold")
+    xs = [shorten(x) for x in positions]
+    for axes, panel in zip(figure.subplots(2, 4).flat, (_REWARD if learned else _LOSS, *_PANELS), strict=True):
+        _draw(axes, panel, records, xs)
+        _style(axes, panel, spans, shorten)
+    title = title or ": ".join(filter(None, (_whose(metrics), _summary(records))))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK, fontweight="bold")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=120, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120, format="png")
+        write_atomic(out, picture.getvalue())  # whoever looks meanwhile sees a whole one
     except OSError as problem:
         raise UserError(
             f"{out}: the curves cannot be written ({disk_reason(problem, out)}); free some space there"
@@ -81,47 +115,106 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
     return out
 
 
+def _whose(metrics: Path) -> str:
+    """ "<run name> (<model>)", as the config.yaml beside the metrics says; "" without one."""
+    try:
+        config = yaml.safe_load(metrics.with_name("config.yaml").read_text(encoding="utf-8"))
+        return f"{config['run']['name']} ({config['model']['path']})"
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
+
+
+class _Shortened:
+    """Steps to places on the axis: what comes before RL takes a short part of it; `label` is the way back."""
+
+    def __init__(self, spans: list[tuple[str, int, int]]) -> None:
+        self.before = spans[-1][1] if spans[-1][0] == "rl" else 0
+        rest = spans[-1][2] - self.before
+        self.room = min(float(self.before), _SHORT * rest / (1 - _SHORT)) if rest else float(self.before)
+
+    def __call__(self, step: float) -> float:
+        if step <= self.before:
+            return step * self.room / self.before if self.before else step
+        return step - self.before + self.room
+
+    def label(self, place: float, _: Any = None) -> str:
+        """The step at a place of RL; within the shortened part nothing."""
+        if place < self.room - 1e-9 and self.room < self.before:
+            return ""
+        return f"{place - self.room + self.before:.0f}"
+
+
 def _axis(records: list[Record]) -> tuple[list[int], list[tuple[str, int, int]]]:
-    """Positions of the records on the common axis, and (phase, first, last) of each stretch of one phase."""
+    """Positions of the records on the common axis, and (phase, first, last) of each stretch of one phase.
+
+    Steps count over all phases. Those of a release that counted each phase from 1 follow the phase before.
+    """
     positions: list[int] = []
     spans: list[tuple[str, int, int]] = []
     end = 0
     for phase, part in itertools.groupby(records, key=lambda record: record["phase"]):
-        steps = [end + int(record["step"]) for record in part]
-        spans.append((phase, end, max(end, *steps)))
-        positions += steps
-        end = spans[-1][2]
+        start, last = end, 0
+        for record in part:
+            step = int(record["step"])
+            positions.append(step if step > start or step == end else start + step)
+            last = positions[-1]
+            end = max(end, last)
+        spans.append((phase, start, end))
     return positions, spans
 
 
-def _draw(
-    axes: Any, panel: _Panel, records: list[Record], positions: list[int], spans: list[tuple[str, int, int]]
-) -> None:
-    drawn = 0
-    for label, keys, colour in panel.lines:
+def _draw(axes: Any, panel: _Panel, records: list[Record], xs: list[float]) -> None:
+    """The lines of a panel; what was never logged is said."""
+    drawn = []
+    right = axes.twinx() if panel.right else None
+    for place, (label, keys, colour) in [(axes, line) for line in panel.lines] + [
+        (right, line) for line in panel.right
+    ]:
         key = next((key for key in keys if any(key in record for record in records)), None)
-        found = [(x, r[key], r["phase"]) for x, r in zip(positions, records, strict=True) if key in r]
-        points = [p for p in found if math.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
-        if panel.last_phase and points:
-            points = [p for p in points if p[2] == points[-1][2]]
+        found = [(x, r[key], r["phase"]) for x, r in zip(xs, records, strict=True) if key in r]
+        points = [p for p in found if math.isfinite(p[1])]
         if not points:
             continue
-        drawn += 1
+        drawn.append((label, colour, points))
         # Lines do not cross from one phase to the next, except between evaluations, which both measure the policy.
         phases = [""] if panel.sparse else list(dict.fromkeys(phase for _, _, phase in points))
         for phase in phases:
             part = [(x, y) for x, y, of in points if phase in ("", of)]
-            _draw_line(axes, part, colour, label if phase == phases[0] else None, marked=panel.sparse or len(part) < 3)
+            _draw_line(place, part, colour, label if phase == phases[0] else None, marked=panel.sparse or len(part) < 3)
         if panel.sparse:
             x, y, _ = points[-1]
-            place = {"xytext": (6, 7), "ha": "left"} if len(points) == 1 else {"xytext": (0, 7), "ha": "right"}
-            axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", color=_INK, fontsize=9, **place)
-    _style(axes, panel, spans)
+            at = {"xytext": (6, 7), "ha": "left"} if len(points) == 1 else {"xytext": (0, 7), "ha": "right"}
+            axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", color=_INK, fontsize=9, **at)
+    if panel is _REWARD:
+        spread = [(x, r["reward:mean"], r[_SPREAD]) for x, r in zip(xs, records, strict=True) if _SPREAD in r]
+        if spread:
+            at_x, mean, std = (np.array(column) for column in zip(*spread, strict=True))
+            axes.fill_between(at_x, mean - std, mean + std, color=panel.lines[0][2], alpha=0.15, lw=0)
     if not drawn:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=_MUTED)
         axes.set_yticks([])
-    elif drawn > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=_MUTED, loc="best")
+    elif len(panel.lines) + len(panel.right) > 1:
+        handles = [axes.plot([], [], color=colour, label=label)[0] for label, colour, _ in drawn]
+        axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=_MUTED, loc="best")
+    values = [y for _, _, points in drawn for _, y, _ in points]
+    if panel.log and any(values):  # 0 stands at the bottom of a scale that is logarithmic above the least other value
+        least = min(y for y in values if y > 0)
+        axes.set_yscale("symlog", linthresh=least, linscale=0.5)
+        axes.set_ylim(0, 2 * max(values))
+        axes.set_yticks(
+            [0.0, *(10.0**e for e in range(math.floor(math.log10(least)), math.ceil(math.log10(max(values))) + 1))]
+        )
+    elif panel.log and values:
+        axes.set_ylim(-0.05, 1.0)
+        axes.set_yticks([0.0])
+        axes.text(0.5, 0.5, "0 in every step", transform=axes.transAxes, ha="center", color=_MUTED)
+    elif panel.from_zero and drawn:
+        axes.set_ylim(bottom=0)
+    for side in filter(None, (right,)):
+        side.spines[["top", "right", "left"]].set_visible(False)
+        side.tick_params(colors=_MUTED, labelsize=8, length=0)
+        if "cut_by_length:mean" in panel.right[0][1]:
+            side.set_ylim(-0.03, 1.06)
 
 
 def _draw_line(axes: Any, points: list[tuple[int, float]], colour: str, label: str | None, *, marked: bool) -> None:
@@ -134,29 +227,27 @@ def _draw_line(axes: Any, points: list[tuple[int, float]], colour: str, label: s
         axes.plot(xs, _smooth(ys), color=colour, lw=1.8, label=label)
 
 
-def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]]) -> None:
+def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]], shorten: _Shortened) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10, color=_INK)
     axes.tick_params(colors=_MUTED, labelsize=8, length=0)
+    axes.tick_params(which="minor", length=0, labelleft=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
     axes.grid(axis="y", color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
-    if panel.log and axes.lines:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
-        axes.tick_params(which="minor", length=0, labelleft=False)
-    if panel.from_zero and axes.lines:
-        axes.set_ylim(bottom=0)
     if panel.unit_range:
         axes.set_ylim(-0.03, 1.06)
-    last = max(spans[-1][2], 1)
+    last = max(shorten(spans[-1][2]), 1)
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter(shorten.label)
     for phase, start, end in spans:
         if phase != "rl" and end > start:
-            axes.axvspan(start, end, color=_SHADE, zorder=0, lw=0)
-            axes.text(start, 1.0, f" {phase}", transform=axes.get_xaxis_transform(), fontsize=8, color=_MUTED, va="top")
+            axes.axvspan(shorten(start), shorten(end), color=_SHADE, zorder=0, lw=0)
+            axes.text(
+                shorten(start), 1.0, f" {phase} ({end - start})", transform=axes.get_xaxis_transform(), fontsize=8,
+                color=_MUTED, va="top",
+            )  # fmt: skip
     axes.set_xlabel("step", fontsize=8, color=_MUTED)
 
 
@@ -174,3 +265,21 @@ def _summary(records: list[Record]) -> str:
         for learned in (False, True)
     )
     return f"{text}: held-out accuracy {before[-1]:.3f} to {after[-1]:.3f}" if before and after else text
+
+
+def draw_beside(run: Path) -> subprocess.Popen[bytes] | None:
+    """Draws the curves of a run that goes on, in a process of its own that has what the machine has to spare; None when
+    none can be started. It needs no torch and ends by itself."""
+    command = [sys.executable, "-m", "skyrl.tracking.curves", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    os.nice(19)
+    write_curves(Path(sys.argv[1]) / "metrics.jsonl", Path(sys.argv[1]) / "curves.png")

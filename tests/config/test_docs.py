@@ -80,7 +80,7 @@ BUDGET = {
     "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
     "tracking": (6, "one switch for each place numbers go to"),
     "debug": (3, "one switch for each doubt"),
-    "run": (11, "name, place, resume, the patience of ranks, and what may differ between their nodes"),
+    "run": (12, "name, place, resume, the patience of ranks, and what may differ between their nodes"),
     "service": (19, "address, keys, names, and one limit for each thing clients could exhaust"),
 }
 
