@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train serve test test-slow test-exports test-tinker test-slurm test-cuda-build chaos lint bench clean
+.PHONY: help install train serve test test-slow test-exports test-tinker test-slurm test-cuda-build chaos lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -81,9 +81,13 @@ chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: $(TEST_STAMP) ## format and rules (ruff), types (mypy)
-	$(BIN)/ruff format --check skyrl tests benchmarks examples
-	$(BIN)/ruff check skyrl tests benchmarks examples
+	$(BIN)/ruff format --check skyrl tests benchmarks examples docs
+	$(BIN)/ruff check skyrl tests benchmarks examples docs
 	$(BIN)/mypy
+
+docs: $(STAMP) ## the documentation as a site in build/site, offline, every link checked (Python 3.11 or newer)
+	$(PIP) -e '.[docs]'
+	$(BIN)/python docs/site.py
 
 bench: $(TEST_STAMP) ## the benchmarks, one after the other; BENCH=benchmarks/rl_step.py for one, ARGS=--write to keep results
 	set -e; for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done

@@ -1,5 +1,5 @@
-"""The page docs/options.md, from conf/ and the schema: `python docs/options.py > docs/options.md`. A test holds it up to
-date."""
+"""The page docs/options.md, from conf/ and the schema: `python docs/options.py > docs/options.md`. A test holds it
+up to date."""
 
 from skyrl.config.docs import by_group, config_groups
 

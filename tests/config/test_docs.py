@@ -1,22 +1,126 @@
-"""Docstrings of options reach --help and docs/options.md, and that page is up to date."""
+"""Docstrings of options reach --help and docs/options.md; generated pages are up to date; what pages and examples tell
+to type exists: commands, options, recipes, and the Python that they show."""
 
+import ast
+import importlib.util
 import re
 import runpy
+import shlex
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from skyrl import cli
+from skyrl.config.load import config_dir
 from skyrl.config.options import all_options, groups, short_names, suggest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "options.md"
 options_markdown = runpy.run_path(str(PAGE.with_suffix(".py")))["options_markdown"]
+SITE = runpy.run_path(str(ROOT / "docs" / "site.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.*"))]
+# What is told about the past, or generated from what is tested.
+READ = {page.name: page.read_text(encoding="utf-8") for page in PAGES if page.name not in ("LOG.md", "options.md")}
 
 
-def test_page_is_up_to_date():
+def test_pages_are_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == options_markdown(), (
         "run: python docs/options.py > docs/options.md"
     )  # fmt: skip
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == SITE["api_markdown"](), (
+        "run: python docs/site.py --api > docs/api.md"
+    )  # fmt: skip
+
+
+def commands():
+    """(page, words) of every command of skyrl in the pages, in blocks and in running text."""
+    start = re.compile(
+        r"(?:-m skyrl\.(?:train|sft|serve)|skyrl-tx [a-z-]+|\b(?:train|serve)\.sbatch|examples/evaluate\.py)(?=[ `\n])"
+    )
+    for page, text in READ.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            for found in start.finditer(line):
+                words = re.split(r"`|  #| \||, ", line[found.end() :], maxsplit=1)[0]
+                try:
+                    yield page, [*found[0].split(), *shlex.split(words)]
+                except ValueError:  # the rest of a line is words of a sentence with an apostrophe
+                    yield page, [*found[0].split(), *words.split()]
+
+
+def test_every_command_of_the_pages_can_be_typed():
+    """Its subcommand, its options and its recipes exist. That they do what is said: tests of each."""
+    known = {option.path for option in all_options()} | {option.path for option in all_options("serve")}
+    folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    wrong, seen = [], 0
+    for page, words in commands():
+        if words[0] == "skyrl-tx" and words[1] not in cli.COMMANDS and words[1] != "command":
+            wrong.append((page, words[1]))
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals or not re.fullmatch(r"[a-z][\w./]*", name):
+                continue
+            seen += 1
+            if name in folders and name != "experiment":
+                exists = (config_dir() / name / f"{value}.yaml").is_file() or not value.isidentifier()
+            elif name == "experiment":
+                exists = (config_dir() / name / f"{value}.yaml").is_file() or value in ("mine", "...")
+            else:
+                exists = name in known or name.startswith(("hydra", "env.options.", "chat.template_kwargs."))
+                exists = exists or bool(re.match(r"algorithm\.(loss|advantage)\.params\.", name)) or "lrr" in name
+            if not exists:
+                wrong.append((page, word))
+    assert wrong == [] and seen > 130, (wrong, seen)
+
+
+def test_the_python_of_the_pages_compiles_and_imports_what_exists():
+    for page, text in READ.items():
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            if page == "api.md":  # signatures
+                continue
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("skyrl"):
+                    # Looked up in the text of the module: importing it may take torch, which takes seconds.
+                    source = Path(importlib.util.find_spec(node.module).origin).read_text(encoding="utf-8")
+                    names = [one.name for one in node.names if one.name != "*"]
+                    assert [name for name in names if not re.search(rf"\b{name}\b", source)] == [], (page, node.module)
+
+
+def test_options_of_other_trainers_lead_to_options_of_ours():
+    """The right column of the tables of migration.md."""
+    known = {option.path for option in all_options()}
+    tables = READ["migration.md"].split("## From TRL")[1]
+    right = [line.split("|")[-2] for line in tables.splitlines() if line.startswith("| `")]
+    named = [name.partition("=")[0] for cell in right for name in re.findall(r"`([a-z_]+\.[\w.=]+)`", cell)]
+    assert len(named) > 60
+    assert [
+        name for name in named if name not in known and ".params." not in name and name != "env.options.reward"
+    ] == []
+
+
+def test_links_lead_somewhere():
+    """Files and headings, of README, docs and examples; the site's builder checks its own."""
+    wrong = []
+    for page in PAGES:
+        text = (
+            re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+            if page.suffix == ".md"
+            else ""
+        )
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, heading = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            if not file.exists() or (heading and file.suffix == ".md" and heading not in headings(file)):
+                wrong.append((page.name, target))
+    assert wrong == []
+
+
+def headings(page: Path) -> set[str]:
+    """Names by which links reach a page's headings."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize(("mode", "least"), [("train", 90), ("serve", 40)])
