@@ -217,7 +217,7 @@ def _draw(axes: Any, panel: _Panel, records: list[Record], xs: list[float]) -> N
             side.set_ylim(-0.03, 1.06)
 
 
-def _draw_line(axes: Any, points: list[tuple[int, float]], colour: str, label: str | None, *, marked: bool) -> None:
+def _draw_line(axes: Any, points: list[tuple[float, float]], colour: str, label: str | None, *, marked: bool) -> None:
     xs, ys = zip(*points, strict=True)
     marker = {"marker": "o", "markersize": 4} if marked else {}
     if len(points) < 30 or marked:
