@@ -99,12 +99,7 @@ def check_shared(world: World, folder: Path, option: str) -> None:
     while (missing := [place for place in missing if not _shows(place, name)]) and clock.now() < until:
         time.sleep(POLL_SECONDS)
     told = gather_objects(world, (socket.gethostname(), str(missing[0]) if missing else ""))
-
-    def remove() -> None:
-        for place in places:
-            (place / name).unlink(missing_ok=True)
-
-    on_leader(world, remove)  # gone before any rank goes on
+    on_leader(world, lambda: list(map(os.remove, [place / name for place in places])))  # gone before any goes on
     without = [rank for rank, (_, place) in enumerate(told) if place]
     if without:
         hosts = [host for host, _ in told]
