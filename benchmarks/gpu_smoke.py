@@ -1,13 +1,15 @@
-"""What nobody has seen on a GPU yet, in ten minutes and one file: run it, and send gpu_smoke.json.
+"""What nobody has seen on a GPU yet, in ten minutes and one file: run it, and send that file.
 
     python benchmarks/gpu_smoke.py                     # every GPU of this machine is used; --size 4b for a larger model
     python benchmarks/gpu_smoke.py --only paged,graphs --out x.json
     python benchmarks/gpu_smoke.py                     # on a CPU: a toy model, and what was skipped
 
-Checks come in the order of what they tell. Each has a verdict (ok, failed, skipped), its reason and its figures. They
-run in processes of their own, so that a kernel that fails takes one check with it and not the rest. Weights are random,
-in the shape of a real model: nothing is downloaded. Decoding is held against what the memory's bandwidth allows: a step
-reads all weights once and the keys and values of every running sequence.
+First whether CUDA computes the right numbers, then how fast: checks come in the order of what they tell. Each has a
+verdict (ok, failed, skipped), its reason and its figures; on a GPU a run of all checks writes
+baselines/<GPU>/gpu_smoke.json, else gpu_smoke.json. They run in processes of their own, so that a kernel that fails
+takes one check with it and not the rest. Weights are random, in the shape of a real model: nothing is downloaded.
+Decoding is held against what the memory's bandwidth allows: a step reads all weights once and the keys and values of
+every running sequence.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import logging
 import os
@@ -32,45 +35,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import common  # noqa: E402
+from common import GIB, GPU  # noqa: E402
 
 from skyrl.config.load import load_config  # noqa: E402
 from skyrl.distributed.init import World, init_distributed, shutdown  # noqa: E402
 from skyrl.engine import Engine, ModelSpec  # noqa: E402
-from skyrl.planner.memory import ModelSizes  # noqa: E402
+from skyrl.planner.memory import BYTES, ModelSizes  # noqa: E402
 from skyrl.planner.plan import Plan, describe_peak, make_plan, model_sizes  # noqa: E402
 from skyrl.sampler import make  # noqa: E402
-from skyrl.text.tokenizer import tiny_tokenizer  # noqa: E402
 from skyrl.tracking.flops import ModelShape, causal_attended, peak_flops, train_flops  # noqa: E402
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Sample, SampleRequest, SamplingParams  # noqa: E402
 
-GPU = torch.cuda.is_available()
-GIB = 2**30
-# layers, hidden, heads, kv heads, head size, ffn, vocabulary
-SHAPES = {
-    "0.6b": (28, 1024, 16, 8, 128, 3072, 151936),
-    "4b": (36, 2560, 32, 8, 128, 9728, 151936),
-    "toy": (2, 64, 4, 2, 16, 128, 512),
-}
 KINDS = "fsdp,fsdp+all,hsdp/2,zero3,zero3+all"
 GAP_LIMIT = 0.05  # mean absolute difference of log-probabilities, sampler against trainer, in bfloat16
 GROWTH_LIMIT = 1.02  # of what is allocated after a step against the step before
-SYNC_OPERATOR = "aten._local_scalar_dense.default"
+RESUME_LIMIT = 1e-3  # of a metric after a kill against the same run without one, relative
+NOT_COMPARED = ("time/", "speed/", "memory/")  # metrics of the clock and the machine
 
 
 class Failed(Exception):
     """A check that ran to its end and found something wrong; `figures` are kept."""
 
-    def __init__(self, reason: str, figures: dict[str, Any]) -> None:
+    def __init__(self, reason: str, figures: dict[str, Any] | None = None) -> None:
         super().__init__(reason)
-        self.figures = figures
+        self.figures = figures or {}
 
 
-class Skipped(Exception):
-    """A check that says nothing on this machine, with the reason."""
+class Skipped(Failed):
+    """A check that says nothing on this machine, or not all, with the reason."""
 
 
 class Setup:
@@ -209,25 +204,37 @@ def paged(setup: Setup) -> dict[str, Any]:
     if max(figures["gap_mean"], figures["gathered_gap_mean"]) > GAP_LIMIT:
         raise Failed("log-probabilities differ from the trainer's", figures)
     if not GPU:
-        raise Skipped("the paged kernel needs a GPU; gathered attention agrees with the trainer")
+        raise Skipped("the paged kernel needs a GPU; gathered attention agrees with the trainer", figures)
     if figures["runner"] != "CudaRunner":
         raise Failed("the paged kernel was not taken: see log", figures)
     return figures
 
 
 def graphs(setup: Setup) -> dict[str, Any]:
+    """CUDA graphs are captured, and what they draw is what the same steps draw call by call."""
+    requests = setup.requests(16)
+    drawn, _, sampler = draw(setup.engine, requests)
+    engine = setup.frozen("sampler.cuda_graphs=false")
+    other, _, eager = draw(engine, requests)
+    figures: dict[str, Any] = {"captured": graphs_of(sampler)}
+    for name, found in (("gap_mean", drawn), ("eager_gap_mean", other)):
+        figures[name] = float(gaps(setup.engine, requests, found).mean())
+    if max(figures["gap_mean"], figures["eager_gap_mean"]) > GAP_LIMIT:
+        raise Failed("what is drawn is not what the trainer says", figures)
+    if not GPU:
+        raise Skipped("no graphs on a CPU; twice the same", figures)
+    if not figures["captured"] or graphs_of(eager):
+        raise Failed("no graph was captured, or some without being asked for", figures)
+    return figures
+
+
+def decoding(setup: Setup) -> dict[str, Any]:
     """Tokens per second with and without CUDA graphs, against the bandwidth's limit."""
     figures: dict[str, Any] = {"limit_tokens_per_second": decode_limit(setup)}
     for name, engine in (("graphs", setup.engine), ("eager", setup.frozen("sampler.cuda_graphs=false"))):
         for turn in ("first", "second"):  # the first one compiles and captures
-            _, speed, sampler = draw(engine, setup.requests())
-            figures[f"{name}_{turn}_tokens_per_second"] = speed
-        figures[f"{name}_captured"] = graphs_of(sampler)
+            _, figures[f"{name}_{turn}_tokens_per_second"], _ = draw(engine, setup.requests())
     figures["part_of_limit"] = figures["graphs_second_tokens_per_second"] / figures["limit_tokens_per_second"]
-    if not GPU:
-        return {**figures, "note": "no graphs on a CPU: twice the same"}
-    if not figures["graphs_captured"] or figures["eager_captured"]:
-        raise Failed("no graph was captured, or some without being asked for", figures)
     return figures
 
 
@@ -242,7 +249,8 @@ def decode_limit(setup: Setup) -> float:
     requests, sizes = setup.requests(), setup.sizes
     prompts = np.array([len(request.tokens) for request in requests])
     outs = np.array([request.params.max_tokens for request in requests])
-    weights, per_token = sizes.num_parameters * 2, sizes.cache_bytes_per_token(setup.plan.dtype)
+    weights = sizes.num_parameters * BYTES[setup.plan.dtype]
+    per_token = sizes.cache_bytes_per_token(setup.plan.dtype)
     read = sum(weights + per_token * float((prompts[outs > n] + n).sum()) for n in range(int(outs.max())))
     return float(outs.sum()) / (read / (2 * source.numel() / best))
 
@@ -259,20 +267,10 @@ def gap(setup: Setup) -> dict[str, Any]:
     return figures
 
 
-class _Syncs(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += str(func) == SYNC_OPERATOR
-        return func(*args, **(kwargs or {}))
-
-
 @contextlib.contextmanager
 def counted_syncs(into: dict[str, Any], name: str) -> Iterator[None]:
     """Synchronisations inside the block: all that CUDA tells of, by line; on a CPU those of reading one number."""
-    with warnings.catch_warnings(record=True) as told, contextlib.nullcontext() if GPU else _Syncs() as mode:
+    with warnings.catch_warnings(record=True) as told, common.OperatorCounts() as operators:
         warnings.simplefilter("always")
         if GPU:
             torch.cuda.set_sync_debug_mode("warn")
@@ -283,7 +281,7 @@ def counted_syncs(into: dict[str, Any], name: str) -> Iterator[None]:
                 torch.cuda.set_sync_debug_mode("default")
     told = [one for one in told if "synchronizing CUDA operation" in str(one.message)]
     places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told)
-    into[name] = {"count": len(told) if GPU else mode.count, "places": dict(places.most_common(8))}
+    into[name] = {"count": len(told) if GPU else operators.synchronisations, "places": dict(places.most_common(8))}
 
 
 def synchronisations(setup: Setup) -> dict[str, Any]:
@@ -356,7 +354,7 @@ def memory(setup: Setup) -> dict[str, Any]:
             step[phase] = _memory_now()
         figures["steps"].append(step)
     if not GPU:
-        raise Skipped("no allocator to ask on a CPU; four steps ran")
+        raise Skipped("no allocator to ask on a CPU; four steps ran", figures)
     blocks = [step["cache_blocks"] for step in figures["steps"]]
     held = [step["training"]["allocated_gib"] for step in figures["steps"]]
     peak = max(step[phase]["peak_gib"] for step in figures["steps"] for phase in ("generation", "training"))
@@ -404,7 +402,8 @@ def long_row(setup: Setup) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
-    check.__name__: check for check in (paged, graphs, gap, synchronisations, memory, training, lora, long_row)
+    check.__name__: check
+    for check in (paged, gap, graphs, synchronisations, memory, long_row, decoding, lora, training)
 }
 CHECKS["memory_fsdp"] = memory
 
@@ -446,37 +445,68 @@ def two_ranks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def killed_rank(args: argparse.Namespace) -> dict[str, Any]:
-    """A rank is killed in the middle of training: the job ends in one line, and the same command goes on."""
+    """A rank is killed in the middle of training: the job ends in one line, and the same command comes to the end that
+    the run has without a kill."""
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+    options = [f"strategy.device={device}", "warmup.num_steps=2", "eval.num_prompts=4", "checkpoint.every_steps=1"]
+    options += ["batch.num_steps=12", "debug.deterministic=true", "checkpoint.export=false"]
     with tempfile.TemporaryDirectory() as folder:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        options = [f"strategy.device={device}", "warmup.num_steps=0", "eval.num_prompts=4", "checkpoint.every_steps=1"]
-        command = [*launcher, "-m", "skyrl.train", *options, f"run.dir={folder}/run", "batch.num_steps=200"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "saved checkpoint" in line:
-                break
+
+        def start(name: str) -> subprocess.Popen[str]:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            command = [*launcher, "-m", "skyrl.train", *options, f"run.dir={folder}/{name}"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+
+        def end(process: subprocess.Popen[str]) -> list[str]:
+            try:
+                return process.communicate(timeout=max(1.0, min(120.0, args.left())))[0].splitlines()
+            finally:  # torchrun and, where that has not ended them, its ranks
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+        def metrics(name: str) -> list[dict[str, Any]]:
+            lines = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()
+            return [{k: v for k, v in json.loads(line).items() if not k.startswith(NOT_COMPARED)} for line in lines]
+
+        process, until = start("killed"), time.monotonic() + min(120.0, args.left())
+        while len(list(Path(folder).glob("killed/checkpoints/0*"))) < 3 and process.poll() is None:
+            if time.monotonic() > until:
+                raise Failed("no third checkpoint in time", {"device": device, "end": end(process)[-12:]})
+            time.sleep(0.05)
         ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        start = time.monotonic()
-        if ranks:
-            os.kill(int(ranks[-1]), signal.SIGKILL)
-        try:
-            told = process.communicate(timeout=min(90.0, args.left()))[0]
-        finally:
-            process.kill()
-        errors = [line for line in told.splitlines() if line.startswith("skyrl: error:")]
-        figures = {"device": device, "seconds_to_the_end": time.monotonic() - start, "errors": errors}
+        begun = time.monotonic()
+        for rank in ranks[-1:]:
+            os.kill(int(rank), signal.SIGKILL)
+        told = end(process)
+        errors = [line for line in told if line.startswith("skyrl: error:")]
+        figures = {"device": device, "seconds_to_the_end": time.monotonic() - begun, "errors": errors}
         if len(errors) != 1 or "ended without a message" not in errors[0]:
-            raise Failed("the killed rank is not named in one line", {**figures, "end": told.splitlines()[-12:]})
+            raise Failed("the killed rank is not named in one line", {**figures, "end": told[-12:]})
+        told = end(start("killed")) + end(start("quiet"))
+        found, wanted = metrics("killed"), metrics("quiet")
+        figures["steps"] = [len(found), len(wanted)]
+        if len(found) != len(wanted):
+            raise Failed("the same command did not come to the end", {**figures, "end": told[-12:]})
+        pairs = [
+            (key, one.get(key), value) for one, other in zip(found, wanted, strict=True) for key, value in other.items()
+        ]
+        figures["differ"] = [pair for pair in pairs if not _close(*pair[1:])][:8]
+        if figures["differ"]:
+            raise Failed("the run goes on in another way than without the kill", figures)
     return figures
 
 
+def _close(a: Any, b: Any) -> bool:
+    both = isinstance(a, (int, float)) and isinstance(b, (int, float))
+    return a == b or (both and abs(a - b) <= RESUME_LIMIT * max(1.0, abs(b)))
+
+
 APART = {check.__name__: check for check in (recipe, two_ranks, killed_rank)}
-# By what they tell; those of one engine lie together where that costs nothing.
+# Right numbers first, by what they tell, then speed; those of one engine lie together.
 ORDER = (
-    "paged graphs gap memory synchronisations lora long_row training recipe memory_fsdp two_ranks killed_rank".split()
-)
+    "paged gap graphs synchronisations memory long_row killed_rank memory_fsdp two_ranks recipe decoding lora training"
+).split()
 
 
 def outcome(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -484,10 +514,9 @@ def outcome(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     begun = time.monotonic()
     try:
         found: dict[str, Any] = {"verdict": "ok", **action()}
-    except Skipped as reason:
-        found = {"verdict": "skipped", "reason": str(reason)}
     except Failed as error:
-        found = {"verdict": "failed", "reason": str(error), **error.figures}
+        verdict = "skipped" if isinstance(error, Skipped) else "failed"
+        found = {"verdict": verdict, "reason": str(error), **error.figures}
     except subprocess.TimeoutExpired:
         found = {"verdict": "skipped", "reason": "no time left"}
     except Exception as error:
@@ -497,8 +526,8 @@ def outcome(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_child(args: argparse.Namespace) -> None:
-    """The checks of `args.child` on one engine; a line of JSON for the begin and the end of each in args.results."""
-    names = args.child.split(",")
+    """The checks of args.names on one engine; a line of JSON for the begin and the end of each in args.results."""
+    names = args.names
     with open(args.results, "a") as results:
 
         def tell(name: str, found: dict[str, Any]) -> None:
@@ -520,11 +549,8 @@ def run_apart(names: list[str], args: argparse.Namespace) -> dict[str, dict[str,
     found: dict[str, dict[str, Any]] = {}
     while left := [name for name in names if name not in found]:
         results = Path(args.folder) / f"results-{'-'.join(left)}.jsonl"
-        shared = [
-            f"--{name}={getattr(args, name)}" for name in ("size", "folder", "requests", "packed", "positions", "steps")
-        ]
-        command = [sys.executable, __file__, f"--child={','.join(left)}", f"--results={results}", *shared]
-        command += ["--lengths", *map(str, args.lengths)]
+        given = {**vars(args), "names": left, "results": str(results), "left": None}
+        command = [sys.executable, __file__, "--child", json.dumps(given)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, args.left()))
             reason = f"the process ended with {done.returncode}: {' | '.join(done.stderr.splitlines()[-3:])[:600]}"
@@ -540,30 +566,10 @@ def run_apart(names: list[str], args: argparse.Namespace) -> dict[str, dict[str,
     return found
 
 
-def write_model(folder: Path, size: str, positions: int) -> None:
-    """A model folder with random weights in the shape of `size`, and the project's small tokenizer."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    layers, hidden, heads, kv_heads, head, ffn, vocab = SHAPES[size]
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head,
-        max_position_embeddings=positions,
-        tie_word_embeddings=True,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-
-
 def main() -> None:
     """Runs the checks in order while there is time, prints a line for each, and writes one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, default="0.6b" if GPU else "toy")
+    parser.add_argument("--size", choices=common.SHAPES, default="0.6b" if GPU else "toy")
     parser.add_argument("--requests", type=int, default=256 if GPU else 16)
     parser.add_argument("--lengths", type=int, nargs=2, default=(100, 1024) if GPU else (8, 40))
     parser.add_argument("--packed", type=int, default=8192 if GPU else 512, help="tokens of a micro-batch in training")
@@ -571,17 +577,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8 if GPU else 3)
     parser.add_argument("--seconds", type=float, default=600.0, help="no check begins after that")
     parser.add_argument("--only", default="", help=f"of {','.join(ORDER)}")
-    parser.add_argument("--out", default="gpu_smoke.json")
-    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--out", default="", help="default: see above")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--results", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child:
+        return run_child(argparse.Namespace(**json.loads(args.child)))
+    names = args.only.split(",") if args.only else ORDER
+    if wrong := [name for name in names if name not in ORDER]:
+        parser.error(f"--only={args.only}: {wrong[0]!r} is no check; they are {','.join(ORDER)}")
+    keep = GPU and not args.only
+    out = Path(args.out or (common.baseline("gpu_smoke") if keep else "gpu_smoke.json"))
     until = time.monotonic() + args.seconds
     args.left = lambda: until - time.monotonic()
-    if args.child:
-        run_child(args)
-        return
-    names = [name for name in ORDER if not args.only or name in args.only.split(",")]
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if GPU else "cpu",
         "gpus": torch.cuda.device_count(),
@@ -590,23 +597,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
         if args.left() > 0:
-            write_model(Path(folder), args.size, args.positions)
-        while names:
-            alone = names[0] in APART or names[0] == "memory_fsdp"
-            end = next((i for i, name in enumerate(names) if name in APART or name == "memory_fsdp"), len(names))
-            group = names[: 1 if alone else end]
-            names = names[len(group) :]
+            common.write_model(Path(folder), args.size, args.positions)
+        alone = {*APART, "memory_fsdp"}
+        for separate, members in itertools.groupby(names, lambda name: name if name in alone else ""):
+            group = list(members)
             if args.left() <= 0:
                 found = {name: {"verdict": "skipped", "reason": "no time left"} for name in group}
-            elif group[0] in APART:
-                found = {group[0]: outcome(lambda check=APART[group[0]]: check(args))}
+            elif separate in APART:
+                found = {separate: outcome(lambda check=APART[separate]: check(args))}
             else:
                 found = run_apart(group, args)
             for name, one in found.items():
                 print(f"{one['verdict']:<8}{name:<18}{one.get('reason', '')}", flush=True)
             figures["checks"] |= found
-            Path(args.out).write_text(json.dumps({**common.provenance(), **figures}, indent=1, default=str) + "\n")
-    print(args.out)
+            out.write_text(json.dumps({**common.provenance(), **figures}, indent=1, default=str) + "\n")
+    print(out)
 
 
 if __name__ == "__main__":

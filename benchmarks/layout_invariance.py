@@ -17,6 +17,7 @@ the distance is that.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ import torch
 
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config.load import load_config
+from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
 from skyrl.distributed.collectives import all_reduce_sum
 from skyrl.distributed.init import World, init_distributed, shutdown
@@ -115,22 +117,22 @@ def rows_of(step: int, world: World) -> list[Datum]:
     return rebalance(world, [row for _, _, row in mine])
 
 
+@functools.cache
+def config_of(shape: str) -> RunConfig:
+    """What all layouts of a model have in common."""
+    channels, layers, heads, ffn = SHAPES[shape]
+    sizes = dict(hidden_size=channels, num_layers=layers, num_heads=heads, num_kv_heads=heads // 2, ffn_size=ffn)
+    return load_config([*(f"model.tiny.{name}={value}" for name, value in sizes.items()), "run.threads=1"])
+
+
 def train_one(layout: Layout, shape: str, adam: AdamParams = ADAM) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Whole parameters after the steps (rank 0; {} elsewhere) and the loss of each step. Collective."""
-    channels, layers, heads, ffn = SHAPES[shape]
-    cfg = load_config(
-        [
-            f"model.tiny.hidden_size={channels}",
-            f"model.tiny.num_layers={layers}",
-            f"model.tiny.num_heads={heads}",
-            f"model.tiny.num_kv_heads={heads // 2}",
-            f"model.tiny.ffn_size={ffn}",
-            f"model.dtype={layout.dtype}",
-            f"strategy.name={layout.strategy}",
-            f"batch.max_tokens_per_microbatch={layout.budget}",
-            f"batch.packing={str(layout.packing).lower()}",
-            "run.threads=1",
-        ]
+    cfg = config_of(shape)
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, dtype=layout.dtype),
+        strategy=replace(cfg.strategy, name=layout.strategy),
+        batch=replace(cfg.batch, max_tokens_per_microbatch=layout.budget, packing=layout.packing),
     )
     world = init_distributed(cfg)
     engine = Engine(cfg, world, dtype=layout.dtype, strategy=layout.strategy, max_row_tokens=LONGEST)

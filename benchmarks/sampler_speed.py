@@ -12,46 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from common import SHAPES, qwen3, write
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM
 from skyrl.sampler.make import make_sampler
 from skyrl.types import SampleRequest, SamplingParams
 
-ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {  # layers, channels, feed-forward channels, heads, key/value heads, vocabulary
-    "tiny": (4, 256, 704, 4, 2, 512),
-    "m12": (6, 384, 1024, 6, 2, 4096),
-    "m100": (12, 768, 2304, 12, 4, 16384),
-}
-
-
-def build(size: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """A random Qwen3 of a named size with heads of 64 channels and a tied head."""
-    layers, hidden, ffn, heads, kv_heads, vocab = SHAPES[size]
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, head_dim=64,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048,
-        tie_word_embeddings=True, attn_implementation="sdpa",
-    )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(config).to(dtype).eval()
-
 
 def peer(size: str, args: argparse.Namespace, ids: torch.Tensor) -> Callable[[], int]:
     """One turn of generate with a static cache."""
-    net = build(size, getattr(torch, args.dtype))
+    net = qwen3(size, getattr(torch, args.dtype))
 
     def turn() -> int:
         out = net.generate(
@@ -66,7 +43,7 @@ def peer(size: str, args: argparse.Namespace, ids: torch.Tensor) -> Callable[[],
 
 def ours(size: str, args: argparse.Namespace, ids: torch.Tensor, backend: str) -> tuple[Callable[[], int], str]:
     """One turn of the sampler, prefill included, and the name of the path that ran."""
-    model = CausalLM(build(size, getattr(torch, args.dtype)))
+    model = CausalLM(qwen3(size, getattr(torch, args.dtype)))
     length = args.prompt + args.new
     sampler = make_sampler(model, SamplerConfig(backend=backend), decode=str, max_length=length)
     version = 0
@@ -101,7 +78,7 @@ def compare(size: str, args: argparse.Namespace) -> dict[str, object]:
             seconds[name].append(time.perf_counter() - start)
     result: dict[str, object] = {
         "size": size,
-        "parameters": sum(p.numel() for p in build(size, torch.float32).parameters()),
+        "parameters": sum(p.numel() for p in qwen3(size, torch.float32).parameters()),
         "backend": backend,
     }
     for name, times in seconds.items():
@@ -110,20 +87,6 @@ def compare(size: str, args: argparse.Namespace) -> dict[str, object]:
     result["ratio"] = round(min(seconds["generate_static"]) / min(seconds["sampler"]), 2)
     result["load"] = round(os.getloadavg()[0], 2)
     return result
-
-
-def facts(args: argparse.Namespace) -> dict[str, object]:
-    """Hardware, versions, commit and command."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "threads": args.threads},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": commit,
-        "command": " ".join(["python", "benchmarks/sampler_speed.py", *sys.argv[1:]]),
-        "workload": {key: getattr(args, key) for key in ("dtype", "batch", "prompt", "new", "repeats")},
-    }
 
 
 def main() -> None:
@@ -147,10 +110,8 @@ def main() -> None:
         results.append(compare(size, args))
         print(json.dumps(results[-1]), flush=True)
     if args.write:
-        path = ROOT / "benchmarks" / "baselines" / f"cpu-{os.cpu_count()}core" / "sampler_speed.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**facts(args), "results": results}, indent=1) + "\n")
-        print(path)
+        workload = {key: getattr(args, key) for key in ("dtype", "batch", "prompt", "new", "repeats", "threads")}
+        print(write("sampler_speed", {"workload": workload, "results": results}))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import common  # noqa: E402
 KINDS = "ddp fsdp fsdp+all hsdp/2 zero1 zero1+optimizer zero2 zero2+optimizer zero3 zero3+optimizer zero3+all".split()
 MODEL = "hidden_size=256 num_layers=4 num_heads=4 num_kv_heads=2 ffn_size=704 vocab_size=2048".split()
 ROWS = 16
+GAP_LIMITS = (1e-5, 2e-2)  # of a loss, whose weights sum to 1: in float32 on a CPU, in bfloat16 on a GPU
 # Ranks are forked from a process that has imported everything: the memory of a rank is then that of its model.
 FORKS = multiprocessing.get_context("forkserver")
 
@@ -209,8 +210,7 @@ def line(found: dict[str, Any], reference: list[float]) -> str:
     def mib(key: str) -> str:
         return f"{sum(part['bytes'] for part in found[key].values()) / 2**20:>8.1f}"
 
-    gap = max(abs(a - b) for a, b in zip(found["losses"], reference, strict=True))
-    found["loss_gap"] = gap
+    gap = found["loss_gap"] = max(abs(a - b) for a, b in zip(found["losses"], reference, strict=True))
     kinds = " ".join(f"{k}:{v['bytes'] / 2**20:.1f}/{v['calls']}" for k, v in found["step"].items())
     return (
         f"{found['kind']:<16}{found['ranks']:>3}{found['step_seconds']:>9.3f}{found['peak_bytes'] / 2**20:>9.0f}"
@@ -241,6 +241,11 @@ def main() -> None:
                 continue
             found.append(measure(kind, ranks, args.steps))
             print(line(found[-1], found[0]["losses"]), flush=True)
+    limit = GAP_LIMITS[torch.cuda.is_available()]
+    if wrong := [
+        f"{one['kind']} on {one['ranks']} ranks: {one['loss_gap']:.1e}" for one in found if one["loss_gap"] > limit
+    ]:
+        raise SystemExit(f"losses differ from {found[0]['kind']}'s by more than {limit:.0e}: {'; '.join(wrong)}")
     if not args.dry:
         print(common.write("strategies", {"model": MODEL, "rows": ROWS, "layouts": found}))
 

@@ -1,10 +1,8 @@
-"""Program of tests/test_checkpoint_ranks.py, run by torchrun: `save <folder>` or `load <folder>`."""
+"""What each rank of tests/test_checkpoint_ranks.py does."""
 
 import errno
 import os
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -150,9 +148,8 @@ def load(folder, rank, saver, mesh):
     saver.save(f"from-{saver.world_size}", tensors, {"step": 4}, score=None, block=True)
 
 
-def main():
-    torch.set_num_threads(1)
-    action, folder = sys.argv[1], Path(sys.argv[2])
+def run(action, folder):
+    """`save` or `load`, on one of the ranks that the environment tells of."""
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     saver = Checkpointer(
@@ -165,10 +162,6 @@ def main():
         group=dist.new_group(backend="gloo"),
     )
     mesh = init_device_mesh("cpu", (world_size,))
-    {"save": save, "load": load}[action](folder, rank, saver, mesh)
+    action(folder, rank, saver, mesh)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

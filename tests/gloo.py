@@ -13,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _SERVER = multiprocessing.get_context("forkserver")
+# DeepSpeed's start brings torch's compiler along; beside a GPU it would look at that before the fork.
+_DEEPSPEED = [] if torch.cuda.is_available() else ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 _SERVER.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "skyrl.trainers.rl", "skyrl.sampler.runners.cpu_kernels"]
+    ["torch.distributed.fsdp", "skyrl.trainers.rl", "skyrl.sampler.runners.cpu_kernels", "tests.forked", *_DEEPSPEED]
 )
 
 
@@ -60,8 +64,6 @@ def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
 
 
 def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ SPEC = LossSpec("ppo", {"clip_low": 0.2, "clip_high": 0.2}, temperature=0.9, kl_
 ADAM = AdamParams(lr=1e-3, weight_decay=0.1, grad_clip_norm=0.1)
 
 
+@functools.cache  # a config never changes, and composing one takes longer than making its engine
 def small_config(*overrides: str) -> RunConfig:
     """The default recipe over a model of some 19,000 parameters."""
     return load_config([*SMALL, *overrides])

@@ -171,7 +171,7 @@ def _judge_all(store: Any, size: int, seconds: int) -> tuple[str, str] | None:
     hosts = {rank: {"host": store.get(f"here/{rank}").decode()} for rank in late}
     return "run", (
         f"{_names(hosts, late)} came, and did not say within run.join_seconds={seconds} which device it has: killed, "
-        "or its driver does not answer (see nvidia-smi there); leave that node out"
+        "or its driver does not answer (see nvidia-smi or rocm-smi there); leave that node out"
     )
 
 
@@ -194,7 +194,7 @@ def judge(found: dict[int, dict[str, Any]]) -> str | None:
         if owner != rank:
             return (
                 f"ranks {owner} and {rank} on {facts['host']} have the same GPU ({facts['device']}, {facts['uuid']}); "
-                "start one process for each GPU, with torchrun, or give each its own CUDA_VISIBLE_DEVICES"
+                "start one process for each GPU, with torchrun, or give each its own {CUDA,HIP}_VISIBLE_DEVICES"
             )
     return None
 

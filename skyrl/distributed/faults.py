@@ -23,7 +23,7 @@ UNITS = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
 OVER_MORE_RANKS = "strategy.name=fsdp or zero3 over more ranks"
 STARTING = "the start"
 PHASE_REMEDIES = {
-    STARTING: "nothing of this run is loaded yet: see in nvidia-smi what fills it, end that or use another node",
+    STARTING: "nothing of this run is loaded yet: nvidia-smi (rocm-smi) shows what fills it: end that, or change nodes",
     "generation": f"lower sampler.kv_cache_gib or sampler.max_running, or {OVER_MORE_RANKS}",
     "training": "lower batch.max_tokens_per_microbatch or model.logits_chunk_tokens, set "
     f"model.activation_checkpointing=true, or {OVER_MORE_RANKS}",
@@ -46,10 +46,10 @@ class Fault:
 
 
 _LAST_CHECKPOINT = "the same command goes on from the last checkpoint"
-_BROKEN = f"leave this GPU or node out and tell who runs it (dmesg shows its Xid); {_LAST_CHECKPOINT}"
+_BROKEN = f"leave this GPU or node out and tell who runs it (dmesg says more); {_LAST_CHECKPOINT}"
 _KERNEL = (
-    "CUDA_LAUNCH_BLOCKING=1 shows the line that started it; where it comes and goes, a GPU is broken (dmesg shows its "
-    f"Xid); {_LAST_CHECKPOINT}"
+    "CUDA_LAUNCH_BLOCKING=1 (AMD_SERIALIZE_KERNEL=3 on ROCm) shows the line that started it; where it comes and goes, "
+    f"a GPU is broken (dmesg says so); {_LAST_CHECKPOINT}"
 )
 # Before the words of a fault of a GPU, on the same line: a user's "illegal instruction" is about something else.
 _CUDA_SAYS = r"(\b(CUDA|HIP) (driver |runtime )?(error|failure)|Triton Error|NVML).*"
@@ -73,7 +73,7 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
     (
         "gpu",
         r"device\(s\) is/are busy or unavailable",
-        "another process holds the GPU, or it is in exclusive mode: nvidia-smi shows which; end it or use another GPU",
+        "another process holds the GPU, or it is in exclusive mode (nvidia-smi, rocm-smi): end it or use another GPU",
     ),
     (
         "setup",
@@ -83,8 +83,8 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
     (
         "kernel",
         r"device-side assert triggered",
-        "an index is out of range, most often a token id beyond the model's vocabulary; CUDA_LAUNCH_BLOCKING=1 shows "
-        "where",
+        "an index is out of range, most often a token id beyond the model's vocabulary; CUDA_LAUNCH_BLOCKING=1 "
+        "(AMD_SERIALIZE_KERNEL=3 on ROCm) shows where",
     ),
     (
         "kernel",
@@ -96,14 +96,14 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
     (
         "setup",
         r"driver version is insufficient|driver on your system is too old|Found no NVIDIA driver|"
-        r"no CUDA-capable device|No CUDA GPUs are available|driver initialization failed|system not yet initialized|"
-        r"CUDA unknown error|CUDA error: (unknown error|initialization error)",
-        "see whether nvidia-smi works here, mend the driver or use another node; skyrl-tx doctor says more",
+        r"no (CUDA|ROCm)-capable device|No (CUDA|HIP) GPUs are available|driver initialization failed|"
+        r"system not yet initialized|(CUDA|HIP) unknown error|(CUDA|HIP) error: (unknown error|initialization error)",
+        "see whether nvidia-smi (rocm-smi) works here, mend the driver or use another node; skyrl-tx doctor says more",
     ),
     (
         "setup",
         r"not compiled with CUDA|doesn't have NCCL built in|ProcessGroupNCCL is only supported with GPUs",
-        "install a torch built for CUDA, or give strategy.device=cpu",
+        "install a torch built for this machine's GPUs (CUDA or ROCm), or give strategy.device=cpu",
     ),
     ("setup", r"Duplicate GPU detected", "start one process for each GPU, with torchrun or srun --gpus-per-task=1"),
     ("setup", r"Mismatched NCCL version", "give all nodes the same environment"),

@@ -57,7 +57,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         try:
             loaded = ctypes.CDLL(str(_build(compiler, cache)))
         except OSError:  # a home that is full, cannot be written to or runs no programs: anew for this process
-            loaded = ctypes.CDLL(str(_build(compiler, Path(tempfile.mkdtemp(prefix="skyrl-kernels-")))))
+            with tempfile.TemporaryDirectory(prefix="skyrl-kernels-", ignore_cleanup_errors=True) as own:
+                loaded = ctypes.CDLL(str(_build(compiler, Path(own))))  # stays in memory when the file has gone
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler} failed: {str(getattr(error, 'stderr', '') or error).strip().splitlines()[-1:]}"
     for name, arguments in _ARGUMENTS.items():

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skyrl import kernels
+from skyrl.planner.memory import KEEP_SCORES
 
 BLOCK = 32  # products summed in one accumulator: 32 halves the error of a K of 256
-KEEP_SCORES = 1 << 24  # weights of attention that are kept for the backward pass, 64 MiB a layer and bucket of rows
 CHUNK_SCORES = 1 << 19  # float64 scores of attention that exist at once, 4 MiB: stays in the cache
 PACK_ROWS = 32  # oneDNN packs weights for a number of rows; other numbers work as well
 

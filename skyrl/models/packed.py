@@ -23,8 +23,9 @@ from skyrl.models import exact_ops
 from skyrl.models.fallbacks import warn_fallback
 from skyrl.types import Datum, Microbatch, UserError
 
-# Above this many scores of one bucket (B x H x L x L) the fused kernel is used, which keeps none of them. Capped ones,
-# which it cannot compute, are kept up to exact_ops.KEEP_SCORES for all buckets; no more than MAX_SCORES exist at once.
+# Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them. On
+# a GPU, and where they are capped, above KEEP_SCORES, which the memory plan counts (planner/memory.py). Capped ones,
+# which that kernel cannot compute, are then computed twice; no more than MAX_SCORES exist at once.
 MAX_SCORES = 1 << 26
 # Rows shorter than this part of the longest row of their bucket open a bucket of their own.
 BUCKET_RATIO = 0.75
@@ -310,7 +311,8 @@ class PackedAttention:
             value.split([n * kv_heads for n in sizes]),
             strict=True,
         )
-        outs, keep = [], sum(rows * heads * longest**2 for rows, longest in shapes) <= exact_ops.KEEP_SCORES
+        scores = sum(rows * heads * longest**2 for rows, longest in shapes)
+        outs, keep = [], scores <= (exact_ops.KEEP_SCORES if softcap or query.is_cuda else MAX_SCORES)
         for (rows, longest), q, k, v in parts:
             q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
@@ -319,9 +321,9 @@ class PackedAttention:
             if sampled and exact_ops.kernel_can_attend(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
                 q, k, v = (x.reshape(rows * kv_heads, -1, x.shape[-1]) for x in (q, k, v))
                 out = exact_ops.attend_causal(q, k, v, scale)
-            elif keep if softcap else rows * heads * longest * longest <= MAX_SCORES:
+            elif keep:
                 out = self._products(q, k, v, scale, cut, softcap)
-            elif softcap:
+            elif softcap or (q.is_cuda and q.dtype == torch.float64):  # for which a GPU's fused kernel is none
                 out = self._in_blocks(q, k, v, scale, cut, softcap)
             else:
                 out = self._fused(q, k, v, scale, cut)
@@ -350,8 +352,8 @@ class PackedAttention:
         out = torch.bmm(torch.softmax(scores, -1), v.reshape(rows * kv_heads, longest, -1))
         return out.view(rows, kv_heads, group, longest, -1)
 
-    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
-        """The same for capped scores, a block of queries at a time; the backward pass computes each block's again."""
+    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any) -> Tensor:
+        """The same a block of queries at a time; the backward pass computes each block's scores again."""
         rows, kv_heads, group, longest, _ = q.shape
         k, v = k.reshape(rows * kv_heads, longest, -1), v.reshape(rows * kv_heads, longest, -1)
         # scores, capped, weights and a gradient exist together
@@ -363,7 +365,7 @@ class PackedAttention:
             behind = queries - torch.arange(low, low + k.shape[1], device=q.device)
             unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
             scores = torch.bmm(q.reshape(rows * kv_heads, group * count, -1), k.transpose(1, 2)) * scale
-            scores = torch.tanh(scores / softcap) * softcap
+            scores = torch.tanh(scores / softcap) * softcap if softcap else scores
             weights = torch.softmax(scores.masked_fill(unseen.repeat(group, 1), float("-inf")), -1)
             return torch.bmm(weights, v).view(rows, kv_heads, group, count, -1)
 

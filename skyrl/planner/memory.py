@@ -23,6 +23,7 @@ from skyrl.types import UserError
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 LOGITS_CHUNK_BYTES = 64 << 20
+KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
 CPU_CACHE_LIMIT = GIB
 # Part of a GPU's memory that no plan spends: what the allocator cannot use between its blocks, workspaces of libraries.
 SPARE = 0.05
@@ -32,7 +33,8 @@ CONTEXT = GIB  # of the CUDA context and the interpreter, before anything of thi
 @dataclass(frozen=True)
 class ModelSizes:
     """What the plan has to know about a model. `num_parameters` counts tied weights once; `matmul_parameters` are those
-    that one token goes through: without an untied input embedding, and with the experts that it visits only."""
+    that one token goes through: without an untied input embedding, and with the experts that it visits only. `capped`:
+    attention caps its scores."""
 
     name: str
     num_parameters: int
@@ -45,6 +47,7 @@ class ModelSizes:
     head_size: int
     vocab_size: int
     max_positions: int
+    capped: bool = False
 
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token over all layers."""
@@ -143,6 +146,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         head_size=_first(text, "head_dim") or text.hidden_size // heads,
         vocab_size=text.vocab_size,
         max_positions=_first(text, "max_position_embeddings") or 1 << 30,
+        capped=bool(_first(text, "attn_logit_softcapping")),
     )
 
 
@@ -253,6 +257,14 @@ def layer_values(sizes: ModelSizes, *, half: bool) -> int:
     return 7 * sizes.hidden_size + 4 * heads + 4 * sizes.ffn_size + (2 * sizes.hidden_size + heads if half else 0)
 
 
+def kept_scores(sizes: ModelSizes, tokens: int, row_tokens: int, *, dtype: str) -> int:
+    """Numbers that one layer's attention keeps on a GPU besides layer_values(): none where FlashAttention takes the
+    model (models/packed.py, varlen_refusal), else its weights up to KEEP_SCORES, of capped scores these as well."""
+    if dtype == "bfloat16" and not sizes.capped and sizes.head_size <= 256 and sizes.head_size % 8 == 0:
+        return 0
+    return min(KEEP_SCORES, sizes.num_heads * tokens * row_tokens) * (2 if sizes.capped else 1)
+
+
 def estimate(
     cfg: RunConfig, sizes: ModelSizes, *, world_size: int, dtype: str, strategy: str, device: str, row_tokens: int
 ) -> MemoryEstimate:
@@ -276,10 +288,12 @@ def estimate(
         weights, masters, gradients, optimizer, sharded = frozen, 0, 0, 0, beside in ("fsdp", "hsdp")
         adapter = trained_parameters(cfg, sizes) * ((compute if compute < master else 0) + 4 * master)
     critic = weights + masters + gradients + optimizer if advantage_of(cfg).critic else 0
-    layer = layer_values(sizes, half=compute < 4)
-    tokens = max(cfg.batch.max_tokens_per_microbatch, min(row_tokens, sizes.max_positions))
+    longest = min(row_tokens, sizes.max_positions)
+    tokens = max(cfg.batch.max_tokens_per_microbatch, longest)
+    layer = tokens * layer_values(sizes, half=compute < 4)
+    layer += kept_scores(sizes, tokens, longest, dtype=dtype) if device == "cuda" else 0
     if cfg.model.activation_checkpointing:
-        kept = sizes.num_layers * sizes.hidden_size + layer
+        kept = sizes.num_layers * tokens * sizes.hidden_size + layer
     else:
         kept = sizes.num_layers * layer
     chunk = min(cfg.model.logits_chunk_tokens, tokens) * sizes.vocab_size * 4 or LOGITS_CHUNK_BYTES
@@ -300,7 +314,7 @@ def estimate(
         adapter=adapter,
         reference=frozen if algorithm.kl.coef > 0 and not lora.rank else 0,
         critic=critic,
-        activations=tokens * kept * compute,
+        activations=kept * compute,
         logits=2 * chunk,  # the chunk and its gradient
         transient=_transient(cfg, sizes, compute, master, sharded, trained=not lora.rank),
         # without a fused kernel AdamW takes a root of every second moment

@@ -28,6 +28,18 @@ def square_sum(tensor: Tensor) -> Tensor:
     return blocks + torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
 
 
+def make_adam(params: Sequence[Tensor], *, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over these weights; fused on a GPU in any case: one kernel, and no root of every second moment besides. It
+    has its state from the start, so that a checkpoint always has the same tensors; the number of steps lies where a
+    fused kernel wants it."""
+    fused = fused or params[0].device.type == "cuda"
+    adam = torch.optim.AdamW(params, lr=0.0, fused=fused, foreach=not fused)
+    for p in params:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        adam.state[p] = {"step": step, **{key: torch.zeros_like(p) for key in MOMENTS}}
+    return adam
+
+
 def set_options(optimizer: torch.optim.Optimizer, adam: AdamParams) -> None:
     """Makes the next step one with these parameters: they belong to the call, not to the optimizer."""
     for group in optimizer.param_groups:

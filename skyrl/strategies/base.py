@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Strategy(Protocol):
+class Strategy(ABC):
     """Sums gradients over micro-batches, calls and ranks; never averages. Every method is collective.
 
     Why sums: a mean needs a denominator, and with rows of unequal length every way of cutting the batch into ranks and
@@ -34,9 +35,11 @@ class Strategy(Protocol):
     module: Any  # a CausalLM, or what DeepSpeed makes of one
     is_sharded: bool
 
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` (this rank's sum) to what is pending."""
 
+    @abstractmethod
     def optim_step(self, adam: AdamParams) -> Metrics:
         """Sums the pending gradient over ranks, clips it, makes one AdamW step and clears it.
 
@@ -44,9 +47,11 @@ class Strategy(Protocol):
         RunError on every rank before any weight changes. With nothing pending the gradient counts as zero.
         """
 
+    @abstractmethod
     def clear_gradient(self) -> None:
         """Drops what is pending, also what is not finite; weights and moments stay as they are, bit for bit."""
 
+    @abstractmethod
     def gathered(self) -> Any:
         """A module with whole weights as they are now on every rank, which may be called without collectives until the
         weights change: the model itself, or a copy that every later call fills in place where they have changed."""
@@ -55,6 +60,7 @@ class Strategy(Protocol):
         """Gives the memory of such a copy back; the next `gathered` makes another."""
         return None
 
+    @abstractmethod
     def attach(self, adapter: nn.Module) -> Strategy:
         """The layout of a trainable adapter (models.lora) over this frozen model."""
 
@@ -67,9 +73,11 @@ class Strategy(Protocol):
         """Takes `offload` back, bit for bit."""
         return None
 
+    @abstractmethod
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Tensors and DTensors by name, ready for torch.distributed.checkpoint; full precision (masters)."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any], *, optimizer: bool) -> None:
         """Takes back what `state_dict` gave, after it was filled."""
 

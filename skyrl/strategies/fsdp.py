@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from skyrl.distributed.init import World
-from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
+from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, make_adam, square_sum
 from skyrl.strategies.base import Strategy, full_tensor, put_state
 from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.strategies.whole import WholeCopy
@@ -33,7 +33,7 @@ from skyrl.types import AdamParams, Metrics
 
 
 class FSDPStrategy(Strategy):
-    """Strategy protocol over `fully_shard`, one unit per decoder layer and one for the rest.
+    """A strategy over `fully_shard`, one unit per decoder layer and one for the rest.
 
     `build` makes the module, on the meta device, with masters' dtype; `fill(module, device)` puts weights into a module
     whose parameters are whole or sharded. Sampling reads a second, whole module in the compute dtype, made by `build`
@@ -88,16 +88,9 @@ class FSDPStrategy(Strategy):
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.AdamW | None = None
         if trainable:
-            # Fused on a GPU: one kernel, and no root of every second moment besides. On a CPU the two kinds differ in
-            # the last bit; foreach stays there, so that runs of before go on as they were.
-            fused = offload or world.device.type == "cuda"
-            self._optimizer = torch.optim.AdamW([p for _, p in self._named], lr=0.0, fused=fused, foreach=not fused)
-            for _, p in self._named:  # state from the start: a checkpoint always has the same tensors
-                self._optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),  # where a fused kernel wants it
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+            # On a CPU the two kinds differ in the last bit; foreach stays there, so that runs of before go on as they
+            # were.
+            self._optimizer = make_adam([p for _, p in self._named], fused=offload)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` to the pending shards; collective (reduce-scatter per layer)."""

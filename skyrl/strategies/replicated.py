@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from skyrl.distributed.init import World
-from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
+from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, make_adam, square_sum
 from skyrl.strategies.base import Strategy, put_state
 from skyrl.types import AdamParams, Metrics
 
@@ -26,7 +26,7 @@ _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that
 
 
 class ReplicatedStrategy(Strategy):
-    """Strategy protocol over flat buffers.
+    """A strategy over flat buffers.
 
     With bfloat16 parameters, gradients are added into a float32 buffer after every backward, and AdamW works on
     float32 masters that are rounded into the parameters after each step. With float32 or float64 the parameters are
@@ -68,13 +68,7 @@ class ReplicatedStrategy(Strategy):
         self._master = nn.Parameter(self.flat.float() if low else self.flat)
         self._grad = torch.zeros_like(self._master)
         self._master.grad = self._grad
-        self._optimizer = torch.optim.AdamW([self._master], lr=0.0, fused=True)
-        # State from the start, so that a checkpoint has the same tensors before and after the first step.
-        self._optimizer.state[self._master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=self.flat.device),
-            "exp_avg": torch.zeros_like(self._master),
-            "exp_avg_sq": torch.zeros_like(self._master),
-        }
+        self._optimizer = make_adam([self._master])
         for name, p in self._named:
             if low:
                 p.register_post_accumulate_grad_hook(_adds_into(weakref.ref(self), name))

@@ -52,7 +52,7 @@ _BUCKET_ELEMENTS = 50_000_000  # reduced or gathered at a time: 200 MB in float3
 
 
 class ZeroStrategy(Strategy):
-    """Strategy protocol over a DeepSpeed engine; trainable models only (a frozen one has nothing for ZeRO to shard).
+    """A strategy over a DeepSpeed engine; trainable models only (a frozen one has nothing for ZeRO to shard).
 
     `model` holds whole weights, on the CPU for stage 3 and on the device otherwise; zero3 takes it apart and moves this
     rank's part to the device. `build` makes another module on the meta device, for the whole copy that zero3 samples

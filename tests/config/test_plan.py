@@ -1,5 +1,6 @@
 """Numbers of the plan: shares of ranks, schedules, what is due, memory, dry runs of every recipe."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -201,6 +202,31 @@ def test_a_missing_model_is_one_line(tmp_path):
         with pytest.raises(UserError) as error:
             model_sizes(load_config([f"model.path='{path}'"]))
         assert str(error.value).startswith(f"model.path={path}:") and "\n" not in str(error.value)
+
+
+ODD = {
+    "auto": {"torch_dtype": "auto"},
+    "a text where a number belongs": {"hidden_size": "64"},
+    "no number at all": {"num_hidden_layers": None},
+    "a list": {"intermediate_size": [128]},
+    "a number where a table belongs": {"rope_parameters": 3},
+    "heads that are none": {"num_attention_heads": 0},
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_a_config_with_odd_values_is_one_line_or_a_model(odd, tmp_path):
+    """Whatever the class makes of them, TypeError and AttributeError too."""
+    values = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps({**values, "vocab_size": 512, **odd}))
+    cfg = load_config([f"model.path={tmp_path}"])
+    if "torch_dtype" in odd:
+        assert model_sizes(cfg).num_layers == 2
+        return
+    with pytest.raises(UserError, match=f"^model.path={tmp_path}: ") as error:
+        model_sizes(cfg)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

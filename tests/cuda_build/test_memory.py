@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from skyrl.models.packed import collate
+from skyrl.strategies.adam import make_adam
 from skyrl.types import Datum
 
 
@@ -23,15 +24,13 @@ def test_a_micro_batch_reaches_the_gpu_by_one_copy(fake_cuda, operators):
 
 
 def test_adamw_over_shards_is_one_fused_kernel_without_a_synchronisation(operators):
-    """As FSDPStrategy makes it: sharded parameters, the number of steps beside them on the device."""
+    """As FSDPStrategy makes it without offload: sharded parameters, the number of steps beside them on the device."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         mesh = init_device_mesh("cuda", (2,))
         with FakeTensorMode():
             p = torch.nn.Parameter(DTensor.from_local(torch.zeros(4, 3, device="cuda:0"), mesh, [Shard(0)]))
-            adam = torch.optim.AdamW([p], lr=1e-3, fused=True, foreach=False)
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adam = make_adam([p], fused=False)
             p.grad = torch.zeros_like(p)
             with operators:
                 adam.step()

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 from skyrl.models import packed
 from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.packed import PackedAttention, PaddedAttention, banned, collate
+from skyrl.planner import memory
+from skyrl.planner.memory import ModelSizes
 from skyrl.types import Datum, UserError
 
 H, K, C = 4, 2, 8
@@ -104,6 +106,34 @@ def test_capped_scores_are_bounded_and_not_kept(lengths, window):
     assert all(x.grad is not None for x in leaves)
 
 
+@pytest.mark.parametrize("lengths", [[128, 100, 50, 25], [300], [150] * 6], ids=["kept", "one long row", "many rows"])
+@pytest.mark.parametrize(
+    ("dtype", "channels", "softcap"),
+    [(torch.bfloat16, 264, None), (torch.bfloat16, 64, 50.0), (torch.float64, 64, None)],
+)
+def test_scores_that_a_gpu_keeps_without_flash_attention_are_in_the_plan(
+    dtype, channels, softcap, lengths, monkeypatch
+):
+    """Tensors of a CPU that say they are a GPU's; with smaller bounds."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    for module in (packed.exact_ops, memory):
+        monkeypatch.setattr(module, "KEEP_SCORES", 1 << 18)
+    tokens, kept = sum(lengths), {}
+    leaves = [torch.randn(n, tokens, channels, dtype=dtype, requires_grad=True) for n in (H, K, K)]
+
+    def keep(x):
+        if x.shape[-1] in lengths and x.shape[-2] % x.shape[-1] == 0:  # scores or weights: [..., queries, keys]
+            kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    attention = PackedAttention(starts_of(lengths), lengths)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attention.attend(0, *leaves, scale=0.1, window=None, softcap=softcap).sum().backward()
+    sizes = ModelSizes("", 0, 0, 1, 0, 0, H, K, channels, 0, 512, capped=bool(softcap))
+    counted = memory.kept_scores(sizes, tokens, max(lengths), dtype=str(dtype).removeprefix("torch."))
+    assert sum(kept.values()) <= counted <= 2 << 18 and bool(kept) == (len(lengths) == 4)
+
+
 @pytest.mark.parametrize(
     ("channels", "value_channels", "dtype", "softcap", "reason"),
     [
@@ -125,6 +155,19 @@ def test_attention_without_the_kernel_is_told(channels, value_channels, dtype, s
         out = attention.attend(0, q, k, value, scale=1.0, window=None, softcap=softcap)
     assert out.shape == (9, 4, value_channels)
     assert [reason in r.message for r in caplog.records] == ([True] if reason else [])
+
+
+def test_what_may_differ_between_ranks_is_told_by_each(monkeypatch, caplog):
+    """Which kernel there is, is the same on all; how much memory there is, may not be."""
+    caplog.set_level("DEBUG")
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        warn_fallback.cache_clear()
+        for every_rank in (False, True, True):
+            warn_fallback("short of memory", every_rank=every_rank)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records if "short of" in record.getMessage()]
+    own = ("WARNING", "rank 3: short of memory")
+    assert told == [("WARNING", "short of memory")] * 2 + [("DEBUG", "short of memory"), own]
 
 
 @pytest.mark.parametrize(("window", "softcap"), CASES)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skyrl.models.forward import CausalLM
+from skyrl.sampler.runners import paged
 from tests.families import FAMILIES, WINDOW, make_net
 from tests.sampler.tools import TOLERANCE, reference_logprobs, requests, run, sampler
 
@@ -50,3 +52,34 @@ def test_sampled_logprobs_equal_a_plain_forward(family):
     for request in asked:
         expected = reference_logprobs(model, request.tokens, drawn[request.uid].tokens)
         np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=TOLERANCE, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor with scores that an operator gives inside: [n, K, G or L, S]."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 4 and out.shape[-1] == KEYS and out.shape[-2] != 8:
+            self.size = max(self.size, out.numel())
+        return out
+
+
+KEYS = 48
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_capped_scores_of_many_sequences_are_computed_in_blocks(length, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(20, 4, length, 8), (20, 2, KEYS, 8), (20, 2, KEYS, 8)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    mask = torch.zeros(20, 1, length, KEYS, dtype=torch.float64)
+    for sequence in range(20):
+        mask[sequence, :, :, 2 * sequence + 1 :] = float("-inf")
+    want = paged.attention(q, k, v, mask, 0.5, 2.0)
+    monkeypatch.setattr(paged, "MAX_SCORES", 4 * KEYS * 3)
+    with Largest() as largest:
+        got = paged.attention(q, k, v, mask, 0.5, 2.0)
+    assert torch.equal(got, want) or (got - want).abs().max() < 1e-14
+    assert 0 < largest.size <= paged.MAX_SCORES

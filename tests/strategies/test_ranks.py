@@ -1,6 +1,10 @@
-"""The engine on several ranks, under ddp and fsdp: sums, failures, sampling. Layouts: tests/test_layouts.py."""
+"""The engine on several ranks, under ddp and fsdp: sums, failures, sampling. Layouts: tests/test_layouts.py.
+
+What all tests look at is computed by the same two and three ranks, started once each: a start costs more than a test.
+"""
 
 import copy
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_ranks
+from safetensors.torch import load_file, save_file
 from small import ADAM, SPEC, dealt, distance, make_engine, make_rows, weights_of
 
-from skyrl.engine import ModelSpec
+from skyrl.config.load import load_config
+from skyrl.distributed.init import init_distributed
+from skyrl.engine import Engine, ModelSpec
 from skyrl.types import AdamParams, Datum, SampleRequest, SamplingParams, UserError
 
 pytestmark = pytest.mark.ranks
 STRATEGIES = ["ddp", "fsdp"]
+DTYPES = ["float32", "bfloat16"]
 # Who computes row i of 10, on 3 ranks.
 DEALS = {
     "even": [i % 3 for i in range(10)],
@@ -24,6 +32,36 @@ DEALS = {
     "idle rank": [2] * 8 + [0] * 2,
     "one rank": [1] * 10,
 }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """found(body, *args): what each rank of that call returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    calls = {
+        3: [(deals_body, s) for s in STRATEGIES]
+        + [(silent_body, s, str(folder)) for s in STRATEGIES]
+        + [(replicas_body,)],
+        2: [(body, s) for body in (accumulation_body, failure_body, frozen_body) for s in STRATEGIES]
+        + [(sampled_body, s, dtype) for s in STRATEGIES for dtype in DTYPES]
+        + [(stale_body, "true"), (stale_body, "false"), (buffers_body,), (broken_body, broken_model(folder / "model"))],
+    }
+    results = {}
+
+    def look_up(body, *args):
+        for size, some in calls.items():
+            for place, call in enumerate(some):
+                if call[: 1 + len(args)] == (body, *args):
+                    if size not in results:
+                        results[size] = run_ranks(size, call_all, some, timeout=280)
+                    return [rank[place] for rank in results[size]]
+        raise LookupError(body, args)
+
+    return look_up
+
+
+def call_all(calls):
+    return [body(*args) for body, *args in calls]
 
 
 def share(rows, deal, engine):
@@ -71,9 +109,9 @@ def deals_body(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_whoever_computes_a_row_the_sums_are_the_same(strategy):
+def test_whoever_computes_a_row_the_sums_are_the_same(found, strategy):
     want, want_metrics = one_rank()
-    ranks = run_ranks(3, deals_body, strategy)
+    ranks = found(deals_body, strategy)
     for name in DEALS:
         weights, metrics = ranks[0][name]
         assert distance(weights, want) < 1e-14, name
@@ -108,8 +146,8 @@ def accumulation_body(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_calls_add_up_and_a_forward_leaves_no_trace(strategy):
-    (want, loss), *others = run_ranks(2, accumulation_body, strategy)[0]
+def test_calls_add_up_and_a_forward_leaves_no_trace(found, strategy):
+    (want, loss), *others = found(accumulation_body, strategy)[0]
     for weights, seen in others:
         assert distance(weights, want) < 1e-14
         assert seen == pytest.approx(loss, rel=1e-12)
@@ -141,8 +179,8 @@ def stale_body(reshard):
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
-def test_a_forward_under_fsdp_never_uses_gathered_weights_of_before(reshard):
-    for first, second, back in run_ranks(2, stale_body, reshard):
+def test_a_forward_under_fsdp_never_uses_gathered_weights_of_before(found, reshard):
+    for first, second, back in found(stale_body, reshard):
         assert first > 1e-3 and second > 1e-3 and back == 0.0
 
 
@@ -168,8 +206,8 @@ def failure_body(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all(strategy):
-    for errors, moved in run_ranks(2, failure_body, strategy):
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(found, strategy):
+    for errors, moved in found(failure_body, strategy):
         assert errors[0].startswith(
             "RunError: the loss is not finite in the micro-batch of rows row7; nothing was learned"
         )
@@ -185,9 +223,33 @@ def replicas_body():
     return refused(engine.check_replicas)
 
 
-def test_a_replica_that_differs_is_named_on_every_rank():
-    texts = run_ranks(3, replicas_body)
+def test_a_replica_that_differs_is_named_on_every_rank(found):
+    texts = found(replicas_body)
     assert set(texts) == {"RunError: rank 1 holds other weights than rank 0, first in net.model.norm.weight"}
+
+
+def broken_model(folder):
+    """A model folder with one NaN, in rows of the embedding that rank 1 of 2 reads alone."""
+    make_engine().export("policy", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1, 0] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def broken_body(folder):
+    """What creating the policy says under fsdp, and that the ranks go on together."""
+    cfg = load_config([f"model.path={folder}", "strategy.name=fsdp", "run.threads=1"])
+    engine = Engine(cfg, init_distributed(cfg), dtype="float32", strategy="fsdp", max_row_tokens=64)
+    text = refused(lambda: engine.create("policy", ModelSpec()))
+    make_engine("fsdp")
+    return text
+
+
+def test_a_weight_that_is_not_finite_in_one_shard_is_refused_on_every_rank(found):
+    first, second = found(broken_body)
+    assert first == second
+    assert re.match(r"UserError: rank 1 on \S+: model.path: model.embed_tokens.weight in .* is not finite", first)
 
 
 def frozen_body(strategy):
@@ -211,8 +273,8 @@ def frozen_body(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_reference_is_the_policy_as_it_was(strategy):
-    for same, moved, text in run_ranks(2, frozen_body, strategy):
+def test_a_reference_is_the_policy_as_it_was(found, strategy):
+    for same, moved, text in found(frozen_body, strategy):
         assert same == 0.0 and moved == 0.0
         assert text == "UserError: model 'reference' is frozen"
 
@@ -245,12 +307,14 @@ def sampled_body(strategy, dtype):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_sampler_draws_from_the_trained_weights_after_every_update(size, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sampler_draws_from_the_trained_weights_after_every_update(found, size, dtype):
     limit = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
     ends = {}
     for strategy in ("single" if size == 1 else "ddp", "fsdp"):
-        for gaps, whole, weights in run_ranks(size, sampled_body, strategy, dtype):
+        for gaps, whole, weights in (
+            [sampled_body(strategy, dtype)] if size == 1 else found(sampled_body, strategy, dtype)
+        ):
             assert len(gaps) == 3 and max(gaps) < limit, (strategy, gaps)
             if weights:
                 ends[strategy] = weights
@@ -263,23 +327,24 @@ def test_the_sampler_draws_from_the_trained_weights_after_every_update(size, dty
 
 def silent_body(strategy, folder):
     """Each rank starts to draw only when the one before it has finished: a collective in between would never end."""
-    engine = make_engine(strategy)
+    engine, folder = make_engine(strategy), Path(folder) / strategy
+    folder.mkdir(exist_ok=True)
     rank, size = engine.world.rank, engine.world.size
     with engine.sampling() as sampler:
-        while rank > 0 and not (Path(folder) / str(rank - 1)).exists():
+        while rank > 0 and not (folder / str(rank - 1)).exists():
             time.sleep(0.01)
         for i in range(5 * rank):  # rank 0 draws nothing at all
             sampler.add(SampleRequest(str(i), np.arange(4, 8 + i), SamplingParams(4 + 3 * i, seed=i)))
         count = len(drain(sampler))
-        (Path(folder) / str(rank)).touch()
+        (folder / str(rank)).touch()
     dist.barrier(group=engine.world.control)
     engine.forward_backward(dealt(make_rows(), engine), SPEC)
     return count, engine.optim_step("policy", ADAM), size
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_ranks_sample_at_their_own_pace(strategy, tmp_path):
-    results = run_ranks(3, silent_body, strategy, str(tmp_path), timeout=60)
+def test_ranks_sample_at_their_own_pace(found, strategy):
+    results = found(silent_body, strategy)
     assert [count for count, _, _ in results] == [0, 5, 10]
     assert len({tuple(metrics.items()) for _, metrics, _ in results}) == 1
 
@@ -295,9 +360,9 @@ def buffers_body():
     return fresh, {n: b.clone() for n, b in module.named_buffers()}, gathered
 
 
-def test_buffers_survive_sharding_and_gathering():
+def test_buffers_survive_sharding_and_gathering(found):
     want = {n: b.clone() for n, b in make_engine().models["policy"].strategy.module.named_buffers()}
-    for found in run_ranks(2, buffers_body)[0]:
-        assert found.keys() == want.keys()
+    for buffers in found(buffers_body)[0]:
+        assert buffers.keys() == want.keys()
         for name, buffer in want.items():
-            assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer), name
+            assert buffers[name].dtype == buffer.dtype and torch.equal(buffers[name], buffer), name

@@ -189,7 +189,7 @@ class Warm:
 def _serve() -> None:
     import importlib
 
-    for module in ("skyrl.trainers.rl", "skyrl.train", "skyrl.sft", "matplotlib.figure", "torch.distributed.fsdp"):
+    for module in ("skyrl.trainers.rl", "skyrl.train", "skyrl.sft", "torch.distributed.fsdp", "tests.forked"):
         importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w")
     living: dict[int, int] = {}

@@ -327,7 +327,7 @@ def _choice(text: str) -> tuple[str, str] | None:
     text = re.sub(r"\\(?:text\w*|math\w*|mbox)\s?\{([^{}]*)\}", r"\1", unwrap(text))
     text = re.sub(r"\\[,;:! ]|\\q?quad|[~$]", " ", text).strip()
     match = _CHOICE.match(text)
-    return ((match[1] or match[2]).upper(), text[match.end() :]) if match else None
+    return (match[1] or match[2], text[match.end() :]) if match else None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -125,18 +125,23 @@ def attention(
         out = (weights @ values).to(q_nHLC.dtype)
     elif softcap is None:
         out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
-    else:  # blocks of queries, so that no more than MAX_SCORES exist at once
-        step = max(1, MAX_SCORES // (count * heads * k_nKSC.shape[2])) if length > 1 else group
-        parts = zip(q_nHLC.split(step, 2), mask_n1LS.split(step, 2), strict=True)
-        out = torch.cat([_capped(q, k_nKSC, v_nKSC, mask, scale, softcap) for q, mask in parts], 2)
+    else:  # blocks of sequences and of queries, so that no more than MAX_SCORES exist at once
+        queries = max(1, MAX_SCORES // (heads * k_nKSC.shape[2]))
+        several = (x.split(queries) for x in (q_nHLC, k_nKSC, v_nKSC, mask_n1LS))
+        step = max(1, queries // count) if length > 1 else group
+        out = torch.cat([_capped(*part, step, scale, softcap) for part in zip(*several, strict=True)])
     return out.reshape(count, heads, length, -1)
 
 
-def _capped(q_nHLC: Tensor, k_nHSC: Tensor, v_nHSC: Tensor, mask_n1LS: Tensor, scale: float, softcap: float) -> Tensor:
-    scores = torch.matmul(q_nHLC * scale, k_nHSC.transpose(2, 3))
-    scores = torch.tanh(scores / softcap) * softcap + mask_n1LS
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return torch.matmul(scores.softmax(-1, dtype=wide).to(v_nHSC.dtype), v_nHSC)
+def _capped(
+    q_nHLC: Tensor, k_nHSC: Tensor, v_nHSC: Tensor, mask_n1LS: Tensor, step: int, scale: float, softcap: float
+) -> Tensor:
+    outs = []
+    for q, mask in zip(q_nHLC.split(step, 2), mask_n1LS.split(step, 2), strict=True):
+        scores = torch.tanh(torch.matmul(q * scale, k_nHSC.transpose(2, 3)) / softcap) * softcap + mask
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        outs.append(torch.matmul(scores.softmax(-1, dtype=wide).to(v_nHSC.dtype), v_nHSC))
+    return torch.cat(outs, 2)
 
 
 def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tensor, Tensor, PagedAttention]:
