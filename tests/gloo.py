@@ -23,7 +23,7 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
     """function(*args) on `size` ranks in fresh processes, with torchrun's variables set; what each returned, in order.
 
     `function` lives at the top of a module. Raises AssertionError with the traceback of the first rank that failed;
