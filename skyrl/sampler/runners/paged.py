@@ -127,9 +127,9 @@ def attention(
         out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
     else:  # blocks of sequences and of queries, so that no more than MAX_SCORES exist at once
         queries = max(1, MAX_SCORES // (heads * k_nKSC.shape[2]))
-        several = (x.split(queries) for x in (q_nHLC, k_nKSC, v_nKSC, mask_n1LS))
         step = max(1, queries // count) if length > 1 else group
-        out = torch.cat([_capped(*part, step, scale, softcap) for part in zip(*several, strict=True)])
+        several = zip(*(x.split(queries) for x in (q_nHLC, k_nKSC, v_nKSC, mask_n1LS)), strict=True)
+        out = torch.cat([_capped(q, k, v, mask, step, scale, softcap) for q, k, v, mask in several])
     return out.reshape(count, heads, length, -1)
 
 
