@@ -82,8 +82,8 @@ chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: $(TEST_STAMP) ## format and rules (ruff), types (mypy)
-	$(BIN)/ruff format --check skyrl tests benchmarks examples docs
-	$(BIN)/ruff check skyrl tests benchmarks examples docs
+	$(BIN)/ruff format --check skyrl tests benchmarks examples docs/*.py
+	$(BIN)/ruff check skyrl tests benchmarks examples docs/*.py
 	$(BIN)/mypy
 
 docs: $(STAMP) ## the documentation as a site in build/site, offline, every link checked (Python 3.11 or newer)
