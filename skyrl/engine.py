@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from skyrl.config.schema import RunConfig
+from skyrl.config.validation import import_plugins
 from skyrl.distributed.balance import pack_by_model
 from skyrl.distributed.collectives import agree, gather_objects
-from skyrl.distributed.init import World
+from skyrl.distributed.init import World, init_distributed
 from skyrl.model import Model, ModelSpec, OpenSampler
 from skyrl.models.forward import CausalLM
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
-from skyrl.planner.memory import MemoryEstimate
+from skyrl.planner.memory import MemoryEstimate, ModelSizes, model_sizes
 from skyrl.sampler.make import make_sampler
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy
@@ -39,7 +40,7 @@ from skyrl.strategies.make import make_strategy
 from skyrl.text.chat import Chat, chat_of
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, TrainOutput, UserError
 
-__all__ = ["Engine", "ModelSpec"]
+__all__ = ["Engine", "ModelSpec", "meet"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -251,14 +252,14 @@ class Engine:
         microbatches: list[list[int]] = []
         error = ""
         try:
-            for row in rows:
+            for name in sorted(set(names) if model is None else {model}):
+                uses[name] = self._use(name, backward=backward)
+            for row, name in zip(rows, names, strict=True):
                 if len(row.tokens) > self.max_row_tokens:
                     raise UserError(
                         f"row {row.name or '?'} has {len(row.tokens)} tokens; at most {self.max_row_tokens} fit"
                     )
-                check_ids(row, self.chat.vocab_size)
-            for name in sorted(set(names) if model is None else {model}):
-                uses[name] = self._use(name, backward=backward)
+                check_ids(row, self._get(uses[name][0]).strategy.module.vocab_size)
             microbatches = pack_by_model(rows, names, self.cfg.batch.max_tokens_per_microbatch, mix=mix)
         except UserError as failure:
             error = str(failure)
@@ -419,3 +420,26 @@ def check_ids(row: Datum, vocab_size: int) -> None:
                 f"row {row.name or '?'}: {what} {int(ids.flat[at])} at position {at} is outside of the vocabulary of "
                 f"{vocab_size}; it was made by another tokenizer than this model's"
             )
+
+
+def meet(cfg: RunConfig) -> tuple[World, ModelSizes]:
+    """The world, with the plugins imported and the model looked at. What this node lacks for that is told when all
+    ranks are there, so that they end with its line instead of waiting for it. Raises UserError, on every rank."""
+    problem, sizes = None, None
+    try:
+        import_plugins(cfg.plugins)
+        sizes = model_sizes(cfg)
+    except UserError as error:
+        problem = error
+    try:
+        world = init_distributed(cfg)
+    except RunError as error:
+        raise problem or error from None
+
+    def found() -> ModelSizes:
+        if problem is not None:
+            raise problem
+        assert sizes is not None
+        return sizes
+
+    return world, agree(world, found)

@@ -17,19 +17,17 @@ from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import import_plugins
 from skyrl.data import PromptStream, make_prompts
 from skyrl.distributed import env
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
 from skyrl.distributed.compare import check_shared, compare_nodes, read_facts
 from skyrl.distributed.env import REQUEUE_FILE
-from skyrl.distributed.init import World, init_distributed
+from skyrl.distributed.init import World
 from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
-from skyrl.engine import Engine, ModelSpec
-from skyrl.planner.memory import ModelSizes
+from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import RunFolder, changed_facts, collect_versions, drop_rollouts, keep_fingerprint
@@ -37,7 +35,7 @@ from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
-from skyrl.types import LoraSpec, Prompt, RunError, StopRun, UserError
+from skyrl.types import LoraSpec, Prompt, StopRun, UserError
 from skyrl.weight_check import fingerprint
 
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
@@ -127,29 +125,6 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
         folder.close()
         watch.disarm()
         raise
-
-
-def meet(cfg: RunConfig) -> tuple[World, ModelSizes]:
-    """The world, with the plugins imported and the model looked at. What this node lacks for that is told when all
-    ranks are there, so that they end with its line instead of waiting for it. Raises UserError, on every rank."""
-    problem, sizes = None, None
-    try:
-        import_plugins(cfg.plugins)
-        sizes = model_sizes(cfg)
-    except UserError as error:
-        problem = error
-    try:
-        world = init_distributed(cfg)
-    except RunError as error:
-        raise problem or error from None
-
-    def found() -> ModelSizes:
-        if problem is not None:
-            raise problem
-        assert sizes is not None
-        return sizes
-
-    return world, agree(world, found)
 
 
 def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]], facts: dict[str, str]) -> RunFolder:

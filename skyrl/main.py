@@ -346,9 +346,9 @@ class _Entry:
 
             plan = dry_run(cfg, cfg.run.world_size or world_size())
             # For another machine's plan the data need not be here.
-            lines = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size)
+            lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size)
             if rank() == 0:
-                print(describe(cfg, plan, supervised=self.mode == "sft"), *lines, sep="\n", flush=True)
+                print(describe(cfg, plan, chat, supervised=self.mode == "sft"), *lines, sep="\n", flush=True)
             return None
         _refuse_restart(Path(cfg.run.dir))
         return sweep.play(cfg, self.mode, sweep=self.sweep)

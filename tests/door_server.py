@@ -19,8 +19,6 @@ import torch
 
 from skyrl.config.schema import ServiceConfig
 from skyrl.service.app import AppState
-from skyrl.service.archive import Content, write_content
-from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -36,9 +34,11 @@ from skyrl.service.messages import (
     TrainResult,
 )
 from skyrl.service.pending import PendingRequest
-from skyrl.service.records import CheckpointPath, ModelInfo
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.server import make_app
+from skyrl.service.storage.archive import Content, write_content
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys
@@ -165,17 +165,7 @@ class Answers:
     def _open(self, owner: str, session: str, number: int, facts: ModelInfo, metadata: dict[str, str]) -> None:
         run = self.store.create_run(session, owner, number, facts, metadata)
         self._facts[run.run_id] = facts
-        self.desk.opened(
-            run.run_id,
-            {
-                "base_model": facts.base_model,
-                "is_lora": True,
-                "lora_rank": facts.lora.rank if facts.lora else None,
-                "train_mlp": True,
-                "train_attn": True,
-                "train_unembed": True,
-            },
-        )
+        self.desk.opened(run.run_id, facts)
 
     def _save(self, pending: PendingRequest, request: SaveWeights) -> dict[str, Any]:
         facts = self._facts[request.model_id]

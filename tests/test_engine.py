@@ -242,6 +242,8 @@ def test_names_and_lengths_are_checked(engine):
         row = Datum(np.array(tokens), np.array(targets), np.ones(4), name="e/train/7")
         with pytest.raises(UserError, match=f"row e/train/7: {what} is outside of the vocabulary of {vocab}"):
             engine.forward_backward([row], LossSpec("cross_entropy"))
+    engine.chat.vocab_size = 3  # of another model: a row's ids are held against its own
+    engine.forward([Datum(whole, whole, np.ones(4))], LossSpec("cross_entropy"))
     engine.delete("policy")
     with pytest.raises(UserError, match="no model called 'policy'"):
         engine.version("policy")

@@ -14,10 +14,10 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # models/ and sampler/ have room for families with linear attention, sinks and compressed caches.
 TOTAL_LINES = 37_000
 FOLDER_LINES = 3_000
-LARGER_FOLDERS = {"service": 7_950, "models": 3_700, "sampler": 3_500}
+LARGER_FOLDERS = {"service": 7_930, "models": 3_700, "sampler": 3_500}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
-FULLER_FOLDERS = {"skyrl/service": 22}
+FULLER_FOLDERS: dict[str, int] = {}
 
 # Class names that two modules or more define, so that a name alone does not tell what is meant.
 TWICE: set[str] = set()

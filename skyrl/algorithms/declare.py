@@ -143,3 +143,12 @@ ADVANTAGES: Registry[Advantage] = Registry("advantage")
 def policy_losses() -> list[str]:
     """Names that algorithm.loss.name may have, sorted."""
     return sorted(loss.name for loss in LOSSES.things() if loss.kind == "policy")
+
+
+def substitutes() -> list[str]:
+    """Names of the losses that a server may compute in place of one that is not public, sorted: of advantages and the
+    log-probabilities of sampling, and 0 where there is no advantage."""
+    needs = {"advantages", "sampling_logprobs"}
+    return sorted(
+        loss.name for loss in LOSSES.things() if loss.wire and needs == set(loss.needs) and not loss.wire.all_tokens
+    )

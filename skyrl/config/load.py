@@ -68,8 +68,8 @@ def _schema() -> DictConfig:
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
-    do a template's variables and a server's aliases; parameters of a loss and an advantage are checked against their
-    declarations.
+    do a template's variables, a server's aliases and its substitutes for losses; parameters of a loss and an advantage
+    are checked against their declarations.
     """
     node = OmegaConf.structured(RunConfig)
     _thaw(node)
@@ -80,7 +80,8 @@ def _schema() -> DictConfig:
         node.algorithm.loss.params,
     ):
         free._set_flag("struct", False)
-    node.service.aliases._set_flag("struct", False)
+    for free in (node.service.aliases, node.service.loss_substitutes):
+        free._set_flag("struct", False)
     return node
 
 
@@ -171,8 +172,8 @@ def as_overrides(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         path = prefix + name
         if not isinstance(value, Mapping):
             yield f"{path}={json.dumps(value, ensure_ascii=False, default=str)}"
-        elif path == "service.aliases":
-            yield f"{path}={{{','.join(f'{alias}:{json.dumps(weights)}' for alias, weights in value.items())}}}"
+        elif path in ("service.aliases", "service.loss_substitutes"):
+            yield f"{path}={{{','.join(f'{key}:{json.dumps(item)}' for key, item in value.items())}}}"
         else:
             yield from as_overrides(value, f"{path}.")
 

@@ -469,6 +469,9 @@ class ServiceConfig:
     """How long a request waits for one with an earlier number that never came; then it goes on without it."""
     slice_seconds: float = 0.25
     """Longest stretch of sampling before training requests that wait get their turn."""
+    loss_substitutes: dict[str, str] = field(default_factory=dict)
+    """A loss whose mathematics are not public -> the one that is computed in its place, which every answer then names:
+    'service.loss_substitutes={stable_reinforce: ppo}'. Without it such a loss is refused."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
-from skyrl.algorithms.declare import Advantage, Loss, policy_losses
+from skyrl.algorithms.declare import Advantage, Loss, policy_losses, substitutes
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
@@ -26,6 +26,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+NOT_PUBLIC = ("stable_reinforce",)  # losses of Tinker clients of which only the name is known
 # strategy.offload -> the strategies that can do it.
 OFFLOAD = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("fsdp", "hsdp", "zero3")}
 
@@ -263,6 +264,12 @@ def _service(cfg: RunConfig) -> Iterator[str]:
         if not getattr(service, path):
             yield f"service.{path}: empty; leave it out for {getattr(defaults, path)!r}"
     yield from alias_problems(cfg, service.aliases, "service.aliases")
+    for name, other in service.loss_substitutes.items():
+        where = f"service.loss_substitutes: {name}: {other}"
+        if name not in NOT_PUBLIC:
+            yield f"{where}: only {', '.join(NOT_PUBLIC)} is computed as another loss; leave it out"
+        elif other not in (known := substitutes()):
+            yield f"{where}: choose one of: {', '.join(known)}"
     if cfg.batch.max_row_tokens == 1:
         yield "batch.max_row_tokens=1: leaves no room for an answer; give at least 2, or 0 for the model's own limit"
 

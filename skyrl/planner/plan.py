@@ -26,7 +26,7 @@ from skyrl.planner.memory import (
     trained_parameters,
     with_room,
 )
-from skyrl.text.chat import chat_of
+from skyrl.text.chat import Chat, chat_of
 from skyrl.text.tokenizer import TINY_VOCABULARY
 from skyrl.types import AdamParams, LossSpec, SamplingParams, UserError
 
@@ -287,11 +287,12 @@ def _sampling(cfg: RunConfig, temperature: float) -> SamplingParams:
     )
 
 
-def describe(cfg: RunConfig, plan: Plan, *, supervised: bool = False) -> str:
-    """The plan as a table for a person, without a line break at the end; `supervised`: without what only RL does."""
+def describe(cfg: RunConfig, plan: Plan, chat: Chat | None = None, *, supervised: bool = False) -> str:
+    """The plan as a table for a person, without a line break at the end; `supervised`: without what only RL does.
+    chat: where it is loaded already."""
     lines = _describe_run(cfg, plan, supervised)
     if plan.sizes is not None and plan.memory is not None:
-        lines += [*describe_turns(cfg), _describe_model(plan, plan.sizes), *_describe_adapter(plan, plan.sizes)]
+        lines += [*describe_turns(cfg, chat), _describe_model(plan, plan.sizes), *_describe_adapter(plan, plan.sizes)]
         lines += _describe_memory(plan, plan.memory)
     return _as_table(lines)
 
@@ -358,11 +359,11 @@ def describe_ranks(plan: Plan, device_name: str = "") -> str:
     return text
 
 
-def describe_turns(cfg: RunConfig) -> list[tuple[str, str]]:
+def describe_turns(cfg: RunConfig, chat: Chat | None = None) -> list[tuple[str, str]]:
     """Lines of the plan: what ends a turn and who says so, and what is doubtful about it. None on a login node without
     transformers. Raises UserError for a tokenizer or template that cannot be had."""
     try:
-        chat = chat_of(cfg)
+        chat = chat or chat_of(cfg)
     except ImportError:
         return []
     return [("turns end", chat.describe_ends()), *(("", f"warning: {line}") for line in chat.warnings())]

@@ -21,18 +21,18 @@ from starlette.routing import Route
 
 from skyrl.config.schema import ServiceConfig
 from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
-from skyrl.service.records import NotFound, StorageError
 from skyrl.service.scheduler import RequestScheduler
-from skyrl.service.store import Store
-from skyrl.service.tensors import SizeBudget
+from skyrl.service.storage.records import NotFound, StorageError
+from skyrl.service.storage.store import Store
 from skyrl.types import UserError
 from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
 from skyrl.web.http import FAULT, BodyReader, HttpError, error_reply, log, log_fault, read_body, read_json
 from skyrl.web.message import JsonMessage, Text
+from skyrl.web.tensors import SizeBudget
 
 if TYPE_CHECKING:  # it needs torch, and most endpoints do not
-    from skyrl.service.archive import Archive
-    from skyrl.service.checkpoints import CheckpointService
+    from skyrl.service.storage.archive import Archive
+    from skyrl.service.storage.checkpoints import CheckpointService
 
 API = "/api/v1/"
 RETRY_SECONDS = 1  # told to clients when there is too much work

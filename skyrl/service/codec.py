@@ -24,6 +24,7 @@ from skyrl.service.messages import (
     LoadWeights,
     ModelRequest,
     OptimStep,
+    ProvenanceSpan,
     Result,
     SampledSequence,
     SampleResult,
@@ -38,7 +39,10 @@ from skyrl.service.messages import (
     UnloadModel,
     WireDatum,
 )
-from skyrl.service.tensors import (
+from skyrl.types import UserError
+from skyrl.web.http import JSON, SMALL_BYTES, encode_json, read_json
+from skyrl.web.message import NAME_LENGTH, TEXT_LENGTH, JsonMessage, Name, not_allowed, refused, short_repr
+from skyrl.web.tensors import (
     DTYPES,
     SizeBudget,
     Tensor,
@@ -49,9 +53,6 @@ from skyrl.service.tensors import (
     shaped,
     tensor_field,
 )
-from skyrl.types import UserError
-from skyrl.web.http import JSON, SMALL_BYTES, encode_json, read_json
-from skyrl.web.message import NAME_LENGTH, TEXT_LENGTH, JsonMessage, Name, not_allowed, refused, short_repr
 
 PROTOBUF = "application/x-protobuf"
 NO_LOGPROB = -99999.0  # with token 0: an empty cell of a top-k table
@@ -119,12 +120,6 @@ _FIELDS = {
 # ---- training requests
 
 
-def parse_request(kind: type[JsonMessage], json: Any, *, max_bytes: int) -> Any:
-    """A request from a JSON value. `max_bytes` bounds what its sparse tensors expand to. Raises UserError where it
-    cannot be accepted; anything else that is wrong becomes its `problem`."""
-    return kind.parse(json, budget=SizeBudget(max_bytes))
-
-
 def parse_train(body: bytes, content_type: str, *, forward_only: bool = False, max_bytes: int) -> TrainRequest:
     """forward_backward and forward.
 
@@ -135,7 +130,7 @@ def parse_train(body: bytes, content_type: str, *, forward_only: bool = False, m
     kind = (content_type or JSON).split(";")[0].strip().lower()
     if kind == JSON:
         old = ForwardJson if forward_only else ForwardBackwardJson
-        return parse_request(old, read_json(body), max_bytes=max_bytes).request()
+        return old.parse(read_json(body), budget=SizeBudget(max_bytes)).request()
     if kind != PROTOBUF:
         raise UserError(f"Content-Type {short_repr(content_type)}; allowed: {PROTOBUF}, {JSON}")
     unknown = check_fields(body) if len(body) > SMALL_BYTES else None
@@ -269,7 +264,16 @@ def _datum(datum: Any, place: str, budget: SizeBudget) -> WireDatum:
             raise UserError(f"{place}: loss_fn_inputs key {short_repr(name)}; allowed: 1 to {NAME_LENGTH} characters")
         with _named(f"{place}: {name}"):
             inputs[name] = _tensor(tensor, budget)
-    return WireDatum(tokens, inputs)
+    return WireDatum(tokens, inputs, _spans(datum.model_input_spans), _spans(datum.loss_fn_input_spans))
+
+
+def _spans(spans: Any) -> list[ProvenanceSpan]:
+    found = []
+    for span in spans:
+        kind = span.WhichOneof("span") or "prompt_tokens"
+        part = getattr(span, kind)
+        found.append(ProvenanceSpan(kind == "sampled_tokens", part.sequence_id, part.offset, part.length))
+    return found
 
 
 @contextmanager
@@ -302,7 +306,7 @@ def _tensor(tensor: Any, budget: SizeBudget) -> np.ndarray:
 class _JsonDatum(JsonMessage):
     model_input: Tokens
     loss_fn_inputs: dict[Name, Annotated[Tensor, tensor_field(0)]] = Field({}, max_length=MAX_INPUTS)
-    # Where the tokens came from: matters to stable_reinforce only.
+    # Where the tokens came from: clients whose losses need it write protobuf.
     model_input_spans: Any = None
     loss_fn_input_spans: Any = None
 

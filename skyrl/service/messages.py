@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,6 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-from skyrl.service.tensors import Tensor, list_array, tensor_field
 from skyrl.types import Floats, Ints, Metrics
 from skyrl.web.message import (
     INT32_MAX,
@@ -47,6 +47,7 @@ from skyrl.web.message import (
     refused,
     short_repr,
 )
+from skyrl.web.tensors import Tensor, list_array, tensor_field
 
 Category = Literal["user", "server", "unknown"]
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
@@ -431,7 +432,7 @@ class SamplingRequest(_SampleIdentity, large=True):
     topk_sample_logprobs: Count = 0
     prompt_alt_tokens_k: Count = 0
     prompt_logprobs_last_n: Count | None = None
-    record_stability_info: bool = False
+    record_stability_info: bool = False  # so that training requests can name the sequences (sampling.Recordings)
     target_tokens: Annotated[Tensor, tensor_field(-1), AfterValidator(_read_targets)] | None = Field(
         None, alias="target_prompt_logprobs"
     )
@@ -450,18 +451,47 @@ class SamplingRequest(_SampleIdentity, large=True):
 
     @model_validator(mode="after")
     def _supported(self) -> SamplingRequest:
-        if self.record_stability_info:
-            raise refused("has record_stability_info, which is not supported; it serves only the loss stable_reinforce")
+        if self.record_stability_info and self.sampling_session_id is None:
+            raise refused("has record_stability_info without sampling_session_id: a session keeps what is recorded")
         return self
+
+
+@dataclass(frozen=True)
+class ProvenanceSpan:
+    """`length` tokens of a datum that are those from `offset` on of a recorded sequence: of what was drawn, or else of
+    its prompt."""
+
+    sampled: bool
+    sequence_id: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class RecordedSequence:
+    """What was drawn [n] with its log-probabilities [n], how long the prompt was, and of which weights: the base (""),
+    a snapshot's sampling session, or a checkpoint's path and version. `size`: bytes, about."""
+
+    prompt_length: int
+    tokens: Ints
+    logprobs: Floats
+    weights: str
+
+    @property
+    def size(self) -> int:
+        return 512 + self.tokens.nbytes + self.logprobs.nbytes
 
 
 @dataclass(frozen=True)
 class WireDatum:
     """One row: tokens [N] int64 and the loss's inputs, dense: int64 or float32, [N] or [N, K]. Sparse CSR inputs
-    are expanded already (absent cells: token 0, weight 0)."""
+    are expanded already (absent cells: token 0, weight 0). Spans say where tokens and targets came from, one after the
+    other, [] where the client does not say it."""
 
     tokens: Ints
     inputs: dict[str, np.ndarray]
+    token_spans: Sequence[ProvenanceSpan] = ()
+    target_spans: Sequence[ProvenanceSpan] = ()
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any
 
 from skyrl.config.schema import RunConfig
 from skyrl.engine import ModelSpec
-from skyrl.service.archive import Content
-from skyrl.service.checkpoints import CheckpointService, to_content, to_state
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import CreateModel, LoadWeights, RequestFailed, ServerInfo
-from skyrl.service.records import ModelInfo
+from skyrl.service.storage.archive import Content
+from skyrl.service.storage.checkpoints import CheckpointService, to_content, to_state
+from skyrl.service.storage.records import ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 
@@ -27,22 +26,15 @@ class TrainableModel:
     base_model: str
     lora: LoraSpec | None
     used: int = 0
-    steps: int = 0
     has_gradient: bool = False
     gradient_failed: bool = False
     offloaded: bool = False
+    told: bool = False  # in the log: that its loss is computed as another
 
-    def facts(self) -> dict[str, Any]:
-        """The model's base and LoRA fields, from which get_info answers."""
-        lora = self.lora
-        return {
-            "base_model": self.base_model,
-            "is_lora": lora is not None,
-            "lora_rank": lora.rank if lora is not None else None,
-            "train_mlp": lora.mlp if lora is not None else True,
-            "train_attn": lora.attn if lora is not None else True,
-            "train_unembed": lora.unembed if lora is not None else True,
-        }
+    @property
+    def info(self) -> ModelInfo:
+        """What a checkpoint of it is of."""
+        return ModelInfo(self.base_model, self.lora)
 
 
 class OpenModels:
@@ -167,9 +159,8 @@ class OpenModels:
             if isinstance(request, LoadWeights):
                 assert content is not None
                 self._load(model, content, request.optimizer)
-            info = ModelInfo(model.base_model, model.lora)
             self.checkpoints.store.create_run(
-                model.session, model.owner, request.model_seq_id, info, request.user_metadata
+                model.session, model.owner, request.model_seq_id, model.info, request.user_metadata
             )
         except (RequestFailed, UserError):
             del self._open[model.model_id]

@@ -10,6 +10,7 @@ from typing import Any
 
 from skyrl.envs import clock
 from skyrl.service.messages import RequestOutcome, SampleResult
+from skyrl.service.storage.records import ModelInfo
 from skyrl.types import Ints, SampleRequest
 
 Key = tuple[Any, ...]
@@ -81,7 +82,7 @@ class ModelQueue:
     out_of_order: dict[int, PendingRequest] = field(default_factory=dict)
     ready: deque[PendingRequest] = field(default_factory=deque)
     served: int = 0  # when it last had a turn: the queue that waited longest comes first
-    info: dict[str, Any] | None = None  # of the created model
+    info: ModelInfo | None = None  # of the created model
     failure: PendingRequest | None = None  # its last failed forward_backward
     failed_rows: int = 0  # in that
 

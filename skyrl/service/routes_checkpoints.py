@@ -14,9 +14,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from skyrl.service.app import AppState, RequestContext, once, route
-from skyrl.service.archive import TarStream
 from skyrl.service.messages import Count
-from skyrl.service.records import CheckpointPath, CheckpointRecord
+from skyrl.service.storage.archive import TarStream
+from skyrl.service.storage.records import CheckpointPath, CheckpointQuery, CheckpointRecord, present
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
 from skyrl.web.message import INT64_MAX, JsonMessage, Text, refused
@@ -66,6 +66,9 @@ def checkpoint_routes(state: AppState) -> list[Route]:
         route(state, "DELETE", ONE, delete),
         route(state, "GET", RUN, get_run),
         route(state, "GET", "checkpoints", list_checkpoints),
+        # Read from the documentation of release 0.39, which does not say the path of the search.
+        *(route(state, "POST", name, search_checkpoints) for name in ("checkpoints/search", "search_checkpoints")),
+        *(route(state, "POST", f"external_weights_upload_{end}", refuse_upload) for end in ("start", "finish")),
         route(state, "POST", "weights_info", weights_info),
         route(state, "POST", "copy_weights", once(copy_weights)),
         route(state, "GET", "download/{rest:path}", download, public=True),
@@ -116,6 +119,13 @@ async def list_checkpoints(context: RequestContext) -> Response:
     kinds = None if _knows_external(context) else ("weights", "sampler_weights")
     page = await in_thread(context.state.store.list_checkpoints, context.owner, limit=limit, offset=offset, kinds=kinds)
     return reply({"checkpoints": [one.to_json() for one in page.items], "cursor": page.cursor()})
+
+
+async def search_checkpoints(context: RequestContext) -> Response:
+    """The owner's checkpoints that match, newest first."""
+    query = await context.message(CheckpointQuery)
+    page = await in_thread(context.state.store.search_checkpoints, context.owner, query)
+    return reply(present(checkpoints=[one.to_json() for one in page.items], next_cursor=page.next_cursor))
 
 
 def _knows_external(context: RequestContext) -> bool:
@@ -191,6 +201,13 @@ def _copy(context: RequestContext, source: CheckpointPath, body: CopyWeights) ->
     store.close_run(run.run_id, owner)
     target = CheckpointPath(run.run_id, source.kind, source.name)
     return context.state.checkpoints.copy(source, owner, target, ttl_seconds=body.ttl_seconds)
+
+
+async def refuse_upload(context: RequestContext) -> Response:
+    """Refused: an external checkpoint is for downloads, and neither loads nor samples here."""
+    await context.ignore_body()
+    raise UserError("external_weights_upload is refused: this server takes no weights from its clients; start it with "
+                    "model.path=<folder of the weights>, or load a checkpoint that was saved here")  # fmt: skip
 
 
 # ---- downloads. An address is signed for the caller; whoever has it may fetch it, without a key, for an hour.
@@ -307,4 +324,4 @@ async def usage_events(context: RequestContext) -> Response:
 async def usage_now(context: RequestContext) -> Response:
     """What the caller's checkpoints take; there is no price."""
     found = await in_thread(context.state.store.usage, context.owner, context.query("project_id") or None)
-    return reply({"data": [one.to_json() for one in found]})
+    return reply({"data": found})

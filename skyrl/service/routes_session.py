@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import Field, StringConstraints
 from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.service.app import AppState, RequestContext, once, route
-from skyrl.service.messages import METADATA_NAMES, Count, MetadataText, check_metadata
-from skyrl.service.records import CheckpointPath, NotFound, SessionQuery, StatusQuery, parse_time
+from skyrl.service.messages import METADATA_NAMES, Count, check_metadata
+from skyrl.service.storage.records import CheckpointPath, NotFound, SessionQuery, present
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
-from skyrl.web.message import JsonMessage, Text, refused
+from skyrl.web.message import JsonMessage, Text
 
 CHUNK_BYTES = 5_000_000
 # Small JSON requests have nothing to gain from more than this many samples on their way at once.
 SAMPLES_AT_ONCE = 2000
-SEARCHED_WORDS = 32
 Tag = Annotated[str, StringConstraints(max_length=256)]
 
 
@@ -51,44 +50,6 @@ class FinishReason(JsonMessage, lenient=True):
 class FinishSession(JsonMessage, operation="finish", lenient=True):
     reason: FinishReason = FinishReason()
     detail: Annotated[str, StringConstraints(min_length=1, max_length=1 << 16)] | None = None
-
-
-class SessionOwner(JsonMessage, lenient=True):
-    """Whose sessions are searched; nobody lists another's sessions here."""
-
-    type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[Text] = Field([], max_length=64)
-
-
-class SessionStatus(JsonMessage, lenient=True):
-    """One of the states searched for."""
-
-    type: Literal["active", "cancelled", "client_finished", "failed"]
-    reasons: list[Text] | None = Field(None, max_length=16)
-
-
-class SessionCursor(JsonMessage, lenient=True):
-    """Where the page before ended."""
-
-    last_created_at: Text
-    last_session_id: Text
-
-
-def _few_words(name: str) -> str:
-    if (count := len(name.split())) > SEARCHED_WORDS:
-        raise refused(f"has {count} words; allowed: at most {SEARCHED_WORDS}")
-    return name
-
-
-class SearchSessions(JsonMessage, operation="sessions/search"):
-    session_id: Text | None = None
-    project_ids: list[Text] | None = Field(None, max_length=256)
-    user_metadata: dict[Text, MetadataText] = Field({}, max_length=64)
-    display_name: Annotated[Text, AfterValidator(_few_words)] | None = None
-    owner: SessionOwner | None = None
-    statuses: list[SessionStatus] | None = Field(None, max_length=16)
-    limit: int = Field(50, ge=1, le=200)
-    cursor: SessionCursor | None = None
 
 
 def session_routes(state: AppState) -> list[Route]:
@@ -245,19 +206,18 @@ async def get_info(context: RequestContext) -> Response:
         model = context.state.scheduler.open_model(model_id, owner=context.owner)
     except UserError as error:
         raise HttpError(404, str(error)) from error
-    facts, name = context.state.info, model["base_model"]
-    data = {"arch": facts.arch, "model_name": name, "tokenizer_id": facts.tokenizer_id or None}
-    answer = {
-        "type": "get_info",
-        "model_id": model_id,
-        "model_data": {key: value for key, value in data.items() if value is not None},
-        "is_lora": model["is_lora"],
-        "model_name": name,
-        "optimizer_config": {"type": "adamw"},
-    }
-    if model["lora_rank"] is not None:
-        answer["lora_rank"] = model["lora_rank"]
-    return reply(answer)
+    facts, name = context.state.info, model.base_model
+    return reply(
+        present(
+            type="get_info",
+            model_id=model_id,
+            model_data=present(arch=facts.arch, model_name=name, tokenizer_id=facts.tokenizer_id or None),
+            is_lora=model.is_lora,
+            model_name=name,
+            optimizer_config={"type": "adamw"},
+            lora_rank=model.lora.rank if model.lora else None,
+        )
+    )
 
 
 async def create_sampling_session(context: RequestContext) -> Response:
@@ -365,25 +325,6 @@ async def trace_export(context: RequestContext) -> Response:
 
 async def search_sessions(context: RequestContext) -> Response:
     """Sessions that match, newest first."""
-    query = _session_query(context.owner, await context.message(SearchSessions))
+    query = await context.message(SessionQuery)
     page = await in_thread(context.state.store.search_sessions, context.owner, query)
-    return reply(page.to_json())
-
-
-def _session_query(asker: str, body: SearchSessions) -> SessionQuery:
-    owner, cursor = body.owner, body.cursor
-    owners = None
-    if owner is not None:
-        owners = tuple(owner.owner_urns) if owner.type == "user" else (asker,)
-    return SessionQuery(
-        session_id=body.session_id,
-        project_ids=None if body.project_ids is None else tuple(body.project_ids),
-        user_metadata=body.user_metadata,
-        display_name=body.display_name,
-        owners=owners,
-        statuses=None
-        if body.statuses is None
-        else tuple(StatusQuery(one.type, None if one.reasons is None else tuple(one.reasons)) for one in body.statuses),
-        limit=body.limit,
-        cursor=None if cursor is None else (parse_time(cursor.last_created_at), cursor.last_session_id),
-    )
+    return reply(present(sessions=[one.summary_json() for one in page.items], next_cursor=page.next_cursor))

@@ -16,12 +16,21 @@ import numpy as np
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import deal_by_length
+from skyrl.envs import clock
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
-from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
-from skyrl.service.messages import RequestFailed, SampledSequence, SampleResult, SamplingRequest, ServerInfo, TopK
+from skyrl.service.messages import (
+    RecordedSequence,
+    RequestFailed,
+    SampledSequence,
+    SampleResult,
+    SamplingRequest,
+    ServerInfo,
+    TopK,
+)
 from skyrl.service.pending import PendingSample
 from skyrl.service.scheduler import ENDED, LARGE_SAMPLE, RequestScheduler
+from skyrl.service.storage.checkpoints import CheckpointService, Snapshots
 from skyrl.service.validation import (
     CELL,
     FLIGHT_BYTES,
@@ -39,6 +48,7 @@ T = TypeVar("T")
 RECENT_SECONDS = 5.0  # a client that asked for samples so lately shares the ranks with the others
 SLOWDOWN = 1.5  # of a step of all that several clients draw, against one of a few sequences
 RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
+RECORDED_SECONDS, RECORDED_BYTES = 86400.0, 1 << 30  # of the sequences that are recorded
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
 
@@ -67,6 +77,58 @@ class Pace:
         return (1 << size) - 1
 
 
+class Recordings:
+    """The sequences that clients asked to be recorded (record_stability_info), in memory: each belongs to its session,
+    for a day after it was drawn or last used. Only the worker's thread calls it."""
+
+    def __init__(self) -> None:
+        # session -> sequence id -> (when last used, the sequence), in the order of last use
+        self._of: dict[str, OrderedDict[str, tuple[float, RecordedSequence]]] = {}
+        self._bytes: Counter[str] = Counter()
+
+    def add(self, session: str, sequence_id: str, sequence: RecordedSequence) -> None:
+        """Keeps a sequence; beyond RECORDED_BYTES the oldest of the session that has most are thrown away."""
+        self._of.setdefault(session, OrderedDict())[sequence_id] = (clock.now(), sequence)
+        self._bytes[session] += sequence.size
+        while self._bytes.total() > RECORDED_BYTES:
+            self._drop(max(self._bytes, key=self._bytes.__getitem__))
+
+    def find(self, session: str, sequence_id: str) -> RecordedSequence:
+        """A sequence of this session, which is kept for another day. Raises RequestFailed."""
+        self.expire(session)
+        kept = self._of.get(session, OrderedDict())
+        if sequence_id not in kept:
+            raise RequestFailed(
+                f"sequence {sequence_id[:100]!r} is not recorded: sample it in this session with "
+                "record_stability_info=True, and train on it within a day; a restart of the server forgets it"
+            )
+        kept[sequence_id] = (clock.now(), kept[sequence_id][1])
+        kept.move_to_end(sequence_id)
+        return kept[sequence_id][1]
+
+    def expire(self, *sessions: str) -> None:
+        """Forgets what was not used for a day, of all sessions or some."""
+        before = clock.now() - RECORDED_SECONDS
+        for session in sessions or list(self._of):
+            while session in self._of and next(iter(self._of[session].values()))[0] < before:
+                self._drop(session)
+
+    def _drop(self, session: str) -> None:
+        _, (_, oldest) = self._of[session].popitem(last=False)
+        self._bytes[session] -= oldest.size
+        if not self._of[session]:
+            self.forget_session(session)
+
+    def sessions(self) -> set[str]:
+        """Sessions that have some."""
+        return set(self._of)
+
+    def forget_session(self, session: str) -> None:
+        """A session has ended: nobody can name its sequences any more."""
+        self._of.pop(session, None)
+        self._bytes.pop(session, None)
+
+
 class Sampling:
     """All sampling requests that were taken from the scheduler. Only the worker's thread calls it."""
 
@@ -81,6 +143,7 @@ class Sampling:
     ) -> None:
         self.cfg, self.leader, self.scheduler = cfg, leader, scheduler
         self.checkpoints, self.facts, self.snapshots = checkpoints, facts, snapshots
+        self.recordings = Recordings()
         self._active: dict[str, PendingSample] = {}
         self._batches = self._empty_batches()  # what each rank is told next
         self._load = [0] * len(self._batches)  # sequences of each rank
@@ -106,9 +169,9 @@ class Sampling:
         return len(self._seen) > 1
 
     def sessions(self) -> set[str]:
-        """Sessions that have samples, or snapshots without a name."""
+        """Sessions that have samples, recorded sequences, or snapshots without a name."""
         begun = {one.session for one in (*self._active.values(), *self._waiting)} - {""}
-        return begun | self.scheduler.sampling_sessions() | self.snapshots.sessions()
+        return begun | self.scheduler.sampling_sessions() | self.snapshots.sessions() | self.recordings.sessions()
 
     def withdraw(self, which: Callable[[PendingSample], bool], why: str) -> None:
         """Withdraws all samples of that kind, wherever they are; what the ranks draw leaves them with the next turn."""
@@ -371,6 +434,11 @@ class Sampling:
         if pending.adapter:
             self.snapshots.release(pending.adapter)
         assert pending.answer is not None
+        if pending.request.record_stability_info:
+            length, weights = len(pending.request.prompt), pending.adapter or self._filled
+            for name, drawn in zip(pending.sequence_ids, pending.answer.sequences, strict=True):
+                recorded = RecordedSequence(length, drawn.tokens, drawn.logprobs, weights)
+                self.recordings.add(pending.session, name, recorded)
         self.scheduler.done(pending, pending.answer)
 
     def _forget(self, pending: PendingSample) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from skyrl.envs import clock
-from skyrl.service.database import FutureLog
 from skyrl.service.messages import (
     Category,
     CreateModel,
@@ -36,6 +35,8 @@ from skyrl.service.messages import (
     UnloadModel,
 )
 from skyrl.service.pending import NAME_BYTES, ClientUsage, Key, ModelQueue, PendingRequest, PendingSample
+from skyrl.service.storage.database import FutureLog
+from skyrl.service.storage.records import ModelInfo
 from skyrl.types import Ints, UserError
 
 KEEP_SECONDS = 3600.0  # a result stays fetchable this long after it was made
@@ -107,6 +108,9 @@ class RequestScheduler:
         or not the owner's, TooManyRequests."""
         model_id, session, key = _place(request)
         key = None if key is None else (owner, *key)
+        lost = ""
+        if model_id and not (model_id in self._queues or model_id in self._gone or makes_model(request)):
+            lost = self._explain_lost(model_id, owner)  # it reads the disk, for which nobody else should wait
         with self._locked():
             if self._closed:
                 raise TooManyRequests(self._closed)
@@ -145,7 +149,7 @@ class RequestScheduler:
                 self._waiting_samples += request.num_samples
                 self._turns.setdefault(client, usage)
             else:
-                self._queue_for_model(pending, queue)
+                self._queue_for_model(pending, queue, lost)
             self._lock.notify_all()
         return pending
 
@@ -176,7 +180,8 @@ class RequestScheduler:
         if self._request_bytes + size > 2 * WAITING_BYTES:  # of very many clients
             raise TooManyRequests(f"{self._request_bytes >> 20} MiB of requests are waiting; try again in a moment")
 
-    def _queue_for_model(self, pending: PendingRequest, queue: ModelQueue | None) -> None:
+    def _queue_for_model(self, pending: PendingRequest, queue: ModelQueue | None, lost: str) -> None:
+        """`lost`: why a model is gone of which only the record knows."""
         request, model_id = pending.request, pending.model_id
         seq_id = getattr(request, "seq_id", None)
         if makes_model(request):
@@ -185,7 +190,7 @@ class RequestScheduler:
                 return
             queue = self._queues[model_id] = ModelQueue(pending.owner, ready=deque([pending]))
         elif queue is None:
-            _, why = self._gone.get(model_id) or ("", self._explain_lost(model_id, pending.owner))
+            _, why = self._gone.get(model_id, ("", lost))
             self._fail(pending, why or f"{model_id}: no such model", "server" if why else "user")
             return
         elif seq_id is None:
@@ -281,14 +286,13 @@ class RequestScheduler:
         if not usage.samples:
             del self._turns[pending.client]
 
-    def open_model(self, model_id: str, *, owner: str) -> dict[str, Any]:
-        """Facts for get_info: {"base_model", "is_lora", "lora_rank", "train_mlp", "train_attn", "train_unembed"}.
-        Raises UserError when there is no such model."""
+    def open_model(self, model_id: str, *, owner: str) -> ModelInfo:
+        """What an open model is. Raises UserError when there is no such model."""
         with self._lock:
             queue = self._queues.get(model_id)
             if queue is None or queue.owner != owner or queue.info is None:
                 raise UserError(f"{model_id}: no such model, or it is not ready")
-            return dict(queue.info)
+            return queue.info
 
     # ---- the worker's side -----------------------------------------------------------------------------------------
 
@@ -417,7 +421,7 @@ class RequestScheduler:
     def _fail(self, pending: PendingRequest, why: str, category: Category = "user") -> None:
         self._settle(pending, RequestOutcome("failed", error=why, category=category))
 
-    def opened(self, model_id: str, info: dict[str, Any]) -> None:
+    def opened(self, model_id: str, info: ModelInfo) -> None:
         """A model exists now; `info` is what open_model answers."""
         with self._lock:
             if model_id in self._queues:

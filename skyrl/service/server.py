@@ -21,23 +21,21 @@ from skyrl.distributed import failure
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.compare import compare_nodes
 from skyrl.distributed.init import World, store_of_machines
-from skyrl.engine import Engine
+from skyrl.engine import Engine, meet
 from skyrl.files import write_folder_atomic
-from skyrl.loop import meet
 from skyrl.models.lora import adapted
-from skyrl.planner.memory import model_sizes
-from skyrl.planner.plan import describe_ranks, make_plan
+from skyrl.planner.plan import Plan, describe_ranks, make_plan
 from skyrl.planner.serve import max_row_tokens
 from skyrl.service.app import AppState, http_error
-from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
 from skyrl.service.messages import ServerInfo
 from skyrl.service.openai import openai_routes
-from skyrl.service.records import StorageError
 from skyrl.service.routes_checkpoints import checkpoint_routes
 from skyrl.service.routes_session import session_routes
 from skyrl.service.routes_work import work_routes
 from skyrl.service.scheduler import RequestScheduler
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.records import StorageError
 from skyrl.service.worker import Worker
 from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError
@@ -73,16 +71,15 @@ def open_service(cfg: RunConfig) -> Service | None:
 
     Everything that can be refused is refused here. Raises UserError, the same on every rank.
     """
-    world, _ = meet(cfg)
+    world, sizes = meet(cfg)
     compare_nodes(cfg, world, {})
-    plan = make_plan(cfg, world.size, device=world.choice)
 
-    def make() -> RankContext:
-        longest = max_row_tokens(cfg, model_sizes(cfg))
+    def make() -> tuple[Plan, RankContext]:
+        plan, longest = make_plan(cfg, world.size, device=world.choice), max_row_tokens(cfg, sizes)
         engine = Engine(cfg, world, dtype=plan.dtype, strategy=plan.strategy, max_row_tokens=longest)
-        return RankContext(engine, score_tokens=cfg.batch.max_tokens_per_microbatch)
+        return plan, RankContext(engine, score_tokens=cfg.batch.max_tokens_per_microbatch)
 
-    context = agree(world, make)
+    plan, context = agree(world, make)
     context.open()
     if not world.is_leader:
         on_leader(world, lambda: None)

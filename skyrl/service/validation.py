@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from skyrl.config.validation import LEAST
 from skyrl.service.messages import (
     OptimizerSettings,
     OptimStep,
+    ProvenanceSpan,
+    RecordedSequence,
     RequestFailed,
     SamplingRequest,
     ServerInfo,
     TrainRequest,
     WireDatum,
 )
-from skyrl.types import AdamParams, Datum, LossSpec, SamplingParams
+from skyrl.types import AdamParams, Datum, Floats, LossSpec, SamplingParams
 
 # Of any weight, advantage or log-probability: beyond it float32 sums lose what others contribute. Not of bounds
 # (thresholds, the norm that gradients are clipped to), where much, or infinity, means that nothing is clipped.
@@ -39,7 +42,8 @@ STOP_CHARACTERS = 4096  # of all stop strings of a request: each is looked for a
 WIDE_TARGETS = 1 << 23  # targets of a row in all, and of a micro-batch that is as wide as its widest row
 CELL = 8  # bytes of a token with its log-probability in a table
 NOT_PUBLIC = {
-    "stable_reinforce": "its mathematics are not public; use importance_sampling, ppo, cispo, dro or gspo",
+    "stable_reinforce": "its mathematics are not public; use importance_sampling, ppo, cispo, dro or gspo (a recipe of "
+    "the cookbook: loss_fn=cispo), or have the server started with 'service.loss_substitutes={stable_reinforce: ppo}'",
     "custom": "server-side custom losses are off; the client computes forward_backward_custom itself",
 }
 # The protocol's names for clip_low and clip_high: absolute bounds of the ratio, not distances from 1.
@@ -91,6 +95,63 @@ def loss_spec(request: TrainRequest) -> LossSpec:
             raise RequestFailed(f"loss_fn_config: thresholds {low:g} and {high:g}; allowed: 0 <= low <= high")
         params |= {"clip_low": 1.0 - low, "clip_high": high - 1.0}
     return LossSpec(name, params)
+
+
+def substituted(
+    request: TrainRequest, loss: str, find: Callable[[str], RecordedSequence]
+) -> tuple[TrainRequest, set[str]]:
+    """The request for another loss, and of which weights its sequences are. What that loss reads and the client left
+    out comes from the recorded sequences: log-probabilities, and which tokens were drawn. Raises RequestFailed for
+    spans that do not fit the datum or the sequences they name."""
+    data, weights = [], set()
+    optional = _inputs(LOSSES.get(loss))[1]
+    for number, datum in enumerate(request.data):
+        where = f"{request.loss_fn}: datum {number}"
+        targets = datum.inputs.get("target_tokens", np.zeros(0))
+        if targets.ndim != 1:
+            raise RequestFailed(
+                f"{where}: target_tokens has shape {list(targets.shape)}; allowed: [{len(datum.tokens)}]"
+            )
+        if not datum.target_spans:
+            raise RequestFailed(f"{where} does not say which samples it is of; attach them with Datum.with_provenance")
+        _follow(datum.tokens, datum.token_spans, f"{where}: model_input", find)
+        named, drawn, logprobs = _follow(targets, datum.target_spans, f"{where}: loss_fn_inputs", find)
+        advantages = datum.inputs.get("advantages")
+        if advantages is not None and advantages.shape == drawn.shape and advantages[~drawn].any():
+            raise RequestFailed(f"{where}: advantages of tokens that were not sampled have to be 0")
+        found = {"logprobs": logprobs} | (
+            {"sequence_ratio_mask": drawn.astype(np.float32)} if "sequence_ratio_mask" in optional else {}
+        )
+        data.append(replace(datum, inputs={**found, **datum.inputs}))
+        weights |= {sequence.weights for sequence in named}
+    return replace(request, loss_fn=loss, data=data), weights
+
+
+def _follow(
+    tokens: np.ndarray, spans: Sequence[ProvenanceSpan], where: str, find: Callable[[str], RecordedSequence]
+) -> tuple[list[RecordedSequence], np.ndarray, Floats]:
+    """The sequences that spans over `tokens` [n] name, which of the tokens were drawn, and the log-probabilities of
+    these. Prompt tokens are not compared: as targets they may be anything."""
+    named, at = [], 0
+    drawn, logprobs = np.zeros(len(tokens), bool), np.zeros(len(tokens), np.float32)
+    for span in spans:
+        sequence = find(span.sequence_id)
+        most = len(sequence.tokens) if span.sampled else sequence.prompt_length
+        start, end, here = span.offset, span.offset + span.length, slice(at, at + span.length)
+        kind = "sampled" if span.sampled else "prompt"
+        if not 0 <= start <= end <= most:
+            raise RequestFailed(
+                f"{where}: a span of {kind} tokens {start} to {end} of sequence {span.sequence_id}, which has {most}"
+            )
+        at += span.length
+        if span.sampled and at <= len(tokens):
+            if (tokens[here] != sequence.tokens[start:end]).any():
+                raise RequestFailed(f"{where}: its tokens are not those that were drawn for {span.sequence_id}")
+            drawn[here], logprobs[here] = True, sequence.logprobs[start:end]
+        named.append(sequence)
+    if at != len(tokens):
+        raise RequestFailed(f"{where}: its spans are of {at} tokens, there are {len(tokens)}")
+    return named, drawn, logprobs
 
 
 def _number(value: Any, where: str, *, bound: bool = False) -> float:
@@ -253,7 +314,8 @@ def sampling_params(query: SamplingRequest, info: ServerInfo, key: str) -> list[
         strings = tuple(str(text) for text in settings.stop)  # besides the end of sequence
         if not all(strings):
             raise RequestFailed("stop: an empty string would end every sample at once")
-        check_stops(strings)
+        if (size := sum(map(len, strings))) > STOP_CHARACTERS:
+            raise RequestFailed(f"stop: {size} characters in all; at most {STOP_CHARACTERS} may be")
     elif settings.stop is not None:
         stop_ids = tuple(int(token) for token in settings.stop)
         _check_ids(np.array(stop_ids, dtype=np.int64), info, "stop")
@@ -332,12 +394,6 @@ def check_sample(query: SamplingRequest, max_tokens: int, *, max_request_tokens:
             f"the answer could take {size >> 20} MiB, at most {ANSWER_BYTES >> 20} may be; ask for fewer samples, "
             "tokens, targets or alternatives in one request"
         )
-
-
-def check_stops(stops: Iterable[str]) -> None:
-    """Raises RequestFailed for stop strings that would slow down everybody's draws."""
-    if (size := sum(map(len, stops))) > STOP_CHARACTERS:
-        raise RequestFailed(f"stop: {size} characters in all; at most {STOP_CHARACTERS} may be")
 
 
 def check_width(request: TrainRequest, *, max_tokens_per_microbatch: int) -> None:

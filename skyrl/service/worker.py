@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import deal_by_length
-from skyrl.service.checkpoints import CheckpointService, Snapshots
 from skyrl.service.commands import Leader
 from skyrl.service.messages import (
     CreateModel,
@@ -35,8 +35,9 @@ from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.pending import PendingRequest
 from skyrl.service.sampling import Sampling
 from skyrl.service.scheduler import ENDED, RequestScheduler, makes_model
-from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, to_rows
-from skyrl.types import Datum, Floats, UserError
+from skyrl.service.storage.checkpoints import CheckpointService, Snapshots
+from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, substituted, to_rows
+from skyrl.types import Datum, Floats, Metrics, UserError
 
 log = logging.getLogger("skyrl.service")
 
@@ -110,6 +111,7 @@ class Worker:
             self._next_tick = now + TICK_SECONDS
             self.check()
             self.checkpoints.tidy()
+            self.sampling.recordings.expire()
 
     def _close_ended(self, silent_seconds: float = 0) -> None:
         """Withdraws the samples of sessions that have ended, or were silent for so long (0 = however long), and closes
@@ -126,6 +128,7 @@ class Worker:
                 log.warning("%s stays open: %s", model.model_id, error)
         for session in ended:
             self.sampling.snapshots.forget_session(session)
+            self.sampling.recordings.forget_session(session)
 
     # ---- requests of models ----------------------------------------------------------------------------------------
 
@@ -142,7 +145,7 @@ class Worker:
         }
         (pending,) = batch
         with self._refusing(pending):
-            if pending.request.problem and not makes_model(pending.request):
+            if pending.request.problem:
                 raise RequestFailed(pending.request.problem)
             action = next(action for kind, action in actions.items() if isinstance(pending.request, kind))
             result = action(pending, pending.request)
@@ -151,26 +154,24 @@ class Worker:
 
     @contextmanager
     def _refusing(self, pending: PendingRequest) -> Iterator[None]:
-        """For what may refuse; a refusal settles the future. Anything else ends the server: the ranks may differ."""
+        """For what may refuse; a refusal settles the future, and a model that was to be made never was. Anything else
+        ends the server: the ranks may differ."""
+        makes = makes_model(pending.request)
         try:
             yield
         except (RequestFailed, UserError) as error:
+            if makes:
+                self.scheduler.closed(pending.model_id, f"{pending.model_id} was never made: {error}", forget=True)
             self.scheduler.failed(pending, error)
 
     def _create(self, pending: PendingRequest, request: CreateModel | LoadWeights) -> Result:
         if self.models.full():
             self._close_ended(SILENT_SECONDS)
-        try:
-            if request.problem:
-                raise RequestFailed(request.problem)
-            if isinstance(request, CreateModel):
-                model = self.models.create(request, pending.owner)
-            else:
-                model = self.models.create_from(request, pending.model_id, pending.owner)
-        except (RequestFailed, UserError) as error:
-            self.scheduler.closed(pending.model_id, f"{pending.model_id} was never made: {error}", forget=True)
-            raise
-        self.scheduler.opened(model.model_id, model.facts())
+        if isinstance(request, CreateModel):
+            model = self.models.create(request, pending.owner)
+        else:
+            model = self.models.create_from(request, pending.model_id, pending.owner)
+        self.scheduler.opened(model.model_id, model.info)
         return {"model_id": model.model_id, "type": "create_model"}
 
     def _load(self, pending: PendingRequest, request: LoadWeights) -> Result:
@@ -192,7 +193,7 @@ class Worker:
 
     def _train(self, batch: list[PendingRequest]) -> None:
         """One engine call for the rows of all requests whose content is right."""
-        ready: list[tuple[PendingRequest, list[Datum]]] = []
+        ready: list[tuple[PendingRequest, list[Datum], Metrics]] = []
         spec, forward_only = None, batch[0].request.forward_only
         for pending in batch:
             request = pending.request
@@ -202,28 +203,42 @@ class Worker:
                     model.gradient_failed = False  # the client knows that the step before came to nothing: a new one
                 if request.problem:
                     raise RequestFailed(request.problem)
-                spec = loss_spec(request)
                 check_width(request, max_tokens_per_microbatch=self.cfg.batch.max_tokens_per_microbatch)
+                request, more = self._substitute(model, request)
+                spec = loss_spec(request)
                 rows = to_rows(request, self.facts, max_tokens=self.cfg.service.max_tokens_per_request)
-                ready.append((pending, rows))
+                ready.append((pending, rows, more))
         if not ready:
             return
         assert spec is not None
-        for pending, _ in ready:
+        for pending, *_ in ready:
             self.models.use(pending.model_id)
         model_id = ready[0][0].model_id if len(ready) == 1 else None
         try:
-            outputs = self._compute(ready, spec, forward_only, self.mix, model_id)
+            outputs = self._compute([rows for _, rows, _ in ready], spec, forward_only, self.mix, model_id)
         except UserError as error:
-            for pending, _ in ready:
+            for pending, *_ in ready:
                 with self._refusing_part(pending, forward_only):
                     raise error
             return
-        for (pending, rows), found in zip(ready, outputs, strict=True):
+        for (pending, rows, more), found in zip(ready, outputs, strict=True):
             with self._refusing_part(pending, forward_only):
                 result = _train_result(pending.request.loss_fn, rows, found)
+                result.metrics.update(more)
                 self.models.get(pending.model_id).has_gradient |= not forward_only
                 self.scheduler.done(pending, result)
+
+    def _substitute(self, model: TrainableModel, request: TrainRequest) -> tuple[TrainRequest, Metrics]:
+        """The request with the loss that service.loss_substitutes names for its own, and metrics that say so: which
+        loss it is, and of how many weights (snapshots, checkpoints) the sequences are. As it is when none is named."""
+        loss, other = request.loss_fn, self.cfg.service.loss_substitutes.get(request.loss_fn)
+        if other is None:
+            return request, {}
+        found, weights = substituted(request, other, partial(self.sampling.recordings.find, model.session))
+        if not model.told:
+            model.told = True
+            log.warning("%s: %s is computed as %s (service.loss_substitutes)", model.model_id, loss, other)
+        return found, {f"{loss}_computed_as_{other}:max": 1.0, "sampled_weights:max": float(len(weights))}
 
     @contextmanager
     def _refusing_part(self, pending: PendingRequest, forward_only: bool) -> Iterator[None]:
@@ -241,19 +256,19 @@ class Worker:
                 model.has_gradient, model.gradient_failed = False, True
             self.scheduler.failed(pending, error)
 
-    def _compute(self, ready: list[tuple[PendingRequest, list[Datum]]], *args: Any) -> list[list[tuple[Floats, float]]]:
+    def _compute(self, requests: list[list[Datum]], *args: Any) -> list[list[tuple[Floats, float]]]:
         """Rows to ranks and back: (log-probabilities, loss) of each row. Each request is laid out over the ranks by
         itself, so that its numbers do not depend on its company."""
         world = self.leader.world
         dealt: list[list[tuple[int, int]]] = [[] for _ in range(world.dp_size)]  # (number of the request, of its row)
-        for number, (_, rows) in enumerate(ready):
+        for number, rows in enumerate(requests):
             for part, indices in zip(dealt, deal_by_length(world, [len(row.tokens) for row in rows]), strict=True):
                 part += [(number, index) for index in indices]
-        parts = [[ready[number][1][index] for number, index in part] for part in dealt]
+        parts = [[requests[number][index] for number, index in part] for part in dealt]
         found: dict[tuple[int, int], tuple[Floats, float]] = {}
         for part, (logprobs, losses) in zip(dealt, self.leader.call("train", *args, parts=parts), strict=True):
             found.update(zip(part, zip(logprobs, losses, strict=True), strict=True))
-        return [[found[number, index] for index in range(len(rows))] for number, (_, rows) in enumerate(ready)]
+        return [[found[number, index] for index in range(len(rows))] for number, rows in enumerate(requests)]
 
     def _optim_step(self, pending: PendingRequest, request: OptimStep) -> Result:
         model = self.models.get(request.model_id)
@@ -269,7 +284,6 @@ class Worker:
         self.models.use(model.model_id)
         model.has_gradient = False  # also when the step is refused: the ranks have dropped it then
         metrics = self.leader.call("optim_step", model.model_id, adam)[0]
-        model.steps += 1
         return {"metrics": {key.rsplit(":", 1)[0]: float(value) for key, value in metrics.items()}}
 
     # ---- state -----------------------------------------------------------------------------------------------------

@@ -172,24 +172,24 @@ def say_progress(what: str, total: int, say: Callable[[str], None]) -> Progress:
     return progress
 
 
-def check_task(cfg: RunConfig, row_tokens: int, *, files: bool) -> list[str]:
+def check_task(cfg: RunConfig, row_tokens: int, *, files: bool) -> tuple[list[str], Chat | None]:
     """What a dry run can say of the task: plugins, the environment and its options, and with `files` the prompts as
-    they will be played. Returns lines about what was left out or not looked at.
+    they will be played. Returns lines about what was left out or not looked at, and the Chat where it was loaded.
 
     Raises UserError for what is wrong. Imports plugins, and no torch unless they do.
     """
     import_plugins(cfg.plugins)
     make_environment(cfg.env)
     if not files:
-        return []
+        return [], None
     parts = {"train": make_prompts(cfg, "train"), "test": make_prompts(cfg, "test")}
     try:
         chat = chat_of(cfg)
     except ImportError as error:
-        return [f"prompts are not held against the tokenizer: {error}"]
+        return [f"prompts are not held against the tokenizer: {error}"], None
     lines = []
     for split, part in parts.items():
         kept = part if cfg.data.filter or split == "train" else part[: cfg.eval.num_prompts]
         found = PromptCheck.of(cfg, split, row_tokens).run(chat, enumerate(kept))
         lines.append(leave_out(cfg, split, kept, found)[1])
-    return [line for line in lines if line]
+    return [line for line in lines if line], chat

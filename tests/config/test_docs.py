@@ -185,7 +185,7 @@ BUDGET = {
     "tracking": (6, "one switch for each place numbers go to"),
     "debug": (3, "one switch for each doubt"),
     "run": (12, "name, place, resume, the patience of ranks, and what may differ between their nodes"),
-    "service": (19, "address, keys, names, and one limit for each thing clients could exhaust"),
+    "service": (20, "address, keys, names, one limit for each thing clients could exhaust, one map of losses"),
 }
 
 

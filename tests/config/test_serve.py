@@ -82,6 +82,11 @@ def test_overrides_aliases_and_their_file(tmp_path):
         ("service.gap_seconds=0", "service.gap_seconds=0.0: must be above 0"),
         ("service.slice_seconds=nan", "service.slice_seconds=nan: must be a finite number"),
         ("service.host=''", "service.host: empty; leave it out for '127.0.0.1'"),
+        ("service.loss_substitutes={ppo: cispo}", "ppo: cispo: only stable_reinforce is computed as another loss"),
+        (
+            "service.loss_substitutes={stable_reinforce: dro}",
+            "dro: choose one of: cispo, gspo, importance_sampling, ppo",
+        ),
         ("service.aliases={a: b}", "service.aliases: a is to be b, but this server has one model"),
         ("run.threads=-1", "run.threads=-1: must not be negative"),
         ("batch.max_tokens_per_microbatch=0", "batch.max_tokens_per_microbatch=0: must be at least 1"),

@@ -226,3 +226,50 @@ def test_pages_that_cannot_be(server, query):
             continue
         answer = server.http.get(f"/api/v1/{path}?{query}")
         assert answer.status_code == 400 and answer.json()["detail"]
+
+
+def test_checkpoints_are_searched_as_release_0_39_asks(server, bob):
+    """By metadata, type, base model, project and owner, newest first, a page at a time."""
+    session = server.session(project_id="searched")
+    created = server.future("create_model", session_id=session, model_seq_id=0, base_model="tiny",
+                            lora_config={"rank": 8})  # fmt: skip
+    run = created["model_id"]
+    for number in range(1, 4):
+        more = {"user_metadata": {"step": str(number), "recipe": "r"}}
+        server.future("save_weights", model_id=run, seq_id=number, path=f"s{number}", **more)
+    server.future("save_weights_for_sampler", model_id=run, seq_id=4, path="s3")
+    found = server.call("checkpoints/search", project_ids=["searched"])
+    assert found == server.call("search_checkpoints", project_ids=["searched"]) and "next_cursor" not in found
+    assert [one["checkpoint_id"] for one in found["checkpoints"]] == [
+        "sampler_weights/s3", "weights/s3", "weights/s2", "weights/s1",
+    ]  # fmt: skip
+    assert {one["base_model"] for one in found["checkpoints"]} == {"tiny"}
+
+    def names(client=None, **query):
+        answer = (client or server.http).post("/api/v1/checkpoints/search", json={"project_ids": ["searched"], **query})
+        return [one["checkpoint_id"].partition("/")[2] for one in answer.json()["checkpoints"]]
+
+    assert names(user_metadata={"step": "2"}) == names(user_metadata={"step": "2", "recipe": "r"}) == ["s2"]
+    assert names(user_metadata={"step": "2", "recipe": "x"}) == names(base_models=[]) == names(bob) == []
+    assert names(checkpoint_type="sampler") == ["s3"] and names(checkpoint_type="external") == []
+    assert names(base_models=["other", "tiny"], checkpoint_type="training") == ["s3", "s2", "s1"]
+    assert names(project_ids=["default"], user_metadata={"recipe": "r"}) == []
+    assert names(owner={"type": "user", "owner_urns": ["bob"]}) == []
+    assert names(bob, owner={"type": "user", "owner_urns": ["ann"]}) == []
+    seen, cursor = [], {}
+    for size in (3, 1):
+        page = server.call("checkpoints/search", project_ids=["searched"], limit=3, **cursor)
+        assert len(page["checkpoints"]) == size
+        seen += page["checkpoints"]
+        cursor = {"cursor": page.get("next_cursor")}
+    assert seen == found["checkpoints"] and cursor == {"cursor": None}
+    for wrong in ({"limit": 0}, {"checkpoint_type": "weights"}, {"colour": "red"},
+                  {"cursor": {"last_created_at": "yesterday", "last_checkpoint_uuid": "x"}}):  # fmt: skip
+        answer = server.post("checkpoints/search", **wrong)
+        assert answer.status_code == 400 and "\n" not in answer.json()["detail"], wrong
+
+
+@pytest.mark.parametrize("end", ["start", "finish"])
+def test_uploads_of_weights_are_refused_by_name(server, end):
+    answer = server.post(f"external_weights_upload_{end}", upload_id="x")
+    assert answer.status_code == 400 and "takes no weights from its clients" in answer.json()["detail"]

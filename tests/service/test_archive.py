@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.service.archive import MARKER, META, Archive, Content, OptimizerState
-from skyrl.service.records import CheckpointPath, ModelInfo
+from skyrl.service.storage.archive import MARKER, META, Archive, Content, OptimizerState
+from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 PATH = CheckpointPath("s-1:train:0", "weights", "final")

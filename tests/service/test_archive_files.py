@@ -7,8 +7,8 @@ import tarfile
 import pytest
 import torch
 
-from skyrl.service.archive import META, Archive, Content, TarStream, check_recipients
-from skyrl.service.records import CheckpointPath, ModelInfo
+from skyrl.service.storage.archive import META, Archive, Content, TarStream, check_recipients
+from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 
 PATH = CheckpointPath("s-1:train:0", "external_weights", "final")

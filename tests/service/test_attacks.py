@@ -27,7 +27,7 @@ from skyrl.service.messages import (
 )
 from skyrl.service.sampling import round_robin
 from skyrl.service.scheduler import RequestScheduler
-from skyrl.service.tensors import Tensor
+from skyrl.service.storage.records import ModelInfo
 from skyrl.service.validation import (
     ANSWER_BYTES,
     WIDE_TARGETS,
@@ -37,6 +37,7 @@ from skyrl.service.validation import (
     sampling_params,
 )
 from skyrl.types import LoraSpec, RunError, UserError
+from skyrl.web.tensors import Tensor
 
 FACTS = ServerInfo({}, "tiny", "", "", 4096, 100, (2,), adaptable=True, full_parameters=False)
 TOKENS = np.array([5, 6, 7])
@@ -104,7 +105,7 @@ def make_model(desk: RequestScheduler, owner: str, number: int = 0) -> str:
     desk.submit(request, owner=owner)
     for pending in desk.take_training(lambda r: r.loss_fn, 1 << 20):
         desk.done(pending, {"model_id": request.model_id})
-        desk.opened(request.model_id, {})
+        desk.opened(request.model_id, ModelInfo("tiny"))
     return request.model_id
 
 

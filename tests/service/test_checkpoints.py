@@ -8,10 +8,10 @@ from contextlib import closing
 import pytest
 import torch
 
-from skyrl.service.archive import Content, OptimizerState
-from skyrl.service.checkpoints import DATABASE, CheckpointService
-from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
-from skyrl.service.store import Store
+from skyrl.service.storage.archive import Content, OptimizerState
+from skyrl.service.storage.checkpoints import DATABASE, CheckpointService
+from skyrl.service.storage.records import CheckpointPath, ModelInfo, NotFound
+from skyrl.service.storage.store import Store
 from skyrl.types import UserError
 
 INFO = ModelInfo("base")
@@ -246,7 +246,7 @@ def test_a_save_is_synced_before_it_returns(server, monkeypatch):
     """What the order is about: the folder's files and names first, then the row, with synchronous = FULL."""
     seen = []
     from skyrl import files
-    from skyrl.service import archive
+    from skyrl.service.storage import archive
 
     for module, name in [(files, "sync_tree"), (files, "sync_folder"), (archive, "sync_folder")]:
         plain = getattr(module, name)

@@ -9,8 +9,8 @@ import pytest
 from requests_made import optim_step, sampling_request
 
 from skyrl.service.messages import OptimStep, RequestFailed, ServerInfo, TrainRequest, WireDatum
-from skyrl.service.tensors import Tensor
 from skyrl.service.validation import adam_params, check_prompt, loss_spec, sampling_params, served_losses, to_rows
+from skyrl.web.tensors import Tensor
 
 FACTS = ServerInfo({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
 
@@ -81,7 +81,10 @@ def test_thresholds_become_the_losses_parameters():
 
 BAD = {
     "unknown loss": (request("no_such"), "loss_fn 'no_such' is not known"),
-    "not public": (request("stable_reinforce"), "not public"),
+    "not public": (
+        request("stable_reinforce"),
+        "not public; use .* cookbook: loss_fn=cispo.*service.loss_substitutes",
+    ),
     "custom": (request("custom"), "custom losses are off"),
     "config of another loss": (request(config={"beta": 1.0}), "'beta' does not apply to cross_entropy; allowed: none"),
     "config text": (policy("ppo", config={"clip_low_threshold": "low"}), "clip_low_threshold='low': needs a number"),

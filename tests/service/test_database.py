@@ -6,9 +6,9 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from skyrl.service.database import FutureLog
-from skyrl.service.records import ModelInfo
-from skyrl.service.store import Store
+from skyrl.service.storage.database import FutureLog
+from skyrl.service.storage.records import ModelInfo
+from skyrl.service.storage.store import Store
 from skyrl.types import UserError
 
 

@@ -14,12 +14,12 @@ import torch
 from requests_made import save_weights
 from starlette.requests import Request
 
-from skyrl.service import checkpoints, database
 from skyrl.service.app import http_error
-from skyrl.service.archive import Content
-from skyrl.service.checkpoints import CheckpointService
 from skyrl.service.models import OpenModels, TrainableModel
-from skyrl.service.records import CheckpointPath, ModelInfo, StorageError
+from skyrl.service.storage import checkpoints, database
+from skyrl.service.storage.archive import Content
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.records import CheckpointPath, ModelInfo, StorageError
 
 CONTENT = Content(ModelInfo("base"), {"w": torch.zeros(100_000)})
 KEPT = {"path": "tinker://kept", "size_bytes": 1}

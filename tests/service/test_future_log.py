@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from requests_made import create_model, load_weights, optim_step, sampling_request, save_weights
 
-from skyrl.service.database import LOST, FutureLog
 from skyrl.service.messages import (
     SampleResult,
     SamplingRequest,
@@ -15,9 +14,10 @@ from skyrl.service.messages import (
     TrainResult,
     UnloadModel,
 )
-from skyrl.service.records import ModelInfo
 from skyrl.service.scheduler import RequestScheduler
-from skyrl.service.store import Store
+from skyrl.service.storage.database import LOST, FutureLog
+from skyrl.service.storage.records import ModelInfo
+from skyrl.service.storage.store import Store
 
 MODEL = "s-1:train:0"
 SNAPSHOT = save_weights("s-1:train:0", 3, "sampler_weights", sampling_session_seq_id=0)

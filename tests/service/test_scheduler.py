@@ -17,6 +17,7 @@ from skyrl.service.messages import (
     WireDatum,
 )
 from skyrl.service.scheduler import RequestScheduler
+from skyrl.service.storage.records import ModelInfo
 from skyrl.service.validation import batch_key
 from skyrl.types import UserError
 
@@ -25,7 +26,7 @@ def make_model(scheduler, session="s", number=0, owner="a"):
     request = create_model(session, number, "base", 8)
     scheduler.submit(request, owner=owner)
     (pending,) = scheduler.take_training(batch_key, 10**6)
-    scheduler.opened(request.model_id, {"base_model": "base"})
+    scheduler.opened(request.model_id, ModelInfo("base"))
     scheduler.done(pending, {"model_id": request.model_id})
     return request.model_id
 
@@ -139,7 +140,7 @@ def test_nobody_sees_another_owners_things():
         scheduler.open_model(model, owner="b")
     with pytest.raises(UserError, match="no such model"):
         scheduler.submit(optim_step(model, 2), owner="b")
-    assert scheduler.open_model(model, owner="a") == {"base_model": "base"}
+    assert scheduler.open_model(model, owner="a") == ModelInfo("base")
 
 
 def test_unknown_and_closed_models_fail_through_the_future():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,20 @@ from inprocess import (
 )
 from requests_made import optim_step
 from small import supervised
-from tinker import AdamParams, Datum, ModelInput, RequestFailedError
+from tinker import (
+    AdamParams,
+    Datum,
+    ModelInput,
+    PromptProvenanceSpan,
+    RequestFailedError,
+    SampledProvenanceSpan,
+    ServiceClient,
+)
 
-from skyrl.service.messages import TrainRequest, WireDatum
+from skyrl.envs import clock
+from skyrl.service import sampling
+from skyrl.service.messages import RecordedSequence, RequestFailed, TrainRequest, WireDatum
+from skyrl.service.sampling import Recordings
 from skyrl.service.validation import to_rows
 
 PROMPT = prompt(5, 6, 7, 8)
@@ -50,7 +62,8 @@ def supervised_request(model: str, seq: int, *, seed: int, forward_only: bool) -
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with open_client(tmp_path_factory.mktemp("service"), "service.gap_seconds=1") as opened:
+    substitutes = "service.loss_substitutes.stable_reinforce=ppo"
+    with open_client(tmp_path_factory.mktemp("service"), "service.gap_seconds=1", substitutes) as opened:
         yield opened
 
 
@@ -108,7 +121,7 @@ def test_snapshots_never_change_and_share_a_batch(client):
 
 
 def test_a_snapshot_that_left_the_device_comes_back(client, monkeypatch, tmp_path):
-    from skyrl.service import checkpoints
+    from skyrl.service.storage import checkpoints
 
     model = new(client, 3)
     results(train(model, 700))
@@ -303,3 +316,122 @@ def test_rl_losses_through_joined_commands(client):
     for model, score, one in zip([new(client, seed) for seed in (1, 2, 3)], scores, joined, strict=True):
         data = rl_rows(1, logprobs_of(score.result()), rows(1))
         assert same(results([model.forward_backward(data, "ppo")]), [one])
+
+
+# ---- stable_reinforce, which an operator may have computed as another loss
+
+
+def recorded(model: Any, **more: Any) -> Any:
+    """A sample of a snapshot of the model that the server remembers."""
+    sampler = model.save_weights_and_get_sampling_client(record_stability_info=True).result()
+    return sampler.sample(PROMPT, 1, draw(6, **more)).result().sequences[0]
+
+
+def provenance(one: Any, **changed: Any) -> Datum:
+    """A row for stable_reinforce of PROMPT and a sampled sequence, as the cookbook builds it; the last targets are what
+    was drawn. `changed`: in the last span, or (inputs) in what the loss reads."""
+    count, before = len(one.tokens), PROMPT.length - 1
+    advantages = np.r_[np.zeros(before), np.full(count, 0.5)].astype(np.float32)
+    inputs = {"target_tokens": np.array([0] * before + one.tokens), "advantages": advantages}
+    inputs |= changed.pop("inputs", {})
+    last = {"sequence_id": one.sequence_id, "offset": 0, "length": count, **changed}
+    prompted = [PromptProvenanceSpan(sequence_id=one.sequence_id, offset=n, length=PROMPT.length - n) for n in (0, 1)]
+    datum = Datum(ModelInput.from_ints(PROMPT.to_ints() + one.tokens[:-1]), inputs)
+    object.__setattr__(datum, "model_input_spans", [prompted[0], SampledProvenanceSpan(**last | {"length": count - 1})])
+    object.__setattr__(datum, "loss_fn_input_spans", [prompted[1], SampledProvenanceSpan(**last)])
+    return datum
+
+
+def test_stable_reinforce_is_the_loss_that_the_operator_names(client, caplog):
+    """Log-probabilities that the client leaves out are those of sampling; every answer names the loss."""
+    one = new(client, seed=5)
+    seen = recorded(one)
+    before = np.zeros(PROMPT.length - 1, np.float32)
+    given = {"logprobs": np.r_[before, np.array(seen.logprobs, np.float32)]}
+    train_on(client, 3)  # other weights and requests in between change nothing
+    with caplog.at_level("WARNING", logger="skyrl.service"):
+        found = [
+            one.forward_backward([provenance(seen, **more)], loss).result()
+            for loss, more in (
+                ("stable_reinforce", {}),
+                ("stable_reinforce", {"inputs": given}),
+                ("ppo", {"inputs": given}),
+            )
+        ]
+    assert same([logprobs_of(one) for one in found[:2]], [logprobs_of(found[2])] * 2)
+    metrics = [dict(one.metrics) for one in found]
+    assert (
+        metrics[0] == metrics[1] == metrics[2] | {"stable_reinforce_computed_as_ppo:max": 1, "sampled_weights:max": 1}
+    )
+    told = [record.getMessage() for record in caplog.records if "computed as" in record.getMessage()]
+    assert told == [f"{one.model_id}: stable_reinforce is computed as ppo (service.loss_substitutes)"]
+    later = one.forward_backward([provenance(seen), provenance(recorded(one, seed=6))], "stable_reinforce").result()
+    assert later.metrics["sampled_weights:max"] == 2
+
+
+def train_on(client: Any, seed: int) -> None:
+    results(train(new(client, seed), 50, steps=1))
+
+
+def test_what_stable_reinforce_refuses(client):
+    """Sequences of other sessions, that were not recorded, or that are not what the row holds."""
+    one, other = new(client, seed=5), skyrl_session(client)
+    seen, plain = recorded(one), one.save_weights_and_get_sampling_client().result()
+    unrecorded = plain.sample(PROMPT, 1, draw(6)).result().sequences[0]
+    wrong = np.array([0] * (PROMPT.length - 1) + seen.tokens[::-1])
+    bare = provenance(seen)
+    object.__setattr__(bare, "model_input_spans", None), object.__setattr__(bare, "loss_fn_input_spans", None)
+    cases = {
+        "is not recorded: sample it in this session": provenance(unrecorded),
+        "does not say which samples": bare,
+        "sampled tokens 3 to 8": provenance(seen, offset=3),
+        "prompt tokens 0 to 5": with_prompt(provenance(seen), 5),
+        "spans are of 8 tokens, there are 9": provenance(seen, length=5),
+        "tokens are not those that were drawn": provenance(seen, inputs={"target_tokens": wrong}),
+        "have to be 0": provenance(seen, inputs={"advantages": np.ones(PROMPT.length - 1 + 6, np.float32)}),
+    }
+    for words, datum in cases.items():
+        with pytest.raises(RequestFailedError, match=words):
+            one.forward([datum], "stable_reinforce").result()
+    with pytest.raises(RequestFailedError, match="does not apply to ppo"):
+        one.forward([provenance(seen)], "stable_reinforce", {"kl_coeff": 0.1}).result()
+    with pytest.raises(RequestFailedError, match="is not recorded"):
+        other.forward([provenance(seen)], "stable_reinforce").result()
+    assert np.isfinite(one.forward([provenance(seen)], "stable_reinforce").result().metrics["loss:sum"])
+
+
+def with_prompt(datum: Datum, length: int) -> Datum:
+    """The datum, its first span as long as that."""
+    datum.model_input_spans[0] = replace(datum.model_input_spans[0], length=length)
+    return datum
+
+
+def skyrl_session(client: Any) -> Any:
+    """A model of a session of its own."""
+    return ServiceClient().create_lora_training_client("tiny", rank=4, seed=1).result()
+
+
+def test_what_is_recorded_is_kept_for_a_day_after_its_last_use(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clock, "now", lambda: now[0])
+    kept, one = Recordings(), RecordedSequence(2, np.arange(3), np.zeros(3, np.float32), "w")
+    for name in "ab":
+        kept.add("s", name, one)
+    now[0] = 80_000.0
+    assert kept.find("s", "a") is one
+    now[0] = 90_000.0
+    kept.expire()
+    assert kept.find("s", "a") is one and kept.sessions() == {"s"}
+    for session, name in (("s", "b"), ("other", "a")):
+        with pytest.raises(RequestFailed, match="is not recorded"):
+            kept.find(session, name)
+    monkeypatch.setattr(sampling, "RECORDED_BYTES", 4 * one.size)
+    kept.add("few", "x", one)
+    for number in range(9):
+        kept.add("many", str(number), one)
+    assert kept.find("few", "x") and kept.find("many", "8") and kept.sessions() == {"s", "few", "many"}
+    with pytest.raises(RequestFailed, match="is not recorded"):
+        kept.find("many", "0")
+    now[0] += 90_000.0
+    kept.expire()
+    assert kept.sessions() == set()

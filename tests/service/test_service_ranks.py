@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import gloo
 import numpy as np
 import pytest
 from inprocess import ADAM, contents, draw, drawn, logprobs_of, mismatch, on_ranks, open_client, prompt, rl_rows, rows
+from small import service_options
 from tinker import AdamParams, ServiceClient
+
+from skyrl.config.load import as_overrides, load_config
+from skyrl.service import server
+from skyrl.types import UserError
 
 LAYOUTS = [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), pytest.param((4, "ddp"), marks=pytest.mark.slow)]
 PROMPTS = [prompt(5, 6, 7), prompt(5, 6, 7, 8, 9, 10), prompt(20)]
@@ -53,6 +61,28 @@ def workout(client: ServiceClient) -> dict[str, Any]:
     out["mismatch"] = [mismatch(one, PROMPTS[0], drawn(asked[0].result()))]
     out["mismatch"].append(mismatch(two, PROMPTS[1], drawn(asked[4].result())))
     return out
+
+
+def _rank_that_cannot_plan(folder: str) -> str:
+    """Why this rank's service was not opened; only rank 1 finds a reason."""
+
+    def refuse(*args: Any, **more: Any) -> Any:
+        raise UserError("this rank has no room")
+
+    if os.environ["RANK"] == "1":
+        server.make_plan = refuse
+    cfg = load_config([*as_overrides(service_options(Path(folder)))], mode="serve")
+    try:
+        server.open_service(cfg)
+    except UserError as error:
+        return str(error)
+    return "opened"
+
+
+@pytest.mark.ranks
+def test_what_one_rank_finds_wrong_with_the_plan_is_told_on_all(tmp_path):
+    one, other = gloo.run_ranks(2, _rank_that_cannot_plan, str(tmp_path), timeout=240)
+    assert one == other and one.startswith("rank 1 on ") and one.endswith(": this rank has no room")
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,7 @@ def test_samples_of_what_has_ended_are_withdrawn(client, how):
 
 
 def test_a_model_goes_only_when_that_is_on_record(client, monkeypatch):
-    from skyrl.service.records import StorageError
+    from skyrl.service.storage.records import StorageError
 
     session, model, _ = open_session(client)
     store = client.service.checkpoints.store

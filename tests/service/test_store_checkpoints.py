@@ -2,8 +2,8 @@
 
 import pytest
 
-from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
-from skyrl.service.store import Store
+from skyrl.service.storage.records import CheckpointPath, ModelInfo, NotFound
+from skyrl.service.storage.store import Store
 from skyrl.types import UserError
 
 INFO = ModelInfo("base")
@@ -139,12 +139,12 @@ def test_space_by_project(store, run):
     other = store.create_run(store.create_session("a", project_id="p").session_id, "a", 0, INFO).run_id
     for where, name in [(run, "x"), (run, "y"), (other, "z")]:
         add(store, CheckpointPath(where, "weights", name), size_bytes=5 * 10**8)
-    usage = [item.to_json() for item in store.usage("a")]
+    usage = store.usage("a")
     assert usage == [
         {"org_user_urn": "a", "checkpoint_count": 2, "size_bytes": 10**9, "size_gigabytes": 1.0},
         {"project_id": "p", "org_user_urn": "a", "checkpoint_count": 1, "size_bytes": 5 * 10**8,
          "size_gigabytes": 0.5},
     ]  # fmt: skip
-    assert [item.checkpoint_count for item in store.usage("a", "p")] == [1]
-    assert [item.checkpoint_count for item in store.usage("a", "default")] == [2]
+    assert [item["checkpoint_count"] for item in store.usage("a", "p")] == [1]
+    assert [item["checkpoint_count"] for item in store.usage("a", "default")] == [2]
     assert store.usage("b") == []

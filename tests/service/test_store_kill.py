@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.service.archive import Content, OptimizerState
-from skyrl.service.checkpoints import CheckpointService
-from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
+from skyrl.service.storage.archive import Content, OptimizerState
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.types import LoraSpec
 
 INFO = ModelInfo("base", LoraSpec(2))

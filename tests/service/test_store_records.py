@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from skyrl.service.records import (
+from skyrl.service.storage.records import (
     CheckpointPath,
     CheckpointRecord,
     ModelInfo,
@@ -88,6 +88,7 @@ def test_json_has_the_protocol_s_names_and_no_nulls():
         "size_bytes": 10,
         "public": False,
         "user_metadata": {},
+        "base_model": "org/name",
     }
     assert make_checkpoint(expires_at=NOW).to_json()["expires_at"] == "2026-01-31T12:00:00.123456+00:00"
     run = TrainingRun("s:train:0", "s", "a", INFO, {"k": "v"}, NOW, NOW, "lost", last_checkpoint=checkpoint)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from skyrl.service.records import CheckpointPath, ModelInfo, NotFound
-from skyrl.service.store import Store
+from skyrl.service.storage.records import CheckpointPath, ModelInfo, NotFound
+from skyrl.service.storage.store import Store
 from skyrl.types import LoraSpec, UserError
 
 INFO = ModelInfo("base", LoraSpec(4, seed=7, mlp=False))

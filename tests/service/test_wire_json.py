@@ -20,8 +20,8 @@ from skyrl.service.messages import (
     SaveWeightsForSampler,
     UnloadModel,
 )
-from skyrl.service.tensors import SizeBudget
 from skyrl.types import UserError
+from skyrl.web.tensors import SizeBudget
 
 DATA = Path(__file__).parent / "data"
 TURN = {"model_id": "s:train:0", "seq_id": 3}
@@ -163,7 +163,15 @@ def sampling(**more) -> dict:
         ("asample", {**SAMPLE, "num_samples": 0}, "sample: num_samples=0; allowed: 1 or more"),
         ("asample", {**SAMPLE, "num_samples": 10**9}, "sample: num_samples=1000000000"),
         ("asample", {**SAMPLE, "beam": 2}, "sample has fields that this server does not know: 'beam'"),
-        ("asample", {**SAMPLE, "record_stability_info": True}, "record_stability_info, which is not supported"),
+        (
+            "asample",
+            {
+                **{key: item for key, item in SAMPLE.items() if key != "sampling_session_id"},
+                "base_model": "b",
+                "record_stability_info": True,
+            },
+            "record_stability_info without sampling_session_id",
+        ),
         ("asample", {**SAMPLE, "prompt": None}, "sample: prompt is missing"),
         ("asample", {**SAMPLE, "prompt": {"chunks": [{"type": "image"}]}}, "sample: prompt.chunks[0] is 'image'"),
         ("asample", {**SAMPLE, "target_prompt_logprobs": {"data": [1], "dtype": "float32"}}, "allowed: int64 of two"),

@@ -36,7 +36,7 @@ def run(tmp_path):
             data=DataConfig(path=str(tmp_path / "train.jsonl"), filter=list(filter), **data),
             warmup=WarmupConfig(num_steps=warmup),
         )
-        return check_task(cfg, rows_end, files=True)
+        return check_task(cfg, rows_end, files=True)[0]
 
     return run
 

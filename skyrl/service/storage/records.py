@@ -8,13 +8,16 @@ absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
-from skyrl.service.messages import CheckpointKind
+from pydantic import AfterValidator, Field, model_validator
+
+from skyrl.service.messages import CheckpointKind, MetadataText
 from skyrl.types import LoraSpec, UserError
+from skyrl.web.message import JsonMessage, Text, refused
 
 KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
 CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
@@ -25,7 +28,7 @@ Scope = Literal["owned", "accessible"]
 RunState = Literal["open", "closed", "lost"]
 Json = dict[str, Any]
 FINISH_REASONS = ("success", "errored", "interrupted")
-STATUSES = ("active", "cancelled", "client_finished", "failed")
+SEARCHED_WORDS = 32
 T = TypeVar("T")
 
 
@@ -202,6 +205,7 @@ class CheckpointRecord:
             public=self.public,
             user_metadata=self.user_metadata,
             expires_at=self.expires_at,
+            base_model=self.info.base_model,
         )
 
 
@@ -300,26 +304,6 @@ class SamplingSession:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Space that the checkpoints of one owner and project take."""
-
-    owner: str
-    project_id: str | None
-    checkpoint_count: int
-    size_bytes: int
-
-    def to_json(self) -> Json:
-        """An item of billing/usage/checkpoints/current; a gigabyte is 10^9 bytes."""
-        return present(
-            project_id=self.project_id,
-            org_user_urn=self.owner,
-            checkpoint_count=self.checkpoint_count,
-            size_bytes=self.size_bytes,
-            size_gigabytes=self.size_bytes / 1e9,
-        )
-
-
-@dataclass(frozen=True)
 class Page(Generic[T]):
     """A part of a list; total: how long the whole list is."""
 
@@ -333,53 +317,91 @@ class Page(Generic[T]):
         return {"offset": self.offset, "limit": self.limit, "total_count": self.total}
 
 
-@dataclass(frozen=True)
-class StatusQuery:
+# ---- searches: messages of clients, each of which knows its SQL
+
+
+class SearchOwner(JsonMessage, lenient=True):
+    """Whose things are searched; nobody lists another's here."""
+
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[Text] = Field([], max_length=64)
+
+    def has(self, asker: str) -> bool:
+        """Whether the asker's own are among them."""
+        return self.type != "user" or asker in self.owner_urns
+
+
+class SearchQuery(JsonMessage):
+    """What every search has. None = anything; pages of 1 to 200, newest first."""
+
+    project_ids: list[Text] | None = Field(None, max_length=256)
+    user_metadata: dict[Text, MetadataText] = Field({}, max_length=64)
+    owner: SearchOwner = SearchOwner(owner_urns=[])
+    limit: int = Field(50, ge=1, le=200)
+
+    def conditions(self, table: str, last: tuple[str, str] | None, name: str) -> tuple[list[str], dict[str, Any]]:
+        """SQL conditions on a table (its alias) beside sessions s, and their values: lists of any length are one value
+        each. last: the time and `name` with which the page before ended."""
+        where: list[str] = []
+        values: dict[str, Any] = {}
+        if self.project_ids is not None:
+            values["projects"] = json.dumps(self.project_ids)
+            where.append("coalesce(s.project_id, 'default') IN (SELECT value FROM json_each(:projects))")
+        if self.user_metadata:
+            values["metadata"] = json.dumps(self.user_metadata)
+            values["pair"] = json.dumps(dict([next(iter(self.user_metadata.items()))]))[1:-1]  # as the column has it
+            has_it = f"SELECT 1 FROM json_each({table}.user_metadata) h WHERE h.key = w.key AND h.value = w.value"
+            lacks_one = f"SELECT 1 FROM json_each(:metadata) w WHERE NOT EXISTS ({has_it})"
+            where.append(f"instr({table}.user_metadata, :pair) AND NOT EXISTS ({lacks_one})")
+        if last is not None:
+            values |= {"before": to_micros(parse_time(last[0])), "before_id": last[1]}
+            where.append(f"({table}.created_at, {table}.{name}) < (:before, :before_id)")
+        return where, values
+
+
+class SessionStatus(JsonMessage, lenient=True):
     """One status to search for; reasons only narrow "client_finished"."""
 
     type: Literal["active", "cancelled", "client_finished", "failed"]
-    reasons: tuple[str, ...] | None = None
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = Field(None, max_length=16)
 
-    def __post_init__(self) -> None:
-        if self.type not in STATUSES:
-            raise UserError(f"sessions/search: status {self.type!r}; give one of {', '.join(STATUSES)}")
-        if self.reasons is not None and (
-            self.type != "client_finished" or not set(self.reasons) <= set(FINISH_REASONS)
-        ):
-            raise UserError(
-                f"sessions/search: reasons {list(self.reasons)} of status {self.type}; only client_finished has "
-                f"reasons, out of {', '.join(FINISH_REASONS)}"
-            )
+    @model_validator(mode="after")
+    def _has_reasons(self) -> SessionStatus:
+        if self.reasons is not None and self.type != "client_finished":
+            raise refused(f"is {self.type} with reasons; only client_finished has reasons")
+        return self
 
 
-@dataclass(frozen=True)
-class SessionQuery:
-    """What to search for; None = anything. With both session_id and display_name, either one is enough.
+class SessionCursor(JsonMessage, lenient=True):
+    """Where the page before ended."""
 
-    display_name: words that must each occur, whatever their case. owners: None = the caller's own.
-    """
+    last_created_at: Text
+    last_session_id: Text
 
-    session_id: str | None = None
-    project_ids: tuple[str, ...] | None = None
-    user_metadata: Mapping[str, str] | None = None
-    display_name: str | None = None
-    owners: tuple[str, ...] | None = None
-    statuses: tuple[StatusQuery, ...] | None = None
-    limit: int = 50
-    cursor: tuple[datetime, str] | None = None
 
-    @property
-    def active(self) -> bool:
-        """Whether active sessions are among those searched for by status."""
-        return any(one.type == "active" for one in self.statuses or ())
+def _few_words(name: str) -> str:
+    if (count := len(name.split())) > SEARCHED_WORDS:
+        raise refused(f"has {count} words; allowed: at most {SEARCHED_WORDS}")
+    return name
 
-    def condition(self, active: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """The search as an SQL condition on the table sessions s, and its values: lists of any length are one value
-        each. active: the ids of active sessions, if any are searched for."""
-        where: list[str] = []
-        values: dict[str, Any] = {"active": json.dumps(active), "session": self.session_id}
+
+class SessionQuery(SearchQuery, operation="sessions/search"):
+    """With both session_id and display_name, either one is enough. display_name: words that must each occur, whatever
+    their case."""
+
+    session_id: Text | None = None
+    display_name: Annotated[Text, AfterValidator(_few_words)] | None = None
+    statuses: list[SessionStatus] | None = Field(None, max_length=16)
+    cursor: SessionCursor | None = None
+
+    def condition(self, active: Callable[[], Sequence[str]]) -> tuple[str, dict[str, Any]]:
+        """The search as an SQL condition on the table sessions s, and its values. active: the ids of active sessions,
+        asked for only when some are searched for."""
+        last = (self.cursor.last_created_at, self.cursor.last_session_id) if self.cursor else None
+        where, values = self.conditions("s", last, "session_id")
         either = []
         if self.session_id is not None:
+            values["session"] = self.session_id
             either.append("s.session_id = :session")
         if self.display_name is not None:
             words = list(dict.fromkeys(self.display_name.casefold().split()))
@@ -388,41 +410,49 @@ class SessionQuery:
             either.append(f"(instr(folded_name, :word) AND NOT EXISTS ({lacks_one}))" if words else "0")
         if either:
             where.append(f"({' OR '.join(either)})")
-        if self.project_ids is not None:
-            values["projects"] = json.dumps(self.project_ids)
-            where.append("coalesce(project_id, 'default') IN (SELECT value FROM json_each(:projects))")
-        if self.user_metadata:
-            values["metadata"] = json.dumps(dict(self.user_metadata))
-            values["pair"] = json.dumps(dict([next(iter(self.user_metadata.items()))]))[1:-1]  # as the column has it
-            has_it = "SELECT 1 FROM json_each(s.user_metadata) h WHERE h.key = w.key AND h.value = w.value"
-            lacks_one = f"SELECT 1 FROM json_each(:metadata) w WHERE NOT EXISTS ({has_it})"
-            where.append(f"instr(s.user_metadata, :pair) AND NOT EXISTS ({lacks_one})")
         if self.statuses is not None:
-            values["ended"] = json.dumps(
-                [one.type for one in self.statuses if one.type != "active" and one.reasons is None]
-            )
+            kinds = [one.type for one in self.statuses if one.reasons is None]
+            values["active"] = json.dumps(active() if "active" in kinds else [])
+            values["ended"] = json.dumps([kind for kind in kinds if kind != "active"])
             values["reasons"] = json.dumps([reason for one in self.statuses for reason in one.reasons or ()])
             where.append(
                 "(status IN (SELECT value FROM json_each(:ended))"
                 " OR (status = 'client_finished' AND reason IN (SELECT value FROM json_each(:reasons)))"
                 " OR (status = 'active' AND s.session_id IN (SELECT value FROM json_each(:active))))"
             )
-        if self.cursor is not None:
-            values |= {"before": to_micros(self.cursor[0]), "before_id": self.cursor[1]}
-            where.append("(s.created_at, s.session_id) < (:before, :before_id)")
+        return " AND ".join(where) or "1", values
+
+
+class CheckpointCursor(JsonMessage, lenient=True):
+    """Where the page before ended: the id of a checkpoint is its version."""
+
+    last_created_at: Text
+    last_checkpoint_uuid: Text
+
+
+class CheckpointQuery(SearchQuery, operation="search_checkpoints"):
+    """Checkpoints of any of these base models (an empty list: none), and of this type."""
+
+    checkpoint_type: Literal["training", "sampler", "external"] | None = None
+    base_models: list[Text] | None = Field(None, max_length=256)
+    cursor: CheckpointCursor | None = None
+
+    def condition(self) -> tuple[str, dict[str, Any]]:
+        """The search as an SQL condition on the tables checkpoints c and sessions s, and its values."""
+        last = (self.cursor.last_created_at, self.cursor.last_checkpoint_uuid) if self.cursor else None
+        where, values = self.conditions("c", last, "version")
+        if self.checkpoint_type is not None:
+            values["kind"] = next(kind for kind, name in CHECKPOINT_TYPES.items() if name == self.checkpoint_type)
+            where.append("c.kind = :kind")
+        if self.base_models is not None:
+            values["bases"] = json.dumps(self.base_models)
+            where.append("json_extract(c.facts, '$.base_model') IN (SELECT value FROM json_each(:bases))")
         return " AND ".join(where) or "1", values
 
 
 @dataclass(frozen=True)
-class SearchPage:
-    """Sessions found, newest first, and where the next page begins (None at the end)."""
+class SearchPage(Generic[T]):
+    """What was found, newest first, and the cursor with which the next page is asked for (None at the end)."""
 
-    sessions: list[Session]
-    next_cursor: tuple[datetime, str] | None
-
-    def to_json(self) -> Json:
-        """The answer of sessions/search."""
-        cursor = None
-        if self.next_cursor:
-            cursor = present(last_created_at=self.next_cursor[0], last_session_id=self.next_cursor[1])
-        return present(sessions=[session.summary_json() for session in self.sessions], next_cursor=cursor)
+    items: list[T]
+    next_cursor: Json | None = None

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from skyrl.service.archive import Archive, Content, OptimizerState, check_recipients
 from skyrl.service.commands import BASE, Leader
-from skyrl.service.database import FutureLog
 from skyrl.service.messages import RequestFailed, SaveWeights
-from skyrl.service.records import CheckpointPath, CheckpointRecord, ModelInfo, NotFound, StorageError
-from skyrl.service.store import Store, check_ttl
+from skyrl.service.storage.archive import Archive, Content, OptimizerState, check_recipients
+from skyrl.service.storage.database import FutureLog
+from skyrl.service.storage.records import CheckpointPath, CheckpointRecord, ModelInfo, NotFound, StorageError
+from skyrl.service.storage.store import Store, check_ttl
 from skyrl.types import LoraSpec, UserError
 
 log = logging.getLogger("skyrl.service")

@@ -36,7 +36,7 @@ import skyrl
 from skyrl.files import disk_reason, manifest_entry, remove_tree, sync_folder, verify_manifest, write_folder_atomic
 from skyrl.models.export import save_tensors
 from skyrl.models.peft import read_adapter, write_adapter
-from skyrl.service.records import CheckpointPath, Json, ModelInfo, StorageError, check_part
+from skyrl.service.storage.records import CheckpointPath, Json, ModelInfo, StorageError, check_part
 from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from skyrl.service.database import Database, Row, check_page
-from skyrl.service.records import (
+from skyrl.service.storage.database import Database, Row, check_page
+from skyrl.service.storage.records import (
     FINISH_REASONS,
     CheckpointPath,
+    CheckpointQuery,
     CheckpointRecord,
     Json,
     ModelInfo,
@@ -28,18 +29,18 @@ from skyrl.service.records import (
     SamplingSession,
     Scope,
     SearchPage,
+    SearchQuery,
     Session,
     SessionQuery,
     StorageError,
     TrainingRun,
-    Usage,
     from_micros,
     present,
 )
 from skyrl.types import UserError
 
+T = TypeVar("T")
 ACTIVE_SECONDS = 300  # a session that was silent longer is not called active
-MAX_SEARCH = 200
 SESSIONS_AT_ONCE = 500  # rows that one transaction of the housekeeping changes
 MIN_TTL = 3600
 MAX_TTL = 315_576_000  # ten years of 365.25 days
@@ -154,31 +155,47 @@ class Store(Database):
 
     def list_sessions(self, owner: str, *, limit: int = 100, offset: int = 0) -> Page[str]:
         """Ids of the owner's sessions, newest first. No session is shared: "accessible" ones are the same."""
+        source = "FROM sessions WHERE owner = :owner"
+        return self._page(source, {"owner": owner}, limit, offset, lambda _, row: row["session_id"], order="session_id")
+
+    def _page(
+        self,
+        source: str,
+        values: dict[str, Any],
+        limit: int,
+        offset: int,
+        read: Callable[[sqlite3.Connection, Row], T],
+        order: str = "rowid",
+    ) -> Page[T]:
+        """A part of a list, newest first: `source` is the whole of it in SQL, from FROM on; of one time `order`
+        decides."""
         check_page(limit, offset)
         with self.read() as db:
-            (total,) = db.execute("SELECT count(*) FROM sessions WHERE owner = ?", (owner,)).fetchone()
-            rows = db.execute(
-                "SELECT session_id FROM sessions WHERE owner = ? ORDER BY created_at DESC, session_id DESC"
-                " LIMIT ? OFFSET ?",
-                (owner, limit, offset),
-            )
-            return Page([row[0] for row in rows], offset, limit, total)
+            (total,) = db.execute(f"SELECT count(*) {source}", values).fetchone()
+            order = f"ORDER BY created_at DESC, {order} DESC LIMIT :limit OFFSET :offset"
+            rows = db.execute(f"SELECT * {source} {order}", {**values, "limit": limit, "offset": offset})
+            return Page([read(db, row) for row in rows.fetchall()], offset, limit, total)
 
-    def search_sessions(self, owner: str, query: SessionQuery) -> SearchPage:
-        """The owner's sessions that match, newest first, `query.limit` (1 to 200) at a time."""
-        if not 1 <= query.limit <= MAX_SEARCH:
-            raise UserError(f"sessions/search: limit={query.limit}; give 1 to {MAX_SEARCH}")
-        if query.owners is not None and owner not in query.owners:
-            return SearchPage([], None)
-        alive = self.micros() - ACTIVE_SECONDS * 1_000_000
-        where, values = query.condition(self.live.heard_since(alive) if query.active else [])
-        sql = f"SELECT s.*, {_TALLY} FROM sessions s WHERE owner = :owner AND {where}"
-        values.update(owner=owner, now=self.micros(), limit=query.limit + 1)
+    def search_sessions(self, owner: str, query: SessionQuery) -> SearchPage[Session]:
+        """The owner's sessions that match."""
+        where, values = query.condition(lambda: self.live.heard_since(self.micros() - ACTIVE_SECONDS * 1_000_000))
+        sql = f"SELECT s.*, {_TALLY} FROM sessions s WHERE s.owner = :owner AND {where}"
+        rows, last = self._search(owner, query, f"{sql} ORDER BY created_at DESC, session_id DESC", values)
+        return SearchPage(
+            [self._session(row) for row in rows], last and {**last[0], "last_session_id": last[1]["session_id"]}
+        )
+
+    def _search(self, owner: str, query: SearchQuery, sql: str, values: dict[str, Any]) -> tuple[list[Row], Any]:
+        """The rows of a page, and (the time, the row) with which it ends, None where there is no further page."""
+        if not query.owner.has(owner):
+            return [], None
+        values = {**values, "owner": owner, "now": self.micros(), "limit": query.limit + 1}
         with self.read() as db:
-            rows = db.execute(f"{sql} ORDER BY created_at DESC, session_id DESC LIMIT :limit", values).fetchall()
-        found = [self._session(row) for row in rows[: query.limit]]
-        more = len(rows) > query.limit
-        return SearchPage(found, (found[-1].created_at, found[-1].session_id) if more else None)
+            rows = db.execute(f"{sql} LIMIT :limit", values).fetchall()
+        if len(rows) <= query.limit:
+            return rows, None
+        last = rows[query.limit - 1]
+        return rows[:-1], (present(last_created_at=from_micros(last["created_at"])), last)
 
     def create_sampler(
         self,
@@ -290,18 +307,17 @@ class Store(Database):
     def list_runs(self, owner: str, *, limit: int = 100, offset: int = 0, scope: Scope = "owned",
                   project_id: str | None = None) -> Page[TrainingRun]:  # fmt: skip
         """Runs, newest first. accessible: other owners' too that have a published checkpoint."""
-        check_page(limit, offset)
         where = _seen(scope)
         if project_id is not None:
             where += (
                 " AND session_id IN (SELECT session_id FROM sessions WHERE coalesce(project_id, 'default') = :project)"
             )
-        values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset, "project": project_id}
-        with self.read() as db:
-            (total,) = db.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchone()
-            order = "ORDER BY created_at DESC, rowid DESC LIMIT :limit OFFSET :offset"
-            rows = db.execute(f"SELECT * FROM runs WHERE {where} {order}", values).fetchall()
-            return Page([self._with_latest(db, _run(row, self.touched), owner) for row in rows], offset, limit, total)
+        values = {"owner": owner, "now": self.micros(), "project": project_id}
+
+        def read(db: sqlite3.Connection, row: Row) -> TrainingRun:
+            return self._with_latest(db, _run(row, self.touched), owner)
+
+        return self._page(f"FROM runs WHERE {where}", values, limit, offset, read)
 
     def close_run(self, run_id: str, owner: str, state: RunState = "closed") -> None:
         """The model goes from memory (unloaded, or its session ended). Raises: NotFound."""
@@ -402,19 +418,22 @@ class Store(Database):
         self, owner: str, *, limit: int = 100, offset: int = 0, kinds: Sequence[str] | None = None
     ) -> Page[CheckpointRecord]:
         """The owner's checkpoints of all runs, newest first; only those of some kinds if given."""
-        check_page(limit, offset)
-        values = {"owner": owner, "now": self.micros(), "limit": limit, "offset": offset, "kinds": json.dumps(kinds)}
+        values = {"owner": owner, "now": self.micros(), "kinds": json.dumps(kinds)}
         some = "" if kinds is None else " AND kind IN (SELECT value FROM json_each(:kinds))"
-        with self.read() as db:
-            (total,) = db.execute(
-                f"SELECT count(*) FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}", values
-            ).fetchone()
-            rows = db.execute(
-                f"SELECT * FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}"
-                " ORDER BY created_at DESC, rowid DESC LIMIT :limit OFFSET :offset",
-                values,
-            )
-            return Page([checkpoint_of(row) for row in rows], offset, limit, total)
+        source = f"FROM checkpoints c WHERE owner = :owner AND {LIVE}{some}"
+        return self._page(source, values, limit, offset, lambda _, row: checkpoint_of(row))
+
+    def search_checkpoints(self, owner: str, query: CheckpointQuery) -> SearchPage[CheckpointRecord]:
+        """The owner's checkpoints that match."""
+        where, values = query.condition()
+        sql = (
+            "SELECT c.* FROM checkpoints c JOIN runs r USING (run_id) JOIN sessions s USING (session_id)"
+            f" WHERE c.owner = :owner AND {LIVE} AND {where} ORDER BY c.created_at DESC, c.version DESC"
+        )
+        rows, last = self._search(owner, query, sql, values)
+        return SearchPage(
+            list(map(checkpoint_of, rows)), last and {**last[0], "last_checkpoint_uuid": last[1]["version"]}
+        )
 
     def all_checkpoints(self) -> list[CheckpointRecord]:
         """Of all owners, also expired and missing ones: what `reconcile` compares with the disk."""
@@ -471,8 +490,9 @@ class Store(Database):
                 [{**asdict(one.path), "version": one.version} for one in checkpoints],
             )
 
-    def usage(self, owner: str, project_id: str | None = None) -> list[Usage]:
-        """Space of the owner's checkpoints, by project."""
+    def usage(self, owner: str, project_id: str | None = None) -> list[Json]:
+        """Space of the owner's checkpoints, by project: items of billing/usage/checkpoints/current; a gigabyte is 10^9
+        bytes."""
         where = "" if project_id is None else " AND coalesce(s.project_id, 'default') = :project"
         with self.read() as db:
             rows = db.execute(
@@ -481,7 +501,11 @@ class Store(Database):
                 " GROUP BY s.project_id ORDER BY s.project_id",
                 {"owner": owner, "now": self.micros(), "project": project_id},
             )
-            return [Usage(owner, project, count, size) for project, count, size in rows]
+            return [
+                present(project_id=project, org_user_urn=owner, checkpoint_count=count, size_bytes=size,
+                        size_gigabytes=size / 1e9)
+                for project, count, size in rows
+            ]  # fmt: skip
 
     def _expired(self, row: Row) -> bool:
         return row["expires_at"] is not None and row["expires_at"] <= self.micros()

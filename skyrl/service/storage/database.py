@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from skyrl.envs import clock
 from skyrl.files import disk_lack
 from skyrl.service.messages import CreateModel, LoadWeights, Request, RequestOutcome, Result, SaveWeights, UnloadModel
-from skyrl.service.records import StorageError
+from skyrl.service.storage.records import StorageError
 from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")
@@ -36,7 +37,6 @@ BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
 KEEP_SECONDS = 86400.0  # for so long a recorded answer can be asked for
 RESERVE_BYTES = 1 << 19  # of a file that is given up when the disk is full, so that deleting has room
-STALL_SECONDS = 30.0  # a longer pause of the whole process counts as so much silence: nobody could be heard in it
 REQUEST_ID = re.compile("[0-9a-f]{32}")
 EPOCH = 8  # characters of a request id that are the same for all requests of one server process
 LOST = "this request was lost when the server restarted; go on from the last saved state"
@@ -88,8 +88,8 @@ class LiveSessions:
 
     def __init__(self, now: Callable[[], float]) -> None:
         """now: seconds since 1970. The silence of a session is not measured by it, unless a test brings its own: a
-        clock that is set forward must end nobody."""
-        self._now, self._steady = now, _running_time() if now is time.time else now
+        clock that is set forward must end nobody, and neither a pause of this process, in which nobody can be heard."""
+        self._now, self._steady = now, clock.now if now is time.time else now
         self._lock = threading.Lock()
         # session -> [owner, last heard in microseconds since 1970, the same in running time]; longest silent first
         self._heard: OrderedDict[str, list[Any]] = OrderedDict()
@@ -138,19 +138,6 @@ class LiveSessions:
         """Sessions that were heard at that time or later."""
         with self._lock:
             return [name for name, heard in self._heard.items() if heard[1] >= micros]
-
-
-def _running_time() -> Callable[[], float]:
-    """Seconds that this process has run. A pause (stopped, or the machine asleep) counts as at most STALL_SECONDS."""
-    total, last = 0.0, time.monotonic()
-
-    def running() -> float:
-        nonlocal total, last
-        now = time.monotonic()
-        total, last = total + min(now - last, STALL_SECONDS), now
-        return total
-
-    return running
 
 
 class Database:
