@@ -136,7 +136,10 @@ class Store(Database):
 
     def set_project(self, session_id: str, owner: str, project_id: str | None) -> None:
         """Moves a session, and with it its runs and checkpoints, to a project. Raises: NotFound."""
-        self._update_session("project_id = ?", (project_id,), session_id, owner)
+        sql = "UPDATE sessions SET project_id = ? WHERE session_id = ? AND owner = ?"
+        with self.write() as db:
+            if not db.execute(sql, (project_id, session_id, owner)).rowcount:
+                raise _no_session(session_id)
 
     def get_session(self, session_id: str, owner: str) -> Session:
         """One session with its runs, samplers and what its checkpoints take. Raises: NotFound."""
@@ -244,14 +247,6 @@ class Store(Database):
         if row is None:
             raise NotFound(f"sampling session {sampler_id}: not found")
         return row[0]
-
-    def _update_session(self, what: str, values: tuple[Any, ...], session_id: str, owner: str) -> None:
-        with self.write() as db:
-            done = db.execute(
-                f"UPDATE sessions SET {what} WHERE session_id = ? AND owner = ?", (*values, session_id, owner)
-            )
-        if not done.rowcount:
-            raise _no_session(session_id)
 
     def _session(self, row: Row, runs: tuple[str, ...] = (), samplers: tuple[str, ...] = ()) -> Session:
         status: Json | None = {"type": row["status"], **json.loads(row["detail"])}
