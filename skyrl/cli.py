@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -137,20 +138,32 @@ def _doctor(args: list[str]) -> None:
 
 
 def runs_table(folder: Path) -> str:
-    """Name, last step, held-out accuracy and whether the final model is there, one run a line, newest last."""
-    from skyrl.sweep import OBJECTIVE, final_values
+    """Folder, state, last step, held-out accuracy, whether the final model is there, and the options that were typed;
+    one run a line, newest last."""
+    from skyrl.sweep import OBJECTIVE, final_values, run_state
 
     found = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=lambda run: run.stat().st_mtime)
     if not found:
         return f"no runs in {folder}"
     width = max(len("run"), *(len(run.name) for run in found))
-    lines = [f"{'run':<{width}}  {'step':>6}  {'accuracy':>8}  export"]
+    lines = [f"{'run':<{width}}  {'step':>6}  {'accuracy':>8}  export  {'state':<10}  options"]
     for run in found:
         values = final_values(run / "metrics.jsonl")
         accuracy = f"{values[OBJECTIVE]:.3f}" if OBJECTIVE in values else "-"
         export = "yes" if (run / "export" / "config.json").is_file() else "-"
-        lines.append(f"{run.name:<{width}}  {values.get('step', '-'):>6}  {accuracy:>8}  {export}")
+        row = f"{run.name:<{width}}  {values.get('step', '-'):>6}  {accuracy:>8}  {export:<6}  {run_state(run):<10}"
+        lines.append(f"{row}  {_typed(run)}".rstrip())
     return "\n".join(lines)
+
+
+def _typed(run: Path) -> str:
+    """The options of the command that started a run last, but for where it is."""
+    try:
+        command = json.loads((run / "versions.json").read_text(encoding="utf-8"))[-1]["command"][1:]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    places = ("-", "hydra", "run.name=", "run.dir=", "tracking.", "dry_run=")
+    return " ".join(word for word in command if "=" in word and not word.startswith(places))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

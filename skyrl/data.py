@@ -15,7 +15,8 @@ import numpy as np
 from skyrl.config.schema import RunConfig
 from skyrl.envs import ENVIRONMENTS, environment_options
 from skyrl.envs.base import Split
-from skyrl.envs.data_files import messages_problem
+from skyrl.envs.data_files import NoHeldOut, messages_problem
+from skyrl.envs.guard import describe_error
 from skyrl.types import Prompt, UserError
 
 _MASK = 2**64 - 1
@@ -70,13 +71,49 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
     if cfg.data.max_prompts < 0:
         raise UserError(f"data.max_prompts={cfg.data.max_prompts}: wanted 0 (all) or more")
     cls = ENVIRONMENTS.get(cfg.env.name, "env.name")
-    prompts = cls.dataset(environment_options(cfg.env), cfg.data, split, cfg.seed)
+    options = environment_options(cfg.env)
+    try:
+        prompts = cls.dataset(options, cfg.data, split, cfg.seed)
+    except UserError:
+        raise
+    except Exception as error:  # of foreign code
+        raise UserError(
+            f"env.name={cfg.env.name}: its dataset(), asked for {split} prompts, raised {describe_error(error)}"
+        ) from error
+    if not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
+        raise UserError(
+            f"env.name={cfg.env.name}: its dataset() returned a {type(prompts).__name__}, wanted a sequence of Prompt"
+        )
     if split == "train" and cfg.data.max_prompts:
         prompts = prompts[: cfg.data.max_prompts]
     if not len(prompts):
         raise UserError(f"env.name={cfg.env.name}: its dataset() has no {split} prompts")
     _check(prompts, cfg.env.name, split)
     return prompts
+
+
+def make_splits(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
+    """The prompts of both splits, and a line about where the held-out ones are from if it is no file of theirs.
+
+    Data without a held-out file gives some of its own rows: those whose messages have the least hashes, a tenth but no
+    more than eval.num_prompts (rows with the same messages stay together). With eval.every_steps=0 all rows are trained
+    on and nothing is evaluated. Raises UserError as make_prompts does.
+    """
+    train = make_prompts(cfg, "train")
+    try:
+        return {"train": train, "test": make_prompts(cfg, "test")}, ""
+    except NoHeldOut as error:
+        if cfg.eval.every_steps == 0:
+            return {"train": train, "test": []}, "no held-out rows (eval.every_steps=0): nothing is evaluated"
+        texts = (canonical(prompt.messages).encode(errors="backslashreplace") for prompt in train)
+        digests = [hashlib.sha256(text).digest() for text in texts]
+        limit = sorted(digests)[max(1, min(len(train) // 10, cfg.eval.num_prompts)) - 1]
+        kept = [prompt for prompt, digest in zip(train, digests, strict=True) if digest > limit]
+        if not kept:
+            raise
+        held_out = [prompt for prompt, digest in zip(train, digests, strict=True) if digest <= limit]
+        line = f"held out by hash: {len(held_out)} of the {len(train)} rows of {cfg.data.path} ({error.looked})"
+        return {"train": kept, "test": held_out}, line
 
 
 def _check(prompts: Sequence[Prompt], env: str, split: str) -> None:

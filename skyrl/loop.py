@@ -17,7 +17,7 @@ from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.schema import RunConfig
-from skyrl.data import PromptStream, make_prompts
+from skyrl.data import PromptStream, make_splits
 from skyrl.distributed import env
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
@@ -103,10 +103,11 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
     try:
         chat = agree(world, lambda: chat_of(cfg))
         chat.vocab_size = sizes.vocab_size
-        parts = agree(world, lambda: _prompts(cfg))
+        parts, held_out = agree(world, lambda: _prompts(cfg))
         facts = agree(world, lambda: read_facts(cfg, collect_versions(), parts))
         hosts = compare_nodes(cfg, world, parts, facts)
         *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
+        left_out = [line for line in (held_out, *left_out) if line]
         folder = _claim_folder(cfg, world, hosts, facts)
         watch.claim()
     except UserError:
@@ -286,12 +287,13 @@ def _about_start(cfg: RunConfig, chat: Chat, folder: RunFolder, info: Checkpoint
     ]
 
 
-def _prompts(cfg: RunConfig) -> dict[str, Sequence[Prompt]]:
-    """Training and held-out prompts as the environment gives them, of the latter those that are played."""
-    parts: dict[str, Sequence[Prompt]] = {"train": make_prompts(cfg, "train"), "test": make_prompts(cfg, "test")}
+def _prompts(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
+    """Training and held-out prompts as the environment gives them, of the latter those that are played; and a line
+    about where these are from, if there is no file of them."""
+    parts, line = make_splits(cfg)
     if not cfg.data.filter:  # what is not played need not fit
         parts["test"] = parts["test"][: cfg.eval.num_prompts]
-    return parts
+    return parts, line
 
 
 def _fitting_prompts(

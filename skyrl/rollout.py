@@ -127,7 +127,12 @@ def rollout(
                 heartbeat()
                 if config.stop_requested():
                     return _dropped(guard, sampler, active)
-                env = make_environment(config.env)
+                what = f"environment {config.env.name}.__init__"
+                made = guard.call(make_environment, config.env, prompt=prompt, what=what)
+                if made.value is None:
+                    groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, made.invalid)
+                    continue
+                env = made.value
                 opening = guard.call(env.reset, prompt, prompt=prompt)
                 ids, problem = None, opening.invalid
                 if opening.value is not None and known is not None and known[0] == opening.value:

@@ -200,7 +200,7 @@ class Run:
         state = self.state
         if state.phase != phase:
             return
-        if evaluate_first and state.global_step == 0:
+        if evaluate_first and state.global_step == 0 and self.held_out:
             self.evaluate()
             self.tracker.finish_step(0, called or phase)
         if then and state.step > total:
@@ -304,8 +304,10 @@ class Run:
 
         "eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above 0. Prompts are
         dealt to the ranks; which rank plays one changes nothing. Ranks that were asked to stop leave when they have
-        played. Collective.
+        played. Nothing without held-out prompts. Collective.
         """
+        if not self.held_out:
+            return
         sums, config = MetricSums(), self.rollout_config("eval")
         with self.phase("evaluation", "evaluate", self.state.global_step):
             mine = self.world.deal(list(enumerate(self.held_out)))

@@ -141,6 +141,18 @@ class RunFolder:
         write_atomic(path, json.dumps([*starts, start], indent=1) + "\n")
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a live run holds the folder's lock, as far as this machine can tell."""
+    try:
+        with open(folder / "lock", "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back with the file
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """One "path: old -> new" for each value that differs, in the order of `now`."""
     changes = []

@@ -24,9 +24,10 @@ from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import config_digest, flat
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import ignored_on_resume
+from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.place import take_place
 from skyrl.files import write_atomic
-from skyrl.run_dir import RESULT
+from skyrl.run_dir import RESULT, is_locked
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.trainers import run_trainer
 from skyrl.types import RunError, StopRun, UserError
@@ -90,6 +91,18 @@ def final_values(metrics: Path) -> dict[str, float]:
     for record in read_metrics(metrics) if metrics.exists() else ():
         values.update({key: value for key, value in record.items() if key != "phase" and value is not None})
     return values
+
+
+def run_state(folder: Path) -> str:
+    """What a run folder is by its files: running (a process holds its lock), finished, stopped (it has saved and left,
+    or a notice has ended it) or unfinished."""
+    if is_locked(folder):
+        return "running"
+    try:
+        told = json.loads((folder / RESULT).read_text(encoding="utf-8")).get("state", "finished")
+        return str(told)
+    except (OSError, ValueError, AttributeError):
+        return "stopped" if (folder / REQUEUE_FILE).exists() else "unfinished"
 
 
 def summary(metrics: Path) -> dict[str, Any]:
@@ -184,11 +197,14 @@ def _show(accuracy: float | None) -> str:
 @dataclass
 class Point:
     """One combination of options: `options` are those that differ within the table, `runs` maps a seed to the final
-    values of its run, `unfinished` are seeds without a result."""
+    values of its run, `unfinished` are seeds without a result, `folders` those of all its runs; of further runs of a
+    seed (`again`) only the folder is kept."""
 
     options: dict[str, Any]
     runs: dict[int, dict[str, float]] = field(default_factory=dict)
     unfinished: list[int] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
 
     def spread(self, metric: str) -> dict[str, Any] | None:
         """Mean, standard deviation (of a sample; None for one run), least and greatest of a metric over finished runs;
@@ -218,10 +234,11 @@ def read_points(folder: Path) -> list[Point]:
         schedule = str(options.get("optim.schedule"))
         kept = {k: v for k, v in options.items() if k in UNCOUNTED or not ignored_on_resume(k, schedule)}
         _, point = found.setdefault(json.dumps(kept, sort_keys=True, default=str), (kept, Point({})))
-        if (path.parent / RESULT).exists():
+        point.folders.append(path.parent.name)
+        if run_state(path.parent) == "finished":
             if seed in point.runs:
-                raise UserError(f"{path.parent}: another run there has the same options and seed {seed}; move one away")
-            point.runs[seed] = final_values(path.parent / "metrics.jsonl")
+                point.again.append(path.parent.name)
+            point.runs.setdefault(seed, final_values(path.parent / "metrics.jsonl"))
         else:
             point.unfinished.append(seed)
     if not found:
@@ -238,7 +255,7 @@ def read_points(folder: Path) -> list[Point]:
 def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
     """The points as text: options that differ, seeds, and mean +- standard deviation of each metric."""
     options = list(points[0].options)
-    rows = [[*options, "seeds", *metrics, "unfinished"]]
+    rows = [[*options, "seeds", *metrics, "unfinished", "folders"]]
     for point in points:
         cells = [_cell(value) for value in point.options.values()]
         cells.append(",".join(map(str, sorted(point.runs))) or "-")
@@ -248,9 +265,11 @@ def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
                 cells.append("-")
             else:
                 cells.append(f"{spread['mean']:.4f}" + ("" if spread["std"] is None else f" +- {spread['std']:.4f}"))
-        rows.append([*cells, ",".join(map(str, sorted(point.unfinished)))])
-    if not any(row[-1] for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
+        where = point.folders[0] + (f" and {len(point.folders) - 1} more" if len(point.folders) > 1 else "")
+        where += f" (again: {', '.join(point.again)})" if point.again else ""
+        rows.append([*cells, ",".join(map(str, sorted(point.unfinished))), where])
+    if not any(row[-2] for row in rows[1:]):
+        rows = [[*row[:-2], row[-1]] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -278,6 +297,8 @@ def sweep_table(args: Sequence[str]) -> None:
             "options": point.options,
             "seeds": sorted(point.runs),
             "unfinished": sorted(point.unfinished),
+            "folders": point.folders,
+            "again": point.again,
             "metrics": {metric: point.spread(metric) for metric in metrics},
         }
         for point in points

@@ -76,8 +76,15 @@ def test_runs_shows_last_step_and_accuracy(tmp_path):
     (tmp_path / "no-run").mkdir()
     (tmp_path / "one" / "export").mkdir()
     (tmp_path / "one" / "export" / "config.json").write_text("{}")
+    command = ["train.py", "hydra/job_logging=none", "optim.lr=1e-5", "run.name=one", "experiment=custom"]
+    (tmp_path / "one" / "versions.json").write_text(json.dumps([{"command": command}]))
+    (tmp_path / "two" / "result.json").write_text("{}")
     rows = {line.split()[0]: line.split()[1:] for line in cli.runs_table(tmp_path).splitlines()[1:]}
-    assert rows == {"one": ["2", "0.500", "yes"], "two": ["7", "-", "-"], "none": ["-", "-", "-"]}
+    assert rows == {
+        "one": ["2", "0.500", "yes", "unfinished", "optim.lr=1e-5", "experiment=custom"],
+        "two": ["7", "-", "-", "finished"],
+        "none": ["-", "-", "-", "unfinished"],
+    }
     assert cli.runs_table(tmp_path / "one") == f"no runs in {tmp_path / 'one'}"
 
 

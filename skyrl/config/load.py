@@ -47,7 +47,7 @@ SERVE_GROUPS = ("model",)  # the folders of conf that serve.yaml uses
 # batch there, and rows have no typical length. Enough for any number of ranks.
 MANY_PROMPTS = 1 << 20
 TYPICAL_ROW = 1024
-MAX_SUFFIX = 40
+MAX_SUFFIX = 120
 MAX_NAME_BYTES = 255
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
@@ -266,18 +266,19 @@ def typed_options(overrides: Sequence[str]) -> dict[str, str]:
 def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train") -> str:
     """ "<experiment>[-sft]-seed<seed>[-<other overrides>]": the same command finds the same folder again.
 
-    The order of the overrides does not matter; of two for one option the last counts, as it does in Hydra. A suffix
-    above 40 characters, or with characters that are unsafe in a file name, becomes 6 hex digits of a hash.
+    The order of the overrides does not matter; of two for one option the last counts, as it does in Hydra. Characters
+    that are unsafe in a file name become one "_". What is beyond 120 characters becomes 6 hex digits of a hash.
     """
     kept = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
     name = f"{cfg.experiment}{'' if mode == 'train' else '-' + mode}-seed{cfg.seed}"
     if not kept:
         return name
     short = short_names()
-    suffix = "-".join(sorted(f"{short.get(key, key)}={value}" for key, value in kept.items()))
-    if len(suffix) > MAX_SUFFIX or not re.fullmatch(r"[A-Za-z0-9._=+-]+", suffix):
-        text = "\n".join(sorted(f"{key}={value}" for key, value in kept.items()))
-        suffix = hashlib.sha256(text.encode()).hexdigest()[:6]
+    words = sorted(f"{short.get(key, key)}={value}" for key, value in kept.items())
+    suffix = "-".join(re.sub(r"[^A-Za-z0-9.=+-]+", "_", word).rstrip("_") for word in words)
+    if len(suffix) > MAX_SUFFIX:
+        digest = hashlib.sha256("\n".join(sorted(f"{key}={value}" for key, value in kept.items())).encode()).hexdigest()
+        suffix = f"{suffix[: MAX_SUFFIX - 7]}-{digest[:6]}"
     return f"{name}-{suffix}"
 
 

@@ -286,6 +286,14 @@ def is_file_path(path: str) -> bool:
     return name.endswith(ENDINGS) or path.startswith(("/", "./", "../")) or Path(path).exists()
 
 
+class NoHeldOut(UserError):
+    """There is no file of held-out rows: skyrl.data.make_splits takes some of the training rows. `looked`: why."""
+
+    def __init__(self, looked: str) -> None:
+        super().__init__(f"{looked}: give a .jsonl or .parquet file with held-out rows")
+        self.looked = looked
+
+
 def data_file(data: DataConfig, split: str) -> Path:
     """The file of a split: data.path for train; for test data.eval_path, else the test file beside a train file.
 
@@ -302,7 +310,7 @@ def data_file(data: DataConfig, split: str) -> Path:
     beside = path.with_name(path.name.replace("train", "test"))
     if beside == path or not beside.is_file():
         looked = f" and {str(beside)!r} does not exist" if beside != path else ""
-        raise UserError(f"data.eval_path is empty{looked}: give a .jsonl or .parquet file with held-out rows")
+        raise NoHeldOut(f"data.eval_path is empty{looked}")
     return beside
 
 

@@ -106,7 +106,7 @@ class Guard:
         except _Interrupt as interrupt:
             problem, advice = self._overlong(_place(interrupt)), "make it faster, raise that limit"
         except (Exception, SystemExit) as error:  # whatever user code raises; sys.exit() there must not end the run
-            problem, cause = f"raised {_describe(error)}", error
+            problem, cause = f"raised {describe_error(error)}", error
         else:
             if seconds <= self.timeout_seconds:
                 try:
@@ -273,7 +273,7 @@ def blame(method: Callable, prompt: Prompt, what: str = "") -> str:
     )
 
 
-def _describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Type, message and place of an exception, in one line."""
     return f"{type(error).__name__}: {_one_line(str(error))}{_place(error)}"
 

@@ -36,6 +36,8 @@ class SingleTurn(Environment):
     def step(self, text: str) -> StepResult:
         """Scores the answer; always the last step."""
         reward = self._reward(text, self.prompt)
+        if not hasattr(reward, "__float__"):  # nothing, a text, a list: the guard says so
+            return StepResult(reward, True)
         return StepResult(reward, True, metrics={"correct:mean": float(self.is_correct(text, reward))})
 
     def is_correct(self, text: str, reward: float) -> bool:

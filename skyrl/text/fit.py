@@ -14,7 +14,7 @@ from typing import Any
 
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
-from skyrl.data import make_prompts
+from skyrl.data import make_splits
 from skyrl.envs.base import make_environment
 from skyrl.text.chat import Chat, chat_of
 from skyrl.types import Prompt, UserError
@@ -182,12 +182,12 @@ def check_task(cfg: RunConfig, row_tokens: int, *, files: bool) -> tuple[list[st
     make_environment(cfg.env)
     if not files:
         return [], None
-    parts = {"train": make_prompts(cfg, "train"), "test": make_prompts(cfg, "test")}
+    parts, line = make_splits(cfg)
     try:
         chat = chat_of(cfg)
     except ImportError as error:
         return [f"prompts are not held against the tokenizer: {error}"], None
-    lines = []
+    lines = [line]
     for split, part in parts.items():
         kept = part if cfg.data.filter or split == "train" else part[: cfg.eval.num_prompts]
         found = PromptCheck.of(cfg, split, row_tokens).run(chat, enumerate(kept))

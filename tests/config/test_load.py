@@ -85,6 +85,14 @@ def test_names_tell_different_commands_apart():
     assert all(len(name) <= 60 and "/" not in name for name in names)
 
 
+def test_names_say_their_options_in_words():
+    said = ["plugins=[my_reward]", "optim.lr=1e-5", "data.path=data/train set.jsonl"]
+    wanted = "arithmetic-seed1-data.path=data_train_set.jsonl-optim.lr=1e-5-plugins=_my_reward"
+    assert load_config(said).run.name == wanted
+    long = [load_config([f"model.path=/{'a' * 200}{end}"]).run.name for end in "xy"]
+    assert long[0] != long[1] and long[0].startswith("arithmetic-seed1-model.path=_aaa") and len(long[0]) < 150
+
+
 def test_places_and_switches_do_not_change_the_name():
     plain = load_config([]).run.name
     assert load_config(["run.threads=2", "tracking.wandb=off", "debug.deterministic=true"]).run.name == plain

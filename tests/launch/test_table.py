@@ -58,8 +58,9 @@ def test_mean_and_spread_over_seeds(sweep, capsys):
 def test_the_text(sweep, capsys):
     sweep_table([str(sweep), "--metric", "eval/accuracy:mean"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["optim.lr", "seeds", "eval/accuracy:mean", "unfinished"]
-    assert lines[1].split() == ["0.0001", "1,2,3", "0.7000", "+-", "0.2000", "4"] and len(lines) == 3
+    assert lines[0].split() == ["optim.lr", "seeds", "eval/accuracy:mean", "unfinished", "folders"]
+    numbers = ["0.0001", "1,2,3", "0.7000", "+-", "0.2000", "4"]
+    assert lines[1].split() == [*numbers, "1e-4-1", "and", "3", "more"] and len(lines) == 3
 
 
 def test_lengths_are_points_of_their_own(tmp_path, capsys):
@@ -75,12 +76,14 @@ def refused(*args):
     return str(error.value)
 
 
-def test_mistakes(sweep, tmp_path):
+def test_mistakes_and_duplicates(sweep, tmp_path, capsys):
     assert "no folder nowhere here" in refused("nowhere")
     assert "--metric=x: no run has it; there are eval/accuracy:mean" in refused(str(sweep), "--metric", "x")
     (tmp_path / "empty").mkdir()
     assert "no runs in" in refused(str(tmp_path / "empty"))
     make_run(sweep, "again", 0.1, "optim.lr=1e-3", "seed=2")
-    assert "another run there has the same options and seed 2" in refused(str(sweep))
+    sweep_table([str(sweep), "--json"])
+    told = json.loads(capsys.readouterr().out)["points"][1]
+    assert told["seeds"] == [1, 2, 3] and told["again"] == ["again"] and len(told["folders"]) == 4
     (sweep / "again" / "config.yaml").write_text("- no\n- mapping\n")
     assert "not the config of a run" in refused(str(sweep))
