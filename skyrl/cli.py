@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import skyrl
 from skyrl.config.args import Parser, path_arg
 from skyrl.types import UserError
 
@@ -40,9 +42,16 @@ def main() -> None:
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # plugins of the folder one is in are found, as with python -m
     try:
-        if args[0] not in COMMANDS:
+        if args[0] == "--version":
+            print(f"skyrl {skyrl.__version__}")
+        elif args[0] not in COMMANDS:
             raise UserError(f"{args[0]}: no such command; choose one of: {', '.join(COMMANDS)}")
-        COMMANDS[args[0]](args[1:])
+        else:
+            COMMANDS[args[0]](args[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end has a place to go
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"skyrl: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -46,6 +46,9 @@ def write_folder_atomic(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
+        os.umask(mask := os.umask(0))  # some libraries write files that nobody else may read
+        for path in part.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         sync_tree(part)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

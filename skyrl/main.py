@@ -9,13 +9,14 @@ import hashlib
 import io
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -24,6 +25,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+import skyrl
 from skyrl import sweep
 from skyrl.config.args import expand_home
 from skyrl.config.load import (
@@ -55,7 +57,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCE
 INFO_FLAGS = ("-i", "--info")
 # Hydra's flags -> allowed values; () = any, None = takes none.
 FLAGS: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--hydra-help", "--version", "--resolve"), None),
+    **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--hydra-help", "--resolve"), None),
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"), ()),
     **dict.fromkeys(INFO_FLAGS, ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
@@ -74,11 +76,12 @@ def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
     """
     set_torch_defaults()
     args = sys.argv[1:]
-    if any(arg in ("-h", "--help") for arg in args):
+    if "--version" in args or any(arg in ("-h", "--help") for arg in args):
         if rank() == 0:
             from skyrl.config.docs import help_text
 
-            print(help_text(mode))
+            with quiet_pipe():
+                print(f"skyrl {skyrl.__version__}" if "--version" in args else help_text(mode), flush=True)
         return
     try:
         take_place()  # under srun or mpirun alone, RANK and the others come from the launcher's own variables
@@ -105,6 +108,16 @@ def set_torch_defaults() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Around what prints for a person: whoever reads it may have seen enough (`| head`), which is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end has a place to go
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def _report(error: BaseException, mode: str) -> int:
     """Tells why the run ends, in one line where that is enough; returns the exit code."""
     if isinstance(error, UserError):
@@ -117,6 +130,11 @@ def _report(error: BaseException, mode: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         kept = "with what was saved" if mode == "serve" else "from the last checkpoint"
         return _log_error(f"interrupted; the same command goes on {kept}", INTERRUPTED)
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _log_error(
+            "what this prints is read no more; the same command goes on from the last checkpoint", FAILURE
+        )
     fault, group = classify(error), _group()
     if fault is None and isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return _log_error(f"{disk_reason(error)}; free some space there, or make it writable", USAGE_ERROR)

@@ -1,12 +1,14 @@
 """skyrl-tx: commands, the table of runs, mistakes in one line."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import skyrl
 from skyrl import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,20 @@ def test_help_lists_the_commands_without_torch(args):
     done = run(*args)
     assert done.returncode == 0
     assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("args", [("--version",), ("train", "--version"), ("sft", "--version")])
+def test_the_version_is_skyrls(args):
+    done = run(*args)
+    assert (done.returncode, done.stdout) == (0, f"skyrl {skyrl.__version__}\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = "import sys; sys.modules['torch'] = None; from skyrl.cli import main; main()"
+    command = f"{sys.executable} -c {shlex.quote(code)} train --help | head -1"
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Order and checks of prompts."""
 
 import collections
+import dataclasses
+import json
 
 import pytest
 
-from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
-from skyrl.data import PromptStream, make_prompts
+from skyrl.config.schema import DataConfig, EnvConfig, EvalConfig, RunConfig
+from skyrl.data import PromptStream, make_prompts, make_splits
 from skyrl.envs.base import ENVIRONMENTS, Environment, register_environment
 from skyrl.envs.data_files import read_examples
 from skyrl.types import Prompt, UserError
@@ -136,3 +138,38 @@ def test_prompts_of_a_users_environment_are_checked():
         with pytest.raises(UserError) as caught:
             make_prompts(RunConfig(env=EnvConfig(name="test_given")), "train")
         assert complaint in str(caught.value) and str(caught.value).startswith("env.name=test_given: ")
+
+
+def rows_file(folder, count=40):
+    path = folder / "own.jsonl"
+    lines = [json.dumps({"prompt": f"{i % 35}+1=", "answer": str(i % 35 + 1)}) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_without_a_held_out_file_rows_are_held_out_by_hash(tmp_path):
+    data = DataConfig(path=str(rows_file(tmp_path)))
+    cfg = RunConfig(env=EnvConfig(name="single_turn", options={"reward": "exact"}), data=data)
+    parts, line = make_splits(cfg)
+    texts = {split: {prompt.messages[0]["content"] for prompt in part} for split, part in parts.items()}
+    assert not texts["train"] & texts["test"] and len(texts["train"] | texts["test"]) == 35  # equal rows stay together
+    assert 4 <= len(parts["test"]) <= 8 and line.startswith(f"held out by hash: {len(parts['test'])} of the 40 rows of")
+    assert make_splits(cfg)[0]["test"] == parts["test"]
+    beside = tmp_path / "own_train.jsonl"
+    beside.write_bytes((tmp_path / "own.jsonl").read_bytes())
+    (tmp_path / "own_test.jsonl").write_text('{"prompt": "x", "answer": "y"}\n')
+    own, none = make_splits(dataclasses.replace(cfg, data=DataConfig(path=str(beside))))
+    assert len(own["train"]) == 40 and len(own["test"]) == 1 and none == ""
+    never = make_splits(dataclasses.replace(cfg, eval=EvalConfig(every_steps=0)))
+    assert len(never[0]["train"]) == 40 and never[0]["test"] == [] and "nothing is evaluated" in never[1]
+
+
+def test_a_dataset_that_fails_is_one_line_with_its_place(monkeypatch):
+    cfg = RunConfig(env=EnvConfig(name="test_given"))
+    for give, said in ((lambda: 1 / 0, "raised ZeroDivisionError: division by zero at "), (lambda: None, "a NoneType")):
+        monkeypatch.setattr(
+            ENVIRONMENTS.get("test_given", ""), "dataset", classmethod(lambda cls, *_, give=give: give())
+        )
+        with pytest.raises(UserError, match="env.name=test_given: its dataset") as wrong:
+            make_prompts(cfg, "train")
+        assert said in str(wrong.value)

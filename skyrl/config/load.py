@@ -320,9 +320,13 @@ def explain(error: BaseException, mode: str = "train") -> str:
     ):
         file, kind, what, path = in_file.groups()
         unknown = kind in ("ConfigKeyError", "ConfigAttributeError")
+        if file.startswith("experiment/") and path == "experiment" and "DictConfig" in what:
+            return f"{file}.yaml: a recipe sets options at the top; make its first line: # @package _global_"
         return f"{file}.yaml: " + (_unknown(path, mode) if unknown else f"{path}: {' '.join(what.split())}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if name in ("submitit_slurm", "submitit_local", "optuna"):
+            return f"{group}={name}: its package is not installed; get the extra: pip install 'skyrl-spmd[sweep]'"
         known = ", ".join(sorted(str(option) for option in error.options or []))
         return f"{group or 'config'}={name}: no such file in conf/{group}; choose one of: {known}"
     cause: BaseException | None = error

@@ -137,7 +137,7 @@ def ranks_of(nproc: int, found: machine.Machine) -> int:
 
 def torchrun(flags: argparse.Namespace, ranks: int) -> list[str]:
     """torchrun's part of the command line: one node with a port of the kernel's choice, or one of several nodes."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--nnodes={flags.nnodes}"]
+    command = [sys.executable, "-m", "skyrl.launch.torchrun", f"--nproc-per-node={ranks}", f"--nnodes={flags.nnodes}"]
     command += ["--rdzv-backend=c10d", f"--max-restarts={flags.max_restarts}"]
     if flags.nnodes == 1:
         address, endpoint, conf = "127.0.0.1", "127.0.0.1:0", "is_host=1"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,6 +47,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What is copied beside it: settings of generation and of processors, custom code, terms of use. No weights, no config.
 SIDE_FILES = (*TOKENIZER_FILES, "*.json", "*.jinja", "*.txt", "*.py", "LICENSE*", "NOTICE*")
+LICENCE = ("license", "license_name", "license_link", "language")  # of a base's card, which hold for what is made of it
 OWN_FILES = (CONFIG, "*.index.json", "adapter_config.json", "trainer_state.json")
 
 
@@ -81,6 +83,7 @@ def export_model(
             origin = _origin(source.path, source.revision)
             _write_config(config, part, origin, dtype, type(net).__name__)
             _copy_side_files(part, origin, source, tokenizer)
+            _write_card(part, origin, source.path, str(folder))
             more(part)
     except OSError as error:
         raise UserError(
@@ -230,6 +233,24 @@ def _copy(origin: Path, part: Path, wanted: tuple[str, ...], but: tuple[str, ...
             shutil.copytree(file, part / file.name)
         else:
             shutil.copyfile(file, part / file.name)
+
+
+def _write_card(part: Path, origin: Path | None, base: str, folder: str) -> None:
+    """README.md: what it is, the base and its licence as the base's own card says, and how it is loaded and served."""
+    about: dict[str, Any] = {"library_name": "transformers", "tags": ["skyrl", "reinforcement-learning"]}
+    card = origin / "README.md" if origin is not None else None
+    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card and card.is_file() else None
+    with suppress(yaml.YAMLError):
+        own = yaml.safe_load(found[1]) if found else None
+        about |= {key: own[key] for key in LICENCE if key in own} if isinstance(own, dict) else {}
+    if origin is not None and "/" in base and not Path(base).is_dir():
+        about["base_model"] = base
+    (part / "README.md").write_text(
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from "
+        f"{'a random model' if base == TINY else base}. {'The licence of that model applies. ' * (base != TINY)}\n\n"
+        f"    vllm serve {folder}\n    lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k\n",
+        encoding="utf-8",
+    )
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

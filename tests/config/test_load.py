@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
 
 from skyrl.config import load
 from skyrl.config.load import load_config
@@ -154,3 +156,18 @@ def test_a_name_that_no_file_system_takes_is_refused():
         assert load_config([f"{start}{'é' * 127}"])
         with pytest.raises(UserError, match="256 bytes long, and file systems allow 255; give a shorter name"):
             load_config([f"{start}{'é' * 128}"])
+
+
+def test_a_recipe_without_its_package_line_is_told_that(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("experiment: mine\noptim: {lr: 1e-4}\n")
+    load.register_schema()
+    with initialize_config_dir(str(load.config_dir()), version_base=load.VERSION_BASE):
+        with pytest.raises(load.COMPOSE_ERRORS) as wrong:
+            compose("config", overrides=["experiment=mine", f"hydra.searchpath=[{tmp_path}]"])
+    assert load.explain(wrong.value).endswith("make its first line: # @package _global_")
+
+
+def test_a_sweeper_whose_package_is_missing_names_the_extra():
+    missing = MissingConfigException("no such", missing_cfg_file="hydra/sweeper/optuna")
+    assert load.explain(missing).endswith("get the extra: pip install 'skyrl-spmd[sweep]'")

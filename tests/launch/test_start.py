@@ -44,7 +44,7 @@ def stop_on_two_hosts(tmp_path):
     out, err = job.communicate(timeout=60)
     assert job.returncode == 75, err
     assert "stopped by SIGUSR1" in out and (tmp_path / "run" / "requeue").exists()
-    assert err.count("--node-rank=") == 2 and err.count("torch.distributed.run") == 2
+    assert err.count("--node-rank=") == 2 and err.count("skyrl.launch.torchrun") == 2
 
 
 @pytest.mark.slow

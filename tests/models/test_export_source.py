@@ -65,14 +65,28 @@ def test_files_beside_the_weights_are_the_source_s_own(tmp_path):
     config = json.loads((source / "config.json").read_text())
     config.update({"auto_map": {"AutoConfig": "own.Config"}, "architectures": ["Qwen3Model"], "own_key": 7})
     (source / "config.json").write_text(json.dumps(config))
+    (source / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlicense_link: LICENSE\ndatasets: [x]\n---\nIts card.\n"
+    )
     got = export(net, tokenizer, out, ModelConfig(path=str(source)))
+    card = (out / "README.md").read_text()
+    assert (
+        "license: apache-2.0\nlicense_link: LICENSE" in card and "datasets" not in card and f"vllm serve {out}" in card
+    )
+    os.umask(mask := os.umask(0))
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
     assert config.items() <= (got | {"architectures": ["Qwen3Model"]}).items()
     assert got["architectures"] == ["Qwen3ForCausalLM"] and got["torch_dtype"] == got["dtype"] == "float32"
     kept = {"generation_config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"}
     kept |= {"special_tokens_map.json", "tokenization_own.py", "LICENSE"}
     for file in kept:
         assert (out / file).read_bytes() == (source / file).read_bytes(), file
-    assert {p.name for p in out.iterdir()} == kept | {"config.json", "tokenizer_config.json", "model.safetensors"}
+    assert {p.name for p in out.iterdir()} == kept | {
+        "config.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "README.md",
+    }
     config = json.loads((out / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["<|end|>"] and "extra_special_tokens" not in config
