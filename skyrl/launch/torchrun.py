@@ -1,4 +1,4 @@
-"""torchrun as `skyrl-tx launch` starts it: without its own forty lines about a rank that has said itself why it ends."""
+"""torchrun as `skyrl-tx launch` starts it: without its forty lines about a rank that has told why it ends."""
 
 from __future__ import annotations
 
