@@ -132,9 +132,7 @@ def _report(error: BaseException, mode: str) -> int:
         return _log_error(f"interrupted; the same command goes on {kept}", INTERRUPTED)
     if isinstance(error, BrokenPipeError) and error.filename is None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return _log_error(
-            "what this prints is read no more; the same command goes on from the last checkpoint", FAILURE
-        )
+        return _log_error("nobody reads what this prints; the same command goes on from the last checkpoint", FAILURE)
     fault, group = classify(error), _group()
     if fault is None and isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return _log_error(f"{disk_reason(error)}; free some space there, or make it writable", USAGE_ERROR)

@@ -18,12 +18,8 @@ def main() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if "message" not in (failure.error_file_data or {}):  # nothing was left by the rank itself
-            what = (
-                f"died of {failure.signal_name()}"
-                if failure.exitcode < 0
-                else f"ended with exit code {failure.exitcode}"
-            )
-            print(f"skyrl: error: rank {rank} (process {failure.pid}) {what}", file=sys.stderr, flush=True)
+            what = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            print(f"skyrl: error: rank {rank} (process {failure.pid}) ended by {what}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -65,14 +65,10 @@ def test_files_beside_the_weights_are_the_source_s_own(tmp_path):
     config = json.loads((source / "config.json").read_text())
     config.update({"auto_map": {"AutoConfig": "own.Config"}, "architectures": ["Qwen3Model"], "own_key": 7})
     (source / "config.json").write_text(json.dumps(config))
-    (source / "README.md").write_text(
-        "---\nlicense: apache-2.0\nlicense_link: LICENSE\ndatasets: [x]\n---\nIts card.\n"
-    )
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: LICENSE\ntags: [x]\n---\nIts card.\n")
     got = export(net, tokenizer, out, ModelConfig(path=str(source)))
     card = (out / "README.md").read_text()
-    assert (
-        "license: apache-2.0\nlicense_link: LICENSE" in card and "datasets" not in card and f"vllm serve {out}" in card
-    )
+    assert "license: apache-2.0\nlicense_link: LICENSE" in card and "- x" not in card and f"vllm serve {out}" in card
     os.umask(mask := os.umask(0))
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
     assert config.items() <= (got | {"architectures": ["Qwen3Model"]}).items()
