@@ -285,7 +285,8 @@ class DataConfig:
     path: PathStr = ""
     """Training data: a .jsonl file (also packed: .gz, .bz2, .xz, .zst), a .parquet file, or a data set id."""
     eval_path: PathStr = ""
-    """Held-out data; "" = the environment's own held-out part, or the test file beside a file named train."""
+    """Held-out data; "" = the environment's own held-out part, the test file beside a file named train, or else rows of
+    data.path that are left out of training, chosen by hash (none with eval.every_steps=0)."""
     shuffle: bool = True
     """A new order in each epoch, keyed by seed and epoch."""
     max_prompt_tokens: int = 0
