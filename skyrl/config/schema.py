@@ -66,6 +66,9 @@ class ModelConfig:
     """Numbers of the forward pass: float32, bfloat16 or float64. auto = bfloat16 on a GPU (float32 below compute
     capability 8.0), float32 on a CPU.
     Masters, gradients' sums and optimizer state are float32 for bfloat16."""
+    head_dtype: str = "auto"
+    """Numbers of the output head, in training and sampling: auto = dtype; float32 = logits and their gradient are not
+    rounded to bfloat16, while weights and hidden states stay in it. Changes nothing for other dtypes."""
     activation_checkpointing: bool = False
     """Recomputes each decoder layer in the backward pass: about 30 % more time for much less memory."""
     logits_chunk_tokens: int = 0

@@ -32,6 +32,7 @@ OFFLOAD = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("fsdp", "hsdp", "ze
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
+    "model.head_dtype": ("auto", "float32"),
     "strategy.name": ("auto", *STRATEGIES),
     "strategy.offload": ("none", "optimizer", "all"),
     "strategy.device": ("auto", "cpu", "cuda"),

@@ -32,7 +32,8 @@ class Arithmetic(SingleTurn):
     operands with leading zeros up to max_digits. work: the solution shows its work, "37+58=" -> "15,09:95": the sum
     of each column with its carry, last column first, then ":" and the answer; what follows the last ":" is scored.
     Additions only. pad_answer: answer with leading zeros up to the longest possible.
-    template: the question. num_train, num_test: different problems wanted; fewer where the digits allow fewer.
+    template: the question. system: a system message before it; "" is an empty one, without it the chat template's own
+    default stands. num_train, num_test: different problems wanted; fewer where the digits allow fewer.
     reward: "exact", "characters" or another registered one. partial: least reward of any answer that consists of
     digits only (0 = off).
     """
@@ -49,6 +50,7 @@ class Arithmetic(SingleTurn):
         pad_answer: bool = False,
         work: bool = False,
         template: str = "{a}{op}{b}=",
+        system: str | None = None,
         num_train: int = 20000,
         num_test: int = 512,
         reward: str = "exact",
@@ -70,6 +72,7 @@ class Arithmetic(SingleTurn):
         self.operations, self.reverse, self.pad, self.pad_answer = operations, reverse, pad, pad_answer
         require(not work or operations == "+", "work", work, 'false, or operations: "+"')
         self.template, self.partial, self.work = template, partial, work
+        self.before = [] if system is None else [{"role": "system", "content": system}]
         self.num_problems = {"train": num_train, "test": num_test}
 
     def step(self, text: str) -> StepResult:
@@ -82,8 +85,10 @@ class Arithmetic(SingleTurn):
         return result
 
     def is_correct(self, text: str, reward: float) -> bool:
-        """Whether the text is the answer, character by character, whatever the reward says."""
-        del reward
+        """Whether the text is the answer, character by character, whatever the reward says; with `last_digits`, which
+        lets words stand before the answer, whether that reward is whole."""
+        if self.reward_name == "last_digits":
+            return reward == 1.0
         return text.strip() == self.prompt.extra["answer"]
 
     @classmethod
@@ -166,7 +171,7 @@ class _Problems(Sequence[Prompt]):
         index = range(len(self))[index]  # negative and out of range as in a list
         a, b = int(self._a[index]), int(self._b[index])
         question, answer = self._env.question_and_answer(a, self._op[index].decode(), b)
-        message = {"role": "user", "content": question}
+        messages = [*self._env.before, {"role": "user", "content": question}]
         uid = f"{self._name}/{self._split}/{index}"
         solution = f"{column_sums(a, b)}{WORK_END}{answer}" if self._env.work else answer
-        return Prompt(uid, self._name, [message], {"answer": answer, "solution": solution})
+        return Prompt(uid, self._name, messages, {"answer": answer, "solution": solution})

@@ -333,8 +333,8 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
       head.add(row, a, b);
       float* out = s.logits + size_t(row) * m.vocab + p * PANEL;
       alignas(64) float both[PANEL];
-      put(both, round_to<T>(a));
-      put(both + LANES, round_to<T>(b));
+      put(both, m.float_head ? a : round_to<T>(a));
+      put(both + LANES, m.float_head ? b : round_to<T>(b));
       std::memcpy(out, both, sizeof(float) * std::min(PANEL, m.vocab - p * PANEL));
     });
   }

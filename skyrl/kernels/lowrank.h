@@ -11,6 +11,7 @@ struct Layer {
 };
 struct Model {
   int32_t dtype, layers, hidden, heads, kv_heads, channels, ffn, vocab, block_tokens, threads;
+  int32_t float_head;  // bfloat16: logits are not rounded to it
   float eps, scale;
   const void *embedding, *norm, *head, *head_bias, *cosines, *sines;
   const Layer* layer;

@@ -38,7 +38,12 @@ class CausalLM(nn.Module):
     """
 
     def __init__(
-        self, net: PreTrainedModel, head: Literal["logits", "value"] = "logits", *, chunk_tokens: int = 0
+        self,
+        net: PreTrainedModel,
+        head: Literal["logits", "value"] = "logits",
+        *,
+        chunk_tokens: int = 0,
+        float_head: bool = False,
     ) -> None:
         super().__init__()
         register()
@@ -49,6 +54,7 @@ class CausalLM(nn.Module):
         self.net = net
         self.head = head
         self.chunk_tokens = chunk_tokens
+        self.float_head = float_head  # logits from a product in float32, of weights in bfloat16
         self.router: Router | None = None  # adapters, once models.lora.install was called
         self.head_spec = head_spec(net.config)
         embeddings: Any = net.get_input_embeddings()
@@ -149,7 +155,7 @@ class CausalLM(nn.Module):
         weight_VC, bias_V = self.output_weight()
         with torch.no_grad():
             rows = hidden.reshape(-1, hidden.shape[-1])
-            product = matmul_float(rows, weight_VC, bias_V)
+            product = matmul_float(rows.float() if self.float_head and not rows.is_cuda else rows, weight_VC, bias_V)
             for start, stop, adapter in segments or ():
                 if adapter is not None and adapter.head is not None:
                     down, up = adapter.pairs[adapter.head]
@@ -197,6 +203,8 @@ class CausalLM(nn.Module):
         self, hidden_TC: Tensor, targets: Tensor, temperature: float, entropy: bool, low: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor | None]:
         weight_VC, bias_V = self.output_weight()
+        if self.float_head:
+            hidden_TC, low = hidden_TC.float(), None if low is None else (low[0].float(), low[1])
         return log_probs(
             hidden_TC,
             weight_VC,

@@ -78,7 +78,8 @@ def build_on_meta(
     is not supported.
     """
     net = build_net(read_config(cfg, tokenizer), dtype, trust_remote_code=cfg.trust_remote_code)
-    model = CausalLM(net, head, chunk_tokens=cfg.logits_chunk_tokens).to(dtype)
+    float_head = cfg.head_dtype == "float32" and dtype in (torch.bfloat16, torch.float16)
+    model = CausalLM(net, head, chunk_tokens=cfg.logits_chunk_tokens, float_head=float_head).to(dtype)
     if cfg.activation_checkpointing:
         model.checkpoint_layers()
     return model

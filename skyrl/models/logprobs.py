@@ -29,7 +29,9 @@ def matmul_float(hidden_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None = N
 
     On CUDA half-precision inputs are summed and returned in float32; on a CPU they are rounded once to the input's
     dtype first, as transformers does, because a float32 result would need float32 inputs, at five times the price.
+    With hidden states in float32 a half-precision head is cast to it (model.head_dtype=float32).
     """
+    weight_VC, bias_V = weight_VC.to(hidden_TC.dtype), None if bias_V is None else bias_V.to(hidden_TC.dtype)
     half = hidden_TC.dtype in (torch.bfloat16, torch.float16)
     if half and hidden_TC.is_cuda:
         out = torch.mm(hidden_TC, weight_VC.t(), out_dtype=torch.float32)
@@ -110,17 +112,17 @@ class _LogProbs(torch.autograd.Function):
             dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
             if dhidden is not None:
                 put = dhidden.add_ if vocab > block else dhidden.copy_
-                put(exact_ops.matmul(dz, weight_VC[start:stop]))
+                put(exact_ops.matmul(dz, weight_VC[start:stop].to(dz.dtype)))
             if dweight is not None and exact_ops.is_float32_cpu(dz):
                 dweight[start:stop] = exact_ops.sum_of_outer(dz, hidden_TC)
             elif dweight is not None:
-                torch.mm(dz.t(), hidden_TC, out=dweight[start:stop])
+                _put_outer(dz, hidden_TC, dweight[start:stop])
             if dbias is not None:
                 dbias[start:stop] = dz.sum(0, dtype=logz_T.dtype)
             if dlow is not None:
-                dlow.add_(dz @ up_VR[start:stop])
+                dlow.add_(dz @ up_VR[start:stop].to(dz.dtype))
             if dup is not None:
-                torch.mm(dz.t(), low_TR, out=dup[start:stop])
+                _put_outer(dz, low_TR, dup[start:stop])
         return (
             None if dhidden is None else dhidden.to(hidden_TC.dtype),
             dweight,
@@ -129,6 +131,14 @@ class _LogProbs(torch.autograd.Function):
             dup,
             *(None,) * 5,
         )
+
+
+def _put_outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
+    """out = dz^T x, rounded to the dtype of `out`."""
+    if out.dtype == dz.dtype:
+        torch.mm(dz.t(), x, out=out)
+    else:
+        out.copy_(dz.t() @ x)
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,9 @@ def estimate(
     else:
         kept = sizes.num_layers * layer
     chunk = min(cfg.model.logits_chunk_tokens, tokens) * sizes.vocab_size * 4 or LOGITS_CHUNK_BYTES
+    head = 0
+    if cfg.model.head_dtype == "float32" and compute < 4:  # hidden states, their gradient, the block of the head
+        head = (2 * tokens + chunk // 4 // tokens) * sizes.hidden_size * 4
     per_token = sizes.cache_bytes_per_token(dtype)
     running = math.ceil(cfg.batch.prompts_per_step / world_size) * cfg.batch.samples_per_prompt
     at_most = cfg.sampler.max_running or (256 if device == "cuda" else 128)
@@ -315,7 +318,7 @@ def estimate(
         reference=frozen if algorithm.kl.coef > 0 and not lora.rank else 0,
         critic=critic,
         activations=kept * compute,
-        logits=2 * chunk,  # the chunk and its gradient
+        logits=2 * chunk + head,  # the chunk and its gradient
         transient=_transient(cfg, sizes, compute, master, sharded, trained=not lora.rank),
         # without a fused kernel AdamW takes a root of every second moment
         update=optimizer // 2 if device == "cpu" and strategy in ("fsdp", "hsdp") else 0,

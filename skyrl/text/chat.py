@@ -125,6 +125,11 @@ class Chat:
         for message in messages:
             check_text(message["content"])
         if not self.has_template:
+            if any(message["role"] == "system" and message["content"].strip() for message in messages):
+                raise UserError(
+                    "there is a system message, and the tokenizer has no chat template that tells it from the rest; "
+                    "give model.chat_template, or a chat model"
+                )
             return "".join(message["content"] for message in messages)
         variables = {**self.template_kwargs, **kwargs}
         if continue_final is None:
@@ -319,9 +324,19 @@ class Chat:
         return ", ".join(f"{names[token]} ({token}: {source})" for token, source in self.end_tokens.items())
 
     def warnings(self) -> list[str]:
-        """What is doubtful about the tokenizer and its template, one line each: an end of turn that nothing names,
-        prompts that depend on the day."""
+        """What is doubtful about the tokenizer and its template, one line each: another model's tokenizer, an end of
+        turn that nothing names, a history without thoughts, prompts that depend on the day."""
         lines = []
+        if self.vocab_size > 1.1 * len(self.tokenizer):  # padding of an embedding is a few per cent
+            lines.append(
+                f"the model has {self.vocab_size} tokens and the tokenizer {len(self.tokenizer)}: it seems to be "
+                "another model's, and what it does not have would be drawn and read as nothing; give model.tokenizer"
+            )
+        if self._drops_thoughts():
+            lines.append(
+                "the chat template drops what earlier answers thought (<think>); later turns of a game keep it, as "
+                "it was drawn, and prompts with earlier answers lose it; model.chat_template gives another template"
+            )
         for name in self._unnamed:
             token = self.tokenizer.convert_tokens_to_ids(name)
             lines.append(
@@ -335,6 +350,16 @@ class Chat:
             )
             lines.append(f"the chat template writes today's date, so tomorrow's prompts are others; {fixed} keeps one")
         return lines
+
+    def _drops_thoughts(self) -> bool:
+        """Whether the template leaves thoughts out of an answer that another message follows, and has the answer."""
+        user = {"role": "user", "content": "."}
+        said = [user, {"role": "assistant", "content": f"<think>\n{_NEXT}\n</think>\n\n{_MARK}"}, user]
+        try:
+            text = self.render(said)
+        except UserError:
+            return False
+        return _MARK in text and _NEXT not in text
 
     def _ids(self, ids: Sequence[int]) -> Ints:
         """Checked against the embedding."""

@@ -170,7 +170,7 @@ def test_suggestions():
 # brings them with what reads them.
 BUDGET = {
     "": (4, "seed, dry_run, experiment, plugins"),
-    "model": (19, "which weights in which numbers, with the shape of tiny (6) and adapters (5)"),
+    "model": (20, "which weights in which numbers (the head's too), with the shape of tiny (6) and adapters (5)"),
     "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
     "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
     "batch": (8, "a step is prompts, samples, updates; the rest is memory"),

@@ -101,6 +101,8 @@ def test_rewards():
     partial = play(prompt, wrong, partial=0.1)
     assert (partial.reward, partial.metrics["correct:mean"]) == (0.1, 0.0)
     assert play(prompt, answer, partial=0.1).reward == 1.0 and play(prompt, "4x", partial=0.1).reward == 0.0
+    words = play(prompt, f"The answer is {answer}.", reward="last_digits")
+    assert (words.reward, words.metrics["correct:mean"]) == (1.0, 1.0)
     dense = play(prompt, answer[:-1] + "x", reward="characters")
     assert 0 < dense.reward < 1 and dense.metrics["correct:mean"] == 0.0
 
@@ -126,3 +128,8 @@ def test_bad_options(options):
 def test_data_path_is_refused():
     with pytest.raises(UserError, match="data.path='x.jsonl': environment 'arithmetic' makes its own prompts"):
         ENVIRONMENTS.get("arithmetic").dataset({}, DataConfig(path="x.jsonl"), "train", 0)
+
+
+def test_a_system_message_stands_before_the_question_where_one_is_given():
+    assert [m["role"] for m in dataset()[0].messages] == ["user"]
+    assert dataset(system="")[0].messages[0] == {"role": "system", "content": ""}

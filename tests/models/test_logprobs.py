@@ -208,3 +208,22 @@ def test_product_is_float32():
     assert matmul_float(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.bfloat16)).dtype == (
         torch.float32
     )
+
+
+def test_a_float32_head_is_that_of_the_same_numbers_in_float32():
+    """model.head_dtype=float32: hidden states in float32 and a head in bfloat16, with bias and a low-rank pair."""
+    hidden, weight, bias_V, targets = inputs(torch.bfloat16)
+    low, up = torch.randn(T, 2).requires_grad_(), torch.randn(V, 2).bfloat16().requires_grad_()
+    values, gradients = [], []
+    for cast in (lambda x: x, torch.Tensor.float):
+        leaves = [x.detach().requires_grad_() for x in (hidden.float(), cast(weight), cast(bias_V), low, cast(up))]
+        out = log_probs(
+            *leaves[:2], targets, bias_V=leaves[2], low_rank=(leaves[3], leaves[4]), entropy=True, chunk_tokens=1
+        )
+        values.append(out)
+        gradients.append(torch.autograd.grad(out[0].sum() + out[1].sum(), leaves))
+    for mixed, whole in zip(*values, strict=True):
+        assert mixed.dtype == torch.float32
+        torch.testing.assert_close(mixed, whole, atol=1e-5, rtol=1e-5)
+    for mixed, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(mixed, whole.to(mixed.dtype), atol=1e-5, rtol=1e-2)

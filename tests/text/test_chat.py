@@ -219,6 +219,25 @@ def test_a_template_that_writes_the_date_is_a_warning():
     assert Chat(tokenizer, template_kwargs={"date_string": "26 Jul 2024"}).warnings() == []
 
 
+def test_a_history_without_thoughts_and_another_model_s_tokenizer_are_warnings():
+    tokenizer = characters()
+    tokenizer.chat_template = TEMPLATES["spaces around the text"][0]
+    assert Chat(tokenizer, vocab_size=len(tokenizer) + 2).warnings() == []  # padded
+    (line,) = Chat(tokenizer, vocab_size=2 * len(tokenizer)).warnings()
+    assert "it seems to be another model's" in line and "give model.tokenizer" in line
+    ends = {2: "tokenizer", tokenizer.convert_tokens_to_ids("<|EOT|>"): "config.json"}
+    tokenizer.chat_template = template("<|ROLE|>{{ m['content'].split('</think>')[-1] }}<|EOT|>", "<|assistant|>")
+    (line,) = Chat(tokenizer, ends).warnings()
+    assert "drops what earlier answers thought" in line and "model.chat_template" in line
+
+
+def test_a_system_message_without_a_template_is_refused():
+    chat = Chat(characters())
+    assert chat.render([{"role": "user", "content": "7+5="}]) == "7+5="
+    with pytest.raises(UserError, match="no chat template that tells it .* give model.chat_template, or a chat model"):
+        chat.render([{"role": "system", "content": "Add."}, {"role": "user", "content": "7+5="}])
+
+
 def test_a_token_beyond_the_embedding_is_named_when_it_occurs():
     tokenizer = characters()
     size = len(tokenizer)

@@ -27,6 +27,15 @@ def characters(text: str, prompt: Prompt) -> float:
     return sum(a == b for a, b in zip(given, wanted, strict=False)) / longer if longer else 1.0
 
 
+@register_reward("last_digits", answer=True)
+def last_digits(text: str, prompt: Prompt) -> float:
+    """1.0 when the last run of digits in the text is the answer, else half of `characters` of that run: a dense signal
+    for a model that writes around its numbers, in which the whole answer is worth more than any part of it."""
+    numbers = re.findall(r"[0-9]+", text)
+    part = characters(numbers[-1], prompt) if numbers else 0.0
+    return part if part == 1.0 else part / 2
+
+
 def is_digits(text: str) -> bool:
     """Whether the text, apart from white space around it, is a row of ASCII digits and nothing else."""
     stripped = text.strip()

@@ -38,7 +38,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("dtype", "layers", "hidden", "heads", "kv_heads", "channels", "ffn")),
-        *((name, ctypes.c_int32) for name in ("vocab", "block_tokens", "threads")),
+        *((name, ctypes.c_int32) for name in ("vocab", "block_tokens", "threads", "float_head")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
         *((name, _POINTER) for name in ("embedding", "norm", "head", "head_bias", "cosines", "sines")),
         ("layer", ctypes.POINTER(_Layer)),
@@ -116,7 +116,7 @@ class CpuKernelRunner:
             dtype=self._half, layers=len(layers), hidden=plan.embedding.embedding_dim, heads=plan.heads,
             kv_heads=plan.kv_heads, channels=plan.channels, ffn=plan.layers[0].down.in_features,
             vocab=plan.head.out_features, block_tokens=cache.block_tokens, threads=torch.get_num_threads(),
-            eps=plan.eps, scale=plan.scale, embedding=self._live(plan.embedding.weight),
+            float_head=plan.float_head, eps=plan.eps, scale=plan.scale, embedding=self._live(plan.embedding.weight),
             norm=self._live(plan.norm.weight), head=head, head_bias=head_bias, cosines=self._live(plan.cos_LC),
             sines=self._live(plan.sin_LC), layer=ctypes.cast(layers, ctypes.POINTER(_Layer)),
         )  # fmt: skip

@@ -50,7 +50,7 @@ class FusedRunner(PagedRunner):
         self._out = [_Linear(plan, [layer.out], pack, exact) for layer in plan.layers]
         self._gate_up = [_Linear(plan, layer.gate_up, pack, exact) for layer in plan.layers]
         self._down = [_Linear(plan, [layer.down], pack, exact) for layer in plan.layers]
-        self._head = _Linear(plan, [plan.head], pack, exact)
+        self._head = _Linear(plan, [plan.head], pack and not plan.float_head, exact)
         # products in bfloat16 with a mask are faster than torch's attention for one query on a CPU, not in float32
         self._products = on_cpu and cache.dtype == torch.bfloat16
         self._qk_scale: list[Tensor | None] = []
@@ -117,7 +117,8 @@ class FusedRunner(PagedRunner):
         """Logits [T, V] float32."""
         if self._head.packed:
             return self._head(hidden_TC, segments).to(torch.promote_types(hidden_TC.dtype, torch.float32))
-        logits_TV = matmul_float(hidden_TC, self._plan.head.weight, self._plan.head.bias)
+        rows_TC = hidden_TC.float() if self._plan.float_head and not hidden_TC.is_cuda else hidden_TC
+        logits_TV = matmul_float(rows_TC, self._plan.head.weight, self._plan.head.bias)
         return self._head.add(hidden_TC, logits_TV, segments)
 
     def _linears(self) -> list[_Linear]:

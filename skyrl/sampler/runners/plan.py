@@ -49,6 +49,7 @@ class DecodePlan:
     scale: float
     cos_LC: Tensor
     sin_LC: Tensor
+    float_head: bool = False  # logits in float32 from a head in bfloat16 (model.head_dtype)
     paths: dict[nn.Module, str] = field(default_factory=dict)  # of every module, in the net: the names adapters use
 
     def adapted(self, adapter: Adapter, parts: list[nn.Linear]) -> list[tuple[Tensor, Tensor] | None]:
@@ -91,7 +92,7 @@ def make_decode_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -
     return DecodePlan(
         layers, decoder.embed_tokens, decoder.norm, head, call.num_heads, call.shape.num_heads, channels,
         eps.pop(), call.scale, cos[0].contiguous(), sin[0].contiguous(),
-        {module: path for path, module in model.net.named_modules()},
+        model.float_head, {module: path for path, module in model.net.named_modules()},
     )  # fmt: skip
 
 

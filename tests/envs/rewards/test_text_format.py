@@ -9,6 +9,12 @@ from skyrl.types import Prompt, UserError
 PROMPT = Prompt("t/train/0", "t", [{"role": "user", "content": "?"}], {"answer": "123"})
 
 
+def test_the_last_digits_of_a_text():
+    digits = REWARDS.get("last_digits")
+    assert digits("1 + 122 is 123.", PROMPT) == 1.0 and digits("123 or 4", PROMPT) == 0.0
+    assert digits("= 193", PROMPT) == pytest.approx(1 / 3) and digits("none", PROMPT) == 0.0
+
+
 def test_exact_and_characters():
     exact, characters = REWARDS.get("exact"), REWARDS.get("characters")
     assert [exact(text, PROMPT) for text in ("123", " 123\n", "0123", "12", "")] == [1, 1, 0, 0, 0]
