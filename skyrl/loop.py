@@ -21,7 +21,7 @@ from skyrl.data import PromptStream, make_splits
 from skyrl.distributed import env
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
-from skyrl.distributed.compare import check_shared, compare_nodes, read_facts
+from skyrl.distributed.compare import check_shared, compare_nodes
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
@@ -30,7 +30,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
-from skyrl.run_dir import RunFolder, changed_facts, collect_versions, drop_rollouts, keep_fingerprint
+from skyrl.run_dir import RunFolder, changed_facts, drop_rollouts, keep_fingerprint
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
@@ -104,8 +104,7 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
         chat = agree(world, lambda: chat_of(cfg))
         chat.vocab_size = sizes.vocab_size
         parts, held_out = agree(world, lambda: _prompts(cfg))
-        facts = agree(world, lambda: read_facts(cfg, collect_versions(), parts))
-        hosts = compare_nodes(cfg, world, parts, facts)
+        hosts, facts = compare_nodes(cfg, world, parts)
         *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
         left_out = [line for line in (held_out, *left_out) if line]
         folder = _claim_folder(cfg, world, hosts, facts)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 import skyrl
+from skyrl.config.args import hide_in_command
 from skyrl.files import disk_reason, write_atomic
 from skyrl.types import UserError
 
@@ -137,7 +138,7 @@ class RunFolder:
             starts = json.loads(path.read_text()) if path.exists() else []
         except ValueError:
             starts = []  # a record for people; the run does not depend on it
-        start = {**collect_versions(), "command": command, **({"hosts": hosts} if hosts else {})}
+        start = {**collect_versions(), "command": hide_in_command(command), **({"hosts": hosts} if hosts else {})}
         write_atomic(path, json.dumps([*starts, start], indent=1) + "\n")
 
 

@@ -1,13 +1,21 @@
-"""What a person types: command lines of `skyrl-tx`, whose mistakes are told in one line as all others are, and `~`."""
+"""What a person types: command lines of `skyrl-tx`, whose mistakes are told in one line as all others are; `~`; and
+secrets, which are neither shown nor written down."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from skyrl.types import UserError
+
+# In names of variables and of options of environments: HF_TOKEN, api_key, clientSecret, and not tokenizer.
+SECRET = re.compile(r"(token|key|secret|passw(or)?d|passphrase|credential|jwt)s?(?![a-z])", re.IGNORECASE)
+ENV_OPTIONS = "env.options"
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,3 +47,32 @@ def path_arg(text: str) -> Path:
         return Path(expand_home(text, "path"))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def is_secret(name: str, value: Any = "?") -> bool:
+    """Whether a variable or option of this name holds what is for nobody's eyes. Numbers are not."""
+    return SECRET.search(name) is not None and not re.fullmatch(r"[-+.\de]*|true|false|null", str(value), re.IGNORECASE)
+
+
+def hide_secrets(value: Any, name: str = "") -> Any:
+    """Options of an environment with a few characters of a digest in place of each text whose name, or that of what it
+    lies in, says that it is secret: equal ones still look equal."""
+    if isinstance(value, dict):
+        return {key: hide_secrets(part, f"{name}.{key}") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(hide_secrets(part, name) for part in value)
+    if not isinstance(value, str) or not is_secret(name, value):
+        return value
+    return f"(hidden {hashlib.sha256(value.encode('utf-8', 'replace')).hexdigest()[:6]})"
+
+
+def hide_in_command(words: Sequence[str]) -> list[str]:
+    """A command line without the secrets among its options of the environment, written as name=text or {name: text}."""
+    out = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if equals and ENV_OPTIONS in name:
+            inside = rf"((?:{SECRET.pattern})[\w-]*['\"]?\s*:\s*)[^,}}\]]+"
+            text = "(hidden)" if is_secret(name, text) else re.sub(inside, r"\1(hidden)", text, flags=re.IGNORECASE)
+        out.append(f"{name}{equals}{text}")
+    return out

@@ -24,7 +24,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from skyrl.config.args import expand_home
+from skyrl.config.args import ENV_OPTIONS, expand_home, hide_secrets
 from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
@@ -269,7 +269,8 @@ def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train
     The order of the overrides does not matter; of two for one option the last counts, as it does in Hydra. Characters
     that are unsafe in a file name become one "_". What is beyond 120 characters becomes 6 hex digits of a hash.
     """
-    kept = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
+    typed = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
+    kept = {key: hide_secrets(value, key) if key.startswith(ENV_OPTIONS) else value for key, value in typed.items()}
     name = f"{cfg.experiment}{'' if mode == 'train' else '-' + mode}-seed{cfg.seed}"
     if not kept:
         return name
@@ -364,8 +365,10 @@ def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, mo
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
-    """Plain dicts, lists and numbers, nested as the dataclasses are, of all that a run reads."""
-    return {name: value for name, value in dataclasses.asdict(cfg).items() if reads("train", name)}
+    """Plain dicts, lists and numbers, nested as the dataclasses are, of all that a run reads, to be shown, compared and
+    kept: without the secrets of an environment (args.hide_secrets)."""
+    values = {name: value for name, value in dataclasses.asdict(cfg).items() if reads("train", name)}
+    return {**values, "env": {**values["env"], "options": hide_secrets(values["env"]["options"])}}
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:

@@ -12,8 +12,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -34,7 +36,7 @@ READ_SECONDS = 10.0  # after an error, while rank 0, which may hold the store, w
 AFTER_RANK_0_SECONDS = 3.0  # the others end later than rank 0, whose line is the one to read
 NETWORK_REMEDY = "NCCL_DEBUG=INFO says more, and skyrl-tx doctor tries the network"
 OF_ONE_NODE = ("run.", "tracking.", "service.")  # options that may differ between nodes, as any path may
-NAMED = 4  # ranks that one line names
+NAMED = 4  # ranks, hosts or differences that one line names
 
 
 def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seconds: int) -> None:
@@ -44,57 +46,75 @@ def agree_on_start(store: Any, rank: int, size: int, facts: dict[str, Any], seco
     `facts`: `host`; `error`, in words, or "" ; `device`, its name for a person; `uuid` of a GPU, or ""; `same`, a dict
     of what must be equal on all ranks; `options`, likewise. Also reads here/<rank>, the host of each rank.
     """
-    store.set(f"facts/{rank}", json.dumps(facts))
-    if rank == 0:
-        verdict = _judge_all(store, size, seconds)
-        store.set("verdict", json.dumps([verdict, facts["host"], time.time()]))
-    else:
-        try:
-            if missing_after(store, ["verdict"], clock.now() + seconds + MARGIN_SECONDS):
-                raise dist.DistError(f"no word within {seconds + MARGIN_SECONDS} s")
-            verdict, host, shown = json.loads(store.get("verdict"))
-        except dist.DistError as error:
-            what = str(error).split("\n")[0][:120]
-            raise RunError(f"rank 0 is gone or stands still before the group of ranks was made ({what})") from None
-    if rank != 0 and (told := clock_problem(facts["host"], time.time(), host, shown)):
-        print(f"skyrl: warning: {told}", file=sys.stderr, flush=True)
-    if not verdict:
-        return
-    store.add("verdict-read", 1)
-    until = clock.now() + READ_SECONDS
-    while rank == 0 and store.add("verdict-read", 0) < size and clock.now() < until:
-        time.sleep(POLL_SECONDS)
+    with bounded(seconds, MARGIN_SECONDS + READ_SECONDS):
+        store.set(f"facts/{rank}", json.dumps(facts))
+        if rank == 0:
+            verdict = _judge_all(store, size, seconds)
+            store.set("verdict", json.dumps([verdict, facts["host"], time.time()]))
+        else:
+            try:
+                if missing_after(store, ["verdict"], clock.now() + seconds + MARGIN_SECONDS):
+                    raise dist.DistError(f"no word within {seconds + MARGIN_SECONDS} s")
+                verdict, host, shown = json.loads(store.get("verdict"))
+            except dist.DistError as error:
+                what = str(error).split("\n")[0][:120]
+                raise RunError(f"rank 0 is gone or stands still before the group of ranks was made ({what})") from None
+        if rank != 0 and (told := clock_problem(facts["host"], time.time(), host, shown)):
+            print(f"skyrl: warning: {told}", file=sys.stderr, flush=True)
+        if not verdict:
+            return
+        store.add("verdict-read", 1)
+        until = clock.now() + READ_SECONDS
+        while rank == 0 and store.add("verdict-read", 0) < size and clock.now() < until:
+            time.sleep(POLL_SECONDS)
     kind, text = verdict
     raise (UserError if kind == "user" else RunError)(text)
+
+
+@contextmanager
+def bounded(seconds: int, more: float, ask: Callable[[], str] | None = None) -> Iterator[None]:
+    """Around calls to the store before anything else watches: of one that stands still none returns. When the block
+    takes longer than `seconds` (run.join_seconds) and `more` the process ends with a line: that of `ask`, which may ask
+    the store, or one about a store that does not answer."""
+
+    def watch() -> None:
+        while clock.now() < until:
+            if done.wait(POLL_SECONDS):
+                return
+        where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        lines = [
+            f"the store at {where}, in which the ranks meet, does not answer within run.join_seconds={seconds}: rank 0 "
+            "or the launcher that keeps it is stopped, or its node is gone; start all ranks again"
+        ]
+        if ask is not None:
+            asking = threading.Thread(target=lambda: lines.append(ask()), daemon=True)
+            asking.start()
+            asking.join(READ_SECONDS)
+        os.write(2, f"skyrl: error: {lines[-1]}\n".encode())
+        report_to_launcher(lines[-1])
+        os._exit(1)
+
+    done, until = threading.Event(), clock.now() + seconds + more
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager
 def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None]:
     """Around the making of groups, where nothing watches yet: what fails in it becomes a RunError in one line, and when
     it takes longer than `seconds` the process ends with a line that names the ranks that are still in it."""
-
-    def end() -> None:
-        time.sleep(AFTER_RANK_0_SECONDS if rank else 0.0)
-        lines = [f"the group of ranks was not made within run.join_seconds={seconds}: the store does not answer"]
-        ask = threading.Thread(target=lambda: lines.append(still_starting(own, rank, size, seconds)), daemon=True)
-        ask.start()  # of a store that stands still no call returns
-        ask.join(READ_SECONDS)
-        line = lines[-1]
-        os.write(2, f"skyrl: error: {line}\n".encode())
-        report_to_launcher(line)
-        os._exit(1)
-
-    def watch() -> None:
-        while not made.wait(POLL_SECONDS):
-            if clock.now() > until:
-                end()
-
-    own = store.clone()  # a connection of its own: the main thread may be waiting in the other
-    made, until = threading.Event(), clock.now() + seconds
-    threading.Thread(target=watch, daemon=True).start()
     try:
-        yield
-        store.set(f"made/{rank}", "1")
+        # Asked over a connection of its own: the main thread may be waiting in the other.
+        with bounded(
+            seconds,
+            AFTER_RANK_0_SECONDS if rank else 0.0,
+            lambda: still_starting(store.clone(), rank, size, seconds),
+        ):
+            yield
+            store.set(f"made/{rank}", "1")
     except (RuntimeError, ValueError) as error:
         fault = classify(error)
         what = fault.what if fault is not None else first_line(error)
@@ -102,15 +122,12 @@ def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None
         raise RunError(
             f"rank {rank} on {socket.gethostname()}: the group of ranks could not be made ({what}); {remedy}"
         ) from None
-    finally:
-        made.set()
 
 
 def still_starting(store: Any, rank: int, size: int, seconds: int) -> str:
     """One line about the ranks that have not made their groups."""
     late = missing_after(store, [f"made/{other}" for other in range(size)], 0.0)
-    hosts = {other: {"host": store.get(f"here/{other}").decode()} for other in late}
-    who = _names(hosts, late) if late else f"rank {rank}"
+    who = name_ranks({other: store.get(f"here/{other}").decode() for other in late}, late) if late else f"rank {rank}"
     return f"the group of ranks was not made within run.join_seconds={seconds}: {who} not ready; {NETWORK_REMEDY}"
 
 
@@ -134,7 +151,7 @@ def options_of_all(cfg: RunConfig) -> dict[str, Any]:
 
     def is_place(path: str, value: Any) -> bool:
         if path.startswith("env.options."):
-            return "/" in (text := str(value)) and os.path.exists(os.path.expanduser(text))
+            return "/" in str(value) and place_of(value) is not None
         return path in places and str(value).startswith(("/", "~", "."))
 
     return {
@@ -144,6 +161,12 @@ def options_of_all(cfg: RunConfig) -> dict[str, Any]:
         and not is_place(path, value)
         and not is_allowed(path, cfg.run.allow_different)
     }
+
+
+def place_of(value: Any) -> Path | None:
+    """The file or folder of this host that a text of env.options names, `~` expanded; None for anything else."""
+    path = os.path.expanduser(value) if isinstance(value, str) else ""
+    return Path(path) if path and os.path.exists(path) else None
 
 
 def is_allowed(name: str, allowed: Sequence[str]) -> bool:
@@ -168,25 +191,34 @@ def _judge_all(store: Any, size: int, seconds: int) -> tuple[str, str] | None:
         return "user", verdict  # an error that is known says more than who is late
     if not late:
         return None
-    hosts = {rank: {"host": store.get(f"here/{rank}").decode()} for rank in late}
+    who = name_ranks({rank: store.get(f"here/{rank}").decode() for rank in late}, late)
     return "run", (
-        f"{_names(hosts, late)} came, and did not say within run.join_seconds={seconds} which device it has: killed, "
+        f"{who} came, and did not say within run.join_seconds={seconds} which device it has: killed, "
         "or its driver does not answer (see nvidia-smi or rocm-smi there); leave that node out"
     )
 
 
 def judge(found: dict[int, dict[str, Any]]) -> str | None:
     """What is wrong with facts by rank (see agree_on_start), in one line for a person; None when they fit together."""
+
+    def who(ranks: list[int]) -> str:
+        device = found[ranks[0]].get("device", "") if len(ranks) == 1 else ""
+        return name_ranks({r: facts["host"] for r, facts in found.items()}, ranks) + (f" ({device})" if device else "")
+
     broken = [rank for rank, facts in found.items() if facts["error"]]
     if broken:
         first = found[broken[0]]["error"]
-        return f"{_names(found, [rank for rank in broken if found[rank]['error'] == first])}: {first}"
+        return f"{who([rank for rank in broken if found[rank]['error'] == first])}: {first}"
     ranks = sorted(found)
     for part in ("same", "options"):
         for name in dict.fromkeys(name for rank in ranks for name in found[rank][part]):
             values = {rank: found[rank][part].get(name) for rank in ranks}
-            if len({json.dumps(value) for value in values.values()}) > 1:
-                return _difference(found, name, values, part)
+            odd, usual = sides(values)
+            if odd != usual:
+                return (
+                    f"the ranks differ in {name}: {values[odd[0]]} on {who(odd)}, {values[usual[0]]} on {who(usual)}; "
+                    f"{_remedy(name, part)}"
+                )
     owners: dict[tuple[str, str], int] = {}
     for rank in ranks:
         facts = found[rank]
@@ -199,32 +231,24 @@ def judge(found: dict[int, dict[str, Any]]) -> str | None:
     return None
 
 
-def _difference(found: dict[int, dict[str, Any]], name: str, values: dict[int, Any], part: str) -> str:
-    """One value that differs from the most frequent one, and who has them; of equally frequent ones rank 0's counts."""
+def sides(values: Mapping[int, Any]) -> tuple[list[int], list[int]]:
+    """(ranks with the rarest value, ranks with the most frequent one), the same ranks when all have one value; of
+    equally frequent ones the first rank's is the usual one."""
     texts = {rank: json.dumps(value) for rank, value in values.items()}
-    common = max(texts.values(), key=lambda text: (list(texts.values()).count(text), text == texts[min(texts)]))
-    other = next(text for text in texts.values() if text != common)
-    some = [[rank for rank in texts if texts[rank] == text] for text in (common, other)]
-    shown = [values[ranks[0]] for ranks in some]
+    counts, first = Counter(texts.values()), texts[min(texts)]
+    usual = max(counts, key=lambda text: (counts[text], text == first))
+    odd = min(counts, key=lambda text: (counts[text], text == usual))
+    return [rank for rank in texts if texts[rank] == odd], [rank for rank in texts if texts[rank] == usual]
+
+
+def _remedy(name: str, part: str) -> str:
     if name == "device":
-        remedy = "mend that node or leave it out, or give strategy.device=cpu"
-    elif name == "dtype":
-        remedy = "give model.dtype=float32, which all can do, or leave the older GPUs out"
-    elif part == "options":
-        remedy = f"start all ranks with the same options, or say that it is meant: run.allow_different=[{name}]"
-    else:
-        remedy = f"give all nodes the same environment, or say that it is meant: run.allow_different=[versions.{name}]"
-    return (
-        f"the ranks differ in {name}: {shown[1]} on {_names(found, some[1])}, {shown[0]} on {_names(found, some[0])}; "
-        f"{remedy}"
-    )
-
-
-def _names(found: dict[int, dict[str, Any]], ranks: list[int]) -> str:
-    device = found[ranks[0]].get("device", "") if len(ranks) == 1 else ""
-    return name_ranks({rank: facts["host"] for rank, facts in found.items()}, ranks) + (
-        f" ({device})" if device else ""
-    )
+        return "mend that node or leave it out, or give strategy.device=cpu"
+    if name == "dtype":
+        return "give model.dtype=float32, which all can do, or leave the older GPUs out"
+    if part == "options":
+        return f"start all ranks with the same options, or say that it is meant: run.allow_different=[{name}]"
+    return f"give all nodes the same environment, or say that it is meant: run.allow_different=[versions.{name}]"
 
 
 def name_ranks(host_of: Mapping[int, str] | Sequence[str], ranks: Sequence[int]) -> str:

@@ -17,8 +17,8 @@ import struct
 import sys
 import sysconfig
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import skyrl
 from skyrl.config.load import flat
 from skyrl.config.schema import RunConfig
 from skyrl.data import prompts_digest
-from skyrl.distributed.agreement import is_allowed, name_ranks
+from skyrl.distributed.agreement import NAMED, POLL_SECONDS, is_allowed, name_ranks, place_of, sides
 from skyrl.distributed.collectives import agree, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.envs import clock
@@ -37,11 +37,10 @@ from skyrl.types import Prompt, UserError
 
 WHOLE_BYTES = 64 << 20  # of a larger file its size and its first part count: reading terabytes delays every start
 FIRST_BYTES = 1 << 20
-FOLDER_FILES = 200  # of a folder that an option of an environment names
+FOLDER_FILES = 200  # of a folder that an option of an environment names; and as many folders
 MODEL = (".json", ".jinja", ".model", ".py", ".safetensors", ".bin", ".spm", ".tiktoken", ".txt")
 CODE = (".py", ".cpp", ".cu", ".h", ".yaml", ".so")
 LIBRARIES = tuple({f"{sysconfig.get_paths()[key]}/" for key in ("stdlib", "platstdlib", "purelib", "platlib")})
-NAMED = 4  # differences that are told; ranks and hosts likewise
 REMEDY = {
     "versions": "give all nodes the same environment",
     "code": "give all nodes the same code",
@@ -51,22 +50,27 @@ REMEDY = {
 NO_VERSION = ("started", "platform", "host", "commit", "uncommitted_changes")  # the files themselves are compared
 MISSING = "(nothing)"
 SHARED_SECONDS = 30.0  # after which a client of NFS has looked at a folder again
-POLL_SECONDS = 0.2
+LEFT_SECONDS = 3600.0  # after which a file of a start that was killed is nobody's
 
 
 def compare_nodes(
-    cfg: RunConfig, world: World, prompts: dict[str, Sequence[Prompt]], facts: dict[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Host -> versions there, once all ranks are found to have read the same, but for what run.allow_different names.
+    cfg: RunConfig, world: World, prompts: dict[str, Sequence[Prompt]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(host -> versions there, what has been read on this host as read_facts says it), once all ranks are found to have
+    read the same, but for what run.allow_different names.
 
-    `prompts`: those of each split; `facts`: what read_facts said here, if it was asked. Collective. Raises UserError,
-    the same on every rank, that names the odd hosts and what differs there.
+    `prompts`: those of each split. Collective. Raises UserError, the same on every rank, that names the odd hosts and
+    what differs there.
     """
     versions = collect_versions()
-    facts = facts or agree(world, lambda: {} if world.size == 1 else read_facts(cfg, versions, prompts))
-    told = gather_objects(world, (versions["host"], versions, facts))
+    hosts = gather_objects(world, versions["host"])
+    firsts = [hosts.index(host) for host in hosts]  # of each host, which reads the files for all ranks there
+    files = firsts[world.rank] == world.rank
+    own = agree(world, lambda: read_facts(cfg, versions, prompts, files=files))
+    told = gather_objects(world, (versions, own))
+    facts = [told[first][1] | mine for first, (_, mine) in zip(firsts, told, strict=True)]
     allowed = broadcast_object(world, cfg.run.allow_different)  # one verdict, whatever each rank was given
-    found = differences([host for host, _, _ in told], [facts for _, _, facts in told], allowed)
+    found = differences(hosts, facts, allowed)
     if found:
         more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
         names = list(dict.fromkeys(name.partition("/")[0] for name, _ in found))
@@ -75,7 +79,7 @@ def compare_nodes(
             f"the nodes are not alike: {'; '.join(text for _, text in found[:NAMED])}{more}; {remedy}, or say that it "
             f"is meant: run.allow_different=[{','.join(names)}]"
         )
-    return {host: versions for host, versions, _ in reversed(told)}
+    return {host: told[first][0] for host, first in zip(hosts, firsts, strict=True)}, facts[world.rank]
 
 
 def check_shared(world: World, folder: Path, option: str) -> None:
@@ -90,6 +94,9 @@ def check_shared(world: World, folder: Path, option: str) -> None:
             for place in places:
                 place.mkdir(parents=True, exist_ok=True)
                 (place / name).touch()
+                for left in place.glob(".same-*"):  # of starts that were killed; times are those of the file's server
+                    if left.stat().st_mtime < (place / name).stat().st_mtime - LEFT_SECONDS:
+                        left.unlink(missing_ok=True)
         except OSError as problem:
             raise UserError(f"{option}={folder}: cannot be written ({problem.strerror}: {problem.filename})") from None
 
@@ -118,19 +125,37 @@ def _shows(place: Path, name: str) -> bool:
         return False
 
 
-def read_facts(cfg: RunConfig, versions: dict[str, Any], prompts: dict[str, Sequence[Prompt]]) -> dict[str, str]:
-    """name -> a digest or value in a few characters, of all that this process has read and computes with."""
+def read_facts(
+    cfg: RunConfig, versions: dict[str, Any], prompts: dict[str, Sequence[Prompt]], *, files: bool = True
+) -> dict[str, str]:
+    """name -> a digest or value in a few characters, of all that this process has read and computes with; without
+    `files` only what is in this process's own memory."""
     facts = {f"versions.{name}": str(known) for name, known in versions.items() if name not in NO_VERSION}
-    facts |= {f"code.{name}": file_digest(path) for name, path in _code(cfg.plugins)}
     facts |= {f"data.{split}": f"{len(part)} prompts, {prompts_digest(part)}" for split, part in prompts.items()}
+    if not files:
+        return facts
+    facts |= {f"code.{name}": file_digest(path) for name, path in _code(cfg.plugins)}
     for name in ("path", "tokenizer", "chat_template"):
         facts |= dict(_files(f"model.{name}", getattr(cfg.model, name), cfg))
     for name, value in flat(cfg.env.options).items():  # an environment's own files
-        for place in map(Path, filter(os.path.exists, map(str, value if isinstance(value, list) else [value]))):
-            for path in [place, *sorted(place.rglob("*"))[:FOLDER_FILES]]:
-                if path.is_file():
-                    facts[f"env.options.{name}/{path.relative_to(place.parent)}"] = file_digest(path)
+        for place in filter(None, map(place_of, value if isinstance(value, list) else [value])):
+            for path in _below(place, Path(cfg.run.dir).resolve()):
+                facts[f"env.options.{name}/{path.relative_to(place.parent)}"] = file_digest(path)
     return facts
+
+
+def _below(place: Path, run_folder: Path) -> Iterator[Path]:
+    """A file, or the first files of a folder and of those below it, by name, but for the run's own. None of a folder
+    that holds the working folder: no environment reads all of that."""
+    if place.is_file():
+        yield place
+    elif not Path.cwd().is_relative_to(place.resolve()):
+        found: list[Path] = []
+        for folder, folders, names in islice(os.walk(place), FOLDER_FILES):
+            folders.sort()
+            files = filter(Path.is_file, (Path(folder, name) for name in sorted(names)))
+            found += islice((one for one in files if not one.resolve().is_relative_to(run_folder)), FOLDER_FILES)
+        yield from found[:FOLDER_FILES]
 
 
 def differences(
@@ -140,31 +165,30 @@ def differences(
     by the name of what they are part of. `hosts` and `facts` are by rank."""
     found = []
     for name in dict.fromkeys(name for one in facts for name in one):
-        values = [one.get(name, MISSING) for one in facts]
-        if len(set(values)) == 1 or is_allowed(name, allowed):
+        values = {rank: one.get(name, MISSING) for rank, one in enumerate(facts)}
+        odd, usual = sides(values)
+        if odd == usual or is_allowed(name, allowed):
             continue
-        if name.startswith("code.") and "skyrl/" not in name and len(set(values) - {MISSING}) == 1:
+        if name.startswith("code.") and "skyrl/" not in name and len({*values.values()} - {MISSING}) == 1:
             continue  # a module that not all ranks have imported so far
-        counts = Counter(values)
-        usual = max(counts, key=lambda value: (counts[value], value == values[0]))
-        odd = min(counts, key=lambda value: (counts[value], value == usual))
-        told = [
-            f"{value} on {name_ranks(hosts, [r for r, v in enumerate(values) if v == value])}" for value in (odd, usual)
-        ]
+        told = [f"{values[ranks[0]]} on {name_ranks(hosts, ranks)}" for ranks in (odd, usual)]
         found.append((name, f"{name} is {told[0]}, and {told[1]}"))
     return found
 
 
 def file_digest(path: Path) -> str:
     """A few characters of the SHA-256 of a file; of a large one its size and those of its first part, in which the
-    names and shapes of safetensors stand. Raises OSError."""
-    size = path.stat().st_size
-    if size <= WHOLE_BYTES:
-        return sha256(path)[:12]
-    with open(path, "rb") as stream:
-        first = stream.read(FIRST_BYTES)
-        if path.suffix == ".safetensors":
-            first += stream.read(max(0, struct.unpack("<Q", first[:8])[0] - len(first)))
+    names and shapes of safetensors stand. Of one that cannot be read, why, in words."""
+    try:
+        size = path.stat().st_size
+        if size <= WHOLE_BYTES:
+            return sha256(path)[:12]
+        with open(path, "rb") as stream:
+            first = stream.read(FIRST_BYTES)
+            if path.suffix == ".safetensors":
+                first += stream.read(max(0, min(WHOLE_BYTES, struct.unpack("<Q", first[:8])[0]) - len(first)))
+    except OSError as error:
+        return f"not readable ({error.strerror})"
     return f"{size} bytes, {hashlib.sha256(first).hexdigest()[:12]}"
 
 

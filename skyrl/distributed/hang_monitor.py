@@ -8,6 +8,7 @@ wait, their collectives do not fit together. A rank that is slow but moves is ne
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -20,11 +21,11 @@ from typing import Any, TextIO
 import psutil
 
 from skyrl.distributed import failure, phases
-from skyrl.distributed.crash_report import write_bundle
 from skyrl.distributed.env import report_to_launcher
 from skyrl.distributed.init import World
 from skyrl.distributed.peers import EARLY, STALE
 from skyrl.envs import clock
+from skyrl.tracking.crash_report import write_bundle
 
 FAILED = 1
 LOOK_SECONDS = 1.0
@@ -77,6 +78,7 @@ class HangMonitor:
             "patience": phases.timeout(self.hang_seconds),
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "started": _started(os.getpid()),
         }
 
     def read_statuses(self, store: Any = None) -> dict[int, dict[str, Any]]:
@@ -132,7 +134,7 @@ class HangMonitor:
         me = self.world.rank
         others = self.read_statuses().items() if self.store is not None else []
         still = [
-            rank for rank, p in others if not p["waits_in"] and p["seconds_without_progress"] > p["patience"] * 0.8
+            rank for rank, p in others if not p["waits_in"] and p["seconds_without_progress"] > p["patience"] * NEARLY
         ]
         return sorted({me, *still})
 
@@ -239,19 +241,15 @@ class HangMonitor:
             if _state(table[rank]) or path is None:
                 self._give_stack(rank, f"(none{_state(table[rank])})\n")
                 continue
-            os.kill(table[rank]["process"], STACK_SIGNAL)
+            _kill(table[rank], STACK_SIGNAL)
             time.sleep(0.3)
             self._give_stack(rank, path.read_text() if path.exists() else "")
 
     def _end(self, hung_ranks: list[int], table: dict[int, dict[str, Any]]) -> None:
         """This process ends, and those of this machine that cannot end by themselves."""
         for rank in hung_ranks:
-            status = table.get(rank)
-            if status and rank != self.world.rank and status["host"] == socket.gethostname():
-                try:
-                    os.kill(status["process"], signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            if rank in table and rank != self.world.rank:
+                _kill(table[rank], signal.SIGKILL)
         os._exit(FAILED)
 
     # ---- errors, from the main thread
@@ -280,6 +278,21 @@ class HangMonitor:
         line += f"; details in {bundle}" if bundle else ""
         os.write(2, f"skyrl: error: {line}\n".encode())
         report_to_launcher(line)
+
+
+def _started(process: int) -> str:
+    """When a process of this machine started, in the kernel's ticks; "" of one that is not there."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _kill(status: dict[str, Any], number: int) -> None:
+    """Sends a signal to the process of a status, if it is of this machine and still that of the job: its number may be
+    another's by now, or mean another process, as in containers of one host name."""
+    if status["host"] == socket.gethostname() and status["started"] == _started(status["process"]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(status["process"], number)
 
 
 def _state(status: dict[str, Any] | None) -> str:

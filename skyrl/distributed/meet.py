@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from skyrl.distributed import network
-from skyrl.distributed.agreement import POLL_SECONDS, missing_after
+from skyrl.distributed.agreement import POLL_SECONDS, READ_SECONDS, bounded, missing_after
 from skyrl.distributed.place import origin
 from skyrl.envs import clock
 from skyrl.types import RunError, UserError
@@ -31,35 +31,44 @@ def meet(rank: int, size: int, seconds: int) -> tuple[Any, str]:
     limit = f"within run.join_seconds={seconds}"
     advice = "see whether their processes have started and can reach that address, or raise run.join_seconds"
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    try:
-        if keeps:
-            _check_port(int(port))
-            here = there = ""
-        else:
-            here, there = _reach(host, int(port), until)
-        store: dist.Store = dist.TCPStore(
-            # Rank 0 reaches its own store whatever the others call this machine.
-            "127.0.0.1" if keeps else host,
-            int(port),
-            is_master=keeps,
-            timeout=timedelta(seconds=seconds),
-            multi_tenant=True,
-            wait_for_workers=False,
-        )
-    except (dist.DistError, OSError, UnicodeError) as error:
-        what = " ".join(str(error).split("\n")[0].split())[:160]
-        raise RunError(f"the {size} ranks did not meet at {where} {limit} ({what}); {advice}") from None
+    with bounded(seconds, READ_SECONDS):
+        try:
+            store, here, there = _connect(host, int(port), keeps, seconds, until)
+        except (dist.DistError, OSError, UnicodeError) as error:
+            what = " ".join(str(error).split("\n")[0].split())[:160]
+            raise RunError(f"the {size} ranks did not meet at {where} {limit} ({what}); {advice}") from None
+        store.set(f"reached/{rank}", there)
+        store.set(f"here/{rank}", socket.gethostname())
+        if missing := missing_after(store, [f"here/{other}" for other in range(size)], until):
+            some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            if keeps and not network.is_local(host):  # and is no detour, of a container or a service, that leads here
+                advice = (
+                    f"{host} is no address of {socket.gethostname()}, where rank 0 runs: unset MASTER_ADDR, or set it"
+                )
+            raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
+        return store, _own_address(store, size, here)
+
+
+def _connect(host: str, port: int, keeps: bool, seconds: int, until: float) -> tuple[Any, str, str]:
+    """The store, which this process keeps or somebody else; our address towards it, and its own ("" where we keep it).
+    Raises DistError, OSError or UnicodeError when there is none."""
+    here = there = ""
+    if keeps:
+        _check_port(port)
+    else:
+        here, there = _reach(host, port, until)
+    store = dist.TCPStore(
+        # Rank 0 reaches its own store whatever the others call this machine.
+        "127.0.0.1" if keeps else host,
+        port,
+        is_master=keeps,
+        timeout=timedelta(seconds=seconds),
+        multi_tenant=True,
+        wait_for_workers=False,
+    )
     # torchrun may keep one store over its restarts
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = dist.PrefixStore(f"skyrl/{attempt}", store)
-    store.set(f"reached/{rank}", there)
-    store.set(f"here/{rank}", socket.gethostname())
-    if missing := missing_after(store, [f"here/{other}" for other in range(size)], until):
-        some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        if keeps and not network.is_local(host):  # and is no detour, of a container or a service, that leads here
-            advice = f"{host} is no address of {socket.gethostname()}, where rank 0 runs: unset MASTER_ADDR, or set it"
-        raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
-    return store, _own_address(store, size, here)
+    return dist.PrefixStore(f"skyrl/{attempt}", store), here, there
 
 
 def _check_port(port: int) -> None:

@@ -8,9 +8,7 @@ socket that reached the place where all ranks meet.
 from __future__ import annotations
 
 import os
-import re
 import socket
-import sys
 from collections.abc import Mapping, MutableMapping
 
 import psutil
@@ -22,7 +20,6 @@ FIRST, COUNT = 20000, 10000
 STRIDE = 7  # no divisor of COUNT: jobs that follow each other start apart, and 10000 of them differ
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 MAX_SKEW = 2.0  # seconds that clocks of two machines may differ
-ANSWER = "skyrl-port="  # before the port in what `python -m skyrl.distributed.network` prints
 
 
 def job_port(job: int, step: int = 0) -> int:
@@ -40,22 +37,6 @@ def is_free(port: int) -> bool:
         return True
     except (OSError, OverflowError):  # the latter for what is no port
         return False
-
-
-def free_port(job: int, tries: int = 64) -> int:
-    """The first free port from job_port(job) on. Raises UserError when none of `tries` is."""
-    first = job_port(job)
-    for step in range(tries):
-        port = FIRST + (first - FIRST + step) % COUNT
-        if is_free(port):
-            return port
-    raise UserError(f"ports {first} to {first + tries - 1} are all taken on this node; give one with --port")
-
-
-def read_port(text: str) -> int | None:
-    """The port that another host has answered; None without one. Its shell's start files may print around it."""
-    found = re.findall(rf"{ANSWER}(\d+)", text)
-    return int(found[-1]) if found else None
 
 
 def interfaces() -> dict[str, list[str]]:
@@ -114,7 +95,3 @@ def is_local(host: str) -> bool:
     except (OSError, UnicodeError):
         return True
     return any(interface_of(address) for address in addresses)
-
-
-if __name__ == "__main__":  # for another host: a free port of that node for a job
-    print(f"\n{ANSWER}{free_port(int(sys.argv[1]))}")

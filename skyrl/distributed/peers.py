@@ -21,8 +21,8 @@ from typing import Any
 
 from skyrl.distributed import env, failure, phases
 from skyrl.distributed.agreement import name_ranks
-from skyrl.distributed.crash_report import write_bundle
 from skyrl.envs import clock
+from skyrl.tracking.crash_report import write_bundle
 
 log = logging.getLogger(__name__)
 

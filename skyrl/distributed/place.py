@@ -29,6 +29,7 @@ MPI = (
     ("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "FLUX_TASK_LOCAL_SIZE"),
 )  # fmt: skip
+LONE_RANKS = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE")  # of launchers that may say no number of ranks (prterun)
 MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "FLUX_JOB_ID")  # the same text on all ranks of one start
 
 
@@ -106,13 +107,14 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> bool:
     Raises UserError when RANK and WORLD_SIZE contradict each other or the launcher, and when nothing says where the
     ranks meet.
     """
-    place = launcher_place(environment)
     if _below_torchrun(environment):
         return False
+    place = launcher_place(environment)
     if "RANK" in environment or "WORLD_SIZE" in environment:
         _check_world(environment, place)
         return False
     if place is None:
+        _check_alone(environment)
         return False
     if place.local_size < 0:
         raise UserError(
@@ -150,11 +152,9 @@ def _check_world(environment: Mapping[str, str], place: Place | None) -> None:
     given = " ".join(f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if name in environment)
     rank, size = number("RANK", -1, environment), number("WORLD_SIZE", -1, environment)
     left = "they are left from another shell or launcher"
-    if rank < 0 and size == 1 and place is None:
-        return
+    if place is None and ((rank < 0 and size == 1) or (rank == 0 and size < 0)):
+        return _check_alone(environment)
     if rank < 0 or size < 1 or rank >= size:
-        if place is None and rank == 0 and size < 0:
-            return
         raise UserError(
             f"{given}: not the place of a rank, RANK from 0 to WORLD_SIZE - 1; set both, or unset both ({left})"
         )
@@ -162,6 +162,19 @@ def _check_world(environment: Mapping[str, str], place: Place | None) -> None:
         return
     apart = f"{place.size} ranks would not know of each other" if size < place.size else "ranks would be there twice"
     raise UserError(f"{given}: this process is {place}, so {apart}; unset RANK and WORLD_SIZE ({left})")
+
+
+def _check_alone(environment: Mapping[str, str]) -> None:
+    """Raises UserError where a launcher says which rank this is and none says of how many: each would train alone."""
+    sizes = [names[2] for names in MPI] + ["SLURM_STEP_NUM_TASKS"]
+    ranks = [
+        f"{name}={environment[name]}" for name in (*(names[1] for names in MPI), *LONE_RANKS) if name in environment
+    ]
+    if ranks and not any(name in environment for name in sizes):
+        raise UserError(
+            f"{ranks[0]}: a launcher has started this process, and does not say how many there are; start with mpirun, "
+            "srun or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT for each"
+        )
 
 
 def _set_meeting_place(environment: MutableMapping[str, str], place: Place) -> None:

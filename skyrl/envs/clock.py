@@ -37,11 +37,6 @@ def now() -> float:
     return found - paused
 
 
-def pauses() -> float:
-    """Seconds for which this process has been stopped, since it first asked what time it is."""
-    return time.monotonic() - now()
-
-
 def _is_pause(seconds: float, waits: int) -> bool:
     return seconds > TICK_SECONDS + LATE_SECONDS and _waits() - waits < WAITS * seconds
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from skyrl.distributed.network import job_port, read_port
+from skyrl.config.args import is_secret
+from skyrl.distributed.network import COUNT, FIRST, is_free, job_port
 from skyrl.launch import processes
 from skyrl.types import UserError
 
@@ -27,7 +29,7 @@ PORT_SECONDS = 60
 AFTER_FAILURE_SECONDS = 75.0
 KILL_SECONDS = 60.0
 FORWARDED = tuple("SKYRL_ HF_ NCCL_ GLOO_ TORCH_ TRANSFORMERS_ WANDB_ OMP_ PYTHONPATH XDG_CACHE_HOME".split())
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+ANSWER = "skyrl-port="  # before the port in what `python -m skyrl.launch.hosts` prints on another host
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,7 @@ def launch(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that other hosts get too; nothing that looks like a secret, for it would stand in process lists."""
     return {
-        name: value
-        for name, value in sorted(environment.items())
-        if name.startswith(FORWARDED) and not any(word in name for word in SECRET)
+        name: value for name, value in sorted(environment.items()) if name.startswith(FORWARDED) and not is_secret(name)
     }
 
 
@@ -104,7 +104,7 @@ def _command(
 
 def _ask_port(rsh: str, host: Host) -> int:
     """A port that is free on the host where the ranks meet. Raises UserError when it cannot be reached."""
-    line = _line([sys.executable, "-m", "skyrl.distributed.network", str(os.getpid())])
+    line = _line([sys.executable, "-m", "skyrl.launch.hosts", str(os.getpid())])
     command = _reach(rsh, host, line)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PORT_SECONDS, stdin=subprocess.DEVNULL)
@@ -120,6 +120,22 @@ def _ask_port(rsh: str, host: Host) -> int:
             f"without a password and see this folder and this Python; try {shlex.join(command)}"
         )
     return port
+
+
+def free_port(job: int, tries: int = 64) -> int:
+    """The first free port from job_port(job) on. Raises UserError when none of `tries` is."""
+    first = job_port(job)
+    for step in range(tries):
+        port = FIRST + (first - FIRST + step) % COUNT
+        if is_free(port):
+            return port
+    raise UserError(f"ports {first} to {first + tries - 1} are all taken on this node; give one with --port")
+
+
+def read_port(text: str) -> int | None:
+    """The port that another host has answered; None without one. Its shell's start files may print around it."""
+    found = re.findall(rf"{ANSWER}(\d+)", text)
+    return int(found[-1]) if found else None
 
 
 class _Hosts:
@@ -177,3 +193,7 @@ class _Hosts:
         if seconds > AFTER_FAILURE_SECONDS + KILL_SECONDS:
             for child in self.children:
                 child.kill()
+
+
+if __name__ == "__main__":  # for another host: a free port of that node for a job
+    print(f"\n{ANSWER}{free_port(int(sys.argv[1]))}")

@@ -72,7 +72,8 @@ def open_service(cfg: RunConfig) -> Service | None:
     Everything that can be refused is refused here. Raises UserError, the same on every rank.
     """
     world, sizes = meet(cfg)
-    compare_nodes(cfg, world, {})
+    if world.size > 1:
+        compare_nodes(cfg, world, {})
 
     def make() -> tuple[Plan, RankContext]:
         plan, longest = make_plan(cfg, world.size, device=world.choice), max_row_tokens(cfg, sizes)

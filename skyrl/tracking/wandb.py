@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from skyrl.config.load import to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.files import write_atomic
 from skyrl.tracking.base import Record, Sink
@@ -42,7 +42,7 @@ class WandbSink(Sink):
                 dir=str(folder),
                 mode=mode,
                 resume="allow",
-                config=asdict(cfg),
+                config=to_dict(cfg),
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
             )
         except (wandb.errors.Error, OSError) as problem:

@@ -8,11 +8,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
 from skyrl.config import load
+from skyrl.config.args import hide_in_command
 from skyrl.config.load import load_config
 from skyrl.config.options import all_options
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import option
 from skyrl.main import split_args
+from skyrl.tracking import crash_report
 from skyrl.types import UserError
 
 
@@ -100,6 +102,41 @@ def test_places_and_switches_do_not_change_the_name():
     assert load_config(["run.threads=2", "tracking.wandb=off", "debug.deterministic=true"]).run.name == plain
     given = load_config(["run.name=mine", "run.dir=/tmp/there"])
     assert (given.run.name, given.run.dir) == ("mine", "/tmp/there")
+
+
+def test_secrets_of_an_environment_are_neither_shown_nor_kept(tmp_path, monkeypatch):
+    """They are compared all the same. Numbers, and names that only resemble, stay as they are."""
+    hidden = {
+        "api_key": "S1", "token": "S2", "judge": {"password": "S3", "name": "x"}, "secrets": {"a": "S4", "b": ["S5"]},
+        "OPENAI_KEY_2": "S6", "clientSecret": "S7", "keys": ["S8", 3],
+    }  # fmt: skip
+    shown = {"max_tokens": 256, "tokenizer": "gpt", "keyboard": "us", "monkeys": 3, "stop_token_ids": [1], "key": ""}
+    cfg = load_config(["experiment=arithmetic"])
+    cfg = dataclasses.replace(cfg, env=dataclasses.replace(cfg.env, options={**hidden, **shown}))
+    values = load.to_dict(cfg)
+    told = values["env"]["options"]
+    assert {name: told[name] for name in shown} == shown and told["judge"]["name"] == "x" and told["keys"][1] == 3
+    text = yaml.safe_dump(values)
+    assert not any(f"S{n}" in text for n in range(1, 9)) and text.count("(hidden ") == 8
+    other = dataclasses.replace(cfg, env=dataclasses.replace(cfg.env, options={**hidden, **shown, "api_key": "S9"}))
+    (line,) = load.config_diff(cfg, other)
+    assert line.startswith("env.options.api_key: (hidden ") and "S1" not in line and "S9" not in line
+    words = [
+        "train",
+        "env.options.api_key=S1",
+        "+env.options.judge={password: S3, name: x}",
+        "env.options.max_tokens=5",
+    ]
+    assert hide_in_command([*words, "env.options={'x_token':'S2'}", "optim.key=a"]) == [
+        "train", "env.options.api_key=(hidden)", "+env.options.judge={password: (hidden), name: x}",
+        "env.options.max_tokens=5", "env.options={'x_token':(hidden)}", "optim.key=a",
+    ]  # fmt: skip
+    assert "S1" not in load_config(["+env.options.api_key=S1"]).run.name
+    assert "5" in load_config(["+env.options.max_tokens=5"]).run.name
+    monkeypatch.setenv("SLURM_JWT", "S1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    kept = crash_report._environment()["started_by"]
+    assert kept["SLURM_JOB_ID"] == "7" and "SLURM_JWT" not in kept
 
 
 def test_resolved_config_survives_storage(tmp_path):

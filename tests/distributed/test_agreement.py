@@ -1,7 +1,9 @@
 """Before any group is made all ranks agree on their device, versions and options; else one line says who does not."""
 
 import dataclasses
+import os
 import re
+import signal
 import threading
 import time
 import types
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from small import small_config
 
 from skyrl.distributed import agreement, init
+from skyrl.distributed import meet as meeting
 from skyrl.distributed.agreement import agree_on_start, group_start, judge, options_of_all
 from skyrl.planner.device import choose, look
 from skyrl.types import RunError, UserError
@@ -134,6 +137,69 @@ def test_a_rank_whose_driver_hangs_is_named_in_time(monkeypatch):
     assert isinstance(raised[0], RunError) and str(raised[0]).startswith("rank 2 on node2 came, and did not say within")
     known = start([facts("a"), facts("b", error="broken"), None], seconds=1)  # an error says more than who is late
     assert "rank 1 on b (NVIDIA H100): broken" == str(known[0])
+
+
+def forked(work):
+    """The process id of a child that does this; it never returns."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(9)
+    return child
+
+
+def test_a_store_that_stands_still_at_the_start_ends_every_rank_in_time(tmp_path, monkeypatch):
+    """The process that keeps it is stopped: connections to it are made, and no call returns."""
+    for module in (agreement, meeting):
+        monkeypatch.setattr(module, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(agreement, "MARGIN_SECONDS", 0.5)
+    told, tell = os.pipe()
+    wait, go = os.pipe()
+
+    def keep():
+        os.close(go)
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        os.write(tell, b"%05d" % store.port)
+        time.sleep(600)
+
+    keeper = forked(keep)
+    try:
+        port = int(os.read(told, 5))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+
+        def making(store):
+            with group_start(store, 1, 2, 1):
+                store.get("never")
+
+        calls = {
+            "meet": lambda store: meeting.meet(1, 2, 1),
+            "agree": lambda store: agree_on_start(store, 1, 2, facts("b"), 1),
+            "groups": making,
+        }
+
+        def rank(name):
+            os.close(go)
+            os.dup2(os.open(tmp_path / name, os.O_CREAT | os.O_WRONLY), 2)
+            store = dist.TCPStore("127.0.0.1", port, None, False)
+            os.write(tell, b"x")
+            os.read(wait, 1)
+            calls[name](store)
+
+        children = {name: forked(lambda name=name: rank(name)) for name in calls}
+        assert all(os.read(told, 1) == b"x" for _ in children)
+        os.kill(keeper, signal.SIGSTOP)
+        os.close(go)
+        for name, child in children.items():
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, name
+            said = (tmp_path / name).read_text()
+            assert said.startswith(f"skyrl: error: the store at 127.0.0.1:{port}, in which the ranks meet, does not")
+            assert said.count("\n") == 1, said
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+        os.waitpid(keeper, 0)
 
 
 def test_a_wheel_without_cuda_beside_nvidia_devices_is_seen_for_real(tmp_path):

@@ -1,5 +1,6 @@
 """What differs between nodes is named, with the hosts, on all ranks; what is meant may differ."""
 
+import os
 import re
 import sys
 import threading
@@ -156,6 +157,41 @@ def test_files_and_folders_below_the_options_of_an_environment_count(tmp_path):
     }
 
 
+def test_places_of_an_environment_are_looked_at_within_bounds(tmp_path, monkeypatch):
+    """What an option names may be the root, the working folder, a home folder, or hold the run itself."""
+    cfg = small_config()
+
+    def facts(value):
+        options = {"x": value}
+        found = read_facts(replace(cfg, env=replace(cfg.env, options=options), run=replace(cfg.run, dir=run)), {}, {})
+        return {name: known for name, known in found.items() if name.startswith("env.options")}
+
+    data, run = tmp_path / "data", str(tmp_path / "data" / "b-run")
+    for folder in ("a/b", "b-run/checkpoints", "c", "many"):
+        (data / folder).mkdir(parents=True)
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt", "b-run/stop", "b-run/checkpoints/x", "c/4.txt"):
+        (data / name).write_text(name)
+    os.mkfifo(data / "c" / "pipe")
+    names = {f"env.options.x/data/{name}" for name in ("1.txt", "a/2.txt", "a/b/3.txt", "c/4.txt")}
+    assert set(facts(str(data))) == names
+    for number in range(30):
+        (data / "many" / f"{number:02}").touch()
+    monkeypatch.setattr(compare, "FOLDER_FILES", 9)
+    assert set(facts(str(data))) == names | {f"env.options.x/data/many/{number:02}" for number in range(5)}
+    monkeypatch.setenv("HOME", str(data))
+    assert set(facts("~/a/2.txt")) == {"env.options.x/2.txt"} and set(facts(["~/c", "~/1.txt"])) == {
+        "env.options.x/c/4.txt", "env.options.x/1.txt"
+    }  # fmt: skip
+    monkeypatch.chdir(data / "a" / "b")
+    for value in ("/", ".", "..", "~", str(data), "", "\0", "~nobody/x", 3, None, True):
+        assert facts(value) == {}, value
+    monkeypatch.setattr(compare, "sha256", lambda path: open(path / "no"))  # a disk that fails
+    assert facts("3.txt") == {"env.options.x/3.txt": "not readable (Not a directory)"}
+    monkeypatch.setattr(compare, "WHOLE_BYTES", 50)
+    (data / "x.safetensors").write_bytes(b"\xff" * 100)  # a header that says it is larger than any disk
+    assert file_digest(data / "x.safetensors").startswith("100 bytes, ")
+
+
 def test_plugins_count_wherever_they_lie(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "LIBRARIES", (f"{tmp_path}/site/",))
     for folder in ("site", "site-own"):
@@ -184,7 +220,6 @@ def test_the_code_of_plugins_and_of_what_they_import_counts(tmp_path, monkeypatc
 
 
 def _two(place):
-    import os
     import socket
 
     cfg = small_config()
@@ -199,9 +234,14 @@ def _two(place):
         compare._shows = lambda *which: time.monotonic() > begun + 0.5 and shows(*which)
 
     said = []
+    slow.mkdir(exist_ok=True)
+    if world.rank == 0:
+        (slow / ".same-old").touch()
+        (slow / ".same-new").touch()
+        os.utime(slow / ".same-old", (0, 0))
     for action in (
         lambda: compare_nodes(cfg, world, prompts),
-        lambda: sorted(compare_nodes(meant, world, prompts)),
+        lambda: sorted(compare_nodes(meant, world, prompts)[0]),
         lambda: agree(world, lambda: os.stat if world.rank == 0 else _missing()),
         lambda: check_shared(world, slow, "run.dir"),
         lambda: check_shared(world, own, "service.folder"),
@@ -210,7 +250,14 @@ def _two(place):
             said.append(action())
         except UserError as error:
             said.append(str(error))
-    return said, [str(path) for path in Path(place).rglob(".same-*")]
+    # Files are read by one rank of each host, for all that are there.
+    asked: list[bool] = []
+    compare.read_facts = lambda *read, files: asked.append(files) or ({"code.x": "1"} if files else {})
+    for host in (f"node{world.rank}", "node"):
+        socket.gethostname = lambda host=host: host
+        compare_nodes(cfg, world, {})
+    assert asked == [True, world.rank == 0]
+    return said, [path.name for path in Path(place).rglob(".same-*")]
 
 
 def _missing():
@@ -220,7 +267,7 @@ def _missing():
 @pytest.mark.ranks
 def test_all_ranks_say_the_same(tmp_path):
     first, second = run_ranks(2, _two, str(tmp_path))
-    assert first[0][:4] == second[0][:4] and second[1] == []
+    assert first[0][:4] == second[0][:4] and second[1] == [".same-new"]
     (data, meant, missing, shared, own), left = first
     assert data.startswith("the nodes are not alike: data.train is 1 prompts, ") and "rank 1 on node1" in data
     assert data.endswith("or say that it is meant: run.allow_different=[data.train]")
@@ -229,4 +276,4 @@ def test_all_ranks_say_the_same(tmp_path):
     assert shared is None
     assert own.startswith(f"service.folder={tmp_path}/own-")
     assert f"rank 0 on node0 writes to {tmp_path}/own-1 is not there on rank 1 on node1 within 1 s" in own
-    assert left == []
+    assert left == [".same-new"]  # of a start under way; one that was killed long ago has left nothing

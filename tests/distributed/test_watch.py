@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import time
 
 import pytest
 import torch
 
-from skyrl.distributed import phases
+from skyrl.distributed import hang_monitor, phases
 from skyrl.distributed.init import World
 from skyrl.distributed.stop import SIGNALS, heard_signals
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
@@ -105,3 +107,17 @@ def test_a_bundle_that_cannot_be_written_does_not_hide_the_error(watch, tmp_path
 def test_the_mark_names_its_launcher(tmp_path):
     mark_requeue(tmp_path)
     assert f'"launcher": {os.getppid()}' in (tmp_path / "requeue").read_text()
+
+
+def test_only_a_process_of_the_job_is_killed():
+    """A number may be another process's by now, or in another container of the same host name."""
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        status = {"host": socket.gethostname(), "process": stranger.pid, "started": "1"}
+        hang_monitor._kill(status, signal.SIGKILL)
+        hang_monitor._kill(
+            {**status, "host": "elsewhere", "started": hang_monitor._started(stranger.pid)}, signal.SIGKILL
+        )
+        assert stranger.poll() is None
+        hang_monitor._kill({**status, "started": hang_monitor._started(stranger.pid)}, signal.SIGKILL)
+        assert stranger.wait(10) == -signal.SIGKILL
+    hang_monitor._kill({**status, "started": ""}, signal.SIGKILL)  # gone

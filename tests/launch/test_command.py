@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.distributed.network import ANSWER, read_port
 from skyrl.launch import command, hosts, sbatch
 from skyrl.launch.command import Job, exit_code, launch, parser, ranks_of, torchrun
+from skyrl.launch.hosts import ANSWER, read_port
 from skyrl.launch.machine import Gpu, Machine
 from skyrl.types import UserError
 

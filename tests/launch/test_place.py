@@ -90,6 +90,10 @@ def test_several_machines_need_a_place_to_meet():
         {"RANK": "1", "WORLD_SIZE": "2"},
         {"RANK": "0"},
         {"WORLD_SIZE": "1"},
+        {"PMIX_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},  # mpirun -n 1
+        {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"},  # srun --mpi=pmix
+        {"PMIX_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"},  # a script that gives each its own
+        {"PMIX_RANK": "1", "RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"},  # torchrun in each
     ],
 )
 def test_what_is_right_is_left_alone(environment):
@@ -114,6 +118,10 @@ def test_what_is_right_is_left_alone(environment):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: not the place of a rank"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 WORLD_SIZE=2: not the place of a rank, RANK from 0"),
         ({"RANK": "1"}, "RANK=1: not the place of a rank"),
+        ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "prterun-h-7@1"}, "PMIX_RANK=0: a launcher has started this process"),
+        ({"PMIX_RANK": "1", "RANK": "0"}, "PMIX_RANK=1: a launcher has started this process, and does"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_RANK=1: a launcher has started this process"),
+        ({"MV2_COMM_WORLD_RANK": "0"}, "MV2_COMM_WORLD_RANK=0: a launcher"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK='one' is not a number"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' is not a number"),
     ],

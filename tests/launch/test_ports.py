@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from skyrl.distributed import network as ports
+from skyrl.launch.hosts import free_port
 from skyrl.types import UserError
 
 
@@ -20,7 +21,7 @@ def test_a_port_that_is_taken_is_passed_over():
         for number, server in enumerate((one, two)):
             server.bind(("", ports.job_port(job) + number))
             server.listen()
-        assert ports.free_port(job) == ports.job_port(job) + 2
+        assert free_port(job) == ports.job_port(job) + 2
         with pytest.raises(UserError, match="all taken on this node; give one with --port"):
-            ports.free_port(job, tries=2)
-    assert ports.free_port(job) == ports.job_port(job)
+            free_port(job, tries=2)
+    assert free_port(job) == ports.job_port(job)

@@ -11,10 +11,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from skyrl.config.args import is_secret
 from skyrl.run_dir import collect_versions
 
 METRICS_BYTES = 64 << 10
-# Variables that say how the job was started. Others may hold secrets.
+# Variables that say how the job was started, but for secrets (SLURM_JWT). Others may hold anything.
 PREFIXES = ("SLURM_", "NCCL_", "GLOO_", "OMP_", "CUDA_VISIBLE", "PYTORCH_", "TORCH", "MASTER_", "HF_HUB_OFFLINE")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -56,5 +57,6 @@ def _tail(source: Path, target: Path) -> None:
 
 def _environment() -> dict[str, Any]:
     packages = sorted({f"{one.metadata['Name']}=={one.version}" for one in distributions()}, key=str.lower)
-    started = {key: value for key, value in os.environ.items() if key.startswith(PREFIXES) or key in NAMES}
+    names = [key for key in os.environ if (key.startswith(PREFIXES) and not is_secret(key)) or key in NAMES]
+    started = {key: os.environ[key] for key in names}
     return {"versions": collect_versions(), "started_by": dict(sorted(started.items())), "packages": packages}
