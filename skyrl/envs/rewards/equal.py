@@ -30,9 +30,10 @@ MAX_ITEMS = 64
 MAX_LEVELS = 12
 MAX_WRAPPERS = 8
 
-_PLAIN = set("0123456789+-,.$%\\ \u2212\u20ac\u00a3")
+_CURRENCY = "\u20ac\u00a3\u00a5\u20b9"  # besides the dollar
+_PLAIN = set("0123456789+-,.$%\\ \u2212" + _CURRENCY)
 _NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]?)\s?\\?[$\u20ac\u00a3]?\s?(?P<again>[-\u2212]?)\s?"
+    rf"(?P<sign>[-+\u2212]?)\s?\\?[${_CURRENCY}]?\s?(?P<again>[-\u2212]?)\s?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)\s?\\?%?\.?"
 )
 _WRAPPERS = [
@@ -60,11 +61,17 @@ def _repeating(match: re.Match[str]) -> str:
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
 
 
+_ENDS = r"[^\[\]()]+[,;][^\[\]()]+"  # of an interval
 _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # before spelling, which would lose it
     (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;: ])(?=\d{3}(?!\d))"), ""),  # LaTeX's thousands
     (re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])"), lambda m: m[0].replace(" ", "")),
-    (re.compile(r"(?P<whole>\d*)\.(?P<once>\d*)\\(?:overline|bar)\s?\{(?P<again>\d{1,16})\}"), _repeating),
+    (re.compile(r"(?P<whole>\d*)\.(?P<once>\d*)\\(?:overline|bar|dot)\s?\{(?P<again>\d{1,16})\}"), _repeating),
     (re.compile(r"(?<![A-Za-z])\{([:.;])\}"), r"\1"),
+    (re.compile(r"\{([^{}]+)\\choose\b([^{}]+)\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\\(?:text)?cents?(?![A-Za-z])"), "\u00a2"),
+    # ]0,1[ as (0,1), and [0,1[ as [0,1): brackets that open outwards leave the end out.
+    (re.compile(rf"(?:\A|(?<=[=,;\s\u222a\u2208])|(?<=\\in)|(?<=\\cup)|(?<=\\left))\]({_ENDS})(?=[\[\])])"), r"(\1"),
+    (re.compile(rf"([(\[])({_ENDS})\[(?=\Z|[\s,;.=\u222a]|\\cup)"), r"\1\2)"),
     (re.compile(r"(?<=\d)\s?\^\s?\{?(?:\\(?:text|mathrm)\{o\}|o)(?:\}|\b)"), "\u00b0"),
     (re.compile(r"\\(?:bf|rm|it|sf|textstyle|large|Large)\b|\\color\{\w+\}|\\(?:angle|triangle)\s?(?=[A-Z])"), ""),
     (
@@ -97,7 +104,7 @@ _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _WHOLE_TEXT = re.compile(r"\\text\{([^{}]*(?:[\d,;]|\b(?:and|or)\b)[^{}]*)\}|\{(.*)\}", re.S)
 _TAIL = re.compile(
-    r"(?:\s*\\text\{(?P<text>[^{}]+)\}|\s*(?P<sign>[\u00b0%\uff04\u20ac\u00a3])|"
+    r"(?:\s*\\text\{(?P<text>[^{}]+)\}|\s*(?P<sign>[\u00b0%\u00a2\uff04" + _CURRENCY + r"])|"
     r"(?P<space>\s*)(?<![^\W\d_])(?P<word>[^\W\d_]+(?:/[^\W\d_]+)?))"
     r"(?:\s?\^\s?\{?(?P<power>-?\d)\}?)?"
 )
@@ -107,7 +114,7 @@ _ALIASES = dict(
         "mm:millimeter cm:centimeter m:meter km:kilometer in:inch inche:inch ft:foot feet:foot yd:yard mi:mile g:gram "
         "mg:milligram kg:kilogram lb:pound oz:ounce l:liter ml:milliliter s:second sec:second min:minute "
         "h:hour hr:hour mph:mile/hour deg:degree \u00b0:degree %:percent \uff04:dollar usd:dollar \u20ac:euro "
-        "\u00a3:pound"
+        "\u00a3:pound \u00a5:yen \u20b9:rupee \u00a2:cent"
     ).split()
 )
 
@@ -268,7 +275,7 @@ def _expression(text: str) -> Node:
 def _without_unit(text: str) -> tuple[str, str]:
     """The text without the unit behind it, or the currency before it, and that unit's name; "" without one."""
     units: list[str] = []
-    if currency := re.match(r"([-+]?)\s?([\uff04\u20ac\u00a3])\s?(?=[-\d.])", text):
+    if currency := re.match(rf"([-+]?)\s?([\uff04{_CURRENCY}])\s?(?=[-\d.])", text):
         text, units = currency[1] + text[currency.end() :], [currency[2]]
     while True:
         text = text.rstrip()
@@ -312,7 +319,7 @@ def answers_equal(given: str, wanted: str) -> bool:
         return given != ""
     value, target = parse_number(given), parse_number(wanted)
     if value is not None and target is not None:
-        marks = {mark for text in (given, wanted) for mark in "$%\u20ac\u00a3" if mark in text}
+        marks = {mark for text in (given, wanted) for mark in "$%" + _CURRENCY if mark in text}
         return value == target and len(marks) < 2
     chosen, letter = _choice(given), _choice(wanted)
     if chosen and letter and not (chosen[1] and letter[1]):  # one of them says what the choice stands for

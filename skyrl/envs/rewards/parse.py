@@ -7,7 +7,7 @@ Grammar (implicit products such as 2x or 3(4+1) are understood; two numbers in a
     power    = atom ("%" | "!")* ("^" sign)?
     atom     = number fraction? | letter | "pi" | "(" sum ")" | "{" sum "}" | "|" sum "|" | function | root | fraction
     function = ("sin" | "ln" | ...) ("_" argument)? ("^" argument)? (group | factor+)
-    root     = "sqrt" ("[" sum "]")? argument;  fraction = "frac" argument argument
+    root     = "sqrt" ("[" sum "]")? argument;  fraction = ("frac" | "binom") argument argument
     argument = group | one digit, letter or command (LaTeX without braces: \\frac12)
 """
 
@@ -44,7 +44,7 @@ class Node(NamedTuple):
 
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split())
 NAMES = frozenset("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi omega infty pi".split())
-_WORDS = FUNCTIONS | NAMES | {"sqrt", "frac"}
+_WORDS = FUNCTIONS | NAMES | {"sqrt", "frac", "binom"}
 _TOKEN = re.compile(
     rf"\s*(?:(?P<name>(?:[A-Za-z]|\d+|\\(?:{'|'.join(sorted(NAMES))}))_(?:\{{\w+\}}|\d+|[A-Za-z]))|"
     r"(?P<number>(?:\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}(?!\w)|\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*|\.\d+)|"
@@ -61,7 +61,8 @@ _CHARACTERS = str.maketrans(
 _COMMANDS = {
     command: text.replace("_", " ")
     for text, commands in {
-        "*": "cdot times ast", "/": "div", r"\frac": "dfrac tfrac cfrac", "|": "vert lvert rvert",
+        "*": "cdot times ast", "/": "div", r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom",
+        "|": "vert lvert rvert",
         "_": "left right big Big bigl bigr displaystyle quad qquad", "(": "langle", ")": "rangle",
         "\u2983": "lbrace", "\u2984": "rbrace", "\u2983\u2984": "emptyset varnothing", "\u2264": "le leq leqslant",
         "\u2265": "ge geq geqslant", "\u2260": "ne neq", "<": "lt", ">": "gt", "\u2208": "in", "\u2248": "approx",
@@ -212,6 +213,8 @@ class _Parser:
             return Node("root", None, (self.argument(), degree))
         if token == "frac":
             return Node("/", None, (self.argument(), self.argument()))
+        if token == "binom":
+            return Node("call", token, (self.argument(), self.argument()))
         return self.call(token) if token in FUNCTIONS else Node("name", token)
 
     def mixed(self, number: Node) -> Node:
@@ -282,6 +285,15 @@ def _power(base: Any, exponent: Any) -> Any:
     return mp().exp(logarithm)
 
 
+def _binomial(above: Any, below: Any) -> Any:
+    """above (above - 1) ... / below!, for any `above`."""
+    if isinstance(above, Fraction) and above.denominator == 1 and 0 <= below <= above:
+        below = min(below, above - below)
+    if not (isinstance(below, Fraction) and below.denominator == 1 and 0 <= below <= MAX_EXPONENT):
+        raise ExpressionError(f"binomial coefficient with {below}")
+    return math.prod((above - k for k in range(int(below))), start=Fraction(1)) / math.factorial(int(below))
+
+
 def _root(radicand: Any, degree: Any) -> Any:
     odd = mp().isint(degree) and int(degree.real) % 2 == 1
     negative = odd and radicand.imag == 0 and radicand.real < 0
@@ -298,6 +310,8 @@ _OPERATIONS: dict[str, Any] = {
 def _named_value(node: Node, arguments: list[Any], point: int) -> Any:
     """Of a name or a function. The base of a bare "log" is a name as well: nobody says which it is."""
     name = str(node.value)
+    if name == "binom":
+        return _binomial(*arguments)
     if node.op == "call":
         a = mp().convert(arguments[0])
         if abs(a) > MAX_MAGNITUDE and name not in ("ln", "log"):
