@@ -107,12 +107,9 @@ def group_start(store: Any, rank: int, size: int, seconds: int) -> Iterator[None
     """Around the making of groups, where nothing watches yet: what fails in it becomes a RunError in one line, and when
     it takes longer than `seconds` the process ends with a line that names the ranks that are still in it."""
     try:
+        more = AFTER_RANK_0_SECONDS if rank else 0.0
         # Asked over a connection of its own: the main thread may be waiting in the other.
-        with bounded(
-            seconds,
-            AFTER_RANK_0_SECONDS if rank else 0.0,
-            lambda: still_starting(store.clone(), rank, size, seconds),
-        ):
+        with bounded(seconds, more, lambda: still_starting(store.clone(), rank, size, seconds)):
             yield
             store.set(f"made/{rank}", "1")
     except (RuntimeError, ValueError) as error:

@@ -65,8 +65,7 @@ def compare_nodes(
     versions = collect_versions()
     hosts = gather_objects(world, versions["host"])
     firsts = [hosts.index(host) for host in hosts]  # of each host, which reads the files for all ranks there
-    files = firsts[world.rank] == world.rank
-    own = agree(world, lambda: read_facts(cfg, versions, prompts, files=files))
+    own = agree(world, lambda: read_facts(cfg, versions, prompts, files=firsts[world.rank] == world.rank))
     told = gather_objects(world, (versions, own))
     facts = [told[first][1] | mine for first, (_, mine) in zip(firsts, told, strict=True)]
     allowed = broadcast_object(world, cfg.run.allow_different)  # one verdict, whatever each rank was given
