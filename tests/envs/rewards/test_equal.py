@@ -99,7 +99,7 @@ def test_thousands_of_ordinary_answers_a_second():
     for pairs, limit in ((numbers, 0.4), (others, 1.0)):
         best = 99.0
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()  # not the clock's: others may compute beside this
             assert all(answers_equal(given, wanted) for given, wanted in pairs)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         assert best < limit
