@@ -52,6 +52,43 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
     "granite": _config("GraniteConfig", logits_scaling=3.0, embedding_multiplier=2.0),
     "cohere": _config("CohereConfig", logit_scale=0.25),
+    # sinks and windows; chunks; later layers with the keys and values of earlier ones; compressed keys and values
+    "gpt_oss": _config("GptOssConfig", num_local_experts=4, num_experts_per_tok=2, **_SLIDING),
+    "llama4_text": _config(
+        "Llama4TextConfig",
+        attention_chunk_size=WINDOW,
+        floor_scale=6,
+        no_rope_layers=[1, 0],
+        num_local_experts=2,
+        intermediate_size_mlp=48,
+    ),
+    "gemma3n_text": _config(
+        "Gemma3nTextConfig",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    ),
+    "deepseek_v3": _config(
+        "DeepseekV3Config",
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=4,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=24,
+    ),
     # names and layers of their own: Conv1D, learned positions, one key head for all
     "gpt2": lambda: tf.GPT2Config(**_GPT),
     "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**_GPT),
@@ -63,12 +100,31 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
 }
 
+# its numbers go by the length of the row
+LONGROPE = _config(
+    "Phi3Config",
+    original_max_position_embeddings=16,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+    },
+)
+
 
 def make_net(name: str, *, seed: int = 0, std: float = 0.3, attention: str = "eager") -> Any:
     """A whole float32 transformers model of that family. Weights are large, so that a mistake shows in the logits;
     biases and norms are random too."""
     torch.manual_seed(seed)
-    net = tf.AutoModelForCausalLM.from_config(FAMILIES[name](), attn_implementation=attention).float().eval()
+    net = (
+        tf.AutoModelForCausalLM.from_config(
+            (LONGROPE if name == "phi3_long" else FAMILIES[name])(), attn_implementation=attention
+        )
+        .float()
+        .eval()
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in net.parameters():

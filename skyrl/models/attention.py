@@ -2,14 +2,18 @@
 
 Every decoder layer of a transformers model calls the registered function with its queries, keys and values. We hand
 them to the object in `skyrl_attention`, which comes in as a keyword argument of the model's forward: packed rows in
-training, a paged cache in sampling. The model's own code is never changed.
+training, a paged cache in sampling; `skyrl_positions_T` are the tokens' places in their rows. The model's own code is
+never changed.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from skyrl.models.latent import Latent, taken
 
 NAME = "skyrl"
 
@@ -27,12 +31,23 @@ class Attention(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Attention of layer number `layer`, causal within each sequence; returns [T, H, C].
 
         `window`: a token sees itself and the window - 1 tokens before it. `softcap`: scores become
-        softcap * tanh(score / softcap).
+        softcap * tanh(score / softcap). `chunk`: a row is cut into pieces of that many tokens, and a token sees none of
+        another piece. `sinks_H`: a score of each head that takes part in the softmax and has no value.
         """
+
+
+@runtime_checkable
+class LatentAttention(Protocol):
+    """An Attention that takes multi-head latent attention in its compressed form; others get keys and values."""
+
+    def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
+        """As Attention.attend, over what was kept of each token."""
 
 
 def forward(
@@ -46,16 +61,46 @@ def forward(
     softcap: float | None = None,
     *,
     skyrl_attention: Attention,
+    skyrl_positions_T: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, C], key and value [1, K, T, C] -> [1, T, H, C], None."""
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks are not supported")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if getattr(module, "attn_temperature_tuning", False) and not module.use_rope and skyrl_positions_T is not None:
+        query = _tuned(module, query, skyrl_positions_T)
+    latent = taken(module, key[0], value[0])
+    if latent is not None and isinstance(skyrl_attention, LatentAttention):
+        return skyrl_attention.attend_latent(module.layer_idx, query[0], latent, scale=scale).unsqueeze(0), None
     out = skyrl_attention.attend(
-        module.layer_idx, query[0], key[0], value[0], scale=scale, window=sliding_window, softcap=softcap
+        module.layer_idx,
+        query[0],
+        key[0],
+        value[0],
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        chunk=_chunk(module),
+        sinks_H=kwargs.get("s_aux"),
     )
     return out.unsqueeze(0), None
+
+
+def _chunk(module: Any) -> int | None:
+    """The piece of a row that a layer of Llama 4 sees; its module leaves that to the mask, so the config says it."""
+    kinds = getattr(module.config, "layer_types", None)
+    chunked = kinds is not None and kinds[module.layer_idx] == "chunked_attention"
+    return module.config.attention_chunk_size if chunked else None
+
+
+def _tuned(module: Any, query: Tensor, positions_T: Tensor) -> Tensor:
+    """Queries of Llama 4's layers without rotation, whose size grows with the position: the module took the place among
+    all tokens that it was given for it, and not that in the row."""
+
+    def size(position_T: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((position_T.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    place = torch.arange(query.shape[2], device=query.device)
+    return (query * (size(positions_T) / size(place))[:, None]).to(query.dtype)
 
 
 def register() -> None:

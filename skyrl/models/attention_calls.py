@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from skyrl.models.latent import Latent
+
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
 
@@ -16,11 +18,12 @@ _CALLS: dict[str, list[LayerCall]] = {}
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer keeps of a token."""
+    """What one layer keeps of a token. `same_as`: the earlier layer whose keys and values it takes, so keeps none."""
 
     num_heads: int  # K
     key_size: int
     value_size: int
+    same_as: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class LayerCall:
     scale: float
     window: int | None
     softcap: float | None
+    chunk: int | None = None
+    sinks: bool = False
 
 
 class _Recorder:
@@ -39,6 +44,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.calls: dict[int, LayerCall] = {}
+        self._kept: list[tuple[int, Tensor]] = []
 
     def attend(
         self,
@@ -50,11 +56,22 @@ class _Recorder:
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """One token sees itself only, so its output is its value."""
-        heads, shape = query_HTC.shape[0], LayerShape(key_KTC.shape[0], key_KTC.shape[2], value_KTC.shape[2])
-        self.calls[layer] = LayerCall(shape, heads, scale, window, softcap)
+        same = next((number for number, key in self._kept if key.data_ptr() == key_KTC.data_ptr()), None)
+        if same is None:
+            self._kept.append((layer, key_KTC))
+        heads, shape = query_HTC.shape[0], LayerShape(key_KTC.shape[0], key_KTC.shape[2], value_KTC.shape[2], same)
+        self.calls[layer] = LayerCall(shape, heads, scale, window, softcap, chunk, sinks_H is not None)
         return value_KTC.repeat_interleave(heads // key_KTC.shape[0], 0).transpose(0, 1)
+
+    def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
+        """The same; what is kept has one head, and no values beside it."""
+        shape = LayerShape(1, latent.kept_TC.shape[1], 0)
+        self.calls[layer] = LayerCall(shape, query_HTC.shape[0], scale, None, None)
+        return latent.values(latent.kept_TC[:, None, : latent.rank].expand(-1, query_HTC.shape[0], -1))
 
 
 def signature(model: CausalLM) -> str:

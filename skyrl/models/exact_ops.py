@@ -141,18 +141,17 @@ def _run(name: str, *args: Any) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_VK: Tensor, bias_V: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_VK)
-        return product(x.reshape(-1, x.shape[-1]), weight_VK, bias_V).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x_NK: Tensor, weight_VK: Tensor, bias_V: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NK, weight_VK)
+        return product(x_NK, weight_VK, bias_V)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_VK = ctx.saved_tensors
-        grad_NV = grads[0].reshape(-1, grads[0].shape[-1])
+        (x_NK, weight_VK), grad_NV = ctx.saved_tensors, grads[0]
         want_x, want_weight, want_bias = ctx.needs_input_grad
         return (
-            matmul(grad_NV, weight_VK).view(x.shape) if want_x else None,
-            sum_of_outer(grad_NV, x.reshape(-1, x.shape[-1])) if want_weight else None,
+            matmul(grad_NV, weight_VK) if want_x else None,
+            sum_of_outer(grad_NV, x_NK) if want_weight else None,
             grad_NV.sum(0) if want_bias else None,
         )
 
@@ -161,7 +160,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear; `product` where `is_float32_cpu`, with gradients by `matmul`."""
     if not (is_float32_cpu(x) and is_float32_cpu(weight) and x.numel()):
         return _PLAIN_LINEAR(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    # the shape is given outside: what a function of autograd returns as a view must not be added to in place
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
 def _attention_gradients(

@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from skyrl.models import exact_ops
+from skyrl.models import exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
-from skyrl.models.support import head_spec
+from skyrl.models.support import decoder_of, head_spec
 from skyrl.types import ForwardOutput, Microbatch, UserError
 
 __all__ = ["CausalLM", "collate"]
@@ -50,7 +50,9 @@ class CausalLM(nn.Module):
         if net.config._attn_implementation != NAME:
             net.set_attn_implementation(NAME)
         exact_ops.hook_norms(net)
-        net.base_model.warn_if_padding_and_no_attention_mask = _never_padded  # type: ignore[assignment]
+        decoder_of(net).warn_if_padding_and_no_attention_mask = _never_padded
+        latent.install(net)
+        self.rope = longrope.install(net)  # None where no choice is to be made
         self.net = net
         self.head = head
         self.chunk_tokens = chunk_tokens
@@ -92,7 +94,7 @@ class CausalLM(nn.Module):
     @property
     def decoder(self) -> Any:
         """The model without its head: embeddings, layers, final norm."""
-        return self.net.base_model
+        return decoder_of(self.net)
 
     def layers(self) -> list[Any]:
         """The decoder layers, first to last: units of sharding and of activation checkpointing."""
@@ -139,14 +141,25 @@ class CausalLM(nn.Module):
 
     # ---- computation -----------------------------------------------------------------------------------------------
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Final, normed hidden states [T, C] in the model's dtype; `attention` says which tokens see which."""
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, lengths_T: Tensor | None = None
+    ) -> Tensor:
+        """Final, normed hidden states [T, C] in the model's dtype; `attention` says which tokens see which.
+        `lengths_T`: tokens of the row of each, by which longrope chooses."""
+        if self.rope is not None:
+            self.rope.choose(lengths_T)
         embeddings: Any = self.net.get_input_embeddings()
         weight = embeddings.weight
         with precise(weight.dtype), exact_ops.enabled(exact_ops.is_float32_cpu(weight)):
             out = self.decoder(
-                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, skyrl_attention=attention
+                input_ids=tokens_T[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                skyrl_attention=attention,
+                skyrl_positions_T=positions_T,
             )
+        if self.rope is not None:
+            self.rope.long = None
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor, segments: list[Segment] | None = None) -> Tensor:
@@ -178,7 +191,8 @@ class CausalLM(nn.Module):
                 "lower batch.max_row_tokens"
             )
         if packing:
-            hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths))
+            lengths_T = None if self.rope is None else mb.starts_S1.diff()[mb.row_T]
+            hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths), lengths_T)
         else:
             hidden_TC = self._hidden_padded(mb)
         if self.head == "value":
@@ -224,7 +238,8 @@ class CausalLM(nn.Module):
         place_T = mb.row_T * length + mb.positions_T
         tokens = mb.tokens_T.new_zeros(rows * length).scatter(0, place_T, mb.tokens_T)
         positions = torch.arange(length, device=tokens.device).repeat(rows)
-        return F.embedding(place_T, self.hidden(tokens, positions, PaddedAttention(rows, length)))
+        lengths = mb.starts_S1.diff().repeat_interleave(length)
+        return F.embedding(place_T, self.hidden(tokens, positions, PaddedAttention(rows, length), lengths))
 
 
 class _StayDouble(TorchFunctionMode):

@@ -70,9 +70,15 @@ def build_net(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fals
 
 
 def build_on_meta(
-    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, head: Head = "logits", dtype: torch.dtype = torch.float32
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head: Head = "logits",
+    dtype: torch.dtype = torch.float32,
+    max_row_tokens: int | None = None,
 ) -> CausalLM:
     """The module of `cfg` with parameters in `dtype` on the meta device; its buffers are real and right.
+    `max_row_tokens`: the longest row of the run (0 = the model's limit), by which longrope chooses for all rows.
 
     `load_into` gives it weights, before or after it was sharded. Raises: UserError for a model that cannot be had or
     is not supported.
@@ -80,6 +86,8 @@ def build_on_meta(
     net = build_net(read_config(cfg, tokenizer), dtype, trust_remote_code=cfg.trust_remote_code)
     float_head = cfg.head_dtype == "float32" and dtype in (torch.bfloat16, torch.float16)
     model = CausalLM(net, head, chunk_tokens=cfg.logits_chunk_tokens, float_head=float_head).to(dtype)
+    if model.rope is not None and max_row_tokens is not None:
+        model.rope.limit = max_row_tokens or model.max_positions
     if cfg.activation_checkpointing:
         model.checkpoint_layers()
     return model
@@ -109,9 +117,10 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     head: Head = "logits",
     seed: int = 1,
+    max_row_tokens: int | None = None,
 ) -> CausalLM:
     """The whole model of `cfg` with weights, on `device`: build_on_meta, then load_into."""
-    model = build_on_meta(cfg, tokenizer, head=head, dtype=dtype)
+    model = build_on_meta(cfg, tokenizer, head=head, dtype=dtype, max_row_tokens=max_row_tokens)
     load_into(model, cfg, device=device, seed=seed)
     return model
 
@@ -150,18 +159,24 @@ def check_against_transformers(model: CausalLM) -> None:
     starts = torch.tensor([0, 7, 11], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(len(row), device=device) for row in rows])
     window = getattr(config, "sliding_window", None)
+    lengths = torch.tensor([len(row) for row in rows for _ in row], device=device)
     attention = _ShortWindow(PackedAttention(starts, (7, 4)), window, 3)
+    limit = 0 if model.rope is None else model.rope.limit
     try:
+        if model.rope is not None:
+            model.rope.limit = 0
         if window is not None:
             config.sliding_window = 3  # what transformers' masks are made from
         with torch.no_grad():
-            ours = torch.log_softmax(model.logits(model.hidden(torch.cat(rows), positions, attention)), -1)
+            ours = torch.log_softmax(model.logits(model.hidden(torch.cat(rows), positions, attention, lengths)), -1)
             plain = torch.cat(plain_logprobs(model.net, rows))
     except TypeError as error:
         if "skyrl_attention" not in str(error):
             raise
         refuse("its layers keep keyword arguments from its attention")
     finally:
+        if model.rope is not None:
+            model.rope.limit = limit
         if window is not None:
             config.sliding_window = window
     if len(set(attention.layers)) != len(attention.layers):

@@ -234,6 +234,7 @@ def install(model: AdaptableModel) -> Router:
         paths = {id(module): path for path, module in model.net.named_modules()}
         for linear in linears:  # the output embedding is never called in training: see CausalLM.forward
             linear.register_forward_hook(_adds(router, paths[id(linear)]))
+            linear.skyrl_adapters = (router, paths[id(linear)])  # type: ignore[assignment]  # for models.latent
         model.net.get_input_embeddings().register_forward_hook(_connects(router))
     return model.router
 

@@ -138,19 +138,32 @@ def _widened(arrays: list[Any]) -> list[Any]:
     return [np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays]
 
 
-def banned(length: int, window: int | None, device: torch.device) -> Tensor:
-    """True [L, L] where query i must not see key j: j after i, or not among the `window` tokens up to i."""
-    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return behind < 0 if window is None else (behind < 0) | (behind >= window)
+def banned(length: int, window: int | None, device: torch.device, chunk: int | None = None) -> Tensor:
+    """True [L, L] where query i must not see key j: j after i, not among the `window` tokens up to i, or in another
+    piece of `chunk` tokens."""
+    place = torch.arange(length, device=device)
+    behind = place[:, None] - place[None, :]
+    out = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    return out if chunk is None else out | (place[:, None] // chunk != place[None, :] // chunk)
 
 
-def varlen_refusal(query_HTC: Tensor, value_KTC: Tensor, softcap: float | None) -> str:
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """softmax over the last dimension; `sinks`, one score more for each row [..., 1], takes its part of the weight."""
+    if sinks is None:
+        return torch.softmax(scores, -1, dtype=dtype)
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sinks], -1), -1, dtype=dtype)[..., :-1]
+
+
+def varlen_refusal(query_HTC: Tensor, value_KTC: Tensor, softcap: float | None, sinks_H: Tensor | None) -> str:
     """Why torch's variable-length attention does not take these on CUDA; "" when it does."""
     channels = query_HTC.shape[-1]
     if query_HTC.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(query_HTC.dtype).removeprefix('torch.')} (it takes bfloat16 and float16)"
     if softcap:
         return "the model caps its scores"
+    if sinks_H is not None:
+        return "the model has attention sinks"
     if channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
         return f"heads of {channels} and {value_KTC.shape[-1]} channels (it takes equal multiples of 8 up to 256)"
     return _device_refusal(query_HTC.device)
@@ -204,12 +217,12 @@ class _Layout:
 class PackedAttention:
     """Causal attention inside each packed row; exact and differentiable.
 
-    CUDA in half precision: torch's varlen kernel, except with softcap. Otherwise (said once on CUDA) rows of similar
-    length are padded together in buckets. In float32 on a CPU each query is computed as the sampler does it, by the
-    same kernels, where there are any and rows are not long (kernels.LONGEST). Else scores are computed with batched
+    CUDA in half precision: torch's varlen kernel, except with softcap or sinks. Otherwise (said once on CUDA) rows of
+    similar length are padded together in buckets. In float32 on a CPU each query is computed as the sampler does it, by
+    the same kernels, where there are any and rows are not long (kernels.LONGEST). Else scores are computed with batched
     matrix products, because on a CPU the fused kernel's bfloat16 backward is about ten times slower (and equal in
     float32), unless they would take too much memory: then by the fused kernel, and in blocks of queries where they are
-    capped, which the fused kernel cannot do.
+    capped or have sinks, which the fused kernel cannot do.
     """
 
     def __init__(self, starts_S1: Tensor, lengths: Sequence[int]) -> None:
@@ -218,6 +231,7 @@ class PackedAttention:
         self._layouts: dict[int, _Layout] = {}
         self._bias: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         self._bucket_list: list[list[int]] | None = None
+        self._pieces: dict[int, PackedAttention] = {}
 
     # Buckets: rows sorted by length, longest first; each bucket is padded to its longest row.
 
@@ -266,15 +280,28 @@ class PackedAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
+        if chunk is not None and chunk < self.max_length:  # pieces of a row are rows
+            inside = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
+            return self._in_pieces(chunk).attend(layer, query_HTC, key_KTC, value_KTC, **inside)  # type: ignore[arg-type]
         if window is not None and window >= self.max_length:
             window = None
         if query_HTC.is_cuda:
-            refusal = varlen_refusal(query_HTC, value_KTC, softcap)
+            refusal = varlen_refusal(query_HTC, value_KTC, softcap, sinks_H)
             if not refusal:
                 return self._varlen(query_HTC, key_KTC, value_KTC, scale, window)
             warn_fallback(f"training attends without FlashAttention: {refusal}")
-        return self._bucketed(query_HTC, key_KTC, value_KTC, scale, window, softcap)
+        return self._bucketed(query_HTC, key_KTC, value_KTC, scale, window, softcap, sinks_H)
+
+    def _in_pieces(self, chunk: int) -> PackedAttention:
+        """The same tokens with every row cut into pieces of `chunk` tokens."""
+        if chunk not in self._pieces:
+            lengths = [min(chunk, length - at) for length in self._lengths for at in range(0, length, chunk)]
+            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device)
+            self._pieces[chunk] = PackedAttention(starts, lengths)
+        return self._pieces[chunk]
 
     def _varlen(
         self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None
@@ -291,7 +318,14 @@ class PackedAttention:
         return attend(query, key, value, starts, starts, longest, longest, scale=scale, window_size=seen)
 
     def _bucketed(
-        self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, scale: float, window: int | None, softcap: Any
+        self,
+        query_HTC: Tensor,
+        key_KTC: Tensor,
+        value_KTC: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         heads, tokens, _ = query_HTC.shape
         kv_heads = key_KTC.shape[0]
@@ -312,19 +346,23 @@ class PackedAttention:
             strict=True,
         )
         scores = sum(rows * heads * longest**2 for rows, longest in shapes)
-        outs, keep = [], scores <= (exact_ops.KEEP_SCORES if softcap or query.is_cuda else MAX_SCORES)
+        outs, keep = (
+            [],
+            scores <= (exact_ops.KEEP_SCORES if softcap or sinks_H is not None or query.is_cuda else MAX_SCORES),
+        )
         for (rows, longest), q, k, v in parts:
             q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
             cut = None if window is not None and window >= longest else window
-            sampled = cut is None and not softcap  # as the sampler's kernels attend
+            plain = not softcap and sinks_H is None
+            sampled = cut is None and plain  # as the sampler's kernels attend
             if sampled and exact_ops.kernel_can_attend(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
                 q, k, v = (x.reshape(rows * kv_heads, -1, x.shape[-1]) for x in (q, k, v))
                 out = exact_ops.attend_causal(q, k, v, scale)
             elif keep:
-                out = self._products(q, k, v, scale, cut, softcap)
-            elif softcap or (q.is_cuda and q.dtype == torch.float64):  # for which a GPU's fused kernel is none
-                out = self._in_blocks(q, k, v, scale, cut, softcap)
+                out = self._products(q, k, v, scale, cut, softcap, sinks_H)
+            elif not plain or (q.is_cuda and q.dtype == torch.float64):  # for which a GPU's fused kernel is none
+                out = self._in_blocks(q, k, v, scale, cut, softcap, sinks_H)
             else:
                 out = self._fused(q, k, v, scale, cut)
             outs.append(out.reshape(rows * heads * longest, -1))
@@ -334,12 +372,21 @@ class PackedAttention:
         out = _Gather.apply(packed, layout.back, None if padded else layout.out_N)
         return out.view(tokens, heads, -1)
 
-    def _products(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any) -> Tensor:
+    def _products(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
         """q [B, K, G, L, C], k and v [B, K, L, C] -> [B, K, G, L, C], by two batched products and a softmax."""
         rows, kv_heads, group, longest, channels = q.shape
         bias = self._causal_bias(group, longest, window, q.dtype)
         q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
-        if exact_ops.is_float32_cpu(q) and not softcap:
+        if exact_ops.is_float32_cpu(q) and not softcap and sinks_H is None:
             v = v.reshape(rows * kv_heads, longest, -1)
             out = exact_ops.attend(q, k, v, bias, scale)
             return out.view(rows, kv_heads, group, longest, -1)
@@ -349,10 +396,20 @@ class PackedAttention:
             scores = torch.tanh(scores / softcap) * softcap + bias
         else:
             scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-        out = torch.bmm(torch.softmax(scores, -1), v.reshape(rows * kv_heads, longest, -1))
+        weights = softmax_with_sinks(scores, _sinks_of(sinks_H, rows, kv_heads, longest))
+        out = torch.bmm(weights, v.reshape(rows * kv_heads, longest, -1))
         return out.view(rows, kv_heads, group, longest, -1)
 
-    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: Any) -> Tensor:
+    def _in_blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
         """The same a block of queries at a time; the backward pass computes each block's scores again."""
         rows, kv_heads, group, longest, _ = q.shape
         k, v = k.reshape(rows * kv_heads, longest, -1), v.reshape(rows * kv_heads, longest, -1)
@@ -366,7 +423,8 @@ class PackedAttention:
             unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
             scores = torch.bmm(q.reshape(rows * kv_heads, group * count, -1), k.transpose(1, 2)) * scale
             scores = torch.tanh(scores / softcap) * softcap if softcap else scores
-            weights = torch.softmax(scores.masked_fill(unseen.repeat(group, 1), float("-inf")), -1)
+            scores = scores.masked_fill(unseen.repeat(group, 1), float("-inf"))
+            weights = softmax_with_sinks(scores, _sinks_of(sinks_H, rows, kv_heads, count))
             return torch.bmm(weights, v).view(rows, kv_heads, group, count, -1)
 
         outs = []
@@ -394,6 +452,13 @@ class PackedAttention:
         return self._bias[place]
 
 
+def _sinks_of(sinks_H: Tensor | None, rows: int, kv_heads: int, queries: int) -> Tensor | None:
+    """The sinks beside scores [rows * K, G * queries, L], [rows * K, G * queries, 1]."""
+    if sinks_H is None:
+        return None
+    return sinks_H.view(1, kv_heads, -1, 1).expand(rows, -1, -1, queries).reshape(rows * kv_heads, -1, 1)
+
+
 class PaddedAttention:
     """One padded row per sequence, [S * L] tokens in all: plain masked softmax, the slow path to compare with."""
 
@@ -410,6 +475,8 @@ class PaddedAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         group = query_HTC.shape[0] // key_KTC.shape[0]
 
@@ -423,6 +490,7 @@ class PaddedAttention:
         scores = query @ key.transpose(-1, -2) * scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(banned(self.length, window, scores.device), float("-inf"))
-        out = torch.softmax(scores, -1, dtype=loss_dtype(scores.dtype)).to(value.dtype) @ value
+        scores = scores.masked_fill(banned(self.length, window, scores.device, chunk), float("-inf"))
+        sinks = None if sinks_H is None else sinks_H[:, None, None]
+        out = softmax_with_sinks(scores, sinks, loss_dtype(scores.dtype)).to(value.dtype) @ value
         return out.to(query_HTC.dtype).permute(0, 2, 1, 3).flatten(0, 1)

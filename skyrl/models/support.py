@@ -9,9 +9,7 @@ from torch import nn
 from skyrl.models.logprobs import HeadSpec
 from skyrl.types import UserError
 
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-# Their rotary frequencies depend on the longest row of the batch, so log-probabilities would depend on the packing.
-BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Config fields that change logits between the hidden state and the softmax, beyond what head_spec applies.
 UNKNOWN_HEAD_FIELDS = ("lm_head_multiplier", "output_multiplier_scale", "output_logit_soft_cap", "logits_soft_cap")
 
@@ -52,21 +50,23 @@ def check_supported(config: Any) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
         refuse(f"it has layers of type {', '.join(others)}")
-    if getattr(config, "kv_lora_rank", None):
-        refuse("its keys and values are compressed (multi-head latent attention)")
-    if getattr(config, "num_kv_shared_layers", None):
-        refuse("its layers share keys and values")
     for field in UNKNOWN_HEAD_FIELDS:
         if getattr(config, field, None) not in (None, 1.0):
             refuse(f"its head rescales logits ({field})")
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", "rope", "rotary"):
         refuse(f"position_embedding_type={config.position_embedding_type}")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if one.get("rope_type", one.get("type")) in BATCH_DEPENDENT_ROPE:
-            refuse(f"rope_type {one.get('rope_type', one.get('type'))} depends on the longest row of a batch")
+    if any(isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope") for kind in rope.values()):
+        refuse("some of its layers have a rope_type that depends on the longest row of a batch (dynamic, longrope)")
+    if rope.get("rope_type", rope.get("type")) == "dynamic":
+        refuse("rope_type dynamic changes with every token beyond the first window, and cached keys do not")
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantized")
+
+
+def decoder_of(net: Any) -> Any:
+    """The model without its head; Llama 4's prefix is that of the model with images, so its base_model is itself."""
+    return getattr(net, "model", net) if net.base_model is net else net.base_model
 
 
 def check_module(net: Any) -> None:
@@ -78,12 +78,9 @@ def check_module(net: Any) -> None:
 
     if getattr(net, "_is_stateful", False):
         refuse("it carries a recurrent state")
-    if net.base_model is net:
+    if decoder_of(net) is net:
         refuse("it has no decoder apart from its head")
-    if not getattr(net.base_model, "_supports_attention_backend", False):
+    if not getattr(decoder_of(net), "_supports_attention_backend", False):
         refuse("its attention does not go through transformers' attention interface")
-    names = [name for name, _ in net.named_parameters()]
-    if any(name.endswith((".sinks", ".sink")) for name in names):
-        refuse("it has attention sinks")
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in net.modules()):
         refuse("it has convolutions")

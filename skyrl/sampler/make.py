@@ -57,6 +57,8 @@ def make_sampler(
     """
     if max_length > model.max_positions:
         raise UserError(f"batch.max_row_tokens={max_length}: the model has {model.max_positions} positions; lower it")
+    if model.rope is not None and not model.rope.limit:
+        model.rope.limit = max_length
     calls = layer_calls(model)
     shapes = [call.shape for call in calls]
     parameter = next(model.parameters())

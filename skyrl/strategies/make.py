@@ -32,14 +32,15 @@ def make_strategy(
     Collective. Raises UserError for a model that cannot be loaded or is not supported.
     """
     offload, low = cfg.strategy.offload, dtype == torch.bfloat16
-    build = partial(build_on_meta, cfg.model, tokenizer, head=head)
+    given: Any = {"head": head, "max_row_tokens": cfg.batch.max_row_tokens}
+    build = partial(build_on_meta, cfg.model, tokenizer, **given)
     if name.startswith("zero") and trainable:
         stage = int(name[-1])
         home = torch.device("cpu") if stage == 3 else world.device
-        model = build_model(cfg.model, tokenizer, device=home, dtype=dtype, head=head, seed=cfg.seed)
+        model = build_model(cfg.model, tokenizer, device=home, dtype=dtype, seed=cfg.seed, **given)
         return ZeroStrategy(stage, model, partial(build, dtype=dtype), world, dtype=dtype, offload=offload)
     if name in ("single", "ddp"):
-        module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, head=head, seed=cfg.seed)
+        module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, seed=cfg.seed, **given)
         return ReplicatedStrategy(module, world, trainable=trainable)
     return FSDPStrategy(
         partial(build, dtype=torch.float32 if low else dtype),

@@ -14,12 +14,13 @@ from skyrl.models import export
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM, collate
 from skyrl.models.load import build_model, plain_logprobs
+from skyrl.models.weights import persistent_buffers
 from skyrl.text.tokenizer import load_tokenizer, tiny_tokenizer
 from skyrl.types import Datum, UserError
 
 
 def state_of(model):
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in (*model.named_parameters(), *persistent_buffers(model).items())}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

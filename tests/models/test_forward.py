@@ -7,7 +7,7 @@ from families import FAMILIES, make_net
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.load import build_model, plain_logprobs
+from skyrl.models.load import build_model, check_against_transformers, plain_logprobs
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, UserError
 
@@ -38,7 +38,9 @@ def test_logprobs_equal_transformers(name):
         assert (model(mb, packing=False).logprobs_T - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "gemma2", "qwen3_moe", "gpt_oss", "llama4_text", "gemma3n_text", "deepseek_v3"]
+)
 def test_gradients_equal_transformers(name):
     rows = make_rows()
     mb = collate(rows, torch.float32, "cpu")
@@ -145,3 +147,19 @@ def test_casting_keeps_buffers_and_ties():
     assert model.tied and {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.equal(before[n], b) and before[n].dtype == b.dtype for n, b in model.named_buffers())
     assert len(model.layers()) == 2 and model.vocab_size == 100 and model.max_positions == 4096
+
+
+def test_longrope_goes_by_the_row_and_in_a_run_by_its_longest_row():
+    model, (long, short) = CausalLM(make_net("phi3_long")), make_rows(lengths=(24, 13))
+    run = lambda rows: model(collate(rows, torch.float32, "cpu")).logprobs_T.detach()  # noqa: E731
+    alone = run([short])
+    assert (run([long, short])[24:] - alone).abs().max() < 1e-5
+    model.rope.limit = 40  # what a run sets whose rows may grow to 40 tokens: a row is drawn before its length is known
+    beyond = run([short])
+    assert (beyond - alone).abs().max() > 1e-2 and (run([long, short])[24:] - beyond).abs().max() < 1e-5
+    check_against_transformers(model)
+    assert model.rope.limit == 40
+    model.rope.limit = 16
+    assert torch.equal(run([short]), alone)
+    model = CausalLM(model.net)  # a second time over the same net
+    assert (run([long, short])[24:] - alone).abs().max() < 1e-5

@@ -261,3 +261,46 @@ def test_one_copy_of_a_micro_batch_carries_what_single_ones_do(dtype, monkeypatc
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
         else:
             assert found[name] == value, name
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_and_their_gradients(window, blocks, monkeypatch):
+    """Against plain float64 arithmetic; with scores kept, and in blocks of queries that are computed again."""
+    if blocks:
+        monkeypatch.setattr(packed.exact_ops, "KEEP_SCORES", 0)
+        monkeypatch.setattr(packed, "MAX_SCORES", 400)
+    lengths, generator = (9, 4, 12), torch.Generator().manual_seed(0)
+    given = [torch.randn(*shape, generator=generator).double() for shape in ((4, 25, 8), (2, 25, 8), (2, 25, 8), (4,))]
+    results = []
+    for plain in (True, False):
+        query, key, value, sinks = own = [x.clone().requires_grad_() for x in given]
+        if plain:
+            outs, at = [], 0
+            for n in lengths:
+                q, k, v = query[:, at : at + n], *(x[:, at : at + n].repeat_interleave(2, 0) for x in (key, value))
+                scores = (q @ k.mT * 0.3).masked_fill(packed.banned(n, window, torch.device("cpu")), float("-inf"))
+                weights = torch.cat([scores, sinks[:, None, None].expand(-1, n, 1)], -1).softmax(-1)[..., :-1]
+                outs.append((weights @ v).transpose(0, 1))
+                at += n
+            out = torch.cat(outs)
+        else:
+            attention = packed.PackedAttention(torch.tensor([0, 9, 13, 25], dtype=torch.int32), lengths)
+            out = attention.attend(0, query, key, value, scale=0.3, window=window, softcap=None, sinks_H=sinks)
+        (out * torch.linspace(-1, 1, 8)).sum().backward()
+        results.append([out.detach(), *(x.grad for x in own)])
+    for want, got in zip(*results, strict=True):
+        assert (want - got).abs().max() < 1e-12
+
+
+def test_chunks_of_a_row_are_rows():
+    lengths, generator = (9, 4, 12), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 25, 8, generator=generator) for _ in range(3))
+    given = {"scale": 0.3, "window": None, "softcap": None, "chunk": 5}
+    packs = packed.PackedAttention(torch.tensor([0, 9, 13, 25], dtype=torch.int32), lengths)
+    got, at = packs.attend(0, query, key, value, **given), 0
+    for n in lengths:
+        row = [x[:, at : at + n] for x in (query, key, value)]
+        want = packed.PaddedAttention(1, n).attend(0, *row, **given)
+        assert (got[at : at + n] - want).abs().max() < 1e-5
+        at += n

@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skyrl.models.forward import CausalLM
+from skyrl.models.attention_calls import layer_calls
+from skyrl.models.forward import CausalLM, collate
 from skyrl.sampler.runners import paged
+from skyrl.sampler.runners.base import KVCache
+from skyrl.types import Datum
 from tests.families import FAMILIES, WINDOW, make_net
-from tests.sampler.tools import TOLERANCE, reference_logprobs, requests, run, sampler
+from tests.sampler.tools import TOLERANCE, adapter, merged, reference_logprobs, requests, run, sampler
 
 FUSED = {"qwen2", "qwen3", "llama3"}  # the mistral of the list has a window, so it takes the module path
 
@@ -83,3 +86,48 @@ def test_capped_scores_of_many_sequences_are_computed_in_blocks(length, monkeypa
         got = paged.attention(q, k, v, mask, 0.5, 2.0)
     assert torch.equal(got, want) or (got - want).abs().max() < 1e-14
     assert 0 < largest.size <= paged.MAX_SCORES
+
+
+def test_layers_that_share_keys_and_values_keep_them_once():
+    calls = layer_calls(CausalLM(make_net("gemma3n_text")))
+    shapes = [call.shape for call in calls]
+    assert [shape.same_as for shape in shapes] == [None, None, 0, 1]
+    cache = KVCache(shapes, 2, 4, torch.float32, torch.device("cpu"))
+    assert cache.keys[2] is cache.keys[0] and cache.values[3] is cache.values[1]
+    assert KVCache.block_bytes(shapes, 4, torch.float32) == 2 * 2 * 2 * 8 * 4 * 4  # layers, heads, keys and values
+
+
+def test_longrope_is_chosen_by_the_longest_sequence_and_training_chooses_the_same():
+    """Rows that all are beyond the length of pretraining are those of generate; shorter ones have the factors of these,
+    since none is known to end before."""
+    net = make_net("phi3_long", attention="eager")
+    long = np.random.default_rng(0).integers(2, 96, 19)
+    ids = torch.from_numpy(long)[None]
+    want = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=None)
+    model = CausalLM(net)
+    drawn = run(
+        sampler(model, block_tokens=4, max_length=40), requests([long, long[:3]], temperature=0.0, max_tokens=8)
+    )
+    assert drawn["0/0"].tokens.tolist() == want[0, 19:].tolist()
+    rows = [np.concatenate([context, drawn[uid].tokens]) for context, uid in ((long, "0/0"), (long[:3], "1/0"))]
+    mb = collate([Datum(x[:-1], x[1:], np.ones(len(x) - 1)) for x in rows], torch.float32, "cpu")
+    trained = model(mb).logprobs_T.detach().split([len(x) - 1 for x in rows])
+    for uid, logprobs in zip(("0/0", "1/0"), trained, strict=True):
+        np.testing.assert_allclose(drawn[uid].logprobs, logprobs[-8:], atol=TOLERANCE, rtol=0)
+
+
+def test_latent_attention_keeps_the_small_vector_alone():
+    """Bytes of a token are those of the rank and the rotated part; an adapter of kv_b_proj counts."""
+    model = CausalLM(make_net("deepseek_v3"))
+    shapes = [call.shape for call in layer_calls(model)]
+    assert [(shape.num_heads, shape.key_size, shape.value_size) for shape in shapes] == [(1, 16 + 8, 0)] * 2
+    assert KVCache.block_bytes(shapes, 1, torch.float32) == 2 * 24 * 4  # expanded: 2 * 4 heads * (16 + 4) * 4
+    adapters = {name: adapter(model, name, mlp=False) for name in ("a", "b")}
+    contexts = [np.arange(2, 2 + n) for n in (3, 9, 5)]
+    engine = sampler(model, block_tokens=4, adapters=adapters)
+    asked = [request for name in ("", "a", "b") for request in requests(contexts, model=name, temperature=1.0)]
+    drawn = run(engine, asked)
+    for request in asked:
+        whole = model if not request.model else merged(model, adapters[request.model])
+        expected = reference_logprobs(whole, request.tokens, drawn[request.uid].tokens)
+        np.testing.assert_allclose(drawn[request.uid].logprobs, expected, atol=TOLERANCE, rtol=0)

@@ -43,20 +43,30 @@ class KVCache:
             middle = (block_tokens, heads) if tokens_first else (heads, block_tokens)
             return torch.zeros(num_blocks + 1, *middle, size, dtype=dtype, device=device)
 
-        self.keys = [room(shape.num_heads, shape.key_size) for shape in shapes]
-        self.values = [room(shape.num_heads, shape.value_size) for shape in shapes]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._own: list[Tensor] = []  # each once
+        for shape in shapes:
+            if shape.same_as is None:
+                self.keys.append(room(shape.num_heads, shape.key_size))
+                self.values.append(room(shape.num_heads, shape.value_size))
+                self._own += self.keys[-1], self.values[-1]
+            else:
+                self.keys.append(self.keys[shape.same_as])
+                self.values.append(self.values[shape.same_as])
 
     @staticmethod
     def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers."""
-        channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
+        own = [shape for shape in shapes if shape.same_as is None]
+        channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in own)
         return channels * block_tokens * dtype.itemsize
 
     def clear(self, blocks: list[int]) -> None:
         """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""
         if blocks:
             index = torch.tensor(sorted(set(blocks)), device=self.device)
-            for tensor in (*self.keys, *self.values):
+            for tensor in self._own:
                 tensor.index_fill_(0, index, 0)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
@@ -64,7 +74,7 @@ class KVCache:
         if not pairs:
             return
         source, target = torch.tensor(pairs, device=self.device).unbind(1)
-        for tensor in (*self.keys, *self.values):
+        for tensor in self._own:
             tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 

@@ -59,6 +59,8 @@ def paged_kernel(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device
         return f"varlen_attn of torch {torch.__version__} takes no block table (that of 2.13 does)"
     if any(call.softcap is not None for call in calls):
         return "the model caps its attention scores"
+    if any(call.sinks or call.chunk is not None for call in calls):
+        return "the model has attention sinks or attends in chunks"
     if any(call.shape.key_size != call.shape.value_size for call in calls):
         return "keys and values have different sizes"
     return working_form(wanted, calls, dtype, device)
@@ -151,8 +153,10 @@ class VarlenAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
-        """See skyrl.models.attention.Attention; without soft cap."""
+        """See skyrl.models.attention.Attention; without soft cap, chunks and sinks."""
         assert self._cache is not None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         for cache, new in ((keys, key_KTC), (values, value_KTC)):

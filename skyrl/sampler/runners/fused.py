@@ -180,6 +180,8 @@ class _ProductAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """See skyrl.models.attention.Attention; without window and soft cap."""
         heads, count, channels = query_HTC.shape
@@ -187,7 +189,7 @@ class _ProductAttention:
         keys = self._group.gather(self._paged.cache.keys[layer]).flatten(0, 1)
         values = self._group.gather(self._paged.cache.values[layer]).flatten(0, 1)
         if self._mask is None:
-            mask = self._group.mask(None, keys.shape[1], keys.dtype)[:, 0]
+            mask = self._group.mask(None, None, keys.shape[1], keys.dtype)[:, 0]
             self._mask = mask.repeat_interleave(self._kv_heads, 0)
         query = (query_HTC.transpose(0, 1) * scale).reshape(-1, heads // self._kv_heads, channels)
         weights = torch.baddbmm(self._mask, query, keys.transpose(1, 2)).softmax(-1)

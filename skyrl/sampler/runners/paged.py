@@ -20,8 +20,9 @@ from torch import Tensor
 
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
+from skyrl.models.latent import Latent
 from skyrl.models.lora import Adapter, Segment, routed
-from skyrl.models.packed import MAX_SCORES
+from skyrl.models.packed import MAX_SCORES, softmax_with_sinks
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows, prefill_arrays
 from skyrl.sampler.runners.sampling import sample
 
@@ -37,20 +38,22 @@ class Group:
     positions_nL: Tensor
     table_nW: Tensor
     valid: Tensor | None  # index of the real ones among the n * L rows; None = all
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
     gathers: dict[int, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, num_keys: int, dtype: torch.dtype) -> Tensor:
+    def mask(self, window: int | None, chunk: int | None, num_keys: int, dtype: torch.dtype) -> Tensor:
         """0 where a key is seen and -inf elsewhere, [n, 1, L, S]."""
-        if window not in self.masks:
+        if (window, chunk) not in self.masks:
             key_S = torch.arange(num_keys, device=self.rows_nL.device)
             position_nL1 = self.positions_nL.unsqueeze(-1)
             seen = key_S <= position_nL1
             if window is not None:
                 seen &= key_S > position_nL1 - window
+            if chunk is not None:
+                seen &= key_S // chunk == position_nL1 // chunk
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-            self.masks[window] = mask.unsqueeze(1)
-        return self.masks[window]
+            self.masks[window, chunk] = mask.unsqueeze(1)
+        return self.masks[window, chunk]
 
     def gather(self, cache_NKSC: Tensor) -> Tensor:
         """This group's part of one cache tensor, [n, K, S, C]."""
@@ -79,6 +82,8 @@ class PagedAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        chunk: int | None = None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         self.write(layer, key_KTC.transpose(0, 1), value_KTC.transpose(0, 1))
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -88,14 +93,33 @@ class PagedAttention:
             rows = group.rows_nL.flatten()
             q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
             k_nKSC, v_nKSC = group.gather(keys), group.gather(values)
-            mask = group.mask(window, k_nKSC.shape[2], query_HTC.dtype)
-            out = attention(q_nHLC, k_nKSC, v_nKSC, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
+            mask = group.mask(window, chunk, k_nKSC.shape[2], query_HTC.dtype)
+            out = attention(q_nHLC, k_nKSC, v_nKSC, mask, scale, softcap, sinks_H).transpose(1, 2).flatten(0, 1)
             if group.valid is not None:
                 out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
             out_THC.index_copy_(0, rows, out)
         return out_THC
 
-    def write(self, layer: int, key_TKC: Tensor, value_TKC: Tensor) -> None:
+    def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
+        """See skyrl.models.attention.LatentAttention: queries of all heads over one kept vector a token."""
+        self.write(layer, latent.kept_TC.unsqueeze(1), None)
+        query_HTC = latent.queries(query_HTC)
+        heads, tokens, _ = query_HTC.shape
+        out_THR = query_HTC.new_empty(tokens, heads, latent.rank)
+        for group in self.groups:
+            (count, length), rows = group.rows_nL.shape, group.rows_nL.flatten()
+            q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
+            kept = group.gather(self.cache.keys[layer])
+            mask = group.mask(None, None, kept.shape[2], query_HTC.dtype)
+            if length > 1:
+                kept = kept.expand(-1, heads, -1, -1)  # a view: attention() would copy it for every head
+            out = attention(q_nHLC, kept, kept[..., : latent.rank], mask, scale, None).transpose(1, 2).flatten(0, 1)
+            if group.valid is not None:
+                out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
+            out_THR.index_copy_(0, rows, out)
+        return latent.values(out_THR)
+
+    def write(self, layer: int, key_TKC: Tensor, value_TKC: Tensor | None) -> None:
         """Stores the step's keys and values in their slots."""
         heads, size = key_TKC.shape[1], self.cache.block_tokens
         if heads not in self._writes:
@@ -103,12 +127,20 @@ class PagedAttention:
             block_T1, offset_T1 = (self._slots_T // size).unsqueeze(1), (self._slots_T % size).unsqueeze(1)
             self._writes[heads] = ((block_T1 * heads + head_K) * size + offset_T1).flatten()
         for cache, new in ((self.cache.keys[layer], key_TKC), (self.cache.values[layer], value_TKC)):
+            if new is None:
+                continue
             channels = new.shape[-1]
             cache.view(-1, channels).index_copy_(0, self._writes[heads], new.reshape(-1, channels))
 
 
 def attention(
-    q_nHLC: Tensor, k_nKSC: Tensor, v_nKSC: Tensor, mask_n1LS: Tensor, scale: float, softcap: float | None
+    q_nHLC: Tensor,
+    k_nKSC: Tensor,
+    v_nKSC: Tensor,
+    mask_n1LS: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k + mask) v, [n, H, L, C]; the queries that share a key/value head are grouped, not copied."""
     count, heads, length, channels = q_nHLC.shape
@@ -118,29 +150,39 @@ def attention(
         q_nHLC = q_nHLC.reshape(count, kv_heads, group, channels)
     elif group > 1:
         k_nKSC, v_nKSC = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_nKSC, v_nKSC))
-    if softcap is None and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.uses_onednn(q_nHLC):
+    plain = softcap is None and sinks_H is None
+    if plain and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.uses_onednn(q_nHLC):
         # as training attends in float32 on a CPU without kernels (exact_ops.attend)
         keys, values, mask = k_nKSC.double(), v_nKSC.double(), mask_n1LS.double()
         weights = (q_nHLC.double() @ keys.transpose(2, 3)).mul_(scale).add_(mask).softmax(-1)
         out = (weights @ values).to(q_nHLC.dtype)
-    elif softcap is None:
+    elif plain:
         out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
     else:  # blocks of sequences and of queries, so that no more than MAX_SCORES exist at once
         queries = max(1, MAX_SCORES // (heads * k_nKSC.shape[2]))
         step = max(1, queries // count) if length > 1 else group
+        sinks = None if sinks_H is None else sinks_H.view(q_nHLC.shape[1], -1, 1)  # [K, G, 1] or [H, 1, 1]
         several = zip(*(x.split(queries) for x in (q_nHLC, k_nKSC, v_nKSC, mask_n1LS)), strict=True)
-        out = torch.cat([_capped(q, k, v, mask, step, scale, softcap) for q, k, v, mask in several])
+        out = torch.cat([_by_products(q, k, v, mask, step, scale, softcap, sinks) for q, k, v, mask in several])
     return out.reshape(count, heads, length, -1)
 
 
-def _capped(
-    q_nHLC: Tensor, k_nHSC: Tensor, v_nHSC: Tensor, mask_n1LS: Tensor, step: int, scale: float, softcap: float
+def _by_products(
+    q_nHLC: Tensor,
+    k_nHSC: Tensor,
+    v_nHSC: Tensor,
+    mask_n1LS: Tensor,
+    step: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     outs = []
     for q, mask in zip(q_nHLC.split(step, 2), mask_n1LS.split(step, 2), strict=True):
-        scores = torch.tanh(torch.matmul(q * scale, k_nHSC.transpose(2, 3)) / softcap) * softcap + mask
+        scores = torch.matmul(q * scale, k_nHSC.transpose(2, 3))
+        scores = (torch.tanh(scores / softcap) * softcap if softcap else scores) + mask
         wide = torch.promote_types(scores.dtype, torch.float32)
-        outs.append(torch.matmul(scores.softmax(-1, dtype=wide).to(v_nHSC.dtype), v_nHSC))
+        outs.append(torch.matmul(softmax_with_sinks(scores, sinks, wide).to(v_nHSC.dtype), v_nHSC))
     return torch.cat(outs, 2)
 
 

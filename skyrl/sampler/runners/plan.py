@@ -71,8 +71,11 @@ def make_decode_plan(model: CausalLM, calls: list[LayerCall], max_length: int) -
         return f"no decode plan for model type {config.model_type}"
     if next(model.parameters()).dtype == torch.float64:
         return "float64: the module is the reference there"
-    if any(call != calls[0] for call in calls) or calls[0].window is not None or calls[0].softcap is not None:
-        return "layers differ or have a window or a soft cap"
+    plain = LayerCall(calls[0].shape, calls[0].num_heads, calls[0].scale, window=None, softcap=None)
+    if any(call != plain for call in calls):
+        return "layers differ or have a window, a soft cap, chunks or sinks"
+    if model.rope is not None:
+        return "rotary embeddings of type longrope"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation {config.hidden_act}"
     if model.head_spec.scale != 1.0 or model.head_spec.softcap:
