@@ -346,10 +346,8 @@ class PackedAttention:
             strict=True,
         )
         scores = sum(rows * heads * longest**2 for rows, longest in shapes)
-        outs, keep = (
-            [],
-            scores <= (exact_ops.KEEP_SCORES if softcap or sinks_H is not None or query.is_cuda else MAX_SCORES),
-        )
+        kept = exact_ops.KEEP_SCORES if softcap or sinks_H is not None or query.is_cuda else MAX_SCORES
+        outs, keep = [], scores <= kept
         for (rows, longest), q, k, v in parts:
             q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
