@@ -12,8 +12,8 @@ def options_markdown() -> str:
         "Generated from `skyrl/config/schema.py` and `conf/`, not written by hand:",
         "`python docs/options.py > docs/options.md`.",
         "Parameters of advantages and losses are declared in `skyrl/algorithms/`.",
-        "How options are set is in [config.md](config.md). `skyrl.sft` reads all but `algorithm`, `service` and what is",
-        "about steps and updates of RL alone (`batch.num_steps`, `optim.lr`, ...), and refuses these;",
+        "How options are set is in [config.md](config.md). `skyrl.sft` reads all but `algorithm`, `service` and what",
+        "is about steps and updates of RL alone (`batch.num_steps`, `optim.lr`, ...), and refuses these;",
         "`skyrl.serve` reads `service` and what is named in [the server](#the-server).",
     ]
     for group, names in config_groups().items():

@@ -15,6 +15,7 @@ from skyrl.types import UserError
 
 # In names of variables and of options of environments: HF_TOKEN, api_key, clientSecret, and not tokenizer.
 SECRET = re.compile(r"(token|key|secret|passw(or)?d|passphrase|credential|jwt)s?(?![a-z])", re.IGNORECASE)
+NEVER_PLAIN = re.compile("secret|pass|credential|jwt|api", re.IGNORECASE)
 ENV_OPTIONS = "env.options"
 
 
@@ -50,8 +51,10 @@ def path_arg(text: str) -> Path:
 
 
 def is_secret(name: str, value: Any = "?") -> bool:
-    """Whether a variable or option of this name holds what is for nobody's eyes. Numbers are not."""
-    return SECRET.search(name) is not None and not re.fullmatch(r"[-+.\de]*|true|false|null", str(value), re.IGNORECASE)
+    """Whether a variable or option of this name holds what is for nobody's eyes. Numbers are not, nor words and special
+    tokens below a name that may also be a column's or a tokenizer's: answer_key=answer, stop_token=<|end|>."""
+    plain = r"[-+.\de]*|true|false|null" + ("" if NEVER_PLAIN.search(name) else r"|[a-z_ ]+|<.*>")
+    return SECRET.search(name) is not None and not re.fullmatch(plain, str(value), re.IGNORECASE)
 
 
 def hide_secrets(value: Any, name: str = "") -> Any:

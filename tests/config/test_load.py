@@ -111,6 +111,7 @@ def test_secrets_of_an_environment_are_neither_shown_nor_kept(tmp_path, monkeypa
         "OPENAI_KEY_2": "S6", "clientSecret": "S7", "keys": ["S8", 3],
     }  # fmt: skip
     shown = {"max_tokens": 256, "tokenizer": "gpt", "keyboard": "us", "monkeys": 3, "stop_token_ids": [1], "key": ""}
+    shown |= {"answer_key": "final_answer", "stop_token": "<|im_end|>", "key_column": "id"}
     cfg = load_config(["experiment=arithmetic"])
     cfg = dataclasses.replace(cfg, env=dataclasses.replace(cfg.env, options={**hidden, **shown}))
     values = load.to_dict(cfg)
