@@ -29,6 +29,10 @@ def _config(kind: str, **more: Any) -> Callable[[], Any]:
 
 
 _SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
+_LINEAR: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=8, linear_value_head_dim=12, linear_conv_kernel_dim=4,
+)  # fmt: skip
 _SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 _GPT: dict[str, Any] = dict(
@@ -89,6 +93,27 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         first_k_dense_replace=1,
         moe_intermediate_size=24,
     ),
+    # linear attention beside full attention, with and without experts, values with more heads than keys
+    "qwen3_next": _config(
+        "Qwen3NextConfig",
+        num_hidden_layers=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[1],
+        **{**_LINEAR, "layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    ),  # fmt: skip
+    "qwen3_5": _config("Qwen3_5TextConfig", **_LINEAR),
+    "qwen3_5_moe": _config(
+        "Qwen3_5MoeTextConfig",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        **_LINEAR,
+    ),  # fmt: skip
+    "olmo_hybrid": _config("OlmoHybridConfig", **_LINEAR),
     # names and layers of their own: Conv1D, learned positions, one key head for all
     "gpt2": lambda: tf.GPT2Config(**_GPT),
     "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**_GPT),
@@ -114,17 +139,16 @@ LONGROPE = _config(
 )
 
 
-def make_net(name: str, *, seed: int = 0, std: float = 0.3, attention: str = "eager") -> Any:
+LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid")
+
+
+def make_net(name: str, *, seed: int = 0, std: float | None = None, attention: str = "eager") -> Any:
     """A whole float32 transformers model of that family. Weights are large, so that a mistake shows in the logits;
-    biases and norms are random too."""
+    biases and norms are random too. Those of linear attention are smaller: its norms make much of roundings."""
     torch.manual_seed(seed)
-    net = (
-        tf.AutoModelForCausalLM.from_config(
-            (LONGROPE if name == "phi3_long" else FAMILIES[name])(), attn_implementation=attention
-        )
-        .float()
-        .eval()
-    )
+    std = std or (0.15 if name in LINEAR else 0.3)
+    config = (LONGROPE if name == "phi3_long" else FAMILIES[name])()
+    net = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in net.parameters():

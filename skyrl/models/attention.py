@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from skyrl.models.latent import Latent, taken
+from skyrl.models.linear_attention import DeltaRule
 
 NAME = "skyrl"
 
 
 class Attention(Protocol):
-    """One way to attend. The batch dimension is 1: all tokens of all sequences lie along T."""
+    """One way to attend. The batch dimension is 1: all tokens of all sequences lie along T. An attention that is used
+    for models without linear attention only inherits from this and has no `recur`."""
 
     def attend(
         self,
@@ -40,6 +42,10 @@ class Attention(Protocol):
         softcap * tanh(score / softcap). `chunk`: a row is cut into pieces of that many tokens, and a token sees none of
         another piece. `sinks_H`: a score of each head that takes part in the softmax and has no value.
         """
+
+    def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
+        """Linear attention of layer number `layer`: `rule.run` over each sequence, [T, H, V] in its wide dtype."""
+        raise RuntimeError(f"{type(self).__name__} keeps no states")
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skyrl.models.latent import Latent
+from skyrl.models.linear_attention import DeltaRule, StateShape
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -18,7 +19,8 @@ _CALLS: dict[str, list[LayerCall]] = {}
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer keeps of a token. `same_as`: the earlier layer whose keys and values it takes, so keeps none."""
+    """What one layer keeps of a token. `same_as`: the earlier layer whose keys and values it takes, so keeps none. All
+    sizes are 0 for linear attention, which keeps a state of the sequence instead."""
 
     num_heads: int  # K
     key_size: int
@@ -28,7 +30,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How one layer calls attention: its cache shape, query heads and options."""
+    """How one layer calls attention: its cache shape, query heads and options; or what its linear attention keeps."""
 
     shape: LayerShape
     num_heads: int
@@ -37,6 +39,7 @@ class LayerCall:
     softcap: float | None
     chunk: int | None = None
     sinks: bool = False
+    state: StateShape | None = None
 
 
 class _Recorder:
@@ -72,6 +75,10 @@ class _Recorder:
         shape = LayerShape(1, latent.kept_TC.shape[1], 0)
         self.calls[layer] = LayerCall(shape, query_HTC.shape[0], scale, None, None)
         return latent.values(latent.kept_TC[:, None, : latent.rank].expand(-1, query_HTC.shape[0], -1))
+
+    def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
+        self.calls[layer] = LayerCall(LayerShape(0, 0, 0), 0, 1.0, None, None, state=rule.shape)
+        return rule.run(mixed_TC[None], decay_TH[None], beta_TH[None])[0][0]
 
 
 def signature(model: CausalLM) -> str:

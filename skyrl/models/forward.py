@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from skyrl.models import exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
+from skyrl.models.linear_attention import hook_delta_nets
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
@@ -50,6 +51,7 @@ class CausalLM(nn.Module):
         if net.config._attn_implementation != NAME:
             net.set_attn_implementation(NAME)
         exact_ops.hook_norms(net)
+        hook_delta_nets(net)
         decoder_of(net).warn_if_padding_and_no_attention_mask = _never_padded
         latent.install(net)
         self.rope = longrope.install(net)  # None where no choice is to be made

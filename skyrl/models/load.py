@@ -138,6 +138,10 @@ class _ShortWindow:
             kwargs["window"] = self.short
         return self.inner.attend(layer, *args, **kwargs)
 
+    def recur(self, layer: int, *args: Any) -> Tensor:
+        self.layers.append(layer)
+        return self.inner.recur(layer, *args)
+
 
 def check_against_transformers(model: CausalLM) -> None:
     """Compares a packed forward of two short rows with transformers' own plain one; for whole, unsharded weights.

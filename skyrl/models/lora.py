@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from skyrl.models import exact_ops
+from skyrl.models.linear_attention import is_delta_net
 from skyrl.models.weights import generator_of
 from skyrl.types import LoraSpec, UserError
 
@@ -196,13 +197,17 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[Product]], dict[str, 
     out: dict[str, list[Product]] = {"attn": [], "mlp": [], "unembed": []}
     strange: dict[str, str] = {}
     for number, layer in enumerate(model.layers()):
-        attending = [m for m in layer.modules() if hasattr(m, "is_causal") and hasattr(m, "layer_idx")]
+        attending = [
+            m for m in layer.modules() if (hasattr(m, "is_causal") and hasattr(m, "layer_idx")) or is_delta_net(m)
+        ]
         inside = {id(part) for m in attending for part in m.modules()}
         for path, module in layer.named_modules():
             kind = "attn" if id(module) in inside else "mlp"
             if type(module) in (nn.Linear, Conv1D):
                 out[kind].append(module)
-            elif type(module) is not nn.Embedding and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            elif type(module) not in (nn.Embedding, nn.Conv1d) and any(
+                p.ndim > 1 for p in module.parameters(recurse=False)
+            ):
                 strange.setdefault(kind, f"{type(module).__name__} {path} of layer {number}")
     output = model.net.get_output_embeddings()
     if type(output) is nn.Linear:
@@ -213,7 +218,7 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[Product]], dict[str, 
 def _experts(model: AdaptableModel) -> str:
     """The path of the first module whose parts see only some of the tokens, or ""."""
     for path, module in model.net.named_modules():
-        stacked = any(p.ndim == 3 for p in module.parameters(recurse=False))
+        stacked = type(module) is not nn.Conv1d and any(p.ndim == 3 for p in module.parameters(recurse=False))
         if stacked or path.rpartition(".")[2] == "experts":
             return path
     return ""

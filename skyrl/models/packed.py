@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skyrl.models import exact_ops
 from skyrl.models.fallbacks import warn_fallback
+from skyrl.models.linear_attention import CHUNK, DeltaRule
 from skyrl.types import Datum, Microbatch, UserError
 
 # Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them. On
@@ -441,6 +442,22 @@ class PackedAttention:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
         return out.view(rows, kv_heads, group, longest, -1)
 
+    def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
+        """Every row begins with no state. The backward pass computes the rule again, so only its inputs are kept."""
+        layout, outs = self._layout(1), []
+        flat = torch.cat([decay_TH, beta_TH], 1)
+        sizes = [rows * longest for rows, longest in self._shapes()]
+        parts = zip(*(_Gather.apply(x, layout.out_N, layout.back).split(sizes) for x in (mixed_TC, flat)), strict=True)
+        for (rows, longest), (mixed, gates) in zip(self._shapes(), parts, strict=True):
+            step = max(1, MAX_SCORES // 16 // (longest * rule.shape.num_heads * CHUNK))
+            mixed, gates = mixed.view(rows, longest, -1), gates.view(rows, longest, -1)
+            for some, gate in zip(mixed.split(step), gates.split(step), strict=True):
+                given = rule, some, *gate.chunk(2, -1)
+                outs.append(checkpoint(_rows_anew, *given, use_reentrant=False, preserve_rng_state=False).flatten(0, 1))
+        packed = (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
+        out = _Gather.apply(packed, layout.back, None if len(packed) != len(mixed_TC) else layout.out_N)
+        return out.unflatten(1, (rule.shape.num_heads, -1))
+
     def _causal_bias(self, group: int, longest: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 or -inf, [G * L, L]; every query sees at least itself, so no row of a softmax is empty."""
         place = (group, longest, window, dtype)
@@ -455,6 +472,10 @@ def _sinks_of(sinks_H: Tensor | None, rows: int, kv_heads: int, queries: int) ->
     if sinks_H is None:
         return None
     return sinks_H.view(1, kv_heads, -1, 1).expand(rows, -1, -1, queries).reshape(rows * kv_heads, -1, 1)
+
+
+def _rows_anew(rule: DeltaRule, mixed_BLC: Tensor, decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:
+    return rule.run(mixed_BLC, decay_BLH, beta_BLH)[0]
 
 
 class PaddedAttention:
@@ -492,3 +513,8 @@ class PaddedAttention:
         sinks = None if sinks_H is None else sinks_H[:, None, None]
         out = softmax_with_sinks(scores, sinks, loss_dtype(scores.dtype)).to(value.dtype) @ value
         return out.to(query_HTC.dtype).permute(0, 2, 1, 3).flatten(0, 1)
+
+    def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
+        """A token at a time."""
+        mixed, decay, beta = (x.unflatten(0, (self.num_rows, self.length)) for x in (mixed_TC, decay_TH, beta_TH))
+        return rule.run(mixed, decay, beta, chunk=1)[0].flatten(0, 1)

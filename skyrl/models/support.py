@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from skyrl.models.linear_attention import is_delta_net
 from skyrl.models.logprobs import HeadSpec
 from skyrl.types import UserError
 
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "linear_attention"})
 # Config fields that change logits between the hidden state and the softmax, beyond what head_spec applies.
 UNKNOWN_HEAD_FIELDS = ("lm_head_multiplier", "output_multiplier_scale", "output_logit_soft_cap", "logits_soft_cap")
 
@@ -76,11 +77,15 @@ def check_module(net: Any) -> None:
     def refuse(reason: str) -> None:
         raise UserError(f"model.path: model type {kind!r} is not supported: {reason}")
 
-    if getattr(net, "_is_stateful", False):
+    linear = [module for module in net.modules() if is_delta_net(module)]
+    if len(linear) != (getattr(net.config, "layer_types", None) or []).count("linear_attention"):
+        refuse("its linear attention is not the gated delta rule of qwen3_next, qwen3_5 and olmo_hybrid")
+    if getattr(net, "_is_stateful", False) and not linear:
         refuse("it carries a recurrent state")
     if decoder_of(net) is net:
         refuse("it has no decoder apart from its head")
-    if not getattr(decoder_of(net), "_supports_attention_backend", False):
+    if not getattr(decoder_of(net), "_supports_attention_backend", False) and not linear:  # theirs is not told
         refuse("its attention does not go through transformers' attention interface")
-    if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in net.modules()):
+    known = [module.conv1d for module in linear]
+    if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) and module not in known for module in net.modules()):
         refuse("it has convolutions")

@@ -35,7 +35,8 @@ class DecodeBatch:
         self._known_B = np.zeros(len(params), dtype=np.int64)
         tokens_B = np.array([s.tokens[s.length - 1] for s in self.sequences], dtype=np.int64)
         parts = segments_of([s.adapter for s in self.sequences])
-        self.batch = DecodeInputs(tokens_B, self.lengths_B - 1, table_BW, parts)
+        state_B = np.array([s.state for s in self.sequences], dtype=np.int64)
+        self.batch = DecodeInputs(tokens_B, self.lengths_B - 1, table_BW, parts, state_B)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # drawn but not yet in the sequences
         self._index: dict[int, int] | None = None  # rows of the sequences, by id; made when asked for
 

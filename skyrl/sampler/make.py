@@ -72,12 +72,23 @@ def make_sampler(
     blocks = num_blocks(
         cfg, each, size, max_running, max_length, parameter.device, memory, partial(warn_fallback, every_rank=True)
     )
-    cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, tokens_first=paging)
+    states = [call.state for call in calls]
+    cache = KVCache(
+        shapes,
+        blocks,
+        size,
+        parameter.dtype,
+        parameter.device,
+        tokens_first=paging,
+        states=states,
+        num_states=max_running,
+    )
     scheduler = Scheduler(
         BlockPool(blocks, size),
         max_running=max_running,
         max_prefill_tokens=8192 if on_gpu else 2048,
         share=cfg.prefix_cache,
+        recurrent=any(states),
     )
 
     def paged(runner: PagedRunner, graphs: bool = cfg.cuda_graphs and on_gpu) -> Runner:

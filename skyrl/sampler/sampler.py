@@ -186,6 +186,7 @@ class Sampler:
             return []
         forks: list[Fork] = [fork for group in groups for fork in group]
         self._cache.copy([fork.copy for fork in forks if fork.copy])
+        self._cache.copy_states([fork.states for fork in forks if fork.states])
         sequences = [fork.sequence for fork in forks]
         if len(sequences) > len(groups):
             rows = [row for row, group in enumerate(groups) for _ in group]

@@ -17,10 +17,12 @@ from skyrl.sampler.runners.base import PrefillChunk, Sequence
 
 @dataclass
 class Fork:
-    """A sibling that takes over a prefilled context. copy: (from, to) block of the unfinished last block, or None."""
+    """A sibling that takes over a prefilled context. copy: (from, to) block of the unfinished last block, or None;
+    states: the leader's and its own."""
 
     sequence: Sequence
     copy: tuple[int, int] | None
+    states: tuple[int, int] | None
 
 
 @dataclass
@@ -36,10 +38,16 @@ class Scheduler:
     """Queue and running set of one sampler.
 
     `max_prefill_tokens` bounds one prefill step; `share` False switches off every reuse (siblings included).
+    `recurrent`: layers keep states, and without the state of where they end, cached blocks are of no use: siblings are
+    forked, and nothing else is reused.
     """
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_prefill_tokens: int, share: bool) -> None:
+    def __init__(
+        self, pool: BlockPool, *, max_running: int, max_prefill_tokens: int, share: bool, recurrent: bool = False
+    ) -> None:
         self.pool, self.max_running, self.max_prefill_tokens, self.share = pool, max_running, max_prefill_tokens, share
+        self._find = share and not recurrent  # whether blocks are found again by their content
+        self._free_states = list(range(max_running, 0, -1))
         self.running: list[Sequence] = []  # by order
         self.counts = Counts()
         self._heap: list[Sequence] = []  # waiting; may hold stale entries of sequences that were taken as siblings
@@ -88,7 +96,8 @@ class Scheduler:
                 continue
             self._prefilling.remove(leader)
             forks.append(
-                [Fork(leader, None)] + [self._fork(leader, sibling) for sibling in self._siblings.pop(leader.order)]
+                [Fork(leader, None, None)]
+                + [self._fork(leader, sibling) for sibling in self._siblings.pop(leader.order)]
             )
             self.running += [fork.sequence for fork in forks[-1]]
         self.running.sort()
@@ -122,8 +131,7 @@ class Scheduler:
             self._unqueue(sequence)
         elif leader is not None:
             self._siblings[leader.order].remove(sequence)
-            self.pool.release(sequence.blocks)
-            sequence.blocks = []
+            self._give_back(sequence)
         elif sequence in self._prefilling:
             self._cancel_leader(sequence)
         else:
@@ -134,14 +142,14 @@ class Scheduler:
         place, siblings = self._prefilling.index(leader), self._siblings.pop(leader.order)
         if siblings:
             heir = siblings.pop(0)
-            self.pool.release(heir.blocks)
-            heir.blocks, heir.computed = leader.blocks, leader.computed
+            heir.blocks, leader.blocks = leader.blocks, heir.blocks
+            heir.state, leader.state = leader.state, heir.state
+            heir.computed = leader.computed
             self._prefilling[place], self._siblings[heir.order] = heir, siblings
         else:
             self._leave_unfinished(leader, self._prefilling[place + 1 :])
             self._prefilling.remove(leader)
-            self.pool.release(leader.blocks)
-        leader.blocks = []
+        self._give_back(leader)
 
     def _leave_unfinished(self, leader: Sequence, others: list[Sequence]) -> None:
         """The blocks that `leader` has announced and not computed: the first of the others that counts on one computes
@@ -168,10 +176,14 @@ class Scheduler:
         return sequence.cache_key, sequence.tokens[: sequence.length].tobytes()
 
     def _release(self, sequence: Sequence) -> None:
-        if self.share:  # the newest token was drawn but never computed
+        if self._find:  # the newest token was drawn but never computed
             self.pool.cache_full_blocks(sequence.tokens[: sequence.length - 1], sequence.blocks, sequence.cache_key)
+        self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        self._free_states.append(sequence.state)
+        sequence.blocks, sequence.state = [], 0
 
     def _free_places(self) -> int:
         siblings = sum(len(siblings) for siblings in self._siblings.values())
@@ -186,7 +198,7 @@ class Scheduler:
         leader, size = self._heap[0], self.pool.block_tokens
         tokens = leader.tokens[: leader.length]
         known = (
-            self.pool.longest_cached_prefix(tokens[:-1], leader.cache_key) if self.share else []
+            self.pool.longest_cached_prefix(tokens[:-1], leader.cache_key) if self._find else []
         )  # the last token is computed for its logits
         held = self.pool.share(known)
         need = self.pool.blocks_for(leader.length) - len(known)
@@ -196,10 +208,11 @@ class Scheduler:
             self.pool.release(held)
             return None
         heapq.heappop(self._heap)
+        leader.state = self._free_states.pop()
         leader.blocks, leader.computed = held + self.pool.allocate(need), len(known) * size
         self.counts.reused_tokens += leader.computed
         siblings = self._take(leader)
-        if self.share:
+        if self._find:
             self.pool.cache_full_blocks(tokens, leader.blocks, leader.cache_key)
         self._prefilling.append(leader)
         self._siblings[leader.order] = siblings
@@ -219,7 +232,7 @@ class Scheduler:
             if len(siblings) >= places or self.pool.available() < tail + spare:
                 break
             sibling.waiting, self._num_waiting = False, self._num_waiting - 1
-            sibling.blocks = self.pool.allocate(tail)
+            sibling.blocks, sibling.state = self.pool.allocate(tail), self._free_states.pop()
             alike.remove(sibling)
             siblings.append(sibling)
         if not alike:
@@ -231,4 +244,4 @@ class Scheduler:
         copy = (leader.blocks[whole], sibling.blocks[0]) if sibling.blocks else None
         sibling.blocks = self.pool.share(leader.blocks[:whole]) + sibling.blocks
         self.counts.reused_tokens += sibling.length
-        return Fork(sibling, copy)
+        return Fork(sibling, copy, (leader.state, sibling.state))

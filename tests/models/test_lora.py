@@ -19,7 +19,7 @@ from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, LoraSpec, UserError
 
 LENGTHS = (5, 24, 13, 20)
-EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3")
+EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "qwen3_5_moe")
 
 
 def make_rows(vocab=96, lengths=LENGTHS, seed=0):
@@ -103,7 +103,7 @@ def test_what_is_adapted():
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_are_refused_by_name(name):
-    with pytest.raises(UserError, match=rf"lora.mlp: model type '{name}'.*layers.\d.\w+.experts.*mlp"):
+    with pytest.raises(UserError, match=rf"lora.mlp: model type '{name}(_text)?'.*layers.\d.\w+.experts.*mlp"):
         Adapter(make_model(name), LoraSpec(2), name="a", dtype=torch.float64)
 
 

@@ -193,7 +193,7 @@ def test_in_bfloat16_as_close_to_float32_as_the_module(backend):
     assert theirs > 1e-3 and error(backend) < 1.25 * theirs
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral", "granite", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "granite", "qwen3_moe", "qwen3_5"])
 def test_families_without_a_plan(family):
     """Windows, soft caps, scaled logits, experts: the module path."""
     model = CausalLM(make_net(family))

@@ -29,6 +29,8 @@ def check(scheduler, chunk):
         for block in sequence.blocks:
             holders[block] += 1
     assert holders.tolist() == pool._holders
+    states = sorted([*(s.state for s in live + siblings), *scheduler._free_states])
+    assert states == list(range(1, scheduler.max_running + 1))
     # a block that several hold is never written: it is a whole block of tokens already computed
     for sequence in scheduler.running:
         written = (sequence.length - 1) // pool.block_tokens
@@ -36,10 +38,11 @@ def check(scheduler, chunk):
 
 
 class Written:
+    recurrent = False
     """What a cache would hold: (cache_key, token, position) per place of each block."""
 
     def __init__(self, size):
-        self._size, self._cells = size, {}
+        self._size, self._cells, self._states = size, {}, {}
 
     def places(self, sequence, start, end):
         return [(sequence.blocks[i // self._size], i % self._size) for i in range(start, end)]
@@ -47,6 +50,10 @@ class Written:
     def write(self, sequence, start, end):
         for i, place in zip(range(start, end), self.places(sequence, start, end), strict=True):
             self._cells[place] = (sequence.cache_key, *map(int, sequence.tokens[: i + 1]))
+        if self.recurrent:  # a state goes on from the tokens before, and is of these alone
+            before = (sequence.cache_key, *map(int, sequence.tokens[:start]))
+            assert start == 0 or self._states[sequence.state] == before
+            self._states[sequence.state] = (sequence.cache_key, *map(int, sequence.tokens[:end]))
 
     def check(self, sequence, end):
         """Everything that a sequence attends to was computed for its very tokens and adapter."""
@@ -57,6 +64,8 @@ class Written:
         for at in range(self._size if fork.copy else 0):
             source, target = ((block, at) for block in fork.copy)
             self._cells[target] = self._cells.get(source)
+        if fork.states:
+            self._states[fork.states[1]] = self._states.get(fork.states[0])
 
 
 def play(scheduler, written):
@@ -84,15 +93,18 @@ def play(scheduler, written):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("share, cancels", [(True, 0.0), (False, 0.0), (True, 0.3), (False, 0.3)])
-def test_random_traffic(seed, share, cancels):
+@pytest.mark.parametrize(
+    "share, cancels, recurrent",
+    [(True, 0.0, False), (False, 0.0, False), (True, 0.3, False), (False, 0.3, False), (True, 0.3, True)],
+)
+def test_random_traffic(seed, share, cancels, recurrent):
     """Arrivals of several adapters, endings, cancelled requests in every state; what a sequence attends to was always
     computed for its tokens and its adapter."""
     rng = np.random.default_rng(seed)
     size, chunk = int(rng.integers(1, 6)), int(rng.integers(3, 30))
     scheduler = Scheduler(
         BlockPool(int(rng.integers(-(-40 // size), 3 * -(-40 // size))), size),
-        max_running=int(rng.integers(1, 9)), max_prefill_tokens=chunk, share=share,
+        max_running=int(rng.integers(1, 9)), max_prefill_tokens=chunk, share=share, recurrent=recurrent,
     )  # fmt: skip
     roots = [0, scheduler.pool.new_cache_key(), scheduler.pool.new_cache_key()][: 1 + seed % 3]
     contexts = [rng.integers(0, 2, rng.integers(1, 20)) for _ in range(3)]
@@ -100,6 +112,7 @@ def test_random_traffic(seed, share, cancels):
     waiting = [make(i, contexts[rng.integers(6)], 40, roots[rng.integers(len(roots))]) for i in range(60)]
     goals = {s.order: int(rng.integers(s.length + 1, 41)) for s in waiting}
     written, live = Written(size), {}
+    written.recurrent = recurrent
     added = idle = cancelled = 0
     while added < 60 or live:
         for _ in range(int(rng.integers(0, 4))):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skyrl.models.attention_calls import LayerShape
+from skyrl.models.linear_attention import StateShape
 from skyrl.models.lora import Adapter, Segment, segments_of
 from skyrl.sampler.runners.sampling import BatchSamplingParams
 from skyrl.types import SamplingParams
@@ -22,7 +23,8 @@ from skyrl.types import SamplingParams
 
 class KVCache:
     """Keys [blocks, K, block_tokens, C] and values of every layer, or with `tokens_first` [blocks, block_tokens, K, C]
-    as paged kernels want them. Block 0 takes the writes of padding.
+    as paged kernels want them. Block 0 takes the writes of padding. `states`: what a layer of linear attention keeps of
+    `num_states` sequences (linear_attention.States), and of number 0, which nobody has; None for other layers.
 
     Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
     """
@@ -36,6 +38,8 @@ class KVCache:
         device: torch.device,
         *,
         tokens_first: bool = False,
+        states: list[StateShape | None] | None = None,
+        num_states: int = 0,
     ) -> None:
         self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
 
@@ -54,6 +58,10 @@ class KVCache:
             else:
                 self.keys.append(self.keys[shape.same_as])
                 self.values.append(self.values[shape.same_as])
+        self.states = [
+            None if shape is None else shape.empty(num_states + 1, dtype, device)
+            for shape in states or [None] * len(shapes)
+        ]
 
     @staticmethod
     def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
@@ -68,6 +76,13 @@ class KVCache:
             index = torch.tensor(sorted(set(blocks)), device=self.device)
             for tensor in self._own:
                 tensor.index_fill_(0, index, 0)
+
+    def copy_states(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies the states of sequences: (from, to) each."""
+        if pairs:
+            source, target = torch.tensor(pairs, device=self.device).unbind(1)
+            for tensor in (tensor for states in self.states if states for tensor in states):
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies blocks: (from, to) each."""
@@ -93,6 +108,7 @@ class Sequence:
     adapter: Adapter | None = None
     cache_key: int = 0  # what its cached blocks are found under: one for each adapter (blocks.BASE_KEY without)
     blocks: list[int] = field(default_factory=list)
+    state: int = 0  # which of the cache's states is its own, while it prefills or runs
     computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
     waiting: bool = True
 
@@ -122,6 +138,7 @@ class DecodeInputs:
     positions_B: np.ndarray  # int64, its position
     table_BW: np.ndarray  # int32, blocks of each; 0 beyond its own
     segments: list[Segment] | None = None  # rows of one adapter lie together; None = all are the base
+    state_B: np.ndarray | None = None  # int64, which states are theirs; for models that have some
 
     def slots(self, size: int) -> np.ndarray:
         """Where the newest token of each sequence is stored, [B] int64, with `size` tokens in a block."""

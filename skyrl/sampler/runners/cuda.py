@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl.models.attention import Attention
 from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.packed import banned, varlen
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, prefill_arrays
@@ -57,6 +58,8 @@ def paged_kernel(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if "block_table" not in varlen()[1]:
         return f"varlen_attn of torch {torch.__version__} takes no block table (that of 2.13 does)"
+    if any(call.state is not None for call in calls):
+        return "some of the model's layers keep states (linear attention)"
     if any(call.softcap is not None for call in calls):
         return "the model caps its attention scores"
     if any(call.sinks or call.chunk is not None for call in calls):
@@ -123,7 +126,7 @@ def kernel_refusal(
     return ""
 
 
-class VarlenAttention:
+class VarlenAttention(Attention):
     """Attention of one step over a cache of layout [blocks, block_tokens, K, C]."""
 
     def __init__(

@@ -162,7 +162,7 @@ class _ExactOps(_Ops):
     silu = staticmethod(exact_ops.silu)  # type: ignore[assignment]  # the argument has another name
 
 
-class _ProductAttention:
+class _ProductAttention(Attention):
     """One query per sequence by batched products over gathered blocks; half the time of torch's attention there."""
 
     def __init__(self, paged: PagedAttention, kv_heads: int) -> None:

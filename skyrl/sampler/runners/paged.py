@@ -21,6 +21,7 @@ from torch import Tensor
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
 from skyrl.models.latent import Latent
+from skyrl.models.linear_attention import DeltaRule
 from skyrl.models.lora import Adapter, Segment, routed
 from skyrl.models.packed import MAX_SCORES, softmax_with_sinks
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows, prefill_arrays
@@ -37,6 +38,7 @@ class Group:
     rows_nL: Tensor  # index into T
     positions_nL: Tensor
     table_nW: Tensor
+    state_n: Tensor  # which states of linear attention are theirs
     valid: Tensor | None  # index of the real ones among the n * L rows; None = all
     masks: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
     gathers: dict[int, Tensor] = field(default_factory=dict)
@@ -54,6 +56,13 @@ class Group:
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
             self.masks[window, chunk] = mask.unsqueeze(1)
         return self.masks[window, chunk]
+
+    def real(self) -> Tensor | None:
+        """[n, L], which rows are real ones; None = all."""
+        if self.valid is None:
+            return None
+        real = torch.zeros_like(self.rows_nL, dtype=torch.bool).flatten().index_fill_(0, self.valid, True)
+        return real.view_as(self.rows_nL)
 
     def gather(self, cache_NKSC: Tensor) -> Tensor:
         """This group's part of one cache tensor, [n, K, S, C]."""
@@ -118,6 +127,28 @@ class PagedAttention:
                 out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
             out_THR.index_copy_(0, rows, out)
         return latent.values(out_THR)
+
+    def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
+        """Goes on from the states of each sequence, from none at its first token, and stores those after the step."""
+        states = self.cache.states[layer]
+        assert states is not None
+        out_THV = mixed_TC.new_empty(len(mixed_TC), rule.shape.num_heads, rule.shape.value_size, dtype=states[1].dtype)
+        for group in self.groups:
+            rows, known = group.rows_nL.flatten(), group.positions_nL[:, 0] > 0
+            mixed, decay, beta = (
+                x.index_select(0, rows).unflatten(0, group.rows_nL.shape) for x in (mixed_TC, decay_TH, beta_TH)
+            )
+            inputs, matrices = (x.index_select(0, group.state_n) for x in states)
+            # not by a product: what was left there may not be finite
+            before = inputs.where(known[:, None, None], 0), matrices.where(known[:, None, None, None], 0)
+            out, after = rule.run(mixed, decay, beta, before, group.real())
+            for whole, new in zip(states, after, strict=True):
+                whole.index_copy_(0, group.state_n, new)
+            out = out.flatten(0, 1)
+            if group.valid is not None:
+                out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
+            out_THV.index_copy_(0, rows, out)
+        return out_THV
 
     def write(self, layer: int, key_TKC: Tensor, value_TKC: Tensor | None) -> None:
         """Stores the step's keys and values in their slots."""
@@ -200,7 +231,8 @@ def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tenso
         table = table_BW[members, : -(-ends[members].max() // cache.block_tokens)].astype(np.int64)
         real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(cache.device)
         rows_nL, where_nL, table_nW = (torch.from_numpy(x).to(cache.device) for x in (rows, where, table))
-        groups.append(Group(rows_nL, where_nL, table_nW, real))
+        state_n = torch.tensor([chunks[member].sequence.state for member in members], device=cache.device)
+        groups.append(Group(rows_nL, where_nL, table_nW, state_n, real))
     tokens_T, positions_T, slots_T = (torch.from_numpy(x).to(cache.device) for x in (tokens, positions, slots))
     return tokens_T, positions_T, PagedAttention(cache, slots_T, groups)
 
@@ -226,7 +258,8 @@ def decode_attention(cache: KVCache, batch: DecodeInputs) -> tuple[Tensor, Tenso
     tokens, positions, slots_B = (torch.from_numpy(x).to(device) for x in arrays)
     table = torch.from_numpy(batch.table_BW[:, :width].astype(np.int64)).to(device)
     rows = torch.arange(len(tokens), device=device).unsqueeze(1)
-    return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, None)])
+    state = torch.zeros_like(tokens) if batch.state_B is None else torch.from_numpy(batch.state_B).to(device)
+    return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, state, None)])
 
 
 class PagedRunner:
