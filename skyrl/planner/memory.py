@@ -34,7 +34,8 @@ CONTEXT = GIB  # of the CUDA context and the interpreter, before anything of thi
 class ModelSizes:
     """What the plan has to know about a model. `num_parameters` counts tied weights once; `matmul_parameters` are those
     that one token goes through: without an untied input embedding, and with the experts that it visits only. `capped`:
-    attention caps its scores."""
+    attention caps its scores. `linear_layers` keep, in place of keys and values, `state_numbers` of their matrices and
+    `state_inputs` of their convolution, each, of a sequence of any length."""
 
     name: str
     num_parameters: int
@@ -48,10 +49,18 @@ class ModelSizes:
     vocab_size: int
     max_positions: int
     capped: bool = False
+    linear_layers: int = 0
+    state_numbers: int = 0
+    state_inputs: int = 0
+
+    def state_bytes(self, dtype: str, device: str) -> int:
+        """What the layers of linear attention keep of one sequence."""
+        wide = 8 if dtype == "float64" or (dtype == "float32" and device == "cpu") else 4  # linear_attention.wide_dtype
+        return self.linear_layers * (self.state_numbers * wide + self.state_inputs * BYTES[dtype])
 
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * BYTES[dtype]
+        return 2 * (self.num_layers - self.linear_layers) * self.num_kv_heads * self.head_size * BYTES[dtype]
 
 
 def model_sizes(cfg: RunConfig) -> ModelSizes:
@@ -147,7 +156,18 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         vocab_size=text.vocab_size,
         max_positions=_first(text, "max_position_embeddings") or 1 << 30,
         capped=bool(_first(text, "attn_logit_softcapping")),
+        **_state_sizes(text),
     )
+
+
+def _state_sizes(text: Any) -> dict[str, int]:
+    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
+    if not layers or not hasattr(text, "linear_num_value_heads"):
+        return {}
+    key, values = text.linear_key_head_dim, text.linear_num_value_heads * text.linear_value_head_dim
+    channels = 2 * text.linear_num_key_heads * key + values
+    inputs = (text.linear_conv_kernel_dim - 1) * channels
+    return {"linear_layers": layers, "state_numbers": values * key, "state_inputs": inputs}
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -191,9 +211,9 @@ class MemoryEstimate:
 
     `adapter`: all of a LoRA adapter, its moments too. `transient`: weights and gradients that are whole for a moment
     of a backward pass. `update`: what an optimizer step takes besides. `gathered`: the whole copy of sharded weights
-    that is sampled from. `drawing`: logits of the running sequences. `cache`: keys and values of a whole rollout, or
-    what the options say; `least_cache`: of one row, without which nothing can be sampled. `keeps_sampling`: cache and
-    gathered weights stay through training."""
+    that is sampled from. `drawing`: logits of the running sequences. `states`: of linear attention,
+    theirs. `cache`: keys and values of a whole rollout, or what the options say; `least_cache`: of one row, without
+    which nothing can be sampled. `keeps_sampling`: cache and gathered weights stay through training."""
 
     weights: int
     masters: int
@@ -211,6 +231,7 @@ class MemoryEstimate:
     cache: int
     least_cache: int
     keeps_sampling: bool = True
+    states: int = 0
 
     @property
     def resident(self) -> int:
@@ -226,8 +247,8 @@ class MemoryEstimate:
     @property
     def beside_cache(self) -> int:
         """The most that is needed at one time while the cache is there."""
-        sampling = self.resident + self.gathered + self.drawing
-        return max(sampling, self.training + self.gathered) if self.keeps_sampling else sampling
+        sampling = self.resident + self.gathered + self.drawing + self.states
+        return max(sampling, self.training + self.gathered + self.states) if self.keeps_sampling else sampling
 
     def left_for_cache(self, ours: int) -> int:
         """What of the bytes that a process can have is left to the cache; below 0 when the rest does not fit."""
@@ -327,6 +348,7 @@ def estimate(
         cache=cache,
         least_cache=min(cache, row_tokens * per_token),
         keeps_sampling=cfg.sampler.keep_memory != "never",
+        states=(at_most + 1) * sizes.state_bytes(dtype, device),
     )
 
 

@@ -34,7 +34,7 @@ __all__ = ["Plan", "describe", "dry_run", "learning_rate", "make_plan", "make_sp
 
 MEMORY_PARTS = tuple(
     "weights masters gradients optimizer adapter reference critic activations logits transient update gathered drawing "
-    "cache".split()
+    "states cache".split()
 )
 Due = Literal["rollouts", "replicas"]
 

@@ -68,27 +68,21 @@ def make_sampler(
     size, paging = (kernel.page, True) if isinstance(kernel, PagedKernel) else (cfg.block_tokens, False)
     if on_gpu and not paging:
         warn_fallback(f"decoding with gathered attention and without CUDA graphs; paged attention: {kernel}")
+    states = [  # before the blocks, which take a part of what is left
+        None if call.state is None else call.state.empty(max_running + 1, parameter.dtype, parameter.device)
+        for call in calls
+    ]
     each = KVCache.block_bytes(shapes, size, parameter.dtype)
     blocks = num_blocks(
         cfg, each, size, max_running, max_length, parameter.device, memory, partial(warn_fallback, every_rank=True)
     )
-    states = [call.state for call in calls]
-    cache = KVCache(
-        shapes,
-        blocks,
-        size,
-        parameter.dtype,
-        parameter.device,
-        tokens_first=paging,
-        states=states,
-        num_states=max_running,
-    )
+    cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, tokens_first=paging, states=states)
     scheduler = Scheduler(
         BlockPool(blocks, size),
         max_running=max_running,
         max_prefill_tokens=8192 if on_gpu else 2048,
         share=cfg.prefix_cache,
-        recurrent=any(states),
+        recurrent=any(call.state for call in calls),
     )
 
     def paged(runner: PagedRunner, graphs: bool = cfg.cuda_graphs and on_gpu) -> Runner:

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.models.forward import CausalLM, collate
+from skyrl.planner.memory import model_sizes
 from skyrl.types import Datum
 from tests.families import make_net
 from tests.sampler.tools import adapter, merged, reference_logprobs, run, sampler
@@ -80,6 +82,17 @@ def test_adapters_have_states_of_their_own(model):
     asked = [r for name in ("", "a", "b") for r in requests(CONTEXTS[1:], samples=2, model=name)]
     exact = {"": model, **{name: merged(model, one) for name, one in made.items()}}
     held(exact, sampler(model, adapters=made, block_tokens=4, max_running=7), asked)
+
+
+def test_the_plan_counts_what_the_sampler_keeps(model, tmp_path):
+    model.net.save_pretrained(tmp_path)
+    cfg = RunConfig(model=ModelConfig(path=str(tmp_path)))
+    sizes, cache = model_sizes(cfg), sampler(model, max_running=5)._cache
+    kept = [tensor for states in cache.states if states for tensor in states]
+    assert sum(tensor.nbytes for tensor in kept) == 6 * sizes.state_bytes("float32", "cpu")
+    assert sizes.cache_bytes_per_token("float32") * cache.block_tokens == sum(
+        tensor[0].nbytes for tensor in (*cache.keys, *cache.values)
+    )
 
 
 def test_training_says_what_the_sampler_said(model):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skyrl.models.attention_calls import LayerShape
-from skyrl.models.linear_attention import StateShape
+from skyrl.models.linear_attention import States
 from skyrl.models.lora import Adapter, Segment, segments_of
 from skyrl.sampler.runners.sampling import BatchSamplingParams
 from skyrl.types import SamplingParams
@@ -24,7 +24,7 @@ from skyrl.types import SamplingParams
 class KVCache:
     """Keys [blocks, K, block_tokens, C] and values of every layer, or with `tokens_first` [blocks, block_tokens, K, C]
     as paged kernels want them. Block 0 takes the writes of padding. `states`: what a layer of linear attention keeps of
-    `num_states` sequences (linear_attention.States), and of number 0, which nobody has; None for other layers.
+    each sequence, number 0 of which nobody has; None for other layers.
 
     Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
     """
@@ -38,8 +38,7 @@ class KVCache:
         device: torch.device,
         *,
         tokens_first: bool = False,
-        states: list[StateShape | None] | None = None,
-        num_states: int = 0,
+        states: list[States | None] | None = None,
     ) -> None:
         self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
 
@@ -58,10 +57,7 @@ class KVCache:
             else:
                 self.keys.append(self.keys[shape.same_as])
                 self.values.append(self.values[shape.same_as])
-        self.states = [
-            None if shape is None else shape.empty(num_states + 1, dtype, device)
-            for shape in states or [None] * len(shapes)
-        ]
+        self.states = states or [None] * len(shapes)
 
     @staticmethod
     def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
