@@ -9,6 +9,7 @@ from loop import loop_config, run_loop, train_here
 
 from skyrl.checkpoint.folder import read_checkpoint
 from skyrl.config import validation
+from skyrl.run import Run
 from skyrl.tracking.base import without_wall_clock
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.tracking.rollouts import read_rollouts, recompute_metrics
@@ -153,7 +154,8 @@ def test_an_update_without_rows_is_skipped_and_counted(advantage, size, tmp_path
     assert len(seen.updates(model)) == learned and all(seen.updates(model))
 
 
-def test_an_update_whose_every_token_is_masked_is_skipped(tmp_path):
+def test_an_update_whose_every_token_is_masked_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "_stop_without_verifiers", lambda run: None)  # as if they had worked before
     more = ["env.on_error=mask", "optim.weight_decay=0.1", "batch.num_steps=1"]
     seen = run_loop(tmp_path / "run", *more, env={"broken": 1})
     (record,) = seen.rl
@@ -320,7 +322,7 @@ def test_the_critic_warms_up_alone(tmp_path):
 def test_warm_up_learns_the_solutions_on_any_number_of_ranks(tmp_path):
     more = ["warmup.num_steps=12", "warmup.rows_per_step=7", "warmup.lr=2e-2", "sampler.max_new_tokens=4"]
     runs = [run_loop(tmp_path / str(size), *more, size=size, mode="sft") for size in (1, 2)]
-    losses = [[r["nll:mean"] for r in run.records if r["phase"] == "warmup"] for run in runs]
+    losses = [[r["nll:mean"] for r in run.records if r["phase"] == "sft"] for run in runs]
     assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-4)  # Adam at this rate amplifies rounding later on
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert losses[0][-1] < 0.5 * losses[0][0]

@@ -65,7 +65,7 @@ def help_text(mode: str) -> str:
         title = "Recipes, experiment=" if group == "experiment" else f"Groups, {group}="
         parts += ["", title]
         for name, comment in names.items():
-            parts.append(textwrap.fill(f"{name:<18}{comment}", 110, initial_indent="  ", subsequent_indent=" " * 20))
+            parts.append(textwrap.fill(f"{name:<20}{comment}", 110, initial_indent="  ", subsequent_indent=" " * 22))
     parts += ["", "Options, with the default before any recipe (--cfg job shows the values that a command would use)"]
     for group, about, options in by_group(mode):
         if group:

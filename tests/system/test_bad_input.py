@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_when_saving(warm, disk, tmp_path):
 
 
 def test_a_disk_that_is_full_when_logging(warm, disk, tmp_path):
-    place = disk(900)
+    place = disk(2000)
     metrics = place / "run" / "metrics.jsonl"
 
     def fill():
@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_when_logging(warm, disk, tmp_path):
 
 @pytest.mark.ranks
 def test_a_disk_that_is_full_when_exporting(warm, disk, cut, tmp_path):
-    place = disk(1500)
+    place = disk(2600)
     run = cut("000010")
     shutil.rmtree(run / "rollouts")
     shutil.copytree(run, place / "run")
