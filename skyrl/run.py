@@ -242,7 +242,7 @@ class Run:
         self.state.step += 1
         self.state.global_step += 1
         self.state.unrecorded = True
-        for line in self.state.notices.look(self.state.global_step, metrics):
+        for line in self.state.notices.look(self.state.global_step, metrics, self.cfg.algorithm.advantage.name):
             self.say(line)
         if self.state.notices.hopeless:
             self._stop_without_verifiers()

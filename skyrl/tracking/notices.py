@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from skyrl.types import Metrics
 
 EQUAL_STEPS = 5  # steps in a row without a group that can teach, before it is said
+# Advantages that are 0 in a group of equal rewards. Others learn from such groups, and from groups of one, as well.
+GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo")
 SILENT_STEPS = 3  # steps in a row without one verifier that worked, before a run that has had some stops
 
 
@@ -24,8 +26,8 @@ class Notices:
         self.lasted[name] = self.lasted.get(name, 0) + 1 if is_so else 0
         return self.lasted[name]
 
-    def look(self, step: int, metrics: Metrics) -> list[str]:
-        """The lines that a finished step of RL gives cause for, by its global metrics."""
+    def look(self, step: int, metrics: Metrics, advantage: str = "grpo") -> list[str]:
+        """The lines that a finished step of RL gives cause for, by its global metrics and the advantage's name."""
         episodes, invalid = metrics.get("episodes:sum", 0.0), metrics.get("invalid:sum", 0.0)
         if not episodes:
             return []
@@ -34,7 +36,9 @@ class Notices:
         groups, equal = metrics.get("filters/groups:sum", 0.0), metrics.get("filters/zero_variance_groups:sum", 0.0)
         reward = metrics.get("reward:mean", 0.0)
         found = {}
-        if self._lasts("all_groups_equal", groups == equal and invalid < episodes) >= EQUAL_STEPS:
+        if self._lasts("all_groups_equal", groups == equal and invalid < episodes) >= EQUAL_STEPS and (
+            advantage in GROUP_RELATIVE
+        ):
             found["all_groups_equal"] = (
                 f"in {EQUAL_STEPS} steps in a row all rewards of each group were equal (mean {reward:g}), so nothing "
                 "is learned: the task is too hard or too easy for this model, or the reward does not tell answers "

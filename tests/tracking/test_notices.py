@@ -22,6 +22,8 @@ def said(metrics, state=None):
 def test_equal_groups_are_told_once_and_only_in_a_row():
     assert said([step(equal=4)] * (EQUAL_STEPS - 1) + [step(equal=3)] + [step(equal=4)] * (EQUAL_STEPS - 1)) == []
     assert said([step(equal=4)] * 3 * EQUAL_STEPS) == ["notice all_groups_equal"]
+    critic = Notices()  # whose advantages are not of groups
+    assert [line for n in range(9) for line in critic.look(n, step(equal=4), "gae")] == []
     assert said([step()] * 9) == [] and said([{"loss:sum": 1.0}]) == []
 
 
