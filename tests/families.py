@@ -24,8 +24,8 @@ _SIZES: dict[str, Any] = dict(
 )
 
 
-def _config(kind: str, **more: Any) -> Callable[[], Any]:
-    return lambda: getattr(tf, kind)(**{**_SIZES, **more})
+def _config(kind: str, **more: Any) -> Callable[..., Any]:
+    return lambda **changes: getattr(tf, kind)(**{**_SIZES, **more, **changes})
 
 
 _SLIDING = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
@@ -39,7 +39,7 @@ _GPT: dict[str, Any] = dict(
     vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=None, eos_token_id=1
 )
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "qwen2": _config("Qwen2Config", tie_word_embeddings=True),
     "qwen3": _config("Qwen3Config"),
     "llama3": _config("LlamaConfig", rope_parameters={**_SCALED, "original_max_position_embeddings": 32}),
@@ -142,16 +142,64 @@ LONGROPE = _config(
 LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid")
 
 
-def make_net(name: str, *, seed: int = 0, std: float | None = None, attention: str = "eager") -> Any:
+def make_net(name: str, *, seed: int = 0, std: float | None = None, attention: str = "eager", **changes: Any) -> Any:
     """A whole float32 transformers model of that family. Weights are large, so that a mistake shows in the logits;
     biases and norms are random too. Those of linear attention are smaller: its norms make much of roundings."""
     torch.manual_seed(seed)
     std = std or (0.15 if name in LINEAR else 0.3)
-    config = (LONGROPE if name == "phi3_long" else FAMILIES[name])()
+    config = (LONGROPE if name == "phi3_long" else FAMILIES[name])(**changes)
     net = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in net.parameters():
             noise = torch.randn(param.shape, generator=generator)
             param.copy_(noise * std if param.ndim > 1 else param + 0.1 * noise)
+    return net
+
+
+# ---- models that take images or sound, whose text parts are trained
+
+_VISION: dict[str, Any] = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+_VISION_QWEN: dict[str, Any] = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+_GEMMA = {**_SIZES, **_SLIDING, "query_pre_attn_scalar": 8}
+_CHUNKS = dict(attention_chunk_size=8, floor_scale=6, no_rope_layers=[1, 0], num_local_experts=2)
+_QWEN_MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, rope_parameters=_MROPE)
+WITH_IMAGES: dict[str, dict[str, Any]] = {
+    "qwen3_5": dict(text_config={**_SIZES, **_LINEAR}, vision_config=_VISION_QWEN),
+    "qwen2_5_vl": dict(
+        text_config={**_SIZES, "rope_parameters": _MROPE}, vision_config=_VISION_QWEN, tie_word_embeddings=True
+    ),
+    "qwen3_vl_moe": dict(
+        text_config={**_SIZES, **_QWEN_MOE}, vision_config={**_VISION_QWEN, "deepstack_visual_indexes": [0]}
+    ),
+    "gemma3": dict(text_config=_GEMMA, vision_config=_VISION, mm_tokens_per_image=4),
+    "mistral3": dict(
+        text_config={**_SIZES, "model_type": "mistral"},
+        vision_config={**_VISION, "head_dim": 8, "model_type": "pixtral"},
+        tie_word_embeddings=False,
+    ),
+    "llama4": dict(
+        text_config={**_SIZES, **_CHUNKS, "intermediate_size_mlp": 48},
+        vision_config={
+            **_VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16
+        },
+    ),
+    "qwen2_audio": dict(
+        text_config={**_SIZES, "model_type": "qwen2"},
+        audio_config=dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16),
+    ),
+}  # fmt: skip
+
+
+def make_with_images(kind: str) -> Any:
+    """A whole float32 transformers model of that kind, with the text part and the towers small and random."""
+    torch.manual_seed(0)
+    config = tf.CONFIG_MAPPING[kind](**WITH_IMAGES[kind])
+    net: Any = tf.AutoModelForMultimodalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for param in net.parameters():
+            param.copy_(torch.randn(param.shape) * 0.2 if param.ndim > 1 else param + 0.1 * torch.randn(param.shape))
     return net

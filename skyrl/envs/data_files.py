@@ -251,6 +251,13 @@ def _messages(row: Example) -> list[Message]:
         raise UserError(f"{row.source}: field 'messages' or 'prompt' is missing; fields of this row: {known}")
     if len(given) > 1:
         raise UserError(f"{row.source}: has both 'messages' and 'prompt'; keep one")
+    for media in ("images", "videos", "audios"):  # as data sets of models for images hold them: {bytes, path} each
+        files = row.fields.get(media)
+        if isinstance(files, list) and files and isinstance(files[0], dict):
+            raise UserError(
+                f"{row.source}: field {media!r} holds what models here do not read: they read text alone; give rows of "
+                "text, or take the field out"
+            )
     name, value = given[0], row.fields[given[0]]
     if name == "prompt" and isinstance(value, str):
         return [{"role": "user", "content": value}]
@@ -273,6 +280,11 @@ def messages_problem(value: object) -> str:
             return f"has no role and content in entry {index}"
         if message["role"] not in ROLES:
             return f"has role {message['role']!r} in entry {index}; allowed: {', '.join(ROLES)}"
+        if isinstance(message["content"], list):
+            kinds = [part.get("type", "") for part in message["content"] if isinstance(part, dict)]
+            other = next((kind for kind in kinds if kind != "text"), "")
+            said = f"a part of type {other!r}" if other else "a list of parts"
+            return f"has {said} as content of entry {index}, wanted a string: models here read text alone"
         if not isinstance(message["content"], str):
             return f"has a {type(message['content']).__name__} as content of entry {index}, wanted a string"
     return ""

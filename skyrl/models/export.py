@@ -82,7 +82,7 @@ def export_model(
             _write_weights(revert_weight_conversion(net, weights), part, shard_bytes)
             origin = _origin(source.path, source.revision)
             _write_config(config, part, origin, dtype, type(net).__name__)
-            _copy_side_files(part, origin, source, tokenizer)
+            _copy_side_files(part, origin, source, tokenizer, config.model_type)
             _write_card(part, origin, source.path, str(folder))
             more(part)
     except OSError as error:
@@ -137,9 +137,8 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dtype, architecture: str) -> None:
     """config.json with the keys of the source, what the export changes, and the names that transformers 4 reads."""
-    if origin is not None:
-        keys = json.loads((origin / CONFIG).read_text(encoding="utf-8"))
-    else:
+    keys = {} if origin is None else json.loads((origin / CONFIG).read_text(encoding="utf-8"))
+    if keys.get("model_type") != config.model_type:  # none, or that of a model whose text part this is
         config = copy.deepcopy(config)
         config._attn_implementation_internal = None  # ours is not known where this is loaded
         keys = json.loads(config.to_json_string())
@@ -198,13 +197,18 @@ def _harmless(old: dict[str, Any], keys: dict[str, Any], family: Any) -> dict[st
     return kept
 
 
-def _copy_side_files(part: Path, origin: Path | None, source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The source's files beside its weights, with the tokenizer and the template that the run used."""
+def _copy_side_files(
+    part: Path, origin: Path | None, source: ModelConfig, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> None:
+    """The source's files beside its weights, with the tokenizer and the template that the run used; settings for images
+    not where a model of `kind` is the text part alone of the source."""
     home = origin
     if source.tokenizer and source.tokenizer != source.path:
         home = _origin(source.tokenizer)
     if origin is not None:
-        _copy(origin, part, SIDE_FILES, (*OWN_FILES, *(() if home == origin else TOKENIZER_FILES)))
+        images = json.loads((origin / CONFIG).read_text(encoding="utf-8")).get("model_type") != kind
+        others = (*(() if home == origin else TOKENIZER_FILES), *(("*processor_config.json",) if images else ()))
+        _copy(origin, part, SIDE_FILES, (*OWN_FILES, *others))
     if home is None:
         tokenizer.save_pretrained(part)
     elif home != origin:

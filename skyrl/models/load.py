@@ -15,12 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from skyrl.config.schema import ModelConfig
 from skyrl.hub.locate import locate
+from skyrl.hub.text_part import text_part
 from skyrl.models.attention import NAME, register
+from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
 from skyrl.models.tiny import tiny_config
-from skyrl.models.weights import fill_from, init_random, reason_of
+from skyrl.models.weights import Checkpoint, fill_from, init_random, reason_of
 from skyrl.text.tokenizer import TINY, tiny_tokenizer
 from skyrl.types import UserError
 
@@ -33,18 +35,33 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     """The transformers config of `model.path`, checked. Raises UserError for a model that is not supported."""
     if cfg.path == TINY:
         return tiny_config(cfg.tiny, len(tokenizer if tokenizer is not None else tiny_tokenizer()))
-    folder = locate(cfg.path, cfg.revision)
-    try:
-        config = AutoConfig.from_pretrained(  # the file's own dtype may be "auto", which is none
-            folder, trust_remote_code=cfg.trust_remote_code, dtype=torch.float32
+    config = _whole_config(cfg)
+    part = text_part(config)
+    if part is not config:
+        warn_fallback(
+            f"model.path={cfg.path}: of {config.model_type} its text part, {part.model_type}, is trained and exported; "
+            "images and sound are not read"
         )
+    check_supported(part)
+    if part is not config and not part.tie_word_embeddings:  # where its two configs contradict each other, files do not
+        files = Checkpoint(locate(cfg.path, cfg.revision)).files
+        part.tie_word_embeddings = not any(name.endswith("lm_head.weight") for name in files)
+    return part
+
+
+def _whole_config(cfg: ModelConfig) -> Any:
+    """What transformers makes of the folder's config.json: of a model that takes images, not of its text part alone."""
+    try:
+        return AutoConfig.from_pretrained(  # the file's own dtype may be "auto", which is none
+            locate(cfg.path, cfg.revision), trust_remote_code=cfg.trust_remote_code, dtype=torch.float32
+        )
+    except UserError:
+        raise
     except Exception as error:  # whatever a class makes of values that it did not expect, and code of the folder
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         if "trust_remote_code=True" in str(error):
             reason = "it needs the folder's own code; read that, and set model.trust_remote_code=true to run it"
         raise UserError(f"model.path={cfg.path}: transformers cannot read its config: {reason}") from error
-    check_supported(config)
-    return config
 
 
 def build_net(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
@@ -104,7 +121,8 @@ def load_into(model: CausalLM, cfg: ModelConfig, *, device: torch.device | str, 
     if cfg.path == TINY:
         init_random(model, seed, residual_layers=len(model.layers()))
         return
-    fill_from(model.net, locate(cfg.path, cfg.revision))
+    config = _whole_config(cfg)
+    fill_from(model.net, locate(cfg.path, cfg.revision), None if text_part(config) is config else config)
     if model.head == "value":
         init_random(model, seed, only="value_head.")
 

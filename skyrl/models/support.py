@@ -47,7 +47,10 @@ def check_supported(config: Any) -> None:
         name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None) is not None
     ]
     if parts:
-        refuse(f"it takes more than text (its config has {', '.join(parts)})")
+        refuse(
+            f"it takes more than text (its config has {', '.join(parts)}), and its text part is no causal LM of "
+            "transformers"
+        )
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
         refuse(f"it has layers of type {', '.join(others)}")
@@ -78,13 +81,15 @@ def check_module(net: Any) -> None:
         raise UserError(f"model.path: model type {kind!r} is not supported: {reason}")
 
     linear = [module for module in net.modules() if is_delta_net(module)]
-    if len(linear) != (getattr(net.config, "layer_types", None) or []).count("linear_attention"):
+    kinds = getattr(net.config, "layer_types", None) or []
+    if len(linear) != kinds.count("linear_attention"):
         refuse("its linear attention is not the gated delta rule of qwen3_next, qwen3_5 and olmo_hybrid")
-    if getattr(net, "_is_stateful", False) and not linear:
+    if getattr(net, "_is_stateful", False) and not kinds:  # of a family; its layers may all be softmax attention
         refuse("it carries a recurrent state")
     if decoder_of(net) is net:
         refuse("it has no decoder apart from its head")
-    if not getattr(decoder_of(net), "_supports_attention_backend", False) and not linear:  # theirs is not told
+    told = getattr(decoder_of(net), "_supports_attention_backend", False) or getattr(net, "_is_stateful", False)
+    if not told:  # by hybrid families it never is
         refuse("its attention does not go through transformers' attention interface")
     known = [module.conv1d for module in linear]
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) and module not in known for module in net.modules()):

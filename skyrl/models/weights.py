@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -164,12 +165,55 @@ def persistent_buffers(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def plan(net: Any, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
+def plan(net: Any, checkpoint: Checkpoint, whole: Any = None) -> tuple[dict[str, str | Conversion], dict[str, str]]:
     """What is read for each target: a key of the files, or transformers' own converter of several keys (fused experts);
     and further keys, with the target that they are taken for a copy of (tied weights, the same name with a prefix).
 
+    `whole`: the config of the model with images or sound whose text part `net` is; its other weights are left alone.
     Raises UserError that names keys which are missing or which the model has no place for.
     """
+    found = _assign(net, checkpoint)
+    if whole is not None:
+        found.spare.clear()
+        if found.missing:  # not named as in a checkpoint of the text part: as the whole model names them
+            found = _assign_part(net, checkpoint, whole)
+    sides = (("lacks", found.missing), ("has no place for", found.spare))
+    if said := [f"{what} {few(names)}" for what, names in sides if names]:
+        raise UserError(
+            f"model.path: {checkpoint.folder} does not fit model type {net.config.model_type}: {' and '.join(said)}; "
+            "check that config.json belongs to these weights"
+        )
+    return found.steps, found.copies
+
+
+@dataclass
+class Conversion:
+    """Parameters of `net` that transformers' own converter makes from several tensors of the files, by the names that
+    `names` gives them; `name`: the first of them in `net`."""
+
+    net: Any
+    name: str
+    converter: Any
+    names: Callable[[str], str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is made, read now."""
+        made = self.converter.convert(self.name, model=self.net, config=self.net.config)
+        return {self.names(name): t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+
+@dataclass
+class Assignment:
+    """Which keys of the files go where (see `plan`), which targets get nothing, and the keys without a place."""
+
+    steps: dict[str, str | Conversion]
+    copies: dict[str, str]
+    missing: list[str]
+    spare: list[str]
+
+
+def _assign(net: Any, checkpoint: Checkpoint, names: Callable[[str], str] = lambda name: name) -> Assignment:
+    """Of a checkpoint of `net`, by the names that `names` gives the targets."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -179,7 +223,7 @@ def plan(net: Any, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, st
     renamings: list[Any] = [t for t in transforms if not isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     known = {**wanted, **{alias: wanted[name] for alias, name in aliases.items() if name in wanted}}
-    out: dict[str, Any] = {}
+    steps: dict[str, str | Conversion] = {}
     copies: dict[str, str] = {}
     made: set[str] = set()
     spare: list[str] = []
@@ -188,26 +232,63 @@ def plan(net: Any, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, st
         if name not in known and key in known:
             name, pattern = key, None
         name = aliases.get(name, name)
-        if name not in wanted or isinstance(out.get(name), str if pattern else WeightConverter):
+        there = steps.get(names(name))
+        if name not in wanted or isinstance(there, str if pattern else Conversion):
             spare.append(key)
         elif pattern is not None:
-            converter = out.setdefault(name, deepcopy(by_pattern[pattern]))
-            converter.add_tensor(name, key, pattern, partial(checkpoint.read, key))
-            made.update(name.replace(converter.target_patterns[0], other) for other in converter.target_patterns)
-        elif out.setdefault(name, key) != key:
-            copies[key] = name
-    missing = sorted(set(wanted) - set(out) - made)
-    spare = [key for key in spare if not _ignorable(net, key)]
-    if missing or spare:
-        said = [f"{what} {few(names)}" for what, names in (("lacks", missing), ("has no place for", spare)) if names]
+            if not isinstance(there, Conversion):
+                there = steps[names(name)] = Conversion(net, name, deepcopy(by_pattern[pattern]), names)
+            there.converter.add_tensor(name, key, pattern, partial(checkpoint.read, key))
+            several = there.converter.target_patterns
+            made.update(name.replace(several[0], other) for other in several)
+        elif steps.setdefault(names(name), key) != key:
+            copies[key] = names(name)
+    missing = sorted(names(name) for name in wanted if name not in made and names(name) not in steps)
+    return Assignment(steps, copies, missing, [key for key in spare if not _ignorable(net, key)])
+
+
+def _assign_part(net: Any, checkpoint: Checkpoint, whole: Any) -> Assignment:
+    """Of a checkpoint of the model `whole`, what belongs to its text part `net`: what lies where its embeddings lie."""
+    from transformers import AutoModelForMultimodalLM
+
+    whole = deepcopy(whole)
+    whole.tie_word_embeddings = net.config.tie_word_embeddings
+    try:
+        with torch.device("meta"):
+            owner: Any = AutoModelForMultimodalLM.from_config(whole)
+    except Exception as error:  # a package for images is missing, values that fit nothing
         raise UserError(
-            f"model.path: {checkpoint.folder} does not fit model type {net.config.model_type}: {' and '.join(said)}; "
-            "check that config.json belongs to these weights"
-        )
-    return out, copies
+            f"model.path: {checkpoint.folder}: transformers cannot build {whole.model_type}, after whose parts these "
+            f"weights are named ({reason_of(error)})"
+        ) from error
+    owner.tie_weights()
+    theirs, ours = (_path_of(n, n.get_input_embeddings()).split(".") for n in (owner, net))
+    while theirs and ours and theirs[-1] == ours[-1]:
+        theirs, ours = theirs[:-1], ours[:-1]
+    places = {".".join([*theirs, ""]): ".".join([*ours, ""])}
+    if net.get_output_embeddings() is not None:
+        places[_path_of(owner, owner.get_output_embeddings())] = _path_of(net, net.get_output_embeddings())
+
+    def names(name: str) -> str:
+        for place, own in places.items():
+            if name.startswith(place):
+                return own + name[len(place) :]
+        return f"{whole.model_type}: {name}"
+
+    found, own = _assign(owner, checkpoint, names), targets(net)
+    return Assignment(
+        {name: step for name, step in found.steps.items() if name in own},
+        {key: name for key, name in found.copies.items() if name in own},
+        sorted(own.keys() & set(found.missing) | own.keys() - {names(name) for name in targets(owner)}),
+        [],
+    )
 
 
-def fill_from(net: Any, folder: Path) -> None:
+def _path_of(net: Any, module: nn.Module) -> str:
+    return next(path for path, other in net.named_modules() if other is module)
+
+
+def fill_from(net: Any, folder: Path, whole: Any = None) -> None:
     """Every parameter and persistent buffer of `net` from the files in `folder`, cast to its own dtype; one tensor at a
     time, of a sharded one this rank's part alone.
 
@@ -215,7 +296,7 @@ def fill_from(net: Any, folder: Path) -> None:
     it is taken for a copy of.
     """
     checkpoint = Checkpoint(folder, getattr(net.config, "transformers_weights", None))
-    (steps, copies), wanted = plan(net, checkpoint), targets(net)
+    (steps, copies), wanted = plan(net, checkpoint, whole), targets(net)
 
     def check_shape(what: str, found: Sequence[int], name: str) -> None:
         if tuple(found) != (own := tuple(wanted[name].shape)):
@@ -232,16 +313,15 @@ def fill_from(net: Any, folder: Path) -> None:
             put(wanted[name], checkpoint.read(step, region), region)
             continue
         try:
-            converted = step.convert(name, model=net, config=net.config)
+            converted = step.tensors()
         except (RuntimeError, ValueError) as error:  # tensors to be stacked that differ in shape or number
             raise UserError(
                 f"model.path: {name} cannot be made from the tensors for it in {folder} ({reason_of(error)}); check "
                 "that config.json belongs to these weights"
             ) from error
         for made, tensor in converted.items():
-            whole = tensor[0] if isinstance(tensor, list) else tensor
-            check_shape(f"what makes {made}", whole.shape, made)
-            put(wanted[made], whole)
+            check_shape(f"what makes {made}", tensor.shape, made)
+            put(wanted[made], tensor)
     for name, tensor in wanted.items():
         if not _is_finite(_local(tensor)):
             raise UserError(

@@ -17,6 +17,7 @@ from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
+from skyrl.hub.text_part import text_part
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 
@@ -119,6 +120,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         )  # the file's own may be "auto", which is none
         if problem := config_problem(config.to_dict()):
             raise UserError(f"model.path={path}: {problem}")
+        config = text_part(config)
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except UserError:
@@ -137,7 +139,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
             f"model.path={path}: no model can be read there ({reason}); give tiny, a folder in Hugging Face format, or "
             "a hub name that this machine can reach or has in its cache"
         ) from error
-    text = config.get_text_config()
+    text = config
     heads = text.num_attention_heads
     # A mixture of experts runs some of its experts on each token.
     ffn = _first(text, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")

@@ -30,6 +30,9 @@ def num_blocks(
 
     Automatic: at most twice what all running sequences can fill, for cached beginnings. UserError where none fits.
     """
+    most = 2 * max_running * -(-max_length // tokens)
+    if not each:  # no layer keeps anything of a token
+        return most
     if cfg.kv_cache_gib > 0:
         blocks = int(cfg.kv_cache_gib * GIB) // each - 1
         if blocks < 1:
@@ -38,7 +41,6 @@ def num_blocks(
                 f"{each / GIB:.3g} GiB; allowed: two blocks or more"
             )
         return blocks
-    most = 2 * max_running * -(-max_length // tokens)
     if device.type == "cpu":
         return max(1, min(GIB // each - 1, most))
     return min(gpu_blocks(*gpu_memory(device), each, tokens, max_length, memory, warn), most)

@@ -88,7 +88,15 @@ def test_missing_and_wrong_fields():
         ('{"messages": []}', "field 'messages' must be a list with at least one message"),
         ('{"messages": [{"role": "user"}]}', "field 'messages' has no role and content in entry 0"),
         ('{"messages": [{"role": "bot", "content": ""}]}', "field 'messages' has role 'bot' in entry 0"),
-        ('{"messages": [{"role": "user", "content": [1]}]}', "field 'messages' has a list as content of entry 0"),
+        (
+            '{"messages": [{"role": "user", "content": [1]}]}',
+            "field 'messages' has a list of parts as content of entry 0",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}, {"type": "image"}]}]}',
+            "field 'messages' has a part of type 'image'",
+        ),
+        ('{"prompt": "<image> what?", "images": [{"path": "a.png"}]}', "field 'images' holds what models here do not"),
     ],
 )
 def test_prompts_of_the_wrong_form(write, second, message):

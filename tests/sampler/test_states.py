@@ -6,6 +6,7 @@ import torch
 
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.models.forward import CausalLM, collate
+from skyrl.models.support import check_module
 from skyrl.planner.memory import model_sizes
 from skyrl.types import Datum
 from tests.families import make_net
@@ -75,6 +76,15 @@ def test_a_cancelled_leader_leaves_its_state_to_its_twin(model):
     for other in others:
         expected = reference_logprobs(model, other.tokens, done[other.uid].tokens)
         np.testing.assert_allclose(done[other.uid].logprobs, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
+def test_a_hybrid_family_with_layers_of_one_kind(kind):
+    """Layers that all keep a state and nothing of a token, whose blocks have no bytes; or none that keeps a state."""
+    net = make_net("qwen3_5", layer_types=[kind] * 2)
+    model = CausalLM(net)
+    check_module(net)
+    held(model, sampler(model, block_tokens=4, max_running=3, kv_cache_gib=0.01), requests(CONTEXTS, samples=2))
 
 
 def test_adapters_have_states_of_their_own(model):
