@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Text parts that are no causal LM of transformers by themselves, and the one that computes the same on text alone, where
-# all axes of their rotary positions are equal; with what their code does and their config does not say.
+# Text parts that are no causal LM of transformers by themselves, and the one that computes the same on text alone,
+# where all axes of their rotary positions are equal; with what their code does and their config does not say.
 SAME_ON_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
     "qwen2_5_vl_text": ("qwen2", {}),
