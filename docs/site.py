@@ -5,11 +5,13 @@ Pages are docs/*.md and one made of examples/. Beside each page's HTML lies its 
 """
 
 import dataclasses
+import html
 import inspect
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,7 +41,7 @@ def _entry(module: ModuleType, name: str) -> list[str]:
         return [*lines, f"`{name} = {str(thing).replace('typing.', '')}`", ""]
     with_arguments = inspect.isfunction(thing) or dataclasses.is_dataclass(thing)
     signature = f"{name}{inspect.signature(thing)}" if with_arguments else f"class {name}"
-    lines += ["```python", _plain(signature), "```", "", *_text(thing).splitlines(), ""]
+    lines += ["```python signatures", _plain(signature), "```", "", *_text(thing).splitlines(), ""]
     if inspect.isclass(thing) and not dataclasses.is_dataclass(thing):
         for method, member in vars(thing).items():
             of = inspect.unwrap(getattr(member, "__func__", member))
@@ -54,13 +56,12 @@ def _plain(signature: str) -> str:
 
 
 def _text(thing: Any) -> str:
-    """The docstring, with what looks like HTML made harmless outside of code."""
-    return re.sub(
-        r"^(    .*)$|[<>]",
-        lambda m: m[0] if m[1] else {"<": "&lt;", ">": "&gt;"}[m[0]],
-        inspect.getdoc(thing) or "",
-        flags=re.M,
-    )
+    """The docstring: code in a fence, and what looks like HTML made harmless outside of it."""
+    parts = re.split(r"((?:^    .*\n?)+)", inspect.getdoc(thing) or "", flags=re.M)
+    for at, part in enumerate(parts):
+        code = textwrap.dedent(part).rstrip()
+        parts[at] = f"```python needs=network\n{code}\n```\n" if at % 2 else html.escape(part, quote=False)
+    return "".join(parts)
 
 
 def examples_markdown() -> str:

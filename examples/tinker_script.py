@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 examples/tinker_script.py Qwen/Qwen3-0.6B
 
 The service runs inside this program. For a server on another machine set TINKER_BASE_URL and TINKER_API_KEY and write
-`with tinker.ServiceClient() as client:` (import tinker); the rest stays. Needs the extra: pip install '.[tinker]'.
+`with tinker.ServiceClient() as client:` (import tinker); the rest stays. Needs pip install 'skyrl-spmd[tinker]'.
 """
 
 import sys
@@ -23,11 +23,11 @@ def main(base: str = "tiny", steps: int = 20, groups: int = 4, samples: int = 8)
     """REINFORCE with a baseline of the group; returns the mean reward of each step."""
     curve = []
     with skyrl.tinker.service_client(model={"path": base}) as client:
-        model = client.create_lora_training_client(base_model=base, rank=8, seed=1)
+        model = client.create_lora_training_client(base_model=base, rank=8, seed=1).result()
         tokenizer = model.get_tokenizer()
         prompt = tokenizer.encode("7+5=")
         for step in range(steps):
-            sampler = model.save_weights_and_get_sampling_client()
+            sampler = model.save_weights_and_get_sampling_client().result()
             wanted = types.SamplingParams(max_tokens=8, temperature=1.0)
             drawn = [
                 sampler.sample(types.ModelInput.from_ints(prompt), samples, wanted.model_copy(update={"seed": seed}))

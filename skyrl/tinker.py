@@ -80,7 +80,9 @@ def service_client(**options: Any) -> Iterator[Any]:
 
 def _service_config(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> RunConfig:
     if importlib.util.find_spec("tinker") is None:
-        raise UserError("skyrl.tinker needs the official SDK and, for that, Python 3.11 or newer: pip install tinker")
+        raise UserError(
+            "skyrl.tinker needs the SDK and, for that, Python 3.11 or newer: pip install 'skyrl-spmd[tinker]'"
+        )
     given = shlex.split(os.environ.get("SKYRL_SERVE_OPTIONS", ""))
     cfg = load_config([*as_overrides(defaults), *given, *as_overrides(options)], mode="serve")
     if cfg.dry_run:

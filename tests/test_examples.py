@@ -142,6 +142,30 @@ def test_train_in_python_and_evaluate(warm, here):
     assert not (here / "runs/eval-tiny/export").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("first_run", [r"^held-out accuracy 0\.\d+ before RL", "^--- prompt$"]),
+        ("own_reward", ["^--- expected$", r"reward broken\).*capitals_test\.jsonl:\d.*ZeroDivisionError"]),
+    ],
+)
+def test_notebooks(warm, here, name, said):
+    """Their cells in order, in one process, with shorter runs: options are added where papermill would, too."""
+    cells = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["import matplotlib; matplotlib.use('Agg')"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            code.append("".join(cell["source"]))
+        if "parameters" in cell["metadata"].get("tags", ()):
+            code.append(f"OPTIONS += {SHORT!r}")
+    before = f"import sys, types; cells = {code!r}; names = {{}}; "
+    before += "run = lambda: [exec(compile(cell, 'cell', 'exec'), names) for cell in cells]; "
+    before += "sys.modules['script'] = types.SimpleNamespace(main=run)"
+    done = warm.run(cwd=here, module="script", before=before)
+    assert done.code == 0, done.stderr
+    assert all(re.search(one, done.stdout, re.M) for one in said), done.stdout
+
+
 def test_slurm_array(here, monkeypatch, capsys):
     """What it submits. Arrays on a real Slurm: tests/slurm/test_sweeps.py."""
     words = ["bash", "examples/slurm_array.sh", "--print", "--time", "20", "--", *SHORT, "run.name=array"]

@@ -49,7 +49,7 @@ def test_options(monkeypatch):
 
 def test_without_the_sdk(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the official SDK and, for that, Python 3.11 or newer: pip install"):
+    with pytest.raises(UserError, match=r"needs the SDK and, for that, Python 3.11 or newer: pip install"):
         with skyrl.tinker.service_client():
             raise AssertionError("the body runs")
 

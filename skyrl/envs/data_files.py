@@ -158,8 +158,8 @@ def _opened(path: Path, head: bytes) -> BinaryIO:
         import zstandard  # noqa: F401
     except ImportError:
         raise UserError(
-            f"data file {str(path)!r}: reading zstd needs the package zstandard; run pip install zstandard, or unpack "
-            "the file with zstd -d"
+            f"data file {str(path)!r}: reading zstd needs the package zstandard; pip install 'skyrl-spmd[data]', or "
+            "unpack the file with zstd -d"
         ) from None
     return cast(BinaryIO, io.BufferedReader(_ZstdFile(path)))
 

@@ -112,7 +112,7 @@ def _open(file: Path, where: str) -> GGUFReader:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise UserError(f"{where}={file}: reading GGUF needs the package gguf; run pip install gguf") from error
+        raise UserError(f"{where}={file}: reading GGUF needs an extra: pip install 'skyrl-spmd[gguf]'") from error
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
