@@ -95,14 +95,16 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
             record["equal_groups"] = record.get("filters/zero_variance_groups:sum", 0.0) / groups
     positions, spans = _axis(records)
     shorten = _Shortened(spans)
-    figure = Figure(figsize=(16.0, 6.4), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(16.0, 6.4), facecolor="white")
+    # The same places for every run: a layout that matplotlib computes from all labels takes as long as drawing them.
+    figure.subplots_adjust(left=0.04, right=0.96, top=0.89, bottom=0.075, wspace=0.24, hspace=0.29)
     FigureCanvasAgg(figure)  # no window, no global state, whatever backend the user has set
     xs = [shorten(x) for x in positions]
     for axes, panel in zip(figure.subplots(2, 4).flat, (_REWARD if learned else _LOSS, *_PANELS), strict=True):
         _draw(axes, panel, records, xs)
         _style(axes, panel, spans, shorten)
     title = title or ": ".join(filter(None, (_whose(metrics), _summary(records))))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK, fontweight="bold")
+    figure.suptitle(title, x=0.01, y=0.98, ha="left", fontsize=12, color=_INK, fontweight="bold")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
