@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from skyrl.distributed.faults import STARTING, classify, remedy_of
 from skyrl.distributed.network import MAX_SKEW
 from skyrl.envs import clock
 from skyrl.planner.device import first_line
+from skyrl.planner.fingerprint import place_of
 from skyrl.types import RunError, UserError
 
 POLL_SECONDS = 0.1
@@ -158,12 +158,6 @@ def options_of_all(cfg: RunConfig) -> dict[str, Any]:
         and not is_place(path, value)
         and not is_allowed(path, cfg.run.allow_different)
     }
-
-
-def place_of(value: Any) -> Path | None:
-    """The file or folder of this host that a text of env.options names, `~` expanded; None for anything else."""
-    path = os.path.expanduser(value) if isinstance(value, str) else ""
-    return Path(path) if path and os.path.exists(path) else None
 
 
 def is_allowed(name: str, allowed: Sequence[str]) -> bool:

@@ -66,14 +66,10 @@ def enter(phase: str, step: int) -> tuple[str, int]:
 
 @contextmanager
 def inside(phase: str, step: int) -> Iterator[None]:
-    """`phase` for the time of the block."""
+    """`phase` for the time of the block; after an error in it the phase stays what it was when things went wrong."""
     before = enter(phase, step)
-    try:
-        yield
-    except BaseException:
-        raise  # the phase stays what it was when things went wrong
-    else:
-        enter(*before)
+    yield
+    enter(*before)
 
 
 def heartbeat() -> None:

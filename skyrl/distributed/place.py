@@ -21,7 +21,7 @@ from skyrl.types import UserError
 SCONTROL_SECONDS = 20
 # Slurm numbers the steps of batch scripts and of interactive shells (salloc) from here on; those of srun are below.
 SPECIAL_STEPS = 0xFFFF_FFF0
-TORCHRUN = "TORCHELASTIC_RUN_ID"
+TORCHRUN, STEP_TASKS = "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"
 # Launcher; its variables for rank, number of ranks, and the same two for this machine.
 MPI = (
     *((name, *(f"{start}_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))) for name, start in (
@@ -53,7 +53,7 @@ def in_step(environment: Mapping[str, str] = os.environ, *, terminal: bool | Non
     SLURM_PROCID and SLURM_NTASKS too, and the latter a step; a shell that `srun --pty` opened is a task, but what is
     typed there is not. `terminal`: whether there is a terminal to type at (None: look)."""
     step = environment.get("SLURM_STEP_ID", "")
-    if not step.isdecimal() or int(step) >= SPECIAL_STEPS or "SLURM_STEP_NUM_TASKS" not in environment:
+    if not step.isdecimal() or int(step) >= SPECIAL_STEPS or STEP_TASKS not in environment:
         return False
     typed = "SLURM_PTY_PORT" in environment and environment.get("SLURM_TASK_PID") != str(os.getpid())
     return not (typed and (_has_terminal() if terminal is None else terminal))
@@ -88,7 +88,7 @@ def launcher_place(environment: Mapping[str, str] = os.environ) -> Place | None:
             found = Place(launcher, rank, size, local, per_node)
     if not in_step(environment):
         return found
-    size, rank = number("SLURM_STEP_NUM_TASKS", 1, environment), number("SLURM_PROCID", 0, environment)
+    size, rank = number(STEP_TASKS, 1, environment), number("SLURM_PROCID", 0, environment)
     if size == 1 or (found is not None and (found.rank, found.size) != (rank, size)):
         return found
     alone = number("SLURM_STEP_NUM_NODES", 1, environment) == 1
@@ -102,19 +102,23 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a process that srun or
     mpirun has started without them; says whether it did.
 
-    Does nothing below torchrun, and for a process alone. MASTER_ADDR and MASTER_PORT stay where they are set. A task
-    that sees one GPU of its own (--gpus-per-task) has LOCAL_RANK 0.
+    Does nothing below torchrun; a process alone loses a LOCAL_RANK that another shell has left. What is empty counts as
+    unset, and what a script has set itself (RANK and WORLD_SIZE alone, say) stays and is completed. A task that sees
+    one GPU of its own (--gpus-per-task) has LOCAL_RANK 0.
     Raises UserError when RANK and WORLD_SIZE contradict each other or the launcher, and when nothing says where the
     ranks meet.
     """
     if _below_torchrun(environment):
         return False
     place = launcher_place(environment)
-    if "RANK" in environment or "WORLD_SIZE" in environment:
+    if environment.get("RANK") or environment.get("WORLD_SIZE"):
         _check_world(environment, place)
-        return False
-    if place is None:
+        if place is None or place.local_size < 0 or environment.get("LOCAL_RANK") or own_place(environment) is None:
+            return False
+    elif place is None:
         _check_alone(environment)
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            environment.pop(name, None)
         return False
     if place.local_size < 0:
         raise UserError(
@@ -149,9 +153,15 @@ def own_place(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 def _check_world(environment: Mapping[str, str], place: Place | None) -> None:
     """Raises UserError unless RANK and WORLD_SIZE are a place in one world, and that of the launcher."""
-    given = " ".join(f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if name in environment)
+    given = " ".join(f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if environment.get(name))
     rank, size = number("RANK", -1, environment), number("WORLD_SIZE", -1, environment)
+    local, here = number("LOCAL_RANK", 0, environment), number("LOCAL_WORLD_SIZE", 0, environment)
     left = "they are left from another shell or launcher"
+    if here and not local < here <= abs(size):
+        raise UserError(
+            f"{given} LOCAL_RANK={local} LOCAL_WORLD_SIZE={here}: no place of a rank on its machine; set all four, or "
+            f"unset LOCAL_RANK and LOCAL_WORLD_SIZE ({left})"
+        )
     if place is None and ((rank < 0 and size == 1) or (rank == 0 and size < 0)):
         return _check_alone(environment)
     if rank < 0 or size < 1 or rank >= size:
@@ -165,14 +175,17 @@ def _check_world(environment: Mapping[str, str], place: Place | None) -> None:
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:
-    """Raises UserError where a launcher says which rank this is and none says of how many: each would train alone."""
-    sizes = [names[2] for names in MPI] + ["SLURM_STEP_NUM_TASKS"]
-    ranks = [
-        f"{name}={environment[name]}" for name in (*(names[1] for names in MPI), *LONE_RANKS) if name in environment
-    ]
-    if ranks and not any(name in environment for name in sizes):
+    """Raises UserError where a launcher says only one of which rank this is and of how many: each would train alone."""
+    sizes = {name: environment[name] for name in (*(names[2] for names in MPI), STEP_TASKS) if name in environment}
+    ranks = [name for name in (*(names[1] for names in MPI), *LONE_RANKS) if name in environment]
+    several = [name for name in sizes if name != STEP_TASKS and number(name, 1, environment) > 1]
+    found, missing = (
+        ([], "") if ranks and sizes else (ranks, "how many there are") if ranks else (several, "which it is")
+    )
+    if found:
         raise UserError(
-            f"{ranks[0]}: a launcher has started this process, and does not say how many there are; start with mpirun, "
+            f"{found[0]}={environment[found[0]]}: a launcher has started this process, and does not say {missing}, or "
+            "the variable is left from another shell: unset it; start with mpirun, "
             "srun or torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT for each"
         )
 

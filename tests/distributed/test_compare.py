@@ -1,5 +1,6 @@
 """What differs between nodes is named, with the hosts, on all ranks; what is meant may differ."""
 
+import importlib
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from datetime import date
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy
 import pytest
@@ -22,8 +23,10 @@ from small import small_config
 from skyrl.data import canonical, prompts_digest
 from skyrl.distributed import compare
 from skyrl.distributed.collectives import agree
-from skyrl.distributed.compare import check_shared, compare_nodes, differences, file_digest, read_facts
+from skyrl.distributed.compare import check_shared, compare_nodes, differences
 from skyrl.distributed.init import init_distributed
+from skyrl.planner import fingerprint
+from skyrl.planner.fingerprint import file_digest, read_facts
 from skyrl.types import Prompt, UserError
 
 FACTS = {"versions.torch": "2.13", "data.train": "10 prompts, ab", "env.name": "0.1", "model.path/config.json": "cd"}
@@ -136,7 +139,7 @@ def test_what_is_read_is_known_by_its_content(tmp_path, monkeypatch):
         "env.options.answers/answers.csv",
         "model.path/model.safetensors",
     }
-    monkeypatch.setattr(compare, "WHOLE_BYTES", 50)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 50)
     large = file_digest(tmp_path / "there" / "model.safetensors")
     assert large.startswith("116 bytes, ")
     (tmp_path / "there" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"c": 1}' + bytes(100))
@@ -176,7 +179,7 @@ def test_places_of_an_environment_are_looked_at_within_bounds(tmp_path, monkeypa
     assert set(facts(str(data))) == names
     for number in range(30):
         (data / "many" / f"{number:02}").touch()
-    monkeypatch.setattr(compare, "FOLDER_FILES", 9)
+    monkeypatch.setattr(fingerprint, "FOLDER_FILES", 9)
     assert set(facts(str(data))) == names | {f"env.options.x/data/many/{number:02}" for number in range(5)}
     monkeypatch.setenv("HOME", str(data))
     assert set(facts("~/a/2.txt")) == {"env.options.x/2.txt"} and set(facts(["~/c", "~/1.txt"])) == {
@@ -185,15 +188,15 @@ def test_places_of_an_environment_are_looked_at_within_bounds(tmp_path, monkeypa
     monkeypatch.chdir(data / "a" / "b")
     for value in ("/", ".", "..", "~", str(data), "", "\0", "~nobody/x", 3, None, True):
         assert facts(value) == {}, value
-    monkeypatch.setattr(compare, "sha256", lambda path: open(path / "no"))  # a disk that fails
+    monkeypatch.setattr(fingerprint, "sha256", lambda path: open(path / "no"))  # a disk that fails
     assert facts("3.txt") == {"env.options.x/3.txt": "not readable (Not a directory)"}
-    monkeypatch.setattr(compare, "WHOLE_BYTES", 50)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 50)
     (data / "x.safetensors").write_bytes(b"\xff" * 100)  # a header that says it is larger than any disk
     assert file_digest(data / "x.safetensors").startswith("100 bytes, ")
 
 
 def test_plugins_count_wherever_they_lie(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "LIBRARIES", (f"{tmp_path}/site/",))
+    monkeypatch.setattr(fingerprint, "LIBRARIES", (f"{tmp_path}/site/",))
     for folder in ("site", "site-own"):
         for name in ("plugin", "other"):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -201,7 +204,7 @@ def test_plugins_count_wherever_they_lie(tmp_path, monkeypatch):
             module = ModuleType(f"{name}_{folder[4:]}")
             module.__file__ = str(tmp_path / folder / f"{name}.py")
             monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert {"plugin_", "plugin_-own", "other_-own"} <= set(found := dict(compare._code(["plugin_"])))
+    assert {"plugin_", "plugin_-own", "other_-own"} <= set(found := dict(fingerprint._code(["plugin_"])))
     assert "other_" not in found
 
 
@@ -219,6 +222,34 @@ def test_the_code_of_plugins_and_of_what_they_import_counts(tmp_path, monkeypatc
         del sys.modules[name]
 
 
+def test_files_of_plugins_count_before_they_are_imported(tmp_path, monkeypatch):
+    (tmp_path / "lone_plugin.py").write_text("def reward():\n    from beside import VALUE\n")
+    (tmp_path / "beside.py").write_text("import further\nVALUE = 1\n")
+    for name in ("further", "of_nobody"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "package_of_plugins" / "inner").mkdir(parents=True)
+    (tmp_path / "package_of_plugins" / "inner" / "later.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins = ["lone_plugin", "package_of_plugins.inner"]
+    for name in plugins:
+        importlib.import_module(name)
+    found = dict(fingerprint._code(plugins))
+    told = {name for name in found if name.startswith(("lone_plugin", "package_of_plugins"))}
+    assert told == {"lone_plugin", "lone_plugin/beside.py", "lone_plugin/further.py", "package_of_plugins/later.py"}
+    for name in [name for name in sys.modules if name.startswith(("lone_plugin", "package_of_plugins"))]:
+        del sys.modules[name]
+
+
+def test_versions_of_libraries_in_use_count(monkeypatch):
+    before = read_facts(small_config(), {}, PROMPTS, files=False)
+    monkeypatch.setitem(sys.modules, "tokenizers", SimpleNamespace(__version__="0.1"))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="9"))
+    after = read_facts(small_config(), {}, PROMPTS, files=False)
+    assert (
+        after["versions.triton"] == "9" and before.get("versions.tokenizers") != after["versions.tokenizers"] == "0.1"
+    )
+
+
 def _two(place):
     import socket
 
@@ -228,13 +259,27 @@ def _two(place):
     prompts = PROMPTS if world.rank == 0 else {"train": [replace(PROMPTS["train"][0], uid="b")]}
     meant = replace(cfg, run=replace(cfg.run, allow_different=["data"]))
     compare.SHARED_SECONDS = 1.0
-    slow, own = Path(place) / "slow", Path(place) / f"own-{world.rank}"
+    slow, own, overlay, shut = (Path(place) / name for name in ("slow", f"own-{world.rank}", "overlay", "shut"))
+    if world.rank == 0:  # as where a container lays a layer of its own over the folder: it reads ours, we not its
+        compare._names = lambda place: {
+            one for one in os.listdir(place) if "overlay" not in str(place) or one[-1] == "0"
+        }
+    touch = Path.touch
+    if world.rank == 1:
+
+        def refuse(path, *args):
+            if "shut" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            touch(path, *args)
+
+        Path.touch = refuse
     if world.rank == 1:  # as on NFS, whose clients look again after some seconds
-        shows, begun = compare._shows, time.monotonic()
-        compare._shows = lambda *which: time.monotonic() > begun + 0.5 and shows(*which)
+        names, begun = compare._names, time.monotonic()
+        compare._names = lambda place: names(place) if time.monotonic() > begun + 0.5 else set()
 
     said = []
-    slow.mkdir(exist_ok=True)
+    for folder in (slow, overlay, shut):
+        folder.mkdir(exist_ok=True)
     if world.rank == 0:
         (slow / ".same-old").touch()
         (slow / ".same-new").touch()
@@ -245,6 +290,8 @@ def _two(place):
         lambda: agree(world, lambda: os.stat if world.rank == 0 else _missing()),
         lambda: check_shared(world, slow, "run.dir"),
         lambda: check_shared(world, own, "service.folder"),
+        lambda: check_shared(world, overlay, "run.dir"),
+        lambda: check_shared(world, shut, "run.dir"),
     ):
         try:
             said.append(action())
@@ -268,7 +315,12 @@ def _missing():
 def test_all_ranks_say_the_same(tmp_path):
     first, second = run_ranks(2, _two, str(tmp_path))
     assert first[0][:4] == second[0][:4] and second[1] == [".same-new"]
-    (data, meant, missing, shared, own), left = first
+    (data, meant, missing, shared, own, overlay, shut), left = first
+    assert (
+        overlay.startswith(f"run.dir={tmp_path}/overlay: not one folder on all hosts: ")
+        and "rank 1 on node1" in overlay
+    )
+    assert shut.startswith(f"rank 1 on node1: run.dir={tmp_path}/shut: cannot be written (Permission denied: ")
     assert data.startswith("the nodes are not alike: data.train is 1 prompts, ") and "rank 1 on node1" in data
     assert data.endswith("or say that it is meant: run.allow_different=[data.train]")
     assert meant == ["node0", "node1"]

@@ -50,6 +50,17 @@ def test_a_name_left_by_torchrun_is_no_place():
     assert taken({**STEP, "TORCHELASTIC_RUN_ID": "stale"})[0] == ("2", "3", "0", "1")
 
 
+def test_a_place_that_a_script_has_set_in_part_is_completed():
+    assert taken({**STEP, "RANK": "2", "WORLD_SIZE": "3"})[0] == ("2", "3", "0", "1")
+    assert taken({**STEP, "RANK": "", "WORLD_SIZE": ""})[0] == ("2", "3", "0", "1")
+    assert taken({**OPEN_MPI, "RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "h"})[:2] == (("3", "4", "3", "4"), "h")
+
+
+def test_a_place_on_a_machine_that_another_shell_has_left_is_none():
+    env = {"LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "x", "HOME": "/"}
+    assert not place.take_place(env) and env == {"HOME": "/"}
+
+
 def test_a_process_of_mpirun_gets_its_place():
     ranks, address, port = taken(OPEN_MPI)
     assert (ranks, address) == (("3", "4", "3", "4"), "127.0.0.1") and port == taken(OPEN_MPI)[2]
@@ -85,7 +96,10 @@ def test_several_machines_need_a_place_to_meet():
         {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
         {**STEP, "RANK": "5", "WORLD_SIZE": "6", "TORCHELASTIC_RUN_ID": "x"},
-        {**STEP, "RANK": "2", "WORLD_SIZE": "3"},  # a script that has copied Slurm's own
+        {**STEP, "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0"},  # a script that has copied Slurm's own
+        {"RANK": "", "WORLD_SIZE": ""},
+        {**BATCH, "RANK": ""},
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "RANK": "1", "WORLD_SIZE": "2"},  # what only the script knows: its machine
         {**STEP, "RANK": "5", "WORLD_SIZE": "6"},  # a launcher of its own in each task
         {"RANK": "1", "WORLD_SIZE": "2"},
         {"RANK": "0"},
@@ -111,7 +125,12 @@ def test_what_is_right_is_left_alone(environment):
         ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, "rank 3 of 4 of Open MPI, so 4 ranks would not know"),
         ({**MPICH, "RANK": "0", "WORLD_SIZE": "2"}, "ranks would be there twice"),
         ({**STEP, "WORLD_SIZE": "1"}, "WORLD_SIZE=1: not the place of a rank"),  # else three worlds of one
-        ({**OPEN_MPI, "RANK": "", "WORLD_SIZE": "1"}, "RANK= WORLD_SIZE=1: not the place of a rank"),
+        ({**OPEN_MPI, "RANK": "", "WORLD_SIZE": "1"}, "WORLD_SIZE=1: not the place of a rank"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=3 LOCAL_WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK=0 LOCAL_WORLD_SIZE=8: no place of a"),
+        ({"RANK": "0", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "RANK=0 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2: no place"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4: a launcher has started this process, and does not say which"),
+        ({**BATCH, "PMI_SIZE": "2"}, "PMI_SIZE=2: a launcher has started this process, and does not say which it is"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "5"}, "OMPI_COMM_WORLD_RANK=5 with OMPI_COMM_WORLD_SIZE=4: no rank of"),
         ({k: v for k, v in STEP.items() if k != "SLURM_STEP_TASKS_PER_NODE"} | {"SLURM_STEP_NUM_NODES": "2"},
          "does not say its place on this machine"),

@@ -11,13 +11,14 @@
 #
 # SLURM_TEST_NET (10.77.0; nodes are .10, .11, ..., the controller .1), SLURM_TEST_NAME (skyrl; of bridge and networks),
 # SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>), SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each
-# node claims to have), SLURM_TEST_PORT (26817; this port and the next), SLURM_TEST_PLUGSTACK (a plugstack.conf, as
+# node claims to have), SLURM_TEST_GPUS (none; "2 1 0" for the nodes in turn: counted, not there), SLURM_TEST_PORT (26817; this port and the next), SLURM_TEST_PLUGSTACK (a plugstack.conf, as
 # pyxis comes with one; none).
 set -euo pipefail
 
 DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}
 NODES=${SLURM_TEST_NODES:-3}
 CPUS=${SLURM_TEST_CPUS:-4}
+read -ra GPUS <<<"${SLURM_TEST_GPUS:-}"
 PORT=${SLURM_TEST_PORT:-26817}
 NET=${SLURM_TEST_NET:-10.77.0}
 NAME=${SLURM_TEST_NAME:-skyrl}
@@ -75,13 +76,20 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 END
         [ -z "${SLURM_TEST_PLUGSTACK:-}" ] || echo "PlugStackConfig=$SLURM_TEST_PLUGSTACK"
+        [ "${#GPUS[@]}" = 0 ] || echo "GresTypes=gpu"
         for node in $(seq 0 $((NODES - 1))); do
-            echo "NodeName=node$node NodeHostname=node$node NodeAddr=$NET.1$node Port=$((PORT + 1))" \
+            echo "NodeName=node$node ${GPUS[node]:+Gres=gpu:${GPUS[node]}} NodeHostname=node$node NodeAddr=$NET.1$node Port=$((PORT + 1))" \
                 "CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$memory"
         done
         echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30"
         echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF"
     } >"$CONF"
+    # Slurm counts files; what is in them, nobody asks.
+    for node in "${!GPUS[@]}"; do
+        [ "${GPUS[node]}" = 0 ] && continue
+        touch $(seq -f "$DIR/gpu%.0f" 0 $((GPUS[node] - 1)))
+        echo "NodeName=node$node Name=gpu File=$DIR/gpu[0-$((GPUS[node] - 1))]"
+    done >"$DIR/gres.conf"
     printf 'CgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\n' >"$DIR/cgroup.conf"
 }
 
