@@ -79,8 +79,9 @@ def check_shared(world: World, folder: Path, option: str) -> None:
                 place.mkdir(parents=True, exist_ok=True)
                 own = place / f"{start}{world.rank}"
                 own.touch()
-                for left in place.glob(".same-*"):  # of starts that were killed; times are those of the file's server
-                    if world.is_leader and left.stat().st_mtime < own.stat().st_mtime - LEFT_SECONDS:
+                # Of starts that were killed; times are those of the file's server.
+                for left in place.glob(".same-*") if world.is_leader else ():
+                    if left.stat().st_mtime < own.stat().st_mtime - LEFT_SECONDS:
                         left.unlink(missing_ok=True)
         except OSError as problem:
             raise UserError(f"{option}={folder}: cannot be written ({problem.strerror}: {problem.filename})") from None
@@ -104,7 +105,7 @@ def check_shared(world: World, folder: Path, option: str) -> None:
             agree(world, leave)
             without = broadcast_object(world, missing(range(world.size)) if world.is_leader else [])
     finally:  # gone before any goes on
-        on_leader(world, lambda: [one.unlink(missing_ok=True) for place in places for one in place.glob(f"{start}*")])
+        on_leader(world, lambda: list(map(os.remove, (one for place in places for one in place.glob(f"{start}*")))))
     if without:
         ranks = sorted({rank for rank, _ in without})
         raise UserError(

@@ -108,9 +108,9 @@ def _code(plugins: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
                 seen.add(Path(file))
                 yield name, Path(file)
     for package in packages:
-        module = sys.modules.get(package)
-        paths = [found for place in getattr(module, "__path__", ()) for found in sorted(Path(place).rglob("*.py"))]
-        file = getattr(module, "__file__", None)
+        loaded = sys.modules.get(package)
+        paths = [found for place in getattr(loaded, "__path__", ()) for found in sorted(Path(place).rglob("*.py"))]
+        file = getattr(loaded, "__file__", None)
         for path in paths or _beside(Path(file) if file else None):
             if path not in seen:
                 seen.add(path)
