@@ -31,6 +31,7 @@ from skyrl.model import Model, ModelSpec, OpenSampler
 from skyrl.models.forward import CausalLM
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
+from skyrl.models.prefixes import families
 from skyrl.models.results import RowResults
 from skyrl.planner.memory import MemoryEstimate, ModelSizes, model_sizes
 from skyrl.sampler.make import make_sampler
@@ -227,11 +228,11 @@ class Engine:
             for entry in self.models.values():  # also what a check has gathered since
                 entry.free_sampling()
         call = self._plan_call(rows, model, backward=backward, mix=mix)
-        results, packing = RowResults(rows), self.cfg.batch.packing
+        results = RowResults(rows)
         for number in range(call.count):
             picked = call.microbatches[number] if number < len(call.microbatches) else []
             assert call.model is not None
-            call.model.run_microbatch(results, picked, call.adapters, loss, backward=backward, packing=packing)
+            call.model.run_microbatch(results, picked, call.adapters, loss, backward=backward, layout=self.cfg.batch)
         if strict:
             self._check_finite(results)
         sums = results.metrics()
@@ -260,7 +261,7 @@ class Engine:
                         f"row {row.name or '?'} has {len(row.tokens)} tokens; at most {self.max_row_tokens} fit"
                     )
                 check_ids(row, self._get(uses[name][0]).strategy.module.vocab_size)
-            microbatches = pack_by_model(rows, names, self.cfg.batch.max_tokens_per_microbatch, mix=mix)
+            microbatches = self._microbatches(rows, names, mix=mix)
         except UserError as failure:
             error = str(failure)
         everyone = gather_objects(self.world, (error, sorted({base for base, _ in uses.values()}), len(microbatches)))
@@ -275,6 +276,13 @@ class Engine:
         if base.strategy.is_sharded:
             count = max(number for _, _, number in everyone)
         return _Call(base, [uses[name][1] for name in names], microbatches, count)
+
+    def _microbatches(self, rows: list[Datum], names: list[str], *, mix: bool) -> list[list[int]]:
+        batch, budget = self.cfg.batch, self.cfg.batch.max_tokens_per_microbatch
+        units = families(rows, names, budget) if batch.share_prefixes else [[i] for i in range(len(rows))]
+        lengths = [sum(len(rows[i].tokens) for i in unit) for unit in units]
+        packed = pack_by_model(lengths, [names[unit[0]] for unit in units], budget, mix=mix)
+        return [[i for number in one for i in units[number]] for one in packed]
 
     def _use(self, name: str, *, backward: bool) -> tuple[str, Adapter | None]:
         """The model whose module computes, and the adapter (None: none), that a name stands for."""

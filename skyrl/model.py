@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from skyrl.algorithms.losses import LOSSES, compute_loss
-from skyrl.config.schema import ModelConfig
+from skyrl.config.schema import BatchConfig, ModelConfig
 from skyrl.distributed.collectives import gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.export import export_model
@@ -81,21 +81,21 @@ class Model:
         loss: LossSpec,
         *,
         backward: bool,
-        packing: bool,
+        layout: BatchConfig,
     ) -> None:
         """Forward pass, loss and backward pass of the rows `picked` of `results.rows`, each through its adapter (one
-        for every row of the call). Without any row one token of weight 0, for the collectives' sake."""
+        for every row of the call), as `layout` says. Without any row one token of weight 0, for the collectives' sake."""
         rows, is_critic = [results.rows[i] for i in picked] or [PADDING_ROW], self.spec.head == "value"
         batch = collate(
             rows,
             dtype=loss_dtype(next(self.strategy.module.parameters()).dtype),
             device=self.world.device,
             fill={**LOSSES.get(loss.name).defaults(), **loss.params} if loss.name else {},
+            share=layout.share_prefixes and len({id(adapters[i]) for i in picked}) == 1,
         )
         with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
-            out = self.strategy.module(
-                batch, temperature=loss.temperature, entropy=bool(loss.name) and not is_critic, packing=packing
-            )
+            entropy = bool(loss.name) and not is_critic
+            out = self.strategy.module(batch, temperature=loss.temperature, entropy=entropy, packing=layout.packing)
             if picked:
                 results.add_output(picked, out.values_T if is_critic else out.logprobs_T)
             if not loss.name:

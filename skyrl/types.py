@@ -171,7 +171,8 @@ class Microbatch:
     """Rows packed end to end: T tokens of S sequences. `starts_S1` [S+1] int32 are the borders, `lengths` their
     differences as numbers, `row_T` [T] int64 the sequence of each token. Optional fields are None when no row of the
     batch has them; float tensors have the dtype of the loss (float32, or float64 for a float64 model). `targets_T` and
-    `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0."""
+    `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0. The last
+    four fields are indices of beginnings that rows share (models.prefixes), int64."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -189,6 +190,10 @@ class Microbatch:
     clip_low_T: Tensor | None = None
     clip_high_T: Tensor | None = None
     ratio_mask_T: Tensor | None = None
+    distinct_U: Tensor | None = None
+    place_T: Tensor | None = None
+    scored_P: Tensor | None = None
+    pair_T: Tensor | None = None
 
     @property
     def max_length(self) -> int:

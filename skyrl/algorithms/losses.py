@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from skyrl.algorithms.declare import LOSSES, Loss, Param, Wire
+from skyrl.algorithms.declare import LOSSES, MAY_NEED, Loss, Param, Wire
 from skyrl.algorithms.kl import KL_ESTIMATORS
 from skyrl.registry import Registry
 from skyrl.types import ForwardOutput, LossSpec, Microbatch, UserError
@@ -343,8 +343,7 @@ def sanitised(
         held = {name: x_T.where(kept_T, 0.0) for name in names if (x_T := getattr(x, name)) is not None}
         return replace(x, **held)
 
-    optional = [f.name for f in fields(Microbatch) if f.default is None]
-    return clean(outputs, [f.name for f in fields(ForwardOutput)]), clean(rows, optional)
+    return clean(outputs, [f.name for f in fields(ForwardOutput)]), clean(rows, [f"{name}_T" for name in MAY_NEED])
 
 
 def check_spec(spec: LossSpec) -> Loss:

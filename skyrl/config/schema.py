@@ -152,6 +152,10 @@ class BatchConfig:
     """Tokens of one forward pass on one rank; no effect on results."""
     packing: bool = True
     """Rows end to end without padding. false: one padded row per sequence (slow; to compare)."""
+    share_prefixes: bool = False
+    """Computes a beginning that neighbouring rows of a micro-batch share, as the samples of a prompt do, once in
+    training: up to samples_per_prompt times fewer tokens where prompts are long and answers short. Values stay the
+    same; gradients differ in rounding."""
     max_row_tokens: int = 0
     """Longest row (prompt and answers); longer episodes end with stop reason "length". 0 = the model's own limit."""
 

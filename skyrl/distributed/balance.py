@@ -32,16 +32,16 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
     return [sorted(one) for one in bins]
 
 
-def pack_by_model(rows: list[Datum], models: list[str], budget: int, *, mix: bool) -> list[list[int]]:
+def pack_by_model(lengths: list[int], models: list[str], budget: int, *, mix: bool) -> list[list[int]]:
     """Indices of rows per micro-batch. Without `mix` each model's rows are packed as if they were alone; with it a
     model's rows lie side by side in a micro-batch."""
     if mix:
-        packed = pack([len(row.tokens) for row in rows], budget)
+        packed = pack(lengths, budget)
         return [sorted(one, key=lambda i: (models[i], i)) for one in packed]
     out = []
     for name in sorted(set(models)):
         own = [i for i, model in enumerate(models) if model == name]
-        out += [[own[i] for i in one] for one in pack([len(rows[i].tokens) for i in own], budget)]
+        out += [[own[i] for i in one] for one in pack([lengths[i] for i in own], budget)]
     return out
 
 

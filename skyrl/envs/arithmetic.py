@@ -85,10 +85,7 @@ class Arithmetic(SingleTurn):
         return result
 
     def is_correct(self, text: str, reward: float) -> bool:
-        """Whether the text is the answer, character by character, whatever the reward says; with `last_digits`, which
-        lets words stand before the answer, whether that reward is whole."""
-        if self.reward_name == "last_digits":
-            return reward == 1.0
+        """Whether the text is the answer, character by character, whatever the reward says."""
         return text.strip() == self.prompt.extra["answer"]
 
     @classmethod

@@ -24,6 +24,7 @@ from skyrl.models.linear_attention import hook_delta_nets
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
+from skyrl.models.prefixes import SharedAttention
 from skyrl.models.support import decoder_of, head_spec
 from skyrl.types import ForwardOutput, Microbatch, UserError
 
@@ -192,24 +193,44 @@ class CausalLM(nn.Module):
                 f"a row of {mb.max_length} tokens is longer than the {self.max_positions} positions of this model; "
                 "lower batch.max_row_tokens"
             )
+        if packing and mb.distinct_U is not None and self.rope is None:  # longrope chooses by the whole row
+            return self._forward_shared(mb, temperature, entropy)
         if packing:
             lengths_T = None if self.rope is None else mb.starts_S1.diff()[mb.row_T]
             hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths), lengths_T)
         else:
             hidden_TC = self._hidden_padded(mb)
+        return self._outputs(hidden_TC, mb.targets_T, temperature, entropy)
+
+    def _forward_shared(self, mb: Microbatch, temperature: float, entropy: bool) -> ForwardOutput:
+        """The same, with beginnings that rows share computed once (models.prefixes)."""
+        assert mb.distinct_U is not None and mb.place_T is not None
+        assert mb.scored_P is not None and mb.pair_T is not None
+        if self.head == "value":
+            scored_P, pair_T = mb.distinct_U, mb.place_T  # a value knows of no target
+        else:
+            scored_P, pair_T = mb.scored_P, mb.pair_T
+        if self.router is not None:
+            self.router.share(len(mb.distinct_U), len(scored_P))
+        attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb.distinct_U, mb.place_T)
+        hidden_UC = self.hidden(mb.tokens_T[mb.distinct_U], mb.positions_T[mb.distinct_U], attention)
+        out = self._outputs(hidden_UC[mb.place_T[scored_P]], mb.targets_T[scored_P], temperature, entropy)
+        return ForwardOutput(**{key: None if value is None else value[pair_T] for key, value in vars(out).items()})
+
+    def _outputs(self, hidden_TC: Tensor, targets_T: Tensor, temperature: float, entropy: bool) -> ForwardOutput:
         if self.head == "value":
             # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
             values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype)).clone()
             return ForwardOutput(torch.zeros_like(values_T), None, values_T)
-        entropy = entropy and mb.targets_T.ndim == 1
+        entropy = entropy and targets_T.ndim == 1
         if self.router is None or not self.router.active():
-            return ForwardOutput(*self._log_probs(hidden_TC, mb.targets_T, temperature, entropy, None))
+            return ForwardOutput(*self._log_probs(hidden_TC, targets_T, temperature, entropy, None))
         parts = []
         for start, stop, pair in self.router.unembedding():
             hidden, low = hidden_TC[start:stop], None
             if pair is not None:
                 low = (low_rank(hidden, pair[0], pair[2]), pair[1])
-            parts.append(self._log_probs(hidden, mb.targets_T[start:stop], temperature, entropy, low))
+            parts.append(self._log_probs(hidden, targets_T[start:stop], temperature, entropy, low))
         if len(parts) == 1:
             return ForwardOutput(*parts[0])
         entropies = [e for _, e in parts if e is not None]

@@ -66,6 +66,12 @@ class Router:
                 raise UserError(f"batch.packing=false: adapter tokens {start} to {stop} are not whole rows")
         self.places = [(row[start] * length, row[stop] * length, adapter) for start, stop, adapter in self.segments]
 
+    def share(self, tokens: int, scored: int) -> None:
+        """From here on the layers see `tokens` tokens and the head `scored`, all of the one segment that there is."""
+        assert len(self.segments) <= 1
+        self.places = [(0, tokens, adapter) for _, _, adapter in self.segments]
+        self.segments = [(0, scored, adapter) for _, _, adapter in self.segments]
+
     def unembedding(self) -> list[tuple[int, int, tuple[Tensor, Tensor, float] | None]]:
         """Stretches of packed tokens with the (A, B, scale) of the output embedding, None for the base's own."""
         out: list[tuple[int, int, tuple[Tensor, Tensor, float] | None]] = []

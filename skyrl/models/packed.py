@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from skyrl.models import exact_ops
 from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.linear_attention import CHUNK, DeltaRule
+from skyrl.models.prefixes import shared_prefixes
 from skyrl.types import Datum, Microbatch, UserError
 
 # Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them. On
@@ -54,11 +55,13 @@ def collate(
     device: torch.device | str,
     *,
     fill: Mapping[str, float] = MappingProxyType({}),
+    share: bool = False,
 ) -> Microbatch:
     """Rows packed end to end in the order given; positions restart at 0 in each.
 
     `dtype` is that of the float fields (see loss_dtype). An optional field is there when any row has it. Rows without
     clip bounds among rows with them get those of `fill` (else 0), rows without a ratio mask their trained tokens.
+    `share`: with indices of the beginnings that rows have in common, where they are worth it (models.prefixes).
     Targets and weights are [T, K], with the largest K, when any row has several targets.
     Raises: UserError naming the first row that lacks another field which other rows have; ValueError without rows.
     """
@@ -86,6 +89,8 @@ def collate(
             name: np.concatenate(arrays).astype(np.int64 if name in INTEGER_FIELDS else floats, copy=False)
             for name, arrays in fields.items()
         }
+    if share:
+        packed |= shared_prefixes(rows)
     device = torch.device(device)
     move = move_together if device.type == "cuda" else move_each
     return Microbatch(**move({**packed, "starts_S1": starts}, device), lengths=tuple(lengths.tolist()))

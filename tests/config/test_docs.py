@@ -173,7 +173,7 @@ BUDGET = {
     "model": (20, "which weights in which numbers (the head's too), with the shape of tiny (6) and adapters (5)"),
     "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
     "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
-    "batch": (8, "a step is prompts, samples, updates; the rest is memory"),
+    "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),
     "optim": (9, "AdamW (5), its schedule (4)"),
     "algorithm": (21, "five independent parts: advantage, loss, KL, filters, critic"),
     "env": (5, "which task, its own options, and its limits"),

@@ -102,7 +102,7 @@ def test_rewards():
     assert (partial.reward, partial.metrics["correct:mean"]) == (0.1, 0.0)
     assert play(prompt, answer, partial=0.1).reward == 1.0 and play(prompt, "4x", partial=0.1).reward == 0.0
     words = play(prompt, f"The answer is {answer}.", reward="last_digits")
-    assert (words.reward, words.metrics["correct:mean"]) == (1.0, 1.0)
+    assert (words.reward, words.metrics["correct:mean"]) == (0.4, 0.0)
     dense = play(prompt, answer[:-1] + "x", reward="characters")
     assert 0 < dense.reward < 1 and dense.metrics["correct:mean"] == 0.0
 

@@ -1,0 +1,88 @@
+"""Rows that begin alike, as the samples of one prompt do: what they share is computed once.
+
+A causal model gives equal beginnings equal hidden states. So the products with weights, nearly all of the work, need see
+each different beginning once (U tokens); only attention runs over whole rows (T tokens). A prompt of 100 tokens with 8
+answers of 20 is 260 tokens of work and not 960. The head sees each pair of a beginning and a target once (P of them).
+Values are those of rows computed apart; gradients differ in the order of their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from skyrl.models.attention import Attention
+from skyrl.types import Datum
+
+WORTH = 0.75  # with more than this part of the tokens left to compute, rows are computed apart
+
+
+def shared_prefixes(rows: Sequence[Datum]) -> dict[str, np.ndarray]:
+    """Indices for rows packed end to end, or nothing where too little is shared: `distinct_U` tokens that stand for all,
+    `place_T` the one of each token; `scored_P` positions whose pairs of beginning and target stand for all, `pair_T`
+    the one of each position. Each row is compared with the one before it."""
+    starts = list(accumulate((len(row.tokens) for row in rows), initial=0))
+    tokens = [0, *(_common(a.tokens, b.tokens) for a, b in pairwise(rows))]
+    if sum(tokens) < (1 - WORTH) * starts[-1]:
+        return {}
+    pairs = [0, *(min(n, _common(a.targets, b.targets)) for n, (a, b) in zip(tokens[1:], pairwise(rows), strict=True))]
+    distinct_U, place_T = _indices(starts, tokens)
+    scored_P, pair_T = _indices(starts, pairs)
+    return {"distinct_U": distinct_U, "place_T": place_T, "scored_P": scored_P, "pair_T": pair_T}
+
+
+def families(rows: Sequence[Datum], models: Sequence[str], budget: int) -> list[list[int]]:
+    """Indices of neighbouring rows of one model that share half of their tokens or more, as far as `budget` tokens go:
+    to be put into one micro-batch."""
+    out: list[list[int]] = []
+    room = 0
+    for i, row in enumerate(rows):
+        length = len(row.tokens)
+        near = i > 0 and models[i] == models[i - 1] and 2 * _common(rows[i - 1].tokens, row.tokens) >= length
+        if near and length <= room:
+            out[-1].append(i)
+        else:
+            out.append([i])
+            room = budget
+        room -= length
+    return out
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Entries in which two arrays are equal before the first in which they differ."""
+    if a.shape[1:] != b.shape[1:]:
+        return 0
+    length = min(len(a), len(b))
+    differ = (a[:length] != b[:length]).reshape(length, -1).any(1)
+    return int(differ.argmax()) if differ.any() else length
+
+
+def _indices(starts: list[int], shared: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The entries that stand for all, and for each entry the number of the one that stands for it, where the first
+    `shared` of a row are those of the row before."""
+    new = np.ones(starts[-1], bool)
+    for start, count in zip(starts, shared, strict=False):
+        new[start : start + count] = False
+    number = np.cumsum(new) - 1
+    for before, start, count in zip(starts, starts[1:], shared[1:], strict=False):
+        number[start : start + count] = number[before : before + count]
+    return np.flatnonzero(new), number
+
+
+class SharedAttention(Attention):
+    """`inner`, over whole rows, for layers that see each distinct beginning once. Of equal results one is taken."""
+
+    def __init__(self, inner: Attention, distinct_U: Tensor, place_T: Tensor) -> None:
+        self.inner, self.distinct_U, self.place_T = inner, distinct_U, place_T
+
+    def attend(self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, **options: Any) -> Tensor:
+        whole = (x.transpose(0, 1)[self.place_T].transpose(0, 1) for x in (query_HTC, key_KTC, value_KTC))
+        return self.inner.attend(layer, *whole, **options)[self.distinct_U]
+
+    def recur(self, layer: int, rule: Any, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
+        whole = (x[self.place_T] for x in (mixed_TC, decay_TH, beta_TH))
+        return self.inner.recur(layer, rule, *whole)[self.distinct_U]
