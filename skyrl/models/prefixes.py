@@ -22,9 +22,9 @@ WORTH = 0.75  # with more than this part of the tokens left to compute, rows are
 
 
 def shared_prefixes(rows: Sequence[Datum]) -> dict[str, np.ndarray]:
-    """Indices for rows packed end to end, or nothing where too little is shared: `distinct_U` tokens that stand for all,
-    `place_T` the one of each token; `scored_P` positions whose pairs of beginning and target stand for all, `pair_T`
-    the one of each position. Each row is compared with the one before it."""
+    """Indices for rows packed end to end, or nothing where too little is shared: `distinct_U`, tokens that stand for
+    all, `place_T`, the one of each token; `scored_P`, positions whose pairs of beginning and target stand for all,
+    `pair_T`, the one of each position. Each row is compared with the one before it."""
     starts = list(accumulate((len(row.tokens) for row in rows), initial=0))
     tokens = [0, *(_common(a.tokens, b.tokens) for a, b in pairwise(rows))]
     if sum(tokens) < (1 - WORTH) * starts[-1]:
