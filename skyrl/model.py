@@ -84,7 +84,8 @@ class Model:
         layout: BatchConfig,
     ) -> None:
         """Forward pass, loss and backward pass of the rows `picked` of `results.rows`, each through its adapter (one
-        for every row of the call), as `layout` says. Without any row one token of weight 0, for the collectives' sake."""
+        for every row of the call), laid out as `layout` says. Without any row one token of weight 0, for the sake of
+        collectives."""
         rows, is_critic = [results.rows[i] for i in picked] or [PADDING_ROW], self.spec.head == "value"
         batch = collate(
             rows,
