@@ -1,7 +1,7 @@
 """Rows that begin alike, as the samples of one prompt do: what they share is computed once.
 
-A causal model gives equal beginnings equal hidden states. So the products with weights, nearly all of the work, see each
-different beginning once (U tokens); only attention runs over whole rows (T tokens). A prompt of 100 tokens with 8
+A causal model gives equal beginnings equal hidden states. So the products with weights, nearly all of the work, see
+each different beginning once (U tokens); only attention runs over whole rows (T tokens). A prompt of 100 tokens with 8
 answers of 20 is 260 tokens of work and not 960. The head sees each pair of a beginning and a target once (P of them).
 Values are those of rows computed apart; gradients differ in the order of their sums.
 """
