@@ -13,7 +13,7 @@ from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, StepResult, register_environment
 from skyrl.envs.rewards.text import is_digits
 from skyrl.envs.single_turn import SingleTurn, no_files, require
-from skyrl.types import Prompt, UserError
+from skyrl.types import Message, Prompt, UserError
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 HELD_OUT_PART = 10  # one problem in so many is held out
@@ -32,8 +32,8 @@ class Arithmetic(SingleTurn):
     operands with leading zeros up to max_digits. work: the solution shows its work, "37+58=" -> "15,09:95": the sum
     of each column with its carry, last column first, then ":" and the answer; what follows the last ":" is scored.
     Additions only. pad_answer: answer with leading zeros up to the longest possible.
-    template: the question. system: a system message before it; "" is an empty one, without it the chat template's own
-    default stands. num_train, num_test: different problems wanted; fewer where the digits allow fewer.
+    template: the question. before: messages before it, such as a system message (without one the chat template's own
+    default stands) and answered questions that show the form of an answer. num_train, num_test: different problems wanted; fewer where the digits allow fewer.
     reward: "exact", "characters" or another registered one. partial: least reward of any answer that consists of
     digits only (0 = off).
     """
@@ -50,7 +50,7 @@ class Arithmetic(SingleTurn):
         pad_answer: bool = False,
         work: bool = False,
         template: str = "{a}{op}{b}=",
-        system: str | None = None,
+        before: list[Message] | None = None,
         num_train: int = 20000,
         num_test: int = 512,
         reward: str = "exact",
@@ -72,7 +72,11 @@ class Arithmetic(SingleTurn):
         self.operations, self.reverse, self.pad, self.pad_answer = operations, reverse, pad, pad_answer
         require(not work or operations == "+", "work", work, 'false, or operations: "+"')
         self.template, self.partial, self.work = template, partial, work
-        self.before = [] if system is None else [{"role": "system", "content": system}]
+        self.before = before or []
+        wanted = 'messages, each {"role": ..., "content": ...}'
+        require(
+            all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in self.before), "before", before, wanted
+        )
         self.num_problems = {"train": num_train, "test": num_test}
 
     def step(self, text: str) -> StepResult:
@@ -85,7 +89,10 @@ class Arithmetic(SingleTurn):
         return result
 
     def is_correct(self, text: str, reward: float) -> bool:
-        """Whether the text is the answer, character by character, whatever the reward says."""
+        """Whether the text is the answer, character by character, whatever the reward says; with `last_digits`, which
+        lets words stand before the answer, whether that reward is whole."""
+        if self.reward_name == "last_digits":
+            return reward == 1.0
         return text.strip() == self.prompt.extra["answer"]
 
     @classmethod

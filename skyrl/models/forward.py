@@ -215,7 +215,8 @@ class CausalLM(nn.Module):
         attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb.distinct_U, mb.place_T)
         hidden_UC = self.hidden(mb.tokens_T[mb.distinct_U], mb.positions_T[mb.distinct_U], attention)
         out = self._outputs(hidden_UC[mb.place_T[scored_P]], mb.targets_T[scored_P], temperature, entropy)
-        return ForwardOutput(**{key: None if value is None else value[pair_T] for key, value in vars(out).items()})
+        entropy_T, values_T = (None if one is None else one[pair_T] for one in (out.entropy_T, out.values_T))
+        return ForwardOutput(out.logprobs_T[pair_T], entropy_T, values_T)
 
     def _outputs(self, hidden_TC: Tensor, targets_T: Tensor, temperature: float, entropy: bool) -> ForwardOutput:
         if self.head == "value":

@@ -102,7 +102,7 @@ def test_rewards():
     assert (partial.reward, partial.metrics["correct:mean"]) == (0.1, 0.0)
     assert play(prompt, answer, partial=0.1).reward == 1.0 and play(prompt, "4x", partial=0.1).reward == 0.0
     words = play(prompt, f"The answer is {answer}.", reward="last_digits")
-    assert (words.reward, words.metrics["correct:mean"]) == (0.4, 0.0)
+    assert (words.reward, words.metrics["correct:mean"]) == (1.0, 1.0)
     dense = play(prompt, answer[:-1] + "x", reward="characters")
     assert 0 < dense.reward < 1 and dense.metrics["correct:mean"] == 0.0
 
@@ -116,6 +116,7 @@ def test_rewards():
         {"operations": "/"},
         {"operations": ""},
         {"partial": 1.0},
+        {"before": ["You add."]},
     ]
     + [{"operations": "++"}, {"num_train": 0}, {"num_test": -1}, {"template": "{a}+{b}"}, {"second_digits": -1}]
     + [{"reward": "exat"}],
@@ -130,6 +131,6 @@ def test_data_path_is_refused():
         ENVIRONMENTS.get("arithmetic").dataset({}, DataConfig(path="x.jsonl"), "train", 0)
 
 
-def test_a_system_message_stands_before_the_question_where_one_is_given():
+def test_messages_stand_before_the_question_where_they_are_given():
     assert [m["role"] for m in dataset()[0].messages] == ["user"]
-    assert dataset(system="")[0].messages[0] == {"role": "system", "content": ""}
+    assert dataset(before=[{"role": "system", "content": ""}])[0].messages[0] == {"role": "system", "content": ""}

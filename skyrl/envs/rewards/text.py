@@ -29,14 +29,11 @@ def characters(text: str, prompt: Prompt) -> float:
 
 @register_reward("last_digits", answer=True)
 def last_digits(text: str, prompt: Prompt) -> float:
-    """1.0 when the text is the answer, a row of digits, and nothing else. A wrong row of digits has half of its
-    `characters`; where anything stands around the last row of digits, that counts four tenths of what it would alone.
-    A dense signal for a model that writes around its numbers, in which the whole answer is worth more than any part of
-    it, and the bare one most."""
+    """1.0 when the last run of digits in the text is the answer, else half of `characters` of that run: a dense signal
+    for a model that writes around its numbers, in which the whole answer is worth more than any part of it."""
     numbers = re.findall(r"[0-9]+", text)
     part = characters(numbers[-1], prompt) if numbers else 0.0
-    part = part if part == 1.0 else part / 2
-    return part if is_digits(text) else 0.4 * part
+    return part if part == 1.0 else part / 2
 
 
 def is_digits(text: str) -> bool:

@@ -11,11 +11,8 @@ PROMPT = Prompt("t/train/0", "t", [{"role": "user", "content": "?"}], {"answer":
 
 def test_the_last_digits_of_a_text():
     digits = REWARDS.get("last_digits")
-    assert digits("123\n", PROMPT) == 1.0 and digits("193", PROMPT) == pytest.approx(1 / 3)
-    assert (
-        digits("1 + 122 is 123.", PROMPT) == digits("0123!", PROMPT) + 0.4 == 0.4 and digits("123 or 4", PROMPT) == 0.0
-    )
-    assert digits("= 193", PROMPT) == pytest.approx(0.4 / 3) and digits("none", PROMPT) == 0.0
+    assert digits("1 + 122 is 123.", PROMPT) == 1.0 and digits("123 or 4", PROMPT) == 0.0
+    assert digits("= 193", PROMPT) == pytest.approx(1 / 3) and digits("none", PROMPT) == 0.0
 
 
 def test_exact_and_characters():
