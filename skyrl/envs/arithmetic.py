@@ -33,7 +33,8 @@ class Arithmetic(SingleTurn):
     of each column with its carry, last column first, then ":" and the answer; what follows the last ":" is scored.
     Additions only. pad_answer: answer with leading zeros up to the longest possible.
     template: the question. before: messages before it, such as a system message (without one the chat template's own
-    default stands) and answered questions that show the form of an answer. num_train, num_test: different problems wanted; fewer where the digits allow fewer.
+    default stands) and answered questions that show the form of an answer. num_train, num_test: different problems
+    wanted; fewer where the digits allow fewer.
     reward: "exact", "characters" or another registered one. partial: least reward of any answer that consists of
     digits only (0 = off).
     """
