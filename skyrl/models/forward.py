@@ -204,19 +204,14 @@ class CausalLM(nn.Module):
 
     def _forward_shared(self, mb: Microbatch, temperature: float, entropy: bool) -> ForwardOutput:
         """The same, with beginnings that rows share computed once (models.prefixes)."""
-        assert mb.distinct_U is not None and mb.place_T is not None
-        assert mb.scored_P is not None and mb.pair_T is not None
-        if self.head == "value":
-            scored_P, pair_T = mb.distinct_U, mb.place_T  # a value knows of no target
-        else:
-            scored_P, pair_T = mb.scored_P, mb.pair_T
+        assert mb.distinct_U is not None and mb.place_T is not None and mb.scored_P is not None
         if self.router is not None:
-            self.router.share(len(mb.distinct_U), len(scored_P))
+            self.router.share(len(mb.distinct_U), len(mb.scored_P))
         attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb.distinct_U, mb.place_T)
         hidden_UC = self.hidden(mb.tokens_T[mb.distinct_U], mb.positions_T[mb.distinct_U], attention)
-        out = self._outputs(hidden_UC[mb.place_T[scored_P]], mb.targets_T[scored_P], temperature, entropy)
-        entropy_T, values_T = (None if one is None else one[pair_T] for one in (out.entropy_T, out.values_T))
-        return ForwardOutput(out.logprobs_T[pair_T], entropy_T, values_T)
+        out = self._outputs(hidden_UC[mb.place_T[mb.scored_P]], mb.targets_T[mb.scored_P], temperature, entropy)
+        entropy_T, values_T = (None if one is None else one[mb.pair_T] for one in (out.entropy_T, out.values_T))
+        return ForwardOutput(out.logprobs_T[mb.pair_T], entropy_T, values_T)
 
     def _outputs(self, hidden_TC: Tensor, targets_T: Tensor, temperature: float, entropy: bool) -> ForwardOutput:
         if self.head == "value":
