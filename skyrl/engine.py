@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl.algorithms.prefixes import families
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import import_plugins
 from skyrl.distributed.balance import pack_by_model
@@ -31,7 +32,6 @@ from skyrl.model import Model, ModelSpec, OpenSampler
 from skyrl.models.forward import CausalLM
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
-from skyrl.models.prefixes import families
 from skyrl.models.results import RowResults
 from skyrl.planner.memory import MemoryEstimate, ModelSizes, model_sizes
 from skyrl.sampler.make import make_sampler

@@ -172,7 +172,7 @@ class Microbatch:
     differences as numbers, `row_T` [T] int64 the sequence of each token. Optional fields are None when no row of the
     batch has them; float tensors have the dtype of the loss (float32, or float64 for a float64 model). `targets_T` and
     `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0. The last
-    four fields are indices of beginnings that rows share (models.prefixes), int64."""
+    four fields are indices of beginnings that rows share (algorithms.prefixes), int64."""
 
     tokens_T: Tensor
     targets_T: Tensor

@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from skyrl.algorithms.prefixes import SharedAttention
 from skyrl.models import exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.linear_attention import hook_delta_nets
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
-from skyrl.models.prefixes import SharedAttention
 from skyrl.models.support import decoder_of, head_spec
 from skyrl.types import ForwardOutput, Microbatch, UserError
 
@@ -203,11 +203,11 @@ class CausalLM(nn.Module):
         return self._outputs(hidden_TC, mb.targets_T, temperature, entropy)
 
     def _forward_shared(self, mb: Microbatch, temperature: float, entropy: bool) -> ForwardOutput:
-        """The same, with beginnings that rows share computed once (models.prefixes)."""
+        """The same, with beginnings that rows share computed once (algorithms.prefixes)."""
         assert mb.distinct_U is not None and mb.place_T is not None and mb.scored_P is not None
         if self.router is not None:
             self.router.share(len(mb.distinct_U), len(mb.scored_P))
-        attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb.distinct_U, mb.place_T)
+        attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb)
         hidden_UC = self.hidden(mb.tokens_T[mb.distinct_U], mb.positions_T[mb.distinct_U], attention)
         out = self._outputs(hidden_UC[mb.place_T[mb.scored_P]], mb.targets_T[mb.scored_P], temperature, entropy)
         entropy_T, values_T = (None if one is None else one[mb.pair_T] for one in (out.entropy_T, out.values_T))

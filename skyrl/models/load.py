@@ -17,13 +17,13 @@ from skyrl.config.schema import ModelConfig
 from skyrl.hub.locate import locate
 from skyrl.hub.text_part import text_part
 from skyrl.models.attention import NAME, register
-from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
 from skyrl.models.tiny import tiny_config
 from skyrl.models.weights import Checkpoint, fill_from, init_random, reason_of
 from skyrl.text.tokenizer import TINY, tiny_tokenizer
+from skyrl.tracking.notices import warn_fallback
 from skyrl.types import UserError
 
 # Mean absolute difference of log-probabilities over rows and vocabulary; deep models in bfloat16 reach about 0.03.

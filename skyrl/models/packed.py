@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from skyrl.algorithms.prefixes import shared_prefixes
 from skyrl.models import exact_ops
-from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.linear_attention import CHUNK, DeltaRule
-from skyrl.models.prefixes import shared_prefixes
-from skyrl.types import Datum, Microbatch, UserError
+from skyrl.tracking.notices import warn_fallback
+from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
 
 # Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them. On
 # a GPU, and where they are capped, above KEEP_SCORES, which the memory plan counts (planner/memory.py). Capped ones,
@@ -32,7 +32,6 @@ MAX_SCORES = 1 << 26
 # Rows shorter than this part of the longest row of their bucket open a bucket of their own.
 BUCKET_RATIO = 0.75
 
-OPTIONAL_FIELDS = ("sampling_logprobs", "advantages", "old_logprobs", "reference", "values", "returns")
 INTEGER_FIELDS = ("tokens_T", "targets_T", "positions_T", "row_T")
 ALIGNMENT = 64  # bytes between which the arrays of one copy lie
 FILLED_FIELDS = ("clip_low", "clip_high", "ratio_mask")  # a row may lack them where others have them
@@ -61,7 +60,7 @@ def collate(
 
     `dtype` is that of the float fields (see loss_dtype). An optional field is there when any row has it. Rows without
     clip bounds among rows with them get those of `fill` (else 0), rows without a ratio mask their trained tokens.
-    `share`: with indices of the beginnings that rows have in common, where they are worth it (models.prefixes).
+    `share`: with indices of the beginnings that rows have in common, where they are worth it (algorithms.prefixes).
     Targets and weights are [T, K], with the largest K, when any row has several targets.
     Raises: UserError naming the first row that lacks another field which other rows have; ValueError without rows.
     """
@@ -78,11 +77,7 @@ def collate(
         "positions_T": [np.arange(n) for n in lengths],
         "row_T": [np.repeat(np.arange(len(rows)), lengths)],
         "weights_T": _widened([row.weights for row in rows]),
-        **{
-            f"{key}_T": arrays
-            for key in (*OPTIONAL_FIELDS, *FILLED_FIELDS)
-            if (arrays := _optional(rows, key, fill)) is not None
-        },
+        **{f"{key}_T": arrays for key in ROW_FIELDS[2:] if (arrays := _optional(rows, key, fill)) is not None},
     }
     with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which the loss finds
         packed = {

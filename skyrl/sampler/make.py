@@ -12,7 +12,6 @@ import torch
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.attention_calls import LayerCall, layer_calls, signature
-from skyrl.models.fallbacks import warn_fallback
 from skyrl.planner.memory import MemoryEstimate
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.cache_size import num_blocks
@@ -25,6 +24,7 @@ from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.sampler.sampler import Sampler
 from skyrl.sampler.scheduler import Scheduler
 from skyrl.sampler.stop import Decode
+from skyrl.tracking.notices import warn_fallback
 from skyrl.types import SamplingParams, UserError
 
 if TYPE_CHECKING:

@@ -5,9 +5,14 @@ Each notice has a name, is one line, is said once in the life of a run and stand
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from skyrl.types import Metrics
+
+log = logging.getLogger(__name__)
 
 EQUAL_STEPS = 5  # steps in a row without a group that can teach, before it is said
 # Advantages that are 0 in a group of equal rewards. Others learn from such groups, and from groups of one, as well.
@@ -62,3 +67,13 @@ class Notices:
     def hopeless(self) -> bool:
         """Whether verifiers fail for all episodes: from the first step on, or for SILENT_STEPS in a row."""
         return self.lasted.get("all_invalid", 0) >= (SILENT_STEPS if self.lasted.get("worked") else 1)
+
+
+@lru_cache(maxsize=1000)
+def warn_fallback(line: str, every_rank: bool = False) -> None:
+    """A warning in one line, with the reason, once in a process for each text; on ranks other than 0 for debugging
+    only, since their devices are the same. `every_rank`: on all, with the rank's number: their memory is not."""
+    rank = os.environ.get("RANK", "0")
+    if every_rank and rank != "0":
+        line = f"rank {rank}: {line}"
+    log.log(logging.WARNING if every_rank or rank == "0" else logging.DEBUG, line)

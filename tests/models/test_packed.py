@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrl.models import packed
-from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.packed import PackedAttention, PaddedAttention, banned, collate
 from skyrl.planner import memory
 from skyrl.planner.memory import ModelSizes
+from skyrl.tracking.notices import warn_fallback
 from skyrl.types import Datum, UserError
 
 H, K, C = 4, 2, 8

@@ -7,8 +7,8 @@ import pytest
 import torch
 from small import SPEC, make_engine
 
+from skyrl.algorithms.prefixes import families, shared_prefixes
 from skyrl.engine import ModelSpec
-from skyrl.models.prefixes import families, shared_prefixes
 from skyrl.planner.plan import make_value_spec
 from skyrl.types import Datum, LoraSpec
 

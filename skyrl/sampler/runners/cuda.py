@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from skyrl.models.attention import Attention
-from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.packed import banned, varlen
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
 from skyrl.sampler.runners.sampling import sample
+from skyrl.tracking.notices import warn_fallback
 
 if TYPE_CHECKING:
     from skyrl.models.attention_calls import LayerCall

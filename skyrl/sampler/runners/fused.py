@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention
-from skyrl.models.fallbacks import warn_fallback
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import KVCache
 from skyrl.sampler.runners.paged import PagedAttention, PagedRunner
 from skyrl.sampler.runners.plan import DecodePlan
+from skyrl.tracking.notices import warn_fallback
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake
 

@@ -13,10 +13,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from skyrl.models.attention import Attention
-from skyrl.types import Datum
+from skyrl.types import Datum, Microbatch
 
 WORTH = 0.75  # with more than this part of the tokens left to compute, rows are computed apart
 
@@ -73,16 +71,17 @@ def _indices(starts: list[int], shared: list[int]) -> tuple[np.ndarray, np.ndarr
     return np.flatnonzero(new), number
 
 
-class SharedAttention(Attention):
-    """`inner`, over whole rows, for layers that see each distinct beginning once. Of equal results one is taken."""
+class SharedAttention:
+    """`inner` for layers that see each beginning once: it runs over whole rows, and of equal results one is taken."""
 
-    def __init__(self, inner: Attention, distinct_U: Tensor, place_T: Tensor) -> None:
-        self.inner, self.distinct_U, self.place_T = inner, distinct_U, place_T
+    def __init__(self, inner: Any, mb: Microbatch) -> None:
+        self.inner, self.place_T, self.distinct_U = inner, mb.place_T, mb.distinct_U
 
-    def attend(self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, **options: Any) -> Tensor:
-        whole = (x.transpose(0, 1)[self.place_T].transpose(0, 1) for x in (query_HTC, key_KTC, value_KTC))
+    def attend(self, layer: int, *given: Any, **options: Any) -> Any:
+        """As models.attention.Attention.attend: of tensors [heads, U, channels]."""
+        whole = (x.transpose(0, 1)[self.place_T].transpose(0, 1) for x in given)
         return self.inner.attend(layer, *whole, **options)[self.distinct_U]
 
-    def recur(self, layer: int, rule: Any, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
-        whole = (x[self.place_T] for x in (mixed_TC, decay_TH, beta_TH))
-        return self.inner.recur(layer, rule, *whole)[self.distinct_U]
+    def recur(self, layer: int, rule: Any, *given: Any) -> Any:
+        """As models.attention.Attention.recur: of tensors [U, ...]."""
+        return self.inner.recur(layer, rule, *(x[self.place_T] for x in given))[self.distinct_U]
