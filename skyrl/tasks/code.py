@@ -1,0 +1,190 @@
+"""Write a function: a reward in stages for a program that hidden tests judge in a sandbox."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from skyrl.config.schema import DataConfig
+from skyrl.envs.base import Environment, Split, StepResult, register_environment
+from skyrl.envs.single_turn import require
+from skyrl.sandbox import Level, Limits, default_sandbox, to_text
+from skyrl.types import Prompt, UserError
+
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+STAGES = ("parses", "compiles", "within_limits", "passes")
+CACHED = 4096  # verdicts: a model that has learned writes the same program again and again
+
+
+@register_environment("code")
+class Code(Environment):
+    """Write a function that passes hidden tests.
+
+    Rows of data.path have "prompt" or "messages", "entry_point" and "tests": a list of {"args": [...], "kwargs": {...},
+    "expected": ...}, or Python text with asserts or a check(candidate), which may use what the row's "context" (Python
+    text) defines. Without data.path: small tasks made here, such as "x times 3 plus 4".
+
+    parses, compiles, within_limits, passes: what each stage adds to the reward; a stage counts when those before it do.
+    parses: it is Python; compiles: running it defines the function; within_limits: no limit ended it; passes: all tests
+    do, with `partial` the part of them that does (of a list; asserts are one test). complete: the answer goes on where
+    the prompt's last message ends. cpu_seconds, wall_seconds, memory_mb: limits of all tests of one answer together.
+    level: of the sandbox; "" = the best that the machine allows. num_train, num_test: made tasks.
+    """
+
+    def __init__(
+        self,
+        *,
+        parses: float = 0.05,
+        compiles: float = 0.05,
+        within_limits: float = 0.0,
+        passes: float = 0.9,
+        partial: bool = True,
+        complete: bool = False,
+        cpu_seconds: float = 5.0,
+        wall_seconds: float = 10.0,
+        memory_mb: int = 512,
+        level: str = "",
+        num_train: int = 2000,
+        num_test: int = 200,
+    ) -> None:
+        self.weights = dict(zip(STAGES, (parses, compiles, within_limits, passes), strict=True))
+        for name, weight in self.weights.items():
+            require(0.0 <= weight <= 1e6, name, weight, "0 or more")
+        require(0 < num_train <= LARGEST_SPLIT, "num_train", num_train, f"1 to {LARGEST_SPLIT}")
+        require(0 < num_test <= LARGEST_SPLIT, "num_test", num_test, f"1 to {LARGEST_SPLIT}")
+        self.partial, self.complete, self.level = partial, complete, level or None
+        self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+        self.num_problems = {"train": num_train, "test": num_test}
+
+    @classmethod
+    def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
+        """Rows of a file, checked, or made tasks. Raises UserError with file:line, and where no sandbox is allowed."""
+        env = cls(**options)
+        default_sandbox(env.level).level  # noqa: B018  # tells now what would fail at the first answer
+        if not data.path:
+            return _made(cls.name, split, seed, env.num_problems[split])
+        prompts = super().dataset(options, data, split, seed)
+        for prompt in prompts:
+            _check(prompt)
+        return prompts
+
+    def step(self, text: str) -> StepResult:
+        """Runs the answer's program with the tests; always the last step."""
+        extra = self.prompt.extra
+        source = program_of(text, str(self.prompt.messages[-1]["content"]) if self.complete else "")
+        tests = extra["tests"] if isinstance(extra["tests"], str) else json.dumps(extra["tests"])
+        reached, passed = judge(
+            source, extra["entry_point"], tests, str(extra.get("context", "")), self.limits, self.level
+        )
+        stages = {name: float(number < reached) for number, name in enumerate(STAGES)}
+        stages["passes"] = stages["within_limits"] * (passed if self.partial else float(passed == 1.0))
+        metrics = {f"{name}:mean": value for name, value in stages.items()}
+        reward = sum(self.weights[name] * value for name, value in stages.items())
+        return StepResult(
+            reward, True, metrics={**metrics, "correct:mean": float(stages["within_limits"] * passed == 1.0)}
+        )
+
+
+def program_of(text: str, beginning: str = "") -> str:
+    """The program in an answer: its last fenced block of Python, else all of it, behind `beginning`."""
+    blocks = FENCE.findall(text)
+    return beginning + (blocks[-1] if blocks else text)
+
+
+@functools.lru_cache(CACHED)
+def judge(
+    source: str,
+    entry_point: str,
+    tests: str,
+    context: str = "",
+    limits: Limits | None = None,
+    level: Level | None = None,
+) -> tuple[int, float]:
+    """How many of STAGES a program reaches (0 to 4; the last when a test passes), and the part of its tests that pass.
+
+    tests: JSON of a list of cases, or Python text, as the rows have them. What is expected never enters the program's
+    sandbox: results come out as text and are compared here, or by asserts that run in another one. Raises SandboxError.
+    """
+    sandbox = default_sandbox(level)
+    if (cases := _cases(tests)) is not None:
+        calls = [(case.get("args", []), case.get("kwargs", {})) for case in cases]
+        result, texts = sandbox.call(source, entry_point, calls, limits=limits)
+        right = [got == to_text(case["expected"]) for got, case in zip(texts, cases, strict=True)]
+        passed, in_time = sum(right) / len(right), result.status in ("ok", "error", "killed")
+    else:
+        result, judged = sandbox.test(source, entry_point, tests, context=context, limits=limits)
+        passed = float(["passed"] in judged.events and judged.status == "ok")
+        in_time = {result.status, judged.status} <= {"ok", "error", "killed"}
+    told = [event[0] for event in result.events]
+    stages = ("parses" in told, "defines" in told, in_time, passed > 0)
+    return (stages.index(False) if False in stages else len(stages)), passed
+
+
+def _cases(tests: str) -> list[dict[str, Any]] | None:
+    if not tests.lstrip().startswith("["):
+        return None
+    try:
+        return json.loads(tests)
+    except ValueError:
+        return None
+
+
+def _check(prompt: Prompt) -> None:
+    """Raises UserError with file:line for a row that cannot be judged."""
+    name, tests = prompt.extra.get("entry_point"), prompt.extra.get("tests")
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise UserError(f"{prompt.place}: field 'entry_point' is {name!r}, wanted the name of the function to write")
+    if isinstance(tests, str) and tests.strip():
+        try:
+            compile(tests, "tests", "exec")
+            compile(str(prompt.extra.get("context", "")), "context", "exec")
+        except (SyntaxError, ValueError) as error:
+            raise UserError(f"{prompt.place}: field 'tests' or 'context' is no Python ({error})") from error
+    elif not isinstance(tests, list) or not tests:
+        raise UserError(
+            f"{prompt.place}: field 'tests' is {type(tests).__name__}, wanted a list of cases that is not empty, "
+            'such as {"args": [1, 2], "expected": 3}, or Python text with asserts'
+        )
+    else:
+        for number, case in enumerate(tests):
+            kinds = {"args": list, "kwargs": dict}
+            right = isinstance(case, dict) and "expected" in case and case.keys() <= {*kinds, "expected"}
+            if not right or any(not isinstance(case.get(key, kind()), kind) for key, kind in kinds.items()):
+                raise UserError(
+                    f"{prompt.place}: field 'tests': case {number} is {str(case)[:80]!r}, wanted an object with "
+                    '"expected" and, if it takes any, "args" (a list) and "kwargs" (an object)'
+                )
+
+
+FACTORS, SUMMANDS = range(2, 10), range(1, 100)
+FORMS = (  # question; what is right of it
+    ("x times {a} plus {b}", "x*{a}+{b}", lambda x, a, b: x * a + b),
+    ("x times {a} minus {b}", "x*{a}-{b}", lambda x, a, b: x * a - b),
+    ("x plus {b}, times {a}", "(x+{b})*{a}", lambda x, a, b: (x + b) * a),
+    ("the rest of x plus {b} by {a}", "(x+{b})%{a}", lambda x, a, b: (x + b) % a),
+)
+INPUTS = (0, 1, 2, 7, 10, -3, 123)
+HELD_OUT = 10  # one task in so many
+LARGEST_SPLIT = len(FORMS) * len(FACTORS) * len(SUMMANDS)
+
+
+def _made(env: str, split: Split, seed: int, count: int) -> list[Prompt]:
+    """Tasks of one line. Which are held out depends on the task alone; the seed orders those to train on."""
+    every = [(form, a, b) for form in range(len(FORMS)) for a in FACTORS for b in SUMMANDS]
+    random.Random("skyrl.code").shuffle(every)
+    cut = len(every) // HELD_OUT
+    chosen = every[:cut] if split == "test" else every[cut:]
+    if split == "train":
+        random.Random(f"skyrl.code/{seed}").shuffle(chosen)
+    prompts = []
+    for number, (form, a, b) in enumerate(chosen[:count]):
+        question, solution, function = FORMS[form]
+        text = f"# f(x): {question.format(a=a, b=b)}\n"
+        tests = [{"args": [x], "expected": function(x, a, b)} for x in INPUTS]
+        extra = {"entry_point": "f", "tests": tests, "solution": f"def f(x): return {solution.format(a=a, b=b)}"}
+        prompts.append(Prompt(f"{env}/{split}/{number}", env, [{"role": "user", "content": text}], extra))
+    return prompts

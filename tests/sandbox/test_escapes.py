@@ -1,0 +1,68 @@
+"""What a program tries to get out of a sandbox, by level of protection. The attempts are in escapes.py."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from skyrl.sandbox import Limits, Sandbox
+from skyrl.types import UserError
+
+ESCAPES = (Path(__file__).parent / "escapes.py").read_text("utf-8")
+NAMES = [line[4:].partition("(")[0] for line in ESCAPES.splitlines() if line.startswith("def ")]
+NAMES = [name for name in NAMES if name not in ("main", "syscall")]
+
+
+def python_for(level):
+    """Root's sandboxes without namespaces are another user, who cannot reach a Python below root's home."""
+    hidden = level == "landlock" and os.geteuid() == 0 and os.path.realpath(sys.executable).startswith("/root/")
+    return "/usr/bin/python3" if hidden else sys.executable
+
+
+@pytest.fixture(scope="module", params=["strict", "landlock"])
+def sandbox(request):
+    box = Sandbox(request.param, python=python_for(request.param))
+    try:
+        box.level  # noqa: B018  # tries it
+    except UserError as error:
+        pytest.skip(str(error))
+    yield box
+    box.close()
+
+
+@pytest.fixture(scope="module")
+def tried(sandbox, tmp_path_factory):
+    """{attempt: what it got}, all of them in one program, beside things of the machine that are worth getting."""
+    folder = tmp_path_factory.mktemp("outside")
+    secret = folder / "secret"
+    secret.write_text("canary")
+    secret.chmod(0o666)
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o777)
+    os.environ["SKYRL_CANARY"] = f"canary-{os.getpid()}"
+    usr1 = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("a signal came out"))
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0skyrl-{os.getpid()}")
+        abstract.listen()
+        host = {
+            "secret": str(secret), "pid": os.getpid(), "port": server.getsockname()[1],
+            "abstract": f"skyrl-{os.getpid()}", "level": sandbox.level, "reasons": {},
+        }  # fmt: skip
+        result = sandbox.run(f"{ESCAPES}\nmain({host!r})", limits=Limits(wall_seconds=60))
+    signal.signal(signal.SIGUSR1, usr1)
+    del os.environ["SKYRL_CANARY"]
+    assert result.status == "ok", result
+    assert secret.read_text() == "canary" and sorted(os.listdir(folder)) == ["secret"]
+    assert secret.stat().st_mode & 0o777 == 0o666 and secret.stat().st_mtime > 1e9
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_attempt_comes_to_nothing(tried, name):
+    told, reasons = tried
+    assert told[name] == "", f"{name} got {told[name]}"
+    assert not reasons.get(name, "").startswith(("NameError", "SyntaxError", "TypeError")), reasons[name]
