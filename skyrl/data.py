@@ -17,6 +17,7 @@ from skyrl.envs import ENVIRONMENTS, environment_options
 from skyrl.envs.base import Split
 from skyrl.envs.data_files import NoHeldOut, messages_problem
 from skyrl.envs.guard import describe_error
+from skyrl.tasks import code as _registered  # noqa: F401
 from skyrl.types import Prompt, UserError
 
 _MASK = 2**64 - 1

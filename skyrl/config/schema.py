@@ -273,7 +273,7 @@ class EnvConfig:
     """What is played."""
 
     name: str = "arithmetic"
-    """A registered environment: arithmetic, gsm8k, gsm8k_expressions, guess_number, or a plugin's."""
+    """A registered environment: arithmetic, gsm8k, gsm8k_expressions, guess_number, code, or a plugin's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of that environment; an unknown one is refused."""
     max_turns: int = 1

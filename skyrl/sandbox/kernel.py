@@ -44,7 +44,7 @@ def _syscall(step: str, number: int, *arguments: object) -> int:
 
 
 def prctl(option: int, *values: int) -> None:
-    """Raises OSError."""
+    """One of the settings of this process, by its number in linux/prctl.h. Raises OSError."""
     values = (*values, 0, 0, 0, 0)[:4]
     _must(f"prctl {option}", _libc.prctl(option, *(ctypes.c_ulong(value) for value in values)))
 

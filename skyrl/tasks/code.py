@@ -66,7 +66,7 @@ class Code(Environment):
         env = cls(**options)
         default_sandbox(env.level).level  # noqa: B018  # tells now what would fail at the first answer
         if not data.path:
-            return _made(cls.name, split, seed, env.num_problems[split])
+            return _made(env, split, seed)
         prompts = super().dataset(options, data, split, seed)
         for prompt in prompts:
             _check(prompt)
@@ -167,12 +167,13 @@ FORMS = (  # question; what is right of it
     ("x plus {b}, times {a}", "(x+{b})*{a}", lambda x, a, b: (x + b) * a),
     ("the rest of x plus {b} by {a}", "(x+{b})%{a}", lambda x, a, b: (x + b) % a),
 )
+HEAD = "def f(x): return "
 INPUTS = (0, 1, 2, 7, 10, -3, 123)
 HELD_OUT = 10  # one task in so many
 LARGEST_SPLIT = len(FORMS) * len(FACTORS) * len(SUMMANDS)
 
 
-def _made(env: str, split: Split, seed: int, count: int) -> list[Prompt]:
+def _made(env: Code, split: Split, seed: int) -> list[Prompt]:
     """Tasks of one line. Which are held out depends on the task alone; the seed orders those to train on."""
     every = [(form, a, b) for form in range(len(FORMS)) for a in FACTORS for b in SUMMANDS]
     random.Random("skyrl.code").shuffle(every)
@@ -181,10 +182,11 @@ def _made(env: str, split: Split, seed: int, count: int) -> list[Prompt]:
     if split == "train":
         random.Random(f"skyrl.code/{seed}").shuffle(chosen)
     prompts = []
-    for number, (form, a, b) in enumerate(chosen[:count]):
+    for number, (form, a, b) in enumerate(chosen[: env.num_problems[split]]):
         question, solution, function = FORMS[form]
-        text = f"# f(x): {question.format(a=a, b=b)}\n"
+        task, body = f"# f(x): {question.format(a=a, b=b)}\n", solution.format(a=a, b=b)
         tests = [{"args": [x], "expected": function(x, a, b)} for x in INPUTS]
-        extra = {"entry_point": "f", "tests": tests, "solution": f"def f(x): return {solution.format(a=a, b=b)}"}
-        prompts.append(Prompt(f"{env}/{split}/{number}", env, [{"role": "user", "content": text}], extra))
+        text, answer = (task + HEAD, body) if env.complete else (task, HEAD + body)
+        extra = {"entry_point": "f", "tests": tests, "solution": answer}
+        prompts.append(Prompt(f"{env.name}/{split}/{number}", env.name, [{"role": "user", "content": text}], extra))
     return prompts
