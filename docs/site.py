@@ -7,6 +7,7 @@ Pages are docs/*.md and one made of examples/. Beside each page's HTML lies its 
 import dataclasses
 import html
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -73,7 +74,29 @@ def examples_markdown() -> str:
         if path.suffix in (".py", ".sh"):
             kind = {".py": "python", ".sh": "bash"}[path.suffix]
             page += f"\n## {path.name}\n\n```{kind}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"
+        elif path.suffix == ".ipynb":
+            page += f"\n## {path.name}\n\n" + _notebook(json.loads(path.read_text(encoding="utf-8"))["cells"])
     return page
+
+
+def _notebook(cells: list[dict[str, Any]]) -> str:
+    """A notebook's text, code and printed outputs, one level of headings lower."""
+    parts = []
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            parts.append(f"```python\n{text}\n```\n")
+            printed = "".join("".join(one.get("text", ())) for one in cell["outputs"]).rstrip()
+            parts += [f"```text\n{printed}\n```\n"] if printed else []
+        else:
+            parts.append(re.sub(r"\[([^\]]+)\]\((?:\.\./docs/)?([\w.]+)\)", _link, re.sub("^# ", "### ", text)) + "\n")
+    return "\n".join(parts)
+
+
+def _link(found: re.Match[str]) -> str:
+    """A link of examples/ on the page that holds all of them."""
+    target = found[2] if found[2].endswith(".md") else "#" + found[2].replace(".", "").lower()
+    return f"[{found[1]}]({target})"
 
 
 def gather() -> dict[str, str]:
@@ -85,8 +108,14 @@ def gather() -> dict[str, str]:
             lambda m: f"[{m[1]}](examples.md#{m[2].replace('.', '').lower()})",
             text,
         )
+        text = re.sub(r"^```(\w+) (?:needs=(\S+)|signatures)$", _fence, text, flags=re.M)
         pages[name] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"`\1`", text)
     return {**pages, "examples.md": examples_markdown()}
+
+
+def _fence(found: re.Match[str]) -> str:
+    """A fence that the builder reads: what a block needs is its title."""
+    return f"```{found[1]}" + (f' title="needs: {found[2].replace(",", ", ")}"' if found[2] else "")
 
 
 def main() -> None:
