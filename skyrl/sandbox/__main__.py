@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -54,7 +57,10 @@ def _run(given: argparse.Namespace) -> int:
         source = sys.stdin.read() if given.file == "-" else Path(given.file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{given.file}: cannot be read ({error}); give a Python file") from error
-    stdin = b"" if given.file == "-" or sys.stdin.isatty() else sys.stdin.buffer.read()
+    stdin: bytes | int = b""
+    if given.file != "-":
+        stdin, writing = os.pipe()  # handed on as it comes: input that never ends must not keep the limits from acting
+        threading.Thread(target=_hand_on, args=(writing,), daemon=True).start()
     result = Sandbox(given.level).run(source, stdin=stdin, arguments=given.arguments, limits=limits)
     sys.stdout.write(result.stdout)
     sys.stdout.flush()
@@ -66,6 +72,13 @@ def _run(given: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return EXIT_STATUS[result.status] if code is None else 128 - code if code < 0 else code
+
+
+def _hand_on(writing: int) -> None:
+    with contextlib.suppress(OSError):  # the program does not read on, or there is no input
+        while data := os.read(0, 1 << 16):
+            os.write(writing, data)
+    os.close(writing)
 
 
 if __name__ == "__main__":

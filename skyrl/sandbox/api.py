@@ -129,14 +129,17 @@ class Sandbox:
         self,
         source: str,
         *,
-        stdin: str | bytes = b"",
+        stdin: str | bytes | int = b"",
         files: Mapping[str, str | bytes] | None = None,
         arguments: Sequence[str] = (),
         limits: Limits | None = None,
     ) -> SandboxResult:
-        """Runs a program to its end, in /tmp, where `files` (relative path -> content) are. Raises SandboxError."""
-        request = {"kind": "program", "stdin": _latin(stdin), "arguments": list(arguments)}
-        return self._finish(self._start({**request, **_program(source, files or {}, limits)}))
+        """Runs a program to its end, in /tmp, where `files` (relative path -> content) are. stdin: what it reads, or a
+        pipe's descriptor that it reads from. Raises SandboxError."""
+        request = {"kind": "program", "arguments": list(arguments), **_program(source, files or {}, limits)}
+        if isinstance(stdin, int):
+            return self._finish(self._start(request, (stdin,)))
+        return self._finish(self._start({**request, "stdin": _latin(stdin)}))
 
     def call(
         self,
@@ -288,7 +291,7 @@ def default_sandbox(level: Level | None = None) -> Sandbox:
 def run_code(
     source: str,
     *,
-    stdin: str | bytes = b"",
+    stdin: str | bytes | int = b"",
     files: Mapping[str, str | bytes] | None = None,
     arguments: Sequence[str] = (),
     limits: Limits | None = None,

@@ -40,7 +40,7 @@ def main(requests: int, setup: dict[str, Any]) -> None:
 
     setup: {"level", "folders": read-only ones beside /usr, "path": where programs import from}.
     It says "ready", or the reason why the level does not work. A message is one byte with one to three descriptors:
-    the connection; lines that come in; lines that go out.
+    the connection; lines that come in (of a program its input); lines that go out.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for name in PRELOADED:
@@ -256,7 +256,7 @@ def _first_process(
         proc = os.open("/proc/self", os.O_PATH | os.O_CLOEXEC)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as stream:
             stream.write("1000")  # where memory ends, a sandbox goes before the run
-        given = _handed_in(request["stdin"])
+        given = lines[0] if lines and request["kind"] == "program" else _handed_in(request["stdin"])
         calls = lines[0] if lines else _handed_in(request["lines"])
         if strict:
             kernel.begin_run(limits["disk_mb"] << 20, limits["files"])
@@ -312,7 +312,7 @@ def _handed_in(text: str) -> int:
 
 
 def _become_program(request: dict[str, Any], handles: list[int], lines: list[int], setup: dict[str, Any]) -> NoReturn:
-    handles = [*handles, lines[1] if lines else handles[3]]
+    handles = [*handles, lines[1] if len(lines) > 1 else handles[3]]
     os.setsid()
     kernel.prctl(4, 1)
     high = [os.dup2(handle, 48 + number) for number, handle in enumerate(handles)]

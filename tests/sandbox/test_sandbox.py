@@ -1,5 +1,6 @@
 """Limits of programs, how they end, what they leave behind, and results that are forged."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -37,8 +38,11 @@ def programs(name):
 
 
 def alive(marker):
-    found = subprocess.run(["pgrep", "-f", marker], capture_output=True, text=True)
-    return found.stdout.split()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [path] if marker.encode() in path.read_bytes() else []
+    return found
 
 
 @pytest.mark.parametrize(("title", "source"), programs("endings"))
@@ -173,6 +177,21 @@ def test_asserts_run_outside_of_the_sandbox_of_what_they_test(sandbox):
     assert ["passed"] not in sandbox.test(source, "f", tests, context="helper = 5")[1].events
 
 
+@pytest.mark.parametrize("value", ["1", "(True, 0)", "'x'", "[0]"])
+def test_an_assert_on_the_function_itself_takes_no_other_truth(sandbox, value):
+    right = "def check(candidate):\n    assert candidate(1)\n    assert not candidate(0)"
+    assert ["passed"] in sandbox.test("def f(x): return x == 1", "f", right)[1].events
+    assert ["passed"] not in sandbox.test(f"def f(x): return {value}", "f", "assert f(1)")[1].events
+
+
+@pytest.mark.parametrize("end", ["import os; os._exit(0)", "import sys; sys.exit()", "while True: pass"])
+def test_no_test_takes_the_end_of_the_function_for_its_exception(sandbox, end):
+    tests = "try:\n    f(1)\nexcept BaseException:\n    pass"
+    assert ["passed"] in sandbox.test("def f(x): 1 / 0", "f", tests)[1].events
+    _, judged = sandbox.test(f"def f(x):\n  {end}", "f", tests, limits=Limits(cpu_seconds=0.3))
+    assert ["passed"] not in judged.events and judged.exit_code == 1
+
+
 def test_texts_of_values():
     values = [
         None,
@@ -211,16 +230,20 @@ def test_a_spawner_that_is_killed_is_started_again(sandbox):
     box.close()
 
 
+def waited_for(condition):
+    end = time.monotonic() + 50
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
 def test_a_caller_that_is_gone_ends_its_sandbox(sandbox):
     marker = f"skyrl_gone_{os.getpid()}"
     source = f"import os; os.execv('/bin/sh', ['sh', '-c', 'sleep 1000; : {marker}'])"
     connection = sandbox._start({"kind": "program", "source": source, "inputs": {}, "limits": vars(FAST)})
+    assert waited_for(lambda: alive(marker))
     connection.close()
-    for _ in range(500):
-        if not alive(marker):
-            return
-        time.sleep(0.02)
-    raise AssertionError("it runs on")
+    assert waited_for(lambda: not alive(marker))
 
 
 def test_what_cannot_be_is_one_line(tmp_path, capsys):
@@ -249,11 +272,14 @@ def test_the_command(sandbox, tmp_path):
     done = subprocess.run(command, input="hello", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (7, "hello x\n")
     assert "sandbox: error, exit code 7, level strict" in done.stderr
+    file.write_text("print(1)")
+    reading, writing = os.pipe()  # an input that never ends
+    done = subprocess.run(command, stdin=reading, capture_output=True, text=True, timeout=60)
+    os.close(reading), os.close(writing)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-def test_the_weakest_level_is_loud():
+def test_the_weakest_level_is_loud(other_users_python):
     with pytest.warns(UserWarning, match="does NOT protect your files"):
-        assert (
-            Sandbox("rlimits", python="/usr/bin/python3").run("import os\nos.fork()").stderr.endswith("not permitted\n")
-        )
+        assert "not permitted" in Sandbox("rlimits", python=other_users_python).run("import os\nos.fork()").stderr
     assert run_code.__doc__
