@@ -7,9 +7,10 @@ tokens that were sampled, and the tokens of the environment's answer. What was s
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from skyrl.algorithms.variance import score_of
 from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.distributed.phases import heartbeat
-from skyrl.envs.base import Environment, make_environment
-from skyrl.envs.guard import Guard
+from skyrl.envs.base import StepResult
+from skyrl.envs.calls import LocalCalls
+from skyrl.envs.pool import WorkerPool, open_calls
 from skyrl.sampler.sampler import Sampler
 from skyrl.text.chat import Chat
 from skyrl.types import (
@@ -58,21 +60,24 @@ class RolloutConfig:
     group_size: int
     max_row_tokens: int
     key: tuple[Any, ...]
+    plugins: Sequence[str] = ()
     stop_requested: Callable[[], bool] = lambda: False
     progress: Callable[[int, int], None] = lambda done, total: None
 
 
 @dataclass
 class ActiveEpisode:
-    """An episode that is being played."""
+    """An episode that is being played. `group` is its place among the prompts of this rank."""
 
+    group: int
     position: int
     index: int
     prompt: Prompt
-    env: Environment
-    context: Ints
+    seed: int
+    context: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     turns: list[Turn] = field(default_factory=list)
     metrics: MetricSums = field(default_factory=MetricSums)
+    calls: MetricSums = field(default_factory=MetricSums)
 
 
 def rollout(
@@ -80,34 +85,139 @@ def rollout(
 ) -> list[list[Episode]]:
     """The groups of episodes of `prompts` ((position in the data, prompt) pairs), in that order, samples in order.
 
-    No collective: each rank plays its own prompts. [] when `config.stop_requested` says so: what was under way is
-    dropped, and its draws are the same next time. Raises UserError when an environment or reward fails and env.on_error
-    is "stop".
+    Sampling goes on while environments are called; when an answer comes changes no draw and no order. No collective:
+    each rank plays its own prompts. [] when `config.stop_requested` says so: what was under way is dropped, and its
+    draws are the same next time. Raises UserError when an environment or reward fails and env.on_error is "stop".
     """
-    guard = Guard(config.env)
-    groups: list[list[Episode | None]] = [[None] * config.group_size for _ in prompts]
-    active: dict[str, tuple[int, ActiveEpisode]] = {}
-    ended, total = 0, len(prompts) * config.group_size
+    with open_calls(config.env, config.plugins) as calls:
+        playing = _Rollout(sampler, config, chat, calls, len(prompts))
+        try:
+            for group, (position, prompt) in enumerate(prompts):
+                for index in range(config.group_size):
+                    playing.check_stop()
+                    playing.open(group, position, index, prompt)
+                    playing.take_answers()
+            while sampler.unfinished() or calls.waiting:
+                playing.check_stop()
+                playing.take_answers()
+                for sample in sampler.step() if sampler.unfinished() else ():
+                    playing.take_sample(sample)
+        except _Stopped:
+            playing.drop()
+            return []
+    return playing.groups  # type: ignore[return-value]
 
-    def finish(group: int, episode: ActiveEpisode, stop: StopReason, invalid: str = "") -> None:
-        nonlocal ended
-        reward, _ = score_of(turn.reward for turn in episode.turns)
-        whole = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
-        groups[group][episode.index] = whole
-        guard.call(episode.env.close, prompt=episode.prompt)
-        ended += 1
-        config.progress(ended, total)
 
-    def request(group: int, episode: ActiveEpisode) -> None:
+class _Stopped(Exception):
+    """This rank was asked to stop."""
+
+
+_KEYS = (
+    itertools.count()
+)  # of episodes, for those who make the calls: they may still close what an earlier rollout left
+
+
+class _Rollout:
+    """One rollout under way: episodes go to and fro between the sampler and those who call environments."""
+
+    def __init__(
+        self, sampler: Sampler, config: RolloutConfig, chat: Chat, calls: LocalCalls | WorkerPool, num_groups: int
+    ) -> None:
+        self.sampler, self.config, self.chat, self.calls = sampler, config, chat, calls
+        self.groups: list[list[Episode | None]] = [[None] * config.group_size for _ in range(num_groups)]
+        self._called: dict[int, ActiveEpisode] = {}  # by key, until they end
+        self._sampled: dict[str, int] = {}  # uid of a request -> key
+        self._ended, self._total = 0, num_groups * config.group_size
+        self._openings: dict[int, tuple[list[Message], Ints]] = {}  # of each group, the last one: most are alike
+
+    def check_stop(self) -> None:
+        """Says that this rank goes on. Raises _Stopped when it is not to."""
+        heartbeat()
+        if self.config.stop_requested():
+            raise _Stopped
+
+    def open(self, group: int, position: int, index: int, prompt: Prompt) -> None:
+        """Begins an episode."""
+        seed = draw_seed(*self.config.key, position, prompt.uid, index, "reset")
+        key = next(_KEYS)
+        self._called[key] = ActiveEpisode(group, position, index, prompt, seed)
+        self.calls.open(key, prompt, seed)
+
+    def take_answers(self) -> None:
+        """Goes on with the episodes whose environments have answered."""
+        for answer in self.calls.poll(wait=not self.sampler.unfinished()):
+            episode = self._called[answer.key]
+            for name, value in answer.counts.items():
+                episode.calls.add(name, value)
+            if answer.outcome.invalid:
+                self._finish(answer.key, "aborted", answer.outcome.invalid)
+            elif episode.turns:
+                self._take_turn(answer.key, cast(StepResult, answer.outcome.value))
+            else:
+                self._begin(answer.key, cast(list[Message], answer.outcome.value))
+
+    def take_sample(self, sample: Sample) -> None:
+        """Gives a finished sample to its environment."""
+        check_drawn(sample)
+        key = self._sampled.pop(sample.uid)
+        episode = self._called[key]
+        text = self.chat.read(sample.tokens.tolist(), int(episode.context[-1]))
+        episode.turns.append(Turn(episode.context, sample, text=text))
+        self.calls.step(key, text)
+
+    def drop(self) -> None:
+        """Takes everything back that is under way."""
+        for uid in self._sampled:
+            self.sampler.cancel(uid)
+        self.calls.drop()
+
+    def _begin(self, key: int, messages: list[Message]) -> None:
+        episode = self._called[key]
+        known = self._openings.get(episode.group)
+        if known is None or known[0] != messages:
+            ids, problem = _ids(self.config, episode.prompt, "began with", self.chat.prompt, messages)
+            if ids is None:
+                self._finish(key, "aborted", problem)
+                return
+            self._openings[episode.group] = known = messages, ids
+        episode.context = known[1]
+        self._request(key)
+
+    def _take_turn(self, key: int, result: StepResult) -> None:
+        """Notes what the environment answered to a turn, and goes on as it says."""
+        episode = self._called[key]
+        sample = episode.turns[-1].sample
+        episode.turns[-1].reward = float(result.reward)
+        for name, value in result.metrics.items():
+            if name == "correct:mean":  # accuracy: what the last turn says that says so
+                episode.metrics.values.pop(name, None)
+            episode.metrics.add(name, value)
+        if result.done or len(episode.turns) >= self.config.env.max_turns:
+            self._finish(key, sample.stop)
+            return
+        what, drawn = f"answered to turn {len(episode.turns)}", sample.tokens.tolist()
+        more, problem = _ids(self.config, episode.prompt, what, self.chat.continuation, drawn, result.observation)
+        if more is None:
+            self._finish(key, "aborted", problem)
+            return
+        episode.context = np.concatenate([episode.context, sample.tokens, more])
+        self._request(key)
+
+    def _request(self, key: int) -> None:
+        """Asks the sampler for the next turn, if there is room for one."""
+        config, episode = self.config, self._called[key]
         room = config.max_row_tokens - len(episode.context)
+        if room <= 0 and not episode.turns:
+            raise UserError(
+                f"{episode.prompt.place} has {len(episode.context)} tokens, and rows end at "
+                f"{config.max_row_tokens}; raise batch.max_row_tokens or leave it out of the data "
+                "(data.max_prompt_tokens finds such prompts at the start)"
+            )
+        if config.env.max_episode_tokens:
+            drawn = sum(len(turn.sample.tokens) for turn in episode.turns)
+            room = min(room, config.env.max_episode_tokens - drawn)
         if room <= 0:
-            if not episode.turns:
-                raise UserError(
-                    f"{episode.prompt.place} has {len(episode.context)} tokens, and rows end at "
-                    f"{config.max_row_tokens}; raise batch.max_row_tokens or leave it out of the data "
-                    "(data.max_prompt_tokens finds such prompts at the start)"
-                )
-            finish(group, episode, "length")
+            self._finish(key, "length")
             return
         uid = f"{episode.position}/{episode.index}/{len(episode.turns)}"
         seed = draw_seed(*config.key, episode.position, episode.prompt.uid, episode.index, len(episode.turns))
@@ -115,90 +225,20 @@ def rollout(
             config.params,
             max_tokens=min(room, config.params.max_tokens),
             seed=seed,
-            stop_token_ids=chat.stop_token_ids,
+            stop_token_ids=self.chat.stop_token_ids,
         )
-        active[uid] = (group, episode)
-        sampler.add(SampleRequest(uid=uid, tokens=episode.context, params=params))
+        self._sampled[uid] = key
+        self.sampler.add(SampleRequest(uid=uid, tokens=episode.context, params=params))
 
-    with guard:
-        for group, (position, prompt) in enumerate(prompts):
-            known: tuple[list[Message], Ints] | None = None
-            for index in range(config.group_size):
-                heartbeat()
-                if config.stop_requested():
-                    return _dropped(guard, sampler, active)
-                what = f"environment {config.env.name}.__init__"
-                made = guard.call(make_environment, config.env, prompt=prompt, what=what)
-                if made.value is None:
-                    groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, made.invalid)
-                    continue
-                env = made.value
-                opening = guard.call(env.reset, prompt, prompt=prompt)
-                ids, problem = None, opening.invalid
-                if opening.value is not None and known is not None and known[0] == opening.value:
-                    ids = known[1]
-                elif opening.value is not None:
-                    ids, problem = _ids(config, prompt, "began with", chat.prompt, opening.value)
-                    known = (opening.value, ids) if ids is not None else None
-                if ids is None:
-                    groups[group][index] = Episode(prompt, index, [], 0.0, "aborted", {}, problem)
-                    guard.call(env.close, prompt=prompt)
-                    continue
-                request(group, ActiveEpisode(position, index, prompt, env, ids))
-        while sampler.unfinished():
-            heartbeat()
-            if config.stop_requested():
-                return _dropped(guard, sampler, active)
-            for sample in sampler.step():
-                group, episode = active.pop(sample.uid)
-                _take_turn(guard, config, chat, group, episode, sample, request, finish)
-    return groups  # type: ignore[return-value]
-
-
-def _dropped(guard: Guard, sampler: Sampler, active: dict[str, tuple[int, ActiveEpisode]]) -> list[list[Episode]]:
-    """Takes everything back that is under way."""
-    for uid, (_, episode) in active.items():
-        sampler.cancel(uid)
-        guard.call(episode.env.close, prompt=episode.prompt)
-    return []
-
-
-def _take_turn(
-    guard: Guard,
-    config: RolloutConfig,
-    chat: Chat,
-    group: int,
-    episode: ActiveEpisode,
-    sample: Sample,
-    request: Any,
-    finish: Any,
-) -> None:
-    """Gives a finished sample to the environment and goes on as it says."""
-    check_drawn(sample)
-    turn = Turn(episode.context, sample)
-    episode.turns.append(turn)
-    text = chat.read(sample.tokens.tolist(), int(episode.context[-1]))
-    outcome = guard.call(episode.env.step, text, prompt=episode.prompt)
-    if outcome.invalid:
-        finish(group, episode, "aborted", outcome.invalid)
-        return
-    result = outcome.value
-    assert result is not None
-    turn.reward = float(result.reward)
-    for key, value in result.metrics.items():
-        if key == "correct:mean":  # accuracy: what the last turn says that says so
-            episode.metrics.values.pop(key, None)
-        episode.metrics.add(key, value)
-    if result.done or len(episode.turns) >= config.env.max_turns:
-        finish(group, episode, sample.stop)
-        return
-    what = f"answered to turn {len(episode.turns)}"
-    more, problem = _ids(config, episode.prompt, what, chat.continuation, sample.tokens.tolist(), result.observation)
-    if more is None:
-        finish(group, episode, "aborted", problem)
-        return
-    episode.context = np.concatenate([episode.context, sample.tokens, more])
-    request(group, episode)
+    def _finish(self, key: int, stop: StopReason, invalid: str = "") -> None:
+        episode = self._called.pop(key)
+        reward, _ = score_of(turn.reward for turn in episode.turns)
+        whole = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
+        whole.seed, whole.calls = episode.seed, episode.calls.merged()
+        self.groups[episode.group][episode.index] = whole
+        self.calls.close(key)
+        self._ended += 1
+        self.config.progress(self._ended, self._total)
 
 
 def _ids(config: RolloutConfig, prompt: Prompt, what: str, make: Callable[..., Ints], *given: Any) -> tuple[Any, str]:
@@ -335,6 +375,8 @@ def episode_metrics(sums: MetricSums, groups: list[list[Episode]], prefix: str) 
             sums.add(f"{prefix}length:max", float(length))
             sums.add(f"{prefix}cut_by_length:mean", float(episode.stop == "length"))
             sums.add(f"{prefix}turns:mean", float(len(episode.turns)))
+            for key, value in episode.calls.items():
+                sums.add(f"{prefix}{key}", value)
             if episode.invalid:
                 continue
             sums.add(f"{prefix}reward:mean", episode.reward)

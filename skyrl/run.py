@@ -283,6 +283,7 @@ class Run:
             group_size=cfg.batch.samples_per_prompt if training else cfg.eval.samples_per_prompt,
             max_row_tokens=self.engine.max_row_tokens,
             key=(cfg.seed, kind),
+            plugins=cfg.plugins,
             stop_requested=self.watch.stop_requested,
             progress=partial(self.tracker.progress, f"{'sampling' if training else 'evaluating'} episodes{share}"),
         )

@@ -102,6 +102,7 @@ class Turn:
     context: Ints
     sample: Sample
     reward: float = 0.0
+    text: str = ""  # what the environment was given to read
 
 
 @dataclass
@@ -115,6 +116,8 @@ class Episode:
     stop: StopReason
     metrics: Metrics = field(default_factory=dict)
     invalid: str = ""  # why the reward is not a score; "" when it is one
+    seed: int = 0  # that the environment's reset was given, if it takes one
+    calls: Metrics = field(default_factory=dict)  # what had to be done beside plain calls: retries, replays, ...
 
 
 ROW_FIELDS = (

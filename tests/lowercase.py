@@ -17,6 +17,8 @@ class Lowercase(Environment):
     `broken`: prompts whose number is a multiple of it raise in their first step (0: none).
     """
 
+    in_process = True
+
     def __init__(self, *, turns: int = 1, levels: int = 0, broken: int = 0) -> None:
         self.turns, self.levels, self.broken = turns, levels, broken
 

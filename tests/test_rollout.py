@@ -149,6 +149,8 @@ def test_texts_without_a_template_and_a_template_without_answers():
 
 @register_environment("test_developer")
 class Developer(Environment):
+    in_process = True
+
     def step(self, text):
         return StepResult(1.0, False, [{"role": "developer", "content": "go on"}])
 
@@ -265,6 +267,8 @@ def counting():
 
     @register_environment("counting")
     class Counting(Environment):
+        in_process = True
+
         def step(self, text):
             self.turn = getattr(self, "turn", 0) + 1
             level = [4.0, 1.0, 2.0][self.turn - 1]

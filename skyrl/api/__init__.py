@@ -5,7 +5,7 @@ from pathlib import Path
 
 from skyrl.algorithms.advantages import Advantages, RewardRows, per_group
 from skyrl.algorithms.declare import Advantage, Loss, Param
-from skyrl.envs.base import Environment, StepResult, register_environment
+from skyrl.envs.base import Environment, RetryableError, StepResult, register_environment
 from skyrl.envs.rewards.base import register_reward
 from skyrl.types import Message, Metrics, Prompt, UserError
 
@@ -19,6 +19,7 @@ __all__ = [
     "Param",
     "Prompt",
     "RewardRows",
+    "RetryableError",
     "StepResult",
     "UserError",
     "evaluate",

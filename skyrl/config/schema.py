@@ -278,8 +278,18 @@ class EnvConfig:
     """Keyword arguments of that environment; an unknown one is refused."""
     max_turns: int = 1
     """Turns of one episode."""
+    max_episode_tokens: int = 0
+    """Tokens that the model writes in one episode, over all turns; 0 = what a row has room for."""
     timeout_seconds: float = 20.0
     """Longest call of an environment or reward."""
+    workers: int = 2
+    """Processes beside each rank that call environments and rewards; our own are quick and called in the rank itself. 0
+    = all calls there: one that waits or hangs holds up its rank, and one that dies ends it."""
+    max_concurrent: int = 64
+    """Calls that are made at the same time for one rank: one for each worker, and as many as this where methods are
+    async."""
+    worker_memory_gib: float = 4.0
+    """Memory of one worker; one that nears it is replaced, and what fails for want of it is masked. 0 = no limit."""
     on_error: str = "stop"
     """An environment or reward that raises, hangs or returns no finite number: stop the run, or mask the episode
     (not trained, counted as `invalid:sum`)."""

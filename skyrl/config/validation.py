@@ -59,9 +59,10 @@ AT_LEAST_ONE = (
     "model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.num_kv_heads model.tiny.ffn_size "
     "sampler.max_new_tokens sampler.block_tokens batch.num_steps batch.prompts_per_step batch.samples_per_prompt "
     "batch.optim_steps_per_batch batch.epochs_per_batch batch.max_tokens_per_microbatch "
-    "algorithm.filters.max_refill_rounds env.max_turns eval.num_prompts eval.samples_per_prompt warmup.rows_per_step "
-    "run.collective_timeout_seconds run.join_seconds service.max_models service.max_resident_models service.max_rank "
-    "service.max_queued_samples service.max_request_mib service.max_tokens_per_request"
+    "algorithm.filters.max_refill_rounds env.max_turns env.max_concurrent eval.num_prompts eval.samples_per_prompt "
+    "warmup.rows_per_step run.collective_timeout_seconds run.join_seconds service.max_models "
+    "service.max_resident_models service.max_rank service.max_queued_samples service.max_request_mib "
+    "service.max_tokens_per_request"
 ).split()
 ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "

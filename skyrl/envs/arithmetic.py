@@ -39,6 +39,8 @@ class Arithmetic(SingleTurn):
     digits only (0 = off).
     """
 
+    in_process = True
+
     def __init__(
         self,
         *,

@@ -1,7 +1,8 @@
 """What an environment is, how one is found by name and made from options. Plain Python: no torch, no tokens.
 
-An environment speaks messages and text. Who plays it (collect.py) turns messages into tokens, draws the answer, and
-calls it through guard.py, so an environment may raise, hang or return nonsense without spoiling a run silently.
+An environment speaks messages and text. Who plays it (rollout.py) turns messages into tokens, draws the answer, and
+calls it in a worker process (pool.py) or through guard.py alone, so an environment may raise, hang, die or return
+nonsense without spoiling a run silently.
 """
 
 from __future__ import annotations
@@ -40,8 +41,15 @@ class StepResult:
     metrics: Metrics = field(default_factory=dict)
 
 
+class RetryableError(Exception):
+    """Raised by an environment or a reward for what may pass: a server that is busy, a connection that broke. The call
+    is made again; when that does not help, the episode is masked and counted, never scored and never a reason to stop.
+    """
+
+
 class Environment:
-    """One instance plays one episode at a time: reset, step until done, close.
+    """One instance plays one episode at a time: reset, step until done, close. Each of them may be `async def`; then
+    one worker process plays many episodes at once.
 
     Subclasses write `step`; the keyword arguments of their constructor are the options a user sets as env.options.<x>,
     checked against the annotations (a `Path` comes with its `~` expanded). A constructor argument called `max_turns`
@@ -50,10 +58,16 @@ class Environment:
     """
 
     name: ClassVar[str] = ""  # set by register_environment
+    in_process: ClassVar[bool] = False  # calls are fast and safe, and made in the rank itself; not inherited
+    retries: ClassVar[int] = 0  # above 0: a call that raises anything is made again so often, as for RetryableError
     prompt: Prompt
 
     def reset(self, prompt: Prompt) -> list[Message]:
-        """Starts an episode and returns the messages the model answers first. Here: the prompt's own messages."""
+        """Starts an episode and returns the messages the model answers first. Here: the prompt's own messages.
+
+        An override that has an argument `seed` receives one that is keyed by the run's seed, the prompt and the sample,
+        never by rank or time. One that is `async def` is awaited, as step and close are.
+        """
         self.prompt = prompt
         return list(prompt.messages)
 
@@ -63,6 +77,11 @@ class Environment:
 
     def close(self) -> None:
         """Frees what reset and step took. Called once, also after an error."""
+
+    @classmethod
+    def plays_in_process(cls, options: dict[str, Any]) -> bool:
+        """Whether calls are made in the rank itself although env.workers is above 0. Here: what the class says."""
+        return bool(vars(cls).get("in_process", False))
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
@@ -135,6 +154,18 @@ def environment_options(cfg: EnvConfig) -> dict[str, Any]:
 def make_environment(cfg: EnvConfig) -> Environment:
     """A new environment for one episode, or several one after the other. Raises UserError for bad options."""
     return ENVIRONMENTS.get(cfg.name, "env.name")(**environment_options(cfg))
+
+
+@functools.cache
+def takes_seed(reset: Callable) -> bool:
+    """Whether a reset has an argument `seed`."""
+    parameters = inspect.signature(reset).parameters.values()
+    return any(one.name == "seed" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+
+
+def is_async(cls: type[Environment]) -> bool:
+    """Whether a method of this class is `async def`."""
+    return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in ("reset", "step", "close"))
 
 
 @functools.cache

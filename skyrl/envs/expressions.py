@@ -109,6 +109,8 @@ class Gsm8kExpressions(SingleTurn):
     max_characters: longer expressions are left out of both splits; 0 = no limit.
     """
 
+    in_process = True
+
     def __init__(self, *, reward: str = "number", max_characters: int = 0) -> None:
         super().__init__(reward=reward)
         require(max_characters >= 0, "max_characters", max_characters, "0 (no limit) or more")

@@ -25,6 +25,8 @@ class Gsm8k(SingleTurn):
     registered one. instruction: added below the question; "" = nothing. system: text of a system message; "" = none.
     """
 
+    in_process = True
+
     def __init__(self, *, reward: str = "math", instruction: str = INSTRUCTION, system: str = "") -> None:
         super().__init__(reward=reward)
         self.instruction, self.system = instruction, system

@@ -1,6 +1,7 @@
 """Calls to code that users write: bounded in time, checked, and never turned into a score when they fail.
 
-Three nets, because no single one catches everything:
+In a worker process (worker.py) net 1 is enough: the rank ends a worker whose call is beyond its deadline. Calls in the
+rank itself have three nets, because no single one catches everything:
 
 1. SIGPROF interrupts Python code, sleeping, waiting, and regular expressions. Main thread only. It is sent by the
    thread of net 2 when the time is over, and by ITIMER_PROF, which counts CPU time and needs no interpreter: a regular
@@ -20,7 +21,9 @@ An alarm (ITIMER_REAL) that was running before a call goes on after it, with its
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
+import inspect
 import logging
 import math
 import numbers
@@ -38,7 +41,7 @@ from typing import Any, Generic, TypeVar
 
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
-from skyrl.envs.base import Environment, StepResult
+from skyrl.envs.base import Environment, RetryableError, StepResult
 from skyrl.envs.data_files import messages_problem, shortest
 from skyrl.types import Message, Prompt, UserError
 
@@ -58,10 +61,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What a call returned, or, under env.on_error=mask, in one line why it failed. A failure is not a score."""
+    """What a call returned, or in one line why it failed, and of which `kind` that is. A failure is not a score.
+
+    kind: "error" and "late" are the environment's own fault, which env.on_error is about. "infrastructure" (its worker
+    died, an error that may pass did not) is nobody's: masked and counted, whatever env.on_error says. "retryable" and
+    "memory" are what the caller does again.
+    """
 
     value: T | None = None
     invalid: str = ""
+    kind: str = ""
 
 
 class _Interrupt(BaseException):
@@ -73,7 +82,7 @@ class Guard:
 
     On the main thread an overlong call is interrupted. On any other thread it can only be waited for: it fails when it
     returns late, and the whole process ends 5 s after the deadline if it does not return. KeyboardInterrupt passes.
-    `with guard:` around a batch of calls ends the third net with the batch instead of a quarter of a second later.
+    `rest` after a batch of calls ends the third net with the batch instead of a quarter of a second later.
     """
 
     def __init__(self, cfg: EnvConfig) -> None:
@@ -83,15 +92,14 @@ class Guard:
             raise UserError(f"env.on_error={cfg.on_error!r}: choose stop or mask")
         self.timeout_seconds, self.on_error = cfg.timeout_seconds, cfg.on_error
 
-    def __enter__(self) -> Guard:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    @staticmethod
+    def rest() -> None:
+        """Disarms the third net, unless another thread's call is running."""
         _WATCHDOG.rest()
 
     def call(self, method: Callable[..., T], *arguments: Any, prompt: Prompt, what: str = "") -> Outcome[T]:
         """method(*arguments), timed and checked. `method` is the reset, step or close of an environment, as in
-        guard.call(env.step, text, prompt=prompt); anything else callable is timed only.
+        guard.call(env.step, text, prompt=prompt); anything else callable is timed only. What is `async def` is awaited.
 
         A reset must give at least one message; a step a StepResult whose reward and metrics are finite numbers (they
         become floats) and which is done or has a message to answer. A failure is Outcome(invalid=<one line>) under
@@ -99,26 +107,59 @@ class Guard:
         file:line, what happened and where, what to do. `what` names the call there; "" = environment and method.
         """
         who = (method, prompt, what, self.timeout_seconds)
-        cause: BaseException | None = None
-        advice = "fix it"
         try:
             result, seconds = self._timed(method, arguments, who)
-        except _Interrupt as interrupt:
-            problem, advice = self._overlong(_place(interrupt)), "make it faster, raise that limit"
-        except (Exception, SystemExit) as error:  # whatever user code raises; sys.exit() there must not end the run
-            problem, cause = f"raised {describe_error(error)}", error
-        else:
-            if seconds <= self.timeout_seconds:
-                try:
-                    return Outcome(_checked(method, result))
-                except BadResult as error:
-                    problem = f"returned {error}"
-            else:
-                problem, advice = self._overlong(f", {seconds:.1f} s"), "make it faster, raise that limit"
-        line = f"{blame(method, prompt, what)}: {problem}"
-        if self.on_error == "mask":
-            return Outcome(invalid=line)
-        raise UserError(f"{line}; {advice}, or set env.on_error=mask to leave such episodes out of training") from cause
+        except (Exception, SystemExit, _Interrupt) as error:  # whatever it raises; sys.exit() must not end the run
+            return self._failed(error, isinstance(error, _Interrupt), who)
+        return self._returned(result, seconds, who)
+
+    async def call_async(self, method: Callable[..., Any], *arguments: Any, prompt: Prompt, what: str = "") -> Outcome:
+        """The same within an event loop, beside other calls: an overlong one is cancelled where it waits. Code that
+        neither waits nor returns can only be ended with its process."""
+        who, start, cut = (method, prompt, what, self.timeout_seconds), clock.now(), False
+
+        task = asyncio.current_task()
+        assert task is not None
+
+        def cancel(task: asyncio.Task = task) -> None:
+            nonlocal cut
+            cut = True
+            task.cancel()
+
+        alarm = asyncio.get_running_loop().call_later(self.timeout_seconds, cancel)
+        try:
+            result = method(*arguments)
+            if inspect.isawaitable(result):
+                result = await result
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return self._failed(error, cut, who)
+        finally:
+            alarm.cancel()
+        return self._returned(result, clock.now() - start, who)
+
+    def _returned(self, result: Any, seconds: float, who: tuple) -> Outcome:
+        if seconds > self.timeout_seconds:
+            return self._refuse(self._overlong(f", {seconds:.1f} s"), "late", who)
+        try:
+            return Outcome(_checked(who[0], result))
+        except BadResult as error:
+            return self._refuse(f"returned {error}", "error", who)
+
+    def _failed(self, error: BaseException, late: bool, who: tuple) -> Outcome:
+        if late:
+            return self._refuse(self._overlong(_place(error)), "late", who)
+        flaky = isinstance(error, RetryableError) or (
+            isinstance(error, Exception) and getattr(getattr(who[0], "__self__", None), "retries", 0) > 0
+        )
+        kind = "retryable" if flaky else "memory" if isinstance(error, MemoryError) else "error"
+        return self._refuse(f"raised {describe_error(error)}", kind, who, error)
+
+    def _refuse(self, problem: str, kind: str, who: tuple, cause: BaseException | None = None) -> Outcome:
+        method, prompt, what, _ = who
+        outcome: Outcome = Outcome(None, f"{blame(method, prompt, what)}: {problem}", kind)
+        if self.on_error == "stop":
+            raise_stop(outcome, cause)
+        return outcome
 
     def _overlong(self, detail: str) -> str:
         return f"took longer than env.timeout_seconds={self.timeout_seconds:g}{detail}"
@@ -130,10 +171,30 @@ class Guard:
         outer = _WATCHDOG.begin(me, start + self.timeout_seconds + GRACE_SECONDS, who)
         try:
             if me != threading.main_thread().ident:
-                return call(*arguments), clock.now() - start
+                return _awaited(call(*arguments)), clock.now() - start
             return _interruptible(call, arguments, start, who), clock.now() - start
         finally:
             _WATCHDOG.end(me, outer)
+
+
+def raise_stop(outcome: Outcome, cause: BaseException | None = None) -> None:
+    """Raises the UserError of a failed call under env.on_error=stop, if it is one that this option is about."""
+    if outcome.kind in ("error", "late"):
+        advice = "fix it" if outcome.kind == "error" else "make it faster, raise that limit"
+        line = f"{outcome.invalid}; {advice}, or set env.on_error=mask to leave such episodes out of training"
+        raise UserError(line) from cause
+
+
+_LOOP: list[asyncio.AbstractEventLoop] = []  # of this process, for methods that are `async def`
+
+
+def _awaited(result: Any) -> Any:
+    """`result`, or what it comes to where it is to be awaited. One loop for all calls: clients are bound to theirs."""
+    if not inspect.isawaitable(result):
+        return result
+    if not _LOOP or _LOOP[0].is_running():  # interrupted in the middle of it
+        _LOOP[:] = [asyncio.new_event_loop()]
+    return _LOOP[0].run_until_complete(result)
 
 
 def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: tuple) -> T:
@@ -146,7 +207,7 @@ def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: 
         try:
             _WATCHDOG.due = start + who[3]
             signal.setitimer(signal.ITIMER_PROF, POLL_SECONDS, POLL_SECONDS)
-            return call(*arguments)
+            return _awaited(call(*arguments))
         finally:
             _WATCHDOG.due = before  # the interrupt may still come right before this line; never after it
     finally:
@@ -159,7 +220,8 @@ def _interruptible(call: Callable[..., T], arguments: tuple, start: float, who: 
         if replaced:
             # None: a handler that was not installed from Python; signal() cannot put it back.
             signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-        if replaced or not _FAR_SECONDS - took - 2.0 < left <= _FAR_SECONDS + 2.0:
+        forked = threading.get_ident() not in _WATCHDOG.calls  # a child of user code, which has no timers
+        if replaced or not forked and not _FAR_SECONDS - took - 2.0 < left <= _FAR_SECONDS + 2.0:
             _say_alarm(who, running=0.0 < left < _FAR_SECONDS / 2)
 
 
@@ -263,14 +325,14 @@ def blame(method: Callable, prompt: Prompt, what: str = "") -> str:
     env = getattr(method, "__self__", None)
     called = getattr(method, "__name__", "call")
     name = getattr(env, "name", "") or type(env).__name__
-    reward = getattr(env, "reward_name", "")
+    what = what or (f"environment {name}.{called}" if isinstance(env, Environment) else called)
+    return place_of_call(what, getattr(env, "reward_name", ""), prompt)
+
+
+def place_of_call(what: str, reward: str, prompt: Prompt) -> str:
+    """A call in words: what is called, its reward function, the prompt and its file:line."""
     source = prompt.extra.get("source")
-    return (
-        (what or (f"environment {name}.{called}" if isinstance(env, Environment) else called))
-        + (f" (reward {reward})" if reward else "")
-        + f", prompt {prompt.uid}"
-        + (f" ({source})" if source else "")
-    )
+    return what + f" (reward {reward})" * bool(reward) + f", prompt {prompt.uid}" + f" ({source})" * bool(source)
 
 
 def describe_error(error: BaseException) -> str:
@@ -281,8 +343,13 @@ def describe_error(error: BaseException) -> str:
 def _place(error: BaseException) -> str:
     """ " at file:line" of the innermost code that is neither this file nor an installed library; "" without one."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
-    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    return place_in([(frame.filename, frame.lineno or 0) for frame in frames])
+
+
+def place_in(frames: list[tuple[str, int]]) -> str:
+    """ " at file:line" of the last frame that is no installed library's, else of the last; "" without frames."""
+    own = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)] or frames
+    return f" at {own[-1][0]}:{own[-1][1]}" if own else ""
 
 
 def _short(value: object) -> str:
@@ -305,7 +372,7 @@ class _Watchdog:
     """
 
     def __init__(self) -> None:
-        self._calls: dict[int, tuple[float, tuple]] = {}  # thread -> when to end the process, who
+        self.calls: dict[int, tuple[float, tuple]] = {}  # thread -> when to end the process, who
         self._thread: threading.Thread | None = None
         self._recent = False
         self._armed = False
@@ -316,14 +383,14 @@ class _Watchdog:
 
     def _forget(self) -> None:
         """In a forked child, which has none of the threads and timers, and may have a copy of a locked lock."""
-        self._calls, self._thread, self._armed, self._lock = {}, None, False, threading.Lock()
+        self.calls, self._thread, self._armed, self._lock = {}, None, False, threading.Lock()
         self.due = math.inf
 
     def begin(self, thread: int, deadline: float, who: tuple) -> tuple[float, tuple] | None:
         """Watches a call; returns the one around it, which the end of this call takes up again."""
-        outer = self._calls.get(thread)
+        outer = self.calls.get(thread)
         self._longest = max(self._longest, who[3])
-        self._calls[thread] = (deadline, who)  # before looking at _armed: the thread disarms in the other order
+        self.calls[thread] = (deadline, who)  # before looking at _armed: the thread disarms in the other order
         self._recent = True
         if not self._armed:
             self._start()
@@ -331,9 +398,9 @@ class _Watchdog:
 
     def end(self, thread: int, outer: tuple[float, tuple] | None) -> None:
         if outer is None:
-            self._calls.pop(thread, None)
+            self.calls.pop(thread, None)
         else:
-            self._calls[thread] = outer
+            self.calls[thread] = outer
 
     def rest(self) -> None:
         """Disarms the last resort, unless another thread's call is running."""
@@ -355,10 +422,10 @@ class _Watchdog:
         self._armed = True
 
     def _disarm(self) -> None:
-        if self._armed and not self._calls:
+        if self._armed and not self.calls:
             self._armed = self._recent = False
             signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-            if self._calls:  # a call that began in between and saw it armed
+            if self.calls:  # a call that began in between and saw it armed
                 self._arm()
 
     def _run(self) -> None:
@@ -367,7 +434,7 @@ class _Watchdog:
             now = clock.now()
             if now >= self.due:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGPROF)
-            calls = list(self._calls.values())
+            calls = list(self.calls.values())
             for deadline, who in calls:
                 if now > deadline:
                     self._end_process(*who)

@@ -24,6 +24,8 @@ class GuessNumber(Environment):
     turn. Reward, on the turn that finds it: discount^(turns used before it). The number of turns is env.max_turns.
     """
 
+    in_process = True
+
     def __init__(self, *, low: int = 1, high: int = 100, discount: float = 1.0, max_turns: int = 8) -> None:
         require(high - low >= 1, "high", high, f"more than low={low}")
         require(high - low < 10**6, "high", high, f"at most a million numbers from low={low}")

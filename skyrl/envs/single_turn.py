@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,20 @@ class SingleTurn(Environment):
     accuracy that evaluation reports; no effect on training.
     """
 
+    in_process = True
+
     def __init__(self, *, reward: str, correct_reward: float = 1.0) -> None:
         self.reward_name = reward  # guard.py names it in errors
         self._reward = REWARDS.get(reward, "env.options.reward")
         self._correct_reward = correct_reward
+
+    @classmethod
+    def plays_in_process(cls, options: dict[str, Any]) -> bool:
+        """As the class says, with one of our own rewards: a user's reward is called in a worker."""
+        if not super().plays_in_process(options):
+            return False
+        reward = options.get("reward", inspect.signature(cls).parameters["reward"].default)
+        return REWARDS.get(reward, "env.options.reward").__module__.startswith("skyrl.")
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:

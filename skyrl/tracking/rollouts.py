@@ -118,6 +118,7 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         {
             "context_text": tokenizer.decode(turn.context.tolist(), skip_special_tokens=False),
             "text": tokenizer.decode(turn.sample.tokens.tolist(), skip_special_tokens=False),
+            "read": turn.text,
             "reward": float(turn.reward),
             "stop": turn.sample.stop,
             "version": turn.sample.version,
@@ -133,6 +134,7 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "uid": episode.prompt.uid,
         "env": episode.prompt.env,
         "index": episode.index,
+        "seed": episode.seed,
         "expected": _readable(expected),
         "extra": _readable(episode.prompt.extra),
         "reward": float(episode.reward),

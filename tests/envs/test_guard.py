@@ -373,8 +373,8 @@ def start(body, **constants):
             messages = [{{"role": "user", "content": "?"}}]
             prompt = Prompt("stuck/train/3", "stuck", messages, {{"source": "rows.jsonl:4"}})
             guard = g.Guard(EnvConfig(timeout_seconds=0.3, on_error="mask"))
-            with guard:
-                print(guard.call(Stuck().step, "x", prompt=prompt))
+            print(guard.call(Stuck().step, "x", prompt=prompt))
+            guard.rest()
         {call}
     """
     call = constants.pop("call", "play()")
