@@ -19,8 +19,6 @@ from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.distributed.phases import heartbeat
 from skyrl.envs.base import StepResult
-from skyrl.envs.calls import LocalCalls
-from skyrl.envs.pool import WorkerPool, open_calls
 from skyrl.sampler.sampler import Sampler
 from skyrl.text.chat import Chat
 from skyrl.types import (
@@ -38,6 +36,8 @@ from skyrl.types import (
     Turn,
     UserError,
 )
+from skyrl.workers.calls import LocalCalls
+from skyrl.workers.pool import WorkerPool, open_calls
 
 
 def draw_seed(*key: Any) -> int:

@@ -1,7 +1,7 @@
 """What an environment is, how one is found by name and made from options. Plain Python: no torch, no tokens.
 
 An environment speaks messages and text. Who plays it (rollout.py) turns messages into tokens, draws the answer, and
-calls it in a worker process (pool.py) or through guard.py alone, so an environment may raise, hang, die or return
+calls it in a worker process (skyrl/workers) or through guard.py alone, so an environment may raise, hang, die or return
 nonsense without spoiling a run silently.
 """
 

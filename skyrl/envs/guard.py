@@ -1,7 +1,7 @@
 """Calls to code that users write: bounded in time, checked, and never turned into a score when they fail.
 
-In a worker process (worker.py) net 1 is enough: the rank ends a worker whose call is beyond its deadline. Calls in the
-rank itself have three nets, because no single one catches everything:
+In a worker process (skyrl/workers) net 1 is enough, since the rank ends a worker whose call is beyond its deadline.
+Calls in the rank itself have three nets, because no single one catches everything:
 
 1. SIGPROF interrupts Python code, sleeping, waiting, and regular expressions. Main thread only. It is sent by the
    thread of net 2 when the time is over, and by ITIMER_PROF, which counts CPU time and needs no interpreter: a regular

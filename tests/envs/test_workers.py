@@ -13,10 +13,10 @@ from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.envs import pool
 from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, register_environment
-from skyrl.envs.calls import LocalCalls
 from skyrl.envs.rewards import REWARDS, register_reward
 from skyrl.rollout import RolloutConfig, episode_metrics, rollout
 from skyrl.types import Prompt, SamplingParams, UserError
+from skyrl.workers.calls import LocalCalls
 
 HERE = dict(name="troubled", on_error="mask", max_turns=9, worker_memory_gib=1.0)
 
@@ -156,7 +156,7 @@ def test_async_methods_share_a_worker_up_to_the_limit(monkeypatch):
 
 
 def test_flaky_classes_are_called_again_in_process_as_well(monkeypatch):
-    monkeypatch.setattr("skyrl.envs.calls.BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("skyrl.workers.calls.BACKOFF_SECONDS", 0.001)
     for workers in (0, 1):
         outcomes, _, counts = play([["x"], ["x"]], config(name="flaky", workers=workers), first=1000)
         assert all(outcome.value.reward == 1.0 for outcome in outcomes.values())

@@ -112,6 +112,15 @@ def test_a_failing_reward_is_masked_and_counted(warm, tmp_path, trouble):
     assert sum(invalid) > 0 and sum(invalid) % 4 == 0  # whole groups: every sample of that prompt fails
 
 
+def test_a_reward_that_ends_its_process_is_masked_in_a_worker(warm, tmp_path):
+    options = ["env.name=letters_apart", "env.options.trouble=die", "batch.num_steps=2", "run.dir=run"]
+    done = warm.run(*LETTERS, *options, cwd=tmp_path)
+    assert done.code == 0 and done.stderr == "", done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    masked = sum(line.get("workers/masked:sum", 0.0) for line in lines)
+    assert masked > 0 and masked == sum(line.get("invalid:sum", 0.0) for line in lines)
+
+
 @pytest.mark.parametrize(
     ("phase", "ranks"), [("warmup", 1), ("optim", 1), pytest.param("optim", 2, marks=pytest.mark.ranks)]
 )

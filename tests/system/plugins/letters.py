@@ -10,6 +10,8 @@ from skyrl.api import Environment, Prompt, StepResult, register_environment
 class Letters(Environment):
     """Reward: the share of even digits among the first four characters. `trouble` starts at one prompt, on one rank."""
 
+    in_process = True  # most runs here are about something else
+
     def __init__(self, trouble: str = "", rank: int = 0, prompt: int = 5, sleep: float = 0.0) -> None:
         here = int(os.environ.get("RANK", "0")) == rank
         self.trouble, self.bad_prompt, self.sleep = trouble if here else "", prompt, sleep
@@ -19,8 +21,8 @@ class Letters(Environment):
         count = {"train": 40, "test": 8}[split]
         return [
             Prompt(
-                f"letters/{split}/{i}",
-                "letters",
+                f"{cls.name}/{split}/{i}",
+                cls.name,
                 [{"role": "user", "content": f"{i}=" * (200 if options.get("trouble") == "long" and i == 7 else 1)}],
                 {"solution": f"{i % 10}2"},
             )
@@ -31,7 +33,7 @@ class Letters(Environment):
         time.sleep(self.sleep)
         bad = (
             self.trouble
-            and self.prompt.uid.startswith("letters/train/")
+            and self.prompt.uid.startswith(f"{self.name}/train/")
             and (int(self.prompt.uid.rsplit("/", 1)[1]) % 8 == self.bad_prompt % 8)
         )
         if bad and self.trouble == "raise":
@@ -45,3 +47,8 @@ class Letters(Environment):
             os.kill(os.getpid(), 9)
         reward = sum(c in "02468" for c in text[:4]) / 4
         return StepResult(float("nan") if bad and self.trouble == "not_a_number" else reward, done=True)
+
+
+@register_environment("letters_apart")
+class LettersApart(Letters):
+    """The same in worker processes: what a class says of itself is not inherited."""

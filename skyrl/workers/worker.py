@@ -29,10 +29,10 @@ from skyrl.config.schema import EnvConfig
 from skyrl.config.validation import import_plugins
 from skyrl.envs import guard
 from skyrl.envs.base import ENVIRONMENTS, is_async
-from skyrl.envs.calls import Call, Player, digest, encode
 from skyrl.envs.guard import Outcome, describe_error
 from skyrl.envs.rewards import REWARDS
 from skyrl.types import UserError
+from skyrl.workers.calls import Call, Player, digest, encode
 
 HEADER = struct.Struct("<I")
 FORK, REAP = b"f", b"r"  # what the rank asks a template for: a worker, the exit status of one

@@ -34,11 +34,11 @@ import cloudpickle
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
 from skyrl.envs.base import ENVIRONMENTS, Environment, is_async
-from skyrl.envs.calls import BACKOFF_SECONDS, Answer, Call, LocalCalls, attempts_of, decode, given_up
 from skyrl.envs.guard import Outcome, place_in, place_of_call, raise_stop
 from skyrl.envs.rewards import REWARDS
-from skyrl.envs.worker import BEAT_BYTES, FORK, HEADER, REAP, SHOW_STACK, WorkerSetup, frame, read_frame
 from skyrl.types import Prompt, UserError
+from skyrl.workers.calls import BACKOFF_SECONDS, Answer, Call, LocalCalls, attempts_of, decode, given_up
+from skyrl.workers.worker import BEAT_BYTES, FORK, HEADER, REAP, SHOW_STACK, WorkerSetup, frame, read_frame
 
 AHEAD = 4  # calls that a worker is given before it has answered the first, so that it never waits for the sampler
 KILL_SECONDS = 2.0  # beyond the deadline, when a worker that could not be interrupted is ended
@@ -91,7 +91,7 @@ class _Template:
         self._setup, self._preload, self._started, self.ready = setup, preload, clock.now(), False
         self.sock, theirs = socket.socketpair()
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from skyrl.envs.worker import main; "
+            f"import sys; sys.path[:] = {sys.path!r}; from skyrl.workers.worker import main; "
             f"main({theirs.fileno()}, {preload})"
         )
         env = {**os.environ, "OMP_NUM_THREADS": "1"}  # ranks and workers share the processors
