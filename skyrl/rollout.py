@@ -137,7 +137,7 @@ class _Rollout:
             raise _Stopped
 
     def open(self, group: int, position: int, index: int, prompt: Prompt) -> None:
-        """Begins an episode."""
+        """Begins an episode: asks for its environment, and for what that says first."""
         seed = draw_seed(*self.config.key, position, prompt.uid, index, "reset")
         key = next(_KEYS)
         self._called[key] = ActiveEpisode(group, position, index, prompt, seed)

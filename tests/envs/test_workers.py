@@ -11,11 +11,11 @@ from small import make_engine
 
 from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
-from skyrl.envs import pool
 from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, register_environment
 from skyrl.envs.rewards import REWARDS, register_reward
 from skyrl.rollout import RolloutConfig, episode_metrics, rollout
 from skyrl.types import Prompt, SamplingParams, UserError
+from skyrl.workers import pool
 from skyrl.workers.calls import LocalCalls
 
 HERE = dict(name="troubled", on_error="mask", max_turns=9, worker_memory_gib=1.0)
