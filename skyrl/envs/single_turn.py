@@ -34,7 +34,7 @@ class SingleTurn(Environment):
         if not super().plays_in_process(options):
             return False
         reward = options.get("reward", inspect.signature(cls).parameters["reward"].default)
-        return REWARDS.get(reward, "env.options.reward").__module__.startswith("skyrl.")
+        return REWARDS.get(reward, "env.options.reward").__module__.startswith("skyrl.envs.")
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
