@@ -1,6 +1,6 @@
 """Environments; importing this registers the built-in ones. Imports without torch."""
 
-from skyrl.envs import arithmetic, expressions, gsm8k, guess_number, single_turn
+from skyrl.envs import arithmetic, expressions, gsm8k, guess_number, reasoning_gym, single_turn
 from skyrl.envs.base import (
     ENVIRONMENTS,
     Environment,
@@ -23,6 +23,7 @@ __all__ = [
     "gsm8k",
     "guess_number",
     "make_environment",
+    "reasoning_gym",
     "register_environment",
     "single_turn",
 ]

@@ -22,6 +22,7 @@ from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, ma
 from skyrl.strategies.base import Strategy, put_state
 from skyrl.types import AdamParams, Metrics
 
+_BLOCK = 1 << 16  # elements that are cast at a time
 _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that vector kernels like
 
 
@@ -189,7 +190,12 @@ def _adds_into(owner: weakref.ref[ReplicatedStrategy], name: str) -> Any:
     def hook(p: Tensor) -> None:
         strategy = owner()
         assert strategy is not None and p.grad is not None
-        strategy._view(strategy._grad, name, p).add_(p.grad)
+        total = strategy._view(strategy._grad, name, p)
+        if total.is_cuda:
+            total.add_(p.grad)
+        else:  # a cast in the cache and a sum are more than twice as fast as a sum of two dtypes
+            for part, grad in zip(total.view(-1).split(_BLOCK), p.grad.reshape(-1).split(_BLOCK), strict=True):
+                part.add_(grad.float())
         p.grad = None
 
     return hook
