@@ -114,6 +114,17 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         **_LINEAR,
     ),  # fmt: skip
     "olmo_hybrid": _config("OlmoHybridConfig", **_LINEAR),
+    # the same, with heads of another size in layers of full attention
+    "gemma4_text": _config(
+        "Gemma4TextConfig",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        global_head_dim=16,
+    ),
     # names and layers of their own: Conv1D, learned positions, one key head for all
     "gpt2": lambda: tf.GPT2Config(**_GPT),
     "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**_GPT),

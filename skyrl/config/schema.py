@@ -41,7 +41,7 @@ class LoraConfig:
     alpha: float = 32.0
     """What an adapter adds is alpha / rank * B A."""
     train_mlp: bool = True
-    """Adapts the feed-forward layers; refused for mixtures of experts."""
+    """Adapts the feed-forward layers, all experts of a mixture too."""
     train_attn: bool = True
     """Adapts the projections of attention."""
     train_unembed: bool = True

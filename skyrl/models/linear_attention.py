@@ -49,6 +49,11 @@ class StateShape:
         )
         return torch.zeros(rows, self.width, self.channels, dtype=dtype, device=device), matrices
 
+    def nbytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes of the states of one sequence."""
+        matrices = self.num_heads * self.key_size * self.value_size * wide_dtype(dtype, device).itemsize
+        return matrices + self.width * self.channels * dtype.itemsize
+
 
 def wide_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the rule computes in, and keeps its matrices in, for a model in `dtype`."""

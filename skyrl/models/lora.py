@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,26 @@ from skyrl.models.linear_attention import is_delta_net
 from skyrl.models.weights import generator_of
 from skyrl.types import LoraSpec, UserError
 
-Product = nn.Linear | Conv1D  # Conv1D is a linear map whose weight lies the other way round, as in GPT-2
+
+@dataclass(frozen=True)
+class Experts:
+    """One stacked parameter of a module of experts, [E, out, in], or [E, in, out] where `transposed`: a linear map of
+    each expert. Its A is [E * rank, in] and its B [out, rank * E], as peft lays them out for target_parameters."""
+
+    module: nn.Module
+    name: str
+    count: int  # E
+    inputs: int
+    outputs: int
+    transposed: bool
+
+    def delta(self, a: Tensor, b: Tensor) -> Tensor:
+        """B A of every expert, in the shape of the parameter."""
+        a_ERI, b_ORE = a.view(self.count, -1, self.inputs), b.view(self.outputs, -1, self.count)
+        return torch.einsum("ore,eri->eio" if self.transposed else "ore,eri->eoi", b_ORE, a_ERI)
+
+
+Product = nn.Linear | Conv1D | Experts  # Conv1D is a linear map whose weight lies the other way round, as in GPT-2
 Segment = tuple[int, int, "Adapter | None"]  # tokens start ... stop of a pack, and what adapts them
 
 
@@ -88,7 +108,8 @@ class Router:
 
 
 class Adapter(nn.Module):
-    """A and B for each adapted product of a model, named "<path in net>.A" [rank, in] and ".B" [out, rank].
+    """A and B for each adapted product of a model, named "<path in net>.A" [rank, in] and ".B" [out, rank]; those of
+    experts hold all of them (see Experts).
 
     `pairs`: path -> (A, B); `scale`: alpha / rank; `head`: the path of the output embedding if it is adapted. A starts
     as PEFT's (uniform within 1 / sqrt(in)), keyed by (seed, path) and drawn on the CPU: equal on every rank and device;
@@ -122,11 +143,10 @@ class Adapter(nn.Module):
             if weights is not None:
                 a, b = (weights[f"{path}.{side}"] for side in "AB")
             else:
-                inputs, outputs = sizes(linear)
-                generator = generator_of(f"lora/{spec.seed}/{path}")
-                a = torch.rand(spec.rank, inputs, generator=generator) * 2 - 1
-                bound = 1.0 / math.sqrt(inputs)  # kaiming_uniform with a = sqrt(5)
-                a, b = a * bound, torch.zeros(outputs, spec.rank)  # a product: a quotient rounds otherwise
+                shape_a, shape_b = shapes_of(linear, spec.rank)
+                a = torch.rand(shape_a, generator=generator_of(f"lora/{spec.seed}/{path}")) * 2 - 1
+                bound = 1.0 / math.sqrt(shape_a[1])  # kaiming_uniform with a = sqrt(5)
+                a, b = a * bound, torch.zeros(shape_b)  # a product: a quotient rounds otherwise
             holder.A, holder.B = (nn.Parameter(t.detach().to(device, dtype, copy=True)) for t in (a, b))
             self.pairs[path] = (holder.A, holder.B)
 
@@ -150,34 +170,48 @@ def adapted(model: AdaptableModel, spec: LoraSpec) -> dict[str, Product]:
     """
     groups, strange = _groups(model)
     wanted = {kind for kind in ("attn", "mlp", "unembed") if getattr(spec, kind)}
-    experts = _experts(model)
     family = f"model type {model.config.model_type!r}"
-    if spec.mlp and experts:
-        raise UserError(
-            f"lora.mlp: {family} sends tokens to experts ({experts}), which cannot be adapted; set mlp (train_mlp) to "
-            "false"
-        )
     for kind in sorted(wanted):
         if kind in strange or not groups[kind]:
             found = strange.get(kind, "nothing of the kind is found in it")
             raise UserError(
-                f"lora.{kind}: {family} has what cannot be adapted ({found}); nn.Linear and Conv1D can; set {kind} "
-                f"(train_{kind}) to false"
+                f"lora.{kind}: {family} has what cannot be adapted ({found}); nn.Linear, Conv1D and experts of "
+                f"transformers' interface can; set {kind} (train_{kind}) to false"
             )
     kinds = {id(module): kind for kind, modules in groups.items() for module in modules}
-    return {path: module for path, module in model.net.named_modules() if kinds.get(id(module)) in wanted}
+    out: dict[str, Product] = {}
+    for path, module in model.net.named_modules():
+        if kinds.get(id(module)) in wanted:
+            out.update({f"{path}.{one.name}": one for one in experts_of(module)} or {path: module})
+    return out
 
 
-def sizes(product: Product) -> tuple[int, int]:
-    """Inputs and outputs of a product."""
-    return (product.nx, product.nf) if isinstance(product, Conv1D) else (product.in_features, product.out_features)
+def shapes_of(product: Product, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B."""
+    if isinstance(product, Experts):
+        return (product.count * rank, product.inputs), (product.outputs, rank * product.count)
+    if isinstance(product, Conv1D):
+        return (rank, product.nx), (product.nf, rank)
+    return (rank, product.in_features), (product.out_features, rank)
+
+
+def experts_of(module: nn.Module) -> list[Experts]:
+    """The stacked parameters of a module of experts that goes through transformers' interface for these: it takes
+    tokens with the experts chosen for each. [] for every other module."""
+    if not hasattr(module, "is_transposed"):  # the interface says it of each such module
+        return []
+    turned = bool(module.is_transposed)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return [
+        Experts(module, name, count, one if turned else two, two if turned else one, turned)
+        for name, (count, one, two) in shapes.items()
+    ]
 
 
 def _check_weights(name: str, linears: dict[str, Product], rank: int, weights: Mapping[str, Tensor]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for path, linear in linears.items():
-        inputs, outputs = sizes(linear)
-        shapes[f"{path}.A"], shapes[f"{path}.B"] = (rank, inputs), (outputs, rank)
+        shapes[f"{path}.A"], shapes[f"{path}.B"] = shapes_of(linear, rank)
     if odd := sorted(shapes.keys() ^ weights.keys()):
         verb = "lacks" if odd[0] in shapes else "has"
         raise UserError(
@@ -198,9 +232,10 @@ def output_path(model: AdaptableModel) -> str | None:
     return next((path for path, module in model.net.named_modules() if module is output), None)
 
 
-def _groups(model: AdaptableModel) -> tuple[dict[str, list[Product]], dict[str, str]]:
-    """The products of each kind; and for a kind that has weights in modules of other classes, one of these."""
-    out: dict[str, list[Product]] = {"attn": [], "mlp": [], "unembed": []}
+def _groups(model: AdaptableModel) -> tuple[dict[str, list[nn.Module]], dict[str, str]]:
+    """The modules with products of each kind; and for a kind that has weights in modules of other classes, one of
+    these. What chooses the experts of a token is never adapted: its choice is no product."""
+    out: dict[str, list[nn.Module]] = {"attn": [], "mlp": [], "unembed": []}
     strange: dict[str, str] = {}
     for number, layer in enumerate(model.layers()):
         attending = [
@@ -209,25 +244,21 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[Product]], dict[str, 
         inside = {id(part) for m in attending for part in m.modules()}
         for path, module in layer.named_modules():
             kind = "attn" if id(module) in inside else "mlp"
-            if type(module) in (nn.Linear, Conv1D):
+            if type(module) in (nn.Linear, Conv1D) or experts_of(module):
                 out[kind].append(module)
-            elif type(module) not in (nn.Embedding, nn.Conv1d) and any(
-                p.ndim > 1 for p in module.parameters(recurse=False)
-            ):
-                strange.setdefault(kind, f"{type(module).__name__} {path} of layer {number}")
+            elif type(module) not in (nn.Embedding, nn.Conv1d) and not _is_router(path, layer):
+                if any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                    strange.setdefault(kind, f"{type(module).__name__} {path} of layer {number}")
     output = model.net.get_output_embeddings()
     if type(output) is nn.Linear:
         out["unembed"].append(output)
     return out, strange
 
 
-def _experts(model: AdaptableModel) -> str:
-    """The path of the first module whose parts see only some of the tokens, or ""."""
-    for path, module in model.net.named_modules():
-        stacked = type(module) is not nn.Conv1d and any(p.ndim == 3 for p in module.parameters(recurse=False))
-        if stacked or path.rpartition(".")[2] == "experts":
-            return path
-    return ""
+def _is_router(path: str, layer: nn.Module) -> bool:
+    """Whether a module of a layer stands beside experts and chooses among them."""
+    beside = layer.get_submodule(path.rpartition(".")[0])
+    return path.rpartition(".")[2] in ("gate", "router") and any(experts_of(one) for one in beside.children())
 
 
 # ---- hooks
@@ -241,11 +272,13 @@ def install(model: AdaptableModel) -> Router:
     if model.router is None:
         router = model.router = Router()
         groups, _ = _groups(model)
-        linears = groups["attn"] if _experts(model) else groups["attn"] + groups["mlp"]
         paths = {id(module): path for path, module in model.net.named_modules()}
-        for linear in linears:  # the output embedding is never called in training: see CausalLM.forward
-            linear.register_forward_hook(_adds(router, paths[id(linear)]))
-            linear.skyrl_adapters = (router, paths[id(linear)])  # type: ignore[assignment]  # for models.latent
+        for module in groups["attn"] + groups["mlp"]:  # the output embedding is never called in training: see CausalLM
+            module.skyrl_adapters = (router, paths[id(module)])  # type: ignore[assignment]  # for models.latent as well
+            if experts_of(module):
+                exact_ops.replace_forward(module, _adapted_experts)
+            else:
+                module.register_forward_hook(_adds(router, paths[id(module)]))
         model.net.get_input_embeddings().register_forward_hook(_connects(router))
     return model.router
 
@@ -316,6 +349,30 @@ def _adds(router: Router, path: str) -> Any:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     return hook
+
+
+def _adapted_experts(module: Any, plain: Any, hidden: Tensor, *chosen: Tensor) -> Tensor:
+    """The experts of each stretch of tokens with their own deltas added, as peft computes them: one weight of all
+    experts exists twice for a moment. `chosen`: experts of each token, and what their outputs count."""
+    router, path = module.skyrl_adapters
+    found = experts_of(module)
+    if not any(
+        adapter and any(f"{path}.{one.name}" in adapter.pairs for one in found) for *_, adapter in router.places
+    ):
+        return plain(hidden, *chosen)
+    parts = []
+    for start, stop, adapter in router.places:
+        for one in found:
+            pair = None if adapter is None else adapter.pairs.get(f"{path}.{one.name}")
+            if pair is not None:  # seen before the parameter, which stays where it is
+                weight = module._parameters[one.name]
+                module.__dict__[one.name] = weight + (adapter.scale * one.delta(*pair)).to(weight.dtype)
+        try:
+            parts.append(plain(hidden[start:stop], *(x[start:stop] for x in chosen)))
+        finally:
+            for one in found:
+                module.__dict__.pop(one.name, None)
+    return torch.cat(parts)
 
 
 def _connects(router: Router) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from skyrl.models.export import PREFIX, save_tensors
-from skyrl.models.lora import output_path, sizes
+from skyrl.models.lora import Experts, adapted, output_path, shapes_of
 from skyrl.types import LoraSpec, UserError
 
 if TYPE_CHECKING:
@@ -24,8 +24,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of peft's config that change what the weights mean, with the only value that an Adapter knows besides none.
 PLAIN = {
     "peft_type": "LORA", "bias": "none", "use_dora": None, "use_rslora": None, "rank_pattern": None, "lora_bias": None,
-    "alpha_pattern": None, "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None,
+    "alpha_pattern": None, "modules_to_save": None, "trainable_token_indices": None,
 }  # fmt: skip
+# Linear maps that peft takes for those of experts, as transformers 4 named them, wherever a model has experts: it is
+# given the weights of shared experts and dense layers as parameters, too.
+OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 WRAPPER = "base_model.model."  # where peft puts the model that it wraps
 
 
@@ -38,12 +41,15 @@ def write_adapter(
     `weights`: an Adapter's parameters by name (<module path>.A, <module path>.B), on the CPU. `base`: where the model
     under it comes from, for people. `heads`: whole parameters by name of what is stored so instead: an output embedding
     that is tied to the input embedding, where peft's merging would change both. Modules are named by their whole paths,
-    since a short name would also match those without an adapter. Raises: OSError.
+    since a short name would also match those without an adapter; experts, whose A has more rows than the rank, are
+    parameters to peft (target_parameters). Raises: OSError.
     """
     heads = heads or {}
     saved = sorted({name.rpartition(".")[0] for name in heads})
     pairs = {path: pair for path, pair in _pairs(weights).items() if path not in saved}
     assert pairs, "peft loads no adapter without A and B: merge_adapter adds a pair of zeros"
+    experts = sorted(path for path, pair in pairs.items() if dict(pair)["A"].shape[0] != spec.rank)
+    beside = [path for path in pairs if experts and path.rpartition(".")[2] in OF_EXPERTS]
     folder.mkdir(exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -57,13 +63,25 @@ def write_adapter(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": saved or None,
-        "target_modules": sorted(pairs),
+        "target_modules": sorted(set(pairs) - set(experts) - set(beside)),
+        **({"target_parameters": sorted([*experts, *(f"{path}.weight" for path in beside)])} if experts else {}),
         "use_dora": False,
         "use_rslora": False,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
-    tensors = {f"{WRAPPER}{path}.lora_{side}.weight": t for path, pair in pairs.items() for side, t in pair}
+    places = {path: path for path in pairs} | _places(experts)
+    tensors = {f"{WRAPPER}{places[path]}.lora_{side}.weight": t for path, pair in pairs.items() for side, t in pair}
     save_tensors(tensors | {f"{WRAPPER}{name}": t for name, t in heads.items()}, folder / WEIGHTS)
+
+
+def _places(parameters: list[str]) -> dict[str, str]:
+    """Where peft puts the matrices of each parameter: wrapped around its module, one around the other, down_proj
+    outermost."""
+    out: dict[str, str] = {}
+    for path in sorted(parameters):
+        module = path.rpartition(".")[0]
+        out[path] = module + ".base_layer" * sum(other.rpartition(".")[0] == module for other in out)
+    return out
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -73,9 +91,17 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     odd = [f"{key}={config[key]}" for key, plain in PLAIN.items() if (config.get(key) or None) not in (None, plain)]
-    found = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    tensors, found = load_file(folder / WEIGHTS), {}
+    modules = {name.removeprefix(WRAPPER).partition(".lora_")[0].replace(".base_layer", "") for name in tensors}
+    inside = config.get("target_parameters") or []
+    whole = [f"{m}.{leaf}" for m in modules for leaf in {one.rpartition(".")[2] for one in inside}]
+    places = {
+        place: path
+        for path, place in _places([p for p in whole if any(f".{p}".endswith(f".{one}") for one in inside)]).items()
+    }
+    for name, tensor in tensors.items():
         path, _, side = name.removeprefix(WRAPPER).removesuffix(".weight").rpartition(".")
+        path = places.get(path, path).removesuffix(".weight")
         if side not in ("lora_A", "lora_B"):
             odd.append(name)
         found[f"{path}.{side.removeprefix('lora_')}"] = tensor
@@ -90,24 +116,27 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def merge_adapter(
     state: dict[str, Tensor], weights: Mapping[str, Tensor], spec: LoraSpec, model: CausalLM
 ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """Adds alpha / rank * B A to the whole weights in `state` ("net.<path>.weight", on the CPU), in place. Returns the
+    """Adds alpha / rank * B A to the whole weights in `state` ("net.<path>.weight", of experts "net.<path>", on the
+    CPU), in place. Returns the
     transformers config of what came out, and the `weights` and `heads` for write_adapter.
 
     Sums are float32 and rounded to the dtype of `state`: a bfloat16 model with its adapter merged in is not quite the
     model that was trained. An output embedding that is adapted and tied to the input embedding is no longer tied.
     """
     config, head, heads, written = model.config, output_path(model), {}, dict(weights)
+    products = adapted(model, spec)
     names = {id(p): name for name, p in model.named_parameters()}
     for path, pair in _pairs(weights).items():
-        name = f"{PREFIX}{path}.weight"
+        product, sides = products[path], dict(pair)
+        name = f"{PREFIX}{path}" if isinstance(product, Experts) else f"{PREFIX}{path}.weight"
         untied = path == head and model.tied
         if untied:
             state[name] = state[names[id(model.net.get_input_embeddings().weight)]].clone()
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
-        sides = dict(pair)
-        delta = spec.alpha / spec.rank * (sides["B"].float() @ sides["A"].float())
-        if isinstance(model.net.get_submodule(path), Conv1D):
+        a, b = sides["A"].float(), sides["B"].float()
+        delta = spec.alpha / spec.rank * (product.delta(a, b) if isinstance(product, Experts) else b @ a)
+        if isinstance(product, Conv1D):
             delta = delta.t()
         state[name] = (state[name].float() + delta).to(state[name].dtype)
         if untied:
@@ -116,8 +145,7 @@ def merge_adapter(
     if heads and len(written) == 2:  # peft loads no adapter without A and B: one that adds nothing
         linears = ((path, module) for path, module in model.net.named_modules() if path != head)
         path, product = next((path, module) for path, module in linears if type(module) in (nn.Linear, Conv1D))
-        inputs, outputs = sizes(product)
-        written[f"{path}.A"], written[f"{path}.B"] = torch.zeros(spec.rank, inputs), torch.zeros(outputs, spec.rank)
+        written[f"{path}.A"], written[f"{path}.B"] = (torch.zeros(shape) for shape in shapes_of(product, spec.rank))
     return config, written, heads
 
 

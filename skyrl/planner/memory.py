@@ -26,6 +26,8 @@ BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 LOGITS_CHUNK_BYTES = 64 << 20
 KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
 CPU_CACHE_LIMIT = GIB
+STATES_LIMIT = (GIB, 8 * GIB)  # of linear attention, where the number of sequences is not given: on a CPU, on a GPU
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
 # Part of a GPU's memory that no plan spends: what the allocator cannot use between its blocks, workspaces of libraries.
 SPARE = 0.05
 CONTEXT = GIB  # of the CUDA context and the interpreter, before anything of this process is counted
@@ -53,6 +55,9 @@ class ModelSizes:
     linear_layers: int = 0
     state_numbers: int = 0
     state_inputs: int = 0
+    cache_numbers: int = 0  # kept of one token over all layers; 0: keys and values of each
+    num_experts: int = 0  # of a layer
+    expert_size: int = 0
 
     def state_bytes(self, dtype: str, device: str) -> int:
         """What the layers of linear attention keep of one sequence."""
@@ -61,7 +66,8 @@ class ModelSizes:
 
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token over all layers."""
-        return 2 * (self.num_layers - self.linear_layers) * self.num_kv_heads * self.head_size * BYTES[dtype]
+        per_layer = 2 * self.num_kv_heads * self.head_size
+        return (self.cache_numbers or (self.num_layers - self.linear_layers) * per_layer) * BYTES[dtype]
 
 
 def model_sizes(cfg: RunConfig) -> ModelSizes:
@@ -144,6 +150,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     # A mixture of experts runs some of its experts on each token.
     ffn = _first(text, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
     ffn = ffn or 4 * text.hidden_size
+    experts = _first(text, *EXPERTS) or 0
     active = getattr(text, "num_experts_per_tok", None) or 1
     return ModelSizes(
         name=text.model_type,
@@ -158,6 +165,9 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         vocab_size=text.vocab_size,
         max_positions=_first(text, "max_position_embeddings") or 1 << 30,
         capped=bool(_first(text, "attn_logit_softcapping")),
+        cache_numbers=_cache_numbers(text, 1 if _first(text, "multi_query") else heads),
+        num_experts=experts,
+        expert_size=ffn if experts else 0,
         **_state_sizes(text),
     )
 
@@ -172,9 +182,34 @@ def _state_sizes(text: Any) -> dict[str, int]:
     return {"linear_layers": layers, "state_numbers": values * key, "state_inputs": inputs}
 
 
-def _first(config: Any, *names: str) -> Any:
-    """The first of some fields that a config has: families call the same number by several names. None: it has none."""
-    return next((value for value in (getattr(config, name, None) for name in names) if value), None)
+def _first(config: Any, *names: str, layer: int | None = None) -> Any:
+    """The first of some fields that a config has: families call the same number by several names. None: it has none.
+    Of one that differs from layer to layer (Gemma 4) that of `layer`, or the largest."""
+
+    def value_of(name: str) -> Any:
+        try:
+            return getattr(config, name, None)
+        except RuntimeError:  # how transformers says that there are several
+            numbers = range(config.num_hidden_layers) if layer is None else [layer]
+            return max(getattr(config.per_layer_config[number], name) for number in numbers)
+
+    return next((value for value in map(value_of, names) if value), None)
+
+
+def _cache_numbers(text: Any, heads: int) -> int:
+    """Numbers that the sampler keeps of one token over all layers: keys and values; of multi-head latent attention the
+    small vector; nothing in layers of linear attention and in those that take the keys and values of earlier ones.
+    `heads`: of keys where the config does not say."""
+    own = range(text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0))
+    kinds = getattr(text, "layer_types", None) or [""] * len(own)
+    keeping = [layer for layer in own if kinds[layer] != "linear_attention"]
+    if _first(text, "kv_lora_rank"):
+        return len(keeping) * (text.kv_lora_rank + text.qk_rope_head_dim)
+    size = text.hidden_size // text.num_attention_heads
+    return 2 * sum(
+        (_first(text, "num_key_value_heads", layer=layer) or heads) * (_first(text, "head_dim", layer=layer) or size)
+        for layer in keeping
+    )
 
 
 def _matmul_parameters(module: Any, text: Any) -> int:
@@ -183,7 +218,7 @@ def _matmul_parameters(module: Any, text: Any) -> int:
     if output is not None and output.weight is not embedding.weight:
         count -= embedding.weight.numel()
     experts = sum(p.numel() for name, p in module.named_parameters() if ".experts." in name)
-    total = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
+    total = _first(text, *EXPERTS)
     if experts and total:
         count -= experts * (total - text.num_experts_per_tok) // total
     return count
@@ -192,10 +227,12 @@ def _matmul_parameters(module: Any, text: Any) -> int:
 def adapter_parameters(
     sizes: ModelSizes, rank: int, *, mlp: bool = True, attn: bool = True, unembed: bool = True
 ) -> int:
-    """Numbers of one LoRA adapter on linear layers of these kinds: rank * (inputs + outputs) each; a gated MLP."""
+    """Numbers of one LoRA adapter on linear layers of these kinds: rank * (inputs + outputs) each; a gated MLP,
+    whose gate and up are one product in experts."""
     queries, keys = sizes.num_heads * sizes.head_size, sizes.num_kv_heads * sizes.head_size
     hidden, ffn = sizes.hidden_size, sizes.ffn_size
-    layer = (2 * (hidden + queries) + 2 * (hidden + keys)) * attn + 3 * (hidden + ffn) * mlp
+    mlp_layer = sizes.num_experts * (2 * hidden + 3 * sizes.expert_size) if sizes.num_experts else 3 * (hidden + ffn)
+    layer = (2 * (hidden + queries) + 2 * (hidden + keys)) * attn + mlp_layer * mlp
     return rank * (sizes.num_layers * layer + (hidden + sizes.vocab_size) * unembed)
 
 
@@ -270,6 +307,13 @@ class MemoryEstimate:
         return max(self.training, self.beside_cache + cache)
 
 
+def running_limit(asked: int, device: str, state_bytes: int) -> int:
+    """Sequences that a sampler runs at once: `asked` (sampler.max_running) or, for 0, 256 on a GPU and 128 on a CPU,
+    fewer where linear attention keeps so much of each that all of it were more than STATES_LIMIT."""
+    most = 256 if device == "cuda" else 128
+    return asked or min(most, max(1, STATES_LIMIT[device == "cuda"] // max(1, state_bytes) - 1))
+
+
 def layer_values(sizes: ModelSizes, *, half: bool) -> int:
     """Numbers that one decoder layer keeps of one token for its backward pass.
 
@@ -325,7 +369,7 @@ def estimate(
         head = (2 * tokens + chunk // 4 // tokens) * sizes.hidden_size * 4
     per_token = sizes.cache_bytes_per_token(dtype)
     running = math.ceil(cfg.batch.prompts_per_step / world_size) * cfg.batch.samples_per_prompt
-    at_most = cfg.sampler.max_running or (256 if device == "cuda" else 128)
+    at_most = running_limit(cfg.sampler.max_running, device, sizes.state_bytes(dtype, device))
     running = min(running, at_most)
     cache = running * row_tokens * per_token
     if cfg.sampler.kv_cache_gib:

@@ -12,7 +12,7 @@ import torch
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.attention_calls import LayerCall, layer_calls, signature
-from skyrl.planner.memory import MemoryEstimate
+from skyrl.planner.memory import MemoryEstimate, running_limit
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.cache_size import num_blocks
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, Sequence
@@ -63,7 +63,13 @@ def make_sampler(
     shapes = [call.shape for call in calls]
     parameter = next(model.parameters())
     on_gpu = parameter.device.type == "cuda"
-    max_running = cfg.max_running or (256 if on_gpu else 128)
+    state = sum(call.state.nbytes(parameter.dtype, parameter.device) for call in calls if call.state)
+    max_running = running_limit(cfg.max_running, parameter.device.type, state)
+    if not cfg.max_running and max_running < running_limit(0, parameter.device.type, 0):
+        warn_fallback(
+            f"at most {max_running} sequences are drawn at once, since linear attention keeps {state / 2**20:.3g} MiB of "
+            "each; sampler.max_running sets another number"
+        )
     kernel = paged_kernel(cfg.block_tokens, calls, parameter.dtype, parameter.device)
     size, paging = (kernel.page, True) if isinstance(kernel, PagedKernel) else (cfg.block_tokens, False)
     if on_gpu and not paging:

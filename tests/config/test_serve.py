@@ -10,7 +10,7 @@ import pytest
 from skyrl.config import load
 from skyrl.config.load import load_config
 from skyrl.config.options import SERVER_RENAMED, all_options, reads
-from skyrl.config.schema import RunConfig
+from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.planner.memory import adapter_parameters
 from skyrl.planner.plan import make_plan
 from skyrl.planner.serve import dry_run_text
@@ -157,6 +157,21 @@ def test_adapter_parameters_are_those_of_the_layers():
         module = AutoModelForCausalLM.from_config(tiny_config(RunConfig().model.tiny, sizes.vocab_size))
     layers = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
     assert adapter_parameters(sizes, 8) == sum(8 * (m.in_features + m.out_features) for m in layers)
+
+
+def test_adapter_parameters_of_experts_are_those_of_the_adapter(tmp_path):
+    pytest.importorskip("torch")
+    from skyrl.models.forward import CausalLM
+    from skyrl.models.lora import Adapter
+    from skyrl.planner.memory import model_sizes
+    from skyrl.types import LoraSpec
+    from tests.families import make_net
+
+    net = make_net("qwen3_moe")
+    net.config.save_pretrained(tmp_path)
+    made = Adapter(CausalLM(net), LoraSpec(8), name="a", dtype=net.dtype)
+    sizes = model_sizes(RunConfig(model=ModelConfig(path=str(tmp_path))))
+    assert adapter_parameters(sizes, 8) == sum(p.numel() for p in made.parameters())
 
 
 def test_dry_run_tells_memory_and_refuses_what_cannot_be():

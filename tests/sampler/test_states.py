@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from skyrl.config.schema import ModelConfig, RunConfig
+from skyrl.models.attention_calls import layer_calls
 from skyrl.models.forward import CausalLM, collate
 from skyrl.models.support import check_module
+from skyrl.planner import memory
 from skyrl.planner.memory import model_sizes
+from skyrl.sampler.runners.base import KVCache
 from skyrl.types import Datum
 from tests.families import make_net
 from tests.sampler.tools import adapter, merged, reference_logprobs, run, sampler
@@ -100,9 +103,30 @@ def test_the_plan_counts_what_the_sampler_keeps(model, tmp_path):
     sizes, cache = model_sizes(cfg), sampler(model, max_running=5)._cache
     kept = [tensor for states in cache.states if states for tensor in states]
     assert sum(tensor.nbytes for tensor in kept) == 6 * sizes.state_bytes("float32", "cpu")
-    assert sizes.cache_bytes_per_token("float32") * cache.block_tokens == sum(
-        tensor[0].nbytes for tensor in (*cache.keys, *cache.values)
-    )
+    assert sizes.cache_bytes_per_token("float32") == KVCache.block_bytes(cache.shapes, 1, torch.float32)
+
+
+def test_large_states_lower_the_number_of_sequences_by_themselves(model, tmp_path, monkeypatch, caplog):
+    """What is asked for stays; plan and sampler say the same."""
+    model.net.save_pretrained(tmp_path)
+    each = model_sizes(RunConfig(model=ModelConfig(path=str(tmp_path)))).state_bytes("float32", "cpu")
+    monkeypatch.setattr(memory, "STATES_LIMIT", (5 * each, 0))
+    engine = sampler(model, block_tokens=4)
+    assert engine._scheduler.max_running == 4 == memory.running_limit(0, "cpu", each)
+    assert "at most 4 sequences are drawn at once" in caplog.text
+    assert all(len(tensor) == 5 for states in engine._cache.states if states for tensor in states)
+    assert sampler(model, max_running=9)._scheduler.max_running == 9
+    assert memory.running_limit(0, "cpu", 100 * each) == 1 and memory.running_limit(0, "cpu", 0) == 128
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3n_text", "gemma4_text", "gpt_bigcode", "gpt_oss"])
+def test_the_plan_counts_keys_and_values_as_layers_keep_them(name, tmp_path):
+    """Compressed, shared with earlier layers, of other sizes in some layers, of one head."""
+    net = make_net(name)
+    net.config.save_pretrained(tmp_path)
+    shapes = [call.shape for call in layer_calls(CausalLM(net))]
+    sizes = model_sizes(RunConfig(model=ModelConfig(path=str(tmp_path))))
+    assert sizes.cache_bytes_per_token("float32") == KVCache.block_bytes(shapes, 1, torch.float32)
 
 
 def test_training_says_what_the_sampler_said(model):
