@@ -53,6 +53,11 @@ SIZES: dict[int, str] = {
     1: "n_shared_experts num_shared_experts n_group topk_group first_k_dense_replace eos_token_id",
     0: "pad_token_id",
 }
+# Of linear attention, in every second layer where a family has some.
+LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_heads=4,
+    linear_head_dim=8, linear_conv_kernel_dim=4, head_k_dim=8, head_v_dim=8, num_experts_per_token=2,
+)  # fmt: skip
 
 
 def sizes(kind: str) -> dict[str, Any]:
@@ -63,6 +68,8 @@ def sizes(kind: str) -> dict[str, Any]:
         out.update({name: size for name in names.split() if name in known or name in vars(default)})
     if known.get("kv_lora_rank"):
         out.update(num_key_value_heads=out["num_attention_heads"])
+    if "linear_attention" in (known.get("layer_types") or ()):
+        out.update(layer_types=["linear_attention", "full_attention"] * 2, **{k: v for k, v in LINEAR.items() if k in known})
     if not known.get("num_kv_shared_layers"):
         out.pop("num_kv_shared_layers", None)
     needed = ("num_experts_per_tok",)  # of which a default None stands for nothing that runs

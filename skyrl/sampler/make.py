@@ -67,8 +67,8 @@ def make_sampler(
     max_running = running_limit(cfg.max_running, parameter.device.type, state)
     if not cfg.max_running and max_running < running_limit(0, parameter.device.type, 0):
         warn_fallback(
-            f"at most {max_running} sequences are drawn at once, since linear attention keeps {state / 2**20:.3g} MiB of "
-            "each; sampler.max_running sets another number"
+            f"at most {max_running} sequences are drawn at once, since linear attention keeps {state / 2**20:.3g} MiB "
+            "of each; sampler.max_running sets another number"
         )
     kernel = paged_kernel(cfg.block_tokens, calls, parameter.dtype, parameter.device)
     size, paging = (kernel.page, True) if isinstance(kernel, PagedKernel) else (cfg.block_tokens, False)
