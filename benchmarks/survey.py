@@ -55,8 +55,8 @@ SIZES: dict[int, str] = {
 }
 # Of linear attention, in every second layer where a family has some.
 LINEAR = dict(
-    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_heads=4,
-    linear_head_dim=8, linear_conv_kernel_dim=4, head_k_dim=8, head_v_dim=8, num_experts_per_token=2,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    linear_num_heads=4, linear_head_dim=8, linear_conv_kernel_dim=4, head_k_dim=8, head_v_dim=8, num_experts_per_token=2,
 )  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def sizes(kind: str) -> dict[str, Any]:
     if known.get("kv_lora_rank"):
         out.update(num_key_value_heads=out["num_attention_heads"])
     if "linear_attention" in (known.get("layer_types") or ()):
-        out.update(layer_types=["linear_attention", "full_attention"] * 2, **{k: v for k, v in LINEAR.items() if k in known})
+        out.update({name: value for name, value in LINEAR.items() if name in known})
+        out.update(layer_types=["linear_attention", "full_attention"] * 2)
     if not known.get("num_kv_shared_layers"):
         out.pop("num_kv_shared_layers", None)
     needed = ("num_experts_per_tok",)  # of which a default None stands for nothing that runs
