@@ -55,9 +55,15 @@ SIZES: dict[int, str] = {
 }
 # Of linear attention, in every second layer where a family has some.
 LINEAR = dict(
-    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
-    linear_num_heads=4, linear_head_dim=8, linear_conv_kernel_dim=4, head_k_dim=8, head_v_dim=8, num_experts_per_token=2,
-)  # fmt: skip
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_heads=4,
+    linear_head_dim=8,
+    linear_conv_kernel_dim=4,
+    num_experts_per_token=2,
+)
 
 
 def sizes(kind: str) -> dict[str, Any]:
