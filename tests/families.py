@@ -114,6 +114,23 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         **_LINEAR,
     ),  # fmt: skip
     "olmo_hybrid": _config("OlmoHybridConfig", **_LINEAR),
+    # a decay of each channel, beside latent attention without positions, and experts
+    "kimi_linear": _config(
+        "KimiLinearConfig",
+        layer_types=["linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse"],
+        linear_num_heads=4,
+        linear_head_dim=8,
+        linear_conv_kernel_dim=4,
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        num_experts=4,
+        num_experts_per_token=2,
+        moe_intermediate_size=24,
+    ),
     # the same, with heads of another size in layers of full attention
     "gemma4_text": _config(
         "Gemma4TextConfig",
@@ -150,7 +167,7 @@ LONGROPE = _config(
 )
 
 
-LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid")
+LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear")
 
 
 def make_net(name: str, *, seed: int = 0, std: float | None = None, attention: str = "eager", **changes: Any) -> Any:

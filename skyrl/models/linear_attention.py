@@ -1,4 +1,4 @@
-"""Linear attention by the gated delta rule behind a short convolution (Qwen3-Next, Qwen3.5, OLMo Hybrid).
+"""Linear attention by the gated delta rule behind a short convolution (Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear).
 
 Of a sequence such a layer keeps one matrix of each head and the last inputs of its convolution, however long it is.
 The module's projections and norm stay transformers' own. What lies between them, where tokens meet those before them,
@@ -10,7 +10,8 @@ do the states: chunks of any length, a token alone among them, then give the sam
 Kernels for CUDA (flash-linear-attention) would take the place of DeltaRule.run, and of nothing else.
 
 Letters: B rows, L tokens of each, C channels of the convolution, W its width, H heads of values, K and V the channels
-of one head's keys and values, N chunks of a row, S tokens of a chunk.
+of one head's keys and values, N chunks of a row, S tokens of a chunk, D decays of one head and token: 1, or K of them
+(Kimi Linear). Decays of all heads lie side by side, [..., H * D].
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers.activations import ACT2FN
 from skyrl.models import exact_ops
 
 CHUNK = 64  # tokens that are computed together; between chunks the state is carried
+MANY_DECAYS_CHUNK = 16  # of them where each channel has a decay: a number for each two tokens and channel exists then
 # How the modules that are known name their projections: queries, keys and values; gate; beta; decay.
 PROJECTIONS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z"), ("q_proj", "g_proj"))
 States = tuple[Tensor, Tensor]  # inputs [B, W - 1, C] in the model's dtype; matrices [B, H, K, V] in wide_dtype
@@ -84,7 +86,8 @@ class DeltaRule:
         """[B, L, H, V] in wide_dtype and the states after it, of rows that go on from `before` (None: they begin).
 
         `mixed_BLC`: queries, keys and values before the convolution. A token first multiplies the state by exp(decay),
-        then puts beta of its value in the place of what the state holds for its key. `real_BL`: False in the padding
+        then puts beta of its value in the place of what the state holds for its key. Decays are [B, L, H], or
+        [B, L, H * K] with one of each channel of the keys. `real_BL`: False in the padding
         behind a row, whose outputs mean nothing and which leaves no trace in the states; None where they are not used.
         """
         shape, wide = self.shape, wide_dtype(mixed_BLC.dtype, mixed_BLC.device)
@@ -105,10 +108,12 @@ class DeltaRule:
         query, key, value = (x.unflatten(-1, (-1, n)).transpose(1, 2) for x, n in zip(parts, self._sizes, strict=True))
         group = shape.num_heads // self.key_heads
         query, key = (_unit(x).repeat_interleave(group, 1) for x in (query, key))
-        gates = decay_BLH.double().transpose(1, 2), beta_BLH.to(wide).transpose(1, 2)
+        decay_BHLD = decay_BLH.double().unflatten(-1, (shape.num_heads, -1)).transpose(1, 2)
+        chunk = min(chunk, length, chunk if decay_BHLD.shape[-1] == 1 else MANY_DECAYS_CHUNK)
         out_BHLV, state_BHKV = gated_delta_rule(
-            query * shape.key_size**-0.5, key, value, *gates, state_BHKV.to(wide), min(chunk, length)
-        )
+            query * shape.key_size**-0.5, key, value, decay_BHLD, beta_BLH.to(wide).transpose(1, 2),
+            state_BHKV.to(wide), chunk
+        )  # fmt: skip
         return out_BHLV.transpose(1, 2), (inputs, state_BHKV)
 
     @property
@@ -124,7 +129,7 @@ def gated_delta_rule(
     query_BHLK: Tensor,
     key_BHLK: Tensor,
     value_BHLV: Tensor,
-    decay_BHL: Tensor,
+    decay_BHLD: Tensor,
     beta_BHL: Tensor,
     state_BHKV: Tensor,
     chunk: int,
@@ -140,25 +145,32 @@ def gated_delta_rule(
     pad = -length % chunk
     if pad:  # with decay and beta of 0 such a token changes nothing
         query_BHLK, key_BHLK, value_BHLV = (F.pad(x, (0, 0, 0, pad)) for x in (query_BHLK, key_BHLK, value_BHLV))
-        decay_BHL, beta_BHL = (F.pad(x, (0, pad)) for x in (decay_BHL, beta_BHL))
+        decay_BHLD, beta_BHL = F.pad(decay_BHLD, (0, 0, 0, pad)), F.pad(beta_BHL, (0, pad))
     query, key, value = (x.unflatten(2, (-1, chunk)) for x in (query_BHLK, key_BHLK, value_BHLV))  # [B, H, N, S, C]
     beta = beta_BHL.unflatten(2, (-1, chunk)).unsqueeze(-1)
     # A sum over a chunk may be 1e5 times its last terms, which are the ones that count: so it is float64 everywhere.
-    sums = decay_BHL.unflatten(2, (-1, chunk)).double().cumsum(3)
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=sums.device).triu(1)
+    sums = decay_BHLD.unflatten(2, (-1, chunk)).double().cumsum(3)  # [B, H, N, S, D]
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=sums.device).triu(1).unsqueeze(-1)
     between = (sums.unsqueeze(4) - sums.unsqueeze(3)).masked_fill(later, float("-inf")).to(query.dtype).exp()
-    since, until = (x.to(query.dtype).exp().unsqueeze(-1) for x in (sums, sums[..., -1:] - sums))
-    system = (beta * key) @ key.transpose(-1, -2) * between
+    since, until = (x.to(query.dtype).exp() for x in (sums, sums[..., -1:, :] - sums))
+
+    def products(x: Tensor, y: Tensor) -> Tensor:
+        """x_i^T exp(the decay between) y_j of two tokens, [B, H, N, S, S]; 0 where j is later."""
+        if between.shape[-1] == 1:
+            return x @ y.transpose(-1, -2) * between.squeeze(-1)
+        return (x.unsqueeze(4) * y.unsqueeze(3) * between).sum(-1)
+
+    system = products(beta * key, key)
     known = torch.cat([beta * value, beta * key * since], -1)
     news, olds = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True).split(
         [value.shape[-1], key.shape[-1]], -1
     )
-    seen, query, key = query @ key.transpose(-1, -2) * between, query * since, key * until
+    seen, query, key = products(query, key), query * since, key * until
     outs = []
     for n in range(query.shape[2]):
         new = news[:, :, n] - olds[:, :, n] @ state_BHKV
         outs.append(query[:, :, n] @ state_BHKV + seen[:, :, n] @ new)
-        state_BHKV = state_BHKV * since[:, :, n, -1:] + key[:, :, n].transpose(-1, -2) @ new
+        state_BHKV = state_BHKV * since[:, :, n, -1].unsqueeze(-1) + key[:, :, n].transpose(-1, -2) @ new
     return torch.cat(outs, 2)[:, :, :length], state_BHKV
 
 
@@ -167,6 +179,8 @@ def gated_delta_rule(
 
 def is_delta_net(module: nn.Module) -> bool:
     """Whether a module is linear attention of the kind that is known here."""
+    if hasattr(module, "forget_gate"):  # Kimi Linear
+        return all(hasattr(module, part) for part in ("conv1d", "layer_idx", "q_proj", "b_proj", "g_b_proj", "o_norm"))
     parts = ("A_log", "dt_bias", "conv1d", "layer_idx", "num_v_heads")
     return all(hasattr(module, part) for part in parts) and any(
         all(hasattr(module, part) for part in parts) for parts in PROJECTIONS
@@ -185,24 +199,28 @@ def _attend(module: Any, plain: Any, hidden_states: Tensor, *args: Any, skyrl_at
     if skyrl_attention is None:
         return plain(hidden_states, *args, **kw)
     x, wide = hidden_states, wide_dtype(hidden_states.dtype, hidden_states.device)
+    decay: Tensor | None = None
     if hasattr(module, "in_proj_qkvz"):  # by groups of one key head
         *parts, z, b, a = module.fix_query_key_value_ordering(module.in_proj_qkvz(x), module.in_proj_ba(x))
         mixed = torch.cat([part.flatten(2) for part in parts], -1)
     elif hasattr(module, "in_proj_qkv"):
         mixed, z, b, a = (getattr(module, f"in_proj_{part}")(x) for part in ("qkv", "z", "b", "a"))
+    elif hasattr(module, "forget_gate"):
+        *parts, b = (getattr(module, f"{part}_proj")(x) for part in "qkvb")
+        mixed, z = torch.cat(parts, -1), module.g_b_proj(module.g_a_proj(x))
+        decay = module.forget_gate(x).flatten(2).to(wide)
     else:
         *parts, z, b, a = (getattr(module, f"{part}_proj")(x) for part in "qkvgba")
         mixed = torch.cat(parts, -1)
     beta = b.to(wide).sigmoid() * (2 if getattr(module, "allow_neg_eigval", False) else 1)
-    decay = -module.A_log.to(wide).exp() * F.softplus(a.to(wide) + module.dt_bias.to(wide))
-    weight, heads, size = module.conv1d.weight.squeeze(1), module.num_v_heads, module.head_v_dim
-    rule = DeltaRule(
-        weight,
-        module.conv1d.bias,
-        ACT2FN[module.activation],
-        module.num_k_heads,
-        StateShape(weight.shape[1] - 1, weight.shape[0], heads, module.head_k_dim, size),
-    )
+    if decay is None:
+        decay = -module.A_log.to(wide).exp() * F.softplus(a.to(wide) + module.dt_bias.to(wide))
+        heads, keys, sizes = module.num_v_heads, module.num_k_heads, (module.head_k_dim, module.head_v_dim)
+    else:
+        heads, keys, sizes = module.num_heads, module.num_heads, (module.head_dim, module.head_dim)
+    weight, size = module.conv1d.weight.squeeze(1), sizes[1]
+    shape = StateShape(weight.shape[1] - 1, weight.shape[0], heads, *sizes)
+    rule = DeltaRule(weight, module.conv1d.bias, ACT2FN[module.activation], keys, shape)
     out_THV = skyrl_attention.recur(module.layer_idx, rule, mixed[0], decay[0], beta[0]).to(x.dtype)
     norm, project = (module.norm, module.out_proj) if hasattr(module, "out_proj") else (module.o_norm, module.o_proj)
     out = norm(out_THV.reshape(-1, size), z.reshape(-1, size))

@@ -452,7 +452,7 @@ class PackedAttention:
             step = max(1, MAX_SCORES // 16 // (longest * rule.shape.num_heads * CHUNK))
             mixed, gates = mixed.view(rows, longest, -1), gates.view(rows, longest, -1)
             for some, gate in zip(mixed.split(step), gates.split(step), strict=True):
-                given = rule, some, *gate.chunk(2, -1)
+                given = rule, some, *gate.split([decay_TH.shape[1], beta_TH.shape[1]], -1)
                 outs.append(checkpoint(_rows_anew, *given, use_reentrant=False, preserve_rng_state=False).flatten(0, 1))
         packed = (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
         out = _Gather.apply(packed, layout.back, None if len(packed) != len(mixed_TC) else layout.out_N)

@@ -83,7 +83,7 @@ def check_module(net: Any) -> None:
     linear = [module for module in net.modules() if is_delta_net(module)]
     kinds = getattr(net.config, "layer_types", None) or []
     if len(linear) != kinds.count("linear_attention"):
-        refuse("its linear attention is not the gated delta rule of qwen3_next, qwen3_5 and olmo_hybrid")
+        refuse("its linear attention is not the gated delta rule of qwen3_next, qwen3_5, olmo_hybrid and kimi_linear")
     if getattr(net, "_is_stateful", False) and not kinds:  # of a family; its layers may all be softmax attention
         refuse("it carries a recurrent state")
     if decoder_of(net) is net:

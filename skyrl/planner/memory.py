@@ -174,10 +174,16 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
 
 def _state_sizes(text: Any) -> dict[str, int]:
     layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
-    if not layers or not hasattr(text, "linear_num_value_heads"):
+    if not layers:
         return {}
-    key, values = text.linear_key_head_dim, text.linear_num_value_heads * text.linear_value_head_dim
-    channels = 2 * text.linear_num_key_heads * key + values
+    if hasattr(text, "linear_head_dim"):  # Kimi Linear: queries, keys and values alike
+        key, keys, values = text.linear_head_dim, *[text.linear_num_heads * text.linear_head_dim] * 2
+    elif hasattr(text, "linear_num_value_heads"):
+        key, values = text.linear_key_head_dim, text.linear_num_value_heads * text.linear_value_head_dim
+        keys = text.linear_num_key_heads * key
+    else:
+        return {}
+    channels = 2 * keys + values
     inputs = (text.linear_conv_kernel_dim - 1) * channels
     return {"linear_layers": layers, "state_numbers": values * key, "state_inputs": inputs}
 

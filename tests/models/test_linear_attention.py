@@ -11,19 +11,19 @@ from skyrl.models.packed import PackedAttention
 from skyrl.types import Datum
 
 
-def inputs(length, rows=2, heads=3, key=4, value=5, dtype=torch.float64, decay=1.0):
+def inputs(length, rows=2, heads=3, key=4, value=5, dtype=torch.float64, decay=1.0, many=1):
     """Queries, keys, values, decay, beta and a state, as the rule takes them."""
     generator = torch.Generator().manual_seed(length)
     make = lambda *shape: torch.randn(rows, heads, *shape, generator=generator, dtype=torch.float64)  # noqa: E731
     query, keys = (torch.nn.functional.normalize(make(length, key), dim=-1) for _ in "qk")
-    gates = -decay * make(length).exp(), make(length).sigmoid()
+    gates = -decay * make(length, many).exp(), make(length).sigmoid()
     return [x.to(dtype) for x in (query, keys, make(length, value), *gates, make(key, value))]
 
 
 def formula(query, key, value, decay, beta, state):
     outs = []
     for t in range(query.shape[2]):
-        state = state * decay[:, :, t].exp()[..., None, None]
+        state = state * decay[:, :, t].exp()[..., None]
         held = torch.einsum("bhkv,bhk->bhv", state, key[:, :, t])
         new = beta[:, :, t, None] * (value[:, :, t] - held)
         state = state + key[:, :, t, :, None] * new[..., None, :]
@@ -33,8 +33,10 @@ def formula(query, key, value, decay, beta, state):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 65, 150])
 @pytest.mark.parametrize("decay", [1e-3, 1.0, 1e3])
-def test_chunks_of_any_length_give_the_formula(length, decay):
-    given = inputs(length, decay=decay)
+@pytest.mark.parametrize("many", [1, 4])
+def test_chunks_of_any_length_give_the_formula(length, decay, many):
+    """One decay of a head and token, and one of each channel of the keys."""
+    given = inputs(length, decay=decay, many=many)
     want = formula(*given)
     for chunk in (1, 3, min(CHUNK, length)):
         for ours, theirs in zip(gated_delta_rule(*given, chunk), want, strict=True):
@@ -51,8 +53,8 @@ def test_a_token_that_forgets_all_does_not_spoil_those_after_it():
 
 
 def test_gradients():
-    given = [x.requires_grad_() for x in inputs(5, rows=1, heads=1, key=3, value=2)]
-    for chunk in (1, 3):
+    for chunk, many in ((1, 1), (3, 1), (3, 3)):
+        given = [x.requires_grad_() for x in inputs(5, rows=1, heads=1, key=3, value=2, many=many)]
         assert torch.autograd.gradcheck(lambda *x, chunk=chunk: gated_delta_rule(*x, chunk), given)
 
 
