@@ -30,8 +30,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from skyrl.config.schema import ModelConfig
 from skyrl.files import disk_reason, write_folder_atomic
 from skyrl.hub.locate import locate
+from skyrl.hub.tensor_files import INDEX, SINGLE
 from skyrl.models.load import build_net
-from skyrl.models.weights import INDEX, SINGLE
 from skyrl.text.tokenizer import TINY
 from skyrl.types import UserError
 

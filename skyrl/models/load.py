@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from skyrl.config.schema import ModelConfig
 from skyrl.hub.locate import locate
+from skyrl.hub.tensor_files import Checkpoint, reason_of
 from skyrl.hub.text_part import text_part
 from skyrl.models.attention import NAME, register
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
 from skyrl.models.tiny import tiny_config
-from skyrl.models.weights import Checkpoint, fill_from, init_random, reason_of
+from skyrl.models.weights import fill_from, init_random
 from skyrl.text.tokenizer import TINY, tiny_tokenizer
 from skyrl.tracking.notices import warn_fallback
 from skyrl.types import UserError

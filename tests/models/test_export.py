@@ -42,7 +42,7 @@ def test_transformers_loads_what_is_exported(name, tmp_path):
     assert same.encode("1+2=3") == tiny_tokenizer().encode("1+2=3") and same.eos_token_id == 1
     original = tmp_path / "original"
     model.net.save_pretrained(original)  # the names of the files are those that the family is published with
-    from skyrl.models.weights import Checkpoint
+    from skyrl.hub.tensor_files import Checkpoint
 
     assert set(Checkpoint(original).files) == set(Checkpoint(tmp_path / "out").files)
 

@@ -1,0 +1,122 @@
+"""The tensors in the files of a folder in Hugging Face format, by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from skyrl.types import UserError
+
+Region = tuple[slice, ...]
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
+INDEX_END = ".index.json"
+
+
+class Checkpoint:
+    """The tensors of a folder in Hugging Face format, by their names in the files; opens files when they are read.
+
+    The files are those that transformers takes: one safetensors file, else an index with its shards, else the same as
+    .bin; or the one that `named` is (config.json's `transformers_weights`). All tensors of a file count, whether an
+    index names them or not. `files`: name -> file; `again`: (name, file) of those that a further file holds as well.
+    """
+
+    def __init__(self, folder: Path, named: str | None = None) -> None:
+        self.folder = folder
+        self._open: tuple[str, Any] | None = None
+        there = [name for name in (SINGLE, INDEX, BIN, BIN_INDEX) if (folder / name).is_file()]
+        if named:
+            if not named.endswith((".safetensors", f".safetensors{INDEX_END}")) or not (folder / named).is_file():
+                raise UserError(
+                    f"model.path: config.json in {folder} says transformers_weights={named}, which is no safetensors "
+                    "file or index there; take that line out, or give the file"
+                )
+            there = [named]
+        if not there:
+            raise UserError(
+                f"model.path: {folder} holds no {SINGLE}, no {INDEX} and no {BIN}; other formats are not read, convert "
+                "them with save_pretrained of transformers"
+            )
+        tensors = self._weight_map(there[0])
+        shards = self._weight_map(INDEX) if there[:2] == [SINGLE, INDEX] else tensors
+        if set(shards.values()) != set(tensors.values()):
+            raise UserError(
+                f"model.path: {folder} holds {SINGLE} and the shards of {INDEX}: transformers reads the one, vLLM the "
+                "others; delete what is old"
+            )
+        self.files: dict[str, str] = {}
+        self.again: list[tuple[str, str]] = []
+        for name in sorted(set(tensors.values())):
+            if not (folder / name).is_file():
+                raise UserError(f"model.path: {folder} lacks {name}, which {there[0]} names; download the model again")
+            for key in self._file(name).keys():
+                if self.files.setdefault(key, name) != name:
+                    self.again.append((key, name))
+        if lost := sorted(tensors.keys() - self.files.keys() - {""}):
+            raise UserError(
+                f"model.path: {there[0]} in {folder} names {few(lost)}, which no file holds; download the model again"
+            )
+
+    def _weight_map(self, name: str) -> dict[str, str]:
+        """Tensor -> file as an index says, or for a file itself "" -> file."""
+        if not name.endswith(INDEX_END):
+            return {"": name}
+        try:
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"]
+            if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+                raise ValueError("weight_map must name a file for each tensor")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"model.path: {self.folder / name} is no index of weights ({str(error)[:100]!r}); download the model "
+                "again"
+            ) from error
+        return found
+
+    def _file(self, name: str) -> Any:
+        """A file as safetensors opens it, or the tensors of a .bin by their names, mapped into memory."""
+        if self._open is None or self._open[0] != name:
+            file = str(self.folder / name)
+            try:
+                if name.endswith(".bin"):
+                    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+                    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+                        raise UnpicklingError("it is no mapping of names to tensors alone")
+                    self._open = (name, tensors)
+                else:
+                    self._open = (name, safe_open(file, framework="pt"))
+            except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError) as error:
+                raise UserError(f"model.path: {file} cannot be read ({reason_of(error)}); download it again") from error
+        return self._open[1]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the tensor called `key`."""
+        file = self._file(self.files[key])
+        return tuple(file[key].shape if isinstance(file, dict) else file.get_slice(key).get_shape())
+
+    def read(self, key: str, region: Region | None = None, *, file: str = "") -> Tensor:
+        """The tensor called `key` on the CPU in its own dtype, or a part of it; a part reads only that part. `file`: of
+        several that hold it."""
+        opened = self._file(file or self.files[key])
+        if isinstance(opened, dict):
+            return opened[key][region or ...]
+        return opened.get_slice(key)[region] if region else opened.get_tensor(key)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's text, or its class where that says nothing."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0][:200]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
+
+
+def few(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
