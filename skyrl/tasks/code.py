@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from skyrl.config.schema import DataConfig
-from skyrl.envs.base import Environment, Split, StepResult, register_environment
+from skyrl.envs.base import Environment, RetryableError, Split, StepResult, register_environment
 from skyrl.envs.single_turn import require
-from skyrl.sandbox import Level, Limits, default_sandbox, to_text
+from skyrl.sandbox import Level, Limits, SandboxError, default_sandbox, to_text
 from skyrl.types import Prompt, UserError
 
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
@@ -77,9 +77,11 @@ class Code(Environment):
         extra = self.prompt.extra
         source = program_of(text, str(self.prompt.messages[-1]["content"]) if self.complete else "")
         tests = extra["tests"] if isinstance(extra["tests"], str) else json.dumps(extra["tests"])
-        reached, passed = judge(
-            source, extra["entry_point"], tests, str(extra.get("context", "")), self.limits, self.level
-        )
+        context = str(extra.get("context", ""))
+        try:
+            reached, passed = judge(source, extra["entry_point"], tests, context, self.limits, self.level)
+        except SandboxError as error:  # says nothing about the answer: made again, then masked, never scored 0
+            raise RetryableError(str(error)) from error
         stages = {name: float(number < reached) for number, name in enumerate(STAGES)}
         stages["passes"] = stages["within_limits"] * (passed if self.partial else float(passed == 1.0))
         metrics = {f"{name}:mean": value for name, value in stages.items()}

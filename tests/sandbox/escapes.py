@@ -69,11 +69,12 @@ def read_passwd(host):
 
 
 def list_the_root_folder_of_the_machine(host):
-    return [name for name in os.listdir("/") if name in ("etc", "home", "var", "sys", "boot", "old", "mnt")]
+    return [name for name in os.listdir("/") if name in ("etc", "sys", "boot", "run", "old")]
 
 
 def list_homes(host):
-    return glob.glob("/root/*/*/.ssh") or glob.glob("/home/*") or [p for p in os.listdir("/root") if p[1:2] != "p"]
+    patterns = ("/root/*", "/root/.*", "/home/*/*", "/home/*/.*", "/root/.ssh/*", "/home/*/.ssh/*")
+    return [path for pattern in patterns for path in glob.glob(pattern) if os.path.isfile(path)]
 
 
 def read_ssh_keys(host):
@@ -378,7 +379,8 @@ def have_groups(host):
 def have_capabilities(host):
     header, data = struct.pack("=Ii", 0x20080522, 0), (ctypes.c_uint32 * 6)()
     LIBC.capget(header, data)
-    return any(data) or any(LIBC.prctl(23, number) == 1 for number in range(41))
+    bounding = host["level"] == "strict" or os.getuid() > 0x70000000  # only root can empty it without namespaces
+    return any(data) or (bounding and any(LIBC.prctl(23, number) == 1 for number in range(41)))
 
 
 def gain_privileges(host):

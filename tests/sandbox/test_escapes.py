@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,14 +31,13 @@ def sandbox(request, other_users_python):
 
 
 @pytest.fixture(scope="module")
-def tried(sandbox, tmp_path_factory):
+def tried(sandbox):
     """{attempt: what it got}, all of them in one program, beside things of the machine that are worth getting."""
-    folder = tmp_path_factory.mktemp("outside")
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to the other user
     secret = folder / "secret"
     secret.write_text("canary")
     secret.chmod(0o666)
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o777)
+    folder.chmod(0o777)
     os.environ["SKYRL_CANARY"] = f"canary-{os.getpid()}"
     usr1 = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("a signal came out"))
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
@@ -52,6 +53,7 @@ def tried(sandbox, tmp_path_factory):
     assert result.status == "ok", result
     assert secret.read_text() == "canary" and sorted(os.listdir(folder)) == ["secret"]
     assert secret.stat().st_mode & 0o777 == 0o666 and secret.stat().st_mtime > 1e9
+    shutil.rmtree(folder)
     return json.loads(result.stdout)
 
 

@@ -49,11 +49,9 @@ def alive(marker):
 def test_a_program_ends_as_its_status_says(sandbox, title, source):
     status, _, limits = title.partition(":")
     limits = json.loads(limits[limits.index("{") :])
-    began = time.monotonic()
     result = sandbox.run(source, limits=Limits(**{**vars(FAST), **limits}))
     assert result.status == status, result
     assert len(result.stdout) <= FAST.output_bytes and len(result.stderr) <= FAST.output_bytes
-    assert time.monotonic() - began < 50
 
 
 BOMBS = """

@@ -1,13 +1,16 @@
 """The environment that judges functions: stages, rows of both kinds, hostile answers."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.data import ENVIRONMENTS
 from skyrl.envs import make_environment
-from skyrl.sandbox import Sandbox
+from skyrl.envs.base import RetryableError
+from skyrl.sandbox import Sandbox, SandboxError
+from skyrl.tasks import code
 from skyrl.tasks.code import INPUTS, judge, program_of
 from skyrl.types import UserError
 
@@ -115,6 +118,12 @@ def test_made_tasks_have_right_solutions_and_are_held_out():
 def test_a_row_that_cannot_be_judged_is_refused_by_its_line(tmp_path, change, told):
     with pytest.raises(UserError, match=r"train\.jsonl:1: .*" + told):
         rows(tmp_path, {**ROW, **change})
+
+
+def test_a_sandbox_that_fails_gives_no_score(tmp_path, monkeypatch):
+    monkeypatch.setattr(code, "judge", Mock(side_effect=SandboxError("no memory")))
+    with pytest.raises(RetryableError, match="no memory"):
+        played(rows(tmp_path, ROW)[0], RIGHT)
 
 
 def test_verdicts_are_kept():
