@@ -158,7 +158,7 @@ def test_notebooks(warm, here, name, said):
             code.append("".join(cell["source"]))
         if "parameters" in cell["metadata"].get("tags", ()):
             code.append(f"OPTIONS += {SHORT!r}")
-    before = f"import sys, types; cells = {code!r}; names = {{}}; "
+    before = f"import sys, types; cells = {code!r}; names = {{'__name__': '__main__'}}; "
     before += "run = lambda: [exec(compile(cell, 'cell', 'exec'), names) for cell in cells]; "
     before += "sys.modules['script'] = types.SimpleNamespace(main=run)"
     done = warm.run(cwd=here, module="script", before=before)
