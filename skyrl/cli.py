@@ -36,26 +36,30 @@ Several processes: skyrl-tx launch, or torchrun --nproc_per_node=N -m skyrl.trai
 
 def main() -> None:
     """Runs the command line; 0, or 2 with one line for what a person can fix."""
-    args = sys.argv[1:]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # plugins of the folder one is in are found, as with python -m
     try:
-        if args[0] == "--version":
-            print(f"skyrl {skyrl.__version__}")
-        elif args[0] not in COMMANDS:
-            raise UserError(f"{args[0]}: no such command; choose one of: {', '.join(COMMANDS)}")
-        else:
-            COMMANDS[args[0]](args[1:])
-        sys.stdout.flush()
+        try:
+            _call(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no error; --help leaves by SystemExit
     except BrokenPipeError:  # whoever reads has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end has a place to go
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"skyrl: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _call(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+    elif "--version" in args[: args.index("--") if "--" in args else None]:
+        print(f"skyrl {skyrl.__version__}")
+    elif args[0] not in COMMANDS:
+        raise UserError(f"{args[0]}: no such command; choose one of: {', '.join(COMMANDS)}")
+    else:
+        COMMANDS[args[0]](args[1:])
 
 
 def _run(mode: str, args: list[str]) -> None:

@@ -30,7 +30,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
-from skyrl.run_dir import RunFolder, changed_facts, drop_rollouts, keep_fingerprint
+from skyrl.run_dir import RESULT, RunFolder, changed_facts, drop_rollouts, keep_fingerprint, stop_notices
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
@@ -137,7 +137,7 @@ def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]
             _refuse_other_run(cfg, folder)
             lines += _refuse_edited(cfg, folder, facts)
             lines += clean_leftovers(folder.checkpoints)
-            for mark in (REQUEUE_FILE, STOP_FILE):
+            for mark in (REQUEUE_FILE, STOP_FILE, RESULT):  # of the last start
                 (folder.path / mark).unlink(missing_ok=True)
         except UserError:
             folder.close()
@@ -200,9 +200,11 @@ def _changes(cfg: RunConfig, info: CheckpointInfo) -> list[str]:
 
 def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> list[str]:
     """A folder with checkpoints goes on only with the code and data that it began with, or where run.allow_different
-    names what has changed; the fingerprint is then what is read now. Returns lines worth showing."""
+    names what has changed; the fingerprint is then what is read now. After a stop because no verifier worked the code
+    and data are expected to be mended. Returns lines worth showing."""
     edited, ours = changed_facts(folder.path, facts) if latest(folder.checkpoints) is not None else ([], [])
-    refused = [name for name in edited if not is_allowed(name, cfg.run.allow_different)]
+    mended = () if "all_invalid" not in stop_notices(folder.path) else ("code.", "data.", "env.")
+    refused = [name for name in edited if not is_allowed(name, cfg.run.allow_different) and not name.startswith(mended)]
     if refused:
         more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise UserError(

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -309,6 +310,8 @@ class _Entry:
             raise UserError("-m: a server does not end by itself, so there is no sweep; start one at a time")
         if not any(flag.startswith(("-i", "--info", "--hydra-help")) for flag in flags):
             flags += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        else:
+            logging.raiseExceptions = False  # what they show goes by logging; its reader may have seen enough
         with contextlib.ExitStack() as stack:
             folder = ""
             if self.sweep:  # Hydra's sweeper writes multirun.yaml; the run folders hold all that is in it
@@ -363,8 +366,9 @@ class _Entry:
             plan = dry_run(cfg, cfg.run.world_size or world_size())
             # For another machine's plan the data need not be here.
             lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size)
-            if rank() == 0:
-                print(describe(cfg, plan, chat, supervised=self.mode == "sft"), *lines, sep="\n", flush=True)
+            with quiet_pipe():
+                if rank() == 0:
+                    print(describe(cfg, plan, chat, supervised=self.mode == "sft"), *lines, sep="\n", flush=True)
             return None
         _refuse_restart(Path(cfg.run.dir))
         return sweep.play(cfg, self.mode, sweep=self.sweep)
@@ -378,5 +382,6 @@ class _Entry:
             serve(cfg)
             return
         text = dry_run_text(cfg, world_size())
-        if rank() == 0:
-            print(text, flush=True)
+        with quiet_pipe():
+            if rank() == 0:
+                print(text, flush=True)

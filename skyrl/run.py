@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from skyrl.algorithms.declare import ADVANTAGES
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import latest
@@ -242,7 +243,8 @@ class Run:
         self.state.step += 1
         self.state.global_step += 1
         self.state.unrecorded = True
-        for line in self.state.notices.look(self.state.global_step, metrics, self.cfg.algorithm.advantage.name):
+        of_groups = ADVANTAGES.get(self.cfg.algorithm.advantage.name).group
+        for line in self.state.notices.look(self.state.global_step, metrics, of_groups=of_groups):
             self.say(line)
         if self.state.notices.hopeless:
             self._stop_without_verifiers()

@@ -183,6 +183,15 @@ def changed_facts(folder: Path, facts: dict[str, str]) -> tuple[list[str], list[
     return [name for name in found if name not in ours], ours
 
 
+def stop_notices(folder: Path) -> dict[str, str]:
+    """What ended a run that has stopped by itself: name -> line; {} for any other."""
+    try:
+        told = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return dict(told["notices"]) if told["state"] == "stopped" else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
 def keep_fingerprint(folder: Path, facts: dict[str, str]) -> None:
     """Writes what `changed_facts` reads. Raises OSError."""
     write_atomic(folder / FINGERPRINT, json.dumps(facts, indent=1) + "\n")

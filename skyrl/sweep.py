@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,13 +198,13 @@ def _show(accuracy: float | None) -> str:
 @dataclass
 class Point:
     """One combination of options: `options` are those that differ within the table, `runs` maps a seed to the final
-    values of its run, `unfinished` are seeds without a result, `folders` those of all its runs; of further runs of a
-    seed (`again`) only the folder is kept."""
+    values of its run, `unfinished` are seeds without a result, `folders` those of all its runs with the state of
+    each; of further runs of a seed (`again`) only the folder is kept."""
 
     options: dict[str, Any]
     runs: dict[int, dict[str, float]] = field(default_factory=dict)
     unfinished: list[int] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
+    folders: dict[str, str] = field(default_factory=dict)
     again: list[str] = field(default_factory=list)
 
     def spread(self, metric: str) -> dict[str, Any] | None:
@@ -234,8 +235,8 @@ def read_points(folder: Path) -> list[Point]:
         schedule = str(options.get("optim.schedule"))
         kept = {k: v for k, v in options.items() if k in UNCOUNTED or not ignored_on_resume(k, schedule)}
         _, point = found.setdefault(json.dumps(kept, sort_keys=True, default=str), (kept, Point({})))
-        point.folders.append(path.parent.name)
-        if run_state(path.parent) == "finished":
+        point.folders[path.parent.name] = state = run_state(path.parent)
+        if state == "finished":
             if seed in point.runs:
                 point.again.append(path.parent.name)
             point.runs.setdefault(seed, final_values(path.parent / "metrics.jsonl"))
@@ -255,7 +256,7 @@ def read_points(folder: Path) -> list[Point]:
 def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
     """The points as text: options that differ, seeds, and mean +- standard deviation of each metric."""
     options = list(points[0].options)
-    rows = [[*options, "seeds", *metrics, "unfinished", "folders"]]
+    rows = [[*options, "seeds", *metrics, "unfinished", "state", "folders"]]
     for point in points:
         cells = [_cell(value) for value in point.options.values()]
         cells.append(",".join(map(str, sorted(point.runs))) or "-")
@@ -265,11 +266,13 @@ def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
                 cells.append("-")
             else:
                 cells.append(f"{spread['mean']:.4f}" + ("" if spread["std"] is None else f" +- {spread['std']:.4f}"))
-        where = point.folders[0] + (f" and {len(point.folders) - 1} more" if len(point.folders) > 1 else "")
+        where = next(iter(point.folders)) + (f" and {len(point.folders) - 1} more" if len(point.folders) > 1 else "")
         where += f" (again: {', '.join(point.again)})" if point.again else ""
-        rows.append([*cells, ",".join(map(str, sorted(point.unfinished))), where])
-    if not any(row[-2] for row in rows[1:]):
-        rows = [[*row[:-2], row[-1]] for row in rows]
+        states = Counter(point.folders.values())
+        state = ", ".join(f"{count} {name}" if len(point.folders) > 1 else name for name, count in states.items())
+        rows.append([*cells, ",".join(map(str, sorted(point.unfinished))), state, where])
+    if not any(row[-3] for row in rows[1:]):
+        rows = [[*row[:-3], *row[-2:]] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -297,7 +300,8 @@ def sweep_table(args: Sequence[str]) -> None:
             "options": point.options,
             "seeds": sorted(point.runs),
             "unfinished": sorted(point.unfinished),
-            "folders": point.folders,
+            "folders": list(point.folders),
+            "states": point.folders,
             "again": point.again,
             "metrics": {metric: point.spread(metric) for metric in metrics},
         }

@@ -39,6 +39,13 @@ def test_the_version_is_skyrls(args):
     assert (done.returncode, done.stdout) == (0, f"skyrl {skyrl.__version__}\n")
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_knows_its_version(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["skyrl-tx", command, "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"skyrl {skyrl.__version__}\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     code = "import sys; sys.modules['torch'] = None; from skyrl.cli import main; main()"
     command = f"{sys.executable} -c {shlex.quote(code)} train --help | head -1"

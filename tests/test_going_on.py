@@ -6,7 +6,7 @@ import pytest
 from loop import run_loop
 
 from skyrl.checkpoint.folder import latest
-from skyrl.run_dir import FINGERPRINT, changed_facts, keep_fingerprint
+from skyrl.run_dir import FINGERPRINT, RESULT, changed_facts, keep_fingerprint
 from skyrl.types import UserError
 
 
@@ -30,6 +30,15 @@ def test_edited_code_and_data_are_named_and_refused_until_allowed(begun):
     assert json.loads(path.read_text()) == edited  # refused again by the same command
     again = run_loop(begun.folder, "batch.num_steps=1", "run.allow_different=[code.lowercase,data]")
     assert json.loads(path.read_text())["data.train"] == facts["data.train"] and len(again.records) == 2
+
+
+def test_a_run_that_no_verifier_worked_for_goes_on_with_what_was_mended(begun):
+    path, result = begun.folder / FINGERPRINT, begun.folder / RESULT
+    facts = json.loads(path.read_text())
+    result.write_text(json.dumps({"state": "stopped", "notices": {"all_invalid": "no verifier worked"}}))
+    path.write_text(json.dumps({**facts, "code.lowercase": "0" * 12}))
+    run_loop(begun.folder, "batch.num_steps=1")
+    assert json.loads(path.read_text()) == facts and not result.exists()  # the next edit is asked about again
 
 
 def test_what_is_changed_and_whose_it_is(tmp_path):

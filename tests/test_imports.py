@@ -52,6 +52,7 @@ LEVELS = {
     "serve": 9.2,
     "api": 9.2,
     "cli": 9.3,
+    "__main__": 9.4,
 }
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"

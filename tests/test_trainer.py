@@ -7,12 +7,13 @@ import pytest
 from gloo import run_ranks
 from loop import loop_config, run_loop, train_here
 
+from benchmarks.recompute_metrics import recompute_metrics
 from skyrl.checkpoint.folder import read_checkpoint
 from skyrl.config import validation
 from skyrl.run import Run
 from skyrl.tracking.base import without_wall_clock
 from skyrl.tracking.jsonl import read_metrics
-from skyrl.tracking.rollouts import read_rollouts, recompute_metrics
+from skyrl.tracking.rollouts import read_rollouts
 from skyrl.types import UserError
 
 PARTS = [  # advantage, loss, reduction, correction, further options

@@ -15,8 +15,6 @@ from skyrl.types import Metrics
 log = logging.getLogger(__name__)
 
 EQUAL_STEPS = 5  # steps in a row without a group that can teach, before it is said
-# Advantages that are 0 in a group of equal rewards. Others learn from such groups, and from groups of one, as well.
-GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo")
 SILENT_STEPS = 3  # steps in a row without one verifier that worked, before a run that has had some stops
 
 
@@ -31,8 +29,10 @@ class Notices:
         self.lasted[name] = self.lasted.get(name, 0) + 1 if is_so else 0
         return self.lasted[name]
 
-    def look(self, step: int, metrics: Metrics, advantage: str = "grpo") -> list[str]:
-        """The lines that a finished step of RL gives cause for, by its global metrics and the advantage's name."""
+    def look(self, step: int, metrics: Metrics, *, of_groups: bool = True) -> list[str]:
+        """The lines that a finished step of RL gives cause for, by its global metrics.
+
+        `of_groups`: the advantage compares the samples of a group, so that equal rewards teach nothing."""
         episodes, invalid = metrics.get("episodes:sum", 0.0), metrics.get("invalid:sum", 0.0)
         if not episodes:
             return []
@@ -41,9 +41,7 @@ class Notices:
         groups, equal = metrics.get("filters/groups:sum", 0.0), metrics.get("filters/zero_variance_groups:sum", 0.0)
         reward = metrics.get("reward:mean", 0.0)
         found = {}
-        if self._lasts("all_groups_equal", groups == equal and invalid < episodes) >= EQUAL_STEPS and (
-            advantage in GROUP_RELATIVE
-        ):
+        if self._lasts("all_groups_equal", groups == equal and invalid < episodes) >= EQUAL_STEPS and (of_groups):
             found["all_groups_equal"] = (
                 f"in {EQUAL_STEPS} steps in a row all rewards of each group were equal (mean {reward:g}), so nothing "
                 "is learned: the task is too hard or too easy for this model, or the reward does not tell answers "

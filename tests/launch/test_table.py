@@ -58,9 +58,12 @@ def test_mean_and_spread_over_seeds(sweep, capsys):
 def test_the_text(sweep, capsys):
     sweep_table([str(sweep), "--metric", "eval/accuracy:mean"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["optim.lr", "seeds", "eval/accuracy:mean", "unfinished", "folders"]
+    assert lines[0].split() == ["optim.lr", "seeds", "eval/accuracy:mean", "unfinished", "state", "folders"]
     numbers = ["0.0001", "1,2,3", "0.7000", "+-", "0.2000", "4"]
-    assert lines[1].split() == [*numbers, "1e-4-1", "and", "3", "more"] and len(lines) == 3
+    assert (
+        lines[1].split() == [*numbers, "3", "finished,", "1", "unfinished", "1e-4-1", "and", "3", "more"]
+        and len(lines) == 3
+    )
 
 
 def test_lengths_are_points_of_their_own(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What a run says of itself when it cannot learn: by name, in one line, once."""
 
+from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.tracking.notices import EQUAL_STEPS, SILENT_STEPS, Notices
 
 
@@ -23,8 +24,13 @@ def test_equal_groups_are_told_once_and_only_in_a_row():
     assert said([step(equal=4)] * (EQUAL_STEPS - 1) + [step(equal=3)] + [step(equal=4)] * (EQUAL_STEPS - 1)) == []
     assert said([step(equal=4)] * 3 * EQUAL_STEPS) == ["notice all_groups_equal"]
     critic = Notices()  # whose advantages are not of groups
-    assert [line for n in range(9) for line in critic.look(n, step(equal=4), "gae")] == []
+    assert [line for n in range(9) for line in critic.look(n, step(equal=4), of_groups=False)] == []
     assert said([step()] * 9) == [] and said([{"loss:sum": 1.0}]) == []
+
+
+def test_the_advantage_itself_says_whether_it_compares_the_samples_of_a_group():
+    groups = {one.name for one in ADVANTAGES.things() if one.group}
+    assert {"grpo", "dr_grpo", "rloo"} <= groups and not groups & {"gae", "reinforce++"}
 
 
 def test_all_truncated_and_all_invalid_are_told_once():

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from skyrl.tracking.rollouts import dumps, read_rollouts, recompute_metrics, show_rollouts, write_rollouts
+from benchmarks.recompute_metrics import recompute_metrics
+from skyrl.tracking.rollouts import dumps, read_rollouts, show_rollouts, write_rollouts
 from skyrl.types import Episode, Prompt, Sample, Turn, UserError
 
 
