@@ -1,7 +1,8 @@
 """What calls of environments cost in worker processes and in the rank itself, and what a verifier that hangs costs.
 
 calls: 4,000 steps of one turn that do nothing, by the number of workers. loop: the default recipe (arithmetic), its
-environment in the rank and in two workers, in turn; seconds of a step without the first two. hung: seconds until 64
+environment in the rank and in two workers, in turn; seconds of a step without the first, and processor seconds of the
+rank and of all processes, which a busy machine changes less. hung: seconds until 64
 sequences are sampled when the verifier of one in 16 never returns (deadline: 3 s), in workers and in the rank.
 
     python benchmarks/env_workers.py --write
@@ -10,6 +11,7 @@ sequences are sampled when the verifier of one in 16 never returns (deadline: 3 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import tempfile
 import time
@@ -23,7 +25,7 @@ from skyrl.envs.base import Environment, StepResult, register_environment
 from skyrl.types import Prompt
 from skyrl.workers.pool import open_calls, shut_pool
 
-CALLS, AT_ONCE, SKIPPED = 4000, 64, 2
+CALLS, AT_ONCE, SKIPPED = 4000, 64, 1
 
 
 @register_environment("nothing")
@@ -65,19 +67,26 @@ def calls_per_second(workers: int) -> float:
     return found
 
 
-def step_seconds(name: str, steps: int, *options: str) -> float:
-    """Median seconds of a step of the default recipe without warm-up and evaluation."""
+def step_seconds(name: str, steps: int) -> dict[str, float]:
+    """Of the default recipe without warm-up and evaluation: median seconds of a step, processor seconds of the run."""
     from skyrl.config.load import load_config
     from skyrl.tracking.jsonl import read_metrics
     from skyrl.trainers.rl import train
 
     folder = Path(tempfile.mkdtemp())
     more = [f"env.name={name}", f"batch.num_steps={steps}", f"run.dir={folder}/run", "warmup.num_steps=0"]
-    cfg = load_config([*more, "eval.every_steps=0", "checkpoint.export=false", "run.threads=1", *options])
+    cfg = load_config([*more, "eval.every_steps=0", "checkpoint.export=false", "run.threads=1"])
+    begun = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     train(cfg)
     shut_pool()
     lines = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "time/step_seconds:sum" in line]
-    return statistics.median(line["time/step_seconds:sum"] for line in lines[SKIPPED:])
+    ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    rank, children = (b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(begun, ended, strict=True))
+    return {
+        "step": statistics.median(line["time/step_seconds:sum"] for line in lines[SKIPPED:]),
+        "rank_cpu": rank,
+        "all_cpu": rank + children,
+    }
 
 
 @register_environment("hangs")
@@ -132,11 +141,14 @@ def main() -> None:
     args = p.parse_args()
     calls = {str(workers): round(max(calls_per_second(workers) for _ in range(2))) for workers in (0, 1, 2)}
     print(calls, flush=True)
-    loop: dict[str, list[float]] = {"arithmetic": [], "arithmetic_apart": []}
+    loop: dict[str, list[dict[str, float]]] = {"arithmetic": [], "arithmetic_apart": []}
     for _ in range(args.rounds):  # in turn: the machine's speed changes
         for name, found in loop.items():
             found.append(step_seconds(name, args.steps))
-    ratios = [round(apart / here, 4) for here, apart in zip(*loop.values(), strict=True)]
+    ratios = {
+        what: [round(apart[what] / here[what], 4) for here, apart in zip(*loop.values(), strict=True)]
+        for what in ("step", "rank_cpu", "all_cpu")
+    }
     print(loop, ratios, flush=True)
     hung = {
         f"{place}, {state}": round(min(seconds_until_sampled(workers, hang) for _ in range(2)), 3)
@@ -147,11 +159,8 @@ def main() -> None:
     figures = {
         "seconds_until_all_is_sampled": hung,
         "calls_per_second": calls,
-        "step_seconds": {name: [round(x, 4) for x in found] for name, found in loop.items()},
-        "workers_over_in_process": {
-            "rounds": [round(x, 4) for x in ratios],
-            "median": round(statistics.median(ratios), 4),
-        },
+        "loop": loop,
+        "workers_over_in_process": {**ratios, "medians": {what: statistics.median(x) for what, x in ratios.items()}},
     }
     if args.write:
         write("env_workers", figures)
