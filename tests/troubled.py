@@ -27,7 +27,7 @@ def trouble(text, prompt):
     elif text == "memory":
         return len(bytearray(64 << 30))
     elif text == "leak":
-        LEAK.append(b"x" * (200 << 20))
+        LEAK.append(b"x" * (80 << 20))
     elif text == "raise":
         raise ValueError("not mine")
     elif text == "busy":
