@@ -72,10 +72,11 @@ test-tinker: $(TEST_STAMP) ## twelve releases of the Tinker client and its cookb
 test-exports: $(TEST_STAMP) ## exports read by transformers 4.51 and 4.57, which serving stacks run; downloads them once
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 tests/models/test_export_source.py $(ARGS)
 
-test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on a real Slurm of three nodes on this machine (installs it: root)
+test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on two real Slurms of three nodes on this machine (installs it: root)
 	$(PIP) -e '.[sweep]'
 	tests/slurm/cluster.sh install
-	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 tests/slurm/cluster.sh run $(BIN)/python -m pytest -m slurm --timeout 1800 tests/slurm $(ARGS)
+	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 SLURM_TEST_CLUSTERS=2 tests/slurm/cluster.sh run \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m slurm --timeout 1800 tests/slurm $(ARGS)
 
 test-cuda-build: $(TEST_STAMP) $(CUDA_TORCH)/torch/version.py ## what of the CUDA path can be checked without a GPU; gets torch's CUDA build once (2.5 GB, 4.7 GB on disk)
 	@grep -q "^__version__ = '$(TORCH)[+']" $(CUDA_TORCH)/torch/version.py || \

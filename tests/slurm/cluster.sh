@@ -5,23 +5,25 @@
 #   cluster.sh install         Debian's or Ubuntu's packages
 #   cluster.sh start           a munged, a slurmctld, and one slurmd a node; prints what to export
 #   cluster.sh stop            ends what start has started, and nothing else
-#   cluster.sh run COMMAND...  start, COMMAND with SLURM_CONF set, stop; exits as COMMAND did
+#   cluster.sh run COMMAND...  starts SLURM_TEST_CLUSTERS (1) of them, COMMAND with the first one's SLURM_CONF, and stops
+#                              them; exits as COMMAND did
 #   cluster.sh cut|mend K      takes node K off the network, and puts it back
 #   cluster.sh on K COMMAND... COMMAND in the network of node K
 #
-# SLURM_TEST_NET (10.77.0; nodes are .10, .11, ..., the controller .1), SLURM_TEST_NAME (skyrl; of bridge and networks),
-# SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>), SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each
-# node claims to have), SLURM_TEST_GPUS (none; "2 1 0" for the nodes in turn: counted, not there), SLURM_TEST_PORT (26817; this port and the next), SLURM_TEST_PLUGSTACK (a plugstack.conf, as
-# pyxis comes with one; none).
+# SLURM_TEST_NUMBER (0; of a cluster, several may run side by side: its network is 10.77.<number>, nodes are .10, .11, ...,
+# the controller .1), SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>, to which the number is added),
+# SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each node claims to have), SLURM_TEST_GPUS (none; "2 1 0" for the nodes
+# in turn: counted, not there), SLURM_TEST_PLUGSTACK (a plugstack.conf, as pyxis comes with one; none).
 set -euo pipefail
 
-DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}
+NUMBER=${SLURM_TEST_NUMBER:-0}
+DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}-$NUMBER
 NODES=${SLURM_TEST_NODES:-3}
 CPUS=${SLURM_TEST_CPUS:-4}
 read -ra GPUS <<<"${SLURM_TEST_GPUS:-}"
-PORT=${SLURM_TEST_PORT:-26817}
-NET=${SLURM_TEST_NET:-10.77.0}
-NAME=${SLURM_TEST_NAME:-skyrl}
+PORT=$((26817 + 2 * NUMBER)) # this one and the next
+NET=10.77.$NUMBER
+NAME=skyrl$NUMBER
 CONF=$DIR/slurm.conf
 
 # The daemons live in sbin, which is not on everybody's path.
@@ -71,6 +73,7 @@ ReturnToService=2
 JobRequeue=1
 KillWait=20
 MinJobAge=600
+FirstJobId=$((1 + 10000 * NUMBER))
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -168,12 +171,13 @@ start) install && start && echo "export SLURM_CONF=$CONF" ;;
 run)
     shift
     install
-    trap stop EXIT
-    start
-    "$@"
+    numbers=$(seq 0 $((${SLURM_TEST_CLUSTERS:-1} - 1)))
+    trap 'for number in $numbers; do SLURM_TEST_NUMBER=$number "$0" stop; done' EXIT
+    for number in $numbers; do SLURM_TEST_NUMBER=$number "$0" start >/dev/null; done
+    SLURM_CONF=$CONF "$@"
     ;;
 *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -1,9 +1,18 @@
 """These tests need the Slurm of cluster.sh: make test-slurm."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from jobs import RUN, Job
+
+# Each worker of pytest has a cluster of its own: what one test loses, preempts or cuts off, no other one needs.
+if "SLURM_CONF" in os.environ:
+    os.environ["SLURM_TEST_NUMBER"] = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    conf = re.sub(r"-\d+/slurm.conf$", f"-{os.environ['SLURM_TEST_NUMBER']}/slurm.conf", os.environ["SLURM_CONF"])
+    assert Path(conf).exists(), f"no cluster for worker {os.environ['SLURM_TEST_NUMBER']}: set SLURM_TEST_CLUSTERS"
+    os.environ["SLURM_CONF"] = conf
 
 
 def pytest_collection_modifyitems(items):

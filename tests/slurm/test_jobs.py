@@ -40,25 +40,21 @@ def test_a_signal_requeues_and_the_result_is_bit_equal(whole, tmp_path):
     assert numbers(run) == numbers(whole)
 
 
-def test_the_time_limit_requeues(whole, tmp_path):
-    """Slurm's own signal before its own limit: it comes up to a minute early, so the run is made to last longer."""
-    run = tmp_path / "run"
-    flags = ("--nodes=2", "--time=2", "--signal=USR1@45")
-    options = ("run.must_save_by=never", "env.options.sleep=1.2")
-    job = Job.submit(tmp_path, "train.sbatch", *RUN, *options, "run.dir=run", flags=flags)
-    assert job.end(500) == "COMPLETED", job.text()
-    assert int(job.fact("Restarts")) >= 1 and {stop["reason"] for stop in stops(run)} == {"SIGUSR1"}
-    assert numbers(run) == numbers(whole)
-
-
-def test_the_deadline_is_slurms_end_of_the_job(whole, tmp_path):
-    run = tmp_path / "run"
-    flags = ("--nodes=2", "--time=2", "--signal=USR1@1")  # the run's own deadline comes before that
-    options = ("run.save_margin_seconds=65", "env.options.sleep=1.2")
-    job = Job.submit(tmp_path, "train.sbatch", *RUN, *options, "run.dir=run", flags=flags)
-    assert job.end(500) == "COMPLETED", job.text()
-    assert "deadline" in {stop["reason"] for stop in stops(run)}
-    assert numbers(run) == numbers(whole)
+def test_the_time_limit_and_the_deadline_requeue(whole, tmp_path):
+    """Slurm's own signal before its own limit, and the run's deadline before Slurm's end of the job, side by side. That
+    signal comes up to a minute early, so the runs are made to last longer."""
+    kinds = {"SIGUSR1": ("--signal=USR1@45", "run.must_save_by=never")}
+    kinds["deadline"] = ("--signal=USR1@1", "run.save_margin_seconds=65")
+    jobs = {}
+    for reason, (signal, option) in kinds.items():
+        (place := tmp_path / reason).mkdir()
+        flags, options = ("--nodes=2", "--time=2", signal), (option, "env.options.sleep=1.2", "run.dir=run")
+        jobs[reason] = Job.submit(place, "train.sbatch", *RUN, *options, flags=flags)
+    for reason, job in jobs.items():
+        assert job.end(500) == "COMPLETED", job.text()
+        assert int(job.fact("Restarts")) >= 1 and reason in {stop["reason"] for stop in stops(job.place / "run")}
+        assert numbers(job.place / "run") == numbers(whole)
+    assert {stop["reason"] for stop in stops(tmp_path / "SIGUSR1" / "run")} == {"SIGUSR1"}
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(tmp_path):
@@ -83,12 +79,24 @@ def test_a_job_of_higher_priority_preempts(whole, tmp_path):
 
 
 def test_requeues_are_bounded(tmp_path):
+    """Also with a signal that reaches the batch script itself, of those that batch systems send."""
     run = tmp_path / "run"
     job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, "run.dir=run", SKYRL_MAX_REQUEUES="0")
     until(lambda: steps(run) >= 4, 120, job)
-    job.signal()
+    assert command("scancel", "--full", "--signal=USR2", job.id, cwd=tmp_path).returncode == 0
     assert job.end() == "FAILED" and job.fact("ExitCode") == "75:0"
     assert "has been queued again 0 times" in job.text()
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM", "XCPU"])
+def test_a_signal_before_the_ranks_start_requeues(tmp_path, signal):
+    (tmp_path / "setup.sh").write_text("touch in-setup-$SLURM_RESTART_COUNT; sleep 60\n")
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, "run.dir=run", SKYRL_SETUP="setup.sh")
+    until((tmp_path / "in-setup-").exists, 30, job)
+    assert command("scancel", "--full", f"--signal={signal}", job.id, cwd=tmp_path).returncode == 0
+    until(lambda: job.fact("Restarts") == "1", 30, job)
+    assert "is queued again (1 of at most 50)" in job.text() and "srun" not in job.text()
+    assert command("scancel", job.id, cwd=tmp_path).returncode == 0
 
 
 def test_a_mistake_ends_the_job_in_one_line_and_is_not_tried_again(tmp_path):
@@ -109,27 +117,21 @@ def test_a_node_that_never_comes_is_told_in_time(tmp_path):
     assert "ranks did not" in done.stderr and "run.join_seconds=5" in done.stderr
 
 
-def test_an_array_runs_a_seed_in_each_task(tmp_path):
-    job = Job.submit(tmp_path, "train.sbatch", *RUN, flags=("--array=1-4",))
-    until(lambda: command("squeue", "-h", "-j", job.id, cwd=tmp_path).stdout == "", 300)
-    done = command("python", "-m", "skyrl.cli", "sweep-table", "--json", cwd=tmp_path)
-    (point,) = json.loads(done.stdout)["points"]
-    assert point["seeds"] == [1, 2, 3, 4] and point["unfinished"] == []
-    assert len(set(point["metrics"]["reward:mean"]["values"].values())) > 1
-
-
-def test_a_stopped_task_of_an_array_leaves_the_others_alone(tmp_path):
-    """One of the tasks has the array's own number, which to scontrol means all of them."""
-    job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, flags=("--array=1-2",))
+def test_an_array_runs_a_seed_in_each_task_and_a_stopped_one_leaves_the_others_alone(tmp_path):
+    """One of the tasks, the last, has the array's own number, which to scontrol means all of them."""
+    job = Job.submit(tmp_path, "train.sbatch", *RUN, "env.options.sleep=0.2", flags=("--array=1-3",))
 
     def found():
-        return sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
+        return sorted(path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl"))
 
-    until(lambda: len(found()) == 2 and min(steps(path.parent) for path in found()) >= 4, 200, job)
-    command("scancel", "--signal=USR1", f"{job.id}_2", cwd=tmp_path)
+    until(lambda: len(found()) == 3 and steps(found()[2]) >= 4, 200, job)
+    assert command("scancel", "--signal=USR1", f"{job.id}_3", cwd=tmp_path).returncode == 0
     until(lambda: command("squeue", "-h", "-j", job.id, cwd=tmp_path).stdout == "", 300)
-    runs = [path.parent for path in found()]
-    assert [len(stops(run)) for run in runs] == [0, 1] and [steps(run) for run in runs] == [10, 10]
+    assert [len(stops(run)) for run in found()] == [0, 0, 1] and [steps(run) for run in found()] == [10, 10, 10]
+    done = command("python", "-m", "skyrl.cli", "sweep-table", "--json", cwd=tmp_path)
+    (point,) = json.loads(done.stdout)["points"]
+    assert point["seeds"] == [1, 2, 3] and point["unfinished"] == []
+    assert len(set(point["metrics"]["reward:mean"]["values"].values())) > 1
 
 
 def test_srun_alone_starts_ranks(whole, tmp_path):
