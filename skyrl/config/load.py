@@ -49,6 +49,7 @@ MANY_PROMPTS = 1 << 20
 TYPICAL_ROW = 1024
 MAX_SUFFIX = 120
 MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 3900  # of the 4096 for a file in it
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
 
@@ -210,6 +211,10 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         raise UserError(
             f"{'run.dir' if cfg.run.dir else 'run.name'}={too_long[0]}: {len(os.fsencode(too_long[0]))} bytes long, "
             f"and file systems allow {MAX_NAME_BYTES}; give a shorter name"
+        )
+    if (length := len(os.fsencode(folder.absolute()))) > MAX_PATH_BYTES:
+        raise UserError(
+            f"run.dir: its path is {length} bytes long, and the system allows {MAX_PATH_BYTES} for a folder"
         )
     return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(folder)))
 

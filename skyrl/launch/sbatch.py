@@ -110,7 +110,7 @@ def render(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> str:
             raise UserError(f"launch: --sbatch={line}: planned here; use --nodes, --gpus, --nproc, --cpus or --array")
     for line in (lines := [*lines, *flags.sbatch]):
         if not re.fullmatch(r"--?[a-zA-Z][^\n]*", line):
-            raise UserError(f"launch: --sbatch={line!r}: not a flag of one line; write --sbatch=--qos=high")
+            raise UserError(f"launch: {line!r}: sbatch needs a flag of one line, as in --sbatch=--qos=high")
     exports = {
         "SKYRL_PYTHON": sys.executable if not flags.container else "python",
         "SKYRL_COMMAND": mode,
@@ -138,8 +138,16 @@ def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
             raise UserError(
                 f"launch: --{name.replace('_', '-')}: not with --slurm; leave it out (--print shows the script)"
             )
-    if flags.nodes < 1 or flags.gpus < 0 or flags.cpus < 0 or flags.max_requeues < 0:
-        raise UserError("launch: --nodes, --gpus, --cpus, --max-requeues: give numbers that are not negative")
+    if flags.nodes < 1 or min(flags.gpus, flags.cpus, flags.max_requeues, flags.save_seconds) < 0:
+        names = "--nodes, --gpus, --cpus, --max-requeues, --save-seconds"
+        raise UserError(f"launch: {names}: give numbers that are not negative")
+    if flags.gpus and flags.nproc:
+        raise UserError(f"launch: --nproc={flags.nproc}: with --gpus={flags.gpus} each GPU has a rank; leave one out")
+    if 0 < _seconds(flags.time) <= flags.save_seconds:
+        raise UserError(
+            f"launch: --time={flags.time}: the signal to save comes {flags.save_seconds} s before it (--save-seconds), "
+            "so nothing is done, and the job would queue itself again for ever; give more time, or lower that"
+        )
     script = render(flags, mode, args)
     _check_plan(flags, mode, args)
     if flags.print:
@@ -166,6 +174,16 @@ def submit(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> int:
     numbers = re.findall(r"^(\d+)(?:;.*)?$", done.stdout, re.M)  # a site's own words may stand before it
     print(numbers[-1] if numbers else done.stdout.strip())
     return 0
+
+
+def _seconds(time: str) -> int:
+    """Slurm's minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]; 0 for other texts."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        return 0
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = [*numbers, 0, 0][:3] if dash or len(numbers) == 3 else [0, *numbers, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> None:

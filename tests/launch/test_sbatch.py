@@ -56,6 +56,28 @@ def test_the_servers_script_runs_the_one_beside_it(tmp_path):
     assert code == 2 and told.count("\n") == 1 and "train.sbatch is not beside it" in told
 
 
+@pytest.mark.parametrize("signal", ["USR1", "USR2", "XCPU", "HUP", "TERM"])
+def test_a_signal_before_there_are_ranks_asks_to_be_queued_again(tmp_path, signal):
+    """While modules or SKYRL_SETUP prepare the job: it died of the signal, or started ranks that nobody stops."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\ncase $2 in hostnames) echo node0;; *) echo "$1 JobState=RUNNING Reason=None ";; esac\n'
+    )
+    scontrol.chmod(0o755)
+    (tmp_path / "setup.sh").write_text(f"kill -{signal} $$\n")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node0"}
+    env |= {
+        "SLURM_JOB_END_TIME": "2",
+        "MASTER_PORT": "2",
+        "SLURMD_NODENAME": "node0",
+        "SKYRL_PYTHON": "/bin/true",
+        "SKYRL_SETUP": "setup.sh",
+    }
+    done = subprocess.run(["bash", str(SCRIPTS / "train.sbatch")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout == "skyrl: job 7 is queued again (1 of at most 50)\nrequeue JobState=RUNNING Reason=None \n"
+
+
 def test_a_whole_script(capsys, tmp_path):
     (tmp_path / "image.sif").touch()
     (tmp_path / "setup.sh").touch()
@@ -131,19 +153,31 @@ def refused(*args):
     return str(error.value)
 
 
+def test_a_time_that_ends_with_the_signal_to_save_is_refused():
+    """The job would be asked to stop as soon as it starts, and queue itself again, over and over."""
+    for time, seconds in {"5": 300, "5:30": 330, "1:00:00": 3600, "1-2": 93600, "1-2:30": 95400, "0-0:0:5": 5}.items():
+        assert sbatch._seconds(time) == seconds
+    assert [sbatch._seconds(time) for time in ("soon", "", "1:2:3:4", "INFINITE")] == [0, 0, 0, 0]
+    told = refused("--time", "3", "--", "train")
+    assert told.startswith("launch: --time=3: the signal to save comes 180 s before it (--save-seconds), so nothing")
+
+
 def test_a_plan_that_cannot_work_is_refused_before_it_waits_in_the_queue(monkeypatch):
     assert "did you mean optim.lr?" in refused("--", "train", "optim.lrr=1")
     hsdp = refused("--nodes", "3", "--", "train", "strategy.name=hsdp", "strategy.shard_size=2")
     assert "strategy.shard_size=2" in hsdp and "3" in hsdp
     assert "not with --slurm" in refused("--max-restarts", "1", "--", "train")
     assert "--setup=nowhere: not there" in refused("--setup", "nowhere", "--", "train")
-    assert "not a flag of one line; write --sbatch=--qos=high" in refused("--sbatch=qos", "--", "train")
+    assert "'qos': sbatch needs a flag of one line, as in --sbatch=--qos=high" in refused("--sbatch=qos", "--", "train")
+    assert "--nproc=3: with --gpus=2 each GPU has a rank" in refused("--nproc", "3", "--gpus", "2", "--", "train")
+    assert "--save-seconds: give numbers" in refused("--save-seconds", "-1", "--", "train")
     for flag in ("-n4", "--ntasks=4", "-N 2", "--gpus=3", "--gres=gpu:2", "--cpus-per-task=2", "-c2", "--array=1-2"):
         with pytest.raises(UserError, match=f"--sbatch={flag}: planned here; use --nodes"):
             rendered(f"--sbatch={flag}")
-    with pytest.raises(UserError, match="not a flag of one line"):
+    with pytest.raises(UserError, match=r"'--job-name=a\\nb': sbatch needs a flag of one line"):
         rendered("--name", "a\nb")
     assert "file systems allow 255" in refused("--", "train", f"run.name={'x' * 300}")
+    assert "the system allows 3900 for a folder" in refused("--", "train", f"run.dir={'/'.join(['d' * 200] * 20)}")
     assert "hydra/launcher=slurm" in refused("--", "train", "-m", "seed=1,2")
     assert "not made by skyrl-tx stage" in refused("--staged", ".", "--", "train")
     monkeypatch.setenv("PATH", "/nowhere")
