@@ -12,15 +12,15 @@
 #
 # SLURM_TEST_NUMBER (0; of a cluster, several may run side by side: its network is 10.77.<number>, nodes are .10, .11, ...,
 # the controller .1), SLURM_TEST_DIR (state, logs, sockets; /tmp/skyrl-slurm-<uid>, to which the number is added),
-# SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each node claims to have), SLURM_TEST_GPUS (none; "2 1 0" for the nodes
-# in turn: counted, not there), SLURM_TEST_PLUGSTACK (a plugstack.conf, as pyxis comes with one; none).
+# SLURM_TEST_NODES (3), SLURM_TEST_CPUS (4; what each node claims to have), SLURM_TEST_GPUS ("4 4 1", of the nodes in
+# turn: counted, not there), SLURM_TEST_PLUGSTACK (a plugstack.conf, as pyxis comes with one; none).
 set -euo pipefail
 
 NUMBER=${SLURM_TEST_NUMBER:-0}
 DIR=${SLURM_TEST_DIR:-/tmp/skyrl-slurm-$(id -u)}-$NUMBER
 NODES=${SLURM_TEST_NODES:-3}
 CPUS=${SLURM_TEST_CPUS:-4}
-read -ra GPUS <<<"${SLURM_TEST_GPUS:-}"
+read -ra GPUS <<<"${SLURM_TEST_GPUS-4 4 1}"
 PORT=$((26817 + 2 * NUMBER)) # this one and the next
 NET=10.77.$NUMBER
 NAME=skyrl$NUMBER

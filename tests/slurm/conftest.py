@@ -9,10 +9,10 @@ from jobs import RUN, Job
 
 # Each worker of pytest has a cluster of its own: what one test loses, preempts or cuts off, no other one needs.
 if "SLURM_CONF" in os.environ:
-    os.environ["SLURM_TEST_NUMBER"] = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    conf = re.sub(r"-\d+/slurm.conf$", f"-{os.environ['SLURM_TEST_NUMBER']}/slurm.conf", os.environ["SLURM_CONF"])
-    assert Path(conf).exists(), f"no cluster for worker {os.environ['SLURM_TEST_NUMBER']}: set SLURM_TEST_CLUSTERS"
-    os.environ["SLURM_CONF"] = conf
+    start, own = re.match(r"(.*-)(\d+)/slurm.conf$", os.environ["SLURM_CONF"]).groups()
+    number = os.environ.get("PYTEST_XDIST_WORKER", f"gw{own}").removeprefix("gw")
+    assert Path(f"{start}{number}/slurm.conf").exists(), f"no cluster for worker {number}: set SLURM_TEST_CLUSTERS"
+    os.environ.update(SLURM_TEST_NUMBER=number, SLURM_CONF=f"{start}{number}/slurm.conf")
 
 
 def pytest_collection_modifyitems(items):

@@ -20,15 +20,6 @@ def test_two_nodes_compute_what_two_ranks_here_do(whole, tmp_path):
     assert numbers(tmp_path / "run") == numbers(whole)
 
 
-def test_three_nodes_submitted_by_launch(tmp_path):
-    launch = ["python", "-m", "skyrl.cli", "launch", "--slurm", "--nodes", "3", "--time", "20", "--name", "three"]
-    done = command(*launch, "--", "train", *RUN, "run.dir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    job = Job(done.stdout.strip(), tmp_path, tmp_path / "logs" / f"three-{done.stdout.strip()}.out")
-    assert job.end() == "COMPLETED" and "3 nodes x 1 ranks" in job.text(), job.text()
-    assert steps(tmp_path / "run") == 10
-
-
 def test_a_signal_requeues_and_the_result_is_bit_equal(whole, tmp_path):
     run = tmp_path / "run"
     job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, "run.dir=run", flags=("--nodes=2",))
@@ -55,16 +46,6 @@ def test_the_time_limit_and_the_deadline_requeue(whole, tmp_path):
         assert int(job.fact("Restarts")) >= 1 and reason in {stop["reason"] for stop in stops(job.place / "run")}
         assert numbers(job.place / "run") == numbers(whole)
     assert {stop["reason"] for stop in stops(tmp_path / "SIGUSR1" / "run")} == {"SIGUSR1"}
-
-
-def test_a_cancelled_job_saves_and_stays_cancelled(tmp_path):
-    run = tmp_path / "run"
-    job = Job.submit(tmp_path, "train.sbatch", *RUN, SLOW, "run.dir=run", flags=("--nodes=2",))
-    until(lambda: steps(run) >= 5, 120, job)
-    assert command("scancel", job.id, cwd=tmp_path).returncode == 0
-    assert job.end() == "CANCELLED"
-    until(lambda: "saved, not queued again" in job.text(), 30, job)
-    assert job.fact("Restarts") == "0" and len(stops(run)) == 1 and (run / "requeue").exists()
 
 
 def test_a_job_of_higher_priority_preempts(whole, tmp_path):

@@ -35,6 +35,12 @@ def test_what_shells_and_outer_jobs_leave_counts_no_more(tmp_path):
     assert "3 ranks on 2 nodes (2 1)" in job.text() and "3 ranks" in job.text(), job.text()
 
 
+def test_uneven_gpus_are_a_rank_each(tmp_path):
+    flags = ("--nodes=2", "--nodelist=node1,node2", "--gpus=5", "--cpus-per-gpu=1")
+    job = Job.submit(tmp_path, "train.sbatch", *DRY, flags=flags)
+    assert job.end(120) == "COMPLETED" and "5 ranks on 2 nodes (4 1)" in job.text(), job.text()
+
+
 def test_a_world_that_contradicts_the_step_is_refused(tmp_path):
     done = command("srun", "-n2", sys.executable, "-m", "skyrl.train", *DRY, cwd=tmp_path, RANK="0", WORLD_SIZE="1")
     assert done.returncode != 0 and "of 2 of srun, so 2 ranks would not know of each other" in done.stderr
