@@ -160,7 +160,9 @@ def test_a_batch_script_around_torchrun(tmp_path):
     """That of survival.md: the stop file, since SIGUSR1 would kill torchrun."""
     ((block, _),) = typed("What torchrun does")
     options = " ".join([*RUN, "batch.num_steps=1000", "env.options.sleep=0.1"])
-    text = block.text.replace("torchrun ...", "python -m torch.distributed.run --nproc-per-node=1")
+    text = block.text.replace(
+        "torchrun ...", "python -m torch.distributed.run --nproc-per-node=1 --local-addr=127.0.0.1"
+    )
     (tmp_path / "script").write_text("#!/bin/bash\n" + text.replace("run.name=mine", f"run.name=mine {options}"))
     done = command("sbatch", "--output=log-%j.out", "--time=10", "script", cwd=tmp_path)
     job, run = job_of(tmp_path, done), tmp_path / "runs" / "mine"

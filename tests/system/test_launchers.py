@@ -38,7 +38,7 @@ def start(place: Path, *options: str) -> subprocess.Popen:
         [*torchrun_command(2), *LETTERS, *options],
         cwd=place,
         env=environment(),
-        stdout=subprocess.DEVNULL,
+        stdout=(place / "stdout").open("w"),
         stderr=(place / "stderr").open("w"),
         start_new_session=True,
     )
@@ -54,10 +54,11 @@ def test_a_reward_that_raises_on_rank_1(tmp_path):
     assert len(before.splitlines()) <= 6 and processes_of(tmp_path) == []
 
 
-def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    job = start(tmp_path, "run.dir=run", "env.options.sleep=0.02")
-    assert wait_for(lambda: lines_in(metrics) >= 5, 60)
+def test_what_is_killed_ends_the_job_and_the_same_command_goes_on(warm, tmp_path):
+    """A rank, then the launcher itself, which leaves no orphans."""
+    metrics, same = tmp_path / "run" / "metrics.jsonl", ("run.dir=run", "env.options.sleep=0.05")
+    job = start(tmp_path, *same)
+    assert wait_for(lambda: lines_in(metrics) >= 5, 120)
     ranks = [pid for pid in processes_of(tmp_path) if pid != job.pid]
     env = {pid: (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0") for pid in ranks}
     (victim,) = [pid for pid in ranks if b"RANK=1" in env[pid]]
@@ -69,16 +70,16 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
     assert len(told) == 1 and f"rank 1 (process {victim}) ended without a message" in told[0]
     assert not any("gloo" in line for line in lines) and wait_for(lambda: processes_of(tmp_path) == [], 5)
     assert list_checkpoints(tmp_path / "run" / "checkpoints")
-    done = torchrun(*LETTERS, "run.dir=run", "env.options.sleep=0.02", cwd=tmp_path)
-    assert done.code == 0 and done.stderr == "" and "resuming from" in done.stdout and lines_in(metrics) == 10
-    long = [line for line in done.stdout.splitlines() if len(line) > 110 and not line.startswith(("notice ", "run  "))]
-    assert long == []
-
-
-def test_a_killed_launcher_leaves_no_orphans(tmp_path):
-    job = start(tmp_path, "run.dir=run", "env.options.sleep=0.05")
-    assert wait_for(lambda: lines_in(tmp_path / "run" / "metrics.jsonl") >= 2, 60)
+    job = start(tmp_path, *same, "batch.num_steps=1000")
+    assert wait_for(lambda: lines_in(metrics) >= 7, 120)
     assert len(processes_of(tmp_path)) >= 3
     job.kill()
     job.wait()
     assert wait_for(lambda: processes_of(tmp_path) == [], 10)
+    told = (tmp_path / "stdout").read_text()
+    assert (tmp_path / "stderr").read_text() == "" and "resuming from" in told
+    assert [line for line in told.splitlines() if len(line) > 110 and not line.startswith(("notice ", "run  "))] == []
+    longer = lines_in(metrics)
+    done = warm.run(*LETTERS, *same, f"batch.num_steps={longer}", cwd=tmp_path, ranks=2)
+    assert done.code == 0 and done.stderr == "" and "resuming from" in done.stdout, done.stderr
+    assert lines_in(metrics) == longer + 4
