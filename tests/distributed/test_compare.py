@@ -204,6 +204,8 @@ def test_plugins_count_wherever_they_lie(tmp_path, monkeypatch):
             module = ModuleType(f"{name}_{folder[4:]}")
             module.__file__ = str(tmp_path / folder / f"{name}.py")
             monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "__mp_main__", module)  # a script's second name, in processes that it has made
+    assert "__mp_main__" not in dict(fingerprint._code())
     assert {"plugin_", "plugin_-own", "other_-own"} <= set(found := dict(fingerprint._code(["plugin_"])))
     assert "other_" not in found
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slurm)
             if not ready:
                 item.add_marker(pytest.mark.skip(reason="needs a Slurm for tests: make test-slurm"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Jobs of a test that has failed would take the nodes from the next one."""
+    yield
+    subprocess.run(["scancel", "--full", f"--user={os.getuid()}"], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")

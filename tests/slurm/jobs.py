@@ -97,6 +97,12 @@ class Job:
         return last
 
 
+def queued(place: Path) -> list[str]:
+    """Jobs that were started in this folder."""
+    told = command("squeue", "-h", "-o", "%i %Z", cwd=place).stdout
+    return [number for number, folder in (line.split(" ", 1) for line in told.splitlines()) if folder == str(place)]
+
+
 def address(node: str) -> str:
     """Where a node of the cluster is reached; its name does not resolve."""
     found = re.search(rf"NodeName={node} .*?NodeAddr=(\S+)", Path(os.environ["SLURM_CONF"]).read_text())

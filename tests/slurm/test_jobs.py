@@ -32,15 +32,21 @@ def test_a_signal_requeues_and_the_result_is_bit_equal(whole, tmp_path):
 
 
 def test_the_time_limit_and_the_deadline_requeue(whole, tmp_path):
-    """Slurm's own signal before its own limit, and the run's deadline before Slurm's end of the job, side by side. That
-    signal comes up to a minute early, so the runs are made to last longer."""
-    kinds = {"SIGUSR1": ("--signal=USR1@45", "run.must_save_by=never")}
-    kinds["deadline"] = ("--signal=USR1@1", "run.save_margin_seconds=65")
+    """Slurm's own signal before its limit, which is lowered once the run is on its way, however long that took; and the
+    run's deadline before Slurm's end of the job. Side by side."""
+    kinds = {"SIGUSR1": ("--time=30", "--signal=USR1@100", "run.must_save_by=never", 1.2)}
+    kinds["deadline"] = ("--time=3", "--signal=USR1@1", "run.save_margin_seconds=65", 2.5)
     jobs = {}
-    for reason, (signal, option) in kinds.items():
+    for reason, (time, signal, option, sleep) in kinds.items():
         (place := tmp_path / reason).mkdir()
-        flags, options = ("--nodes=2", "--time=2", signal), (option, "env.options.sleep=1.2", "run.dir=run")
-        jobs[reason] = Job.submit(place, "train.sbatch", *RUN, *options, flags=flags)
+        options = (option, f"env.options.sleep={sleep}", "run.dir=run")
+        jobs[reason] = Job.submit(place, "train.sbatch", *RUN, *options, flags=("--nodes=2", time, signal))
+    job = jobs["SIGUSR1"]
+    until(lambda: steps(job.place / "run") >= 5, 200, job)
+    soon = int(job.fact("RunTime").split(":")[1]) + 1  # minutes
+    for limit in (soon, 30):  # of the second start as well
+        assert command("scontrol", "update", f"jobid={job.id}", f"timelimit={limit}", cwd=tmp_path).returncode == 0
+        until(lambda: jobs["SIGUSR1"].fact("Restarts") == "1", 150, job)
     for reason, job in jobs.items():
         assert job.end(500) == "COMPLETED", job.text()
         assert int(job.fact("Restarts")) >= 1 and reason in {stop["reason"] for stop in stops(job.place / "run")}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, RUN, address, command, environment, steps, until
+from jobs import ROOT, RUN, address, command, environment, queued, steps, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
@@ -114,7 +114,7 @@ def test_a_suspended_job_goes_on(tmp_path):
     process = subprocess.Popen(srun(*options), cwd=tmp_path, env=environment(), stdout=log, stderr=subprocess.STDOUT)
     until(lambda: steps(tmp_path / "run") >= 4 or process.poll() is not None, 120)
     assert process.poll() is None, (tmp_path / "log").read_text()
-    job = command("squeue", "-h", "-o", "%i", cwd=tmp_path).stdout.split()[0]
+    (job,) = queued(tmp_path)
     time.sleep(1.5)
     assert command("scontrol", "suspend", job, cwd=tmp_path).returncode == 0
     time.sleep(15)

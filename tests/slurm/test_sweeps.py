@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import RUN, command, environment, numbers, steps, stops, until
+from jobs import RUN, command, environment, numbers, queued, steps, stops, until
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'skyrl-spmd[sweep]'")
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -29,7 +29,7 @@ def test_a_stopped_point_goes_on_in_its_place_in_the_array(tmp_path):
     )
     try:
         until(lambda: len(runs(tmp_path)) == 2 and min(map(steps, runs(tmp_path))) >= 4, 200)
-        (array,) = {line.split("_")[0] for line in command("squeue", "-h", "-o", "%i", cwd=tmp_path).stdout.split()}
+        (array,) = {number.split("_")[0] for number in queued(tmp_path)}
         assert command("scancel", "--signal=USR1", f"{array}_1", cwd=tmp_path).returncode == 0
         out, _ = process.communicate(timeout=300)
     finally:

@@ -57,7 +57,8 @@ def test_a_reward_that_raises_on_rank_1(tmp_path):
 def test_what_is_killed_ends_the_job_and_the_same_command_goes_on(warm, tmp_path):
     """A rank, then the launcher itself, which leaves no orphans."""
     metrics, same = tmp_path / "run" / "metrics.jsonl", ("run.dir=run", "env.options.sleep=0.05")
-    job = start(tmp_path, *same)
+    endless = (*same, "batch.num_steps=1000")
+    job = start(tmp_path, *endless)
     assert wait_for(lambda: lines_in(metrics) >= 5, 120)
     ranks = [pid for pid in processes_of(tmp_path) if pid != job.pid]
     env = {pid: (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0") for pid in ranks}
@@ -70,7 +71,7 @@ def test_what_is_killed_ends_the_job_and_the_same_command_goes_on(warm, tmp_path
     assert len(told) == 1 and f"rank 1 (process {victim}) ended without a message" in told[0]
     assert not any("gloo" in line for line in lines) and wait_for(lambda: processes_of(tmp_path) == [], 5)
     assert list_checkpoints(tmp_path / "run" / "checkpoints")
-    job = start(tmp_path, *same, "batch.num_steps=1000")
+    job = start(tmp_path, *endless)
     assert wait_for(lambda: lines_in(metrics) >= 7, 120)
     assert len(processes_of(tmp_path)) >= 3
     job.kill()
