@@ -103,7 +103,12 @@ def _code(plugins: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         package = name.partition(".")[0]
-        if file and package not in ("skyrl", "__main__", "__mp_main__") and file.endswith(CODE) and Path(file).is_file():
+        if (
+            file
+            and package not in ("skyrl", "__main__", "__mp_main__")
+            and file.endswith(CODE)
+            and Path(file).is_file()
+        ):
             if not file.startswith(LIBRARIES) or package in packages:
                 seen.add(Path(file))
                 yield name, Path(file)
