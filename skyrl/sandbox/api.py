@@ -263,9 +263,12 @@ class Sandbox:
         root = str(Path(__file__).resolve().parents[1])
         boot = _BOOT.format(path=library, root=root, handle=there.fileno(), setup=setup)
         with there:
-            # No environment of ours. A fixed hash seed: the order of a set must not decide about a reward.
+            # No environment of ours but what a Python of a cluster's modules needs to start, which programs do not get.
+            # A fixed hash seed: the order of a set must not decide about a reward.
+            kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+            command = [self._python, "-S", "-s", "-B", "-X", "utf8", "-c", boot]
             self._process = subprocess.Popen(
-                [self._python, "-S", "-s", "-B", "-X", "utf8", "-c", boot], env={"PYTHONHASHSEED": "0"}, cwd="/",
+                command, env={"PYTHONHASHSEED": "0", **kept}, cwd="/",
                 pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         here.settimeout(START_SECONDS)
@@ -308,7 +311,13 @@ def _program(source: str, files: Mapping[str, str | bytes], limits: Limits | Non
             raise UserError(f"files: {name!r}: wanted a relative path below the program's folder")
     text = source.encode("utf-8", "surrogatepass").decode("latin-1")
     inputs = {MAIN: text, **{name: _latin(content) for name, content in files.items()}}
-    return {"source": source, "inputs": inputs, "limits": asdict(limits or Limits())}
+    limits = limits or Limits()
+    if (size := sum(map(len, inputs.values()))) > limits.disk_mb << 20 or len(inputs) > limits.files:
+        raise UserError(
+            f"files: {len(inputs)} with {size} bytes, the program's own included, are more than limits.files="
+            f"{limits.files} and limits.disk_mb={limits.disk_mb} allow; raise these"
+        )
+    return {"source": source, "inputs": inputs, "limits": asdict(limits)}
 
 
 def _latin(content: str | bytes) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +126,8 @@ def test_input_files_arguments_and_a_traceback(sandbox):
         "Traceback (most recent call last):\n"
         "  File \"main.py\", line 4, in <module>\n    raise ValueError('é')\nValueError: é\n"
     )
+    with pytest.raises(UserError, match=r"3 with \d+ bytes, .* limits.disk_mb=1 allow"):
+        sandbox.run("", files={"a": bytes(10**6), "b": bytes(10**5)}, limits=Limits(disk_mb=1))
     for name in ("/etc/x", "../x", "a/../../x", ""):
         with pytest.raises(UserError, match="relative path"):
             sandbox.run("", files={name: ""})
@@ -241,6 +244,18 @@ def test_a_caller_that_is_gone_ends_its_sandbox(sandbox):
     connection = sandbox._start({"kind": "program", "source": source, "inputs": {}, "limits": vars(FAST)})
     assert waited_for(lambda: alive(marker))
     connection.close()
+    assert waited_for(lambda: not alive(marker))
+
+
+def test_a_monitor_that_is_killed_ends_its_sandbox(sandbox):
+    marker = f"skyrl_monitor_{os.getpid()}"
+    source = f"import os; os.execv('/bin/sh', ['sh', '-c', 'sleep 1000; : {marker}'])"
+    connection = sandbox._start({"kind": "program", "source": source, "inputs": {}, "limits": vars(FAST)})
+    assert waited_for(lambda: alive(marker))
+    children = Path(f"/proc/{sandbox._process.pid}/task/{sandbox._process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    with pytest.raises(SandboxError, match="the process that watched the sandbox ended"):
+        sandbox._finish(connection)
     assert waited_for(lambda: not alive(marker))
 
 
