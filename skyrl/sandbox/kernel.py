@@ -173,11 +173,6 @@ def die_with_parent() -> None:
     prctl(1, 9)
 
 
-def adopt_orphans() -> None:
-    """Descendants whose parents end become children of this process, so that they are found."""
-    prctl(36, 1)
-
-
 def set_limits(memory: int, disk_bytes: int, cpu_seconds: float, processes: int) -> None:
     """Limits of every process by itself; the sum over all is watched from outside."""
     cpu = int(cpu_seconds) + 1

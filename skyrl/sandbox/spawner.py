@@ -267,7 +267,6 @@ def _first_process(
             os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
             with open(name, "wb") as file:
                 file.write(content.encode("latin-1"))
-        kernel.adopt_orphans()
         if strict:
             kernel.own_user_namespace(proc)
         kernel.drop_privileges()

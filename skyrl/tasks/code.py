@@ -76,7 +76,7 @@ class Code(Environment):
         """Runs the answer's program with the tests; always the last step."""
         extra = self.prompt.extra
         source = program_of(text, str(self.prompt.messages[-1]["content"]) if self.complete else "")
-        tests = extra["tests"] if isinstance(extra["tests"], str) else json.dumps(extra["tests"])
+        tests = json.dumps(extra["tests"])
         context = str(extra.get("context", ""))
         try:
             reached, passed = judge(source, extra["entry_point"], tests, context, self.limits, self.level)
@@ -108,31 +108,23 @@ def judge(
 ) -> tuple[int, float]:
     """How many of STAGES a program reaches (0 to 4; the last when a test passes), and the part of its tests that pass.
 
-    tests: JSON of a list of cases, or Python text, as the rows have them. What is expected never enters the program's
+    tests: JSON of what the rows have: a list of cases, or Python text. What is expected never enters the program's
     sandbox: results come out as text and are compared here, or by asserts that run in another one. Raises SandboxError.
     """
     sandbox = default_sandbox(level)
-    if (cases := _cases(tests)) is not None:
+    cases = json.loads(tests)
+    if isinstance(cases, list):
         calls = [(case.get("args", []), case.get("kwargs", {})) for case in cases]
         result, texts = sandbox.call(source, entry_point, calls, limits=limits)
         right = [got == to_text(case["expected"]) for got, case in zip(texts, cases, strict=True)]
         passed, in_time = sum(right) / len(right), result.status in ("ok", "error", "killed")
     else:
-        result, judged = sandbox.test(source, entry_point, tests, context=context, limits=limits)
+        result, judged = sandbox.test(source, entry_point, cases, context=context, limits=limits)
         passed = float(["passed"] in judged.events and judged.status == "ok")
         in_time = {result.status, judged.status} <= {"ok", "error", "killed"}
     told = [event[0] for event in result.events]
     stages = ("parses" in told, "defines" in told, in_time, passed > 0)
     return (stages.index(False) if False in stages else len(stages)), passed
-
-
-def _cases(tests: str) -> list[dict[str, Any]] | None:
-    if not tests.lstrip().startswith("["):
-        return None
-    try:
-        return json.loads(tests)
-    except ValueError:
-        return None
 
 
 def _check(prompt: Prompt) -> None:
