@@ -16,6 +16,7 @@ ENDINGS = {
 }
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".bz2", ".7z", ".nemo")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # what transformers dequantises as it loads
 ORIGINAL = "give the model that it was made from, a folder in Hugging Face format or a hub name"
 
 
@@ -38,7 +39,13 @@ def config_problem(config: dict[str, Any]) -> str:
     given = config.get("quantization_config") or config.get("compression_config")
     if given:
         method = given.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in given else "")
-        return f"its weights are quantised{f' ({method})' if method else ''}, which cannot be trained; {ORIGINAL}"
+        other = ORIGINAL
+        if method in DEQUANTISED:  # some of these are published in no other form
+            other = (
+                "load it once with AutoModelForCausalLM.from_pretrained(..., quantization_config=transformers."
+                f"{DEQUANTISED[method]}(dequantize=True)), save_pretrained, and give that folder"
+            )
+        return f"its weights are quantised{f' ({method})' if method else ''}, which cannot be trained; {other}"
     if isinstance(config.get("quantization"), dict):
         return f"its weights are quantised for Apple's MLX, which cannot be trained; {ORIGINAL}"
     return ""
