@@ -247,7 +247,7 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[nn.Module]], dict[str
             if type(module) in (nn.Linear, Conv1D) or experts_of(module):
                 out[kind].append(module)
             elif type(module) not in (nn.Embedding, nn.Conv1d) and not _is_router(path, layer):
-                if any(p.squeeze().ndim > 1 for p in module.parameters(recurse=False)):
+                if any(sum(n > 1 for n in p.shape) > 1 for p in module.parameters(recurse=False)):
                     strange.setdefault(kind, f"{type(module).__name__} {path} of layer {number}")
     output = model.net.get_output_embeddings()
     if type(output) is nn.Linear:

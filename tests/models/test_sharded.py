@@ -11,8 +11,9 @@ from gloo import run_ranks
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import collate
 from skyrl.models.load import build_model, build_on_meta, load_into
+from skyrl.models.lora import adapted
 from skyrl.text.tokenizer import load_tokenizer
-from skyrl.types import Datum
+from skyrl.types import Datum, LoraSpec
 
 SMALL = TinyModelConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=48, vocab_size=301)
 
@@ -63,6 +64,8 @@ def check(cfg, head, rank, vocab):
         assert torch.equal(param.full_tensor(), theirs[name]), name
     for name, buffer in whole.named_buffers():
         assert torch.equal(buffer, model.get_buffer(name)), name
+    if head == "logits":
+        assert adapted(model, LoraSpec(2)).keys() == adapted(whole, LoraSpec(2)).keys()
     data = [rows(r, 5, vocab) for r in range(2)]
     for micro in range(2):  # gradients add up over calls
         half = [part[micro * 2 : micro * 2 + 2] for part in data]
@@ -82,7 +85,7 @@ def worker(folder):
     try:
         check(ModelConfig(tiny=SMALL, logits_chunk_tokens=1), "logits", rank, 301)  # tied, 3 blocks of the vocabulary
         check(ModelConfig(tiny=SMALL, activation_checkpointing=True), "value", rank, 301)
-        for name in ("qwen3_moe", "gemma2"):
+        for name in ("qwen3_moe", "gemma2", "kimi_linear"):
             check(ModelConfig(path=str(folder / name)), "logits", rank, 96)
     finally:
         dist.destroy_process_group()
@@ -92,6 +95,6 @@ def worker(folder):
 def test_sharded_equals_whole(tmp_path):
     from families import make_net
 
-    for name in ("qwen3_moe", "gemma2"):
+    for name in ("qwen3_moe", "gemma2", "kimi_linear"):
         make_net(name, std=0.1).save_pretrained(tmp_path / name, max_shard_size="20KB")
     run_ranks(2, worker, tmp_path)
