@@ -39,12 +39,9 @@ def config_problem(config: dict[str, Any]) -> str:
     given = config.get("quantization_config") or config.get("compression_config")
     if given:
         method = given.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in given else "")
-        other = ORIGINAL
-        if method in DEQUANTISED:  # some of these are published in no other form
-            other = (
-                "load it once with AutoModelForCausalLM.from_pretrained(..., quantization_config=transformers."
-                f"{DEQUANTISED[method]}(dequantize=True)), save_pretrained, and give that folder"
-            )
+        how = DEQUANTISED.get(method, "")  # some of these are published in no other form
+        load = f"AutoModelForCausalLM.from_pretrained(..., quantization_config=transformers.{how}(dequantize=True))"
+        other = f"load it once with {load}, save_pretrained, and give that folder" if how else ORIGINAL
         return f"its weights are quantised{f' ({method})' if method else ''}, which cannot be trained; {other}"
     if isinstance(config.get("quantization"), dict):
         return f"its weights are quantised for Apple's MLX, which cannot be trained; {ORIGINAL}"

@@ -24,9 +24,8 @@ def text_part(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config(decoder=True)
-    if text is config or getattr(config, "is_encoder_decoder", False):
-        return config
-    if not any(tower in name for name in vars(config) for tower in TOWERS):
+    towers = any(tower in name for name in vars(config) for tower in TOWERS)
+    if text is config or getattr(config, "is_encoder_decoder", False) or not towers:
         return config
     tied = all(getattr(part, "tie_word_embeddings", True) for part in (config, text))  # they may contradict each other
     if found := SAME_ON_TEXT.get(text.model_type):
