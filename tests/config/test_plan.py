@@ -94,7 +94,7 @@ def test_sampling_parameters_reach_both_kinds():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("world_size", [1, 8, 64])
 def test_every_recipe_dry_runs(recipe, world_size):
-    size = min(world_size, {"gsm8k": 64, "smollm2_arithmetic": 12}.get(recipe, 32))
+    size = min(world_size, {"gsm8k": 64, "smollm2_arithmetic": 12, "reasoning_gym": 16, "code": 16}.get(recipe, 32))
     overrides = [f"experiment={recipe}", "model.path=tiny", "dry_run=true", f"run.world_size={size}"]
     cfg = load_config([*overrides, *ASKED.get(recipe, ())])
     text = describe(cfg, dry_run(cfg, size))

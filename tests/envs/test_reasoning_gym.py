@@ -31,9 +31,13 @@ class Sums:
 
 @pytest.fixture
 def package(monkeypatch):
+    def create(name, **options):
+        if name != "sums":
+            raise ValueError(f"Dataset '{name}' not registered")
+        return Sums(**options)
+
     made = SimpleNamespace(
-        factory=SimpleNamespace(DATASETS={"sums": Sums}),
-        create_dataset=lambda name, **options: Sums(**options),
+        create_dataset=create,
     )
     monkeypatch.setitem(sys.modules, "reasoning_gym", made)
     reasoning_gym._entries.cache_clear()
@@ -75,9 +79,12 @@ def test_the_score_is_the_data_sets_own(package):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"dataset": "sum"}, "env.options.dataset='sum': reasoning-gym has no such data set; near: sums"),
-        ({"config": {"highest": 0}}, "env.options.config=.*: sums refuses it: highest must be positive"),
-        ({"config": {"nope": 1}}, "sums refuses it: .*unexpected keyword argument 'nope'"),
+        (
+            {"dataset": "sum"},
+            "env.options.dataset=sum, config={}: reasoning-gym refuses it: Dataset 'sum' not registered",
+        ),
+        ({"config": {"highest": 0}}, "dataset=sums, config=.*: reasoning-gym refuses it: highest must be positive"),
+        ({"config": {"nope": 1}}, "reasoning-gym refuses it: .*unexpected keyword argument 'nope'"),
         ({"config": {"highest": 20}, "num_test": 100}, "all its questions are held out; lower num_test"),
         ({"num_train": 0}, "env.options.num_train=0"),
     ],

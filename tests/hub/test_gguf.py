@@ -123,6 +123,41 @@ def test_what_is_not_known_is_refused_by_name(cache, tmp_path, made, said):
     assert not list(cache.glob("*/")), "nothing half made is left"
 
 
+DAMAGE = {
+    "a weight under another name": (
+        b"blk.1.attn_q.weight",
+        b"blk.1.attn_X.weight",
+        "lacks 1 weights, first model",
+    ),
+    "no embedding": (b"token_embd.weight", b"token_embX.weight", "lacks 2 weights, first lm_head"),
+    "heads of another number": (
+        b"llama.attention.head_count",
+        b"llama.attention.heaX_count",
+        "cannot convert this model",
+    ),
+    "no vocabulary": (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX", "'tokens'"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_what_a_file_lacks_is_never_made_up(tmp_path, old, new, said):
+    write(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    assert old in data
+    (tmp_path / "m.gguf").write_bytes(data.replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_its_full_size_whose_end_never_came(tmp_path):
+    write(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data[:-30_000] + bytes(30_000))
+    with pytest.raises(UserError, match="holds zeros alone, as after a cut download; fetch it again"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
 @pytest.mark.parametrize("keep", [0, 3, 2_000, 0.9])
 def test_a_cut_download_is_one_line(tmp_path, keep):
     write(tmp_path / "m.gguf")
