@@ -172,8 +172,9 @@ def test_docs_name_every_built_in():
 
 def test_the_examples_of_the_docs_play():
     blocks = (REPO / "docs" / "environments.md").read_text().split("```python\n")[1:]
-    assert len(blocks) == 2
-    for block in blocks:
+    own = [block for block in blocks if block.startswith("# my_task.py")]  # test_pages.py runs the others
+    assert len(own) == 2
+    for block in own:
         exec(compile(block.split("```")[0], "docs/environments.md", "exec"), {})
     prompt = Prompt("p", "countdown", [{"role": "user", "content": "count"}], {"answer": "24"})
     cfg = EnvConfig(name="countdown", options={"start": 2}, max_turns=2)
