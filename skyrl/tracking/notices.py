@@ -41,7 +41,7 @@ class Notices:
         groups, equal = metrics.get("filters/groups:sum", 0.0), metrics.get("filters/zero_variance_groups:sum", 0.0)
         reward = metrics.get("reward:mean", 0.0)
         found = {}
-        if self._lasts("all_groups_equal", groups == equal and invalid < episodes) >= EQUAL_STEPS and (of_groups):
+        if self._lasts("all_groups_equal", groups == equal and invalid < episodes) >= EQUAL_STEPS and of_groups:
             found["all_groups_equal"] = (
                 f"in {EQUAL_STEPS} steps in a row all rewards of each group were equal (mean {reward:g}), so nothing "
                 "is learned: the task is too hard or too easy for this model, or the reward does not tell answers "
