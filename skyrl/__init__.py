@@ -1,10 +1,33 @@
 """Reinforcement learning for language models: one program on every process, no controller."""
 
+import importlib
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what skyrl.api has is here too, and is imported when it is first asked for
+    from skyrl.api import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+# Written out, since a name that is looked up here while modules are being imported must not import skyrl.api.
+_LAZY = frozenset(
+    "Advantage Advantages Environment Hook Loss Message Metrics Param Policy Prompt RetryableError RewardRows SkyRLTrainer "
+    "StepResult UserError evaluate per_group register_environment register_policy register_reward".split()
+)
+
+
+def __getattr__(name: str) -> Any:
+    """What skyrl.api has, but for its function `train`: skyrl.train is the module."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'skyrl' has no attribute {name!r}")
+    return getattr(importlib.import_module("skyrl.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
 
 
 def _warn_of_namesakes() -> None:

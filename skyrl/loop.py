@@ -41,14 +41,18 @@ from skyrl.weight_check import fingerprint
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
 
 
-def run_loop(cfg: RunConfig, loop: Callable[[Run], None], *, supervised: bool = False) -> dict[str, Any]:
+def run_loop(
+    cfg: RunConfig, loop: Callable[[Run], None], *, supervised: bool = False, hooks: Sequence[Any] = ()
+) -> dict[str, Any]:
     """The whole run: opened or resumed, `loop`, last checkpoint, export, curves. Every trainer is one call of this.
-    `supervised`: there is no RL in it. Returns what result.json holds besides the numbers of metrics.jsonl.
+    `supervised`: there is no RL in it. `hooks`: see tracking/hooks.py. Returns what result.json
+    holds besides the numbers of metrics.jsonl.
 
     Raises StopRun, when all is saved, after a signal or at a deadline; UserError and RunError as what they call does.
     """
     with open_run(cfg, supervised) as run:
         try:
+            run.take_hooks(hooks)
             loop(run)
         except StopRun:
             raise run.save_and_exit() from None

@@ -31,7 +31,7 @@ from skyrl.data import PromptStream
 from skyrl.distributed.collectives import MetricSums, all_reduce_sum, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.failure import ignore_sigterm, is_lost_peer
 from skyrl.distributed.init import World
-from skyrl.distributed.phases import BETWEEN_PHASES, LOADING, SAVING, enter, inside
+from skyrl.distributed.phases import BETWEEN_PHASES, IN_HOOK, LOADING, SAVING, enter, inside
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
@@ -42,6 +42,7 @@ from skyrl.run_dir import RESULT, RunFolder
 from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.base import Tracker, memory_metrics
 from skyrl.tracking.curves import draw_beside
+from skyrl.tracking.hooks import Hooks
 from skyrl.tracking.notices import Notices
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
@@ -168,11 +169,31 @@ class Run:
     draw_at: float = 0.0  # when they are drawn next; 0 before the first step
     draw_every: float = DRAW_SECONDS[0] / 2
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
+    hooks: Hooks | None = None  # None where no rank has any
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 
     def say(self, text: str) -> None:
         """One line for a person, from rank 0."""
         self.tracker.say(text)
+
+    def take_hooks(self, hooks: Sequence[Any]) -> None:
+        """Hooks that are called from here on, on the ranks that were given them. Collective."""
+        if any(gather_objects(self.world, bool(hooks))):
+            self.hooks = Hooks(hooks, self.world.rank)
+
+    def tell_hooks(self, event: str, step: int, thing: Any) -> None:
+        """Calls the hooks of `event` on all ranks that have some. Collective: no rank goes on before all are done, and
+        one whose hook has failed raises UserError on all of them."""
+        if self.hooks is None:
+            return
+        with inside(IN_HOOK, step):
+            told = gather_objects(self.world, self.hooks.call(event, step, thing))
+        for rank, (lines, _) in enumerate(told):
+            for line in lines:
+                self.say(f"warning: rank {rank}: {line}")
+        problem = next((problem for _, problem in told if problem), "")
+        if problem:
+            raise UserError(problem)
 
     def total_of(self, phase: str) -> int:
         """The last step of a phase, as everything that a person sees counts steps: over all phases."""
@@ -218,8 +239,10 @@ class Run:
             last, every = state.step == total, self.cfg.checkpoint.every_steps
             if last or (evaluate_every and state.step % evaluate_every == 0):
                 self.evaluate()
-            self.tracker.finish_step(state.global_step, called or phase)
+            metrics = self.tracker.finish_step(state.global_step, called or phase)
             state.unrecorded = False
+            if self.hooks is not None:
+                self.tell_hooks("on_step", state.global_step, broadcast_object(self.world, metrics))
             if not last:
                 self._draw_curves()
             for line in self.checkpointer.poll():
@@ -302,15 +325,16 @@ class Run:
         if all_reduce_sum(self.world, np.array([float(self.watch.stop_requested())]))[0]:
             raise StopRun
 
-    def evaluate(self) -> None:
-        """Plays the held-out prompts without learning; adds global metrics to the current step, keeps the accuracy.
+    def evaluate(self) -> Metrics:
+        """Plays the held-out prompts without learning; adds global metrics to the current step, keeps the accuracy, and
+        returns the metrics.
 
         "eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above 0. Prompts are
         dealt to the ranks; which rank plays one changes nothing. Ranks that were asked to stop leave when they have
         played. Nothing without held-out prompts. Collective.
         """
         if not self.held_out:
-            return
+            return {}
         sums, config = MetricSums(), self.rollout_config("eval")
         with self.phase("evaluation", "evaluate", self.state.global_step):
             mine = self.world.deal(list(enumerate(self.held_out)))
@@ -328,6 +352,8 @@ class Run:
         self.state.accuracy = metrics.get("eval/accuracy:mean")
         if self.state.first_accuracy is None:
             self.state.first_accuracy = self.state.accuracy
+        self.tell_hooks("on_evaluate", self.state.global_step, metrics)
+        return metrics
 
     def _score(self, metrics: Metrics) -> float | None:
         """What checkpoints are compared by; None where nothing was measured. For a metric that evaluations do not have
@@ -370,6 +396,9 @@ class Run:
                 block=block,
             )
         self.saved = (state.global_step, state.unrecorded)
+        if self.hooks is not None:
+            self.checkpointer.wait()  # a hook may look into the folder
+            self.tell_hooks("on_checkpoint", state.global_step, self.folder.checkpoints / f"{state.global_step:06d}")
 
     def save_and_exit(self) -> StopRun:
         """All ranks have agreed to stop: takes the step under way back, saves what is not saved yet, and tells people

@@ -42,7 +42,7 @@ DEFAULT_METRICS = (OBJECTIVE, "reward:mean")
 UNCOUNTED = ("seed", "batch.num_steps")  # a point's length is one of its options, whatever a resume may change
 
 
-def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
+def play(cfg: RunConfig, mode: str, *, sweep: bool, hooks: Sequence[Any] = ()) -> float | None:
     """Runs a trainer; the final held-out accuracy, None for a run without evaluation.
 
     A point of a `sweep` whose folder has a result of the same options is not run again. Raises what the run raises.
@@ -55,7 +55,7 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool) -> float | None:
             print(f"{folder}: done already, accuracy {_show(done['accuracy'])}", flush=True)
         return done["accuracy"]
     start = time.time()
-    told = run_trainer(mode, cfg)
+    told = run_trainer(mode, cfg, hooks)
     accuracy = final_values(folder / "metrics.jsonl").get(OBJECTIVE)
     if leader and folder.is_dir():
         result = {

@@ -5,26 +5,33 @@ from pathlib import Path
 
 from skyrl.algorithms.advantages import Advantages, RewardRows, per_group
 from skyrl.algorithms.declare import Advantage, Loss, Param
+from skyrl.api.trainer import SkyRLTrainer
 from skyrl.envs.base import Environment, RetryableError, StepResult, register_environment
 from skyrl.envs.rewards.base import register_reward
+from skyrl.hub.policies import Policy, register_policy
+from skyrl.tracking.hooks import Hook
 from skyrl.types import Message, Metrics, Prompt, UserError
 
 __all__ = [
     "Advantage",
     "Advantages",
     "Environment",
+    "Hook",
     "Loss",
     "Message",
     "Metrics",
     "Param",
+    "Policy",
     "Prompt",
     "RewardRows",
     "RetryableError",
+    "SkyRLTrainer",
     "StepResult",
     "UserError",
     "evaluate",
     "per_group",
     "register_environment",
+    "register_policy",
     "register_reward",
     "train",
 ]

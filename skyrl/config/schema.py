@@ -503,7 +503,8 @@ class RunConfig:
     experiment: str = "arithmetic"
     """Set by the recipes in conf/experiment; names the run."""
     plugins: list[str] = field(default_factory=list)
-    """Modules imported on every rank before anything is built; they register environments, rewards, losses."""
+    """Imported on every rank before anything is built, to register environments, rewards, losses and more: a module's
+    dotted name, a .py file, or an installed package's entry point of the group skyrl.plugins."""
     model: ModelConfig = field(default_factory=ModelConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

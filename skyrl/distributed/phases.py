@@ -18,7 +18,8 @@ from typing import Any
 from skyrl.envs import clock
 
 OPENING, LOADING, SAVING, FINISHING, BETWEEN_PHASES = "opening", "loading", "saving", "finishing", "between phases"
-SLOW = (OPENING, LOADING, SAVING, FINISHING)  # disks and compilers: nothing there says that it goes on
+IN_HOOK = "a hook of the user's"
+SLOW = (OPENING, LOADING, SAVING, FINISHING, IN_HOOK)  # disks and compilers: nothing there says that it goes on
 PLAYING = ("generation", "evaluation")
 SLOW_FACTOR = 10  # how much longer these may stand still, and whatever is done for the first time
 LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work queued on a GPU shows no progress

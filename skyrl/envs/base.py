@@ -107,7 +107,7 @@ def register_environment(name: str) -> Callable[[type[Environment]], type[Enviro
     def keep(cls: type[Environment]) -> type[Environment]:
         if not (isinstance(cls, type) and issubclass(cls, Environment)):
             raise UserError(f"register_environment({name!r}): {cls!r} is no subclass of skyrl.api.Environment")
-        if cls.__dict__.get("name", name) != name:
+        if cls.__dict__.get("name") not in (None, "", name):
             raise UserError(
                 f"register_environment({name!r}): {cls.__name__} is called {cls.name!r} already; subclass it"
             )

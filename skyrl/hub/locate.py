@@ -6,15 +6,19 @@ from pathlib import Path
 
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import path_problem
+from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.types import UserError
 
 
 def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:
     """The local folder of a model: `path` itself, the hub's copy of it, fetched if need be, or, for a file in GGUF
-    format or a folder that holds one, the Hugging Face folder that is made of it once.
+    format or a folder that holds one, the Hugging Face folder that is made of it once. The name of a registered
+    policy means what that gives.
 
     Raises: UserError that says what was looked for, when there is neither.
     """
+    if path in POLICIES:
+        path = policy_path(path)
     folder = Path(path)
     if weights and (problem := path_problem(path)):
         raise UserError(f"{where}={path}: {problem}")

@@ -22,6 +22,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.data import prompts_digest
 from skyrl.files import sha256
 from skyrl.hub.locate import locate
+from skyrl.registry import script_facts
 from skyrl.types import Prompt
 
 WHOLE_BYTES = 64 << 20  # of a larger file its size and its first part count: reading terabytes delays every start
@@ -45,7 +46,7 @@ def read_facts(
     facts |= {f"data.{split}": f"{len(part)} prompts, {prompts_digest(part)}" for split, part in prompts.items()}
     if not files:
         return facts
-    facts |= {f"code.{name}": file_digest(path) for name, path in _code(cfg.plugins)}
+    facts |= {f"code.{name}": file_digest(path) for name, path in _code(cfg.plugins)} | script_facts()
     for name in ("path", "tokenizer", "chat_template"):
         facts |= dict(_files(f"model.{name}", getattr(cfg.model, name), cfg))
     for name, value in flat(cfg.env.options).items():  # an environment's own files

@@ -58,6 +58,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     if probe is not None:
         check_probe(run.engine, probe)
     _count_sampled(run, step, sampled)
+    run.tell_hooks("on_rollouts", step.number, sampled)
     if run.plan.due("rollouts", step.number) or (cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
         run.write_rollouts(sampled, f"{step.number:06d}")
     everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]

@@ -7,6 +7,7 @@ denominators, metrics) goes through sums over ranks, so a branch before a collec
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from skyrl.config.schema import RunConfig
@@ -27,12 +28,12 @@ from skyrl.trainers.generation import generate_groups
 from skyrl.trainers.sft import sft_warmup
 
 
-def train(cfg: RunConfig) -> dict[str, Any]:
+def train(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     """The whole run: warm-up if there is one, RL, final evaluation, export. Resumes where its folder says.
 
     Raises StopRun, when all is saved, after a signal or at a deadline.
     """
-    return run_loop(cfg, train_rl)
+    return run_loop(cfg, train_rl, hooks=hooks)
 
 
 def train_rl(run: Run) -> None:

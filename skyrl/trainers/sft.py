@@ -5,6 +5,7 @@ L = - sum over the step's solution tokens of log p(token) / number of these toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,13 @@ from skyrl.run import Run, Step
 from skyrl.types import Datum, LossSpec, UserError
 
 
-def sft(cfg: RunConfig) -> dict[str, Any]:
+def sft(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     """Supervised training alone: `warmup.num_steps` steps, evaluation, export. Raises as `run_loop` does."""
     if cfg.warmup.num_steps == 0:
         raise UserError("warmup.num_steps=0: supervised training needs at least 1 step")
-    return run_loop(cfg, partial(sft_warmup, called="sft", evaluate_every=cfg.eval.every_steps), supervised=True)
+    return run_loop(
+        cfg, partial(sft_warmup, called="sft", evaluate_every=cfg.eval.every_steps), supervised=True, hooks=hooks
+    )
 
 
 def sft_warmup(run: Run, called: str = "", evaluate_every: int = 0) -> None:

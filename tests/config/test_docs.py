@@ -154,7 +154,14 @@ def test_an_option_that_names_a_file_or_folder_is_typed_as_a_path():
     """So that its `~` is expanded: nobody has to think of it where it is read."""
     words = re.compile(r"\b(file|folder|path)\b", re.I)
     # What their texts mention is somebody else's folder, or part of one.
-    others = {"checkpoint.export", "tracking.tensorboard", "tracking.rollouts_every", "model.revision", "run.name"}
+    others = {
+        "plugins",
+        "checkpoint.export",
+        "tracking.tensorboard",
+        "tracking.rollouts_every",
+        "model.revision",
+        "run.name",
+    }
     texts = [o for o in all_options() if o.type in ("str", "list[str]", "dict[str, str]") and o.path not in others]
     assert [o.path for o in texts if words.search(o.doc) or words.search(o.path.replace("_", " "))] == []
 
