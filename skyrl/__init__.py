@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 # Written out, since a name that is looked up here while modules are being imported must not import skyrl.api.
 _LAZY = frozenset(
-    "Advantage Advantages Environment Hook Loss Message Metrics Param Policy Prompt RetryableError RewardRows SkyRLTrainer "
-    "StepResult UserError evaluate per_group register_environment register_policy register_reward".split()
+    "Advantage Advantages Environment Hook Loss Message Metrics Param Policy Prompt RetryableError RewardRows "
+    "SkyRLTrainer StepResult UserError evaluate per_group register_environment register_policy register_reward".split()
 )
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from skyrl.algorithms.prefixes import families
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import import_plugins
 from skyrl.distributed.balance import pack_by_model
 from skyrl.distributed.collectives import agree, gather_objects
 from skyrl.distributed.init import World, init_distributed

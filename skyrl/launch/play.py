@@ -9,8 +9,8 @@ from typing import Any
 
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import read_config
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import import_plugins
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
 from skyrl.tracking.rollouts import dumps, read_rollouts

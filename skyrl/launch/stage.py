@@ -27,8 +27,8 @@ from typing import Any
 
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import load_config
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import ModelConfig, RunConfig
-from skyrl.config.validation import import_plugins
 from skyrl.data import make_prompts
 from skyrl.envs.data_files import data_file, is_file_path
 from skyrl.files import manifest_entry, verify_manifest, write_atomic

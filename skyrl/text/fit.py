@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import import_plugins
 from skyrl.data import make_splits
 from skyrl.envs.base import make_environment
 from skyrl.text.chat import Chat, chat_of

@@ -25,8 +25,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import EnvConfig
-from skyrl.config.validation import import_plugins
 from skyrl.envs import guard
 from skyrl.envs.base import ENVIRONMENTS, is_async
 from skyrl.envs.guard import Outcome, describe_error
