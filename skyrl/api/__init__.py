@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from skyrl.algorithms.advantages import Advantages, RewardRows, per_group
 from skyrl.algorithms.declare import Advantage, Loss, Param
@@ -30,11 +31,26 @@ __all__ = [
     "UserError",
     "evaluate",
     "per_group",
+    "register_advantage",
     "register_environment",
+    "register_loss",
     "register_policy",
     "register_reward",
     "train",
 ]
+
+
+def register_loss(name: str, **declared: Any) -> Loss:
+    """Decorator: declares a loss, as `Loss(name, ...)` does, and registers the function as algorithm.loss.name=<name>.
+
+    Raises UserError for a name that is taken and for parameters that the function does not take.
+    """
+    return Loss(name, **declared)
+
+
+def register_advantage(name: str, **declared: Any) -> Advantage:
+    """The same as `register_loss` for an advantage, algorithm.advantage.name=<name>."""
+    return Advantage(name, **declared)
 
 
 def train(*options: str) -> Path:

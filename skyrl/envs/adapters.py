@@ -138,12 +138,15 @@ class _Gym(_Foreign):
 class _TextArena(_Foreign):
     def begin(self, seed: int) -> list[Message]:
         self.inner.reset(num_players=1, seed=seed)
-        return _user(self.inner.get_observation()[1])
+        self.told = self.inner.get_observation()[1]
+        return _user(self.told)
 
     def step(self, text: str) -> StepResult:
         done, _ = self.inner.step(action=text)
         if not done:
-            return StepResult(0.0, False, _user(self.inner.get_observation()[1]))
+            told, before = self.inner.get_observation()[1], self.told
+            self.told = told
+            return StepResult(0.0, False, _user(told.removeprefix(before) or told))  # some repeat all from the start
         told = self.inner.close()
         rewards, self.inner = told[0] if isinstance(told, tuple) else told, None
         return StepResult((rewards or {}).get(0, 0.0), True)

@@ -168,6 +168,17 @@ def is_async(cls: type[Environment]) -> bool:
     return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in ("reset", "step", "close"))
 
 
+def options_of(cls: type[Environment]) -> dict[str, str]:
+    """Every option of an environment with its default in words; "(needed)" without one."""
+    given = inspect.signature(cls.__init__).parameters if cls.__init__ is not object.__init__ else {}
+    allowed, _ = _signature(cls)  # type: ignore[arg-type]
+    return {
+        name: "(needed)" if required else repr(given[name].default)
+        for name, (_, required) in allowed.items()
+        if name != "max_turns"
+    }
+
+
 @functools.cache
 def _signature(cls: type[Environment]) -> tuple[dict[str, tuple[Any, bool]], bool]:
     """Options of a class as {name: (type, required)}, and whether it takes any name. Cached: made once per class."""

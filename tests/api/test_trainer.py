@@ -12,8 +12,7 @@ from small import SMALL
 import skyrl
 from skyrl.envs.base import ENVIRONMENTS
 from skyrl.hub.locate import locate
-from skyrl.hub.policies import POLICIES
-from skyrl.registry import script_facts
+from skyrl.registry import Registry, script_facts
 from skyrl.tracking.hooks import Hooks, no_collectives
 from skyrl.tracking.jsonl import read_metrics
 
@@ -50,7 +49,7 @@ def make_digits(*, scale: float = 1.0) -> Digits:
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     """Registries and the hook for uncaught errors as they were before the test."""
-    for registry in (ENVIRONMENTS, POLICIES):
+    for registry in Registry.all:
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     monkeypatch.setattr(Digits, "name", "")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
