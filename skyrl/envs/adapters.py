@@ -106,7 +106,6 @@ class _Foreign(Environment):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Closes the instance."""
         if self.inner is not None and hasattr(self.inner, "close"):
             self.inner.close()
 
