@@ -20,7 +20,7 @@ TRAINER = """
 import os, sys, types
 from skyrl.types import UserError
 
-def train(cfg):
+def train(cfg, hooks=()):
     if cfg.seed == 13:
         raise UserError("seed=13: this one is refused")
     if cfg.seed == 14:
