@@ -100,14 +100,24 @@ def tiny_sizes(tiny: TinyModelConfig) -> ModelSizes:
     )
 
 
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def _sizes_of(cfg: RunConfig) -> ModelSizes:
     path, folder = cfg.model.path, Path(cfg.model.path)
     if not path:
         raise UserError(NO_MODEL)
-    # A hub name has at most one slash, and its organisation is no folder of ours.
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1 or ("/" in path and Path(folder.parts[0]).is_dir())
-    if local and not folder.exists():
-        raise UserError(f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name")
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    # What begins with a folder of ours is a mistyped path more often than a hub name, which the hub's cache would have.
+    doubtful = not local and "/" in path and Path(folder.parts[0]).is_dir() and not _is_cached(path)
+    if (local or doubtful) and not folder.exists():
+        fetched = f", fetched before (hf download {path})" * doubtful
+        raise UserError(
+            f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name{fetched}"
+        )
     if problem := path_problem(path):
         raise UserError(f"model.path={path}: {problem}")
     try:

@@ -433,3 +433,15 @@ def test_more_steps_change_results_only_under_a_decaying_rate():
         load_config(["optim.schedule=linear", "batch.num_steps=999"]),
     )
     assert [line.split(":")[0] for line in config_diff(linear, longer)] == ["batch.num_steps"]
+
+
+def test_a_hub_name_that_begins_like_a_folder_here_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cached = {"org/cached": "/cache/config.json"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: cached.get(name))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **more: 1 / 0)  # it was asked for
+    with pytest.raises(UserError, match="no model can be read there .ZeroDivisionError"):
+        model_sizes(load_config(["model.path=org/cached"]))
+    with pytest.raises(UserError, match=r"no such folder.*or a hub name, fetched before \(hf download org/typo\)"):
+        model_sizes(load_config(["model.path=org/typo"]))
