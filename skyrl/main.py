@@ -227,6 +227,7 @@ def _refuse_restart(folder: Path) -> None:
 
 def _end(code: int) -> NoReturn:
     """Ends the process. After an error in a group of ranks at once: the usual end would wait for the others."""
+    env.leave_exit_code(code)
     if not code or _group() is None:
         if world_size() == 1:
             sys.exit(code)

@@ -16,6 +16,7 @@ import psutil
 REQUEUE_FILE = "requeue"  # in the run folder: the same command should be started again
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives each rank one of its own
 LAUNCHED = "SKYRL_LEFT"  # set by skyrl-tx launch: a file that says that ranks left before they had anything to save
+EXIT_FILE = "SKYRL_EXIT_FILE"  # set by launch.torchrun: where local rank 0 leaves its exit code, which torchrun hides
 # Set by distributed.init and distributed.watchdog, which import torch; read by main.py, which must not.
 in_group = False  # this process is one of a group of ranks
 watchdog: Any = None  # the Watchdog that listens, while a run or a server lives
@@ -43,12 +44,22 @@ def report_to_launcher(text: str) -> None:
             json.dump({"message": {"message": text, "extraInfo": extra}}, file)
 
 
+def leave_exit_code(code: int) -> None:
+    """Leaves this process's exit code where a torchrun that wants it looks (launch/torchrun.py)."""
+    path = os.environ.get(EXIT_FILE)
+    if path and os.environ.get("LOCAL_RANK") == "0":
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(str(code))
+
+
 def end_launcher() -> None:
     """Kills the torchrun that has started this process, which would print a traceback about the signal that it got,
     whatever becomes of its ranks. Nothing where that is not our parent: a script that only handed its variables on has
-    the same error file as we. Nothing below skyrl-tx launch either: there torchrun gets no signal."""
+    the same error file as we. Nothing below skyrl-tx launch either, where torchrun gets no signal, nor on one machine
+    where launch/torchrun.py keeps it quiet."""
     mine = os.environ.get(ERROR_FILE)
-    if mine is None or LAUNCHED in os.environ:
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if mine is None or LAUNCHED in os.environ or (EXIT_FILE in os.environ and alone):
         return
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())

@@ -1,26 +1,92 @@
-"""torchrun as `skyrl-tx launch` starts it: without its forty lines about a rank that has told why it ends."""
+"""torchrun without its forty lines about a rank that has told why it ends, and with the exit code of the run.
+
+`skyrl-tx launch` starts it as a module. A plain `torchrun -m skyrl.train` comes here by the entry point below
+(`torchrun.handlers` in pyproject.toml), which torch loads in every torchrun of an environment that skyrl is installed
+in; in those that start something else nothing is changed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from skyrl.distributed.env import EXIT_FILE
+
+ENTRIES = ("skyrl", "skyrl.train", "skyrl.sft", "skyrl.serve")
+LOGGERS = ("multiprocessing.api", "agent.server.api", "multiprocessing.errors.error_handler")
 
 
 def main() -> None:
-    """Runs torchrun's command line; its exit code is 1 when a rank has failed."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    """Runs torchrun's command line; its exit code is that of the rank that failed first."""
     from torch.distributed.run import main as run
 
-    for name in ("multiprocessing.api", "agent.server.api", "multiprocessing.errors.error_handler"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    try:
-        run()
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if "message" not in (failure.error_file_data or {}):  # nothing was left by the rank itself
-            what = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            print(f"skyrl: error: rank {rank} (process {failure.pid}) ended by {what}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    keep_quiet()
+    run()
+
+
+def entry_point() -> Any:
+    """What torch calls when torchrun starts, to ask for a way of rendezvous; this one has none to offer."""
+    if starts_skyrl(sys.argv):
+        keep_quiet()
+    return _no_rendezvous
+
+
+def _no_rendezvous(params: Any) -> Any:
+    raise ValueError("skyrl has no rendezvous back end of its own; choose c10d")
+
+
+def starts_skyrl(command: Sequence[str]) -> bool:
+    """Whether this is torchrun's command line for one of our modules, or for a script that names skyrl."""
+    if Path(command[0]).name != "torchrun" and Path(command[0]).parts[-3:] != ("torch", "distributed", "run.py"):
+        return False
+    if any(arg in ENTRIES or Path(arg).name == "skyrl-tx" for arg in command[1:]):
+        return True
+    with contextlib.suppress(OSError, StopIteration):
+        return "skyrl" in Path(next(a for a in command[1:] if a.endswith(".py"))).read_text(errors="replace")
+    return False
+
+
+def keep_quiet() -> None:
+    """This torchrun leaves the word to its ranks, and ends with their exit code."""
+    for name in LOGGERS:
+        logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # their level is set again
+    folder = tempfile.TemporaryDirectory(prefix="skyrl-torchrun-")
+    os.environ[EXIT_FILE] = f"{folder.name}/code"
+
+    def at_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        with folder:
+            told = Path(os.environ[EXIT_FILE]).read_text() if Path(os.environ[EXIT_FILE]).exists() else ""
+        code = exit_code(error, told)
+        if code is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            sys.exit(code)
+
+    sys.excepthook = at_error
+
+
+def exit_code(error: BaseException, told: str) -> int | None:
+    """The code for what torchrun ends by, and a line where no rank could tell anything; None for an error of its own.
+    `told`: what the local rank 0 has left as its code, which counts after a signal."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, SignalException):
+        return int(told or 128 + error.sigval)
+    if not isinstance(error, ChildFailedError):
+        return None
+    rank, failure = error.get_first_failure()
+    if all(one.error_file == "<N/A>" for one in error.failures.values()):  # no rank had a word to say
+        what = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        print(f"skyrl: error: rank {rank} (process {failure.pid}) ended by {what}", file=sys.stderr, flush=True)
+    return max(failure.exitcode, 1)
 
 
 if __name__ == "__main__":

