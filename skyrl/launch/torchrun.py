@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -43,13 +44,14 @@ def _no_rendezvous(params: Any) -> Any:
 
 
 def starts_skyrl(command: Sequence[str]) -> bool:
-    """Whether this is torchrun's command line for one of our modules, or for a script that names skyrl."""
+    """Whether this is torchrun's command line for one of our modules, or for a script that imports skyrl."""
     if Path(command[0]).name != "torchrun" and Path(command[0]).parts[-3:] != ("torch", "distributed", "run.py"):
         return False
     if any(arg in ENTRIES or Path(arg).name == "skyrl-tx" for arg in command[1:]):
         return True
     with contextlib.suppress(OSError, StopIteration):
-        return "skyrl" in Path(next(a for a in command[1:] if a.endswith(".py"))).read_text(errors="replace")
+        script = Path(next(arg for arg in command[1:] if arg.endswith(".py"))).read_text(errors="replace")
+        return re.search(r"^\s*(import|from) skyrl\b", script, re.MULTILINE) is not None
     return False
 
 

@@ -79,7 +79,7 @@ def test_an_error_of_torchrun_itself_is_shown(quiet, capsys):
 def test_only_a_torchrun_of_ours_is_quiet(tmp_path):
     ours, other = tmp_path / "ours.py", tmp_path / "other.py"
     ours.write_text("import skyrl\n")
-    other.write_text("import torch\n")
+    other.write_text("import torch  # as skyrl does\n")
     assert starts_skyrl(["/x/torchrun", "-m", "skyrl.sft"]) and starts_skyrl(["torchrun", str(ours)])
     assert starts_skyrl(["/x/torch/distributed/run.py", "--nnodes=1", "-m", "skyrl", "train"])
     assert not starts_skyrl(["torchrun", str(other)]) and not starts_skyrl(["torchrun", "-m", "trl.train"])
