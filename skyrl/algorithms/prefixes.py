@@ -77,10 +77,10 @@ class SharedAttention:
     def __init__(self, inner: Any, mb: Microbatch) -> None:
         self.inner, self.place_T, self.distinct_U = inner, mb.place_T, mb.distinct_U
 
-    def attend(self, layer: int, *given: Any, **options: Any) -> Any:
+    def attend(self, layer: int, query: Any, key: Any, value: Any, options: Any) -> Any:
         """As models.attention.Attention.attend: of tensors [heads, U, channels]."""
-        whole = (x.transpose(0, 1)[self.place_T].transpose(0, 1) for x in given)
-        return self.inner.attend(layer, *whole, **options)[self.distinct_U]
+        whole = (x.transpose(0, 1)[self.place_T].transpose(0, 1) for x in (query, key, value))
+        return self.inner.attend(layer, *whole, options)[self.distinct_U]
 
     def recur(self, layer: int, rule: Any, *given: Any) -> Any:
         """As models.attention.Attention.recur: of tensors [U, ...]."""

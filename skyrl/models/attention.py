@@ -8,6 +8,7 @@ never changed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,29 +20,35 @@ from skyrl.models.linear_attention import DeltaRule
 NAME = "skyrl"
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a layer asks of attention besides its tensors.
+
+    `window`: a token sees itself and the window - 1 tokens before it. `softcap`: scores become
+    softcap * tanh(score / softcap). `chunk`: a row is cut into pieces of that many tokens, and a token sees none of
+    another piece. `sinks_H`: a score of each head that takes part in the softmax and has no value.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    chunk: int | None = None
+    sinks_H: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are products alone, which fused kernels take."""
+        return not self.softcap and self.sinks_H is None
+
+
 class Attention(Protocol):
     """One way to attend. The batch dimension is 1: all tokens of all sequences lie along T. An attention that is used
     for models without linear attention only inherits from this and has no `recur`."""
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
-        """Attention of layer number `layer`, causal within each sequence; returns [T, H, C].
-
-        `window`: a token sees itself and the window - 1 tokens before it. `softcap`: scores become
-        softcap * tanh(score / softcap). `chunk`: a row is cut into pieces of that many tokens, and a token sees none of
-        another piece. `sinks_H`: a score of each head that takes part in the softmax and has no value.
-        """
+        """Attention of layer number `layer`, causal within each sequence; returns [T, H, C]."""
 
     def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
         """Linear attention of layer number `layer`: `rule.run` over each sequence, [T, H, V] in its wide dtype."""
@@ -77,18 +84,8 @@ def forward(
     latent = taken(module, key[0], value[0])
     if latent is not None and isinstance(skyrl_attention, LatentAttention):
         return skyrl_attention.attend_latent(module.layer_idx, query[0], latent, scale=scale).unsqueeze(0), None
-    out = skyrl_attention.attend(
-        module.layer_idx,
-        query[0],
-        key[0],
-        value[0],
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
-        chunk=_chunk(module),
-        sinks_H=kwargs.get("s_aux"),
-    )
-    return out.unsqueeze(0), None
+    options = AttentionOptions(scale, sliding_window, softcap, _chunk(module), kwargs.get("s_aux"))
+    return skyrl_attention.attend(module.layer_idx, query[0], key[0], value[0], options).unsqueeze(0), None
 
 
 def _chunk(module: Any) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from skyrl.models.attention import AttentionOptions
 from skyrl.models.latent import Latent
 from skyrl.models.linear_attention import DeltaRule, StateShape
 
@@ -50,24 +51,16 @@ class _Recorder:
         self._kept: list[tuple[int, Tensor]] = []
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         """One token sees itself only, so its output is its value."""
         same = next((number for number, key in self._kept if key.data_ptr() == key_KTC.data_ptr()), None)
         if same is None:
             self._kept.append((layer, key_KTC))
         heads, shape = query_HTC.shape[0], LayerShape(key_KTC.shape[0], key_KTC.shape[2], value_KTC.shape[2], same)
-        self.calls[layer] = LayerCall(shape, heads, scale, window, softcap, chunk, sinks_H is not None)
+        self.calls[layer] = LayerCall(
+            shape, heads, options.scale, options.window, options.softcap, options.chunk, options.sinks_H is not None
+        )
         return value_KTC.repeat_interleave(heads // key_KTC.shape[0], 0).transpose(0, 1)
 
     def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:

@@ -6,6 +6,7 @@ of transformers to the last bit and no memory is spent before a strategy has dec
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from skyrl.config.schema import ModelConfig
 from skyrl.hub.locate import locate
 from skyrl.hub.tensor_files import Checkpoint, reason_of
 from skyrl.hub.text_part import text_part
-from skyrl.models.attention import NAME, register
+from skyrl.models.attention import NAME, AttentionOptions, register
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
 from skyrl.models.support import check_module, check_supported
@@ -151,11 +152,11 @@ class _ShortWindow:
         self.inner, self.long, self.short = inner, long, short
         self.layers: list[int] = []
 
-    def attend(self, layer: int, *args: Tensor, **kwargs: Any) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.layers.append(layer)
-        if self.long is not None and kwargs["window"] == self.long:
-            kwargs["window"] = self.short
-        return self.inner.attend(layer, *args, **kwargs)
+        if self.long is not None and options.window == self.long:
+            options = replace(options, window=self.short)
+        return self.inner.attend(layer, query, key, value, options)
 
     def recur(self, layer: int, *args: Any) -> Tensor:
         self.layers.append(layer)

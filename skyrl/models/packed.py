@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import accumulate
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skyrl.algorithms.prefixes import shared_prefixes
 from skyrl.models import exact_ops
+from skyrl.models.attention import AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
 from skyrl.tracking.notices import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
@@ -272,29 +273,18 @@ class PackedAttention:
         return self._layouts[heads]
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
-        if chunk is not None and chunk < self.max_length:  # pieces of a row are rows
-            inside = {"scale": scale, "window": window, "softcap": softcap, "sinks_H": sinks_H}
-            return self._in_pieces(chunk).attend(layer, query_HTC, key_KTC, value_KTC, **inside)  # type: ignore[arg-type]
-        if window is not None and window >= self.max_length:
-            window = None
+        if options.chunk is not None and options.chunk < self.max_length:  # pieces of a row are rows
+            pieces = self._in_pieces(options.chunk)
+            return pieces.attend(layer, query_HTC, key_KTC, value_KTC, replace(options, chunk=None))
+        options = _within_rows(options, self.max_length)
         if query_HTC.is_cuda:
-            refusal = varlen_refusal(query_HTC, value_KTC, softcap, sinks_H)
+            refusal = varlen_refusal(query_HTC, value_KTC, options.softcap, options.sinks_H)
             if not refusal:
-                return self._varlen(query_HTC, key_KTC, value_KTC, scale, window)
+                return self._varlen(query_HTC, key_KTC, value_KTC, options.scale, options.window)
             warn_fallback(f"training attends without FlashAttention: {refusal}")
-        return self._bucketed(query_HTC, key_KTC, value_KTC, scale, window, softcap, sinks_H)
+        return self._bucketed(query_HTC, key_KTC, value_KTC, options)
 
     def _in_pieces(self, chunk: int) -> PackedAttention:
         """The same tokens with every row cut into pieces of `chunk` tokens."""
@@ -318,16 +308,7 @@ class PackedAttention:
         seen = (-1 if window is None else window - 1, 0)  # left and right of the token itself
         return attend(query, key, value, starts, starts, longest, longest, scale=scale, window_size=seen)
 
-    def _bucketed(
-        self,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def _bucketed(self, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions) -> Tensor:
         heads, tokens, _ = query_HTC.shape
         kv_heads = key_KTC.shape[0]
 
@@ -347,23 +328,22 @@ class PackedAttention:
             strict=True,
         )
         scores = sum(rows * heads * longest**2 for rows, longest in shapes)
-        kept = exact_ops.KEEP_SCORES if softcap or sinks_H is not None or query.is_cuda else MAX_SCORES
+        kept = MAX_SCORES if options.is_plain and not query.is_cuda else exact_ops.KEEP_SCORES
         outs, keep = [], scores <= kept
         for (rows, longest), q, k, v in parts:
             q = q.view(rows, kv_heads, heads // kv_heads, longest, -1)
             k, v = k.view(rows, kv_heads, longest, -1), v.view(rows, kv_heads, longest, -1)
-            cut = None if window is not None and window >= longest else window
-            plain = not softcap and sinks_H is None
-            sampled = cut is None and plain  # as the sampler's kernels attend
+            own = _within_rows(options, longest)
+            sampled = own.window is None and own.is_plain  # as the sampler's kernels attend
             if sampled and exact_ops.kernel_can_attend(q, q.shape[2], longest, q.shape[-1], v.shape[-1]):
                 q, k, v = (x.reshape(rows * kv_heads, -1, x.shape[-1]) for x in (q, k, v))
-                out = exact_ops.attend_causal(q, k, v, scale)
+                out = exact_ops.attend_causal(q, k, v, own.scale)
             elif keep:
-                out = self._products(q, k, v, scale, cut, softcap, sinks_H)
-            elif not plain or (q.is_cuda and q.dtype == torch.float64):  # for which a GPU's fused kernel is none
-                out = self._in_blocks(q, k, v, scale, cut, softcap, sinks_H)
+                out = self._products(q, k, v, own)
+            elif not own.is_plain or (q.is_cuda and q.dtype == torch.float64):  # for which a GPU's fused kernel is none
+                out = self._in_blocks(q, k, v, own)
             else:
-                out = self._fused(q, k, v, scale, cut)
+                out = self._fused(q, k, v, own.scale, own.window)
             outs.append(out.reshape(rows * heads * longest, -1))
         packed = outs[0] if len(outs) == 1 else torch.cat(outs)
         padded = packed.shape[0] != tokens * heads
@@ -371,21 +351,13 @@ class PackedAttention:
         out = _Gather.apply(packed, layout.back, None if padded else layout.out_N)
         return out.view(tokens, heads, -1)
 
-    def _products(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def _products(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """q [B, K, G, L, C], k and v [B, K, L, C] -> [B, K, G, L, C], by two batched products and a softmax."""
         rows, kv_heads, group, longest, channels = q.shape
-        bias = self._causal_bias(group, longest, window, q.dtype)
+        scale, softcap = options.scale, options.softcap
+        bias = self._causal_bias(group, longest, options.window, q.dtype)
         q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
-        if exact_ops.is_float32_cpu(q) and not softcap and sinks_H is None:
+        if exact_ops.is_float32_cpu(q) and options.is_plain:
             v = v.reshape(rows * kv_heads, longest, -1)
             out = exact_ops.attend(q, k, v, bias, scale)
             return out.view(rows, kv_heads, group, longest, -1)
@@ -395,21 +367,13 @@ class PackedAttention:
             scores = torch.tanh(scores / softcap) * softcap + bias
         else:
             scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-        weights = softmax_with_sinks(scores, _sinks_of(sinks_H, rows, kv_heads, longest))
+        weights = softmax_with_sinks(scores, _sinks_of(options.sinks_H, rows, kv_heads, longest))
         out = torch.bmm(weights, v.reshape(rows * kv_heads, longest, -1))
         return out.view(rows, kv_heads, group, longest, -1)
 
-    def _in_blocks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor:
+    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """The same a block of queries at a time; the backward pass computes each block's scores again."""
+        window, softcap = options.window, options.softcap
         rows, kv_heads, group, longest, _ = q.shape
         k, v = k.reshape(rows * kv_heads, longest, -1), v.reshape(rows * kv_heads, longest, -1)
         # scores, capped, weights and a gradient exist together
@@ -420,10 +384,10 @@ class PackedAttention:
             queries = torch.arange(first, first + count, device=q.device).unsqueeze(1)
             behind = queries - torch.arange(low, low + k.shape[1], device=q.device)
             unseen = behind < 0 if window is None else (behind < 0) | (behind >= window)
-            scores = torch.bmm(q.reshape(rows * kv_heads, group * count, -1), k.transpose(1, 2)) * scale
+            scores = torch.bmm(q.reshape(rows * kv_heads, group * count, -1), k.transpose(1, 2)) * options.scale
             scores = torch.tanh(scores / softcap) * softcap if softcap else scores
             scores = scores.masked_fill(unseen.repeat(group, 1), float("-inf"))
-            weights = softmax_with_sinks(scores, _sinks_of(sinks_H, rows, kv_heads, count))
+            weights = softmax_with_sinks(scores, _sinks_of(options.sinks_H, rows, kv_heads, count))
             return torch.bmm(weights, v).view(rows, kv_heads, group, count, -1)
 
         outs = []
@@ -467,6 +431,12 @@ class PackedAttention:
         return self._bias[place]
 
 
+def _within_rows(options: AttentionOptions, longest: int) -> AttentionOptions:
+    """The same for rows of at most `longest` tokens, where a window as long as they are is none."""
+    beyond = options.window is not None and options.window >= longest
+    return replace(options, window=None) if beyond else options
+
+
 def _sinks_of(sinks_H: Tensor | None, rows: int, kv_heads: int, queries: int) -> Tensor | None:
     """The sinks beside scores [rows * K, G * queries, L], [rows * K, G * queries, 1]."""
     if sinks_H is None:
@@ -485,17 +455,7 @@ class PaddedAttention:
         self.num_rows, self.length = num_rows, length
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         group = query_HTC.shape[0] // key_KTC.shape[0]
 
@@ -506,11 +466,12 @@ class PaddedAttention:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         if exact_ops.is_float32_cpu(query):  # as exact as what it is compared with
             query, key, value = query.double(), key.double(), value.double()
-        scores = query @ key.transpose(-1, -2) * scale
-        if softcap:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(banned(self.length, window, scores.device, chunk), float("-inf"))
-        sinks = None if sinks_H is None else sinks_H[:, None, None]
+        scores = query @ key.transpose(-1, -2) * options.scale
+        if options.softcap:
+            scores = torch.tanh(scores / options.softcap) * options.softcap
+        unseen = banned(self.length, options.window, scores.device, options.chunk)
+        scores = scores.masked_fill(unseen, float("-inf"))
+        sinks = None if options.sinks_H is None else options.sinks_H[:, None, None]
         out = softmax_with_sinks(scores, sinks, loss_dtype(scores.dtype)).to(value.dtype) @ value
         return out.to(query_HTC.dtype).permute(0, 2, 1, 3).flatten(0, 1)
 

@@ -6,6 +6,7 @@ from families import make_net
 from test_forward import make_rows, plain
 from test_packed import LENGTHS, loop, qkv, starts_of
 
+from skyrl.models.attention import AttentionOptions
 from skyrl.models.forward import CausalLM, collate
 from skyrl.models.logprobs import log_probs, matmul_float
 from skyrl.models.packed import PackedAttention
@@ -23,7 +24,7 @@ def test_packed_equals_the_loop(window, softcap, dtype, monkeypatch):
     attention = PackedAttention(starts_of(LENGTHS).cuda(), LENGTHS)
     if dtype == torch.bfloat16 and not softcap:
         monkeypatch.setattr(attention, "_bucketed", None)  # the kernel must be what answers
-    got = attention.attend(0, *(x.transpose(0, 1) for x in own), scale=0.3, window=window, softcap=softcap)
+    got = attention.attend(0, *(x.transpose(0, 1) for x in own), AttentionOptions(0.3, window, softcap))
     ours = torch.autograd.grad(got.square().sum(), own)
     limit = 0.02 if dtype == torch.bfloat16 else 1e-5
     for a, b in zip((got, *ours), (want, *grads), strict=True):

@@ -190,7 +190,7 @@ def test_norms_are_replaced_in_our_forward_only(monkeypatch):
 
 
 class _Own:
-    def attend(self, layer, query, key, value, *, scale, **none):
+    def attend(self, layer, query, key, value, options):
         group = query.shape[0] // key.shape[0]
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(0, 1)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=options.scale).transpose(0, 1)

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrl.models import packed
+from skyrl.models.attention import AttentionOptions
 from skyrl.models.packed import PackedAttention, PaddedAttention, banned, collate
 from skyrl.planner import memory
 from skyrl.planner.memory import ModelSizes
@@ -62,7 +63,7 @@ def test_packed_equals_the_loop(window, softcap, bound, monkeypatch):
     want = loop(q, k, v, LENGTHS, 0.3, window, softcap)
     attention = PackedAttention(starts_of(LENGTHS), LENGTHS)
     for _ in range(2):  # the second layer uses what the first one prepared
-        got = attention.attend(0, q, k, v, scale=0.3, window=window, softcap=softcap)
+        got = attention.attend(0, q, k, v, AttentionOptions(0.3, window, softcap))
         assert (got - want).abs().max() < 1e-12
         a = torch.autograd.grad((got * up).sum(), leaves, retain_graph=True)
         b = torch.autograd.grad((want * up).sum(), leaves, retain_graph=True)
@@ -98,7 +99,7 @@ def test_capped_scores_are_bounded_and_not_kept(lengths, window):
     with Largest() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             query, key, value = (x.transpose(0, 1) for x in leaves)
-            out = attention.attend(0, query, key, value, scale=0.1, window=window, softcap=50.0)
+            out = attention.attend(0, query, key, value, AttentionOptions(scale=0.1, window=window, softcap=50.0))
         held, kept = kept, None
         out.sum().backward()
     assert largest.size <= packed.MAX_SCORES
@@ -128,7 +129,7 @@ def test_scores_that_a_gpu_keeps_without_flash_attention_are_in_the_plan(
 
     attention = PackedAttention(starts_of(lengths), lengths)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        attention.attend(0, *leaves, scale=0.1, window=None, softcap=softcap).sum().backward()
+        attention.attend(0, *leaves, AttentionOptions(scale=0.1, window=None, softcap=softcap)).sum().backward()
     sizes = ModelSizes("", 0, 0, 1, 0, 0, H, K, channels, 0, 512, capped=bool(softcap))
     counted = memory.kept_scores(sizes, tokens, max(lengths), dtype=str(dtype).removeprefix("torch."))
     assert sum(kept.values()) <= counted <= 2 << 18 and bool(kept) == (len(lengths) == 4)
@@ -152,7 +153,7 @@ def test_attention_without_the_kernel_is_told(channels, value_channels, dtype, s
     value = torch.empty(2, 9, value_channels, dtype=dtype, device="meta")
     attention = PackedAttention(starts_of([9]).to("meta"), [9])
     for _ in range(2):
-        out = attention.attend(0, q, k, value, scale=1.0, window=None, softcap=softcap)
+        out = attention.attend(0, q, k, value, AttentionOptions(scale=1.0, window=None, softcap=softcap))
     assert out.shape == (9, 4, value_channels)
     assert [reason in r.message for r in caplog.records] == ([True] if reason else [])
 
@@ -174,7 +175,7 @@ def test_what_may_differ_between_ranks_is_told_by_each(monkeypatch, caplog):
 def test_padded_equals_the_loop(window, softcap):
     lengths = [6, 6, 6]
     _, (q, k, v) = qkv(lengths)
-    got = PaddedAttention(3, 6).attend(0, q, k, v, scale=0.3, window=window, softcap=softcap)
+    got = PaddedAttention(3, 6).attend(0, q, k, v, AttentionOptions(0.3, window, softcap))
     assert (got - loop(q, k, v, lengths, 0.3, window, softcap)).abs().max() < 1e-12
 
 
@@ -182,10 +183,10 @@ def test_other_shapes_of_heads():
     leaves, (q, k, v) = qkv([7, 2, 9], value_channels=5)
     attention = PackedAttention(starts_of([7, 2, 9]), [7, 2, 9])
     assert (
-        attention.attend(0, q, k, v, scale=1.0, window=None, softcap=None) - loop(q, k, v, [7, 2, 9], 1.0, None, None)
+        attention.attend(0, q, k, v, AttentionOptions(1.0)) - loop(q, k, v, [7, 2, 9], 1.0, None, None)
     ).abs().max() < 1e-12
     full = q.contiguous()  # every head its own keys, and heads first in memory
-    got = attention.attend(1, full, full, full, scale=1.0, window=None, softcap=None)
+    got = attention.attend(1, full, full, full, AttentionOptions(1.0))
     assert (got - loop(q, q, q, [7, 2, 9], 1.0, None, None)).abs().max() < 1e-12
 
 
@@ -193,12 +194,12 @@ def test_rows_do_not_see_each_other():
     """NaN and inf in one row leave the others as they were, values and gradients."""
     leaves, (q, k, v) = qkv(LENGTHS)
     attention = PackedAttention(starts_of(LENGTHS), LENGTHS)
-    clean = attention.attend(0, q, k, v, scale=0.3, window=None, softcap=None)
+    clean = attention.attend(0, q, k, v, AttentionOptions(0.3))
     bad = [x.detach().clone() for x in leaves]
     for x in bad:
         x[5:29] = float("nan")  # the whole second row, which shares its bucket with others
         x.requires_grad_()
-    out = attention.attend(0, *(x.transpose(0, 1) for x in bad), scale=0.3, window=None, softcap=None)
+    out = attention.attend(0, *(x.transpose(0, 1) for x in bad), AttentionOptions(0.3))
     others = torch.ones(sum(LENGTHS), dtype=torch.bool)
     others[5:29] = False
     assert torch.equal(out[others], clean[others])
@@ -286,7 +287,9 @@ def test_sinks_and_their_gradients(window, blocks, monkeypatch):
             out = torch.cat(outs)
         else:
             attention = packed.PackedAttention(torch.tensor([0, 9, 13, 25], dtype=torch.int32), lengths)
-            out = attention.attend(0, query, key, value, scale=0.3, window=window, softcap=None, sinks_H=sinks)
+            out = attention.attend(
+                0, query, key, value, AttentionOptions(scale=0.3, window=window, softcap=None, sinks_H=sinks)
+            )
         (out * torch.linspace(-1, 1, 8)).sum().backward()
         results.append([out.detach(), *(x.grad for x in own)])
     for want, got in zip(*results, strict=True):
@@ -296,11 +299,11 @@ def test_sinks_and_their_gradients(window, blocks, monkeypatch):
 def test_chunks_of_a_row_are_rows():
     lengths, generator = (9, 4, 12), torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 25, 8, generator=generator) for _ in range(3))
-    given = {"scale": 0.3, "window": None, "softcap": None, "chunk": 5}
+    given = AttentionOptions(0.3, chunk=5)
     packs = packed.PackedAttention(torch.tensor([0, 9, 13, 25], dtype=torch.int32), lengths)
-    got, at = packs.attend(0, query, key, value, **given), 0
+    got, at = packs.attend(0, query, key, value, given), 0
     for n in lengths:
         row = [x[:, at : at + n] for x in (query, key, value)]
-        want = packed.PaddedAttention(1, n).attend(0, *row, **given)
+        want = packed.PaddedAttention(1, n).attend(0, *row, given)
         assert (got[at : at + n] - want).abs().max() < 1e-5
         at += n

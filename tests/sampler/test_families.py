@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skyrl.models.attention import AttentionOptions
 from skyrl.models.attention_calls import layer_calls
 from skyrl.models.forward import CausalLM, collate
 from skyrl.sampler.runners import paged
@@ -80,10 +81,10 @@ def test_capped_scores_of_many_sequences_are_computed_in_blocks(length, monkeypa
     mask = torch.zeros(20, 1, length, KEYS, dtype=torch.float64)
     for sequence in range(20):
         mask[sequence, :, :, 2 * sequence + 1 :] = float("-inf")
-    want = paged.attention(q, k, v, mask, 0.5, 2.0)
+    want = paged.attention(q, k, v, mask, AttentionOptions(0.5, softcap=2.0))
     monkeypatch.setattr(paged, "MAX_SCORES", 4 * KEYS * 3)
     with Largest() as largest:
-        got = paged.attention(q, k, v, mask, 0.5, 2.0)
+        got = paged.attention(q, k, v, mask, AttentionOptions(0.5, softcap=2.0))
     assert torch.equal(got, want) or (got - want).abs().max() < 1e-14
     assert 0 < largest.size <= paged.MAX_SCORES
 

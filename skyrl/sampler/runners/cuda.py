@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrl.models.attention import Attention
+from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.packed import banned, varlen
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
@@ -119,7 +119,10 @@ def kernel_refusal(
                     x.float().transpose(0, 1)[None]
                     for x in (query[first : first + count], *(x[pages].flatten(0, 1)[:length] for x in (keys, values)))
                 )
-                want, got = attention(q, k, v, mask, scale, None), out[first : first + count].float().transpose(0, 1)
+                want, got = (
+                    attention(q, k, v, mask, AttentionOptions(scale)),
+                    out[first : first + count].float().transpose(0, 1),
+                )
                 gap = (got - want[0]).abs()
                 if not (gap <= allowed * (1 + want[0].abs())).all():
                     return f"with {count} queries and window {window} its result is off by {gap.max().item():.2g}"
@@ -147,24 +150,14 @@ class VarlenAttention(Attention):
         self._max_query, self._max_keys = max_query, max_keys
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         """See skyrl.models.attention.Attention; without soft cap, chunks and sinks."""
         assert self._cache is not None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         for cache, new in ((keys, key_KTC), (values, value_KTC)):
             cache.flatten(0, 1).index_copy_(0, self._slots_T, new.transpose(0, 1))
-        return self.over(query_HTC.transpose(0, 1).contiguous(), keys, values, scale, window)
+        return self.over(query_HTC.transpose(0, 1).contiguous(), keys, values, options.scale, options.window)
 
     def over(self, query_THC: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of queries over pages, aligned at the end: the last query of a sequence sees all its keys."""

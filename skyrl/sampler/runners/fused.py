@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl.models import exact_ops
-from skyrl.models.attention import Attention
+from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.logprobs import matmul_float
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import KVCache
@@ -90,6 +90,7 @@ class FusedRunner(PagedRunner):
             self._take(adapter)
         plan, ops = self._plan, self._ops
         heads, kv_heads, channels, eps = plan.heads, plan.kv_heads, plan.channels, plan.eps
+        options = AttentionOptions(plan.scale)
         x_TC = plan.embedding(tokens_T)
         half = channels // 2
         cos_T1C = plan.cos_LC.index_select(0, positions_T).unsqueeze(1)
@@ -104,9 +105,7 @@ class FusedRunner(PagedRunner):
             turned = torch.cat([qk[..., half:], qk[..., :half]], -1)
             qk = ops.rotate(qk * cos_T1C, turned, sin_T1C).transpose(0, 1)
             value = qkv[:, heads + kv_heads :].transpose(0, 1)
-            seen = attention.attend(
-                index, qk[:heads], qk[heads:], value, scale=plan.scale, window=None, softcap=None
-            )  # fmt: skip
+            seen = attention.attend(index, qk[:heads], qk[heads:], value, options)
             x_TC = x_TC + self._out[index](seen.view(-1, heads * channels), segments)
             normed = ops.norm(x_TC, layer.mlp_norm.weight, eps)
             gate, up = self._gate_up[index](normed, segments).chunk(2, -1)
@@ -171,17 +170,7 @@ class _ProductAttention(Attention):
         self._kv_heads = kv_heads
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         """See skyrl.models.attention.Attention; without window and soft cap."""
         heads, count, channels = query_HTC.shape
@@ -191,7 +180,7 @@ class _ProductAttention(Attention):
         if self._mask is None:
             mask = self._group.mask(None, None, keys.shape[1], keys.dtype)[:, 0]
             self._mask = mask.repeat_interleave(self._kv_heads, 0)
-        query = (query_HTC.transpose(0, 1) * scale).reshape(-1, heads // self._kv_heads, channels)
+        query = (query_HTC.transpose(0, 1) * options.scale).reshape(-1, heads // self._kv_heads, channels)
         weights = torch.baddbmm(self._mask, query, keys.transpose(1, 2)).softmax(-1)
         return torch.bmm(weights, values).view(count, heads, channels)
 

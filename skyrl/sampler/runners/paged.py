@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyrl.models import exact_ops
-from skyrl.models.attention import Attention
+from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.latent import Latent
 from skyrl.models.linear_attention import DeltaRule
 from skyrl.models.lora import Adapter, Segment, routed
@@ -82,17 +82,7 @@ class PagedAttention:
         self._writes: dict[int, Tensor] = {}
 
     def attend(
-        self,
-        layer: int,
-        query_HTC: Tensor,
-        key_KTC: Tensor,
-        value_KTC: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        chunk: int | None = None,
-        sinks_H: Tensor | None = None,
+        self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         self.write(layer, key_KTC.transpose(0, 1), value_KTC.transpose(0, 1))
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -102,8 +92,8 @@ class PagedAttention:
             rows = group.rows_nL.flatten()
             q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
             k_nKSC, v_nKSC = group.gather(keys), group.gather(values)
-            mask = group.mask(window, chunk, k_nKSC.shape[2], query_HTC.dtype)
-            out = attention(q_nHLC, k_nKSC, v_nKSC, mask, scale, softcap, sinks_H).transpose(1, 2).flatten(0, 1)
+            mask = group.mask(options.window, options.chunk, k_nKSC.shape[2], query_HTC.dtype)
+            out = attention(q_nHLC, k_nKSC, v_nKSC, mask, options).transpose(1, 2).flatten(0, 1)
             if group.valid is not None:
                 out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
             out_THC.index_copy_(0, rows, out)
@@ -111,6 +101,7 @@ class PagedAttention:
 
     def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
         """See skyrl.models.attention.LatentAttention: queries of all heads over one kept vector a token."""
+        options = AttentionOptions(scale)
         self.write(layer, latent.kept_TC.unsqueeze(1), None)
         query_HTC = latent.queries(query_HTC)
         heads, tokens, _ = query_HTC.shape
@@ -122,7 +113,7 @@ class PagedAttention:
             mask = group.mask(None, None, kept.shape[2], query_HTC.dtype)
             if length > 1:
                 kept = kept.expand(-1, heads, -1, -1)  # a view: attention() would copy it for every head
-            out = attention(q_nHLC, kept, kept[..., : latent.rank], mask, scale, None).transpose(1, 2).flatten(0, 1)
+            out = attention(q_nHLC, kept, kept[..., : latent.rank], mask, options).transpose(1, 2).flatten(0, 1)
             if group.valid is not None:
                 out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
             out_THR.index_copy_(0, rows, out)
@@ -164,15 +155,7 @@ class PagedAttention:
             cache.view(-1, channels).index_copy_(0, self._writes[heads], new.reshape(-1, channels))
 
 
-def attention(
-    q_nHLC: Tensor,
-    k_nKSC: Tensor,
-    v_nKSC: Tensor,
-    mask_n1LS: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
+def attention(q_nHLC: Tensor, k_nKSC: Tensor, v_nKSC: Tensor, mask_n1LS: Tensor, options: AttentionOptions) -> Tensor:
     """softmax(scale * q k + mask) v, [n, H, L, C]; the queries that share a key/value head are grouped, not copied."""
     count, heads, length, channels = q_nHLC.shape
     kv_heads = k_nKSC.shape[1]
@@ -181,20 +164,20 @@ def attention(
         q_nHLC = q_nHLC.reshape(count, kv_heads, group, channels)
     elif group > 1:
         k_nKSC, v_nKSC = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k_nKSC, v_nKSC))
-    plain = softcap is None and sinks_H is None
-    if plain and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.uses_onednn(q_nHLC):
+    scale, sinks = options.scale, options.sinks_H
+    if options.is_plain and q_nHLC.shape[:3].numel() * k_nKSC.shape[2] <= MAX_SCORES and exact_ops.uses_onednn(q_nHLC):
         # as training attends in float32 on a CPU without kernels (exact_ops.attend)
         keys, values, mask = k_nKSC.double(), v_nKSC.double(), mask_n1LS.double()
         weights = (q_nHLC.double() @ keys.transpose(2, 3)).mul_(scale).add_(mask).softmax(-1)
         out = (weights @ values).to(q_nHLC.dtype)
-    elif plain:
+    elif options.is_plain:
         out = F.scaled_dot_product_attention(q_nHLC, k_nKSC, v_nKSC, attn_mask=mask_n1LS, scale=scale)
     else:  # blocks of sequences and of queries, so that no more than MAX_SCORES exist at once
         queries = max(1, MAX_SCORES // (heads * k_nKSC.shape[2]))
         step = max(1, queries // count) if length > 1 else group
-        sinks = None if sinks_H is None else sinks_H.view(q_nHLC.shape[1], -1, 1)  # [K, G, 1] or [H, 1, 1]
+        sinks = None if sinks is None else sinks.view(q_nHLC.shape[1], -1, 1)  # [K, G, 1] or [H, 1, 1]
         several = zip(*(x.split(queries) for x in (q_nHLC, k_nKSC, v_nKSC, mask_n1LS)), strict=True)
-        out = torch.cat([_by_products(q, k, v, mask, step, scale, softcap, sinks) for q, k, v, mask in several])
+        out = torch.cat([_by_products(q, k, v, mask, step, options, sinks) for q, k, v, mask in several])
     return out.reshape(count, heads, length, -1)
 
 
@@ -204,13 +187,12 @@ def _by_products(
     v_nHSC: Tensor,
     mask_n1LS: Tensor,
     step: int,
-    scale: float,
-    softcap: float | None,
+    options: AttentionOptions,
     sinks: Tensor | None,
 ) -> Tensor:
-    outs = []
+    outs, softcap = [], options.softcap
     for q, mask in zip(q_nHLC.split(step, 2), mask_n1LS.split(step, 2), strict=True):
-        scores = torch.matmul(q * scale, k_nHSC.transpose(2, 3))
+        scores = torch.matmul(q * options.scale, k_nHSC.transpose(2, 3))
         scores = (torch.tanh(scores / softcap) * softcap if softcap else scores) + mask
         wide = torch.promote_types(scores.dtype, torch.float32)
         outs.append(torch.matmul(softmax_with_sinks(scores, sinks, wide).to(v_nHSC.dtype), v_nHSC))
