@@ -31,7 +31,7 @@ from skyrl.types import UserError
 
 log = logging.getLogger("skyrl.service")
 
-SCHEMA_VERSION = 2  # 1: futures of all requests in a table, and checkpoints' folders behind links
+SCHEMA_VERSION = 2  # schema.sql; from_version_1.sql makes it of the one before
 APPLICATION_ID = 0x736B7972  # "skyr": another program's SQLite file is refused
 BUSY_SECONDS = 30.0
 MAX_LIMIT = 1000
@@ -44,41 +44,6 @@ Row = sqlite3.Row
 # What SQLite says of a disk, a file or another process (Python 3.10 gives no error codes).
 _OF_THE_DISK = ("disk is full", "readonly database", "disk I/O error", "unable to open", "not a database", "malformed",
                 "is locked", "locking protocol", "large file support")  # fmt: skip
-SCHEMA = """
-CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sessions (
-    session_id TEXT PRIMARY KEY, owner TEXT NOT NULL, tags TEXT NOT NULL, user_metadata TEXT NOT NULL,
-    sdk_version TEXT NOT NULL, project_id TEXT, display_name TEXT, folded_name TEXT NOT NULL,
-    created_at INTEGER NOT NULL, last_heartbeat INTEGER NOT NULL,
-    status TEXT NOT NULL DEFAULT 'active', reason TEXT, detail TEXT NOT NULL DEFAULT '{}');
-CREATE INDEX sessions_by_time ON sessions (owner, created_at, session_id);
-CREATE TABLE runs (
-    run_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, owner TEXT NOT NULL, facts TEXT NOT NULL,
-    user_metadata TEXT NOT NULL, created_at INTEGER NOT NULL, last_request_at INTEGER NOT NULL, state TEXT NOT NULL);
-CREATE INDEX runs_by_time ON runs (owner, created_at);
-CREATE INDEX runs_by_session ON runs (session_id);
-CREATE TABLE samplers (
-    sampler_id TEXT PRIMARY KEY, session_id TEXT NOT NULL, owner TEXT NOT NULL, base_model TEXT NOT NULL,
-    model_path TEXT, version TEXT, ephemeral_run TEXT, created_at INTEGER NOT NULL,
-    clients INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX samplers_by_session ON samplers (session_id);
-CREATE TABLE checkpoints (
-    run_id TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, owner TEXT NOT NULL, version TEXT NOT NULL,
-    created_at INTEGER NOT NULL, size_bytes INTEGER NOT NULL, public INTEGER NOT NULL DEFAULT 0, expires_at INTEGER,
-    user_metadata TEXT NOT NULL, facts TEXT NOT NULL, has_optimizer INTEGER NOT NULL,
-    missing INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run_id, kind, name));
-CREATE INDEX checkpoints_by_time ON checkpoints (owner, created_at);
-CREATE INDEX checkpoints_by_expiry ON checkpoints (expires_at) WHERE expires_at IS NOT NULL;
-"""
-ANSWERS = """
-CREATE TABLE answers (
-    request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, result TEXT NOT NULL, created_at INTEGER NOT NULL);
-CREATE INDEX answers_by_time ON answers (created_at);
-"""
-FROM_VERSION_1 = """
-INSERT INTO answers SELECT request_id, owner, result, created_at FROM futures WHERE result IS NOT NULL;
-DROP TABLE futures;
-"""
 
 
 class LiveSessions:
@@ -259,7 +224,8 @@ class Database:
                     f"store {self.path}: schema {version}, this skyrl knows up to {SCHEMA_VERSION}; use a newer skyrl"
                 )
             if version < SCHEMA_VERSION:
-                for statement in (ANSWERS + FROM_VERSION_1 if version else SCHEMA + ANSWERS).split(";"):
+                script = Path(__file__).with_name("from_version_1.sql" if version else "schema.sql")
+                for statement in script.read_text(encoding="utf-8").split(";"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             if version == 0:
