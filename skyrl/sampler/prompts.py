@@ -6,9 +6,10 @@ Legend: L tokens of a query, N positions that are looked at together, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from skyrl.distributed.balance import pack
 from skyrl.models.lora import Adapter, routed, segments_of
 from skyrl.models.packed import PackedAttention
 from skyrl.sampler.runners import sampling
-from skyrl.types import Floats, Ints, UserError
+from skyrl.types import Floats, Ints
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -93,7 +94,6 @@ def score_prompts(
     Draw j of a position depends on (seed, position, j) and the distribution there alone. What a pack holds changes
     values by rounding only; with max_tokens=1, a forward for each query, by no bit (at 16 tokens a query a third of the
     speed, from 256 on the same). A model that is not finite gives values that are not.
-    Raises: UserError for an adapter that `adapters` lacks, tokens or targets out of range or of a wrong shape.
     """
     for query in queries:
         _check(query, model, adapters)
@@ -113,24 +113,15 @@ def score_prompts(
 
 
 def _check(query: PromptLogprobsRequest, model: CausalLM, adapters: Mapping[str, Adapter]) -> None:
-    where, tokens = f"request {query.uid}", np.asarray(query.tokens)
-    length, vocab = len(tokens), model.vocab_size
-    if query.model and query.model not in adapters:
-        raise UserError(f"{where}: model={query.model!r} is not known; allowed: a published adapter, or '' for none")
-    if length == 0 or tokens.min() < 0 or tokens.max() >= vocab:
-        raise UserError(f"{where}: needs 1 or more tokens, each in 0 .. {vocab - 1}")
-    if length > model.max_positions:
-        raise UserError(f"{where}: {length} tokens; the model has {model.max_positions} positions; shorten it")
-    if not 0 < query.temperature < float("inf"):
-        raise UserError(f"{where}: temperature={query.temperature}; allowed: above 0")
-    for name in ("start", "topk", "alternatives"):
-        if getattr(query, name) < 0:
-            raise UserError(f"{where}: {name}={getattr(query, name)}; allowed: 0 or more")
-    targets = query.targets
-    if targets is not None and (targets.ndim != 2 or targets.shape[0] != length - 1):
-        raise UserError(f"{where}: targets have shape {list(targets.shape)}; allowed: [{length - 1}, K]")
-    if targets is not None and targets.size and (targets.min() < -1 or targets.max() >= vocab):
-        raise UserError(f"{where}: targets must be in 0 .. {vocab - 1}, or -1 for none")
+    """Holds a query to what score_prompts takes. Whoever asks has checked what a person gave."""
+    tokens, targets, length = np.asarray(query.tokens), query.targets, len(query.tokens)
+    assert not query.model or query.model in adapters, f"model={query.model!r} is not known"
+    assert 0 < length <= model.max_positions, f"{length} tokens, and {model.max_positions} positions"
+    assert 0 <= tokens.min() and tokens.max() < model.vocab_size, "tokens beyond the vocabulary"
+    assert 0 < query.temperature < float("inf") and min(query.start, query.topk, query.alternatives) >= 0, query
+    if targets is not None:
+        assert targets.ndim == 2 and len(targets) == length - 1, f"targets have shape {list(targets.shape)}"
+        assert not targets.size or (-1 <= targets.min() and targets.max() < model.vocab_size), "targets out of range"
 
 
 def _places(query: PromptLogprobsRequest) -> np.ndarray:
@@ -170,79 +161,51 @@ def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, A
 
 
 def _answer(logits_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
-    """Writes what the logits say about positions `places` of the members `owners` (both [N]) into their answers."""
-    queries = [members[owner][0] for owner in owners]
-    for heat, kinds in _groups([query.temperature for query in queries]):
-        whole = len(kinds) == len(queries)
-        z_NV = logits_NV if whole else logits_NV[torch.from_numpy(kinds).to(logits_NV.device)]
-        if heat != 1:
-            z_NV = z_NV / heat
-        _ranked(z_NV, z_NV.logsumexp(1), owners[kinds], places[kinds], members)
-    plain = np.flatnonzero([query.targets is not None or query.alternatives > 0 for query in queries])
-    if len(plain):
-        z_NV = logits_NV[torch.from_numpy(plain).to(logits_NV.device)]
-        _named(z_NV, z_NV.logsumexp(1), owners[plain], places[plain], members)
-        _drawn(z_NV, owners[plain], places[plain], members)
-
-
-def _groups(values: list[float]) -> Iterator[tuple[float, np.ndarray]]:
-    for value in sorted(set(values)):
-        yield value, np.flatnonzero([one == value for one in values])
-
-
-def _runs(
-    owners: np.ndarray, members: list[Member]
-) -> Iterator[tuple[slice, PromptLogprobsRequest, PromptLogprobsResult]]:
-    """The stretch of rows of each member."""
+    """Writes what the logits say about positions `places` of the members `owners` (both [N], the rows of a member side
+    by side) into their answers."""
     borders = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
-    for first, last in zip(borders[:-1], borders[1:], strict=True):
-        query, _, stats = members[owners[first]]
-        yield slice(first, last), query, stats
-
-
-def _ranked(z_NV: Tensor, norm_N: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
-    """Log-probabilities of the tokens, and the likeliest ones."""
-    for rows, query, stats in _runs(owners, members):
-        at = places[rows]
+    for first, last in pairwise(borders.tolist()):
+        query, _, answer = members[owners[first]]
+        z_NV, at = logits_NV[first:last], places[first:last]
         inside = at >= query.start  # others are here for their targets
-        if stats.logprobs is not None:
-            token_N1 = torch.from_numpy(np.asarray(query.tokens, dtype=np.int64)[at]).to(z_NV.device).unsqueeze(1)
-            logprob_N = z_NV[rows].gather(1, token_N1).squeeze(1) - norm_N[rows]
-            stats.logprobs[at[inside]] = logprob_N.float().cpu().numpy()[inside]
-        if stats.topk_ids is not None and stats.topk_logprobs is not None:
-            count = min(query.topk, z_NV.shape[1])
-            ids = z_NV[rows].topk(count, 1).indices.sort(1).values
-            values, order = (z_NV[rows].gather(1, ids) - norm_N[rows, None]).sort(dim=1, descending=True, stable=True)
-            stats.topk_ids[at[inside], :count] = ids.gather(1, order).cpu().numpy()[inside]
-            stats.topk_logprobs[at[inside], :count] = values.float().cpu().numpy()[inside]
-
-
-def _named(z_NV: Tensor, norm_N: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
-    """Log-probabilities of targets."""
-    for rows, query, stats in _runs(owners, members):
-        if query.targets is not None and stats.targets is not None and query.targets.shape[1]:
-            named_NK = np.asarray(query.targets, dtype=np.int64)[places[rows] - 1]
+        if query.logprobs or query.topk:
+            _ranked(query, answer, z_NV if query.temperature == 1 else z_NV / query.temperature, at, inside)
+        if answer.targets is not None and query.targets is not None and query.targets.shape[1]:
+            named_NK = np.asarray(query.targets, dtype=np.int64)[at - 1]
             ids_NK = torch.from_numpy(named_NK.clip(0)).to(z_NV.device)
-            logprob_NK = (z_NV[rows].gather(1, ids_NK) - norm_N[rows, None]).float().cpu().numpy()
-            stats.targets[places[rows] - 1] = np.where(named_NK >= 0, logprob_NK, np.float32(0))
+            logprob_NK = (z_NV.gather(1, ids_NK) - z_NV.logsumexp(1, keepdim=True)).float().cpu().numpy()
+            answer.targets[at - 1] = np.where(named_NK >= 0, logprob_NK, np.float32(0))
+        if query.alternatives and inside.any():
+            _drawn(query, answer, z_NV[torch.from_numpy(inside).to(z_NV.device)], at[inside])
 
 
-def _drawn(z_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: list[Member]) -> None:
+def _ranked(
+    query: PromptLogprobsRequest, answer: PromptLogprobsResult, z_NV: Tensor, at: np.ndarray, inside: np.ndarray
+) -> None:
+    """Log-probabilities of the tokens, and the likeliest ones."""
+    norm_N1 = z_NV.logsumexp(1, keepdim=True)
+    if answer.logprobs is not None:
+        token_N1 = torch.from_numpy(np.asarray(query.tokens, dtype=np.int64)[at]).to(z_NV.device).unsqueeze(1)
+        answer.logprobs[at[inside]] = (z_NV.gather(1, token_N1) - norm_N1).squeeze(1).float().cpu().numpy()[inside]
+    if answer.topk_ids is not None and answer.topk_logprobs is not None:
+        count = min(query.topk, z_NV.shape[1])
+        ids = z_NV.topk(count, 1).indices.sort(1).values
+        values, order = (z_NV.gather(1, ids) - norm_N1).sort(dim=1, descending=True, stable=True)
+        answer.topk_ids[at[inside], :count] = ids.gather(1, order).cpu().numpy()[inside]
+        answer.topk_logprobs[at[inside], :count] = values.float().cpu().numpy()[inside]
+
+
+def _drawn(query: PromptLogprobsRequest, answer: PromptLogprobsResult, z_NV: Tensor, at: np.ndarray) -> None:
     """Draws by inverting the cumulative distribution, as sampling.sample does."""
-    for rows, query, stats in _runs(owners, members):
-        inside = places[rows] >= max(query.start, 1)
-        if stats.alt_tokens is None or stats.alt_logprobs is None or not inside.any():
-            continue
-        points = _points(query, places[rows][inside]).to(z_NV.device)
-        some_NV = z_NV[rows][torch.from_numpy(inside).to(z_NV.device)]
-        shifted_NV = some_NV - some_NV.amax(1, keepdim=True)
-        sums_NV = shifted_NV.exp().cumsum(1, dtype=torch.float64)
-        total_N1 = sums_NV[:, -1:]
-        points = torch.minimum(points * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
-        tokens_NK = torch.searchsorted(sums_NV, points, right=True).clamp_(max=z_NV.shape[1] - 1)
-        stats.alt_tokens[places[rows][inside] - 1] = tokens_NK.cpu().numpy()
-        logprob_NK = shifted_NV.gather(1, tokens_NK) - total_N1.log()
-        stats.alt_logprobs[places[rows][inside] - 1] = logprob_NK.float().cpu().numpy()
+    assert answer.alt_tokens is not None and answer.alt_logprobs is not None
+    points = _points(query, at).to(z_NV.device)
+    shifted_NV = z_NV - z_NV.amax(1, keepdim=True)
+    sums_NV = shifted_NV.exp().cumsum(1, dtype=torch.float64)
+    total_N1 = sums_NV[:, -1:]
+    points = torch.minimum(points * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    tokens_NK = torch.searchsorted(sums_NV, points, right=True).clamp_(max=z_NV.shape[1] - 1)
+    answer.alt_tokens[at - 1] = tokens_NK.cpu().numpy()
+    answer.alt_logprobs[at - 1] = (shifted_NV.gather(1, tokens_NK) - total_N1.log()).float().cpu().numpy()
 
 
 def _points(query: PromptLogprobsRequest, places: np.ndarray) -> Tensor:

@@ -163,14 +163,12 @@ def score(context: RankContext, part: list[PromptLogprobsRequest]) -> list[Promp
     def scored_alone(request: PromptLogprobsRequest) -> PromptLogprobsResult | Problem:
         try:
             return scored([request])[0]
-        except UserError as error:
-            return Problem(str(error))
         except torch.OutOfMemoryError:
             return Problem(f"{len(request.tokens)} tokens and what is asked about them do not fit into memory")
 
     try:
         return list(scored(part))
-    except (UserError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         return [scored_alone(request) for request in part]
 
 

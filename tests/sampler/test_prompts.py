@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skyrl.models.forward import CausalLM
 from skyrl.sampler import prompts as module
 from skyrl.sampler.prompts import EMPTY, PromptLogprobsRequest, score_prompts
-from skyrl.types import UserError
 from tests.families import make_net
 from tests.sampler.tools import TOLERANCE, VOCAB, adapter, merged, plain_logits, prompts, qwen3
 
@@ -175,21 +174,22 @@ def test_one_token_has_nothing_to_say(setting):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change",
     [
-        (dict(model="c"), "model='c' is not known"),
-        (dict(tokens=np.array([VOCAB])), "0 .. 96"),
-        (dict(tokens=np.array([], dtype=np.int64)), "1 or more tokens"),
-        (dict(tokens=np.ones(600, np.int64)), "512 positions"),
-        (dict(temperature=0.0), "temperature=0.0"),
-        (dict(topk=-1), "topk=-1"),
-        (dict(targets=np.zeros((2, 1), np.int64)), r"targets have shape \[2, 1\]; allowed: \[1, K\]"),
-        (dict(targets=np.array([[VOCAB]])), "or -1 for none"),
-        (dict(targets=np.array([[-2]])), "or -1 for none"),
+        dict(model="c"),
+        dict(tokens=np.array([VOCAB])),
+        dict(tokens=np.array([], dtype=np.int64)),
+        dict(tokens=np.ones(600, np.int64)),
+        dict(temperature=0.0),
+        dict(topk=-1),
+        dict(targets=np.zeros((2, 1), np.int64)),
+        dict(targets=np.array([[VOCAB]])),
+        dict(targets=np.array([[-2]])),
     ],
 )
-def test_what_is_wrong_is_refused(setting, change, message):
+def test_what_a_caller_must_not_ask_is_noticed(setting, change):
+    """service/validation.py refuses all of these to a client, by name."""
     model, adapters, _ = setting
     query = PromptLogprobsRequest(**{"uid": "x", "tokens": np.array([1, 2]), **change})
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(AssertionError):
         score_prompts(model, [query], adapters, max_tokens=10)
