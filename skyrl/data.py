@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from skyrl.config.schema import RunConfig
-from skyrl.envs import ENVIRONMENTS, environment_options
+from skyrl.envs import environment_options
 from skyrl.envs.base import Split
 from skyrl.envs.data_files import NoHeldOut, messages_problem
 from skyrl.envs.guard import describe_error
+from skyrl.envs.wrappers import classes_of
 from skyrl.tasks import code as _registered  # noqa: F401
 from skyrl.types import Prompt, UserError
 
@@ -71,7 +72,7 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
     """
     if cfg.data.max_prompts < 0:
         raise UserError(f"data.max_prompts={cfg.data.max_prompts}: wanted 0 (all) or more")
-    cls = ENVIRONMENTS.get(cfg.env.name, "env.name")
+    cls = classes_of(cfg.env)[0]
     options = environment_options(cfg.env)
     try:
         prompts = cls.dataset(options, cfg.data, split, cfg.seed)

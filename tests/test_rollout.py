@@ -11,7 +11,8 @@ from small import make_engine
 from skyrl.algorithms.filters import trained_masks
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.distributed.collectives import MetricSums
-from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, make_environment, register_environment
+from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, register_environment
+from skyrl.envs.wrappers import make_environment
 from skyrl.rollout import RolloutConfig, draw_seed, episode_metrics, rollout, to_rows
 from skyrl.text.chat import Chat
 from skyrl.text.tokenizer import tiny_tokenizer

@@ -9,6 +9,7 @@ from skyrl.algorithms.declare import Advantage, Loss, Param
 from skyrl.api.trainer import SkyRLTrainer
 from skyrl.envs.base import Environment, RetryableError, StepResult, register_environment
 from skyrl.envs.rewards.base import register_reward
+from skyrl.envs.wrappers import Wrapper, register_wrapper
 from skyrl.hub.policies import Policy, register_policy
 from skyrl.tracking.hooks import Hook
 from skyrl.types import Message, Metrics, Prompt, UserError
@@ -29,6 +30,7 @@ __all__ = [
     "SkyRLTrainer",
     "StepResult",
     "UserError",
+    "Wrapper",
     "evaluate",
     "per_group",
     "register_advantage",
@@ -36,6 +38,7 @@ __all__ = [
     "register_loss",
     "register_policy",
     "register_reward",
+    "register_wrapper",
     "train",
 ]
 

@@ -276,6 +276,8 @@ class EnvConfig:
     """A registered environment: arithmetic, gsm8k, gsm8k_expressions, guess_number, code, or a plugin's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of that environment; an unknown one is refused."""
+    wrappers: list[Any] = field(default_factory=list)
+    """Registered wrappers around it, the first innermost: names, or {name: ..., option: ...}."""
     max_turns: int = 1
     """Turns of one episode."""
     max_episode_tokens: int = 0

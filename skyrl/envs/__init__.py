@@ -6,10 +6,10 @@ from skyrl.envs.base import (
     Environment,
     StepResult,
     environment_options,
-    make_environment,
     register_environment,
 )
 from skyrl.envs.guard import Guard, Outcome
+from skyrl.envs.wrappers import make_environment
 
 __all__ = [
     "ENVIRONMENTS",

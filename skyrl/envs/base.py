@@ -124,36 +124,39 @@ def environment_options(cfg: EnvConfig) -> dict[str, Any]:
     Raises UserError naming env.options.<x> for an unknown option, a wrong type or a missing one.
     """
     # mypy looks for the hash of an environment where the class is what is hashed
-    allowed, open_ended = _signature(ENVIRONMENTS.get(cfg.name, "env.name"))  # type: ignore[arg-type]
-    for key, value in cfg.options.items():
-        if key == "max_turns" and key in allowed:
-            raise UserError("env.options.max_turns: this is an option of every environment; set env.max_turns instead")
+    cls = ENVIRONMENTS.get(cfg.name, "env.name")  # type: ignore[arg-type]
+    takes_turns = "max_turns" in _signature(cls)[0]  # type: ignore[arg-type]
+    if takes_turns and "max_turns" in cfg.options:
+        raise UserError("env.options.max_turns: this is an option of every environment; set env.max_turns instead")
+    options = check_options(cls, cfg.options, "env.options", f"environment {cfg.name!r}", beside=("max_turns",))
+    return {**options, **({"max_turns": cfg.max_turns} if takes_turns else {})}
+
+
+def check_options(
+    cls: type[Environment], given: dict[str, Any], where: str, who: str, beside: tuple[str, ...]
+) -> dict[str, Any]:
+    """`given` as keyword arguments for the constructor of `cls`: a text where a Path is wanted becomes one.
+
+    `beside` are arguments that others give. Raises UserError, `where` a config path, for an unknown option, a wrong
+    type or a missing one."""
+    allowed, open_ended = _signature(cls)  # type: ignore[arg-type]
+    allowed = {key: value for key, value in allowed.items() if key not in beside}
+    options = {}
+    for key, value in given.items():
         if key not in allowed and not open_ended:
-            names = ", ".join(n for n in allowed if n != "max_turns") or "none"
             raise UserError(
-                f"env.options.{key}: environment {cfg.name!r} has no such option; it has: {names} (a recipe of "
+                f"{where}.{key}: {who} has no such option; it has: {', '.join(allowed) or 'none'} (a recipe of "
                 "another environment may have set it: start from experiment=custom)"
             )
         hint = allowed[key][0] if key in allowed else Any
         if not _matches(value, hint):
-            raise UserError(f"env.options.{key}={value!r}: environment {cfg.name!r} wants {_spell(hint)} here")
-    options = {
-        key: Path(expand_home(value, f"env.options.{key}"))
-        if isinstance(value, str) and Path in _alternatives(allowed.get(key, (Any, False))[0])
-        else value
-        for key, value in cfg.options.items()
-    }
-    if "max_turns" in allowed:
-        options["max_turns"] = cfg.max_turns
+            raise UserError(f"{where}.{key}={value!r}: {who} wants {_spell(hint)} here")
+        is_path = isinstance(value, str) and Path in _alternatives(hint)
+        options[key] = Path(expand_home(value, f"{where}.{key}")) if is_path else value
     for key, (hint, required) in allowed.items():
         if required and key not in options:
-            raise UserError(f"env.options.{key}: environment {cfg.name!r} needs it; give it {_spell(hint)}")
+            raise UserError(f"{where}.{key}: {who} needs it; give it {_spell(hint)}")
     return options
-
-
-def make_environment(cfg: EnvConfig) -> Environment:
-    """A new environment for one episode, or several one after the other. Raises UserError for bad options."""
-    return ENVIRONMENTS.get(cfg.name, "env.name")(**environment_options(cfg))
 
 
 @functools.cache

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
+from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.hub.text_part import text_part
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
@@ -107,7 +109,9 @@ def _is_cached(name: str) -> bool:
 
 
 def _sizes_of(cfg: RunConfig) -> ModelSizes:
-    path, folder = cfg.model.path, Path(cfg.model.path)
+    import_plugins(cfg.plugins)
+    path = policy_path(cfg.model.path) if cfg.model.path in POLICIES else cfg.model.path
+    folder = Path(path)
     if not path:
         raise UserError(NO_MODEL)
     local = path.startswith((".", "/", "~")) or path.count("/") > 1

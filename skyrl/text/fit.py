@@ -15,7 +15,7 @@ from typing import Any
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
-from skyrl.envs.base import make_environment
+from skyrl.envs.wrappers import make_environment
 from skyrl.text.chat import Chat, chat_of
 from skyrl.types import Prompt, UserError
 

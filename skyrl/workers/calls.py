@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from skyrl.config.schema import EnvConfig
-from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, make_environment, takes_seed
+from skyrl.envs.base import Environment, StepResult, takes_seed
 from skyrl.envs.guard import Guard, Outcome, blame
+from skyrl.envs.wrappers import classes_of, make_environment
 from skyrl.types import Message, Metrics, Prompt
 
 RETRIES = 2  # after a RetryableError, for classes that do not say how often
@@ -207,7 +208,7 @@ class LocalCalls:
 
     def __init__(self, cfg: EnvConfig) -> None:
         self._player = Player(cfg)
-        self._attempts = attempts_of(ENVIRONMENTS.get(cfg.name, "env.name"))  # type: ignore[arg-type]
+        self._attempts = attempts_of(classes_of(cfg)[0])
         self._answers: list[Answer] = []
 
     def open(self, key: int, prompt: Prompt, seed: int) -> None:

@@ -33,9 +33,10 @@ import cloudpickle
 
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
-from skyrl.envs.base import ENVIRONMENTS, Environment, is_async
+from skyrl.envs.base import Environment, is_async
 from skyrl.envs.guard import Outcome, place_in, place_of_call, raise_stop
 from skyrl.envs.rewards import REWARDS
+from skyrl.envs.wrappers import WRAPPERS, classes_of
 from skyrl.types import Prompt, UserError
 from skyrl.workers.calls import BACKOFF_SECONDS, Answer, Call, LocalCalls, attempts_of, decode, given_up
 from skyrl.workers.worker import BEAT_BYTES, FORK, HEADER, REAP, SHOW_STACK, WorkerSetup, frame, read_frame
@@ -176,12 +177,13 @@ class WorkerPool:
     """
 
     def __init__(self, cfg: EnvConfig, plugins: tuple[str, ...]) -> None:
-        cls = ENVIRONMENTS.get(cfg.name, "env.name")  # type: ignore[arg-type]
-        self._cfg, self._attempts = cfg, attempts_of(cls)
-        self._plain_reset = cls.reset is Environment.reset
-        self._async = is_async(cls)
+        classes = classes_of(cfg)
+        self._cfg, self._attempts = cfg, attempts_of(classes[0])
+        self._plain_reset = len(classes) == 1 and classes[0].reset is Environment.reset
+        self._async = any(map(is_async, classes))
         self._size = min(cfg.workers, cfg.max_concurrent)
-        self._template = _Template(WorkerSetup(replace(cfg, on_error="mask"), plugins, _things(cfg, cls)), preload=True)
+        setup = WorkerSetup(replace(cfg, on_error="mask"), plugins, _things(cfg, classes))
+        self._template = _Template(setup, preload=True)
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._played: dict[int, _Played] = {}
@@ -491,14 +493,16 @@ class WorkerPool:
         self._played.pop(played.key, None)
 
 
-def _things(cfg: EnvConfig, cls: type[Environment]) -> tuple[tuple[str, str, bytes], ...]:
-    """The environment, and the rewards beside it, as another process can take them: by name from a module that can be
-    imported there, else by value. Raises UserError for what holds something that cannot be sent."""
+def _things(cfg: EnvConfig, classes: list[type[Environment]]) -> tuple[tuple[str, str, bytes], ...]:
+    """The environment, its wrappers, and the rewards beside it, as another process can take them: by name from a module
+    that can be imported there, else by value. Raises UserError for what holds something that cannot be sent."""
     reward = cfg.options.get("reward")
-    things: list[tuple[str, str, Any]] = [("environment", cfg.name, cls)]
+    things: list[tuple[str, str, Any]] = [("environment", cfg.name, classes[0])]
+    things += [("wrapper", name, cls) for name, cls in WRAPPERS.items() if cls in classes]
+    ours = {"__main__", *(cls.__module__ for cls in classes)}
     for name in REWARDS.names():
         function = REWARDS.get(name)
-        if name == reward or getattr(function, "__module__", "") in ("__main__", cls.__module__):
+        if name == reward or getattr(function, "__module__", "") in ours:
             things.append(("reward", name, function))
     found = []
     for kind, name, thing in things:
@@ -546,10 +550,10 @@ def open_calls(cfg: EnvConfig, plugins: Sequence[str] = ()) -> LocalCalls | Work
     """What makes the calls of `cfg`: this process, or its workers, which are kept for the next rollout. A context.
 
     Raises UserError for an environment that cannot be sent to a worker."""
-    cls = ENVIRONMENTS.get(cfg.name, "env.name")  # type: ignore[arg-type]
-    if cfg.workers == 0 or cls.plays_in_process(cfg.options):
+    classes = classes_of(cfg)
+    if cfg.workers == 0 or all(cls.plays_in_process(cfg.options) for cls in classes):
         return LocalCalls(cfg)
-    made_for = (cfg, tuple(plugins), cls)
+    made_for = (cfg, tuple(plugins), classes)
     if _POOL and _POOL[0][0] != made_for:
         shut_pool()
     if not _POOL:

@@ -31,6 +31,7 @@ from skyrl.envs import guard
 from skyrl.envs.base import ENVIRONMENTS, is_async
 from skyrl.envs.guard import Outcome, describe_error
 from skyrl.envs.rewards import REWARDS
+from skyrl.envs.wrappers import WRAPPERS, classes_of
 from skyrl.types import UserError
 from skyrl.workers.calls import Call, Player, digest, encode
 
@@ -124,7 +125,7 @@ def _prepare(setup: WorkerSetup) -> str:
         import_plugins(setup.plugins)
         for kind, name, pickled in setup.things:
             thing = pickle.loads(pickled)
-            registry: Any = ENVIRONMENTS if kind == "environment" else REWARDS
+            registry: Any = {"environment": ENVIRONMENTS, "wrapper": WRAPPERS, "reward": REWARDS}[kind]
             if name not in registry:
                 registry.register(name)(thing)
     except UserError as error:
@@ -141,7 +142,7 @@ def _work(setup: WorkerSetup, sock: socket.socket, crash_fd: int, prepared: bool
         _settle(setup.env, crash_fd)
         problem = "" if prepared else _prepare(setup)
         player = Player(setup.env, beat=lambda: os.pwrite(crash_fd, struct.pack("<d", time.monotonic()), 0))
-        if not problem and is_async(ENVIRONMENTS.get(setup.env.name)):
+        if not problem and any(map(is_async, classes_of(setup.env))):
             asyncio.run(_serve_async(sock, player))
         else:
             _serve(sock, player, problem)

@@ -223,6 +223,8 @@ def skyrl_tx(name: str, rest: list[str], needs: list[str]) -> None:
         plan("train", tuple(one for one in rest[1:] if not one.startswith("-")), 1)
     elif name == "get-model":
         assert rest[0] in MODELS and len(rest) == 2, rest
+    elif name in ("new", "list"):  # into the folder that these commands are typed in
+        cli.COMMANDS[name](rest)
     elif name not in ("doctor", "runs", "sweep-table"):  # tests/launch/test_doctor.py, test_table.py, tests/test_cli.py
         with pytest.raises(UserError, match="no run folder|no such checkpoint"):
             cli.COMMANDS[name](rest)  # what was typed is right; the run it names is not here

@@ -11,8 +11,9 @@ import pytest
 from skyrl.api import Environment, StepResult, register_environment
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import ENVIRONMENTS, Guard
-from skyrl.envs.base import environment_options, make_environment
+from skyrl.envs.base import environment_options
 from skyrl.envs.rewards import REWARDS
+from skyrl.envs.wrappers import make_environment
 from skyrl.types import Prompt, UserError
 
 REPO = Path(__file__).parents[2]
