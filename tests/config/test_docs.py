@@ -183,7 +183,7 @@ BUDGET = {
     "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),
     "optim": (9, "AdamW (5), its schedule (4)"),
     "algorithm": (21, "five independent parts: advantage, loss, KL, filters, critic"),
-    "env": (9, "which task, its own options, its limits (4), and the processes that call it (3)"),
+    "env": (10, "which task, its own options, what is put around it, its limits (4), the processes that call it (3)"),
     "data": (6, "two sources, an order, two limits, and what is left out"),
     "chat": (2, "what the template is told, and what rewards read"),
     "eval": (4, "when, on what, how"),
