@@ -36,7 +36,7 @@ class Wrapper(Environment):
         """What a turn comes to: reward, done and metrics. The observation in it went through `observation` already."""
         return result
 
-    def reset(self, prompt: Prompt, seed: int) -> list[Message]:
+    def reset(self, prompt: Prompt, seed: int = 0) -> list[Message]:
         self.prompt = prompt
         with_seed = {"seed": seed} if takes_seed(type(self.env).reset) else {}
         return _then(self.env.reset(prompt, **with_seed), self.observation)
