@@ -81,6 +81,7 @@ def test_torchrun_restarts_all_ranks_from_the_last_checkpoint(whole, tmp_path):
     """kill -9 of a rank: one command, a second attempt, the numbers of the uninterrupted run. A stop is no failure."""
     job = start(tmp_path, flags=["--max-restarts=3"], SKYRL_PACE="generation:8:0.4")
     in_phase(tmp_path)
+    time.sleep(1.0)  # the watchdog tells the others of a new phase within 0.1 s
     os.kill(ranks_of(tmp_path, job)[1], signal.SIGKILL)
     assert wait_for(lambda: "resuming from" in (tmp_path / "stdout").read_text(), 90)
     (tmp_path / "in-1").unlink(missing_ok=True)
@@ -104,6 +105,7 @@ def test_the_line_about_a_lost_rank_comes_however_long_its_bundle_takes(tmp_path
     """torchrun's SIGTERM makes a thread tell it; the main thread, which sees the lost rank too, must not end first."""
     job = start(tmp_path, "plugins=[letters,pace,slow_bundle]", SKYRL_PACE="generation:8:0.4")
     in_phase(tmp_path)
+    time.sleep(1.0)  # the watchdog tells the others of a new phase within 0.1 s
     os.kill(ranks_of(tmp_path, job)[1], signal.SIGKILL)
     assert job.wait(60) != 0
     text = (tmp_path / "stderr").read_text()
