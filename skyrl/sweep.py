@@ -95,8 +95,8 @@ def final_values(metrics: Path) -> dict[str, float]:
 
 
 def run_state(folder: Path) -> str:
-    """What a run folder is by its files: running (a process holds its lock), finished, stopped (it has saved and left,
-    or a notice has ended it) or unfinished."""
+    """What a run folder is by its files: running (a process holds its lock), finished, evaluated (without training),
+    stopped (it has saved and left, or a notice has ended it) or unfinished."""
     if is_locked(folder):
         return "running"
     try:

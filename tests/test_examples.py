@@ -14,6 +14,7 @@ import pytest
 from small import SMALL
 
 from skyrl import cli
+from skyrl.sweep import run_state
 from skyrl.tracking.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +141,7 @@ def test_train_in_python_and_evaluate(warm, here):
     assert re.search(r"^eval/accuracy:mean +0\.\d+$", done.stdout, re.M), done.stdout
     assert list((here / "runs/eval-tiny/rollouts").glob("eval-*"))
     assert not (here / "runs/eval-tiny/export").exists()
+    assert run_state(here / "runs/eval-tiny") == "evaluated"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a user's script or plugin imports. Imports without torch."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,14 @@ def evaluate(*options: str) -> Metrics:
     in the run's folder. Raises as `train` does.
     """
     from skyrl.config.load import load_config
+    from skyrl.distributed.env import rank
     from skyrl.distributed.place import take_place
+    from skyrl.files import write_atomic
     from skyrl.loop import run_loop
     from skyrl.main import set_torch_defaults
     from skyrl.run import Run
-    from skyrl.sweep import final_values
+    from skyrl.run_dir import RESULT
+    from skyrl.sweep import OBJECTIVE, final_values
 
     def play(run: Run) -> None:
         run.evaluate()
@@ -93,5 +97,9 @@ def evaluate(*options: str) -> Metrics:
     take_place()
     cfg = load_config(options)
     run_loop(replace(cfg, checkpoint=replace(cfg.checkpoint, export=False)), play)
-    found = final_values(Path(cfg.run.dir) / "metrics.jsonl")
+    folder = Path(cfg.run.dir)
+    found = final_values(folder / "metrics.jsonl")
+    if rank() == 0:  # without a digest: a run of the same options has its steps before it
+        told = {"name": cfg.run.name, "state": "evaluated", "accuracy": found.get(OBJECTIVE)}
+        write_atomic(folder / RESULT, json.dumps(told, indent=1) + "\n")
     return {name: value for name, value in found.items() if name.startswith("eval/")}
