@@ -75,12 +75,9 @@ NO_MODEL = (
     "model.path: no model is named; give a folder in Hugging Face format or a hub name (model.path=...), or say "
     "model=tiny for a small random one"
 )
-OUR_TASKS = (
-    "arithmetic",
-    "gsm8k",
-    "gsm8k_expressions",
-    "guess_number",
-    "code",
+OUR_TASKS = tuple(
+    "arithmetic gsm8k gsm8k_expressions guess_number code math mastermind search sql structured support support_model "
+    "tic_tac_toe tools".split()
 )  # whose recipes say how long an answer is
 FILTERS = {"too_long", "empty", "refused", "all"}
 # Smaller numbers than these can only fail: rounding, or what takes time of its own, would decide. 0 where it means off.

@@ -48,12 +48,16 @@ class Gsm8k(SingleTurn):
         env = cls(**options)
         return [env._prompt(row, split, n) for n, row in enumerate(gsm8k_rows(data, split))]
 
-    def _prompt(self, row: Example, split: str, number: int) -> Prompt:
-        text = row.text("question").strip()
+    def read(self, row: Example) -> tuple[str, str, str]:
+        """Question, solution and final answer of a row. Raises UserError with file:line."""
         solution = ANNOTATION.sub("", row.text("answer")).strip()
         answer = extract_answer(solution)
         if answer is None:
             raise UserError(f"{row.source}: field 'answer' does not end with '#### <number>'")
+        return row.text("question").strip(), solution, answer
+
+    def _prompt(self, row: Example, split: str, number: int) -> Prompt:
+        text, solution, answer = self.read(row)
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": f"{text}\n{self.instruction}" if self.instruction else text})
         extra = {"answer": answer, "solution": solution, "source": row.source}

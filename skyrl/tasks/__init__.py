@@ -1,5 +1,5 @@
 """Tasks that bring what they need; importing this registers them. Imports without torch."""
 
-from skyrl.tasks import code
+from skyrl.tasks import code, games, math, search, sql, structured, support, tools
 
-__all__ = ["code"]
+__all__ = ["code", "games", "math", "search", "sql", "structured", "support", "tools"]

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import random
-import re
-from collections.abc import Sequence
 from typing import Any
 
-from skyrl.config.schema import DataConfig
-from skyrl.envs.base import Environment, RetryableError, Split, StepResult, register_environment
+from skyrl.envs.base import RetryableError, StepResult, register_environment
 from skyrl.envs.single_turn import require
 from skyrl.sandbox import Level, Limits, SandboxError, default_sandbox, to_text
+from skyrl.tasks.base import Task, Tasks, last_block
 from skyrl.types import Prompt, UserError
 
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 STAGES = ("parses", "compiles", "within_limits", "passes")
 CACHED = 4096  # verdicts: a model that has learned writes the same program again and again
 
 
 @register_environment("code")
-class Code(Environment):
+class Code(Task):
     """Write a function that passes hidden tests.
 
     Rows of data.path have "prompt" or "messages", "entry_point" and "tests": a list of {"args": [...], "kwargs": {...},
@@ -58,19 +55,19 @@ class Code(Environment):
         require(0 < num_test <= LARGEST_SPLIT, "num_test", num_test, f"1 to {LARGEST_SPLIT}")
         self.partial, self.complete, self.level = partial, complete, level or None
         self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
-        self.num_problems = {"train": num_train, "test": num_test}
+        self.num_prompts = {"train": num_train, "test": num_test}
 
-    @classmethod
-    def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
-        """Rows of a file, checked, or made tasks. Raises UserError with file:line, and where no sandbox is allowed."""
-        env = cls(**options)
-        default_sandbox(env.level).level  # noqa: B018  # tells now what would fail at the first answer
-        if not data.path:
-            return _made(env, split, seed)
-        prompts = super().dataset(options, data, split, seed)
-        for prompt in prompts:
-            _check(prompt)
-        return prompts
+    def prepare(self) -> None:
+        """Tries the sandbox."""
+        default_sandbox(self.level).level  # noqa: B018
+
+    def made(self) -> Tasks:
+        """Tasks of one line."""
+        return _made(self.complete)
+
+    def check(self, prompt: Prompt) -> None:
+        """There is a function to write, and tests of it."""
+        _check(prompt)
 
     def step(self, text: str) -> StepResult:
         """Runs the answer's program with the tests; always the last step."""
@@ -93,8 +90,7 @@ class Code(Environment):
 
 def program_of(text: str, beginning: str = "") -> str:
     """The program in an answer: its last fenced block of Python, else all of it, behind `beginning`."""
-    blocks = FENCE.findall(text)
-    return beginning + (blocks[-1] if blocks else text)
+    return beginning + last_block(text, "python|py")
 
 
 @functools.lru_cache(CACHED)
@@ -163,24 +159,15 @@ FORMS = (  # question; what is right of it
 )
 HEAD = "def f(x): return "
 INPUTS = (0, 1, 2, 7, 10, -3, 123)
-HELD_OUT = 10  # one task in so many
 LARGEST_SPLIT = len(FORMS) * len(FACTORS) * len(SUMMANDS)
 
 
-def _made(env: Code, split: Split, seed: int) -> list[Prompt]:
-    """Tasks of one line. Which are held out depends on the task alone; the seed orders those to train on."""
-    every = [(form, a, b) for form in range(len(FORMS)) for a in FACTORS for b in SUMMANDS]
-    random.Random("skyrl.code").shuffle(every)
-    cut = len(every) // HELD_OUT
-    chosen = every[:cut] if split == "test" else every[cut:]
-    if split == "train":
-        random.Random(f"skyrl.code/{seed}").shuffle(chosen)
-    prompts = []
-    for number, (form, a, b) in enumerate(chosen[: env.num_problems[split]]):
-        question, solution, function = FORMS[form]
+@functools.cache
+def _made(complete: bool) -> list[tuple[str, dict[str, Any]]]:
+    tasks = []
+    for (question, solution, function), a, b in itertools.product(FORMS, FACTORS, SUMMANDS):
         task, body = f"# f(x): {question.format(a=a, b=b)}\n", solution.format(a=a, b=b)
         tests = [{"args": [x], "expected": function(x, a, b)} for x in INPUTS]
-        text, answer = (task + HEAD, body) if env.complete else (task, HEAD + body)
-        extra = {"entry_point": "f", "tests": tests, "solution": answer}
-        prompts.append(Prompt(f"{env.name}/{split}/{number}", env.name, [{"role": "user", "content": text}], extra))
-    return prompts
+        text, answer = (task + HEAD, body) if complete else (task, HEAD + body)
+        tasks.append((text, {"entry_point": "f", "tests": tests, "solution": answer}))
+    return tasks
