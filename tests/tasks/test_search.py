@@ -80,7 +80,15 @@ def test_the_made_questions_can_be_answered_by_searching(rows, play):
     assert {result.metrics["searches:mean"] for result in results} == {1.0, 2.0}
 
 
-def test_the_package_is_used_or_named(rows, play, corpus, monkeypatch):
+def test_the_package_finds_what_our_own_index_finds(rows, play, corpus):
+    pytest.importorskip("bm25s", reason="bm25s is not installed (extra search)")
+    prompt = rows("search", ROW, options={**corpus, "index": "bm25s"})[0]
+    queries = ["search: the capital of Norway", "search: flour", "search: zzz", "search: old town", "answer: x"]
+    heard = [play(prompt, *queries, **corpus, index=index)[1] for index in ("bm25", "bm25s")]
+    assert heard[0] == heard[1] and "Oslo" in heard[1][1] and heard[1][3] == "nothing found\n"
+
+
+def test_the_package_is_named_where_it_is_missing(rows, play, corpus, monkeypatch):
     options = {**corpus, "index": "bm25s"}
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UserError, match=r"'bm25s' is not installed; run pip install 'skyrl-spmd\[search\]', or"):
