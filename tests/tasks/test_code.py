@@ -6,9 +6,8 @@ from unittest.mock import Mock
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
-from skyrl.data import ENVIRONMENTS
 from skyrl.envs import make_environment
-from skyrl.envs.base import RetryableError
+from skyrl.envs.base import ENVIRONMENTS, RetryableError
 from skyrl.sandbox import Sandbox, SandboxError
 from skyrl.tasks import code
 from skyrl.tasks.code import INPUTS, judge, program_of

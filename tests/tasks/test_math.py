@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from skyrl.data import ENVIRONMENTS
+from skyrl.envs.base import ENVIRONMENTS
 from skyrl.tasks import math
 from skyrl.types import UserError
 
