@@ -273,7 +273,7 @@ class EnvConfig:
     """What is played."""
 
     name: str = "arithmetic"
-    """A registered environment: one of docs/environments.md (arithmetic, gsm8k, math, code, sql, tools, ...), or a plugin's."""
+    """A registered environment: one of docs/environments.md (arithmetic, gsm8k, code, tools, ...), or a plugin's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of that environment; an unknown one is refused."""
     wrappers: list[Any] = field(default_factory=list)
