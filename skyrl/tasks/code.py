@@ -58,11 +58,11 @@ class Code(Task):
         self.num_prompts = {"train": num_train, "test": num_test}
 
     def prepare(self) -> None:
-        """Tries the sandbox."""
+        """Tries the sandbox of `level`."""
         default_sandbox(self.level).level  # noqa: B018
 
     def made(self) -> Tasks:
-        """Tasks of one line."""
+        """Tasks whose solution is one line."""
         return _made(self.complete)
 
     def check(self, prompt: Prompt) -> None:

@@ -142,7 +142,7 @@ class Mastermind(TurnedTask):
         return super().reset(prompt)
 
     def turn(self, text: str) -> str | None:
-        """Answers one guess."""
+        """Answers one guess of the code."""
         code, found = str(self.prompt.extra["code"]), DIGITS.findall(text)
         guess = found[-1] if found else ""
         if len(guess) != self.length or not set(guess) <= set("123456789"[: self.symbols]):

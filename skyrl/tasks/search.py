@@ -70,7 +70,7 @@ class Search(TurnedTask):
         return super().dataset(options, data, split, seed)
 
     def prepare(self) -> None:
-        """Reads the corpus."""
+        """Reads the corpus and makes its index."""
         _retriever(self.corpus, self.index)
 
     def made(self) -> Tasks:
