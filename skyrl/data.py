@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from skyrl.algorithms.objectives import Objectives
 from skyrl.config.schema import RunConfig
 from skyrl.envs import environment_options
-from skyrl.envs.base import Split
+from skyrl.envs.base import Split, group_rewards_of, objective_names_of
 from skyrl.envs.data_files import NoHeldOut, messages_problem
 from skyrl.envs.guard import describe_error
 from skyrl.envs.wrappers import classes_of
@@ -74,6 +75,10 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
         raise UserError(f"data.max_prompts={cfg.data.max_prompts}: wanted 0 (all) or more")
     cls = classes_of(cfg.env)[0]
     options = environment_options(cfg.env)
+    group_rewards_of(cfg.env)
+    if names := objective_names_of(cfg.env):
+        objectives = cfg.algorithm.objectives
+        Objectives(objectives.weights, objectives.constraints).check(names, f"env.name={cfg.env.name}")
     try:
         prompts = cls.dataset(options, cfg.data, split, cfg.seed)
     except UserError:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from skyrl.algorithms.kl import AdaptiveKL
+from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
@@ -262,6 +263,7 @@ def _open(
         state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
         supervised=supervised,
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
+        objectives=Objectives(cfg.algorithm.objectives.weights, cfg.algorithm.objectives.constraints),
         watch=watch,
         left_out=left_out,
     )
@@ -390,6 +392,7 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     run.engine.load_state(tensors)
     if run.kl is not None and run.state.kl:
         run.kl.load_state_dict(run.state.kl)
+    run.objectives.load_state_dict(run.state.multipliers)
     if run.world.is_leader and own:
         drop_rollouts(run.folder.rollouts, run.state.global_step)
     return run.state.metrics_offset if own else 0

@@ -14,11 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from skyrl.algorithms.objectives import Objectives
 from skyrl.algorithms.variance import score_of
 from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.distributed.phases import heartbeat
-from skyrl.envs.base import StepResult
+from skyrl.envs.base import StepResult, group_rewards_of, objective_names_of
+from skyrl.envs.guard import place_of_call
+from skyrl.envs.rewards.base import reward_names
 from skyrl.sampler.sampler import Sampler
 from skyrl.text.chat import Chat
 from skyrl.types import (
@@ -36,7 +39,7 @@ from skyrl.types import (
     Turn,
     UserError,
 )
-from skyrl.workers.calls import LocalCalls
+from skyrl.workers.calls import Answer, LocalCalls
 from skyrl.workers.pool import WorkerPool, open_calls
 
 
@@ -51,6 +54,7 @@ class RolloutConfig:
     """How episodes are played: group size, sampling, limits, and the key of every draw.
 
     `params.seed` is not used: each turn's seed comes from `key`, the prompt's position, the sample and the turn.
+    `combine` makes one reward of named objectives, with its scale (algorithms.objectives).
     `stop_requested` says whether this rank shall stop playing. `progress` hears of every episode that has ended: how
     many, and of how many.
     """
@@ -61,6 +65,7 @@ class RolloutConfig:
     max_row_tokens: int
     key: tuple[Any, ...]
     plugins: Sequence[str] = ()
+    combine: Callable[[dict[str, float]], tuple[float, float]] = Objectives().combine
     stop_requested: Callable[[], bool] = lambda: False
     progress: Callable[[int, int], None] = lambda done, total: None
 
@@ -78,6 +83,7 @@ class ActiveEpisode:
     turns: list[Turn] = field(default_factory=list)
     metrics: MetricSums = field(default_factory=MetricSums)
     calls: MetricSums = field(default_factory=MetricSums)
+    done: bool = False
 
 
 def rollout(
@@ -105,7 +111,9 @@ def rollout(
         except _Stopped:
             playing.drop()
             return []
-    return playing.groups  # type: ignore[return-value]
+    groups = cast(list[list[Episode]], playing.groups)
+    _check_objectives(groups, config.env)
+    return groups
 
 
 class _Stopped(Exception):
@@ -127,6 +135,8 @@ class _Rollout:
         self.groups: list[list[Episode | None]] = [[None] * config.group_size for _ in range(num_groups)]
         self._called: dict[int, ActiveEpisode] = {}  # by key, until they end
         self._sampled: dict[str, int] = {}  # uid of a request -> key
+        self._scored = bool(group_rewards_of(config.env))
+        self._scoring: dict[int, list[Episode]] = {}  # by key: episodes whose rewards as a group are asked for
         self._ended, self._total = 0, num_groups * config.group_size
         self._openings: dict[int, tuple[list[Message], Ints]] = {}  # of each group, the last one: most are alike
 
@@ -146,6 +156,9 @@ class _Rollout:
     def take_answers(self) -> None:
         """Goes on with the episodes whose environments have answered."""
         for answer in self.calls.poll(wait=not self.sampler.unfinished()):
+            if answer.key in self._scoring:
+                self._take_scores(answer)
+                continue
             episode = self._called[answer.key]
             for name, value in answer.counts.items():
                 episode.calls.add(name, value)
@@ -186,8 +199,12 @@ class _Rollout:
     def _take_turn(self, key: int, result: StepResult) -> None:
         """Notes what the environment answered to a turn, and goes on as it says."""
         episode = self._called[key]
-        sample = episode.turns[-1].sample
-        episode.turns[-1].reward = float(result.reward)
+        turn, sample, episode.done = episode.turns[-1], episode.turns[-1].sample, result.done
+        if isinstance(result.reward, dict):
+            turn.objectives = result.reward
+            turn.reward, turn.scale = self.config.combine(result.reward)
+        else:
+            turn.reward = float(result.reward)
         for name, value in result.metrics.items():
             if name == "correct:mean":  # accuracy: what the last turn says that says so
                 episode.metrics.values.pop(name, None)
@@ -234,11 +251,38 @@ class _Rollout:
         episode = self._called.pop(key)
         reward, _ = score_of(turn.reward for turn in episode.turns)
         whole = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
-        whole.seed, whole.calls = episode.seed, episode.calls.merged()
-        self.groups[episode.group][episode.index] = whole
+        whole.seed, whole.calls, whole.done = episode.seed, episode.calls.merged(), episode.done
+        group = self.groups[episode.group]
+        group[episode.index] = whole
         self.calls.close(key)
         self._ended += 1
         self.config.progress(self._ended, self._total)
+        if self._scored and None not in group:
+            scored = [one for one in group if one is not None and one.turns and not one.invalid]
+            if scored:
+                key = next(_KEYS)
+                self._scoring[key] = scored
+                self.calls.score(key, episode.prompt, [one.turns[-1].text for one in scored])
+
+    def _take_scores(self, answer: Answer) -> None:
+        """Adds what rewards of a whole group have said to the last turns of its episodes."""
+        episodes = self._scoring.pop(answer.key)
+        scores = cast(list[dict[str, float]], answer.outcome.value or [{}] * len(episodes))
+        for name, value in answer.counts.items():
+            episodes[0].calls[name] = episodes[0].calls.get(name, 0.0) + value
+        for episode, score in zip(episodes, scores, strict=True):
+            episode.invalid = answer.outcome.invalid
+            last = episode.turns[-1]
+            for turn in episode.turns:
+                if turn.reward and not turn.objectives:
+                    turn.objectives = {"reward": turn.reward}
+            if taken := score.keys() & episode.objectives.keys():
+                _refuse(self.config.env, episode, f"a turn and a group reward both give {min(taken)!r}; rename one")
+            last.objectives = {**last.objectives, **score}
+            for turn in episode.turns:
+                if turn.objectives:
+                    turn.reward, turn.scale = self.config.combine(turn.objectives)
+            episode.reward, _ = score_of(turn.reward for turn in episode.turns)
 
 
 def _ids(config: RolloutConfig, prompt: Prompt, what: str, make: Callable[..., Ints], *given: Any) -> tuple[Any, str]:
@@ -251,6 +295,34 @@ def _ids(config: RolloutConfig, prompt: Prompt, what: str, make: Callable[..., I
         if config.env.on_error == "stop":
             raise UserError(said) from error
         return None, said
+
+
+def _refuse(env: EnvConfig, episode: Episode, problem: str) -> None:
+    """Leaves out an episode whose objectives are no score. Raises UserError under env.on_error=stop."""
+    who = place_of_call(f"environment {env.name}", ", ".join(reward_names(env.options.get("reward"))), episode.prompt)
+    line = f"{who}, sample {episode.index}: {problem}"
+    if env.on_error == "stop":
+        raise UserError(f"{line}, or set env.on_error=mask to leave such episodes out of training")
+    episode.invalid = line
+
+
+def _check_objectives(groups: list[list[Episode]], env: EnvConfig) -> None:
+    """Refuses episodes that lack an objective that others have, or have one too many. What a limit cut may lack."""
+    scored = [(one, one.objectives) for group in groups for one in group if one.turns and not one.invalid]
+    known = set(objective_names_of(env)) or set().union(*(given for _, given in scored))
+    for episode, given in scored if known else ():
+        number = next((turn.reward for turn in episode.turns if turn.reward and not turn.objectives), None)
+        if number is not None:
+            names = ", ".join(sorted(known))
+            _refuse(
+                env, episode, f"a turn's reward is the number {number:g}, others have names ({names}); give all names"
+            )
+        elif extra := sorted(given.keys() - known):
+            _refuse(
+                env, episode, f"objective {extra[0]!r} is none of those declared ({', '.join(sorted(known))}); add it"
+            )
+        elif missing := sorted(known - given.keys()) if episode.done else []:
+            _refuse(env, episode, f"objective {missing[0]!r} is missing; give 0.0 where it earns nothing")
 
 
 def check_drawn(sample: Sample) -> None:
@@ -271,7 +343,8 @@ class Row:
 
     Nothing in it changes: each stage of the loop returns rows with one more field set (`dataclasses.replace`). `mask`
     marks the sampled targets, `trained` those of them that the filters leave. `rewards` holds each turn's reward on the
-    last token of that turn. `group` is the place of its prompt in the batch of all ranks, `episode` counts this rank's.
+    last token of that turn, `scales` its scale and `objectives` what was named of it.
+    `group` is the place of its prompt in the batch of all ranks, `episode` counts this rank's.
     """
 
     name: str
@@ -290,6 +363,8 @@ class Row:
     returns: Floats | None = None
     trained: np.ndarray | None = None
     old_logprobs: Floats | None = None
+    scales: Floats | None = None
+    objectives: dict[str, Floats] = field(default_factory=dict)
 
     def datum(self, weights: Floats) -> Datum:
         """What the engine trains on: this row with its weights, which are mask and reduction in one."""
@@ -339,13 +414,17 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
     ids = np.concatenate([turns[-1].context, turns[-1].sample.tokens])
     length = len(ids) - 1
     mask = np.zeros(length, bool)
-    logprobs, rewards = np.zeros(length, np.float32), np.zeros(length)
+    logprobs, rewards, scales = np.zeros(length, np.float32), np.zeros(length), np.zeros(length)
+    objectives: dict[str, Floats] = {}
     for turn in turns:
         start = len(turn.context) - 1
         end = start + len(turn.sample.tokens)
         mask[start:end] = True
         logprobs[start:end] = turn.sample.logprobs
         rewards[end - 1] += turn.reward
+        scales[end - 1] += max(turn.scale, abs(turn.reward))
+        for name, value in turn.objectives.items():
+            objectives.setdefault(name, np.zeros(length))[end - 1] += value
     return Row(
         name=f"{episode.prompt.uid}/{episode.index}/{part}",
         tokens=ids[:-1],
@@ -357,15 +436,19 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         episode=number,
         stop=episode.stop,
         valid=not episode.invalid,
+        scales=scales,
+        objectives=objectives,
     )
 
 
 def episode_metrics(sums: MetricSums, groups: list[list[Episode]], prefix: str) -> None:
-    """Adds what episodes say of themselves: reward, accuracy, length, stop reasons, and the environment's own metrics
-    as "<prefix>env/<name>", so that no name an environment gives is one of the loop's.
+    """Adds what episodes say of themselves: reward, each objective as "<prefix>reward/<name>", accuracy, length, stop
+    reasons, and the environment's own metrics as "<prefix>env/<name>", so that no name an environment gives is one of
+    the loop's.
 
     Episodes whose verifier failed are counted as "<prefix>invalid:sum" and left out of reward and accuracy.
     """
+    names = dict.fromkeys(name for group in groups for one in group if not one.invalid for name in one.objectives)
     for group in groups:
         for episode in group:
             sums.add(f"{prefix}episodes:sum", 1.0)
@@ -380,6 +463,9 @@ def episode_metrics(sums: MetricSums, groups: list[list[Episode]], prefix: str) 
             if episode.invalid:
                 continue
             sums.add(f"{prefix}reward:mean", episode.reward)
+            objectives = episode.objectives if names else {}
+            for name in names:
+                sums.add(f"{prefix}reward/{name}:mean", objectives.get(name, 0.0))
             correct = episode.metrics.get("correct:mean", float(episode.reward > 0))
             sums.add(f"{prefix}accuracy:mean", correct)
             for key, value in episode.metrics.items():

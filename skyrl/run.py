@@ -23,6 +23,7 @@ import numpy as np
 
 from skyrl.algorithms.declare import ADVANTAGES
 from skyrl.algorithms.kl import AdaptiveKL
+from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import latest
 from skyrl.config.load import to_dict
@@ -77,6 +78,7 @@ class RunState:
     position: int = 0
     warmup_position: int = 0
     kl: dict[str, float] = field(default_factory=dict)
+    multipliers: dict[str, list[float]] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
     accuracy: float | None = None
     score: float | None = None
@@ -160,6 +162,7 @@ class Run:
     checkpointer: Checkpointer
     state: RunState
     kl: AdaptiveKL | None
+    objectives: Objectives
     watch: Watchdog
     left_out: list[str] = field(default_factory=list)  # lines that count the prompts that data.filter left out
     supervised: bool = False  # there is no RL in it
@@ -309,6 +312,7 @@ class Run:
             max_row_tokens=self.engine.max_row_tokens,
             key=(cfg.seed, kind),
             plugins=cfg.plugins,
+            combine=partial(self.objectives.combine, constrained=training),
             stop_requested=self.watch.stop_requested,
             progress=partial(self.tracker.progress, f"{'sampling' if training else 'evaluating'} episodes{share}"),
         )
@@ -383,6 +387,7 @@ class Run:
         """Saves all models and the state; returns when the weights are copied, or with `block` when all is on disk."""
         state = self.state
         state.kl = self.kl.state_dict() if self.kl is not None else {}
+        state.multipliers = self.objectives.state_dict()
         tensors = self.engine.state()
         state.models = sorted(tensors)
         state.metrics_offset = broadcast_object(self.world, self.tracker.offset())

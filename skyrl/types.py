@@ -6,6 +6,7 @@ tokens, L length of one row, V vocabulary, H heads, K key/value heads, C channel
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,17 +98,24 @@ class Sample:
 
 @dataclass
 class Turn:
-    """One call of the sampler inside an episode. `context` [L] are the very ids the sampler was given."""
+    """One call of the sampler inside an episode. `context` [L] are the very ids the sampler was given.
+
+    `reward` is the environment's number, or what its named `objectives` come to together; `scale`, if above |reward|,
+    is how large the numbers are that it was summed from (algorithms.variance).
+    """
 
     context: Ints
     sample: Sample
     reward: float = 0.0
     text: str = ""  # what the environment was given to read
+    objectives: dict[str, float] = field(default_factory=dict)
+    scale: float = 0.0
 
 
 @dataclass
 class Episode:
-    """A prompt played to its end. `reward` is the sum over turns; `invalid`: why it is no score (masked, counted)."""
+    """A prompt played to its end. `reward` is the sum over turns; `invalid`: why it is no score (masked, counted).
+    `done`: the environment ended it, not a limit."""
 
     prompt: Prompt
     index: int  # which of the G samples of its prompt
@@ -118,6 +126,13 @@ class Episode:
     invalid: str = ""  # why the reward is not a score; "" when it is one
     seed: int = 0  # that the environment's reset was given, if it takes one
     calls: Metrics = field(default_factory=dict)  # what had to be done beside plain calls: retries, replays, ...
+    done: bool = False
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """The sum over turns of each named objective; {} where rewards are plain numbers."""
+        names = dict.fromkeys(name for turn in self.turns for name in turn.objectives)
+        return {name: math.fsum(turn.objectives.get(name, 0.0) for turn in self.turns) for name in names}
 
 
 ROW_FIELDS = (

@@ -7,8 +7,8 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,7 +29,9 @@ class RewardRows:
     An episode is named by (group, episode) and may have several rows (turns whose history was rewritten), which stand
     together in time order. `masks` is True where the model sampled the token; a turn's reward sits on its last sampled
     token and rewards are 0 elsewhere. `valid_D` is False for an episode without a score: it is in no baseline, its
-    rewards are never read, and its advantages are 0. `values` are the critic's, read at sampled tokens only.
+    rewards are never read, and its advantages are 0. `values` are the critic's, read at sampled tokens only. `scales`
+    says at each reward how large the numbers are that it was summed from, if above its magnitude (variance.py);
+    `objectives` holds the rewards of each named objective before they were weighted and summed, with all names.
     Raises RuntimeError when the arrays contradict this, because then they were built wrongly.
     """
 
@@ -39,6 +41,8 @@ class RewardRows:
     masks: list[np.ndarray]
     valid_D: np.ndarray
     values: list[Floats] | None = None
+    scales: list[Floats] | None = None
+    objectives: dict[str, list[Floats]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = [len(self.group_D), len(self.episode_D), len(self.rewards), len(self.masks), len(self.valid_D)]
@@ -54,6 +58,11 @@ class RewardRows:
                 raise RuntimeError(f"RewardRows: row {d} is valid but has a reward that is not finite")
             if self.valid_D[d] and (reward[~mask] != 0).any():
                 raise RuntimeError(f"RewardRows: row {d} has a reward on a token that was not sampled")
+
+    def scale(self, first: int, end: int) -> float:
+        """How large the numbers are that the score of these rows, an episode's, was summed from."""
+        sums = float(magnitude(np.concatenate(self.rewards[first:end])).sum())
+        return sums if self.scales is None else max(sums, float(np.concatenate(self.scales[first:end]).sum()))
 
     def episodes(self) -> list[Span]:
         """The rows [first, end) of each episode, in order. Raises RuntimeError if an episode's rows stand apart."""
@@ -115,8 +124,8 @@ def per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> A
     members: dict[int, list[int]] = {}
     for e, (first, _) in enumerate(spans):
         members.setdefault(int(rows.group_D[first]), []).append(e)
-    scores = [score_of(np.concatenate(rows.rewards[a:b])) for a, b in spans]
-    score_E, scale_E = np.array(scores).reshape(-1, 2).T
+    score_E = np.array([score_of(np.concatenate(rows.rewards[a:b]))[0] for a, b in spans])
+    scale_E = np.array([rows.scale(a, b) for a, b in spans])
     advantage_D = np.zeros(len(rows.rewards))
     for group_E in members.values():
         if is_rounding(np.ptp(score_E[group_E]), scale_E[group_E].max()):
@@ -224,6 +233,32 @@ def _sums_to_come(tokens: list[np.ndarray], discount: float) -> list[np.ndarray]
     return out
 
 
+def decoupled(
+    declared: Advantage, params: Mapping[str, float], weights: Mapping[str, float], rows: RewardRows, reduce: AllSum
+) -> Advantages:
+    """The advantages of each objective by itself, as `declared` estimates them, weighted, summed and whitened.
+
+    With grpo an objective counts by its weight then, whatever its range: in the sum of rewards the one with the largest
+    spread decides, and different mixtures of objectives with equal sums are the same. Whitened is over the episodes of
+    all ranks where an estimator gives all tokens of an episode the same, else over tokens; population std. `weights`
+    are equal on all ranks. Source: Liu et al. 2026 (GDPO), arXiv 2601.05242, equations 4 to 6.
+    """
+    total = [np.zeros(len(mask)) for mask in rows.masks]
+    sizes = [np.zeros(len(mask)) for mask in rows.masks]
+    for name, weight in weights.items():
+        if weight:
+            alone = replace(rows, rewards=rows.objectives[name], scales=None, objectives={})
+            for d, part in enumerate(declared.compute(alone, reduce, params=params).advantages):
+                total[d] += weight * part
+                sizes[d] += np.abs(weight * part)
+    spans = [(a, b) for a, b in rows.episodes() if rows.valid_D[a] and any(mask.any() for mask in rows.masks[a:b])]
+    tokens = [_join(total[a:b], rows.masks[a:b]) for a, b in spans]
+    scales = [float(_join(sizes[a:b], rows.masks[a:b]).max()) for a, b in spans]
+    whitened = _whiten([x[:1] if declared.group else x for x in tokens], scales, EPS.default, reduce)
+    spread = [np.broadcast_to(x, len(of)) for x, of in zip(whitened, tokens, strict=True)]
+    return Advantages(_split(spread, spans, rows.masks))
+
+
 REINFORCE_PP = Advantage("reinforce++", params={"gamma": GAMMA, "eps": EPS}, token_rewards=True, paper="2501.03262")
 
 
@@ -237,7 +272,7 @@ def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: floa
     """
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
     rewards = [_join(rows.rewards[first:end], rows.masks[first:end]) for first, end in spans]
-    scales = [float(magnitude(x).sum()) for x in rewards]
+    scales = [rows.scale(first, end) for first, end in spans]
     returns = _sums_to_come(rewards, gamma)
     return Advantages(_split(_whiten(returns, scales, eps, all_reduce_sum), spans, rows.masks))
 
@@ -274,7 +309,7 @@ def gae(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, e
         rewards = _join(rows.rewards[first:end], rows.masks[first:end])
         deltas[e] = rewards + gamma * np.append(values[e][1:], 0.0)[: len(rewards)] - values[e]
         # an advantage is a sum of later rewards and of values, whose weights are at most 2 together
-        scales.append(float(magnitude(rewards).sum() + 2.0 * magnitude(critics[e]).max(initial=0.0)))
+        scales.append(float(rows.scale(first, end) + 2.0 * magnitude(critics[e]).max(initial=0.0)))
     advantages = _sums_to_come(deltas, gamma * lam)
     returns = [a + v for a, v in zip(advantages, values, strict=True)]
     whitened = _whiten([advantages[e] for e in kept], scales, eps, all_reduce_sum)

@@ -79,6 +79,8 @@ def _schema() -> DictConfig:
         node.chat.template_kwargs,
         node.algorithm.advantage.params,
         node.algorithm.loss.params,
+        node.algorithm.objectives.weights,
+        node.algorithm.objectives.constraints,
     ):
         free._set_flag("struct", False)
     for free in (node.service.aliases, node.service.loss_substitutes):

@@ -258,6 +258,20 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
+class ObjectivesConfig:
+    """How rewards that are named objectives ({"accuracy": 1.0, "safety": 0.5}) become one."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Factor of each objective in the sum; one that is not named here counts 1, or 0 if it has a constraint."""
+    normalise: bool = False
+    """Estimates the advantage of each objective by itself, then sums by weight and whitens over the batch (GDPO, arXiv
+    2601.05242): an objective's range does not decide how much it counts."""
+    constraints: dict[str, Any] = field(default_factory=dict)
+    """Bounds on means, for example {safety: {min: 0.95, step: 0.1}}: min or max, the step by which the multiplier moves
+    per unit beyond the bound (0.1), and where it starts (start, 0)."""
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """The algorithm as independent parts; conf/algorithm holds named combinations."""
 
@@ -266,6 +280,7 @@ class AlgorithmConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
 
 
 @dataclass(frozen=True)

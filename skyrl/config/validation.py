@@ -217,6 +217,7 @@ def check(cfg: RunConfig) -> None:
         _sampling,
         _batches,
         _algorithms,
+        _objectives,
         _adapters,
         _strategies,
         _places,
@@ -468,6 +469,32 @@ def _algorithms(cfg: RunConfig) -> Iterator[str]:
     episodes = batch.prompts_per_step * batch.samples_per_prompt
     if algorithm.kl.target > 0 and algorithm.kl.horizon < episodes:
         yield f"algorithm.kl.horizon={algorithm.kl.horizon:g}: below the {episodes} episodes of one step; raise it"
+
+
+def _objectives(cfg: RunConfig) -> Iterator[str]:
+    given, algorithm = cfg.algorithm.objectives, cfg.algorithm
+    for name, weight in given.weights.items():
+        if not math.isfinite(weight):
+            yield f"algorithm.objectives.weights.{name}={weight}: wanted a finite number"
+    for name, one in given.constraints.items():
+        where = f"algorithm.objectives.constraints.{name}"
+        if not isinstance(one, dict):
+            yield f"{where}={one}: wanted a bound, such as {{min: {one}}}"
+        if unknown := sorted(one.keys() - {"min", "max", "step", "start"}):
+            yield f"{where}.{unknown[0]}: no such key; a constraint has min or max, step and start"
+        if len(one.keys() & {"min", "max"}) != 1:
+            yield f"{where}={dict(one)}: wanted one bound, min or max; for both give one as an objective of its own"
+        for key, value in one.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (key == "step" and value <= 0) or (key == "start" and value < 0):
+                wanted = {"step": "a number above 0", "start": "0 or more"}.get(key, "a finite number")
+                yield f"{where}.{key}={value}: wanted {wanted}"
+    if given.normalise and (advantage_of(cfg).critic or (algorithm.kl.coef > 0 and algorithm.kl.placement == "reward")):
+        what = "a critic" if advantage_of(cfg).critic else "algorithm.kl.placement=reward"
+        yield (
+            f"algorithm.objectives.normalise=true: {what} goes by one reward, not by one for each objective; use "
+            "algorithm.advantage.name=grpo with algorithm.kl.placement=loss"
+        )
 
 
 def _adapters(cfg: RunConfig) -> Iterator[str]:

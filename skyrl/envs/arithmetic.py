@@ -11,6 +11,7 @@ import numpy as np
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, StepResult, register_environment
+from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.text import is_digits
 from skyrl.envs.single_turn import SingleTurn, no_files, require
 from skyrl.types import Message, Prompt, UserError
@@ -56,7 +57,7 @@ class Arithmetic(SingleTurn):
         before: list[Message] | None = None,
         num_train: int = 20000,
         num_test: int = 512,
-        reward: str = "exact",
+        reward: RewardOption = "exact",
         partial: float = 0.0,
     ) -> None:
         super().__init__(reward=reward)
@@ -88,13 +89,16 @@ class Arithmetic(SingleTurn):
             text = text.rpartition(WORK_END)[2]
         result = super().step(text)
         if self.partial and is_digits(text):
-            result.reward = max(result.reward, self.partial)
+            if not isinstance(result.reward, dict):
+                result.reward = max(result.reward, self.partial)
+            elif main := next(iter(result.reward), ""):
+                result.reward[main] = max(result.reward[main], self.partial)
         return result
 
     def is_correct(self, text: str, reward: float) -> bool:
         """Whether the text is the answer, character by character, whatever the reward says; with `last_digits`, which
         lets words stand before the answer, whether that reward is whole."""
-        if self.reward_name == "last_digits":
+        if self.main_reward == "last_digits":
             return reward == 1.0
         return text.strip() == self.prompt.extra["answer"]
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from skyrl.config.args import expand_home
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.data_files import data_file, read_prompts
+from skyrl.envs.rewards.base import Reward, RewardOption, chosen_rewards
 from skyrl.registry import Registry
 from skyrl.types import Message, Metrics, Prompt, UserError
 
@@ -29,13 +30,15 @@ Split = Literal["train", "test"]
 class StepResult:
     """What an environment answers to one turn of the model.
 
-    `reward` belongs to this turn; an episode's reward is the sum. `observation` is what the model reads next (at least
-    one message unless `done`). Metric keys end in their reduction (":mean", ":sum", ":max", ":min"), which
+    `reward` belongs to this turn; an episode's reward is the sum. It is a number, or named objectives such as
+    {"accuracy": 1.0}; a turn may give some of them, an episode that ends with `done` all, and one that a limit cuts has
+    0 for the rest. `observation` is what the model reads next (at least one message unless `done`).
+    Metric keys end in their reduction (":mean", ":sum", ":max", ":min"), which
     holds over the turns that report one, then over episodes. "correct:mean", 0 or 1 on the last step, is what
     evaluation calls accuracy; the last one reported counts. Others are logged as "env/<key>".
     """
 
-    reward: float
+    reward: float | dict[str, float]
     done: bool
     observation: list[Message] = field(default_factory=list)
     metrics: Metrics = field(default_factory=dict)
@@ -82,6 +85,18 @@ class Environment:
     def plays_in_process(cls, options: dict[str, Any]) -> bool:
         """Whether calls are made in the rank itself although env.workers is above 0. Here: what the class says."""
         return bool(vars(cls).get("in_process", False))
+
+    @classmethod
+    def objective_names(cls, options: dict[str, Any]) -> Sequence[str]:
+        """Names of all objectives that its rewards give, if they are known before anything is played. Here: unknown."""
+        return ()
+
+    @classmethod
+    def group_rewards(cls, options: dict[str, Any]) -> RewardOption:
+        """Rewards, by name, of all samples of a prompt together (`register_reward(..., group=True)`). Each adds its
+        objectives to the last turns of the samples when all have ended; texts are those of the last turns. A number
+        that a turn of this environment gave is then the objective "reward". Here: none."""
+        return []
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
@@ -157,6 +172,23 @@ def check_options(
         if required and key not in options:
             raise UserError(f"{where}.{key}: {who} needs it; give it {_spell(hint)}")
     return options
+
+
+def objective_names_of(cfg: EnvConfig) -> Sequence[str]:
+    """Names of the objectives that the environment cfg.name gives with these options, if they are known: not behind
+    wrappers, which may give others."""
+    return () if cfg.wrappers else ENVIRONMENTS.get(cfg.name, "env.name").objective_names(environment_options(cfg))
+
+
+def group_rewards_of(cfg: EnvConfig) -> list[tuple[Reward, dict[str, Any]]]:
+    """The rewards of whole groups that the environment cfg.name has with these options, with their parameters. Raises
+    UserError for one that is no reward of a group."""
+    option = ENVIRONMENTS.get(cfg.name, "env.name").group_rewards(environment_options(cfg))
+    found = chosen_rewards(option, f"env.name={cfg.name}: group_rewards()") if option else []
+    for reward, _ in found:
+        if not reward.group:
+            raise UserError(f"env.name={cfg.name}: group_rewards(): reward {reward.name!r} is not of a group")
+    return found
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example
 from skyrl.envs.gsm8k import gsm8k_rows
+from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.math import parse_number
 from skyrl.envs.rewards.parse import ExpressionError, evaluate, parse
 from skyrl.envs.single_turn import SingleTurn, require
@@ -111,7 +112,7 @@ class Gsm8kExpressions(SingleTurn):
 
     in_process = True
 
-    def __init__(self, *, reward: str = "number", max_characters: int = 0) -> None:
+    def __init__(self, *, reward: RewardOption = "number", max_characters: int = 0) -> None:
         super().__init__(reward=reward)
         require(max_characters >= 0, "max_characters", max_characters, "0 (no limit) or more")
         self.max_characters = max_characters

@@ -9,6 +9,7 @@ from typing import Any
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example, data_file, is_file_path, read_examples
+from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.math import answers_equal, extract_answer
 from skyrl.envs.single_turn import SingleTurn
 from skyrl.types import Prompt, UserError
@@ -27,7 +28,7 @@ class Gsm8k(SingleTurn):
 
     in_process = True
 
-    def __init__(self, *, reward: str = "math", instruction: str = INSTRUCTION, system: str = "") -> None:
+    def __init__(self, *, reward: RewardOption = "math", instruction: str = INSTRUCTION, system: str = "") -> None:
         super().__init__(reward=reward)
         self.instruction, self.system = instruction, system
 

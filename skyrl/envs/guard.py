@@ -28,12 +28,13 @@ import logging
 import math
 import numbers
 import os
+import re
 import signal
 import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from types import FrameType
@@ -43,6 +44,7 @@ from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
 from skyrl.envs.base import Environment, RetryableError, StepResult
 from skyrl.envs.data_files import messages_problem, shortest
+from skyrl.envs.rewards.base import GroupCall, add_objectives
 from skyrl.types import Message, Prompt, UserError
 
 EXIT_STATUS = 70  # EX_SOFTWARE
@@ -254,6 +256,8 @@ class BadResult(ValueError):
 
 
 def _checked(method: Callable, value: Any) -> Any:
+    if isinstance(method, GroupCall):
+        return check_scores(method, value)
     if not isinstance(getattr(method, "__self__", None), Environment):
         return value
     if method.__name__ == "step":
@@ -273,7 +277,7 @@ def check_step(value: object) -> StepResult:
     """`value`, when it is a sound StepResult; reward and metrics become floats. Raises BadResult."""
     if not isinstance(value, StepResult):
         raise BadResult(f"{_short(value)}, wanted a StepResult")
-    value.reward = _finite(value.reward, "reward")
+    value.reward = _reward(value.reward, "reward")
     value.done = _plain(value.done)
     if not isinstance(value.done, bool):
         raise BadResult(f"{_short(value.done)} as done, wanted True or False")
@@ -288,6 +292,33 @@ def check_step(value: object) -> StepResult:
             raise BadResult(f"metric {key!r}: it must be a name that ends in one of {', '.join(_REDUCTIONS)}")
         value.metrics[key] = _finite(number, f"metric {key!r}")
     return value
+
+
+def check_scores(call: GroupCall, value: Any) -> list[dict[str, float]]:
+    """What a reward of a group returned, when that is a number or objectives for each text, as objectives of each.
+    Raises BadResult."""
+    given = value.tolist() if getattr(value, "ndim", None) == 1 else value
+    if not isinstance(given, (list, tuple)):
+        raise BadResult(f"{_short(value)}, wanted a list with a number, or named objectives, for each text")
+    if len(given) != len(call.texts):
+        raise BadResult(f"{len(given)} scores for {len(call.texts)} texts, wanted one for each")
+    scores: list[dict[str, float]] = [{} for _ in given]
+    for number, (score, one) in enumerate(zip(scores, given, strict=True)):
+        checked = _reward(one, f"the score of text {number}")
+        add_objectives(score, call.reward, checked)
+        if score.keys() != scores[0].keys():
+            raise BadResult(f"{sorted(score)} for text {number} and {sorted(scores[0])} for text 0; give all the same")
+    return scores
+
+
+def _reward(value: Any, what: str) -> float | dict[str, float]:
+    """A number, or each of the named objectives, as floats. Raises BadResult that names the objective."""
+    if not isinstance(value, Mapping):
+        return _finite(value, what)
+    for name in value:
+        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
+            raise BadResult(f"an objective called {_short(name)}, wanted a name of letters, digits and _ . -")
+    return {name: _finite(number, f"{what}[{name!r}]") for name, number in value.items()}
 
 
 def _finite(value: Any, what: str) -> float:

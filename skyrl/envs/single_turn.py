@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Environment, Split, StepResult, register_environment
-from skyrl.envs.rewards import REWARDS
-from skyrl.envs.rewards.base import ANSWERED, reference
+from skyrl.envs.rewards.base import RewardOption, add_objectives, chosen_rewards, reference, reward_names
 from skyrl.types import Prompt, UserError
 
 
@@ -17,44 +16,79 @@ from skyrl.types import Prompt, UserError
 class SingleTurn(Environment):
     """Rows of data.path (field "messages" or "prompt", usually "answer") scored by a reward function.
 
-    reward: a registered reward function. correct_reward: an answer with at least this reward counts as correct in the
-    accuracy that evaluation reports; no effect on training.
+    reward: a registered reward function, or several, [math, length], or with parameters, {math: {}, length: {limit:
+    64}}. Several give named objectives, each called as its reward is; weights are algorithm.objectives.weights.
+    correct_reward: an answer with at least this reward (of several the first one's) counts as correct in the accuracy
+    that evaluation reports; no effect on training.
     """
 
     in_process = True
 
-    def __init__(self, *, reward: str, correct_reward: float = 1.0) -> None:
-        self.reward_name = reward  # guard.py names it in errors
-        self._reward = REWARDS.get(reward, "env.options.reward")
+    def __init__(self, *, reward: RewardOption, correct_reward: float = 1.0) -> None:
+        self.reward_name = ", ".join(reward_names(reward))  # guard.py names it in errors
+        chosen = chosen_rewards(reward)
+        self._rewards = [(one, params) for one, params in chosen if not one.group]
+        self._named = len(chosen) > 1 or not isinstance(reward, str) or not self._rewards
+        self.main_reward = self._rewards[0][0].name if self._rewards else ""
         self._correct_reward = correct_reward
 
     @classmethod
     def plays_in_process(cls, options: dict[str, Any]) -> bool:
         """As the class says, with one of our own rewards: a user's reward is called in a worker."""
-        if not super().plays_in_process(options):
-            return False
-        reward = options.get("reward", inspect.signature(cls).parameters["reward"].default)
-        return REWARDS.get(reward, "env.options.reward").__module__.startswith("skyrl.envs.")
+        return super().plays_in_process(options) and all(
+            reward.__module__.startswith("skyrl.envs.") for reward, _ in chosen_rewards(_option(cls, options))
+        )
+
+    @classmethod
+    def objective_names(cls, options: dict[str, Any]) -> Sequence[str]:
+        """Those of its rewards, if each of them says what it returns. None for a single one that returns a number."""
+        option = _option(cls, options)
+        alone = isinstance(option, str)
+        known = [
+            one.objectives if alone and not one.group else one.known_objectives for one, _ in chosen_rewards(option)
+        ]
+        return [name for names in known for name in names] if all(known) else []
+
+    @classmethod
+    def group_rewards(cls, options: dict[str, Any]) -> RewardOption:
+        """Those of the option `reward` that are of a group."""
+        return {reward.name: params for reward, params in chosen_rewards(_option(cls, options)) if reward.group}
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
         """Rows of a file; where the reward compares with their answers, each has one, else UserError by file:line."""
         prompts = super().dataset(options, data, split, seed)
-        for prompt in prompts if options.get("reward") in ANSWERED else ():
+        needed = any(reward.answer for reward, _ in chosen_rewards(_option(cls, options)))
+        for prompt in prompts if needed else ():
             reference(prompt)
         return prompts
 
     def step(self, text: str) -> StepResult:
         """Scores the answer; always the last step."""
-        reward = self._reward(text, self.prompt)
-        if not hasattr(reward, "__float__"):  # nothing, a text, a list: the guard says so
-            return StepResult(reward, True)
-        return StepResult(reward, True, metrics={"correct:mean": float(self.is_correct(text, reward))})
+        given: dict[str, Any] = {}
+        metrics, names, named = {}, self.reward_name, self._named
+        for reward, params in self._rewards:
+            self.reward_name = reward.name  # whose fault it is
+            value = reward(text, self.prompt, **params)
+            add_objectives(given, reward, value)
+            named = named or isinstance(value, Mapping)
+            if reward.rate and hasattr(value, "__float__"):
+                metrics[f"{reward.rate}:mean"] = float(value != 0)
+        self.reward_name = names
+        first: Any = next(iter(given.values()), None)
+        if hasattr(first, "__float__"):  # else nothing, a text, a list: the guard says so
+            metrics["correct:mean"] = float(self.is_correct(text, first))
+        return StepResult(given if named else first, True, metrics=metrics)
 
     def is_correct(self, text: str, reward: float) -> bool:
         """Whether the answer counts as right in evaluation. Here: the reward reaches correct_reward."""
         del text
         return reward >= self._correct_reward
+
+
+def _option(cls: type[Environment], options: dict[str, Any]) -> RewardOption:
+    """What the option `reward` says, or its default."""
+    return options.get("reward", inspect.signature(cls).parameters["reward"].default)
 
 
 def no_files(name: str, data: DataConfig) -> None:

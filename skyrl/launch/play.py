@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from skyrl.algorithms.objectives import Objectives
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import read_config
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
-from skyrl.tracking.rollouts import dumps, read_rollouts
+from skyrl.tracking.rollouts import dumps, named, read_rollouts
 from skyrl.types import Message, Prompt, UserError
 from skyrl.workers.calls import LocalCalls
 from skyrl.workers.pool import WorkerPool, open_calls
@@ -65,7 +66,7 @@ def _prompt(cfg: RunConfig, uid: str) -> Prompt:
 
 
 def _play(cfg: RunConfig, prompt: Prompt, seed: int, turns: Sequence[dict[str, Any]]) -> None:
-    total = 0.0
+    total, objectives = 0.0, Objectives(cfg.algorithm.objectives.weights, cfg.algorithm.objectives.constraints)
     with open_calls(replace(cfg.env, on_error="mask", workers=min(cfg.env.workers, 1)), cfg.plugins) as calls:
         calls.open(0, prompt, seed)
         opening = _answer(calls)
@@ -81,9 +82,17 @@ def _play(cfg: RunConfig, prompt: Prompt, seed: int, turns: Sequence[dict[str, A
                 opening = outcome
                 break
             result = outcome.value
-            total += result.reward
-            before = turn.get("reward", result.reward)
-            print(f"--- reward {result.reward:g}" + f" (in the run {before:g})" * (before != result.reward), end="")
+            given = result.reward if isinstance(result.reward, dict) else {"reward": result.reward}
+            known = turn.get("objectives", {"reward": turn.get("reward", given.get("reward", 0.0))})
+            # What a group reward or a multiplier has added in the run is not there here.
+            reward, _ = objectives.combine(given, constrained=False)
+            before, _ = objectives.combine({name: known.get(name, 0.0) for name in given}, constrained=False)
+            total += reward
+            print(
+                f"--- reward {reward:g}{named(given) if given.keys() != {'reward'} else ''}"
+                + f" (in the run {before:g})" * (before != reward),
+                end="",
+            )
             print("".join(f", {name} {value:g}" for name, value in result.metrics.items()) + ", done" * result.done)
             _show(result.observation)
             if result.done:

@@ -6,7 +6,7 @@ One line of JSON for each episode; each rank writes the groups it played. Nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,26 @@ def show_rollouts(folder: Path, name: str, count: int) -> str:
     """The first `count` episodes of a dump for eyes: what was asked, drawn and expected, and what it was worth."""
     lines = []
     for number, episode in zip(range(count), read_rollouts(folder, name), strict=False):
-        said = f"{episode['uid']} sample {episode['index']}: reward {episode['reward']:g}, ended by {episode['stop']}"
+        reward = f"reward {episode['reward']:g}{named(episode.get('objectives', {}))}"
+        said = f"{episode['uid']} sample {episode['index']}: {reward}, ended by {episode['stop']}"
         lines.append(f"{'=' * 8} {number + 1}. {said}")
         seen = ""
         for turn in episode["turns"]:
             context = turn["context_text"]
             lines += ["--- prompt" if not seen else "--- answer of the environment", context.removeprefix(seen)]
-            lines += [f"--- drawn ({len(turn['tokens'])} tokens, reward {turn['reward']:g})", turn["text"]]
+            reward = f"reward {turn['reward']:g}{named(turn.get('objectives', {}))}"
+            lines += [f"--- drawn ({len(turn['tokens'])} tokens, {reward})", turn["text"]]
             seen = context + turn["text"]
         if episode.get("expected") is not None:
             lines += ["--- expected", str(episode["expected"])]
         if episode["invalid"]:
             lines += ["--- invalid", episode["invalid"]]
     return "\n".join(lines)
+
+
+def named(objectives: Mapping[str, float]) -> str:
+    """Objectives in words, behind a reward: " (accuracy 1, brevity 0.2)"; "" without any."""
+    return f" ({', '.join(f'{name} {value:g}' for name, value in objectives.items())})" if objectives else ""
 
 
 def dumps(folder: Path) -> list[str]:
@@ -94,6 +101,7 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
             "text": tokenizer.decode(turn.sample.tokens.tolist(), skip_special_tokens=False),
             "read": turn.text,
             "reward": float(turn.reward),
+            **({"objectives": turn.objectives} if turn.objectives else {}),
             "stop": turn.sample.stop,
             "version": turn.sample.version,
             "context": turn.context.tolist(),
@@ -112,6 +120,7 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "expected": _readable(expected),
         "extra": _readable(episode.prompt.extra),
         "reward": float(episode.reward),
+        **({"objectives": episode.objectives} if episode.objectives else {}),
         "stop": episode.stop,
         "invalid": episode.invalid,
         "metrics": {key: float(value) for key, value in episode.metrics.items()},

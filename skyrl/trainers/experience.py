@@ -7,10 +7,11 @@ weights need denominators over the very rows that learn together.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, kl_rewards
+from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, decoupled, kl_rewards
 from skyrl.algorithms.filters import trained_masks
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.distributed.collectives import all_reduce_sum
@@ -49,6 +50,7 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
     values = None
     if run.plan.needs_critic:
         values = run.engine.score(_to_score(rows), 1.0, model="critic").values
+    names = run.objectives.names
     reward_rows = RewardRows(
         group_D=np.array([row.group for row in rows], np.int64),
         episode_D=np.array([row.episode for row in rows], np.int64),
@@ -56,10 +58,15 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
         masks=masks,
         valid_D=np.array([row.valid for row in rows], bool),
         values=values,
+        scales=[row.scales for row in rows] if names else None,  # type: ignore[misc]
+        objectives={k: [row.objectives.get(k, np.zeros(len(row.rewards))) for row in rows] for k in names},
     )
     estimate = ADVANTAGES.get(algorithm.advantage.name, "algorithm.advantage.name")
-    params = algorithm.advantage.params
-    result = estimate.compute(reward_rows, lambda x: all_reduce_sum(run.world, x), params=params)
+    params, reduce = algorithm.advantage.params, partial(all_reduce_sum, run.world)
+    if algorithm.objectives.normalise and names:
+        result = decoupled(estimate, params, {k: run.objectives.weight(k) for k in names}, reward_rows, reduce)
+    else:
+        result = estimate.compute(reward_rows, reduce, params=params)
     trained = trained_masks(masks, [row.stop for row in rows], reward_rows.valid_D, algorithm.filters.overlong)
     return [
         replace(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from skyrl.algorithms.filters import filter_metrics, zero_variance_groups
-from skyrl.algorithms.variance import score_of
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
 from skyrl.rollout import Group, episode_metrics, rollout
 from skyrl.run import Run, Step
@@ -30,6 +31,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     kept: list[Group] = []
     sampled: list[list[Episode]] = []
     probe: Probe | None = None
+    run.objectives.names = []
     with run.engine.sampling("policy") as sampler:
         run.note_sampler(sampler)
         if run.weight_check_due():
@@ -41,7 +43,8 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
             step.check_stop()
             state.position += wanted
             sampled += groups
-            keep_P = _note_groups(step, groups)
+            _note_objectives(run, groups)
+            keep_P = _note_groups(run, step, groups)
             run.invalid = run.invalid or next((e.invalid for group in groups for e in group if e.invalid), "")
             kept += [
                 (i, group)
@@ -58,6 +61,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     if probe is not None:
         check_probe(run.engine, probe)
     _count_sampled(run, step, sampled)
+    _measure(run, step, sampled)
     run.tell_hooks("on_rollouts", step.number, sampled)
     if run.plan.due("rollouts", step.number) or (cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
         run.write_rollouts(sampled, f"{step.number:06d}")
@@ -66,17 +70,42 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     return [(place[i], group) for i, group in kept if i in place], len(everyone)
 
 
-def _note_groups(step: Step, groups: list[list[Episode]]) -> list[bool]:
+def _note_objectives(run: Run, groups: list[list[Episode]]) -> None:
+    """Keeps the names of the objectives that all ranks' episodes have. Raises UserError for options that speak of
+    others. Collective."""
+    mine = {name for group in groups for e in group if not e.invalid for name in e.objectives}
+    scored = any(e.turns and not e.invalid for group in groups for e in group)
+    every = gather_objects(run.world, (scored, mine))
+    run.objectives.names = sorted(set(run.objectives.names).union(*(names for _, names in every)))
+    if any(scored for scored, _ in every):
+        run.objectives.check(run.objectives.names, f"env.name={run.cfg.env.name}")
+
+
+def _measure(run: Run, step: Step, groups: list[list[Episode]]) -> None:
+    """Logs the multipliers in force, and keeps what moves them when this step counts. Collective."""
+    bounded = list(run.objectives.constraints)
+    if bounded:
+        mine = {k: [e.objectives.get(k, 0.0) for group in groups for e in group if not e.invalid] for k in bounded}
+        every = gather_objects(run.world, mine)
+        run.objectives.measured = {k: [score for part in every for score in part[k]] for k in bounded}
+        step.log({f"multiplier/{k}:mean": value for k, value in run.objectives.multipliers.items()})
+
+
+def _note_groups(run: Run, step: Step, groups: list[list[Episode]]) -> list[bool]:
     """Adds what the groups say of themselves to the step's metrics; returns which of them can teach something."""
     episode_metrics(step.sums, groups, prefix="")
-    scored = [[score_of(turn.reward for turn in e.turns) for e in group if not e.invalid] for group in groups]
-    for group in scored:
+    valid = [[e for e in group if not e.invalid] for group in groups]
+    for group in valid:
         if group:
-            step.sums.add("reward_std:mean", float(np.std([score for score, _ in group])))
+            step.sums.add("reward_std:mean", float(np.std([e.reward for e in group])))
+    scales = [[[max(abs(turn.reward), turn.scale) for turn in e.turns] for e in group] for group in valid]
     keep_P = zero_variance_groups(
-        [[score for score, _ in group] for group in scored],
-        [max((scale for _, scale in group), default=0.0) for group in scored],
+        [[e.reward for e in group] for group in valid],
+        [max((math.fsum(scale) for scale in group), default=0.0) for group in scales],
     )
+    if run.cfg.algorithm.objectives.normalise:  # each objective by itself
+        for name in filter(run.objectives.weight, run.objectives.names):
+            keep_P |= zero_variance_groups([[e.objectives.get(name, 0.0) for e in group] for group in valid])
     episodes = [e for group in groups for e in group]
     valid_E = np.array([not e.invalid for e in episodes])
     for key, value in filter_metrics(keep_P, [e.stop for e in episodes], valid_E).items():

@@ -57,6 +57,7 @@ def train_rl(run: Run) -> None:
                 )
                 step.skip_updates(run.plan.updates_per_step)
                 step.commit()
+                run.objectives.update()
                 continue
             rows, kl = add_reference(run, step, to_rows(groups))
             step.check_stop()
@@ -64,7 +65,8 @@ def train_rl(run: Run) -> None:
             step.check_stop()
             update(run, step, rows, num_groups)
             count_flops(run, step, rows)
-            if run.kl is not None:  # last: the whole step used the coefficient that was logged
+            run.objectives.update()  # last, as below: the whole step used the multipliers that were logged
+            if run.kl is not None:
                 run.kl.update(kl, run.cfg.batch.prompts_per_step * run.cfg.batch.samples_per_prompt)
 
 

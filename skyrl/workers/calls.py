@@ -12,13 +12,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from skyrl.config.schema import EnvConfig
-from skyrl.envs.base import Environment, StepResult, takes_seed
+from skyrl.envs.base import Environment, StepResult, group_rewards_of, takes_seed
 from skyrl.envs.guard import Guard, Outcome, blame
+from skyrl.envs.rewards.base import GroupCall
 from skyrl.envs.wrappers import classes_of, make_environment
 from skyrl.types import Message, Metrics, Prompt
 
@@ -33,15 +34,17 @@ class Call:
     """One call of an episode's environment.
 
     opening: the prompt and the seed of reset, where there is no environment of this episode yet: it is made and reset
-    first. past: the texts of turns that are played again before the call, and for reset and each of them the digest of
+    first. texts: of "score", which calls the rewards of a whole group and has no environment.
+    past: the texts of turns that are played again before the call, and for reset and each of them the digest of
     what came back the first time ("" = not known).
     """
 
     key: int
-    method: Literal["reset", "step", "close"]
+    method: Literal["reset", "step", "close", "score"]
     text: str = ""
     opening: tuple[Prompt, int] | None = None
     past: tuple[tuple[str, str], ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def encode(value: Any) -> bytes:
     return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
 
 
-def decode(method: str, data: bytes) -> list[Message] | StepResult | None:
+def decode(method: str, data: bytes) -> list[Message] | StepResult | list[dict[str, float]] | None:
     """The value that `encode` wrote for this method."""
     value = json.loads(data)
     return StepResult(**value) if method == "step" else value
@@ -135,6 +138,8 @@ class Player:
     def _steps(self, call: Call) -> Generator[tuple[Callable, tuple, Prompt, str], Any, Outcome]:
         """What is to be called, one after the other; takes each outcome, and returns that of the whole call."""
         outcome, done = Outcome[Any](), False
+        if call.method == "score":
+            return (yield from self._score(call))
         if call.opening is not None:
             prompt, seed = call.opening
             what = f"environment {self._cfg.name}.__init__"
@@ -168,6 +173,17 @@ class Player:
         if call.method == "close" or outcome.invalid or done:
             yield from self._close(call.key)
         return outcome
+
+    def _score(self, call: Call) -> Generator[tuple[Callable, tuple, Prompt, str], Any, Outcome]:
+        assert call.opening is not None
+        prompt, scores = call.opening[0], [dict[str, float]() for _ in call.texts]
+        for reward, params in group_rewards_of(self._cfg):
+            outcome = yield GroupCall(reward, params, call.texts), (prompt,), prompt, f"group reward {reward.name}"
+            if outcome.invalid:
+                return outcome
+            for score, more in zip(scores, outcome.value, strict=True):
+                score.update(more)
+        return Outcome(scores)
 
     def _close(self, key: int) -> Generator[tuple[Callable, tuple, Prompt, str], Any, None]:
         env, prompt = self._environments.pop(key)
@@ -218,6 +234,10 @@ class LocalCalls:
     def step(self, key: int, text: str) -> None:
         """Gives a turn of the model to the environment; the answer is its StepResult."""
         self._make(Call(key, "step", text))
+
+    def score(self, key: int, prompt: Prompt, texts: Sequence[str]) -> None:
+        """Calls the environment's rewards of a group; the answer is a dict of objectives for each of the texts."""
+        self._make(Call(key, "score", opening=(prompt, 0), texts=tuple(texts)))
 
     def close(self, key: int) -> None:
         """Frees the environment of an episode that has ended, if there still is one. Without an answer."""

@@ -33,9 +33,9 @@ import cloudpickle
 
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
-from skyrl.envs.base import Environment, is_async
+from skyrl.envs.base import Environment, group_rewards_of, is_async
 from skyrl.envs.guard import Outcome, place_in, place_of_call, raise_stop
-from skyrl.envs.rewards import REWARDS
+from skyrl.envs.rewards.base import REWARDS, reward_names
 from skyrl.envs.wrappers import WRAPPERS, classes_of
 from skyrl.types import Prompt, UserError
 from skyrl.workers.calls import BACKOFF_SECONDS, Answer, Call, LocalCalls, attempts_of, decode, given_up
@@ -213,6 +213,11 @@ class WorkerPool:
         """Gives a turn of the model to the environment; the answer is its StepResult."""
         self._ask(self._played[key], Call(key, "step", text))
 
+    def score(self, key: int, prompt: Prompt, texts: Sequence[str]) -> None:
+        """Calls the environment's rewards of a group; the answer is a dict of objectives for each of the texts."""
+        self._played[key] = played = _Played(key, prompt, 0)
+        self._ask(played, Call(key, "score", texts=tuple(texts)))
+
     def close(self, key: int) -> None:
         """Frees the environment of an episode that has ended, if there still is one. Without an answer."""
         played = self._played.get(key)
@@ -288,7 +293,7 @@ class WorkerPool:
                 continue
             call = played.call
             if played.worker is None:
-                call = Call(call.key, call.method, call.text, (played.prompt, played.seed), tuple(played.past))
+                call = replace(call, opening=(played.prompt, played.seed), past=tuple(played.past))
                 played.worker = worker
                 worker.episodes.add(played.key)
             worker.calls[played.key] = now if self._async or not worker.calls else 0.0
@@ -406,6 +411,8 @@ class WorkerPool:
         else:
             self._answers.append(Answer(played.key, outcome, dict(played.counts)))
             played.counts.clear()
+        if method == "score":  # nothing of it stays
+            self._forget(played)
         if self._cfg.on_error == "stop":
             raise_stop(outcome)
 
@@ -479,7 +486,7 @@ class WorkerPool:
 
     def _blame(self, played: _Played) -> str:
         method = "step" if played.call is None else played.call.method
-        reward = str(self._cfg.options.get("reward", ""))
+        reward = ", ".join(reward_names(self._cfg.options.get("reward")))
         return place_of_call(f"environment {self._cfg.name}.{method}", reward, played.prompt)
 
     def _unbind(self, played: _Played) -> None:
@@ -496,14 +503,14 @@ class WorkerPool:
 def _things(cfg: EnvConfig, classes: list[type[Environment]]) -> tuple[tuple[str, str, bytes], ...]:
     """The environment, its wrappers, and the rewards beside it, as another process can take them: by name from a module
     that can be imported there, else by value. Raises UserError for what holds something that cannot be sent."""
-    reward = cfg.options.get("reward")
+    rewards = {*reward_names(cfg.options.get("reward")), *(reward.name for reward, _ in group_rewards_of(cfg))}
     things: list[tuple[str, str, Any]] = [("environment", cfg.name, classes[0])]
     things += [("wrapper", name, cls) for name, cls in WRAPPERS.items() if cls in classes]
     ours = {"__main__", *(cls.__module__ for cls in classes)}
     for name in REWARDS.names():
-        function = REWARDS.get(name)
-        if name == reward or getattr(function, "__module__", "") in ours:
-            things.append(("reward", name, function))
+        reward = REWARDS.get(name)
+        if name in rewards or getattr(reward, "__module__", "") in ours:
+            things.append(("reward", name, reward))
     found = []
     for kind, name, thing in things:
         try:

@@ -110,7 +110,7 @@ def test_what_only_looks_like_a_number_is_refused():
     nonsense = [np.array([1.0]), torch.tensor([1.0]), np.str_("1"), np.complex64(1), np.datetime64("2020-01-01"), None]
     nonsense += [Decimal("NaN"), Decimal("sNaN"), Decimal("1e999"), np.float32("inf"), torch.tensor(float("nan"))]
     nonsense += [1.1e30, -1e300, 10**31, np.float32(2e30), Decimal("-1e31"), torch.tensor(1e300, dtype=torch.float64)]
-    nonsense += [Fraction(10**400), torch.empty((), device="meta"), b"1", {"reward": 1.0}]
+    nonsense += [Fraction(10**400), torch.empty((), device="meta"), b"1"]
     for reward in nonsense:
         assert "as reward, wanted a" in invalid(lambda text, reward=reward: StepResult(reward, True)), reward
 

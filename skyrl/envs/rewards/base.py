@@ -1,28 +1,151 @@
-"""Reward functions by name: text and prompt in, one number out."""
+"""Reward functions by name: text and prompt in, one number or named objectives out; or of a group of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from skyrl.registry import Registry
 from skyrl.types import Prompt, UserError
 
-RewardFunction = Callable[[str, Prompt], float]
+RewardFunction = Callable[..., Any]
+RewardOption = str | list[str] | dict[str, Any]
+"""How an option names rewards: one, several, or with their parameters, {"math": {}, "length": {"limit": 64}}."""
 
-REWARDS: Registry[RewardFunction] = Registry("reward")
-ANSWERED: set[str] = set()  # rewards that compare with the row's answer, which is looked at before anything is played
+
+@dataclass(eq=False)
+class Reward:
+    """A reward function and what `register_reward` was told of it; calling it calls the function."""
+
+    name: str
+    fn: RewardFunction
+    answer: bool = False
+    group: bool = False
+    rate: str = ""
+    objectives: tuple[str, ...] = ()
+    params: dict[str, Any] = field(default_factory=dict)  # name -> default, or inspect.Parameter.empty
+
+    def __post_init__(self) -> None:
+        self.__module__ = str(getattr(self.fn, "__module__", ""))
+        self.__qualname__ = str(getattr(self.fn, "__qualname__", self.name))
+        try:
+            parameters = list(inspect.signature(self.fn).parameters.values())[2:]
+        except (TypeError, ValueError):  # written in C
+            parameters = []
+        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.params = {one.name: one.default for one in parameters if one.kind in kinds}
+
+    def __call__(self, *args: Any, **params: Any) -> Any:
+        return self.fn(*args, **params)
+
+    @property
+    def objective(self) -> str:
+        """What a number that it returns is called among other objectives: its name without the module before it."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def known_objectives(self) -> tuple[str, ...]:
+        """Names of what it returns, as far as that can be told before it is called."""
+        returned = getattr(self.fn, "__annotations__", {}).get("return")
+        return self.objectives or ((self.objective,) if returned in (float, int, "float", "int") else ())
+
+    def defaults(self) -> dict[str, str]:
+        """Every parameter with its default in words; "(needed)" without one."""
+        empty = inspect.Parameter.empty
+        return {name: "(needed)" if value is empty else repr(value) for name, value in self.params.items()}
+
+    def check(self, given: Any, where: str) -> dict[str, Any]:
+        """Its parameters as an option gives them. Raises UserError for what it does not take or lacks."""
+        if not isinstance(given, Mapping):
+            raise UserError(
+                f"{where}.{self.name}={given!r}: wanted its parameters, such as {{}}; weights are "
+                f"algorithm.objectives.weights={{{self.objective}: ...}}"
+            )
+        known = ", ".join(self.params) or "none"
+        for name in given:
+            if name not in self.params:
+                raise UserError(
+                    f"{where}.{self.name}.{name}: reward {self.name!r} has no such parameter; it has: {known}"
+                )
+        for name, default in self.params.items():
+            if default is inspect.Parameter.empty and name not in given:
+                raise UserError(f"{where}.{self.name}.{name}: reward {self.name!r} needs it")
+        return dict(given)
 
 
-def register_reward(name: str, *, answer: bool = False) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator: makes `fn(text, prompt) -> float` known to single-turn environments as env.options.reward=<name>.
+REWARDS: Registry[Reward] = Registry("reward")
 
-    `text` is what the model wrote, without the stop token. The number must be finite; what happens on an error or a
-    hang is guard.py's business, so let errors out. answer: it reads `reference(prompt)`; a row without an answer is
-    then refused at the start. Raises UserError when the name is taken.
+
+def register_reward(
+    name: str, *, answer: bool = False, group: bool = False, rate: str = "", objectives: Iterable[str] = ()
+) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator: makes a function known as env.options.reward=<name>, alone or with others in a list.
+
+    `fn(text, prompt)` returns a number, or named objectives such as {"accuracy": 1.0, "safety": 0.5}; `text` is what
+    the model wrote, without the stop token. group: `fn(texts, prompt)` is called once for all samples of a prompt, when
+    all have ended, and returns a number or objectives for each text, in order. Further arguments are parameters
+    (env.options.reward={<name>: {limit: 64}}). All numbers must be finite; what happens on an error or a hang is
+    guard.py's business, so let errors out.
+
+    answer: it reads `reference(prompt)`; a row without an answer is then refused at the start. rate: the share of texts
+    with another number than 0 is logged as env/<rate>. objectives: the names that it returns, so that options that
+    speak of others are refused at the start. Raises UserError when the name is taken.
     """
-    if answer:
-        ANSWERED.add(name)
-    return REWARDS.register(name)
+
+    def keep(fn: RewardFunction) -> RewardFunction:
+        if not callable(fn):
+            raise UserError(f"reward {name!r}: {fn!r} is no function of a text and a prompt")
+        REWARDS.register(name)(Reward(str(name), fn, answer, group, rate, tuple(objectives)))
+        return fn
+
+    return keep
+
+
+def reward_names(option: Any) -> list[str]:
+    """The names in an option that names rewards."""
+    return [option] if isinstance(option, str) else list(map(str, option or ()))
+
+
+def find_reward(name: str, where: str) -> Reward:
+    """The reward called `name`, also a function as "package.module:name". Raises UserError naming `where`."""
+    found: Any = REWARDS.get(name, where)
+    if isinstance(found, Reward):
+        return found
+    if not callable(found):
+        raise UserError(f"{where}={name}: it is no function of a text and a prompt")
+    return next((one for one in REWARDS.things() if getattr(one, "fn", None) is found), Reward(name, found))
+
+
+def chosen_rewards(option: Any, where: str = "env.options.reward") -> list[tuple[Reward, dict[str, Any]]]:
+    """The rewards that an option names, each with its parameters (see RewardOption). Raises UserError."""
+    names = reward_names(option)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{where}={option!r}: wanted the name of a reward, or different names")
+    given = option if isinstance(option, Mapping) else {}
+    return [(one, one.check(given.get(name, {}), where)) for name in names for one in [find_reward(name, where)]]
+
+
+@dataclass(frozen=True)
+class GroupCall:
+    """A call of a group reward that is still to be made: of the texts of all samples of a prompt."""
+
+    reward: Reward
+    params: dict[str, Any]
+    texts: tuple[str, ...]
+
+    def __call__(self, prompt: Prompt) -> Any:
+        return self.reward(list(self.texts), prompt, **self.params)
+
+
+def add_objectives(given: dict[str, Any], reward: Reward, value: Any) -> None:
+    """Adds what a reward returned to the objectives that there are. Raises ValueError for a name that is taken."""
+    named = value if isinstance(value, Mapping) else {reward.objective: value}
+    for name, number in named.items():
+        if name in given:
+            raise ValueError(f"objective {name!r} is given twice; let reward {reward.name!r} return another name")
+        given[name] = number
 
 
 def reference(prompt: Prompt) -> str:
