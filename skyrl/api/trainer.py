@@ -196,7 +196,7 @@ def _reward_name(reward: Any) -> str:
         return reward
     if not callable(reward):
         raise UserError(
-            f"reward={reward!r}: give the name of a reward, a function of text and prompt, or a list of them"
+            f"reward={reward!r}: give the name of a reward, or a function of text and prompt, or a list of these"
         )
     name = next((name for name, thing in REWARDS.items() if reward in (thing, getattr(thing, "fn", None))), "")
     if not name:
