@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from skyrl.config.args import expand_home
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.data_files import data_file, read_prompts
-from skyrl.envs.rewards.base import Reward, RewardOption, chosen_rewards
+from skyrl.envs.rewards.base import Reward, RewardOption, find_reward, reward_names
 from skyrl.registry import Registry
 from skyrl.types import Message, Metrics, Prompt, UserError
 
@@ -148,21 +148,19 @@ def environment_options(cfg: EnvConfig) -> dict[str, Any]:
 
 
 def check_options(
-    cls: type[Environment], given: dict[str, Any], where: str, who: str, beside: tuple[str, ...]
+    cls: Callable[..., Any], given: dict[str, Any], where: str, who: str, beside: tuple[str, ...]
 ) -> dict[str, Any]:
-    """`given` as keyword arguments for the constructor of `cls`: a text where a Path is wanted becomes one.
-
-    `beside` are arguments that others give. Raises UserError, `where` a config path, for an unknown option, a wrong
-    type or a missing one."""
-    allowed, open_ended = _signature(cls)  # type: ignore[arg-type]
+    """`given` as keyword arguments of a class, or of a function behind text and prompt: a text where a Path is wanted
+    becomes one. `beside` are arguments that others give. Raises UserError, `where` a config path, for an unknown
+    option, a wrong type or a missing one."""
+    allowed, open_ended = _signature(cls)
     allowed = {key: value for key, value in allowed.items() if key not in beside}
     options = {}
     for key, value in given.items():
         if key not in allowed and not open_ended:
-            raise UserError(
-                f"{where}.{key}: {who} has no such option; it has: {', '.join(allowed) or 'none'} (a recipe of "
-                "another environment may have set it: start from experiment=custom)"
-            )
+            recipe = " (a recipe of another environment may have set it: start from experiment=custom)"
+            known = (", ".join(allowed) or "none") + recipe * (where == "env.options")
+            raise UserError(f"{where}.{key}: {who} has no such option; it has: {known}")
         hint = allowed[key][0] if key in allowed else Any
         if not _matches(value, hint):
             raise UserError(f"{where}.{key}={value!r}: {who} wants {_spell(hint)} here")
@@ -172,6 +170,23 @@ def check_options(
         if required and key not in options:
             raise UserError(f"{where}.{key}: {who} needs it; give it {_spell(hint)}")
     return options
+
+
+def chosen_rewards(option: Any, where: str = "env.options.reward") -> list[tuple[Reward, dict[str, Any]]]:
+    """The rewards that an option names, each with its parameters (see RewardOption). Raises UserError."""
+    names = reward_names(option)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{where}={option!r}: wanted the name of a reward, or different names")
+    found = []
+    for name in names:
+        reward, given = find_reward(name, where), option[name] if isinstance(option, dict) else {}
+        if not isinstance(given, dict):
+            raise UserError(
+                f"{where}.{name}={given!r}: wanted its parameters, such as {{}}; weights are "
+                f"algorithm.objectives.weights={{{reward.objective}: ...}}"
+            )
+        found.append((reward, check_options(reward.fn, given, f"{where}.{name}", f"reward {name!r}", beside=())))
+    return found
 
 
 def objective_names_of(cfg: EnvConfig) -> Sequence[str]:
@@ -203,10 +218,11 @@ def is_async(cls: type[Environment]) -> bool:
     return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in ("reset", "step", "close"))
 
 
-def options_of(cls: type[Environment]) -> dict[str, str]:
-    """Every option of an environment with its default in words; "(needed)" without one."""
-    given = inspect.signature(cls.__init__).parameters if cls.__init__ is not object.__init__ else {}
-    allowed, _ = _signature(cls)  # type: ignore[arg-type]
+def options_of(thing: Callable[..., Any]) -> dict[str, str]:
+    """Every option of an environment, or parameter of a reward's function, with its default in words; "(needed)"
+    without one."""
+    allowed, _ = _signature(thing)
+    given = inspect.signature(thing).parameters if allowed else {}
     return {
         name: "(needed)" if required else repr(given[name].default)
         for name, (_, required) in allowed.items()
@@ -215,17 +231,19 @@ def options_of(cls: type[Environment]) -> dict[str, str]:
 
 
 @functools.cache
-def _signature(cls: type[Environment]) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """Options of a class as {name: (type, required)}, and whether it takes any name. Cached: made once per class."""
-    if cls.__init__ is object.__init__:
+def _signature(thing: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], bool]:
+    """Options of a class, or of a function behind text and prompt: {name: (type, required)}, and whether it takes
+    any. Cached: made once for each."""
+    call: Any = thing.__init__ if isinstance(thing, type) else thing  # type: ignore[misc]
+    if call is object.__init__:
         return {}, False
     try:
-        hints = typing.get_type_hints(cls.__init__)
-    except NameError:  # a name that exists for type checkers only; its options go unchecked
+        hints = typing.get_type_hints(call)
+    except (NameError, TypeError):  # a name that exists for type checkers only, written in C: options go unchecked
         hints = {}
     allowed: dict[str, tuple[Any, bool]] = {}
     open_ended = False
-    for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]:
+    for parameter in list(inspect.signature(call).parameters.values())[1 if isinstance(thing, type) else 2 :]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             open_ended = True
         elif parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
@@ -247,6 +265,8 @@ def _matches(value: object, hint: Any) -> bool:
         return any(_matches(value, one) for one in alternatives)
     if origin is Literal:
         return value in arguments
+    if origin is dict:
+        return isinstance(value, dict)
     if origin in (list, tuple):
         inner = arguments[0] if arguments else Any
         return isinstance(value, (list, tuple)) and all(_matches(item, inner) for item in value)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skyrl.config.schema import DataConfig
-from skyrl.envs.base import Environment, Split, StepResult, register_environment
-from skyrl.envs.rewards.base import RewardOption, add_objectives, chosen_rewards, reference, reward_names
+from skyrl.envs.base import Environment, Split, StepResult, chosen_rewards, register_environment
+from skyrl.envs.rewards.base import RewardOption, add_objectives, reference, reward_names
 from skyrl.types import Prompt, UserError
 
 

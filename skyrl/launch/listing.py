@@ -12,6 +12,7 @@ from skyrl.config.args import Parser
 from skyrl.config.plugins import import_plugins
 from skyrl.config.validation import REGISTERED  # which imports every algorithm
 from skyrl.envs.base import options_of
+from skyrl.envs.rewards.base import Reward
 from skyrl.registry import Registry, origin
 from skyrl.types import UserError
 
@@ -52,6 +53,6 @@ def _entry(name: str, thing: Any) -> dict[str, Any]:
     if hasattr(thing, "params"):
         options = thing.defaults()
     else:
-        options = options_of(thing) if isinstance(thing, type) and hasattr(thing, "dataset") else {}
+        options = options_of(code) if isinstance(thing, Reward) or hasattr(thing, "dataset") else {}
     about = (getattr(code, "__doc__", None) or "").strip().partition("\n")[0]
     return {"name": name, "from": "skyrl" if ours else origin(thing), "about": about, "options": options}

@@ -8,9 +8,8 @@ import pytest
 from skyrl.api import Environment, Prompt, StepResult, UserError, register_environment, register_reward
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import ENVIRONMENTS, Guard, make_environment
-from skyrl.envs.base import group_rewards_of
+from skyrl.envs.base import chosen_rewards, group_rewards_of
 from skyrl.envs.rewards import REWARDS
-from skyrl.envs.rewards.base import chosen_rewards
 from skyrl.workers.calls import LocalCalls
 from skyrl.workers.pool import WorkerPool
 
@@ -102,9 +101,11 @@ def _registered(name, function, **more):
         ({"length": {}}, "env.options.reward.length.target: reward 'length' needs it"),
         (
             {"length": {"target": 3, "n": 1}},
-            "reward.length.n: reward 'length' has no such .*; it has: target, tolerance",
+            "reward.length.n: reward 'length' has no such option; it has: target, tolerance$",
         ),
-        ({"math": {"n": 1}}, "env.options.reward.math.n: reward 'math' has no such parameter; it has: none"),
+        ({"math": {"n": 1}}, "env.options.reward.math.n: reward 'math' has no such option; it has: none$"),
+        ({"length": {"target": "3"}}, "reward.length.target='3': reward 'length' wants int here"),
+        (3, "env.options.reward=3: environment 'single_turn' wants str . list.str. . dict"),
         (["exact", "exact"], "wanted the name of a reward, or different names"),
         ([], "wanted the name of a reward"),
         (["exat"], "no reward called 'exat'; choose one of: .*exact"),

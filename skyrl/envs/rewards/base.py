@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from skyrl.registry import Registry
@@ -25,17 +24,10 @@ class Reward:
     group: bool = False
     rate: str = ""
     objectives: tuple[str, ...] = ()
-    params: dict[str, Any] = field(default_factory=dict)  # name -> default, or inspect.Parameter.empty
 
     def __post_init__(self) -> None:
         self.__module__ = str(getattr(self.fn, "__module__", ""))
         self.__qualname__ = str(getattr(self.fn, "__qualname__", self.name))
-        try:
-            parameters = list(inspect.signature(self.fn).parameters.values())[2:]
-        except (TypeError, ValueError):  # written in C
-            parameters = []
-        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.params = {one.name: one.default for one in parameters if one.kind in kinds}
 
     def __call__(self, *args: Any, **params: Any) -> Any:
         return self.fn(*args, **params)
@@ -50,29 +42,6 @@ class Reward:
         """Names of what it returns, as far as that can be told before it is called."""
         returned = getattr(self.fn, "__annotations__", {}).get("return")
         return self.objectives or ((self.objective,) if returned in (float, int, "float", "int") else ())
-
-    def defaults(self) -> dict[str, str]:
-        """Every parameter with its default in words; "(needed)" without one."""
-        empty = inspect.Parameter.empty
-        return {name: "(needed)" if value is empty else repr(value) for name, value in self.params.items()}
-
-    def check(self, given: Any, where: str) -> dict[str, Any]:
-        """Its parameters as an option gives them. Raises UserError for what it does not take or lacks."""
-        if not isinstance(given, Mapping):
-            raise UserError(
-                f"{where}.{self.name}={given!r}: wanted its parameters, such as {{}}; weights are "
-                f"algorithm.objectives.weights={{{self.objective}: ...}}"
-            )
-        known = ", ".join(self.params) or "none"
-        for name in given:
-            if name not in self.params:
-                raise UserError(
-                    f"{where}.{self.name}.{name}: reward {self.name!r} has no such parameter; it has: {known}"
-                )
-        for name, default in self.params.items():
-            if default is inspect.Parameter.empty and name not in given:
-                raise UserError(f"{where}.{self.name}.{name}: reward {self.name!r} needs it")
-        return dict(given)
 
 
 REWARDS: Registry[Reward] = Registry("reward")
@@ -116,15 +85,6 @@ def find_reward(name: str, where: str) -> Reward:
     if not callable(found):
         raise UserError(f"{where}={name}: it is no function of a text and a prompt")
     return next((one for one in REWARDS.things() if getattr(one, "fn", None) is found), Reward(name, found))
-
-
-def chosen_rewards(option: Any, where: str = "env.options.reward") -> list[tuple[Reward, dict[str, Any]]]:
-    """The rewards that an option names, each with its parameters (see RewardOption). Raises UserError."""
-    names = reward_names(option)
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{where}={option!r}: wanted the name of a reward, or different names")
-    given = option if isinstance(option, Mapping) else {}
-    return [(one, one.check(given.get(name, {}), where)) for name in names for one in [find_reward(name, where)]]
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,12 @@ def repetition(text: str, prompt: Prompt, *, n: int = 3, characters: bool = Fals
 
 
 @register_reward("tags", rate="well_formed")
-def tags(text: str, prompt: Prompt, *, names: Sequence[str] = ("think", "answer"), pattern: str = "") -> float:
-    """1.0 when the text is <name>...</name> for each of `names`, once and in order, with nothing but space between, or
+def tags(text: str, prompt: Prompt, *, names: list[str] | None = None, pattern: str = "") -> float:
+    """1.0 when the text is <name>...</name> for each of `names` (think, answer), once, in order, only space between, or
     with a `pattern` when that regular expression matches the whole text; else 0.0."""
     if pattern:
         return float(re.fullmatch(pattern, text, re.DOTALL) is not None)
+    names = names or ["think", "answer"]
     wanted = r"\s*".join(rf"<{re.escape(name)}>.*?</{re.escape(name)}>" for name in names)
     once = all(text.count(f"<{name}>") == text.count(f"</{name}>") == 1 for name in names)
     return float(once and re.fullmatch(rf"\s*{wanted}\s*", text, re.DOTALL) is not None)
