@@ -40,7 +40,7 @@ class Task(Environment):
         if not cls.files:
             no_files(cls.name, data)
         env.prepare()
-        if data.path:
+        if data.path or (data.eval_path and split == "test"):
             prompts = super().dataset(options, data, split, seed)
             for prompt in prompts:
                 env.check(prompt)

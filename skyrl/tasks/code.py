@@ -10,7 +10,7 @@ from typing import Any
 from skyrl.envs.base import RetryableError, StepResult, register_environment
 from skyrl.envs.single_turn import require
 from skyrl.sandbox import Level, Limits, SandboxError, default_sandbox, to_text
-from skyrl.tasks.base import Task, Tasks, last_block
+from skyrl.tasks.base import Task, Tasks, last_block, require_weights, staged
 from skyrl.types import Prompt, UserError
 
 STAGES = ("parses", "compiles", "within_limits", "passes")
@@ -48,9 +48,7 @@ class Code(Task):
         num_train: int = 2000,
         num_test: int = 200,
     ) -> None:
-        self.weights = dict(zip(STAGES, (parses, compiles, within_limits, passes), strict=True))
-        for name, weight in self.weights.items():
-            require(0.0 <= weight <= 1e6, name, weight, "0 or more")
+        self.weights = require_weights(parses=parses, compiles=compiles, within_limits=within_limits, passes=passes)
         require(0 < num_train <= LARGEST_SPLIT, "num_train", num_train, f"1 to {LARGEST_SPLIT}")
         require(0 < num_test <= LARGEST_SPLIT, "num_test", num_test, f"1 to {LARGEST_SPLIT}")
         self.partial, self.complete, self.level = partial, complete, level or None
@@ -67,7 +65,31 @@ class Code(Task):
 
     def check(self, prompt: Prompt) -> None:
         """There is a function to write, and tests of it."""
-        _check(prompt)
+        name, tests = prompt.extra.get("entry_point"), prompt.extra.get("tests")
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise UserError(
+                f"{prompt.place}: field 'entry_point' is {name!r}, wanted the name of the function to write"
+            )
+        if isinstance(tests, str) and tests.strip():
+            try:
+                compile(tests, "tests", "exec")
+                compile(str(prompt.extra.get("context", "")), "context", "exec")
+            except (SyntaxError, ValueError) as error:
+                raise UserError(f"{prompt.place}: field 'tests' or 'context' is no Python ({error})") from error
+        elif not isinstance(tests, list) or not tests:
+            raise UserError(
+                f"{prompt.place}: field 'tests' is {type(tests).__name__}, wanted a list of cases that is not empty, "
+                'such as {"args": [1, 2], "expected": 3}, or Python text with asserts'
+            )
+        else:
+            for number, case in enumerate(tests):
+                kinds = {"args": list, "kwargs": dict}
+                right = isinstance(case, dict) and "expected" in case and case.keys() <= {*kinds, "expected"}
+                if not right or any(not isinstance(case.get(key, kind()), kind) for key, kind in kinds.items()):
+                    raise UserError(
+                        f"{prompt.place}: field 'tests': case {number} is {str(case)[:80]!r}, wanted an object with "
+                        '"expected" and, if it takes any, "args" (a list) and "kwargs" (an object)'
+                    )
 
     def step(self, text: str) -> StepResult:
         """Runs the answer's program with the tests; always the last step."""
@@ -81,11 +103,8 @@ class Code(Task):
             raise RetryableError(str(error)) from error
         stages = {name: float(number < reached) for number, name in enumerate(STAGES)}
         stages["passes"] = stages["within_limits"] * (passed if self.partial else float(passed == 1.0))
-        metrics = {f"{name}:mean": value for name, value in stages.items()}
-        reward = sum(self.weights[name] * value for name, value in stages.items())
-        return StepResult(
-            reward, True, metrics={**metrics, "correct:mean": float(stages["within_limits"] * passed == 1.0)}
-        )
+        reward, metrics = staged(self.weights, stages, stages["within_limits"] * passed == 1.0)
+        return StepResult(reward, True, metrics=metrics)
 
 
 def program_of(text: str, beginning: str = "") -> str:
@@ -121,33 +140,6 @@ def judge(
     told = [event[0] for event in result.events]
     stages = ("parses" in told, "defines" in told, in_time, passed > 0)
     return (stages.index(False) if False in stages else len(stages)), passed
-
-
-def _check(prompt: Prompt) -> None:
-    """Raises UserError with file:line for a row that cannot be judged."""
-    name, tests = prompt.extra.get("entry_point"), prompt.extra.get("tests")
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise UserError(f"{prompt.place}: field 'entry_point' is {name!r}, wanted the name of the function to write")
-    if isinstance(tests, str) and tests.strip():
-        try:
-            compile(tests, "tests", "exec")
-            compile(str(prompt.extra.get("context", "")), "context", "exec")
-        except (SyntaxError, ValueError) as error:
-            raise UserError(f"{prompt.place}: field 'tests' or 'context' is no Python ({error})") from error
-    elif not isinstance(tests, list) or not tests:
-        raise UserError(
-            f"{prompt.place}: field 'tests' is {type(tests).__name__}, wanted a list of cases that is not empty, "
-            'such as {"args": [1, 2], "expected": 3}, or Python text with asserts'
-        )
-    else:
-        for number, case in enumerate(tests):
-            kinds = {"args": list, "kwargs": dict}
-            right = isinstance(case, dict) and "expected" in case and case.keys() <= {*kinds, "expected"}
-            if not right or any(not isinstance(case.get(key, kind()), kind) for key, kind in kinds.items()):
-                raise UserError(
-                    f"{prompt.place}: field 'tests': case {number} is {str(case)[:80]!r}, wanted an object with "
-                    '"expected" and, if it takes any, "args" (a list) and "kwargs" (an object)'
-                )
 
 
 FACTORS, SUMMANDS = range(2, 10), range(1, 100)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from skyrl.envs.base import StepResult, register_environment
+from skyrl.envs.base import RetryableError, StepResult, register_environment
 from skyrl.tasks.base import Task, Tasks, field_of, last_block, require_counts, require_weights, staged, wrong_field
 from skyrl.types import Prompt, UserError
 
@@ -17,14 +19,18 @@ if TYPE_CHECKING:
     import sqlite3  # at run time where it is needed: some Pythons are built without
 
 STEPS_BETWEEN_LOOKS = 1000  # instructions of SQLite's machine
-MAX_SECONDS = 5.0  # a net: the limit that decides is the number of instructions, which is the same everywhere
+MAX_SECONDS = 5.0  # of CPU, a net: what decides is the number of instructions, which is the same everywhere
 MAX_CHARACTERS, MAX_BYTES = 4000, 1 << 20  # of a query; of all values that it returns
-HEAP_BYTES = 64 << 20  # of all of SQLite in this process
+HEAP_BYTES = 256 << 20  # of all of SQLite in this process, the databases that are kept included
+# Functions that could take hours within one instruction, where nothing stops them, and their numbers of arguments.
+BOUNDED = (("like", 2), ("like", 3), ("glob", 2), ("instr", 2), ("replace", 3), ("trim", 2), ("ltrim", 2), ("rtrim", 2))
+MAX_PRODUCT = 10**7  # of the lengths of their arguments
 # Not here: what makes huge values, takes more time than its arguments are long, or reaches beyond the tables.
 FUNCTIONS = frozenset(
-    "abs avg ceil ceiling coalesce count cume_dist date datetime dense_rank first_value floor group_concat ifnull iif "
-    "instr julianday lag last_value lead length like lower max min mod nth_value ntile nullif percent_rank pow power "
-    "rank round row_number sign sqrt strftime string_agg substr substring sum time total typeof unixepoch upper".split()
+    "abs avg ceil ceiling coalesce count cume_dist date datetime dense_rank first_value floor glob group_concat "
+    "ifnull iif instr julianday lag last_value lead length like lower ltrim max min mod nth_value ntile nullif "
+    "percent_rank pow power rank replace round row_number rtrim sign sqrt strftime string_agg substr substring "
+    "sum time total trim typeof unixepoch upper".split()
 )
 COMMENTS_AND_TEXTS = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
 DATABASES = "SQL text that makes and fills tables, or a list of such texts"
@@ -69,18 +75,26 @@ class Sql(Task):
 
     def step(self, text: str) -> StepResult:
         """Runs the answer's query beside the right one; always the last step."""
-        query, wanted = last_block(text, "sql|sqlite").strip(), self.prompt.extra["query"]
-        ordered = self.prompt.extra.get("ordered", is_ordered(wanted))
+        query = last_block(text, "sql|sqlite").strip()
+        ordered = self.prompt.extra.get("ordered")
+        ordered = is_ordered(self.prompt.extra["query"]) if ordered is None else ordered
         right = True
         try:
             for script in databases_of(self.prompt):
-                rows, expected = (run_query(script, one, *self.limits) for one in (query, wanted))
+                expected = self._expected(script)
+                rows = run_query(script, query, *self.limits)
                 right &= rows == expected if ordered else Counter(rows) == Counter(expected)
             stages = {"runs": 1.0, "right": float(right)}
         except QueryError:
             stages = {"runs": 0.0, "right": 0.0}
         reward, metrics = staged(self.weights, stages, stages["right"] == 1.0)
         return StepResult(reward, True, metrics=metrics)
+
+    def _expected(self, script: str) -> list[tuple[Any, ...]]:
+        try:
+            return run_query(script, self.prompt.extra["query"], *self.limits)
+        except QueryError as error:  # it worked at the start: says nothing about the answer
+            raise RetryableError(f"the right query fails: {error}") from error
 
 
 def databases_of(prompt: Prompt) -> list[str]:
@@ -113,12 +127,12 @@ def run_query(script: str, query: str, max_steps: int, max_rows: int) -> list[tu
         raise QueryError(f"longer than {MAX_CHARACTERS} characters")
     if not re.match(r"\s*(?:select|with|values)\b", COMMENTS_AND_TEXTS.sub(" ", query), re.IGNORECASE):
         raise QueryError("no SELECT")
-    database, end, left, size = _database(script), time.monotonic() + MAX_SECONDS, max_steps, 0
+    database, end, left, size = _database(script), time.thread_time() + MAX_SECONDS, max_steps, 0
 
     def is_over() -> bool:
         nonlocal left
         left -= STEPS_BETWEEN_LOOKS
-        return left < 0 or time.monotonic() > end
+        return left < 0 or time.thread_time() > end
 
     database.set_progress_handler(is_over, STEPS_BETWEEN_LOOKS)
     rows: list[tuple[Any, ...]] = []
@@ -142,7 +156,7 @@ def _compared(value: Any) -> Any:
     return value
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(8)
 def _database(script: str) -> sqlite3.Connection:
     """A database in memory that from now on only answers queries. Raises QueryError when `script` fails."""
     import sqlite3
@@ -155,10 +169,8 @@ def _database(script: str) -> sqlite3.Connection:
     # The sorter's files would go to the disk; a value that grows without end would fill the memory.
     for pragma in ("temp_store=2", f"hard_heap_limit={HEAP_BYTES}", "query_only=1"):
         database.execute(f"PRAGMA {pragma}").fetchall()
-    # SQLite's own may take hours within one instruction, where nothing can stop them.
-    for count in (2, 3):
-        database.create_function("like", count, like, deterministic=True)
-    database.create_function("instr", 2, _instr, deterministic=True)
+    for name, count in BOUNDED:
+        database.create_function(name, count, _bounded(name, count), deterministic=True)
     reads = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 
     def authorize(action: int, first: str | None, second: str | None, *_: Any) -> int:
@@ -169,29 +181,18 @@ def _database(script: str) -> sqlite3.Connection:
     return database
 
 
-def _instr(text: Any, part: Any) -> int | None:
-    return None if text is None or part is None else str(text).find(str(part)) + 1
+def _bounded(name: str, count: int) -> Callable[..., Any]:
+    """SQLite's own function, which takes time by the product of its arguments' lengths, for short ones."""
+    import sqlite3
 
+    database = sqlite3.connect(":memory:", check_same_thread=False)
 
-def like(pattern: Any, text: Any, escape: str = "") -> bool | None:
-    """SQL's LIKE without backtracking: each piece between two % is taken as far to the left as it can be."""
-    if pattern is None or text is None:
-        return None
-    pieces, signs = [""], iter(str(pattern))
-    for sign in signs:
-        if sign == "%" != escape:
-            pieces.append("")
-        else:
-            pieces[-1] += re.escape(next(signs, "")) if sign == escape else "." if sign == "_" else re.escape(sign)
-    first, *middle = [re.compile(piece, re.IGNORECASE | re.DOTALL | re.ASCII) for piece in pieces]
-    text = str(text)
-    if not middle:
-        return first.fullmatch(text) is not None
-    found, last = first.match(text), middle.pop()
-    for piece in middle:
-        found = found and piece.search(text, found.end())
-    width = len(re.sub(r"\\(.)", r"\1", last.pattern, flags=re.DOTALL))  # nothing in a piece repeats
-    return found is not None and len(text) - width >= found.end() and bool(last.match(text, len(text) - width))
+    def call(*values: Any) -> Any:
+        if math.prod(max(1, len(str(value))) for value in values) > MAX_PRODUCT:
+            raise ValueError("arguments are too long")
+        return database.execute(f"SELECT {name}({', '.join('?' * count)})", values).fetchone()[0]
+
+    return call
 
 
 # Tables of the made tasks: a name, a number and a group each, with the values that these have.

@@ -93,7 +93,7 @@ class Support(TurnedTask):
 class SupportModel(Support):
     """The same with a customer who is played by a model behind an OpenAI-style endpoint; the action is judged as there.
 
-    base_url: such as http://host:8000/v1; model: its name there; api_key_env: the environment variable that holds the
+    base_url: such as http://host:8000/v1; model: its name there; key_variable: the environment variable that holds the
     key, "" = none. A row's "persona" is told to the model beside the facts. temperature: of its words. An endpoint that
     is busy or away is asked again, and then the episode is masked.
     """
@@ -103,7 +103,7 @@ class SupportModel(Support):
         *,
         base_url: str,
         model: str,
-        api_key_env: str = "",
+        key_variable: str = "",
         temperature: float = 1.0,
         wrong: float = 0.0,
         max_turns: int = 8,
@@ -111,9 +111,9 @@ class SupportModel(Support):
         super().__init__(wrong=wrong, patience=max(1, max_turns) + 1, max_turns=max_turns)
         require(base_url.startswith(("http://", "https://")), "base_url", base_url, "http://... or https://...")
         require(temperature >= 0.0, "temperature", temperature, "0 or more")
-        require(not api_key_env or api_key_env in os.environ, "api_key_env", api_key_env, "a variable that is set")
+        require(not key_variable or key_variable in os.environ, "key_variable", key_variable, "a variable that is set")
         self.url, self.model, self.temperature = f"{base_url.rstrip('/')}/chat/completions", model, temperature
-        self.headers = {"Authorization": f"Bearer {os.environ[api_key_env]}"} if api_key_env else {}
+        self.headers = {"Authorization": f"Bearer {os.environ[key_variable]}"} if key_variable else {}
 
     def reset(self, prompt: Prompt, seed: int = 0) -> list[Message]:
         """The customer's first message; `seed` is handed to the endpoint."""

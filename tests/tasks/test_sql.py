@@ -2,7 +2,7 @@
 
 import pytest
 
-from skyrl.tasks.sql import QueryError, is_ordered, like, run_query
+from skyrl.tasks.sql import QueryError, is_ordered, run_query
 from skyrl.types import UserError
 
 ONE = "CREATE TABLE t(id INTEGER, s TEXT, x REAL); INSERT INTO t VALUES (1,'a',1.5),(2,'b',2),(3,'b',2);"
@@ -47,7 +47,7 @@ def test_the_reward_does_what_it_says(rows, play, query, answer, reward):
         "WITH c AS (SELECT 1) DELETE FROM t", "SELECT load_extension('x')", "SELECT * FROM pragma_table_info('t')",
         "SELECT sql FROM sqlite_stmt", "SELECT * FROM dbstat", "SELECT * FROM json_each('[1]')",
         "SELECT zeroblob(1000000000)", "SELECT randomblob(9)", "SELECT printf('%1000000000d', 1)", "SELECT random()",
-        "SELECT replace(s, 'a', 'b') FROM t", "SELECT 'a' GLOB '*a*'", "SELECT ?", "SELECT '\x00'", "SELECT '\ud800'",
+        "SELECT hex(s) FROM t", "SELECT 'a' MATCH 'a'", "SELECT ?", "SELECT '\x00'", "SELECT '\ud800'",
         "SELECT " + "(" * 990 + "1" + ")" * 990, "SELECT 1 " + " " * 5000,
         "SELECT 1 FROM " + ", ".join(["t"] * 60),
         RECURSIVE.format(-1) + "count(*) FROM c", RECURSIVE.format(30) + "max(s) FROM c",
@@ -61,30 +61,30 @@ def test_a_hostile_query_fails_soon_and_changes_nothing(query):
     assert run_query(ONE, "SELECT count(*) FROM t", 200_001, 1000) == [(3,)]
 
 
-def test_no_instruction_of_a_query_takes_long():
-    """Pieces of LIKE and instr that SQLite's own take hours for."""
-    long = RECURSIVE.format(17)
-    assert run_query(ONE, long + "count(*) FROM c WHERE s LIKE '%a%a%a%a%a%a%a%a%b'", 10**6, 9) == [(0,)]
-    assert run_query(ONE, long + "max(instr(s, s||'b')) FROM c", 10**6, 9) == [(0,)]
+@pytest.mark.parametrize(
+    "slow",
+    [
+        "instr(s, s||'b')", "s LIKE '%'||s||'b%'", "s LIKE '%'||s||'b%' ESCAPE '!'", "s GLOB '*'||s||'b*'",
+        "replace(s, 'a', s)", "trim(s, s||'b')", "ltrim(s, 'b'||s)", "rtrim(s, 'b'||s)",
+    ],
+)  # fmt: skip
+def test_no_instruction_of_a_query_takes_long(slow):
+    """SQLite's own functions would take minutes to hours, or all memory, for texts of 650,000 letters."""
+    with pytest.raises(QueryError, match="user-defined function raised exception"):
+        run_query(ONE, RECURSIVE.format(17) + f"count(*) FROM c WHERE length({slow}) > 0", 10**6, 9)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "text", "right"),
+    ("expression", "value"),
     [
-        ("a%", "Abc", True), ("%c", "abc", True), ("%b%", "abc", True), ("a_c", "abc", True), ("abc", "abcd", False),
-        ("%", "", True), ("_", "", False), ("a%a", "a", False), ("%a%a%", "aa", True), ("ab%bc", "abc", False),
-        ("%ab", "aab", True), ("a%b%c", "a1b2b3c", True), ("", "", True), ("%.%", "a", False), ("5%", 50, True),
+        ("'Abc' LIKE 'a%C'", 1), ("'10% x' LIKE '10!%%' ESCAPE '!'", 1), ("'100' LIKE '10!%' ESCAPE '!'", 0),
+        ("NULL LIKE 'a'", None), ("50 LIKE '5%'", 1), ("'a' NOT LIKE '_'", 0), ("'Ab' GLOB 'A*'", 1),
+        ("instr('abc', 'c')", 3), ("replace('aba', 'a', 'xy')", "xybxy"), ("trim(' a ')", "a"),
+        ("trim('xax', 'x')", "a"), ("ltrim('xax', 'x')", "ax"), ("rtrim('xax', 'x')", "xa"), ("replace('a', '', 'b')", "a"),
     ],
 )  # fmt: skip
-def test_like_is_sqlite_s(pattern, text, right):
-    import sqlite3
-
-    own = sqlite3.connect(":memory:").execute("SELECT ? LIKE ?", (text, pattern)).fetchone()[0]
-    assert like(pattern, text) == right == bool(own)
-
-
-def test_like_with_an_escape_and_null():
-    assert like("10!%%", "10% x", "!") and not like("10!%", "100", "!") and like(None, "a") is None
+def test_functions_are_sqlite_s(expression, value):
+    assert run_query(ONE, f"SELECT {expression}", 10**6, 9) == [(value,)]
 
 
 def test_what_is_ordered():

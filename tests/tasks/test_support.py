@@ -106,7 +106,7 @@ def endpoint():
 def test_a_customer_who_is_played_by_a_model(rows, play, endpoint, monkeypatch):
     monkeypatch.setenv("THE_KEY", "secret")
     url = f"http://127.0.0.1:{endpoint.server_port}/v1/"
-    options = {"base_url": url, "model": "small", "api_key_env": "THE_KEY", "temperature": 0.5}
+    options = {"base_url": url, "model": "small", "key_variable": "THE_KEY", "temperature": 0.5}
     endpoint.replies += [(200, " It's 4821, I think. "), (200, "Three days.")]
     prompt = rows("support_model", {**ROW, "persona": "You are angry."}, options=options)[0]
     result, heard = play(prompt, "Which order?", "And when?", "action: refund 4821", seed=7, **options)
@@ -148,7 +148,7 @@ def test_what_an_endpoint_refuses_is_named(rows, play, endpoint):
     gone = {"base_url": "http://127.0.0.1:9", "model": "small"}
     with pytest.raises(RetryableError, match="ConnectError"):
         play(prompt, "order?", "order?", **gone)
-    with pytest.raises(UserError, match=r"env\.options\.api_key_env='NONE_SUCH'"):
-        rows("support_model", ROW, options={**options, "api_key_env": "NONE_SUCH"})
+    with pytest.raises(UserError, match=r"env\.options\.key_variable='NONE_SUCH'"):
+        rows("support_model", ROW, options={**options, "key_variable": "NONE_SUCH"})
     with pytest.raises(UserError, match=r"env\.options\.base_url='host:1'"):
         rows("support_model", ROW, options={**options, "base_url": "host:1"})
