@@ -80,7 +80,8 @@ def test_no_instruction_of_a_query_takes_long(slow):
         ("'Abc' LIKE 'a%C'", 1), ("'10% x' LIKE '10!%%' ESCAPE '!'", 1), ("'100' LIKE '10!%' ESCAPE '!'", 0),
         ("NULL LIKE 'a'", None), ("50 LIKE '5%'", 1), ("'a' NOT LIKE '_'", 0), ("'Ab' GLOB 'A*'", 1),
         ("instr('abc', 'c')", 3), ("replace('aba', 'a', 'xy')", "xybxy"), ("trim(' a ')", "a"),
-        ("trim('xax', 'x')", "a"), ("ltrim('xax', 'x')", "ax"), ("rtrim('xax', 'x')", "xa"), ("replace('a', '', 'b')", "a"),
+        ("trim('xax', 'x')", "a"), ("ltrim('xax', 'x')", "ax"), ("rtrim('xax', 'x')", "xa"),
+        ("replace('a', '', 'b')", "a"),
     ],
 )  # fmt: skip
 def test_functions_are_sqlite_s(expression, value):
