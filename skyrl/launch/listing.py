@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import skyrl.tasks  # noqa: F401
 import skyrl.hub.policies  # noqa: F401
+import skyrl.tasks  # noqa: F401
 from skyrl.config.args import Parser
 from skyrl.config.plugins import import_plugins
 from skyrl.config.validation import REGISTERED  # which imports every algorithm
