@@ -79,7 +79,7 @@ class TurnedTask(Task):
         """What the model reads after its text; None when that has ended the episode."""
         raise NotImplementedError
 
-    def score(self) -> tuple[float, Metrics]:
+    def score(self) -> tuple[float | dict[str, float], Metrics]:
         """Reward and metrics of an episode that has ended, or whose turns are used up."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example
 from skyrl.envs.gsm8k import ANNOTATION, Gsm8k
 from skyrl.envs.rewards import register_reward
-from skyrl.envs.rewards.base import reference
+from skyrl.envs.rewards.base import RewardOption, reference, reward_names
 from skyrl.envs.rewards.math import answers_equal, extract_answer
 from skyrl.types import Prompt, UserError
 
@@ -33,17 +33,17 @@ class MathProblems(Gsm8k):
 
     in_process = True
 
-    def __init__(self, *, reward: str = "math", instruction: str = INSTRUCTION, system: str = "") -> None:
+    def __init__(self, *, reward: RewardOption = "math", instruction: str = INSTRUCTION, system: str = "") -> None:
         super().__init__(reward=reward, instruction=instruction, system=system)
 
     def is_correct(self, text: str, reward: float) -> bool:
         """Whether the marked final answer is right; with "math_verify" as that says."""
-        return reward == 1.0 if self.reward_name == "math_verify" else super().is_correct(text, reward)
+        return reward == 1.0 if self.main_reward == "math_verify" else super().is_correct(text, reward)
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
         """Problems in the order of their file. Raises UserError as GSM8K does, and where math-verify is missing."""
-        if options.get("reward") == "math_verify":
+        if "math_verify" in reward_names(options.get("reward")):
             _verifier()
         return super().dataset(options, data, split, seed)
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from skyrl.envs.base import RetryableError, register_environment
-from skyrl.envs.rewards import REWARDS, reference
+from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.parse import ExpressionError, evaluate, parse
-from skyrl.envs.single_turn import require
+from skyrl.envs.single_turn import SingleTurn, require
 from skyrl.sandbox import Limits, SandboxError, default_sandbox
 from skyrl.tasks.base import Tasks, TurnedTask, require_counts, require_weights
 from skyrl.types import Message, Metrics, Prompt
@@ -32,7 +32,7 @@ LINES = re.compile(
 
 
 @register_environment("tools")
-class ToolAgent(TurnedTask):
+class ToolAgent(TurnedTask, SingleTurn):
     """Questions for an agent that calls tools and reads what they return; a turn without a call is its answer.
 
     Rows of data.path have "prompt" or "messages" and "answer". Without it: made sums and products of long numbers.
@@ -42,7 +42,8 @@ class ToolAgent(TurnedTask):
     Qwen, Hermes and others ask: <tool_call>{"name": "calculator", "arguments": {"expression": "2+3"}}</tool_call>,
     or the JSON object alone as Llama writes it ("parameters" will do). instruct: adds how to call to the last message;
     false where the template is given the tools (chat.template_kwargs.tools). role: whose words results are, "user", or
-    "tool" for templates that know it. reward: scores the answer. malformed: what each call that cannot be read costs.
+    "tool" for templates that know it. reward: scores the answer, as for single_turn. malformed: what each
+    call that cannot be read costs, of several objectives one of its own.
     cpu_seconds, wall_seconds, memory_mb, level: of the sandbox. max_output: characters of a result.
     """
 
@@ -53,7 +54,7 @@ class ToolAgent(TurnedTask):
         format: Literal["lines", "tags"] = "lines",
         instruct: bool = True,
         role: Literal["user", "tool"] = "user",
-        reward: str = "math_last_number",
+        reward: RewardOption = "math_last_number",
         malformed: float = 0.0,
         cpu_seconds: float = 5.0,
         wall_seconds: float = 10.0,
@@ -62,17 +63,22 @@ class ToolAgent(TurnedTask):
         max_output: int = 1000,
         max_turns: int = 4,
     ) -> None:
-        super().__init__(max_turns)
+        TurnedTask.__init__(self, max_turns)
+        SingleTurn.__init__(self, reward=reward)
         self.tools = list(ARGUMENTS) if tools is None else tools
         known = bool(self.tools) and set(self.tools) <= ARGUMENTS.keys()
         require(known, "tools", tools, f"some of: {', '.join(ARGUMENTS)}")
         require_weights(malformed=malformed)
         require_counts(max_output=max_output)
-        self.reward_name = reward
-        self.reward = REWARDS.get(reward, "env.options.reward")
         self.format, self.instruct, self.role, self.malformed = format, instruct, role, malformed
         self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
         self.level, self.max_output = level or None, max_output
+
+    @classmethod
+    def objective_names(cls, options: dict[str, Any]) -> Sequence[str]:
+        """Those of its rewards, and what calls cost."""
+        names = super().objective_names(options)
+        return [*names, "malformed_calls"] if names else names
 
     def prepare(self) -> None:
         """Tries the sandbox where Python is a tool."""
@@ -83,14 +89,10 @@ class ToolAgent(TurnedTask):
         """Sums and products that are long for a head."""
         return _made(self.format)
 
-    def check(self, prompt: Prompt) -> None:
-        """There is an answer to compare with."""
-        reference(prompt)
-
     def reset(self, prompt: Prompt) -> list[Message]:
         """Starts with the prompt, and how to call."""
         self.calls = self.bad_calls = 0
-        self.answer: str | None = None
+        self.answer = ""  # what is scored when the turns are used up before
         *before, last = super().reset(prompt)
         return [*before, {**last, "content": f"{last['content']}\n{self.how()}"}] if self.instruct else [*before, last]
 
@@ -128,11 +130,13 @@ class ToolAgent(TurnedTask):
         failed = "" if result.status == "ok" else f"\n{ended}"
         return (result.stdout.strip()[: self.max_output] + failed[: self.max_output]).strip() or "nothing was printed"
 
-    def score(self) -> tuple[float, Metrics]:
+    def score(self) -> tuple[float | dict[str, float], Metrics]:
         """Reward, and how many calls could and could not be read."""
-        reward = 0.0 if self.answer is None else self.reward(self.answer, self.prompt)
+        result = SingleTurn.step(self, self.answer)
         metrics = {"tool_calls:mean": float(self.calls), "malformed_calls:mean": float(self.bad_calls)}
-        return reward - self.malformed * self.bad_calls, {**metrics, "correct:mean": float(reward >= 1.0)}
+        penalty, reward = -self.malformed * self.bad_calls, result.reward
+        reward = {**reward, "malformed_calls": penalty} if isinstance(reward, dict) else reward + penalty
+        return reward, {**metrics, **result.metrics}
 
 
 def tool_schema(name: str) -> dict[str, Any]:

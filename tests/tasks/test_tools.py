@@ -49,6 +49,15 @@ def test_the_reward_does_what_it_says(rows, play, answers, options, reward, call
     assert (result.reward, counted) == (reward, [calls, malformed])
 
 
+def test_rewards_are_those_of_single_turn(rows, play):
+    options = {**ONLY, "reward": {"math_last_number": {}, "length": {"target": 3}}, "malformed": 0.5}
+    prompt = rows("tools", ROW, options=options)[0]
+    result, _ = play(prompt, "calculator:", "144", **options)
+    assert result.reward["math_last_number"] == 1.0 and result.reward["malformed_calls"] == -0.5
+    assert [*result.reward] == [*tools.ToolAgent.objective_names(options)]
+    assert result.metrics["correct:mean"] == 1.0
+
+
 def test_what_the_model_reads(rows, play):
     prompt = rows("tools", ROW, options=ONLY)[0]
     _, heard = play(prompt, "calculator: 12*12\ncalculator: 1/0", "144", **ONLY)
