@@ -22,6 +22,8 @@ from skyrl.envs.rewards.parse import (
     Node,
     agree,
     evaluate,
+    mp,
+    names_of,
     parse,
     spell,
 )
@@ -29,6 +31,7 @@ from skyrl.envs.rewards.parse import (
 MAX_ITEMS = 64
 MAX_LEVELS = 12
 MAX_WRAPPERS = 8
+_PARTS = ("word", "row", "bag", "unit")  # no expressions
 
 _CURRENCY = "\u20ac\u00a3\u00a5\u20b9"  # besides the dollar
 _PLAIN = set("0123456789+-,.$%\\ \u2212" + _CURRENCY)
@@ -40,11 +43,15 @@ _WRAPPERS = [
     re.compile(pattern + r"[.,;:]?", re.S)
     for pattern in (r"\$\$(?P<x>[^$]+)\$\$", r"\$(?P<x>[^$]+)\$", r"\\\((?P<x>.+)\\\)", r"\\\[(?P<x>.+)\\\]")
     + (r"\*\*(?P<x>[^*]+)\*\*", r"__(?P<x>[^_]+)__", r"\*(?P<x>[^*]+)\*", r"`+(?P<x>[^`]+)`+", r'"(?P<x>[^"]+)"')
+    + (r"'(?P<x>[^']+)'",)
 ]
-_LABEL = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|[:=])\s*(?=\S)", re.I)
+_SAYS = r"(?:the\s+)?(?:(?:final|correct)\s+)?answer\s*(?:is\b|[:=])\s*"
+_LABEL = re.compile(rf"(?:\\text\{{{_SAYS}\}}|\*\*{_SAYS}\*\*|{_SAYS})\s*(?=\S)", re.I)
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_BOLD = re.compile(r"\\(?:math|text)bf(?=\{.*\\)", re.S)  # around an expression; of a letter it marks a choice
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3001: ",", 0x3002: "."}  # of Chinese typography
+_WIDE |= dict.fromkeys((0x201C, 0x201D), '"') | dict.fromkeys((0x2018, 0x2019), "'") | {0xBA: "\u00b0"}
 _CHOICE = re.compile(
     r"(?:(?i:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])(?:[).:]|\Z))[\s.:]*(?!.*\b[A-J]\b)", re.S
 )
@@ -56,16 +63,23 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])(?![^(\[\u2983]*
 
 def _repeating(match: re.Match[str]) -> str:
     """0.1\\overline{6} as a fraction, or as a whole number."""
-    whole, once, again = match["whole"] or "0", match["once"], match["again"]
+    whole, once, again = match["whole"] or "0", match["once"], re.sub(r"\D", "", match["again"])
     value = Fraction(int(whole + once + again) - int(whole + once), 10 ** len(once) * (10 ** len(again) - 1))
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
 
 
+_DOT = r"\\dot\s?(?:\{\d{1,16}\}|\d)"
+_AGAIN = rf"\\(?:overline|bar)\s?(?:\{{\d{{1,16}}\}}|\d)|{_DOT}(?:\d{{0,16}}{_DOT})?|\(\d{{1,16}}\)(?![\d^(])"
 _ENDS = r"[^\[\]()]+[,;][^\[\]()]+"  # of an interval
+_SETTING = (  # what LaTeX shows nothing for, or only sets off
+    r"\\(?:bf|rm|it|sf|textstyle|large|Large|checkmark)\b|\\(?:text)?color\{\w+\}|\\(?:angle|triangle)\s?(?=[A-Z])",
+    r"\\[hv]?(?:space|phantom)\*?\s?\{[^{}]*\}|\\(?:left|right)\s?\.|(?<!\\)\{\}(?=\s?\^)|:(?==)",
+    r"\\(?:begin|end)\{(?:aligned|align|equation|gathered)\*?\}|&(?=\s?=)|\A\s*\\(?:therefore|Rightarrow|implies)\b",
+)
 _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # before spelling, which would lose it
     (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;: ])(?=\d{3}(?!\d))"), ""),  # LaTeX's thousands
     (re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])"), lambda m: m[0].replace(" ", "")),
-    (re.compile(r"(?P<whole>\d*)\.(?P<once>\d*)\\(?:overline|bar|dot)\s?\{(?P<again>\d{1,16})\}"), _repeating),
+    (re.compile(rf"(?P<whole>\d*)\.(?P<once>\d*)(?P<again>{_AGAIN})"), _repeating),
     (re.compile(r"(?<![A-Za-z])\{([:.;])\}"), r"\1"),
     (re.compile(r"\{([^{}]+)\\choose\b([^{}]+)\}"), r"\\binom{\1}{\2}"),
     (re.compile(r"\\(?:text)?cents?(?![A-Za-z])"), "\u00a2"),
@@ -73,7 +87,11 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # before spelling, which would
     (re.compile(rf"(?:\A|(?<=[=,;\s\u222a\u2208])|(?<=\\in)|(?<=\\cup)|(?<=\\left))\]({_ENDS})(?=[\[\])])"), r"(\1"),
     (re.compile(rf"([(\[])({_ENDS})\[(?=\Z|[\s,;.=\u222a]|\\cup)"), r"\1\2)"),
     (re.compile(r"(?<=\d)\s?\^\s?\{?(?:\\(?:text|mathrm)\{o\}|o)(?:\}|\b)"), "\u00b0"),
-    (re.compile(r"\\(?:bf|rm|it|sf|textstyle|large|Large)\b|\\color\{\w+\}|\\(?:angle|triangle)\s?(?=[A-Z])"), ""),
+    (re.compile("|".join(_SETTING)), " "),
+    (re.compile(r"(?<=\d)\s?(?:\^\s?)?\{?(?:\\text\{)?(?:st|nd|rd|th)\b\}{0,2}"), ""),
+    (re.compile(r"\b(sq|cu)\."), r"\1"),
+    (re.compile(r"\\(?:mathbf|boldsymbol|vec|hat)(?:\s?\{([a-z])\}|\s([a-z])\b)"), r"\1\2"),
+    (re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s?\\mathbb\s?\{?R\}?\s*)?(?:\\mid\b|[:|])(?=[^:|]*[<>]|.*\\[lg])"), r"\\{"),
     (
         re.compile(r"\\(?:overline|overrightarrow|overleftrightarrow)\s?\{([A-Z]{2,4})\}|\\underline\s?\{([^{}]*)\}"),
         r"\1\2",
@@ -97,7 +115,8 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # before spelling, which would
 ]
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\u2983": "\u2984", "\u27e6": "\u27e7"}
 _NAME = re.compile(
-    r"\\?[A-Za-z]\w*(?:_\{?\w+\}?)?'?\s?(?:\([A-Za-z, ]*\))?|\\text\{[^{}]*\}|[A-Za-z ]+|\([A-Za-z, ]*\)"
+    r"(?!\\?(?:pi|frac|sqrt|binom)(?![a-z]))\\?[A-Za-z]\w*(?:_\{?\w+\}?)?'?\s?(?:\((?:[A-Za-z, ]*|[A-Z]=\d+|-?\d+)\))?|"
+    r"\\text\{[^{}]*\}|[A-Za-z ]+|\([A-Za-z, ]*\)"
 )
 _OPENING, _PAIRS = set(_BRACKETS) - {"{"}, "".join(a + b for a, b in _BRACKETS.items())
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
@@ -108,6 +127,7 @@ _TAIL = re.compile(
     r"(?P<space>\s*)(?<![^\W\d_])(?P<word>[^\W\d_]+(?:/[^\W\d_]+)?))"
     r"(?:\s?\^\s?\{?(?P<power>-?\d)\}?)?"
 )
+_ANGLE = re.compile(r"(?<!arc)(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # of what degrees are taken
 _ALIASES = dict(
     pair.split(":")
     for pair in (
@@ -140,7 +160,7 @@ def unwrap(text: str) -> str:
         match = next((m for pattern in _WRAPPERS if (m := pattern.fullmatch(text))), None)
         if match is not None:
             text = match["x"]
-        elif (box := BOX.match(text)) and closing(text, box.end()) == len(text.rstrip(".")) - 1:
+        elif (box := BOX.match(text) or _BOLD.match(text)) and closing(text, box.end()) == len(text.rstrip(".")) - 1:
             text = text.rstrip(".")[box.end() + 1 : -1]
         elif mark := next((m for m in ("\\$", "$", "**", "`") if text.endswith(m) and text.count(m) == 1), ""):
             text = text.removesuffix(mark)
@@ -183,7 +203,7 @@ def read(text: str, thousands: bool = True) -> Node:
 def _words(text: str) -> Node:
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if re.search(r"[\\^_=]", text):  # LaTeX that is not understood: spaces mean nothing, capitals do
-        return Node("word", "".join(text.split()))
+        return Node("word", re.sub(r"\{(\w)\}", r"\1", "".join(text.split())))
     return Node("word", " ".join(text.split()).strip(" .!'\"").casefold())
 
 
@@ -219,7 +239,7 @@ def _list(text: str, level: int) -> Node:
 def _item(text: str, level: int) -> Node:
     if level > MAX_LEVELS:
         raise ExpressionError(f"nested deeper than {MAX_LEVELS}")
-    text = text.strip().lstrip("=\u2248 ")
+    text = text.strip().lstrip("=\u2248: ")
     if (match := _WHOLE_TEXT.fullmatch(text)) and closing(text, text.index("{")) == len(text) - 1:
         return _list(match[1] or match[2] or "", level + 1)
     sides, relations = _split(text, "[=<>\u2264\u2265\u2260\u2208\u2248]")
@@ -227,14 +247,20 @@ def _item(text: str, level: int) -> Node:
         kinds = "".join(relations)
         if not set(kinds) - set(">\u2265"):
             sides, kinds = sides[::-1], kinds[::-1].replace(">", "<").replace("\u2265", "\u2264")
+        if kinds == "=" and re.fullmatch("[A-Za-z]", sides[1]) and not _NAME.fullmatch(sides[0]):
+            sides = sides[::-1]  # 5=x
+        nodes = tuple(_item(side, level + 1) for side in sides)
         if not set(kinds) - set("=\u2208\u2248") and _NAME.fullmatch(sides[0]):
-            sides, kinds = [sides[0], sides[-1]], "named"
-        return Node("row", kinds, tuple(_item(side, level + 1) for side in sides))
+            chain = Node("row", kinds[1:], nodes[1:])  # of x=6/2=3, or x=2\\sqrt2≈2.83
+            nodes, kinds = (nodes[0], chain if len(nodes) > 2 and _results(chain) else nodes[-1]), "named"
+        return Node("row", kinds, nodes)
     for separator, op in (("\u222a", "bag"), (":", "row")):
         parts, cuts = _split(text, separator)
         if cuts and all(parts):
             return Node(op, separator, tuple(_item(part, level + 1) for part in parts))
     text = text.rstrip(". ")
+    if "\u00b0" in text and _ANGLE.search(text):
+        text = text.replace("\u00b0", r"(\pi/180)")
     if text[:1] in _OPENING and closing(text, 0, _PAIRS) == len(text) - 1:
         return _in_brackets(text, level)
     core, unit = _without_unit(text)
@@ -252,7 +278,9 @@ def _in_brackets(text: str, level: int) -> Node:
         return _list(inner, level + 1)
     if len(parts) == 1 and inner[0] == "\u27e6":
         return _item(inner, level + 1)
-    if len(parts) > 1 or text[0] == "[":
+    if len(parts) == 1 and text[0] == "[":
+        return _item(inner, level + 1)
+    if len(parts) > 1:
         return Node("row", brackets, tuple(_item(part, level + 1) for part in parts))
     return _expression(text)
 
@@ -359,6 +387,9 @@ def _match(given: Node, wanted: Node) -> bool:
     if (given.value == "named") != (wanted.value == "named"):
         given, wanted = (node.args[-1] if node.value == "named" else node for node in (given, wanted))
         return _match(given, wanted)
+    ours, theirs = _results(given), _results(wanted)
+    if bool(ours) != bool(theirs):
+        return any(_match(a, b) for a in ours or [given] for b in theirs or [wanted])
     if "unit" in (given.op, wanted.op):
         units = {node.value for node in (given, wanted) if node.op == "unit"}
         given, wanted = (node.args[0] if node.op == "unit" else node for node in (given, wanted))
@@ -368,6 +399,7 @@ def _match(given: Node, wanted: Node) -> bool:
         return words and {given.op, wanted.op} <= {"word", "name"}
     if not {given.op, wanted.op} & {"row", "bag"}:
         return _same_value(given, wanted)
+    given, wanted = _union(given, wanted), _union(wanted, given)
     if str(given.value) == "()" or str(wanted.value) == "()":
         given, wanted = _point(given), _point(wanted)
     if "(" in str(given.value) + str(wanted.value) or "[" in str(given.value) + str(wanted.value):
@@ -383,6 +415,29 @@ def _match(given: Node, wanted: Node) -> bool:
             return False
         del rest[found]
     return True
+
+
+def _results(node: Node) -> list[Node]:
+    """What an equation of numbers comes to: 7 of 3+4=7, both sides of 2\\sqrt{2}≈2.83. [] for a false one, and for
+    anything else."""
+    kinds = str(node.value)
+    if node.op != "row" or set(kinds) - set("=\u2248") or any(names_of(x) or x.op in _PARTS for x in node.args):
+        return []
+    try:
+        values = [mp().convert(evaluate(side, 0)) for side in node.args]
+    except (ExpressionError, ArithmeticError, ValueError):
+        return []
+    pairs = zip(kinds, values, values[1:], strict=False)
+    if not all(agree(a, b) if kind == "=" else abs(a - b) <= abs(a) / 50 for kind, a, b in pairs):
+        return []
+    return [node.args[-1], *([node.args[kinds.index("\u2248")]] if "\u2248" in kinds else [])]
+
+
+def _union(node: Node, other: Node) -> Node:
+    """x<0 or x>1 beside a union of intervals as one; anything else as it is."""
+    if node.value != "," or other.value != "\u222a" or any(set(str(item.value)) - set("<\u2264") for item in node.args):
+        return node
+    return Node("bag", "\u222a", tuple(map(_interval, node.args)))
 
 
 def _interval(node: Node) -> Node:
@@ -409,9 +464,9 @@ def _point(node: Node) -> Node:
 
 def _same_equation(given: Node, wanted: Node) -> bool:
     """Whether the sides differ by the same, but for a factor: y=x+1 and 2y-2x=2. Not where one is solved: x=5."""
-    if any(side.op in ("word", "row", "bag", "unit") for side in given.args + wanted.args):
+    if any(side.op in _PARTS for side in given.args + wanted.args):
         return False
-    if any(node.value == "named" and not _names(node.args[1]) for node in (given, wanted)):
+    if any(node.value == "named" and not names_of(node.args[1]) for node in (given, wanted)):
         return False
     a, b = (Node("-", None, node.args) for node in (given, wanted))
     try:
@@ -427,7 +482,7 @@ def _same_value(given: Node, wanted: Node) -> bool:
         if _is_number(wanted, True) and _is_calculation(given):
             if not _is_number(given, fractions=evaluate(wanted).denominator != 1):
                 return False
-        constant = not (_names(given) | _names(wanted))
+        constant = not (names_of(given) | names_of(wanted))
         if constant and _is_calculation(given) and _is_calculation(wanted):
             try:
                 return evaluate(given) == evaluate(wanted)
@@ -449,13 +504,8 @@ def _is_number(node: Node, fractions: bool) -> bool:
         return fractions and all((part.args[0] if part.op == "neg" else part).op == "number" for part in node.args)
     if node.op == "*" and node.args[1].op == "^" and node.args[1].args[0].value == 10:  # 2.5 times 10^6
         return all(_is_number(part, False) for part in (node.args[0], node.args[1].args[1]))
-    return node.op in ("number", "mixed")
+    return node.op in ("number", "mixed") or (node.op == "!" and node.args[0].op == "number")
 
 
 def _is_calculation(node: Node) -> bool:
     return node.op not in ("name", "root", "call") and all(map(_is_calculation, node.args))
-
-
-def _names(node: Node) -> set[str]:
-    own = {str(node.value)} if node.op == "name" and node.value not in ("pi", "e", "i") else set()
-    return own.union(*map(_names, node.args))

@@ -43,6 +43,7 @@ class Node(NamedTuple):
 
 
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split())
+_ROUNDING = {"\u230a": "\u230b", "\u2308": "\u2309"}  # floor and ceiling
 NAMES = frozenset("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi omega infty pi".split())
 _WORDS = FUNCTIONS | NAMES | {"sqrt", "frac", "binom"}
 _TOKEN = re.compile(
@@ -66,7 +67,8 @@ _COMMANDS = {
         "_": "left right big Big bigl bigr displaystyle quad qquad", "(": "langle", ")": "rangle",
         "\u2983": "lbrace", "\u2984": "rbrace", "\u2983\u2984": "emptyset varnothing", "\u2264": "le leq leqslant",
         "\u2265": "ge geq geqslant", "\u2260": "ne neq", "<": "lt", ">": "gt", "\u2208": "in", "\u2248": "approx",
-        "\u222a": "cup", "\u00b1": "pm", "\u2213": "mp", "\u00b0": "degree circ",
+        "\u222a": "cup", "\u230a": "lfloor", "\u230b": "rfloor", "\u2308": "lceil", "\u2309": "rceil",
+        "\u2026": "dots ldots cdots dotsc", "\u00b1": "pm", "\u2213": "mp", "\u00b0": "degree circ",
     }.items()
     for command in commands.split()
 }  # fmt: skip
@@ -156,7 +158,7 @@ class _Parser:
 
     def begins_factor(self) -> bool:
         kind, token = self.peek()
-        return kind in ("word", "name") or token in ("(", "{") or (token == "|" and not self.bars)
+        return kind in ("word", "name") or token in ("(", "{", *_ROUNDING) or (token == "|" and not self.bars)
 
     def sign(self) -> Node:
         negative = False
@@ -176,13 +178,15 @@ class _Parser:
         return node
 
     def group(self) -> Node:
-        for opening, closing in (("(", ")"), ("{", "}"), ("[", "]"), ("|", "|")):
+        for opening, closing in (("(", ")"), ("{", "}"), ("[", "]"), ("|", "|"), *_ROUNDING.items()):
             if self.take(opening):
                 bars, self.bars = self.bars, int(opening == "|")
                 node = self.sum()
                 self.bars = bars
                 if not self.take(closing):
                     raise ExpressionError(f"{opening!r} is not closed")
+                if opening in _ROUNDING:
+                    return Node("call", opening, (node,))
                 return Node("abs", None, (node,)) if opening == "|" else node
         raise ExpressionError("expected a bracket")
 
@@ -232,6 +236,8 @@ class _Parser:
     def call(self, function: str) -> Node:
         base = (self.argument(),) if self.take("_") else ()
         exponent = self.argument() if self.take("^") else None
+        if exponent == Node("neg", None, (Node("number", Fraction(1)),)) and function in ("sin", "cos", "tan"):
+            function, exponent = f"arc{function}", None
         self.deeper()
         node = self.power()
         while self.begins_factor() and self.peek()[1] not in FUNCTIONS and self.tokens[self.position - 1][1] != ")":
@@ -239,6 +245,12 @@ class _Parser:
         self.depth -= 1
         node = Node("call", function, (node, *base))
         return node if exponent is None else Node("^", None, (node, exponent))
+
+
+def names_of(node: Node) -> set[str]:
+    """The variables in a tree."""
+    own = {str(node.value)} if node.op == "name" and node.value not in ("pi", "e", "i") else set()
+    return own.union(*map(names_of, node.args))
 
 
 def evaluate(node: Node, point: int | None = None) -> Any:
@@ -294,6 +306,17 @@ def _binomial(above: Any, below: Any) -> Any:
     return math.prod((above - k for k in range(int(below))), start=Fraction(1)) / math.factorial(int(below))
 
 
+def _rounded(name: str, argument: Node, value: Any) -> Fraction:
+    """Floor or ceiling of a real number, where the nearest whole one counts as met; of no variable, since what two
+    expressions come to at a few points says nothing then."""
+    if names_of(argument) or value.imag:
+        raise ExpressionError("rounding of what is no real number")
+    near = int(mp().nint(mp().convert(value).real))
+    if agree(value, near):
+        return Fraction(near)
+    return Fraction(int((mp().floor if name == "\u230a" else mp().ceil)(mp().convert(value).real)))
+
+
 def _root(radicand: Any, degree: Any) -> Any:
     odd = mp().isint(degree) and int(degree.real) % 2 == 1
     negative = odd and radicand.imag == 0 and radicand.real < 0
@@ -312,6 +335,8 @@ def _named_value(node: Node, arguments: list[Any], point: int) -> Any:
     name = str(node.value)
     if name == "binom":
         return _binomial(*arguments)
+    if name in _ROUNDING:
+        return _rounded(name, node.args[0], arguments[0])
     if node.op == "call":
         a = mp().convert(arguments[0])
         if abs(a) > MAX_MAGNITUDE and name not in ("ln", "log"):

@@ -62,6 +62,8 @@ HOSTILE = [
         for part in ("(", "[", "1,", "$", "#", "**", "`", "\\{", "\\\\", "a ", "18 ", "\\text{", "\\boxed{")
     ),
     *(part * 5_000 for part in ("#### 1\n", "#### one more\n", "\\boxed{1}", "the answer is ", "{,}", "\\text{a}")),
+    *("\\lfloor " * 60 + "9.5" + "\\rfloor" * 60, "9=" * 100 + "9", "\\sqrt2\u2248" * 30 + "\\sqrt2", "0.\\dot1" * 30),
+    *("\\lfloor x+\\pi" * 20 + "\\rfloor" * 20, "\\textbf{" * 9_000, "'" * 20_000, "9th" * 80, "sin 9\u00b0" * 30),
     *("\ud800", "\x00" * 99, "\u0663", "\uff11\uff12", "\\begin{pmatrix}" * 17, "x_" * 120, "\\cfrac{1}{1+" * 18),
 ]
 
