@@ -115,6 +115,18 @@ class Loss(_Declared):
         self._take("loss", fn, LOSSES)
         return fn
 
+    def compute(self, *args: Any, params: Mapping[str, Any]) -> Any:
+        """The same; what a loss of a plugin reports is "loss/<its name>", so that none is one of the loop's own.
+
+        Raises UserError for a metric whose name does not end in its reduction."""
+        loss_T, metrics = super().compute(*args, params=params)
+        if self.fn.__module__.startswith("skyrl."):
+            return loss_T, metrics
+        for key in metrics:
+            if not str(key).endswith((":mean", ":sum", ":max", ":min")):
+                raise UserError(f"loss {self.name!r}: metric {key!r} must end in :mean, :sum, :max or :min")
+        return loss_T, {f"loss/{key}": value for key, value in metrics.items()}
+
 
 @dataclass(eq=False)
 class Advantage(_Declared):

@@ -533,8 +533,16 @@ def test_a_plugin_declares_a_loss_and_mistakes_are_named() -> None:
             torch.testing.assert_close(loss_T, (rows.weights_T != 0).double())
         with pytest.raises(UserError, match="registered twice"):
             Loss("half")(lambda outputs, rows: None)
+        said = ["entropy:mean", "logprob_gap:max", "loss:sum", "reward:mean"]  # names of the loop, of this call or not
+        for name, keys in (("says", said), ("bare", ["ratio"])):
+            Loss(name)(lambda out, r, keys=tuple(keys): (out.logprobs_T, {key: out.logprobs_T * 0 + 7 for key in keys}))
+        metrics = run(outputs, rows, spec("says"))[2]
+        assert {f"loss/{key}" for key in said} <= set(metrics) and "reward:mean" not in metrics
+        assert not any((value == 7).any() for key, value in metrics.items() if not key.startswith("loss/"))
+        with pytest.raises(UserError, match="loss 'bare': metric 'ratio' must end in :mean"):
+            run(outputs, rows, spec("bare"))
     finally:
-        for name in ("half", "one_policy", "one_critic"):
+        for name in ("half", "one_policy", "one_critic", "says", "bare"):
             LOSSES._things.pop(name, None)
     with pytest.raises(UserError, match="reward"):
         Loss("other", needs=("reward",))
