@@ -18,6 +18,7 @@ LEVELS = {
     "hub": 0.2,
     "kernels": 0.1,
     "registry": 0.1,
+    "answers": 0.1,
     "sandbox": 0.3,
     "config": 1,
     "algorithms": 0.2,
@@ -57,7 +58,7 @@ LEVELS = {
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
-    + "launch main planner registry run_dir sandbox".split()
+    + "answers launch main planner registry run_dir sandbox".split()
     + "sft sweep tasks text tinker tracking train types web workers".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.

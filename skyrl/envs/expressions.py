@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from skyrl.answers.equal import parse_number
+from skyrl.answers.parse import ExpressionError, evaluate, parse
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example
 from skyrl.envs.gsm8k import gsm8k_rows
 from skyrl.envs.rewards.base import RewardOption
-from skyrl.envs.rewards.math import parse_number
-from skyrl.envs.rewards.parse import ExpressionError, evaluate, parse
 from skyrl.envs.single_turn import SingleTurn, require
 from skyrl.types import Prompt, UserError
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from skyrl.answers.equal import answers_equal
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example, data_file, is_file_path, read_examples
 from skyrl.envs.rewards.base import RewardOption
-from skyrl.envs.rewards.math import answers_equal, extract_answer
+from skyrl.envs.rewards.math import extract_answer
 from skyrl.envs.single_turn import SingleTurn
 from skyrl.types import Prompt, UserError
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from skyrl.answers.parse import ExpressionError, evaluate, parse
 from skyrl.envs.base import RetryableError, register_environment
 from skyrl.envs.rewards.base import RewardOption
-from skyrl.envs.rewards.parse import ExpressionError, evaluate, parse
 from skyrl.envs.single_turn import SingleTurn, require
 from skyrl.sandbox import Limits, SandboxError, default_sandbox
 from skyrl.tasks.base import Tasks, TurnedTask, require_counts, require_weights

@@ -147,7 +147,7 @@ def test_everything_imports_and_plays_without_torch():
     code = (
         "import sys, skyrl.api, skyrl.data, skyrl.envs as e\n"
         "from skyrl.config.schema import RunConfig, EnvConfig\n"
-        "from skyrl.envs.rewards.math import answers_equal\n"
+        "from skyrl.answers.equal import answers_equal\n"
         "assert not {'torch', 'sympy', 'datasets'} & set(sys.modules), 'imported at start'\n"
         "for name in ('arithmetic', 'guess_number'):\n"
         "    cfg = RunConfig(env=EnvConfig(name=name))\n"

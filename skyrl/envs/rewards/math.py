@@ -1,11 +1,11 @@
-"""Rewards for mathematical answers, and where a text gives its final answer. What equality means is in equal.py."""
+"""Rewards for mathematical answers, and where a text gives its final answer. What equality means: skyrl/answers/."""
 
 from __future__ import annotations
 
 import re
 
+from skyrl.answers.equal import BOX, answers_equal, closing, parse_number, unwrap
 from skyrl.envs.rewards.base import reference, register_reward
-from skyrl.envs.rewards.equal import BOX, answers_equal, closing, parse_number, unwrap
 from skyrl.types import Prompt
 
 MAX_HEADINGS = 50

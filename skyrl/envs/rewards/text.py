@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from skyrl.answers.equal import parse_number, unwrap
 from skyrl.envs.rewards.base import reference, register_reward
-from skyrl.envs.rewards.equal import parse_number, unwrap
 from skyrl.types import Prompt
 
 

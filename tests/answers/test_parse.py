@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from skyrl.envs.rewards.parse import MAX_CHARACTERS, ExpressionError, evaluate, parse
+from skyrl.answers.parse import MAX_CHARACTERS, ExpressionError, evaluate, parse
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 

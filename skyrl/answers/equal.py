@@ -14,7 +14,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from skyrl.envs.rewards.parse import (
+from skyrl.answers.parse import (
     FUNCTIONS,
     MAX_CHARACTERS,
     NAMES,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.envs.rewards.equal import answers_equal
+from skyrl.answers.equal import answers_equal
 from skyrl.envs.rewards.math import extract_answer
 
 KINDS: dict[str, list[tuple[str, str, bool]]] = {}
