@@ -163,7 +163,8 @@ def _typed(run: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         return ""
     places = ("-", "hydra", "run.name=", "run.dir=", "tracking.", "dry_run=")
-    return " ".join(word for word in command if "=" in word and not word.startswith(places))
+    typed = {word.partition("=")[0]: word for word in command if "=" in word and not word.startswith(places)}
+    return " ".join(typed.values())
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -136,11 +136,13 @@ def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]
     """The run folder, locked by rank 0. Raises UserError, on every rank, when it belongs to another run."""
     folder = RunFolder(Path(cfg.run.dir), world.rank)
 
+    def refuse() -> list[str]:
+        _refuse_other_run(cfg, folder)
+        return _refuse_edited(cfg, folder, facts)
+
     def claim() -> None:
-        lines = folder.open(to_dict(cfg), hosts=hosts)
+        lines = folder.open(to_dict(cfg), hosts=hosts, check=refuse)
         try:
-            _refuse_other_run(cfg, folder)
-            lines += _refuse_edited(cfg, folder, facts)
             lines += clean_leftovers(folder.checkpoints)
             for mark in (REQUEUE_FILE, STOP_FILE, RESULT):  # of the last start
                 (folder.path / mark).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ class RunFolder:
         *,
         command: list[str] | None = None,
         hosts: dict[str, dict[str, Any]] | None = None,
+        check: Callable[[], list[str]] = list,
     ) -> list[str]:
         """Creates the folder, takes its lock, writes config.yaml and versions.json; returns lines worth showing.
 
+        `check` is called with the lock and before anything is written, so that a start which it refuses leaves no
+        trace; its lines are among those returned.
         A config.yaml of an earlier start that differs is kept as config.<n>.yaml, and every value that changed is among
         the lines. Values must be plain YAML. `command`: what to note as the start, by default this process's own.
         `hosts`: the versions of each host of the job.
@@ -69,7 +73,7 @@ class RunFolder:
             return []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lines = self._take_lock()
+            lines = [*self._take_lock(), *check()]
             lines += self._keep_config(config)
             self._keep_versions(command if command is not None else sys.argv, hosts)
         except OSError as problem:

@@ -23,11 +23,14 @@ def test_edited_code_and_data_are_named_and_refused_until_allowed(begun):
     assert facts["data.train"].split()[1] == "prompts," and "code.lowercase" in facts
     edited = {**facts, "code.lowercase": "0" * 12, "data.train": "3 prompts, abc", "versions.torch": "1.0"}
     path.write_text(json.dumps(edited))
+    kept = {name: (begun.folder / name).read_text() for name in ("config.yaml", "versions.json")}
     with pytest.raises(UserError) as refused:
-        run_loop(begun.folder, "batch.num_steps=1")
+        run_loop(begun.folder, "batch.num_steps=2")
     assert "has changed since its last start: code.lowercase, data.train; to go on" in str(refused.value)
     assert "run.allow_different=[code.lowercase,data.train]" in str(refused.value)
     assert json.loads(path.read_text()) == edited  # refused again by the same command
+    assert kept == {name: (begun.folder / name).read_text() for name in kept}, "of a start that did not happen"
+    assert not (begun.folder / "config.1.yaml").exists()
     again = run_loop(begun.folder, "batch.num_steps=1", "run.allow_different=[code.lowercase,data]")
     assert json.loads(path.read_text())["data.train"] == facts["data.train"] and len(again.records) == 2
 
