@@ -10,9 +10,11 @@ from gloo import run_ranks
 from loop import LOOP, train_here
 from small import make_engine, small_config
 
+from skyrl.algorithms.filters import register_filter
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.folder import latest
 from skyrl.config.schema import EnvConfig
+from skyrl.config.validation import check
 from skyrl.distributed.collectives import MetricSums
 from skyrl.envs.base import register_environment
 from skyrl.envs.rewards import register_reward
@@ -193,6 +195,19 @@ def test_multipliers_go_on_after_a_resume_and_are_the_same_on_one_rank_and_two(t
     assert names < record.keys()
 
 
+def test_a_filter_of_ones_own_drops_groups_and_others_are_sampled(tmp_path):
+    register_filter("even")(lambda episodes: episodes[0].prompt.extra["number"] % 2 == 0)
+    more = ["algorithm.filters.names=[even]", "algorithm.filters.refill=true", "batch.num_steps=1"]
+    calls = train_here(config(tmp_path, *more))
+    record = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["step"]][-1]
+    uids = {row.name.split("/")[2] for call in calls for row in call.rows}
+    assert len(uids) == 4 and all(int(uid) % 2 == 0 for uid in uids)
+    assert record["filters/even:sum"] > 0
+    assert record["filters/groups:sum"] >= 4 + record["filters/even:sum"]
+    with pytest.raises(UserError, match="algorithm.filters.names: no filter called 'odd'"):
+        check(small_config("algorithm.filters.names=[odd]"))
+
+
 def test_options_that_speak_of_no_objective_end_the_run_in_its_first_step(tmp_path):
     with pytest.raises(
         UserError, match="constraints.safety: env.name=goals has no such objective; its .* few, how_many"
@@ -219,15 +234,11 @@ def test_options_that_speak_of_no_objective_end_the_run_in_its_first_step(tmp_pa
     ],
 )
 def test_options_are_checked(option, line):
-    from skyrl.config.validation import check
-
     with pytest.raises(UserError, match=line):
         check(small_config(f"algorithm.objectives.{option}"))
 
 
 def test_each_objective_by_itself_needs_one_reward_for_each():
-    from skyrl.config.validation import check
-
     for more in (
         ["algorithm=ppo"],
         ["algorithm=reinforce_pp", "algorithm.kl.coef=0.1", "algorithm.kl.placement=reward"],

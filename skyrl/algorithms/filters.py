@@ -6,13 +6,16 @@ that is left, then mask over-long episodes, so that they stay in their group's b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from skyrl.algorithms.variance import is_rounding
-from skyrl.types import Metrics, StopReason, UserError
+from skyrl.registry import Registry
+from skyrl.types import Episode, Metrics, StopReason, UserError
 
+GroupFilter = Callable[[Sequence[Episode]], bool]
+FILTERS: Registry[GroupFilter] = Registry("filter")
 OVERLONG_MODES = ("keep", "mask")
 """Values of filters.overlong."""
 
@@ -35,6 +38,33 @@ def zero_variance_groups(rewards_PG: Sequence[Sequence[float]], scale_P: Sequenc
             scale = np.abs(score_G).max() if scale_P is None else scale_P[p]
             keep_P[p] = not is_rounding(np.ptp(score_G), scale)
     return keep_P
+
+
+def register_filter(name: str) -> Callable[[GroupFilter], GroupFilter]:
+    """Decorator: makes `fn(episodes) -> bool` known to algorithm.filters.names: whether a group is learned from.
+
+    `episodes` are the samples of one prompt that have a score, with `reward`, `objectives`, `turns` and `prompt`. The
+    answer must follow from them alone: then it does not depend on the number of ranks. Raises UserError when the name
+    is taken."""
+    return FILTERS.register(name)
+
+
+def dropped_by(names: Sequence[str], episodes: Sequence[Episode]) -> str:
+    """The first of the filters `names` that does not keep this group, or "". Raises UserError for one that raises, or
+    says neither True nor False."""
+    for name in names:
+        where = f"algorithm.filters.names: filter {name}, {episodes[0].prompt.place}"
+        try:
+            keep = FILTERS.get(name, "algorithm.filters.names")(episodes)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{where}: raised {type(error).__name__}: {error}") from error
+        if not isinstance(keep, (bool, np.bool_)):
+            raise UserError(f"{where}: returned {keep!r}, wanted True (keep the group) or False")
+        if not keep:
+            return name
+    return ""
 
 
 def overlong_rows(stop_D: Sequence[StopReason]) -> np.ndarray:

@@ -7,18 +7,20 @@ from typing import Any
 
 from skyrl.algorithms.advantages import Advantages, RewardRows, per_group
 from skyrl.algorithms.declare import Advantage, Loss, Param
+from skyrl.algorithms.filters import register_filter
 from skyrl.api.trainer import SkyRLTrainer
 from skyrl.envs.base import Environment, RetryableError, StepResult, register_environment
 from skyrl.envs.rewards.base import register_reward
 from skyrl.envs.wrappers import Wrapper, register_wrapper
 from skyrl.hub.policies import Policy, register_policy
 from skyrl.tracking.hooks import Hook
-from skyrl.types import Message, Metrics, Prompt, UserError
+from skyrl.types import Episode, Message, Metrics, Prompt, UserError
 
 __all__ = [
     "Advantage",
     "Advantages",
     "Environment",
+    "Episode",
     "Hook",
     "Loss",
     "Message",
@@ -36,6 +38,7 @@ __all__ = [
     "per_group",
     "register_advantage",
     "register_environment",
+    "register_filter",
     "register_loss",
     "register_policy",
     "register_reward",

@@ -42,10 +42,10 @@ class SkyRLTrainer:
 
     policy: a path, a hub name, `tiny`, the name, class or function of a registered policy, a transformers causal LM, or
     a pair of that and its tokenizer. environment: the name of one, a class, a function that makes one, or a foreign one
-    that has an adapter (skyrl.envs.adapters). reward: the name of one, a function of text and prompt, a list of them
-    (named objectives), or a dict with the parameters of each; the environment is then `single_turn`, unless one is
-    named. config: option strings as on the command line, a dict, nested or by path, or a RunConfig. hooks: functions
-    that are called after each step, or objects such as skyrl.Hook.
+    that has an adapter (skyrl.envs.adapters). reward: the name of one, a function of text and prompt, a dict of either
+    as "name" and its parameters, or a list of these (named objectives); the environment is then `single_turn`, unless
+    one is named. config: option strings as on the command line, a dict, nested or by path, or a RunConfig. hooks:
+    functions that are called after each step, or objects such as skyrl.Hook.
 
     The run folder is the same for the same options, so the script goes on where it was stopped. Raises UserError.
     """
@@ -69,12 +69,8 @@ class SkyRLTrainer:
             given["env.name"] = _environment_name(environment)
         if reward is not None:
             given.setdefault("env.name", "single_turn")
-            if isinstance(reward, Mapping):
-                given["env.options.reward"] = {_reward_name(one): params for one, params in reward.items()}
-            elif isinstance(reward, (list, tuple)):
-                given["env.options.reward"] = [_reward_name(one) for one in reward]
-            else:
-                given["env.options.reward"] = _reward_name(reward)
+            several = isinstance(reward, (list, tuple))
+            given["env.options.reward"] = [_reward_name(one) for one in reward] if several else _reward_name(reward)
         self.hooks = tuple(hooks)
         self._told = False  # the table of this run has been printed by this process
         self.config = _with_given(config, given)
@@ -191,9 +187,11 @@ def _environment_name(environment: Any) -> str:
     return name
 
 
-def _reward_name(reward: Any) -> str:
+def _reward_name(reward: Any) -> Any:
     if isinstance(reward, str):
         return reward
+    if isinstance(reward, Mapping) and "name" in reward:
+        return {**reward, "name": _reward_name(reward["name"])}
     if not callable(reward):
         raise UserError(
             f"reward={reward!r}: give the name of a reward, or a function of text and prompt, or a list of these"

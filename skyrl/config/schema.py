@@ -237,8 +237,10 @@ class FilterConfig:
 
     zero_variance: bool = False
     """Drops groups whose rewards are all equal."""
+    names: list[str] = field(default_factory=list)
+    """Registered filters of groups (`register_filter`); a group that one of them does not keep is dropped."""
     refill: bool = False
-    """Samples further prompts until prompts_per_step groups are left (dynamic sampling); needs zero_variance."""
+    """Samples more prompts until prompts_per_step groups are left (dynamic sampling). With zero_variance or names."""
     max_refill_rounds: int = 8
     """Rounds of refill before the step goes on with what it has."""
     overlong: str = "keep"

@@ -16,6 +16,7 @@ from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.algorithms.declare import Advantage, Loss, policy_losses, substitutes
+from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
@@ -168,8 +169,8 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "algorithm.kl.target": (lambda cfg: cfg.algorithm.kl.coef > 0, "with algorithm.kl.coef above 0, where it starts"),
     "algorithm.kl.horizon": (lambda cfg: cfg.algorithm.kl.target > 0, "with algorithm.kl.target above 0"),
     "algorithm.filters.refill": (
-        lambda cfg: cfg.algorithm.filters.zero_variance,
-        "with algorithm.filters.zero_variance=true, which makes the gaps",
+        lambda cfg: cfg.algorithm.filters.zero_variance or bool(cfg.algorithm.filters.names),
+        "with algorithm.filters.zero_variance=true or algorithm.filters.names, which make the gaps",
     ),
     "algorithm.filters.max_refill_rounds": (
         lambda cfg: cfg.algorithm.filters.refill,
@@ -438,6 +439,10 @@ def _algorithms(cfg: RunConfig) -> Iterator[str]:
             f"batch.samples_per_prompt={batch.samples_per_prompt}: {who} compares the samples of a prompt; give at "
             "least 2, or use reinforce++ or gae"
         )
+    if algorithm.filters.names:
+        import_plugins(cfg.plugins)
+    for name in algorithm.filters.names:
+        GROUP_FILTERS.get(name, "algorithm.filters.names")
     updates = batch.optim_steps_per_batch * batch.epochs_per_batch
     corrects, recomputed = _corrects(cfg), algorithm.loss.recompute_old_logprobs
     if updates > 1 and not loss.ratio and (not corrects or recomputed):

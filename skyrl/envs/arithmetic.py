@@ -89,10 +89,10 @@ class Arithmetic(SingleTurn):
             text = text.rpartition(WORK_END)[2]
         result = super().step(text)
         if self.partial and is_digits(text):
-            if not isinstance(result.reward, dict):
+            if isinstance(result.reward, dict):  # of several rewards the first one
+                result.reward |= {k: max(v, self.partial) for k, v in list(result.reward.items())[:1]}
+            else:
                 result.reward = max(result.reward, self.partial)
-            elif main := next(iter(result.reward), ""):
-                result.reward[main] = max(result.reward[main], self.partial)
         return result
 
     def is_correct(self, text: str, reward: float) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from skyrl.config.args import expand_home
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.data_files import data_file, read_prompts
-from skyrl.envs.rewards.base import Reward, RewardOption, find_reward, reward_names
+from skyrl.envs.rewards.base import Reward, RewardOption, find_reward
 from skyrl.registry import Registry
 from skyrl.types import Message, Metrics, Prompt, UserError
 
@@ -172,20 +172,26 @@ def check_options(
     return options
 
 
+def named_with_options(
+    given: Any, where: str, find: Callable[[str, str], Any], kind: str, beside: tuple[str, ...] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """The thing of this kind that an option names, as text or {name: ..., option: ...}, and its options, checked as
+    `check_options` does. Raises UserError."""
+    options = dict(given) if isinstance(given, dict) else {"name": given}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{where}={given!r}: give the name of a {kind}, or {{name: ..., option: ...}}")
+    thing = find(name, where)
+    return thing, check_options(getattr(thing, "fn", thing), options, where, f"{kind} {name!r}", beside)
+
+
 def chosen_rewards(option: Any, where: str = "env.options.reward") -> list[tuple[Reward, dict[str, Any]]]:
     """The rewards that an option names, each with its parameters (see RewardOption). Raises UserError."""
-    names = reward_names(option)
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{where}={option!r}: wanted the name of a reward, or different names")
-    found = []
-    for name in names:
-        reward, given = find_reward(name, where), option[name] if isinstance(option, dict) else {}
-        if not isinstance(given, dict):
-            raise UserError(
-                f"{where}.{name}={given!r}: wanted its parameters, such as {{}}; weights are "
-                f"algorithm.objectives.weights={{{reward.objective}: ...}}"
-            )
-        found.append((reward, check_options(reward.fn, given, f"{where}.{name}", f"reward {name!r}", beside=())))
+    listed = isinstance(option, list)
+    given = [(f"{where}[{i}]", one) for i, one in enumerate(option)] if listed else [(where, option)]
+    found = [named_with_options(one, place, find_reward, "reward") for place, one in given]
+    if not found or len({reward.name for reward, _ in found}) < len(found):
+        raise UserError(f"{where}={option!r}: wanted the name of a reward, or a list of different ones")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Environment, Split, StepResult, chosen_rewards, register_environment
-from skyrl.envs.rewards.base import RewardOption, add_objectives, reference, reward_names
+from skyrl.envs.rewards.base import Reward, RewardOption, add_objectives, reference, reward_names
 from skyrl.types import Prompt, UserError
 
 
@@ -16,8 +16,8 @@ from skyrl.types import Prompt, UserError
 class SingleTurn(Environment):
     """Rows of data.path (field "messages" or "prompt", usually "answer") scored by a reward function.
 
-    reward: a registered reward function, or several, [math, length], or with parameters, {math: {}, length: {limit:
-    64}}. Several give named objectives, each called as its reward is; weights are algorithm.objectives.weights.
+    reward: a registered reward function, or several, some with parameters, [math, {name: overlong, limit: 64}]. Several
+    give named objectives, each called as its reward is; weights are algorithm.objectives.weights.
     correct_reward: an answer with at least this reward (of several the first one's) counts as correct in the accuracy
     that evaluation reports; no effect on training.
     """
@@ -28,37 +28,33 @@ class SingleTurn(Environment):
         self.reward_name = ", ".join(reward_names(reward))  # guard.py names it in errors
         chosen = chosen_rewards(reward)
         self._rewards = [(one, params) for one, params in chosen if not one.group]
-        self._named = len(chosen) > 1 or not isinstance(reward, str) or not self._rewards
+        self._named = isinstance(reward, list) or not self._rewards
         self.main_reward = self._rewards[0][0].name if self._rewards else ""
         self._correct_reward = correct_reward
 
     @classmethod
     def plays_in_process(cls, options: dict[str, Any]) -> bool:
         """As the class says, with one of our own rewards: a user's reward is called in a worker."""
-        return super().plays_in_process(options) and all(
-            reward.__module__.startswith("skyrl.envs.") for reward, _ in chosen_rewards(_option(cls, options))
-        )
+        ours = all(reward.__module__.startswith("skyrl.envs.") for reward, _ in _chosen(cls, options))
+        return ours and super().plays_in_process(options)
 
     @classmethod
     def objective_names(cls, options: dict[str, Any]) -> Sequence[str]:
         """Those of its rewards, if each of them says what it returns. None for a single one that returns a number."""
-        option = _option(cls, options)
-        alone = isinstance(option, str)
-        known = [
-            one.objectives if alone and not one.group else one.known_objectives for one, _ in chosen_rewards(option)
-        ]
+        listed = isinstance(_option(cls, options), list)
+        known = [one.known_objectives if listed or one.group else one.objectives for one, _ in _chosen(cls, options)]
         return [name for names in known for name in names] if all(known) else []
 
     @classmethod
     def group_rewards(cls, options: dict[str, Any]) -> RewardOption:
         """Those of the option `reward` that are of a group."""
-        return {reward.name: params for reward, params in chosen_rewards(_option(cls, options)) if reward.group}
+        return [{**params, "name": reward.name} for reward, params in _chosen(cls, options) if reward.group]
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
         """Rows of a file; where the reward compares with their answers, each has one, else UserError by file:line."""
         prompts = super().dataset(options, data, split, seed)
-        needed = any(reward.answer for reward, _ in chosen_rewards(_option(cls, options)))
+        needed = any(reward.answer for reward, _ in _chosen(cls, options))
         for prompt in prompts if needed else ():
             reference(prompt)
         return prompts
@@ -89,6 +85,10 @@ class SingleTurn(Environment):
 def _option(cls: type[Environment], options: dict[str, Any]) -> RewardOption:
     """What the option `reward` says, or its default."""
     return options.get("reward", inspect.signature(cls).parameters["reward"].default)
+
+
+def _chosen(cls: type[Environment], options: dict[str, Any]) -> list[tuple[Reward, dict[str, Any]]]:
+    return chosen_rewards(_option(cls, options))
 
 
 def no_files(name: str, data: DataConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from skyrl.config.schema import EnvConfig
-from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, check_options, environment_options, takes_seed
+from skyrl.envs.base import ENVIRONMENTS, Environment, StepResult, environment_options, named_with_options, takes_seed
 from skyrl.registry import Registry
 from skyrl.types import Message, Prompt, UserError
 
@@ -98,13 +98,7 @@ def make_environment(cfg: EnvConfig) -> Environment:
 
 def _wrappers(cfg: EnvConfig) -> list[tuple[type[Wrapper], dict[str, Any]]]:
     """Class and checked options of each wrapper."""
-    found = []
-    for i, given in enumerate(cfg.wrappers):
-        where = f"env.wrappers[{i}]"
-        options = dict(given) if isinstance(given, dict) else {"name": given}
-        name = options.pop("name", None)
-        if not isinstance(name, str):
-            raise UserError(f"{where}={given!r}: give the name of a wrapper, or {{name: ..., option: ...}}")
-        cls = WRAPPERS.get(name, where)
-        found.append((cls, check_options(cls, options, where, f"wrapper {name!r}", beside=("env",))))
-    return found
+    return [
+        named_with_options(given, f"env.wrappers[{i}]", WRAPPERS.get, "wrapper", beside=("env",))
+        for i, given in enumerate(cfg.wrappers)
+    ]

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from skyrl.algorithms.filters import filter_metrics, zero_variance_groups
+from skyrl.algorithms.filters import dropped_by, filter_metrics, zero_variance_groups
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
 from skyrl.rollout import Group, episode_metrics, rollout
 from skyrl.run import Run, Step
@@ -46,11 +46,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
             _note_objectives(run, groups)
             keep_P = _note_groups(run, step, groups)
             run.invalid = run.invalid or next((e.invalid for group in groups for e in group if e.invalid), "")
-            kept += [
-                (i, group)
-                for i, group, keep in zip(positions, groups, keep_P, strict=True)
-                if keep or not filters.zero_variance
-            ]
+            kept += [(i, group) for i, group, keep in zip(positions, groups, keep_P, strict=True) if keep]
             if all_reduce_sum(world, np.array([len(kept)]))[0] >= wanted:
                 break
         for key, value in sampler.metrics().items():
@@ -92,7 +88,7 @@ def _measure(run: Run, step: Step, groups: list[list[Episode]]) -> None:
 
 
 def _note_groups(run: Run, step: Step, groups: list[list[Episode]]) -> list[bool]:
-    """Adds what the groups say of themselves to the step's metrics; returns which of them can teach something."""
+    """Adds what the groups say of themselves to the step's metrics; returns which of them the filters keep."""
     episode_metrics(step.sums, groups, prefix="")
     valid = [[e for e in group if not e.invalid] for group in groups]
     for group in valid:
@@ -110,7 +106,11 @@ def _note_groups(run: Run, step: Step, groups: list[list[Episode]]) -> list[bool
     valid_E = np.array([not e.invalid for e in episodes])
     for key, value in filter_metrics(keep_P, [e.stop for e in episodes], valid_E).items():
         step.sums.add(key, value)
-    return list(keep_P)
+    filters = run.cfg.algorithm.filters
+    dropped = [dropped_by(filters.names, group) if group else "" for group in valid]
+    for name in filters.names:
+        step.sums.add(f"filters/{name}:sum", float(dropped.count(name)))
+    return [not name and bool(keep or not filters.zero_variance) for name, keep in zip(dropped, keep_P, strict=True)]
 
 
 def _count_sampled(run: Run, step: Step, groups: list[list[Episode]]) -> None:

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows
-from skyrl.algorithms.filters import filter_metrics, overlong_rows, trained_masks, zero_variance_groups
-from skyrl.types import UserError
+from skyrl.algorithms.filters import (
+    FILTERS,
+    dropped_by,
+    filter_metrics,
+    overlong_rows,
+    register_filter,
+    trained_masks,
+    zero_variance_groups,
+)
+from skyrl.types import Episode, Prompt, UserError
 
 
 def test_zero_variance_groups() -> None:
@@ -65,3 +73,25 @@ def test_counts() -> None:
         "filters/invalid_episodes:sum": 1.0,
     }
     assert set(filter_metrics(np.zeros(0, bool), [], np.zeros(0, bool)).values()) == {0.0}
+
+
+def test_filters_of_ones_own_say_true_or_false() -> None:
+    before = dict(FILTERS._things)
+    register_filter("some")(lambda episodes: np.bool_(any(e.reward for e in episodes)))
+    register_filter("few")(lambda episodes: len(episodes) < 3)
+    register_filter("none")(lambda episodes: None)
+    register_filter("raises")(lambda episodes: 1 / 0)
+    episodes = [Episode(Prompt("p/1", "e", [], {"source": "rows.jsonl:3"}), i, [], 0.0, "stop") for i in range(2)]
+    try:
+        assert dropped_by([], episodes) == dropped_by(["few"], episodes) == ""
+        assert dropped_by(["few", "some"], episodes) == "some"
+        with pytest.raises(UserError, match="filters.names: filter none, rows.jsonl:3: returned None, wanted True"):
+            dropped_by(["none"], episodes)
+        with pytest.raises(UserError, match="filter raises, rows.jsonl:3: raised ZeroDivisionError: division by zero"):
+            dropped_by(["raises"], episodes)
+        with pytest.raises(
+            UserError, match="algorithm.filters.names: no filter called 'sum'; choose one of: few, none"
+        ):
+            dropped_by(["sum"], episodes)
+    finally:
+        FILTERS._things = before

@@ -45,7 +45,7 @@ def test_several_rewards_are_named_objectives_and_one_is_a_number():
     assert step(single("exact")).value.reward == 1.0
     assert step(single(["exact"])).value.reward == {"exact": 1.0}
     assert step(single("both")).value.reward == {"accuracy": 1.0, "brevity": 0.1}
-    result = step(single({"exact": {}, "both": {}, "length": {"target": 2}}), "4444").value
+    result = step(single(["exact", "both", {"name": "length", "target": 2}]), "4444").value
     assert result.reward == {"exact": 0.0, "accuracy": 1.0, "brevity": 0.1, "length": -1.0}
     assert result.metrics == {"correct:mean": 0.0, "off_target:mean": 1.0}  # right: by the first one
 
@@ -97,19 +97,16 @@ def _registered(name, function, **more):
 @pytest.mark.parametrize(
     "reward, line",
     [
-        ({"length": 0.5}, "env.options.reward.length=0.5: .* weights are algorithm.objectives.weights={length: ...}"),
-        ({"length": {}}, "env.options.reward.length.target: reward 'length' needs it"),
-        (
-            {"length": {"target": 3, "n": 1}},
-            "reward.length.n: reward 'length' has no such option; it has: target, tolerance$",
-        ),
-        ({"math": {"n": 1}}, "env.options.reward.math.n: reward 'math' has no such option; it has: none$"),
-        ({"length": {"target": "3"}}, "reward.length.target='3': reward 'length' wants int here"),
-        (3, "env.options.reward=3: environment 'single_turn' wants str . list.str. . dict"),
-        (["exact", "exact"], "wanted the name of a reward, or different names"),
+        ([{"length": 0.5}], r"env.options.reward.0.={'length': 0.5}: give the name of a reward, or {name: ..., option"),
+        ({"name": "length"}, "env.options.reward.target: reward 'length' needs it"),
+        ([{"name": "length", "target": 3, "n": 1}], r"reward.0..n: reward 'length' .*; it has: target, tolerance$"),
+        (["exact", {"name": "math", "n": 1}], r"reward.1..n: reward 'math' has no such option; it has: none$"),
+        ({"name": "length", "target": "3"}, "reward.target='3': reward 'length' wants int here"),
+        (3, "env.options.reward=3: environment 'single_turn' wants str . dict.str, Any. . list"),
+        (["exact", "exact"], "wanted the name of a reward, or a list of different ones"),
         ([], "wanted the name of a reward"),
         (["exat"], "no reward called 'exat'; choose one of: .*exact"),
-        ("length", "env.options.reward.length.target: reward 'length' needs it"),
+        ("length", "env.options.reward.target: reward 'length' needs it"),
     ],
 )
 def test_options_of_rewards_are_checked_before_anything_is_played(reward, line):
@@ -137,7 +134,7 @@ def test_a_row_without_an_answer_is_refused_for_one_of_several_rewards(tmp_path)
     path.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n')
     rows = ENVIRONMENTS.get("single_turn").dataset
     with pytest.raises(UserError, match="rows.jsonl:2: field 'answer' is missing"):
-        rows({"reward": {"tags": {}, "exact": {}}}, DataConfig(path=str(path)), "train", 0)
+        rows({"reward": ["tags", "exact"]}, DataConfig(path=str(path)), "train", 0)
     assert len(rows({"reward": ["tags", "repetition"]}, DataConfig(path=str(path)), "train", 0)) == 2
 
 
@@ -231,7 +228,7 @@ def test_a_group_reward_must_be_one():
 
 def value(name, text, extra=None, **params):
     prompt = Prompt("p", "e", [], extra or {})
-    ((reward, checked),) = chosen_rewards({name: params})
+    ((reward, checked),) = chosen_rewards({**params, "name": name})
     return reward(text, prompt, **checked)
 
 
@@ -282,5 +279,5 @@ def test_tool_calls():
 
 def test_diversity_counts_what_samples_share():
     assert value("diversity", ["a b", "a b"]) == [0.0, 0.0] and value("diversity", ["a", "b"]) == [1.0, 1.0]
-    assert value("diversity", ["a"]) == [0.0] and value("diversity", ["", ""]) == [0.0, 0.0]
+    assert value("diversity", ["a"]) == [1.0] and value("diversity", ["", ""]) == [0.0, 0.0]
     assert value("diversity", ["12", "23"], characters=True) == pytest.approx([2 / 3, 2 / 3])

@@ -10,8 +10,8 @@ from skyrl.registry import Registry
 from skyrl.types import Prompt, UserError
 
 RewardFunction = Callable[..., Any]
-RewardOption = str | list[str] | dict[str, Any]
-"""How an option names rewards: one, several, or with their parameters, {"math": {}, "length": {"limit": 64}}."""
+RewardOption = str | dict[str, Any] | list[Any]
+"""How an option names rewards: "math", {"name": "length", "limit": 64} with its parameters, or a list of these."""
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ def register_reward(
     `fn(text, prompt)` returns a number, or named objectives such as {"accuracy": 1.0, "safety": 0.5}; `text` is what
     the model wrote, without the stop token. group: `fn(texts, prompt)` is called once for all samples of a prompt, when
     all have ended, and returns a number or objectives for each text, in order. Further arguments are parameters
-    (env.options.reward={<name>: {limit: 64}}). All numbers must be finite; what happens on an error or a hang is
+    (env.options.reward={name: <name>, limit: 64}). All numbers must be finite; what happens on an error or a hang is
     guard.py's business, so let errors out.
 
     answer: it reads `reference(prompt)`; a row without an answer is then refused at the start. rate: the share of texts
@@ -74,7 +74,8 @@ def register_reward(
 
 def reward_names(option: Any) -> list[str]:
     """The names in an option that names rewards."""
-    return [option] if isinstance(option, str) else list(map(str, option or ()))
+    given = option if isinstance(option, list) else [option] if option else []
+    return [str(one.get("name", "")) if isinstance(one, dict) else str(one) for one in given]
 
 
 def find_reward(name: str, where: str) -> Reward:
@@ -89,7 +90,7 @@ def find_reward(name: str, where: str) -> Reward:
 
 @dataclass(frozen=True)
 class GroupCall:
-    """A call of a group reward that is still to be made: of the texts of all samples of a prompt."""
+    """A call of a group reward, of the texts of all samples of a prompt, that is still to be made."""
 
     reward: Reward
     params: dict[str, Any]

@@ -86,18 +86,11 @@ def _well_formed(body: str | None, end: str | None, known: dict[str, dict[str, A
 @register_reward("diversity", group=True, objectives=["diversity"])
 def diversity(texts: Sequence[str], prompt: Prompt, *, n: int = 1, characters: bool = False) -> list[float]:
     """For each sample of a prompt, 1 minus the mean overlap (Jaccard) of its runs of `n` words (or characters) with
-    those of each other sample: 0 where all are the same, 1 where it shares nothing. 0 for a sample without others."""
+    those of each other sample: 0 where all are the same, 1 where it shares nothing."""
     runs = [set(_runs(text, n, characters)) for text in texts]
-    return [
-        1.0 - math.fsum(_overlap(mine, other) for j, other in enumerate(runs) if j != i) / (len(runs) - 1)
-        if len(runs) > 1
-        else 0.0
-        for i, mine in enumerate(runs)
-    ]
-
-
-def _overlap(a: set[Any], b: set[Any]) -> float:
-    return len(a & b) / len(a | b) if a | b else 1.0
+    others = max(1, len(runs) - 1)
+    shared = [[len(a & b) / len(a | b) if a | b else 1.0 for b in runs] for a in runs]  # 1 with itself
+    return [1.0 - (math.fsum(row) - 1.0) / others for row in shared]
 
 
 def _runs(text: str, n: int, characters: bool) -> Iterator[tuple[str, ...]]:
