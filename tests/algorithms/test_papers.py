@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.algorithms import advantages, filters, kl, losses, reductions
+from skyrl.algorithms import advantages, filters, kl, losses, objectives, reductions
 from skyrl.config.options import parameters
 from skyrl.config.schema import AlgorithmConfig
 
