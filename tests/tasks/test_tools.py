@@ -50,7 +50,7 @@ def test_the_reward_does_what_it_says(rows, play, answers, options, reward, call
 
 
 def test_rewards_are_those_of_single_turn(rows, play):
-    options = {**ONLY, "reward": {"math_last_number": {}, "length": {"target": 3}}, "malformed": 0.5}
+    options = {**ONLY, "reward": ["math_last_number", {"name": "length", "target": 3}], "malformed": 0.5}
     prompt = rows("tools", ROW, options=options)[0]
     result, _ = play(prompt, "calculator:", "144", **options)
     assert result.reward["math_last_number"] == 1.0 and result.reward["malformed_calls"] == -0.5
