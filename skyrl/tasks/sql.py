@@ -9,7 +9,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from skyrl.envs.base import RetryableError, StepResult, register_environment
 from skyrl.tasks.base import Task, Tasks, field_of, last_block, require_counts, require_weights, staged, wrong_field
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 STEPS_BETWEEN_LOOKS = 1000  # instructions of SQLite's machine
 MAX_SECONDS = 5.0  # of CPU, a net: what decides is the number of instructions, which is the same everywhere
 MAX_CHARACTERS, MAX_BYTES = 4000, 1 << 20  # of a query; of all values that it returns
-HEAP_BYTES = 256 << 20  # of all of SQLite in this process, the databases that are kept included
+HEAP_BYTES = 128 << 20  # of all of SQLite in this process, the databases that are kept included
 # Functions that could take hours within one instruction, where nothing stops them, and their numbers of arguments.
 BOUNDED = (("like", 2), ("like", 3), ("glob", 2), ("instr", 2), ("replace", 3), ("trim", 2), ("ltrim", 2), ("rtrim", 2))
 MAX_PRODUCT = 10**7  # of the lengths of their arguments
@@ -33,7 +35,8 @@ FUNCTIONS = frozenset(
     "sum time total trim typeof unixepoch upper".split()
 )
 COMMENTS_AND_TEXTS = re.compile(r"'[^']*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
-DATABASES = "SQL text that makes and fills tables, or a list of such texts"
+FILES = (".sqlite", ".sqlite3", ".db")
+DATABASES = f"SQL text that makes and fills tables, a file ({', '.join(FILES)}), or a list of these"
 
 
 class QueryError(ValueError):
@@ -45,7 +48,8 @@ class Sql(Task):
     """Write a query that gives the right rows.
 
     Rows of data.path have "prompt" or "messages", "query", the right one, and "database": SQL text that makes and fills
-    tables, or a list of such texts (an answer must be right on each, so that a constant is not). "ordered": whether
+    tables, a file of SQLite (beside the rows' own), or a list of these (an answer must be right on each, so that a
+    constant is not). "ordered": whether
     rows are compared in order; left out, where the right query ends in ORDER BY. Without data.path: small made tasks.
 
     runs, right: what each adds to the reward. An answer is one query that reads, the last fenced block or the whole
@@ -103,7 +107,8 @@ def databases_of(prompt: Prompt) -> list[str]:
     scripts = [value] if isinstance(value, str) else value
     if not all(isinstance(script, str) and script.strip() for script in scripts):
         raise wrong_field(prompt, "database", DATABASES)
-    return scripts
+    beside = Path(str(prompt.extra.get("source", "")).rpartition(":")[0]).parent
+    return [str(beside / script) if script.endswith(FILES) else script for script in scripts]
 
 
 def is_ordered(query: str) -> bool:
@@ -158,12 +163,14 @@ def _compared(value: Any) -> Any:
 
 @functools.lru_cache(8)
 def _database(script: str) -> sqlite3.Connection:
-    """A database in memory that from now on only answers queries. Raises QueryError when `script` fails."""
+    """A database, a file or made in memory, that only answers queries. Raises QueryError when it cannot be had."""
     import sqlite3
 
-    database = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+    is_file = script.endswith(FILES)
+    place = f"file:{quote(script)}?mode=ro" if is_file else ":memory:"
     try:
-        database.executescript(script)
+        database = sqlite3.connect(place, uri=is_file, check_same_thread=False, isolation_level=None)
+        database.executescript("SELECT name FROM sqlite_master" if is_file else script)
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         raise QueryError(f"cannot be made: {' '.join(str(error).split())}") from error
     # The sorter's files would go to the disk; a value that grows without end would fill the memory.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 from skyrl.envs.base import StepResult, register_environment
@@ -24,9 +25,11 @@ LIMITS = {
 }
 # Keywords of JSON Schema that are understood -> what their value must be; those that only describe are passed over.
 KEYWORDS: dict[str, type | tuple[type, ...]] = {
-    "type": (str, list), "enum": list, "properties": dict, "required": list, "additionalProperties": bool,
-    "items": dict, **{name: NUMBER for names in LIMITS.values() for name in names},
+    "type": (str, list), "enum": list, "const": object, "anyOf": list, "properties": dict, "required": list,
+    "additionalProperties": bool, "items": dict, "pattern": str, "$ref": str, "$defs": dict,
+    **{name: NUMBER for names in LIMITS.values() for name in names},
 }  # fmt: skip
+REFERENCE = "#/$defs/"
 DESCRIBE = frozenset("$schema $id $comment title description default examples".split())
 
 
@@ -95,8 +98,9 @@ def read_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique, parse_constant=lambda name: finite("inf"), parse_float=finite)
 
 
-def schema_problem(schema: Any, place: str = "") -> str:
-    """What is wrong with a schema, or not understood here; "" for nothing."""
+def schema_problem(schema: Any, place: str = "", root: Any = None) -> str:
+    """What is wrong with a schema, or not understood here; "" for nothing. `root`: the one that it is a part of."""
+    root = root or schema
     if not isinstance(schema, dict):
         return f"has {str(schema)[:40]!r} at {place}, wanted an object"
     for key, value in schema.items():
@@ -105,17 +109,33 @@ def schema_problem(schema: Any, place: str = "") -> str:
         names = [value] if isinstance(value, str) else value
         if key in KEYWORDS and not isinstance(value, KEYWORDS[key]) or key == "type" and not {*names} <= TYPES.keys():
             return f"has {str(value)[:40]!r} as {place}{key!r}; types are: {', '.join(TYPES)}"
-    inner = {f"properties.{name}": one for name, one in schema.get("properties", {}).items()}
+    if "$ref" in schema and schema["$ref"].removeprefix(REFERENCE) not in root.get("$defs", {}):
+        return f"has {schema['$ref']!r} as {place}'$ref'; wanted {REFERENCE}<one of its $defs>"
+    try:
+        re.compile(schema.get("pattern", ""))
+    except re.error as error:
+        return f"has {schema['pattern']!r} as {place}'pattern': {error}"
+    inner = {f"{key}.{name}": one for key in ("properties", "$defs") for name, one in schema.get(key, {}).items()}
+    inner |= {f"anyOf[{number}]": one for number, one in enumerate(schema.get("anyOf", []))}
     inner |= {"items": schema["items"]} if "items" in schema else {}
-    return next((problem for name, one in inner.items() if (problem := schema_problem(one, f"{place}{name}."))), "")
+    problems = (schema_problem(one, f"{place}{name}.", root) for name, one in inner.items())
+    return next((problem for problem in problems if problem), "")
 
 
-def matches(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether a schema allows a JSON value."""
+def matches(value: Any, schema: dict[str, Any], root: dict[str, Any] | None = None) -> bool:
+    """Whether a schema allows a JSON value. `root`: the schema that it is a part of, which has the $defs."""
+    root = root or schema
+    if "$ref" in schema:
+        return matches(value, root["$defs"][schema["$ref"].removeprefix(REFERENCE)], root)
+    if "anyOf" in schema and not any(matches(value, one, root) for one in schema["anyOf"]):
+        return False
     names = schema.get("type", list(TYPES))
     if not any(_is(value, name) for name in ([names] if isinstance(names, str) else names)):
         return False
-    if "enum" in schema and not any(agreement(value, one) == 1.0 for one in schema["enum"]):
+    wanted = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if wanted is not None and not any(agreement(value, one) == 1.0 for one in wanted):
+        return False
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
         return False
     if type(value) in LIMITS:
         size = value if type(value) in NUMBER else len(value)
@@ -123,12 +143,12 @@ def matches(value: Any, schema: dict[str, Any]) -> bool:
         if not least <= size <= most:
             return False
     if isinstance(value, list):
-        return all(matches(one, schema.get("items", {})) for one in value)
+        return all(matches(one, schema.get("items", {}), root) for one in value)
     if isinstance(value, dict):
         known = schema.get("properties", {})
         allowed = schema.get("additionalProperties", True) or value.keys() <= known.keys()
         whole = all(name in value for name in schema.get("required", []))
-        return allowed and whole and all(matches(one, known.get(name, {})) for name, one in value.items())
+        return allowed and whole and all(matches(one, known.get(name, {}), root) for name, one in value.items())
     return True
 
 

@@ -94,6 +94,20 @@ def test_what_is_ordered():
     assert not is_ordered("SELECT 'x order by y', row_number() OVER (ORDER BY (a)) FROM t /* order by */")
 
 
+def test_a_database_may_be_a_file_that_is_only_read(rows, play, tmp_path):
+    path = tmp_path / "a?b.sqlite"
+    import sqlite3
+
+    with sqlite3.connect(path) as made:
+        made.executescript(ONE)
+    before = path.read_bytes()
+    prompt = rows("sql", {**ROW, "database": path.name})[0]
+    assert play(prompt, ROW["query"] + "; -- so")[0].reward == 1.0
+    for text in ("DELETE FROM t", "ATTACH 'new.db' AS y", "VACUUM"):
+        assert play(prompt, text)[0].reward == 0.0
+    assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["a?b.sqlite", "train.jsonl"]
+
+
 def test_made_tasks_are_right_held_out_and_have_no_constant(rows, play):
     train, test = rows("sql"), rows("sql", split="test")
     assert not {p.messages[0]["content"] for p in train} & {p.messages[0]["content"] for p in test}
@@ -114,6 +128,7 @@ def test_made_tasks_are_right_held_out_and_have_no_constant(rows, play):
         ({"database": []}, "field 'database'"),
         ({"database": [ONE, 5]}, "field 'database'"),
         ({"database": "CREATE TABLE"}, "cannot be made"),
+        ({"database": "none.sqlite"}, "cannot be made: unable to open"),
     ],
 )
 def test_a_row_that_cannot_be_judged_is_refused_by_its_line(rows, change, told):

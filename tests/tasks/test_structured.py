@@ -44,6 +44,14 @@ def test_the_reward_does_what_it_says(rows, play, text, reward):
     assert (round(result.reward, 6), result.metrics["correct:mean"]) == (reward, float(reward == 1.0))
 
 
+LEFT = {
+    "anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}],
+    "default": None,
+}  # as pydantic writes a model that may be None
+NODE = {"type": "object", "properties": {"v": {"type": "integer", "title": "V"}, "l": LEFT}, "required": ["v"]}
+TREE = {"$defs": {"N": NODE}, "$ref": "#/$defs/N"}
+
+
 @pytest.mark.parametrize(
     ("schema", "right", "wrong"),
     [
@@ -56,6 +64,10 @@ def test_the_reward_does_what_it_says(rows, play, text, reward):
         ({"type": "array", "items": {"type": "null"}, "minItems": 1}, [[None]], [[], [1], {}]),
         ({"required": ["a"]}, [{"a": None}, [], 5], [{"b": 1}]),
         ({}, [None, {}, [], 1], []),
+        ({"const": "a"}, ["a"], ["b", None]),
+        ({"anyOf": [{"type": "string", "maxLength": 1}, {"type": "null"}]}, ["a", None], ["ab", 1]),
+        ({"pattern": "^[a-z]+-\\d$"}, ["ab-1", 5], ["ab-", "1"]),
+        (TREE, [{"v": 1}, {"v": 1, "l": {"v": 2, "l": None}}], [{"v": 1, "l": {"v": "2"}}, {"v": 1, "l": 5}, {}]),
     ],
 )
 def test_schemas(schema, right, wrong):
@@ -84,8 +96,10 @@ def test_made_tasks_are_right_and_held_out(rows, play):
         ({"schema": None}, "field 'schema' is None"),
         ({"schema": {"oneOf": []}}, "has 'oneOf'; understood are: type"),
         ({"schema": {"type": "text"}}, "has 'text' as 'type'; types are: object"),
-        ({"schema": {"properties": {"a": {"items": {"pattern": "x"}}}}}, "has properties.a.items.'pattern'"),
+        ({"schema": {"properties": {"a": {"items": {"format": "x"}}}}}, "has properties.a.items.'format'"),
         ({"schema": {"items": 5}}, "has '5' as 'items'"),
+        ({"schema": {"items": {"$ref": "#/$defs/a"}}}, r"has '#/\$defs/a' as items.'\$ref'; wanted"),
+        ({"schema": {"anyOf": [{"pattern": "("}]}}, r"has '\(' as anyOf\[0\].'pattern'"),
         ({"answer": {"name": 5}}, "does not allow the row's own answer"),
     ],
 )
