@@ -19,6 +19,7 @@ from skyrl.envs.base import Split, group_rewards_of, objective_names_of
 from skyrl.envs.data_files import NoHeldOut, messages_problem
 from skyrl.envs.guard import describe_error
 from skyrl.envs.wrappers import classes_of
+from skyrl.judges import policy as _judges  # noqa: F401
 from skyrl.tasks import code as _registered  # noqa: F401
 from skyrl.types import Prompt, UserError
 
@@ -76,6 +77,8 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
     cls = classes_of(cfg.env)[0]
     options = environment_options(cfg.env)
     group_rewards_of(cfg.env)
+    for reward, params in group_rewards_of(cfg.env, batch=True):
+        reward(**params)  # says what is wrong with them
     if names := objective_names_of(cfg.env):
         objectives = cfg.algorithm.objectives
         Objectives(objectives.weights, objectives.constraints).check(names, f"env.name={cfg.env.name}")

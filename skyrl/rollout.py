@@ -19,9 +19,11 @@ from skyrl.algorithms.variance import score_of
 from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
 from skyrl.distributed.phases import heartbeat
+from skyrl.engine import Engine
 from skyrl.envs.base import StepResult, group_rewards_of, objective_names_of
-from skyrl.envs.guard import place_of_call
-from skyrl.envs.rewards.base import reward_names
+from skyrl.envs.guard import BadResult, check_scores, describe_error, place_of_call
+from skyrl.envs.rewards.base import GroupCall, Reward, reward_names
+from skyrl.judges.batch import BatchReward, RankTools
 from skyrl.sampler.sampler import Sampler
 from skyrl.text.chat import Chat
 from skyrl.types import (
@@ -80,6 +82,7 @@ class ActiveEpisode:
     prompt: Prompt
     seed: int
     context: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    observed: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     metrics: MetricSums = field(default_factory=MetricSums)
     calls: MetricSums = field(default_factory=MetricSums)
@@ -112,7 +115,8 @@ def rollout(
             playing.drop()
             return []
     groups = cast(list[list[Episode]], playing.groups)
-    _check_objectives(groups, config.env)
+    if not group_rewards_of(config.env, batch=True):  # else score_batch does
+        _check_objectives(groups, config.env)
     return groups
 
 
@@ -175,7 +179,7 @@ class _Rollout:
         key = self._sampled.pop(sample.uid)
         episode = self._called[key]
         text = self.chat.read(sample.tokens.tolist(), int(episode.context[-1]))
-        episode.turns.append(Turn(episode.context, sample, text=text))
+        episode.turns.append(Turn(episode.context, sample, text=text, observed=episode.observed))
         self.calls.step(key, text)
 
     def drop(self) -> None:
@@ -193,7 +197,7 @@ class _Rollout:
                 self._finish(key, "aborted", problem)
                 return
             self._openings[episode.group] = known = messages, ids
-        episode.context = known[1]
+        episode.context, episode.observed = known[1], messages
         self._request(key)
 
     def _take_turn(self, key: int, result: StepResult) -> None:
@@ -217,7 +221,7 @@ class _Rollout:
         if more is None:
             self._finish(key, "aborted", problem)
             return
-        episode.context = np.concatenate([episode.context, sample.tokens, more])
+        episode.context, episode.observed = np.concatenate([episode.context, sample.tokens, more]), result.observation
         self._request(key)
 
     def _request(self, key: int) -> None:
@@ -272,17 +276,66 @@ class _Rollout:
             episodes[0].calls[name] = episodes[0].calls.get(name, 0.0) + value
         for episode, score in zip(episodes, scores, strict=True):
             episode.invalid = answer.outcome.invalid
-            last = episode.turns[-1]
-            for turn in episode.turns:
-                if turn.reward and not turn.objectives:
-                    turn.objectives = {"reward": turn.reward}
-            if taken := score.keys() & episode.objectives.keys():
-                _refuse(self.config.env, episode, f"a turn and a group reward both give {min(taken)!r}; rename one")
-            last.objectives = {**last.objectives, **score}
-            for turn in episode.turns:
-                if turn.objectives:
-                    turn.reward, turn.scale = self.config.combine(turn.objectives)
-            episode.reward, _ = score_of(turn.reward for turn in episode.turns)
+            _add_scores(episode, score, self.config)
+
+
+def _add_scores(episode: Episode, score: dict[str, float], config: RolloutConfig) -> None:
+    """Adds objectives that were found when the episode had ended to its last turn."""
+    for turn in episode.turns:
+        if turn.reward and not turn.objectives:
+            turn.objectives = {"reward": turn.reward}
+    if taken := score.keys() & episode.objectives.keys():
+        _refuse(config.env, episode, f"two rewards both give {min(taken)!r}; rename one")
+    last = episode.turns[-1]
+    last.objectives = {**last.objectives, **score}
+    for turn in episode.turns:
+        if turn.objectives:
+            turn.reward, turn.scale = config.combine(turn.objectives)
+    episode.reward, _ = score_of(turn.reward for turn in episode.turns)
+
+
+Judges = Sequence[tuple[Reward, BatchReward]]  # the rewards of whole batches of a run, each made
+
+
+def score_batch(judges: Judges, groups: list[list[Episode]], config: RolloutConfig, tools: RankTools) -> None:
+    """Adds what rewards of a whole batch say to the last turns of a rank's episodes; see BatchReward. Collective where
+    they are. Raises UserError for a reward that fails as a whole, and under env.on_error=stop for a score that is none.
+    """
+    for reward, judge in judges:
+        episodes = [one for group in groups for one in group if one.turns and not one.invalid]
+        try:
+            scores = list(judge.score(episodes, tools))
+        except (UserError, RunError):
+            raise
+        except Exception as error:
+            raise UserError(f"reward {reward.name}: score() raised {describe_error(error)}; fix it") from error
+        if len(scores) != len(episodes):
+            raise UserError(f"reward {reward.name}: score() gave {len(scores)} scores for {len(episodes)} episodes")
+        for episode, score in zip(episodes, scores, strict=True):
+            if isinstance(score, Exception):
+                where = place_of_call("score()", reward.name, episode.prompt)
+                episode.invalid = f"{where}, sample {episode.index}: {score}"
+                continue
+            try:
+                (checked,) = check_scores(GroupCall(reward, {}, (episode.turns[-1].text,)), [score])
+                _add_scores(episode, checked, config)
+            except BadResult as error:
+                _refuse(config.env, episode, f"reward {reward.name}: score() returned {error}; fix it")
+    _check_objectives(groups, config.env)
+
+
+def rank_tools(engine: Engine, reference: str) -> RankTools:
+    """What rewards of whole batches are given of the engine."""
+
+    def reference_logprobs(episodes: Sequence[Episode]) -> list[Floats]:
+        rows = to_rows([(0, list(episodes))])
+        scored = engine.score([row.datum(row.mask.astype(np.float32)) for row in rows], 1.0, model=reference).logprobs
+        found: list[list[Floats]] = [[np.zeros(0)] for _ in episodes]
+        for row, logprobs in zip(rows, scored, strict=True):
+            found[row.episode].append(np.asarray(logprobs)[row.mask])
+        return [np.concatenate(parts) for parts in found]
+
+    return RankTools(engine.world.device, reference_logprobs)
 
 
 def _ids(config: RolloutConfig, prompt: Prompt, what: str, make: Callable[..., Ints], *given: Any) -> tuple[Any, str]:

@@ -36,9 +36,10 @@ from skyrl.distributed.phases import BETWEEN_PHASES, IN_HOOK, LOADING, SAVING, e
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
+from skyrl.envs.base import group_rewards_of
 from skyrl.files import write_atomic
 from skyrl.planner.plan import Plan
-from skyrl.rollout import RolloutConfig, episode_metrics, rollout
+from skyrl.rollout import Judges, RolloutConfig, episode_metrics, rank_tools, rollout, score_batch
 from skyrl.run_dir import RESULT, RunFolder
 from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.base import Tracker, memory_metrics
@@ -171,6 +172,7 @@ class Run:
     drawing: subprocess.Popen[bytes] | None = None  # what draws the curves so far
     draw_at: float = 0.0  # when they are drawn next; 0 before the first step
     draw_every: float = DRAW_SECONDS[0] / 2
+    judges: Judges | None = None  # rewards of whole batches, once they are needed
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
     hooks: Hooks | None = None  # None where no rank has any
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
@@ -346,6 +348,7 @@ class Run:
                 self.note_sampler(sampler)
                 groups = rollout(sampler, mine, config, self.engine.chat)
             self.check_stop()
+            self.score_batch(groups, config)
             episode_metrics(sums, groups, prefix="eval/")
             metrics = sums.result(self.world)
         self.tracker.add(metrics)
@@ -358,6 +361,20 @@ class Run:
             self.state.first_accuracy = self.state.accuracy
         self.tell_hooks("on_evaluate", self.state.global_step, metrics)
         return metrics
+
+    def has_judges(self) -> bool:
+        """Whether some rewards are of whole batches. They live as long as the run."""
+        if self.judges is None:
+            found = group_rewards_of(self.cfg.env, batch=True)
+            self.judges = [(reward, reward(**params)) for reward, params in found]
+        return bool(self.judges)
+
+    def score_batch(self, groups: list[list[Episode]], config: RolloutConfig) -> None:
+        """Adds the rewards of whole batches, if there are any, to this rank's episodes. The frozen reference is what it
+        will be, the policy as it is now, until RL begins. Collective, outside of sampling."""
+        if self.has_judges():
+            reference = self.plan.reference if self.plan.reference in self.engine.models else "policy"
+            score_batch(self.judges or (), groups, config, rank_tools(self.engine, reference))
 
     def _score(self, metrics: Metrics) -> float | None:
         """What checkpoints are compared by; None where nothing was measured. For a metric that evaluations do not have

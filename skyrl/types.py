@@ -108,6 +108,7 @@ class Turn:
     sample: Sample
     reward: float = 0.0
     text: str = ""  # what the environment was given to read
+    observed: list[Message] = field(default_factory=list)  # what was said to the model since the turn before
     objectives: dict[str, float] = field(default_factory=dict)
     scale: float = 0.0
 

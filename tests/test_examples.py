@@ -94,9 +94,11 @@ def test_reward(warm, here):
 
 class _Judge(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
-        body = json.dumps({"choices": [{"message": {"content": str(len(asked) % 10)}}]}).encode()
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][1]["content"]
+        said = json.dumps({"right": len(asked) % 10, "short": 5})
+        body = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
         self.send_response(200)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -106,10 +108,13 @@ class _Judge(http.server.BaseHTTPRequestHandler):
 
 
 def test_judge(warm, here):
+    pytest.importorskip("openai", reason="the extra judges is not installed")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Judge) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"import os; os.environ['JUDGE_URL'] = 'http://127.0.0.1:{server.server_port}/v1'"
-        done = warm.run(*command("judge.py"), *SHORT, "run.dir=run", cwd=here, before=url)
+        settings = {"JUDGE_URL": f"http://127.0.0.1:{server.server_port}/v1", "SKYRL_JUDGE_CACHE": ""}
+        done = warm.run(
+            *command("judge.py"), *SHORT, "run.dir=run", cwd=here, before=f"import os; os.environ.update({settings})"
+        )
         server.shutdown()
     assert done.code == 0, done.stderr
     (step,) = steps(here / "run")

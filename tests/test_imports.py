@@ -24,6 +24,7 @@ LEVELS = {
     "algorithms": 0.2,
     "envs": 1.1,
     "tasks": 1.15,
+    "judges": 1.15,
     "workers": 1.15,
     "run_dir": 1.1,
     "data": 1.2,
@@ -58,7 +59,7 @@ LEVELS = {
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
-    + "answers launch main planner registry run_dir sandbox".split()
+    + "answers judges launch main planner registry run_dir sandbox".split()
     + "sft sweep tasks text tinker tracking train types web workers".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.

@@ -13,12 +13,14 @@ from skyrl.envs.base import Environment, RetryableError, StepResult, register_en
 from skyrl.envs.rewards.base import register_reward
 from skyrl.envs.wrappers import Wrapper, register_wrapper
 from skyrl.hub.policies import Policy, register_policy
+from skyrl.judges.batch import BatchReward
 from skyrl.tracking.hooks import Hook
 from skyrl.types import Episode, Message, Metrics, Prompt, UserError
 
 __all__ = [
     "Advantage",
     "Advantages",
+    "BatchReward",
     "Environment",
     "Episode",
     "Hook",

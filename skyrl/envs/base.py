@@ -87,15 +87,21 @@ class Environment:
         return bool(vars(cls).get("in_process", False))
 
     @classmethod
+    def is_async(cls, options: dict[str, Any]) -> bool:
+        """Whether calls wait, so that one worker makes many at once. Here: a method is `async def`."""
+        return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in ("reset", "step", "close"))
+
+    @classmethod
     def objective_names(cls, options: dict[str, Any]) -> Sequence[str]:
         """Names of all objectives that its rewards give, if they are known before anything is played. Here: unknown."""
         return ()
 
     @classmethod
     def group_rewards(cls, options: dict[str, Any]) -> RewardOption:
-        """Rewards, by name, of all samples of a prompt together (`register_reward(..., group=True)`). Each adds its
-        objectives to the last turns of the samples when all have ended; texts are those of the last turns. A number
-        that a turn of this environment gave is then the objective "reward". Here: none."""
+        """Rewards, by name, of all samples of a prompt together (`register_reward(..., group=True)`), or of all
+        episodes of a rank (batch=True). Each adds its objectives to the last turns of the samples when all have ended;
+        texts are those of the last turns. A number that a turn of this environment gave is then the objective "reward".
+        Here: none."""
         return []
 
     @classmethod
@@ -201,15 +207,15 @@ def objective_names_of(cfg: EnvConfig) -> Sequence[str]:
     return () if cfg.wrappers else ENVIRONMENTS.get(cfg.name, "env.name").objective_names(environment_options(cfg))
 
 
-def group_rewards_of(cfg: EnvConfig) -> list[tuple[Reward, dict[str, Any]]]:
-    """The rewards of whole groups that the environment cfg.name has with these options, with their parameters. Raises
-    UserError for one that is no reward of a group."""
+def group_rewards_of(cfg: EnvConfig, *, batch: bool = False) -> list[tuple[Reward, dict[str, Any]]]:
+    """The rewards of whole groups, or of whole batches, that the environment cfg.name has with these options, with
+    their parameters. Raises UserError for one that is neither."""
     option = ENVIRONMENTS.get(cfg.name, "env.name").group_rewards(environment_options(cfg))
     found = chosen_rewards(option, f"env.name={cfg.name}: group_rewards()") if option else []
     for reward, _ in found:
-        if not reward.group:
+        if not (reward.group or reward.batch):
             raise UserError(f"env.name={cfg.name}: group_rewards(): reward {reward.name!r} is not of a group")
-    return found
+    return [(reward, params) for reward, params in found if reward.batch == batch]
 
 
 @functools.cache
@@ -217,11 +223,6 @@ def takes_seed(reset: Callable) -> bool:
     """Whether a reset has an argument `seed`."""
     parameters = inspect.signature(reset).parameters.values()
     return any(one.name == "seed" or one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
-
-
-def is_async(cls: type[Environment]) -> bool:
-    """Whether a method of this class is `async def`."""
-    return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in ("reset", "step", "close"))
 
 
 def options_of(thing: Callable[..., Any]) -> dict[str, str]:

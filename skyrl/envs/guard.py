@@ -134,7 +134,8 @@ class Guard:
             if inspect.isawaitable(result):
                 result = await result
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            return self._failed(error, cut, who)
+            # Who is cancelled at the deadline may say that this is nobody's fault.
+            return self._failed(error, cut and not isinstance(error, RetryableError), who)
         finally:
             alarm.cancel()
         return self._returned(result, clock.now() - start, who)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Environment, Split, StepResult, chosen_rewards, register_environment
@@ -27,28 +27,38 @@ class SingleTurn(Environment):
     def __init__(self, *, reward: RewardOption, correct_reward: float = 1.0) -> None:
         self.reward_name = ", ".join(reward_names(reward))  # guard.py names it in errors
         chosen = chosen_rewards(reward)
-        self._rewards = [(one, params) for one, params in chosen if not one.group]
+        self._rewards = [(one, params) for one, params in chosen if not (one.group or one.batch)]
         self._named = isinstance(reward, list) or not self._rewards
         self.main_reward = self._rewards[0][0].name if self._rewards else ""
         self._correct_reward = correct_reward
 
     @classmethod
     def plays_in_process(cls, options: dict[str, Any]) -> bool:
-        """As the class says, with one of our own rewards: a user's reward is called in a worker."""
-        ours = all(reward.__module__.startswith("skyrl.envs.") for reward, _ in _chosen(cls, options))
+        """As the class says, with our own rewards: a user's, and a judge's, is called in a worker."""
+        ours = all(one.batch or one.__module__.startswith("skyrl.envs.") for one, _ in _chosen(cls, options))
         return ours and super().plays_in_process(options)
+
+    @classmethod
+    def is_async(cls, options: dict[str, Any]) -> bool:
+        """Also when a reward is `async def`."""
+        waits = any(inspect.iscoroutinefunction(reward.fn) for reward, _ in _chosen(cls, options))
+        return waits or super().is_async(options)
 
     @classmethod
     def objective_names(cls, options: dict[str, Any]) -> Sequence[str]:
         """Those of its rewards, if each of them says what it returns. None for a single one that returns a number."""
         listed = isinstance(_option(cls, options), list)
-        known = [one.known_objectives if listed or one.group else one.objectives for one, _ in _chosen(cls, options)]
+        known = [
+            one.known_objectives if listed or one.group or one.batch else one.objectives
+            for one, _ in _chosen(cls, options)
+        ]
         return [name for names in known for name in names] if all(known) else []
 
     @classmethod
     def group_rewards(cls, options: dict[str, Any]) -> RewardOption:
-        """Those of the option `reward` that are of a group."""
-        return [{**params, "name": reward.name} for reward, params in _chosen(cls, options) if reward.group]
+        """Those of the option `reward` that are of a group or a batch."""
+        chosen = [(one, params) for one, params in _chosen(cls, options) if one.group or one.batch]
+        return [{**params, "name": reward.name} for reward, params in chosen]
 
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
@@ -60,17 +70,28 @@ class SingleTurn(Environment):
         return prompts
 
     def step(self, text: str) -> StepResult:
-        """Scores the answer; always the last step."""
-        given: dict[str, Any] = {}
-        metrics, names, named = {}, self.reward_name, self._named
+        """Scores the answer; always the last step. Awaited where a reward is `async def`."""
+        values, names = [], self.reward_name
         for reward, params in self._rewards:
             self.reward_name = reward.name  # whose fault it is
-            value = reward(text, self.prompt, **params)
+            values.append(reward(text, self.prompt, **params))
+        self.reward_name = names
+        if not any(map(inspect.isawaitable, values)):
+            return self._result(text, values)
+
+        async def later() -> StepResult:
+            return self._result(text, [await one if inspect.isawaitable(one) else one for one in values])
+
+        return cast(StepResult, later())
+
+    def _result(self, text: str, values: Sequence[Any]) -> StepResult:
+        given: dict[str, Any] = {}
+        metrics, named = {}, self._named
+        for (reward, _), value in zip(self._rewards, values, strict=True):
             add_objectives(given, reward, value)
             named = named or isinstance(value, Mapping)
             if reward.rate and hasattr(value, "__float__"):
                 metrics[f"{reward.rate}:mean"] = float(value != 0)
-        self.reward_name = names
         first: Any = next(iter(given.values()), None)
         if hasattr(first, "__float__"):  # else nothing, a text, a list: the guard says so
             metrics["correct:mean"] = float(self.is_correct(text, first))

@@ -84,6 +84,12 @@ def classes_of(cfg: EnvConfig) -> list[type[Environment]]:
     return [ENVIRONMENTS.get(cfg.name, "env.name"), *(cls for cls, _ in _wrappers(cfg))]  # type: ignore[arg-type]
 
 
+def is_async(cfg: EnvConfig) -> bool:
+    """Whether calls of the environment or of its wrappers wait, so that one worker makes many at once."""
+    inner, *wrappers = classes_of(cfg)
+    return inner.is_async(environment_options(cfg)) or any(cls.is_async({}) for cls in wrappers)
+
+
 def make_environment(cfg: EnvConfig) -> Environment:
     """A new environment for one episode, or several one after the other. Raises UserError for bad options."""
     made = classes_of(cfg)[0](**environment_options(cfg))

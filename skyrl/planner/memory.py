@@ -16,6 +16,7 @@ from typing import Any
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
+from skyrl.envs.base import ENVIRONMENTS, group_rewards_of
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.hub.policies import POLICIES, policy_path
@@ -370,7 +371,7 @@ def estimate(
     beside = "fsdp" if strategy.startswith("zero") else strategy
     frozen = _shares(cfg, sizes, world_size, compute, master, beside, device)[0]
     sharded = strategy in ("fsdp", "hsdp", "zero3")
-    algorithm, lora, adapter = cfg.algorithm, cfg.model.lora, 0
+    lora, adapter = cfg.model.lora, 0
     if lora.rank:
         weights, masters, gradients, optimizer, sharded = frozen, 0, 0, 0, beside in ("fsdp", "hsdp")
         adapter = trained_parameters(cfg, sizes) * ((compute if compute < master else 0) + 4 * master)
@@ -402,7 +403,7 @@ def estimate(
         gradients=gradients,
         optimizer=optimizer,
         adapter=adapter,
-        reference=frozen if algorithm.kl.coef > 0 and not lora.rank else 0,
+        reference=frozen if needs_reference(cfg) and not lora.rank else 0,
         critic=critic,
         activations=kept * compute,
         logits=2 * chunk + head,  # the chunk and its gradient
@@ -416,6 +417,12 @@ def estimate(
         keeps_sampling=cfg.sampler.keep_memory != "never",
         states=(at_most + 1) * sizes.state_bytes(dtype, device),
     )
+
+
+def needs_reference(cfg: RunConfig) -> bool:
+    """Whether there is a frozen reference: for a KL term, or for a reward that asks for one."""
+    judges = group_rewards_of(cfg.env, batch=True) if cfg.env.name in ENVIRONMENTS else []
+    return cfg.algorithm.kl.coef > 0 or any(getattr(judge.fn, "needs_reference", False) for judge, _ in judges)
 
 
 def _transient(cfg: RunConfig, sizes: ModelSizes, compute: int, master: int, sharded: bool, *, trained: bool) -> int:

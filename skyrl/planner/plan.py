@@ -23,6 +23,7 @@ from skyrl.planner.memory import (
     check_fits,
     estimate,
     model_sizes,
+    needs_reference,
     trained_parameters,
     with_room,
 )
@@ -203,7 +204,7 @@ def make_plan(
         if not cfg.run.world_size:
             memory = with_room(cfg, memory, device)
             check_fits(cfg, model_sizes, memory, device)
-    batch, algorithm = cfg.batch, cfg.algorithm
+    batch = cfg.batch
     return Plan(
         cfg=cfg,
         world_size=world_size,
@@ -214,7 +215,7 @@ def make_plan(
         num_steps=batch.num_steps,
         prompts_per_update=batch.prompts_per_step // batch.optim_steps_per_batch,
         updates_per_step=batch.optim_steps_per_batch * batch.epochs_per_batch,
-        needs_reference=algorithm.kl.coef > 0,
+        needs_reference=needs_reference(cfg),
         needs_critic=validation.advantage_of(cfg).critic,
         sampling=_sampling(cfg, cfg.sampler.temperature),
         eval_sampling=_sampling(cfg, cfg.eval.temperature),
@@ -343,7 +344,7 @@ def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
         (
             "algorithm",
             f"{algorithm.advantage.name}, {algorithm.loss.name}, {algorithm.loss.reduction}"
-            + (f", KL {algorithm.kl.coef:g} in the {algorithm.kl.placement}" if plan.needs_reference else "")
+            + (f", KL {algorithm.kl.coef:g} in the {algorithm.kl.placement}" if algorithm.kl.coef else "")
             + (", critic" if plan.needs_critic else ""),
         ),
         ("lr", f"{plan.lr_at(0):.3g} first, {cfg.optim.lr:.3g} peak, {plan.lr_at(plan.num_steps - 1):.3g} last"),

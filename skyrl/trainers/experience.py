@@ -23,8 +23,8 @@ from skyrl.types import Datum
 
 def add_reference(run: Run, step: Step, rows: list[Row]) -> tuple[list[Row], float]:
     """Rows with log-probabilities under the frozen reference, and the mean KL per sampled token (the k1 estimate,
-    log pi - log ref over the policy's own samples). As they are, and 0, without a reference."""
-    if not run.plan.needs_reference:
+    log pi - log ref over the policy's own samples). As they are, and 0, without a KL term."""
+    if not run.cfg.algorithm.kl.coef:
         return rows, 0.0
     scored = run.engine.score(_to_score(rows), run.cfg.sampler.temperature, model=run.plan.reference)
     rows = [replace(row, reference=logprobs) for row, logprobs in zip(rows, scored.logprobs, strict=True)]
@@ -43,7 +43,7 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
     algorithm = run.cfg.algorithm
     masks = [row.mask for row in rows]
     rewards = [row.rewards for row in rows]
-    if run.plan.needs_reference and algorithm.kl.placement == "reward":
+    if algorithm.kl.coef and algorithm.kl.placement == "reward":
         logprobs = [row.sampling_logprobs for row in rows]
         references = [row.reference for row in rows if row.reference is not None]
         rewards = kl_rewards(rewards, masks, logprobs, references, run.kl_coef())

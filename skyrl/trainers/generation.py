@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +13,7 @@ from skyrl.algorithms.filters import dropped_by, filter_metrics, zero_variance_g
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
 from skyrl.rollout import Group, episode_metrics, rollout
 from skyrl.run import Run, Step
+from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.flops import forward_flops, sample_attended
 from skyrl.trainers.experience import model_shape
 from skyrl.types import Episode
@@ -32,15 +36,22 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     sampled: list[list[Episode]] = []
     probe: Probe | None = None
     run.objectives.names = []
-    with run.engine.sampling("policy") as sampler:
-        run.note_sampler(sampler)
+    with contextlib.ExitStack() as opened:
+        sampler: Any = opened.enter_context(_sampling(run, step))
         if run.weight_check_due():
             probe = sample_probe(run.engine, sampler, step.index)
-        for _ in range(filters.max_refill_rounds if filters.refill else 1):
+            check_copies(run.engine)  # here, where the very copy is there that is sampled from
+        for number in range(filters.max_refill_rounds if filters.refill else 1):
+            if number and run.has_judges():
+                sampler = opened.enter_context(_sampling(run, step))
             positions = step.deal(range(state.position, state.position + wanted))
-            prompts = [(i, run.stream.at(i)) for i in positions]
-            groups = rollout(sampler, prompts, run.rollout_config("train"), run.engine.chat)
+            prompts, config = [(i, run.stream.at(i)) for i in positions], run.rollout_config("train")
+            groups = rollout(sampler, prompts, config, run.engine.chat)
             step.check_stop()
+            if run.has_judges():  # which may need the memory
+                sampler = None
+                opened.close()
+                run.score_batch(groups, config)
             state.position += wanted
             sampled += groups
             _note_objectives(run, groups)
@@ -49,11 +60,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
             kept += [(i, group) for i, group, keep in zip(positions, groups, keep_P, strict=True) if keep]
             if all_reduce_sum(world, np.array([len(kept)]))[0] >= wanted:
                 break
-        for key, value in sampler.metrics().items():
-            step.sums.add(key, value)
-        if probe is not None:
-            check_copies(run.engine)  # here, where the very copy is there that was sampled from
-    del sampler  # what is freed between rollouts must not live on by this name
+    sampler = None  # what is freed between rollouts must not live on by this name
     if probe is not None:
         check_probe(run.engine, probe)
     _count_sampled(run, step, sampled)
@@ -64,6 +71,16 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]
     place = {position: number for number, position in enumerate(everyone)}
     return [(place[i], group) for i, group in kept if i in place], len(everyone)
+
+
+@contextlib.contextmanager
+def _sampling(run: Run, step: Step) -> Iterator[Sampler]:
+    """A sampler over the policy; what it counts is added to the step's metrics."""
+    with run.engine.sampling("policy") as sampler:
+        run.note_sampler(sampler)
+        yield sampler
+        for key, value in sampler.metrics().items():
+            step.sums.add(key, value)
 
 
 def _note_objectives(run: Run, groups: list[list[Episode]]) -> None:

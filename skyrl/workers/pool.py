@@ -33,10 +33,10 @@ import cloudpickle
 
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
-from skyrl.envs.base import Environment, group_rewards_of, is_async
+from skyrl.envs.base import Environment, group_rewards_of
 from skyrl.envs.guard import Outcome, place_in, place_of_call, raise_stop
 from skyrl.envs.rewards.base import REWARDS, reward_names
-from skyrl.envs.wrappers import WRAPPERS, classes_of
+from skyrl.envs.wrappers import WRAPPERS, classes_of, is_async
 from skyrl.types import Prompt, UserError
 from skyrl.workers.calls import BACKOFF_SECONDS, Answer, Call, LocalCalls, attempts_of, decode, given_up
 from skyrl.workers.worker import BEAT_BYTES, FORK, HEADER, REAP, SHOW_STACK, WorkerSetup, frame, read_frame
@@ -180,7 +180,7 @@ class WorkerPool:
         classes = classes_of(cfg)
         self._cfg, self._attempts = cfg, attempts_of(classes[0])
         self._plain_reset = len(classes) == 1 and classes[0].reset is Environment.reset
-        self._async = any(map(is_async, classes))
+        self._async = is_async(cfg)
         self._size = min(cfg.workers, cfg.max_concurrent)
         setup = WorkerSetup(replace(cfg, on_error="mask"), plugins, _things(cfg, classes))
         self._template = _Template(setup, preload=True)

@@ -28,10 +28,10 @@ from typing import Any
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import guard
-from skyrl.envs.base import ENVIRONMENTS, is_async
+from skyrl.envs.base import ENVIRONMENTS
 from skyrl.envs.guard import Outcome, describe_error
 from skyrl.envs.rewards import REWARDS
-from skyrl.envs.wrappers import WRAPPERS, classes_of
+from skyrl.envs.wrappers import WRAPPERS, is_async
 from skyrl.types import UserError
 from skyrl.workers.calls import Call, Player, digest, encode
 
@@ -142,7 +142,7 @@ def _work(setup: WorkerSetup, sock: socket.socket, crash_fd: int, prepared: bool
         _settle(setup.env, crash_fd)
         problem = "" if prepared else _prepare(setup)
         player = Player(setup.env, beat=lambda: os.pwrite(crash_fd, struct.pack("<d", time.monotonic()), 0))
-        if not problem and any(map(is_async, classes_of(setup.env))):
+        if not problem and is_async(setup.env):
             asyncio.run(_serve_async(sock, player))
         else:
             _serve(sock, player, problem)

@@ -22,6 +22,7 @@ class Reward:
     fn: RewardFunction
     answer: bool = False
     group: bool = False
+    batch: bool = False
     rate: str = ""
     objectives: tuple[str, ...] = ()
 
@@ -48,13 +49,20 @@ REWARDS: Registry[Reward] = Registry("reward")
 
 
 def register_reward(
-    name: str, *, answer: bool = False, group: bool = False, rate: str = "", objectives: Iterable[str] = ()
+    name: str,
+    *,
+    answer: bool = False,
+    group: bool = False,
+    batch: bool = False,
+    rate: str = "",
+    objectives: Iterable[str] = (),
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator: makes a function known as env.options.reward=<name>, alone or with others in a list.
 
     `fn(text, prompt)` returns a number, or named objectives such as {"accuracy": 1.0, "safety": 0.5}; `text` is what
     the model wrote, without the stop token. group: `fn(texts, prompt)` is called once for all samples of a prompt, when
-    all have ended, and returns a number or objectives for each text, in order. Further arguments are parameters
+    all have ended, and returns a number or objectives for each text, in order. batch: a class in place of a function, a
+    skyrl.judges.batch.BatchReward, which scores all episodes of a rank at once. Further arguments are parameters
     (env.options.reward={name: <name>, limit: 64}). All numbers must be finite; what happens on an error or a hang is
     guard.py's business, so let errors out.
 
@@ -66,7 +74,9 @@ def register_reward(
     def keep(fn: RewardFunction) -> RewardFunction:
         if not callable(fn):
             raise UserError(f"reward {name!r}: {fn!r} is no function of a text and a prompt")
-        REWARDS.register(name)(Reward(str(name), fn, answer, group, rate, tuple(objectives)))
+        if batch and not hasattr(fn, "score"):
+            raise UserError(f"reward {name!r}: batch=True is for a class with a method score(episodes, tools)")
+        REWARDS.register(name)(Reward(str(name), fn, answer, group, batch, rate, tuple(objectives)))
         return fn
 
     return keep
