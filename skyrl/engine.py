@@ -29,7 +29,6 @@ from skyrl.distributed.balance import pack_by_model
 from skyrl.distributed.collectives import agree, gather_objects
 from skyrl.distributed.init import World, init_distributed
 from skyrl.model import Model, ModelSpec, OpenSampler
-from skyrl.models.forward import CausalLM
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
@@ -160,10 +159,6 @@ class Engine:
         model = self._get(name)
         model.strategy.onload()
         return model
-
-    def module_of(self, model: str = "policy") -> CausalLM:
-        """The module that computes `model`: its own, or of an adapter its base's."""
-        return self._get(model).whole.strategy.module
 
     def _check_free(self, name: str) -> None:
         if name in self.models or name in self.adapters:

@@ -76,6 +76,14 @@ def to_trash(folder: Path) -> Path:
     return target
 
 
+def text_of(path: Path) -> str:
+    """What a file of the kernel's says, without white space around it; "" where it is not there or not for us."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
 def disk_reason(problem: BaseException, place: Path | None = None) -> str:
     """An error of a disk in a few words of one line, with the file if it has one, and what a full disk has run out of.
     `place`: where that disk is, if not where the file is."""

@@ -36,7 +36,7 @@ from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
-from skyrl.types import LoraSpec, Prompt, StopRun, UserError
+from skyrl.types import LoraSpec, Prompt, StopRun, UserError, few
 from skyrl.weight_check import fingerprint
 
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
@@ -213,16 +213,13 @@ def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> 
     mended = () if "all_invalid" not in stop_notices(folder.path) else ("code.", "data.", "env.")
     refused = [name for name in edited if not is_allowed(name, cfg.run.allow_different) and not name.startswith(mended)]
     if refused:
-        more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise UserError(
-            f"run.dir={folder.path}: what this run reads has changed since its last start: {', '.join(refused[:4])}"
-            f"{more}; to go on with it as it is now: run.allow_different=[{','.join(refused[:4])}]; to start anew: "
-            "another run.name"
+            f"run.dir={folder.path}: what this run reads has changed since its last start: {few(refused)}; to go on "
+            f"with it as it is now: run.allow_different=[{','.join(refused[:4])}]; to start anew: another run.name"
         )
     lines = [f"changed since the last start, and allowed: {', '.join(edited)}"] if edited else []
     if ours:
-        more = f" and {len(ours) - 4} more" if len(ours) > 4 else ""
-        lines.append(f"warning: changed since the last start of this run: {', '.join(ours[:4])}{more}")
+        lines.append(f"warning: changed since the last start of this run: {few(ours)}")
     keep_fingerprint(folder.path, facts)
     return lines
 

@@ -141,11 +141,6 @@ def best_of(folder: str) -> str:
     return f"best point: {options} (accuracy {_show(found.get('best_value'))})"
 
 
-def in_submitit(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process runs one point for a sweep of another process."""
-    return bool(environment.get("SUBMITIT_EXECUTOR"))
-
-
 def leave(error: Exception, code: int) -> NoReturn:
     """How a point that submitit has started ends after `error`, which was told: stopped points queue their job again,
     failures travel to the process of the sweep as a RunError.
@@ -258,7 +253,7 @@ def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
     options = list(points[0].options)
     rows = [[*options, "seeds", *metrics, "unfinished", "state", "folders"]]
     for point in points:
-        cells = [_cell(value) for value in point.options.values()]
+        cells = [f"{value:g}" if isinstance(value, float) else str(value) for value in point.options.values()]
         cells.append(",".join(map(str, sorted(point.runs))) or "-")
         for metric in metrics:
             spread = point.spread(metric)
@@ -317,7 +312,3 @@ def _text(values: dict[str, Any], key: str) -> str:
 def _order(value: Any) -> tuple[int, float, str]:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return (0, float(value), "") if number else (1, 0.0, str(value))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

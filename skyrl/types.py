@@ -7,6 +7,7 @@ tokens, L length of one row, V vocabulary, H heads, K key/value heads, C channel
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,12 @@ Floats = np.ndarray  # float32 or float64, one dimension
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 Metrics = dict[str, float]  # the key ends in its reduction: "loss:sum", "ratio:mean", "length:max", "length:min"
 StopReason = Literal["stop", "length", "aborted"]  # a stop rule or end of episode; token limit; cut short by us
+
+
+def few(names: Sequence[Any], most: int = 4) -> str:
+    """The first of some names for a person, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 class UserError(ValueError):

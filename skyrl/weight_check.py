@@ -37,7 +37,7 @@ class Probe:
 
 def sample_probe(engine: Engine, sampler: Sampler, step: int) -> Probe:
     """Draws the probe of a step: the same prompts on every rank. For an idle sampler; leaves none of its counts."""
-    seed, vocabulary = engine.cfg.seed, engine.module_of("policy").vocab_size
+    seed, vocabulary = engine.cfg.seed, engine.models["policy"].whole.strategy.module.vocab_size
     rng = np.random.default_rng(draw_seed(seed, "proof", step))
     room = max(2, min(PROMPT_TOKENS + DRAWN_TOKENS, engine.max_row_tokens or PROMPT_TOKENS + DRAWN_TOKENS))
     given = min(PROMPT_TOKENS, room - 1)

@@ -44,7 +44,7 @@ from skyrl.checkpoint.folder import (
 )
 from skyrl.envs import clock
 from skyrl.files import disk_reason, verify_manifest
-from skyrl.types import UserError
+from skyrl.types import UserError, few
 
 SEEN_SECONDS = 30.0  # within which what another host has written is seen, over a slow network too
 
@@ -412,17 +412,12 @@ def _check_template(info: CheckpointInfo, flat: dict[str, Any], partial: bool) -
         if there != here:
             others.append(f"{name} is {there} there and {here} here".replace("torch.", ""))
     groups = [("lacks", missing), ("has besides", extra), ("differs:", others)]
-    parts = [f"it {word} {_some(names)}" for word, names in groups if names]
+    parts = [f"it {word} {few(names, 3)}" for word, names in groups if names]
     if parts:
         raise UserError(
             f"checkpoint {info.path}: of another model or setup: {'; '.join(parts)}; give the model, strategy and "
             "algorithm options it was saved with, another run.dir, or run.resume=never"
         )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _finite(score: float | None) -> float | None:

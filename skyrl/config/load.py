@@ -81,9 +81,9 @@ def _schema() -> DictConfig:
         node.algorithm.loss.params,
         node.algorithm.objectives.weights,
         node.algorithm.objectives.constraints,
+        node.service.aliases,
+        node.service.loss_substitutes,
     ):
-        free._set_flag("struct", False)
-    for free in (node.service.aliases, node.service.loss_substitutes):
         free._set_flag("struct", False)
     return node
 

@@ -102,10 +102,6 @@ def option(cfg: RunConfig, path: str) -> Any:
     return value
 
 
-def _default(path: str) -> Any:
-    return next(known.default for known in all_options() if known.path == path)
-
-
 def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
     """Allowed values, with those that plugins register when the given one is not ours."""
     if path in CHOICES:
@@ -328,9 +324,10 @@ def _ranges(cfg: RunConfig) -> Iterator[str]:
     for path in ABOVE_ZERO:
         if not option(cfg, path) > 0:
             yield f"{path}={option(cfg, path)}: must be above 0"
+    defaults = {known.path: known.default for known in all_options()}
     for path, (least, why) in LEAST.items():
         if 0 < option(cfg, path) < least:
-            yield f"{path}={option(cfg, path)}: must be at least {least:g}: {why} (default {_default(path)!r})"
+            yield f"{path}={option(cfg, path)}: must be at least {least:g}: {why} (default {defaults[path]!r})"
     for path in PARTS:
         if not 0 <= option(cfg, path) <= 1:
             yield f"{path}={option(cfg, path)}: must lie between 0 and 1"

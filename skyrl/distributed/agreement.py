@@ -28,7 +28,7 @@ from skyrl.distributed.network import MAX_SKEW
 from skyrl.envs import clock
 from skyrl.planner.device import first_line
 from skyrl.planner.fingerprint import place_of
-from skyrl.types import RunError, UserError
+from skyrl.types import RunError, UserError, few
 
 POLL_SECONDS = 0.1
 MARGIN_SECONDS = 30  # by which the others wait longer than rank 0, whose words are better
@@ -245,7 +245,4 @@ def _remedy(name: str, part: str) -> str:
 def name_ranks(host_of: Mapping[int, str] | Sequence[str], ranks: Sequence[int]) -> str:
     """ "rank 8 on node3", or "ranks 8, 9, 10, 11 and 6 more on node3, node4"."""
     hosts = list(dict.fromkeys(host_of[rank] for rank in ranks))
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    which = f"rank{'s' * (len(ranks) > 1)} " + ", ".join(map(str, ranks[:NAMED])) + more
-    where = ", ".join(hosts[:NAMED]) + (f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else "")
-    return f"{which} on {where}"
+    return f"rank{'s' * (len(ranks) > 1)} {few(ranks, NAMED)} on {few(hosts, NAMED)}"

@@ -14,7 +14,7 @@ from skyrl.distributed import network
 from skyrl.distributed.agreement import POLL_SECONDS, READ_SECONDS, bounded, missing_after
 from skyrl.distributed.place import origin
 from skyrl.envs import clock
-from skyrl.types import RunError, UserError
+from skyrl.types import RunError, UserError, few
 
 CONNECT_SECONDS = 5.0
 _served: set[int] = set()  # ports where this process has kept a store: torch may still hold one there
@@ -40,12 +40,13 @@ def meet(rank: int, size: int, seconds: int) -> tuple[Any, str]:
         store.set(f"reached/{rank}", there)
         store.set(f"here/{rank}", socket.gethostname())
         if missing := missing_after(store, [f"here/{other}" for other in range(size)], until):
-            some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             if keeps and not network.is_local(host):  # and is no detour, of a container or a service, that leads here
                 advice = (
                     f"{host} is no address of {socket.gethostname()}, where rank 0 runs: unset MASTER_ADDR, or set it"
                 )
-            raise RunError(f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {some}); {advice}")
+            raise RunError(
+                f"{len(missing)} of {size} ranks did not come to {where} {limit} (ranks {few(missing, 8)}); {advice}"
+            )
         return store, _own_address(store, size, here)
 
 

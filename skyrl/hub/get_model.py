@@ -12,6 +12,7 @@ from pathlib import Path
 
 from skyrl.files import sha256, write_folder_atomic
 from skyrl.hub.gguf import convert
+from skyrl.hub.locate import download
 from skyrl.types import UserError
 
 
@@ -69,14 +70,11 @@ def get_model(name: str, folder: Path, *, source: str = "auto") -> None:
 
 
 def _from_hub(source: Source, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors", "LICENSE*", "README.md"]
     try:
-        found = Path(snapshot_download(source.hub, allow_patterns=patterns, etag_timeout=10))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source.hub}: {str(error).splitlines()[0][:120] or type(error).__name__}") from error
+        found = download(source.hub, patterns, etag_timeout=10)
+    except UserError as error:
+        raise UserError(f"{source.hub}: {str(error)[:120]}") from error
     with write_folder_atomic(folder) as part:
         shutil.copytree(found, part, dirs_exist_ok=True)
 

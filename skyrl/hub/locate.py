@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import path_problem
@@ -29,19 +31,27 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
     looked = f"no folder {folder.absolute()}"
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{where}={path}: {looked}, and a hub name looks like org/name; give one of these, or `tiny`")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     patterns = ["*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
     if weights:
         patterns.append("*.safetensors")
     try:
-        found = Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
+        found = download(path, patterns, revision)
         if weights and not any(found.glob("*.safetensors")):
-            snapshot_download(path, revision=revision or None, allow_patterns=["pytorch_model*"])
+            download(path, ["pytorch_model*"], revision)
         return found
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except UserError as error:
         raise UserError(
-            f"{where}={path}: {looked}, and the hub gave no model of that name ({reason}); hub names look like org/name"
+            f"{where}={path}: {looked}, and the hub gave no model of that name ({error}); hub names look like org/name"
         ) from error
+
+
+def download(name: str, patterns: Sequence[str], revision: str = "", **more: Any) -> Path:
+    """The folder with the files of a model on the hub that match `patterns`, fetched where the hub's cache lacks them.
+    `more`: as snapshot_download has it. Raises UserError with the reason in one line."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), **more))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from skyrl.types import UserError
+from skyrl.types import UserError, few
 
 Region = tuple[slice, ...]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -114,9 +114,3 @@ def reason_of(error: BaseException) -> str:
     """The first line of an error's text, or its class where that says nothing."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0][:200]
     return text if " " in text else f"{type(error).__name__} {text}".strip()
-
-
-def few(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more

@@ -129,10 +129,11 @@ def read_job(args: Sequence[str]) -> Job:
 
 
 def ranks_of(nproc: int, found: machine.Machine) -> int:
-    """The ranks of this node. Raises UserError for more than there are GPUs."""
+    """The ranks of this node: as asked, else one a GPU, on a CPU one a core (a rank's matrix products are small there,
+    and sampling is per rank). Raises UserError for more than there are GPUs."""
     if found.visible_gpus and nproc > found.visible_gpus:
         raise UserError(f"launch: --nproc={nproc}: this node shows {found.visible_gpus} GPUs; give at most that")
-    return nproc or found.default_ranks()
+    return nproc or found.visible_gpus or found.usable_cores
 
 
 def torchrun(flags: argparse.Namespace, ranks: int) -> list[str]:

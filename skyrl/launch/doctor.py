@@ -33,6 +33,7 @@ from packaging.requirements import Requirement
 from skyrl.config.args import Parser, path_arg
 from skyrl.distributed import network as net
 from skyrl.distributed.place import in_allocation, in_step
+from skyrl.files import text_of
 from skyrl.launch import machine
 from skyrl.launch.rank import cache_folders
 from skyrl.types import UserError
@@ -239,7 +240,7 @@ def memory() -> Findings:
     """Main memory that is free, the cgroup's limit, and /dev/shm, which NCCL and data loaders use."""
     found = psutil.virtual_memory()
     seen = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB free"
-    limit = min((int(t) for t in map(_read, CGROUP_MEMORY) if t.isdecimal()), default=found.total)
+    limit = min((int(t) for t in map(text_of, map(Path, CGROUP_MEMORY)) if t.isdecimal()), default=found.total)
     if 0 < limit < found.total:
         seen += f", the cgroup gives {limit / GIB:.1f}"
     enough = min(found.available, limit) >= 2 * GIB
@@ -486,10 +487,3 @@ def _last_line(errors: str) -> str:
 
 def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from skyrl.files import text_of
 from skyrl.types import UserError
 
 MAX_GPU_RANK_THREADS = 16  # a rank with a GPU packs rows and plays environments; more threads only cost memory
@@ -52,10 +53,6 @@ class Machine:
     def usable_cores(self) -> int:
         """Physical cores, or the cgroup's share where that is less; at least 1."""
         return max(1, min(len(self.cores), int(self.quota) if self.quota else len(self.cores)))
-
-    def default_ranks(self) -> int:
-        """One rank a GPU; on a CPU one a core (a rank's matrix products are small there, and sampling is per rank)."""
-        return self.visible_gpus or self.usable_cores
 
     def describe(self) -> str:
         """One line for a person."""
@@ -114,7 +111,7 @@ def cores_of(allowed: Sequence[int], sys_root: Path = Path("/sys")) -> tuple[tup
     for cpu in sorted(allowed):
         if cpu not in left:
             continue
-        told = _read(sys_root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        told = text_of(sys_root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         core = tuple(sorted((set(cpu_list(told)) | {cpu}) & left))
         left -= set(core)
         cores.append(core)
@@ -125,7 +122,7 @@ def nodes_of(allowed: Sequence[int], sys_root: Path = Path("/sys")) -> dict[int,
     """NUMA node of each allowed CPU; 0 where the kernel does not say."""
     nodes = dict.fromkeys(allowed, 0)
     for folder in sorted((sys_root / "devices/system/node").glob("node[0-9]*")):
-        for cpu in cpu_list(_read(folder / "cpulist")):
+        for cpu in cpu_list(text_of(folder / "cpulist")):
             if cpu in nodes:
                 nodes[cpu] = int(folder.name[4:])
     return nodes
@@ -135,19 +132,19 @@ def cpu_quota(sys_root: Path = Path("/sys")) -> float | None:
     """CPUs that the cgroup of this process gives in the mean; None = no limit. Version 2, or version 1 of cgroups."""
     root = sys_root / "fs/cgroup"
     limits = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
+    for line in text_of(Path("/proc/self/cgroup")).splitlines():
         _, kinds, path = line.split(":", 2)
         if not kinds:
             folder = root / path.lstrip("/")
             for place in (folder, *folder.parents):
-                quota, _, period = _read(place / "cpu.max").strip().partition(" ")
+                quota, _, period = text_of(place / "cpu.max").partition(" ")
                 if quota.isdecimal() and period.isdecimal():
                     limits.append(int(quota) / int(period))
                 if place == root:
                     break
         elif "cpu" in kinds.split(","):
             for place in (root / "cpu" / path.lstrip("/"), root / "cpu"):
-                quota, period = _read(place / "cpu.cfs_quota_us").strip(), _read(place / "cpu.cfs_period_us").strip()
+                quota, period = text_of(place / "cpu.cfs_quota_us"), text_of(place / "cpu.cfs_period_us")
                 if quota.isdecimal() and period.isdecimal():
                     limits.append(int(quota) / int(period))
     return min(limits) if limits else None
@@ -175,7 +172,7 @@ def parse_gpus(text: str, sys_root: Path = Path("/sys")) -> list[Gpu]:
     for line in filter(None, (line.strip() for line in text.splitlines())):
         index, uuid, bus, name, memory = (part.strip() for part in line.split(",", 4))
         # nvidia-smi writes the PCI domain with 8 digits, sysfs with 4
-        node = _read(sys_root / "bus/pci/devices" / bus.lower()[-12:] / "numa_node").strip()
+        node = text_of(sys_root / "bus/pci/devices" / bus.lower()[-12:] / "numa_node")
         gpus.append(Gpu(int(index), uuid, name, int(memory) if memory.isdecimal() else 0, int(node or "-1")))
     return gpus
 
@@ -228,10 +225,3 @@ def shares(machine: Machine, ranks: int, *, bind: bool = True) -> list[Share]:
             own = mine[len(mine) * place // len(members) : len(mine) * (place + 1) // len(members)]
             given[rank] = replace(free[rank], cpus=tuple(sorted(cpu for core in own for cpu in core)))
     return given
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""  # the kernel, or this cgroup, does not have it

@@ -33,6 +33,7 @@ from skyrl.data import make_prompts
 from skyrl.envs.data_files import data_file, is_file_path
 from skyrl.files import manifest_entry, verify_manifest, write_atomic
 from skyrl.hub.gguf import converted, gguf_file
+from skyrl.hub.locate import download
 from skyrl.launch.rank import CACHES, cache_folders
 from skyrl.types import UserError
 
@@ -207,16 +208,10 @@ def _stage_snapshot(made: Stage, name: str, path: str, revision: str, where: str
             raise UserError(f"{where}={path}: the folder has no files of a model; give one in Hugging Face format")
         made.add({f"{name}/{file.name}": file for file in files})
     else:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
         try:
-            snapshot_download(
-                path, revision=revision or None, allow_patterns=list(patterns), local_dir=made.folder / name
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{where}={path}: no folder {folder.absolute()}, and not from the hub: {reason}") from None
+            download(path, patterns, revision, local_dir=made.folder / name)
+        except UserError as error:
+            raise UserError(f"{where}={path}: no folder {folder.absolute()}, and not from the hub: {error}") from None
         shutil.rmtree(made.folder / name / ".cache", ignore_errors=True)  # the hub's own notes
         made.note_found(name)
     made.options.append(f"{where}={HERE}/{name}")

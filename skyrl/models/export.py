@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +31,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from skyrl.config.schema import ModelConfig
 from skyrl.files import disk_reason, write_folder_atomic
 from skyrl.hub.locate import locate
-from skyrl.hub.tensor_files import INDEX, SINGLE
+from skyrl.hub.tensor_files import INDEX
 from skyrl.models.load import build_net
 from skyrl.text.tokenizer import TINY
 from skyrl.types import UserError
@@ -101,22 +102,11 @@ def _origin(path: str, revision: str = "") -> Path | None:
 
 
 def _write_weights(weights: dict[str, Tensor], part: Path, shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, value in weights.items():
-        if shards[-1] and size + value.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + value.nbytes, total + value.nbytes
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, keys in zip(names, shards, strict=True):
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_bytes)
+    for file, keys in split.filename_to_tensors.items():
         save_tensors({key: weights[key] for key in keys}, part / file)
-    if len(shards) > 1:
-        weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
-        _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if split.is_sharded:
+        _write_json(part / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -38,13 +38,8 @@ class RowResults:
         self._totals.append(total.detach())
         self._trained.append(trained.sum())
         for key, value in metrics.items():
-            if key.endswith(":max"):
-                value = torch.where(trained, value.detach(), -math.inf).max()
-            elif key.endswith(":min"):
-                value = torch.where(trained, value.detach(), math.inf).min()
-            else:
-                value = torch.where(trained, value.detach(), 0.0).sum()
-            self._sums.setdefault(key, []).append(value)
+            kept = torch.where(trained, value.detach(), {"max": -math.inf, "min": math.inf}.get(_kind(key), 0.0))
+            self._sums.setdefault(key, []).append(_reduced(kept, key))
 
     def outputs(self) -> list[Floats]:
         """One array for each row, in the order of the rows, shaped as its targets."""
@@ -90,20 +85,22 @@ class RowResults:
         if trained == 0:
             return out
         for key, parts in self._sums.items():
-            stacked = torch.stack(parts).double()
-            if key.endswith(":max"):
-                out.add(key, float(stacked.max()))
-            elif key.endswith(":min"):
-                out.add(key, float(stacked.min()))
-            elif key.endswith(":mean"):
-                out.add(key, float(stacked.sum()), trained)
-            else:
-                out.add(key, float(stacked.sum()))
+            value = float(_reduced(torch.stack(parts).double(), key))
+            out.add(key, value, trained if _kind(key) == "mean" else 1.0)
         return out
 
     def _spans(self, picked: list[int]) -> list[tuple[int, int]]:
         ends = list(accumulate((len(self.rows[index].tokens) for index in picked), initial=0))
         return list(zip(ends[:-1], ends[1:], strict=True))
+
+
+def _kind(key: str) -> str:
+    return key.rpartition(":")[2]
+
+
+def _reduced(values: Tensor, key: str) -> Tensor:
+    """One number of many, by the reduction in a metric's key; a mean is divided at the very end."""
+    return {"max": values.max, "min": values.min}.get(_kind(key), values.sum)()
 
 
 def _numbers(parts: list[Tensor]) -> np.ndarray:

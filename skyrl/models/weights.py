@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from skyrl.distributed.env import rank
-from skyrl.hub.tensor_files import Checkpoint, Region, few, reason_of
+from skyrl.hub.tensor_files import Checkpoint, Region, reason_of
 from skyrl.text.fit import say_progress
-from skyrl.types import UserError
+from skyrl.types import UserError, few
 
 
 def local_region(param: Tensor) -> Region:

@@ -16,7 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skyrl.types import UserError
+from skyrl.files import text_of
+from skyrl.types import UserError, few
 
 # CUDA's major version -> the first driver that runs it (minor versions are compatible within a major one).
 DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -162,7 +163,7 @@ def _for_driver(versions: Sequence[str], driver: str) -> list[str]:
 def _found(facts: DeviceFacts) -> str:
     files = (*facts.nvidia, *facts.amd) or ("as the driver says",)
     driver = f"; NVIDIA driver {facts.driver}" if facts.driver else ""
-    return ", ".join(files[:2]) + (f" and {len(files) - 2} more" if len(files) > 2 else "") + driver
+    return few(files, 2) + driver
 
 
 def _why_not(facts: DeviceFacts) -> tuple[str, str]:
@@ -262,15 +263,8 @@ def machine_facts(root: Path = Path("/")) -> dict[str, tuple[str, ...] | str]:
     nvidia = [f"/{path.relative_to(root)}" for pattern in NVIDIA_FILES for path in sorted(root.glob(pattern))]
     amd = []
     for total in sorted(root.glob("sys/class/drm/card*/device/mem_info_vram_total")):
-        text = _read(total).strip()
+        text = text_of(total)
         if (root / "dev/kfd").exists() and text.isdecimal() and int(text) >= AMD_MEMORY:
             amd.append(f"/dev/dri/{total.parents[1].name}")
-    driver = DRIVER.search(_read(root / "proc/driver/nvidia/version"))
+    driver = DRIVER.search(text_of(root / "proc/driver/nvidia/version"))
     return {"nvidia": tuple(nvidia), "amd": tuple(amd), "driver": driver[1] if driver else ""}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

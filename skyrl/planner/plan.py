@@ -97,15 +97,8 @@ class Plan:
         return self._adam(learning_rate(self.cfg.optim, self.cfg.warmup.lr, step, steps, math.ceil(steps / 10)))
 
     def _adam(self, lr: float) -> AdamParams:
-        optim = self.cfg.optim
-        return AdamParams(
-            lr=lr,
-            beta1=optim.beta1,
-            beta2=optim.beta2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            grad_clip_norm=optim.grad_clip_norm,
-        )
+        names = ("beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+        return AdamParams(lr, **{name: getattr(self.cfg.optim, name) for name in names})
 
     def policy_learns(self, step: int) -> bool:
         """False in the first steps, counted from 0, in which only the critic does."""
@@ -180,12 +173,7 @@ def make_plan(
         strategy = "single" if world_size == 1 else "ddp"
     row_tokens, memory = cfg.batch.max_row_tokens, None
     if model_sizes is not None:
-        if row_tokens > model_sizes.max_positions:
-            raise UserError(
-                f"batch.max_row_tokens={row_tokens}: the model has {model_sizes.max_positions} positions; give at most "
-                "that, or 0"
-            )
-        row_tokens = row_tokens or model_sizes.max_positions
+        row_tokens = max_row_tokens(cfg, model_sizes)
         if cfg.sampler.max_new_tokens >= row_tokens:
             raise UserError(
                 f"sampler.max_new_tokens={cfg.sampler.max_new_tokens}: leaves no room for a prompt in rows of "
@@ -222,6 +210,16 @@ def make_plan(
         sizes=model_sizes,
         memory=memory,
     )
+
+
+def max_row_tokens(cfg: RunConfig, sizes: ModelSizes) -> int:
+    """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
+    if cfg.batch.max_row_tokens > sizes.max_positions:
+        raise UserError(
+            f"batch.max_row_tokens={cfg.batch.max_row_tokens}: the model has {sizes.max_positions} positions; give at "
+            "most that, or 0"
+        )
+    return cfg.batch.max_row_tokens or sizes.max_positions
 
 
 def _check_against_model(cfg: RunConfig, sizes: ModelSizes, dtype: str) -> None:

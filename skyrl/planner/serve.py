@@ -8,15 +8,13 @@ from skyrl.config.load import TYPICAL_ROW
 from skyrl.config.schema import RunConfig
 from skyrl.planner.memory import (
     GIB,
-    ModelSizes,
     adapter_parameters,
     available,
     check_fits,
     estimate,
     model_sizes,
 )
-from skyrl.planner.plan import describe_turns, make_plan
-from skyrl.types import UserError
+from skyrl.planner.plan import describe_turns, make_plan, max_row_tokens
 
 
 def dry_run_text(cfg: RunConfig, world_size: int) -> str:
@@ -57,13 +55,3 @@ def dry_run_text(cfg: RunConfig, world_size: int) -> str:
         check_fits(cfg, sizes, need, plan.device, may_free=False)
         lines.append(("", f"{room[0] / GIB:.3f} GiB available: {room[1]}"))
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
-
-
-def max_row_tokens(cfg: RunConfig, sizes: ModelSizes) -> int:
-    """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
-    if cfg.batch.max_row_tokens > sizes.max_positions:
-        raise UserError(
-            f"batch.max_row_tokens={cfg.batch.max_row_tokens}: the model has {sizes.max_positions} positions; give at "
-            "most that, or 0"
-        )
-    return cfg.batch.max_row_tokens or sizes.max_positions

@@ -134,17 +134,6 @@ class BlockPool:
                 freed.append(block)
         return freed
 
-    def check(self) -> None:
-        """Raises RuntimeError when a block is lost, doubled or in a wrong place."""
-        free, cached = set(self._free), set(self._cached)
-        held = {block for block in range(1, self.num_blocks + 1) if self._holders[block] > 0}
-        together = len(self._free) + len(self._cached) + len(held)
-        if free & cached or free & held or cached & held or together != self.num_blocks:
-            raise RuntimeError(f"{len(free)} free + {len(cached)} cached + {len(held)} held != {self.num_blocks}")
-        for key, (_, block) in self._content.items():
-            if self._key[block] != key or block in free:
-                raise RuntimeError(f"block {block} is cached under a content it does not hold")
-
     def _uncache(self, block: int) -> None:
         key = self._key[block]
         if key is not None:

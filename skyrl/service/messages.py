@@ -199,12 +199,6 @@ class LoraSettings(JsonMessage):
 ALL_PARAMETERS = LoraSettings(rank=0)
 
 
-def _of_family(value: dict[str, Any]) -> dict[str, Any]:
-    """Of another optimizer than adamw only its name: it is refused later, through the future."""
-    kind = value.get("type")
-    return {"type": kind} if isinstance(kind, str) and kind != "adamw" else value
-
-
 class OptimizerConfig(JsonMessage):
     """Another family than adamw is refused by name later, through the future, so its fields are not read."""
 
@@ -213,7 +207,8 @@ class OptimizerConfig(JsonMessage):
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
         """Other families go to the worker, which refuses them."""
-        return super().prepare(_of_family(value))
+        kind = value.get("type")
+        return super().prepare({"type": kind} if isinstance(kind, str) and kind != "adamw" else value)
 
 
 class CreateModel(NewModelRequest, operation="create_model"):
@@ -251,15 +246,10 @@ class AdamSettings(JsonMessage):
         return value
 
 
-class OptimizerSettings(AdamSettings):
-    """The same with the name of its family; another than adamw is refused by name later, so its fields are not read."""
+class OptimizerSettings(OptimizerConfig, AdamSettings):
+    """The same with the name of its family, which has to be there."""
 
     type: Name
-
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Other families go to the worker, which refuses them."""
-        return super().prepare(_of_family(value))
 
 
 class OptimStep(ModelRequest, operation="optim_step"):

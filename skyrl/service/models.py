@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from skyrl.config.schema import RunConfig
 from skyrl.engine import ModelSpec
 from skyrl.service.commands import BASE, Leader
-from skyrl.service.messages import CreateModel, LoadWeights, RequestFailed, ServerInfo
+from skyrl.service.messages import CreateModel, LoadWeights, LoraSettings, RequestFailed, ServerInfo
 from skyrl.service.storage.archive import Content
 from skyrl.service.storage.checkpoints import CheckpointService, to_content, to_state
 from skyrl.service.storage.records import ModelInfo
@@ -67,42 +67,38 @@ class OpenModels:
         """Sessions that have an open model."""
         return {model.session for model in self._open.values()}
 
-    def create(self, request: CreateModel, owner: str) -> TrainableModel:
-        """A new model. Raises RequestFailed for an unknown base, a rank out of range, another optimizer, or no room."""
-        self._check_base(request.base_model)
+    def create(self, request: CreateModel | LoadWeights, model_id: str, owner: str) -> TrainableModel:
+        """A new model, or one from a checkpoint: rank and flags come from there. Raises RequestFailed for an unknown
+        base, a rank out of range, another optimizer, or no room."""
+        assert request.session_id is not None
         if request.optimizer_config.type != "adamw":
             name = request.optimizer_config.type
             raise RequestFailed(f"optimizer_config type {name!r} is refused: its update is not public; use adamw")
-        lora, settings = None, request.lora_config
-        if settings.rank != 0:
-            if not self.server.adaptable:
-                raise RequestFailed("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
-            if not 1 <= settings.rank <= self.cfg.service.max_rank:
-                raise RequestFailed(f"lora rank {settings.rank}; allowed: 1 to {self.cfg.service.max_rank}")
-            seed = settings.seed if settings.seed is not None else self.cfg.seed
-            lora = LoraSpec(
-                rank=settings.rank,
-                seed=seed,
-                mlp=settings.train_mlp,
-                attn=settings.train_attn,
-                unembed=settings.train_unembed,
-            )
-        model = TrainableModel(request.model_id, owner, request.session_id, request.base_model, lora)
         self.checkpoints.store.get_session(request.session_id, owner)
-        return self._open_model(model, request)
-
-    def create_from(self, request: LoadWeights, model_id: str, owner: str) -> TrainableModel:
-        """A new model from a checkpoint: rank and flags come from there."""
-        if request.optimizer_config.type != "adamw":
-            raise RequestFailed(f"optimizer_config type {request.optimizer_config.type!r} is refused; use adamw")
-        assert request.session_id is not None and request.model_seq_id is not None
-        self.checkpoints.store.get_session(request.session_id, owner)
-        content = self.checkpoints.load(request.path, owner, optimizer=request.optimizer)
-        base = request.base_model or content.info.base_model
+        if isinstance(request, CreateModel):
+            base, lora, content = request.base_model, self._lora(request.lora_config), None
+        else:
+            content = self.checkpoints.load(request.path, owner, optimizer=request.optimizer)
+            self._check_content(content, request)
+            base, lora = request.base_model or content.info.base_model, content.info.lora
         self._check_base(base)
-        model = TrainableModel(model_id, owner, request.session_id, base, content.info.lora)
-        self._check_content(content, request)
-        return self._open_model(model, request, content)
+        return self._open_model(TrainableModel(model_id, owner, request.session_id, base, lora), request, content)
+
+    def _lora(self, settings: LoraSettings) -> LoraSpec | None:
+        """The adapter that is asked for; None for rank 0, all parameters. Raises RequestFailed."""
+        if settings.rank == 0:
+            return None
+        if not self.server.adaptable:
+            raise RequestFailed("this server trains all parameters (service.full_parameters); ask for LoRA rank 0")
+        if not 1 <= settings.rank <= self.cfg.service.max_rank:
+            raise RequestFailed(f"lora rank {settings.rank}; allowed: 1 to {self.cfg.service.max_rank}")
+        return LoraSpec(
+            rank=settings.rank,
+            seed=settings.seed if settings.seed is not None else self.cfg.seed,
+            mlp=settings.train_mlp,
+            attn=settings.train_attn,
+            unembed=settings.train_unembed,
+        )
 
     def load_into(self, model: TrainableModel, request: LoadWeights) -> None:
         """Replaces a model's weights and, with request.optimizer, its optimizer state; without, that starts anew.

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from skyrl.service.app import AppState, RequestContext, once, route
 from skyrl.service.messages import METADATA_NAMES, Count, check_metadata
 from skyrl.service.storage.records import CheckpointPath, NotFound, SessionQuery, present
-from skyrl.types import UserError
+from skyrl.types import UserError, few
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
 from skyrl.web.message import JsonMessage, Text
 
@@ -263,10 +263,7 @@ def find_weights(state: AppState, owner: str, path: str) -> Any:
 def unknown_model(state: AppState, name: str) -> str:
     """The one line for a base model that is not served."""
     names = list(state.info.aliases)
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (
-        f"model {name[:200]!r} is not served here; there are: {', '.join(names[:8])}{more} (service.aliases adds names)"
-    )
+    return f"model {name[:200]!r} is not served here; there are: {few(names, 8)} (service.aliases adds names)"
 
 
 async def join_sampling_session(context: RequestContext) -> Response:

@@ -24,8 +24,7 @@ from skyrl.distributed.init import World, store_of_machines
 from skyrl.engine import Engine, meet
 from skyrl.files import write_folder_atomic
 from skyrl.models.lora import adapted
-from skyrl.planner.plan import Plan, describe_ranks, make_plan
-from skyrl.planner.serve import max_row_tokens
+from skyrl.planner.plan import Plan, describe_ranks, make_plan, max_row_tokens
 from skyrl.service.app import AppState, http_error
 from skyrl.service.commands import BASE, Leader, RankContext, serve_commands
 from skyrl.service.messages import ServerInfo

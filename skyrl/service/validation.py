@@ -264,14 +264,9 @@ def adam_params(request: OptimStep) -> AdamParams:
     for name in ("beta1", "beta2"):
         if not 0 <= numbers[name] < 1:
             raise RequestFailed(f"{name}={numbers[name]:g}; allowed: 0 up to below 1")
-    return AdamParams(
-        lr=numbers["learning_rate"],
-        beta1=numbers["beta1"],
-        beta2=numbers["beta2"],
-        eps=numbers["eps"],
-        weight_decay=numbers["weight_decay"],
-        grad_clip_norm=0.0 if math.isinf(numbers["grad_clip_norm"]) else numbers["grad_clip_norm"],
-    )
+    if math.isinf(numbers["grad_clip_norm"]):
+        numbers["grad_clip_norm"] = 0.0
+    return AdamParams(numbers.pop("learning_rate"), **numbers)
 
 
 def draw_seed(*key: Any) -> int:

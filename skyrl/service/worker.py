@@ -167,10 +167,7 @@ class Worker:
     def _create(self, pending: PendingRequest, request: CreateModel | LoadWeights) -> Result:
         if self.models.full():
             self._close_ended(SILENT_SECONDS)
-        if isinstance(request, CreateModel):
-            model = self.models.create(request, pending.owner)
-        else:
-            model = self.models.create_from(request, pending.model_id, pending.owner)
+        model = self.models.create(request, pending.model_id, pending.owner)
         self.scheduler.opened(model.model_id, model.info)
         return {"model_id": model.model_id, "type": "create_model"}
 

@@ -10,7 +10,7 @@ from skyrl.sampler.runners import cpu_kernels
 from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import SampleRequest, SamplingParams, UserError
 from tests.families import make_net
-from tests.sampler.tools import adapter, merged, prompts, qwen3, reference_logprobs, requests, run, sampler
+from tests.sampler.tools import adapter, check_pool, merged, prompts, qwen3, reference_logprobs, requests, run, sampler
 
 needs_kernels = pytest.mark.skipif(bool(library()[1]), reason=library()[1])
 SIZES = dict(
@@ -264,7 +264,7 @@ def test_forgotten_adapters_leave_nothing(backend):
     engine.forget_adapter("a")
     engine.forget_adapter("b")
     pool = engine._scheduler.pool
-    pool.check()
+    check_pool(pool)
     assert not pool._content and len(pool._free) == pool.num_blocks
 
 

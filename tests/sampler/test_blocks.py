@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from skyrl.sampler.blocks import BlockPool
+from tests.sampler.tools import check_pool
 
 
 def tokens(*values):
@@ -53,7 +54,7 @@ def test_content_survives_release_and_goes_with_forget():
     pool.release(held)
     pool.reset_prefix_cache()
     assert pool.longest_cached_prefix(tokens(1, 2, 3, 4)) == [] and pool.available() == 4
-    pool.check()
+    check_pool(pool)
 
 
 def test_the_least_recently_used_goes_first_and_ends_before_beginnings():
@@ -82,7 +83,7 @@ def test_content_published_again_after_its_beginning_was_evicted():
     assert pool.longest_cached_prefix(tokens(1, 2)) == copy
     pool.release(copy)
     pool.release(others)
-    pool.check()
+    check_pool(pool)
 
 
 def test_roots_are_apart_and_forgotten_alone():
@@ -95,10 +96,10 @@ def test_roots_are_apart_and_forgotten_alone():
     assert len({tuple(pool.longest_cached_prefix(tokens(1, 2), root)) for root in roots}) == 3
     held = pool.share(pool.longest_cached_prefix(tokens(1), roots[1]))
     pool.reset_prefix_cache(roots[1])
-    pool.check()
+    check_pool(pool)
     assert [len(pool.longest_cached_prefix(tokens(1, 2), root)) for root in roots] == [2, 0, 2]
     pool.release(held)
-    pool.check()
+    check_pool(pool)
     assert len(pool._free) == 2 and pool.available() == 6
 
 
@@ -109,7 +110,7 @@ def test_withdrawn_blocks_are_not_found():
     pool.uncache(blocks[1:])
     assert pool.longest_cached_prefix(tokens(1, 2, 3, 4)) == blocks[:1]
     pool.release(blocks)
-    pool.check()
+    check_pool(pool)
 
 
 def test_random_use_keeps_the_books():
@@ -135,7 +136,7 @@ def test_random_use_keeps_the_books():
             pool.release(held.pop(rng.integers(len(held)))[1])
         if rng.random() < 0.01:
             pool.reset_prefix_cache()
-        pool.check()
+        check_pool(pool)
     for _, blocks in held:
         pool.release(blocks)
     assert pool.held() == 0

@@ -8,7 +8,7 @@ import torch
 
 from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import SampleRequest, SamplingParams, UserError
-from tests.sampler.tools import VOCAB, prompts, qwen3, reference_logprobs, requests, run, sampler, text
+from tests.sampler.tools import VOCAB, check_pool, prompts, qwen3, reference_logprobs, requests, run, sampler, text
 
 BLOCK_GIB = 3 * 2 * 2 * 16 * 4 * 16 / 2**30  # one block of qwen3(): layers, K and V, heads, channels, bytes, tokens
 
@@ -111,7 +111,7 @@ def test_requests_that_arrive_while_others_run(model, asked, drawn, backend, see
     for uid, context in turns.items():
         expected = reference_logprobs(model, context, second[uid].tokens)
         np.testing.assert_allclose(second[uid].logprobs, expected, atol=1e-5, rtol=0)
-    engine._scheduler.pool.check()
+    check_pool(engine._scheduler.pool)
     assert engine._scheduler.pool.held() == 0
     assert engine.metrics()["sampler/tokens:sum"] == sum(len(s.tokens) for s in [*done.values(), *second.values()])
 
@@ -138,7 +138,7 @@ def test_cancelled_requests_leave_the_others_alone(model, asked, drawn, backend,
         for sample in engine.step():
             done[sample.uid] = sample
             live.remove(sample.uid)
-        engine._scheduler.pool.check()
+        check_pool(engine._scheduler.pool)
     assert engine._scheduler.pool.held() == 0 and len(withdrawn) > 4 and not engine.cancel("never")
     same(done, {uid: sample for uid, sample in drawn.items() if uid not in withdrawn})
     again = run(engine, [r for r in asked if r.uid in withdrawn])  # the names are free again

@@ -7,6 +7,7 @@ from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.runners.base import Sequence
 from skyrl.sampler.scheduler import Scheduler
 from skyrl.types import SamplingParams
+from tests.sampler.tools import check_pool
 
 
 def make(order, context, limit, cache_key=0):
@@ -18,7 +19,7 @@ def make(order, context, limit, cache_key=0):
 
 def check(scheduler, chunk):
     pool = scheduler.pool
-    pool.check()
+    check_pool(pool)
     live = [*scheduler.running, *scheduler._prefilling]
     assert [s.order for s in scheduler.running] == sorted(s.order for s in scheduler.running)
     siblings = [t for some in scheduler._siblings.values() for t in some]
@@ -176,7 +177,7 @@ def test_what_a_cancelled_leader_has_not_computed_is_not_found():
     scheduler, written, (leader,) = started([*range(10)], chunk=5)
     scheduler.cancel(leader)
     assert scheduler.pool.longest_cached_prefix(np.arange(10)) == [1, 2] and scheduler.pool.held() == 0
-    scheduler.pool.check()
+    check_pool(scheduler.pool)
 
 
 def test_cancel_when_queued_and_when_running():

@@ -80,7 +80,7 @@ def run(engine: Sampler, requests: list[SampleRequest]) -> dict[str, Sample]:
         done.update({sample.uid: sample for sample in engine.step()})
     assert not engine.unfinished() and set(done) == {r.uid for r in requests}
     pool = engine._scheduler.pool
-    pool.check()
+    check_pool(pool)
     assert pool.held() == 0 and engine.step() == []
     assert not any(known.unfinished for known in engine._adapters._known.values())
     return done
@@ -120,3 +120,13 @@ def reference_logprobs(model: CausalLM, context, tokens, temperature: float = 1.
     logits = plain_logits(model, np.concatenate([context, tokens]))
     logprobs = torch.log_softmax(logits / temperature, -1)[len(context) - 1 : -1]
     return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+
+
+def check_pool(pool):
+    """No block is lost, doubled or in a wrong place."""
+    free, cached = set(pool._free), set(pool._cached)
+    held = {block for block in range(1, pool.num_blocks + 1) if pool._holders[block] > 0}
+    assert not (free & cached or free & held or cached & held)
+    assert len(pool._free) + len(pool._cached) + len(held) == pool.num_blocks
+    for key, (_, block) in pool._content.items():
+        assert pool._key[block] == key and block not in free

@@ -139,7 +139,7 @@ def test_a_model_that_is_deleted_is_gone_without_the_cyclic_collector():
     gc.collect()
     gc.disable()
     try:
-        held = {name: weakref.ref(p) for name, p in engine.module_of().named_parameters()}
+        held = {name: weakref.ref(p) for name, p in engine.models["policy"].strategy.module.named_parameters()}
         engine.delete("policy")
         assert [name for name, one in held.items() if one() is not None] == []
     finally:

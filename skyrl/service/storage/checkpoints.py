@@ -229,10 +229,6 @@ class CheckpointService:
             )
         return self.archive.read(parsed, found.version, optimizer=optimizer)
 
-    def load_version(self, path: str, version: str) -> Content:
-        """The weights of one version of a checkpoint, for who was allowed to when it was opened."""
-        return self.archive.read(CheckpointPath.parse(path), version, optimizer=False)
-
     # ---- deleting --------------------------------------------------------------------------------------------------
 
     def delete(self, path: CheckpointPath, owner: str) -> None:
@@ -442,7 +438,8 @@ class Snapshots:
                 raise StorageError(f"{name}: its file is damaged ({error}); make another snapshot") from error
         if name.startswith("tinker://"):
             path, _, version = name.rpartition("#")
-            return self.checkpoints.load_version(path, version)
+            # for whoever was allowed to when it was opened
+            return self.checkpoints.archive.read(CheckpointPath.parse(path), version, optimizer=False)
         raise RequestFailed(
             f"{name}: this snapshot was lost when the server restarted, or had no room; save weights under a name to "
             "keep them",
