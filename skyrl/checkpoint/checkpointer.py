@@ -71,8 +71,7 @@ class Checkpointer:
         config_digest: str = "",
         best: Best = Best(),
     ) -> None:
-        if world_size > 1 and group is None:
-            raise ValueError("several ranks need a gloo group that only the checkpointer uses")
+        assert world_size == 1 or group is not None, "several ranks need a gloo group that only the checkpointer uses"
         self.folder, self.keep_last, self.keep_best, self.async_save = Path(folder), keep_last, keep_best, async_save
         self.rank, self.world_size, self.group, self.config_digest = rank, world_size, group, config_digest
         self.best = best
@@ -91,8 +90,7 @@ class Checkpointer:
         Raises: UserError when this save (if blocking) or the one before failed; what was complete stays.
         """
         self.wait()
-        if not tag or "/" in tag or not is_final(Path(tag)):
-            raise ValueError(f"bad checkpoint tag {tag!r}")
+        assert tag and "/" not in tag and is_final(Path(tag)), f"bad checkpoint tag {tag!r}"
         copy = json.loads(json.dumps(state))  # the caller's goes on changing
         if repr(copy) != repr(state):
             raise TypeError(f"checkpoint {tag}: its state does not come back from JSON as it was")

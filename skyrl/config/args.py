@@ -1,5 +1,5 @@
-"""What a person types: command lines of `skyrl-tx`, whose mistakes are told in one line as all others are; `~`; and
-secrets, which are neither shown nor written down."""
+"""What a person types: command lines of `skyrl-tx`, whose mistakes are told in one line as all others are, and their
+help; `~`; and secrets, which are neither shown nor written down."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 from skyrl.types import UserError
 
@@ -28,6 +30,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.split()[-1]}: {message}; {self.prog} --help lists the flags")
+
+
+def config_dir() -> Path:
+    """The folder of YAML files: beside the modules in an installed wheel, at the root of the repository otherwise."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UserError(f"no conf/config.yaml in {package} or {package.parent}; install skyrl again")
+
+
+def help_of(name: str) -> str:
+    """A text of conf/help.yaml."""
+    return yaml.safe_load((config_dir() / "help.yaml").read_text(encoding="utf-8"))[name].rstrip()
 
 
 def expand_home(path: str, where: str) -> str:

@@ -6,9 +6,8 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
-import yaml
-
-from skyrl.config.load import SERVE_GROUPS, config_dir
+from skyrl.config.args import config_dir, help_of
+from skyrl.config.load import SERVE_GROUPS
 from skyrl.config.options import Option, all_options, groups, parameters
 
 
@@ -46,7 +45,6 @@ def by_group(mode: str) -> list[tuple[str, str, list[Option]]]:
 
 def help_text(mode: str) -> str:
     """What --help prints for `python -m skyrl.<mode>`: commands, flags, recipes and the options that it reads."""
-    commands = yaml.safe_load((config_dir() / "help.yaml").read_text(encoding="utf-8"))
     used = (
         SERVE_GROUPS if mode == "serve" else [name for name in config_groups() if (mode, name) != ("sft", "algorithm")]
     )
@@ -55,9 +53,9 @@ def help_text(mode: str) -> str:
         f"python -m skyrl.{mode} [flags] [option=value ...]",
         "",
         "Commands",
-        textwrap.indent(commands[mode].rstrip(), "  "),
+        textwrap.indent(help_of(mode), "  "),
     ]
-    flags = [line for line in commands["flags"].splitlines() if mode != "serve" or "--multirun" not in line]
+    flags = [line for line in help_of("flags").splitlines() if mode != "serve" or "--multirun" not in line]
     parts += ["", "Flags", textwrap.indent("\n".join(flags), "  ")]
     for group, names in config_groups().items():
         if group not in used:

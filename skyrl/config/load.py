@@ -24,7 +24,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from skyrl.config.args import ENV_OPTIONS, expand_home, hide_secrets
+from skyrl.config.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
 from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
@@ -52,15 +52,6 @@ MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 3900  # of the 4096 for a file in it
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
-
-
-def config_dir() -> Path:
-    """The folder of YAML files: beside the modules in an installed wheel, at the root of the repository otherwise."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"no conf/config.yaml in {package} or {package.parent}; install skyrl again")
 
 
 @functools.cache

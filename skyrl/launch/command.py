@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from skyrl.config.args import Parser
+from skyrl.config.args import Parser, help_of
 from skyrl.config.load import load_config
 from skyrl.distributed import place
 from skyrl.distributed.env import LAUNCHED, REQUEUE_FILE
@@ -28,16 +28,6 @@ CLOCK_SLACK_SECONDS = 5.0  # a file server's clock may be behind ours
 SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save, should it be asked to end itself
 # A task that ends first (rank 0 still writes, say) must not take the others with it, nor wait for them without end.
 SRUN_WAIT_SECONDS = 120
-EXAMPLES = """\
-examples:
-  skyrl-tx launch -- train experiment=gsm8k
-  skyrl-tx launch --nproc 4 --dry-run -- serve model.path=models/mine
-  skyrl-tx launch --hosts a,b:4 -- train strategy.name=fsdp
-  skyrl-tx launch --slurm --nodes 2 --gpus 4 --time 8:00:00 --account mine -- train run.name=long
-  skyrl-tx launch --slurm --array 1-4 --print -- train                     # a seed for each task of the array
-
-In a shell or script of a Slurm job (salloc, sbatch) it starts the ranks with srun.
-Exit codes: those of the run. 75: it was asked to stop and has saved; the same command goes on."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         prog="skyrl-tx launch",
         usage="skyrl-tx launch [flags] -- train|sft|serve [option=value ...]",
         description="Starts a rank on each GPU, or on each core where there is none.",
-        epilog=EXAMPLES,
+        epilog=help_of("launch"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--nproc", type=ranks_arg, default=0, help="ranks of a node; auto: one a GPU, else one a core")

@@ -76,14 +76,9 @@ class Router:
         return any(adapter is not None for _, _, adapter in self.segments)
 
     def pad(self, borders: list[int], length: int) -> None:
-        """From here on the layers see each of the rows between `borders` padded to `length` tokens.
-
-        Raises: UserError for a segment that does not hold whole rows.
-        """
+        """From here on the layers see each of the rows between `borders`, which segments hold whole, padded to `length`
+        tokens."""
         row = {border: number for number, border in enumerate(borders)}
-        for start, stop, _ in self.segments:
-            if start not in row or stop not in row:
-                raise UserError(f"batch.packing=false: adapter tokens {start} to {stop} are not whole rows")
         self.places = [(row[start] * length, row[stop] * length, adapter) for start, stop, adapter in self.segments]
 
     def share(self, tokens: int, scored: int) -> None:

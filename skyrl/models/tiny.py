@@ -10,14 +10,9 @@ from skyrl.types import UserError
 
 
 def tiny_config(cfg: TinyModelConfig, tokenizer_size: int) -> Qwen3Config:
-    """Qwen3 with tied embeddings in the shape of `cfg`. Raises UserError for a shape that cannot be built."""
-    if cfg.hidden_size % cfg.num_heads or (cfg.hidden_size // cfg.num_heads) % 2:
-        raise UserError(
-            f"model.tiny.hidden_size={cfg.hidden_size}: must give an even number of channels to each of "
-            f"model.tiny.num_heads={cfg.num_heads} heads"
-        )
-    if cfg.num_heads % cfg.num_kv_heads:
-        raise UserError(f"model.tiny.num_kv_heads={cfg.num_kv_heads}: must divide model.tiny.num_heads={cfg.num_heads}")
+    """Qwen3 with tied embeddings in the shape of `cfg`. Raises UserError for fewer rows than the tokenizer needs."""
+    assert cfg.hidden_size // cfg.num_heads % 2 == 0 and cfg.hidden_size % cfg.num_heads == 0, "validation.py has these"
+    assert cfg.num_heads % cfg.num_kv_heads == 0, cfg
     if cfg.vocab_size and cfg.vocab_size < tokenizer_size:
         raise UserError(
             f"model.tiny.vocab_size={cfg.vocab_size}: the tokenizer has {tokenizer_size} entries; give 0, or no fewer"

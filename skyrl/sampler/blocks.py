@@ -43,8 +43,7 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks of unknown content, one holder each. The caller has checked available()."""
-        if count > self.available():
-            raise RuntimeError(f"{count} blocks asked for, {self.available()} available")
+        assert count <= self.available(), f"{count} blocks asked for, {self.available()} available"
         blocks = []
         for _ in range(count):
             if self._free:
@@ -71,8 +70,7 @@ class BlockPool:
 
         In reverse, so that the end of a sequence is evicted before its start, without which it cannot be found."""
         for block in reversed(blocks):
-            if self._holders[block] < 1:
-                raise RuntimeError(f"block {block} released more often than held")
+            assert self._holders[block] > 0, f"block {block} released more often than held"
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 if self._key[block] is None:

@@ -122,8 +122,6 @@ def _make_runner(
     exact: bool,
 ) -> Runner:
     """The fused plan where there is one that agrees with the module, as far as cfg.backend allows it."""
-    if cfg.backend not in ("auto", "fused", "module"):
-        raise UserError(f"sampler.backend={cfg.backend}; choose one of: auto, fused, module")
     module = ModuleRunner(model, cache)
     if cfg.backend == "module":
         return paged(module)

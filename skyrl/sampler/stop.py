@@ -17,8 +17,7 @@ class StringStop:
     """
 
     def __init__(self, strings: tuple[str, ...], decode: Decode, after: int | None = None) -> None:
-        if not all(strings):
-            raise ValueError("an empty stop string would end every sequence")
+        assert all(strings), "an empty stop string would end every sequence"
         self._strings, self._decode, self._after = strings, decode, after
         self._keep = max(len(string) for string in strings) - 1
         self._settled = ""  # the end of the text up to `_before`, as long as a string may reach back

@@ -49,7 +49,7 @@ def test_dropped_leading_space_is_no_match():
 
 
 def test_empty_string_is_refused():
-    with pytest.raises(ValueError, match="empty stop string"):
+    with pytest.raises(AssertionError, match="empty stop string"):
         StringStop(("a", ""), letters)
 
 

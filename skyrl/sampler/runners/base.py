@@ -6,9 +6,9 @@ sequence ends) is in skyrl/sampler; nothing here imports from there.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from skyrl.models.attention_calls import LayerShape
 from skyrl.models.linear_attention import States
 from skyrl.models.lora import Adapter, Segment, segments_of
-from skyrl.sampler.runners.sampling import BatchSamplingParams
+from skyrl.sampler.runners.sampling import BatchSamplingParams, sample
 from skyrl.types import SamplingParams
 
 
@@ -142,27 +142,31 @@ class DecodeInputs:
         return blocks_B.astype(np.int64) * size + self.positions_B % size
 
 
-class Runner(Protocol):
-    """Computes logits over the cache and samples from them. Decides nothing."""
+class Runner(ABC):
+    """Computes logits over the cache and samples from them. Decides nothing. `name`: which path computes."""
 
-    @property
-    def name(self) -> str:
-        """Which path computes: module, fused or kernels."""
+    name: str  # module, fused or kernels
 
+    @abstractmethod
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
 
+    @abstractmethod
     def decode(self, batch: DecodeInputs) -> Tensor:
-        """Logits [B, V] float32 of the newest token of each sequence; adds it to the cache."""
+        """Logits [B, V] float32 of the newest token of each sequence, until the next call; adds it to the cache."""
 
     def sample(self, logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """See sampling.sample; may overwrite the logits."""
+        return sample(logits_BV, params, uniforms_B)
 
-    def refresh(self) -> None:
-        """The parameters changed in place."""
+    def refresh(self) -> None:  # noqa: B027
+        """The parameters changed in place; nothing to do where they are read live."""
 
-    def forget(self, adapter: Adapter) -> None:
-        """Drops what is kept of an adapter."""
+    def adapter_changed(self, adapter: Adapter) -> None:  # noqa: B027
+        """An adapter's weights changed in place; nothing to do where its own tensors are read."""
+
+    def forget(self, adapter: Adapter) -> None:  # noqa: B027
+        """Drops what is kept of an adapter; nothing where its own tensors are read."""
 
 
 def prefill_arrays(chunks: list[PrefillChunk], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skyrl import kernels
 from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
 from skyrl.models.lora import Adapter, Segment
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, prefill_arrays
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, chunk_segments, prefill_arrays
 from skyrl.sampler.runners.lowrank import STRUCTS, PackedAdapters, SegmentStruct
 from skyrl.sampler.runners.paged import ModuleRunner
 from skyrl.sampler.runners.plan import DecodePlan
@@ -78,7 +78,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return loaded, ""
 
 
-class CpuKernelRunner:
+class CpuKernelRunner(Runner):
     """Runs a DecodePlan by kernels/decode.cpp. The result for a row depends on nothing but that row's own sequence, to
     the bit: neither on the batch, nor on others' adapters, nor on threads, nor on whether it was prefilled or decoded.
 

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.packed import banned, varlen
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, prefill_arrays
+from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
-from skyrl.sampler.runners.sampling import sample
 from skyrl.tracking.notices import warn_fallback
 
 if TYPE_CHECKING:
@@ -216,13 +215,11 @@ class _AdapterCopy:
     source: Adapter | None
 
 
-class CudaRunner:
+class CudaRunner(Runner):
     """Runs the module or the fused plan with paged attention; decode steps as graphs if asked.
 
     All graphs write their logits to one buffer, [largest batch, V] float32.
     """
-
-    sample = staticmethod(sample)
 
     def __init__(
         self,
@@ -234,6 +231,7 @@ class CudaRunner:
         max_running: int,
         graphs: bool,
     ) -> None:
+        self.name = inner.name
         self._inner, self._kernel, self._cache, self._use_graphs = inner, kernel, cache, graphs
         self._width = -(-max_length // cache.block_tokens)
         self._sizes = sorted({1, 2, 4, *range(8, max_running, 8), max_running})
@@ -242,10 +240,6 @@ class CudaRunner:
         self._graphs: dict[tuple[int, int], Any] = {}  # by batch size and id of the copy (0: none); None = refused
         self._logits_BV: Tensor | None = None
         self._pool: Any = None
-
-    @property
-    def name(self) -> str:
-        return self._inner.name
 
     def prefill(self, chunks: list[PrefillChunk]) -> Tensor | None:
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""

@@ -22,10 +22,17 @@ from skyrl.models import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.latent import Latent
 from skyrl.models.linear_attention import DeltaRule
-from skyrl.models.lora import Adapter, Segment, routed
+from skyrl.models.lora import Segment, routed
 from skyrl.models.packed import MAX_SCORES, softmax_with_sinks
-from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, chunk_segments, last_rows, prefill_arrays
-from skyrl.sampler.runners.sampling import sample
+from skyrl.sampler.runners.base import (
+    DecodeInputs,
+    KVCache,
+    PrefillChunk,
+    Runner,
+    chunk_segments,
+    last_rows,
+    prefill_arrays,
+)
 
 if TYPE_CHECKING:
     from skyrl.models.forward import CausalLM
@@ -64,6 +71,13 @@ class Group:
         real = torch.zeros_like(self.rows_nL, dtype=torch.bool).flatten().index_fill_(0, self.valid, True)
         return real.view_as(self.rows_nL)
 
+    def put(self, whole: Tensor, out: Tensor) -> None:
+        """Copies what was computed for this group's rows, [n * L, ...], to their places in the step's tokens."""
+        rows = self.rows_nL.flatten()
+        if self.valid is not None:
+            out, rows = out.index_select(0, self.valid), rows.index_select(0, self.valid)
+        whole.index_copy_(0, rows, out)
+
     def gather(self, cache_NKSC: Tensor) -> Tensor:
         """This group's part of one cache tensor, [n, K, S, C]."""
         blocks, heads, size, channels = cache_NKSC.shape
@@ -94,9 +108,7 @@ class PagedAttention:
             k_nKSC, v_nKSC = group.gather(keys), group.gather(values)
             mask = group.mask(options.window, options.chunk, k_nKSC.shape[2], query_HTC.dtype)
             out = attention(q_nHLC, k_nKSC, v_nKSC, mask, options).transpose(1, 2).flatten(0, 1)
-            if group.valid is not None:
-                out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
-            out_THC.index_copy_(0, rows, out)
+            group.put(out_THC, out)
         return out_THC
 
     def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
@@ -114,9 +126,7 @@ class PagedAttention:
             if length > 1:
                 kept = kept.expand(-1, heads, -1, -1)  # a view: attention() would copy it for every head
             out = attention(q_nHLC, kept, kept[..., : latent.rank], mask, options).transpose(1, 2).flatten(0, 1)
-            if group.valid is not None:
-                out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
-            out_THR.index_copy_(0, rows, out)
+            group.put(out_THR, out)
         return latent.values(out_THR)
 
     def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
@@ -135,10 +145,7 @@ class PagedAttention:
             out, after = rule.run(mixed, decay, beta, before, group.real())
             for whole, new in zip(states, after, strict=True):
                 whole.index_copy_(0, group.state_n, new)
-            out = out.flatten(0, 1)
-            if group.valid is not None:
-                out, rows = out.index_select(0, group.valid), rows.index_select(0, group.valid)
-            out_THV.index_copy_(0, rows, out)
+            group.put(out_THV, out.flatten(0, 1))
         return out_THV
 
     def write(self, layer: int, key_TKC: Tensor, value_TKC: Tensor | None) -> None:
@@ -244,15 +251,12 @@ def decode_attention(cache: KVCache, batch: DecodeInputs) -> tuple[Tensor, Tenso
     return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, state, None)])
 
 
-class PagedRunner:
+class PagedRunner(Runner):
     """Prefill and decode over the cache in torch operations; what computes hidden states and logits is the subclass's.
 
     A step has the tokens of all its sequences along one dimension. Only attention knows which sequence a token is of:
     it stores the step's keys and values in their blocks, then reads each sequence's blocks through its table.
     """
-
-    name: str
-    sample = staticmethod(sample)
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
@@ -290,15 +294,6 @@ class PagedRunner:
     def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
         """Logits [T, V] float32."""
         raise NotImplementedError
-
-    def refresh(self) -> None:
-        """The parameters changed in place; nothing to do where they are read live."""
-
-    def adapter_changed(self, adapter: Adapter) -> None:
-        """An adapter's weights changed in place; nothing to do where its own tensors are read."""
-
-    def forget(self, adapter: Adapter) -> None:
-        """Drops what is kept of an adapter; nothing where its own tensors are read."""
 
 
 class ModuleRunner(PagedRunner):
