@@ -35,8 +35,8 @@ from skyrl.models.results import RowResults
 from skyrl.planner.memory import MemoryEstimate, ModelSizes, model_sizes
 from skyrl.sampler.make import make_sampler
 from skyrl.sampler.sampler import Sampler
-from skyrl.strategies.base import Strategy
 from skyrl.strategies.make import make_strategy
+from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.text.chat import Chat, chat_of
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, TrainOutput, UserError
 
@@ -99,7 +99,8 @@ class Engine:
             self.models[model] = self._create_adapter(model, spec, spec.lora)
             return
         # Files of weights are read by each rank for its own shards, so what is wrong there one rank may see alone.
-        strategy = agree(self.world, lambda: self._strategy(spec))
+        make = partial(make_strategy, self.strategy_name, self.cfg, self.world, self.tokenizer, dtype=self.dtype)
+        strategy = agree(self.world, lambda: make(head=spec.head, trainable=spec.trainable))
         created = Model(model, spec, strategy, self.world)
         self.chat.vocab_size = created.strategy.module.vocab_size
         if spec.copy_of:
@@ -115,7 +116,8 @@ class Engine:
             raise UserError(f"model {model!r}: a LoRA adapter is trainable, has head logits and copies no other model")
         base = self._base(spec.base)
         adapter = Adapter(base.strategy.module, lora, name=model, dtype=self.dtype, device=self.world.device)
-        return Model(model, spec, base.strategy.attach(adapter), self.world, base)
+        # Whole on every rank, whatever lays the base out: it is small, and its hooks then need no collective.
+        return Model(model, spec, ReplicatedStrategy(adapter, self.world), self.world, base)
 
     def delete(self, model: str) -> None:
         """Forgets a model and frees its memory. Raises UserError while others need it or it is open for sampling."""
@@ -127,18 +129,6 @@ class Engine:
         if gone.open is not None:
             raise UserError(f"model {model!r} is open for sampling until the end of the run")
         del self.models[model]
-
-    def _strategy(self, spec: ModelSpec) -> Strategy:
-        """A module with the weights of `model.path`, laid out over the ranks."""
-        return make_strategy(
-            self.strategy_name,
-            self.cfg,
-            self.world,
-            self.tokenizer,
-            dtype=self.dtype,
-            head=spec.head,
-            trainable=spec.trainable,
-        )
 
     def _base(self, name: str) -> Model:
         """A model that adapters may be put on, with the hooks for them."""

@@ -75,7 +75,7 @@ class Checkpointer:
         self.folder, self.keep_last, self.keep_best, self.async_save = Path(folder), keep_last, keep_best, async_save
         self.rank, self.world_size, self.group, self.config_digest = rank, world_size, group, config_digest
         self.best = best
-        self._pending: _Save | None = None
+        self.pending: _Save | None = None  # that was begun, and that nobody has waited for
         self._lines: list[str] = []
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -95,10 +95,10 @@ class Checkpointer:
         if repr(copy) != repr(state):
             raise TypeError(f"checkpoint {tag}: its state does not come back from JSON as it was")
         staged = {name: _staged(value) for name, (_, _, value) in _flatten(tensors).items()}
-        self._pending = _Save(tag, staged, copy, _finite(score))
+        self.pending = _Save(tag, staged, copy, _finite(score))
         # daemon: a dying run must not hang in a collective whose peers are gone
-        thread = threading.Thread(target=self._background, args=(self._pending,), name="skyrl-checkpoint", daemon=True)
-        self._pending.thread = thread
+        thread = threading.Thread(target=self._background, args=(self.pending,), name="skyrl-checkpoint", daemon=True)
+        self.pending.thread = thread
         thread.start()
         if block or not self.async_save:
             self.wait()
@@ -109,32 +109,27 @@ class Checkpointer:
         Raises: on rank 0, UserError when the save in the background failed. The job should then end: the other ranks
         learn of it in `wait` or `save`.
         """
-        if self.rank == 0 and self._pending is not None and not self._pending.thread.is_alive():
+        if self.rank == 0 and self.pending is not None and not self.pending.thread.is_alive():
             self.wait()
         lines, self._lines = self._lines, []
         return lines
 
-    @property
-    def pending(self) -> bool:
-        """Whether a save has been begun that nobody has waited for."""
-        return self._pending is not None
-
     def wait(self) -> None:
         """Blocks until the save in the background is complete. Raises its error, the same one on every rank."""
-        if self._pending is None:
+        if self.pending is None:
             return
-        self._pending.thread.join()
-        pending, self._pending = self._pending, None
+        self.pending.thread.join()
+        pending, self.pending = self.pending, None
         self._lines += pending.lines
         if pending.error is not None:
             raise pending.error
 
     def close(self, timeout_seconds: float = 20.0) -> bool:
         """Gives a save in the background some time to complete, for a run that ends with an error. True if it is."""
-        if self._pending is None:
+        if self.pending is None:
             return True
-        self._pending.thread.join(timeout_seconds)
-        return not self._pending.thread.is_alive() and self._pending.error is None
+        self.pending.thread.join(timeout_seconds)
+        return not self.pending.thread.is_alive() and self.pending.error is None
 
     def improves(self, score: float) -> bool:
         """Whether `score` is better than that of every checkpoint in the folder, and the best one is to be kept. Local;

@@ -42,11 +42,6 @@ class CheckpointInfo:
     state: dict[str, Any]
     metric: str
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all files but the manifest."""
-        return sum(entry["bytes"] for entry in self.files.values())
-
 
 @dataclass(frozen=True)
 class Best:

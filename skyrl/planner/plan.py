@@ -69,13 +69,8 @@ class Plan:
         return "base" if self.cfg.model.lora.rank else "reference"
 
     def prompts_on_rank(self, rank: int) -> int:
-        """How many of a step's prompts rank `rank` plays."""
+        """How many of a step's prompts rank `rank` plays; rank 0 has the most."""
         return len(range(rank, self.cfg.batch.prompts_per_step, self.world_size))
-
-    @property
-    def prompts_per_rank(self) -> int:
-        """The most prompts of one step that any rank plays."""
-        return self.prompts_on_rank(0)
 
     def lr_at(self, step: int) -> float:
         """The policy's learning rate in step `step`, counted from 0."""
@@ -329,13 +324,13 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
 def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
     batch, algorithm = cfg.batch, cfg.algorithm
     uneven = batch.prompts_per_step % plan.world_size
-    least = plan.prompts_on_rank(plan.world_size - 1)
+    most, least = plan.prompts_on_rank(0), plan.prompts_on_rank(plan.world_size - 1)
     episodes = batch.prompts_per_step * batch.samples_per_prompt
     return [
         (
             "step",
             f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples = {episodes} episodes; "
-            + (f"{least} or {plan.prompts_per_rank}" if uneven else f"{plan.prompts_per_rank}")
+            + (f"{least} or {most}" if uneven else f"{most}")
             + " prompts on a rank",
         ),
         ("updates", f"{plan.updates_per_step} a step, {plan.prompts_per_update} prompts each; {plan.num_steps} steps"),

@@ -38,22 +38,14 @@ class Sampler:
         base_name: str,
     ) -> None:
         self._runner, self._cache, self._scheduler, self._decode = runner, cache, scheduler, decode
-        self._max_length, self._vocab_size, self._version = max_length, vocab_size, version
+        self._max_length, self._vocab_size = max_length, vocab_size
+        self.version = version  # of the weights that are drawn from
+        self.backend = runner.name  # which path computes: module, fused or kernels
         self._adapters = AdapterRegistry(adapters, base_name, scheduler.pool.new_cache_key)
         self._sequences: dict[str, Sequence] = {}  # unfinished ones by uid
         self._arrived = 0
         self._drawn = 0
         self._running: DecodeBatch | None = None  # arrays of the running set; None when it changed
-
-    @property
-    def backend(self) -> str:
-        """Which path computes: module, fused or kernels."""
-        return self._runner.name
-
-    @property
-    def version(self) -> int:
-        """The version of the weights that is drawn from."""
-        return self._version
 
     def add(self, request: SampleRequest) -> None:
         """Queues a request; `model` names one of the adapters, "" or the base's name none.
@@ -66,8 +58,8 @@ class Sampler:
         pool = self._scheduler.pool
         if request.uid in self._sequences:
             raise UserError(f"{where}: the same uid is already queued; give each request its own")
-        if request.version not in (None, self._version):
-            raise UserError(f"{where}: version {request.version} is gone; this sampler draws from {self._version}")
+        if request.version not in (None, self.version):
+            raise UserError(f"{where}: version {request.version} is gone; this sampler draws from {self.version}")
         if len(context) == 0 or context.min() < 0 or context.max() >= self._vocab_size:
             raise UserError(f"{where}: needs 1 or more tokens, each in 0 .. {self._vocab_size - 1}")
         if len(context) >= self._max_length:
@@ -160,7 +152,7 @@ class Sampler:
             raise RuntimeError(f"refresh({version}) with {self.unfinished()} unfinished requests")
         self._scheduler.pool.reset_prefix_cache()
         self._runner.refresh()
-        self._version = version
+        self.version = version
 
     def metrics(self) -> Metrics:
         """Since the last call: tokens drawn, prefill tokens, tokens reused, preemptions, peak use of the cache."""
@@ -252,4 +244,4 @@ class Sampler:
         self._adapters.count(sequence.adapter, -1)
         logprobs = sequence.logprobs[: end - sequence.start].copy()
         tokens = sequence.tokens[sequence.start : end].copy()
-        return sequence.order, Sample(sequence.uid, tokens, logprobs, reason, self._version)
+        return sequence.order, Sample(sequence.uid, tokens, logprobs, reason, self.version)

@@ -31,7 +31,6 @@ from skyrl.web.message import JsonMessage, Text
 from skyrl.web.tensors import SizeBudget
 
 if TYPE_CHECKING:  # it needs torch, and most endpoints do not
-    from skyrl.service.storage.archive import Archive
     from skyrl.service.storage.checkpoints import CheckpointService
 
 API = "/api/v1/"
@@ -68,10 +67,6 @@ class AppState:
     def store(self) -> Store:
         """Sessions, runs and rows of checkpoints."""
         return self.checkpoints.store
-
-    @property
-    def archive(self) -> Archive:
-        return self.checkpoints.archive
 
     @property
     def max_bytes(self) -> int:

@@ -20,7 +20,7 @@ import torch
 from skyrl.distributed.collectives import gather_to_leader, scatter_objects
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import waiting
-from skyrl.engine import Engine, ModelSpec
+from skyrl.engine import Engine
 from skyrl.envs import clock
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult, score_prompts
 from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, Sample, SampleRequest, UserError
@@ -37,10 +37,6 @@ class RankContext:
     engine: Engine
     score_tokens: int
     has_pending_work: Callable[[], bool] = field(default=lambda: False)
-
-    def open(self) -> None:
-        """Makes the base model; collective."""
-        self.engine.create(BASE, ModelSpec(trainable=False))
 
 
 @dataclass

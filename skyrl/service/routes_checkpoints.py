@@ -225,7 +225,7 @@ def _address(context: RequestContext, found: CheckpointRecord, file: str) -> tup
 async def external_urls(context: RequestContext) -> Response:
     """An address for each file of a checkpoint."""
     found = await in_thread(context.state.store.get_checkpoint, _path(context), context.owner)
-    files = await in_thread(context.state.archive.files, found.path, found.version)
+    files = await in_thread(context.state.checkpoints.archive.files, found.path, found.version)
     signed = {name: _address(context, found, name) for name in files}
     context.state.add_audit(
         context.owner, "checkpoint_read", tinker_path=found.path.uri, purpose="external_weights_urls"
@@ -258,15 +258,15 @@ async def download(context: RequestContext) -> Response:
     run_id, kind, name, version, file = context.path("rest").split("/", 4)
     checkpoint = CheckpointPath.of_id(run_id, f"{kind}/{name}")
     if file == "archive.tar":
-        tar = await in_thread(context.state.archive.tar, checkpoint, version)
+        tar = await in_thread(context.state.checkpoints.archive.tar, checkpoint, version)
         return _stream(_tar_parts(tar), tar.size, f"{name}.tar", "application/x-tar")
     opened, size = await in_thread(_open, context.state, checkpoint, version, file)
     return _stream(_file_parts(opened), size, Path(file).name, "application/octet-stream")
 
 
 def _open(state: AppState, path: CheckpointPath, version: str, file: str) -> tuple[BinaryIO, int]:
-    with state.archive.reading(path, version):
-        files = state.archive.files(path, version)
+    with state.checkpoints.archive.reading(path, version):
+        files = state.checkpoints.archive.files(path, version)
         if file not in files:
             raise HttpError(404, f"{path.uri} has no file {file!r}")
         stream = files[file].open("rb")  # stays readable if the checkpoint is deleted meanwhile

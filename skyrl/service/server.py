@@ -21,7 +21,7 @@ from skyrl.distributed import failure
 from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.compare import compare_nodes
 from skyrl.distributed.init import World, store_of_machines
-from skyrl.engine import Engine, meet
+from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.files import write_folder_atomic
 from skyrl.models.lora import adapted
 from skyrl.planner.plan import Plan, describe_ranks, make_plan, max_row_tokens
@@ -80,7 +80,7 @@ def open_service(cfg: RunConfig) -> Service | None:
         return plan, RankContext(engine, score_tokens=cfg.batch.max_tokens_per_microbatch)
 
     plan, context = agree(world, make)
-    context.open()
+    context.engine.create(BASE, ModelSpec(trainable=False))
     if not world.is_leader:
         on_leader(world, lambda: None)
         # The leader ends the job, after the work in hand.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from skyrl.distributed.init import World
@@ -35,9 +35,9 @@ class Strategy(ABC):
     module: Any  # a CausalLM, or what DeepSpeed makes of one
     is_sharded: bool
 
-    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` (this rank's sum) to what is pending."""
+        loss.backward()
 
     @abstractmethod
     def optim_step(self, adam: AdamParams) -> Metrics:
@@ -59,10 +59,6 @@ class Strategy(ABC):
     def free_gathered(self) -> None:
         """Gives the memory of such a copy back; the next `gathered` makes another."""
         return None
-
-    @abstractmethod
-    def attach(self, adapter: nn.Module) -> Strategy:
-        """The layout of a trainable adapter (models.lora) over this frozen model."""
 
     def offload(self) -> None:
         """Moves an idle model to host memory where the layout can do that (else nothing); only `onload` may be called

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from skyrl.distributed.init import World
 from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, make_adam, square_sum
 from skyrl.strategies.base import Strategy, full_tensor, put_state
-from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, Metrics
 
@@ -92,10 +91,6 @@ class FSDPStrategy(Strategy):
             # were.
             self._optimizer = make_adam([p for _, p in self._named], fused=offload)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss` to the pending shards; collective (reduce-scatter per layer)."""
-        loss.backward()
-
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
         assert self._optimizer is not None
@@ -135,10 +130,6 @@ class FSDPStrategy(Strategy):
         forward would take these weights again, also after an optimizer step or a load."""
         for unit in self._units:
             unit.reshard()
-
-    def attach(self, adapter: nn.Module) -> ReplicatedStrategy:
-        """The adapter whole on every rank: it is small, and its hooks then need no collective of their own."""
-        return ReplicatedStrategy(adapter, self.world)
 
     def gathered(self) -> Any:
         """A whole module in the compute dtype with the weights as they are now; one gather after each change."""

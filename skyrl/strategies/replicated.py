@@ -76,10 +76,6 @@ class ReplicatedStrategy(Strategy):
             else:
                 p.grad = self._view(self._grad, name, p)  # autograd then accumulates in place
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss` (this rank's sum) to what is pending."""
-        loss.backward()
-
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step from the sum over ranks. Returns {"grad_norm:mean"} before clipping."""
         assert self._optimizer is not None
@@ -155,10 +151,6 @@ class ReplicatedStrategy(Strategy):
         if shared:
             for name, p in self._named:
                 p.grad = self._view(self._grad, name, p)
-
-    def attach(self, adapter: nn.Module) -> ReplicatedStrategy:
-        """The adapter whole on every rank, as this model is."""
-        return ReplicatedStrategy(adapter, self.world)
 
     def gathered(self) -> Any:
         """The module itself: every rank has whole weights."""

@@ -207,10 +207,6 @@ class ZeroStrategy(Strategy):
         for state in self._adam.state.values():
             state["step"].copy_(step)
 
-    def attach(self, adapter: nn.Module) -> Strategy:
-        """Never called: only frozen models have adapters, and make_strategy lays these out by FSDP2."""
-        raise AssertionError("a model that is trained by DeepSpeed has no adapters")
-
     # ---- weights and state -----------------------------------------------------------------------------------------
 
     def gathered(self) -> Any:

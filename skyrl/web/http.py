@@ -296,14 +296,9 @@ class HttpServer:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still serves."""
-        return self._thread.is_alive()
-
     def check(self) -> None:
         """Raises RunError when the thread that serves HTTP has ended: nobody could reach the server any more."""
-        if not self.alive:
+        if not self._thread.is_alive():
             raise RunError("the HTTP thread has ended, so nobody can reach the server; the lines above say why")
 
     def stop(self) -> None:

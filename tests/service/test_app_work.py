@@ -11,6 +11,7 @@ from door_server import TEXT, serving
 
 from skyrl.service import codec, routes_work
 from skyrl.service.messages import OptimStep, TrainRequest
+from skyrl.types import RunError
 
 PROTOBUF = "application/x-protobuf"
 
@@ -322,7 +323,9 @@ def test_stopping_wakes_polls_and_ends_soon(tmp_path):
         began = time.monotonic()
         server.serving.stop()
         poll.join(10)
-        assert time.monotonic() - began < 5 and answers[0].status_code == 408 and not server.serving.alive
+        assert time.monotonic() - began < 5 and answers[0].status_code == 408
+        with pytest.raises(RunError, match="the HTTP thread has ended"):
+            server.serving.check()
 
 
 def test_no_such_endpoint_and_method_have_json_bodies(server):
