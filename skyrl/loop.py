@@ -31,7 +31,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
-from skyrl.run_dir import RESULT, RunFolder, changed_facts, drop_rollouts, keep_fingerprint, stop_notices
+from skyrl.run_dir import RESULT, RunFolder, changed_facts, drop_rollouts, keep_fingerprint, read_result
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
@@ -210,7 +210,9 @@ def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> 
     names what has changed; the fingerprint is then what is read now. After a stop because no verifier worked the code
     and data are expected to be mended. Returns lines worth showing."""
     edited, ours = changed_facts(folder.path, facts) if latest(folder.checkpoints) is not None else ([], [])
-    mended = () if "all_invalid" not in stop_notices(folder.path) else ("code.", "data.", "env.")
+    last = read_result(folder.path) or {}
+    no_verifier = last.get("state") == "stopped" and "all_invalid" in last.get("notices", ())
+    mended = ("code.", "data.", "env.") if no_verifier else ()
     refused = [name for name in edited if not is_allowed(name, cfg.run.allow_different) and not name.startswith(mended)]
     if refused:
         raise UserError(

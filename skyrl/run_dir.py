@@ -187,13 +187,13 @@ def changed_facts(folder: Path, facts: dict[str, str]) -> tuple[list[str], list[
     return [name for name in found if name not in ours], ours
 
 
-def stop_notices(folder: Path) -> dict[str, str]:
-    """What ended a run that has stopped by itself: name -> line; {} for any other."""
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What a run has left in its result.json; None without, or for a file that cannot be read."""
     try:
         told = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return dict(told["notices"]) if told["state"] == "stopped" else {}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def keep_fingerprint(folder: Path, facts: dict[str, str]) -> None:

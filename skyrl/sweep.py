@@ -28,7 +28,7 @@ from skyrl.config.validation import ignored_on_resume
 from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.place import take_place
 from skyrl.files import write_atomic
-from skyrl.run_dir import RESULT, is_locked
+from skyrl.run_dir import RESULT, is_locked, read_result
 from skyrl.tracking.jsonl import read_metrics
 from skyrl.trainers import run_trainer
 from skyrl.types import RunError, StopRun, UserError
@@ -49,8 +49,8 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool, hooks: Sequence[Any] = ()) -
     """
     take_place()  # a task that submitit started comes here without the command line's start
     folder, leader = Path(cfg.run.dir), os.environ.get("RANK", "0") == "0"
-    done = read_result(folder)
-    if sweep and done is not None and done["digest"] == point_digest(cfg):
+    done = read_result(folder) or {}
+    if sweep and "accuracy" in done and done.get("digest") == point_digest(cfg):
         if leader:
             print(f"{folder}: done already, accuracy {_show(done['accuracy'])}", flush=True)
         return done["accuracy"]
@@ -77,15 +77,6 @@ def point_digest(cfg: RunConfig) -> str:
     return f"{config_digest(cfg)}-{cfg.warmup.num_steps}-{cfg.batch.num_steps}"
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run has left; None without, or for a file that cannot be read."""
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) and {"digest", "accuracy"} <= result.keys() else None
-
-
 def final_values(metrics: Path) -> dict[str, float]:
     """The last value of every metric in a metrics.jsonl; {} without the file."""
     values: dict[str, float] = {}
@@ -99,11 +90,9 @@ def run_state(folder: Path) -> str:
     stopped (it has saved and left, or a notice has ended it) or unfinished."""
     if is_locked(folder):
         return "running"
-    try:
-        told = json.loads((folder / RESULT).read_text(encoding="utf-8")).get("state", "finished")
-        return str(told)
-    except (OSError, ValueError, AttributeError):
-        return "stopped" if (folder / REQUEUE_FILE).exists() else "unfinished"
+    if (told := read_result(folder)) is not None:
+        return str(told.get("state", "finished"))
+    return "stopped" if (folder / REQUEUE_FILE).exists() else "unfinished"
 
 
 def summary(metrics: Path) -> dict[str, Any]:

@@ -5,12 +5,11 @@ Nothing here waits or makes a collective; watchdog.py carries a request to the o
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 
 from skyrl.config.schema import RunFolderConfig
@@ -44,15 +43,6 @@ class StopRequest:
     def exit_code(self) -> int:
         """What the process ends with: a person's Ctrl-C is no reason to queue the job again."""
         return INTERRUPTED if self.reason == "SIGINT" else TEMPORARY
-
-    def to_text(self) -> str:
-        """One line of JSON, as it travels through the store."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_text(text: str | bytes) -> StopRequest:
-        """The request that `to_text` made a line of."""
-        return StopRequest(**json.loads(text))
 
 
 def save_by(options: RunFolderConfig, environment: Mapping[str, str] = os.environ) -> float | None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -166,7 +167,7 @@ class Watchdog:
         text = json.dumps(self.hang_monitor.report_status(self._turns, still, waits))
         self.store.set(f"status/{self.world.rank}", text)
         if self._unsent and self.stop_request is not None:
-            self.store.compare_set("stop", "", self.stop_request.to_text())
+            self.store.compare_set("stop", "", json.dumps(asdict(self.stop_request)))
             self.store.add("news", 1)
             self._unsent = False
         news = self.store.add("news", 0)
@@ -174,7 +175,8 @@ class Watchdog:
             return
         self._news = news
         if self.stop_request is None and self.store.check(["stop"]):
-            self.stop_request, self.stop_requested_at = StopRequest.from_text(self.store.get("stop")), time.monotonic()
+            self.stop_requested_at = time.monotonic()
+            self.stop_request = StopRequest(**json.loads(self.store.get("stop")))
         if self.store.check(["decision"]):
             self.hang_monitor.exit_if_declared()
 

@@ -105,7 +105,8 @@ class DeltaRule:
         convolved_BLC = sum(taps[1:], taps[0]) if self.bias_C is None else sum(taps, self.bias_C.to(wide))
         sizes = [self.key_heads * shape.key_size] * 2 + [shape.num_heads * shape.value_size]
         parts = self.activation(convolved_BLC).split(sizes, -1)
-        query, key, value = (x.unflatten(-1, (-1, n)).transpose(1, 2) for x, n in zip(parts, self._sizes, strict=True))
+        each = (shape.key_size, shape.key_size, shape.value_size)
+        query, key, value = (x.unflatten(-1, (-1, n)).transpose(1, 2) for x, n in zip(parts, each, strict=True))
         group = shape.num_heads // self.key_heads
         query, key = (_unit(x).repeat_interleave(group, 1) for x in (query, key))
         decay_BHLD = decay_BLH.double().unflatten(-1, (shape.num_heads, -1)).transpose(1, 2)
@@ -115,10 +116,6 @@ class DeltaRule:
             state_BHKV.to(wide), chunk
         )  # fmt: skip
         return out_BHLV.transpose(1, 2), (inputs, state_BHKV)
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.shape.key_size, self.shape.key_size, self.shape.value_size
 
 
 def _unit(x: Tensor) -> Tensor:
