@@ -3,8 +3,8 @@
 An answer has up to 8 characters. With x the part of 8 that was written, "coverage" is 1 - (1 - x)^2, "brevity" 1 - x. For
 a weight w of brevity the best x is 1 - w / 2; with a bound b from below on the mean of brevity alone it is 1 - b.
 table: the policy is a softmax over the nine lengths; the loop's own weights, multipliers and advantages are used on
-sampled groups, in 200 steps with three seeds. model: a tiny random model writes the characters, in runs of the loop itself, one seed.
-Measured are the means over the last steps.
+sampled groups, in 200 steps with three seeds. model: a tiny random model writes the characters, in runs of the loop
+itself, one seed. Measured are the means over the last steps.
 
     python benchmarks/objectives.py --write
 """
