@@ -1,7 +1,7 @@
 """A trade-off between two objectives, by weight and by bound, against its exact solution. Five minutes of one core.
 
-An answer has up to 8 characters. With x the part of 8 that was written, "coverage" is 1 - (1 - x)^2, "brevity" 1 - x. For
-a weight w of brevity the best x is 1 - w / 2; with a bound b from below on the mean of brevity alone it is 1 - b.
+An answer has up to 8 characters. With x the part of 8 that was written, "coverage" is 1 - (1 - x)^2, "brevity" 1 - x.
+For a weight w of brevity the best x is 1 - w / 2; with a bound b from below on the mean of brevity alone it is 1 - b.
 table: the policy is a softmax over the nine lengths; the loop's own weights, multipliers and advantages are used on
 sampled groups, in 200 steps with three seeds. model: a tiny random model writes the characters, in runs of the loop
 itself, one seed. Measured are the means over the last steps.
