@@ -93,7 +93,9 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # before spelling, which would
     (re.compile(r"\\(?:mathbf|boldsymbol|vec|hat)(?:\s?\{([a-z])\}|\s([a-z])\b)"), r"\1\2"),
     (re.compile(r"\\\{\s*[a-z]\s*(?:\\in\s?\\mathbb\s?\{?R\}?\s*)?(?:\\mid\b|[:|])(?=[^:|]*[<>]|.*\\[lg])"), r"\\{"),
     (
-        re.compile(r"\\(?:overline|overrightarrow|overleftrightarrow)\s?\{([A-Z]{2,4})\}|\\underline\s?\{([^{}]*)\}"),
+        re.compile(
+            r"\\(?:overline|overrightarrow|overleftrightarrow|vec)\s?\{([A-Z]{2,4})\}|\\underline\s?\{([^{}]*)\}"
+        ),
         r"\1\2",
     ),
     (re.compile(r"\\mathbb\s?\{?R(?:\}|\b)|\u211d"), r"(-\\infty,\\infty)"),

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 MAX_CHARACTERS = 256
 MAX_DEPTH = 40
-MAX_EXPONENT = 64
+MAX_TERMS = 64  # factors of a binomial coefficient
 MAX_FACTORIAL = 200
 MAX_BITS = 4096  # of a numerator or denominator, before a power is computed
 BITS, MAX_MAGNITUDE, ZERO = 2048, 256, -1280  # binary digits; of the largest value; of what counts as rounding
@@ -42,7 +42,7 @@ class Node(NamedTuple):
     args: tuple[Node, ...] = ()
 
 
-FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split())
+FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln lg log exp".split())
 _ROUNDING = {"\u230a": "\u230b", "\u2308": "\u2309"}  # floor and ceiling
 NAMES = frozenset("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi omega infty pi".split())
 _WORDS = FUNCTIONS | NAMES | {"sqrt", "frac", "binom"}
@@ -236,6 +236,8 @@ class _Parser:
     def call(self, function: str) -> Node:
         base = (self.argument(),) if self.take("_") else ()
         exponent = self.argument() if self.take("^") else None
+        if function == "lg":
+            function, base = "log", (Node("number", Fraction(10)),)
         if exponent == Node("neg", None, (Node("number", Fraction(1)),)) and function in ("sin", "cos", "tan"):
             function, exponent = f"arc{function}", None
         self.deeper()
@@ -288,7 +290,7 @@ def _power(base: Any, exponent: Any) -> Any:
         return base
     if whole:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent)
-        if abs(exponent) > MAX_EXPONENT or bits > MAX_BITS:
+        if bits > MAX_BITS:
             raise ExpressionError("power too large")
         return base ** int(exponent)
     logarithm = mp().log(mp().convert(base)) * mp().convert(exponent)
@@ -301,7 +303,7 @@ def _binomial(above: Any, below: Any) -> Any:
     """above (above - 1) ... / below!, for any `above`."""
     if isinstance(above, Fraction) and above.denominator == 1 and 0 <= below <= above:
         below = min(below, above - below)
-    if not (isinstance(below, Fraction) and below.denominator == 1 and 0 <= below <= MAX_EXPONENT):
+    if not (isinstance(below, Fraction) and below.denominator == 1 and 0 <= below <= MAX_TERMS):
         raise ExpressionError(f"binomial coefficient with {below}")
     return math.prod((above - k for k in range(int(below))), start=Fraction(1)) / math.factorial(int(below))
 
