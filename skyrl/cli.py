@@ -148,6 +148,7 @@ def _typed(run: Path) -> str:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{mode: partial(_run, mode) for mode in ("train", "sft", "serve")},
+    "feedback-server": partial(_elsewhere, "skyrl.feedback.door:serve_feedback"),
     "export": _export,
     "runs": _runs,
     "rollouts": _rollouts,

@@ -50,10 +50,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class OpenSampler:
-    """A frozen model as it is sampled: whole weights, and a sampler that stays open, over all frozen adapters."""
+    """A model as it is sampled: whole weights, and a sampler over `adapters`. A frozen one's stays open."""
 
     module: CausalLM
     sampler: Sampler
+    adapters: Mapping[str, Adapter]
 
 
 class Model:
@@ -162,10 +163,12 @@ class Model:
                     self._sampler.forget_adapter(self.name)  # it has changed in place
                 self._sampler.refresh(self.version)
                 self._sampler.metrics()  # dropped: an evaluation's counts are not the next step's
+            self.open = OpenSampler(module, self._sampler, adapters or {})
             try:
                 yield self._sampler
                 finished = True
             finally:
+                self.open = None
                 if not finished:
                     self._sampler = None  # it may hold requests that nobody waits for
                 if not keep:
@@ -179,14 +182,15 @@ class Model:
 
     def open_sampler(self, make: MakeSampler, adapters: Mapping[str, Adapter]) -> OpenSampler:
         """A frozen model open for sampling from now on, over `adapters` (a live mapping). Collective at the first call
-        (a sharded model is gathered and stays so), local afterwards. Raises UserError for a model that is trained."""
+        (a sharded model is gathered and stays so), local afterwards. Of a model that is trained what `sampling` has
+        opened, inside its block; raises UserError elsewhere."""
         if self.open is None:
             if self.spec.trainable:
                 raise UserError(f"model {self.name!r} is trained itself; only a frozen base can stay open for sampling")
             module = self.strategy.gathered()
             if module is not self.strategy.module:
                 install(module)
-            self.open = OpenSampler(module, make(module, adapters=adapters, base_name=self.name))
+            self.open = OpenSampler(module, make(module, adapters=adapters, base_name=self.name), adapters)
         return self.open
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:

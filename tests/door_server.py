@@ -17,7 +17,9 @@ import httpx
 import numpy as np
 import torch
 
-from skyrl.config.schema import ServiceConfig
+from skyrl.config.schema import FeedbackConfig, ServiceConfig
+from skyrl.feedback.door import FeedbackDoor
+from skyrl.feedback.queue import FeedbackQueue
 from skyrl.service.app import AppState
 from skyrl.service.messages import (
     CreateModel,
@@ -221,12 +223,17 @@ def sampled(query: SamplingRequest) -> SampleResult:
 class Server:
     """An open door. `client(key)` speaks HTTP to it; `call` posts JSON to the protocol's paths."""
 
-    def __init__(self, folder: Path, settings: ServiceConfig, keys: Keys, chat: Chat | None) -> None:
+    def __init__(
+        self, folder: Path, settings: ServiceConfig, keys: Keys, chat: Chat | None, feedback: FeedbackConfig | None
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.checkpoints = CheckpointService(folder)
         self.desk = RequestScheduler(max_queued_samples=settings.max_queued_samples)
         self.answers = Answers(self.desk, self.checkpoints)
         state = AppState(self.desk, self.checkpoints, INFO, settings, keys)
+        self.queue = None if feedback is None else FeedbackQueue(folder / "feedback", feedback)
+        if self.queue is not None:
+            state.feedback = FeedbackDoor(self.queue, keys, state.signer)
         self.app = make_app(state, chat)
         self.serving: HttpServer = serve_in_thread(self.app, "127.0.0.1", 0, close=state.close, options="service")
         self.http = self.client()
@@ -272,10 +279,14 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, keys: dict[str, str] | None = None, chat: Chat | None = CHARACTERS, **settings: Any
+    folder: Path,
+    keys: dict[str, str] | None = None,
+    chat: Chat | None = CHARACTERS,
+    feedback: FeedbackConfig | None = None,
+    **settings: Any,
 ) -> Iterator[Server]:
     """A server whose state is in `folder`. keys: key -> owner."""
-    server = Server(folder, ServiceConfig(**settings), Keys(keys or {}), chat)
+    server = Server(folder, ServiceConfig(**settings), Keys(keys or {}), chat, feedback)
     try:
         yield server
     finally:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from loop import loop_config, train_here
 from safetensors.torch import load_file, save_file
 from small import distance, make_engine, make_rows, small_config
 from transformers import AutoModelForCausalLM
+from users import live_config, served, taken
 
 from skyrl import weight_check
 from skyrl.checkpoint.folder import digest, latest
@@ -229,3 +231,32 @@ def test_the_sampler_follows_the_adapter_and_the_proof_sees_when_not():
         next(engine.models["policy"].strategy.module.parameters()).fill_(float("nan"))
     with engine.sampling() as sampler, pytest.raises(RunError, match="the adapter gives logits that are not finite"):
         weight_check.sample_probe(engine, sampler, 9)
+
+
+def serve_and_learn(folder, *overrides):
+    """Each rank's rows by update: (name, largest gap between what was drawn with and the weights that learn)."""
+    cfg, told = live_config(folder, *overrides), []
+    if os.environ["RANK"] == "0":
+        calls, told = served(cfg)
+    else:
+        calls = train_here(cfg)
+    gaps = [
+        [
+            (row.name, float(np.abs(row.old_logprobs - row.sampling_logprobs)[row.weights != 0].max()))
+            for row in call.rows
+        ]
+        for call in calls
+    ]
+    return gaps, [code for code, _ in told]
+
+
+def test_ranks_serve_the_very_weights_that_learn(tmp_path):
+    layout = ["model.lora.rank=2", "strategy.name=fsdp", "batch.num_steps=2", "optim.lr=0.1"]
+    (first, codes), (second, _) = run_ranks(2, serve_and_learn, tmp_path, *layout)
+    rows = taken(tmp_path, (1, 2))
+    for step, part in enumerate(rows):
+        gaps = dict(first[step] + second[step])
+        assert sorted(gaps) == sorted(f"{episode}/0/0" for episode, _ in part)
+        for episode, version in part:
+            assert (gaps[f"{episode}/0/0"] < 1e-4) == (version == step), (step, version, gaps)
+    assert set(codes) == {200} and all(part[-1][1] == step for step, part in enumerate(rows))

@@ -60,7 +60,7 @@ def _schema() -> DictConfig:
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
-    do a template's variables, a server's aliases and its substitutes for losses; parameters of a loss and an advantage
+    do a template's variables, a server's aliases, losses and objectives; parameters of a loss and an advantage
     are checked against their declarations.
     """
     node = OmegaConf.structured(RunConfig)
@@ -365,7 +365,8 @@ def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, mo
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     """Plain dicts, lists and numbers, nested as the dataclasses are, of all that a run reads, to be shown, compared and
     kept: without the secrets of an environment (args.hide_secrets)."""
-    values = {name: value for name, value in dataclasses.asdict(cfg).items() if reads("train", name)}
+    unread = () if cfg.feedback.enabled else ("service", "feedback")
+    values = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in unread}
     return {**values, "env": {**values["env"], "options": hide_secrets(values["env"]["options"])}}
 
 

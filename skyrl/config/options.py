@@ -19,17 +19,22 @@ from skyrl.config import schema
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
-    "seed dry_run plugins model strategy service chat batch.max_tokens_per_microbatch batch.max_row_tokens "
+    "seed dry_run plugins model strategy service feedback chat batch.max_tokens_per_microbatch batch.max_row_tokens "
     "debug.deterministic run.world_size run.threads run.collective_timeout_seconds run.allow_different "
     "sampler.backend sampler.block_tokens sampler.max_running sampler.kv_cache_gib sampler.prefix_cache "
     "sampler.cuda_graphs"
 ).split()
 # Command -> groups that it does not read, although it reads what is around them.
 SFT_UNREAD = (
-    "service algorithm batch.num_steps batch.samples_per_prompt batch.optim_steps_per_batch batch.epochs_per_batch "
-    "optim.lr optim.warmup_steps sampler.temperature debug.check_weights_every"
+    "service feedback algorithm batch.num_steps batch.samples_per_prompt batch.optim_steps_per_batch "
+    "batch.epochs_per_batch optim.lr optim.warmup_steps sampler.temperature debug.check_weights_every"
 ).split()
-UNREAD: dict[str, Sequence[str]] = {"train": ("service",), "sft": SFT_UNREAD, "serve": ("model.lora",)}
+TRAIN_UNREAD = (  # a run that serves has one model, whose checkpoints are the run's
+    "service.folder service.aliases_file service.tokenizer_id service.max_models service.max_resident_models "
+    "service.max_rank service.full_parameters service.mix_tenants service.model_idle_seconds service.gap_seconds "
+    "service.loss_substitutes"
+).split()
+UNREAD: dict[str, Sequence[str]] = {"train": TRAIN_UNREAD, "sft": SFT_UNREAD, "serve": ("model.lora",)}
 # Names of an earlier release -> the ones of today. They are refused with the new name.
 RENAMED = {
     "algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs",

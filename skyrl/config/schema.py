@@ -512,6 +512,29 @@ class ServiceConfig:
 
 
 @dataclass(frozen=True)
+class FeedbackConfig:
+    """Live feedback on answers of the OpenAI-style endpoints: kept by skyrl.serve, learned from by skyrl.train."""
+
+    enabled: bool = False
+    """skyrl.serve: keeps answers and takes POST /feedback. skyrl.train: serves the policy, and learns from the feedback
+    on its answers instead of sampling prompts; a step begins when batch.prompts_per_step rated answers are there."""
+    folder: PathStr = ""
+    """Where the queue lies, on a local disk; "" = the folder `feedback` in run.dir, or in service.folder."""
+    max_versions: int = 8
+    """Optimizer steps by which the weights that gave an answer may differ from those that learn from it."""
+    max_seconds: float = 86400.0
+    """Age of an answer after which it is neither rated nor learned from."""
+    rate_per_minute: int = 120
+    """Posts of feedback from one key in a minute (without keys: from one address)."""
+    reward_limit: float = 1.0
+    """Rewards and objectives lie between minus this and this, which are also what thumbs down and up mean."""
+    max_share: float = 0.5
+    """Largest part of one step's rows that is of one key, where there are several; 1 = no bound."""
+    objectives: list[str] = field(default_factory=list)
+    """Names of the objectives that clients may give beside a plain reward; algorithm.objectives weighs them."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The whole run or, with `service`, the whole server. skyrl.config.options.reads says which command reads what."""
 
@@ -540,3 +563,4 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)

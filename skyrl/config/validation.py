@@ -62,11 +62,12 @@ AT_LEAST_ONE = (
     "algorithm.filters.max_refill_rounds env.max_turns env.max_concurrent eval.num_prompts eval.samples_per_prompt "
     "warmup.rows_per_step run.collective_timeout_seconds run.join_seconds service.max_models "
     "service.max_resident_models service.max_rank service.max_queued_samples service.max_request_mib "
-    "service.max_tokens_per_request"
+    "service.max_tokens_per_request feedback.rate_per_minute"
 ).split()
 ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
-    "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds"
+    "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds feedback.max_seconds "
+    "feedback.reward_limit feedback.max_share"
 ).split()
 NO_LENGTH = (
     "sampler.max_new_tokens: has no default for a task of your own; give the most tokens that one answer may have (64 "
@@ -90,7 +91,7 @@ LEAST: dict[str, tuple[float, str]] = {
     "run.hang_seconds": (0.5, "ranks report less often than that; 0 = never"),
     "service.model_idle_seconds": (1.0, "clients send less often than that; 0 = never"),
 }
-PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio".split()
+PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio feedback.max_share".split()
 BELOW_ONE = ("optim.beta1", "optim.beta2")
 
 
@@ -177,6 +178,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         "with algorithm.advantage.name=gae, the only one with a critic",
     ),
     "model.lora": (lambda cfg: cfg.model.lora.rank > 0, "with model.lora.rank above 0"),
+    "feedback": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true"),
     "strategy.shard_size": (lambda cfg: cfg.strategy.name == "hsdp", "with strategy.name=hsdp"),
     "optim.final_lr_ratio": (lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=linear or cosine"),
     "model.revision": (lambda cfg: cfg.model.path != "tiny", "with a hub name in model.path"),
@@ -186,6 +188,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
 APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "model.tiny": (lambda cfg: cfg.model.path == "tiny", "with model.path=tiny"),
     "warmup.rows_per_step": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
+    "service": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true, where the run serves its policy"),
     "warmup.lr": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "strategy.reshard_after_forward": (
         lambda cfg: cfg.strategy.name in ("fsdp", "hsdp"),
@@ -216,6 +219,7 @@ def check(cfg: RunConfig) -> None:
         _algorithms,
         _objectives,
         _adapters,
+        _feedback,
         _strategies,
         _places,
     ):
@@ -521,6 +525,15 @@ def _adapters(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _feedback(cfg: RunConfig) -> Iterator[str]:
+    if cfg.env.name == "feedback" and not cfg.feedback.enabled:
+        yield "env.name=feedback: has no prompts; set feedback.enabled=true, or start from experiment=live_feedback"
+    if cfg.feedback.enabled:
+        yield from _service(cfg)
+        if cfg.algorithm.filters.zero_variance:
+            yield "algorithm.filters.zero_variance=true: what users rate is not sampled again; leave it out"
+
+
 def _strategies(cfg: RunConfig) -> Iterator[str]:
     name, offload = cfg.strategy.name, cfg.strategy.offload
     if offload != "none" and name not in OFFLOAD[offload]:
@@ -585,7 +598,7 @@ def ignored_on_resume(path: str, schedule: str) -> bool:
     return path.startswith(RESUME_GROUPS) or path in RESUME_OPTIONS
 
 
-RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.")
+RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.", "service.")
 RESUME_OPTIONS = frozenset(
     "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "

@@ -12,6 +12,9 @@ from skyrl.distributed.collectives import exchange, gather_objects
 from skyrl.distributed.init import World
 from skyrl.types import Datum
 
+SLOWDOWN = 1.5  # of a step of all that several clients draw, against one of a few sequences
+RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
+
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of rows per micro-batch: longest first, each into the fullest one it fits in (best fit decreasing).
@@ -82,3 +85,27 @@ def rebalance(world: World, rows: list[Datum], slack: float = 1.1) -> list[Datum
             if source == world.rank:
                 outgoing[rank].append(rows[index])
     return [row for part in exchange(world, outgoing) for row in part]
+
+
+class Pace:
+    """How many sequences a rank may draw at once while several clients share it.
+
+    On a GPU a step of hundreds takes about as long as one of a few; where it does not, as on a CPU, a client with many
+    requests would make each token of all others that much slower. So the time of a step is measured, by load."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}  # of a step of 2 ** (key - 1) to 2 ** key - 1 sequences
+
+    def note(self, load: int, seconds: float) -> None:
+        """A step of so many sequences took so long."""
+        before = self._seconds.setdefault(load.bit_length(), seconds)
+        self._seconds[load.bit_length()] = 0.8 * before + 0.2 * seconds
+
+    def room(self) -> int:
+        """The largest number whose step is not much slower than that of a few; twice the largest known one at most."""
+        least, size = min(self._seconds.values(), default=0.0), 2
+        while 1 << size < RUNNING_PER_RANK and self._seconds.get(size + 1, 0.0) <= SLOWDOWN * least:
+            size += 1
+            if size not in self._seconds:
+                break
+        return (1 << size) - 1

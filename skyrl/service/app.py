@@ -20,12 +20,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from skyrl.config.schema import ServiceConfig
+from skyrl.feedback.door import FeedbackDoor
 from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, TooManyRequests
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.storage.records import NotFound, StorageError
 from skyrl.service.storage.store import Store
 from skyrl.types import UserError
-from skyrl.web.auth import LOCAL_OWNER, Keys, Signer
+from skyrl.web.auth import Keys, Signer, find_owner
 from skyrl.web.http import FAULT, BodyReader, HttpError, error_reply, log, log_fault, read_body, read_json
 from skyrl.web.message import JsonMessage, Text
 from skyrl.web.tensors import SizeBudget
@@ -61,6 +62,7 @@ class AppState:
     waiting: set[asyncio.Event] = field(default_factory=set)
     closed: bool = False
     answers: OrderedDict[tuple[str, str, str], asyncio.Future[Response]] = field(default_factory=OrderedDict)
+    feedback: FeedbackDoor | None = None
     audit: deque[tuple[datetime, str, str, dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=AUDIT_ENTRIES))
 
     @property
@@ -194,34 +196,6 @@ def once(handler: Handler) -> Handler:
         return future.result()
 
     return run
-
-
-def find_owner(keys: Keys, signer: Signer, request: Request) -> str:
-    """Whose key the request carries, in X-API-Key or as a bearer. Raises HttpError 401, 403."""
-    if not keys.required:
-        _refuse_browsers(request)
-        return LOCAL_OWNER
-    given = request.headers.get("x-api-key")
-    if given is None:
-        scheme, _, rest = request.headers.get("authorization", "").partition(" ")
-        given = rest.strip() if scheme.lower() == "bearer" else None
-    if given is not None and given.startswith("eyJ"):
-        owner = signer.token_owner(given)
-        if owner is None:
-            told = {"www-authenticate": 'Bearer error="invalid_token"'}
-            raise HttpError(401, "this token is not ours or has expired; ask auth/token for another", told)
-        return owner
-    owner = keys.owner(given)
-    if owner is None:
-        raise HttpError(401, "no valid API key; set TINKER_API_KEY to one that this server knows")
-    return owner
-
-
-def _refuse_browsers(request: Request) -> None:
-    """Without keys a web page that the user has open could post here; browsers say where a page is from."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host", ""):
-        raise HttpError(403, f"requests of web pages ({origin[:200]}) need a key; start the server with keys")
 
 
 def http_error(request: Request, error: Exception) -> HttpError:

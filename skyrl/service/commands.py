@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,15 +28,24 @@ from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, Sample, 
 BASE = "base"
 NOT_FINITE = "the model of this request gives log-probabilities that are not finite"
 STOP = "stop"
+R = TypeVar("R", SampleRequest, PromptLogprobsRequest)
 
 
 @dataclass
 class RankContext:
-    """One rank's engine, and what interrupts its sampling when work is pending (rank 0 only)."""
+    """One rank's engine, which of its models requests are drawn from that name no other, and what interrupts sampling
+    when work is pending (rank 0 only)."""
 
     engine: Engine
     score_tokens: int
+    model: str = BASE
     has_pending_work: Callable[[], bool] = field(default=lambda: False)
+
+    def own(self, requests: list[R]) -> list[R]:
+        """The requests; those that name no adapter are drawn through `model`, where that is one."""
+        if self.engine.models[self.model].base is None:
+            return requests
+        return [replace(one, model=one.model or self.model) for one in requests]
 
 
 @dataclass
@@ -124,11 +133,11 @@ def sample(context: RankContext, part: SamplingBatch, seconds: float) -> Samplin
     No collective is inside, so ranks may stop at different steps. When the base itself gives logits that are not
     finite (whole weights of a training that went wrong), all requests of this rank are refused: they share it.
     """
-    sampler = context.engine.open_sampler(BASE).sampler
+    sampler = context.engine.open_sampler(context.model).sampler
     refused, samples = [], []
     for uid in part.cancelled:
         sampler.cancel(uid)
-    for request in part.requests:
+    for request in context.own(part.requests):
         try:
             sampler.add(request)
         except UserError as error:
@@ -153,8 +162,8 @@ def score(context: RankContext, part: list[PromptLogprobsRequest]) -> list[Promp
     engine = context.engine
 
     def scored(requests: list[PromptLogprobsRequest]) -> list[PromptLogprobsResult]:
-        module = engine.open_sampler(BASE).module
-        return score_prompts(module, requests, engine.adapters, max_tokens=context.score_tokens)
+        opened = engine.open_sampler(context.model)
+        return score_prompts(opened.module, context.own(requests), opened.adapters, max_tokens=context.score_tokens)
 
     def scored_alone(request: PromptLogprobsRequest) -> PromptLogprobsResult | Problem:
         try:

@@ -522,12 +522,14 @@ class TopK:
 
 @dataclass
 class SampledSequence:
-    """tokens [n] int64, stop tokens included, and their logprobs at the sampling temperature."""
+    """tokens [n] int64, stop tokens included, and their logprobs at the sampling temperature, under the weights of
+    `version`."""
 
     tokens: Ints
     logprobs: Floats
     stop_reason: Literal["stop", "length"]
     topk: TopK | None = None
+    version: int = 0
 
 
 @dataclass

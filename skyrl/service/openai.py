@@ -16,7 +16,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -45,13 +45,12 @@ from skyrl.service.routes_session import find_weights, unknown_model
 from skyrl.text.chat import Chat
 from skyrl.text.stream import GrowingText, before_stop
 from skyrl.types import Ints, UserError
-from skyrl.web.http import HttpError, in_thread, log, read_json, reply
+from skyrl.web.http import HttpError, error_json, in_thread, log, read_json, reply
 from skyrl.web.message import INT32_MAX, JsonMessage, Name, Text, not_allowed, refused, says_nothing
 
 PREFIXES = ("/v1/", "/oai/api/v1/")
 LISTED = 1000  # checkpoints in /v1/models
 COMMENT_SECONDS = 10.0
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI has it; a chat goes on as far as the context allows
 MAX_PROMPTS, MAX_TURNS, MAX_PARTS, MAX_STOPS, MAX_TOP, MAX_KWARGS = 1024, 4096, 1024, 16, 20, 64
 MAX_TEXT = 1 << 24
@@ -302,13 +301,15 @@ class Token(NamedTuple):
 
 class Writer:
     """The answer to one body: `whole`, or `begin`, then for each prompt `grown` as often as there is news and `pieces`
-    at last, then `end`."""
+    at last, then `end`. `keep` is told (id, number of the first choice, request, samples) before they are sent."""
+
+    keep: Callable[[str, int, SamplingRequest, list[SampledSequence]], None] | None = None
 
     def __init__(self, body: GenerateBody, queries: list[SamplingRequest], chat: Chat, created: int) -> None:
         self.body, self.queries, self.chat = body, queries, chat
         self.limit, self.top, self.echo = body.wishes()
         self.is_chat = isinstance(body, ChatBody)
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if self.is_chat else "text_completion",
             "created": created,
@@ -331,6 +332,8 @@ class Writer:
     def _choices(self, number: int, result: SampleResult) -> Iterator[dict[str, Any]]:
         """The answers to one prompt, counted."""
         self._cached += result.cache_hit_tokens
+        if self.keep is not None and self.limit != 0:
+            self.keep(self.head["id"], number * self.body.n, self.queries[number], result.sequences)
         for index, sequence in enumerate(result.sequences, number * self.body.n):
             self._drawn += 0 if self.limit == 0 else len(sequence.tokens)
             tokens = self._tokens(number, result, sequence) if self.top is not None else []
@@ -443,12 +446,6 @@ def openai_routes(state: AppState, chat: Chat | None) -> list[Route]:
     ]
 
 
-def error_json(error: HttpError) -> dict[str, Any]:
-    """An error in OpenAI's form."""
-    kind = KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
-    return {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
-
-
 async def models(context: RequestContext) -> Response:
     """Names that are served, and the caller's checkpoints that can be sampled, newest first."""
     names = [_model(name, 0) for name in context.state.info.aliases]
@@ -496,6 +493,9 @@ async def complete(
     body, queries = await context.read(read, kind=kind, quick=False)
     weights = await find_model(context, body.model)
     writer = Writer(body, queries, chat, int(time.time()))
+    if context.state.feedback is not None:
+        source = str(weights.get("model_path", info.model_path))
+        writer.keep = partial(context.state.feedback.keep, context.owner, source)
     submitted: list[PendingRequest] = []
     try:
         for query in queries:

@@ -15,8 +15,9 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from skyrl.config.schema import RunConfig
-from skyrl.distributed.balance import deal_by_length
+from skyrl.distributed.balance import RUNNING_PER_RANK, Pace, deal_by_length
 from skyrl.envs import clock
+from skyrl.rollout import draw_seed
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
 from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
 from skyrl.service.messages import (
@@ -39,42 +40,15 @@ from skyrl.service.validation import (
     answer_bytes,
     check_prompt,
     check_sample,
-    draw_seed,
     sampling_params,
 )
 from skyrl.types import Sample, SampleRequest, UserError
 
 T = TypeVar("T")
 RECENT_SECONDS = 5.0  # a client that asked for samples so lately shares the ranks with the others
-SLOWDOWN = 1.5  # of a step of all that several clients draw, against one of a few sequences
-RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
 RECORDED_SECONDS, RECORDED_BYTES = 86400.0, 1 << 30  # of the sequences that are recorded
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
-
-
-class Pace:
-    """How many sequences a rank may draw at once while several clients share it.
-
-    On a GPU a step of hundreds takes about as long as one of a few; where it does not, as on a CPU, a client with many
-    requests would make each token of all others that much slower. So the time of a step is measured, by load."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}  # of a step of 2 ** (key - 1) to 2 ** key - 1 sequences
-
-    def note(self, load: int, seconds: float) -> None:
-        """A step of so many sequences took so long."""
-        before = self._seconds.setdefault(load.bit_length(), seconds)
-        self._seconds[load.bit_length()] = 0.8 * before + 0.2 * seconds
-
-    def room(self) -> int:
-        """The largest number whose step is not much slower than that of a few; twice the largest known one at most."""
-        least, size = min(self._seconds.values(), default=0.0), 2
-        while 1 << size < RUNNING_PER_RANK and self._seconds.get(size + 1, 0.0) <= SLOWDOWN * least:
-            size += 1
-            if size not in self._seconds:
-                break
-        return (1 << size) - 1
 
 
 class Recordings:
@@ -154,6 +128,7 @@ class Sampling:
         self._filled = ""  # whose whole weights are sampled, where all parameters are trained
         self._pace, self._seen = Pace(), dict[str, float]()  # when each client last asked for samples
         self._leaving: list[str] = []  # adapters of cancelled requests, which the ranks still draw from
+        self.held = False  # nothing more is handed to the ranks
 
     def _empty_batches(self) -> list[SamplingBatch]:
         return [SamplingBatch() for _ in range(self.leader.world.dp_size)]
@@ -162,6 +137,11 @@ class Sampling:
     def active(self) -> bool:
         """Whether there is anything to draw or to score."""
         return bool(self._active or self._leaving or self._waiting)
+
+    @property
+    def drawing(self) -> bool:
+        """Whether ranks have something to draw, or something about drawn tokens is to be scored."""
+        return bool(any(self._load) or self._questions)
 
     @property
     def is_shared(self) -> bool:
@@ -282,7 +262,7 @@ class Sampling:
         samples of one prompt share its prefill, so they stay together unless they would fill a rank."""
         ranks = range(len(self._load))
         allowed = self._allowances()
-        while self._unsent and min(self._load) < RUNNING_PER_RANK:
+        while not self.held and self._unsent and min(self._load) < RUNNING_PER_RANK:
             client = next((one for one in self._unsent if allowed.get(one, TOGETHER) > 0), None)
             if client is None:
                 break
@@ -408,7 +388,9 @@ class Sampling:
             return
         reason: Literal["stop", "length"] = "stop" if sample.stop == "stop" else "length"
         assert pending.answer is not None
-        sequence = SampledSequence(sample.tokens, np.asarray(sample.logprobs, np.float32), reason)
+        sequence = SampledSequence(
+            sample.tokens, np.asarray(sample.logprobs, np.float32), reason, version=sample.version
+        )
         pending.answer.sequences[_index(sample.uid)] = sequence
         request: SamplingRequest = pending.request
         if request.topk_sample_logprobs and len(sample.tokens):
@@ -490,10 +472,7 @@ def _prompt_question(pending: PendingSample, request: SamplingRequest) -> Prompt
         topk=request.topk_prompt_logprobs,
         targets=request.targets,
         alternatives=request.prompt_alt_tokens_k,
-        seed=draw_seed(
-            "alternatives",
-            pending.request_id if seed is None else seed,
-        ),
+        seed=draw_seed("alternatives", pending.request_id if seed is None else seed),
     )
 
 

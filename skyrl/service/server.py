@@ -22,6 +22,8 @@ from skyrl.distributed.collectives import agree, on_leader
 from skyrl.distributed.compare import compare_nodes
 from skyrl.distributed.init import World, store_of_machines
 from skyrl.engine import Engine, ModelSpec, meet
+from skyrl.feedback.door import FeedbackDoor
+from skyrl.feedback.queue import FeedbackQueue
 from skyrl.files import write_folder_atomic
 from skyrl.models.lora import adapted
 from skyrl.planner.plan import Plan, describe_ranks, make_plan, max_row_tokens
@@ -59,10 +61,13 @@ class Service:
     worker: Worker
     info: ServerInfo
     ranks: str  # how many, on which device, with which strategy and dtype
+    feedback: FeedbackQueue | None = None  # with feedback.enabled
 
     def close(self) -> None:
-        """Waits for saves under way and lets go of the service folder."""
+        """Waits for saves under way and lets go of the service folder, and of the queue of feedback."""
         self.checkpoints.close()
+        if self.feedback is not None:
+            self.feedback.close()
 
 
 def open_service(cfg: RunConfig) -> Service | None:
@@ -87,9 +92,18 @@ def open_service(cfg: RunConfig) -> Service | None:
         failure.leave_signals_to_leader(store_of_machines("signals"))
         serve_commands(world, context)
         return None
-    made: list[tuple[CheckpointService, ServerInfo, Keys]] = []
-    on_leader(world, lambda: made.append((*_open_checkpoints(cfg, context.engine), read_keys(cfg.service))))
-    checkpoints, info, keys = made[0]
+    made: list[Service] = []
+    on_leader(world, lambda: made.append(lead(cfg, context, describe_ranks(plan, world.choice.name))))
+    return made[0]
+
+
+def lead(cfg: RunConfig, context: RankContext, ranks: str) -> Service:
+    """Rank 0's Service over an engine that is open. `ranks` says what it runs on. Raises UserError for keys, a folder
+    or a queue that cannot be used."""
+    world, keys, feedback = context.engine.world, read_keys(cfg.service), cfg.feedback
+    folder = Path(feedback.folder or f"{cfg.service.folder}/feedback")
+    queue = FeedbackQueue(folder, feedback) if feedback.enabled else None
+    checkpoints, info = _open_checkpoints(cfg, context)
     scheduler = RequestScheduler(
         gap_seconds=cfg.service.gap_seconds,
         max_queued_samples=cfg.service.max_queued_samples,
@@ -101,12 +115,11 @@ def open_service(cfg: RunConfig) -> Service | None:
     leader = Leader(world, context, timeout_seconds=cfg.run.collective_timeout_seconds)
     mix = cfg.service.mix_tenants == "always"
     worker = Worker(cfg, leader, scheduler, checkpoints, info, mix=mix)
-    return Service(
-        cfg, world, context.engine, scheduler, checkpoints, worker, info, describe_ranks(plan, world.choice.name)
-    )
+    return Service(cfg, world, context.engine, scheduler, checkpoints, worker, info, ranks, queue)
 
 
-def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService, ServerInfo]:
+def _open_checkpoints(cfg: RunConfig, context: RankContext) -> tuple[CheckpointService, ServerInfo]:
+    engine = context.engine
     folder = Path(cfg.service.folder).absolute()
     checkpoints = CheckpointService(folder, session_timeout=cfg.service.model_idle_seconds)
     tokenizer_id = cfg.service.tokenizer_id
@@ -116,7 +129,7 @@ def _open_checkpoints(cfg: RunConfig, engine: Engine) -> tuple[CheckpointService
         tokenizer_id = str(folder / "tokenizer")
         _write_tokenizer(engine, folder / "tokenizer")
         aliases[tokenizer_id] = Path(cfg.model.path)
-    module = engine.models[BASE].strategy.module
+    module = engine.models[context.model].whole.strategy.module
     info = ServerInfo(
         aliases=aliases,
         model_path=cfg.model.path,
@@ -154,10 +167,14 @@ def names(cfg: RunConfig) -> list[str]:
 
 
 def make_app(state: AppState, chat: Chat | None = None) -> Starlette:
-    """Every endpoint of the protocol in one application. `chat`: for /v1/completions and the like; without it those are
+    """Every endpoint of the protocol in one application; with feedback for a model that is trained here
+    (`state.feedback.weights`) only those that sample it. `chat`: for /v1/completions and the like; without it those are
     refused by name."""
     # Routes are tried one after the other: what is asked most comes first.
-    routes = [*work_routes(state), *session_routes(state), *checkpoint_routes(state), *openai_routes(state, chat)]
+    door = state.feedback
+    routes = [*openai_routes(state, chat), *(door.routes() if door is not None else ())]
+    if door is None or not door.weights:
+        routes = [*work_routes(state), *session_routes(state), *checkpoint_routes(state), *routes]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint, Exception: _fault})
     app.router.redirect_slashes = False
     return app
@@ -174,12 +191,15 @@ async def _fault(request: Request, error: Exception) -> Response:
     return error_reply(http_error(request, error))
 
 
-def start_http_server(service: Service, keys: Keys | None = None) -> HttpServer:
-    """Serves HTTP for `service` on service.host and service.port, in a thread of its own. Raises UserError for an
-    address or keys that cannot be used."""
+def start_http_server(service: Service, keys: Keys | None = None, *, weights: str = "") -> HttpServer:
+    """Serves HTTP for `service` on service.host and service.port, in a thread of its own. `weights`: the name of the
+    model that is trained here and sampled; "" = the Tinker server. Raises UserError for an address or keys that cannot
+    be used."""
     settings = service.cfg.service
     keys = read_keys(settings) if keys is None else keys
     state = AppState(service.scheduler, service.checkpoints, service.info, settings, keys)
+    if service.feedback is not None:
+        state.feedback = FeedbackDoor(service.feedback, keys, state.signer, weights=weights)
     app = make_app(state, service.engine.chat)
     return serve_in_thread(app, settings.host, settings.port, close=state.close, options="service")
 

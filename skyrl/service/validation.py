@@ -6,7 +6,6 @@ A refusal names the loss, the datum and the field; it goes through the request's
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 from skyrl.algorithms.declare import Loss
 from skyrl.algorithms.losses import LOSSES
 from skyrl.config.validation import LEAST
+from skyrl.rollout import draw_seed
 from skyrl.service.messages import (
     OptimizerSettings,
     OptimStep,
@@ -267,12 +267,6 @@ def adam_params(request: OptimStep) -> AdamParams:
     if math.isinf(numbers["grad_clip_norm"]):
         numbers["grad_clip_norm"] = 0.0
     return AdamParams(numbers.pop("learning_rate"), **numbers)
-
-
-def draw_seed(*key: Any) -> int:
-    """A 63-bit seed from what is drawn."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def sampling_params(query: SamplingRequest, info: ServerInfo, key: str) -> list[SamplingParams]:

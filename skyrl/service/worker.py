@@ -89,6 +89,18 @@ class Worker:
         self.checkpoints.wait()
         self.leader.stop()
 
+    def work(self, seconds: float, enough: Callable[[], bool]) -> None:
+        """Works for so many seconds, or until there is `enough` and what the ranks have begun to draw is finished (the
+        rest waits for the next time, and its weights); then lets the followers leave."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.sampling.held:
+            self.step()
+            self.sampling.held = enough()
+        while self.sampling.held and self.sampling.drawing:
+            self.step()
+        self.sampling.held = False
+        self.leader.stop()
+
     def step(self) -> None:
         """One turn: at most one training command, then a stretch of sampling."""
         started = time.monotonic()

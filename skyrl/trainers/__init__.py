@@ -17,6 +17,10 @@ def run_trainer(mode: str, cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[st
 
         return sft(cfg, hooks)
     assert mode == "train", mode
+    if cfg.feedback.enabled:
+        from skyrl.trainers.live import train_live
+
+        return train_live(cfg, hooks)
     from skyrl.trainers.rl import train
 
     return train(cfg, hooks)

@@ -37,13 +37,13 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     probe: Probe | None = None
     run.objectives.names = []
     with contextlib.ExitStack() as opened:
-        sampler: Any = opened.enter_context(_sampling(run, step))
+        sampler: Any = opened.enter_context(sampling(run, step))
         if run.weight_check_due():
             probe = sample_probe(run.engine, sampler, step.index)
             check_copies(run.engine)  # here, where the very copy is there that is sampled from
         for number in range(filters.max_refill_rounds if filters.refill else 1):
             if number and run.has_judges():
-                sampler = opened.enter_context(_sampling(run, step))
+                sampler = opened.enter_context(sampling(run, step))
             positions = step.deal(range(state.position, state.position + wanted))
             prompts, config = [(i, run.stream.at(i)) for i in positions], run.rollout_config("train")
             groups = rollout(sampler, prompts, config, run.engine.chat)
@@ -55,7 +55,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
             state.position += wanted
             sampled += groups
             _note_objectives(run, groups)
-            keep_P = _note_groups(run, step, groups)
+            keep_P = note_groups(run, step, groups)
             run.invalid = run.invalid or next((e.invalid for group in groups for e in group if e.invalid), "")
             kept += [(i, group) for i, group, keep in zip(positions, groups, keep_P, strict=True) if keep]
             if all_reduce_sum(world, np.array([len(kept)]))[0] >= wanted:
@@ -63,24 +63,29 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     sampler = None  # what is freed between rollouts must not live on by this name
     if probe is not None:
         check_probe(run.engine, probe)
-    _count_sampled(run, step, sampled)
-    _measure(run, step, sampled)
-    run.tell_hooks("on_rollouts", step.number, sampled)
-    if run.plan.due("rollouts", step.number) or (cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
-        run.write_rollouts(sampled, f"{step.number:06d}")
+    record_episodes(run, step, sampled)
     everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]
     place = {position: number for number, position in enumerate(everyone)}
     return [(place[i], group) for i, group in kept if i in place], len(everyone)
 
 
 @contextlib.contextmanager
-def _sampling(run: Run, step: Step) -> Iterator[Sampler]:
+def sampling(run: Run, step: Step) -> Iterator[Sampler]:
     """A sampler over the policy; what it counts is added to the step's metrics."""
     with run.engine.sampling("policy") as sampler:
         run.note_sampler(sampler)
         yield sampler
         for key, value in sampler.metrics().items():
             step.sums.add(key, value)
+
+
+def record_episodes(run: Run, step: Step, groups: list[list[Episode]]) -> None:
+    """Counts this rank's episodes, hands them to the hooks, and writes them down when that is due. Collective."""
+    _count_sampled(run, step, groups)
+    _measure(run, step, groups)
+    run.tell_hooks("on_rollouts", step.number, groups)
+    if run.plan.due("rollouts", step.number) or (run.cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
+        run.write_rollouts(groups, f"{step.number:06d}")
 
 
 def _note_objectives(run: Run, groups: list[list[Episode]]) -> None:
@@ -104,7 +109,7 @@ def _measure(run: Run, step: Step, groups: list[list[Episode]]) -> None:
         step.log({f"multiplier/{k}:mean": value for k, value in run.objectives.multipliers.items()})
 
 
-def _note_groups(run: Run, step: Step, groups: list[list[Episode]]) -> list[bool]:
+def note_groups(run: Run, step: Step, groups: list[list[Episode]]) -> list[bool]:
     """Adds what the groups say of themselves to the step's metrics; returns which of them the filters keep."""
     episode_metrics(step.sums, groups, prefix="")
     valid = [[e for e in group if not e.invalid] for group in groups]

@@ -7,14 +7,14 @@ denominators, metrics) goes through sums over ranks, so a branch before a collec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import rebalance
 from skyrl.loop import run_loop
 from skyrl.planner.plan import make_spec, make_value_spec
-from skyrl.rollout import Row, to_rows
+from skyrl.rollout import Group, Row, to_rows
 from skyrl.run import Run, Step
 from skyrl.trainers.experience import (
     add_advantages,
@@ -36,8 +36,9 @@ def train(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     return run_loop(cfg, train_rl, hooks=hooks)
 
 
-def train_rl(run: Run) -> None:
-    """Warm-up, then RL until batch.num_steps."""
+def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] = generate_groups) -> None:
+    """Warm-up, then RL until batch.num_steps. `collect`: where this rank's groups of a step come from, each with its
+    place among the groups of all ranks, and how many these are."""
     total, state = run.plan.num_steps, run.state
     if state.phase == "rl" and state.step >= total and not state.unrecorded:
         run.say(
@@ -48,7 +49,7 @@ def train_rl(run: Run) -> None:
     run.create_models()  # the frozen reference is the policy as it is now
     for step in run.steps("rl", total, evaluate_every=run.cfg.eval.every_steps, evaluate_first=True):
         with step.phase("generation", "collect"):
-            groups, num_groups = generate_groups(run, step)
+            groups, num_groups = collect(run, step)
         with step.phase("training", "train"):
             if num_groups == 0:  # on all ranks
                 run.say(

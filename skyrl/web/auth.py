@@ -17,8 +17,11 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+from starlette.requests import Request
+
 from skyrl.config.schema import ServiceConfig
 from skyrl.types import UserError
+from skyrl.web.http import HttpError
 
 ENVIRONMENT = "SKYRL_API_KEYS"
 LOCAL_OWNER = "local"
@@ -35,6 +38,11 @@ class Keys:
     def required(self) -> bool:
         """Whether there are keys at all."""
         return bool(self._owners)
+
+    @property
+    def shared(self) -> bool:
+        """Whether there are keys of several owners."""
+        return len({owner for _, owner in self._owners}) > 1
 
     def number(self, owner: str) -> int:
         """A number for the owner's (first) key, from 1; 0 when there are no keys."""
@@ -149,3 +157,31 @@ class Signer:
 
 def _base64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def find_owner(keys: Keys, signer: Signer, request: Request) -> str:
+    """Whose key the request carries, in X-API-Key or as a bearer. Raises HttpError 401, 403."""
+    if not keys.required:
+        _refuse_browsers(request)
+        return LOCAL_OWNER
+    given = request.headers.get("x-api-key")
+    if given is None:
+        scheme, _, rest = request.headers.get("authorization", "").partition(" ")
+        given = rest.strip() if scheme.lower() == "bearer" else None
+    if given is not None and given.startswith("eyJ"):
+        owner = signer.token_owner(given)
+        if owner is None:
+            told = {"www-authenticate": 'Bearer error="invalid_token"'}
+            raise HttpError(401, "this token is not ours or has expired; ask auth/token for another", told)
+        return owner
+    owner = keys.owner(given)
+    if owner is None:
+        raise HttpError(401, "no valid API key; set TINKER_API_KEY to one that this server knows")
+    return owner
+
+
+def _refuse_browsers(request: Request) -> None:
+    """Without keys a web page that the user has open could post here; browsers say where a page is from."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host", ""):
+        raise HttpError(403, f"requests of web pages ({origin[:200]}) need a key; start the server with keys")

@@ -52,6 +52,7 @@ STOP_SECONDS = 5.0
 # Above the pools of the clients, so that they close idle connections and never send into one that closes.
 KEEP_ALIVE_SECONDS = 120
 FAULT = "the server failed on this request; its log says why"
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CLOSE = {"connection": "close"}  # the rest of the body is not read, so nothing may follow it
 COUNTED_BYTES = 1 << 18  # of JSON, at a time: short enough for others to have their turn
 _STEP = np.zeros(256, np.int8)  # in depth
@@ -266,6 +267,12 @@ def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 def error_reply(error: HttpError) -> Response:
     """An error: always with a body, since clients take an empty 400 for a broken proxy and retry."""
     return reply({"detail": error.detail}, error.status, error.headers)
+
+
+def error_json(error: HttpError) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kind = KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
 
 
 def log_fault(request: Request, error: BaseException) -> None:

@@ -193,6 +193,7 @@ BUDGET = {
     "debug": (3, "one switch for each doubt"),
     "run": (12, "name, place, resume, the patience of ranks, and what may differ between their nodes"),
     "service": (20, "address, keys, names, one limit for each thing clients could exhaust, one map of losses"),
+    "feedback": (8, "a switch, a place, how old (2), how much of one client (2), what it may say (2)"),
 }
 
 

@@ -219,6 +219,8 @@ def skyrl_tx(name: str, rest: list[str], needs: list[str]) -> None:
             flags.staged = None  # a folder that is not here
             sbatch.render(flags, mode, args)
         plan(mode, tuple(args), flags.nodes * (flags.gpus or flags.nproc or 1))
+    elif name == "feedback-server":
+        plan("serve", (f"feedback.folder={rest[0]}", "feedback.enabled=true", *rest[1:]), 1)
     elif name == "stage":
         plan("train", tuple(one for one in rest[1:] if not one.startswith("-")), 1)
     elif name == "get-model":

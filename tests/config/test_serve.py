@@ -126,10 +126,13 @@ def test_old_names_are_refused_with_the_new_one(old, new):
 def test_a_server_has_what_it_reads_and_a_run_does_not_have_the_service():
     paths = {option.path for option in all_options("serve")}
     assert {path.split(".")[0] for path in paths} == {
-        "seed", "dry_run", "plugins", "model", "strategy", "sampler", "batch", "debug", "run", "service", "chat"
+        "seed", "dry_run", "plugins", "model", "strategy", "sampler", "batch", "debug", "run", "service",
+        "feedback", "chat",
     }  # fmt: skip
     assert not any(path.startswith("model.lora") for path in paths) and reads("train", "model.lora.rank")
-    with pytest.raises(UserError, match=r"^service.port: skyrl.train does not read it; leave it out$"):
+    with pytest.raises(UserError, match=r"^service.max_models: skyrl.train does not read it; leave it out$"):
+        load_config(["service.max_models=1"])
+    with pytest.raises(UserError, match=r"^service.port=1: has an effect only with feedback.enabled=true, where "):
         load_config(["service.port=1"])
     with pytest.raises(UserError, match=r"^algorithm.kl.coef: skyrl.sft does not read it; leave it out$"):
         load_config(["algorithm.kl.coef=0.1"], mode="sft")

@@ -1,6 +1,6 @@
 """How many sequences run at once while several clients share the ranks."""
 
-from skyrl.service.sampling import RUNNING_PER_RANK, Pace
+from skyrl.distributed.balance import RUNNING_PER_RANK, Pace
 
 
 def measured(step_seconds) -> Pace:
