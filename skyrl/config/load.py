@@ -25,10 +25,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from skyrl.config.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
-from skyrl.config.options import RENAMED, UNREAD, all_options, groups, reads, short_names, unknown_option
+from skyrl.config.options import (
+    RENAMED,
+    UNREAD,
+    alias_problems,
+    all_options,
+    groups,
+    reads,
+    short_names,
+    unknown_option,
+)
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
-    alias_problems,
     check_serve,
     check_typed,
     ignored_on_resume,

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -184,3 +184,15 @@ def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train"
         return f"{path}: skyrl.{mode} does not read it; " + (f"its own is {own}" if own else "leave it out")
     meant = suggest(path, folders, mode)
     return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")
+
+
+def alias_problems(cfg: schema.RunConfig, aliases: dict[str, str], where: str) -> Iterator[str]:
+    """One line for each alias that cannot be kept; `where` names the option or file they come from."""
+    for name, path in aliases.items():
+        if not name:
+            yield f"{where}: an empty name; write the name that clients ask for"
+        if path not in ("", cfg.model.path):
+            yield (
+                f"{where}: {name} is to be {path}, but this server has one model, model.path={cfg.model.path}; give "
+                '"", or start another server for it'
+            )

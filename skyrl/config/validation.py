@@ -20,7 +20,7 @@ from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
-from skyrl.config.options import all_options
+from skyrl.config.options import alias_problems, all_options
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
@@ -257,18 +257,6 @@ def _service(cfg: RunConfig) -> Iterator[str]:
             yield f"{where}: choose one of: {', '.join(known)}"
     if cfg.batch.max_row_tokens == 1:
         yield "batch.max_row_tokens=1: leaves no room for an answer; give at least 2, or 0 for the model's own limit"
-
-
-def alias_problems(cfg: RunConfig, aliases: dict[str, str], where: str) -> Iterator[str]:
-    """One line for each alias that cannot be kept; `where` names the option or file they come from."""
-    for name, path in aliases.items():
-        if not name:
-            yield f"{where}: an empty name; write the name that clients ask for"
-        if path not in ("", cfg.model.path):
-            yield (
-                f"{where}: {name} is to be {path}, but this server has one model, model.path={cfg.model.path}; give "
-                '"", or start another server for it'
-            )
 
 
 def check_typed(cfg: RunConfig, keys: Collection[str]) -> None:
