@@ -10,6 +10,7 @@ from gloo import run_ranks
 from loop import LOOP, train_here
 from small import make_engine, small_config
 
+import skyrl
 from skyrl.algorithms.filters import register_filter
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.folder import latest
@@ -236,6 +237,23 @@ def test_options_that_speak_of_no_objective_end_the_run_in_its_first_step(tmp_pa
 def test_options_are_checked(option, line):
     with pytest.raises(UserError, match=line):
         check(small_config(f"algorithm.objectives.{option}"))
+
+
+def test_a_script_gives_functions_with_parameters(tmp_path):
+    """In a list, whose dicts are written in Hydra's grammar; so are those of wrappers."""
+
+    def accuracy(text, prompt):
+        return 1.0
+
+    def brevity(text, prompt, *, limit: int):
+        return -1.0
+
+    reward = [accuracy, {"name": brevity, "limit": 3}, {"name": "overlong", "limit": 5, "margin": 2}]
+    given = {"run.dir": str(tmp_path), "data.path": "x.jsonl", "env.wrappers": [{"name": "w", "words": ["a:b", "c"]}]}
+    cfg = skyrl.SkyRLTrainer("tiny", reward=reward, config=given).config
+    place = f"{__name__}:test_a_script_gives_functions_with_parameters.<locals>."
+    assert cfg.env.options["reward"] == [f"{place}accuracy", {"name": f"{place}brevity", "limit": 3}, reward[2]]
+    assert cfg.env.wrappers == given["env.wrappers"]
 
 
 def test_each_objective_by_itself_needs_one_reward_for_each():

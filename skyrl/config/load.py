@@ -172,12 +172,18 @@ def as_overrides(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     texts, but not the names in a mapping."""
     for name, value in options.items():
         path = prefix + name
-        if not isinstance(value, Mapping):
-            yield f"{path}={json.dumps(value, ensure_ascii=False, default=str)}"
-        elif path in ("service.aliases", "service.loss_substitutes"):
-            yield f"{path}={{{','.join(f'{key}:{json.dumps(item)}' for key, item in value.items())}}}"
-        else:
+        if isinstance(value, Mapping) and path not in ("service.aliases", "service.loss_substitutes"):
             yield from as_overrides(value, f"{path}.")
+        else:
+            yield f"{path}={_as_typed(value)}"
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_as_typed(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_as_typed, value))}]"
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train") -> RunConfig:
