@@ -20,8 +20,8 @@ from pathlib import Path
 from common import write
 
 from skyrl.config.schema import EnvConfig
-from skyrl.envs.arithmetic import Arithmetic
 from skyrl.envs.base import Environment, StepResult, register_environment
+from skyrl.tasks.arithmetic import Arithmetic
 from skyrl.types import Prompt
 from skyrl.workers.pool import open_calls, shut_pool
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tinker"), str(ROOT / "tests" / 
 from hub import make_model, write_lines  # noqa: E402
 from launcher import environment  # noqa: E402
 
-from skyrl.envs.arithmetic import column_sums  # noqa: E402
+from skyrl.tasks.arithmetic import column_sums  # noqa: E402
 
 LARGEST = 100
 HELD_OUT = 512  # of 10,201 questions

@@ -1,6 +1,6 @@
-"""Environments; importing this registers the built-in ones. Imports without torch."""
+"""What an environment is, and single_turn; skyrl.tasks has the other built-in ones. Imports without torch."""
 
-from skyrl.envs import arithmetic, expressions, gsm8k, guess_number, reasoning_gym, single_turn
+from skyrl.envs import single_turn
 from skyrl.envs.base import (
     ENVIRONMENTS,
     Environment,
@@ -17,13 +17,8 @@ __all__ = [
     "Guard",
     "Outcome",
     "StepResult",
-    "arithmetic",
     "environment_options",
-    "expressions",
-    "gsm8k",
-    "guess_number",
     "make_environment",
-    "reasoning_gym",
     "register_environment",
     "single_turn",
 ]

@@ -1,5 +1,35 @@
-"""Tasks that bring what they need; importing this registers them. Imports without torch."""
+"""The built-in tasks; importing this registers them. Imports without torch."""
 
-from skyrl.tasks import code, feedback, games, math, search, sql, structured, support, tools
+from skyrl.tasks import (
+    arithmetic,
+    code,
+    expressions,
+    feedback,
+    games,
+    gsm8k,
+    guess_number,
+    math,
+    reasoning_gym,
+    search,
+    sql,
+    structured,
+    support,
+    tools,
+)
 
-__all__ = ["code", "feedback", "games", "math", "search", "sql", "structured", "support", "tools"]
+__all__ = [
+    "arithmetic",
+    "code",
+    "expressions",
+    "feedback",
+    "games",
+    "gsm8k",
+    "guess_number",
+    "math",
+    "reasoning_gym",
+    "search",
+    "sql",
+    "structured",
+    "support",
+    "tools",
+]

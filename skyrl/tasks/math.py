@@ -10,10 +10,10 @@ from skyrl.answers.equal import answers_equal
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example
-from skyrl.envs.gsm8k import ANNOTATION, Gsm8k
 from skyrl.envs.rewards import register_reward
 from skyrl.envs.rewards.base import RewardOption, reference, reward_names
 from skyrl.envs.rewards.math import extract_answer
+from skyrl.tasks.gsm8k import ANNOTATION, Gsm8k
 from skyrl.types import Prompt, UserError
 
 INSTRUCTION = "Think step by step. Put the final answer in \\boxed{}."

@@ -6,7 +6,7 @@ import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import ENVIRONMENTS, make_environment
-from skyrl.envs.arithmetic import is_held_out
+from skyrl.tasks.arithmetic import is_held_out
 from skyrl.types import UserError
 
 

@@ -14,9 +14,9 @@ from skyrl.answers.parse import ExpressionError, evaluate, parse
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import Example
-from skyrl.envs.gsm8k import gsm8k_rows
 from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.single_turn import SingleTurn, require
+from skyrl.tasks.gsm8k import gsm8k_rows
 from skyrl.types import Prompt, UserError
 
 MAX_DECIMALS = 6

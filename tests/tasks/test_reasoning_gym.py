@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
-from skyrl.envs import make_environment, reasoning_gym
+from skyrl.envs import make_environment
 from skyrl.envs.base import ENVIRONMENTS
+from skyrl.tasks import reasoning_gym
 from skyrl.types import UserError
 
 

@@ -109,7 +109,7 @@ def test_folder_through_the_datasets_package(files, tmp_path_factory, monkeypatc
 def test_data_set_id_without_the_package():
     code = (
         "import sys; sys.modules['datasets'] = None\n"
-        "from skyrl.config.schema import DataConfig; from skyrl.envs import ENVIRONMENTS\n"
+        "import skyrl.tasks; from skyrl.config.schema import DataConfig; from skyrl.envs import ENVIRONMENTS\n"
         "from skyrl.types import UserError\n"
         "try: ENVIRONMENTS.get('gsm8k').dataset({}, DataConfig(path='openai/gsm8k'), 'train', 0)\n"
         "except UserError as error: print(error)\n"

@@ -9,7 +9,7 @@ import pytest
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import ENVIRONMENTS, make_environment
 from skyrl.envs.data_files import read_examples
-from skyrl.envs.expressions import Expressions, collect_expressions, decimal, normalise
+from skyrl.tasks.expressions import Expressions, collect_expressions, decimal, normalise
 from skyrl.types import UserError
 
 
