@@ -100,7 +100,7 @@ def run(seed: int, steps: int, folder: str) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for seed in given.seeds:
