@@ -365,8 +365,7 @@ class Run:
     def has_judges(self) -> bool:
         """Whether some rewards are of whole batches. They live as long as the run."""
         if self.judges is None:
-            found = group_rewards_of(self.cfg.env, batch=True)
-            self.judges = [(reward, reward(**params)) for reward, params in found]
+            self.judges = [(one, one(**params)) for one, params in group_rewards_of(self.cfg.env, batch=True)]
         return bool(self.judges)
 
     def score_batch(self, groups: list[list[Episode]], config: RolloutConfig) -> None:

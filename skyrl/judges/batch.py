@@ -14,11 +14,9 @@ DIGITS = 5  # after the point, of scores that models compute: what a batch is pa
 
 @dataclass(frozen=True)
 class RankTools:
-    """What a rank has beside the episodes. The function is collective: every rank calls it equally often, also
-    with nothing.
+    """What a rank has beside the episodes. The function is collective: every rank calls it, equally often.
 
-    reference_logprobs: of each episode the log-probabilities of its sampled tokens under the frozen reference, at
-    temperature 1.
+    reference_logprobs: log-probabilities of each episode's sampled tokens under the reference, at temperature 1.
     """
 
     device: Any

@@ -104,8 +104,7 @@ async def rubric_score(
         try:
             said, grades = await _ask(client, asked, rubric)
         except asyncio.CancelledError:
-            line = f"the judge at {client.base_url} gave no grade within env.timeout_seconds"
-            raise RetryableError(line) from None
+            raise RetryableError(f"the judge at {client.base_url} gave no grade in env.timeout_seconds") from None
     with contextlib.suppress(OSError):  # a disk that is full or read-only costs further requests and nothing else
         if path := _kept(key):
             path.parent.mkdir(parents=True, exist_ok=True)

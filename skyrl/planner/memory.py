@@ -6,6 +6,7 @@ and the rows themselves.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
-from skyrl.envs.base import ENVIRONMENTS, group_rewards_of
+from skyrl.envs.base import group_rewards_of
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.hub.policies import POLICIES, policy_path
@@ -420,9 +421,13 @@ def estimate(
 
 
 def needs_reference(cfg: RunConfig) -> bool:
-    """Whether there is a frozen reference: for a KL term, or for a reward that asks for one."""
-    judges = group_rewards_of(cfg.env, batch=True) if cfg.env.name in ENVIRONMENTS else []
-    return cfg.algorithm.kl.coef > 0 or any(getattr(judge.fn, "needs_reference", False) for judge, _ in judges)
+    """Whether there is a frozen reference: for a KL term, or for a reward that asks for one. What is wrong with plugins
+    or rewards is told where they are used."""
+    with contextlib.suppress(UserError):
+        import_plugins(cfg.plugins)
+        judges = group_rewards_of(cfg.env, batch=True)
+        return cfg.algorithm.kl.coef > 0 or any(getattr(judge.fn, "needs_reference", False) for judge, _ in judges)
+    return cfg.algorithm.kl.coef > 0
 
 
 def _transient(cfg: RunConfig, sizes: ModelSizes, compute: int, master: int, sharded: bool, *, trained: bool) -> int:

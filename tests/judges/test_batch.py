@@ -52,6 +52,7 @@ def test_likelihood_is_the_reference_s_and_needs_no_kl(tmp_path):
     assert np.max(np.abs(gaps)) > 1e-3
     cfg = small_config("env.options.reward=[exact,likelihood]", *MORE)
     assert needs_reference(cfg) and not needs_reference(small_config(*MORE))
+    assert not needs_reference(small_config("env.options.reward=of_a_plugin", *MORE))  # told where it is used
 
 
 def logprobs_of(strategy, texts):

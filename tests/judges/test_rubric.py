@@ -127,4 +127,4 @@ def test_a_slow_judge_masks_and_does_not_stop(judge):
         return rubric_score("four", PROMPT, model="m", base_url=judge.url)
 
     outcome = asyncio.run(guard.call_async(call, prompt=PROMPT))
-    assert outcome.kind == "retryable" and "gave no grade within env.timeout_seconds" in outcome.invalid
+    assert outcome.kind == "retryable" and "gave no grade in env.timeout_seconds" in outcome.invalid
