@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 # Written out, since a name that is looked up here while modules are being imported must not import skyrl.api.
 _LAZY = frozenset(
-    "Advantage Advantages BatchReward Environment Episode Hook Loss Message Metrics Param Policy Prompt RetryableError RewardRows "
-    "SkyRLTrainer StepResult UserError Wrapper evaluate per_group register_advantage register_environment "
+    "Advantage Advantages BatchReward Environment Episode Hook Loss Message Metrics Param Policy Prompt RetryableError "
+    "RewardRows SkyRLTrainer StepResult UserError Wrapper evaluate per_group register_advantage register_environment "
     "register_filter register_loss register_policy register_reward register_wrapper".split()
 )
 
