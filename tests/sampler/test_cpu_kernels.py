@@ -151,8 +151,6 @@ def test_fused_is_refused_with_its_reason():
     with pytest.raises(UserError, match="sampler.backend=fused: .*window"):
         sampler(model, backend="fused")
     assert sampler(model, backend="auto").backend == "module"
-    with pytest.raises(UserError, match="choose one of: auto, fused, module"):
-        sampler(model, backend="vllm")
 
 
 @pytest.mark.parametrize("backend", ["auto", "fused"])
