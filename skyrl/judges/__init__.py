@@ -1,5 +1,5 @@
 """Rewards that need more than a comparison; importing this registers them. No torch until a model scores."""
 
-from skyrl.judges import models, policy, rubric
+from skyrl.judges import claims, models, overlap, policy, rubric
 
-__all__ = ["models", "policy", "rubric"]
+__all__ = ["claims", "models", "overlap", "policy", "rubric"]
