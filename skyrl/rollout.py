@@ -335,7 +335,21 @@ def rank_tools(engine: Engine, reference: str) -> RankTools:
             found[row.episode].append(np.asarray(logprobs)[row.mask])
         return [np.concatenate(parts) for parts in found]
 
-    return RankTools(engine.world.device, reference_logprobs)
+    def generate(conversations: Sequence[list[Message]], max_tokens: int) -> list[str | None]:
+        found: list[str | None] = [None] * len(conversations)
+        params = SamplingParams(max_tokens, temperature=0.0, stop_token_ids=engine.chat.stop_token_ids)
+        with engine.sampling("policy") as sampler:
+            for number, messages in enumerate(conversations):
+                ids = engine.chat.prompt(messages)
+                if len(ids) + max_tokens <= engine.max_row_tokens:
+                    sampler.add(SampleRequest(str(number), ids, params))
+            while sampler.unfinished():
+                heartbeat()
+                for sample in sampler.step():
+                    found[int(sample.uid)] = engine.chat.read(sample.tokens.tolist(), 0)
+        return found
+
+    return RankTools(engine.world.device, reference_logprobs, generate)
 
 
 def _ids(config: RolloutConfig, prompt: Prompt, what: str, make: Callable[..., Ints], *given: Any) -> tuple[Any, str]:

@@ -14,13 +14,17 @@ DIGITS = 5  # after the point, of scores that models compute: what a batch is pa
 
 @dataclass(frozen=True)
 class RankTools:
-    """What a rank has beside the episodes. The function is collective: every rank calls it, equally often.
+    """What a rank has beside the episodes. The functions are collective: every rank calls them equally often, also
+    with nothing.
 
-    reference_logprobs: log-probabilities of each episode's sampled tokens under the reference, at temperature 1.
+    reference_logprobs: of each episode the log-probabilities of its sampled tokens under the frozen reference, at
+    temperature 1. generate: what the policy as it is now answers to each conversation, greedily, in at most so many
+    tokens; None where a conversation is too long.
     """
 
     device: Any
     reference_logprobs: Callable[[Sequence[Episode]], list[Floats]]
+    generate: Callable[[Sequence[list[Message]], int], list[str | None]]
 
 
 class BatchReward:

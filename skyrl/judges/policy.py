@@ -1,11 +1,13 @@
-"""Rewards that the engine computes: likelihood under the frozen reference."""
+"""Rewards that the engine computes: likelihood under the frozen reference, and grades by the policy itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from skyrl.envs.rewards.base import register_reward
-from skyrl.judges.batch import DIGITS, BatchReward, RankTools, Score
+from skyrl.judges.batch import DIGITS, BatchReward, RankTools, Score, conversation
+from skyrl.judges.rubric import RUBRIC, criteria_of, grading_messages, parse_grades
 from skyrl.types import Episode
 
 
@@ -27,3 +29,30 @@ class Likelihood(BatchReward):
             else ValueError("no token was sampled")
             for one in found
         ]
+
+
+@register_reward("self_rubric", batch=True)
+class SelfRubric(BatchReward):
+    """The grade that the policy gives itself, as it is now and drawing greedily, 0 to 1; see the reward `rubric`. What
+    it writes and cannot be read masks the episode."""
+
+    def __init__(self, *, rubric: str | dict[str, str] = RUBRIC, max_tokens: int = 256) -> None:
+        criteria_of(rubric)  # says what is wrong with it
+        self.rubric, self.max_tokens = rubric, max_tokens
+
+    def score(self, episodes: Sequence[Episode], tools: RankTools) -> list[Score]:
+        asked = []
+        for episode in episodes:
+            *before, last = conversation(episode)
+            told = grading_messages(last["content"], replace(episode.prompt, messages=before), self.rubric)
+            # In one message: not every template has a place for the system's.
+            asked.append([{"role": "user", "content": "\n\n".join(message["content"] for message in told)}])
+        return [self._grade(said) for said in tools.generate(asked, self.max_tokens)]
+
+    def _grade(self, said: str | None) -> Score:
+        if said is None:
+            return ValueError("its conversation with the rubric is longer than a row (batch.max_row_tokens)")
+        try:
+            return parse_grades(said, self.rubric)
+        except ValueError as error:
+            return ValueError(f"the policy wrote no grades: {error}")

@@ -1,4 +1,4 @@
-"""Rewards of whole batches in the loop: likelihood under the reference, a plugin's, failures."""
+"""Rewards of whole batches in the loop: likelihood under the reference, grades by the policy, a plugin's, failures."""
 
 from pathlib import Path
 
@@ -10,8 +10,11 @@ from small import make_engine, small_config
 
 from skyrl.api import BatchReward, register_reward
 from skyrl.config.schema import EnvConfig
+from skyrl.data import make_prompts
 from skyrl.engine import ModelSpec
 from skyrl.envs.base import group_rewards_of
+from skyrl.judges.batch import RankTools
+from skyrl.judges.policy import SelfRubric
 from skyrl.planner.memory import needs_reference
 from skyrl.rollout import RolloutConfig, rank_tools, score_batch
 from skyrl.tracking.jsonl import read_metrics
@@ -82,6 +85,24 @@ def test_refill_scores_each_round_before_groups_are_chosen(tmp_path):
     assert one["episodes:sum"] == 32.0 and one["sampler/tokens:sum"] == one["sampled_tokens:sum"]
 
 
+def test_a_policy_that_writes_no_grades_ends_the_run_with_a_line(tmp_path):
+    more = ["env.on_error=mask", "batch.max_row_tokens=2000", "batch.num_steps=1"]
+    with pytest.raises(UserError, match="sample 0: the policy wrote no grades: it is no JSON object"):
+        run(tmp_path, "[exact,{name:self_rubric,max_tokens:4}]", *more)
+
+
+def test_the_policy_s_grades_are_scores():
+    asked = []
+
+    def generate(conversations, max_tokens):
+        asked.extend(conversations)
+        return ['{"score": 5}', None, "five"]
+
+    scores = SelfRubric(max_tokens=9).score(episodes("a", "b", "c"), RankTools("cpu", lambda given: [], generate))
+    assert scores[0] == 0.5 and all(isinstance(one, ValueError) for one in scores[1:])
+    assert [one["role"] for one in asked[0]] == ["user"] and '"answer": "a"' in asked[0][0]["content"]
+
+
 def episodes(*texts):
     sample = Sample("u", np.array([1]), np.zeros(1), "stop", 0)
     prompt = Prompt("p/1", "e", [], {"source": "rows.jsonl:3"})
@@ -136,3 +157,6 @@ def test_a_reward_that_fails_as_a_whole_is_one_line():
         score("1.0", "a", "lost")
     with pytest.raises(UserError, match="batch=True is for a class with a method score"):
         register_reward("test_none", batch=True)(lambda text, prompt: 1.0)
+    bad = small_config("env.options.reward={name:self_rubric,rubric:''}")
+    with pytest.raises(UserError, match="rubric='': wanted a text"):
+        make_prompts(bad, "train")
