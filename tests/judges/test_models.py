@@ -12,7 +12,7 @@ from skyrl.judges.batch import RankTools, conversation
 from skyrl.judges.models import RewardModel, Similarity
 from skyrl.types import Episode, Prompt, Sample, Turn, UserError
 
-TOOLS = RankTools("cpu", lambda episodes: [])
+TOOLS = RankTools("cpu", lambda episodes: [], lambda conversations, max_tokens: [])
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
 
 
