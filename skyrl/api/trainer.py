@@ -17,9 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from skyrl.config.load import as_overrides, default_name, from_dict, load_config, resolve_run_dir, typed_options
+from skyrl.config.load import (
+    as_overrides,
+    config_dir,
+    default_name,
+    from_dict,
+    load_config,
+    resolve_run_dir,
+    typed_options,
+)
 from skyrl.config.schema import RunConfig
-from skyrl.config.validation import OUR_TASKS, with_params
+from skyrl.config.validation import with_params
 from skyrl.distributed import env
 from skyrl.distributed.place import take_place
 from skyrl.envs.adapters import as_environment
@@ -157,9 +165,15 @@ def _with_given(config: Any, given: dict[str, Any]) -> RunConfig:
     known = {key: value for key, value in given.items() if not (key == "model.path" and value == "tiny")}
     if given.get("model.path") == "tiny":
         words.insert(0, "model=tiny")
-    if given.get("env.name", OUR_TASKS[0]) not in OUR_TASKS and "experiment" not in typed:
-        words.insert(0, "experiment=custom")
+    if "env.name" in given and "experiment" not in typed:
+        words.insert(0, f"experiment={_recipe_of(given['env.name'])}")
     return load_config([*words, *as_overrides(known)])
+
+
+def _recipe_of(environment: str) -> str:
+    """The recipe that an environment is played by where none is named: that of its own name, else `custom`."""
+    name = environment.removesuffix("_model")  # support_model: the customer of `support`, played by a model
+    return name if name.isidentifier() and (config_dir() / "experiment" / f"{name}.yaml").is_file() else "custom"
 
 
 def _policy_name(policy: Any) -> str:

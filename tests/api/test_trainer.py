@@ -120,6 +120,8 @@ def test_a_reward_is_a_function_of_single_turn(tmp_path):
     cfg = build(tmp_path, "tiny", reward=digits).config
     assert cfg.env.name == "single_turn" and cfg.env.options["reward"].endswith("test_trainer:digits")
     assert cfg.experiment == "custom"
+    ours = skyrl.SkyRLTrainer("tiny", "tic_tac_toe", config=[f"run.dir={tmp_path}"]).config
+    assert (ours.experiment, ours.env.max_turns, ours.sampler.max_new_tokens) == ("tic_tac_toe", 6, 2)
     assert build(tmp_path, "tiny", "arithmetic", reward="exact").config.env.options["reward"] == "exact"
 
 
