@@ -107,7 +107,7 @@ class FeedbackDoor:
     async def _answer(self, request: Request) -> Response:
         try:
             owner = find_owner(self.keys, self.signer, request)
-            if request.method == "GET":
+            if request.method in ("GET", "HEAD"):
                 return reply(await in_thread(self.queue.counts, owner))
             return await self._post(request, owner)
         except ClientDisconnect:

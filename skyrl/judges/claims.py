@@ -54,19 +54,23 @@ def unsupported_claims(text: str, context: str) -> list[str]:
     are words with a capital; at the beginning of a sentence only if more capitals or another name follow, or 's does.
     Letter case, accents, hyphens and an s at the end are passed over.
     """
-    body, found = _LIST_MARK.sub("", text), {}
+    body, found = _LIST_MARK.sub("", text), dict[str, str]()
     plain = _plain(context)
-    for match in _QUOTE.finditer(body):
-        said = next(part for part in match.groups() if part)
-        parts = [_plain(part) for part in re.split(r"\.\.\.|\u2026|\[[^\]]*\]", said)]
-        if len(said.split()) > 1:
-            body = body.replace(match[0], " , ")
-            if not all(part in plain for part in parts):
-                found[said] = said
+
+    def without(quote: re.Match[str]) -> str:
+        said = next(part for part in quote.groups() if part)
+        if len(said.split()) < 2:
+            return quote[0]
+        parts = re.split(r"\.\.\.|\u2026|\[[^\]]*\]", said)
+        if said not in found and not all(_plain(part) in plain for part in parts):
+            found[said] = said
+        return " , "
+
+    body = _QUOTE.sub(without, body)
     known = numbers_of(context)
     found |= {said: said for value, said in numbers_of(body).items() if value not in known}
     words = {stem for word in _WORD.findall(context) for stem in _stems(word)}
-    for name in _names(body):
+    for name in dict.fromkeys(_names(body)):
         if not (_stems(name)[0] in words or all(stem in words for stem in _stems(name)[1:] or ["?"])):
             found[_stems(name)[0]] = name
     return list(found.values())

@@ -33,7 +33,7 @@ def chrf(text: str, prompt: Prompt, *, corpus: str = "") -> float:
 
     corpus: a data file of reference texts, field `text`; "" = the row's `references` or `answer`.
     """
-    given = character_ngrams(text)
+    given = character_ngrams.__wrapped__(text)  # a few MB of a long answer: references alone are kept
     return max(_f_score(given, character_ngrams(other)) for other in references(prompt, corpus))
 
 

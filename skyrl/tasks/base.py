@@ -49,7 +49,7 @@ class Task(Environment):
         order = list(range(len(tasks)))
         random.Random(f"skyrl.{cls.name}").shuffle(order)
         cut = max(1, len(order) // HELD_OUT)
-        order = order[:cut] if split == "test" else order[cut:]
+        order = order[:cut] if split == "test" else order[cut:] or order  # a single one is both
         if split == "train":
             random.Random(f"skyrl.{cls.name}/{seed}").shuffle(order)
         asked = [tasks[index] for index in order[: env.num_prompts.get(split)]]
@@ -122,7 +122,7 @@ def last_block(text: str, languages: str) -> str:
 def field_of(prompt: Prompt, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
     """A field of a row. Raises UserError with file:line where it is missing, of another type, or empty."""
     value = prompt.extra.get(name)
-    if not isinstance(value, kind) or value in ("", [], {}):
+    if not isinstance(value, kind) or value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
         raise wrong_field(prompt, name, wanted)
     return value
 

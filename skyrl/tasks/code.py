@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
 import json
+import keyword
 from typing import Any
 
 from skyrl.envs.base import RetryableError, StepResult, register_environment
 from skyrl.envs.single_turn import require
 from skyrl.sandbox import Level, Limits, SandboxError, default_sandbox, to_text
-from skyrl.tasks.base import Task, Tasks, last_block, require_weights, staged
+from skyrl.tasks.base import Task, Tasks, last_block, require_weights, staged, wrong_field
 from skyrl.types import Prompt, UserError
 
 STAGES = ("parses", "compiles", "within_limits", "passes")
@@ -66,16 +68,21 @@ class Code(Task):
     def check(self, prompt: Prompt) -> None:
         """There is a function to write, and tests of it."""
         name, tests = prompt.extra.get("entry_point"), prompt.extra.get("tests")
-        if not (isinstance(name, str) and name.isidentifier()):
+        if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
             raise UserError(
                 f"{prompt.place}: field 'entry_point' is {name!r}, wanted the name of the function to write"
             )
+        if not isinstance(prompt.extra.get("context", ""), (str, type(None))):
+            raise wrong_field(prompt, "context", "Python text")
         if isinstance(tests, str) and tests.strip():
             try:
-                compile(tests, "tests", "exec")
-                compile(str(prompt.extra.get("context", "")), "context", "exec")
-            except (SyntaxError, ValueError) as error:
+                parsed = ast.parse(tests), ast.parse(prompt.extra.get("context") or "")
+            except (SyntaxError, ValueError, RecursionError) as error:
                 raise UserError(f"{prompt.place}: field 'tests' or 'context' is no Python ({error})") from error
+            nodes = [node for tree in parsed for node in ast.walk(tree)]
+            named = {getattr(node, "id", getattr(node, "name", "")) for node in nodes}
+            if not {name, "check"} & named:  # anything would pass
+                raise UserError(f"{prompt.place}: field 'tests' neither names {name!r} nor defines check(candidate)")
         elif not isinstance(tests, list) or not tests:
             raise UserError(
                 f"{prompt.place}: field 'tests' is {type(tests).__name__}, wanted a list of cases that is not empty, "
@@ -96,7 +103,7 @@ class Code(Task):
         extra = self.prompt.extra
         source = program_of(text, str(self.prompt.messages[-1]["content"]) if self.complete else "")
         tests = json.dumps(extra["tests"])
-        context = str(extra.get("context", ""))
+        context = extra.get("context") or ""
         try:
             reached, passed = judge(source, extra["entry_point"], tests, context, self.limits, self.level)
         except SandboxError as error:  # says nothing about the answer: made again, then masked, never scored 0

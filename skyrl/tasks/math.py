@@ -52,7 +52,7 @@ class MathProblems(Gsm8k):
         """Question, solution and final answer of a row. Raises UserError with file:line."""
         question, field = (next((n for n in names if row.fields.get(n) is not None), names[0]) for names in FIELDS)
         given = row.fields.get(field)
-        given = str(given) if isinstance(given, (int, float)) else row.text(field)
+        given = str(given) if type(given) in (int, float) else row.text(field)
         answer = extract_answer(given) or (given.strip() if field == "answer" else "")
         if not answer:
             raise UserError(f"{row.source}: field {field!r} does not hold an answer marked by \\boxed{{}} or ####")

@@ -6,7 +6,7 @@ import functools
 import math
 import random
 import re
-import string
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,13 +115,22 @@ class Search(TurnedTask):
 def answers_of(prompt: Prompt) -> list[str]:
     """The right answers of a row. Raises UserError with file:line."""
     value = field_of(prompt, "answer", (str, int, float, list), "a text, or a list of texts that are right")
-    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in values):
+        raise wrong_field(prompt, "answer", "a text, or a list of texts that are right")
+    return [str(one) for one in values]
 
 
 def normalised(text: str) -> str:
     """A text in lower case without punctuation, articles and spaces that do not matter, as SQuAD compares answers."""
-    bare = text.lower().translate({ord(sign): " " for sign in string.punctuation})
+    bare = unicodedata.normalize("NFKC", text).lower().translate(_signs())
     return " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
+
+
+@functools.cache
+def _signs() -> dict[int, str]:
+    """Punctuation and symbols of all scripts, to be spaces."""
+    return {code: " " for code in range(0x10000) if unicodedata.category(chr(code))[0] in "PS"}
 
 
 @functools.lru_cache(4)

@@ -71,6 +71,8 @@ class Sql(Task):
     def check(self, prompt: Prompt) -> None:
         """Runs the row's own query."""
         query = field_of(prompt, "query", str, "the right query")
+        if not isinstance(prompt.extra.get("ordered"), (bool, type(None))):
+            raise wrong_field(prompt, "ordered", "true or false")
         for script in databases_of(prompt):
             try:
                 run_query(script, query, *self.limits)
@@ -155,9 +157,11 @@ def run_query(script: str, query: str, max_steps: int, max_rows: int) -> list[tu
 
 
 def _compared(value: Any) -> Any:
-    """Numbers that 9 digits do not tell apart are equal, whole ones whatever their type."""
+    """Numbers that 9 digits do not tell apart are equal, whole ones whatever their type: a sum of fractions may come
+    to 0.9999999999999999 in one order and to 1.0 in another."""
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else ("number", f"{value:.9g}")
+        whole = round(value) if abs(value) < 2**53 else 0
+        return whole if abs(value - whole) <= 5e-10 * abs(value) else ("number", f"{value:.9g}")
     return value
 
 

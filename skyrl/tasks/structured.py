@@ -12,6 +12,7 @@ from skyrl.tasks.base import Task, Tasks, field_of, last_block, require_weights,
 from skyrl.types import Prompt, UserError
 
 MAX_CHARACTERS = 100_000
+MAX_SEARCHED = 1000  # characters of a text with a pattern: searching takes the square of their number, or worse
 NUMBER = (int, float)
 TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,), "array": (list,), "string": (str,), "boolean": (bool,), "null": (type(None),),
@@ -29,7 +30,9 @@ KEYWORDS: dict[str, type | tuple[type, ...]] = {
     "additionalProperties": bool, "items": dict, "pattern": str, "$ref": str, "$defs": dict,
     **{name: NUMBER for names in LIMITS.values() for name in names},
 }  # fmt: skip
+WANTED = {list: "a list that is not empty", dict: "an object", str: "a text", bool: "true or false", NUMBER: "a number"}
 REFERENCE = "#/$defs/"
+Known = dict[tuple[int, int], bool]  # a value and a schema, by identity -> whether it allows it
 DESCRIBE = frozenset("$schema $id $comment title description default examples".split())
 
 
@@ -57,7 +60,10 @@ class Structured(Task):
     def check(self, prompt: Prompt) -> None:
         """The schema is understood here, and allows the row's own answer."""
         schema, extra = field_of(prompt, "schema", dict, "a JSON Schema"), prompt.extra
-        problem = schema_problem(schema)
+        try:
+            problem = schema_problem(schema)
+        except RecursionError:
+            problem = "is nested too deep"
         if not problem and "answer" in extra and not matches(extra["answer"], schema):
             problem = f"does not allow the row's own answer {json.dumps(extra['answer'])[:80]}"
         if problem:
@@ -100,15 +106,22 @@ def read_json(text: str) -> Any:
 
 def schema_problem(schema: Any, place: str = "", root: Any = None) -> str:
     """What is wrong with a schema, or not understood here; "" for nothing. `root`: the one that it is a part of."""
-    root = root or schema
+    whole, root = root is None, schema if root is None else root
     if not isinstance(schema, dict):
         return f"has {str(schema)[:40]!r} at {place}, wanted an object"
     for key, value in schema.items():
         if key not in KEYWORDS and key not in DESCRIBE:
             return f"has {place}{key!r}; understood are: {', '.join(KEYWORDS)}"
         names = [value] if isinstance(value, str) else value
-        if key in KEYWORDS and not isinstance(value, KEYWORDS[key]) or key == "type" and not {*names} <= TYPES.keys():
-            return f"has {str(value)[:40]!r} as {place}{key!r}; types are: {', '.join(TYPES)}"
+        told = f"has {str(value)[:40]!r} as {place}{key!r}"
+        if key == "type" and not (isinstance(names, list) and names and all(name in [*TYPES] for name in names)):
+            return f"{told}; types are: {', '.join(TYPES)}"
+        kind: Any = KEYWORDS.get(key, object)
+        if key == "required" and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return f"{told}, wanted a list of texts"
+        empty = key in ("enum", "anyOf") and value == []
+        if not isinstance(value, kind) or (kind is NUMBER and isinstance(value, bool)) or empty:
+            return f"{told}, wanted {WANTED[kind]}"
     if "$ref" in schema and schema["$ref"].removeprefix(REFERENCE) not in root.get("$defs", {}):
         return f"has {schema['$ref']!r} as {place}'$ref'; wanted {REFERENCE}<one of its $defs>"
     try:
@@ -119,36 +132,55 @@ def schema_problem(schema: Any, place: str = "", root: Any = None) -> str:
     inner |= {f"anyOf[{number}]": one for number, one in enumerate(schema.get("anyOf", []))}
     inner |= {"items": schema["items"]} if "items" in schema else {}
     problems = (schema_problem(one, f"{place}{name}.", root) for name, one in inner.items())
-    return next((problem for problem in problems if problem), "")
+    problem = next((problem for problem in problems if problem), "")
+    endless = not problem and whole and next((n for n in schema.get("$defs", {}) if _is_endless(schema, n)), None)
+    return f"has '$defs' in which {endless!r} is itself, by $ref and anyOf alone" if endless else problem
 
 
-def matches(value: Any, schema: dict[str, Any], root: dict[str, Any] | None = None) -> bool:
-    """Whether a schema allows a JSON value. `root`: the schema that it is a part of, which has the $defs."""
-    root = root or schema
-    if "$ref" in schema:
-        return matches(value, root["$defs"][schema["$ref"].removeprefix(REFERENCE)], root)
-    if "anyOf" in schema and not any(matches(value, one, root) for one in schema["anyOf"]):
+def _is_endless(root: dict[str, Any], name: str, above: tuple[str, ...] = ()) -> bool:
+    """Whether one of the $defs says of a value only what it says itself."""
+    found, schemas = [], [root["$defs"][name]]
+    for schema in schemas:
+        schemas += schema.get("anyOf", [])
+        found += [schema["$ref"].removeprefix(REFERENCE)] if "$ref" in schema else []
+    return name in above or any(_is_endless(root, one, (*above, name)) for one in found)
+
+
+def matches(value: Any, schema: dict[str, Any], root: Any = None, known: Known | None = None) -> bool:
+    """Whether a schema allows a JSON value. `root`: the schema that it is a part of, which has the $defs. `known`: what
+    was found there, since each branch of an anyOf that refers to the whole would else look at all below it anew."""
+    place, known = (id(value), id(schema)), {} if known is None else known
+    if place not in known:
+        known[place] = _allows(value, schema, root or schema, known)
+    return known[place]
+
+
+def _allows(value: Any, schema: dict[str, Any], root: dict[str, Any], known: Known) -> bool:
+    if "$ref" in schema and not matches(value, root["$defs"][schema["$ref"].removeprefix(REFERENCE)], root, known):
+        return False
+    if "anyOf" in schema and not any(matches(value, one, root, known) for one in schema["anyOf"]):
         return False
     names = schema.get("type", list(TYPES))
     if not any(_is(value, name) for name in ([names] if isinstance(names, str) else names)):
         return False
-    wanted = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if wanted is not None and not any(agreement(value, one) == 1.0 for one in wanted):
-        return False
-    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+    for wanted in ([schema[key]] if key == "const" else schema[key] for key in ("enum", "const") if key in schema):
+        if not any(agreement(value, one) == 1.0 for one in wanted):
+            return False
+    searched = isinstance(value, str) and "pattern" in schema
+    if searched and (len(value) > MAX_SEARCHED or not re.search(schema["pattern"], value)):
         return False
     if type(value) in LIMITS:
         size = value if type(value) in NUMBER else len(value)
         least, most = (schema.get(name, size) for name in LIMITS[type(value)])
         if not least <= size <= most:
             return False
-    if isinstance(value, list):
-        return all(matches(one, schema.get("items", {}), root) for one in value)
+    if isinstance(value, list) and "items" in schema:
+        return all(matches(one, schema["items"], root, known) for one in value)
     if isinstance(value, dict):
-        known = schema.get("properties", {})
-        allowed = schema.get("additionalProperties", True) or value.keys() <= known.keys()
+        parts = schema.get("properties", {})
+        allowed = schema.get("additionalProperties", True) or value.keys() <= parts.keys()
         whole = all(name in value for name in schema.get("required", []))
-        return allowed and whole and all(matches(one, known.get(name, {}), root) for name, one in value.items())
+        return allowed and whole and all(matches(value[n], parts[n], root, known) for n in value if n in parts)
     return True
 
 

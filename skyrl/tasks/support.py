@@ -56,7 +56,8 @@ class Support(TurnedTask):
         field_of(prompt, "action", str, "the right action, such as 'refund 4821'")
         asks = prompt.extra.get("asks", {})
         words = [*asks.values()] if isinstance(asks, dict) and asks.keys() <= facts.keys() else [asks]
-        if not all(isinstance(one, list) and all(isinstance(word, str) and word for word in one) for one in words):
+        words += [[name] for name in facts if not isinstance(asks, dict) or name not in asks]
+        if not all(isinstance(one, list) and one and all(map(_words, one)) for one in words):
             raise wrong_field(prompt, "asks", "an object: one of the facts -> list of words that ask for it")
 
     def reset(self, prompt: Prompt) -> list[Message]:
@@ -71,8 +72,8 @@ class Support(TurnedTask):
             self.action = actions[-1]
             return None
         facts, asks = self.prompt.extra["facts"], self.prompt.extra.get("asks", {})
-        words = f" {' '.join(re.findall(r'[a-z0-9]+', text.lower()))} "
-        asked = [name for name in facts if any(f" {one.lower()} " in words for one in asks.get(name, [name]))]
+        words = _words(text)
+        asked = [name for name in facts if any(_words(one) in words for one in asks.get(name, [name]))]
         new = [name for name in asked if name not in self.told][:2]
         self.told += new
         self.idle += not new
@@ -157,6 +158,12 @@ class SupportModel(Support):
         if not words:
             raise RetryableError(f"{self.url} answers without words")
         return words
+
+
+def _words(text: Any) -> str:
+    """The words of a text in any script, in lower case, each between spaces; "" for what has none, or is no text."""
+    found = re.findall(r"[^\W_]+", text.casefold()) if isinstance(text, str) else []
+    return f" {' '.join(found)} " if found else ""
 
 
 RULES = (

@@ -112,7 +112,7 @@ class ToolAgent(TurnedTask, SingleTurn):
             self.answer = text
             return None
         results = [f"{self._call(name, argument)}\n" for name, argument in calls]
-        results += [f"no call: {problem}\n" for problem in problems]
+        results += [f"no call: {problem}\n" for problem in [*dict.fromkeys(problems)][:MAX_CALLS]]
         if self.format == "tags" and self.role == "user":
             results = [f"<tool_response>\n{result}</tool_response>\n" for result in results]
         self.calls += len(calls)

@@ -119,6 +119,11 @@ def test_bodies_that_are_none_and_keys_that_are_wrong(server):
     assert said(server, server.client(token), id=episode, reward=1).status_code == 200
 
 
+def test_a_head_request_says_nothing_of_an_answer(server):
+    before = server.queue.counts("ann")
+    assert server.ann.head("/feedback").status_code == 200 and server.queue.counts("ann") == before
+
+
 def test_a_replay_changes_nothing(server):
     episode, other = asked(server), asked(server)
     body = {"id": episode, "reward": 1, "idempotency_key": "k"}

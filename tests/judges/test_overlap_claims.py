@@ -5,7 +5,7 @@ import time
 import pytest
 
 from skyrl.judges.claims import count_unsupported, unsupported_claims
-from skyrl.judges.overlap import chrf, common_subsequence, rouge_l
+from skyrl.judges.overlap import character_ngrams, chrf, common_subsequence, rouge_l
 from skyrl.types import Prompt, UserError
 
 CONTEXT = """The bridge was opened in 1,932 by Marie Curie-Joliot and Dr. O'Neill. It cost 3 million dollars;
@@ -54,7 +54,15 @@ def test_long_texts_take_milliseconds():
     started = time.process_time()
     assert common_subsequence(list("abcde") * 800, list("aebdc") * 800) > 1600
     unsupported_claims("A1 b.c, " * 500 + "1" * 5000 + '"' * 500 + "Marie " * 500, CONTEXT * 20)
+    assert len(unsupported_claims(" ".join(f'"ab c{n}"' for n in range(5000)), CONTEXT)) == 5000
     assert time.process_time() - started < 5.0
+
+
+def test_answers_are_not_kept():
+    before = character_ngrams.cache_info().currsize
+    prompt = Prompt("u", "e", [], {"answer": "one reference"})
+    assert all(chrf(f"answer {n}", prompt) < 1.0 for n in range(5))  # some MB each where they are long
+    assert character_ngrams.cache_info().currsize <= before + 1
 
 
 @pytest.mark.parametrize(

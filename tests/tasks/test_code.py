@@ -112,6 +112,9 @@ def test_made_tasks_have_right_solutions_and_are_held_out():
         ({"tests": [{"input": [1], "expected": 2}]}, "case 0 is"),
         ({"tests": [{"args": [1]}]}, "case 0 is"),
         ({"tests": "assert ("}, "is no Python"),
+        ({"tests": "assert True"}, "neither names 'add' nor defines check"),
+        ({"entry_point": "class"}, "field 'entry_point' is 'class'"),
+        ({"context": ["import os"]}, "wanted Python text"),
     ],
 )
 def test_a_row_that_cannot_be_judged_is_refused_by_its_line(tmp_path, change, told):

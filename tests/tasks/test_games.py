@@ -49,6 +49,12 @@ def test_what_is_no_free_cell_uses_up_a_turn(rows, play, answer):
     assert result.reward == 0.0 and result.metrics["illegal_moves:mean"] == 2.0
 
 
+@pytest.mark.parametrize("opening", [0, 1])
+def test_a_single_beginning_is_trained_on_and_held_out(rows, play, opening):
+    train, test = (rows("tic_tac_toe", split=split, options={"opening": opening}) for split in ("train", "test"))
+    assert [p.extra["board"] for p in (*train, *test)] == ["." * 9] * 2
+
+
 def test_outcomes():
     assert [outcome(b) for b in ("XXX......", "O..O..O..", "XOXXOOOXX", "XOXOXOOX.")] == [1, -1, 0, None]
     assert value_of("." * 9) == 0 and value_of("XX.OO....") == 1

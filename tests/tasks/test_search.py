@@ -30,6 +30,7 @@ def corpus(tmp_path):
         (["answer: the Oslo"], 1.0, (0, 0, 0, 1)),
         (["answer: A town of Oslo!"], 1.0, (0, 0, 0, 1)),
         (["search: capital of Norway", "search: flour", "answer: Rome"], 0.2, (2, 0, 1, 0)),
+        (["answer: \u201cOslo\u201d\u2026"], 1.0, (0, 0, 0, 1)),  # signs of any script
         (["answer: Oslo or Rome"], 0.0, (0, 0, 0, 0)),
         (["answer: Oslo\nanswer: Rome"], 0.0, (0, 0, 0, 0)),
         (["Oslo", "search:", "answer: Oslo"], 1.0, (0, 2, 0, 1)),
@@ -50,6 +51,10 @@ def test_what_is_shown(rows, play, corpus):
     _, heard = play(prompt, "search: the capital", "search: zzz", "well", "answer: x", **corpus, max_characters=14)
     assert heard[1] == "[1] Oslo: Oslo is \n[2] Rome: Rome is \n" and heard[2] == "nothing found\n"
     assert heard[3].startswith("write one line: search: <words>")
+
+
+def test_texts_that_are_written_in_two_ways_are_the_same():
+    assert normalised("Zu\u0308rich \u2014 \u00abthe\u00bb \uff12") == normalised("Z\u00fcrich 2") == "z\u00fcrich 2"
 
 
 def test_bm25_prefers_rare_words_and_short_texts():
@@ -101,6 +106,9 @@ def test_the_package_is_named_where_it_is_missing(rows, play, corpus, monkeypatc
         ({"prompt": "?"}, {}, r"train\.jsonl:1: field 'answer' is None"),
         ({"prompt": "?", "answer": ["Oslo", "the"]}, {}, r"train\.jsonl:1: field 'answer' .* more than articles"),
         ({"prompt": "?", "answer": {"a": 1}}, {}, r"train\.jsonl:1: field 'answer'"),
+        ({"prompt": "?", "answer": ["Oslo", None]}, {}, r"train\.jsonl:1: field 'answer'"),
+        ({"prompt": "?", "answer": [["Oslo"]]}, {}, r"train\.jsonl:1: field 'answer'"),
+        ({"prompt": "?", "answer": True}, {}, r"train\.jsonl:1: field 'answer'"),
         (ROW, {"top_k": 0}, "env.options.top_k=0"),
         (ROW, {"corpus": "none.jsonl"}, "none.jsonl"),
         (ROW, {"corpus": None}, "env.options.corpus: no file of texts is named"),

@@ -29,6 +29,10 @@ BOMB = f"WITH c0 AS (SELECT 1), {', '.join(DOUBLED)} SELECT * FROM c29"
         ("SELECT id FROM t ORDER BY id DESC", "SELECT id FROM t ORDER BY -id", 1.0),
         ("SELECT id FROM t ORDER BY id DESC", "SELECT id FROM t", 0.1),
         ("SELECT s FROM t", "SELECT s FROM t GROUP BY s", 0.1),  # rows count as often as they come
+        ("SELECT 0.1 + 0.2 + 0.7", "SELECT 0.7 + 0.2 + 0.1", 1.0),  # 1.0, and 0.9999999999999999
+        ("SELECT 3 * id FROM t", "SELECT id / 0.1 * 0.3 FROM t", 1.0),
+        ("SELECT id FROM t", "SELECT id + 0.00001 FROM t", 0.1),
+        ("SELECT 0", "SELECT 0.0000001", 0.1),
         ("SELECT avg(x)/3 FROM t", "SELECT sum(x)/count(*)/3.0 FROM t", 1.0),
     ],
 )
@@ -125,6 +129,7 @@ def test_made_tasks_are_right_held_out_and_have_no_constant(rows, play):
         ({"query": ""}, "field 'query' is ''"),
         ({"query": "SELECT missing FROM t"}, "the right query fails on 'database': no such column"),
         ({"query": "DELETE FROM t"}, "the right query fails"),
+        ({"ordered": "no"}, "field 'ordered' is 'no', wanted true or false"),
         ({"database": []}, "field 'database'"),
         ({"database": [ONE, 5]}, "field 'database'"),
         ({"database": "CREATE TABLE"}, "cannot be made"),

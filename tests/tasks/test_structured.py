@@ -62,11 +62,14 @@ TREE = {"$defs": {"N": NODE}, "$ref": "#/$defs/N"}
         ({"minimum": 2, "maximum": 3}, [2, 3.0, "x", True], [1, 3.5]),
         ({"enum": [1, "a", [1]]}, [1.0, "a", [1]], [True, "A", [1, 1], {}]),
         ({"type": "array", "items": {"type": "null"}, "minItems": 1}, [[None]], [[], [1], {}]),
+        ({"required": []}, [{}, 5], []),
         ({"required": ["a"]}, [{"a": None}, [], 5], [{"b": 1}]),
         ({}, [None, {}, [], 1], []),
         ({"const": "a"}, ["a"], ["b", None]),
         ({"anyOf": [{"type": "string", "maxLength": 1}, {"type": "null"}]}, ["a", None], ["ab", 1]),
         ({"pattern": "^[a-z]+-\\d$"}, ["ab-1", 5], ["ab-", "1"]),
+        ({"enum": [1, 2], "const": 2}, [2], [1, 3]),
+        ({"$defs": {"N": {"type": "integer"}}, "$ref": "#/$defs/N", "minimum": 5}, [5], [4, "5"]),
         (TREE, [{"v": 1}, {"v": 1, "l": {"v": 2, "l": None}}], [{"v": 1, "l": {"v": "2"}}, {"v": 1, "l": 5}, {}]),
     ],
 )
@@ -74,6 +77,13 @@ def test_schemas(schema, right, wrong):
     assert not schema_problem(schema)
     assert all(matches(value, schema) for value in right)
     assert not any(matches(value, schema) for value in wrong)
+
+
+def test_no_answer_takes_longer_than_its_length():
+    branch = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/A"}}
+    both = {"$defs": {"A": {"anyOf": [branch, {**branch, "maxItems": 9}]}}, "$ref": "#/$defs/A"}
+    assert not matches(json.loads("[" * 50 + "]" * 50), both)  # 2^50 steps by each branch for itself
+    assert matches("a" * 1000, {"pattern": "[a-z]"}) and not matches("a" * 90_000, {"pattern": "[a-z]+[0-9]|a"})
 
 
 def test_values_that_look_alike_are_not_the_same():
@@ -90,6 +100,11 @@ def test_made_tasks_are_right_and_held_out(rows, play):
         assert play(prompt, prompt.extra["solution"])[0].reward == 1.0
 
 
+DEEP: dict = {"type": "null"}
+for _ in range(900):
+    DEEP = {"items": DEEP}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -99,6 +114,14 @@ def test_made_tasks_are_right_and_held_out(rows, play):
         ({"schema": {"properties": {"a": {"items": {"format": "x"}}}}}, "has properties.a.items.'format'"),
         ({"schema": {"items": 5}}, "has '5' as 'items'"),
         ({"schema": {"items": {"$ref": "#/$defs/a"}}}, r"has '#/\$defs/a' as items.'\$ref'; wanted"),
+        ({"schema": {"type": [["string"]]}}, r"as 'type'; types are: object"),
+        ({"schema": {"type": []}}, r"has '\[\]' as 'type'; types are: object"),
+        ({"schema": {"enum": []}}, r"has '\[\]' as 'enum', wanted a list that is not empty"),
+        ({"schema": {"required": [1]}}, r"has '\[1\]' as 'required', wanted a list of texts"),
+        ({"schema": {"minimum": True}}, "has 'True' as 'minimum', wanted a number"),
+        ({"schema": {"$defs": {"A": {"$ref": "#/$defs/A"}}}}, r"has '\$defs' in which 'A' is itself"),
+        ({"schema": {"$defs": {"A": {"anyOf": [{"$ref": "#/$defs/A"}]}}}}, r"has '\$defs' in which 'A' is itself"),
+        ({"schema": DEEP}, "field 'schema' is nested too deep"),
         ({"schema": {"anyOf": [{"pattern": "("}]}}, r"has '\(' as anyOf\[0\].'pattern'"),
         ({"answer": {"name": 5}}, "does not allow the row's own answer"),
     ],

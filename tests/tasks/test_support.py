@@ -61,6 +61,17 @@ def test_made_customers_are_served_by_asking(rows, play):
 
 
 @pytest.mark.parametrize(
+    ("word", "text"),
+    [("gr\u00f6\u00dfe", "Welche GR\u00d6SSE?"), ("\u043d\u043e\u043c\u0435\u0440", "\u041d\u043e\u043c\u0435\u0440?"),
+     ("e-mail", "Your e-mail?"), ("order_number", "The order number, please"), ("Order no.", "order no?")],
+)  # fmt: skip
+def test_words_that_ask_are_of_any_script(rows, play, word, text):
+    for told in ({"facts": {"x": "It is 5."}, "asks": {"x": [word]}}, {"facts": {word: "It is 5."}, "asks": {}}):
+        _, heard = play(rows("support", {**ROW, **told})[0], text, "action: refund 4821")
+        assert heard[1] == "It is 5.\n"
+
+
+@pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"facts": {}}, "field 'facts' is {}"),
@@ -68,6 +79,9 @@ def test_made_customers_are_served_by_asking(rows, play):
         ({"action": None}, "field 'action' is None"),
         ({"asks": {"name": ["name"]}}, "field 'asks' .* one of the facts"),
         ({"asks": {"order": "number"}}, "field 'asks'"),
+        ({"asks": {"order": []}}, "field 'asks'"),
+        ({"asks": {"order": ["?!"]}}, "field 'asks'"),
+        ({"action": " "}, "field 'action' is ' '"),
         ({"asks": [1]}, "field 'asks'"),
     ],
 )

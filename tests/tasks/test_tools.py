@@ -49,6 +49,16 @@ def test_the_reward_does_what_it_says(rows, play, answers, options, reward, call
     assert (result.reward, counted) == (reward, [calls, malformed])
 
 
+def test_calls_that_cannot_be_read_are_counted_and_not_all_told(rows, play):
+    prompt, bad = (
+        rows("tools", ROW, options=ONLY)[0],
+        "".join(f'<tool_call>{{"name": "{n}", "arguments": {{"a": "b"}}}}' for n in range(999)),
+    )
+    for text, told in (("<tool_call></tool_call>" * 999, 1), (bad.replace("}}<", "}}</tool_call><"), 8)):
+        result, heard = play(prompt, text, "144", format="tags", malformed=1.0, **ONLY)
+        assert heard[1].count("no call: ") == told and result.metrics["malformed_calls:mean"] == 999
+
+
 def test_rewards_are_those_of_single_turn(rows, play):
     options = {**ONLY, "reward": ["math_last_number", {"name": "length", "target": 3}], "malformed": 0.5}
     prompt = rows("tools", ROW, options=options)[0]
