@@ -124,7 +124,7 @@ def test_judge(warm, here):
 def test_loss_and_advantage(warm, here):
     both = [one for one in command("loss.py") + command("advantage.py") if not one.startswith("plugins=")]
     run(warm, here, [*both, "plugins=[examples.loss,examples.advantage]", *SHORT, "run.dir=run", "batch.num_steps=2"])
-    assert all("capped:mean" in step or "skipped_updates:sum" in step for step in steps(here / "run"))
+    assert all("loss/capped:mean" in step or "skipped_updates:sum" in step for step in steps(here / "run"))
 
 
 def test_tinker_script(warm, here):
@@ -180,8 +180,6 @@ def test_slurm_array(here, monkeypatch, capsys):
     assert said.startswith("-m skyrl.cli launch --slurm --array 1-3 ")
     monkeypatch.setattr(sys, "argv", ["skyrl-tx", *said.split()[2:]])
     monkeypatch.chdir(here)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0
+    cli.main()
     script = capsys.readouterr().out
     assert "#SBATCH --array=1-3\n" in script and "run.name=array" in script

@@ -112,7 +112,7 @@ WITH_ALL = ("arithmetic", "arithmetic_lora", "gsm8k")  # of each kind one; the o
     + [
         (recipe, ALGORITHMS[number % len(ALGORITHMS)])
         for number, recipe in enumerate(RECIPES)
-        if recipe not in (*WITH_ALL, "ppo_critic")  # that one is about its algorithm
+        if recipe not in (*WITH_ALL, "ppo_critic", "live_feedback")  # which are about their algorithms
     ],
 )
 def test_every_algorithm_fits_every_kind_of_recipe(recipe, algorithm):

@@ -41,9 +41,9 @@ def train(warm, tmp_path):
 def test_parameters_of_a_plugin_reach_its_loss_and_advantage(train, tmp_path):
     done = train("algorithm.loss.params.scale=3", "algorithm.advantage.params.level=0.5")
     assert done.code == 0, done.stderr
-    steps = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "scale:mean" in record]
+    steps = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/scale:mean" in record]
     assert len(steps) == 2
-    assert all(step["scale:mean"] == 3.0 and step["level:mean"] == 0.5 for step in steps)
+    assert all(step["loss/scale:mean"] == 3.0 and step["loss/level:mean"] == 0.5 for step in steps)
     # Another number is another run: going on from the folder of this one is refused.
     other = train("algorithm.loss.params.scale=4", "algorithm.advantage.params.level=0.5")
     assert other.code == 2 and "algorithm.loss.params.scale: 3.0 -> 4.0" in other.stderr
