@@ -30,6 +30,7 @@ class SingleTurn(Environment):
         self._rewards = [(one, params) for one, params in chosen if not (one.group or one.batch)]
         self._named = isinstance(reward, list) or not self._rewards
         self.main_reward = self._rewards[0][0].name if self._rewards else ""
+        require(abs(correct_reward) < float("inf"), "correct_reward", correct_reward, "a finite number")
         self._correct_reward = correct_reward
 
     @classmethod

@@ -142,20 +142,22 @@ async def _ask(client: Any, asked: dict[str, Any], rubric: str | Mapping[str, st
     """What the judge says, and the grades in it. Raises RetryableError for what may be otherwise the next time."""
     import openai
 
+    busy = openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError, json.JSONDecodeError
     try:
         answer = await client.chat.completions.create(**asked)
-    except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
+    except busy as error:
         raise RetryableError(f"the judge at {client.base_url}: {_line(error)}") from error
-    except openai.APIError as error:
-        raise UserError(
+    except (openai.APIError, TypeError) as error:  # TypeError: a field in `request` that the client does not know
+        kind = RetryableError if getattr(error, "status_code", 0) in (408, 409) else UserError
+        raise kind(
             f"reward rubric: the judge at {client.base_url} refuses the request: {_line(error)}; look at base_url, "
             "model, request and the variable that key_variable names"
         ) from error
-    choices = getattr(answer, "choices", None)
-    said = (choices[0].message.content if choices else None) or ""
+    said = ""
     try:
+        said = answer.choices[0].message.content or ""
         return said, parse_grades(said, rubric)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # the others: no completion at all
         raise RetryableError(f"the judge at {client.base_url} wrote no grades, {error}: {_line(said)!r}") from error
 
 

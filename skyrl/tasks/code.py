@@ -69,9 +69,7 @@ class Code(Task):
         """There is a function to write, and tests of it."""
         name, tests = prompt.extra.get("entry_point"), prompt.extra.get("tests")
         if not (isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)):
-            raise UserError(
-                f"{prompt.place}: field 'entry_point' is {name!r}, wanted the name of the function to write"
-            )
+            raise wrong_field(prompt, "entry_point", "the name of the function to write")
         if not isinstance(prompt.extra.get("context", ""), (str, type(None))):
             raise wrong_field(prompt, "context", "Python text")
         if isinstance(tests, str) and tests.strip():
@@ -79,8 +77,7 @@ class Code(Task):
                 parsed = ast.parse(tests), ast.parse(prompt.extra.get("context") or "")
             except (SyntaxError, ValueError, RecursionError) as error:
                 raise UserError(f"{prompt.place}: field 'tests' or 'context' is no Python ({error})") from error
-            nodes = [node for tree in parsed for node in ast.walk(tree)]
-            named = {getattr(node, "id", getattr(node, "name", "")) for node in nodes}
+            named = {getattr(node, "id", getattr(node, "name", "")) for tree in parsed for node in ast.walk(tree)}
             if not {name, "check"} & named:  # anything would pass
                 raise UserError(f"{prompt.place}: field 'tests' neither names {name!r} nor defines check(candidate)")
         elif not isinstance(tests, list) or not tests:

@@ -131,8 +131,7 @@ def schema_problem(schema: Any, place: str = "", root: Any = None) -> str:
     inner = {f"{key}.{name}": one for key in ("properties", "$defs") for name, one in schema.get(key, {}).items()}
     inner |= {f"anyOf[{number}]": one for number, one in enumerate(schema.get("anyOf", []))}
     inner |= {"items": schema["items"]} if "items" in schema else {}
-    problems = (schema_problem(one, f"{place}{name}.", root) for name, one in inner.items())
-    problem = next((problem for problem in problems if problem), "")
+    problem = next(filter(None, (schema_problem(one, f"{place}{name}.", root) for name, one in inner.items())), "")
     endless = not problem and whole and next((n for n in schema.get("$defs", {}) if _is_endless(schema, n)), None)
     return f"has '$defs' in which {endless!r} is itself, by $ref and anyOf alone" if endless else problem
 

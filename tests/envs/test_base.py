@@ -143,6 +143,12 @@ def test_default_dataset_reads_rows(tmp_path):
     assert env.step("5") == StepResult(0.0, True, metrics={"correct:mean": 0.0})
 
 
+def test_a_limit_that_no_reward_reaches_is_refused():
+    for limit in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"env\.options\.correct_reward=(nan|inf): wanted a finite number"):
+            make_environment(EnvConfig(name="single_turn", options={"reward": "exact", "correct_reward": limit}))
+
+
 def test_everything_imports_and_plays_without_torch():
     code = (
         "import sys, skyrl.api, skyrl.data, skyrl.envs as e\n"

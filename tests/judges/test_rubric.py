@@ -100,6 +100,27 @@ def test_a_judge_that_is_busy_or_away_is_asked_again(judge):
         ask(judge, "5")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [[1, 2], 5, None, {}, {"choices": None}, {"choices": []}, {"choices": ["a"]}, {"choices": [{"message": None}]},
+     {"choices": [{"message": {"content": [{"type": "text", "text": "{}"}]}}]}],
+)  # fmt: skip
+def test_a_reply_that_is_no_completion_is_no_score(judge, body):
+    judge.script = [(200, {}, body)]
+    with pytest.raises(RetryableError, match=f"the judge at {judge.url}/ wrote no grades"):
+        ask(judge, "5")
+
+
+def test_a_judge_that_ran_out_of_time_or_writes_no_json_is_asked_again(judge):
+    no_json = (200, {"Content-Type": "application/json", "Content-Length": "5"}, "hello")
+    for said in ((408, {}, {}), (409, {}, {}), no_json):
+        judge.script = [said]
+        with pytest.raises(RetryableError, match=f"the judge at {judge.url}/"):
+            ask(judge, "5")
+    with pytest.raises(UserError, match="refuses the request: .*'colour'; look at base_url, model, request"):
+        ask(judge, "5", request={"colour": 1})
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_refusal_is_one_line(judge, status):
     judge.script = [(status, {}, {"error": {"message": "no\nsuch model"}})]
