@@ -81,10 +81,8 @@ class Code(Task):
             if not {name, "check"} & named:  # anything would pass
                 raise UserError(f"{prompt.place}: field 'tests' neither names {name!r} nor defines check(candidate)")
         elif not isinstance(tests, list) or not tests:
-            raise UserError(
-                f"{prompt.place}: field 'tests' is {type(tests).__name__}, wanted a list of cases that is not empty, "
-                'such as {"args": [1, 2], "expected": 3}, or Python text with asserts'
-            )
+            such = '{"args": [1, 2], "expected": 3}, or Python text with asserts'
+            raise wrong_field(prompt, "tests", f"a list of cases that is not empty, such as {such}")
         else:
             for number, case in enumerate(tests):
                 kinds = {"args": list, "kwargs": dict}

@@ -160,8 +160,8 @@ def _compared(value: Any) -> Any:
     """Numbers that 9 digits do not tell apart are equal, whole ones whatever their type: a sum of fractions may come
     to 0.9999999999999999 in one order and to 1.0 in another."""
     if isinstance(value, float):
-        whole = round(value) if abs(value) < 2**53 else 0
-        return whole if abs(value - whole) <= 5e-10 * abs(value) else ("number", f"{value:.9g}")
+        whole = abs(value) < 2**53 and abs(value - round(value)) <= 5e-10 * abs(value)  # not of infinity
+        return round(value) if whole else ("number", f"{value:.9g}")
     return value
 
 

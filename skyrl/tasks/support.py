@@ -14,6 +14,8 @@ from skyrl.tasks.base import Tasks, TurnedTask, field_of, require_counts, requir
 from skyrl.types import Message, Metrics, Prompt, UserError
 
 ACTION = re.compile(r"^[ \t]*action[ \t]*:[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces, of which each sign is a word
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 NOT_UNDERSTOOD = "I do not understand what you need from me."
 PERSONA = (
     "You play a customer who writes to the support of a shop. Answer the last message in one or two short sentences, "
@@ -162,7 +164,7 @@ class SupportModel(Support):
 
 def _words(text: Any) -> str:
     """The words of a text in any script, in lower case, each between spaces; "" for what has none, or is no text."""
-    found = re.findall(r"[^\W_]+", text.casefold()) if isinstance(text, str) else []
+    found = WORD.findall(text.casefold()) if isinstance(text, str) else []
     return f" {' '.join(found)} " if found else ""
 
 

@@ -107,7 +107,7 @@ def test_made_tasks_have_right_solutions_and_are_held_out():
     [
         ({"entry_point": "a b"}, "field 'entry_point' is 'a b'"),
         ({"tests": []}, "wanted a list of cases that is not empty"),
-        ({"tests": 5}, "field 'tests' is int"),
+        ({"tests": 5}, "field 'tests' is 5, wanted a list"),
         ({"tests": [{"args": 1, "expected": 2}]}, "case 0 is"),
         ({"tests": [{"input": [1], "expected": 2}]}, "case 0 is"),
         ({"tests": [{"args": [1]}]}, "case 0 is"),

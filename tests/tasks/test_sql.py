@@ -33,6 +33,9 @@ BOMB = f"WITH c0 AS (SELECT 1), {', '.join(DOUBLED)} SELECT * FROM c29"
         ("SELECT 3 * id FROM t", "SELECT id / 0.1 * 0.3 FROM t", 1.0),
         ("SELECT id FROM t", "SELECT id + 0.00001 FROM t", 0.1),
         ("SELECT 0", "SELECT 0.0000001", 0.1),
+        ("SELECT 0", "SELECT 9e999", 0.1),
+        ("SELECT 9e999", "SELECT -9e999", 0.1),
+        ("SELECT 9e999", "SELECT 9e998 * 10", 1.0),
         ("SELECT avg(x)/3 FROM t", "SELECT sum(x)/count(*)/3.0 FROM t", 1.0),
     ],
 )

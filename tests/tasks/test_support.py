@@ -63,7 +63,8 @@ def test_made_customers_are_served_by_asking(rows, play):
 @pytest.mark.parametrize(
     ("word", "text"),
     [("gr\u00f6\u00dfe", "Welche GR\u00d6SSE?"), ("\u043d\u043e\u043c\u0435\u0440", "\u041d\u043e\u043c\u0435\u0440?"),
-     ("e-mail", "Your e-mail?"), ("order_number", "The order number, please"), ("Order no.", "order no?")],
+     ("e-mail", "Your e-mail?"), ("order_number", "The order number, please"), ("Order no.", "order no?"),
+     ("\u65e5\u671f", "\u60a8\u7684\u65e5\u671f\u662f?")],
 )  # fmt: skip
 def test_words_that_ask_are_of_any_script(rows, play, word, text):
     for told in ({"facts": {"x": "It is 5."}, "asks": {"x": [word]}}, {"facts": {word: "It is 5."}, "asks": {}}):
