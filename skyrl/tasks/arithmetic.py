@@ -87,7 +87,10 @@ class Arithmetic(SingleTurn):
         """Scores the answer; always the last step."""
         if self.work:
             text = text.rpartition(WORK_END)[2]
-        result = super().step(text)
+        return super().step(text)
+
+    def _result(self, text: str, values: Sequence[Any]) -> StepResult:
+        result = super()._result(text, values)
         if self.partial and is_digits(text):
             if isinstance(result.reward, dict):  # of several rewards the first one
                 result.reward |= {k: max(v, self.partial) for k, v in list(result.reward.items())[:1]}

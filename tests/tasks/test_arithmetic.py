@@ -1,13 +1,15 @@
 """Arithmetic problems: right answers, disjoint splits, options."""
 
+import asyncio
 import re
 
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import ENVIRONMENTS, make_environment
+from skyrl.envs.rewards.base import REWARDS, Reward
 from skyrl.tasks.arithmetic import is_held_out
-from skyrl.types import UserError
+from skyrl.types import Prompt, UserError
 
 
 def dataset(split="train", seed=1, **options):
@@ -89,6 +91,15 @@ def play(prompt, text, **options):
     env = make_environment(EnvConfig(options=options))
     env.reset(prompt)
     return env.step(text)
+
+
+def test_a_reward_that_is_awaited_has_its_least_part_too(monkeypatch):
+    async def late(text, prompt):
+        return 0.0
+
+    monkeypatch.setattr(REWARDS, "_things", {**REWARDS._things, "late": Reward("late", late)})
+    prompt = Prompt("p/1", "arithmetic", [], {"answer": "42"})
+    assert asyncio.run(play(prompt, "41", reward="late", partial=0.1)).reward == 0.1
 
 
 def test_rewards():
