@@ -48,6 +48,7 @@ from skyrl.tracking.hooks import Hooks
 from skyrl.tracking.notices import Notices
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
+from skyrl.workers.pool import shut_pool
 
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
@@ -287,14 +288,14 @@ class Run:
             self.draw_at = now + self.draw_every
 
     def _stop_without_verifiers(self) -> None:
-        """Ends a run in which no verifier works although env.on_error masks it. Collective. Raises UserError."""
+        """Ends a run in which no verifier works, and all of its episodes are masked. Collective. Raises UserError."""
         reason = next((text for text in gather_objects(self.world, self.invalid) if text), "no reason was kept")
         if self.world.is_leader:
             result = {"name": self.cfg.run.name, "state": "stopped", "notices": self.state.notices.said}
             write_atomic(self.folder.path / RESULT, json.dumps(result, indent=1) + "\n")
         raise UserError(
-            f"env.on_error=mask: all verifiers fail, in step {self.state.global_step} of every episode; the first: "
-            f"{reason}; mend it, then the same command goes on"
+            f"env.name={self.cfg.env.name}: all verifiers fail, in step {self.state.global_step} of every episode; "
+            f"the first: {reason}; mend it, then the same command goes on"
         )
 
     def note_sampler(self, sampler: Sampler) -> None:
@@ -498,6 +499,7 @@ class Run:
                 self._close_after(error)
         finally:
             self.folder.close()
+            shut_pool()  # a reward that the next run of this process brings may have the same name and other code
         if isinstance(error, StopRun) and self.world.size > 1:
             gather_objects(self.world, None)  # as soon as one rank ends, torchrun ends the others
             ignore_sigterm()

@@ -33,7 +33,7 @@ from skyrl.distributed.place import take_place
 from skyrl.envs.adapters import as_environment
 from skyrl.envs.base import ENVIRONMENTS, register_environment
 from skyrl.envs.rewards import REWARDS
-from skyrl.envs.rewards.base import register_reward
+from skyrl.envs.rewards.base import register_reward, reward_names
 from skyrl.hub.policies import POLICIES, Policy, model_folder, register_policy
 from skyrl.main import end_now, set_torch_defaults
 from skyrl.sweep import final_values, play
@@ -79,6 +79,9 @@ class SkyRLTrainer:
             given.setdefault("env.name", "single_turn")
             several = isinstance(reward, (list, tuple))
             given["env.options.reward"] = [_reward_name(one) for one in reward] if several else _reward_name(reward)
+        named = [(REWARDS, name) for name in reward_names(given.get("env.options.reward"))]
+        named += [(ENVIRONMENTS, given.get("env.name")), (POLICIES, given.get("model.path"))]
+        self._things = [(registry, name, registry.get(name)) for registry, name in named if name in registry]
         self.hooks = tuple(hooks)
         self._told = False  # the table of this run has been printed by this process
         self.config = _with_given(config, given)
@@ -126,6 +129,8 @@ class SkyRLTrainer:
     def _run(self, action: Callable[[], Any]) -> None:
         if self.config.dry_run:
             raise UserError("dry_run=true: for the command line, python -m skyrl.train --dry-run")
+        for registry, name, thing in self._things:  # another trainer may have brought one of the same name since
+            registry.register(name)(thing)
         try:
             action()
             self._told = True

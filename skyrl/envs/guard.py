@@ -252,6 +252,17 @@ def _say_alarm(who: tuple, running: bool) -> None:
         )
 
 
+def method_of(env: Environment, name: str, **more: Any) -> Callable:
+    """reset, step or close of `env`, with further keyword arguments, for `Guard.call`: known by this name, and so
+    checked, also where the class has a decorated function, a partial or a callable object in its place."""
+
+    def call(self: Environment, *arguments: Any) -> Any:
+        return getattr(self, name)(*arguments, **more)
+
+    call.__name__ = name
+    return call.__get__(env)
+
+
 class BadResult(ValueError):
     """What an environment returned is not what it promised; the message goes on after the word "returned"."""
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from skyrl.config.schema import EnvConfig
 from skyrl.envs.base import Environment, StepResult, group_rewards_of, takes_seed
-from skyrl.envs.guard import Guard, Outcome, blame
+from skyrl.envs.guard import Guard, Outcome, blame, method_of
 from skyrl.envs.rewards.base import GroupCall
 from skyrl.envs.wrappers import classes_of, make_environment
 from skyrl.types import Message, Metrics, Prompt
@@ -26,6 +26,7 @@ from skyrl.types import Message, Metrics, Prompt
 RETRIES = 2  # after a RetryableError, for classes that do not say how often
 BACKOFF_SECONDS = 0.25  # before the first repetition; doubled before each further one
 FORKED_STATUS = 71
+_STEP = tuple(field.name for field in dataclasses.fields(StepResult))  # a subclass may have more, for its own use
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ class Answer:
 
 def encode(value: Any) -> bytes:
     """What a reset or a step returned, as JSON. Raises TypeError or ValueError for what JSON has no word for."""
-    fields = vars(value) if isinstance(value, StepResult) else value
+    fields = {name: getattr(value, name) for name in _STEP} if isinstance(value, StepResult) else value
     return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
 
 
@@ -104,7 +105,11 @@ class Player:
     def refused(self, call: Call, problem: str) -> Outcome:
         """The outcome of a call that returned something that `problem` is said of."""
         env, prompt = self._environments.get(call.key, (None, None))
-        who = blame(getattr(env, call.method), prompt) if prompt else f"environment {self._cfg.name}.{call.method}"
+        who = (
+            blame(method_of(env, call.method), prompt)
+            if env and prompt
+            else f"environment {self._cfg.name}.{call.method}"
+        )
         return Outcome(None, f"{who}: returned {problem}", "error")
 
     def keys(self) -> list[int]:
@@ -148,8 +153,9 @@ class Player:
                 return made
             env = made.value
             self._environments[call.key] = env, prompt
-            resetting = _with_seed(env, seed) if takes_seed(type(env).reset) else env.reset
-            played = [(resetting, (prompt,))] + [(env.step, (text,)) for text, _ in call.past[1:]]
+            seeded = {"seed": seed} if takes_seed(type(env).reset) else {}
+            resetting, step = method_of(env, "reset", **seeded), method_of(env, "step")
+            played = [(resetting, (prompt,))] + [(step, (text,)) for text, _ in call.past[1:]]
             for number, (method, arguments) in enumerate(played):
                 outcome = yield method, arguments, prompt, ""
                 known = call.past[number][1] if call.past else ""
@@ -166,7 +172,7 @@ class Player:
                     return outcome
         if call.method == "step":
             env, prompt = self._environments[call.key]
-            outcome = yield env.step, (call.text,), prompt, ""
+            outcome = yield method_of(env, "step"), (call.text,), prompt, ""
             done = isinstance(outcome.value, StepResult) and outcome.value.done
             if outcome.kind == "retryable":
                 return outcome
@@ -187,7 +193,7 @@ class Player:
 
     def _close(self, key: int) -> Generator[tuple[Callable, tuple, Prompt, str], Any, None]:
         env, prompt = self._environments.pop(key)
-        yield env.close, (), prompt, ""
+        yield method_of(env, "close"), (), prompt, ""
 
     def _look_around(self, method: Callable, prompt: Prompt) -> None:
         """Puts right what a call has done to this process."""
@@ -201,15 +207,6 @@ class Player:
                     f"{blame(method, prompt)}: changed the working directory; it is {self._cwd} again after each call: "
                     "use absolute paths, or cwd= of a child process"
                 )
-
-
-def _with_seed(env: Environment, seed: int) -> Callable:
-    """env.reset with its seed, as a method of env: errors speak of both."""
-
-    def reset(self: Environment, prompt: Prompt) -> Any:
-        return type(self).reset(self, prompt, seed=seed)  # type: ignore[call-arg]
-
-    return reset.__get__(env)
 
 
 def _cwd() -> str:

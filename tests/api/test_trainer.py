@@ -125,6 +125,22 @@ def test_a_reward_is_a_function_of_single_turn(tmp_path):
     assert build(tmp_path, "tiny", "arithmetic", reward="exact").config.env.options["reward"] == "exact"
 
 
+def test_each_trainer_of_a_program_plays_with_what_it_was_given(tmp_path):
+    """Lambdas, and a function that a notebook's cell defines anew, have one name: no other one's is called, and no
+    worker that was made for another."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(4)))
+    more = [f"data.path={rows}", f"data.eval_path={rows}", "eval.every_steps=1"]
+    made = [
+        build(tmp_path / str(worth), "tiny", reward=lambda text, prompt, worth=worth: worth, config=more)
+        for worth in (1.0, 2.0)
+    ]
+    assert made[0].config.env == made[1].config.env
+    assert [one.evaluate()["eval/reward:mean"] for one in made] == [1.0, 2.0]
+    with pytest.raises(skyrl.UserError, match="two lambdas have one name: write them with def"):
+        build(tmp_path, "tiny", reward=[lambda text, prompt: 1.0, lambda text, prompt: 2.0]).evaluate()
+
+
 def test_config_is_a_list_a_dict_or_a_config(tmp_path):
     listed = build(tmp_path, "tiny", "arithmetic", config=["optim.lr=0.5"]).config
     nested = skyrl.SkyRLTrainer("tiny", "arithmetic", config={"optim": {"lr": 0.5}, "run.dir": str(tmp_path)}).config

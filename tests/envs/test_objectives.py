@@ -89,6 +89,12 @@ def test_what_is_wrong_with_one_of_several_rewards_names_that_one():
     assert "objective 'exact' is given twice; let reward 'again' return another name" in invalid
 
 
+@pytest.mark.parametrize("reward", ["empty", ["empty"], ["exact", "empty"]])
+def test_a_reward_without_an_objective_is_refused(reward):
+    _registered("empty", lambda text, prompt: {})
+    assert "(rows.jsonl:8): raised ValueError: reward 'empty' gives no objective" in step(single(reward)).invalid
+
+
 def _registered(name, function, **more):
     register_reward(name, **more)(function)
     return name

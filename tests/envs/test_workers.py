@@ -1,5 +1,7 @@
 """Calls in worker processes: what hangs, dies or waits there costs its own episode at most, and says so."""
 
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -21,7 +23,7 @@ from skyrl.launch.play import play as play_again
 from skyrl.rollout import RolloutConfig, episode_metrics, rollout
 from skyrl.types import Prompt, SamplingParams, UserError
 from skyrl.workers import pool
-from skyrl.workers.calls import LocalCalls
+from skyrl.workers.calls import LocalCalls, decode, encode
 
 HERE = dict(name="troubled", on_error="mask", max_turns=9, worker_memory_gib=1.0)
 
@@ -319,3 +321,30 @@ def test_play_shows_an_episode_of_a_run_again(tmp_path, capsys, monkeypatch):
         play_again([str(tmp_path), "--uid", "guess_number/train/1"])
     with pytest.raises(UserError, match="has no prompt guess_number/train/x any more"):
         play_again([str(tmp_path), "--uid", "guess_number/train/x", "--answer", "1"])
+
+
+@pytest.mark.parametrize("replaced", ["decorated", "in the instance", "partial"])
+def test_a_method_is_checked_whatever_stands_in_its_place(replaced):
+    class Scripted(Environment):
+        def __init__(self):
+            if replaced == "in the instance":
+                self.step = lambda text: StepResult(None, True)
+
+        if replaced == "decorated":
+            step = lambda self, text: StepResult(None, True)  # noqa: E731
+        elif replaced == "partial":
+            step = functools.partial(lambda text: StepResult(None, True))
+
+    @dataclasses.dataclass
+    class Own(StepResult):
+        note: str = "of its own"
+
+    register_environment("scripted")(Scripted)
+    try:
+        for workers in (0, 1):
+            outcomes, _, _ = play([["ab"]], config(name="scripted", workers=workers), plugins=())
+            assert "environment scripted.step, prompt scripted/train/0" in outcomes[0].invalid
+            assert "returned None as reward, wanted a number" in outcomes[0].invalid
+        assert decode("step", encode(Own(np.float64(1.0), True))) == StepResult(1.0, True)
+    finally:
+        del ENVIRONMENTS._things["scripted"]
