@@ -36,6 +36,7 @@ from skyrl.envs.rewards import REWARDS
 from skyrl.envs.rewards.base import register_reward, reward_names
 from skyrl.hub.policies import POLICIES, Policy, model_folder, register_policy
 from skyrl.main import end_now, set_torch_defaults
+from skyrl.registry import Registry
 from skyrl.sweep import final_values, play
 from skyrl.tracking.hooks import check_hooks
 from skyrl.types import Metrics, RunError, StopRun, UserError
@@ -79,8 +80,10 @@ class SkyRLTrainer:
             given.setdefault("env.name", "single_turn")
             several = isinstance(reward, (list, tuple))
             given["env.options.reward"] = [_reward_name(one) for one in reward] if several else _reward_name(reward)
-        named = [(REWARDS, name) for name in reward_names(given.get("env.options.reward"))]
-        named += [(ENVIRONMENTS, given.get("env.name")), (POLICIES, given.get("model.path"))]
+        named: list[tuple[Registry[Any], str]] = [
+            (REWARDS, name) for name in reward_names(given.get("env.options.reward"))
+        ]
+        named += [(ENVIRONMENTS, given.get("env.name", "")), (POLICIES, given.get("model.path", ""))]
         self._things = [(registry, name, registry.get(name)) for registry, name in named if name in registry]
         self.hooks = tuple(hooks)
         self._told = False  # the table of this run has been printed by this process
