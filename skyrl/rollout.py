@@ -124,9 +124,7 @@ class _Stopped(Exception):
     """This rank was asked to stop."""
 
 
-_KEYS = (
-    itertools.count()
-)  # of episodes, for those who make the calls: they may still close what an earlier rollout left
+_KEYS = itertools.count()  # of episodes, for those who make calls: they may still close what an earlier one left
 
 
 class _Rollout:

@@ -490,10 +490,7 @@ def _same_value(given: Node, wanted: Node) -> bool:
                 return evaluate(given) == evaluate(wanted)
             except ExpressionError:
                 pass  # a power too large for exact numbers
-        for point in range(1 if constant else 3):
-            if not agree(evaluate(given, point), evaluate(wanted, point)):
-                return False
-        return True
+        return all(agree(evaluate(given, point), evaluate(wanted, point)) for point in range(1 if constant else 3))
     except (ExpressionError, ArithmeticError, ValueError):
         return False
 

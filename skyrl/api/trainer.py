@@ -36,7 +36,6 @@ from skyrl.envs.rewards import REWARDS
 from skyrl.envs.rewards.base import register_reward, reward_names
 from skyrl.hub.policies import POLICIES, Policy, model_folder, register_policy
 from skyrl.main import end_now, set_torch_defaults
-from skyrl.registry import Registry
 from skyrl.sweep import final_values, play
 from skyrl.tracking.hooks import check_hooks
 from skyrl.types import Metrics, RunError, StopRun, UserError
@@ -80,11 +79,9 @@ class SkyRLTrainer:
             given.setdefault("env.name", "single_turn")
             several = isinstance(reward, (list, tuple))
             given["env.options.reward"] = [_reward_name(one) for one in reward] if several else _reward_name(reward)
-        named: list[tuple[Registry[Any], str]] = [
-            (REWARDS, name) for name in reward_names(given.get("env.options.reward"))
-        ]
-        named += [(ENVIRONMENTS, given.get("env.name", "")), (POLICIES, given.get("model.path", ""))]
-        self._things = [(registry, name, registry.get(name)) for registry, name in named if name in registry]
+        named = [given.get("env.name"), given.get("model.path"), *reward_names(given.get("env.options.reward"))]
+        registries: list[Any] = [ENVIRONMENTS, REWARDS, POLICIES]
+        self._things = [(kind, name, kind.get(name)) for kind in registries for name in named if name in kind]
         self.hooks = tuple(hooks)
         self._told = False  # the table of this run has been printed by this process
         self.config = _with_given(config, given)
@@ -132,8 +129,8 @@ class SkyRLTrainer:
     def _run(self, action: Callable[[], Any]) -> None:
         if self.config.dry_run:
             raise UserError("dry_run=true: for the command line, python -m skyrl.train --dry-run")
-        for registry, name, thing in self._things:  # another trainer may have brought one of the same name since
-            registry.register(name)(thing)
+        for kind, name, thing in self._things:  # another trainer may have brought one of the same name since
+            kind.register(name)(thing)
         try:
             action()
             self._told = True
@@ -188,13 +185,11 @@ def _policy_name(policy: Any) -> str:
     """What model.path says for it. Raises UserError."""
     if isinstance(policy, (str, Path)):
         return str(policy)
-    name = next((name for name, thing in POLICIES.items() if thing is policy), "")
-    if name:
+    if name := next((name for name, thing in POLICIES.items() if thing is policy), ""):
         return name
     if isinstance(policy, Policy) or (isinstance(policy, type) and issubclass(policy, Policy)):
-        made = policy if isinstance(policy, type) else policy.load
-        register_policy(_name_of(policy if isinstance(policy, type) else type(policy)))(made)
-        return _name_of(policy if isinstance(policy, type) else type(policy))
+        register_policy(_name_of(policy))(policy if isinstance(policy, type) else policy.load)
+        return _name_of(policy)
     model, tokenizer = policy if isinstance(policy, tuple) and len(policy) == 2 else (policy, None)
     return str(model_folder(model, tokenizer, "policy"))
 
@@ -215,9 +210,7 @@ def _reward_name(reward: Any) -> Any:
     if isinstance(reward, Mapping) and "name" in reward:
         return {**reward, "name": _reward_name(reward["name"])}
     if not callable(reward):
-        raise UserError(
-            f"reward={reward!r}: give the name of a reward, or a function of text and prompt, or a list of these"
-        )
+        raise UserError(f"reward={reward!r}: give the name of a reward, or a function of text and prompt, or a list")
     name = next((name for name, thing in REWARDS.items() if reward in (thing, getattr(thing, "fn", None))), "")
     if not name:
         name = _name_of(reward)

@@ -88,10 +88,6 @@ class Guard:
     """
 
     def __init__(self, cfg: EnvConfig) -> None:
-        if not (math.isfinite(cfg.timeout_seconds) and cfg.timeout_seconds > 0):
-            raise UserError(f"env.timeout_seconds={cfg.timeout_seconds}: wanted a finite number above 0")
-        if cfg.on_error not in ("stop", "mask"):
-            raise UserError(f"env.on_error={cfg.on_error!r}: choose stop or mask")
         self.timeout_seconds, self.on_error = cfg.timeout_seconds, cfg.on_error
 
     @staticmethod
@@ -253,8 +249,7 @@ def _say_alarm(who: tuple, running: bool) -> None:
 
 
 def method_of(env: Environment, name: str, **more: Any) -> Callable:
-    """reset, step or close of `env`, with further keyword arguments, for `Guard.call`: known by this name, and so
-    checked, also where the class has a decorated function, a partial or a callable object in its place."""
+    """reset, step or close of `env` for `Guard.call`: known by this name, whatever stands in its place, so checked."""
 
     def call(self: Environment, *arguments: Any) -> Any:
         return getattr(self, name)(*arguments, **more)

@@ -93,6 +93,7 @@ def is_async(cfg: EnvConfig) -> bool:
 def make_environment(cfg: EnvConfig) -> Environment:
     """A new environment for one episode, or several one after the other. Raises UserError for bad options."""
     made = classes_of(cfg)[0](**environment_options(cfg))
+    made.name = cfg.name  # type: ignore[misc]  # where it is known by its module, nothing has registered it
     for cls, options in _wrappers(cfg):
         inner, made = made, cls(made, **options)
         if getattr(made, "env", None) is not inner:

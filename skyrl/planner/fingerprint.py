@@ -109,10 +109,9 @@ def _code(plugins: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
             and package not in ("skyrl", "__main__", "__mp_main__")
             and file.endswith(CODE)
             and Path(file).is_file()
-        ):
-            if not file.startswith(LIBRARIES) or package in packages:
-                seen.add(Path(file))
-                yield name, Path(file)
+        ) and (not file.startswith(LIBRARIES) or package in packages):
+            seen.add(Path(file))
+            yield name, Path(file)
     for package in packages:
         loaded = sys.modules.get(package)
         paths = [found for place in getattr(loaded, "__path__", ()) for found in sorted(Path(place).rglob("*.py"))]

@@ -114,9 +114,7 @@ def add_objectives(given: dict[str, Any], reward: Reward, value: Any) -> None:
     """Adds what a reward returned to the objectives that there are. Raises ValueError for none, or a name twice."""
     named = value if isinstance(value, Mapping) else {reward.objective: value}
     if not named:
-        raise ValueError(
-            f"reward {reward.name!r} gives no objective; let it return a number, or 0 for each of its names"
-        )
+        raise ValueError(f"reward {reward.name!r} gives no objective; return a number, or 0 for each name")
     for name, number in named.items():
         if name in given:
             raise ValueError(f"objective {name!r} is given twice; let reward {reward.name!r} return another name")
