@@ -397,8 +397,7 @@ def _collective(backend: str) -> Finding:
         else "NCCL_DEBUG=INFO says more; NCCL_P2P_DISABLE=1 tells a broken link from a broken install"
     )
     try:
-        for process in ranks:
-            outputs.append(process.communicate(timeout=max(0.1, until - time.monotonic())))
+        outputs.extend(process.communicate(timeout=max(0.1, until - time.monotonic())) for process in ranks)
     except subprocess.TimeoutExpired:
         return Finding(backend, "fail", f"two processes did not meet within {COLLECTIVE_SECONDS} s", todo)
     finally:

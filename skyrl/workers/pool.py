@@ -231,9 +231,8 @@ class WorkerPool:
 
         Raises UserError for a call that failed under env.on_error=stop.
         """
-        if self._played and not self._template.ready:
-            if self._template.look(wait and not self._answers) == "threads":  # each worker imports for itself
-                self._template = self._template.anew(preload=False)
+        if self._played and not self._template.ready and self._template.look(wait and not self._answers) == "threads":
+            self._template = self._template.anew(preload=False)  # each worker imports for itself
         self._send()
         if self._workers:
             for event, mask in self._selector.select(POLL_SECONDS if wait and not self._answers else 0.0):
