@@ -397,7 +397,8 @@ def _collective(backend: str) -> Finding:
         else "NCCL_DEBUG=INFO says more; NCCL_P2P_DISABLE=1 tells a broken link from a broken install"
     )
     try:
-        outputs.extend(process.communicate(timeout=max(0.1, until - time.monotonic())) for process in ranks)
+        for process in ranks:
+            outputs.append(process.communicate(timeout=max(0.1, until - time.monotonic())))
     except subprocess.TimeoutExpired:
         return Finding(backend, "fail", f"two processes did not meet within {COLLECTIVE_SECONDS} s", todo)
     finally:
