@@ -79,7 +79,7 @@ class SkyRLTrainer:
             given.setdefault("env.name", "single_turn")
             several = isinstance(reward, (list, tuple))
             given["env.options.reward"] = [_reward_name(one) for one in reward] if several else _reward_name(reward)
-        named = [given.get("env.name"), given.get("model.path"), *reward_names(given.get("env.options.reward"))]
+        named = [given.get("env.name", ""), given.get("model.path", ""), *reward_names(given.get("env.options.reward"))]
         self._things = [(kind, name, kind.get(name)) for kind in REWARDS.all for name in named if name in kind]
         self.hooks = tuple(hooks)
         self._told = False  # the table of this run has been printed by this process
