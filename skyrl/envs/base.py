@@ -197,7 +197,7 @@ def chosen_rewards(option: Any, where: str = "env.options.reward") -> list[tuple
     given = [(f"{where}[{i}]", one) for i, one in enumerate(option)] if listed else [(where, option)]
     found = [named_with_options(one, place, find_reward, "reward") for place, one in given]
     if not found or len({reward.name for reward, _ in found}) < len(found):
-        raise UserError(f"{where}={option!r}: wanted the name of a reward, or a list of different names (one lambda)")
+        raise UserError(f"{where}={option!r}: wanted the name of a reward, or a list of different ones (one lambda)")
     return found
 
 

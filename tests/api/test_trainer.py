@@ -137,7 +137,7 @@ def test_each_trainer_of_a_program_plays_with_what_it_was_given(tmp_path):
     ]
     assert made[0].config.env == made[1].config.env
     assert [one.evaluate()["eval/reward:mean"] for one in made] == [1.0, 2.0]
-    with pytest.raises(skyrl.UserError, match=r"a list of different names \(one lambda\)"):
+    with pytest.raises(skyrl.UserError, match=r"a list of different ones \(one lambda\)"):
         build(tmp_path, "tiny", reward=[lambda text, prompt: 1.0, lambda text, prompt: 2.0]).evaluate()
 
 
