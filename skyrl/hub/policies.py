@@ -49,10 +49,13 @@ def register_policy(name: str) -> Callable[[Any], Any]:
     return keep
 
 
-@functools.cache
 def policy_path(name: str) -> str:
     """What model.path=<name> of a registered policy means: a path or hub name. Raises UserError."""
-    made = POLICIES.get(name, "model.path")
+    return _path_of(name, POLICIES.get(name, "model.path"))
+
+
+@functools.cache
+def _path_of(name: str, made: Callable[[], Any]) -> str:
     where = f"model.path={name}"
     try:
         found = made().load() if isinstance(made, type) else made()
