@@ -133,8 +133,9 @@ def _client(base_url: str, key_variable: str, max_retries: int) -> Any:
         raise UserError(f"reward rubric: ${key_variable} is not set; export the judge's API key, or name a base_url")
     clients, about = _CLIENTS.setdefault(asyncio.get_running_loop(), {}), (base_url, key, max_retries)
     if about not in clients:
-        given = {"base_url": base_url or None, "api_key": key or "none", "max_retries": max_retries}
-        clients[about] = AsyncOpenAI(**given, timeout=None)
+        clients[about] = AsyncOpenAI(
+            base_url=base_url or None, api_key=key or "none", max_retries=max_retries, timeout=None
+        )
     return clients[about]
 
 
