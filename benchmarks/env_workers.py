@@ -70,7 +70,7 @@ def calls_per_second(workers: int) -> float:
 def step_seconds(name: str, steps: int) -> dict[str, float]:
     """Of the default recipe without warm-up and evaluation: median seconds of a step, processor seconds of the run."""
     from skyrl.config.load import load_config
-    from skyrl.tracking.jsonl import read_metrics
+    from skyrl.run_dir import read_metrics
     from skyrl.trainers.rl import train
 
     folder = Path(tempfile.mkdtemp())

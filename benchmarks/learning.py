@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from common import write
 
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from unittest import mock
 import httpx
 
 from skyrl.config.load import load_config
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 from skyrl.trainers import live
 
 LIKED = "7"

@@ -24,7 +24,7 @@ from common import write
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows
 from skyrl.algorithms.objectives import Objectives
 from skyrl.api import Environment, Prompt, StepResult, register_environment, train
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 
 LONGEST, STEPS, LAST = 8, 100, 20
 WEIGHTS, BOUNDS = (0.25, 0.5, 1.0, 1.5, 1.75), (0.125, 0.25, 0.5, 0.75, 0.875)

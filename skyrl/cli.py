@@ -81,7 +81,8 @@ def _runs(args: list[str]) -> None:
 
 
 def _rollouts(args: list[str]) -> None:
-    from skyrl.tracking.rollouts import dumps, show_rollouts
+    from skyrl.run_dir import dumps, find_run
+    from skyrl.tracking.rollouts import show_rollouts
 
     p = Parser(prog="skyrl-tx rollouts", description="Episodes of a run: prompt, what was drawn, what was expected.")
     p.add_argument("run", type=path_arg, help="a run folder, or the name of one in runs")
@@ -90,9 +91,7 @@ def _rollouts(args: list[str]) -> None:
     p.add_argument("-n", "--count", type=int, default=4, help="episodes to show (4)")
     p.add_argument("--list", action="store_true", help="only the names of what was dumped")
     given = p.parse_args(args)
-    run = given.run if given.run.is_dir() else Path("runs") / given.run
-    if not run.is_dir():
-        raise UserError(f"rollouts: no run folder {given.run} here; skyrl-tx runs lists those in runs")
+    run = find_run(given.run, "rollouts").path
     there = dumps(run / "rollouts")
     kind = [name for name in there if name.startswith("eval-") == given.eval]
     wanted = f"{'eval-' if given.eval else ''}{given.step:06d}" if given.step is not None else (kind or [""])[-1]
@@ -119,7 +118,7 @@ def _get_model(args: list[str]) -> None:
 def runs_table(folder: Path) -> str:
     """Folder, state, last step, held-out accuracy, whether the final model is there, and the options that were typed;
     one run a line, newest last."""
-    from skyrl.sweep import OBJECTIVE, final_values, run_state
+    from skyrl.run_dir import OBJECTIVE, final_values, run_state
 
     found = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=lambda run: run.stat().st_mtime)
     if not found:

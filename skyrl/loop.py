@@ -23,7 +23,6 @@ from skyrl.distributed import env
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
 from skyrl.distributed.compare import check_shared, compare_nodes
-from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
@@ -31,7 +30,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
-from skyrl.run_dir import RESULT, RunFolder, changed_facts, drop_rollouts, keep_fingerprint, read_result
+from skyrl.run_dir import REQUEUE_FILE, RESULT, RunFolder, changed_facts, drop_rollouts, keep_fingerprint, read_result
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker

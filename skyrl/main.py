@@ -40,11 +40,12 @@ from skyrl.config.load import (
 )
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env, phases
-from skyrl.distributed.env import REQUEUE_FILE, rank, report_to_launcher, world_size
+from skyrl.distributed.env import rank, report_to_launcher, world_size
 from skyrl.distributed.faults import classify, describe
 from skyrl.distributed.place import take_place
 from skyrl.files import disk_reason
 from skyrl.planner.serve import dry_run_text
+from skyrl.run_dir import REQUEUE_FILE
 from skyrl.types import RunError, StopRun, UserError
 from skyrl.web.auth import read_keys
 

@@ -25,15 +25,12 @@ from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import config_digest, flat
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import ignored_on_resume
-from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.place import take_place
 from skyrl.files import write_atomic
-from skyrl.run_dir import RESULT, is_locked, read_result
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import OBJECTIVE, RESULT, final_values, read_metrics, read_result, run_state
 from skyrl.trainers import run_trainer
 from skyrl.types import RunError, StopRun, UserError
 
-OBJECTIVE = "eval/accuracy:mean"
 SWEEPS = "runs/.sweeps"  # what sweepers and submitit keep, when points run elsewhere
 BEST = "optimization_results.yaml"
 MAX_REQUEUES = "SKYRL_MAX_REQUEUES"
@@ -75,24 +72,6 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool, hooks: Sequence[Any] = ()) -
 def point_digest(cfg: RunConfig) -> str:
     """Equal for two configs that end in the same numbers: what config_digest holds, and how far the run goes."""
     return f"{config_digest(cfg)}-{cfg.warmup.num_steps}-{cfg.batch.num_steps}"
-
-
-def final_values(metrics: Path) -> dict[str, float]:
-    """The last value of every metric in a metrics.jsonl; {} without the file."""
-    values: dict[str, float] = {}
-    for record in read_metrics(metrics) if metrics.exists() else ():
-        values.update({key: value for key, value in record.items() if key != "phase" and value is not None})
-    return values
-
-
-def run_state(folder: Path) -> str:
-    """What a run folder is by its files: running (a process holds its lock), finished, evaluated (without training),
-    stopped (it has saved and left, or a notice has ended it) or unfinished."""
-    if is_locked(folder):
-        return "running"
-    if (told := read_result(folder)) is not None:
-        return str(told.get("state", "finished"))
-    return "stopped" if (folder / REQUEUE_FILE).exists() else "unfinished"
 
 
 def summary(metrics: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from small import small_config
 
 from skyrl.config.schema import EnvConfig, RunConfig
 from skyrl.engine import Engine
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 from skyrl.types import Datum, LossSpec, Metrics
 
 LOOP = [

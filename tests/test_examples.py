@@ -14,8 +14,7 @@ import pytest
 from small import SMALL
 
 from skyrl import cli
-from skyrl.sweep import run_state
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics, run_state
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").iterdir() if path.is_file() and path.suffix != ".ipynb")

@@ -20,9 +20,9 @@ from skyrl.distributed.collectives import MetricSums
 from skyrl.envs.base import register_environment
 from skyrl.envs.rewards import register_reward
 from skyrl.rollout import RolloutConfig, episode_metrics, rollout, to_rows
+from skyrl.run_dir import read_metrics, read_rollouts
 from skyrl.text.chat import Chat
-from skyrl.tracking.jsonl import read_metrics
-from skyrl.tracking.rollouts import read_rollouts, show_rollouts, write_rollouts
+from skyrl.tracking.rollouts import show_rollouts, write_rollouts
 from skyrl.types import SamplingParams, UserError
 
 

@@ -11,9 +11,8 @@ from benchmarks.recompute_metrics import recompute_metrics
 from skyrl.checkpoint.folder import read_checkpoint
 from skyrl.config import validation
 from skyrl.run import Run
+from skyrl.run_dir import read_metrics, read_rollouts
 from skyrl.tracking.base import without_wall_clock
-from skyrl.tracking.jsonl import read_metrics
-from skyrl.tracking.rollouts import read_rollouts
 from skyrl.types import UserError
 
 PARTS = [  # advantage, loss, reduction, correction, further options

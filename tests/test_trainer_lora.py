@@ -21,7 +21,7 @@ from skyrl.checkpoint.folder import digest, latest
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine
 from skyrl.loop import create_policy, export_checkpoint
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 from skyrl.types import AdamParams, LossSpec, RunError, UserError
 
 LORA = [

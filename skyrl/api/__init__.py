@@ -91,8 +91,7 @@ def evaluate(*options: str) -> Metrics:
     from skyrl.loop import run_loop
     from skyrl.main import set_torch_defaults
     from skyrl.run import Run
-    from skyrl.run_dir import RESULT
-    from skyrl.sweep import OBJECTIVE, final_values
+    from skyrl.run_dir import OBJECTIVE, RESULT, final_values
 
     def play(run: Run) -> None:
         run.evaluate()

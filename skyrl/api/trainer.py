@@ -36,7 +36,8 @@ from skyrl.envs.rewards import REWARDS
 from skyrl.envs.rewards.base import register_reward, reward_names
 from skyrl.hub.policies import POLICIES, Policy, model_folder, register_policy
 from skyrl.main import end_now, set_torch_defaults
-from skyrl.sweep import final_values, play
+from skyrl.run_dir import final_values
+from skyrl.sweep import play
 from skyrl.tracking.hooks import check_hooks
 from skyrl.types import Metrics, RunError, StopRun, UserError
 

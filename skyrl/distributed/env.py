@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 
-REQUEUE_FILE = "requeue"  # in the run folder: the same command should be started again
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives each rank one of its own
 LAUNCHED = "SKYRL_LEFT"  # set by skyrl-tx launch: a file that says that ranks left before they had anything to save
 EXIT_FILE = "SKYRL_EXIT_FILE"  # set by launch.torchrun: where local rank 0 leaves its exit code, which torchrun hides

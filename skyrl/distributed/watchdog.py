@@ -23,11 +23,11 @@ from typing import Any
 from torch.distributed import DistError
 
 from skyrl.distributed import env, failure, peers, phases
-from skyrl.distributed.env import REQUEUE_FILE
 from skyrl.distributed.hang_monitor import HangMonitor
 from skyrl.distributed.init import World, own_store
 from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest, heard_signals
 from skyrl.envs import clock
+from skyrl.run_dir import REQUEUE_FILE
 
 LISTEN_SECONDS = 0.1
 EXCHANGE_SECONDS = 0.5

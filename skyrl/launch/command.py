@@ -16,11 +16,12 @@ from pathlib import Path
 from skyrl.config.args import Parser, help_of
 from skyrl.config.load import load_config
 from skyrl.distributed import place
-from skyrl.distributed.env import LAUNCHED, REQUEUE_FILE
+from skyrl.distributed.env import LAUNCHED
 from skyrl.distributed.stop import OF_BATCH
 from skyrl.launch import hosts, machine, processes, sbatch
 from skyrl.launch.rank import BIND, MODES
 from skyrl.main import split_args
+from skyrl.run_dir import REQUEUE_FILE
 from skyrl.types import UserError
 
 AGAIN, INTERRUPTED = processes.AGAIN, processes.INTERRUPTED

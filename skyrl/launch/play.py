@@ -14,7 +14,8 @@ from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
-from skyrl.tracking.rollouts import dumps, named, read_rollouts
+from skyrl.run_dir import dumps, read_rollouts
+from skyrl.tracking.rollouts import named
 from skyrl.types import Message, Prompt, UserError
 from skyrl.workers.calls import LocalCalls
 from skyrl.workers.pool import WorkerPool, open_calls

@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 
 from skyrl.files import disk_reason, write_atomic
+from skyrl.run_dir import read_metrics
 from skyrl.tracking.base import Record
-from skyrl.tracking.jsonl import read_metrics
 from skyrl.types import UserError
 
 _ACCURACY = "eval/accuracy:mean"

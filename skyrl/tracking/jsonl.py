@@ -71,19 +71,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(below) for key, below in value.items()}
     return [plain(below) for below in value] if isinstance(value, list) else value
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, in order, with "nan", "inf" and "-inf" as floats again.
-
-    A last line without its end, left by a power failure, is not a record. Raises UserError for any other bad line.
-    """
-    records: list[Record] = []
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line).items()
-            records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record})
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}, line {number}: not a record of metrics; remove the line") from None
-    return records

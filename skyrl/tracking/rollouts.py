@@ -6,12 +6,12 @@ One line of JSON for each episode; each rank writes the groups it played. Nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from skyrl.files import disk_reason, write_atomic
-from skyrl.run_dir import ROLLOUT_NAME
+from skyrl.run_dir import read_rollouts
 from skyrl.tracking.jsonl import plain, to_json
 from skyrl.types import Episode, UserError
 
@@ -45,16 +45,6 @@ def write_rollouts(
     return path
 
 
-def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The episodes of `name` (see write_rollouts) from all ranks' files, ranks in order."""
-    matches = [(path, ROLLOUT_NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{name}-r*.jsonl")]
-    ranks = {int(m["rank"]): path for path, m in matches if m and path.name == f"{name}-r{m['rank']}.jsonl"}
-    for _, path in sorted(ranks.items()):
-        with open(path, encoding="utf-8") as stream:
-            for line in stream:
-                yield json.loads(line)
-
-
 def show_rollouts(folder: Path, name: str, count: int) -> str:
     """The first `count` episodes of a dump for eyes: what was asked, drawn and expected, and what it was worth."""
     lines = []
@@ -79,14 +69,6 @@ def show_rollouts(folder: Path, name: str, count: int) -> str:
 def named(objectives: Mapping[str, float]) -> str:
     """Objectives in words, behind a reward: " (accuracy 1, brevity 0.2)"; "" without any."""
     return f" ({', '.join(f'{name} {value:g}' for name, value in objectives.items())})" if objectives else ""
-
-
-def dumps(folder: Path) -> list[str]:
-    """Names of what was dumped there, by step; of one step the evaluation last."""
-    found = {
-        path.name.rpartition("-r")[0] for path in Path(folder).glob("*.jsonl") if ROLLOUT_NAME.fullmatch(path.name)
-    }
-    return sorted(found, key=lambda name: (int(name.rpartition("-")[2]), "-" in name))
 
 
 def _readable(value: Any) -> Any:

@@ -13,8 +13,8 @@ import skyrl
 from skyrl.envs.base import ENVIRONMENTS
 from skyrl.hub.locate import locate
 from skyrl.registry import Registry, script_facts
+from skyrl.run_dir import read_metrics
 from skyrl.tracking.hooks import Hooks, no_collectives
-from skyrl.tracking.jsonl import read_metrics
 
 SHORT = [*SMALL, *LOOP]
 

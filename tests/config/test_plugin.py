@@ -4,7 +4,7 @@ import pytest
 from loop import LOOP
 from small import SMALL
 
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 
 # One file each; nothing else of the library knows them.
 PLUGIN = """

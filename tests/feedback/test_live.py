@@ -9,7 +9,7 @@ from users import live_config, served, taken
 from skyrl.checkpoint.folder import latest
 from skyrl.config.load import load_config
 from skyrl.config.validation import check
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 from skyrl.trainers import live, rl
 from skyrl.types import UserError
 

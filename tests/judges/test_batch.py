@@ -17,8 +17,7 @@ from skyrl.judges.batch import RankTools
 from skyrl.judges.policy import SelfRubric
 from skyrl.planner.memory import needs_reference
 from skyrl.rollout import RolloutConfig, rank_tools, score_batch
-from skyrl.tracking.jsonl import read_metrics
-from skyrl.tracking.rollouts import read_rollouts
+from skyrl.run_dir import read_metrics, read_rollouts
 from skyrl.types import Episode, Prompt, Sample, SamplingParams, Turn, UserError
 
 

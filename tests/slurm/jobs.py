@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from skyrl.run_dir import read_metrics
 from skyrl.tracking.base import without_wall_clock
-from skyrl.tracking.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = ROOT / "launch" / "slurm"

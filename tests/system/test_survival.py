@@ -6,9 +6,8 @@ import shutil
 import pytest
 from launcher import LETTERS, draw, lines_in, when
 
+from skyrl.run_dir import read_metrics, read_rollouts
 from skyrl.tracking.base import without_wall_clock
-from skyrl.tracking.jsonl import read_metrics
-from skyrl.tracking.rollouts import read_rollouts
 
 pytestmark = pytest.mark.ranks
 STEPS = [("warmup", n) for n in range(1, 5)] + [("rl", n) for n in range(5, 11)]

@@ -8,8 +8,7 @@ import pytest
 from launcher import LETTERS, when
 
 from skyrl.checkpoint.folder import list_checkpoints
-from skyrl.tracking.jsonl import read_metrics
-from skyrl.tracking.rollouts import read_rollouts
+from skyrl.run_dir import read_metrics, read_rollouts
 
 pytestmark = pytest.mark.ranks
 # Two samples of a group are equal often enough that most steps are refilled.

@@ -7,8 +7,8 @@ import pytest
 from launcher import LETTERS, lines_in, when
 
 from skyrl.checkpoint.folder import list_checkpoints
+from skyrl.run_dir import read_metrics
 from skyrl.tracking.base import without_wall_clock
-from skyrl.tracking.jsonl import read_metrics
 
 pytestmark = pytest.mark.ranks
 RUN = [*LETTERS, "run.dir=run", "plugins=[letters,pace]"]

@@ -11,8 +11,8 @@ import pytest
 from launcher import LETTERS, environment, lines_in, torchrun_command
 from test_launchers import processes_of, wait_for
 
+from skyrl.run_dir import read_metrics
 from skyrl.tracking.base import without_wall_clock
-from skyrl.tracking.jsonl import read_metrics
 
 pytestmark = pytest.mark.ranks
 RUN = [*LETTERS, "run.dir=run", "plugins=[letters,pace]"]

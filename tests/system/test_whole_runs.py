@@ -13,7 +13,7 @@ from launcher import LETTERS, TINY, environment, lines_in, python
 
 from skyrl.checkpoint.folder import list_checkpoints
 from skyrl.config.options import SFT_UNREAD
-from skyrl.tracking.rollouts import read_rollouts
+from skyrl.run_dir import read_rollouts
 
 EXPORT = [option for option in TINY if option != "checkpoint.export=false"]
 NO_WARMUP = [option for option in LETTERS if not option.startswith("warmup.")] + ["warmup.num_steps=0"]

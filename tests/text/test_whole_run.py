@@ -9,7 +9,7 @@ from small_tokenizers import SPECIALS, characters
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
 from skyrl.config.load import load_config
-from skyrl.tracking.jsonl import read_metrics
+from skyrl.run_dir import read_metrics
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from skyrl.config.schema import BatchConfig, RunConfig, TrackingConfig
+from skyrl.run_dir import read_metrics
 from skyrl.tracking import Tracker, make_tracker
 from skyrl.tracking.base import Sink, memory_metrics, speeds, without_wall_clock
-from skyrl.tracking.jsonl import JsonlSink, read_metrics
+from skyrl.tracking.jsonl import JsonlSink
 from skyrl.types import UserError
 
 

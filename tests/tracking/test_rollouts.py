@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.recompute_metrics import recompute_metrics
-from skyrl.tracking.rollouts import dumps, read_rollouts, show_rollouts, write_rollouts
+from skyrl.run_dir import dumps, read_rollouts
+from skyrl.tracking.rollouts import show_rollouts, write_rollouts
 from skyrl.types import Episode, Prompt, Sample, Turn, UserError
 
 

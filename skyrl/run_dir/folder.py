@@ -31,6 +31,7 @@ from skyrl.types import UserError
 # "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
 ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
 RESULT = "result.json"
+REQUEUE_FILE = "requeue"  # the same command should be started again
 FINGERPRINT = "fingerprint.json"  # name -> digest of all that the last start read and computed with
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 

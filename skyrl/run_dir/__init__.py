@@ -1,0 +1,53 @@
+"""A run's folder: `folder.py` writes it, `reader.py` reads it, for every viewer. Nothing else knows its files."""
+
+from skyrl.run_dir.folder import (
+    FINGERPRINT,
+    REQUEUE_FILE,
+    RESULT,
+    ROLLOUT_NAME,
+    RunFolder,
+    changed_facts,
+    collect_versions,
+    config_changes,
+    cut_metrics,
+    drop_rollouts,
+    is_locked,
+    keep_fingerprint,
+    read_result,
+)
+from skyrl.run_dir.reader import (
+    OBJECTIVE,
+    RunReader,
+    dumps,
+    final_values,
+    find_run,
+    find_runs,
+    read_metrics,
+    read_rollouts,
+    run_state,
+)
+
+__all__ = [
+    "FINGERPRINT",
+    "OBJECTIVE",
+    "REQUEUE_FILE",
+    "RESULT",
+    "ROLLOUT_NAME",
+    "RunFolder",
+    "RunReader",
+    "changed_facts",
+    "collect_versions",
+    "config_changes",
+    "cut_metrics",
+    "drop_rollouts",
+    "dumps",
+    "final_values",
+    "find_run",
+    "find_runs",
+    "is_locked",
+    "keep_fingerprint",
+    "read_metrics",
+    "read_result",
+    "read_rollouts",
+    "run_state",
+]
