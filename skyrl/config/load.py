@@ -59,7 +59,7 @@ MAX_SUFFIX = 120
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 3900  # of the 4096 for a file in it
 # Overrides that do not say what a run computes, or that its name already holds.
-UNNAMED = ("seed", "run", "tracking", "experiment", "debug", "dry_run", "hydra")
+UNNAMED = ("seed", "run", "tracking", "dashboard", "experiment", "debug", "dry_run", "hydra")
 
 
 @functools.cache
@@ -379,7 +379,8 @@ def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, mo
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     """Plain dicts, lists and numbers, nested as the dataclasses are, of all that a run reads, to be shown, compared and
     kept: without the secrets of an environment (args.hide_secrets)."""
-    unread = () if cfg.feedback.enabled else ("service", "feedback")
+    unread = set() if cfg.feedback.enabled else {"service", "feedback"}
+    unread |= set() if cfg.dashboard.enabled else {"dashboard"}
     values = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in unread}
     return {**values, "env": {**values["env"], "options": hide_secrets(values["env"]["options"])}}
 

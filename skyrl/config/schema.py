@@ -535,6 +535,22 @@ class FeedbackConfig:
 
 
 @dataclass(frozen=True)
+class DashboardConfig:
+    """The web page over run folders: `skyrl-tx dashboard`, or beside a run or server."""
+
+    enabled: bool = False
+    """Serves the dashboard from rank 0 while the run or server is up; it never slows or ends it."""
+    runs: PathStr = ""
+    """Folder of run folders that it shows; "" = the folder in which run.dir lies (skyrl.serve: the folder runs)."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 6007
+    """Port; 0 = any free one, which is printed."""
+    path_prefix: str = ""
+    """Where it lies behind a reverse proxy that passes the whole path on, for example /skyrl; "" = at /."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The whole run or, with `service`, the whole server. skyrl.config.options.reads says which command reads what."""
 
@@ -564,3 +580,4 @@ class RunConfig:
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    dashboard: DashboardConfig = field(default_factory=DashboardConfig)

@@ -179,6 +179,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     ),
     "model.lora": (lambda cfg: cfg.model.lora.rank > 0, "with model.lora.rank above 0"),
     "feedback": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true"),
+    "dashboard": (lambda cfg: cfg.dashboard.enabled, "with dashboard.enabled=true"),
     "strategy.shard_size": (lambda cfg: cfg.strategy.name == "hsdp", "with strategy.name=hsdp"),
     "optim.final_lr_ratio": (lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=linear or cosine"),
     "model.revision": (lambda cfg: cfg.model.path != "tiny", "with a hub name in model.path"),
@@ -573,6 +574,16 @@ def _places(cfg: RunConfig) -> Iterator[str]:
         yield f"model.tiny.num_kv_heads={tiny.num_kv_heads}: must divide model.tiny.num_heads={tiny.num_heads}"
     if not cfg.model.path:
         yield NO_MODEL
+    page = cfg.dashboard
+    if page.port > 65535:
+        yield f"dashboard.port={page.port}: must be at most 65535; 0 = any free one"
+    if not page.host:
+        yield "dashboard.host: is empty; give an address to listen on, for example 127.0.0.1"
+    if page.path_prefix and not re.fullmatch(r"(/[A-Za-z0-9_.~-]+)+", page.path_prefix):
+        yield (
+            f"dashboard.path_prefix={page.path_prefix}: must begin with / and not end with it, and have letters, "
+            "digits, _ . ~ - alone, for example /skyrl"
+        )
 
 
 def ignored_on_resume(path: str, schedule: str) -> bool:
@@ -586,7 +597,7 @@ def ignored_on_resume(path: str, schedule: str) -> bool:
     return path.startswith(RESUME_GROUPS) or path in RESUME_OPTIONS
 
 
-RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.", "service.")
+RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.", "service.", "dashboard.")
 RESUME_OPTIONS = frozenset(
     "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "

@@ -127,7 +127,7 @@ def test_a_server_has_what_it_reads_and_a_run_does_not_have_the_service():
     paths = {option.path for option in all_options("serve")}
     assert {path.split(".")[0] for path in paths} == {
         "seed", "dry_run", "plugins", "model", "strategy", "sampler", "batch", "debug", "run", "service",
-        "feedback", "chat",
+        "feedback", "dashboard", "chat",
     }  # fmt: skip
     assert not any(path.startswith("model.lora") for path in paths) and reads("train", "model.lora.rank")
     with pytest.raises(UserError, match=r"^service.max_models: skyrl.train does not read it; leave it out$"):
