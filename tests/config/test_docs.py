@@ -161,6 +161,7 @@ def test_an_option_that_names_a_file_or_folder_is_typed_as_a_path():
         "tracking.rollouts_every",
         "model.revision",
         "run.name",
+        "dashboard.path_prefix",
     }
     texts = [o for o in all_options() if o.type in ("str", "list[str]", "dict[str, str]") and o.path not in others]
     assert [o.path for o in texts if words.search(o.doc) or words.search(o.path.replace("_", " "))] == []
