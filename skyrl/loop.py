@@ -17,7 +17,7 @@ from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
-from skyrl.config.schema import RunConfig
+from skyrl.config.schema import DashboardConfig, RunConfig
 from skyrl.data import PromptStream, make_splits
 from skyrl.distributed import env
 from skyrl.distributed.agreement import is_allowed
@@ -36,6 +36,7 @@ from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
 from skyrl.types import LoraSpec, Prompt, StopRun, UserError, few
+from skyrl.web.beside import dashboard_beside
 from skyrl.weight_check import fingerprint
 
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
@@ -53,7 +54,9 @@ def run_loop(
     with open_run(cfg, supervised) as run:
         try:
             run.take_hooks(hooks)
-            loop(run)
+            options = cfg.dashboard if run.world.is_leader else DashboardConfig()
+            with dashboard_beside(options, run.folder.path.parent):
+                loop(run)
         except StopRun:
             raise run.save_and_exit() from None
         with inside(FINISHING, run.state.global_step):

@@ -20,9 +20,9 @@ from skyrl.config import schema
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
     "seed dry_run plugins model strategy service feedback dashboard chat batch.max_tokens_per_microbatch "
-    "batch.max_row_tokens debug.deterministic run.world_size run.threads run.collective_timeout_seconds run.allow_different "
-    "sampler.backend sampler.block_tokens sampler.max_running sampler.kv_cache_gib sampler.prefix_cache "
-    "sampler.cuda_graphs"
+    "batch.max_row_tokens debug.deterministic run.world_size run.threads run.collective_timeout_seconds "
+    "run.allow_different sampler.backend sampler.block_tokens sampler.max_running sampler.kv_cache_gib "
+    "sampler.prefix_cache sampler.cuda_graphs"
 ).split()
 # Command -> groups that it does not read, although it reads what is around them.
 SFT_UNREAD = (

@@ -575,6 +575,9 @@ def _places(cfg: RunConfig) -> Iterator[str]:
     if not cfg.model.path:
         yield NO_MODEL
     page = cfg.dashboard
+    for package in ("starlette", "uvicorn", "jinja2") if page.enabled else ():
+        if importlib.util.find_spec(package) is None:
+            yield f"dashboard: the package {package} is missing; pip install 'skyrl-spmd[dashboard]'"
     if page.port > 65535:
         yield f"dashboard.port={page.port}: must be at most 65535; 0 = any free one"
     if not page.host:

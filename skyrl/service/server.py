@@ -41,6 +41,7 @@ from skyrl.service.worker import Worker
 from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError
 from skyrl.web.auth import Keys, read_keys
+from skyrl.web.beside import dashboard_beside
 from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
 
 log = logging.getLogger("skyrl.service")
@@ -229,7 +230,8 @@ def serve(cfg: RunConfig) -> None:
             file=sys.stderr,
             flush=True,
         )
-        service.worker.run()
+        with dashboard_beside(cfg.dashboard, Path("runs")):
+            service.worker.run()
     finally:
         server.stop()
         service.close()
