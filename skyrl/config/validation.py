@@ -20,7 +20,7 @@ from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
-from skyrl.config.options import alias_problems, all_options
+from skyrl.config.options import alias_problems, all_options, dashboard_problems
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
@@ -574,19 +574,7 @@ def _places(cfg: RunConfig) -> Iterator[str]:
         yield f"model.tiny.num_kv_heads={tiny.num_kv_heads}: must divide model.tiny.num_heads={tiny.num_heads}"
     if not cfg.model.path:
         yield NO_MODEL
-    page = cfg.dashboard
-    for package in ("starlette", "uvicorn", "jinja2") if page.enabled else ():
-        if importlib.util.find_spec(package) is None:
-            yield f"dashboard: the package {package} is missing; pip install 'skyrl-spmd[dashboard]'"
-    if page.port > 65535:
-        yield f"dashboard.port={page.port}: must be at most 65535; 0 = any free one"
-    if not page.host:
-        yield "dashboard.host: is empty; give an address to listen on, for example 127.0.0.1"
-    if page.path_prefix and not re.fullmatch(r"(/[A-Za-z0-9_.~-]+)+", page.path_prefix):
-        yield (
-            f"dashboard.path_prefix={page.path_prefix}: must begin with / and not end with it, and have letters, "
-            "digits, _ . ~ - alone, for example /skyrl"
-        )
+    yield from dashboard_problems(cfg.dashboard)
 
 
 def ignored_on_resume(path: str, schedule: str) -> bool:
