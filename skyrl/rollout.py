@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from skyrl.algorithms.objectives import Objectives
+from skyrl.algorithms.truncation import join_support, split_support
 from skyrl.algorithms.variance import score_of
 from skyrl.config.schema import EnvConfig
 from skyrl.distributed.collectives import MetricSums
@@ -38,6 +39,7 @@ from skyrl.types import (
     SampleRequest,
     SamplingParams,
     StopReason,
+    Support,
     Turn,
     UserError,
 )
@@ -326,7 +328,7 @@ def rank_tools(engine: Engine, reference: str) -> RankTools:
     """What rewards of whole batches are given of the engine."""
 
     def reference_logprobs(episodes: Sequence[Episode]) -> list[Floats]:
-        rows = to_rows([(0, list(episodes))])
+        rows = [replace(row, support=None) for row in to_rows([(0, list(episodes))])]  # of the whole distribution
         scored = engine.score([row.datum(row.mask.astype(np.float32)) for row in rows], 1.0, model=reference).logprobs
         found: list[list[Floats]] = [[np.zeros(0)] for _ in episodes]
         for row, logprobs in zip(rows, scored, strict=True):
@@ -430,6 +432,7 @@ class Row:
     old_logprobs: Floats | None = None
     scales: Floats | None = None
     objectives: dict[str, Floats] = field(default_factory=dict)
+    support: Support | None = None
 
     def datum(self, weights: Floats) -> Datum:
         """What the engine trains on: this row with its weights, which are mask and reduction in one."""
@@ -444,6 +447,7 @@ class Row:
             values=self.values,
             returns=self.returns,
             name=self.name,
+            support=self.support,
         )
 
 
@@ -481,11 +485,14 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
     mask = np.zeros(length, bool)
     logprobs, rewards, scales = np.zeros(length, np.float32), np.zeros(length), np.zeros(length)
     objectives: dict[str, Floats] = {}
+    supports: list[tuple[int, Support]] = []
     for turn in turns:
         start = len(turn.context) - 1
         end = start + len(turn.sample.tokens)
         mask[start:end] = True
         logprobs[start:end] = turn.sample.logprobs
+        if turn.sample.support is not None:
+            supports.append((start, turn.sample.support))
         rewards[end - 1] += turn.reward
         scales[end - 1] += max(turn.scale, abs(turn.reward))
         for name, value in turn.objectives.items():
@@ -503,6 +510,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         valid=not episode.invalid,
         scales=scales,
         objectives=objectives,
+        support=join_support(length, [(start, split_support(one)) for start, one in supports]) if supports else None,
     )
 
 

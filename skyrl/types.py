@@ -66,7 +66,8 @@ class SamplingParams:
     """How to draw one sequence. Log-probabilities are those of softmax(logits / temperature), over all of V.
 
     temperature 0 means greedy (log-probabilities then at temperature 1). top_k 0, top_p 1, min_p 0 switch each cut
-    off; the cuts change what is drawn, never the log-probabilities that are reported. `stop` strings and
+    off; the cuts change what is drawn, but the log-probabilities that are reported only with `processed_logprobs`:
+    then they are of the softmax over what the cuts leave, which is recorded (`Sample.support`). `stop` strings and
     `stop_token_ids` end the sequence and stay in its tokens. `seed` keys the draws: position j of a request uses draw
     j of that seed, whatever else runs beside it.
     """
@@ -79,6 +80,21 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    processed_logprobs: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens may not be drawn; nothing changes for a greedy draw."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class Support:
+    """The tokens that could be drawn at each of L positions: `counts` [L] int32, 0 = all of V, and `ids` int32, those
+    of all positions end to end."""
+
+    counts: Ints
+    ids: Ints
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,7 @@ class Sample:
     logprobs: Floats
     stop: StopReason
     version: int
+    support: Support | None = None  # what could be drawn, where the log-probabilities are of nothing else
 
 
 @dataclass
@@ -159,6 +176,7 @@ class Datum:
     For cross-entropy and scores `targets` and `weights` may both be [L, K]: K targets at each position.
     `clip_low` and `clip_high` are the losses' parameters of these names, one per token; they win over the parameters.
     `ratio_mask`: the tokens (not 0) whose log-ratios make up GSPO's sequence mean; without it the trained ones.
+    `support`: log-probabilities, entropy and gradient of each position are those of the softmax over these tokens.
     """
 
     tokens: Ints
@@ -175,9 +193,11 @@ class Datum:
     clip_low: Floats | None = None
     clip_high: Floats | None = None
     ratio_mask: Floats | None = None
+    support: Support | None = None
 
     def __post_init__(self) -> None:
         length = len(self.tokens)
+        assert self.support is None or len(self.support.counts) == length
         for key in ROW_FIELDS:
             value = getattr(self, key)
             if value is not None and len(value) != length:
@@ -198,7 +218,8 @@ class Microbatch:
     differences as numbers, `row_T` [T] int64 the sequence of each token. Optional fields are None when no row of the
     batch has them; float tensors have the dtype of the loss (float32, or float64 for a float64 model). `targets_T` and
     `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0. The last
-    four fields are indices of beginnings that rows share (algorithms.prefixes), int64."""
+    fields are indices, int64: of beginnings that rows share (algorithms.prefixes), and `support_2N`, a token and an
+    entry of the vocabulary that its softmax is over (tokens without any: over all of it)."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -220,6 +241,7 @@ class Microbatch:
     place_T: Tensor | None = None
     scored_P: Tensor | None = None
     pair_T: Tensor | None = None
+    support_2N: Tensor | None = None
 
     @property
     def max_length(self) -> int:

@@ -27,7 +27,14 @@ def shared_prefixes(rows: Sequence[Datum]) -> dict[str, np.ndarray]:
     tokens = [0, *(_common(a.tokens, b.tokens) for a, b in pairwise(rows))]
     if sum(tokens) < (1 - WORTH) * starts[-1]:
         return {}
-    pairs = [0, *(min(n, _common(a.targets, b.targets)) for n, (a, b) in zip(tokens[1:], pairwise(rows), strict=True))]
+    whole = [_uncut(row) for row in rows]  # what is before the first token whose softmax is over some tokens only
+    pairs = [
+        0,
+        *(
+            min(_common(a.targets, b.targets), *both)
+            for (a, b), *both in zip(pairwise(rows), tokens[1:], whole, whole[1:], strict=False)
+        ),
+    ]
     distinct_U, place_T = _indices(starts, tokens)
     scored_P, pair_T = _indices(starts, pairs)
     return {"distinct_U": distinct_U, "place_T": place_T, "scored_P": scored_P, "pair_T": pair_T}
@@ -48,6 +55,12 @@ def families(rows: Sequence[Datum], models: Sequence[str], budget: int) -> list[
             room = budget
         room -= length
     return out
+
+
+def _uncut(row: Datum) -> int:
+    """Tokens before the first one with a support."""
+    cut = np.zeros(0, bool) if row.support is None else row.support.counts > 0
+    return int(cut.argmax()) if cut.any() else len(row.tokens)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -105,11 +105,12 @@ class SamplerConfig:
     temperature: float = 1.0
     """Divides the logits. 0 = greedy, for evaluation only: a policy gradient needs a temperature above 0."""
     top_k: int = 0
-    """Draws from the k likeliest tokens only; 0 = off. Refused in training: the update assumes the full softmax."""
+    """Draws from the k likeliest tokens only; 0 = off. In training each draw's tokens are recorded, and the update sees
+    the softmax over these."""
     top_p: float = 1.0
-    """Draws from the smallest set with this probability; 1 = off. Refused in training."""
+    """Draws from the smallest set with this probability; 1 = off. Recorded in training like top_k."""
     min_p: float = 0.0
-    """Drops tokens less likely than min_p times the likeliest; 0 = off. Refused in training."""
+    """Drops tokens less likely than min_p times the likeliest; 0 = off. Recorded in training like top_k."""
     max_new_tokens: int = 16
     """Limit of one turn."""
     stop: list[str] = field(default_factory=list)

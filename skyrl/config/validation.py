@@ -20,6 +20,7 @@ from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
+from skyrl.config import policy_rules
 from skyrl.config.options import alias_problems, all_options, dashboard_problems
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
@@ -66,7 +67,7 @@ AT_LEAST_ONE = (
 ).split()
 ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
-    "warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds feedback.max_seconds "
+    "sampler.top_p warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds feedback.max_seconds "
     "feedback.reward_limit feedback.max_share"
 ).split()
 NO_LENGTH = (
@@ -216,6 +217,7 @@ def check(cfg: RunConfig) -> None:
         _params,
         _inapplicable,
         _sampling,
+        policy_rules.cuts,
         _batches,
         _algorithms,
         _objectives,
@@ -373,12 +375,6 @@ def _sampling(cfg: RunConfig) -> Iterator[str]:
             "sampler.temperature=0: greedy samples have no policy gradient; give a temperature above 0 (for evaluation "
             "there is eval.temperature)"
         )
-    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-        if getattr(sampler, name) != off:
-            yield (
-                f"sampler.{name}={getattr(sampler, name)}: refused in training, because the update uses the full "
-                f"softmax and would be wrong for what was cut; leave it at {off}"
-            )
     if cfg.eval.temperature == 0 and cfg.eval.samples_per_prompt > 1:
         yield (
             f"eval.samples_per_prompt={cfg.eval.samples_per_prompt}: greedy episodes of one prompt are all equal; give "

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from skyrl.algorithms.prefixes import SharedAttention
+from skyrl.algorithms.truncation import support_within
 from skyrl.models import exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.linear_attention import hook_delta_nets
@@ -200,7 +201,7 @@ class CausalLM(nn.Module):
             hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths), lengths_T)
         else:
             hidden_TC = self._hidden_padded(mb)
-        return self._outputs(hidden_TC, mb.targets_T, temperature, entropy)
+        return self._outputs(hidden_TC, mb.targets_T, temperature, entropy, mb.support_2N)
 
     def _forward_shared(self, mb: Microbatch, temperature: float, entropy: bool) -> ForwardOutput:
         """The same, with beginnings that rows share computed once (algorithms.prefixes)."""
@@ -209,31 +210,45 @@ class CausalLM(nn.Module):
             self.router.share(len(mb.distinct_U), len(mb.scored_P))
         attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb)
         hidden_UC = self.hidden(mb.tokens_T[mb.distinct_U], mb.positions_T[mb.distinct_U], attention)
-        out = self._outputs(hidden_UC[mb.place_T[mb.scored_P]], mb.targets_T[mb.scored_P], temperature, entropy)
+        cut_2N = mb.support_2N
+        if cut_2N is not None and mb.pair_T is not None:
+            cut_2N = cut_2N.clone()
+            cut_2N[0] = mb.pair_T[cut_2N[0]]
+        hidden_PC = hidden_UC[mb.place_T[mb.scored_P]]
+        out = self._outputs(hidden_PC, mb.targets_T[mb.scored_P], temperature, entropy, cut_2N)
         entropy_T, values_T = (None if one is None else one[mb.pair_T] for one in (out.entropy_T, out.values_T))
         return ForwardOutput(out.logprobs_T[mb.pair_T], entropy_T, values_T)
 
-    def _outputs(self, hidden_TC: Tensor, targets_T: Tensor, temperature: float, entropy: bool) -> ForwardOutput:
+    def _outputs(
+        self, hidden_TC: Tensor, targets_T: Tensor, temperature: float, entropy: bool, support_2N: Tensor | None
+    ) -> ForwardOutput:
         if self.head == "value":
             # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
             values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype)).clone()
             return ForwardOutput(torch.zeros_like(values_T), None, values_T)
         entropy = entropy and targets_T.ndim == 1
         if self.router is None or not self.router.active():
-            return ForwardOutput(*self._log_probs(hidden_TC, targets_T, temperature, entropy, None))
+            return ForwardOutput(*self._log_probs(hidden_TC, targets_T, temperature, entropy, None, support_2N))
         parts = []
         for start, stop, pair in self.router.unembedding():
             hidden, low = hidden_TC[start:stop], None
             if pair is not None:
                 low = (low_rank(hidden, pair[0], pair[2]), pair[1])
-            parts.append(self._log_probs(hidden, targets_T[start:stop], temperature, entropy, low))
+            cut_2N = None if support_2N is None else support_within(support_2N, start, stop)
+            parts.append(self._log_probs(hidden, targets_T[start:stop], temperature, entropy, low, cut_2N))
         if len(parts) == 1:
             return ForwardOutput(*parts[0])
         entropies = [e for _, e in parts if e is not None]
         return ForwardOutput(torch.cat([p for p, _ in parts]), torch.cat(entropies) if entropy else None)
 
     def _log_probs(
-        self, hidden_TC: Tensor, targets: Tensor, temperature: float, entropy: bool, low: tuple[Tensor, Tensor] | None
+        self,
+        hidden_TC: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+        low: tuple[Tensor, Tensor] | None,
+        support_2N: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         weight_VC, bias_V = self.output_weight()
         if self.float_head:
@@ -248,6 +263,7 @@ class CausalLM(nn.Module):
             head=self.head_spec,
             entropy=entropy,
             chunk_tokens=self.chunk_tokens,
+            support_2N=support_2N,
         )
 
     def _hidden_padded(self, mb: Microbatch) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyrl.algorithms.truncation import cut_logits
 from skyrl.models import exact_ops
 
 # float32 logits that exist at once. On a CPU a block that stays in the cache is 1.8 times as fast as one of 64 MiB.
@@ -71,15 +72,16 @@ class _LogProbs(torch.autograd.Function):
         head: HeadSpec,
         block: int,
         want_entropy: bool,
+        support_2N: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         targets_TK = targets if targets.ndim == 2 else targets[:, None]
-        product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
+        product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR, support_2N)
         tokens = hidden_TC.shape[0]
         rows = block * tokens // weight_VC.shape[0]  # whole ones that fit into the same memory
         whole = tokens > 0 and rows >= min(ROWS, tokens) and exact_ops.matches_sampler(hidden_TC, weight_VC)
         by, size = (_by_rows, rows) if whole else (_by_blocks, block)
         out_TK, logz_T, entropy_T = by(product, targets_TK, head, temperature, size, want_entropy)
-        ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T)
+        ctx.save_for_backward(hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T, support_2N)
         ctx.plan = (temperature, head, block)
         ctx.set_materialize_grads(False)
         # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
@@ -87,11 +89,11 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T = ctx.saved_tensors
+        hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, logz_T, entropy_T, support_2N = ctx.saved_tensors
         temperature, head, block = ctx.plan
         grad, grad_entropy_T = grads
         if grad is None and grad_entropy_T is None:
-            return (None,) * 10
+            return (None,) * 11
         targets_TK = targets if targets.ndim == 2 else targets[:, None]
         grad_TK = grad if grad is None or grad.ndim == 2 else grad[:, None]
         vocab = weight_VC.shape[0]
@@ -101,11 +103,12 @@ class _LogProbs(torch.autograd.Function):
         dbias = torch.empty_like(bias_V) if want[2] and bias_V is not None else None
         dlow = torch.zeros(low_TR.shape, dtype=logz_T.dtype, device=low_TR.device) if want[3] else None
         dup = torch.empty_like(up_VR) if want[4] else None
-        product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR)
+        product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR, support_2N)
         for start in range(0, vocab, block):
             stop = min(start + block, vocab)
             z = product.logits(slice(None), slice(start, stop), head, temperature)
-            capped = (z * (temperature / head.softcap)).square_() if head.softcap else None
+            # at least -1 but for what is cut off, which has no gradient
+            capped = (z * (temperature / head.softcap)).clamp_(min=-1.0).square_() if head.softcap else None
             dz = _logit_gradient(z, start, targets_TK, logz_T, entropy_T, grad_TK, grad_entropy_T)
             if capped is not None:  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
                 dz.mul_(capped.neg_().add_(1.0))
@@ -129,7 +132,7 @@ class _LogProbs(torch.autograd.Function):
             dbias,
             None if dlow is None else dlow.to(low_TR.dtype),
             dup,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -150,6 +153,7 @@ class _Product:
     bias_V: Tensor | None
     low_TR: Tensor | None
     up_VR: Tensor | None
+    support_2N: Tensor | None
 
     @cached_property
     def _packed(self) -> exact_ops.Packed:
@@ -169,6 +173,8 @@ class _Product:
             else:
                 product.addmm_(low_TR, up_VR.t())
         logits = finish_logits(product, head)
+        if self.support_2N is not None:
+            cut_logits(logits, tokens.start or 0, entries.start or 0, self.support_2N)
         return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -263,10 +269,13 @@ def log_probs(
     head: HeadSpec = HeadSpec(),
     entropy: bool = False,
     chunk_tokens: int = 0,
+    support_2N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(logits / temperature) at the targets, and entropy if asked; float32 (float64 for float64), nats.
 
     `targets` [T], or [T, K] for K of them at each position; the log-probabilities have the same shape, entropy is [T].
+    `support_2N`: tokens and entries of the vocabulary; the softmax of a token that is there is over its entries alone,
+    and the log-probability of another target about -1e20.
     `low_rank`: (u [T, R], B [V, R]) adds u B^T to hidden W^T, before the family's scaling.
     At most 64 MiB (CPU: 8 MiB) of float32 logits exist at once, or as much as `chunk_tokens` whole rows would take, but
     no less than 128 entries of the vocabulary for all tokens.
@@ -279,5 +288,5 @@ def log_probs(
     block = min(vocab, max(128, budget // tokens // 128 * 128))
     low_TR, up_VR = low_rank or (None, None)
     return _LogProbs.apply(
-        hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, float(temperature), head, block, entropy
+        hidden_TC, weight_VC, bias_V, low_TR, up_VR, targets, float(temperature), head, block, entropy, support_2N
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from skyrl.algorithms.prefixes import shared_prefixes
+from skyrl.algorithms.truncation import packed_support
 from skyrl.models import exact_ops
 from skyrl.models.attention import AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
@@ -85,6 +86,7 @@ def collate(
             name: np.concatenate(arrays).astype(np.int64 if name in INTEGER_FIELDS else floats, copy=False)
             for name, arrays in fields.items()
         }
+    packed |= packed_support(rows)
     if share:
         packed |= shared_prefixes(rows)
     device = torch.device(device)

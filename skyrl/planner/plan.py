@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from skyrl.algorithms.losses import check_spec
@@ -200,7 +200,7 @@ def make_plan(
         updates_per_step=batch.optim_steps_per_batch * batch.epochs_per_batch,
         needs_reference=needs_reference(cfg),
         needs_critic=validation.advantage_of(cfg).critic,
-        sampling=_sampling(cfg, cfg.sampler.temperature),
+        sampling=replace(_sampling(cfg, cfg.sampler.temperature), processed_logprobs=True),
         eval_sampling=_sampling(cfg, cfg.eval.temperature),
         sizes=model_sizes,
         memory=memory,

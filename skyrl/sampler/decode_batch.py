@@ -38,6 +38,7 @@ class DecodeBatch:
         state_B = np.array([s.state for s in self.sequences], dtype=np.int64)
         self.batch = DecodeInputs(tokens_B, self.lengths_B - 1, table_BW, parts, state_B)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # drawn but not yet in the sequences
+        self._supports: list[list[np.ndarray]] = []  # of the same draws, where the log-probabilities are of them
         self._index: dict[int, int] | None = None  # rows of the sequences, by id; made when asked for
 
     def extend_tables(self) -> None:
@@ -50,7 +51,12 @@ class DecodeBatch:
     def sample(self, runner: Runner, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Draws one token of each sequence from its row: tokens, log-probabilities."""
         uniforms_B = torch.from_numpy(sampling.uniforms(self._streams_B, self.lengths_B - self._starts_B))
-        tokens_B, logprobs_B = runner.sample(logits_BV, self._params, uniforms_B.to(self._device))
+        given = logits_BV, self._params, uniforms_B.to(self._device)
+        if self._params.processed_B is None:
+            tokens_B, logprobs_B = runner.sample(*given)
+        else:
+            tokens_B, logprobs_B, supports = sampling.sample_with_support(*given)
+            self._supports.append(supports)
         return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
 
     def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, StopReason]]:
@@ -91,4 +97,7 @@ class DecodeBatch:
             sequence.length = end = start + len(tokens)
             sequence.tokens[start:end] = tokens
             sequence.logprobs[start - sequence.start : end - sequence.start] = logprobs
-        self._pending = []
+        for supports in self._supports:
+            for sequence, ids in zip(self.sequences, supports, strict=True):
+                sequence.supports.append(ids)
+        self._pending, self._supports = [], []

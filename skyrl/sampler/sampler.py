@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from skyrl.algorithms.truncation import join_support
 from skyrl.models.lora import Adapter
 from skyrl.sampler.adapters import AdapterRegistry
 from skyrl.sampler.blocks import BASE_KEY
@@ -244,4 +245,5 @@ class Sampler:
         self._adapters.count(sequence.adapter, -1)
         logprobs = sequence.logprobs[: end - sequence.start].copy()
         tokens = sequence.tokens[sequence.start : end].copy()
-        return sequence.order, Sample(sequence.uid, tokens, logprobs, reason, self.version)
+        support = join_support(len(tokens), [(0, sequence.supports)]) if sequence.supports else None
+        return sequence.order, Sample(sequence.uid, tokens, logprobs, reason, self.version, support)

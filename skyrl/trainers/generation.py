@@ -139,5 +139,9 @@ def _count_sampled(run: Run, step: Step, groups: list[list[Episode]]) -> None:
     turns = [turn for group in groups for episode in group for turn in episode.turns]
     tokens = sum(len(turn.sample.tokens) for turn in turns)
     step.sums.add("sampled_tokens:sum", float(tokens))
+    counts = [turn.sample.support.counts for turn in turns if turn.sample.support is not None]
+    for ids in counts:
+        step.sums.add("support:mean", float(ids.sum()), len(ids))
+        step.sums.add("support:max", float(ids.max()))
     attended = sum(sample_attended(len(turn.context), len(turn.sample.tokens)) for turn in turns)
     step.sums.add("flops/sample:sum", forward_flops(model_shape(run), tokens, attended))

@@ -96,9 +96,12 @@ def test_tables_name_only_options_that_exist():
         ("model.path=x model.tiny.num_layers=2", "model.tiny.num_layers=2: has an effect only with"),
         ("warmup.num_steps=0 warmup.lr=1e-4", "warmup.lr=0.0001: has an effect only with"),
         ("sampler.temperature=0", "sampler.temperature=0: greedy samples have no policy gradient"),
-        ("sampler.top_k=5", "sampler.top_k=5: refused in training"),
-        ("sampler.top_p=0.9", "sampler.top_p=0.9: refused in training"),
-        ("sampler.min_p=0.1", "sampler.min_p=0.1: refused in training"),
+        ("sampler.top_k=1", "sampler.top_k=1: leaves one token to draw"),
+        ("sampler.min_p=1", "sampler.min_p=1.0: leaves one token to draw"),
+        (
+            "feedback.enabled=true env.name=feedback sampler.top_p=0.9",
+            "sampler.top_p=0.9: with feedback.enabled=true answers are drawn as clients ask",
+        ),
         ("eval.samples_per_prompt=4 eval.temperature=0", "eval.samples_per_prompt=4: greedy episodes"),
         ("batch.max_row_tokens=4 sampler.max_new_tokens=8", "batch.max_row_tokens=4: leaves no room"),
         (

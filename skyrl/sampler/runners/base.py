@@ -107,6 +107,7 @@ class Sequence:
     state: int = 0  # which of the cache's states is its own, while it prefills or runs
     computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
     waiting: bool = True
+    supports: list[np.ndarray] = field(default_factory=list)  # ids that each drawn token was one of, if recorded
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl.algorithms.truncation import kept, support_of
 from skyrl.models import exact_ops
 from skyrl.types import SamplingParams, UserError
 
@@ -67,6 +68,7 @@ class BatchSamplingParams:
     min_p_B: Tensor
     cut: bool  # some row has a cut
     temperatures: np.ndarray  # float32, 0 = greedy
+    processed_B: Tensor | None = None  # bool: of what is left by the cuts; None = none is
 
     @staticmethod
     def of(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> BatchSamplingParams:
@@ -74,7 +76,7 @@ class BatchSamplingParams:
         greedy = [p.temperature == 0 for p in params]
         heat = [p.temperature or 1.0 for p in params]
         # a cut has no effect on a greedy row: the likeliest token survives every cut
-        cut = any((p.top_k or p.top_p < 1 or p.min_p > 0) and p.temperature > 0 for p in params)
+        cut, processed = any(p.cuts for p in params), [p.cuts and p.processed_logprobs for p in params]
         return BatchSamplingParams(
             temperature_B1=None if all(t == 1 for t in heat) else torch.tensor(heat, device=device).unsqueeze(1),
             greedy_B=torch.tensor(greedy, device=device) if any(greedy) else None,
@@ -83,17 +85,20 @@ class BatchSamplingParams:
             min_p_B=torch.tensor([p.min_p for p in params], device=device),
             cut=cut,
             temperatures=np.array([p.temperature for p in params], dtype=np.float32),
+            processed_B=torch.tensor(processed, device=device) if any(processed) else None,
         )
 
     def rows(self, index: slice) -> BatchSamplingParams:
         """The same for some rows."""
-        heat, greedy = (None if x is None else x[index] for x in (self.temperature_B1, self.greedy_B))
+        some = (self.temperature_B1, self.greedy_B, self.processed_B)
+        heat, greedy, processed = (None if x is None else x[index] for x in some)
         top_k, top_p, min_p = (x[index] for x in (self.top_k_B, self.top_p_B, self.min_p_B))
-        return BatchSamplingParams(heat, greedy, top_k, top_p, min_p, self.cut, self.temperatures[index])
+        return BatchSamplingParams(heat, greedy, top_k, top_p, min_p, self.cut, self.temperatures[index], processed)
 
 
 def sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] int64 and log-probabilities [B] float32 of softmax(logits / temperature) over all of V.
+    """Tokens [B] int64 and log-probabilities [B] float32 of softmax(logits / temperature) over all of V, of processed
+    rows over what their cuts leave.
 
     logits_BV is float32 (or wider) and is overwritten. Sums run in float64, and the drawn point is kept below the
     total, so a token of probability 0 is never drawn and the last one is not favoured. Greedy rows take the lowest
@@ -101,22 +106,32 @@ def sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -
     temperature, in the order top-k (equals: lowest index first), top-p of what is left, min-p. Rows that are not finite
     give a log-probability that is not finite.
     """
+    tokens_B, logprobs_B, _ = sample_with_support(logits_BV, params, uniforms_B)
+    return tokens_B, logprobs_B
+
+
+def sample_with_support(
+    logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor
+) -> tuple[Tensor, Tensor, list[np.ndarray]]:
+    """As `sample`, with the ids [n] int32 that each processed row could have drawn; none of other rows."""
     rows = max(1, _CHUNK_BYTES // (4 * logits_BV.shape[1]))
-    if logits_BV.shape[0] <= rows:
-        return _sample(logits_BV, params, uniforms_B)
-    parts = [slice(at, at + rows) for at in range(0, logits_BV.shape[0], rows)]
+    parts = [slice(at, at + rows) for at in range(0, max(1, len(logits_BV)), rows)]
     drawn = [_sample(logits_BV[part], params.rows(part), uniforms_B[part]) for part in parts]
-    return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
+    tokens, logprobs, supports = zip(*drawn, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs), [ids for part in supports for ids in part]
 
 
-def _sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+def _sample(
+    logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor
+) -> tuple[Tensor, Tensor, list[np.ndarray]]:
     if params.temperature_B1 is not None:
         logits_BV = logits_BV.div_(params.temperature_B1)
     top_B1, best_B1 = logits_BV.max(1, keepdim=True)
     shifted_BV = logits_BV.sub_(top_B1)
     # as in training's log-probabilities (exact_ops.log_softmax_at)
     weights_BV = exact_ops.exp(shifted_BV) if exact_ops.uses_onednn(logits_BV) else shifted_BV.exp()
-    drawn_BV = weights_BV * kept(weights_BV, params) if params.cut else weights_BV
+    kept_BV = kept(weights_BV, params.top_k_B, params.top_p_B, params.min_p_B) if params.cut else None
+    drawn_BV = weights_BV if kept_BV is None else weights_BV * kept_BV
     sums_BV = drawn_BV.cumsum(1, dtype=torch.float64)
     total_B1 = sums_BV[:, -1:]
     point_B1 = torch.minimum(uniforms_B.unsqueeze(1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
@@ -125,18 +140,9 @@ def _sample(logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) 
     if params.greedy_B is not None:
         token_B1 = torch.where(params.greedy_B.unsqueeze(1), best_B1, token_B1)
     mass_B1 = weights_BV.sum(1, keepdim=True, dtype=torch.float64) if params.cut else total_B1
+    supports: list[np.ndarray] = []
+    if params.processed_B is not None and kept_BV is not None:
+        mass_B1 = torch.where(params.processed_B.unsqueeze(1), total_B1, mass_B1)
+        supports = support_of(kept_BV, params.processed_B)
     logprob_B1 = shifted_BV.gather(1, token_B1) - mass_B1.log()
-    return token_B1.squeeze(1), logprob_B1.squeeze(1).float()
-
-
-def kept(weights_BV: Tensor, params: BatchSamplingParams) -> Tensor:
-    """1 where a token may be drawn, 0 where a cut removes it, in the dtype of weights_BV (unnormalised, largest 1)."""
-    sorted_BV, order_BV = torch.sort(weights_BV, dim=1, descending=True, stable=True)
-    rank_V = torch.arange(weights_BV.shape[1], device=weights_BV.device)
-    keep_BV = rank_V < params.top_k_B.unsqueeze(1)
-    left_BV = (sorted_BV * keep_BV).cumsum(1, dtype=torch.float64)
-    before_BV = torch.cat([torch.zeros_like(left_BV[:, :1]), left_BV[:, :-1]], 1)
-    keep_BV &= (before_BV < params.top_p_B.unsqueeze(1) * left_BV[:, -1:]) | (params.top_p_B.unsqueeze(1) >= 1)
-    keep_BV[:, 0] = True
-    keep_BV &= sorted_BV >= params.min_p_B.unsqueeze(1) * sorted_BV[:, :1]
-    return torch.zeros_like(weights_BV).scatter_(1, order_BV, keep_BV.to(weights_BV.dtype))
+    return token_B1.squeeze(1), logprob_B1.squeeze(1).float(), supports
