@@ -39,7 +39,7 @@ from skyrl.types import (
     SampleRequest,
     SamplingParams,
     StopReason,
-    Support,
+    TokenSupport,
     Turn,
     UserError,
 )
@@ -432,7 +432,7 @@ class Row:
     old_logprobs: Floats | None = None
     scales: Floats | None = None
     objectives: dict[str, Floats] = field(default_factory=dict)
-    support: Support | None = None
+    support: TokenSupport | None = None
 
     def datum(self, weights: Floats) -> Datum:
         """What the engine trains on: this row with its weights, which are mask and reduction in one."""
@@ -485,7 +485,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
     mask = np.zeros(length, bool)
     logprobs, rewards, scales = np.zeros(length, np.float32), np.zeros(length), np.zeros(length)
     objectives: dict[str, Floats] = {}
-    supports: list[tuple[int, Support]] = []
+    supports: list[tuple[int, TokenSupport]] = []
     for turn in turns:
         start = len(turn.context) - 1
         end = start + len(turn.sample.tokens)

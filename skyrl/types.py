@@ -89,7 +89,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Support:
+class TokenSupport:
     """The tokens that could be drawn at each of L positions: `counts` [L] int32, 0 = all of V, and `ids` int32, those
     of all positions end to end."""
 
@@ -117,7 +117,7 @@ class Sample:
     logprobs: Floats
     stop: StopReason
     version: int
-    support: Support | None = None  # what could be drawn, where the log-probabilities are of nothing else
+    support: TokenSupport | None = None  # what could be drawn, where the log-probabilities are of nothing else
 
 
 @dataclass
@@ -193,7 +193,7 @@ class Datum:
     clip_low: Floats | None = None
     clip_high: Floats | None = None
     ratio_mask: Floats | None = None
-    support: Support | None = None
+    support: TokenSupport | None = None
 
     def __post_init__(self) -> None:
         length = len(self.tokens)

@@ -2,7 +2,7 @@
 
 A policy that is sampled with cuts is another distribution than its full softmax, so a gradient of the full
 log-probability would be that of a policy that nobody sampled. What each draw could have been is therefore recorded
-(`types.Support`), and log-probabilities, ratios, entropy and the KL to a reference are all taken over it. Later updates
+(`types.TokenSupport`), and log-probabilities, ratios, entropy and the KL to a reference are all over it. Later updates
 of a batch hold it fixed: a ratio of two policies needs one support. torch is imported where it is used.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skyrl.types import Datum, Support
+from skyrl.types import Datum, TokenSupport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def support_of(kept_BV: Tensor, recorded_B: Tensor) -> list[np.ndarray]:
     return np.split(ids.astype(np.int32), np.searchsorted(row, np.arange(1, len(kept_BV))))
 
 
-def join_support(length: int, parts: Sequence[tuple[int, Sequence[np.ndarray]]]) -> Support:
+def join_support(length: int, parts: Sequence[tuple[int, Sequence[np.ndarray]]]) -> TokenSupport:
     """The support of `length` positions: each part is where it begins and the ids of each position from there on."""
     counts = np.zeros(length, np.int32)
     found: list[np.ndarray] = []
@@ -50,10 +50,10 @@ def join_support(length: int, parts: Sequence[tuple[int, Sequence[np.ndarray]]])
         ids = ids[: length - start]
         counts[start : start + len(ids)] = [len(one) for one in ids]
         found += ids
-    return Support(counts, np.concatenate([np.zeros(0, np.int32), *found]))
+    return TokenSupport(counts, np.concatenate([np.zeros(0, np.int32), *found]))
 
 
-def split_support(support: Support) -> list[np.ndarray]:
+def split_support(support: TokenSupport) -> list[np.ndarray]:
     """The ids of each position."""
     return np.split(support.ids, np.cumsum(support.counts)[:-1])
 
