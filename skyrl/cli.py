@@ -155,6 +155,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": partial(_elsewhere, "skyrl.launch.listing:list_things"),
     "new": partial(_elsewhere, "skyrl.launch.new:new"),
     "launch": partial(_elsewhere, "skyrl.launch.command:launch"),
+    **{name: partial(_elsewhere, f"skyrl.launch.jobs:{name}") for name in ("wait", "stop", "gate")},
     "sweep-table": partial(_elsewhere, "skyrl.sweep:sweep_table"),
     "get-model": _get_model,
     "stage": partial(_elsewhere, "skyrl.launch.stage:stage"),

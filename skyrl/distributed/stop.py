@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from skyrl.config.schema import RunFolderConfig
 from skyrl.types import UserError
@@ -21,8 +22,18 @@ TEMPORARY, INTERRUPTED = 75, 130  # EX_TEMPFAIL: start me again; the shell's cod
 OF_BATCH = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 SIGNALS = (signal.SIGTERM, *OF_BATCH, signal.SIGINT)
 STOP_FILE = "stop"
+STOP_COMMAND = "skyrl-tx stop"
+STOP_FOR_GOOD = "for good"  # in that file, as `skyrl-tx stop` writes it: no reason to queue the job again
 END_OF_JOB = "SLURM_JOB_END_TIME"
 LONGEST_JOB = 10 * 365 * 86400  # Slurm writes a far date for a job without a limit
+
+
+def asked_by_file(path: Path) -> str:
+    """The reason that a stop file gives, by what is in it."""
+    try:
+        return STOP_COMMAND if path.read_text(encoding="utf-8").strip() == STOP_FOR_GOOD else "stop file"
+    except (OSError, ValueError):
+        return "stop file"
 
 
 def heard_signals() -> list[signal.Signals]:
@@ -41,8 +52,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the process ends with: a person's Ctrl-C is no reason to queue the job again."""
-        return INTERRUPTED if self.reason == "SIGINT" else TEMPORARY
+        """What the process ends with: a person's Ctrl-C or `skyrl-tx stop` is no reason to queue the job again."""
+        return INTERRUPTED if self.reason in ("SIGINT", STOP_COMMAND) else TEMPORARY
 
 
 def save_by(options: RunFolderConfig, environment: Mapping[str, str] = os.environ) -> float | None:

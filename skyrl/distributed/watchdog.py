@@ -25,7 +25,15 @@ from torch.distributed import DistError
 from skyrl.distributed import env, failure, peers, phases
 from skyrl.distributed.hang_monitor import HangMonitor
 from skyrl.distributed.init import World, own_store
-from skyrl.distributed.stop import INTERRUPTED, SIGNALS, STOP_FILE, TEMPORARY, StopRequest, heard_signals
+from skyrl.distributed.stop import (
+    INTERRUPTED,
+    SIGNALS,
+    STOP_FILE,
+    TEMPORARY,
+    StopRequest,
+    asked_by_file,
+    heard_signals,
+)
 from skyrl.envs import clock
 from skyrl.run_dir import REQUEUE_FILE
 
@@ -149,7 +157,7 @@ class Watchdog:
         if self.world.is_leader and now >= self._next_file:
             self._next_file = now + STOP_FILE_SECONDS
             if self.claimed and self.stop_request is None and (self.folder / STOP_FILE).exists():
-                self._ask("stop file")
+                self._ask(asked_by_file(self.folder / STOP_FILE))
         still, waits = phases.progress(now)
         if now >= self._next_exchange or self._sent != (phases.status.phase, phases.status.step):
             self._next_exchange = now + EXCHANGE_SECONDS

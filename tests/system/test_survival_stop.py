@@ -7,6 +7,7 @@ import pytest
 from launcher import LETTERS, lines_in, when
 
 from skyrl.checkpoint.folder import list_checkpoints
+from skyrl.launch import jobs
 from skyrl.run_dir import read_metrics
 from skyrl.tracking.base import without_wall_clock
 
@@ -76,21 +77,22 @@ def test_a_signal_while_the_model_is_loaded(warm, tmp_path):
     assert (tmp_path / "run" / "requeue").exists() and not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
-@pytest.mark.parametrize("how", ["deadline", "stop file"])
+@pytest.mark.parametrize("how", ["deadline", "stop file", pytest.param("skyrl-tx stop", marks=pytest.mark.slow)])
 def test_the_clock_and_a_file_stop_a_run_too(warm, whole, tmp_path, how):
     run = tmp_path / "run"
     clock = ["run.must_save_by=+7", "run.save_margin_seconds=3"] if how == "deadline" else []
 
     def touch():
-        if how == "stop file" and (tmp_path / "in-1").exists():
+        if how != "deadline" and (tmp_path / "in-1").exists():
             (tmp_path / "in-1").unlink()
-            (run / "stop").touch()
+            (run / "stop").touch() if how == "stop file" else jobs.stop([str(run)])
         return False
 
     done = warm.run(*RUN, *clock, cwd=tmp_path, ranks=2, kill=touch, before=pace("generation", 7, "3"))
-    assert done.code == LEFT, done.stderr
+    assert done.code == (INTERRUPTED if how == "skyrl-tx stop" else LEFT), done.stderr
     (stop,) = stops(run)
     assert stop["reason"] == how and not (run / "stop").exists()
+    assert (run / "requeue").exists() == (done.code == LEFT)
     finishes_like(warm, whole, tmp_path)
 
 
