@@ -19,6 +19,7 @@ from skyrl.config.args import Parser, path_arg
 from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD
 from skyrl.files import disk_reason, write_atomic
 from skyrl.run_dir import RunReader, find_run
+from skyrl.tracking.jsonl import plain
 from skyrl.types import UserError
 
 HOLDS, FAILS, AGAIN, LATE = 0, 1, 75, 124  # of `wait`; 124 is what timeout(1) ends with
@@ -120,9 +121,8 @@ def gate(args: list[str]) -> int:
         judged.append({"metric": key, "value": values[key], "condition": f"{comparison}{bound:g}", "holds": holds})
     passed = all(one["holds"] for one in judged)
     if given.json:
-        for one in judged:
-            one["value"] = one["value"] if math.isfinite(one["value"]) else str(one["value"])
-        print(json.dumps({"run": str(run.path), "state": state, "passed": passed, "conditions": judged}, indent=1))
+        told = {"run": str(run.path), "state": state, "passed": passed, "conditions": judged}
+        print(json.dumps(plain(told), indent=1, allow_nan=False))
         return HOLDS if passed else FAILS
     for one in judged:
         print(f"{'holds' if one['holds'] else 'FAILS'}  {one['metric']} = {one['value']:g}, wanted {one['condition']}")
