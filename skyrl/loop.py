@@ -24,17 +24,31 @@ from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
 from skyrl.distributed.compare import check_shared, compare_nodes
 from skyrl.distributed.init import World
-from skyrl.distributed.phases import FINISHING, LOADING, heartbeat, inside
+from skyrl.distributed.phases import FINISHING, LOADING, collectives, heartbeat, inside
 from skyrl.distributed.stop import STOP_FILE, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
-from skyrl.run_dir import REQUEUE_FILE, RESULT, RunFolder, changed_facts, drop_rollouts, keep_fingerprint, read_result
+from skyrl.run_dir import (
+    ADVISORIES,
+    REQUEUE_FILE,
+    RESULT,
+    RunFolder,
+    RunReader,
+    changed_facts,
+    drop_rollouts,
+    keep_fingerprint,
+    keep_steps,
+    read_result,
+)
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.fit import Progress, PromptCheck, leave_out, say_progress
+from skyrl.tracking.advisories import stop_times
+from skyrl.tracking.alerts import Alerts
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
+from skyrl.tracking.system import SystemRecorder
 from skyrl.types import LoraSpec, Prompt, StopRun, UserError, few
 from skyrl.web.beside import dashboard_beside
 from skyrl.weight_check import fingerprint
@@ -62,7 +76,7 @@ def run_loop(
         with inside(FINISHING, run.state.global_step):
             _finish(run)
         export = str(run.folder.export) if cfg.checkpoint.export else None
-        return {"export": export, "parent": run.state.parent or None, "notices": run.state.notices.said}
+        return {"export": export, "parent": run.state.parent or None, "advisories": run.state.advisories.said}
 
 
 def _finish(run: Run) -> None:
@@ -213,7 +227,8 @@ def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> 
     and data are expected to be mended. Returns lines worth showing."""
     edited, ours = changed_facts(folder.path, facts) if latest(folder.checkpoints) is not None else ([], [])
     last = read_result(folder.path) or {}
-    no_verifier = last.get("state") == "stopped" and "all_invalid" in last.get("notices", ())
+    said = last.get("advisories", last.get("notices", ()))  # as earlier releases call them
+    no_verifier = last.get("state") == "stopped" and "all_invalid" in said
     mended = ("code.", "data.", "env.") if no_verifier else ()
     refused = [name for name in edited if not is_allowed(name, cfg.run.allow_different) and not name.startswith(mended)]
     if refused:
@@ -274,7 +289,7 @@ def _open(
         with inside(LOADING, 0):
             run.state.base = fingerprint(engine, "base")
     offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
-    run.tracker = _make_tracker(run, offset)
+    agree(world, lambda: _start_tracking(run, offset))
     run.tracker.restore(run.state.pending)
     run.saved = (run.state.global_step, run.state.unrecorded)
     return run
@@ -329,17 +344,34 @@ def _fitting_prompts(
     return train, test, [line for line in (first, second) if line]
 
 
-def _make_tracker(run: Run, offset: int | None) -> Tracker:
-    """The tracker, with sinks on rank 0. Raises its UserError on every rank."""
-    cfg, world = run.cfg, run.world
+def _start_tracking(run: Run, offset: int | None) -> None:
+    """The tracker, with sinks on rank 0, which also gets what advisories compare and where they go."""
+    cfg, world, folder, state = run.cfg, run.world, run.folder, run.state
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
     totals = {"warmup": run.total_of("warmup"), "sft": run.total_of("warmup"), "rl": run.total_of("rl")}
-    return agree(
-        world,
-        lambda: make_tracker(
-            cfg, run.folder.path, world.rank, resume_from=offset, world_size=world.size, gpu_name=name, totals=totals
-        ),
+    last_step, recorder = (state.global_step - state.unrecorded) if offset else -1, None
+    if cfg.tracking.system:
+        gpu = str(getattr(torch.cuda.get_device_properties(world.device), "uuid", "")) if name else ""
+        gpu = "" if torch.version.hip else gpu
+        recorder = SystemRecorder(
+            folder.path, world.rank, last_step=last_step, world_size=world.size, gpu=gpu, collectives=collectives
+        )
+    run.tracker = make_tracker(
+        cfg,
+        folder.path,
+        world.rank,
+        resume_from=offset,
+        world_size=world.size,
+        gpu_name=name,
+        totals=totals,
+        recorder=recorder,
     )
+    if world.is_leader:
+        keep_steps(folder.path / ADVISORIES, state.global_step if offset else -1)
+        run.alerts, reader = Alerts(cfg, folder.path), RunReader(folder.path)
+        run.history.facts["stops"] = stop_times(reader.stops())
+        for record in reader.metrics()[0]:
+            run.history.add(record)
 
 
 def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engine:

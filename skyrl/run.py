@@ -40,12 +40,13 @@ from skyrl.envs.base import group_rewards_of
 from skyrl.files import write_atomic
 from skyrl.planner.plan import Plan
 from skyrl.rollout import Judges, RolloutConfig, episode_metrics, rank_tools, rollout, score_batch
-from skyrl.run_dir import RESULT, RunFolder
+from skyrl.run_dir import RESULT, STOPS, RunFolder
 from skyrl.sampler.sampler import Sampler
+from skyrl.tracking.advisories import Advisories, Advisory, History
+from skyrl.tracking.alerts import Alerts
 from skyrl.tracking.base import Tracker, memory_metrics
 from skyrl.tracking.curves import draw_beside
 from skyrl.tracking.hooks import Hooks
-from skyrl.tracking.notices import Notices
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
 from skyrl.workers.pool import shut_pool
@@ -53,7 +54,6 @@ from skyrl.workers.pool import shut_pool
 SAVE_SECONDS = 15.0  # a save under way may take this long after an error
 LOST_PEER_SECONDS = 3.0  # the same when another rank is gone, without which it hardly can
 DRAW_SECONDS = (30.0, 600.0)  # between two pictures of a run that goes on: at first, and at most
-STOPS = "stops.jsonl"
 BACKENDS = {
     "kernels": "compiled CPU kernels",
     "fused": "a fused decode plan over the model's own parameters",
@@ -70,8 +70,8 @@ class RunState:
     checkpoints. `position` is the next prompt of the training stream, `warmup_position` the same for warm-up.
     `accuracy` and `score`, the value of checkpoint.best_metric, were measured when `global_step` was `evaluated_at`.
     `unrecorded`: the last step is learned, but its evaluation and its record, of which `pending` is the part that is
-    known, are still to come. `notices`: what was said of the run so far. `parent`: the checkpoint that it began from,
-    if that is another run's. `base`: fingerprint of the frozen model under an adapter, which is not saved.
+    known, are still to come. `advisories`: what was said so far. `parent`: the checkpoint that it began from, if that
+    is another run's. `base`: fingerprint of the frozen model under an adapter, which is not saved.
     """
 
     phase: str = "warmup"
@@ -90,16 +90,16 @@ class RunState:
     unrecorded: bool = False
     base: str = ""
     pending: dict[str, list[float]] = field(default_factory=dict)
-    notices: Notices = field(default_factory=Notices)
+    advisories: Advisories = field(default_factory=Advisories)
     parent: str = ""
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> RunState:
-        """The state as a checkpoint holds it, beside the config; also under the names of the first release."""
-        older = {"done": "global_step", "half": "unrecorded"}
+        """The state as a checkpoint holds it, beside the config; also under the names of earlier releases."""
+        older = {"done": "global_step", "half": "unrecorded", "notices": "advisories"}
         state = cls(**{older.get(key, key): value for key, value in saved.items() if key != "config"})
-        if isinstance(state.notices, dict):
-            state.notices = Notices(**state.notices)
+        if isinstance(state.advisories, dict):
+            state.advisories = Advisories(**state.advisories)
         return state
 
 
@@ -133,6 +133,10 @@ class Step:
     def phase(self, name: str, span: str) -> contextlib.AbstractContextManager[None]:
         """Tells the watchdog and the clock what this rank does in the block."""
         return self.run.phase(name, span, self.number)
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A part of a phase, for the timeline (tracking/system.py)."""
+        return self.run.tracker.part(name)
 
     def check_stop(self) -> None:
         """Leaves the step, to be done again later, when any rank was asked to stop. Collective."""
@@ -176,6 +180,9 @@ class Run:
     judges: Judges | None = None  # rewards of whole batches, once they are needed
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
     hooks: Hooks | None = None  # None where no rank has any
+    history: History = field(default_factory=History)  # what advisories compare; on rank 0
+    alerts: Alerts | None = None  # on rank 0
+    measured: tuple[int, bool] | None = None  # `saved` when the newest checkpoint's size was taken
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 
     def say(self, text: str) -> None:
@@ -230,7 +237,7 @@ class Run:
             return
         if evaluate_first and state.global_step == 0 and self.held_out:
             self.evaluate()
-            self.tracker.finish_step(0, called or phase)
+            self.finish_step(0, called or phase)
         if then and state.step > total:
             raise UserError(
                 f"{total} steps of {phase}: this run has done {state.step} already; give at least that many"
@@ -245,7 +252,7 @@ class Run:
             last, every = state.step == total, self.cfg.checkpoint.every_steps
             if last or (evaluate_every and state.step % evaluate_every == 0):
                 self.evaluate()
-            metrics = self.tracker.finish_step(state.global_step, called or phase)
+            metrics = self.finish_step(state.global_step, called or phase)
             state.unrecorded = False
             if self.hooks is not None:
                 self.tell_hooks("on_step", state.global_step, broadcast_object(self.world, metrics))
@@ -273,10 +280,32 @@ class Run:
         self.state.global_step += 1
         self.state.unrecorded = True
         of_groups = ADVANTAGES.get(self.cfg.algorithm.advantage.name).group
-        for line in self.state.notices.look(self.state.global_step, metrics, of_groups=of_groups):
-            self.say(line)
-        if self.state.notices.hopeless:
+        self.advise(self.state.advisories.look(self.state.global_step, metrics, of_groups=of_groups))
+        if self.state.advisories.hopeless:
             self._stop_without_verifiers()
+
+    def finish_step(self, step: int, phase: str) -> Metrics:
+        """Writes the record of a step and says what it gives cause for; returns it on rank 0, {} elsewhere."""
+        metrics = self.tracker.finish_step(step, phase)
+        if self.world.is_leader:
+            if self.measured != self.saved:
+                self.measured = self.saved
+                newest = latest(self.folder.checkpoints)
+                with contextlib.suppress(OSError):  # old ones are deleted meanwhile
+                    files = newest.path.rglob("*") if newest is not None else ()
+                    self.history.facts["checkpoint_gib"] = sum(path.stat().st_size for path in files) / 2**30
+            if self.tracker.recorder is not None:
+                self.history.facts |= {k: v for k, v in self.tracker.recorder.last.items() if k == "disk_free_gib"}
+            self.history.add({"step": step, "phase": phase, **metrics})
+            self.advise(self.state.advisories.look_back(self.history))
+        return metrics
+
+    def advise(self, found: Sequence[Advisory]) -> None:
+        """Says advisories, keeps them in advisories.jsonl and sends them where alerts go; on rank 0."""
+        for one in found if self.world.is_leader else ():
+            self.say(one.line)
+            if self.alerts is not None:
+                self.alerts.tell(one)
 
     def _draw_curves(self) -> None:
         """Now and then draws the curves so far, beside the run: after half a minute, then after twice as long as before
@@ -291,7 +320,7 @@ class Run:
         """Ends a run in which no verifier works, and all of its episodes are masked. Collective. Raises UserError."""
         reason = next((text for text in gather_objects(self.world, self.invalid) if text), "no reason was kept")
         if self.world.is_leader:
-            result = {"name": self.cfg.run.name, "state": "stopped", "notices": self.state.notices.said}
+            result = {"name": self.cfg.run.name, "state": "stopped", "advisories": self.state.advisories.said}
             write_atomic(self.folder.path / RESULT, json.dumps(result, indent=1) + "\n")
         raise UserError(
             f"env.name={self.cfg.env.name}: all verifiers fail, in step {self.state.global_step} of every episode; "
@@ -323,7 +352,7 @@ class Run:
     @contextlib.contextmanager
     def phase(self, name: str, span: str, step: int) -> Iterator[None]:
         """Tells the watchdog that this rank is in phase `name` of step `step`, and times it as `span`."""
-        with inside(name, step), self.tracker.span(span):
+        with inside(name, step), self.tracker.span(span, name):
             yield
 
     def check_stop(self) -> None:
@@ -430,7 +459,7 @@ class Run:
         same command should be started again.
         """
         if self.before_step is not None:
-            vars(self.state).update({**self.before_step, "notices": Notices(**self.before_step["notices"])})
+            vars(self.state).update({**self.before_step, "advisories": Advisories(**self.before_step["advisories"])})
         request = next(r for r in gather_objects(self.world, self.watch.stop_request) if r is not None)
         if self.saved != (self.state.global_step, self.state.unrecorded):
             self.save(block=True)
@@ -498,6 +527,8 @@ class Run:
             else:
                 self._close_after(error)
         finally:
+            if self.alerts is not None:
+                self.alerts.close()
             self.folder.close()
             shut_pool()  # a reward that the next run of this process brings may have the same name and other code
         if isinstance(error, StopRun) and self.world.size > 1:

@@ -59,7 +59,7 @@ MAX_SUFFIX = 120
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 3900  # of the 4096 for a file in it
 # Overrides that do not say what a run computes, or that its name already holds.
-UNNAMED = ("seed", "run", "tracking", "dashboard", "experiment", "debug", "dry_run", "hydra")
+UNNAMED = ("seed", "run", "tracking", "alerts", "dashboard", "experiment", "debug", "dry_run", "hydra")
 
 
 @functools.cache

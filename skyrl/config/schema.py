@@ -412,6 +412,19 @@ class TrackingConfig:
     """Steps between dumps of all episodes (text, tokens, log-probs, rewards) to <run folder>/rollouts; 0 = never."""
     peak_tflops: float = 0.0
     """Peak of one device in its dtype, for MFU; 0 = known for common GPUs, else MFU is left out."""
+    system: bool = True
+    """Writes CPU, memory, network, disk, GPU and spans of each step to <run folder>/system, a file for each rank."""
+
+
+@dataclass(frozen=True)
+class AlertsConfig:
+    """Where advisories go besides the console and advisories.jsonl: docs/alerts.md."""
+
+    webhook: str = ""
+    """An https address that gets each one as JSON in a POST; env:NAME takes it from that environment variable, so that
+    a secret address is written nowhere."""
+    command: list[str] = field(default_factory=list)
+    """A program and its arguments, which gets the same JSON on its standard input."""
 
 
 @dataclass(frozen=True)
@@ -577,6 +590,7 @@ class RunConfig:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)

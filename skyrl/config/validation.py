@@ -584,7 +584,7 @@ def ignored_on_resume(path: str, schedule: str) -> bool:
     return path.startswith(RESUME_GROUPS) or path in RESUME_OPTIONS
 
 
-RESUME_GROUPS = ("run.", "tracking.", "checkpoint.", "strategy.", "service.", "dashboard.")
+RESUME_GROUPS = ("run.", "tracking.", "alerts.", "checkpoint.", "strategy.", "service.", "dashboard.")
 RESUME_OPTIONS = frozenset(
     "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "

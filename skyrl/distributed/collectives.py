@@ -27,7 +27,7 @@ def all_reduce_sum(world: World, values: np.ndarray) -> np.ndarray:
     if world.size == 1:
         return values
     tensor = torch.from_numpy(values.copy())
-    with waiting("all_reduce_sum"):
+    with waiting("all_reduce_sum", values.nbytes):
         dist.all_reduce(tensor, group=world.control)
     return tensor.numpy()
 
@@ -112,7 +112,7 @@ def exchange(world: World, outgoing: list[list[Any]]) -> list[list[Any]]:
     incoming = [sizes[peer][world.rank] for peer in range(world.size)]
     received = torch.empty(sum(incoming), dtype=torch.uint8)
     sent = torch.frombuffer(bytearray(b"".join(payloads)), dtype=torch.uint8)
-    with waiting("exchange"):
+    with waiting("exchange", sent.nbytes):
         dist.all_to_all_single(received, sent, incoming, sizes[world.rank], group=world.control)
     return [pickle.loads(part.numpy().tobytes()) for part in received.split(incoming)]
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ LEARNED_FACTOR = 3  # of the longest stretch in that phase that ended well: work
 LIBRARY = "/torch/distributed/"
 LOGGER = "/c10d_logger.py"  # wraps every collective
 WATCHERS = ("skyrl-watch", "skyrl-peers", "skyrl-clock")
+SHORT_WAIT = 0.002  # seconds; shorter waits for other ranks are not kept
 BETWEEN = ("/torch/_ops.py", "/torch/utils/_contextlib.py")  # stand between a collective and its caller
 
 
@@ -45,6 +48,8 @@ class RankStatus:
     stack: tuple[Any, ...] = ()
     longest: dict[str, float] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)  # that runs the loop
+    collective_bytes: int = 0  # given to collectives and not yet asked for by `collectives`
+    waited: deque[tuple[str, float, float]] = field(default_factory=lambda: deque(maxlen=1000))  # newest waits
 
 
 status = RankStatus()
@@ -79,14 +84,27 @@ def heartbeat() -> None:
 
 
 @contextmanager
-def waiting(name: str) -> Iterator[None]:
-    """Around a collective: this rank waits for the others."""
+def waiting(name: str, num_bytes: int = 0) -> Iterator[None]:
+    """Around a collective: this rank waits for the others. `num_bytes`: what it gives to it, where that is known."""
     status.calls += 1
+    status.collective_bytes += num_bytes
     outer, status.waits = status.waits, name
+    start = time.perf_counter()
     try:
         yield
     finally:
         status.waits = outer
+        if (end := time.perf_counter()) - start > SHORT_WAIT:
+            status.waited.append((f"wait {name}", start, end))
+
+
+def collectives() -> tuple[int, list[tuple[str, float, float]]]:
+    """Since the last call: bytes given to collectives whose size is known (sums, exchanges, the replicated strategy's
+    gradients), and the longer waits in agreements, as (name, begin, end) by time.perf_counter."""
+    found = status.collective_bytes, list(status.waited)
+    status.collective_bytes = 0
+    status.waited.clear()
+    return found
 
 
 def progress(now: float) -> tuple[float, str]:

@@ -25,7 +25,7 @@ from skyrl.models.support import check_module, check_supported
 from skyrl.models.tiny import tiny_config
 from skyrl.models.weights import fill_from, init_random
 from skyrl.text.tokenizer import TINY, tiny_tokenizer
-from skyrl.tracking.notices import warn_fallback
+from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import UserError
 
 # Mean absolute difference of log-probabilities over rows and vocabulary; deep models in bfloat16 reach about 0.03.

@@ -24,7 +24,7 @@ from skyrl.algorithms.truncation import packed_support
 from skyrl.models import exact_ops
 from skyrl.models.attention import AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
-from skyrl.tracking.notices import warn_fallback
+from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
 
 # Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them. On

@@ -1,10 +1,14 @@
 """A run's folder: `folder.py` writes it, `reader.py` reads it, for every viewer. Nothing else knows its files."""
 
 from skyrl.run_dir.folder import (
+    ADVISORIES,
     FINGERPRINT,
+    PROFILE_REQUEST,
     REQUEUE_FILE,
     RESULT,
     ROLLOUT_NAME,
+    STOPS,
+    SYSTEM_NAME,
     RunFolder,
     changed_facts,
     collect_versions,
@@ -13,7 +17,9 @@ from skyrl.run_dir.folder import (
     drop_rollouts,
     is_locked,
     keep_fingerprint,
+    keep_steps,
     read_result,
+    system_path,
 )
 from skyrl.run_dir.reader import (
     OBJECTIVE,
@@ -28,6 +34,12 @@ from skyrl.run_dir.reader import (
 )
 
 __all__ = [
+    "ADVISORIES",
+    "PROFILE_REQUEST",
+    "STOPS",
+    "SYSTEM_NAME",
+    "keep_steps",
+    "system_path",
     "FINGERPRINT",
     "OBJECTIVE",
     "REQUEUE_FILE",

@@ -32,6 +32,10 @@ from skyrl.types import UserError
 ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
 RESULT = "result.json"
 REQUEUE_FILE = "requeue"  # the same command should be started again
+ADVISORIES = "advisories.jsonl"
+SYSTEM_NAME = re.compile(r"rank-(\d+)\.jsonl")  # in the folder "system"
+STOPS = "stops.jsonl"
+PROFILE_REQUEST = "profile"  # asks a rank of the live run to profile some steps (tracking/profiler.py)
 FINGERPRINT = "fingerprint.json"  # name -> digest of all that the last start read and computed with
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -238,6 +242,27 @@ def cut_metrics(path: Path, num_bytes: int) -> list[str]:
         )
     write_atomic(path, kept)
     return []
+
+
+def system_path(folder: Path, rank: int) -> Path:
+    """Where tracking/system.py keeps what it has seen of a rank."""
+    return Path(folder) / "system" / f"rank-{rank}.jsonl"
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Drops the lines of steps after `last_step` from a file of JSON lines with a "step" each, and what is no such
+    line. Nothing for an absent file. Raises OSError."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= last_step]
+    if len(kept) < len(lines):
+        write_atomic(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def drop_rollouts(folder: Path, step: int) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 
 import yaml
 
-from skyrl.run_dir.folder import REQUEUE_FILE, ROLLOUT_NAME, is_locked, read_result
+from skyrl.run_dir.folder import (
+    ADVISORIES,
+    REQUEUE_FILE,
+    ROLLOUT_NAME,
+    STOPS,
+    SYSTEM_NAME,
+    is_locked,
+    read_result,
+    system_path,
+)
 from skyrl.types import UserError
 
 OBJECTIVE = "eval/accuracy:mean"
@@ -63,6 +72,25 @@ class RunReader:
         except OSError:
             return [], 0
         return _read_lines(path, start if start <= size else 0)
+
+    def system_ranks(self) -> list[int]:
+        """The ranks of which tracking/system.py has kept something, in order."""
+        names = [SYSTEM_NAME.fullmatch(path.name) for path in self.path.glob("system/*.jsonl")]
+        return sorted(int(name[1]) for name in names if name is not None)
+
+    def system(self, rank: int | None = None) -> list[dict[str, Any]]:
+        """One line for each step of a rank, or of all ranks, one after the other: {"rank", "step", "phase", "time",
+        "spans", "cpu", ...}. Times are Unix seconds; bytes are those of the step."""
+        ranks = self.system_ranks() if rank is None else [rank]
+        return [{"rank": one, **line} for one in ranks for line in _readable_lines(system_path(self.path, one))]
+
+    def advisories(self) -> list[dict[str, Any]]:
+        """What the run has said of itself, each once: {"name", "step", "text", "remedy"}."""
+        return list({line["name"]: line for line in _readable_lines(self.path / ADVISORIES) if "name" in line}.values())
+
+    def stops(self) -> list[dict[str, Any]]:
+        """Its stops, oldest first: {"reason", "rank", "phase", "step", "done", "at", ...}."""
+        return _readable_lines(self.path / STOPS)
 
     def dumps(self) -> list[str]:
         """Names of the dumped steps: "000010", "eval-000010"."""
@@ -128,6 +156,21 @@ def _read_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
             where = f"line {number}" + (f" after byte {start}" if start else "")
             raise UserError(f"{path}, {where}: not a record of metrics; remove the line") from None
     return records, start + len(data) - len(lines[-1])
+
+
+def _readable_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; [] without it. Torn and damaged lines are left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [one for one in found if isinstance(one, dict)]
 
 
 def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.sampler.sampler import Sampler
 from skyrl.sampler.scheduler import Scheduler
 from skyrl.sampler.stop import Decode
-from skyrl.tracking.notices import warn_fallback
+from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import SamplingParams, UserError
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from skyrl.distributed import phases
 from skyrl.distributed.init import World
 from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, make_adam, square_sum
 from skyrl.strategies.base import Strategy, put_state
@@ -80,6 +81,7 @@ class ReplicatedStrategy(Strategy):
         """One AdamW step from the sum over ranks. Returns {"grad_norm:mean"} before clipping."""
         assert self._optimizer is not None
         if self.world.dp_size > 1:
+            phases.status.collective_bytes += self._grad.nbytes
             dist.all_reduce(self._grad)
         state = self._optimizer.state[self._master]
         sizes = [largest([one]) for one in (self._master.detach(), *(state[key] for key in MOMENTS))]

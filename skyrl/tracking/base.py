@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.schema import RunConfig
+from skyrl.tracking.system import SystemRecorder
 from skyrl.types import Metrics
 
 WALL_CLOCK = ("time/", "speed/", "memory/")
@@ -56,11 +57,18 @@ class Tracker:
     Values of one key are merged by its end: sums add, max and min compare, means are averaged plainly (a step with
     several optimizer calls logs the average of their means, each call counting the same). Metrics given must be global
     already (the engine's are): only rank 0 has sinks. `peak_flops` is the peak of all devices together in FLOP/s, for
-    MFU; None leaves MFU out.
+    MFU; None leaves MFU out. `recorder` writes this rank's system/rank-<n>.jsonl.
     """
 
-    def __init__(self, sinks: list[Sink], *, metrics_path: Path | None = None, peak_flops: float | None = None) -> None:
-        self.sinks, self.metrics_path, self.peak_flops = sinks, metrics_path, peak_flops
+    def __init__(
+        self,
+        sinks: list[Sink],
+        *,
+        metrics_path: Path | None = None,
+        peak_flops: float | None = None,
+        recorder: SystemRecorder | None = None,
+    ) -> None:
+        self.sinks, self.metrics_path, self.peak_flops, self.recorder = sinks, metrics_path, peak_flops, recorder
         self._values: dict[str, list[float]] = {}
         self._start = time.perf_counter()
 
@@ -73,21 +81,35 @@ class Tracker:
             self._values.setdefault(key, []).append(float(value))
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Times what happens inside as "time/<name>_seconds:sum". Spans of one name add up; nested ones overlap."""
+    def span(self, name: str, phase: str = "") -> Iterator[None]:
+        """Times what happens inside as "time/<name>_seconds:sum". Spans of one name add up; nested ones overlap. In the
+        timeline it is called `phase`, where that is given."""
         for sink in self.sinks:
             sink.begin(name)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.add({f"time/{name}_seconds:sum": time.perf_counter() - start})
+            end = time.perf_counter()
+            self.add({f"time/{name}_seconds:sum": end - start})
+            if self.recorder is not None:
+                self.recorder.span(phase or name, start, end)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of a span, which the timeline alone shows."""
+        start = time.perf_counter()
+        yield
+        if self.recorder is not None:
+            self.recorder.span(name, start, time.perf_counter())
 
     def finish_step(self, step: int, phase: str) -> Metrics:
         """Ends the step: adds its duration and speeds, writes it to every sink, returns its metrics.
 
         Ranks but 0 get {}. The duration runs from the last finish_step (or `restart_clock`) to now.
         """
+        if self.recorder is not None:
+            self.recorder.finish_step(step, phase)
         if not self.sinks:
             return {}
         now = time.perf_counter()
@@ -129,12 +151,16 @@ class Tracker:
 
         A checkpoint keeps that number: a resumed run cuts the file back to it.
         """
+        if self.recorder is not None:
+            self.recorder.flush()
         for sink in self.sinks:
             sink.sync()
         return self.metrics_path.stat().st_size if self.metrics_path is not None and self.metrics_path.exists() else 0
 
     def close(self) -> None:
         """Ends every sink. Adding afterwards is ignored."""
+        if self.recorder is not None:
+            self.recorder.close()
         sinks, self.sinks = self.sinks, []
         for sink in sinks:
             sink.close()
@@ -190,6 +216,7 @@ def make_tracker(
     world_size: int = 1,
     gpu_name: str = "",
     totals: dict[str, int] | None = None,
+    recorder: SystemRecorder | None = None,
 ) -> Tracker:
     """The Tracker that cfg.tracking asks for, writing to the run folder; without sinks on ranks but 0.
 
@@ -199,7 +226,7 @@ def make_tracker(
     Raises: UserError for a package that is missing, a file that cannot be written, or metrics of another run.
     """
     if rank != 0:
-        return Tracker([])
+        return Tracker([], recorder=recorder)
     from skyrl.tracking.console import ConsoleSink
     from skyrl.tracking.flops import peak_flops
     from skyrl.tracking.jsonl import JsonlSink
@@ -221,7 +248,8 @@ def make_tracker(
         live = options.console == "auto" and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         sinks.append(ConsoleSink(totals, stream=sys.stdout, live=live))
     peak = options.peak_tflops * 1e12 if options.peak_tflops > 0 else peak_flops(gpu_name)
-    tracker = Tracker(sinks, metrics_path=lines.path, peak_flops=peak * world_size if peak else None)
+    flops = peak * world_size if peak else None
+    tracker = Tracker(sinks, metrics_path=lines.path, peak_flops=flops, recorder=recorder)
     for note in lines.notes:
         tracker.say(note)
     return tracker

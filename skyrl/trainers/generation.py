@@ -46,7 +46,8 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
                 sampler = opened.enter_context(sampling(run, step))
             positions = step.deal(range(state.position, state.position + wanted))
             prompts, config = [(i, run.stream.at(i)) for i in positions], run.rollout_config("train")
-            groups = rollout(sampler, prompts, config, run.engine.chat)
+            with step.part("rollout"):
+                groups = rollout(sampler, prompts, config, run.engine.chat)
             step.check_stop()
             if run.has_judges():  # which may need the memory
                 sampler = None

@@ -60,10 +60,11 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
                 step.commit()
                 run.objectives.update()
                 continue
-            rows, kl = add_reference(run, step, to_rows(groups))
-            step.check_stop()
-            rows = add_old_logprobs(run, add_advantages(run, rows))
-            step.check_stop()
+            with step.part("experience"):
+                rows, kl = add_reference(run, step, to_rows(groups))
+                step.check_stop()
+                rows = add_old_logprobs(run, add_advantages(run, rows))
+                step.check_stop()
             update(run, step, rows, num_groups)
             count_flops(run, step, rows)
             run.objectives.update()  # last, as below: the whole step used the multipliers that were logged
@@ -90,13 +91,15 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
             continue
         data = rebalance(run.world, apply_reduction(run, part))
         if plan.policy_learns(step.index):
-            metrics = engine.forward_backward(data, spec).metrics
+            with step.part("forward_backward"):
+                metrics = engine.forward_backward(data, spec).metrics
             if moved:  # later updates see a policy that has moved: only the first is the sampler/trainer gap
                 metrics = {k: v for k, v in metrics.items() if not k.startswith("logprob_gap")}
             step.log(metrics)
             if not moved:  # the last place where the step can be taken back
                 step.commit()
-            step.log(engine.optim_step("policy", plan.adam_at(step.index)))
+            with step.part("optim_step"):
+                step.log(engine.optim_step("policy", plan.adam_at(step.index)))
         if plan.needs_critic:
             critic = engine.forward_backward(data, make_value_spec(cfg.algorithm.critic), model="critic").metrics
             if not moved and not plan.policy_learns(step.index):

@@ -11,7 +11,7 @@ from skyrl.models.attention import AttentionOptions
 from skyrl.models.packed import PackedAttention, PaddedAttention, banned, collate
 from skyrl.planner import memory
 from skyrl.planner.memory import ModelSizes
-from skyrl.tracking.notices import warn_fallback
+from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import Datum, UserError
 
 H, K, C = 4, 2, 8

@@ -22,7 +22,7 @@ from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Sequ
 from skyrl.sampler.runners.fused import FusedRunner
 from skyrl.sampler.runners.paged import ModuleRunner
 from skyrl.sampler.runners.plan import make_decode_plan
-from skyrl.tracking import notices
+from skyrl.tracking import advisories
 from skyrl.types import Datum, LoraSpec, LossSpec, SamplingParams
 from tests.families import make_net
 from tests.sampler.tools import adapter, merged, prompts, qwen3, reference_logprobs, requests, run, sampler
@@ -196,7 +196,7 @@ def recorded(stand_in, monkeypatch):
     monkeypatch.setattr(cuda, "capture", Recorded)
     monkeypatch.setattr(cuda, "on_side_stream", on_side_stream)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    notices.warn_fallback.cache_clear()
+    advisories.warn_fallback.cache_clear()
     return broken
 
 

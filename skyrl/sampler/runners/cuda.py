@@ -27,7 +27,7 @@ from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.packed import banned, varlen
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
-from skyrl.tracking.notices import warn_fallback
+from skyrl.tracking.advisories import warn_fallback
 
 if TYPE_CHECKING:
     from skyrl.models.attention_calls import LayerCall

@@ -24,7 +24,7 @@ from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import KVCache
 from skyrl.sampler.runners.paged import PagedAttention, PagedRunner
 from skyrl.sampler.runners.plan import DecodePlan
-from skyrl.tracking.notices import warn_fallback
+from skyrl.tracking.advisories import warn_fallback
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake
 
