@@ -100,7 +100,9 @@ class Engine:
             return
         # Files of weights are read by each rank for its own shards, so what is wrong there one rank may see alone.
         make = partial(make_strategy, self.strategy_name, self.cfg, self.world, self.tokenizer, dtype=self.dtype)
-        strategy = agree(self.world, lambda: make(head=spec.head, trainable=spec.trainable))
+        strategy = agree(
+            self.world, lambda: make(head=spec.head, trainable=spec.trainable, masters=spec.trainable or spec.averaged)
+        )
         created = Model(model, spec, strategy, self.world)
         self.chat.vocab_size = created.strategy.module.vocab_size
         if spec.copy_of:
@@ -118,6 +120,10 @@ class Engine:
         adapter = Adapter(base.strategy.module, lora, name=model, dtype=self.dtype, device=self.world.device)
         # Whole on every rank, whatever lays the base out: it is small, and its hooks then need no collective.
         return Model(model, spec, ReplicatedStrategy(adapter, self.world), self.world, base)
+
+    def sync(self, model: str, source: str, ema: float) -> None:
+        """Moves a frozen model to ema * itself + (1 - ema) * `source`, a model of the same shape as it is now."""
+        self._loaded(model).copy_weights(self._loaded(source), ema)
 
     def delete(self, model: str) -> None:
         """Forgets a model and frees its memory. Raises UserError while others need it or it is open for sampling."""

@@ -5,6 +5,7 @@ A loop (trainers/) is a function of an open Run. `run_loop` is all that surround
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -423,8 +424,11 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     if len(run.state.models) > 1:
         run.create_models()
     tensors = run.engine.state()
-    run.checkpointer.load(info.path, tensors)
+    data = torch.zeros(run.state.successes, dtype=torch.uint8)
+    run.checkpointer.load(info.path, tensors | ({"self_imitation": {"data": data}} if len(data) else {}))
     run.engine.load_state(tensors)
+    if len(data):
+        run.successes = json.loads(data.numpy().tobytes())
     if run.kl is not None and run.state.kl:
         run.kl.load_state_dict(run.state.kl)
     run.objectives.load_state_dict(run.state.multipliers)

@@ -29,7 +29,7 @@ from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
 from skyrl.models.weights import persistent_buffers, put
 from skyrl.sampler.sampler import Sampler
-from skyrl.strategies.base import Strategy, full_tensor
+from skyrl.strategies.base import Strategy, full_tensor, local_tensor
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, UserError
 
 MakeSampler = Callable[..., Sampler]  # sampler.make.make_sampler with all that every model has in common
@@ -39,13 +39,15 @@ MakeSampler = Callable[..., Sampler]  # sampler.make.make_sampler with all that 
 class ModelSpec:
     """What to create. `head`: logits (a policy) or value (a critic). A frozen model has no gradient and no optimizer.
     `copy_of` starts from another model of this engine, as it is now, instead of from `model.path`.
-    `lora` makes an adapter over the frozen model `base`, whole on every rank however the base is laid out."""
+    `lora` makes an adapter over the frozen model `base`, whole on every rank however the base is laid out.
+    `averaged`: a frozen model whose weights are means, which are kept in the precision of masters."""
 
     head: Literal["logits", "value"] = "logits"
     trainable: bool = True
     copy_of: str = ""
     lora: LoraSpec | None = None
     base: str = ""
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,18 @@ class Model:
         if not self.spec.trainable:
             raise UserError(f"model {self.name!r} is frozen")
 
-    def copy_weights(self, source: Model) -> None:
-        """Takes the weights of a model of the same shape and layout, as they are now."""
+    def copy_weights(self, source: Model, keep: float = 0.0) -> None:
+        """Takes the weights of a model of the same shape and layout, as they are now: keep * own + (1 - keep) * given,
+        in the precision of its masters."""
         given = source.strategy.state_dict(optimizer=False)["weights"]
         own = self.strategy.state_dict(optimizer=False)["weights"]
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(given[name])
+                if keep:
+                    mine = local_tensor(tensor)
+                    mine.mul_(keep).add_(local_tensor(given[name]).to(mine), alpha=1.0 - keep)
+                else:
+                    tensor.copy_(given[name])
         self.strategy.load_state_dict({"weights": own}, optimizer=False)
 
     # ---- sampling --------------------------------------------------------------------------------------------------

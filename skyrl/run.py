@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from skyrl.algorithms.declare import ADVANTAGES
 from skyrl.algorithms.kl import AdaptiveKL
@@ -72,6 +73,7 @@ class RunState:
     `unrecorded`: the last step is learned, but its evaluation and its record, of which `pending` is the part that is
     known, are still to come. `advisories`: what was said so far. `parent`: the checkpoint that it began from, if that
     is another run's. `base`: fingerprint of the frozen model under an adapter, which is not saved.
+    `successes`: bytes of Run.successes, which lie beside the models.
     """
 
     phase: str = "warmup"
@@ -92,6 +94,7 @@ class RunState:
     pending: dict[str, list[float]] = field(default_factory=dict)
     advisories: Advisories = field(default_factory=Advisories)
     parent: str = ""
+    successes: int = 0
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> RunState:
@@ -183,6 +186,7 @@ class Run:
     history: History = field(default_factory=History)  # what advisories compare; on rank 0
     alerts: Alerts | None = None  # on rank 0
     measured: tuple[int, bool] | None = None  # `saved` when the newest checkpoint's size was taken
+    successes: list[dict[str, Any]] = field(default_factory=list)  # of self-imitation: the oldest first
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 
     def say(self, text: str) -> None:
@@ -435,7 +439,10 @@ class Run:
         state.kl = self.kl.state_dict() if self.kl is not None else {}
         state.multipliers = self.objectives.state_dict()
         tensors = self.engine.state()
-        state.models = sorted(tensors)
+        state.models, state.successes = sorted(tensors), 0
+        if self.successes:
+            data = np.frombuffer(bytearray(json.dumps(self.successes).encode()), np.uint8)
+            tensors["self_imitation"], state.successes = {"data": torch.from_numpy(data)}, len(data)
         state.metrics_offset = broadcast_object(self.world, self.tracker.offset())
         state.pending = broadcast_object(self.world, self.tracker.pending()) if state.unrecorded else {}
         with self.phase(SAVING, "save", state.global_step):
@@ -498,7 +505,8 @@ class Run:
         model.lora the base, which is there already."""
         with inside(LOADING, self.state.global_step):
             if self.plan.needs_reference and self.plan.reference not in self.engine.models:
-                self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy"))
+                averaged = self.cfg.algorithm.reference.ema > 0
+                self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy", averaged=averaged))
             if self.plan.needs_critic and "critic" not in self.engine.models:
                 self.engine.create("critic", ModelSpec(head="value"))
 

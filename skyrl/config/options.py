@@ -17,7 +17,7 @@ from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.algorithms.losses import LOSSES
-from skyrl.config import schema
+from skyrl.config import schema, schema_policy
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
@@ -79,7 +79,7 @@ def reads(mode: str, path: str) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field, in one line."""
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    for node in (node for part in (schema, schema_policy) for node in ast.parse(inspect.getsource(part)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for item, after in zip(node.body, node.body[1:] + [None], strict=True):

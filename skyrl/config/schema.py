@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from skyrl.config.schema_policy import OptimConfig, ReferenceConfig, SelfImitationConfig
+
 PathStr = str
 """Type of every option that may be a path of this machine: a leading `~` is the home folder (config.load)."""
 
@@ -162,31 +164,6 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    lr: float = 1e-5
-    """Peak learning rate."""
-    schedule: str = "constant"
-    """constant, linear or cosine decay to lr * final_lr_ratio over batch.num_steps. It goes by steps of the loop: all
-    updates of a step have one rate, and an update that is skipped for want of tokens shifts nothing."""
-    warmup_steps: int = 0
-    """Steps of linear increase from 0."""
-    final_lr_ratio: float = 0.1
-    """Where linear and cosine end, as a part of lr."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the mean of their squares."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled, per unit of learning rate."""
-    grad_clip_norm: float = 1.0
-    """Largest norm of the whole gradient; 0 = no clipping."""
-
-
-@dataclass(frozen=True)
 class AdvantageConfig:
     """From rewards to advantages."""
 
@@ -218,7 +195,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class KLConfig:
-    """Distance to the frozen reference: the model as it was when RL began, or with model.lora the bare base."""
+    """Distance to the reference: the model as it was when RL began (or was last synchronised, see
+    algorithm.reference), or with model.lora the bare base."""
 
     coef: float = 0.0
     """Weight; 0 = no reference model at all."""
@@ -281,6 +259,8 @@ class AlgorithmConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
@@ -370,7 +350,11 @@ class WarmupConfig:
     rows_per_step: int = 64
     """Rows of one step, over all ranks."""
     lr: float = 1e-3
-    """Learning rate, with the other numbers of optim and 10 % warm-up."""
+    """Peak learning rate, with the other numbers of optim."""
+    schedule: str = "auto"
+    """constant, linear or cosine over num_steps; auto = optim.schedule."""
+    warmup_ratio: float = 0.1
+    """Part of num_steps over which the rate rises from 0."""
 
 
 @dataclass(frozen=True)

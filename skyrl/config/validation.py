@@ -39,7 +39,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "strategy.device": ("auto", "cpu", "cuda"),
     "sampler.backend": ("auto", "module", "fused"),
     "sampler.keep_memory": ("auto", "always", "never"),
+    "optim.name": ("adamw", "muon", "adamw8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
+    "warmup.schedule": ("auto", "constant", "linear", "cosine"),
     "algorithm.kl.placement": ("loss", "reward"),
     "algorithm.filters.overlong": ("keep", "mask"),
     "env.on_error": ("stop", "mask"),
@@ -61,6 +63,7 @@ AT_LEAST_ONE = (
     "sampler.max_new_tokens sampler.block_tokens batch.num_steps batch.prompts_per_step batch.samples_per_prompt "
     "batch.optim_steps_per_batch batch.epochs_per_batch batch.max_tokens_per_microbatch "
     "algorithm.filters.max_refill_rounds env.max_turns env.max_concurrent eval.num_prompts eval.samples_per_prompt "
+    "algorithm.self_imitation.size algorithm.self_imitation.rows_per_step "
     "warmup.rows_per_step run.collective_timeout_seconds run.join_seconds service.max_models "
     "service.max_resident_models service.max_rank service.max_queued_samples service.max_request_mib "
     "service.max_tokens_per_request feedback.rate_per_minute"
@@ -92,8 +95,8 @@ LEAST: dict[str, tuple[float, str]] = {
     "run.hang_seconds": (0.5, "ranks report less often than that; 0 = never"),
     "service.model_idle_seconds": (1.0, "clients send less often than that; 0 = never"),
 }
-PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio feedback.max_share".split()
-BELOW_ONE = ("optim.beta1", "optim.beta2")
+PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio warmup.warmup_ratio feedback.max_share".split()
+BELOW_ONE = "optim.momentum optim.beta1 optim.beta2 algorithm.reference.ema".split()
 
 
 def option(cfg: RunConfig, path: str) -> Any:
@@ -165,6 +168,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     ),
     "algorithm.kl.placement": (lambda cfg: cfg.algorithm.kl.coef > 0, "with algorithm.kl.coef above 0"),
     "algorithm.kl.target": (lambda cfg: cfg.algorithm.kl.coef > 0, "with algorithm.kl.coef above 0, where it starts"),
+    **policy_rules.APPLIES,
     "algorithm.kl.horizon": (lambda cfg: cfg.algorithm.kl.target > 0, "with algorithm.kl.target above 0"),
     "algorithm.filters.refill": (
         lambda cfg: cfg.algorithm.filters.zero_variance or bool(cfg.algorithm.filters.names),
@@ -182,7 +186,6 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "feedback": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true"),
     "dashboard": (lambda cfg: cfg.dashboard.enabled, "with dashboard.enabled=true"),
     "strategy.shard_size": (lambda cfg: cfg.strategy.name == "hsdp", "with strategy.name=hsdp"),
-    "optim.final_lr_ratio": (lambda cfg: cfg.optim.schedule != "constant", "with optim.schedule=linear or cosine"),
     "model.revision": (lambda cfg: cfg.model.path != "tiny", "with a hub name in model.path"),
     "model.trust_remote_code": (lambda cfg: cfg.model.path != "tiny", "with another model.path than tiny"),
 }
@@ -192,6 +195,8 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "warmup.rows_per_step": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "service": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true, where the run serves its policy"),
     "warmup.lr": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
+    "warmup.schedule": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
+    "warmup.warmup_ratio": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "strategy.reshard_after_forward": (
         lambda cfg: cfg.strategy.name in ("fsdp", "hsdp"),
         "with strategy.name=fsdp or hsdp",
@@ -218,6 +223,8 @@ def check(cfg: RunConfig) -> None:
         _inapplicable,
         _sampling,
         policy_rules.cuts,
+        policy_rules.references,
+        policy_rules.imitation,
         _batches,
         _algorithms,
         _objectives,

@@ -371,6 +371,8 @@ def estimate(
     # FSDP2 lays out what is frozen beside DeepSpeed.
     beside = "fsdp" if strategy.startswith("zero") else strategy
     frozen = _shares(cfg, sizes, world_size, compute, master, beside, device)[0]
+    whole = beside not in ("fsdp", "hsdp")  # whose shards are masters in any case, as a mean of weights has them
+    averaged = sizes.num_parameters * master if cfg.algorithm.reference.ema and compute < master and whole else 0
     sharded = strategy in ("fsdp", "hsdp", "zero3")
     lora, adapter = cfg.model.lora, 0
     if lora.rank:
@@ -404,7 +406,7 @@ def estimate(
         gradients=gradients,
         optimizer=optimizer,
         adapter=adapter,
-        reference=frozen if needs_reference(cfg) and not lora.rank else 0,
+        reference=frozen + averaged if needs_reference(cfg) and not lora.rank else 0,
         critic=critic,
         activations=kept * compute,
         logits=2 * chunk + head,  # the chunk and its gradient

@@ -86,10 +86,11 @@ class Plan:
         return self._adam(learning_rate(optim, self.cfg.algorithm.critic.lr, step, self.num_steps, optim.warmup_steps))
 
     def warmup_adam_at(self, step: int) -> AdamParams:
-        """Supervised warm-up, step counted from 0: optim's schedule from warmup.lr over warmup.num_steps, whose first
-        tenth rises."""
-        steps = self.cfg.warmup.num_steps
-        return self._adam(learning_rate(self.cfg.optim, self.cfg.warmup.lr, step, steps, math.ceil(steps / 10)))
+        """Supervised warm-up, step counted from 0: its own schedule from warmup.lr over warmup.num_steps."""
+        steps, schedule = self.cfg.warmup.num_steps, self.cfg.warmup.schedule
+        optim = self.cfg.optim if schedule == "auto" else replace(self.cfg.optim, schedule=schedule)
+        rises = math.ceil(round(steps * self.cfg.warmup.warmup_ratio, 6))
+        return self._adam(learning_rate(optim, self.cfg.warmup.lr, step, steps, rises))
 
     def _adam(self, lr: float) -> AdamParams:
         names = ("beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")

@@ -19,6 +19,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a sharded one this rank's part, which may be written to."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Strategy(ABC):
     """Sums gradients over micro-batches, calls and ranks; never averages. Every method is collective.
 
@@ -94,10 +99,7 @@ def put_state(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Copies the tensors of a filled `state_dict`, the number of steps aside, where they belong; those that were filled
     in place are there."""
 
-    def place(tensor: Tensor) -> int:
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-
     for key in own.keys() - {"step"}:
         for name, tensor in own[key].items():
-            if place(tensor) != place(state[key][name]):
+            if local_tensor(tensor).data_ptr() != local_tensor(state[key][name]).data_ptr():
                 tensor.copy_(state[key][name])

@@ -25,9 +25,11 @@ def make_strategy(
     dtype: torch.dtype,
     head: Literal["logits", "value"],
     trainable: bool,
+    masters: bool = False,
 ) -> Strategy:
     """A module with the weights of `model.path` under strategy `name`, ready to train or, frozen, to score with.
 
+    `masters`: of a frozen one in full precision too, since it is going to be averaged (FSDP2 always has them).
     A frozen model beside a DeepSpeed one is laid out by FSDP2: without an optimizer ZeRO has nothing else to offer.
     Collective. Raises UserError for a model that cannot be loaded or is not supported.
     """
@@ -41,7 +43,7 @@ def make_strategy(
         return ZeroStrategy(stage, model, partial(build, dtype=dtype), world, dtype=dtype, offload=offload)
     if name in ("single", "ddp"):
         module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, seed=cfg.seed, **given)
-        return ReplicatedStrategy(module, world, trainable=trainable)
+        return ReplicatedStrategy(module, world, trainable=trainable, masters=masters)
     return FSDPStrategy(
         partial(build, dtype=torch.float32 if low else dtype),
         lambda module, device: load_into(module, cfg.model, device=device, seed=cfg.seed),

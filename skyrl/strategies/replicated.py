@@ -32,12 +32,13 @@ class ReplicatedStrategy(Strategy):
 
     With bfloat16 parameters, gradients are added into a float32 buffer after every backward, and AdamW works on
     float32 masters that are rounded into the parameters after each step. With float32 or float64 the parameters are
-    the masters. Ranks only sum: the all-reduce happens once, in `optim_step`.
+    the masters. Ranks only sum: the all-reduce happens once, in `optim_step`. A frozen model has `masters` only where
+    they are asked for.
     """
 
     is_sharded = False
 
-    def __init__(self, module: nn.Module, world: World, *, trainable: bool = True) -> None:
+    def __init__(self, module: nn.Module, world: World, *, trainable: bool = True, masters: bool = True) -> None:
         self.module = module
         self.world = world
         self.trainable = trainable
@@ -57,17 +58,17 @@ class ReplicatedStrategy(Strategy):
             view.copy_(p.detach())
             p.data = view
             p.requires_grad_(trainable)
+        low = dtype in (torch.bfloat16, torch.float16)
+        self._master = nn.Parameter(self.flat.float() if low and masters else self.flat, requires_grad=trainable)
         self._optimizer: torch.optim.AdamW | None = None
         if trainable:
-            self._prepare_training(dtype)
+            self._prepare_training(low)
 
     def _view(self, flat: Tensor, name: str, like: Tensor) -> Tensor:
         start, count = self._spans[name]
         return flat[start : start + count].view(like.shape)
 
-    def _prepare_training(self, dtype: torch.dtype) -> None:
-        low = dtype in (torch.bfloat16, torch.float16)
-        self._master = nn.Parameter(self.flat.float() if low else self.flat)
+    def _prepare_training(self, low: bool) -> None:
         self._grad = torch.zeros_like(self._master)
         self._master.grad = self._grad
         self._optimizer = make_adam([self._master])
@@ -136,16 +137,16 @@ class ReplicatedStrategy(Strategy):
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         """Puts every flat buffer through `move` and makes the parameters views of the new ones."""
-        shared = self.trainable and self._master.data_ptr() == self.flat.data_ptr()
+        shared = self._master.data_ptr() == self.flat.data_ptr()
         self.flat = move(self.flat)
         for name, p in self._named:
             p.grad = None  # a gradient must lie where its parameter lies, also for a moment
             p.data = self._view(self.flat, name, p)
+        self._master.grad = None
+        self._master.data = self.flat if shared else move(self._master.data)
         if not self.trainable:
             return
         assert self._optimizer is not None
-        self._master.grad = None
-        self._master.data = self.flat if shared else move(self._master.data)
         self._grad = move(self._grad)
         self._master.grad = self._grad
         state = self._optimizer.state[self._master]
@@ -160,8 +161,7 @@ class ReplicatedStrategy(Strategy):
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any."""
-        source = self._master.detach() if self.trainable else self.flat
-        out: dict[str, Any] = {"weights": {n: self._view(source, n, p) for n, p in self._named}}
+        out: dict[str, Any] = {"weights": {n: self._view(self._master.detach(), n, p) for n, p in self._named}}
         if optimizer and self._optimizer is not None:
             state = self._optimizer.state[self._master]
             for key in ("exp_avg", "exp_avg_sq"):
@@ -174,7 +174,7 @@ class ReplicatedStrategy(Strategy):
         put_state(self.state_dict(optimizer=optimizer), state)
         if optimizer and self._optimizer is not None:
             self._optimizer.state[self._master]["step"].copy_(state["step"])
-        if self.trainable and self._master.data_ptr() != self.flat.data_ptr():
+        if self._master.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(self._master.detach())
 
 

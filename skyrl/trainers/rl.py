@@ -25,6 +25,7 @@ from skyrl.trainers.experience import (
     trained_tokens,
 )
 from skyrl.trainers.generation import generate_groups
+from skyrl.trainers.self_imitation import imitate, remember
 from skyrl.trainers.sft import sft_warmup
 
 
@@ -59,6 +60,7 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
                 step.skip_updates(run.plan.updates_per_step)
                 step.commit()
                 run.objectives.update()
+                sync_reference(run, step)
                 continue
             with step.part("experience"):
                 rows, kl = add_reference(run, step, to_rows(groups))
@@ -66,10 +68,25 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
                 rows = add_old_logprobs(run, add_advantages(run, rows))
                 step.check_stop()
             update(run, step, rows, num_groups)
+            remember(run, groups)
             count_flops(run, step, rows)
             run.objectives.update()  # last, as below: the whole step used the multipliers that were logged
             if run.kl is not None:
                 run.kl.update(kl, run.cfg.batch.prompts_per_step * run.cfg.batch.samples_per_prompt)
+            sync_reference(run, step)
+
+
+def sync_reference(run: Run, step: Step) -> None:
+    """Moves the reference to the policy as it is after this step, or a part of the way, if that is due. After the
+    commit: a step that is taken back has moved nothing. The reference is in every checkpoint.
+
+    Source: Gorbatovski et al. 2024 (Learn Your Reference Model), arXiv 2404.09656: a copy every so many steps is its
+    hard update, algorithm.reference.ema (there 1 - alpha) its soft one.
+    """
+    given = run.cfg.algorithm.reference
+    if given.sync_every and (step.index + 1) % given.sync_every == 0:
+        run.engine.sync("reference", "policy", given.ema)
+        step.log({"kl/reference_synced:sum": 1.0})
 
 
 def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
@@ -96,6 +113,7 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
             if moved:  # later updates see a policy that has moved: only the first is the sampler/trainer gap
                 metrics = {k: v for k, v in metrics.items() if not k.startswith("logprob_gap")}
             step.log(metrics)
+            imitate(run, step, number)
             if not moved:  # the last place where the step can be taken back
                 step.commit()
             with step.part("optim_step"):
