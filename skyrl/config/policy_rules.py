@@ -17,7 +17,6 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         lambda cfg: cfg.algorithm.self_imitation.coef > 0,
         "with algorithm.self_imitation.coef above 0",
     ),
-    "optim.momentum": (lambda cfg: cfg.optim.name == "muon", "with optim.name=muon"),
     "optim.final_lr_ratio": (
         lambda cfg: cfg.optim.schedule != "constant" or cfg.warmup.schedule in ("linear", "cosine"),
         "with optim.schedule=linear or cosine, or warmup.schedule",

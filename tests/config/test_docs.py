@@ -183,12 +183,16 @@ BUDGET = {
     "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
     "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),
     "optim": (9, "AdamW (5), its schedule (4)"),
-    "algorithm": (25, "six independent parts: advantage, loss, KL, filters, critic, and how objectives add up (3)"),
+    "algorithm": (
+        31,
+        "eight parts: advantage, loss, KL, how the reference moves (2), own successes (4), filters, critic, "
+        "and how objectives add up (3)",
+    ),
     "env": (10, "which task, its own options, what is put around it, its limits (4), the processes that call it (3)"),
     "data": (6, "two sources, an order, two limits, and what is left out"),
     "chat": (2, "what the template is told, and what rewards read"),
     "eval": (4, "when, on what, how"),
-    "warmup": (3, "as little as a supervised phase needs"),
+    "warmup": (5, "as little as a supervised phase needs: how long, how much, its rate and schedule (3)"),
     "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
     "tracking": (9, "one switch for each place numbers go to"),
     "alerts": (2, "an address, a program"),
