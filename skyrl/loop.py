@@ -18,6 +18,7 @@ from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
+from skyrl.config.run_rules import closed_until
 from skyrl.config.schema import DashboardConfig, RunConfig
 from skyrl.data import PromptStream, make_splits
 from skyrl.distributed import env
@@ -26,7 +27,7 @@ from skyrl.distributed.collectives import agree, gather_objects, on_leader
 from skyrl.distributed.compare import check_shared, compare_nodes
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import FINISHING, LOADING, collectives, heartbeat, inside
-from skyrl.distributed.stop import STOP_FILE, save_by
+from skyrl.distributed.stop import STOP_FILE, TEMPORARY, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
@@ -118,6 +119,13 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
         keeps = all(gather_objects(world, plan.memory.keeps_sampling))
         plan = replace(plan, memory=replace(plan.memory, keeps_sampling=keeps))
     env.planned_memory = describe_peak(plan)
+    opens = on_leader(world, lambda: closed_until(cfg.run))
+    if opens is not None:
+        line = f"run.window={cfg.run.window}: closed now; the same command goes on from {opens:%Y-%m-%d %H:%M:%S}"
+        if world.is_leader:
+            print(line, flush=True)
+        gather_objects(world, None)  # as soon as one rank ends, torchrun ends the others
+        raise StopRun(line, TEMPORARY)
     deadline = agree(world, lambda: save_by(cfg.run))
     patience = cfg.env.timeout_seconds + ENV_SECONDS
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)

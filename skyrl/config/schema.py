@@ -454,6 +454,9 @@ class RunFolderConfig:
     must_save_by: str = ""
     """Time by which the run has saved and left: 2026-05-01T18:30:00, or seconds from the start. "" = Slurm's end of
     the job where there is one; never = no deadline."""
+    window: str = ""
+    """Times of the local clock between which the run works, every day: 22:00-06:00. Before the end it saves and leaves,
+    to be started again in the next one; started outside of it, it leaves at once. "" = always."""
     save_margin_seconds: float = 120.0
     """The run begins to stop so long before that time: enough to end an update and to save."""
 

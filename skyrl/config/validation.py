@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config import policy_rules
 from skyrl.config.options import alias_problems, all_options, dashboard_problems
 from skyrl.config.plugins import import_plugins
+from skyrl.config.run_rules import run_problems
 from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
 
@@ -244,7 +244,7 @@ def check_serve(cfg: RunConfig) -> None:
             "--nproc_per_node), or add dry_run=true"
         )
     import_plugins(cfg.plugins)
-    for problems in (_choices, _ranges, _service, _different):
+    for problems in (_choices, _ranges, _service, run_problems):
         for problem in problems(cfg):
             raise UserError(problem)
     check(cfg)
@@ -549,23 +549,8 @@ def check_machine(cfg: RunConfig) -> None:
         )
 
 
-def _different(cfg: RunConfig) -> Iterator[str]:
-    known = {"versions", "code", "data", *(option.path.partition(".")[0] for option in all_options())}
-    for name in cfg.run.allow_different:
-        if re.split(r"[./]", name)[0] not in known:
-            yield (
-                f"run.allow_different=[{name}]: no such thing is compared; give versions, code, data, model, the name "
-                "of an option, or a part of these as the error names it"
-            )
-
-
 def _places(cfg: RunConfig) -> Iterator[str]:
-    yield from _different(cfg)
-    if cfg.run.world_size and not cfg.dry_run:
-        yield (
-            f"run.world_size={cfg.run.world_size}: only for a dry run; a real run counts its processes (torchrun "
-            "--nproc_per_node), or add dry_run=true"
-        )
+    yield from run_problems(cfg)
     tiny = cfg.model.tiny
     if cfg.model.path == "tiny" and (tiny.hidden_size % tiny.num_heads or tiny.hidden_size // tiny.num_heads % 2):
         yield (

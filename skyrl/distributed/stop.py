@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from skyrl.config.run_rules import read_window
 from skyrl.config.schema import RunFolderConfig
 from skyrl.types import UserError
 
@@ -57,8 +58,8 @@ class StopRequest:
 
 
 def save_by(options: RunFolderConfig, environment: Mapping[str, str] = os.environ) -> float | None:
-    """The time.monotonic() at which to stop: run.must_save_by, else Slurm's end of this job, less
-    run.save_margin_seconds. None: no deadline.
+    """The time.monotonic() at which to stop: run.must_save_by, else Slurm's end of this job, or the
+    end of run.window if that is sooner, less run.save_margin_seconds. None: no deadline.
 
     The wall clock is read once, here: if it is set while the run goes on, nothing changes. Raises UserError for a time
     that cannot be read, and for one that leaves nothing before the margin (a job queued again would stop at once,
@@ -66,6 +67,9 @@ def save_by(options: RunFolderConfig, environment: Mapping[str, str] = os.enviro
     """
     wall, now = time.time(), time.monotonic()
     left = _seconds_left(options.must_save_by, environment.get(END_OF_JOB, ""), wall)
+    window = read_window(options, datetime.fromtimestamp(wall))
+    if window is not None and (left is None or window.ends_in < left):
+        return now + max(0.0, window.ends_in - options.save_margin_seconds)
     if left is None:
         return None
     name = f"run.must_save_by={options.must_save_by}" if options.must_save_by else f"{END_OF_JOB}"

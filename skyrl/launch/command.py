@@ -15,6 +15,7 @@ from pathlib import Path
 
 from skyrl.config.args import Parser, help_of
 from skyrl.config.load import load_config
+from skyrl.config.run_rules import closed_until
 from skyrl.distributed import place
 from skyrl.distributed.env import LAUNCHED
 from skyrl.distributed.stop import OF_BATCH
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(name, type=int, default=1 if name == "--nnodes" else 0, help=argparse.SUPPRESS)
     p.add_argument("--rendezvous", default="", help=argparse.SUPPRESS)
     p.add_argument("--address", default="", help=argparse.SUPPRESS)
+    p.add_argument("--window-begins", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--asks-again", type=float, default=None, help=argparse.SUPPRESS)
     p.add_argument("--remote-commands", action="store_true", help=argparse.SUPPRESS)
     return p
@@ -82,6 +84,10 @@ def launch(args: Sequence[str]) -> int:
     job = read_job(args[split + 1 :] if "--" in args else args[split:])
     if flags.asks_again is not None:  # for batch scripts: 0 if that run wants to be started again
         return int(job.folder is None or not asks_again(job.folder, flags.asks_again))
+    if flags.window_begins:  # for batch scripts: when run.window begins, if it is closed
+        opens = closed_until(load_config(split_args(list(job.args))[1], mode=job.mode).run)
+        print(opens.strftime("%Y-%m-%dT%H:%M:%S") if opens is not None else "")
+        return 0
     if flags.slurm:
         return sbatch.submit(flags, job.mode, job.args)
     if flags.print:

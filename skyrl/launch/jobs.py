@@ -18,7 +18,7 @@ from pathlib import Path
 from skyrl.config.args import Parser, path_arg
 from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD
 from skyrl.files import disk_reason, write_atomic
-from skyrl.run_dir import RunReader, find_run
+from skyrl.run_dir import RunReader, find_run, is_run
 from skyrl.tracking.jsonl import plain
 from skyrl.types import UserError
 
@@ -51,7 +51,7 @@ def wait(args: list[str]) -> int:
     end, lost, told = time.monotonic() + given.timeout, None, ""
     while True:
         run = RunReader(path)
-        state = run.state() if path.is_dir() else "not started"
+        state = run.state() if is_run(path) else "not started"
         if state != told:
             print(f"{path}: {state}{_progress(run)}", flush=True)
             told = state

@@ -123,13 +123,18 @@ def find_runs(folder: Path) -> list[RunReader]:
     return [RunReader(path) for _, path in sorted(found)]
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run has begun there: it has metrics or options."""
+    return any((path / file).exists() for file in ("metrics.jsonl", "config.yaml"))
+
+
 def find_run(given: Path, what: str) -> RunReader:
     """The run that a person named by its folder, or by its name in runs/. Raises UserError, which begins with the
     command that asked, `what`."""
     path = given if given.is_dir() else Path("runs") / given
     if not path.is_dir():
         raise UserError(f"{what}: no run folder {given} here; skyrl-tx runs lists those in runs")
-    if not any((path / file).exists() for file in ("metrics.jsonl", "config.yaml")):
+    if not is_run(path):
         raise UserError(f"{what}: {path} is no run: it has neither config.yaml nor metrics.jsonl")
     return RunReader(path)
 

@@ -227,8 +227,11 @@ def skyrl_tx(name: str, rest: list[str], needs: list[str]) -> None:
         assert rest[0] in MODELS and len(rest) == 2, rest
     elif name in ("new", "list"):  # into the folder that these commands are typed in
         cli.COMMANDS[name](rest)
+    elif name == "wait":
+        with pytest.raises(SystemExit, match="124"):
+            cli.COMMANDS[name]([*rest, "--timeout", "0.01"])
     elif name not in ("doctor", "runs", "sweep-table"):  # tests/launch/test_doctor.py, test_table.py, tests/test_cli.py
-        with pytest.raises(UserError, match="no run folder|no such checkpoint"):
+        with pytest.raises(UserError, match="no run folder|no such checkpoint|is no run"):
             cli.COMMANDS[name](rest)  # what was typed is right; the run it names is not here
 
 

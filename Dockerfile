@@ -1,0 +1,56 @@
+# syntax=docker/dockerfile:1
+# docker build --target cpu -t skyrl:cpu .          docker build --target cuda -t skyrl:cuda .
+# Behind an air gap: --build-arg BASE=registry.local/python:3.12-slim --build-arg PIP_INDEX_URL=https://pypi.local/simple
+# What is tested is pinned by constraints.txt; torch's wheels bring their own CUDA libraries, so that both targets have one base.
+ARG BASE=python:3.12-slim
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS base
+# g++: the sampler's CPU kernels and Triton's launchers are compiled at their first use. tini: reaps what ranks leave behind.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ tini \
+    && rm -rf /var/lib/apt/lists/*
+ENV PATH=/opt/skyrl/bin:$PATH PYTHONUNBUFFERED=1 HF_HUB_DISABLE_TELEMETRY=1
+
+FROM base AS build
+ARG PIP_INDEX_URL=https://pypi.org/simple
+ENV PIP_INDEX_URL=${PIP_INDEX_URL} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+RUN python3 -m venv /opt/skyrl
+COPY constraints.txt ./
+# torch first and alone, so that a change of skyrl's own code does not load it again. ""= the index's own build, which is CUDA's.
+ARG TORCH_INDEX=
+RUN pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+COPY pyproject.toml README.md LICENSE ./
+COPY conf conf
+COPY launch launch
+COPY skyrl skyrl
+ARG EXTRAS=serve,dashboard
+RUN pip install -c constraints.txt ".[${EXTRAS}]"
+
+FROM build AS build-cuda
+ARG CUDA_EXTRAS=deepspeed
+RUN pip install -c constraints.txt ".[${CUDA_EXTRAS}]"
+
+FROM base AS cpu
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="skyrl" \
+      org.opencontainers.image.description="Reinforcement learning for language models on your own GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN useradd --uid 1000 --create-home skyrl && mkdir /runs && chown skyrl:skyrl /runs
+COPY --from=build /opt/skyrl /opt/skyrl
+USER 1000:1000
+WORKDIR /runs
+# A server says where it is asked: -e SKYRL_HEALTH_URL=http://127.0.0.1:8000/api/v1/healthz. A training run has its own watchdog.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=10m \
+    CMD ["python", "-c", "import os, urllib.request as r; u = os.environ.get('SKYRL_HEALTH_URL'); u and r.urlopen(u, timeout=8)"]
+ENTRYPOINT ["tini", "-g", "--"]
+CMD ["skyrl-tx", "--help"]
+
+FROM cpu AS cuda
+COPY --from=build-cuda /opt/skyrl /opt/skyrl
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -1,0 +1,80 @@
+"""Rules of the group run, and run.window: the times of the day between which a run works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from skyrl.config.options import all_options
+from skyrl.config.schema import RunConfig, RunFolderConfig
+from skyrl.types import UserError
+
+WINDOW = re.compile(r"(\d\d?:\d\d(?::\d\d)?)-(\d\d?:\d\d(?::\d\d)?)")
+DAY_SECONDS = 86400.0
+
+
+def run_problems(cfg: RunConfig) -> Iterator[str]:
+    """A line for each rule that the group breaks; raises the UserError of a window that is none."""
+    known = {"versions", "code", "data", *(option.path.partition(".")[0] for option in all_options())}
+    for name in cfg.run.allow_different:
+        if re.split(r"[./]", name)[0] not in known:
+            yield (
+                f"run.allow_different=[{name}]: no such thing is compared; give versions, code, data, model, the name "
+                "of an option, or a part of these as the error names it"
+            )
+    read_window(cfg.run, datetime.now())
+    if cfg.run.world_size and not cfg.dry_run:
+        yield (
+            f"run.world_size={cfg.run.world_size}: only for a dry run; a real run counts its processes (torchrun "
+            "--nproc_per_node), or add dry_run=true"
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """What run.window says at one moment: seconds until it begins (0 inside of it, with time to work), and until the
+    end of the one that is open or comes next."""
+
+    begins_in: float
+    ends_in: float
+
+
+def read_window(options: RunFolderConfig, now: datetime) -> Window | None:
+    """The window as seen at `now`, a time of the local clock; None without one. What is left of an open window counts
+    as closed when it is no longer than the margin for saving: the run would stop at once.
+
+    Raises UserError for a text that is no window, and for a window that has no time beside that margin.
+    """
+    if not options.window:
+        return None
+    name, margin = f"run.window={options.window}", options.save_margin_seconds
+    parts = WINDOW.fullmatch(options.window)
+    try:
+        assert parts is not None
+        begin, end = (
+            datetime.strptime(part, "%H:%M:%S" if part.count(":") == 2 else "%H:%M") for part in parts.groups()
+        )
+    except (AssertionError, ValueError):
+        raise UserError(f"{name}: give two times of the day, as 22:00-06:00; 00:00-24:00 is no window") from None
+    length = (end - begin).total_seconds() % DAY_SECONDS
+    if length <= margin:
+        raise UserError(
+            f"{name}: open for {length:.0f} s a day, of which run.save_margin_seconds={margin:g} are kept for saving: "
+            "it never has time to work; give a longer window, or lower that margin"
+        )
+    # By the clock on the wall: on the days when it is put forward or back the window moves with it.
+    today = now.replace(hour=begin.hour, minute=begin.minute, second=begin.second, microsecond=0)
+    begins = [(today + timedelta(days=day)).timestamp() - now.timestamp() for day in (-1, 0, 1)]
+    for seconds in begins:
+        if seconds + length > margin:
+            return Window(max(0.0, seconds), seconds + length)
+    raise AssertionError("a window begins every day")
+
+
+def closed_until(options: RunFolderConfig, now: datetime | None = None) -> datetime | None:
+    """When run.window begins, if it is closed at `now` (by default: now); None while it is open or without one."""
+    now = now or datetime.now()
+    window = read_window(options, now)
+    return now + timedelta(seconds=window.begins_in) if window is not None and window.begins_in > 0 else None

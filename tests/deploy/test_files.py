@@ -1,0 +1,72 @@
+"""Dockerfile, compose, Swarm and pipeline files: linted, valid for their schemas, with commands that exist."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from skyrl.cli import COMMANDS
+from skyrl.config.load import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMAS = {
+    "compose-spec": ("compose/compose.yaml", "compose/swarm.yaml"),
+    "github-workflows": ("ci/github.yml",),
+    "gitlab-ci": ("ci/gitlab.yml",),
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_schemas(schema):
+    pytest.importorskip("check_jsonschema", reason="make test-deploy installs it")
+    files = [str(ROOT / "launch" / file) for file in SCHEMAS[schema]]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_dockerfile_is_clean():
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("make test-deploy installs hadolint")
+    done = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_dockerfile_copies_is_in_its_context():
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M) for word in line.split()}
+    assert copied == kept and all((ROOT / name).exists() for name in kept)
+    extras = re.search(r"^ARG EXTRAS=(.*)$", text, re.M)[1].split(",") + re.findall(
+        r"^ARG CUDA_EXTRAS=(.*)$", text, re.M
+    )
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name} = \[", declared, re.M) for name in extras)
+
+
+def test_commands_of_the_files_exist():
+    found = set()
+    for name in (file for files in SCHEMAS.values() for file in files):
+        text = (ROOT / "launch" / name).read_text(encoding="utf-8")
+        found |= set(re.findall(r"skyrl-tx,? ([a-z-]+)", re.sub(r"^\s*#.*$", "", text, flags=re.M)))
+    assert {"launch", "gate", "wait", "stop", "dashboard", "train"} == found <= {*COMMANDS, "dashboard"}
+
+
+def test_options_of_the_compose_file_are_a_servers():
+    told = yaml.safe_load((ROOT / "launch/compose/compose.yaml").read_text(encoding="utf-8"))
+    command = told["services"]["serve"]["command"]
+    cfg = load_config(command[command.index("serve") + 1 :], mode="serve")
+    assert cfg.service.folder == "/runs/tinker" and f":{cfg.service.port}:" in told["services"]["serve"]["ports"][0]
+
+
+def test_a_swarm_has_one_first_task_and_numbers_the_others_from_1():
+    told = yaml.safe_load((ROOT / "launch/compose/swarm.yaml").read_text(encoding="utf-8"))["services"]
+    assert told["first"]["environment"]["NODE_RANK"] == "0" and told["first"]["deploy"]["replicas"] == 1
+    assert told["others"]["environment"]["NODE_RANK"] == "{{.Task.Slot}}"
+    assert "--master-addr=first " in told["others"]["command"][0]
+    assert all(one["deploy"]["endpoint_mode"] == "dnsrr" for one in told.values())

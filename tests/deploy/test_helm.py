@@ -1,0 +1,102 @@
+"""The Helm chart: linted, rendered for several values, valid for Kubernetes, the same text as was reviewed.
+
+SKYRL_RECORD=1 writes the reviewed texts (helm/*.golden) anew.
+"""
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+chart = pytest.importorskip("helm_python.chart", reason="make test-deploy installs Helm")
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "launch" / "helm"
+CASES = sorted(path for path in (Path(__file__).parent / "helm").glob("*.yaml"))
+OURS = {"JobSet"}  # kinds that are no part of Kubernetes itself
+
+
+def render(values):
+    with chart.Chart.load(CHART) as loaded:
+        merged = loaded.merge_values(values)
+        loaded.validate_schema(merged)
+        return {name: text for name, text in loaded.render(values=merged, name="mine").items() if text.strip()}
+
+
+def manifests(values):
+    return [one for text in render(values).values() for one in yaml.safe_load_all(text) if one]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
+def test_rendered_charts_are_valid_and_as_reviewed(case):
+    values = yaml.safe_load(case.read_text())
+    rendered = render(values)
+    for manifest in manifests(values):
+        if manifest["kind"] not in OURS:
+            kubernetes_validate.validate(manifest, "1.29", strict=True)
+    text = "".join(f"# {name}\n{body.strip()}\n" for name, body in sorted(rendered.items()))
+    golden = case.with_suffix(".golden")
+    if os.environ.get("SKYRL_RECORD"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_lint():
+    for case in CASES:
+        found = chart.lint(CHART, values=yaml.safe_load(case.read_text()), strict=True)
+        assert found["errors"] == [] and {one["error"] for one in found["messages"]} <= {"icon is recommended"}, found
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"train": {"gpu": 8}}, "gpu"),
+        ({"trian": {}}, "trian"),
+        ({"train": {"nodes": 0}}, "nodes"),
+        ({"train": {"options": ["run.dir=/tmp/x"]}}, "options"),
+        ({"train": {"offPeak": {"begin": "22:00"}}}, "begin"),
+        ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
+        ({"serve": {"enabled": True}}, "serve.keysSecret: name a secret"),
+        ({"train": {"queue": "q", "offPeak": {"enabled": True}}}, "choose one"),
+        ({"ingress": {"enabled": True}}, "nothing to reach"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_before_anything_starts(values, words):
+    with pytest.raises(Exception, match=words):
+        render(values)
+
+
+def containers(values, kind):
+    (found,) = (one for one in manifests(values) if one["kind"] == kind)
+    return found["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_the_commands_of_the_pods_are_ones_that_skyrl_takes():
+    """What the pods run, through the same checks as on a command line."""
+    from skyrl.config.load import load_config
+
+    train = containers({"train": {"nodes": 2, "options": ["experiment=gsm8k", "data.path=/d.jsonl"]}}, "Job")
+    assert train["command"][-2:] == ["-m", "skyrl.train"] and "--node-rank=$(JOB_COMPLETION_INDEX)" in train["command"]
+    assert "--master-addr=mine-train-0.mine-train" in train["command"]
+    cfg = load_config([*train["args"], "dry_run=true"], mode="train")
+    assert cfg.run.dir == "/runs/run"
+    serve = containers({"train": {"enabled": False}, "serve": {"enabled": True, "keysSecret": "k"}}, "Deployment")
+    assert shlex.join(serve["command"]) == "skyrl-tx launch --nproc=1 -- serve"
+    cfg = load_config(serve["args"], mode="serve")
+    assert (cfg.service.folder, cfg.service.port) == ("/runs/tinker", 8000)
+
+
+def test_stops_are_no_failures_and_mistakes_end_the_job():
+    (job,) = (one for one in manifests({}) if one["kind"] == "Job")
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    codes = {code: rule["action"] for rule in rules if "onExitCodes" in rule for code in rule["onExitCodes"]["values"]}
+    from skyrl.distributed.stop import INTERRUPTED, TEMPORARY
+    from skyrl.main import USAGE_ERROR
+
+    assert codes == {TEMPORARY: "Ignore", USAGE_ERROR: "FailJob", INTERRUPTED: "FailJob"}
+    pod = job["spec"]["template"]["spec"]
+    grace = int(next(e["value"] for e in pod["containers"][0]["env"] if e["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"))
+    assert 0 < grace < pod["terminationGracePeriodSeconds"]
