@@ -151,6 +151,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "runs": _runs,
     "rollouts": _rollouts,
+    "dashboard": partial(_elsewhere, "skyrl.dashboard.command:dashboard"),
     "play": partial(_elsewhere, "skyrl.launch.play:play"),
     "list": partial(_elsewhere, "skyrl.launch.listing:list_things"),
     "new": partial(_elsewhere, "skyrl.launch.new:new"),

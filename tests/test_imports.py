@@ -48,6 +48,7 @@ LEVELS = {
     "trainers": 8.05,
     "sweep": 8.1,
     "main": 9,
+    "dashboard": 9.05,
     "tinker": 9.1,
     "launch": 9.1,
     "train": 9.2,
@@ -60,7 +61,7 @@ LEVELS = {
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
-    + "answers judges launch main planner registry run_dir sandbox".split()
+    + "answers dashboard judges launch main planner registry run_dir sandbox".split()
     + "sft sweep tasks text tinker tracking train types web workers".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.

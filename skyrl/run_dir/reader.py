@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,55 @@ class RunReader:
         """Its stops, oldest first: {"reason", "rank", "phase", "step", "done", "at", ...}."""
         return _readable_lines(self.path / STOPS)
 
+    def lines(self, file: str, start: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], int]:
+        """The records of another file of JSON lines, or a part of `limit` bytes or one line if that is longer, from
+        byte `start` on; and the byte after them. Lines that are no records are left out; ([], 0) without the file."""
+        try:
+            return _read_lines(self.path / file, start, limit, strict=file == "metrics.jsonl")
+        except OSError:
+            return [], 0
+
+    def before(self, file: str, end: int, count: int = 64) -> bytes:
+        """The `count` bytes of a file that end at byte `end`: those that were read last are there again, unless the
+        file was cut back and grew anew. b"" where it is shorter than `end`."""
+        try:
+            with open(self.path / file, "rb") as stream:
+                stream.seek(max(0, end - count))
+                data = stream.read(min(end, count))
+        except OSError:
+            return b""
+        return data if len(data) == min(end, count) else b""
+
+    def size(self, file: str) -> int:
+        """Bytes of a file of the run; 0 without it."""
+        try:
+            return os.stat(self.path / file).st_size
+        except OSError:
+            return 0
+
+    def logs(self) -> list[str]:
+        """Names of the logs that a launcher has left in the folder."""
+        found = (path for pattern in ("*.log", "*.out", "*.err") for path in self.path.glob(pattern))
+        return sorted(path.name for path in found if path.is_file())
+
+    def stamp(self) -> list[int]:
+        """Numbers that are others after each write of metrics or options, each start and the end of the run."""
+        found = []
+        for file in ("metrics.jsonl", "config.yaml", "versions.json", "result.json"):
+            try:
+                told = os.stat(self.path / file)
+                found += [told.st_size, told.st_mtime_ns]
+            except OSError:
+                found += [0, 0]
+        return found
+
+    def typed(self) -> dict[str, str]:
+        """Options of the command that started the run last, but for where it is; option -> value as typed."""
+        command = (self.starts() or [{}])[-1].get("command") or [""]
+        places = ("-", "hydra", "run.name=", "run.dir=", "tracking.", "dashboard.", "dry_run=")
+        words = [str(word) for word in command[1:] if "=" in str(word) and not str(word).startswith(places)]
+        return {option: value for option, _, value in (word.partition("=") for word in words)}
+
     def dumps(self) -> list[str]:
         """Names of the dumped steps: "000010", "eval-000010"."""
         return dumps(self.path / "rollouts")
@@ -99,6 +149,36 @@ class RunReader:
     def rollouts(self, name: str) -> Iterator[dict[str, Any]]:
         """The episodes of one dump, as tracking/rollouts.py wrote them."""
         return read_rollouts(self.path / "rollouts", name)
+
+    def episodes(self, name: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """(rank, byte of its line, episode) of one dump, ranks in order; lines that are no episodes are left out."""
+        for rank, path in _rank_files(self.path / "rollouts", name):
+            with open(path, "rb") as stream:
+                start = 0
+                for line in stream:
+                    if (episode := _parsed(line)) is not None and "turns" in episode:
+                        yield rank, start, episode
+                    start += len(line)
+
+    def episode(self, name: str, rank: int, start: int) -> dict[str, Any] | None:
+        """The episode whose line begins at a byte of a rank's part of a dump; None without."""
+        path = dict(_rank_files(self.path / "rollouts", name)).get(rank)
+        if path is None:
+            return None
+        with open(path, "rb") as stream:
+            stream.seek(start)
+            episode = _parsed(stream.readline())
+        return episode if episode is not None and "turns" in episode else None
+
+    def token_texts(self) -> dict[int, str]:
+        """Token id -> its text alone, of the tokens that were dumped; {} for a run of an earlier release."""
+        found: dict[int, str] = {}
+        for path in (self.path / "rollouts").glob("tokens-r*.json"):
+            try:
+                found |= {int(token): str(text) for token, text in json.loads(path.read_text("utf-8")).items()}
+            except (OSError, ValueError, AttributeError):
+                continue
+        return found
 
     def checkpoints(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
@@ -147,45 +227,53 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_lines(Path(path), 0)[0]
 
 
-def _read_lines(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+def _read_lines(
+    path: Path, start: int, limit: int = -1, *, strict: bool = True
+) -> tuple[list[dict[str, Any]], int]:
     with open(path, "rb") as stream:
         stream.seek(start)
-        data = stream.read()
+        data = stream.read(limit)
+        while limit > 0 and b"\n" not in data and (more := stream.read(limit)):
+            data += more
     records: list[dict[str, Any]] = []
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line).items()
-            records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record})
-        except (ValueError, AttributeError):
+        record = _parsed(line)
+        if record is not None:
+            records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()})
+        elif strict:
             where = f"line {number}" + (f" after byte {start}" if start else "")
-            raise UserError(f"{path}, {where}: not a record of metrics; remove the line") from None
+            raise UserError(f"{path}, {where}: not a record of metrics; remove the line")
     return records, start + len(data) - len(lines[-1])
 
 
 def _readable_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; [] without it. Torn and damaged lines are left out."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        return _read_lines(path, 0, strict=False)[0]
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [one for one in found if isinstance(one, dict)]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """The episodes of `name` (see write_rollouts) from all ranks' files, ranks in order."""
-    matches = [(path, ROLLOUT_NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{name}-r*.jsonl")]
-    ranks = {int(m["rank"]): path for path, m in matches if m and path.name == f"{name}-r{m['rank']}.jsonl"}
-    for _, path in sorted(ranks.items()):
+    for _, path in _rank_files(folder, name):
         with open(path, encoding="utf-8") as stream:
             for line in stream:
                 yield json.loads(line)
+
+
+def _rank_files(folder: Path, name: str) -> list[tuple[int, Path]]:
+    matches = [(path, ROLLOUT_NAME.fullmatch(path.name)) for path in Path(folder).glob(f"{name}-r*.jsonl")]
+    return sorted((int(m["rank"]), path) for path, m in matches if m and path.name == f"{name}-r{m['rank']}.jsonl")
 
 
 def dumps(folder: Path) -> list[str]:

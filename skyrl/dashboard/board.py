@@ -1,0 +1,177 @@
+"""What every page of the dashboard shares: addresses, templates, errors, live events.
+
+Handlers that are plain functions run in threads, so the event loop never waits for a disk. Nothing here writes into a
+run, and no page has a script or a style of its own: the content policy refuses them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import anyio
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+import skyrl
+from skyrl.config.schema import DashboardConfig
+from skyrl.dashboard.episodes import EpisodeIndex
+from skyrl.dashboard.index import RunEntry, RunIndex
+from skyrl.tracking.metric_docs import explain
+from skyrl.types import UserError
+from skyrl.web.http import HttpError, error_reply
+
+HERE = Path(__file__).parent
+EVENT_SECONDS = 1.0
+SILENT_SECONDS = 15.0  # after which a proxy may close a stream on which nothing comes
+MAX_STREAMS = 256
+WORDS = {404: "Not found", 400: "This cannot be shown", 403: "Not for you"}
+
+
+class Dashboard:
+    """What the handlers share. `auth` lets in (skyrl.dashboard.auth); `index` is started and closed by the caller."""
+
+    def __init__(self, settings: DashboardConfig, auth: Any, index: RunIndex) -> None:
+        self.prefix, self.auth, self.index = settings.path_prefix, auth, index
+        self.episodes = EpisodeIndex()
+        self.closing, self.streams = False, 0
+        self._templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
+        self._templates.filters |= {"num": number, "size": size, "ago": ago, "when": when, "span": duration, "explain": explain}
+        version = max(path.stat().st_mtime_ns for path in (HERE / "static").iterdir())
+        self._templates.globals |= {
+            "url": self.url,
+            "explain": explain,
+            "release": skyrl.__version__,
+            "version": f"{version:x}",
+        }
+
+    def url(self, *parts: Any, **query: Any) -> str:
+        """An address of this dashboard; what is None or "" is left out of the query."""
+        path = "/".join(quote(str(part), safe="") for part in parts)
+        kept = {key: value for key, value in query.items() if value not in (None, "")}
+        return f"{self.prefix}/{path}" + (f"?{urlencode(kept, doseq=True)}" if kept else "")
+
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
+        """A template as an answer."""
+        viewer = request.state.viewer
+        csrf = self.auth.csrf_token(request) if viewer is not None else ""
+        text = self._templates.get_template(template).render(viewer=viewer, csrf=csrf, unread=self.index.unread, **values)
+        return Response(text, status, media_type="text/html")
+
+    def entry(self, request: Request) -> RunEntry:
+        """The run of the request's path. Raises HttpError."""
+        return self.named(request, request.path_params["run"])
+
+    def named(self, request: Request, name: str) -> RunEntry:
+        """A run by its name, if this viewer may see it. Raises HttpError."""
+        viewer = request.state.viewer
+        if viewer.run not in (None, name):
+            raise HttpError(403, f"you came by a link to the run {viewer.run}, which shows no other")
+        if (entry := self.index.get(name)) is None:
+            raise HttpError(404, f"there is no run {name[:200]!r} in this folder; it may have been moved or deleted")
+        return entry
+
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """An error as a page for a person and as JSON for a program."""
+        if isinstance(error, HTTPException):
+            error = HttpError(error.status_code, "there is no such page" if error.status_code == 404 else error.detail)
+        elif isinstance(error, UserError):
+            error = HttpError(400, str(error))
+        assert isinstance(error, HttpError)
+        if "text/html" not in request.headers.get("accept", "") or request.state.viewer is None:
+            return error_reply(error)
+        title = WORDS.get(error.status, "Refused")
+        return self.page(request, "error.html", error.status, title=title, reason=error.detail)
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: one whenever the run of the path, or without one any run, has changed."""
+        name = request.path_params.get("run")
+        if name is not None:
+            await anyio.to_thread.run_sync(self.entry, request)
+        if self.streams >= MAX_STREAMS:
+            raise HttpError(503, f"{MAX_STREAMS} pages are live already; this one can be loaded again by hand")
+
+        def now() -> Any:
+            entry = next((one for one in self.index.entries() if one.run.name == name), None)
+            return self.index.version if entry is None else [entry.stamp, entry.about.get("state")]
+
+        async def stream() -> AsyncIterator[str]:
+            self.streams += 1
+            try:
+                told, at = now(), time.monotonic()
+                yield "retry: 5000\n\n"
+                while not self.closing:
+                    await anyio.sleep(EVENT_SECONDS)
+                    if (new := now()) != told:
+                        told, at = new, time.monotonic()
+                        yield "event: changed\ndata: {}\n\n"
+                    elif time.monotonic() - at > SILENT_SECONDS:
+                        at = time.monotonic()
+                        yield ": still here\n\n"
+            finally:
+                self.streams -= 1
+
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+
+    def close(self) -> None:
+        """Ends the live pages, so that the server can."""
+        self.closing = True
+
+
+def cache_folder() -> Path:
+    """Where the dashboards of this user keep their caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "dashboard"
+
+
+# ---- how things are written
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number for eyes: as many digits as tell something, thousands apart; "–" for none."""
+    if value is None or value == "":
+        return "–"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return str(value)
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.{digits}g}"
+
+
+def size(count: float) -> str:
+    """Bytes for eyes."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for eyes."""
+    if seconds is None or seconds != seconds:
+        return "–"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def ago(at: float | None) -> str:
+    """How long ago a moment was; a moment in the future, by a clock that was set, counts as now."""
+    return "–" if not at else f"{duration(max(0.0, time.time() - at))} ago"
+
+
+def when(at: float | None) -> str:
+    """A moment in UTC."""
+    return "–" if not at else datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

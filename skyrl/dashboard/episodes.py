@@ -1,0 +1,244 @@
+"""Dumped episodes for eyes: found by reward, prompt, step and flag; their tokens with what the run said of each."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import zlib
+from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from skyrl.algorithms.advantages import ADVANTAGES, RewardRows
+from skyrl.run_dir import RunReader
+from skyrl.types import UserError
+
+SHOWN_CHARACTERS = 600  # of a prompt and of an answer: kept in memory, searched, and shown in lists
+KEPT_DUMPS = 200
+# Text that deflate makes smaller than this part of it says the same again and again; prose and code stay above 0.3.
+REPETITIVE, REPETITION_CHARACTERS = 0.16, 200
+SAME_ANSWERS = 3  # different prompts with one paid answer
+GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")  # one advantage for all tokens of an episode, from its group's rewards
+FLAGS = {
+    "repetition": "says the same again and again: its text compresses to less than a sixth",
+    "truncation": "a token limit ended it",
+    "reward hacking?": "paid although the environment calls it wrong, or one answer that is paid for different prompts",
+    "invalid": "its verifier failed",
+}
+
+
+@dataclass
+class EpisodeSummary:
+    """One line of a dump, without its tokens. `start`: the byte where the line begins in its rank's part."""
+
+    dump: str
+    rank: int
+    start: int
+    uid: str
+    index: int
+    reward: float
+    stop: str
+    tokens: int
+    turns: int
+    prompt: str
+    answer: str
+    advantage: float | None = None
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The step that it was played in."""
+        return int(self.dump.rpartition("-")[2])
+
+    @property
+    def kind(self) -> str:
+        """"train", or what the dump is called: "eval"."""
+        return self.dump.rpartition("-")[0] or "train"
+
+
+class EpisodeIndex:
+    """Summaries of the dumps that were looked at last, of all runs."""
+
+    def __init__(self) -> None:
+        self._dumps: OrderedDict[tuple[str, str, int], list[EpisodeSummary]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, run: RunReader, dump: str) -> list[EpisodeSummary]:
+        """The episodes of a dump, in its order."""
+        size = sum(path.stat().st_size for path in (run.path / "rollouts").glob(f"{dump}-r*.jsonl"))
+        key = (str(run.path), dump, size)
+        with self._lock:
+            if key in self._dumps:
+                self._dumps.move_to_end(key)
+                return self._dumps[key]
+        found = summarise(run, dump)
+        with self._lock:
+            self._dumps[key] = found
+            while len(self._dumps) > KEPT_DUMPS:
+                self._dumps.popitem(last=False)
+        return found
+
+
+def summarise(run: RunReader, dump: str) -> list[EpisodeSummary]:
+    """Every episode of a dump with its flags, and where the advantage follows from the group's rewards, with that."""
+    found: list[EpisodeSummary] = []
+    wrong: list[bool] = []
+    for rank, start, episode in run.episodes(dump):
+        turns = [turn for turn in episode["turns"] if isinstance(turn, dict)]
+        answer = "\n".join(str(turn.get("text", "")) for turn in turns)
+        one = EpisodeSummary(
+            dump=dump,
+            rank=rank,
+            start=start,
+            uid=str(episode.get("uid", "")),
+            index=int(episode.get("index", 0)),
+            reward=_finite(episode.get("reward")),
+            stop=str(episode.get("stop", "")),
+            tokens=sum(len(turn.get("tokens", ())) for turn in turns),
+            turns=len(turns),
+            prompt=str(turns[0].get("context_text", ""))[-SHOWN_CHARACTERS:] if turns else "",
+            answer=answer[:SHOWN_CHARACTERS],
+        )
+        if one.stop == "length" or any(turn.get("stop") == "length" for turn in turns):
+            one.flags.append("truncation")
+        if is_repetitive(answer):
+            one.flags.append("repetition")
+        if episode.get("invalid"):
+            one.flags.append("invalid")
+        correct = (episode.get("metrics") or {}).get("correct:mean")
+        wrong.append(correct is not None and correct <= 0 < one.reward)
+        found.append(one)
+    _flag_hacking(found, wrong)
+    _add_advantages(run, found)
+    return found
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether a text of some length says the same again and again."""
+    data = text.encode("utf-8", "replace")[:100_000]
+    return len(data) >= REPETITION_CHARACTERS and len(zlib.compress(data, 6)) < REPETITIVE * len(data)
+
+
+def _flag_hacking(found: list[EpisodeSummary], wrong: list[bool]) -> None:
+    """What may be a hole in the reward: paid above the dump's mean while the environment says that it is not correct;
+    or one answer, of some words, that is paid for several prompts, none of which gives it as what is expected."""
+    mean = float(np.mean([one.reward for one in found])) if found else 0.0
+    prompts: dict[str, set[str]] = defaultdict(set)
+    for one in found:
+        if one.reward > 0 and one.reward >= mean and len(one.answer.split()) >= 4:
+            prompts[one.answer].add(one.uid)
+    for one, is_wrong in zip(found, wrong, strict=True):
+        same = one.reward > 0 and len(prompts.get(one.answer, ())) >= SAME_ANSWERS
+        if (is_wrong and one.reward > mean) or same:
+            one.flags.append("reward hacking?")
+
+
+def _add_advantages(run: RunReader, found: list[EpisodeSummary]) -> None:
+    algorithm = run.config().get("algorithm") or {}
+    name = (algorithm.get("advantage") or {}).get("name")
+    by_objective = (algorithm.get("objectives") or {}).get("normalise") and (algorithm.get("objectives") or {}).get("weights")
+    kl = algorithm.get("kl") or {}
+    if name not in GROUP_ESTIMATORS or by_objective or (kl.get("coef") and kl.get("placement") == "reward"):
+        return
+    played = sorted((one for one in found if one.kind == "train"), key=lambda one: (one.rank, one.uid, one.index))
+    groups = {key: number for number, key in enumerate(dict.fromkeys((one.rank, one.uid) for one in played))}
+    if not played or max(Counter((one.rank, one.uid, one.index) for one in played).values()) > 1:
+        return  # a prompt that was played in two groups of a step: which episode is of which is not in the dump
+    rows = RewardRows(
+        group_D=np.array([groups[one.rank, one.uid] for one in played]),
+        episode_D=np.array([one.index for one in played]),
+        rewards=[np.array([one.reward]) for one in played],
+        masks=[np.array([True])] * len(played),
+        valid_D=np.array(["invalid" not in one.flags and math.isfinite(one.reward) for one in played]),
+    )
+    params = (algorithm.get("advantage") or {}).get("params") or {}
+    try:
+        result = ADVANTAGES.get(name, "algorithm.advantage.name").compute(rows, lambda sums: sums, params=params)
+    except (UserError, TypeError):  # options of another release
+        return
+    for one, advantage in zip(played, result.advantages, strict=True):
+        one.advantage = float(advantage[0])
+
+
+@dataclass
+class Query:
+    """What is looked for among episodes; "" and None leave a part open."""
+
+    text: str = ""
+    uid: str = ""
+    flag: str = ""
+    least: float | None = None
+    most: float | None = None
+    order: str = ""
+
+    def pick(self, found: list[EpisodeSummary]) -> list[EpisodeSummary]:
+        """Those that fit, in the order that is asked for."""
+        words = self.text.lower().split()
+        kept = [
+            one
+            for one in found
+            if (not self.uid or one.uid == self.uid)
+            and (not self.flag or self.flag in one.flags or (self.flag == "any" and one.flags))
+            and (self.least is None or one.reward >= self.least)
+            and (self.most is None or one.reward <= self.most)
+            and all(word in f"{one.uid} {one.prompt} {one.answer}".lower() for word in words)
+        ]
+        keys: dict[str, Any] = {
+            "best": lambda one: -one.reward,
+            "worst": lambda one: one.reward,
+            "longest": lambda one: -one.tokens,
+        }
+        return sorted(kept, key=keys[self.order]) if self.order in keys else kept
+
+
+@dataclass
+class TokenSpan:
+    """A piece of text with how it is drawn (`tone`, a class of the style sheet) and what is said of it."""
+
+    text: str
+    tone: str = ""
+    title: str = ""
+
+
+def turn_spans(turn: dict[str, Any], texts: dict[int, str], colour: str, advantage: float | None) -> list[TokenSpan]:
+    """The text of a turn, token by token with their tones; one span without tones where the tokens' texts are not
+    known. colour: "logprob", "advantage" or "none"."""
+    text, tokens = str(turn.get("text", "")), turn.get("tokens") or []
+    logprobs = turn.get("logprobs") or []
+    if colour == "none" or not tokens or any(token not in texts for token in tokens):
+        return [TokenSpan(text)]
+    spans, at = [], 0
+    for place, token in enumerate(tokens):
+        # A token alone may read otherwise than in its text: a space less before it, or half of a letter.
+        piece = re.sub("\ufffd", "", texts[token])
+        found = text.find(piece, at, at + len(piece) + 4) if piece else -1
+        end = found + len(piece) if found >= 0 else at
+        if place == len(tokens) - 1:
+            end = len(text)
+        value = logprobs[place] if place < len(logprobs) else None
+        spans.append(TokenSpan(text[at:end], tone_of(value, advantage, colour), _title(token, value, advantage)))
+        at = end
+    return spans
+
+
+def tone_of(logprob: Any, advantage: float | None, colour: str) -> str:
+    """"lp0" (as good as certain) to "lp6" (below e^-6); "ad-3" to "ad3" for advantages, of which 1.5 is the strongest."""
+    if colour == "advantage":
+        return "" if advantage is None else f"ad{round(max(-3.0, min(3.0, 2 * advantage)))}"
+    if not isinstance(logprob, (int, float)) or not math.isfinite(logprob):
+        return ""
+    return f"lp{min(6, int(-min(0.0, logprob) + 0.5))}"
+
+
+def _title(token: int, logprob: Any, advantage: float | None) -> str:
+    said = f"token {token}"
+    if isinstance(logprob, (int, float)) and math.isfinite(logprob):
+        said += f", log-prob {logprob:.3f} (probability {math.exp(min(0.0, logprob)):.3g})"
+    return said if advantage is None else f"{said}, advantage {advantage:+.3f}"
+
+
+def _finite(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
