@@ -392,6 +392,8 @@ class TrackingConfig:
     """Project name there."""
     tensorboard: bool = False
     """Writes event files to <run folder>/tensorboard."""
+    tags: list[str] = field(default_factory=list)
+    """Words that the dashboard and wandb find the run by."""
     rollouts_every: int = 10
     """Steps between dumps of all episodes (text, tokens, log-probs, rewards) to <run folder>/rollouts; 0 = never."""
     peak_tflops: float = 0.0

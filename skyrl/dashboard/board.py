@@ -45,7 +45,14 @@ class Dashboard:
         self._templates = Environment(
             loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
-        self._templates.filters |= {"num": number, "size": size, "ago": ago, "when": when, "span": duration, "explain": explain}
+        self._templates.filters |= {
+            "num": number,
+            "size": size,
+            "ago": ago,
+            "when": when,
+            "span": duration,
+            "explain": explain,
+        }
         version = max(path.stat().st_mtime_ns for path in (HERE / "static").iterdir())
         self._templates.globals |= {
             "url": self.url,
@@ -64,7 +71,9 @@ class Dashboard:
         """A template as an answer."""
         viewer = request.state.viewer
         csrf = self.auth.csrf_token(request) if viewer is not None else ""
-        text = self._templates.get_template(template).render(viewer=viewer, csrf=csrf, unread=self.index.unread, **values)
+        text = self._templates.get_template(template).render(
+            viewer=viewer, csrf=csrf, unread=self.index.unread, **values
+        )
         return Response(text, status, media_type="text/html")
 
     def entry(self, request: Request) -> RunEntry:

@@ -1,4 +1,4 @@
-"""Numbers of a file of JSON lines, column by column: read once, kept on disk in blocks, drawn as few points as a screen has.
+"""Numbers of a file of JSON lines, column by column: read once, kept on disk in blocks, thinned for a screen.
 
 A file of 100,000 steps takes seconds to parse and milliseconds to read as columns. Whole blocks go to `store`, which
 only grows; the rest, the tail, lives in memory. What `state` returns says how much of the JSON lines the store holds,
@@ -219,7 +219,11 @@ class Columns:
     def last(self, name: str) -> float | None:
         """The newest value of a column, None without."""
         with self.lock:
-            if name in self.names and self._tail.shape[1] and not np.isnan(value := self._tail[self.names.index(name)][-1]):
+            if (
+                name in self.names
+                and self._tail.shape[1]
+                and not np.isnan(value := self._tail[self.names.index(name)][-1])
+            ):
                 return float(value)
             values = self.series(name)[1]
         return float(values[-1]) if len(values) else None

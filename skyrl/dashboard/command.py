@@ -21,7 +21,9 @@ def dashboard(args: list[str]) -> None:
     """Serves until SIGINT or SIGTERM, or beside a run until that ends. Raises UserError for a folder, an address or
     options that cannot be used."""
     p = Parser(prog="skyrl-tx dashboard", description="A web page over the runs of a folder; it never writes into one.")
-    p.add_argument("runs", nargs="?", type=path_arg, default=Path("runs"), help="folder of run folders, or a run (runs)")
+    p.add_argument(
+        "runs", nargs="?", type=path_arg, default=Path("runs"), help="folder of run folders, or a run (runs)"
+    )
     p.add_argument("--host", help="address to listen on (127.0.0.1)")
     p.add_argument("--port", type=int, help="port (6007); 0 = any free one, which is printed")
     p.add_argument("--path-prefix", help="where it lies behind a reverse proxy, for example /skyrl")
@@ -55,10 +57,15 @@ def dashboard(args: list[str]) -> None:
         signal.signal(number, lambda *_: stopped.set())
     if given.beside:
         os.nice(10)
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(), stopped.set()), daemon=True).start()
+        threading.Thread(target=_wait_for_end, args=(stopped,), daemon=True).start()
     index.start()
     print(auth.announce(server.url, into_log=given.beside), flush=True)
     while not stopped.wait(1.0):
         server.check()
     server.stop()
     index.close()
+
+
+def _wait_for_end(stopped: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stopped.set()

@@ -55,7 +55,7 @@ class EpisodeSummary:
 
     @property
     def kind(self) -> str:
-        """"train", or what the dump is called: "eval"."""
+        """ "train", or what the dump is called: "eval"."""
         return self.dump.rpartition("-")[0] or "train"
 
 
@@ -139,7 +139,9 @@ def _flag_hacking(found: list[EpisodeSummary], wrong: list[bool]) -> None:
 def _add_advantages(run: RunReader, found: list[EpisodeSummary]) -> None:
     algorithm = run.config().get("algorithm") or {}
     name = (algorithm.get("advantage") or {}).get("name")
-    by_objective = (algorithm.get("objectives") or {}).get("normalise") and (algorithm.get("objectives") or {}).get("weights")
+    by_objective = (algorithm.get("objectives") or {}).get("normalise") and (algorithm.get("objectives") or {}).get(
+        "weights"
+    )
     kl = algorithm.get("kl") or {}
     if name not in GROUP_ESTIMATORS or by_objective or (kl.get("coef") and kl.get("placement") == "reward"):
         return
@@ -225,7 +227,7 @@ def turn_spans(turn: dict[str, Any], texts: dict[int, str], colour: str, advanta
 
 
 def tone_of(logprob: Any, advantage: float | None, colour: str) -> str:
-    """"lp0" (as good as certain) to "lp6" (below e^-6); "ad-3" to "ad3" for advantages, of which 1.5 is the strongest."""
+    """A class of the style sheet: "lp0" (certain) to "lp6" (e^-6 and less); "ad-3" to "ad3" for advantages to 1.5."""
     if colour == "advantage":
         return "" if advantage is None else f"ad{round(max(-3.0, min(3.0, 2 * advantage)))}"
     if not isinstance(logprob, (int, float)) or not math.isfinite(logprob):

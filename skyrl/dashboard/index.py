@@ -104,7 +104,7 @@ class RunIndex:
     """The runs of a folder. `start` reads them in a thread; `version` is another number after each change."""
 
     def __init__(self, runs: Path, cache: Path | None = None, *, only: str | None = None) -> None:
-        """cache: a folder for all dashboards of this user, None = keep all in memory. only: the name of the one run to show."""
+        """cache: a folder for all dashboards of this user, None = all in memory. only: name of the one run to show."""
         self.runs, self.only = Path(runs), only
         self.version, self.unread = 0, 0
         self._entries: dict[str, RunEntry] = {}
@@ -243,7 +243,11 @@ class RunIndex:
 def point_of(options: dict[str, Any]) -> str:
     """Equal for runs whose options differ in the seed alone, and in where and how they ran; as in skyrl.sweep."""
     schedule = str(options.get("optim.schedule"))
-    kept = {k: v for k, v in options.items() if k != "seed" and (k == "batch.num_steps" or not ignored_on_resume(k, schedule))}
+    kept = {
+        k: v
+        for k, v in options.items()
+        if k != "seed" and (k == "batch.num_steps" or not ignored_on_resume(k, schedule))
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -149,7 +149,11 @@ def facts(entry: RunEntry, config: dict[str, Any], ranks: int) -> list[tuple[str
     step = last("step")
     device = "GPU" if any(name.startswith("gpu") for name in _system_names(entry, ranks)) else "Device"
     return [
-        ("Step", None if step is None else f"{step:.0f}" + (f" of {total}" if total else ""), "finished, over all phases"),
+        (
+            "Step",
+            None if step is None else f"{step:.0f}" + (f" of {total}" if total else ""),
+            "finished, over all phases",
+        ),
         ("Reward", last("reward:mean"), "of the last step"),
         ("Held-out accuracy", last(OBJECTIVE), "of the last evaluation"),
         ("Tokens per second", last("speed/tokens_per_second:mean"), "of the last step"),
@@ -177,13 +181,13 @@ def phases(request: Request) -> Response:
         records, _ = entry.run.lines(file, max(0, end - SPAN_BYTES))
         lanes[rank] = _spans(records[-steps:])
     begin = min((start for lane in lanes.values() for _, start, _, _ in lane), default=0.0)
-    end = max((stop for lane in lanes.values() for _, _, stop, _ in lane), default=begin)
+    length = max((stop - begin for lane in lanes.values() for _, _, stop, _ in lane), default=0.0)
     kinds = list(dict.fromkeys(name for lane in lanes.values() for name, *_ in lane))
     sums: dict[int, dict[str, float]] = {rank: defaultdict(float) for rank in lanes}
     for rank, lane in lanes.items():
         for name, start, stop, _ in lane:
             sums[rank][name] += stop - start
-    values = {"lanes": lanes, "begin": begin, "length": max(end - begin, 1e-9), "kinds": kinds, "sums": sums}
+    values: dict[str, Any] = {"lanes": lanes, "begin": begin, "length": max(length, 1e-9), "kinds": kinds, "sums": sums}
     return board.page(request, "phases.html", entry=entry, steps=steps, hidden=len(ranks) - len(lanes), **values)
 
 
@@ -235,7 +239,7 @@ def config(request: Request) -> Response:
         than, differ = f"start {start}", list(differing({"": now, start: before}))
     earlier = [number for number in range(1, 100) if entry.run.size(f"config.{number}.yaml")]
     names = [] if request.state.viewer.run else [one.run.name for one in board.index.entries()[:500]]
-    values = {"than": than, "differ": differ, "earlier": earlier, "names": names, "other": other}
+    values: dict[str, Any] = {"than": than, "differ": differ, "earlier": earlier, "names": names, "other": other}
     return board.page(request, "config.html", entry=entry, options=flat(now), **values)
 
 

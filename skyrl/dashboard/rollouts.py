@@ -29,10 +29,8 @@ def episodes(request: Request) -> Response:
     dump = given.get("dump") or (dumps[-1] if dumps else "")
     if dump and dump not in (*dumps, "all"):
         raise HttpError(404, f"this run has no dumped step {dump[:60]!r}; there are {', '.join(dumps[-5:]) or 'none'}")
-    query = Query(
-        given.get("q", ""), given.get("uid", ""), given.get("flag", ""), _number(given, "least"), _number(given, "most"),
-        given.get("order", ""),
-    )  # fmt: skip
+    text, uid, flag, order = (given.get(name, "") for name in ("q", "uid", "flag", "order"))
+    query = Query(text, uid, flag, _number(given, "least"), _number(given, "most"), order)
     looked_at = dumps[::-1] if dump == "all" else [dump] if dump else []
     found = query.pick([one for name in looked_at for one in board.episodes.of(entry.run, name)])
     at = whole_number(request, "page", 0)
@@ -77,7 +75,9 @@ def episode(request: Request) -> Response:
     colour = request.query_params.get("colour", "logprob")
     colour = colour if colour in COLOURS else "logprob"
     shown = shown_episode(entry, listed[place], colour)
-    same = [one for name in entry.run.dumps() if name != dump for one in _of_prompt(board, entry, name, shown["one"].uid)]
+    same = [
+        one for name in entry.run.dumps() if name != dump for one in _of_prompt(board, entry, name, shown["one"].uid)
+    ]
     return board.page(
         request,
         "episode.html",
@@ -118,11 +118,12 @@ def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str
                 "spans": spans,
                 "coloured": coloured,
                 "cut": max(0, len(str(turn.get("text", ""))) - SHOWN_CHARACTERS) if not coloured else 0,
-                "turn": turn,
+                "turn": {"reward": None, "stop": "", "version": None, "tokens": [], **turn},
             }
         )
         seen = context + str(turn.get("text", ""))
-    return {"one": one, "episode": found, "turns": turns}
+    parts = {"objectives": {}, "metrics": {}, "expected": None, "invalid": ""}
+    return {"one": one, "episode": parts | found, "turns": turns}
 
 
 def pair(request: Request) -> Response:
@@ -134,7 +135,7 @@ def pair(request: Request) -> Response:
         raise HttpError(404, f"no dumped step of this run has the prompt {uid[:100]!r}")
     sides = []
     for name, default, which in (("a", having[0], "i"), ("b", having[-1], "j")):
-        dump = given.get(name) if given.get(name) in having else default
+        dump = given.get(name, "") if given.get(name) in having else default
         found = _of_prompt(board, entry, dump, uid)
         place = min(whole_number(request, which, 0), len(found) - 1)
         sides.append({"dump": dump, "found": found, "place": place, **shown_episode(entry, found[place], "logprob")})

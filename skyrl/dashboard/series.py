@@ -63,9 +63,7 @@ def line_of(columns: Columns, name: str, axis: str) -> tuple[np.ndarray, np.ndar
     return x, y, wilson(y, counts[there]) if counts is not None and len(y) else None
 
 
-def within(
-    x: np.ndarray, y: np.ndarray, band: Band, least: float, most: float
-) -> tuple[np.ndarray, np.ndarray, Band]:
+def within(x: np.ndarray, y: np.ndarray, band: Band, least: float, most: float) -> tuple[np.ndarray, np.ndarray, Band]:
     """The part of a line between two places of its axis, with one point more at each end."""
     first, end = max(0, int(np.searchsorted(x, least)) - 1), int(np.searchsorted(x, most, "right")) + 1
     return x[first:end], y[first:end], None if band is None else (band[0][first:end], band[1][first:end])
@@ -80,7 +78,7 @@ def limit_of(request: Request, name: str) -> float:
 
 
 def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % interval of a share of `count` trials (Wilson 1927, as in Brown, Cai and DasGupta 2001, section 3.1.1)."""
+    """The 95 % interval of a share of `count` trials (Wilson 1927; Brown, Cai and DasGupta 2001, section 3.1.1)."""
     z2 = 1.959964**2
     with np.errstate(invalid="ignore", divide="ignore"):
         centre = (share + z2 / (2 * count)) / (1 + z2 / count)

@@ -95,7 +95,8 @@ class RunReader:
 
     def lines(self, file: str, start: int = 0, limit: int = -1) -> tuple[list[dict[str, Any]], int]:
         """The records of another file of JSON lines, or a part of `limit` bytes or one line if that is longer, from
-        byte `start` on; and the byte after them. Lines that are no records are left out; ([], 0) without the file."""
+        byte `start` on; and the byte after them. Lines that are no records are left out; ([], 0) without the file.
+        Raises UserError where what is to be read of metrics.jsonl begins with such a line."""
         try:
             return _read_lines(self.path / file, start, limit, strict=file == "metrics.jsonl")
         except OSError:
@@ -227,9 +228,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_lines(Path(path), 0)[0]
 
 
-def _read_lines(
-    path: Path, start: int, limit: int = -1, *, strict: bool = True
-) -> tuple[list[dict[str, Any]], int]:
+def _read_lines(path: Path, start: int, limit: int = -1, *, strict: bool = True) -> tuple[list[dict[str, Any]], int]:
     with open(path, "rb") as stream:
         stream.seek(start)
         data = stream.read(limit)
@@ -241,6 +240,8 @@ def _read_lines(
         record = _parsed(line)
         if record is not None:
             records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()})
+        elif strict and records and limit > 0:  # what is before it first; the next call begins with it
+            return records, start + sum(len(line) + 1 for line in lines[: number - 1])
         elif strict:
             where = f"line {number}" + (f" after byte {start}" if start else "")
             raise UserError(f"{path}, {where}: not a record of metrics; remove the line")

@@ -32,7 +32,9 @@ def _rows() -> list[tuple[str, str]]:
             base = name.rpartition(":")[0]
             if name == "eval/...":
                 continue  # what it says is said by `explain`
-            pattern = re.sub(r"\\\.\\\.\\\.|<[a-z_]+>", lambda gap: "[^/:]+" if gap[0][0] == "<" else ".+", re.escape(name))
+            pattern = re.sub(
+                r"\\\.\\\.\\\.|<[a-z_]+>", lambda gap: "[^/:]+" if gap[0][0] == "<" else ".+", re.escape(name)
+            )
             text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cells[1]).replace("`", "").replace("\\|", "|")
             found.append((pattern if ":" in name or name.endswith("...") else f"{pattern}:[a-z]+", text))
     return sorted(found, key=lambda row: "+" in row[0])

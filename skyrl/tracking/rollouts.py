@@ -5,6 +5,7 @@ One line of JSON for each episode; each rank writes the groups it played. Nothin
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def write_rollouts(
     """Writes this rank's groups to <folder>/<name>-r<rank>.jsonl, whole or not at all; returns that path.
 
     name: the step with six digits, with "<kind>-" before it for other than training ("eval-000010"). Text is decoded
-    with special tokens visible.
+    with special tokens visible. <folder>/tokens-r<rank>.json holds the text of each token sampled so far, by itself.
     Raises: UserError when the file cannot be written.
     """
     path = Path(folder) / f"{name}-r{rank}.jsonl"
@@ -37,12 +38,26 @@ def write_rollouts(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(lines))
+        _keep_token_texts(path.with_name(f"tokens-r{rank}.json"), groups, tokenizer)
     except OSError as problem:
         raise UserError(
             f"{path}: cannot be written ({disk_reason(problem, path)}); free some space, or give "
             "tracking.rollouts_every=0"
         ) from None
     return path
+
+
+def _keep_token_texts(path: Path, groups: Sequence[Sequence[Episode]], tokenizer: Any) -> None:
+    """Viewers colour a text token by token; a token's text is decoded and written once, not with every episode."""
+    known: dict[int, str] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        known = {int(token): text for token, text in json.loads(path.read_text(encoding="utf-8")).items()}
+    sampled = {
+        token for group in groups for one in group for turn in one.turns for token in turn.sample.tokens.tolist()
+    }
+    if new := sampled - known.keys():
+        known |= {token: tokenizer.decode([token], skip_special_tokens=False) for token in new}
+        write_atomic(path, json.dumps(dict(sorted(known.items())), ensure_ascii=False))
 
 
 def show_rollouts(folder: Path, name: str, count: int) -> str:

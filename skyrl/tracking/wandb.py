@@ -39,6 +39,7 @@ class WandbSink(Sink):
                 project=cfg.tracking.wandb_project,
                 name=cfg.run.name or Path(folder).name,
                 id=run_id(Path(folder)),
+                tags=list(cfg.tracking.tags),
                 dir=str(folder),
                 mode=mode,
                 resume="allow",
