@@ -122,7 +122,7 @@ def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str
             }
         )
         seen = context + str(turn.get("text", ""))
-    parts = {"objectives": {}, "metrics": {}, "expected": None, "invalid": ""}
+    parts: dict[str, Any] = {"objectives": {}, "metrics": {}, "expected": None, "invalid": ""}
     return {"one": one, "episode": parts | found, "turns": turns}
 
 
