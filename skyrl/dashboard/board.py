@@ -159,7 +159,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for eyes."""
+    """Bytes in the largest unit of which there is at least one."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -168,7 +168,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for eyes."""
+    """Seconds as seconds, minutes or hours, whichever are few."""
     if seconds is None or seconds != seconds:
         return "–"
     if seconds < 120:

@@ -97,7 +97,7 @@ class Columns:
 
     @property
     def rows(self) -> int:
-        """Records so far."""
+        """How many records the blocks and the tail have."""
         return sum(rows for rows, _ in self._blocks) + self._tail.shape[1]
 
     @property
