@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-cuda-build test-deploy chaos lint docs bench clean
+.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-browser test-cuda-build test-deploy chaos lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(TEST_STAMP): $(STAMP)
-	$(PIP) -e '.[dev,serve,age,deepspeed]'
+	$(PIP) -e '.[dev,dashboard,age,deepspeed]'
 	@touch $@
 
 train: $(STAMP) ## RL from a random tiny model, on two processes; options in ARGS
@@ -60,10 +60,10 @@ serve: $(STAMP) ## a Tinker server with a tiny random model on PORT (8000); opti
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/skyrl-tx launch --nproc=$(RANKS) -- serve service.port=$(PORT) $(ARGS)
 
 test: $(TEST_STAMP) ## the CPU suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not tinker and not slurm" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not tinker and not slurm and not browser" $(ARGS)
 
 test-slow: $(TEST_STAMP) ## what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not tinker and not slurm" --timeout 1800 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu and not tinker and not slurm and not browser" --timeout 1800 $(ARGS)
 
 test-tinker: $(TEST_STAMP) ## twelve releases of the Tinker client and its cookbook; downloads them once
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
@@ -76,6 +76,10 @@ test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on two real Slurms of
 	tests/slurm/cluster.sh install
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 SLURM_TEST_CLUSTERS=2 tests/slurm/cluster.sh run \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -m slurm --timeout 1800 tests/slurm $(ARGS)
+
+test-browser: $(TEST_STAMP) ## the dashboard in a real headless Chromium, which must be installed; makes docs/images/dashboard-*.png
+	$(PIP) -e '.[browser]'
+	SKYRL_TEST_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/dashboard $(ARGS)
 
 test-cuda-build: $(TEST_STAMP) $(CUDA_TORCH)/torch/version.py ## what of the CUDA path can be checked without a GPU; gets torch's CUDA build once (2.5 GB, 4.7 GB on disk)
 	@grep -q "^__version__ = '$(TORCH)[+']" $(CUDA_TORCH)/torch/version.py || \

@@ -9,7 +9,7 @@ def options_markdown() -> str:
     lines = [
         "# Options",
         "",
-        "Generated from `skyrl/config/schema.py` and `conf/`, not written by hand:",
+        "Generated from the `schema*.py` of `skyrl/config/` and `conf/`, not written by hand:",
         "`python docs/options.py > docs/options.md`.",
         "Parameters of advantages and losses are declared in `skyrl/algorithms/`.",
         "How options are set is in [config.md](config.md). `skyrl.sft` reads all but `algorithm`, `service` and what",

@@ -6,9 +6,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
-import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.algorithms.losses import LOSSES
-from skyrl.config import schema, schema_policy
+from skyrl.config import schema, schema_policy, schema_server
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
@@ -79,7 +77,9 @@ def reads(mode: str, path: str) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field, in one line."""
     found: dict[tuple[str, str], str] = {}
-    for node in (node for part in (schema, schema_policy) for node in ast.parse(inspect.getsource(part)).body):
+    for node in (
+        node for part in (schema, schema_policy, schema_server) for node in ast.parse(inspect.getsource(part)).body
+    ):
         if not isinstance(node, ast.ClassDef):
             continue
         for item, after in zip(node.body, node.body[1:] + [None], strict=True):
@@ -198,19 +198,3 @@ def alias_problems(cfg: schema.RunConfig, aliases: dict[str, str], where: str) -
                 f"{where}: {name} is to be {path}, but this server has one model, model.path={cfg.model.path}; give "
                 '"", or start another server for it'
             )
-
-
-def dashboard_problems(page: schema.DashboardConfig) -> Iterator[str]:
-    """One line for each option of the dashboard that cannot be kept, and for a package that it needs and lacks."""
-    for package in ("starlette", "uvicorn", "jinja2") if page.enabled else ():
-        if importlib.util.find_spec(package) is None:
-            yield f"dashboard: the package {package} is missing; pip install 'skyrl-spmd[dashboard]'"
-    if page.port > 65535:
-        yield f"dashboard.port={page.port}: must be at most 65535; 0 = any free one"
-    if not page.host:
-        yield "dashboard.host: is empty; give an address to listen on, for example 127.0.0.1"
-    if page.path_prefix and not re.fullmatch(r"(/[A-Za-z0-9_.~-]+)+", page.path_prefix):
-        yield (
-            f"dashboard.path_prefix={page.path_prefix}: must begin with / and not end with it, and have letters, "
-            "digits, _ . ~ - alone, for example /skyrl"
-        )

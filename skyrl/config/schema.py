@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyrl.config.schema_policy import OptimConfig, ReferenceConfig, SelfImitationConfig
-
-PathStr = str
-"""Type of every option that may be a path of this machine: a leading `~` is the home folder (config.load)."""
+from skyrl.config.schema_server import DashboardConfig, FeedbackConfig, PathStr, ServiceConfig
 
 
 @dataclass(frozen=True)
@@ -461,96 +459,6 @@ class RunFolderConfig:
     to be started again in the next one; started outside of it, it leaves at once. "" = always."""
     save_margin_seconds: float = 120.0
     """The run begins to stop so long before that time: enough to end an update and to save."""
-
-
-@dataclass(frozen=True)
-class ServiceConfig:
-    """The server's address, keys, names, limits and patience (skyrl.serve)."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. Another than loopback needs keys, or allow_anonymous=true."""
-    port: int = 8000
-    """Port; 0 = any free one, which is printed."""
-    folder: PathStr = "service"
-    """Where sessions, results and checkpoints are kept; the same folder goes on where it stopped."""
-    keys_file: PathStr = ""
-    """File with one `name:key` a line; the name owns what is made with the key. "" = SKYRL_API_KEYS (the same, entries
-    separated by commas), or no keys at all: then everyone is the owner `local`."""
-    allow_anonymous: bool = False
-    """Listens on other addresses than loopback without keys: whoever reaches the port may use everything."""
-    aliases: dict[str, PathStr] = field(default_factory=dict)
-    """Names that clients ask for -> weights; "" or model.path = the model served here, and nothing else is possible:
-    'service.aliases={Qwen/Qwen3-8B: ""}'."""
-    aliases_file: PathStr = ""
-    """The same as aliases, as a YAML or JSON mapping in a file; for names with a colon too."""
-    tokenizer_id: PathStr = ""
-    """What clients load as the tokenizer (folder or hub name); "" = model.tokenizer, or model.path if it is no tiny
-    one."""
-    max_models: int = 128
-    """Models of all clients that may be open at a time."""
-    max_resident_models: int = 32
-    """Models whose weights and optimizer state stay on the device; the others wait in host memory."""
-    max_rank: int = 128
-    """Largest LoRA rank that a client may ask for."""
-    full_parameters: bool = False
-    """Trains all parameters: exactly one model at a time, asked for with LoRA rank 0."""
-    mix_tenants: str = "auto"
-    """Rows of several models in one forward pass: always, never, or auto (wherever that leaves results bit for bit
-    as they are alone)."""
-    max_queued_samples: int = 16384
-    """Sequences that may wait or run, of all clients; further requests are answered with 429."""
-    max_request_mib: int = 64
-    """Largest body of one request; a larger one is refused before it is read."""
-    max_tokens_per_request: int = 4194304
-    """Most tokens of one training request, or of prompt and answers of one sampling request."""
-    model_idle_seconds: float = 3600.0
-    """Silence of a session (no request, no heartbeat) after which it has ended and its models are closed; 0 = never."""
-    gap_seconds: float = 30.0
-    """How long a request waits for one with an earlier number that never came; then it goes on without it."""
-    slice_seconds: float = 0.25
-    """Longest stretch of sampling before training requests that wait get their turn."""
-    loss_substitutes: dict[str, str] = field(default_factory=dict)
-    """A loss whose mathematics are not public -> the one that is computed in its place, which every answer then names:
-    'service.loss_substitutes={stable_reinforce: ppo}'. Without it such a loss is refused."""
-
-
-@dataclass(frozen=True)
-class FeedbackConfig:
-    """Live feedback on answers of the OpenAI-style endpoints: kept by skyrl.serve, learned from by skyrl.train."""
-
-    enabled: bool = False
-    """skyrl.serve: keeps answers and takes POST /feedback. skyrl.train: serves the policy, and learns from the feedback
-    on its answers instead of sampling prompts; a step begins when batch.prompts_per_step rated answers are there."""
-    folder: PathStr = ""
-    """Where the queue lies, on a local disk; "" = the folder `feedback` in run.dir, or in service.folder."""
-    max_versions: int = 8
-    """Optimizer steps by which the weights that gave an answer may differ from those that learn from it."""
-    max_seconds: float = 86400.0
-    """Age of an answer after which it is neither rated nor learned from."""
-    rate_per_minute: int = 120
-    """Posts of feedback from one key in a minute (without keys: from one address)."""
-    reward_limit: float = 1.0
-    """Rewards and objectives lie between minus this and this, which are also what thumbs down and up mean."""
-    max_share: float = 0.5
-    """Largest part of one step's rows that is of one key, where there are several; 1 = no bound."""
-    objectives: list[str] = field(default_factory=list)
-    """Names of the objectives that clients may give beside a plain reward; algorithm.objectives weighs them."""
-
-
-@dataclass(frozen=True)
-class DashboardConfig:
-    """The web page over run folders: `skyrl-tx dashboard`, or beside a run or server."""
-
-    enabled: bool = False
-    """Serves the dashboard from rank 0 while the run or server is up; it never slows or ends it."""
-    runs: PathStr = ""
-    """Folder of run folders that it shows; "" = the folder in which run.dir lies (skyrl.serve: the folder runs)."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = 6007
-    """Port; 0 = any free one, which is printed."""
-    path_prefix: str = ""
-    """Where it lies behind a reverse proxy that passes the whole path on, for example /skyrl; "" = at /."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config import policy_rules
-from skyrl.config.options import alias_problems, all_options, dashboard_problems
+from skyrl.config.access import dashboard_problems
+from skyrl.config.options import alias_problems, all_options
 from skyrl.config.plugins import import_plugins
 from skyrl.config.run_rules import run_problems
 from skyrl.config.schema import RunConfig

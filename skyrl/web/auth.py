@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import ipaddress
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 
+from skyrl.config.access import is_loopback
 from skyrl.config.schema import ServiceConfig
 from skyrl.types import UserError
 from skyrl.web.http import HttpError
@@ -104,22 +104,12 @@ def read_keys(service: ServiceConfig) -> Keys:
     return Keys(found)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; a name counts only if it is localhost."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 class Signer:
-    """Signs addresses for plain GETs without a key, and tokens that stand for a key for a while. The secret lives as
-    long as the process, so no signature outlives it."""
+    """Signs addresses for plain GETs without a key, and tokens that stand for a key for a while. A `secret` that is
+    not given lives as long as the process, and no signature outlives it."""
 
-    def __init__(self) -> None:
-        self._secret = secrets.token_bytes(32)
+    def __init__(self, secret: bytes | None = None) -> None:
+        self._secret = secret or secrets.token_bytes(32)
 
     def sign(self, path: str, *, seconds: int = SIGNED_SECONDS) -> tuple[str, float]:
         """(percent-encoded `path` with its signature as a query, Unix time at which it ends)."""

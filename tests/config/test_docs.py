@@ -200,7 +200,7 @@ BUDGET = {
     "run": (13, "name, place, resume, the patience of ranks, when it works, and what may differ between their nodes"),
     "service": (20, "address, keys, names, one limit for each thing clients could exhaust, one map of losses"),
     "feedback": (8, "a switch, a place, how old (2), how much of one client (2), what it may say (2)"),
-    "dashboard": (13, "a switch, what it shows, its address (3); who may come in (8)"),
+    "dashboard": (14, "a switch, what it shows, its address (3); who may come in (9)"),
 }
 
 

@@ -156,6 +156,8 @@ def test_every_option_that_is_a_path_has_its_home_folder_expanded(mode, monkeypa
     paths = [known.path for known in all_options(mode) if known.type == "path" and known.path != "service.aliases_file"]
     assert len(paths) >= 6
     given = [f"{path}=~/a-{number}" for number, path in enumerate(paths)]
+    given += [f"dashboard.{name}=https://id.example.org" for name in ("oidc_issuer", "public_url")]
+    given += ["dashboard.oidc_client_id=me", "dashboard.viewer_groups=[us]"]
     cfg = load_config(["feedback.enabled=true", "dashboard.enabled=true", *given], mode=mode)
     assert [option(cfg, path) for path in paths] == [f"/home/me/a-{number}" for number, _ in enumerate(paths)]
     with pytest.raises(UserError, match=f"{paths[-1]}=~nobody-here/x: no home folder of nobody-here"):
