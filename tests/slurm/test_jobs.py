@@ -1,7 +1,9 @@
 """Batch jobs on a real Slurm: from sbatch to a finished run, stopped, preempted, cancelled, in arrays."""
 
 import json
+import re
 import urllib.request
+from datetime import datetime, timedelta
 
 import pytest
 from jobs import RUN, Job, address, command, numbers, steps, stops, until
@@ -29,6 +31,32 @@ def test_a_signal_requeues_and_the_result_is_bit_equal(whole, tmp_path):
     assert job.fact("Restarts") == "1" and [stop["reason"] for stop in stops(run)] == ["SIGUSR1"]
     assert f"job {job.id} is queued again (1 of at most 50)" in job.text() and "resuming from" in job.text()
     assert numbers(run) == numbers(whole)
+
+
+def test_a_window_of_the_day(whole, tmp_path):
+    """One job is submitted before its window: it is held, released when the window begins, and completes. The other's
+    window closes while it runs: it saves and is held until tomorrow; released early, it is held again."""
+    now = datetime.now()
+    (before := tmp_path / "before").mkdir()
+    (during := tmp_path / "during").mkdir()
+    begin = now + timedelta(seconds=75)
+    window = f"run.window={begin:%H:%M:%S}-{begin + timedelta(hours=1):%H:%M:%S}"
+    early = Job.submit(before, "train.sbatch", *RUN, window, "run.dir=run", flags=("--nodes=2",))
+    window = f"run.window={now + timedelta(hours=1):%H:%M:%S}-{now + timedelta(seconds=60):%H:%M:%S}"
+    options = (window, "run.save_margin_seconds=20", "env.options.sleep=2.5", "run.dir=run")
+    late = Job.submit(during, "train.sbatch", *RUN, *options, flags=("--nodes=1",))
+    until(lambda: "held until" in late.text() and late.state() == "PENDING", 150, late)
+    held = "job_requeued_in_held_state"
+    assert late.fact("Reason") == held and [stop["reason"] for stop in stops(during / "run")] == ["deadline"]
+    done = steps(during / "run")
+    other = re.search(r"when job (\d+) releases it", late.text())[1]
+    assert command("scontrol", "update", f"jobid={other}", "StartTime=now", cwd=tmp_path).returncode == 0
+    until(lambda: late.text().count("closed now; the same command goes on from") == 1, 150, late)
+    until(lambda: late.state() == "PENDING" and late.fact("Reason") == held, 60, late)
+    assert steps(during / "run") == done and late.text().count("held until") == 2
+    assert early.end() == "COMPLETED", early.text()
+    assert int(early.fact("Restarts")) == 1 and "closed now" in early.text()
+    assert numbers(before / "run") == numbers(whole)
 
 
 def test_the_time_limit_and_the_deadline_requeue(whole, tmp_path):
