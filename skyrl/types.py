@@ -280,7 +280,8 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """One AdamW step. grad_clip_norm 0 means no clipping. Weight decay is decoupled: p -= lr * weight_decay * p."""
+    """One AdamW step. grad_clip_norm 0 means no clipping. Weight decay is decoupled: p -= lr * weight_decay * p.
+    `momentum` is Muon's, of whatever it steps."""
 
     lr: float
     beta1: float = 0.9
@@ -288,6 +289,7 @@ class AdamParams:
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+    momentum: float = 0.95
 
 
 @dataclass(frozen=True)

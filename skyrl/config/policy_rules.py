@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 
 from skyrl.config.schema import RunConfig
+from skyrl.types import UserError
 
 # As validation.APPLIES: where an option has an effect, and what that is in words.
 APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
@@ -17,6 +19,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         lambda cfg: cfg.algorithm.self_imitation.coef > 0,
         "with algorithm.self_imitation.coef above 0",
     ),
+    "optim.momentum": (lambda cfg: cfg.optim.name == "muon", "with optim.name=muon"),
     "optim.final_lr_ratio": (
         lambda cfg: cfg.optim.schedule != "constant" or cfg.warmup.schedule in ("linear", "cosine"),
         "with optim.schedule=linear or cosine, or warmup.schedule",
@@ -60,3 +63,33 @@ def imitation(cfg: RunConfig) -> Iterator[str]:
             f"algorithm.self_imitation.rows_per_step={given.rows_per_step}: above "
             f"algorithm.self_imitation.size={given.size}, the answers that are kept; lower it"
         )
+
+
+def check_packages(cfg: RunConfig) -> None:
+    """Raises UserError for a package that the optimizer needs and this machine lacks. Imports none."""
+    if cfg.optim.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optim.name=adamw8bit: bitsandbytes is not installed; install the extra with pip install "
+            "'skyrl-spmd[bitsandbytes]', or use optim.name=adamw"
+        )
+
+
+def optimizers(cfg: RunConfig) -> Iterator[str]:
+    """What an optimizer other than AdamW cannot step."""
+    name, strategy, lora = cfg.optim.name, cfg.strategy.name, cfg.model.lora.rank
+    if name == "adamw":
+        return
+    if lora:
+        yield f"optim.name={name}: with model.lora.rank={lora} adapters are stepped by AdamW; use optim.name=adamw"
+    if name == "muon" and strategy.startswith("zero"):
+        yield (
+            f"optim.name=muon: strategy.name={strategy} steps flat parts of matrices, and Muon needs whole ones; use "
+            "strategy.name=fsdp, which shards as much as zero3"
+        )
+    if name == "adamw8bit" and strategy not in ("auto", "single", "ddp"):
+        yield (
+            f"optim.name=adamw8bit: strategy.name={strategy} has its masters in shards, which "
+            "bitsandbytes cannot step; use auto or ddp, or optim.name=adamw"
+        )
+    if name == "adamw8bit" and cfg.model.dtype == "float64":
+        yield "optim.name=adamw8bit: bitsandbytes has no float64 (model.dtype); use optim.name=adamw"

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 class OptimConfig:
     """The optimizer and its schedule."""
 
+    name: str = "adamw"
+    """adamw; muon (Muon for the matrices of hidden layers, AdamW for all else); adamw8bit (AdamW with moments in 8
+    bits, by bitsandbytes; single or ddp)."""
+    momentum: float = 0.95
+    """muon: decay of the mean of a matrix's gradients."""
+
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: str = "constant"

@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "strategy.device": ("auto", "cpu", "cuda"),
     "sampler.backend": ("auto", "module", "fused"),
     "sampler.keep_memory": ("auto", "always", "never"),
+    "optim.name": ("adamw", "muon", "adamw8bit"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "warmup.schedule": ("auto", "constant", "linear", "cosine"),
     "algorithm.kl.placement": ("loss", "reward"),
@@ -96,7 +97,7 @@ LEAST: dict[str, tuple[float, str]] = {
     "service.model_idle_seconds": (1.0, "clients send less often than that; 0 = never"),
 }
 PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio warmup.warmup_ratio feedback.max_share".split()
-BELOW_ONE = "optim.beta1 optim.beta2 algorithm.reference.ema".split()
+BELOW_ONE = "optim.momentum optim.beta1 optim.beta2 algorithm.reference.ema".split()
 
 
 def option(cfg: RunConfig, path: str) -> Any:
@@ -225,6 +226,7 @@ def check(cfg: RunConfig) -> None:
         policy_rules.cuts,
         policy_rules.references,
         policy_rules.imitation,
+        policy_rules.optimizers,
         _batches,
         _algorithms,
         _objectives,

@@ -466,7 +466,8 @@ def _shares(
             return weights, 0, (whole if stage == 1 else 0) * compute, 0
         return weights, share * master, (whole if stage == 1 else share) * master, 2 * share * master
     masters = 0 if compute == master else whole * master
-    return whole * compute, masters, whole * master, 2 * whole * master
+    moments = whole * 2 + whole // 32 if cfg.optim.name == "adamw8bit" else 2 * whole * master
+    return whole * compute, masters, whole * master, moments
 
 
 def available(device: str) -> tuple[int, str] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from skyrl.algorithms.losses import check_spec
-from skyrl.config import validation
+from skyrl.config import policy_rules, validation
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
 from skyrl.planner.device import DeviceChoice, choose, look
 from skyrl.planner.memory import (
@@ -93,7 +93,7 @@ class Plan:
         return self._adam(learning_rate(optim, self.cfg.warmup.lr, step, steps, rises))
 
     def _adam(self, lr: float) -> AdamParams:
-        names = ("beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+        names = ("beta1", "beta2", "eps", "weight_decay", "grad_clip_norm", "momentum")
         return AdamParams(lr, **{name: getattr(self.cfg.optim, name) for name in names})
 
     def policy_learns(self, step: int) -> bool:
@@ -162,6 +162,7 @@ def make_plan(
     validation.check_world(cfg, world_size)
     if not cfg.run.world_size:  # else the plan is for another machine
         validation.check_machine(cfg)
+        policy_rules.check_packages(cfg)
     choice = device if isinstance(device, DeviceChoice) else _device(cfg, device or "")
     device, dtype = choice.kind, choice.dtype
     strategy = cfg.strategy.name

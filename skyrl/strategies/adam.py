@@ -44,6 +44,8 @@ def set_options(optimizer: torch.optim.Optimizer, adam: AdamParams) -> None:
     """Makes the next step one with these parameters: they belong to the call, not to the optimizer."""
     for group in optimizer.param_groups:
         group.update(lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        if "momentum" in group:
+            group["momentum"] = adam.momentum
 
 
 # ---- updates that are not finite -------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from skyrl.distributed.init import World
-from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, make_adam, square_sum
+from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
 from skyrl.strategies.base import Strategy, full_tensor, put_state
+from skyrl.strategies.optimizers import make_optimizer, matrix_names
 from skyrl.strategies.whole import WholeCopy
 from skyrl.types import AdamParams, Metrics
 
@@ -54,6 +55,7 @@ class FSDPStrategy(Strategy):
         offload: bool = False,
         reshard_after_forward: bool = True,
         trainable: bool = True,
+        optimizer: str = "adamw",
     ) -> None:
         self.world = world
         self._dtype = dtype
@@ -85,11 +87,13 @@ class FSDPStrategy(Strategy):
         self.module = module
         self._whole = WholeCopy(build, module, dtype, world.device)
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
-        self._optimizer: torch.optim.AdamW | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         if trainable:
+            matrices = matrix_names(module) if optimizer == "muon" else set()
+            rest, whole = ([p for n, p in self._named if (n in matrices) == muon] for muon in (False, True))
             # On a CPU the two kinds differ in the last bit; foreach stays there, so that runs of before go on as they
             # were.
-            self._optimizer = make_adam([p for _, p in self._named], fused=offload)
+            self._optimizer = make_optimizer(optimizer, rest, whole, world.device, fused=offload)
 
     def optim_step(self, adam: AdamParams) -> Metrics:
         """One AdamW step on the shards. Returns {"grad_norm:mean"} of the summed gradient before clipping."""
@@ -102,7 +106,10 @@ class FSDPStrategy(Strategy):
                 p.grad = torch.zeros_like(p)
         shards = [p.grad.to_local() for p in params]
         states = [self._optimizer.state[p] for p in params]
-        local = [[p.detach().to_local() for p in params], *([s[key].to_local() for s in states] for key in MOMENTS)]
+        local = [
+            [p.detach().to_local() for p in params],
+            *([s[key].to_local() for s in states if key in s] for key in MOMENTS),
+        ]
         # The sum of the squares is above the square of the largest: one collective gives the norm and all bounds.
         totals = torch.stack([torch.stack([square_sum(g) for g in shards]).sum(), *(largest(t) ** 2 for t in local)])
         dist.all_reduce(totals)
@@ -150,7 +157,8 @@ class FSDPStrategy(Strategy):
         out: dict[str, Any] = {"weights": {n: p.detach() for n, p in self._named}}
         if optimizer and self._optimizer is not None:
             for key in ("exp_avg", "exp_avg_sq"):
-                out[key] = {n: self._optimizer.state[p][key] for n, p in self._named}
+                state = self._optimizer.state
+                out[key] = {n: state[p][key] for n, p in self._named if key in state[p]}
             out["step"] = self._optimizer.state[self._named[0][1]]["step"].to("cpu", copy=True)
         return out
 

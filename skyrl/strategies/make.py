@@ -43,7 +43,7 @@ def make_strategy(
         return ZeroStrategy(stage, model, partial(build, dtype=dtype), world, dtype=dtype, offload=offload)
     if name in ("single", "ddp"):
         module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, seed=cfg.seed, **given)
-        return ReplicatedStrategy(module, world, trainable=trainable, masters=masters)
+        return ReplicatedStrategy(module, world, trainable=trainable, masters=masters, optimizer=cfg.optim.name)
     return FSDPStrategy(
         partial(build, dtype=torch.float32 if low else dtype),
         lambda module, device: load_into(module, cfg.model, device=device, seed=cfg.seed),
@@ -53,4 +53,5 @@ def make_strategy(
         offload=offload == "all",
         reshard_after_forward=cfg.strategy.reshard_after_forward,
         trainable=trainable,
+        optimizer=cfg.optim.name,
     )

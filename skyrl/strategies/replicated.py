@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from skyrl.distributed import phases
 from skyrl.distributed.init import World
-from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, make_adam, square_sum
+from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, square_sum
 from skyrl.strategies.base import Strategy, put_state
+from skyrl.strategies.optimizers import BOUNDS, QUANTISED, make_optimizer, matrix_names
 from skyrl.types import AdamParams, Metrics
 
 _BLOCK = 1 << 16  # elements that are cast at a time
@@ -38,12 +39,22 @@ class ReplicatedStrategy(Strategy):
 
     is_sharded = False
 
-    def __init__(self, module: nn.Module, world: World, *, trainable: bool = True, masters: bool = True) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        *,
+        trainable: bool = True,
+        masters: bool = True,
+        optimizer: str = "adamw",
+    ) -> None:
         self.module = module
         self.world = world
         self.trainable = trainable
         self._home: torch.device | None = None  # while parked: where the tensors belong
-        self._named = list(module.named_parameters())  # tied weights appear once
+        matrices = matrix_names(module) if trainable and optimizer == "muon" else set()
+        # tied weights appear once; Muon's matrices lie at the end, so that all else is one buffer still
+        self._named = sorted(module.named_parameters(), key=lambda one: one[0] in matrices)
         dtype = self._named[0][1].dtype
         if any(p.dtype != dtype for _, p in self._named):
             raise RuntimeError("parameters of mixed dtypes")
@@ -60,34 +71,61 @@ class ReplicatedStrategy(Strategy):
             p.requires_grad_(trainable)
         low = dtype in (torch.bfloat16, torch.float16)
         self._master = nn.Parameter(self.flat.float() if low and masters else self.flat, requires_grad=trainable)
-        self._optimizer: torch.optim.AdamW | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
         if trainable:
-            self._prepare_training(low)
+            self._prepare_training(low, optimizer, matrices)
 
     def _view(self, flat: Tensor, name: str, like: Tensor) -> Tensor:
         start, count = self._spans[name]
         return flat[start : start + count].view(like.shape)
 
-    def _prepare_training(self, low: bool) -> None:
+    def _prepare_training(self, low: bool, optimizer: str, matrices: set[str]) -> None:
         self._grad = torch.zeros_like(self._master)
         self._master.grad = self._grad
-        self._optimizer = make_adam([self._master])
+        self._stepped, end = self._master, min((self._spans[name][0] for name in matrices), default=0)
+        if matrices:
+            self._stepped = self._part(self._master.detach()[:end], self._grad[:end])
+        self._matrices = {
+            n: self._part(self._view(self._master.detach(), n, p), self._view(self._grad, n, p))
+            for n, p in self._named
+            if n in matrices
+        }
+        self._optimizer = make_optimizer(
+            optimizer, [self._stepped], list(self._matrices.values()), self.flat.device, fused=True
+        )
         for name, p in self._named:
             if low:
                 p.register_post_accumulate_grad_hook(_adds_into(weakref.ref(self), name))
             else:
                 p.grad = self._view(self._grad, name, p)  # autograd then accumulates in place
 
+    @staticmethod
+    def _part(master: Tensor, grad: Tensor) -> nn.Parameter:
+        part = nn.Parameter(master)
+        part.grad = grad
+        return part
+
+    def _moments(self, key: str) -> dict[str, Tensor]:
+        """Views of the first or second moment by parameter name; Muon's matrices have no second one."""
+        assert self._optimizer is not None
+        state = self._optimizer.state
+        found = {n: state[part][key] for n, part in self._matrices.items() if key in state[part]}
+        rest = [(n, p) for n, p in self._named if n not in self._matrices and key in state[self._stepped]]
+        return {**{n: self._view(state[self._stepped][key], n, p) for n, p in rest}, **found}
+
     def optim_step(self, adam: AdamParams) -> Metrics:
-        """One AdamW step from the sum over ranks. Returns {"grad_norm:mean"} before clipping."""
+        """One step of the optimizer from the sum over ranks. Returns {"grad_norm:mean"} before clipping."""
         assert self._optimizer is not None
         if self.world.dp_size > 1:
             phases.status.collective_bytes += self._grad.nbytes
             dist.all_reduce(self._grad)
-        state = self._optimizer.state[self._master]
-        sizes = [largest([one]) for one in (self._master.detach(), *(state[key] for key in MOMENTS))]
-        measures = torch.stack([square_sum(self._grad).sqrt(), state["step"].double() + 1, *sizes]).tolist()
-        tensors = [self._master.data, *state.values()]
+        states = self._optimizer.state.values()
+        pairs = zip(MOMENTS, BOUNDS, strict=True)
+        bounds = [[state[key] for key in keys for state in states if key in state] for keys in pairs]
+        sizes = [largest(part) for part in ([self._master.detach()], *bounds)]
+        number = self._optimizer.state[self._stepped]["step"].double() + 1
+        measures = torch.stack([square_sum(self._grad).sqrt(), number, *sizes]).tolist()
+        tensors = [self._master.data, *(t for state in states for t in state.values())]
         checked_step(self._optimizer, adam, [self._grad], measures, tensors, self._is_finite)
         self._grad.zero_()
         if self._master.data_ptr() != self.flat.data_ptr():
@@ -98,9 +136,10 @@ class ReplicatedStrategy(Strategy):
         """Whether the weights, also when rounded, and the moments are finite; 0 is put between the views, where eps=0
         makes NaN of nothing."""
         assert self._optimizer is not None
-        state = self._optimizer.state[self._master]
-        flats = (self._master.detach().to(self.flat.dtype), *(state[key] for key in MOMENTS))
-        fine = all_finite(self._view(flat, n, p) for flat in flats for n, p in self._named)
+        weights = self._master.detach().to(self.flat.dtype)
+        bounds = [t for key, t in self._optimizer.state[self._stepped].items() if key in BOUNDS]
+        moments = [t for key in MOMENTS for t in self._moments(key).values()]
+        fine = all_finite([*(self._view(weights, n, p) for n, p in self._named), *moments, *bounds])
         if fine:
             self._master.data.nan_to_num_(nan=0.0)
         return fine
@@ -149,7 +188,7 @@ class ReplicatedStrategy(Strategy):
         assert self._optimizer is not None
         self._grad = move(self._grad)
         self._master.grad = self._grad
-        state = self._optimizer.state[self._master]
+        state = self._optimizer.state[self._stepped]  # all there is: an adapter is stepped by AdamW
         state.update({key: move(tensor) for key, tensor in state.items()})
         if shared:
             for name, p in self._named:
@@ -160,12 +199,14 @@ class ReplicatedStrategy(Strategy):
         return self.module
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
-        """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any."""
+        """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any.
+        Moments in 8 bits as they lie in the buffer, {"quantised"}."""
         out: dict[str, Any] = {"weights": {n: self._view(self._master.detach(), n, p) for n, p in self._named}}
         if optimizer and self._optimizer is not None:
-            state = self._optimizer.state[self._master]
-            for key in ("exp_avg", "exp_avg_sq"):
-                out[key] = {n: self._view(state[key], n, p) for n, p in self._named}
+            state = self._optimizer.state[self._stepped]
+            parts = {key: self._moments(key) for key in MOMENTS}
+            parts["quantised"] = {key: state[key] for key in QUANTISED if key in state}
+            out |= {key: part for key, part in parts.items() if part}
             out["step"] = state["step"].cpu()
         return out
 
@@ -173,7 +214,8 @@ class ReplicatedStrategy(Strategy):
         """Copies a filled `state_dict` back (views that were filled in place copy onto themselves)."""
         put_state(self.state_dict(optimizer=optimizer), state)
         if optimizer and self._optimizer is not None:
-            self._optimizer.state[self._master]["step"].copy_(state["step"])
+            for part in self._optimizer.state.values():
+                part["step"].copy_(state["step"])
         if self._master.data_ptr() != self.flat.data_ptr():
             self.flat.copy_(self._master.detach())
 

@@ -182,7 +182,7 @@ BUDGET = {
     "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
     "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
     "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),
-    "optim": (9, "AdamW (5), its schedule (4)"),
+    "optim": (11, "which one, AdamW (5), its schedule (4), Muon's momentum"),
     "algorithm": (
         31,
         "eight parts: advantage, loss, KL, how the reference moves (2), own successes (4), filters, critic, "

@@ -97,6 +97,41 @@ def test_tables_name_only_options_that_exist():
         ("warmup.num_steps=0 warmup.lr=1e-4", "warmup.lr=0.0001: has an effect only with"),
         ("sampler.temperature=0", "sampler.temperature=0: greedy samples have no policy gradient"),
         ("sampler.top_k=1", "sampler.top_k=1: leaves one token to draw"),
+        (
+            "algorithm.kl.coef=0.1 algorithm.reference.sync_every=2 model.lora.rank=4",
+            "algorithm.reference.sync_every=2: with model.lora.rank=4 the reference is the frozen model under the adapter",
+        ),
+        (
+            "algorithm.reference.sync_every=2",
+            "algorithm.reference.sync_every=2: has an effect only with algorithm.kl.coef",
+        ),
+        (
+            "algorithm.kl.coef=0.1 algorithm.reference.sync_every=100 batch.num_steps=100",
+            "algorithm.reference.sync_every=100: the reference would never be used",
+        ),
+        (
+            "algorithm.kl.coef=0.1 algorithm.reference.ema=0.5",
+            "ema=0.5: has an effect only with algorithm.reference.sync",
+        ),
+        ("algorithm.self_imitation.size=9", "size=9: has an effect only with algorithm.self_imitation.coef above 0"),
+        (
+            "algorithm.self_imitation.coef=1 algorithm.self_imitation.size=9",
+            "algorithm.self_imitation.rows_per_step=32: above algorithm.self_imitation.size=9",
+        ),
+        ("optim.name=lion", "optim.name=lion: choose one of: adamw, muon, adamw8bit"),
+        ("optim.momentum=0.9", "optim.momentum=0.9: has an effect only with optim.name=muon"),
+        ("optim.name=muon optim.momentum=1", "optim.momentum=1.0: must be at least 0 and below 1"),
+        ("optim.name=muon model.lora.rank=4", "optim.name=muon: with model.lora.rank=4 adapters are stepped by AdamW"),
+        ("optim.name=muon strategy.name=zero2", "optim.name=muon: strategy.name=zero2 steps flat parts of matrices"),
+        (
+            "optim.name=adamw8bit strategy.name=fsdp",
+            "optim.name=adamw8bit: strategy.name=fsdp has its masters in shards",
+        ),
+        ("optim.name=adamw8bit model.dtype=float64", "optim.name=adamw8bit: bitsandbytes has no float64"),
+        (
+            "warmup.num_steps=0 warmup.schedule=linear",
+            "warmup.schedule=linear: has an effect only with warmup.num_steps",
+        ),
         ("sampler.min_p=1", "sampler.min_p=1.0: leaves one token to draw"),
         (
             "feedback.enabled=true env.name=feedback sampler.top_p=0.9",
