@@ -97,7 +97,7 @@ def on_kinds(kinds, dtype):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_shards_and_copies_learn_what_one_process_does(dtype):
     alone = learn("single", dtype, MUON)
     assert distance(alone, learn("single", dtype)) > 1e-3, "the optimizers do the same: the test shows nothing"
