@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
             p.grad = None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of both; options are those that `set_options` has put into the groups."""
         self.adam.step()
         group = self.param_groups[0]
@@ -128,7 +128,8 @@ def _make_adam8bit(masters: Sequence[Tensor]) -> torch.optim.Optimizer:
             state["step"] = count.add_(1)
 
     adam = _Counted([nn.Parameter(p, requires_grad=True) if not isinstance(p, nn.Parameter) else p for p in masters])
-    adam.args.min_8bit_size = 0  # one flat buffer: small tensors in it are in 8 bits as well
+    args: Any = adam.args
+    args.min_8bit_size = 0  # one flat buffer: small tensors in it are in 8 bits as well
     for index, p in enumerate(adam.param_groups[0]["params"]):
         adam.init_state(adam.param_groups[0], p, 0, index)
         adam.state[p]["step"] = torch.zeros((), device=p.device)
