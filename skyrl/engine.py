@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,14 @@ class Engine:
             self.models[model] = self._create_adapter(model, spec, spec.lora)
             return
         # Files of weights are read by each rank for its own shards, so what is wrong there one rank may see alone.
-        make = partial(make_strategy, self.strategy_name, self.cfg, self.world, self.tokenizer, dtype=self.dtype)
+        cfg = self.cfg if spec.source is None else replace(self.cfg, model=spec.source)
+        make = partial(make_strategy, self.strategy_name, cfg, self.world, self.tokenizer, dtype=self.dtype)
         strategy = agree(
             self.world, lambda: make(head=spec.head, trainable=spec.trainable, masters=spec.trainable or spec.averaged)
         )
         created = Model(model, spec, strategy, self.world)
-        self.chat.vocab_size = created.strategy.module.vocab_size
+        if spec.source is None:
+            self.chat.vocab_size = created.strategy.module.vocab_size
         if spec.copy_of:
             created.copy_weights(self._loaded(spec.copy_of))
         self.models[model] = created
@@ -178,10 +180,13 @@ class Engine:
         with torch.no_grad():
             return self._run(rows, loss, model, backward=False, mix=mix, strict=strict)
 
-    def score(self, rows: list[Datum], temperature: float, *, model: str | None = "policy") -> TrainOutput:
-        """Log-probabilities (and values) of every position of the rows, without a loss and without a gradient."""
+    def score(
+        self, rows: list[Datum], temperature: float, *, model: str | None = "policy", top_k: int = 0
+    ) -> TrainOutput:
+        """Log-probabilities (and values) of every position of the rows, without a loss and without a gradient. With
+        `top_k` `logprobs` are [L, 2 * top_k]: those of the likeliest next tokens, then the ids of these tokens."""
         with torch.no_grad():
-            return self._run(rows, LossSpec("", temperature=temperature), model, backward=False)
+            return self._run(rows, LossSpec("", temperature=temperature), model, backward=False, top_k=top_k)
 
     def forward_backward(
         self,
@@ -214,22 +219,24 @@ class Engine:
         backward: bool,
         mix: bool = False,
         strict: bool = True,
+        top_k: int = 0,
     ) -> TrainOutput:
         if backward and not self.keeps_sampling:
             for entry in self.models.values():  # also what a check has gathered since
                 entry.free_sampling()
         call = self._plan_call(rows, model, backward=backward, mix=mix)
-        results = RowResults(rows)
+        results = RowResults(rows, columns=2 * top_k)
         for number in range(call.count):
             picked = call.microbatches[number] if number < len(call.microbatches) else []
             assert call.model is not None
-            call.model.run_microbatch(results, picked, call.adapters, loss, backward=backward, layout=self.cfg.batch)
+            given: Any = {"backward": backward, "layout": self.cfg.batch, "top_k": top_k}
+            call.model.run_microbatch(results, picked, call.adapters, loss, **given)
         if strict:
             self._check_finite(results)
         sums = results.metrics()
         sums.add("tokens:sum", float(sum(len(row.tokens) for row in rows)))
         sums.add("microbatches:max", float(len(call.microbatches)))
-        is_critic = call.model is not None and call.model.spec.head == "value"
+        is_critic = call.model is not None and call.model.spec.head != "logits"
         return TrainOutput(
             logprobs=[] if is_critic else results.outputs(),
             values=results.outputs() if is_critic else None,
@@ -365,13 +372,16 @@ class Engine:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state(self, *, optimizer: bool = True) -> dict[str, Any]:
-        """Tensors and versions by model and name, for a checkpoint; without the bases of adapters, which never change.
-        Views: copy before the next step."""
+        """Tensors and versions by model and name, for a checkpoint; without the bases of adapters and frozen models
+        with a source of their own, which never change. Views: copy before the next step."""
         return {name: model.state(optimizer=optimizer) for name, model in self._changing().items()}
 
     def _changing(self) -> dict[str, Model]:
-        bases = {id(model.base) for model in self.models.values()}
-        return {name: self._loaded(name) for name, model in self.models.items() if id(model) not in bases}
+        kept = {id(model.base) for model in self.models.values()}
+        kept |= {
+            id(model) for model in self.models.values() if model.spec.source is not None and not model.spec.trainable
+        }
+        return {name: self._loaded(name) for name, model in self.models.items() if id(model) not in kept}
 
     def load_state(self, state: dict[str, Any], *, optimizer: bool = True) -> None:
         """Takes back what `state` gave, after a checkpoint filled it."""

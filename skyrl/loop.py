@@ -95,14 +95,16 @@ def _finish(run: Run) -> None:
         run.drawing.wait()  # an older picture must not come after the last one
     curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
     accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
-    first = f" (before RL {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
+    before = "before RL" if run.plan.phase == "rl" else "at first"
+    first = f" ({before} {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
     run.say(f"done: held-out accuracy {accuracy}{first}")
     for line in run.left_out:
         run.say(f"  data        {line}")
     run.say(f"  run folder  {folder.path}")
     run.say(f"  curves      {curves}")
     if cfg.checkpoint.export:
-        run.say(f"  model       {folder.export}   (transformers.AutoModelForCausalLM.from_pretrained)")
+        loads = "ForSequenceClassification" if cfg.trainer == "reward_model" else "ForCausalLM"
+        run.say(f"  model       {folder.export}   (transformers.AutoModel{loads}.from_pretrained)")
         if cfg.model.lora.rank:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
 
@@ -137,6 +139,7 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
         hosts, facts = compare_nodes(cfg, world, parts)
         *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
         left_out = [line for line in (held_out, *left_out) if line]
+        cfg, plan = _with_epochs(cfg, plan, len(prompts[0]))
         folder = _claim_folder(cfg, world, hosts, facts)
         watch.claim()
     except UserError:
@@ -155,6 +158,16 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
         folder.close()
         watch.disarm()
         raise
+
+
+def _with_epochs(cfg: RunConfig, plan: Plan, rows: int) -> tuple[RunConfig, Plan]:
+    """With the number of steps that data.epochs passes over so many rows are."""
+    if not cfg.data.epochs:
+        return cfg, plan
+    group, size = ("warmup", "rows_per_step") if cfg.trainer == "sft" else ("batch", "prompts_per_step")
+    steps = -(-cfg.data.epochs * rows // getattr(getattr(cfg, group), size))
+    cfg = replace(cfg, **{group: replace(getattr(cfg, group), num_steps=steps)})
+    return cfg, replace(plan, cfg=cfg, num_steps=cfg.batch.num_steps)
 
 
 def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]], facts: dict[str, str]) -> RunFolder:
@@ -287,7 +300,7 @@ def _open(
             config_digest=config_digest(cfg),
             best=Best(cfg.checkpoint.best_metric, cfg.checkpoint.best_mode),
         ),
-        state=RunState(phase="warmup" if cfg.warmup.num_steps else "rl"),
+        state=RunState(phase="warmup" if cfg.warmup.num_steps else plan.phase),
         supervised=supervised,
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
         objectives=Objectives(cfg.algorithm.objectives.weights, cfg.algorithm.objectives.constraints),
@@ -357,7 +370,7 @@ def _start_tracking(run: Run, offset: int | None) -> None:
     """The tracker, with sinks on rank 0, which also gets what advisories compare and where they go."""
     cfg, world, folder, state = run.cfg, run.world, run.folder, run.state
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
-    totals = {"warmup": run.total_of("warmup"), "sft": run.total_of("warmup"), "rl": run.total_of("rl")}
+    totals = {phase: run.total_of(phase) for phase in ("warmup", "sft", run.plan.phase)}
     last_step, recorder = (state.global_step - state.unrecorded) if offset else -1, None
     if cfg.tracking.system:
         gpu = str(getattr(torch.cuda.get_device_properties(world.device), "uuid", "")) if name else ""
@@ -399,10 +412,11 @@ def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engi
 
 def create_policy(engine: Engine, *, trainable: bool = True) -> None:
     """Makes the model that learns, "policy": all of model.path, or with model.lora an adapter over it, which is then
-    "base" and frozen. Whole models need not be `trainable`."""
+    "base" and frozen. Whole models need not be `trainable`. With trainer=reward_model it says a reward, not tokens."""
     lora = engine.cfg.model.lora
     if not lora.rank:
-        engine.create("policy", ModelSpec(trainable=trainable))
+        head: Any = "reward" if engine.cfg.trainer == "reward_model" else "logits"
+        engine.create("policy", ModelSpec(head=head, trainable=trainable))
         return
     parts = {"mlp": lora.train_mlp, "attn": lora.train_attn, "unembed": lora.train_unembed}
     engine.create("base", ModelSpec(trainable=False))
@@ -451,8 +465,8 @@ def _branch(run: Run, info: CheckpointInfo) -> None:
     its reference is the policy that it begins with."""
     parent = RunState.from_checkpoint(info.state)
     run.state.parent = str(info.path)
-    if parent.phase == "rl" and not run.supervised:
-        run.state.phase = "rl"
+    if parent.phase != "warmup" and not run.supervised:
+        run.state.phase = run.plan.phase
     if run.plan.needs_critic and "critic" in parent.models:
         run.engine.create("critic", ModelSpec(head="value"))
     optimizer = run.cfg.run.resume_optimizer

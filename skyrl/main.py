@@ -370,7 +370,7 @@ class _Entry:
             lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size)
             with quiet_pipe():
                 if rank() == 0:
-                    print(describe(cfg, plan, chat, supervised=self.mode == "sft"), *lines, sep="\n", flush=True)
+                    print(describe(cfg, plan, chat, supervised=cfg.trainer == "sft"), *lines, sep="\n", flush=True)
             return None
         _refuse_restart(Path(cfg.run.dir))
         return sweep.play(cfg, self.mode, sweep=self.sweep)

@@ -37,14 +37,16 @@ MakeSampler = Callable[..., Sampler]  # sampler.make.make_sampler with all that 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What to create. `head`: logits (a policy) or value (a critic). A frozen model has no gradient and no optimizer.
-    `copy_of` starts from another model of this engine, as it is now, instead of from `model.path`.
-    `lora` makes an adapter over the frozen model `base`, whole on every rank however the base is laid out.
+    """What to create. `head`: logits (a policy), value (a critic) or reward (a value without a bias, as classifiers of
+    transformers have it). `source` names other weights than the run's own. A frozen model has no gradient and no
+    optimizer. `copy_of` starts from another model of this engine, as it is now, instead of from `model.path`. `lora`
+    makes an adapter over the frozen model `base`, whole on every rank however the base is laid out.
     `averaged`: a frozen model whose weights are means, which are kept in the precision of masters."""
 
-    head: Literal["logits", "value"] = "logits"
+    head: Literal["logits", "value", "reward"] = "logits"
     trainable: bool = True
     copy_of: str = ""
+    source: ModelConfig | None = None
     lora: LoraSpec | None = None
     base: str = ""
     averaged: bool = False
@@ -85,11 +87,13 @@ class Model:
         *,
         backward: bool,
         layout: BatchConfig,
+        top_k: int = 0,
     ) -> None:
         """Forward pass, loss and backward pass of the rows `picked` of `results.rows`, each through its adapter (one
-        for every row of the call), laid out as `layout` says. Without any row one token of weight 0, for the sake of
+        for every row of the call), laid out as `layout` says. With `top_k` log-probabilities and ids of the likeliest
+        tokens instead of those of the targets. Without any row one token of weight 0, for the sake of
         collectives."""
-        rows, is_critic = [results.rows[i] for i in picked] or [PADDING_ROW], self.spec.head == "value"
+        rows, is_critic = [results.rows[i] for i in picked] or [PADDING_ROW], self.spec.head != "logits"
         batch = collate(
             rows,
             dtype=loss_dtype(next(self.strategy.module.parameters()).dtype),
@@ -99,7 +103,8 @@ class Model:
         )
         with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
             entropy = bool(loss.name) and not is_critic
-            out = self.strategy.module(batch, temperature=loss.temperature, entropy=entropy, packing=layout.packing)
+            given: Any = {"temperature": loss.temperature, "packing": layout.packing, "top_k": top_k}
+            out = self.strategy.module(batch, entropy=entropy, **given)
             if picked:
                 results.add_output(picked, out.values_T if is_critic else out.logprobs_T)
             if not loss.name:
@@ -263,7 +268,8 @@ class Model:
 
         def write() -> None:
             if lora is None:
-                export_model(state, net.config, tokenizer, folder, dtype, source=source)
+                reward = self.spec.head == "reward"
+                export_model(state, net.config, tokenizer, folder, dtype, source=source, classifier=reward)
                 return
             config, written, heads = merge_adapter(state, weights, lora, net)
             more = partial(write_adapter, weights=written, spec=lora, base=source.path, heads=heads)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -187,6 +187,7 @@ class Run:
     alerts: Alerts | None = None  # on rank 0
     measured: tuple[int, bool] | None = None  # `saved` when the newest checkpoint's size was taken
     successes: list[dict[str, Any]] = field(default_factory=list)  # of self-imitation: the oldest first
+    measure: Callable[[Run], Metrics] | None = None  # evaluates instead of playing the held-out prompts
     before_step: dict[str, Any] | None = None  # the state to go back to when the step under way is taken back
 
     def say(self, text: str) -> None:
@@ -215,9 +216,9 @@ class Run:
     def total_of(self, phase: str) -> int:
         """The last step of a phase, as everything that a person sees counts steps: over all phases."""
         warmup, before = self.cfg.warmup.num_steps, self.state.global_step - self.state.step
-        if phase != "rl":
+        if phase != self.plan.phase:
             return warmup
-        return self.plan.num_steps + (before if self.state.phase == "rl" else warmup)
+        return self.plan.num_steps + (before if self.state.phase == phase else warmup)
 
     def steps(
         self,
@@ -366,8 +367,8 @@ class Run:
             raise StopRun
 
     def evaluate(self) -> Metrics:
-        """Plays the held-out prompts without learning; adds global metrics to the current step, keeps the accuracy, and
-        returns the metrics.
+        """Measures the policy on the held-out prompts without learning: plays them or, with `measure`, does as that
+        says. Adds global metrics to the current step, keeps the accuracy, and returns the metrics.
 
         "eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above 0. Prompts are
         dealt to the ranks; which rank plays one changes nothing. Ranks that were asked to stop leave when they have
@@ -375,19 +376,10 @@ class Run:
         """
         if not self.held_out:
             return {}
-        sums, config = MetricSums(), self.rollout_config("eval")
         with self.phase("evaluation", "evaluate", self.state.global_step):
-            mine = self.world.deal(list(enumerate(self.held_out)))
-            with self.engine.sampling("policy") as sampler:
-                self.note_sampler(sampler)
-                groups = rollout(sampler, mine, config, self.engine.chat)
+            metrics = self.play_held_out()[1] if self.measure is None else self.measure(self)
             self.check_stop()
-            self.score_batch(groups, config)
-            episode_metrics(sums, groups, prefix="eval/")
-            metrics = sums.result(self.world)
         self.tracker.add(metrics)
-        if self.cfg.tracking.rollouts_every:
-            self.write_rollouts(groups, f"eval-{self.state.global_step:06d}")
         self.state.score = self._score(metrics)
         self.state.evaluated_at = self.state.global_step
         self.state.accuracy = metrics.get("eval/accuracy:mean")
@@ -395,6 +387,27 @@ class Run:
             self.state.first_accuracy = self.state.accuracy
         self.tell_hooks("on_evaluate", self.state.global_step, metrics)
         return metrics
+
+    def next_prompts(self) -> list[Prompt]:
+        """The next batch.prompts_per_step prompts of the training stream, all of them on every rank."""
+        first, count = self.state.position, self.cfg.batch.prompts_per_step
+        self.state.position += count
+        return [self.stream.at(position) for position in range(first, first + count)]
+
+    def play_held_out(self) -> tuple[list[list[Episode]], Metrics]:
+        """This rank's groups of held-out episodes, written down where rollouts are, and all ranks' metrics.
+        Collective."""
+        sums, config = MetricSums(), self.rollout_config("eval")
+        mine = self.world.deal(list(enumerate(self.held_out)))
+        with self.engine.sampling("policy") as sampler:
+            self.note_sampler(sampler)
+            groups = rollout(sampler, mine, config, self.engine.chat)
+        self.check_stop()
+        self.score_batch(groups, config)
+        episode_metrics(sums, groups, prefix="eval/")
+        if self.cfg.tracking.rollouts_every:
+            self.write_rollouts(groups, f"eval-{self.state.global_step:06d}")
+        return groups, sums.result(self.world)
 
     def has_judges(self) -> bool:
         """Whether some rewards are of whole batches. They live as long as the run."""

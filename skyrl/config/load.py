@@ -37,6 +37,7 @@ from skyrl.config.options import (
 )
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import (
+    CHOICES,
     check_serve,
     check_typed,
     ignored_on_resume,
@@ -59,7 +60,7 @@ MAX_SUFFIX = 120
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 3900  # of the 4096 for a file in it
 # Overrides that do not say what a run computes, or that its name already holds.
-UNNAMED = ("seed", "run", "tracking", "alerts", "dashboard", "experiment", "debug", "dry_run", "hydra")
+UNNAMED = ("seed", "run", "tracking", "alerts", "dashboard", "experiment", "debug", "dry_run", "hydra", "trainer")
 
 
 @functools.cache
@@ -203,6 +204,13 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     typed = typed_options(overrides)
     if mode == "serve":
         return _finish_serve(cfg)
+    if mode == "sft" and typed.get("trainer", "sft") != "sft":
+        raise UserError(f"trainer={cfg.trainer}: python -m skyrl.sft is sft; use python -m skyrl.train for others")
+    if cfg.trainer not in CHOICES["trainer"]:
+        raise UserError(f"trainer={cfg.trainer}: choose one of: {', '.join(CHOICES['trainer'])}")
+    if mode == "sft" or cfg.trainer != "rl":
+        mode = "sft" if mode == "sft" else cfg.trainer
+        cfg = dataclasses.replace(cfg, trainer=mode)
     for key in typed:
         if key in UNREAD[mode] or (key in {option.path for option in all_options()} and not reads(mode, key)):
             raise UserError(unknown_option(key, mode=mode))
@@ -283,7 +291,8 @@ def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train
     """
     typed = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
     kept = {key: hide_secrets(value, key) if key.startswith(ENV_OPTIONS) else value for key, value in typed.items()}
-    name = f"{cfg.experiment}{'' if mode == 'train' else '-' + mode}-seed{cfg.seed}"
+    named = f"-{mode}" if mode == "sft" or "trainer" in typed_options(overrides) else ""
+    name = f"{cfg.experiment}{named}-seed{cfg.seed}"
     if not kept:
         return name
     short = short_names()
@@ -434,6 +443,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _that_count(cfg: RunConfig | dict[str, Any]) -> tuple[dict[str, Any], str]:
     values = flat(to_dict(cfg) if isinstance(cfg, RunConfig) else cfg)
+    if values.get("trainer") == "sft":  # runs of earlier releases do not say which of the two they are
+        values["trainer"] = "rl"
     return values, str(values.get("optim.schedule"))
 
 

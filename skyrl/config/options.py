@@ -15,7 +15,7 @@ from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.algorithms.losses import LOSSES
-from skyrl.config import schema, schema_policy, schema_server
+from skyrl.config import schema, schema_policy, schema_server, trainers
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
@@ -34,7 +34,15 @@ TRAIN_UNREAD = (  # a run that serves has one model, whose checkpoints are the r
     "service.max_rank service.full_parameters service.mix_tenants service.model_idle_seconds service.gap_seconds "
     "service.loss_substitutes"
 ).split()
-UNREAD: dict[str, Sequence[str]] = {"train": TRAIN_UNREAD, "sft": SFT_UNREAD, "serve": ("model.lora",)}
+PAIRS_UNREAD = [path for path in SFT_UNREAD if path not in ("batch.num_steps", "optim.lr", "optim.warmup_steps")]
+DISTILL_UNREAD = "service feedback algorithm batch.optim_steps_per_batch batch.epochs_per_batch".split()
+UNREAD: dict[str, Sequence[str]] = {
+    "train": TRAIN_UNREAD,
+    "sft": SFT_UNREAD,
+    "serve": ("model.lora",),
+    **dict.fromkeys(("dpo", "reward_model"), PAIRS_UNREAD),
+    "distill": DISTILL_UNREAD,
+}
 # Names of an earlier release -> the ones of today. They are refused with the new name.
 RENAMED = {
     "algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs",
@@ -78,7 +86,9 @@ def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field, in one line."""
     found: dict[tuple[str, str], str] = {}
     for node in (
-        node for part in (schema, schema_policy, schema_server) for node in ast.parse(inspect.getsource(part)).body
+        node
+        for part in (schema, schema_policy, schema_server, trainers)
+        for node in ast.parse(inspect.getsource(part)).body
     ):
         if not isinstance(node, ast.ClassDef):
             continue
@@ -183,7 +193,8 @@ def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train"
     known = {option.path for option in all_options()} | set(groups())
     if path in known and not reads(mode, path):
         own = {"batch.num_steps": "warmup.num_steps", "optim.lr": "warmup.lr"}.get(path, "") if mode == "sft" else ""
-        return f"{path}: skyrl.{mode} does not read it; " + (f"its own is {own}" if own else "leave it out")
+        who = f"skyrl.{mode}" if mode in ("train", "sft", "serve") else f"trainer={mode}"
+        return f"{path}: {who} does not read it; " + (f"its own is {own}" if own else "leave it out")
     meant = suggest(path, folders, mode)
     return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")
 

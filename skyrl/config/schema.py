@@ -11,6 +11,7 @@ from typing import Any
 
 from skyrl.config.schema_policy import OptimConfig, ReferenceConfig, SelfImitationConfig
 from skyrl.config.schema_server import DashboardConfig, FeedbackConfig, PathStr, ServiceConfig
+from skyrl.config.trainers import DistillConfig, PreferenceConfig, RewardModelConfig
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,9 @@ class DataConfig:
     template or the tokenizer), or all."""
     max_prompts: int = 0
     """Uses only the first so many; 0 = all."""
+    epochs: int = 0
+    """Passes over the training rows, in place of batch.num_steps (with skyrl.sft of warmup.num_steps); 0 = off. The
+    last step is filled from the next pass."""
 
 
 @dataclass(frozen=True)
@@ -469,6 +473,8 @@ class RunConfig:
     """Keys every draw: initial weights, data order, samples."""
     dry_run: bool = False
     """Checks the plan, prints it with a memory estimate, and stops."""
+    trainer: str = "rl"
+    """rl, sft (as skyrl.sft), dpo (preferences), reward_model or distill."""
     experiment: str = "arithmetic"
     """Set by the recipes in conf/experiment; names the run."""
     plugins: list[str] = field(default_factory=list)
@@ -485,6 +491,9 @@ class RunConfig:
     chat: ChatConfig = field(default_factory=ChatConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)

@@ -19,7 +19,7 @@ from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.losses import CORRECTIONS, LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
-from skyrl.config import policy_rules
+from skyrl.config import policy_rules, trainers
 from skyrl.config.access import dashboard_problems
 from skyrl.config.options import alias_problems, all_options
 from skyrl.config.plugins import import_plugins
@@ -33,6 +33,7 @@ NOT_PUBLIC = ("stable_reinforce",)  # losses of Tinker clients of which only the
 OFFLOAD = {"optimizer": ("zero1", "zero2", "zero3"), "all": ("fsdp", "hsdp", "zero3")}
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    **trainers.CHOICES,
     "model.dtype": ("auto", "float32", "bfloat16", "float64"),
     "model.head_dtype": ("auto", "float32"),
     "strategy.name": ("auto", *STRATEGIES),
@@ -183,6 +184,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         lambda cfg: advantage_of(cfg).critic,
         "with algorithm.advantage.name=gae, the only one with a critic",
     ),
+    **trainers.APPLIES,
     "model.lora": (lambda cfg: cfg.model.lora.rank > 0, "with model.lora.rank above 0"),
     "feedback": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true"),
     "dashboard": (lambda cfg: cfg.dashboard.enabled, "with dashboard.enabled=true"),
@@ -232,6 +234,7 @@ def check(cfg: RunConfig) -> None:
         _objectives,
         _adapters,
         _feedback,
+        trainers.problems,
         _strategies,
         _places,
     ):
@@ -428,6 +431,8 @@ def _batches(cfg: RunConfig) -> Iterator[str]:
 
 def _algorithms(cfg: RunConfig) -> Iterator[str]:
     advantage, loss, algorithm, batch = advantage_of(cfg), loss_of(cfg), cfg.algorithm, cfg.batch
+    if cfg.trainer != "rl":  # which alone reads algorithm
+        return
     if batch.samples_per_prompt < 2 and (advantage.group or algorithm.filters.zero_variance):
         who = f"algorithm.advantage.name={advantage.name}" if advantage.group else "filters.zero_variance"
         yield (

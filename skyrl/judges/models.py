@@ -15,7 +15,7 @@ import numpy as np
 from skyrl.envs.data_files import read_examples
 from skyrl.envs.rewards.base import reference, register_reward
 from skyrl.judges.batch import DIGITS, BatchReward, RankTools, Score, conversation
-from skyrl.types import Episode, Prompt, UserError
+from skyrl.types import Episode, Message, Prompt, UserError
 
 
 class HeldModel(BatchReward):
@@ -84,6 +84,16 @@ class HeldModel(BatchReward):
         return pad
 
 
+def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[int]]:
+    """Ids of a conversation that ends with an answer, and what else its model is given: by the chat template, or
+    without one the prompt and the answer as a pair of texts."""
+    if tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+    before = "\n".join(message["content"] for message in messages[:-1])
+    return dict(tokenizer(before, messages[-1]["content"], verbose=False))
+
+
 @register_reward("reward_model", batch=True, objectives=["reward_model"])
 class RewardModel(HeldModel):
     """What a trained reward model says of a conversation: the logit of a model for sequence classification.
@@ -116,12 +126,7 @@ class RewardModel(HeldModel):
 
     def row(self, episode: Episode) -> dict[str, list[int]]:
         """An episode as the model reads it."""
-        messages = conversation(episode)
-        if self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-            return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
-        before = "\n".join(message["content"] for message in messages[:-1])
-        return dict(self.tokenizer(before, messages[-1]["content"], verbose=False))
+        return conversation_ids(self.tokenizer, conversation(episode))
 
 
 @register_reward("similarity", batch=True, objectives=["similarity"])

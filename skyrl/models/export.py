@@ -62,6 +62,7 @@ def export_model(
     source: ModelConfig | None = None,
     shard_bytes: int = SHARD_BYTES,
     more: Callable[[Path], None] = lambda part: None,
+    classifier: bool = False,
 ) -> None:
     """Writes `folder`, which AutoModelForCausalLM and AutoTokenizer load and which gives the same log-probabilities.
 
@@ -69,7 +70,8 @@ def export_model(
     ones once; a value head is left out. `source` says which model it was: its config with what `config` has changed,
     and its other files as they are. Without it, or for `tiny`, `config` and `tokenizer` are written instead. Written
     under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name is replaced.
-    `more` is called with the folder before that, and may add files. Raises: UserError when the disk does not take it,
+    `more` is called with the folder before that, and may add files. A `classifier`'s value head is its one label, and
+    AutoModelForSequenceClassification loads it. Raises: UserError when the disk does not take it,
     with what was there before left as it was.
     """
     from transformers.core_model_loading import revert_weight_conversion
@@ -77,14 +79,21 @@ def export_model(
     folder, source = Path(folder), source or ModelConfig()
     net = build_net(copy.deepcopy(config), torch.float32, trust_remote_code=source.trust_remote_code)
     weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    architecture, changes = type(net).__name__, dict[str, Any]()
+    if classifier:
+        architecture = classifier_class(net)
+        weights["score.weight"] = state["value_head.weight"]
+        changes = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+            changes["pad_token_id"] = tokenizer.pad_token_id  # its last token that is no padding is what it reads
     try:
         with write_folder_atomic(folder) as part:
             # names and shapes as in the files that the family is published in (single experts instead of fused ones)
             _write_weights(revert_weight_conversion(net, weights), part, shard_bytes)
             origin = _origin(source.path, source.revision)
-            _write_config(config, part, origin, dtype, type(net).__name__)
+            _write_config(config, part, origin, dtype, architecture, changes)
             _copy_side_files(part, origin, source, tokenizer, config.model_type)
-            _write_card(part, origin, source.path, str(folder))
+            _write_card(part, origin, source.path, "" if classifier else str(folder))
             more(part)
     except OSError as error:
         raise UserError(
@@ -125,7 +134,26 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
 
 
-def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dtype, architecture: str) -> None:
+def classifier_class(net: Any) -> str:
+    """The class of transformers for sequence classification with the body of `net`. Raises UserError without one."""
+    import transformers
+
+    name = (
+        type(net)
+        .__name__.replace("ForCausalLM", "ForSequenceClassification")
+        .replace("LMHeadModel", "ForSequenceClassification")
+    )
+    if not name.endswith("ForSequenceClassification") or not hasattr(transformers, name):
+        raise UserError(
+            f"model.path: transformers has no classifier for {net.config.model_type}, so a reward model of it could "
+            "not be loaded; use another family, or set checkpoint.export=false"
+        )
+    return name
+
+
+def _write_config(
+    config: Any, part: Path, origin: Path | None, dtype: torch.dtype, architecture: str, changes: dict[str, Any]
+) -> None:
     """config.json with the keys of the source, what the export changes, and the names that transformers 4 reads."""
     keys = {} if origin is None else json.loads((origin / CONFIG).read_text(encoding="utf-8"))
     if keys.get("model_type") != config.model_type:  # none, or that of a model whose text part this is
@@ -140,7 +168,7 @@ def _write_config(config: Any, part: Path, origin: Path | None, dtype: torch.dty
     keys["dtype"] = keys["torch_dtype"] = str(dtype).removeprefix("torch.")
     if not str(keys.get("transformers_version", "")).startswith("4."):
         keys = {**_harmless(_keys_of_transformers_4(keys, type(config).attribute_map), keys, type(config)), **keys}
-    _write_json(part / CONFIG, keys)
+    _write_json(part / CONFIG, keys | changes)
 
 
 def _keys_of_transformers_4(keys: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -239,10 +267,12 @@ def _write_card(part: Path, origin: Path | None, base: str, folder: str) -> None
         about |= {key: own[key] for key in LICENCE if key in own} if isinstance(own, dict) else {}
     if origin is not None and "/" in base and not Path(base).is_dir():
         about["base_model"] = base
+    use = f"    vllm serve {folder}\n    lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k\n"
+    reward = "A reward model: transformers.AutoModelForSequenceClassification loads it; its one logit is the reward.\n"
     (part / "README.md").write_text(
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from "
         f"{'a random model' if base == TINY else base}. {'The licence of that model applies. ' * (base != TINY)}\n\n"
-        f"    vllm serve {folder}\n    lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k\n",
+        f"{use if folder else reward}",
         encoding="utf-8",
     )
 

@@ -31,19 +31,21 @@ from skyrl.types import ForwardOutput, Microbatch, UserError
 
 __all__ = ["CausalLM", "collate"]
 
+TOP_ROWS = 128  # of whole logits at a time, where the likeliest tokens are looked for
+
 
 class CausalLM(nn.Module):
     """`net`, a transformers causal LM with attn_implementation "skyrl", and what training and sampling ask of it.
 
-    Parameters are named as in `net` with "net." before; a critic (`head` "value") has "value_head.weight" and ".bias"
-    in place of the output embedding. Always in eval mode. Everything that training needs happens inside `forward`, so
-    that the module can be the root of a sharded model.
+    Parameters are named as in `net` with "net." before; a critic (`head` "value") has "value_head.weight" and ".bias",
+    a reward model (`head` "reward") the first of these, in place of the output embedding. Always in eval mode.
+    Everything that training needs happens inside `forward`, so that the module can be the root of a sharded model.
     """
 
     def __init__(
         self,
         net: PreTrainedModel,
-        head: Literal["logits", "value"] = "logits",
+        head: Literal["logits", "value", "reward"] = "logits",
         *,
         chunk_tokens: int = 0,
         float_head: bool = False,
@@ -63,12 +65,14 @@ class CausalLM(nn.Module):
         self.float_head = float_head  # logits from a product in float32, of weights in bfloat16
         self.router: Router | None = None  # adapters, once models.lora.install was called
         self.head_spec = head_spec(net.config)
+        self.top_tokens = 1 << 30  # ids below this one are those that top_k looks among
         embeddings: Any = net.get_input_embeddings()
         self.vocab_size: int = embeddings.weight.shape[0]
         embedding = embeddings.weight
-        if head == "value":
+        if head != "logits":
             channels = net.get_output_embeddings().weight.shape[1]  # OPT's may be other than hidden_size
-            self.value_head = nn.Linear(channels, 1, device=embedding.device, dtype=embedding.dtype)
+            bias = head == "value"
+            self.value_head = nn.Linear(channels, 1, bias=bias, device=embedding.device, dtype=embedding.dtype)
             _drop_output(net)
         else:
             output = net.get_output_embeddings()
@@ -180,9 +184,16 @@ class CausalLM(nn.Module):
             return finish_logits(product, self.head_spec).view(*hidden.shape[:-1], -1)
 
     def forward(
-        self, mb: Microbatch, *, temperature: float = 1.0, entropy: bool = False, packing: bool = True
+        self,
+        mb: Microbatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        packing: bool = True,
+        top_k: int = 0,
     ) -> ForwardOutput:
-        """log pi(target) at `temperature`, with entropy if asked; from a critic values, and zeros for logprobs_T.
+        """log pi(target) at `temperature`, with entropy if asked; from a critic values, and zeros for logprobs_T. With
+        `top_k` logprobs_T is [T, 2 * top_k], the likeliest tokens' and their ids; no gradient, and no adapters.
 
         packing=False computes each row padded to the longest one, by another attention: slow, to compare with.
         Inside models.lora.routed, tokens go through their adapters. Shapes [T] (log-probabilities as the targets,
@@ -194,14 +205,24 @@ class CausalLM(nn.Module):
                 f"a row of {mb.max_length} tokens is longer than the {self.max_positions} positions of this model; "
                 "lower batch.max_row_tokens"
             )
-        if packing and mb.distinct_U is not None and self.rope is None:  # longrope chooses by the whole row
+        shared = packing and mb.distinct_U is not None and not top_k
+        if shared and self.rope is None:  # longrope chooses by the whole row
             return self._forward_shared(mb, temperature, entropy)
         if packing:
             lengths_T = None if self.rope is None else mb.starts_S1.diff()[mb.row_T]
             hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths), lengths_T)
         else:
             hidden_TC = self._hidden_padded(mb)
+        if top_k:
+            return ForwardOutput(self._top_logprobs(hidden_TC, temperature, top_k))
         return self._outputs(hidden_TC, mb.targets_T, temperature, entropy, mb.support_2N)
+
+    def _top_logprobs(self, hidden_TC: Tensor, temperature: float, top_k: int) -> Tensor:
+        parts = []
+        for hidden in hidden_TC.split(TOP_ROWS):
+            logprobs, ids = torch.log_softmax(self.logits(hidden) / temperature, -1)[:, : self.top_tokens].topk(top_k)
+            parts.append(torch.cat([logprobs, ids.to(logprobs.dtype)], 1))  # ids below 2^24 are exact in float32
+        return torch.cat(parts)
 
     def _forward_shared(self, mb: Microbatch, temperature: float, entropy: bool) -> ForwardOutput:
         """The same, with beginnings that rows share computed once (algorithms.prefixes)."""
@@ -222,7 +243,7 @@ class CausalLM(nn.Module):
     def _outputs(
         self, hidden_TC: Tensor, targets_T: Tensor, temperature: float, entropy: bool, support_2N: Tensor | None
     ) -> ForwardOutput:
-        if self.head == "value":
+        if self.head != "logits":
             # cloned: a view as the output of a sharded root loses its pre-backward hook when it is written to
             values_T = self.value_head(hidden_TC)[:, 0].to(loss_dtype(hidden_TC.dtype)).clone()
             return ForwardOutput(torch.zeros_like(values_T), None, values_T)

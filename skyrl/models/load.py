@@ -30,7 +30,7 @@ from skyrl.types import UserError
 
 # Mean absolute difference of log-probabilities over rows and vocabulary; deep models in bfloat16 reach about 0.03.
 CHECK_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-Head = Literal["logits", "value"]
+Head = Literal["logits", "value", "reward"]
 
 
 def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
@@ -125,7 +125,7 @@ def load_into(model: CausalLM, cfg: ModelConfig, *, device: torch.device | str, 
         return
     config = _whole_config(cfg)
     fill_from(model.net, locate(cfg.path, cfg.revision), None if text_part(config) is config else config)
-    if model.head == "value":
+    if model.head != "logits":
         init_random(model, seed, only="value_head.")
 
 

@@ -14,10 +14,11 @@ from skyrl.types import Datum, Floats, Microbatch
 
 
 class RowResults:
-    """Log-probabilities (or values), losses and metrics of one call's rows, in any order of micro-batches."""
+    """Log-probabilities (or values), losses and metrics of one call's rows, in any order of micro-batches. `columns`:
+    of the outputs, where these are not shaped as the targets; 0 = they are."""
 
-    def __init__(self, rows: list[Datum]) -> None:
-        self.rows = rows
+    def __init__(self, rows: list[Datum], columns: int = 0) -> None:
+        self.rows, self.columns = rows, columns
         self._picked: list[list[int]] = []
         self._outputs: list[Tensor] = []
         self._losses: list[Tensor] = []
@@ -50,7 +51,7 @@ class RowResults:
             start += output.numel()
             for index, (first, last) in zip(picked, self._spans(picked), strict=True):
                 part = whole[first:last]
-                if part.ndim == 2:  # other rows of the micro-batch may have more targets
+                if part.ndim == 2 and not self.columns:  # other rows of the micro-batch may have more targets
                     shape = self.rows[index].targets.shape
                     part = part[:, : shape[1]] if len(shape) == 2 else part[:, 0]
                 out[index] = part

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from skyrl.algorithms.preferences import WITHOUT_REFERENCE
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
@@ -406,7 +407,8 @@ def estimate(
         gradients=gradients,
         optimizer=optimizer,
         adapter=adapter,
-        reference=frozen + averaged if needs_reference(cfg) and not lora.rank else 0,
+        reference=(frozen + averaged if needs_reference(cfg) and not lora.rank else 0)
+        + _teacher(cfg, world_size, compute, sharded),
         critic=critic,
         activations=kept * compute,
         logits=2 * chunk + head,  # the chunk and its gradient
@@ -423,13 +425,23 @@ def estimate(
 
 
 def needs_reference(cfg: RunConfig) -> bool:
-    """Whether there is a frozen reference: for a KL term, or for a reward that asks for one. What is wrong with plugins
-    or rewards is told where they are used."""
+    """Whether there is a frozen reference: for a KL term, for a reward that asks for one, or for preferences. What is
+    wrong with plugins or rewards is told where they are used."""
+    if cfg.trainer != "rl":
+        return cfg.trainer == "dpo" and cfg.preference.loss not in WITHOUT_REFERENCE
     with contextlib.suppress(UserError):
         import_plugins(cfg.plugins)
         judges = group_rewards_of(cfg.env, batch=True)
         return cfg.algorithm.kl.coef > 0 or any(getattr(judge.fn, "needs_reference", False) for judge, _ in judges)
     return cfg.algorithm.kl.coef > 0
+
+
+def _teacher(cfg: RunConfig, world_size: int, compute: int, sharded: bool) -> int:
+    """Bytes of a teacher's weights, frozen and laid out as the student's."""
+    if cfg.trainer != "distill":
+        return 0
+    sizes = model_sizes(replace(cfg, model=replace(cfg.model, path=cfg.distill.teacher, revision="")))
+    return sizes.num_parameters * compute // (world_size if sharded else 1)
 
 
 def _transient(cfg: RunConfig, sizes: ModelSizes, compute: int, master: int, sharded: bool, *, trained: bool) -> int:

@@ -68,6 +68,11 @@ class Plan:
         """The engine's name for the model that KL is measured to; with model.lora the base, of which there is one."""
         return "base" if self.cfg.model.lora.rank else "reference"
 
+    @property
+    def phase(self) -> str:
+        """What the run's state and records call the steps after the warm-up."""
+        return "rl" if self.cfg.trainer == "sft" else self.cfg.trainer
+
     def prompts_on_rank(self, rank: int) -> int:
         """How many of a step's prompts rank `rank` plays; rank 0 has the most."""
         return len(range(rank, self.cfg.batch.prompts_per_step, self.world_size))
@@ -201,7 +206,7 @@ def make_plan(
         prompts_per_update=batch.prompts_per_step // batch.optim_steps_per_batch,
         updates_per_step=batch.optim_steps_per_batch * batch.epochs_per_batch,
         needs_reference=needs_reference(cfg),
-        needs_critic=validation.advantage_of(cfg).critic,
+        needs_critic=cfg.trainer == "rl" and validation.advantage_of(cfg).critic,
         sampling=replace(_sampling(cfg, cfg.sampler.temperature), processed_logprobs=True),
         eval_sampling=_sampling(cfg, cfg.eval.temperature),
         sizes=model_sizes,
@@ -325,6 +330,10 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
 
 def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
     batch, algorithm = cfg.batch, cfg.algorithm
+    lr = ("lr", f"{plan.lr_at(0):.3g} first, {cfg.optim.lr:.3g} peak, {plan.lr_at(plan.num_steps - 1):.3g} last")
+    if cfg.trainer != "rl":
+        loss = {"dpo": f" by {cfg.preference.loss}", "distill": f" from {cfg.distill.teacher}"}.get(cfg.trainer, "")
+        return [("trainer", f"{cfg.trainer}{loss}, {plan.num_steps} steps x {batch.prompts_per_step} prompts"), lr]
     uneven = batch.prompts_per_step % plan.world_size
     most, least = plan.prompts_on_rank(0), plan.prompts_on_rank(plan.world_size - 1)
     episodes = batch.prompts_per_step * batch.samples_per_prompt
@@ -342,7 +351,7 @@ def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
             + (f", KL {algorithm.kl.coef:g} in the {algorithm.kl.placement}" if algorithm.kl.coef else "")
             + (", critic" if plan.needs_critic else ""),
         ),
-        ("lr", f"{plan.lr_at(0):.3g} first, {cfg.optim.lr:.3g} peak, {plan.lr_at(plan.num_steps - 1):.3g} last"),
+        lr,
     ]
 
 

@@ -23,7 +23,7 @@ def make_strategy(
     tokenizer: Any,
     *,
     dtype: torch.dtype,
-    head: Literal["logits", "value"],
+    head: Literal["logits", "value", "reward"],
     trainable: bool,
     masters: bool = False,
 ) -> Strategy:

@@ -3,6 +3,7 @@
 from skyrl.tasks import (
     arithmetic,
     code,
+    datasets,
     expressions,
     feedback,
     games,
@@ -20,6 +21,7 @@ from skyrl.tasks import (
 __all__ = [
     "arithmetic",
     "code",
+    "datasets",
     "expressions",
     "feedback",
     "games",

@@ -225,6 +225,21 @@ class Chat:
         ids = encode_after(self.tokenizer, prompt, written + ended)
         return self._ids(ids if ended else [*ids, next(iter(self.end_tokens))])
 
+    def conversation(self, messages: Sequence[Message]) -> tuple[Ints, np.ndarray]:
+        """Ids [L] of a whole conversation, which ends with an assistant's message, and a mask [L] of those that the
+        assistant says, each turn with its end token. Made as a rollout makes them, turn by turn, so that what is
+        learned stands where the sampler would draw it. Raises UserError as `prompt`, `answer` and `continuation`."""
+        parts: list[Ints] = []
+        said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        for last, number in zip([-1, *said], said, strict=False):
+            before = messages[:number]
+            parts.append(
+                self.continuation(parts[-1].tolist(), messages[last + 1 : number]) if parts else self.prompt(before)
+            )
+            parts.append(self.answer(before, messages[number]["content"]))
+        learned = [np.full(len(part), number % 2 == 1) for number, part in enumerate(parts)]
+        return np.concatenate(parts), np.concatenate(learned)
+
     def continuation(self, drawn: Sequence[int], messages: Sequence[Message]) -> Ints:
         """Ids between the drawn tokens of an answer and the next one: the rest of the end of its turn, the new
         messages, and the opening of the next answer.

@@ -17,6 +17,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.wrappers import make_environment
 from skyrl.text.chat import Chat, chat_of
+from skyrl.text.rows import RowsOf, rows_of
 from skyrl.types import Prompt, UserError
 
 CHUNK = 512
@@ -46,6 +47,7 @@ class PromptCheck:
     option: str
     row_tokens: int
     learned: bool = False
+    rows: RowsOf | None = None
 
     @classmethod
     def of(cls, cfg: RunConfig, split: str, row_tokens: int) -> PromptCheck:
@@ -55,7 +57,9 @@ class PromptCheck:
             longest, option = limit, f"above data.max_prompt_tokens={limit}"
         else:
             longest, option = row_tokens - 1, f"and rows of {row_tokens} must have room for an answer"
-        return cls(split, longest, option, row_tokens, split == "train" and cfg.warmup.num_steps > 0)
+        supervised = cfg.warmup.num_steps > 0 or cfg.trainer == "sft"
+        supervised |= cfg.trainer == "distill" and cfg.distill.on_policy < 1
+        return cls(split, longest, option, row_tokens, split == "train" and supervised, rows_of(cfg))
 
     def run(
         self, chat: Chat, prompts: Iterable[tuple[int, Prompt]], progress: Progress = lambda done: None
@@ -79,7 +83,7 @@ class PromptCheck:
     def _read(self, chat: Chat, prompt: Prompt) -> str | None:
         """The whole text of a prompt whose tokens have to be counted, "" when it is short enough without, None when it
         is empty or cannot be read."""
-        if chat.unread_field(prompt.extra):
+        if chat.unread_field(prompt.extra) or self.rows is not None:
             return None
         try:
             text = chat.render(prompt.messages)
@@ -119,6 +123,9 @@ class PromptCheck:
                 return "empty", "the prompt has no tokens, nothing for a model to go on; write it, or leave it out"
             if count > self.longest:
                 return "too_long", f"{count} tokens, {self.option}; shorten it, leave it out, or raise that limit"
+            if self.rows is not None and (most := max(map(len, self.rows(chat, prompt)))) > self.row_tokens:
+                words = f"{most} tokens with an answer, and rows end at {self.row_tokens}"
+                return "too_long", f"{words}; shorten it, leave it out, or raise batch.max_row_tokens"
             if not self.learned:
                 return None
             solution = prompt.extra.get("solution")

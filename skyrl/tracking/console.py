@@ -27,7 +27,8 @@ HELD_OUT = Column("held-out", 8, ("eval/accuracy:mean",), "{:.3f}", 0)
 _ENTROPY = Column("entropy", 7, ("entropy:mean",), "{:.3f}", 0)
 _GRADIENT = Column("grad norm", 9, ("grad_norm:mean",), "{:.2g}", 1)
 _SPEED = Column("tokens/s", 8, ("speed/tokens_per_second:mean",), "{:,.0f}", 2)
-_SUPERVISED = (Column("loss", 8, ("nll:mean", "loss:sum"), "{:.4f}", 0), HELD_OUT, _ENTROPY, _GRADIENT, _SPEED)
+_LOSS = Column("loss", 8, ("loss:mean", "distill/divergence:mean", "nll:mean", "loss:sum"), "{:.4f}", 0)
+_SUPERVISED = (_LOSS, HELD_OUT, _ENTROPY, _GRADIENT, _SPEED)
 # The surrogate loss of RL is not among them: on fresh samples it is 0 whatever the policy learns.
 _COLUMNS = {
     "rl": (
@@ -41,8 +42,7 @@ _COLUMNS = {
         Column("gap", 7, ("logprob_gap:mean",), "{:.1e}", 3),
         _SPEED,
     ),
-    "warmup": _SUPERVISED,
-    "sft": _SUPERVISED,
+    **dict.fromkeys(("warmup", "sft", "dpo", "reward_model", "distill"), _SUPERVISED),
 }
 _LEFT = 7
 _PLAIN_SECONDS = 2.0

@@ -45,7 +45,8 @@ class _Panel:
 
 
 _REWARD = _Panel("Reward, and its spread within groups", (("mean", ("reward:mean",), "#2563eb"),))
-_LOSS = _Panel("Loss of supervised steps (nats per token)", (("loss", ("nll:mean", "loss:sum"), "#7c3aed"),))
+_LOSSES = ("loss:mean", "distill/divergence:mean", "nll:mean", "loss:sum")
+_LOSS = _Panel("Loss (supervised steps: nats per token)", (("loss", _LOSSES, "#7c3aed"),))
 _PANELS = (
     _Panel("Held-out accuracy", (("accuracy", (_ACCURACY,), "#059669"),), unit_range=True, sparse=True),
     _Panel(

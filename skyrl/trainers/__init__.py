@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,10 @@ if TYPE_CHECKING:
 
 
 def run_trainer(mode: str, cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Runs the loop of `python -m skyrl.<mode>`: "train" or "sft"; returns what `run_loop` does. Imports torch only
-    here: a login node has none."""
-    if mode == "sft":
-        from skyrl.trainers.sft import sft
-
-        return sft(cfg, hooks)
-    assert mode == "train", mode
-    if cfg.feedback.enabled:
-        from skyrl.trainers.live import train_live
-
-        return train_live(cfg, hooks)
-    from skyrl.trainers.rl import train
-
-    return train(cfg, hooks)
+    """Runs the loop that cfg.trainer names, or with `mode` "sft" (`python -m skyrl.sft`) that one; returns what
+    `run_loop` does. Imports torch only here: a login node has none."""
+    trainer = "sft" if mode == "sft" else "live" if cfg.feedback.enabled else cfg.trainer
+    names = {"rl": "train", "live": "train_live"}
+    loop = getattr(importlib.import_module(f"skyrl.trainers.{trainer}"), names.get(trainer, trainer))
+    result: dict[str, Any] = loop(cfg, hooks)
+    return result

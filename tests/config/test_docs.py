@@ -177,7 +177,7 @@ def test_suggestions():
 # Options of each group and why there may be so many. Parameters of losses and advantages do not count: a declaration
 # brings them with what reads them.
 BUDGET = {
-    "": (4, "seed, dry_run, experiment, plugins"),
+    "": (5, "seed, dry_run, trainer, experiment, plugins"),
     "model": (20, "which weights in which numbers (the head's too), with the shape of tiny (6) and adapters (5)"),
     "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
     "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
@@ -189,7 +189,10 @@ BUDGET = {
         "and how objectives add up (3)",
     ),
     "env": (10, "which task, its own options, what is put around it, its limits (4), the processes that call it (3)"),
-    "data": (6, "two sources, an order, two limits, and what is left out"),
+    "data": (7, "two sources, an order, two limits, what is left out, and how often all of it is read"),
+    "preference": (6, "which loss, and the numbers of each"),
+    "reward_model": (1, "how rewards are kept around 0"),
+    "distill": (4, "who teaches, on whose answers, which divergence, over how many tokens"),
     "chat": (2, "what the template is told, and what rewards read"),
     "eval": (4, "when, on what, how"),
     "warmup": (5, "as little as a supervised phase needs: how long, how much, its rate and schedule (3)"),
