@@ -160,6 +160,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep-table": partial(_elsewhere, "skyrl.sweep:sweep_table"),
     "get-model": _get_model,
     "stage": partial(_elsewhere, "skyrl.launch.stage:stage"),
+    "trace": partial(_elsewhere, "skyrl.tracking.trace:trace"),
+    "profile": partial(_elsewhere, "skyrl.tracking.profiler:profile_command"),
     "doctor": partial(_elsewhere, "skyrl.launch.doctor:doctor"),
 }
 

@@ -50,6 +50,8 @@ from skyrl.tracking.advisories import stop_times
 from skyrl.tracking.alerts import Alerts
 from skyrl.tracking.base import Tracker, make_tracker
 from skyrl.tracking.curves import write_curves
+from skyrl.tracking.profiler import StepProfiler
+from skyrl.tracking.prometheus import PrometheusExporter
 from skyrl.tracking.system import SystemRecorder
 from skyrl.types import LoraSpec, Prompt, StopRun, UserError, few
 from skyrl.web.beside import dashboard_beside
@@ -388,6 +390,11 @@ def _start_tracking(run: Run, offset: int | None) -> None:
         totals=totals,
         recorder=recorder,
     )
+    if cfg.tracking.prometheus_port:
+        host, port = cfg.tracking.prometheus_host, cfg.tracking.prometheus_port + world.local_rank
+        labels = {"run": cfg.run.name, "rank": str(world.rank)}
+        run.tracker.exporter = PrometheusExporter(host, port, run.tracker.values, labels)
+    run.profiler = StepProfiler(folder.path, world.rank)
     if world.is_leader:
         keep_steps(folder.path / ADVISORIES, state.global_step if offset else -1)
         run.alerts, reader = Alerts(cfg, folder.path), RunReader(folder.path)

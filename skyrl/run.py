@@ -48,6 +48,7 @@ from skyrl.tracking.alerts import Alerts
 from skyrl.tracking.base import Tracker, memory_metrics
 from skyrl.tracking.curves import draw_beside
 from skyrl.tracking.hooks import Hooks
+from skyrl.tracking.profiler import StepProfiler
 from skyrl.tracking.rollouts import write_rollouts
 from skyrl.types import Episode, Metrics, Prompt, StopRun, UserError
 from skyrl.workers.pool import shut_pool
@@ -185,6 +186,7 @@ class Run:
     hooks: Hooks | None = None  # None where no rank has any
     history: History = field(default_factory=History)  # what advisories compare; on rank 0
     alerts: Alerts | None = None  # on rank 0
+    profiler: StepProfiler | None = None
     measured: tuple[int, bool] | None = None  # `saved` when the newest checkpoint's size was taken
     successes: list[dict[str, Any]] = field(default_factory=list)  # of self-imitation: the oldest first
     measure: Callable[[Run], Metrics] | None = None  # evaluates instead of playing the held-out prompts
@@ -252,7 +254,8 @@ class Run:
                 self.before_step = dataclasses.asdict(state)
                 self.check_stop()
                 step = Step(self, state.step)
-                yield step
+                with self.profiled(step):
+                    yield step
                 self._end_step(step)
             last, every = state.step == total, self.cfg.checkpoint.every_steps
             if last or (evaluate_every and state.step % evaluate_every == 0):
@@ -272,6 +275,16 @@ class Run:
                 self.save()
             if last:
                 return
+
+    @contextlib.contextmanager
+    def profiled(self, step: Step) -> Iterator[None]:
+        """Around a step, which a person may have asked to profile on this rank."""
+        if self.profiler is not None:
+            self.profiler.begin(step.number)
+        yield
+        if self.profiler is not None:
+            with inside(SAVING, step.number):
+                self.profiler.end(step.number)
 
     def _end_step(self, step: Step) -> None:
         """What was learned counts from here on."""

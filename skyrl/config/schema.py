@@ -391,7 +391,9 @@ class TrackingConfig:
     wandb: str = "off"
     """off, offline or online."""
     wandb_project: str = "skyrl"
-    """Project name there."""
+    """Project name there, and in Trackio."""
+    trackio: bool = False
+    """Logs to Trackio, in its folder on this machine (TRACKIO_DIR)."""
     tensorboard: bool = False
     """Writes event files to <run folder>/tensorboard."""
     tags: list[str] = field(default_factory=list)
@@ -400,6 +402,10 @@ class TrackingConfig:
     """Steps between dumps of all episodes (text, tokens, log-probs, rewards) to <run folder>/rollouts; 0 = never."""
     peak_tflops: float = 0.0
     """Peak of one device in its dtype, for MFU; 0 = known for common GPUs, else MFU is left out."""
+    prometheus_port: int = 0
+    """Port where a Prometheus server may fetch a rank's numbers: this plus the rank's number on its node; 0 = off."""
+    prometheus_host: str = "127.0.0.1"
+    """Address for it; others than loopback let everybody who reaches the port read the numbers."""
     system: bool = True
     """Writes CPU, memory, network, disk, GPU and spans of each step to <run folder>/system, a file for each rank."""
 

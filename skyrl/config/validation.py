@@ -209,7 +209,10 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
         "with strategy.name=ddp, the only one whose ranks hold the same weights for good, or with model.lora.rank "
         "above 0, whose adapters are whole on every rank",
     ),
-    "tracking.wandb_project": (lambda cfg: cfg.tracking.wandb != "off", "with tracking.wandb=offline or online"),
+    "tracking.wandb_project": (
+        lambda cfg: cfg.tracking.wandb != "off" or cfg.tracking.trackio,
+        "with tracking.wandb=offline or online, or with tracking.trackio=true",
+    ),
 }
 
 

@@ -30,7 +30,7 @@ class PendingRequest:
     model_id: str
     key: Key | None
     arrived: float = field(default_factory=clock.now)
-    running: bool = False
+    started: float = 0.0  # when it began to run; 0 = it has not
     outcome: RequestOutcome = RequestOutcome("pending")
     finished: float = 0.0
     fetched: float = 0.0

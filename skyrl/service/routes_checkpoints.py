@@ -215,11 +215,8 @@ async def refuse_upload(context: RequestContext) -> Response:
 
 def _address(context: RequestContext, found: CheckpointRecord, file: str) -> tuple[str, float]:
     path = found.path
-    signed, expires = context.state.signer.sign(
-        f"/api/v1/download/{path.run_id}/{path.kind}/{path.name}/{found.version}/{file}"
-    )
-    base = context.request.base_url
-    return f"{base.scheme}://{base.netloc}{signed}", expires
+    signed = f"/api/v1/download/{path.run_id}/{path.kind}/{path.name}/{found.version}/{file}"
+    return context.state.signer.address(context.request, signed)
 
 
 async def external_urls(context: RequestContext) -> Response:
@@ -251,10 +248,7 @@ async def archive(context: RequestContext) -> Response:
 
 async def download(context: RequestContext) -> Response:
     """A file, or the tar of all. Its address is the permission."""
-    if not context.state.signer.valid(
-        context.request.scope["path"], context.query("expires"), context.query("signature")
-    ):
-        raise HttpError(403, "this address is not signed by this server, or has expired; ask for a new one")
+    context.state.signer.check(context.request)
     run_id, kind, name, version, file = context.path("rest").split("/", 4)
     checkpoint = CheckpointPath.of_id(run_id, f"{kind}/{name}")
     if file == "archive.tar":

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from skyrl.service.app import AppState, RequestContext, once, route
 from skyrl.service.messages import METADATA_NAMES, Count, check_metadata
 from skyrl.service.storage.records import CheckpointPath, NotFound, SessionQuery, present
+from skyrl.tracking.prometheus import exposition
 from skyrl.types import UserError, few
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
 from skyrl.web.message import JsonMessage, Text
@@ -74,6 +75,8 @@ def session_routes(state: AppState) -> list[Route]:
         route(state, "POST", "sessions/{session_id}/finish", finish_session),
         route(state, "PUT", "sessions/{session_id}/project", set_project),
         route(state, "GET", "sessions/{session_id}/trace_export", trace_export),
+        route(state, "GET", "session_trace/{session_id}", session_trace, public=True),
+        route(state, "GET", "/metrics", metrics),
         route(state, "GET", "sessions/{session_id}", get_session),
     ]
 
@@ -315,9 +318,22 @@ async def set_project(context: RequestContext) -> Response:
 
 
 async def trace_export(context: RequestContext) -> Response:
-    """No traces are kept here, and that is said at once instead of letting the client poll."""
-    await in_thread(context.state.store.get_session, context.path("session_id"), context.owner)
-    return reply({"status": "failed", "error": "this server records no traces"})
+    """A signed address of the session's timeline, which is made when it is fetched."""
+    session = await in_thread(context.state.store.get_session, context.path("session_id"), context.owner)
+    url, _ = context.state.signer.address(context.request, f"/api/v1/session_trace/{session.session_id}")
+    return reply({"status": "ready", "url": url})
+
+
+async def session_trace(context: RequestContext) -> Response:
+    """When each newer request of a session has waited and run, for ui.perfetto.dev. Its address is the permission."""
+    context.state.signer.check(context.request)
+    return reply(context.state.scheduler.log.trace(context.path("session_id")))
+
+
+async def metrics(context: RequestContext) -> Response:
+    """For a Prometheus server: what waits and is open, and counts since the start, of all owners together."""
+    text = exposition(context.state.scheduler.values, {"model": context.state.info.model_path})
+    return Response(text, media_type="text/plain; version=0.0.4")
 
 
 async def search_sessions(context: RequestContext) -> Response:

@@ -37,6 +37,7 @@ from skyrl.service.messages import (
 from skyrl.service.pending import NAME_BYTES, ClientUsage, Key, ModelQueue, PendingRequest, PendingSample
 from skyrl.service.storage.database import FutureLog
 from skyrl.service.storage.records import ModelInfo
+from skyrl.tracking.trace import RequestLog
 from skyrl.types import Ints, UserError
 
 KEEP_SECONDS = 3600.0  # a result stays fetchable this long after it was made
@@ -88,6 +89,7 @@ class RequestScheduler:
         self._cancelled: list[PendingSample] = []
         self._due: deque[Callable[[], None]] = deque()
         self._clock = itertools.count(1)
+        self.log = RequestLog(clock.now())
         self._closed = ""
         self._futures, self._explain_lost = futures, explain_lost
 
@@ -231,7 +233,7 @@ class RequestScheduler:
         return RequestOutcome("unknown")
 
     def _reason(self, pending: PendingRequest) -> str:
-        if pending.running:
+        if pending.started:
             return "running"
         if isinstance(pending, PendingSample):
             return f"{self._waiting_samples} samples are waiting"
@@ -269,7 +271,7 @@ class RequestScheduler:
     def _withdraw(self, pending: PendingSample, why: str) -> None:
         if pending.settled or pending.cancelled:
             return
-        if pending.running:
+        if pending.started:
             pending.cancelled = why
             self._cancelled.append(pending)
             self._lock.notify_all()
@@ -326,7 +328,7 @@ class RequestScheduler:
                         continue
                 queue.served = next(self._clock)
                 batch.append(queue.ready.popleft())
-                batch[-1].running = True
+                batch[-1].started = clock.now()
                 self._note(model_id, queue)
                 tokens += size
                 if not joins:
@@ -351,7 +353,7 @@ class RequestScheduler:
                     break
                 self._turns.move_to_end(client)
                 pending = self._turns[client].samples.popleft()
-                pending.running = True
+                pending.started = clock.now()
                 self._leave(pending)
                 room -= min(pending.request.num_samples, LARGE_SAMPLE)
                 taken.append(pending)
@@ -443,6 +445,11 @@ class RequestScheduler:
             for pending in [*queue.ready, *queue.out_of_order.values()]:
                 self._fail(pending, why)
 
+    def values(self) -> dict[str, float]:
+        """For Prometheus: what waits and is open now, and counts since the start."""
+        sizes = {"samples_waiting": self._waiting_samples, "request_bytes": self._request_bytes}
+        return {**self.log.values(), **sizes, "models_open": len(self._queues), "result_bytes": self._kept_bytes}
+
     def why_gone(self, model_id: str) -> str:
         """Why a model is closed; "" when it is not, or was long ago."""
         with self._lock:
@@ -455,7 +462,7 @@ class RequestScheduler:
             self._tell_failures(float("inf"))
             for lists in (self._queues, self._ready, self._gaps, self._turns):
                 lists.clear()
-            for pending in [one for one in self._requests.values() if not (one.running or one.settled)]:
+            for pending in [one for one in self._requests.values() if not (one.started or one.settled)]:
                 self._fail(pending, why, "server")
             self._lock.notify_all()
 
@@ -467,6 +474,7 @@ class RequestScheduler:
             return
         pending.outcome, pending.finished = outcome, clock.now()
         self._due += pending.callbacks
+        self.log.add(pending)
         pending.request, pending.callbacks = None, []
         if isinstance(pending, PendingSample):
             pending.streamed, pending.readers, pending.answer = [], [], None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.schema import RunConfig
+from skyrl.tracking.prometheus import PrometheusExporter
 from skyrl.tracking.system import SystemRecorder
 from skyrl.types import Metrics
 
@@ -69,6 +70,8 @@ class Tracker:
         recorder: SystemRecorder | None = None,
     ) -> None:
         self.sinks, self.metrics_path, self.peak_flops, self.recorder = sinks, metrics_path, peak_flops, recorder
+        self.exporter: PrometheusExporter | None = None
+        self._last: Record = {}
         self._values: dict[str, list[float]] = {}
         self._start = time.perf_counter()
 
@@ -121,7 +124,15 @@ class Tracker:
         record = {"step": step, "phase": phase, **dict(sorted(metrics.items()))}
         for sink in self.sinks:
             sink.write(record)
+        self._last = record
         return metrics
+
+    def values(self) -> dict[str, float]:
+        """The newest record of rank 0, and what this rank's recorder has seen under "system/", for exporters."""
+        seen = self.recorder.last if self.recorder is not None else {}
+        gpus = {f"gpu/{key}": value for gpu in seen.get("gpus", ()) for key, value in gpu.items()}
+        found = self._last | {f"system/{key}": value for key, value in {**seen, **gpus}.items()}
+        return {key: value for key, value in found.items() if isinstance(value, (int, float))}
 
     def pending(self) -> dict[str, list[float]]:
         """What was added to the step under way, to be taken up by `restore` after a restart; {} on ranks but 0."""
@@ -159,8 +170,9 @@ class Tracker:
 
     def close(self) -> None:
         """Ends every sink. Adding afterwards is ignored."""
-        if self.recorder is not None:
-            self.recorder.close()
+        for one in (self.recorder, self.exporter):
+            if one is not None:
+                one.close()
         sinks, self.sinks = self.sinks, []
         for sink in sinks:
             sink.close()
@@ -238,6 +250,10 @@ def make_tracker(
         from skyrl.tracking.wandb import WandbSink
 
         sinks.append(WandbSink(cfg, folder))
+    if options.trackio:
+        from skyrl.tracking.wandb import TrackioSink
+
+        sinks.append(TrackioSink(cfg, folder))
     if options.tensorboard:
         from skyrl.tracking.tensorboard import TensorBoardSink
 

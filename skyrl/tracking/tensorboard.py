@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skyrl.tracking.base import Record, Sink
+from skyrl.tracking.wandb import run_id
 from skyrl.types import UserError
 
 
@@ -24,6 +25,7 @@ class TensorBoardSink(Sink):
                 'pip install "skyrl-spmd[tensorboard]" or give tracking.tensorboard=false'
             ) from None
         self._writer = SummaryWriter(str(folder))
+        self._writer.add_text("run_id", run_id(folder.parent))
 
     def write(self, record: Record) -> None:
         for key, value in record.items():

@@ -1,7 +1,9 @@
-"""Weights & Biases, offline or online. Imported only when it is switched on."""
+"""Weights & Biases, offline or online, and Trackio, which has its interface. Imported only when one is switched on."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import secrets
 from pathlib import Path
@@ -66,8 +68,47 @@ class WandbSink(Sink):
         self._run.finish()
 
 
+class TrackioSink(Sink):
+    """Logs each record under "<phase>/<key>" into Trackio's own folder (TRACKIO_DIR), which `trackio show` reads; to the
+    network only where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL asks for it. The run is called by its name and id."""
+
+    def __init__(self, cfg: RunConfig, folder: Path) -> None:
+        """Raises: UserError when trackio is not installed or does not start."""
+        try:
+            import trackio
+        except ImportError:
+            raise UserError(
+                'tracking.trackio=true: the package trackio is not installed; pip install "skyrl-spmd[trackio]" or give '
+                "tracking.trackio=false"
+            ) from None
+        name = f"{cfg.run.name or folder.name}-{run_id(folder)}"
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it advertises itself
+                self._run = trackio.init(
+                    project=cfg.tracking.wandb_project,
+                    name=name,
+                    config=to_dict(cfg),
+                    resume="allow",
+                    embed=False,
+                    auto_log_gpu=False,
+                    auto_log_cpu=False,
+                )
+        except (OSError, ValueError, RuntimeError) as problem:
+            raise UserError(f"tracking.trackio=true: trackio did not start ({problem})") from None
+
+    def write(self, record: Record) -> None:
+        phase, step = record["phase"], int(record["step"])
+        values = {f"{phase}/{key.replace(':', '.')}": v for key, v in record.items() if key not in ("phase", "step")}
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
 def run_id(folder: Path) -> str:
-    """The id kept in the run folder, made at the first call."""
+    """The run's id in wandb, Trackio and TensorBoard: kept in the run folder, made at the first call."""
     path = folder / "wandb_id"
     if not path.exists():
         write_atomic(path, secrets.token_hex(5))

@@ -122,6 +122,17 @@ class Signer:
             return False
         return hmac.compare_digest(self._signature(path, int(expires)).encode(), signature.encode("utf-8", "replace"))
 
+    def address(self, request: Request, path: str) -> tuple[str, float]:
+        """A `path` of the server that `request` has reached, as a whole address that is signed, and when that ends."""
+        signed, expires = self.sign(path)
+        return f"{request.base_url.scheme}://{request.base_url.netloc}{signed}", expires
+
+    def check(self, request: Request) -> None:
+        """Raises HttpError 403 unless the request's address was signed here."""
+        query = request.query_params
+        if not self.valid(request.scope["path"], query.get("expires", ""), query.get("signature", "")):
+            raise HttpError(403, "this address is not signed by this server, or has expired; ask for a new one")
+
     def token(self, owner: str, *, seconds: int = SIGNED_SECONDS) -> str:
         """A JWT (HS256) that stands for the owner's key. Clients read sub and org_id, and exp to renew it in time."""
         now = int(time.time())

@@ -53,10 +53,12 @@ def test_a_session_from_begin_to_end(server):
     found = server.get(f"sessions/{session}")
     assert found["user_metadata"] == {"k": "v", "n": "3"} and found["display_name"] == "my run"
     assert server.http.put(f"/api/v1/sessions/{session}/project", json={"project_id": "q"}).status_code == 204
-    assert server.get(f"sessions/{session}/trace_export") == {
-        "status": "failed",
-        "error": "this server records no traces",
-    }
+    told = server.get(f"sessions/{session}/trace_export")
+    assert told["status"] == "ready"
+    path = told["url"].partition("/api/")[2]
+    assert server.http.get(f"/api/{path}").json()["traceEvents"] == []  # no work yet
+    assert server.http.get(f"/api/{path}0").status_code == 403
+    assert b"skyrl_samples_waiting" in server.http.get("/metrics").content
     hits = server.call("sessions/search", session_id=session, user_metadata={"k": "v"}, owner={"type": "own"})
     assert [one["session_id"] for one in hits["sessions"]] == [session]
     assert hits["sessions"][0]["project_id"] == "q" and hits["sessions"][0]["status"] == {"type": "active"}

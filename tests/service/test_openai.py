@@ -192,7 +192,7 @@ def test_a_stream_that_fails_says_so(server):
     reader.start()
     try:
         for _ in range(100):
-            batch = [pending for pending in server.desk._requests.values() if not (pending.running or pending.settled)]
+            batch = [pending for pending in server.desk._requests.values() if not (pending.started or pending.settled)]
             if batch:
                 break
             time.sleep(0.02)

@@ -40,6 +40,8 @@ def test_tensorboard_reads_back(tmp_path):
     assert [point.step for point in points] == [2, 3, 4]
     assert all(math.isclose(point.value, point.step / 3, rel_tol=1e-6) for point in points)
     assert [point.step for point in events.Scalars("warmup/loss.sum")] == [1]
+    (told,) = events.Tensors("run_id/text_summary")
+    assert told.tensor_proto.string_val[0].decode() == (tmp_path / "wandb_id").read_text()
 
 
 def test_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
@@ -59,6 +61,42 @@ def test_missing_wandb_is_one_line(tmp_path, monkeypatch):
 def test_wandb_is_not_imported_when_off(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     make_tracker(config(), tmp_path, 0).close()
+
+
+def test_missing_trackio_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match=r'tracking.trackio=true: .*pip install "skyrl-spmd\[trackio\]"'):
+        make_tracker(config(trackio=True), tmp_path, 0)
+
+
+TRACKIO = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_sinks import config, run_steps
+offset = run_steps(config(trackio=True), Path(sys.argv[2]), 1, 3)
+run_steps(config(trackio=True), Path(sys.argv[2]), 4, 5, resume_from=offset)
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = SQLiteStorage.get_runs("skyrl")
+print(run, [(one["step"], one.get("rl/reward.mean")) for one in SQLiteStorage.get_logs("skyrl", run)])
+"""
+
+
+def test_trackio_keeps_one_run_in_its_folder_and_calls_nobody(tmp_path):
+    pytest.importorskip("trackio")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path), "NO_PROXY": ""}
+        env |= {"HTTP_PROXY": address, "HTTPS_PROXY": address, "ALL_PROXY": address}
+        command = [sys.executable, "-c", TRACKIO, str(Path(__file__).parent), str(tmp_path / "run")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    run = f"run-{(tmp_path / 'run' / 'wandb_id').read_text()}"  # the id that wandb and TensorBoard have too
+    points = [(1, None), *((step, step / 3) for step in range(2, 6))]
+    assert done.stdout == f"{run} {points}\n"
 
 
 WANDB = """
