@@ -69,7 +69,7 @@ class WandbSink(Sink):
 
 
 class TrackioSink(Sink):
-    """Logs each record under "<phase>/<key>" into Trackio's own folder (TRACKIO_DIR), which `trackio show` reads; to the
+    """Logs each record under "<phase>/<key>" into Trackio's own folder (TRACKIO_DIR), which `trackio show` reads; to a
     network only where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL asks for it. The run is called by its name and id."""
 
     def __init__(self, cfg: RunConfig, folder: Path) -> None:
@@ -78,9 +78,10 @@ class TrackioSink(Sink):
             import trackio
         except ImportError:
             raise UserError(
-                'tracking.trackio=true: the package trackio is not installed; pip install "skyrl-spmd[trackio]" or give '
-                "tracking.trackio=false"
+                'tracking.trackio=true: the package trackio is not installed; pip install "skyrl-spmd[trackio]" or '
+                "give tracking.trackio=false"
             ) from None
+        self._finish = trackio.finish  # of the run that is open in this process
         name = f"{cfg.run.name or folder.name}-{run_id(folder)}"
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it advertises itself
@@ -104,7 +105,7 @@ class TrackioSink(Sink):
     def close(self) -> None:
         """Waits until all is written."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._finish()
 
 
 def run_id(folder: Path) -> str:
