@@ -197,7 +197,7 @@ BUDGET = {
     "eval": (4, "when, on what, how"),
     "warmup": (5, "as little as a supervised phase needs: how long, how much, its rate and schedule (3)"),
     "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
-    "tracking": (12, "one switch for each place numbers go to, and the words it is found by"),
+    "tracking": (11, "one switch for each place numbers go to, and the words it is found by"),
     "alerts": (2, "an address, a program"),
     "debug": (3, "one switch for each doubt"),
     "run": (13, "name, place, resume, the patience of ranks, when it works, and what may differ between their nodes"),
