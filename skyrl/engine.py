@@ -181,12 +181,20 @@ class Engine:
             return self._run(rows, loss, model, backward=False, mix=mix, strict=strict)
 
     def score(
-        self, rows: list[Datum], temperature: float, *, model: str | None = "policy", top_k: int = 0
+        self,
+        rows: list[Datum],
+        temperature: float,
+        *,
+        model: str | None = "policy",
+        top_k: int = 0,
+        entropy: bool = False,
     ) -> TrainOutput:
         """Log-probabilities (and values) of every position of the rows, without a loss and without a gradient. With
-        `top_k` `logprobs` are [L, 2 * top_k]: those of the likeliest next tokens, then the ids of these tokens."""
+        `top_k` `logprobs` are [L, 2 * top_k]: those of the likeliest next tokens, then the ids of these tokens; with
+        `entropy` they are the entropies of the policy there, in nats."""
+        spec = LossSpec("", temperature=temperature, entropy_coef=float(entropy))
         with torch.no_grad():
-            return self._run(rows, LossSpec("", temperature=temperature), model, backward=False, top_k=top_k)
+            return self._run(rows, spec, model, backward=False, top_k=top_k)
 
     def forward_backward(
         self,

@@ -102,11 +102,13 @@ class Model:
             share=layout.share_prefixes and len({id(adapters[i]) for i in picked}) == 1,
         )
         with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
-            entropy = bool(loss.name) and not is_critic
+            scores_entropy = not loss.name and loss.entropy_coef > 0  # Engine.score
+            entropy = (bool(loss.name) or scores_entropy) and not is_critic
             given: Any = {"temperature": loss.temperature, "packing": layout.packing, "top_k": top_k}
             out = self.strategy.module(batch, entropy=entropy, **given)
             if picked:
-                results.add_output(picked, out.values_T if is_critic else out.logprobs_T)
+                scored_T = out.entropy_T if scores_entropy else out.logprobs_T
+                results.add_output(picked, out.values_T if is_critic else scored_T)
             if not loss.name:
                 return
             loss_T, metrics = compute_loss(out, batch, loss)

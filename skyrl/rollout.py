@@ -409,8 +409,8 @@ class Row:
     """One row of an episode on its way to a Datum; all arrays are [L], shifted as a Datum's.
 
     Nothing in it changes: each stage of the loop returns rows with one more field set (`dataclasses.replace`). `mask`
-    marks the sampled targets, `trained` those of them that the filters leave. `rewards` holds each turn's reward on the
-    last token of that turn, `scales` its scale and `objectives` what was named of it.
+    marks the sampled targets, `trained` those of them that the filters leave, `selected` what clip_cov and kl_cov pick.
+    `rewards` holds each turn's reward on its last token, `scales` its scale and `objectives` what was named of it.
     `group` is the place of its prompt in the batch of all ranks, `episode` counts this rank's.
     """
 
@@ -433,6 +433,7 @@ class Row:
     scales: Floats | None = None
     objectives: dict[str, Floats] = field(default_factory=dict)
     support: TokenSupport | None = None
+    selected: Floats | None = None
 
     def datum(self, weights: Floats) -> Datum:
         """What the engine trains on: this row with its weights, which are mask and reduction in one."""
@@ -446,6 +447,7 @@ class Row:
             reference=self.reference,
             values=self.values,
             returns=self.returns,
+            selected=self.selected,
             name=self.name,
             support=self.support,
         )

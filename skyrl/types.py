@@ -162,7 +162,7 @@ class Episode:
 
 ROW_FIELDS = (
     "targets weights sampling_logprobs advantages old_logprobs reference values returns clip_low clip_high "
-    "ratio_mask".split()
+    "ratio_mask selected".split()
 )  # arrays of a row besides its tokens, one entry per token
 
 
@@ -177,6 +177,7 @@ class Datum:
     `clip_low` and `clip_high` are the losses' parameters of these names, one per token; they win over the parameters.
     `ratio_mask`: the tokens (not 0) whose log-ratios make up GSPO's sequence mean; without it the trained ones.
     `support`: log-probabilities, entropy and gradient of each position are those of the softmax over these tokens.
+    `selected`: the tokens (not 0) that clip_cov and kl_cov treat otherwise (algorithms.selection).
     """
 
     tokens: Ints
@@ -194,6 +195,7 @@ class Datum:
     clip_high: Floats | None = None
     ratio_mask: Floats | None = None
     support: TokenSupport | None = None
+    selected: Floats | None = None
 
     def __post_init__(self) -> None:
         length = len(self.tokens)
@@ -237,6 +239,7 @@ class Microbatch:
     clip_low_T: Tensor | None = None
     clip_high_T: Tensor | None = None
     ratio_mask_T: Tensor | None = None
+    selected_T: Tensor | None = None
     distinct_U: Tensor | None = None
     place_T: Tensor | None = None
     scored_P: Tensor | None = None
@@ -264,8 +267,9 @@ class LossSpec:
     """A loss by name (algorithms.losses.LOSSES) and every number it needs.
 
     loss_T = policy_T * correction_T + kl_coef * kl_T - entropy_coef * entropy_T, then weighted and summed.
-    `params` are the keyword arguments of the named loss. `correction` is algorithms.losses.CORRECTIONS' name for the
-    sampler/trainer mismatch, capped at `correction_cap`. `temperature` is the one the rows were sampled at.
+    `params` are the keyword arguments of the named loss. `correction` is algorithms.corrections.CORRECTIONS' name for
+    the sampler/trainer mismatch, between `correction_low` and `correction_cap`, times `correction_scale`. `temperature`
+    is the one the rows were sampled at.
     """
 
     name: str
@@ -276,6 +280,8 @@ class LossSpec:
     entropy_coef: float = 0.0
     correction: str = "none"
     correction_cap: float = 2.0
+    correction_low: float = 0.0
+    correction_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 Does not reduce, clip or drop anything: reductions are in reductions.py, filters in filters.py. Groups live whole on
 one rank; statistics of the whole batch go through `all_reduce_sum`, which every rank calls equally often, also without
-rows.
+rows. Further estimators that compare the samples of a prompt: groups.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,9 @@ class RewardRows:
     rewards are never read, and its advantages are 0. `values` are the critic's, read at sampled tokens only. `scales`
     says at each reward how large the numbers are that it was summed from, if above its magnitude (variance.py);
     `objectives` holds the rewards of each named objective before they were weighted and summed, with all names.
+    `bootstrap_D` is the critic's value after the row's last token for an episode that a limit cut there, else 0;
+    `baseline_D` the score of a greedy answer to the row's prompt (NaN: it has none); `log_ratios` the policy's
+    log-probabilities before the update minus the sampler's, read at sampled tokens only.
     Raises RuntimeError when the arrays contradict this, because then they were built wrongly.
     """
 
@@ -43,11 +47,13 @@ class RewardRows:
     values: list[Floats] | None = None
     scales: list[Floats] | None = None
     objectives: dict[str, list[Floats]] = field(default_factory=dict)
+    bootstrap_D: Floats | None = None
+    baseline_D: Floats | None = None
+    log_ratios: list[Floats] | None = None
 
     def __post_init__(self) -> None:
         counts = [len(self.group_D), len(self.episode_D), len(self.rewards), len(self.masks), len(self.valid_D)]
-        if self.values is not None:
-            counts.append(len(self.values))
+        counts += [len(x) for x in (self.values, self.bootstrap_D, self.baseline_D, self.log_ratios) if x is not None]
         if len(set(counts)) != 1:
             raise RuntimeError(f"RewardRows: the fields have different numbers of rows: {counts}")
         for d, (reward, mask) in enumerate(zip(self.rewards, self.masks, strict=True)):
@@ -85,7 +91,7 @@ class RewardRows:
 
 @dataclass
 class Advantages:
-    """One array [L] float64 per row, 0 where nothing was sampled. `returns` are the critic's targets (gae only)."""
+    """One array [L] float64 per row, 0 where nothing was sampled. `returns` are the critic's targets, if it has one."""
 
     advantages: list[Floats]
     returns: list[Floats] | None = None
@@ -94,6 +100,15 @@ class Advantages:
 EPS = Param(1e-6, "Added to a standard deviation before division; with less than 1e-12 rounding decides", low=1e-12)
 GAMMA = Param(1.0, "Discount of each sampled token", high=1.0)
 LAM = Param(1.0, "GAE's lambda: 1 sums all later rewards, 0 trusts the critic after one token", high=1.0)
+DDOF = Param(
+    1.0, "The standard deviation divides by n - ddof: 1 that of a sample, 0 of a population", high=1.0, whole=True
+)
+BOOTSTRAP = Param(
+    0.0,
+    "1 = an episode that a length limit cut goes on with the critic's value after its last token",
+    high=1.0,
+    whole=True,
+)
 
 
 def kl_rewards(
@@ -113,40 +128,44 @@ def kl_rewards(
     return out
 
 
-def _spread(rows: RewardRows, score_of_row_D: np.ndarray) -> Advantages:
+def spread_over(rows: RewardRows, score_of_row_D: np.ndarray) -> Advantages:
     return Advantages([np.where(mask, a, 0.0) for mask, a in zip(rows.masks, score_of_row_D, strict=True)])
 
 
-def per_group(rows: RewardRows, centre: Callable[[np.ndarray], np.ndarray]) -> Advantages:
+def per_group(rows: RewardRows, centre: Callable[..., np.ndarray], *, lengths: bool = False) -> Advantages:
     """Gives every sampled token of an episode `centre(scores of its group)[episode]`. Groups without variance, such as
-    groups of one, get exactly 0, and `centre` is not asked about them."""
+    groups of one, get exactly 0, and `centre` is not asked about them. With `lengths` it is also given how many tokens
+    each episode sampled."""
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
     members: dict[int, list[int]] = {}
     for e, (first, _) in enumerate(spans):
         members.setdefault(int(rows.group_D[first]), []).append(e)
     score_E = np.array([score_of(np.concatenate(rows.rewards[a:b]))[0] for a, b in spans])
     scale_E = np.array([rows.scale(a, b) for a, b in spans])
+    length_E = np.array([sum(int(mask.sum()) for mask in rows.masks[a:b]) for a, b in spans])
     advantage_D = np.zeros(len(rows.rewards))
     for group_E in members.values():
         if is_rounding(np.ptp(score_E[group_E]), scale_E[group_E].max()):
             continue
-        for e, advantage in zip(group_E, centre(score_E[group_E]), strict=True):
+        more = (length_E[group_E],) if lengths else ()
+        for e, advantage in zip(group_E, centre(score_E[group_E], *more), strict=True):
             advantage_D[spans[e][0] : spans[e][1]] = advantage
-    return _spread(rows, advantage_D)
+    return spread_over(rows, advantage_D)
 
 
-GRPO = Advantage("grpo", params={"eps": EPS}, group=True, paper="2402.03300")
+GRPO = Advantage("grpo", params={"eps": EPS, "ddof": DDOF}, group=True, paper="2402.03300")
 
 
 @GRPO
-def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float) -> Advantages:
+def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, ddof: float) -> Advantages:
     """(R - mean) / (std + eps) over the scores R of a group, the same for every sampled token of the episode.
 
-    std is the sample standard deviation (n - 1), as torch.std; the paper does not say which. Groups whose scores are
-    equal but for rounding, and groups of one, get exactly 0. An episode of several rows has one score, the sum of its
-    rewards. Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
+    Groups whose scores are equal but for rounding, and groups of one, get exactly 0. An episode of several rows has one
+    score, the sum of its rewards. Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, section 4.1.2.
+    Differs: the paper does not say which std; ours is that of a sample (n - 1), as torch.std, or with ddof 0 that of a
+    population.
     """
-    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=1) + eps))
+    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=int(ddof)) + eps))
 
 
 DR_GRPO = Advantage("dr_grpo", group=True, paper="2503.20783")
@@ -156,8 +175,8 @@ DR_GRPO = Advantage("dr_grpo", group=True, paper="2503.20783")
 def dr_grpo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     """R - mean over the scores of a group, without dividing by their spread.
 
-    Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. The paper's other
-    half, no division by the answer's length, is loss.reduction=constant.
+    Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. Differs: the paper's
+    other half, no division by the answer's length, is loss.reduction=constant.
     """
     return per_group(rows, lambda score_G: score_G - score_G.mean())
 
@@ -175,7 +194,7 @@ def rloo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     return per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
 
 
-def _whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
+def whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
     """(x - mean) / (std + eps) over the tokens of all ranks; population std (n). Two calls of all_reduce_sum, always.
 
     Exactly 0 where std is rounding: `scales` says for each episode how large the numbers are that its tokens were made
@@ -194,14 +213,14 @@ def _whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduc
     return np.split(flat, np.cumsum([len(x) for x in tokens])[:-1]) if tokens else []
 
 
-def _join(arrays: list[Floats], masks: list[np.ndarray]) -> np.ndarray:
+def join_tokens(arrays: list[Floats], masks: list[np.ndarray]) -> np.ndarray:
     """The sampled tokens of one episode's rows, end to end: what was observed is skipped."""
     parts = [array[mask] for array, mask in zip(arrays, masks, strict=True)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray]) -> list[Floats]:
-    """The inverse of _join for all episodes; 0 in rows that no span names."""
+def split_tokens(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray]) -> list[Floats]:
+    """The inverse of join_tokens for all episodes; 0 in rows that no span names."""
     out = [np.zeros(len(mask)) for mask in masks]
     for values, (first, end) in zip(tokens, spans, strict=True):
         position = 0
@@ -212,8 +231,9 @@ def _split(tokens: list[np.ndarray], spans: list[Span], masks: list[np.ndarray])
     return out
 
 
-def _sums_to_come(tokens: list[np.ndarray], discount: float) -> list[np.ndarray]:
-    """S_t = x_t + discount * S_{t+1} for the tokens of each episode, float64; S is 0 after the last one.
+def sums_to_come(tokens: list[np.ndarray], discount: float | list[np.ndarray]) -> list[np.ndarray]:
+    """S_t = x_t + discount * S_{t+1} for the tokens of each episode, float64; S is 0 after the last one. `discount` may
+    be one number per token.
 
     All episodes go backward together, one numpy operation for each token of the longest: the same products and sums, in
     the same order, as token by token. `EPISODES_AT_ONCE` bounds the padding.
@@ -222,15 +242,22 @@ def _sums_to_come(tokens: list[np.ndarray], discount: float) -> list[np.ndarray]
     for first in range(0, len(tokens), EPISODES_AT_ONCE):
         part = tokens[first : first + EPISODES_AT_ONCE]
         longest = max(map(len, part))
-        padded_ET = np.zeros((len(part), longest))  # episodes end together; padding stands before their first tokens
-        for e, x in enumerate(part):
-            padded_ET[e, longest - len(x) :] = x
-        sums_TE = np.ascontiguousarray(padded_ET.T)
+        sums_TE = _padded(part, longest)
+        own = discount[first : first + EPISODES_AT_ONCE] if isinstance(discount, list) else None
+        discount_T: Any = _padded(own, longest) if own else [discount] * longest
         for t in range(longest - 2, -1, -1):
-            sums_TE[t] += discount * sums_TE[t + 1]
-        padded_ET[:] = sums_TE.T
-        out += [padded_ET[e, longest - len(x) :] for e, x in enumerate(part)]
+            sums_TE[t] += discount_T[t] * sums_TE[t + 1]
+        sums_ET = np.ascontiguousarray(sums_TE.T)
+        out += [sums_ET[e, longest - len(x) :] for e, x in enumerate(part)]
     return out
+
+
+def _padded(part: list[np.ndarray], longest: int) -> np.ndarray:
+    """[T, E]: episodes end together; padding stands before their first tokens."""
+    padded_ET = np.zeros((len(part), longest))
+    for e, x in enumerate(part):
+        padded_ET[e, longest - len(x) :] = x
+    return np.ascontiguousarray(padded_ET.T)
 
 
 def decoupled(
@@ -252,11 +279,12 @@ def decoupled(
                 total[d] += weight * part
                 sizes[d] += np.abs(weight * part)
     spans = [(a, b) for a, b in rows.episodes() if rows.valid_D[a] and any(mask.any() for mask in rows.masks[a:b])]
-    tokens = [_join(total[a:b], rows.masks[a:b]) for a, b in spans]
-    scales = [float(_join(sizes[a:b], rows.masks[a:b]).max()) for a, b in spans]
-    whitened = _whiten([x[:1] if declared.group else x for x in tokens], scales, EPS.default, reduce)
+    tokens = [join_tokens(total[a:b], rows.masks[a:b]) for a, b in spans]
+    scales = [float(join_tokens(sizes[a:b], rows.masks[a:b]).max()) for a, b in spans]
+    per_episode = declared.group and not declared.token_rewards
+    whitened = whiten([x[:1] if per_episode else x for x in tokens], scales, EPS.default, reduce)
     spread = [np.broadcast_to(x, len(of)) for x, of in zip(whitened, tokens, strict=True)]
-    return Advantages(_split(spread, spans, rows.masks))
+    return Advantages(split_tokens(spread, spans, rows.masks))
 
 
 REINFORCE_PP = Advantage("reinforce++", params={"gamma": GAMMA, "eps": EPS}, token_rewards=True, paper="2501.03262")
@@ -267,19 +295,19 @@ def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: floa
     """Discounted sum of the rewards from each token to the end of its episode, whitened over the whole batch.
 
     The discount counts sampled tokens; rows of one episode follow each other. Without a group baseline, so
-    samples_per_prompt may be 1. The paper's KL penalty is kl.placement=reward. Population std over all sampled tokens
-    of all ranks. Source: Hu 2025 (REINFORCE++), arXiv 2501.03262, section 3.
+    samples_per_prompt may be 1. Source: Hu et al. 2025 (REINFORCE++), arXiv 2501.03262, section 3. Differs: the
+    paper's KL penalty is kl.placement=reward; population std over all sampled tokens of all ranks.
     """
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
-    rewards = [_join(rows.rewards[first:end], rows.masks[first:end]) for first, end in spans]
+    rewards = [join_tokens(rows.rewards[first:end], rows.masks[first:end]) for first, end in spans]
     scales = [rows.scale(first, end) for first, end in spans]
-    returns = _sums_to_come(rewards, gamma)
-    return Advantages(_split(_whiten(returns, scales, eps, all_reduce_sum), spans, rows.masks))
+    returns = sums_to_come(rewards, gamma)
+    return Advantages(split_tokens(whiten(returns, scales, eps, all_reduce_sum), spans, rows.masks))
 
 
 GAE = Advantage(
     "gae",
-    params={"gamma": GAMMA, "lam": LAM, "eps": EPS},
+    params={"gamma": GAMMA, "lam": LAM, "eps": EPS, "bootstrap": BOOTSTRAP},
     token_rewards=True,
     critic=True,
     paper="1506.02438",
@@ -287,30 +315,130 @@ GAE = Advantage(
 
 
 @GAE
-def gae(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, eps: float) -> Advantages:
+def gae(
+    rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, eps: float, bootstrap: float
+) -> Advantages:
     """Generalised advantage estimation over the sampled tokens of an episode, whitened over the whole batch.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next *sampled* token,
-    also across turns and rows; after the last one V = 0, also for episodes cut by a length limit (no bootstrap).
-    returns = unwhitened A + V. Tokens of an episode without a score get their own value as return, so that the critic
-    has no error there. Source: Schulman et al. 2016, arXiv 1506.02438. Raises UserError without values.
+    also across turns and rows. After the last one V = 0, also for an episode that a length limit cut; with bootstrap 1
+    it is the critic's value there (Pardo et al. 2018, arXiv 1712.00378). returns = unwhitened A + V. Tokens of an
+    episode without a score get their own value as return, so that the critic has no error there. Raises UserError
+    without values. Source: Schulman et al. 2016, arXiv 1506.02438; in PPO for language models Ouyang et
+    al. 2022, arXiv 2203.02155. Differs: observations between turns are no time steps; advantages are whitened over all
+    ranks (population std), returns are not.
     """
-    if rows.values is None:
-        raise UserError(
-            "algorithm.advantage.name: gae got no values; give the run a critic, or choose one that needs none"
-        )
-    spans = rows.episodes()
-    critics = [_join(rows.values[first:end], rows.masks[first:end]) for first, end in spans]
-    values = [critic.astype(np.float64) for critic in critics]
-    deltas, scales = [np.zeros_like(v) for v in values], []
-    kept = [e for e, (first, _) in enumerate(spans) if rows.valid_D[first]]
-    for e in kept:
-        first, end = spans[e]
-        rewards = _join(rows.rewards[first:end], rows.masks[first:end])
-        deltas[e] = rewards + gamma * np.append(values[e][1:], 0.0)[: len(rewards)] - values[e]
-        # an advantage is a sum of later rewards and of values, whose weights are at most 2 together
-        scales.append(float(rows.scale(first, end) + 2.0 * magnitude(critics[e]).max(initial=0.0)))
-    advantages = _sums_to_come(deltas, gamma * lam)
-    returns = [a + v for a, v in zip(advantages, values, strict=True)]
-    whitened = _whiten([advantages[e] for e in kept], scales, eps, all_reduce_sum)
-    return Advantages(_split(whitened, [spans[e] for e in kept], rows.masks), _split(returns, spans, rows.masks))
+    errors = TDErrors(rows, "gae", gamma, bootstrap)
+    advantages = sums_to_come(errors.deltas, gamma * lam)
+    return errors.result(advantages, advantages, eps, all_reduce_sum)
+
+
+class TDErrors:
+    """`deltas` and `values` of the sampled tokens of each episode, float64 (deltas 0 in episodes without a score);
+    `kept` are the episodes that have one. Raises UserError without values."""
+
+    def __init__(self, rows: RewardRows, name: str, gamma: float, bootstrap: float) -> None:
+        if rows.values is None:
+            raise UserError(
+                f"algorithm.advantage.name: {name} got no values; give the run a critic, or choose one that needs none"
+            )
+        last_D = rows.bootstrap_D if bootstrap else np.zeros(len(rows.masks))
+        assert last_D is not None  # the loop scores what was cut with one more token
+        self.rows, self.spans = rows, rows.episodes()
+        critics = [join_tokens(rows.values[first:end], rows.masks[first:end]) for first, end in self.spans]
+        self.values = [critic.astype(np.float64) for critic in critics]
+        self.deltas, self.scales = [np.zeros_like(v) for v in self.values], []
+        self.kept = [e for e, (first, _) in enumerate(self.spans) if rows.valid_D[first]]
+        for e in self.kept:
+            first, end = self.spans[e]
+            rewards = join_tokens(rows.rewards[first:end], rows.masks[first:end])
+            following = np.append(self.values[e][1:], last_D[end - 1])[: len(rewards)]
+            self.deltas[e] = rewards + gamma * following - self.values[e]
+            # an advantage is a sum of later rewards and of values, whose weights are at most 2 together
+            largest = max(magnitude(critics[e]).max(initial=0.0), magnitude(last_D[end - 1 : end]).max())
+            self.scales.append(float(rows.scale(first, end) + 2.0 * largest))
+
+    def result(
+        self, advantages: list[np.ndarray], to_values: list[np.ndarray], eps: float | None, all_reduce_sum: AllSum
+    ) -> Advantages:
+        """`advantages` of all episodes whitened over the batch (not with eps None); returns are `to_values` + V."""
+        returns = [a + v for a, v in zip(to_values, self.values, strict=True)]
+        given, spans = [advantages[e] for e in self.kept], [self.spans[e] for e in self.kept]
+        whitened = given if eps is None else whiten(given, self.scales, eps, all_reduce_sum)
+        masks = self.rows.masks
+        return Advantages(split_tokens(whitened, spans, masks), split_tokens(returns, self.spans, masks))
+
+
+VAPO = Advantage(
+    "vapo",
+    params={
+        "gamma": GAMMA,
+        "alpha": Param(0.05, "lambda of an episode of l tokens is 1 - 1 / (alpha l), at least 0", low=1e-6),
+        "lam_critic": Param(1.0, "lambda of the critic's targets: 1 = the sum of later rewards", high=1.0),
+        "eps": EPS,
+        "bootstrap": BOOTSTRAP,
+    },
+    token_rewards=True,
+    critic=True,
+    paper="2504.05118",
+)
+
+
+@VAPO
+def vapo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, **given: float) -> Advantages:
+    """GAE whose lambda grows with the episode's length, 1 - 1 / (alpha l), and whose critic has a lambda of its own.
+
+    A TD error reaches a constant part of the answer, however long it is, and the critic's targets do not decay. Up to
+    1 / alpha tokens lambda is 0. Source: Yue et al. 2025 (VAPO), arXiv 2504.05118, length-adaptive and decoupled GAE.
+    Differs: whitened as gae's; to pretrain the critic there is critic.warmup_steps.
+    """
+    gamma, alpha = given["gamma"], given["alpha"]
+    errors = TDErrors(rows, "vapo", gamma, given["bootstrap"])
+    discounts = [np.full(len(x), gamma * max(0.0, 1.0 - 1.0 / (alpha * max(1, len(x))))) for x in errors.deltas]
+    to_values = sums_to_come(errors.deltas, gamma * given["lam_critic"])
+    return errors.result(sums_to_come(errors.deltas, discounts), to_values, eps, all_reduce_sum)
+
+
+VTRACE = Advantage(
+    "vtrace",
+    params={
+        "gamma": GAMMA,
+        "lam": LAM,
+        "rho_max": Param(1.0, "Largest weight of a token's TD error; decides what the critic converges to", low=1e-3),
+        "c_max": Param(1.0, "Largest weight by which later TD errors are carried back"),
+        "bootstrap": BOOTSTRAP,
+    },
+    token_rewards=True,
+    critic=True,
+    off_policy=True,
+    paper="1802.01561",
+    rule=lambda params, samples: (
+        "" if params["c_max"] <= params["rho_max"] else "params.c_max: must be at most params.rho_max; lower it"
+    ),
+)
+
+
+@VTRACE
+def vtrace(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, **given: float) -> Advantages:
+    """rho_t (r_t + gamma v_{t+1} - V_t), where v are the V-trace targets, which are also the critic's returns.
+
+    v_t - V_t = rho_t delta_t + gamma c_t (v_{t+1} - V_{t+1}), delta_t = r_t + gamma V_{t+1} - V_t, with
+    rho = min(rho_max, w), c = lam min(c_max, w) and w = exp(rows.log_ratios), policy over sampler. For data of an older
+    policy; w = 1 gives the lambda-return. Source: Espeholt et al. 2018 (IMPALA), arXiv 1802.01561.
+    Differs: the policy is the one before the update, recomputed; not whitened.
+    """
+    assert rows.log_ratios is not None
+    errors = TDErrors(rows, "vtrace", gamma, given["bootstrap"])
+    weights = [np.zeros_like(x) for x in errors.deltas]
+    for e in errors.kept:
+        a, b = errors.spans[e]
+        with np.errstate(over="ignore"):
+            weights[e] = np.exp(join_tokens(rows.log_ratios[a:b], rows.masks[a:b]).astype(np.float64))
+    rhos = [np.minimum(given["rho_max"], w) for w in weights]
+    carried = [gamma * lam * np.minimum(given["c_max"], w) for w in weights]
+    to_values = sums_to_come([rho * x for rho, x in zip(rhos, errors.deltas, strict=True)], carried)
+    advantages = [
+        rho * (delta + gamma * np.append(corrected[1:], 0.0)[: len(delta)])
+        for rho, delta, corrected in zip(rhos, errors.deltas, to_values, strict=True)
+    ]
+    return errors.result(advantages, to_values, None, all_reduce_sum)

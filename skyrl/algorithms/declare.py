@@ -27,21 +27,25 @@ MAY_NEED = tuple(name for name in ROW_FIELDS if name not in ("targets", "weights
 
 @dataclass(frozen=True)
 class Param:
-    """A number that a loss or advantage takes: default, what it does, and the closed range that it lies in."""
+    """A number that a loss or advantage takes: default, what it does, and the closed range that it lies in. `whole`:
+    only whole numbers. `wire`: whether clients of a server may set it."""
 
     default: float
     doc: str
     low: float = 0.0
     high: float = math.inf
+    whole: bool = False
+    wire: bool = True
 
     @property
     def allowed(self) -> str:
         """The range in words."""
-        return f"{self.low:g} or more" if math.isinf(self.high) else f"{self.low:g} to {self.high:g}"
+        text = f"{self.low:g} or more" if math.isinf(self.high) else f"{self.low:g} to {self.high:g}"
+        return f"whole numbers, {text}" if self.whole else text
 
     def fits(self, value: float) -> bool:
         """Whether `value` is finite and in the range."""
-        return math.isfinite(value) and self.low <= value <= self.high
+        return math.isfinite(value) and self.low <= value <= self.high and not (self.whole and value % 1)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,16 @@ class Wire:
     all_tokens: bool = False
 
 
+Rule = Callable[[Mapping[str, float], int], str]
+
+
 @dataclass(eq=False)
 class _Declared:
-    """What a loss and an advantage have in common: a name, parameters, and the function once it is there."""
+    """What a loss and an advantage have in common: a name, parameters, the function once it is there, and a `rule`:
+    what is wrong with (its parameters together, the samples of a prompt), or ""."""
 
     name: str
+    rule: Rule | None = field(default=None, kw_only=True)
 
     def defaults(self) -> dict[str, float]:
         """Every parameter with its default."""
@@ -74,8 +83,10 @@ class _Declared:
 
     def _take(self, kind: str, fn: Callable[..., Any], registry: Registry[Any]) -> None:
         params = self.params  # type: ignore[attr-defined]
-        taken = {p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        if taken != set(params):
+        given = inspect.signature(fn).parameters.values()
+        taken = {p.name for p in given if p.kind is p.KEYWORD_ONLY}
+        rest = any(p.kind is p.VAR_KEYWORD for p in given)  # takes what it does not name, too
+        if not taken <= set(params) or (taken != set(params) and not rest):
             raise UserError(
                 f"{kind} {self.name!r}: declares the parameters {sorted(params)}, its function takes {sorted(taken)} "
                 "after the *; make them equal"
@@ -134,12 +145,16 @@ class Advantage(_Declared):
 
     group: compares the samples of a prompt, so it needs at least 2. token_rewards: tells the rewards of an episode's
     tokens apart, so a KL penalty may be one of them. critic: needs a value model, and gives it returns.
+    off_policy: weights by the policy's probabilities over the sampler's, so it needs both. greedy_baseline: needs the
+    score of a greedy answer to each prompt.
     """
 
     params: dict[str, Param] = field(default_factory=dict)
     group: bool = False
     token_rewards: bool = False
     critic: bool = False
+    off_policy: bool = False
+    greedy_baseline: bool = False
     paper: str = ""
 
     def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from skyrl.algorithms.groups import turn_tokens
 from skyrl.algorithms.variance import is_rounding
 from skyrl.registry import Registry
-from skyrl.types import Episode, Metrics, StopReason, UserError
+from skyrl.types import Episode, Floats, Metrics, StopReason, UserError
 
 GroupFilter = Callable[[Sequence[Episode]], bool]
 FILTERS: Registry[GroupFilter] = Registry("filter")
@@ -70,6 +71,21 @@ def dropped_by(names: Sequence[str], episodes: Sequence[Episode]) -> str:
 def overlong_rows(stop_D: Sequence[StopReason]) -> np.ndarray:
     """[D] bool: True for rows of episodes that a length limit cut. `stop_D` is the *episode's* stop reason per row."""
     return np.array([stop == "length" for stop in stop_D], dtype=bool)
+
+
+def overlong_penalty(rewards: list[Floats], masks: list[np.ndarray], limit: int, buffer: float) -> list[Floats]:
+    """Rewards, float64 [L] per row, less what each turn's length costs, on its last token: nothing up to (1 - buffer) *
+    limit tokens, from there linearly up to 1 at the limit of a turn.
+
+    Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, equation 13 (soft overlong punishment). Differs: per turn.
+    """
+    free, out = limit * (1.0 - buffer), []
+    for reward, mask in zip(rewards, masks, strict=True):
+        row = np.array(reward, dtype=np.float64)
+        for tokens in turn_tokens(mask):
+            row[tokens[-1]] -= min(1.0, max(0.0, (len(tokens) - free) / (limit - free)))
+        out.append(row)
+    return out
 
 
 def trained_masks(

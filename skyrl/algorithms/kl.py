@@ -8,8 +8,11 @@ arXiv 2506.09477; Liu et al. 2025, arXiv 2510.01555; tests/algorithms/test_kl.py
     k1    0: nothing is held back, only noise is added. Use it as a reward (kl.placement=reward), where it is right.
     k2    the gradient of KL(pi || ref): the one to take for the reverse KL.
     k3    the gradient of KL(ref || pi): mass-covering; equal to k2 in first order around pi = ref.
+    k1+, k3+, abs+   the value of k1, k3 or abs with the gradient of k2 (straight-through).
+    k3_ratio         k3 weighted by pi / base, where `base` sampled: the gradient of KL(pi || ref) off-policy too.
+    abs   of no divergence: the sign of r, an L1 pull.
 
-All three as losses are per-token terms: what a token does to the KL of later tokens is left out. k1 in the reward
+All as losses are per-token terms: what a token does to the KL of later tokens is left out. k1 in the reward
 with gamma 1 has it. Off-policy (several updates per batch) each is biased further: the expectation is over the policy
 that sampled.
 """
@@ -26,21 +29,29 @@ from skyrl.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-KL_ESTIMATORS: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry("KL estimator")
+KL_ESTIMATORS: Registry[Callable[..., Tensor]] = Registry("KL estimator")
 
 NO_GRADIENT_IN_LOSS = frozenset({"k1"})
 """Estimators whose expected on-policy gradient is 0 as a loss term: refused with kl.placement=loss."""
+NEEDS_BASE = frozenset({"k3_ratio"})
+"""Estimators that take the log-probabilities of the policy that sampled (or the old one) besides."""
 
 
 @KL_ESTIMATORS.register("k1")
 def k1(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
-    """log pi - log ref, [T] in nats: unbiased, high variance, may be negative. As a loss it regularises nothing."""
+    """log pi - log ref, [T] in nats: unbiased, high variance, may be negative. As a loss it regularises nothing.
+
+    Source: J. Schulman, Approximating KL Divergence, 2020.
+    """
     return logprobs_T - reference_T
 
 
 @KL_ESTIMATORS.register("k2")
 def k2(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2, [T] in nats^2: biased value, but its gradient is that of KL(pi || ref) on-policy."""
+    """(log pi - log ref)^2 / 2, [T] in nats^2: biased value, but its gradient is that of KL(pi || ref) on-policy.
+
+    Source: J. Schulman, Approximating KL Divergence, 2020; the gradient: Tang and Munos 2025, arXiv 2506.09477.
+    """
     return 0.5 * (logprobs_T - reference_T).square()
 
 
@@ -48,11 +59,48 @@ def k2(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
 def k3(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
     """ref/pi - 1 - log(ref/pi), [T] in nats: unbiased, never negative. Its gradient on-policy is KL(ref || pi)'s.
 
-    The form of the GRPO paper (arXiv 2402.03300, equation 4). exp(ref - pi) grows without bound where the policy has
-    left the reference far behind.
+    exp(ref - pi) grows without bound where the policy has left the reference far behind.
+    Source: J. Schulman, Approximating KL Divergence, 2020; in GRPO: Shao et al. 2024, arXiv 2402.03300, equation 4.
     """
     difference_T = reference_T - logprobs_T
     return difference_T.expm1() - difference_T
+
+
+@KL_ESTIMATORS.register("abs")
+def absolute(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
+    """|log pi - log ref|, [T] in nats: no estimate of a divergence, a pull of constant strength towards the reference.
+
+    Source: the penalty "abs" of TRL's first PPO trainer and of verl.
+    """
+    return (logprobs_T - reference_T).abs()
+
+
+def _straight_through(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    value = KL_ESTIMATORS.get(name)
+
+    def estimator(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
+        slope_T = k2(logprobs_T, reference_T)
+        return value(logprobs_T, reference_T).detach() + (slope_T - slope_T.detach())
+
+    estimator.__doc__ = f"""The value of {name} with the gradient of k2, [T] in nats.
+
+    Source: verl's {name}+ (straight-through); why k2: Tang and Munos 2025, arXiv 2506.09477.
+    """
+    estimator.__name__ = estimator.__qualname__ = f"{value.__name__}_straight_through"
+    return KL_ESTIMATORS.register(f"{name}+")(estimator)
+
+
+k1_straight_through, k3_straight_through, abs_straight_through = map(_straight_through, ("k1", "k3", "abs"))
+
+
+@KL_ESTIMATORS.register("k3_ratio")
+def k3_ratio(logprobs_T: Tensor, reference_T: Tensor, base_T: Tensor) -> Tensor:
+    """(pi / base) * k3, [T] in nats, differentiated through the ratio: unbiased in value and gradient off-policy.
+
+    Source: DeepSeek-AI 2025 (DeepSeek-V3.2), arXiv 2512.02556, its unbiased KL estimate. Differs: the ratio is not
+    capped; `base` is the policy before the update where it was recomputed, else the sampler's.
+    """
+    return (logprobs_T - base_T).exp() * k3(logprobs_T, reference_T)
 
 
 class AdaptiveKL:

@@ -1,4 +1,4 @@
-"""The loss of each token, unreduced: `compute_loss` for the engine, the named losses and the mismatch corrections.
+"""The loss of each token, unreduced: `compute_loss` for the engine, and the named losses (more in surrogates.py).
 
 The engine sums weights_T * loss_T; nothing here averages, and no term sees how tokens are packed. Arguments reach a
 loss through `sanitised` only: tokens with weight 0 are not trained, whatever their optional fields hold (NaN too).
@@ -15,13 +15,12 @@ declarations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from skyrl.algorithms.corrections import CORRECTIONS, correction_problem, sum_by_row, trained_tokens
 from skyrl.algorithms.declare import LOSSES, MAY_NEED, Loss, Param, Wire
-from skyrl.algorithms.kl import KL_ESTIMATORS
-from skyrl.registry import Registry
+from skyrl.algorithms.kl import KL_ESTIMATORS, NEEDS_BASE
 from skyrl.types import ForwardOutput, LossSpec, Microbatch, UserError
 
 if TYPE_CHECKING:
@@ -30,50 +29,44 @@ if TYPE_CHECKING:
     TokenMetrics = dict[str, Tensor]  # [T] tensors; the key ends in the reduction over trained tokens: "ratio:mean"
     Bound = float | Tensor  # one number, or one per token [T]
 
-CORRECTIONS: Registry[Callable[..., Tensor]] = Registry("correction")
-
-
 # ---- helpers of the losses; `rows` and `outputs` are sanitised from here on
 
 
-def _trained(rows: Microbatch) -> Tensor:
-    return rows.weights_T != 0
-
-
-def _base(rows: Microbatch) -> Tensor:
+def base_logprobs(rows: Microbatch) -> Tensor:
     base_T = rows.old_logprobs_T if rows.old_logprobs_T is not None else rows.sampling_logprobs_T
     assert base_T is not None  # compute_loss has checked the loss's needs
     return base_T
 
 
-def _bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, rows: Microbatch) -> tuple[Tensor, Tensor]:
+def clip_bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, rows: Microbatch) -> tuple[Tensor, Tensor]:
     """1 - clip_low and 1 + clip_high as tensors, of the rows' own bounds where they have them; per-token parameters
     are sanitised here as the rows are elsewhere."""
     given = (clip_low if rows.clip_low_T is None else rows.clip_low_T, rows.clip_high_T)
     low_T, high_T = (
-        (like_T.new_tensor(c) if isinstance(c, (int, float)) else c.to(like_T)).where(_trained(rows), 0.0)
+        (like_T.new_tensor(c) if isinstance(c, (int, float)) else c.to(like_T)).where(trained_tokens(rows), 0.0)
         for c in (given[0], clip_high if given[1] is None else given[1])
     )
     return 1.0 - low_T, 1.0 + high_T
 
 
-def _nowhere(like_T: Tensor) -> Tensor:
+def nowhere(like_T: Tensor) -> Tensor:
     """False for every token."""
     return like_T.new_zeros(like_T.shape).bool()
 
 
-def _sum_by_row(x_T: Tensor, rows: Microbatch) -> Tensor:
-    """Sums [S] of x over the tokens of each row."""
-    return x_T.new_zeros(len(rows.starts_S1) - 1).index_add(0, rows.row_T, x_T)
+def log_ratios(outputs: ForwardOutput, rows: Microbatch, limit: float = 0.0) -> Tensor:
+    """log pi - base, [T]; held to [-limit, limit] (and without a gradient beyond) where `limit` is not 0."""
+    gap_T = outputs.logprobs_T - base_logprobs(rows)
+    return gap_T.clamp(-limit, limit) if limit else gap_T
 
 
-def _given(x_T: Tensor | None) -> Tensor:
+def present(x_T: Tensor | None) -> Tensor:
     """What `compute_loss` has seen to: a field that the loss needs, an output that its model gives."""
     assert x_T is not None
     return x_T
 
 
-def _ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> TokenMetrics:
+def ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> TokenMetrics:
     """approx_kl is k3 of KL(base || pi), with tokens drawn from the base: ratio - 1 - log ratio."""
     ratio_T, log_ratio_T = ratio_T.detach(), log_ratio_T.detach()
     return {
@@ -84,9 +77,9 @@ def _ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> T
     }
 
 
-def _clipped_surrogate(ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
+def clipped_surrogate(ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0."""
-    advantages_T = _given(rows.advantages_T)
+    advantages_T = present(rows.advantages_T)
     clipped_T = ((advantages_T > 0) & (ratio_T > high_T)) | ((advantages_T < 0) & (ratio_T < low_T))
     bounded_T = ratio_T.detach().maximum(low_T).minimum(high_T)
     return -bounded_T.where(clipped_T, ratio_T) * advantages_T, clipped_T
@@ -104,7 +97,7 @@ def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMe
 
     Source: Williams 1992, Simple statistical gradient-following algorithms, Machine Learning 8.
     """
-    return -_given(rows.advantages_T) * outputs.logprobs_T, {}
+    return -present(rows.advantages_T) * outputs.logprobs_T, {}
 
 
 CROSS_ENTROPY = Loss("cross_entropy", kind="supervised", many=True, wire=Wire(optional=("weights",)))
@@ -112,25 +105,37 @@ CROSS_ENTROPY = Loss("cross_entropy", kind="supervised", many=True, wire=Wire(op
 
 @CROSS_ENTROPY
 def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
-    """-log pi of the target in nats, or of each of K targets [T, K]. Weights may be negative."""
+    """-log pi of the target in nats, or of each of K targets [T, K]. Weights may be negative.
+
+    Source: maximum likelihood.
+    """
     return -outputs.logprobs_T, {"nll:mean": -outputs.logprobs_T.detach()}
 
 
+MAX_LOG_RATIO = Param(
+    0.0, "|log pi - base| is held to this, and has no gradient beyond it (verl: 20); 0 = no limit", wire=False
+)
 IMPORTANCE_SAMPLING = Loss(
-    "importance_sampling", needs=("sampling_logprobs", "advantages"), ratio=True, paper="1707.06347"
+    "importance_sampling",
+    needs=("sampling_logprobs", "advantages"),
+    params={"max_log_ratio": MAX_LOG_RATIO},
+    ratio=True,
+    paper="1707.06347",
 )
 
 
 @IMPORTANCE_SAMPLING
-def importance_sampling(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
+def importance_sampling(
+    outputs: ForwardOutput, rows: Microbatch, *, max_log_ratio: float
+) -> tuple[Tensor, TokenMetrics]:
     """-(pi / base) A, unclipped: the per-token off-policy gradient; equal in gradient to reinforce on-policy.
 
     Source: shared by all surrogate objectives, e.g. arXiv 1707.06347 equation 6. Same as Tinker's loss of this name.
     """
-    log_ratio_T = outputs.logprobs_T - _base(rows)
+    log_ratio_T = log_ratios(outputs, rows, max_log_ratio)
     ratio_T = log_ratio_T.exp()
-    metrics = _ratio_metrics(ratio_T, _nowhere(ratio_T), log_ratio_T)
-    return -ratio_T * _given(rows.advantages_T), metrics
+    metrics = ratio_metrics(ratio_T, nowhere(ratio_T), log_ratio_T)
+    return -ratio_T * present(rows.advantages_T), metrics
 
 
 PPO = Loss(
@@ -139,25 +144,47 @@ PPO = Loss(
     params={
         "clip_low": Param(0.2, "The ratio may fall to 1 - clip_low", high=1.0),
         "clip_high": Param(0.2, "The ratio may rise to 1 + clip_high"),
+        "dual_clip": Param(
+            0.0, "With an advantage below 0 no gradient where the ratio is above this (3 is usual); 0 = off", wire=False
+        ),
+        "max_log_ratio": MAX_LOG_RATIO,
     },
     ratio=True,
     paper="1707.06347",
     wire=Wire(thresholds=(0.8, 1.2)),
+    rule=lambda params, samples: (
+        f"params.dual_clip={params['dual_clip']:g}: must be above 1 + params.clip_high, or no token of a falling "
+        "advantage would learn; give 3, or 0 for off"
+        if 0 < params["dual_clip"] <= 1 + params["clip_high"]
+        else ""
+    ),
 )
 
 
 @PPO
-def ppo(outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound) -> tuple[Tensor, TokenMetrics]:
+def ppo(
+    outputs: ForwardOutput,
+    rows: Microbatch,
+    *,
+    clip_low: Bound,
+    clip_high: Bound,
+    dual_clip: float,
+    max_log_ratio: float,
+) -> tuple[Tensor, TokenMetrics]:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = pi / base; clipped tokens get no gradient.
 
-    Source: Schulman et al. 2017 (PPO), arXiv 1707.06347, equation 7; separate bounds: DAPO, arXiv 2503.14476,
-    section 3.1. Differs: no dual clip.
+    With dual_clip c that is at least c A where A < 0. Source: Schulman et al. 2017 (PPO), arXiv 1707.06347, equation 7;
+    separate bounds: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.1; dual clip: Ye et al. 2020, arXiv 1912.09729.
     """
-    log_ratio_T = outputs.logprobs_T - _base(rows)
+    log_ratio_T = log_ratios(outputs, rows, max_log_ratio)
     ratio_T = log_ratio_T.exp()
-    bounds = _bounds(clip_low, clip_high, ratio_T, rows)
-    loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
-    return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+    bounds = clip_bounds(clip_low, clip_high, ratio_T, rows)
+    loss_T, clipped_T = clipped_surrogate(ratio_T, rows, *bounds)
+    if dual_clip:
+        advantages_T = present(rows.advantages_T)
+        beyond_T = (advantages_T < 0) & (ratio_T > dual_clip)
+        loss_T, clipped_T = (-dual_clip * advantages_T).where(beyond_T, loss_T), clipped_T | beyond_T
+    return loss_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
 CISPO = Loss(
@@ -166,6 +193,7 @@ CISPO = Loss(
     params={
         "clip_low": Param(1.0, "The ratio may fall to 1 - clip_low", high=1.0),
         "clip_high": Param(3.0, "The ratio may rise to 1 + clip_high"),
+        "max_log_ratio": MAX_LOG_RATIO,
     },
     ratio=True,
     paper="2506.13585",
@@ -175,19 +203,19 @@ CISPO = Loss(
 
 @CISPO
 def cispo(
-    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound
+    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound, max_log_ratio: float
 ) -> tuple[Tensor, TokenMetrics]:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: clipped tokens keep a gradient, of bounded weight.
 
-    Source: MiniMax-M1, arXiv 2506.13585, section 3.1. Defaults bound r to [0, 4], as Tinker does;
-    the paper uses no lower bound. Differs: length normalisation lives in weights.
+    Source: MiniMax 2025 (MiniMax-M1), arXiv 2506.13585, section 3.1. Differs: defaults bound r to [0, 4], as Tinker
+    does (the paper uses no lower bound, which is clip_low=1); length normalisation lives in weights.
     """
-    log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
+    log_ratio_T = log_ratios(outputs, rows, max_log_ratio).detach()
     ratio_T = log_ratio_T.exp()
-    low_T, high_T = _bounds(clip_low, clip_high, ratio_T, rows)
+    low_T, high_T = clip_bounds(clip_low, clip_high, ratio_T, rows)
     weight_T = ratio_T.maximum(low_T).minimum(high_T)
     clipped_T = (ratio_T < low_T) | (ratio_T > high_T)
-    return -weight_T * _given(rows.advantages_T) * outputs.logprobs_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+    return -weight_T * present(rows.advantages_T) * outputs.logprobs_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
 DRO = Loss(
@@ -205,12 +233,12 @@ def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float) -> tuple[Tenso
     """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
 
     Source: Richemond et al. 2024 (Direct Reward Optimisation), arXiv 2405.19107. Differs: per token, as Tinker's loss
-    of this name; A (reward minus soft value) is the caller's.
+    of this name; A (reward minus soft value) is the advantage as chosen, and no soft value is learned.
     """
-    log_ratio_T = outputs.logprobs_T - _base(rows)
-    loss_T = -(_given(rows.advantages_T) * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
+    log_ratio_T = log_ratios(outputs, rows)
+    loss_T = -(present(rows.advantages_T) * outputs.logprobs_T - 0.5 * beta * log_ratio_T.square())
     ratio_T = log_ratio_T.detach().exp()
-    return loss_T, _ratio_metrics(ratio_T, _nowhere(ratio_T), log_ratio_T)
+    return loss_T, ratio_metrics(ratio_T, nowhere(ratio_T), log_ratio_T)
 
 
 GSPO = Loss(
@@ -219,6 +247,7 @@ GSPO = Loss(
     params={
         "clip_low": Param(3e-4, "The ratio may fall to 1 - clip_low", high=1.0),
         "clip_high": Param(4e-4, "The ratio may rise to 1 + clip_high"),
+        "max_log_ratio": MAX_LOG_RATIO,
     },
     ratio=True,
     ratio_mask=True,
@@ -229,23 +258,27 @@ GSPO = Loss(
 
 
 @GSPO
-def gspo(outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound) -> tuple[Tensor, TokenMetrics]:
+def gspo(
+    outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound, max_log_ratio: float
+) -> tuple[Tensor, TokenMetrics]:
     """-min(s_t A, clip(s_t) A) with s_t = sg(s) pi / sg(pi) and s = exp(mean of log pi / base over the row's tokens).
 
     The token form (GSPO-token): its value and clipping are the sequence's, its gradient passes through each token, so
     that per-token weights and advantages work; with one advantage per row and sequence_mean it is GSPO. The mean is
-    over trained tokens of one row, or those of its ratio_mask, trained or not. Source: Zheng et al. 2025, arXiv
-    2507.18071, equations 5, 13 and 14; defaults of its section 5.1. Clip ranges made for ppo (0.2) hardly ever clip
-    here. Differs: a row is the sequence, also when an episode has several rows.
+    over trained tokens of one row, or those of its ratio_mask, trained or not; max_log_ratio bounds it. Clip ranges
+    made for ppo (0.2) hardly ever clip here. Source: Zheng et al. 2025 (GSPO), arXiv 2507.18071, equations 5, 13 and
+    14; defaults of its section 5.1. Differs: a row is the sequence, also when an episode has several rows.
     """
-    counted_T = _trained(rows) if rows.ratio_mask_T is None else rows.ratio_mask_T != 0
-    log_ratio_T = (outputs.logprobs_T - _base(rows)).detach()
-    count_S = _sum_by_row(counted_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
-    log_sequence_T = (_sum_by_row(log_ratio_T.where(counted_T, 0.0), rows) / count_S)[rows.row_T]
+    counted_T = trained_tokens(rows) if rows.ratio_mask_T is None else rows.ratio_mask_T != 0
+    log_ratio_T = log_ratios(outputs, rows).detach()
+    count_S = sum_by_row(counted_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
+    log_sequence_T = (sum_by_row(log_ratio_T.where(counted_T, 0.0), rows) / count_S)[rows.row_T]
+    if max_log_ratio:
+        log_sequence_T = log_sequence_T.clamp(-max_log_ratio, max_log_ratio)
     ratio_T = log_sequence_T.exp() * (outputs.logprobs_T - outputs.logprobs_T.detach()).exp()
-    bounds = _bounds(clip_low, clip_high, ratio_T, rows)
-    loss_T, clipped_T = _clipped_surrogate(ratio_T, rows, *bounds)
-    return loss_T, _ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+    bounds = clip_bounds(clip_low, clip_high, ratio_T, rows)
+    loss_T, clipped_T = clipped_surrogate(ratio_T, rows, *bounds)
+    return loss_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
 VALUE = Loss(
@@ -263,13 +296,14 @@ def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float) -> tuple[Ten
     """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2; clip 0 is the plain squared error.
 
     `rows.values_T` are v_old, the values the advantages were made with. Source: the clipped value loss of PPO's
-    reference code (OpenAI baselines, ppo2), discussed in Engstrom et al. 2020, arXiv 2005.12729.
+    reference code (OpenAI baselines, ppo2), discussed in Engstrom et al. 2020, arXiv 2005.12729. Differs: the factor
+    1/2; clip 0 is off.
     """
-    values_T, returns_T = _given(outputs.values_T), _given(rows.returns_T)
+    values_T, returns_T = present(outputs.values_T), present(rows.returns_T)
     error_T = (values_T - returns_T).square()
-    clipped_T = _nowhere(error_T)
+    clipped_T = nowhere(error_T)
     if clip > 0:
-        old_T = _given(rows.values_T)
+        old_T = present(rows.values_T)
         bounded_T = old_T + (values_T - old_T).clamp(-clip, clip)
         bounded_error_T = (bounded_T - returns_T).square()
         clipped_T = bounded_error_T > error_T
@@ -281,48 +315,6 @@ def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float) -> tuple[Ten
         "return:mean": returns_T,
     }
     return 0.5 * error_T, metrics
-
-
-# ---- corrections of the mismatch between the policy that sampled and the one that is trained; all detached
-
-
-@CORRECTIONS.register("none")
-def no_correction(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """Weight 1 everywhere, [T]."""
-    return log_ratio_T.new_ones(log_ratio_T.shape)
-
-
-@CORRECTIONS.register("token_truncate")
-def token_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """min(old / behaviour, cap) per token, [T].
-
-    Source: Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (blog; "TIS");
-    truncated weights: Ionides 2008.
-    """
-    return log_ratio_T.exp().clamp(max=cap)
-
-
-@CORRECTIONS.register("token_mask")
-def token_mask(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """old / behaviour where it lies in [1 / cap, cap], else 0, per token, [T].
-
-    Source: IcePop (Ling team 2025, blog "Small Leak Can Sink a Great Ship"; Ring-1T report, arXiv 2510.18855).
-    Differs: the bounds are 1 / cap and cap, theirs are two separate numbers. A rejected token stays in the denominator
-    of the reduction, which was made before: rejecting more tokens makes the step smaller.
-    """
-    ratio_T = log_ratio_T.exp()
-    return ratio_T.where((ratio_T >= 1.0 / cap) & (ratio_T <= cap), 0.0)
-
-
-@CORRECTIONS.register("sequence_truncate")
-def sequence_truncate(log_ratio_T: Tensor, rows: Microbatch, cap: float) -> Tensor:
-    """min(product of old / behaviour over the row's trained tokens, cap), the same for the whole row, [T].
-
-    The unbiased weight of a sequence before truncation; its spread grows with length.
-    Source: sequence-level importance sampling as in Ionides 2008 (truncated importance sampling).
-    """
-    log_sequence_S = _sum_by_row(log_ratio_T.where(_trained(rows), 0.0), rows)
-    return log_sequence_S.exp().clamp(max=cap)[rows.row_T]
 
 
 # ---- what the engine calls
@@ -337,7 +329,7 @@ def sanitised(
     connected to the graph, so that a microbatch of padding has a gradient (of zeros) too. Tokens where `also_T` is
     true keep what they hold as well.
     """
-    kept_T = _trained(rows) if also_T is None else _trained(rows) | also_T
+    kept_T = trained_tokens(rows) if also_T is None else trained_tokens(rows) | also_T
 
     def clean(x: Any, names: list[str]) -> Any:
         held = {name: x_T.where(kept_T, 0.0) for name in names if (x_T := getattr(x, name)) is not None}
@@ -357,9 +349,8 @@ def check_spec(spec: LossSpec) -> Loss:
     if spec.correction != "none":
         if loss.kind != "policy":
             raise UserError(f"loss {spec.name}: correction {spec.correction!r} is for policy losses; use none")
-        least = 1.0 if spec.correction == "token_mask" else 0.0
-        if not spec.correction_cap > least:
-            raise UserError(f"loss {spec.name}: correction_cap {spec.correction_cap} must be above {least:g}")
+        if problem := correction_problem(spec.correction, spec.correction_cap, spec.correction_low):
+            raise UserError(f"loss {spec.name}: {problem}")
     if loss.kind == "critic" and (spec.kl_coef or spec.entropy_coef):
         raise UserError(f"loss {spec.name}: kl_coef and entropy_coef are for policies; set both to 0")
     return loss
@@ -370,7 +361,7 @@ def _with_fields(rows: Microbatch, names: list[str], spec: LossSpec) -> Microbat
     missing = [name for name in names if getattr(rows, f"{name}_T") is None]
     if not missing:
         return rows
-    if bool(_trained(rows).any()):
+    if bool(trained_tokens(rows).any()):
         name = missing[0]
         other = " or old_logprobs" if name == "sampling_logprobs" else ""
         raise UserError(f"loss {spec.name}: the rows have no {name}{other}; give each row {name} [L]")
@@ -382,14 +373,18 @@ def _needed_fields(loss: Loss, rows: Microbatch, spec: LossSpec) -> list[str]:
     names = [n for n in loss.needs if not (n == "sampling_logprobs" and rows.old_logprobs_T is not None)]
     if spec.correction != "none":
         names.append("sampling_logprobs")
+    if spec.correction == "off_policy_sequence_mask":
+        names.append("advantages")
     if spec.kl_coef != 0.0:
         names.append("reference")
+        if spec.kl_estimator in NEEDS_BASE and rows.old_logprobs_T is None:
+            names.append("sampling_logprobs")
     return names
 
 
 def _mismatch_metrics(outputs: ForwardOutput, rows: Microbatch) -> TokenMetrics:
     """Distance of the current policy from the one that sampled; its KL is k3 of KL(behaviour || current)."""
-    gap_T = outputs.logprobs_T.detach() - _given(rows.sampling_logprobs_T)
+    gap_T = outputs.logprobs_T.detach() - present(rows.sampling_logprobs_T)
     return {
         "logprob_gap:mean": gap_T.abs(),
         "logprob_gap:max": gap_T.abs(),
@@ -406,7 +401,7 @@ def _many_targets(loss: Loss, outputs: ForwardOutput, rows: Microbatch, spec: Lo
             f"{wanted}: the rows have targets [L, {rows.targets_T.shape[1]}]; give one target per position, or use one "
             f"of: {allowed} (kl_coef and entropy_coef 0)"
         )
-    trained_TK = _trained(rows)
+    trained_TK = trained_tokens(rows)
     clean = outputs.logprobs_T.where(trained_TK, 0.0)
     nothing: dict[str, Any] = {f.name: None for f in fields(Microbatch) if f.default is None}
     loss_TK, metrics = loss.compute(ForwardOutput(clean), replace(rows, **nothing), params=spec.params)
@@ -414,7 +409,8 @@ def _many_targets(loss: Loss, outputs: ForwardOutput, rows: Microbatch, spec: Lo
 
 
 def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tuple[Tensor, TokenMetrics]:
-    """policy * correction + kl_coef * KL - entropy_coef * entropy of each token, [T], not yet weighted; and metrics.
+    """policy * correction * its scale + kl_coef * KL - entropy_coef * entropy of each token, [T], not yet weighted; and
+    metrics.
     [T, K] for cross-entropy with K targets.
 
     Untrained tokens have loss 0 and gradient 0 whatever they hold. Metrics are detached [T] tensors, to be reduced
@@ -433,22 +429,25 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
         raise RuntimeError(
             f"loss {spec.name}: entropy_coef is {spec.entropy_coef}, but the forward pass gave no entropy"
         )
-    given = (outputs, rows)
+    raw = (outputs, rows)
     outputs, rows = sanitised(outputs, rows)
     metrics: TokenMetrics = {}
     correction_T = None
     if spec.correction != "none":
         if rows.old_logprobs_T is None:
             rows = replace(rows, old_logprobs_T=outputs.logprobs_T.detach())
-        log_ratio_T = _base(rows) - _given(rows.sampling_logprobs_T)
-        correction_T = CORRECTIONS.get(spec.correction)(log_ratio_T, rows, spec.correction_cap).detach()
+        log_ratio_T = base_logprobs(rows) - present(rows.sampling_logprobs_T)
+        correct = CORRECTIONS.get(spec.correction)
+        correction_T = correct(log_ratio_T, rows, spec.correction_cap, spec.correction_low).detach()
         metrics["correction:mean"] = correction_T
-        changed_T = (correction_T >= spec.correction_cap) | (correction_T == 0)
+        changed_T = (correction_T >= spec.correction_cap) | (correction_T <= spec.correction_low)
         metrics["correction_capped:mean"] = changed_T.to(correction_T.dtype)
+        if spec.correction_scale != 1.0:
+            correction_T = correction_T * spec.correction_scale
     if loss.ratio_mask and rows.ratio_mask_T is not None:  # its tokens count in a ratio without being trained
-        wide = sanitised(*given, _given(given[1].ratio_mask_T) != 0)
+        wide = sanitised(*raw, present(raw[1].ratio_mask_T) != 0)
         old_logprobs_T = (
-            wide[0].logprobs_T.detach() if correction_T is not None and given[1].old_logprobs_T is None else None
+            wide[0].logprobs_T.detach() if correction_T is not None and raw[1].old_logprobs_T is None else None
         )
         own = (wide[0], wide[1] if old_logprobs_T is None else replace(wide[1], old_logprobs_T=old_logprobs_T))
     else:
@@ -458,9 +457,10 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
     if correction_T is not None:
         loss_T = loss_T * correction_T
     if loss.kind == "critic":
-        return loss_T.where(_trained(rows), 0.0), metrics
+        return loss_T.where(trained_tokens(rows), 0.0), metrics
     if rows.reference_T is not None:
-        kl_T = KL_ESTIMATORS.get(spec.kl_estimator)(outputs.logprobs_T, rows.reference_T)
+        base = (base_logprobs(rows),) if spec.kl_estimator in NEEDS_BASE else ()
+        kl_T = KL_ESTIMATORS.get(spec.kl_estimator)(outputs.logprobs_T, rows.reference_T, *base)
         metrics["kl_reference:mean"] = kl_T.detach()
         if spec.kl_coef != 0.0:
             loss_T = loss_T + spec.kl_coef * kl_T
@@ -470,4 +470,4 @@ def compute_loss(outputs: ForwardOutput, rows: Microbatch, spec: LossSpec) -> tu
             loss_T = loss_T - spec.entropy_coef * outputs.entropy_T
     if rows.sampling_logprobs_T is not None:
         metrics.update(_mismatch_metrics(outputs, rows))
-    return loss_T.where(_trained(rows), 0.0), metrics
+    return loss_T.where(trained_tokens(rows), 0.0), metrics

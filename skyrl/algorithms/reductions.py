@@ -64,6 +64,39 @@ def sequence_mean(
     return _mean_over(masks, _episode_keys(group_D, episode_D), all_reduce_sum)
 
 
+@REDUCTIONS.register("sequence_sum")
+def sequence_sum(
+    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float = 0.0
+) -> list[Floats]:
+    """Mean over episodes of the sum over the episode's trained tokens, as float64 weights [L] per row.
+
+    The policy gradient of whole answers, without division by a length; episodes without a trained token do not count.
+    Source: Williams 1992, Simple statistical gradient-following algorithms; verl's seq-mean-token-sum.
+    """
+    tokens = _tokens_by_key(masks, _episode_keys(group_D, episode_D))
+    (count,) = all_reduce_sum(np.array([sum(n > 0 for n in tokens.values())], dtype=np.float64))
+    return _fill(masks, [1.0 / count if count else 0.0] * len(masks))
+
+
+@REDUCTIONS.register("prompt_sequence_mean")
+def prompt_sequence_mean(
+    masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float = 0.0
+) -> list[Floats]:
+    """Mean over prompts of the mean over their episodes of the mean over trained tokens, float64 weights [L] per row.
+
+    Unlike sequence_mean a prompt counts once, however many of its episodes learn; what has no trained token does not
+    count. Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 3, its expectation over prompts taken
+    literally where groups differ in size.
+    """
+    keys = _episode_keys(group_D, episode_D)
+    tokens = _tokens_by_key(masks, keys)
+    episodes: dict = {}
+    for (group, _), n in tokens.items():
+        episodes[group] = episodes.get(group, 0) + (n > 0)
+    (prompts,) = all_reduce_sum(np.array([sum(n > 0 for n in episodes.values())], dtype=np.float64))
+    return _fill(masks, [1.0 / (prompts * episodes[k[0]] * tokens[k]) if tokens[k] else 0.0 for k in keys])
+
+
 @REDUCTIONS.register("prompt_mean")
 def prompt_mean(
     masks: list[np.ndarray], group_D: Ints, episode_D: Ints, all_reduce_sum: AllSum, *, constant: float = 0.0

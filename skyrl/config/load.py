@@ -412,7 +412,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(cfg, RunConfig)
-    return with_params(without_foreign_params(cfg)) if renamed else cfg
+    return with_params(without_foreign_params(cfg)) if renamed else with_params(cfg, plugins=False)
 
 
 def _at(values: dict[str, Any], path: str, *, make: bool = False) -> dict[str, Any]:

@@ -167,7 +167,8 @@ class AdvantageConfig:
     """From rewards to advantages."""
 
     name: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce++, gae, or a plugin's."""
+    """grpo, grpo_batch_std, dr_grpo, rloo, opo, maxrl, pass_at_k, mt_grpo, reinforce++, reinforce++_baseline, remax;
+    with a critic gae, vapo, vtrace; or a plugin's. docs/papers.md says what each is."""
     params: dict[str, float] = field(default_factory=dict)
     """Its parameters, for example algorithm.advantage.params.gamma; what is left out has its declared default."""
 
@@ -177,15 +178,27 @@ class LossConfig:
     """From log-probabilities and advantages to the loss of each token."""
 
     name: str = "ppo"
-    """importance_sampling, reinforce, ppo, cispo, gspo, dro, or a plugin's."""
+    """importance_sampling, reinforce, ppo, cispo, sapo, dppo_tv, dppo_kl, clip_cov, kl_cov, dro; by whole rows gspo,
+    gmpo, vespo, dro_sequence; or a plugin's. docs/papers.md says what each is."""
     params: dict[str, float] = field(default_factory=dict)
     """Its parameters, for example algorithm.loss.params.clip_high; what is left out has its declared default."""
     reduction: str = "token_mean"
-    """token_mean, sequence_mean, constant (divides by max_new_tokens, Dr. GRPO) or prompt_mean."""
+    """token_mean, sequence_mean, sequence_sum, prompt_mean, prompt_sequence_mean, or constant (divides by
+    max_new_tokens, Dr. GRPO)."""
     correction: str = "none"
-    """Sampler/trainer mismatch and staleness: none, token_truncate, token_mask, sequence_truncate."""
+    """Sampler/trainer mismatch and staleness: none, token_truncate, token_mask, sequence_truncate, sequence_mask,
+    geometric_truncate, geometric_mask, off_policy_sequence_mask."""
     correction_cap: float = 2.0
-    """Largest correction weight; token_mask also rejects weights below 1 / cap."""
+    """Largest ratio: truncation lowers larger ones to it, masks reject them."""
+    correction_low: float = 0.0
+    """Smallest ratio: truncation raises smaller ones to it, masks reject them; 0 = none, for masks 1 / cap."""
+    correction_normalise: bool = False
+    """Divides the correction's weights by their mean over the tokens of an optimizer step."""
+    top_entropy: float = 1.0
+    """Learns from this part of the tokens, those of the highest entropy; the advantage of the rest is 0 (0.2 in arXiv
+    2506.01939). One more forward pass for each update when below 1."""
+    rejected: str = "counted"
+    """Tokens that a mask or top_entropy rejects: counted in the mean that the reduction makes, or dropped from it."""
     recompute_old_logprobs: bool = False
     """Takes the proximal log-probabilities from one extra forward before the update instead of from the sampler."""
     entropy_coef: float = 0.0
@@ -200,9 +213,9 @@ class KLConfig:
     coef: float = 0.0
     """Weight; 0 = no reference model at all."""
     estimator: str = "k3"
-    """k1, k2 or k3 (J. Schulman, 2020)."""
+    """k1, k2 or k3 (J. Schulman, 2020), abs; k1+, k3+, abs+ with the gradient of k2; k3_ratio, off-policy unbiased."""
     placement: str = "loss"
-    """loss: a term of the loss. reward: subtracted from each token's reward (reinforce++ and gae only)."""
+    """loss: a term of the loss. reward: subtracted from each token's reward (reinforce++, mt_grpo or a critic's)."""
     target: float = 0.0
     """Adaptive coefficient that steers the mean KL per token to this; 0 = fixed."""
     horizon: float = 10000.0
@@ -223,11 +236,13 @@ class FilterConfig:
     """Rounds of refill before the step goes on with what it has."""
     overlong: str = "keep"
     """Episodes cut by a length limit: keep, mask (not trained, still in the group's baseline)."""
+    overlong_buffer: float = 0.0
+    """Part of sampler.max_new_tokens at the end of which an answer loses reward, up to 1 at the limit (DAPO: 0.2)."""
 
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The value model of advantage.name=gae; unused otherwise."""
+    """The value model of an advantage with a critic (gae, vapo, vtrace); unused otherwise."""
 
     lr: float = 1e-4
     """Its peak learning rate. optim.warmup_steps, optim.schedule and optim.final_lr_ratio act on it as on optim.lr."""

@@ -1,26 +1,32 @@
-"""Every rule between options, each with one line for the person. No torch, unless a plugin brings it.
-
-What a loss or an advantage needs and takes is read from its declaration (skyrl.algorithms.declare), a plugin's after
-the plugin was imported.
+"""Every rule between options, each with one line for the person (those of the algorithm: algorithm_rules.py). No torch,
+unless a plugin brings it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 from skyrl.algorithms.advantages import ADVANTAGES
-from skyrl.algorithms.declare import Advantage, Loss, policy_losses, substitutes
-from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
-from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
-from skyrl.algorithms.losses import CORRECTIONS, LOSSES
-from skyrl.algorithms.reductions import REDUCTIONS
+from skyrl.algorithms.corrections import MASKS
+from skyrl.algorithms.declare import LOSSES, substitutes
 from skyrl.config import policy_rules, trainers
 from skyrl.config.access import dashboard_problems
+from skyrl.config.algorithm_rules import REGISTERED as REGISTERED
+from skyrl.config.algorithm_rules import (
+    advantage_of,
+    algorithm_problems,
+    corrects,
+    kl_is_k1,
+    loss_of,
+    names_of,
+    objective_problems,
+    option,
+    param_problems,
+    those,
+)
 from skyrl.config.options import alias_problems, all_options
 from skyrl.config.plugins import import_plugins
 from skyrl.config.run_rules import run_problems
@@ -46,19 +52,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "warmup.schedule": ("auto", "constant", "linear", "cosine"),
     "algorithm.kl.placement": ("loss", "reward"),
     "algorithm.filters.overlong": ("keep", "mask"),
+    "algorithm.loss.rejected": ("counted", "dropped"),
     "env.on_error": ("stop", "mask"),
     "checkpoint.best_mode": ("max", "min"),
     "tracking.console": ("auto", "lines", "off"),
     "tracking.wandb": ("off", "offline", "online"),
     "service.mix_tenants": ("auto", "always", "never"),
-}
-# Where a plugin may add names: option -> the names that are registered.
-REGISTERED: dict[str, Callable[[], list[str]]] = {
-    "algorithm.advantage.name": ADVANTAGES.names,
-    "algorithm.loss.name": policy_losses,
-    "algorithm.loss.reduction": REDUCTIONS.names,
-    "algorithm.loss.correction": CORRECTIONS.names,
-    "algorithm.kl.estimator": KL_ESTIMATORS.names,
 }
 AT_LEAST_ONE = (
     "model.tiny.hidden_size model.tiny.num_layers model.tiny.num_heads model.tiny.num_kv_heads model.tiny.ffn_size "
@@ -71,8 +70,9 @@ AT_LEAST_ONE = (
     "service.max_tokens_per_request feedback.rate_per_minute"
 ).split()
 ABOVE_ZERO = (
-    "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.kl.horizon algorithm.critic.lr "
-    "sampler.top_p warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds feedback.max_seconds "
+    "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.loss.top_entropy algorithm.kl.horizon "
+    "algorithm.critic.lr sampler.top_p warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds "
+    "feedback.max_seconds "
     "feedback.reward_limit feedback.max_share"
 ).split()
 NO_LENGTH = (
@@ -97,37 +97,11 @@ LEAST: dict[str, tuple[float, str]] = {
     "run.hang_seconds": (0.5, "ranks report less often than that; 0 = never"),
     "service.model_idle_seconds": (1.0, "clients send less often than that; 0 = never"),
 }
-PARTS = "sampler.top_p sampler.min_p optim.final_lr_ratio warmup.warmup_ratio feedback.max_share".split()
+PARTS = (
+    "algorithm.loss.top_entropy algorithm.filters.overlong_buffer sampler.top_p sampler.min_p optim.final_lr_ratio "
+    "warmup.warmup_ratio feedback.max_share"
+).split()
 BELOW_ONE = "optim.momentum optim.beta1 optim.beta2 algorithm.reference.ema".split()
-
-
-def option(cfg: RunConfig, path: str) -> Any:
-    """The value at a dotted path."""
-    value: Any = cfg
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _names(cfg: RunConfig, path: str) -> tuple[str, ...]:
-    """Allowed values, with those that plugins register when the given one is not ours."""
-    if path in CHOICES:
-        return CHOICES[path]
-    if cfg.plugins and option(cfg, path) not in REGISTERED[path]():
-        import_plugins(cfg.plugins)
-    return tuple(REGISTERED[path]())
-
-
-def loss_of(cfg: RunConfig) -> Loss:
-    """The declaration of algorithm.loss.name. Raises UserError when there is none."""
-    _names(cfg, "algorithm.loss.name")
-    return LOSSES.get(cfg.algorithm.loss.name, "algorithm.loss.name")
-
-
-def advantage_of(cfg: RunConfig) -> Advantage:
-    """The declaration of algorithm.advantage.name. Raises UserError when there is none."""
-    _names(cfg, "algorithm.advantage.name")
-    return ADVANTAGES.get(cfg.algorithm.advantage.name, "algorithm.advantage.name")
 
 
 def without_foreign_params(cfg: RunConfig) -> RunConfig:
@@ -141,31 +115,38 @@ def without_foreign_params(cfg: RunConfig) -> RunConfig:
     return dataclasses.replace(cfg, algorithm=algorithm)
 
 
-def with_params(cfg: RunConfig) -> RunConfig:
+def with_params(cfg: RunConfig, *, plugins: bool = True) -> RunConfig:
     """`cfg` with every parameter of its loss and advantage: what is not given has its declared default. So a resolved
-    config says all its numbers, and a changed default is seen when a run is resumed. Unknown names are left alone."""
+    config says all its numbers, and a changed default is seen when a run is resumed. Unknown names are left alone, and
+    without `plugins` names of modules that are not imported."""
     algorithm = cfg.algorithm
-    for group, of in (("advantage", advantage_of), ("loss", loss_of)):
+    for group, registry in (("advantage", ADVANTAGES), ("loss", LOSSES)):
         part = getattr(algorithm, group)
-        if part.name in _names(cfg, f"algorithm.{group}.name"):
-            part = dataclasses.replace(part, params={**of(cfg).defaults(), **part.params})
+        if part.name in (names_of(cfg, f"algorithm.{group}.name") if plugins else registry):
+            part = dataclasses.replace(part, params={**registry.get(part.name).defaults(), **part.params})
             algorithm = dataclasses.replace(algorithm, **{group: part})
     return dataclasses.replace(cfg, algorithm=algorithm)
 
 
-def _corrects(cfg: RunConfig) -> bool:
-    return cfg.algorithm.loss.correction != "none"
-
-
+_UNWEIGHTED = ("none", "geometric_mask", "off_policy_sequence_mask")  # weights of 1 and 0
 # Path or group -> (where it has an effect, what that is in words). Elsewhere only its default is accepted.
 APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
-    "algorithm.loss.correction_cap": (_corrects, "with algorithm.loss.correction other than none"),
+    "algorithm.loss.correction_cap": (corrects, "with algorithm.loss.correction other than none"),
+    "algorithm.loss.correction_low": (corrects, "with algorithm.loss.correction other than none"),
+    "algorithm.loss.correction_normalise": (
+        lambda cfg: corrects(cfg) and cfg.algorithm.loss.correction not in _UNWEIGHTED,
+        "with a algorithm.loss.correction that weighs (token_*, sequence_*, geometric_truncate)",
+    ),
+    "algorithm.loss.rejected": (
+        lambda cfg: cfg.algorithm.loss.correction in MASKS or cfg.algorithm.loss.top_entropy < 1,
+        f"with algorithm.loss.correction={' or '.join(sorted(MASKS))}, or algorithm.loss.top_entropy below 1",
+    ),
     "algorithm.loss.recompute_old_logprobs": (
-        lambda cfg: loss_of(cfg).ratio or _corrects(cfg),
-        "with a loss that has ratios (ppo, cispo, gspo, importance_sampling) or a correction",
+        lambda cfg: loss_of(cfg).ratio or corrects(cfg) or advantage_of(cfg).off_policy,
+        "with a loss that has ratios (ppo, cispo, gspo, importance_sampling), a correction, or advantage.name=vtrace",
     ),
     "algorithm.kl.estimator": (
-        lambda cfg: cfg.algorithm.kl.coef > 0 and (cfg.algorithm.kl.placement == "loss" or _kl_is_k1(cfg)),
+        lambda cfg: cfg.algorithm.kl.coef > 0 and (cfg.algorithm.kl.placement == "loss" or kl_is_k1(cfg)),
         "with algorithm.kl.coef above 0 and algorithm.kl.placement=loss (in the reward it is always k1)",
     ),
     "algorithm.kl.placement": (lambda cfg: cfg.algorithm.kl.coef > 0, "with algorithm.kl.coef above 0"),
@@ -182,7 +163,7 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     ),
     "algorithm.critic": (
         lambda cfg: advantage_of(cfg).critic,
-        "with algorithm.advantage.name=gae, the only one with a critic",
+        f"with an advantage that has a critic, algorithm.advantage.name={those('critic')}",
     ),
     **trainers.APPLIES,
     "model.lora": (lambda cfg: cfg.model.lora.rank > 0, "with model.lora.rank above 0"),
@@ -216,16 +197,12 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
 }
 
 
-def _kl_is_k1(cfg: RunConfig) -> bool:
-    return cfg.algorithm.kl.estimator in NO_GRADIENT_IN_LOSS
-
-
 def check(cfg: RunConfig) -> None:
     """Raises UserError for the first rule that `cfg` breaks, whatever the number of ranks."""
     for problems in (
         _choices,
         _ranges,
-        _params,
+        param_problems,
         _inapplicable,
         _sampling,
         policy_rules.cuts,
@@ -233,8 +210,8 @@ def check(cfg: RunConfig) -> None:
         policy_rules.imitation,
         policy_rules.optimizers,
         _batches,
-        _algorithms,
-        _objectives,
+        algorithm_problems,
+        objective_problems,
         _adapters,
         _feedback,
         trainers.problems,
@@ -314,7 +291,7 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
 
 def _choices(cfg: RunConfig) -> Iterator[str]:
     for path in (*CHOICES, *REGISTERED):
-        value, allowed = option(cfg, path), _names(cfg, path)
+        value, allowed = option(cfg, path), CHOICES.get(path) or names_of(cfg, path)
         if value not in allowed:
             yield f"{path}={value}: choose one of: {', '.join(allowed)}"
 
@@ -350,28 +327,6 @@ def _ranges(cfg: RunConfig) -> Iterator[str]:
         yield f"sampler.stop_token_ids={cfg.sampler.stop_token_ids}: {negative[0]} is no token id; remove it"
     if not all(cfg.sampler.stop):
         yield "sampler.stop: an empty string would stop every turn at once; remove it"
-
-
-def _params(cfg: RunConfig) -> Iterator[str]:
-    for group, declared, others in (
-        ("advantage", advantage_of(cfg), ADVANTAGES.things()),
-        ("loss", loss_of(cfg), LOSSES.things()),
-    ):
-        for name, value in getattr(cfg.algorithm, group).params.items():
-            given = f"algorithm.{group}.params.{name}={value}"
-            if name in declared.params:
-                if not (param := declared.params[name]).fits(value):
-                    yield f"{given}: {declared.name} allows {param.allowed} (default {param.default:g})"
-                continue
-            owners = [other.name for other in others if name in other.params]
-            close = difflib.get_close_matches(name, declared.params, n=1, cutoff=0.5)
-            if owners:
-                yield f"{given}: has an effect only with algorithm.{group}.name={' or '.join(owners)}; leave it out"
-            elif close:
-                yield f"{given}: {declared.name} has no such parameter; did you mean {close[0]}?"
-            else:
-                known = ", ".join(declared.params) or "none"
-                yield f"{given}: {declared.name} has no such parameter; its parameters are: {known}"
 
 
 def _inapplicable(cfg: RunConfig) -> Iterator[str]:
@@ -429,79 +384,6 @@ def _batches(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"algorithm.critic.warmup_steps={cfg.algorithm.critic.warmup_steps}: the policy would never learn in "
             f"batch.num_steps={batch.num_steps}; lower it"
-        )
-
-
-def _algorithms(cfg: RunConfig) -> Iterator[str]:
-    advantage, loss, algorithm, batch = advantage_of(cfg), loss_of(cfg), cfg.algorithm, cfg.batch
-    if cfg.trainer != "rl":  # which alone reads algorithm
-        return
-    if batch.samples_per_prompt < 2 and (advantage.group or algorithm.filters.zero_variance):
-        who = f"algorithm.advantage.name={advantage.name}" if advantage.group else "filters.zero_variance"
-        yield (
-            f"batch.samples_per_prompt={batch.samples_per_prompt}: {who} compares the samples of a prompt; give at "
-            "least 2, or use reinforce++ or gae"
-        )
-    if algorithm.filters.names:
-        import_plugins(cfg.plugins)
-    for name in algorithm.filters.names:
-        GROUP_FILTERS.get(name, "algorithm.filters.names")
-    updates = batch.optim_steps_per_batch * batch.epochs_per_batch
-    corrects, recomputed = _corrects(cfg), algorithm.loss.recompute_old_logprobs
-    if updates > 1 and not loss.ratio and (not corrects or recomputed):
-        yield (
-            f"algorithm.loss.name={loss.name}: has no ratio, so it is wrong for the {updates} updates of one batch "
-            "(batch.optim_steps_per_batch * batch.epochs_per_batch); use ppo, cispo, gspo or importance_sampling, or 1"
-        )
-    cap = algorithm.loss.correction_cap
-    if algorithm.loss.correction == "token_mask" and cap <= 1:
-        yield (
-            f"algorithm.loss.correction_cap={cap:g}: token_mask keeps ratios between 1 / cap and cap, which leaves "
-            "nothing to learn from at 1 or less; give more than 1 (default 2.0)"
-        )
-    if updates > 1 and loss.ratio and corrects and not recomputed:
-        yield (
-            f"algorithm.loss.correction={algorithm.loss.correction}: with {updates} updates of one batch the loss "
-            "would lose its ratio; set algorithm.loss.recompute_old_logprobs=true"
-        )
-    if algorithm.kl.coef > 0 and algorithm.kl.placement == "reward" and not advantage.token_rewards:
-        yield (
-            f"algorithm.kl.placement=reward: rewards per token need algorithm.advantage.name=reinforce++ or gae, not "
-            f"{advantage.name}; use algorithm.kl.placement=loss"
-        )
-    if algorithm.kl.coef > 0 and algorithm.kl.placement == "loss" and _kl_is_k1(cfg):
-        yield (
-            "algorithm.kl.estimator=k1: as a term of the loss its expected gradient is 0; use k2 or k3, or "
-            "algorithm.kl.placement=reward"
-        )
-    episodes = batch.prompts_per_step * batch.samples_per_prompt
-    if algorithm.kl.target > 0 and algorithm.kl.horizon < episodes:
-        yield f"algorithm.kl.horizon={algorithm.kl.horizon:g}: below the {episodes} episodes of one step; raise it"
-
-
-def _objectives(cfg: RunConfig) -> Iterator[str]:
-    given, algorithm = cfg.algorithm.objectives, cfg.algorithm
-    for name, weight in given.weights.items():
-        if not math.isfinite(weight):
-            yield f"algorithm.objectives.weights.{name}={weight}: wanted a finite number"
-    for name, one in given.constraints.items():
-        where = f"algorithm.objectives.constraints.{name}"
-        if not isinstance(one, dict):
-            yield f"{where}={one}: wanted a bound, such as {{min: {one}}}"
-        if unknown := sorted(one.keys() - {"min", "max", "step", "start"}):
-            yield f"{where}.{unknown[0]}: no such key; a constraint has min or max, step and start"
-        if len(one.keys() & {"min", "max"}) != 1:
-            yield f"{where}={dict(one)}: wanted one bound, min or max; for both give one as an objective of its own"
-        for key, value in one.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or (key == "step" and value <= 0) or (key == "start" and value < 0):
-                wanted = {"step": "a number above 0", "start": "0 or more"}.get(key, "a finite number")
-                yield f"{where}.{key}={value}: wanted {wanted}"
-    if given.normalise and (advantage_of(cfg).critic or (algorithm.kl.coef > 0 and algorithm.kl.placement == "reward")):
-        what = "a critic" if advantage_of(cfg).critic else "algorithm.kl.placement=reward"
-        yield (
-            f"algorithm.objectives.normalise=true: {what} goes by one reward, not by one for each objective; use "
-            "algorithm.advantage.name=grpo with algorithm.kl.placement=loss"
         )
 
 

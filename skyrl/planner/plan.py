@@ -125,6 +125,7 @@ def make_spec(cfg: AlgorithmConfig, temperature: float) -> LossSpec:
         entropy_coef=cfg.loss.entropy_coef,
         correction=cfg.loss.correction,
         correction_cap=cfg.loss.correction_cap,
+        correction_low=cfg.loss.correction_low,
     )
     check_spec(spec)
     return spec

@@ -58,9 +58,10 @@ def served_losses() -> list[str]:
 def _config(loss: Loss) -> dict[str, float]:
     """The keys of loss_fn_config with their defaults."""
     assert loss.wire is not None
+    own = {name: param.default for name, param in loss.params.items() if param.wire}
     if loss.wire.thresholds is None:
-        return loss.defaults()
-    others = {name: value for name, value in loss.defaults().items() if name not in ("clip_low", "clip_high")}
+        return own
+    others = {name: value for name, value in own.items() if name not in ("clip_low", "clip_high")}
     return {**dict(zip(THRESHOLDS, loss.wire.thresholds, strict=True)), **others}
 
 

@@ -10,15 +10,20 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 
 from skyrl.algorithms.advantages import ADVANTAGES, RewardRows, decoupled, kl_rewards
-from skyrl.algorithms.filters import trained_masks
+from skyrl.algorithms.corrections import CORRECTIONS, MASKS
+from skyrl.algorithms.filters import overlong_penalty, trained_masks
+from skyrl.algorithms.losses import LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
-from skyrl.distributed.collectives import all_reduce_sum
-from skyrl.rollout import Row
+from skyrl.algorithms.selection import SELECTIONS, covariances, top_entropy
+from skyrl.distributed.collectives import all_reduce_sum, gather_objects
+from skyrl.models.packed import collate
+from skyrl.rollout import Row, draw_seed
 from skyrl.run import Run, Step
 from skyrl.tracking.flops import ModelShape, causal_attended, train_flops
-from skyrl.types import Datum
+from skyrl.types import Datum, Floats
 
 
 def add_reference(run: Run, step: Step, rows: list[Row]) -> tuple[list[Row], float]:
@@ -47,9 +52,13 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
         logprobs = [row.sampling_logprobs for row in rows]
         references = [row.reference for row in rows if row.reference is not None]
         rewards = kl_rewards(rewards, masks, logprobs, references, run.kl_coef())
-    values = None
+    if algorithm.filters.overlong_buffer:
+        rewards = overlong_penalty(rewards, masks, run.cfg.sampler.max_new_tokens, algorithm.filters.overlong_buffer)
+    estimate = ADVANTAGES.get(algorithm.advantage.name, "algorithm.advantage.name")
+    params, reduce = algorithm.advantage.params, partial(all_reduce_sum, run.world)
+    values = bootstrap_D = None
     if run.plan.needs_critic:
-        values = run.engine.score(_to_score(rows), 1.0, model="critic").values
+        values, bootstrap_D = _values(run, rows, bootstrap=bool(params.get("bootstrap")))
     names = run.objectives.names
     reward_rows = RewardRows(
         group_D=np.array([row.group for row in rows], np.int64),
@@ -60,9 +69,9 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
         values=values,
         scales=[row.scales for row in rows] if names else None,  # type: ignore[misc]
         objectives={k: [row.objectives.get(k, np.zeros(len(row.rewards))) for row in rows] for k in names},
+        bootstrap_D=bootstrap_D,
+        log_ratios=[_base(row) - row.sampling_logprobs for row in rows] if estimate.off_policy else None,
     )
-    estimate = ADVANTAGES.get(algorithm.advantage.name, "algorithm.advantage.name")
-    params, reduce = algorithm.advantage.params, partial(all_reduce_sum, run.world)
     if algorithm.objectives.normalise and names:
         result = decoupled(estimate, params, {k: run.objectives.weight(k) for k in names}, reward_rows, reduce)
     else:
@@ -80,6 +89,24 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
     ]
 
 
+def _base(row: Row) -> Floats:
+    return row.sampling_logprobs if row.old_logprobs is None else row.old_logprobs
+
+
+def _values(run: Run, rows: list[Row], *, bootstrap: bool) -> tuple[list[Floats], Floats]:
+    """The critic's values [L] of each row, and with `bootstrap` its value after the last token of rows that a length
+    limit cut (else 0): such a row is scored with that token as well."""
+    data, cut = _to_score(rows), [bootstrap and row.stop == "length" for row in rows]
+    for i, row in enumerate(rows):
+        if cut[i]:
+            tokens, padded = np.append(row.tokens, row.targets[-1:]), np.append(row.targets, 0)
+            data[i] = Datum(tokens, padded, np.ones(len(tokens), np.float32), name=row.name)
+    values = run.engine.score(data, 1.0, model="critic").values
+    assert values is not None
+    last_D = np.array([v[-1] if c else 0.0 for v, c in zip(values, cut, strict=True)], np.float32)
+    return [v[: len(row.tokens)] for v, row in zip(values, rows, strict=True)], last_D
+
+
 def add_old_logprobs(run: Run, rows: list[Row]) -> list[Row]:
     """Rows with the policy's log-probabilities before the first update of the batch, from a training forward pass.
 
@@ -89,6 +116,65 @@ def add_old_logprobs(run: Run, rows: list[Row]) -> list[Row]:
         return rows
     scored = run.engine.score(_to_score(rows), run.cfg.sampler.temperature)
     return [replace(row, old_logprobs=logprobs) for row, logprobs in zip(rows, scored.logprobs, strict=True)]
+
+
+def select_tokens(run: Run, step: Step, rows: list[Row], number: int) -> list[Row]:
+    """The rows of the step's optimizer step `number` with what depends on all its tokens: those of low entropy have no
+    advantage, or with loss.rejected=dropped they and those that a correction's mask rejects are not `trained`; and
+    `selected` is set for a loss that reads it. Collective where an option asks for it."""
+    loss = run.cfg.algorithm.loss
+    drop = loss.rejected == "dropped"
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        return np.concatenate(gather_objects(run.world, mine))
+
+    def trained() -> list[np.ndarray]:
+        return [row.mask if row.trained is None else row.trained for row in rows]
+
+    if loss.top_entropy < 1:
+        scored = run.engine.score(_to_score(rows), run.cfg.sampler.temperature, entropy=True).logprobs
+        kept = top_entropy(scored, trained(), gather, loss.top_entropy)
+        for i, (row, keep) in enumerate(zip(rows, kept, strict=True)):
+            assert row.advantages is not None
+            rows[i] = (
+                replace(row, trained=keep) if drop else replace(row, advantages=np.where(keep, row.advantages, 0.0))
+            )
+    if drop and loss.correction in MASKS:
+        data = [row.datum(mask.astype(np.float64)) for row, mask in zip(rows, trained(), strict=True)]
+        rejected = [weight == 0 for weight in _corrections(run, data)]
+        rows = [replace(row, trained=m & ~r) for row, m, r in zip(rows, trained(), rejected, strict=True)]
+    if "selected" in LOSSES.get(loss.name, "algorithm.loss.name").needs:
+        advantages = [row.advantages for row in rows if row.advantages is not None]
+        covariance = covariances([_base(row) for row in rows], advantages, trained(), gather)
+        keys = [("selection", run.cfg.seed, step.number, number, row.group, row.name) for row in rows]
+        draws = [
+            np.random.default_rng(draw_seed(*key)).random(len(r.tokens)) for key, r in zip(keys, rows, strict=True)
+        ]
+        chosen = SELECTIONS[loss.name](covariance, draws, gather, loss.params)
+        rows = [replace(row, selected=one.astype(np.float32)) for row, one in zip(rows, chosen, strict=True)]
+    return rows
+
+
+def _corrections(run: Run, data: list[Datum]) -> list[Floats]:
+    """The correction's weight of each token of data that have old log-probabilities; 0 where nothing is trained."""
+    if not data:
+        return []
+    loss, mb = run.cfg.algorithm.loss, collate(data, torch.float64, "cpu")
+    assert mb.old_logprobs_T is not None and mb.sampling_logprobs_T is not None
+    trained_T = mb.weights_T != 0
+    log_ratio_T = (mb.old_logprobs_T - mb.sampling_logprobs_T).where(trained_T, 0.0)
+    weight_T = CORRECTIONS.get(loss.correction)(log_ratio_T, mb, loss.correction_cap, loss.correction_low)
+    return np.split(weight_T.where(trained_T, 0.0).numpy(), np.cumsum(mb.lengths)[:-1])
+
+
+def correction_scale(run: Run, data: list[Datum]) -> float:
+    """What the correction's weights of an optimizer step are multiplied by: with loss.correction_normalise 1 over their
+    mean, taken with the weights of the reduction; else 1. Collective then."""
+    if not run.cfg.algorithm.loss.correction_normalise:
+        return 1.0
+    mine = [(d.weights.sum(), (d.weights * w).sum()) for d, w in zip(data, _corrections(run, data), strict=True)]
+    whole, weighted = all_reduce_sum(run.world, np.array(mine, np.float64).reshape(-1, 2).sum(axis=0))
+    return float(whole / weighted) if weighted > 0 else 1.0
 
 
 def trained_tokens(run: Run, rows: list[Row]) -> int:

@@ -21,7 +21,9 @@ from skyrl.trainers.experience import (
     add_old_logprobs,
     add_reference,
     apply_reduction,
+    correction_scale,
     count_flops,
+    select_tokens,
     trained_tokens,
 )
 from skyrl.trainers.generation import generate_groups
@@ -65,7 +67,7 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
             with step.part("experience"):
                 rows, kl = add_reference(run, step, to_rows(groups))
                 step.check_stop()
-                rows = add_old_logprobs(run, add_advantages(run, rows))
+                rows = add_advantages(run, add_old_logprobs(run, rows))
                 step.check_stop()
             update(run, step, rows, num_groups)
             remember(run, groups)
@@ -103,10 +105,13 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
     parts, moved = cfg.batch.optim_steps_per_batch, False
     for number in range(plan.updates_per_step):
         part = [row for row in rows if row.group * parts // num_groups == number % parts]
+        part = select_tokens(run, step, part, number)
         if trained_tokens(run, part) == 0:
             step.skip_updates(1)
             continue
-        data = rebalance(run.world, apply_reduction(run, part))
+        data = apply_reduction(run, part)
+        spec = dataclasses.replace(spec, correction_scale=correction_scale(run, data))
+        data = rebalance(run.world, data)
         if plan.policy_learns(step.index):
             with step.part("forward_backward"):
                 metrics = engine.forward_backward(data, spec).metrics

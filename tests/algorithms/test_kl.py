@@ -20,7 +20,7 @@ def kl(p_log: torch.Tensor, q_log: torch.Tensor) -> torch.Tensor:
     return (p_log.exp() * (p_log - q_log)).sum()
 
 
-@pytest.mark.parametrize("name", KL_ESTIMATORS.names())
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])  # the others: test_formulas.py
 def test_formula_and_gradient_per_token(name: str) -> None:
     lp = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-1.5, -1.0, -0.5], dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_expected_gradients_as_a_loss(seed: int) -> None:
         "k2": torch.autograd.grad(kl(torch.log_softmax(logits, 0), ref), logits)[0],
         "k3": torch.autograd.grad(kl(ref, torch.log_softmax(logits, 0)), logits)[0],
     }
-    for name in KL_ESTIMATORS.names():
+    for name in want:
         lp = torch.log_softmax(logits, 0)
         loss = (lp.detach().exp() * KL_ESTIMATORS.get(name)(lp, ref)).sum()
         (got,) = torch.autograd.grad(loss, logits)

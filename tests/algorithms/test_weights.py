@@ -35,8 +35,11 @@ def slow_mean(name: str, loss, masks, group, episode, constant: float) -> float:
         tokens.setdefault(key, []).extend(float(loss[d][t]) for t in range(len(mask)) if mask[t])
     if name == "constant":
         return sum(sum(x) for x in tokens.values()) / (len(tokens) * constant)
-    means = [sum(x) / len(x) for x in tokens.values() if x]
-    return sum(means) / len(means)
+    means = {key: (sum(x) if name == "sequence_sum" else sum(x) / len(x)) for key, x in tokens.items() if x}
+    if name == "prompt_sequence_mean":
+        prompts = {key[0]: [m for other, m in means.items() if other[0] == key[0]] for key in means}
+        return sum(sum(x) / len(x) for x in prompts.values()) / len(prompts)
+    return sum(means.values()) / len(means)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -7,7 +7,7 @@ from skyrl.config.options import all_options
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files that name options without acting on them.
-SILENT = {"schema.py", "schema_server.py", "options.py", "validation.py", "docs.py"}
+SILENT = {"schema.py", "schema_server.py", "options.py", "validation.py", "algorithm_rules.py", "docs.py"}
 
 
 def attributes_read() -> set[tuple[str, str]]:

@@ -30,7 +30,7 @@ def test_tables_name_only_options_that_exist():
     ("overrides", "start"),
     [
         ("model.dtype=int8", "model.dtype=int8: choose one of: auto"),
-        ("algorithm.loss.name=sum", "algorithm.loss.name=sum: choose one of: cispo, dro, gspo, importance_sampling"),
+        ("algorithm.loss.name=sum", "algorithm.loss.name=sum: choose one of: cispo, clip_cov, dppo_kl"),
         ("optim.lr=inf", "optim.lr=inf: must be a finite number"),
         ("optim.lr=-1", "optim.lr=-1.0: must not be negative"),
         ("optim.lr=0", "optim.lr=0.0: must be above 0"),
@@ -235,7 +235,7 @@ def test_old_names_are_refused_with_the_new_one(old, new):
 
 
 def test_the_loss_has_its_own_defaults_and_a_config_saved_by_an_earlier_release_is_read():
-    assert load_config(["algorithm.loss.name=gspo"]).algorithm.loss.params == {"clip_low": 3e-4, "clip_high": 4e-4}
+    assert load_config(["algorithm.loss.name=dro"]).algorithm.loss.params == {"beta": 0.05}
     cfg = load_config(["algorithm=ppo", "algorithm.loss.params.clip_high=0.3"])
     old = to_dict(cfg)
     loss, advantage = old["algorithm"]["loss"], old["algorithm"]["advantage"]

@@ -59,7 +59,7 @@ RECIPES: dict[str, Recipe] = {
     # Several turns, groups without variance dropped and made up for; log-probabilities taken anew before the update.
     "game": Recipe(
         f"experiment=guess_number {TINY} {RECORDED} {STEPS} env.options.high=5 algorithm=dapo "
-        "algorithm.filters.overlong=keep algorithm.loss.recompute_old_logprobs=true"
+        "algorithm.filters.overlong=keep algorithm.filters.overlong_buffer=0 algorithm.loss.recompute_old_logprobs=true"
     ),
     # Sharded over two ranks, two optimizer steps per batch, a loss with one ratio per sequence.
     "fsdp": Recipe(
