@@ -128,11 +128,19 @@ class Columns:
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         known = dict.fromkeys(self.names)
-        for record in records:
-            known.update(dict.fromkeys(record))
+        for keys in dict.fromkeys(tuple(record) for record in records):
+            known.update(dict.fromkeys(keys))
         self.names = list(known)
-        new = np.array([[self._number(record.get(name)) for record in records] for name in self.names], np.float64)
-        new = new.reshape(len(self.names), len(records))
+        rows = []
+        for record in records:
+            if "phase" in record:
+                record["phase"] = self._number(record["phase"])
+            rows.append([*map(record.get, self.names)])
+        try:
+            new = np.array(rows, np.float64)  # None becomes NaN
+        except (TypeError, ValueError):  # a list, or words
+            new = np.array([[self._number(value) for value in row] for row in rows], np.float64)
+        new = new.reshape(len(records), len(self.names)).T
         for name in SUMMED:
             if name in known:
                 self.sums[name] += float(np.nansum(new[self.names.index(name)]))

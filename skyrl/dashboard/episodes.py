@@ -25,7 +25,7 @@ GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")  # one advantage for all tokens o
 FLAGS = {
     "repetition": "says the same again and again: its text compresses to less than a sixth",
     "truncation": "a token limit ended it",
-    "reward hacking?": "paid although the environment calls it wrong, or one answer that is paid for different prompts",
+    "reward hacking?": "called wrong and paid like right answers, or one answer that is paid for several prompts",
     "invalid": "its verifier failed",
 }
 
@@ -85,7 +85,7 @@ class EpisodeIndex:
 def summarise(run: RunReader, dump: str) -> list[EpisodeSummary]:
     """Every episode of a dump with its flags, and where the advantage follows from the group's rewards, with that."""
     found: list[EpisodeSummary] = []
-    wrong: list[bool] = []
+    correct: list[float | None] = []
     for rank, start, episode in run.episodes(dump):
         turns = [turn for turn in episode["turns"] if isinstance(turn, dict)]
         answer = "\n".join(str(turn.get("text", "")) for turn in turns)
@@ -108,10 +108,9 @@ def summarise(run: RunReader, dump: str) -> list[EpisodeSummary]:
             one.flags.append("repetition")
         if episode.get("invalid"):
             one.flags.append("invalid")
-        correct = (episode.get("metrics") or {}).get("correct:mean")
-        wrong.append(correct is not None and correct <= 0 < one.reward)
+        correct.append((episode.get("metrics") or {}).get("correct:mean"))
         found.append(one)
-    _flag_hacking(found, wrong)
+    _flag_hacking(found, correct)
     _add_advantages(run, found)
     return found
 
@@ -122,17 +121,18 @@ def is_repetitive(text: str) -> bool:
     return len(data) >= REPETITION_CHARACTERS and len(zlib.compress(data, 6)) < REPETITIVE * len(data)
 
 
-def _flag_hacking(found: list[EpisodeSummary], wrong: list[bool]) -> None:
-    """What may be a hole in the reward: paid above the dump's mean while the environment says that it is not correct;
-    or one answer, of some words, that is paid for several prompts, none of which gives it as what is expected."""
-    mean = float(np.mean([one.reward for one in found])) if found else 0.0
+def _flag_hacking(found: list[EpisodeSummary], correct: list[float | None]) -> None:
+    """What may be a hole in the reward: an answer that the environment calls wrong is paid as well as half of the right
+    ones of the dump; or one answer, of some words, is paid for several prompts."""
+    right = [one.reward for one, value in zip(found, correct, strict=True) if value is not None and value > 0]
+    enough = float(np.median(right)) if right else math.inf
     prompts: dict[str, set[str]] = defaultdict(set)
     for one in found:
-        if one.reward > 0 and one.reward >= mean and len(one.answer.split()) >= 4:
+        if one.reward > 0 and len(one.answer.split()) >= 4:
             prompts[one.answer].add(one.uid)
-    for one, is_wrong in zip(found, wrong, strict=True):
-        same = one.reward > 0 and len(prompts.get(one.answer, ())) >= SAME_ANSWERS
-        if (is_wrong and one.reward > mean) or same:
+    for one, value in zip(found, correct, strict=True):
+        wrong = value is not None and value <= 0 and one.reward > 0 and one.reward >= enough
+        if wrong or (one.reward > 0 and len(prompts[one.answer]) >= SAME_ANSWERS):
             one.flags.append("reward hacking?")
 
 

@@ -174,37 +174,39 @@ def phases(request: Request) -> Response:
     entry = board.entry(request)
     steps = max(1, min(200, whole_number(request, "steps", PHASE_STEPS)))
     ranks = entry.run.system_ranks()
-    lanes: dict[int, list[tuple[str, float, float, int]]] = {}
+    lanes: dict[int, list[tuple[str, float, float, int, int]]] = {}
     for rank in ranks[:PHASE_RANKS]:
         file = f"system/rank-{rank}.jsonl"
         end = entry.run.size(file)
         records, _ = entry.run.lines(file, max(0, end - SPAN_BYTES))
         lanes[rank] = _spans(records[-steps:])
-    begin = min((start for lane in lanes.values() for _, start, _, _ in lane), default=0.0)
-    length = max((stop - begin for lane in lanes.values() for _, _, stop, _ in lane), default=0.0)
+    begin = min((start for lane in lanes.values() for _, start, *_ in lane), default=0.0)
+    length = max((stop - begin for lane in lanes.values() for _, _, stop, *_ in lane), default=0.0)
     kinds = list(dict.fromkeys(name for lane in lanes.values() for name, *_ in lane))
     sums: dict[int, dict[str, float]] = {rank: defaultdict(float) for rank in lanes}
     for rank, lane in lanes.items():
-        for name, start, stop, _ in lane:
+        for name, start, stop, *_ in lane:
             sums[rank][name] += stop - start
     values: dict[str, Any] = {"lanes": lanes, "begin": begin, "length": max(length, 1e-9), "kinds": kinds, "sums": sums}
     return board.page(request, "phases.html", entry=entry, steps=steps, hidden=len(ranks) - len(lanes), **values)
 
 
-def _spans(records: list[dict[str, Any]]) -> list[tuple[str, float, float, int]]:
-    """(phase, start, end, step) of consecutive steps; what is before a pause of an hour or a clock that was set is left
-    out."""
+def _spans(records: list[dict[str, Any]]) -> list[tuple[str, float, float, int, int]]:
+    """(phase, start, end, step, how many phases it lies in) of consecutive steps; what is before a pause of an hour
+    or a clock that was set is left out."""
     found: list[tuple[str, float, float, int]] = []
     for record in records:
-        spans = [
-            (str(name), float(start), float(stop), int(record.get("step", 0)))
-            for name, start, stop in record.get("spans") or ()
-            if stop >= start
-        ]
-        if spans and found and not -1.0 <= min(one[1] for one in spans) - max(one[2] for one in found) <= 3600.0:
+        step, spans = int(record.get("step", 0)), record.get("spans") or ()
+        new = [(str(name), float(start), float(stop), step) for name, start, stop in spans if stop >= start]
+        if new and found and not -1.0 <= min(one[1] for one in new) - max(one[2] for one in found) <= 3600.0:
             found = []
-        found += spans
-    return found
+        found += new
+    nested, around = [], []
+    for name, start, stop, step in sorted(found, key=lambda one: (one[1], -one[2])):
+        around = [end for end in around if end >= stop]
+        nested.append((name, start, stop, step, len(around)))
+        around.append(stop)
+    return nested
 
 
 def checkpoints(request: Request) -> Response:

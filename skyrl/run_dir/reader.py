@@ -239,7 +239,9 @@ def _read_lines(path: Path, start: int, limit: int = -1, *, strict: bool = True)
     for number, line in enumerate(lines[:-1], start=1):
         record = _parsed(line)
         if record is not None:
-            records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()})
+            if b'nan"' in line or b'inf"' in line:
+                record = {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()}
+            records.append(record)
         elif strict and records and limit > 0:  # what is before it first; the next call begins with it
             return records, start + sum(len(line) + 1 for line in lines[: number - 1])
         elif strict:

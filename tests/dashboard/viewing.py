@@ -83,7 +83,9 @@ def make_run(runs: Path, name: str, *options: str, steps: int = 5, slope: float 
 
 def add_rollouts(run: Path) -> None:
     """Two training steps and an evaluation, with answers that are markup, cut, paid wrongly and repetitive."""
-    group = [played("p<1>", 0, "2", 1.0), played("p<1>", 1, HTML, 0.0, asked=HTML)]
+    right = played("p<1>", 0, "2", 1.0)
+    right.metrics = {"correct:mean": 1.0}
+    group = [right, played("p<1>", 1, HTML, 0.0, asked=HTML)]
     other = [played("p2", 0, "ab" * 300, 0.0, stop="length"), played("p2", 1, "four words are here", 3.0, correct=0.0)]
     for episode in other:
         episode.metrics = {"correct:mean": 0.0}

@@ -16,6 +16,9 @@
     return Number(v.toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 6 });
   }
 
+  // The axis of values that are all equal.
+  const around = (v) => (v === 0 ? [0, 1] : v > 0 ? [0, 1.25 * v] : [1.25 * v, 0]);
+
   // Exponential average that begins with the first value: what TensorBoard calls smoothing.
   function smoothed(ys, part) {
     if (!part) return ys;
@@ -99,7 +102,7 @@
         height: wide ? 420 : 210,
         series, bands,
         legend: { show: false },
-        scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
+        scales: { x: { time: false }, y: log ? { distr: 3 } : { range: (u, low, high) => (low == null ? [0, 1] : low === high ? around(low) : uPlot.rangeNum(low, high, 0.08, true)) } },
         axes: [
           { ...axis, values: (u, vs) => vs.map(short) },
           { ...axis, size: 62, values: (u, vs) => vs.map((v) => (v == null ? "" : short(v))) },
