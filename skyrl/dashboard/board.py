@@ -22,7 +22,6 @@ from starlette.responses import Response, StreamingResponse
 
 import skyrl
 from skyrl.config.schema import DashboardConfig
-from skyrl.dashboard.episodes import EpisodeIndex
 from skyrl.dashboard.index import RunEntry, RunIndex
 from skyrl.tracking.metric_docs import explain
 from skyrl.types import UserError
@@ -40,7 +39,6 @@ class Dashboard:
 
     def __init__(self, settings: DashboardConfig, auth: Any, index: RunIndex) -> None:
         self.prefix, self.auth, self.index = settings.path_prefix, auth, index
-        self.episodes = EpisodeIndex()
         self.closing, self.streams = False, 0
         self._templates = Environment(
             loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

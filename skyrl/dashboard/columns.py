@@ -28,14 +28,13 @@ class Columns:
     """The columns of one file of a run. Safe to use from several threads.
 
     A block of R rows holds C columns of R float64 one after the other: the first C of `names`, which only grows. What a
-    record does not have is NaN. Words of the column "phase" are numbers into `phases`.
+    record does not have, or has as words, is NaN.
     """
 
     def __init__(
         self,
         run: RunReader,
         file: str,
-        *,
         flat: Flat = dict,
         store: Path | None = None,
         writable: bool = True,
@@ -54,38 +53,29 @@ class Columns:
 
     def _clear(self) -> None:
         self.names: list[str] = []
-        self.phases: list[str] = []
-        self.sums = dict.fromkeys(SUMMED, 0.0)
         self.generation = secrets.token_hex(4)  # of the store's name: blocks of a file that was cut back are not ours
         self._blocks: list[tuple[int, int]] = []  # (rows, columns)
-        self._kept = (0, b"")  # of the JSON lines: the bytes that the blocks hold, and how these end
-        self._read, self._mark = self._kept
-        self._kept_sums = dict(self.sums)
-        self._tail = np.empty((0, 0))
+        # Bytes of the JSON lines that were read, how these end, and SUMMED so far; the same for what the blocks hold.
+        self._at: tuple[int, bytes, list[float]] = (0, b"", [0.0] * len(SUMMED))
+        self._kept, self._tail = self._at, np.empty((0, 0))
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.names, self.phases = [*state["names"]], [*state["phases"]]
-        self.generation, self._blocks = state["generation"], [(int(r), int(c)) for r, c in state["blocks"]]
-        self._kept = (int(state["read"]), bytes.fromhex(state["mark"]))
-        self.sums = {key: float(state["sums"][key]) for key in SUMMED}
-        self._kept_sums, (self._read, self._mark) = dict(self.sums), self._kept
+        self.names, self.generation, self._blocks = state["names"], state["generation"], state["blocks"]
+        self._at = self._kept = (int(state["read"]), bytes.fromhex(state["mark"]), state["sums"])
         if self._store is not None and self._blocks and self._store.stat().st_size < self._stored_bytes:
             raise ValueError
 
     def state(self) -> dict[str, Any]:
         """What a later process needs to go on from the blocks, as JSON can hold it."""
         with self.lock:
+            read, mark, sums = self._kept
             names = self.names[: self._blocks[-1][1]] if self._blocks else []
-            read, mark = self._kept
-            return {
-                "names": names,
-                "phases": self.phases,
-                "generation": self.generation,
-                "blocks": self._blocks,
-                "read": read,
-                "mark": mark.hex(),
-                "sums": self._kept_sums,
-            }
+            kept = {"generation": self.generation, "blocks": list(self._blocks), "sums": sums}
+            return {"names": names, "read": read, "mark": mark.hex(), **kept}
+
+    def sum(self, name: str) -> float:
+        """The sum of a column that is among SUMMED."""
+        return self._at[2][SUMMED.index(name)]
 
     @property
     def _store(self) -> Path | None:
@@ -109,14 +99,16 @@ class Columns:
         """Reads what is new, at most CHUNK_BYTES; whether there was anything. A file that was cut back, and may have
         grown again, is read anew. Raises UserError for a line of metrics.jsonl that is no record."""
         with self.lock:
-            if self._read and self.run.before(self.file, self._read, len(self._mark)) != self._mark:
+            read, mark, sums = self._at
+            if read and self.run.before(self.file, read, len(mark)) != mark:
                 self.drop_store()
                 self._clear()
-            records, end = self.run.lines(self.file, self._read, CHUNK_BYTES)
-            if end <= self._read:
+                read, mark, sums = self._at
+            records, end = self.run.lines(self.file, read, CHUNK_BYTES)
+            if end <= read:
                 return False
-            self._append([self._flat(record) for record in records])
-            self._read, self._mark = end, self.run.before(self.file, end)
+            new = self._append([self._flat(record) for record in records])
+            self._at = (end, self.run.before(self.file, end), [a + b for a, b in zip(sums, new, strict=True)])
             if self._tail.shape[1] >= BLOCK_ROWS:
                 self.flush()
             return True
@@ -126,36 +118,23 @@ class Columns:
         while self.update():
             pass
 
-    def _append(self, records: list[dict[str, Any]]) -> None:
+    def _append(self, records: list[dict[str, Any]]) -> list[float]:
+        """Adds rows to the tail; their SUMMED."""
         known = dict.fromkeys(self.names)
         for keys in dict.fromkeys(tuple(record) for record in records):
             known.update(dict.fromkeys(keys))
+        known.pop("phase", None)
         self.names = list(known)
-        rows = []
-        for record in records:
-            if "phase" in record:
-                record["phase"] = self._number(record["phase"])
-            rows.append([*map(record.get, self.names)])
+        rows = [[*map(record.get, self.names)] for record in records]
         try:
             new = np.array(rows, np.float64)  # None becomes NaN
         except (TypeError, ValueError):  # a list, or words
-            new = np.array([[self._number(value) for value in row] for row in rows], np.float64)
+            new = np.array([[v if isinstance(v, (int, float)) else None for v in row] for row in rows], np.float64)
         new = new.reshape(len(records), len(self.names)).T
-        for name in SUMMED:
-            if name in known:
-                self.sums[name] += float(np.nansum(new[self.names.index(name)]))
         old = np.full((len(self.names), self._tail.shape[1]), np.nan)
         old[: len(self._tail)] = self._tail
         self._tail = np.concatenate([old, new], axis=1)
-
-    def _number(self, value: Any) -> float:
-        if type(value) is float or type(value) is int:
-            return value
-        if isinstance(value, str):
-            if value not in self.phases:
-                self.phases.append(value)
-            return self.phases.index(value)
-        return float(value) if isinstance(value, bool) else np.nan
+        return [float(np.nansum(new[self.names.index(name)])) if name in known else 0.0 for name in SUMMED]
 
     def flush(self) -> None:
         """Moves the tail to the store. Without a store, or where it cannot be written, it stays in memory."""
@@ -175,14 +154,12 @@ class Columns:
                 self._writable = False  # what is there can be read still
                 return
             self._blocks.append((self._tail.shape[1], len(self.names)))
-            self._kept, self._kept_sums = (self._read, self._mark), dict(self.sums)
-            self._tail = np.empty((0, 0))
+            self._kept, self._tail = self._at, np.empty((0, 0))
 
     def drop_tail(self) -> None:
         """Forgets the tail; the next update reads it again."""
         with self.lock:
-            self._tail, (self._read, self._mark) = np.empty((0, 0)), self._kept
-            self.sums = dict(self._kept_sums)
+            self._at, self._tail = self._kept, np.empty((0, 0))
 
     def drop_store(self) -> None:
         """Deletes the blocks, which hold a file that is no more."""

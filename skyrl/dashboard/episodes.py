@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 import zlib
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,31 +59,14 @@ class EpisodeSummary:
         return self.dump.rpartition("-")[0] or "train"
 
 
-class EpisodeIndex:
-    """Summaries of the dumps that were looked at last, of all runs."""
-
-    def __init__(self) -> None:
-        self._dumps: OrderedDict[tuple[str, str, int], list[EpisodeSummary]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, run: RunReader, dump: str) -> list[EpisodeSummary]:
-        """The episodes of a dump, in its order."""
-        size = sum(path.stat().st_size for path in (run.path / "rollouts").glob(f"{dump}-r*.jsonl"))
-        key = (str(run.path), dump, size)
-        with self._lock:
-            if key in self._dumps:
-                self._dumps.move_to_end(key)
-                return self._dumps[key]
-        found = summarise(run, dump)
-        with self._lock:
-            self._dumps[key] = found
-            while len(self._dumps) > KEPT_DUMPS:
-                self._dumps.popitem(last=False)
-        return found
+def summaries(run: RunReader, dump: str) -> list[EpisodeSummary]:
+    """Every episode of a dump, in its order, with its flags, and where the advantage follows from the group's rewards,
+    with that. Dumps that were looked at last are remembered."""
+    return _summaries(run, dump, sum(path.stat().st_size for path in run.dump_files(dump)))
 
 
-def summarise(run: RunReader, dump: str) -> list[EpisodeSummary]:
-    """Every episode of a dump with its flags, and where the advantage follows from the group's rewards, with that."""
+@lru_cache(maxsize=KEPT_DUMPS)
+def _summaries(run: RunReader, dump: str, size: int) -> list[EpisodeSummary]:
     found: list[EpisodeSummary] = []
     correct: list[float | None] = []
     for rank, start, episode in run.episodes(dump):
@@ -102,12 +85,9 @@ def summarise(run: RunReader, dump: str) -> list[EpisodeSummary]:
             prompt=str(turns[0].get("context_text", ""))[-SHOWN_CHARACTERS:] if turns else "",
             answer=answer[:SHOWN_CHARACTERS],
         )
-        if one.stop == "length" or any(turn.get("stop") == "length" for turn in turns):
-            one.flags.append("truncation")
-        if is_repetitive(answer):
-            one.flags.append("repetition")
-        if episode.get("invalid"):
-            one.flags.append("invalid")
+        cut = any(stop == "length" for stop in (one.stop, *(turn.get("stop") for turn in turns)))
+        told = {"truncation": cut, "repetition": is_repetitive(answer), "invalid": bool(episode.get("invalid"))}
+        one.flags += [flag for flag, there in told.items() if there]
         correct.append((episode.get("metrics") or {}).get("correct:mean"))
         found.append(one)
     _flag_hacking(found, correct)
@@ -176,24 +156,20 @@ class Query:
     most: float | None = None
     order: str = ""
 
+    def fits(self, one: EpisodeSummary) -> bool:
+        """Whether an episode is looked for."""
+        least, most = (-math.inf if self.least is None else self.least), (math.inf if self.most is None else self.most)
+        bounded = self.least is not None or self.most is not None  # a reward that is not a number lies nowhere
+        flagged = not self.flag or self.flag in one.flags or (self.flag == "any" and bool(one.flags))
+        text = f"{one.uid} {one.prompt} {one.answer}".lower()
+        found = self.uid in ("", one.uid) and all(word in text for word in self.text.lower().split())
+        return flagged and found and (not bounded or least <= one.reward <= most)
+
     def pick(self, found: list[EpisodeSummary]) -> list[EpisodeSummary]:
         """Those that fit, in the order that is asked for."""
-        words = self.text.lower().split()
-        kept = [
-            one
-            for one in found
-            if (not self.uid or one.uid == self.uid)
-            and (not self.flag or self.flag in one.flags or (self.flag == "any" and one.flags))
-            and (self.least is None or one.reward >= self.least)
-            and (self.most is None or one.reward <= self.most)
-            and all(word in f"{one.uid} {one.prompt} {one.answer}".lower() for word in words)
-        ]
-        keys: dict[str, Any] = {
-            "best": lambda one: -one.reward,
-            "worst": lambda one: one.reward,
-            "longest": lambda one: -one.tokens,
-        }
-        return sorted(kept, key=keys[self.order]) if self.order in keys else kept
+        orders: dict[str, Any] = {"best": lambda one: -one.reward, "worst": lambda one: one.reward}
+        orders["longest"] = lambda one: -one.tokens
+        return sorted(filter(self.fits, found), key=orders.get(self.order, lambda one: 0))
 
 
 @dataclass

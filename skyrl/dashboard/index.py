@@ -39,7 +39,7 @@ class RunEntry:
         state = state or {}
         self.run, self._store, self._writable = run, store, writable
         self.lock = threading.Lock()
-        self.metrics = Columns(run, "metrics.jsonl", store=store, writable=writable, state=state.get("metrics"))
+        self.metrics = Columns(run, "metrics.jsonl", dict, store, writable, state.get("metrics"))
         self._system: dict[int, Columns] = {}
         self._system_states = state.get("system", {})
         self.stamp: list[int] = state.get("stamp", [])
@@ -53,8 +53,7 @@ class RunEntry:
                 return False
             state, changed = self.run.state(), stamp != self.stamp
             if changed:
-                config = self.run.config()
-                options = flat(config) if config else {}
+                options = flat(self.run.config())
                 self.about |= {
                     "typed": self.run.typed(),
                     "tags": [str(tag) for tag in options.get("tracking.tags") or ()],
@@ -77,15 +76,8 @@ class RunEntry:
         """What tracking/system.py has seen of a rank, as columns."""
         with self.lock:
             if rank not in self._system:
-                state = self._system_states.get(str(rank))
-                self._system[rank] = Columns(
-                    self.run,
-                    f"system/rank-{rank}.jsonl",
-                    flat=flat_system,
-                    store=self._store,
-                    writable=self._writable,
-                    state=state,
-                )
+                file, state = f"system/rank-{rank}.jsonl", self._system_states.get(str(rank))
+                self._system[rank] = Columns(self.run, file, flat_system, self._store, self._writable, state)
         self._system[rank].update_all()
         return self._system[rank]
 
@@ -95,8 +87,7 @@ class RunEntry:
 
     def saved(self) -> dict[str, Any]:
         """What `state` of a later process may be, as JSON can hold it."""
-        kept = {str(rank): one.state() for rank, one in self._system.items()}
-        system = {**self._system_states, **kept}
+        system = self._system_states | {str(rank): one.state() for rank, one in self._system.items()}
         return {"stamp": self.stamp, "about": self.about, "metrics": self.metrics.state(), "system": system}
 
 
@@ -159,10 +150,7 @@ class RunIndex:
         with contextlib.suppress(OSError):
             for run in reversed(find_runs(self.runs)):
                 if self.only in (None, run.name):
-                    entry = self._entries.get(run.name)
-                    found[run.name] = entry or RunEntry(
-                        run, self._store, self._guard >= 0, self._states.pop(run.name, None)
-                    )
+                    found[run.name] = self._entries.get(run.name) or self._made(run)
         for gone in self._entries.keys() - found.keys():
             for columns in self._entries[gone].columns():
                 columns.drop_store()
@@ -170,6 +158,9 @@ class RunIndex:
             self.version += 1
         self._entries = found
         return list(found.values())
+
+    def _made(self, run: RunReader) -> RunEntry:
+        return RunEntry(run, self._store, self._guard >= 0, self._states.pop(run.name, None))
 
     def _work(self) -> None:
         while not self._stop.is_set():

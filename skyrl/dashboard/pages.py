@@ -142,10 +142,10 @@ def _system_panels(entry: RunEntry, ranks: list[int]) -> list[tuple[str, list[st
 
 def facts(entry: RunEntry, config: dict[str, Any], ranks: int) -> list[tuple[str, Any, str]]:
     """(what, value, explanation) for the head of a run's page."""
-    last, sums = entry.metrics.last, entry.metrics.sums
+    last, total_of = entry.metrics.last, entry.metrics.sum
     steps = (config.get("batch") or {}).get("num_steps", 0), (config.get("warmup") or {}).get("num_steps", 0)
     total = sum(step for step in steps if isinstance(step, int))
-    seconds = sums["time/step_seconds:sum"]
+    seconds = total_of("time/step_seconds:sum")
     step = last("step")
     device = "GPU" if any(name.startswith("gpu") for name in _system_names(entry, ranks)) else "Device"
     return [
@@ -158,8 +158,8 @@ def facts(entry: RunEntry, config: dict[str, Any], ranks: int) -> list[tuple[str
         ("Held-out accuracy", last(OBJECTIVE), "of the last evaluation"),
         ("Tokens per second", last("speed/tokens_per_second:mean"), "of the last step"),
         ("MFU", last("speed/mfu:mean"), "model FLOPs utilisation of the last step; absent where the peak is not known"),
-        ("Tokens sampled", sums["sampled_tokens:sum"], "in all steps of training"),
-        ("Tokens trained", sums["tokens:sum"], "through training forward passes, in all steps"),
+        ("Tokens sampled", total_of("sampled_tokens:sum"), "in all steps of training"),
+        ("Tokens trained", total_of("tokens:sum"), "through training forward passes, in all steps"),
         (f"{device}-hours", seconds * max(1, ranks) / 3600, f"seconds of all steps on {max(1, ranks)} ranks"),
     ]
 
@@ -201,7 +201,8 @@ def _spans(records: list[dict[str, Any]]) -> list[tuple[str, float, float, int, 
         if new and found and not -1.0 <= min(one[1] for one in new) - max(one[2] for one in found) <= 3600.0:
             found = []
         found += new
-    nested, around = [], []
+    nested: list[tuple[str, float, float, int, int]] = []
+    around: list[float] = []
     for name, start, stop, step in sorted(found, key=lambda one: (one[1], -one[2])):
         around = [end for end in around if end >= stop]
         nested.append((name, start, stop, step, len(around)))

@@ -8,8 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from skyrl.dashboard.board import Dashboard
-from skyrl.dashboard.episodes import FLAGS, EpisodeSummary, Query, turn_spans
+from skyrl.dashboard.episodes import FLAGS, EpisodeSummary, Query, summaries, turn_spans
 from skyrl.dashboard.index import RunEntry
 from skyrl.dashboard.series import board_of
 from skyrl.web.http import HttpError, whole_number
@@ -32,7 +31,7 @@ def episodes(request: Request) -> Response:
     text, uid, flag, order = (given.get(name, "") for name in ("q", "uid", "flag", "order"))
     query = Query(text, uid, flag, _number(given, "least"), _number(given, "most"), order)
     looked_at = dumps[::-1] if dump == "all" else [dump] if dump else []
-    found = query.pick([one for name in looked_at for one in board.episodes.of(entry.run, name)])
+    found = query.pick([one for name in looked_at for one in summaries(entry.run, name)])
     at = whole_number(request, "page", 0)
     return board.page(
         request,
@@ -68,16 +67,14 @@ def episode(request: Request) -> Response:
     dump, rank, start = path["dump"], path["rank"], path["start"]
     if dump not in entry.run.dumps():
         raise HttpError(404, f"this run has no dumped step {dump[:60]!r}; a resumed run drops those it plays again")
-    listed = board.episodes.of(entry.run, dump)
+    listed = summaries(entry.run, dump)
     place = next((i for i, one in enumerate(listed) if (one.rank, one.start) == (rank, start)), None)
     if place is None:
         raise HttpError(404, "there is no such episode in this step any more")
     colour = request.query_params.get("colour", "logprob")
     colour = colour if colour in COLOURS else "logprob"
     shown = shown_episode(entry, listed[place], colour)
-    same = [
-        one for name in entry.run.dumps() if name != dump for one in _of_prompt(board, entry, name, shown["one"].uid)
-    ]
+    same = [one for name in entry.run.dumps() if name != dump for one in _of_prompt(entry, name, shown["one"].uid)]
     return board.page(
         request,
         "episode.html",
@@ -93,8 +90,8 @@ def episode(request: Request) -> Response:
     )
 
 
-def _of_prompt(board: Dashboard, entry: RunEntry, dump: str, uid: str) -> list[EpisodeSummary]:
-    return [one for one in board.episodes.of(entry.run, dump) if one.uid == uid]
+def _of_prompt(entry: RunEntry, dump: str, uid: str) -> list[EpisodeSummary]:
+    return [one for one in summaries(entry.run, dump) if one.uid == uid]
 
 
 def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str, Any]:
@@ -130,13 +127,13 @@ def pair(request: Request) -> Response:
     """The episodes of one prompt at two dumped steps, side by side. Query: uid, a, b (dumps), i, j (which episode)."""
     board, given = board_of(request), request.query_params
     entry, uid = board.entry(request), given.get("uid", "")
-    having = [name for name in entry.run.dumps() if _of_prompt(board, entry, name, uid)]
+    having = [name for name in entry.run.dumps() if _of_prompt(entry, name, uid)]
     if not having:
         raise HttpError(404, f"no dumped step of this run has the prompt {uid[:100]!r}")
     sides = []
     for name, default, which in (("a", having[0], "i"), ("b", having[-1], "j")):
         dump = given.get(name, "") if given.get(name) in having else default
-        found = _of_prompt(board, entry, dump, uid)
+        found = _of_prompt(entry, dump, uid)
         place = min(whole_number(request, which, 0), len(found) - 1)
         sides.append({"dump": dump, "found": found, "place": place, **shown_episode(entry, found[place], "logprob")})
     return board.page(request, "pair.html", entry=entry, uid=uid, having=having, sides=sides, flags=FLAGS)

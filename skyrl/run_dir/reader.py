@@ -161,6 +161,10 @@ class RunReader:
                         yield rank, start, episode
                     start += len(line)
 
+    def dump_files(self, name: str) -> list[Path]:
+        """Each rank's part of a dump, ranks in order."""
+        return [path for _, path in _rank_files(self.path / "rollouts", name)]
+
     def episode(self, name: str, rank: int, start: int) -> dict[str, Any] | None:
         """The episode whose line begins at a byte of a rank's part of a dump; None without."""
         path = dict(_rank_files(self.path / "rollouts", name)).get(rank)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import quote
 
@@ -11,6 +12,7 @@ import pytest
 from viewing import HTML, Anyone, add_rollouts, add_system, client_of, make_run, record
 
 from skyrl.dashboard import board
+from skyrl.dashboard.command import DEMO
 from skyrl.dashboard.index import RunIndex
 from skyrl.dashboard.series import wilson
 from skyrl.run_dir import RunReader
@@ -232,8 +234,6 @@ def test_folders_as_they_should_not_be(tmp_path):
 
 
 def test_a_run_that_is_deleted_or_appears_is_noticed(tmp_path):
-    import shutil
-
     make_run(tmp_path, "one")
     index = RunIndex(tmp_path)
     client = client_of(index)
@@ -274,6 +274,36 @@ def test_metrics_explain_themselves():
     assert explain("eval/env/format:mean").startswith("of held-out prompts: what the environment reports")
     assert explain("logprob_gap:max") == explain("logprob_gap:mean") != "" and explain("not/there") == ""
     page = (Path(board.__file__).parents[2] / "docs" / "metrics.md").read_text()
-    table = page.split("## Keys")[1].split("## ")[0]
-    keys = [key for key in re.findall(r"`([a-z_/]+:(?:mean|sum|max|min))`", table) if key != "format:mean"]
-    assert len(keys) > 30 and [key for key in keys if not explain(key)] == []
+    rows = [
+        line.split(" | ")[0] for line in page.split("## Keys")[1].split("\n## ")[0].splitlines() if line[:3] == "| `"
+    ]
+    keys = [key for row in rows for key in re.findall(r"`([a-z_/]+:(?:mean|sum|max|min))`", row)]
+    assert len(keys) > 60 and [key for key in keys if not explain(key)] == []
+    run = RunReader(DEMO / "objectives-seed1")
+    unknown = {key for line in run.metrics()[0] for key in line if not explain(key)}
+    assert unknown == {"step", "phase"}
+
+
+def test_the_demo_is_a_small_run_with_everything_to_see(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "demo")  # as it is shipped, but for its name
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) < 300_000
+    client = client_of(RunIndex(tmp_path / "demo"))
+    page = client.get("/runs/objectives-seed1").text
+    for word in (
+        "Objectives",
+        "Held-out accuracy",
+        "Multipliers",
+        "CPU of the process",
+        "Phases of the ranks",
+        "finished",
+    ):
+        assert word in page, word
+    told = client.get("/compare/series?metric=reward:mean&run=objectives-seed1&run=objectives-seed2").json()["series"]
+    assert [one["label"].endswith("(mean of 2)") for one in told] == [True] and len(told[0]["x"]) >= 20
+    for run in ("objectives-seed1", "guess_number-seed1"):
+        reader = RunReader(DEMO / run)
+        rank, start, one = next(reader.episodes(reader.dumps()[-1]))
+        dump = reader.dumps()[-1]
+        shown = client.get(f"/runs/{run}/rollouts/{dump}/{rank}/{start}").text
+        assert f"<h2>{one['uid']}" in shown and 'class="lp' in shown
+    assert shown.count('<section class="turn"') == len(one["turns"]) > 1
