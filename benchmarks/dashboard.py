@@ -85,7 +85,11 @@ def timed(client: TestClient, address: str) -> dict[str, Any]:
         answer = client.get(address)
         taken.append((time.perf_counter() - began) * 1e3)
         assert answer.status_code == 200, answer.text
-    return {"first_ms": round(taken[0], 1), "median_ms": round(statistics.median(taken), 1), "bytes": len(answer.content)}
+    return {
+        "first_ms": round(taken[0], 1),
+        "median_ms": round(statistics.median(taken), 1),
+        "bytes": len(answer.content),
+    }
 
 
 def main() -> None:
