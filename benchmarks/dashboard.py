@@ -2,8 +2,8 @@
 
 python benchmarks/dashboard.py [--write] [--runs 100] [--steps 100000]
 
-The runs are hard links to one file with the metrics of a real run's steps, so the disk holds it once. The first three are
-read for the first time; the cache of the others is copied (blocks by hard links) from what that made, as all are alike.
+The runs are hard links to one file with the metrics of a real run's steps, so the disk holds it once. The first three
+are read for the first time; the cache of the others is copied (blocks by hard links) from it, as all are alike.
 """
 
 from __future__ import annotations
