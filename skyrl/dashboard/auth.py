@@ -29,6 +29,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import skyrl
 from skyrl.config.access import dashboard_problems, is_loopback
 from skyrl.config.schema_server import DashboardConfig
 from skyrl.dashboard.oidc import SIGN_IN_SECONDS, OidcProvider, SignIn, SignInRefused
@@ -92,6 +93,8 @@ class Auth:
         self._token, self._url, self._into_log, self._printed = "", "", False, float("-inf")
         self._lock = threading.Lock()
         self._public = urlsplit(settings.public_url.lower())
+        own = [] if is_loopback(settings.host) else [settings.host, socket.gethostname(), socket.getfqdn()]
+        self._names = {name.lower() for name in own}
         # Browsers send a cookie to every port of a host: dashboards side by side must not overwrite each other's.
         name = hashlib.sha256(f"{self.state}\n{settings.port}".encode()).hexdigest()[:8]
         self._cookie, self._sign_in_cookie = f"skyrl_{name}", f"skyrl_login_{name}"
@@ -129,7 +132,7 @@ class Auth:
         return self._signer.token(f"csrf:{name}", seconds=int(self._settings.session_hours * 3600)) if name else ""
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """`app` behind the login. It finds request.state.viewer, and the fields of a POST in request.state.form."""
+        """`app` behind the login. It finds request.state.viewer, and what a POST has brought in request.state.form."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
@@ -146,7 +149,7 @@ class Auth:
                 await send(message)
 
             try:
-                refusal, receive = await self._check(request)
+                refusal = await self._check(request)
                 await (refusal or app)(scope, receive, answer)
             except Exception as error:
                 if begun:
@@ -175,8 +178,8 @@ class Auth:
 
     # ---- what is let in
 
-    async def _check(self, request: Request) -> tuple[Response | None, Receive]:
-        """(the answer to what is not let in, else None; what gives its body). Raises HttpError."""
+    async def _check(self, request: Request) -> Response | None:
+        """The answer to what is not let in, else None. Raises HttpError."""
         request.state.viewer, request.state.session, request.state.note = None, "", {}
         if not self._is_our_name(request.headers.get("host", "")):
             raise HttpError(400, "the dashboard is not known under that name; open it by the address that it printed")
@@ -191,17 +194,17 @@ class Auth:
             if request.method != "GET" or "text/html" not in request.headers.get("accept", ""):
                 raise HttpError(401, "log in first: open the dashboard in a browser")
             target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-            return RedirectResponse(f"{self._prefix}/login?{urlencode({'next': target})}", 303), request.receive
+            return RedirectResponse(f"{self._prefix}/login?{urlencode({'next': target})}", 303)
         if viewer is not None and viewer.run is not None and not public and path != "/logout":
             if not f"{path}/".startswith(f"/runs/{viewer.run}/"):
                 raise HttpError(403, f"the link that you came by shows the run {viewer.run} alone")
         if request.method not in ("GET", "HEAD"):
-            return None, await self._read_form(request, needs_csrf=path != "/login")
-        return None, request.receive
+            await self._read_form(request, needs_csrf=path != "/login")
+        return None
 
-    async def _read_form(self, request: Request, *, needs_csrf: bool) -> Receive:
+    async def _read_form(self, request: Request, *, needs_csrf: bool) -> None:
         """Reads what is posted into request.state.form, and refuses what another site's page sent."""
-        headers, receive = request.headers, request.receive
+        headers = request.headers
         origin = headers.get("origin", "").lower().partition("://")[2]
         ours = "origin" not in headers or origin and origin in (headers["host"].lower(), self._public.netloc)
         if not ours or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
@@ -215,12 +218,6 @@ class Auth:
         token = headers.get("x-csrf-token") or form.get("csrf", "")
         if needs_csrf and self._signer.token_owner(token) != f"csrf:{request.state.session}":
             raise HttpError(403, "this form is of an earlier session; go back, load the page again and repeat")
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return again
 
     def _is_our_name(self, header: str) -> bool:
         """Whether a Host header is ours. The page of a site whose name was made to point here (DNS rebinding) sends
@@ -229,12 +226,10 @@ class Auth:
         host = match[1].strip("[]") if match else ""
         if host and (host == self._public.hostname or is_loopback(host)):
             return True
-        if not host or is_loopback(self._settings.host):
-            return False
         try:
-            return bool(ipaddress.ip_address(host))
+            return bool(self._names and ipaddress.ip_address(host))
         except ValueError:
-            return host in {name.lower() for name in (self._settings.host, socket.gethostname(), socket.getfqdn())}
+            return host in self._names
 
     def _session_of(self, request: Request) -> tuple[str, _Session | None]:
         name = self._signed(request, self._cookie, "session")
@@ -321,10 +316,10 @@ class Auth:
         try:
             if begun is None or self._provider is None:
                 raise SignInRefused(400, "This sign-in was not begun in this browser, or was used. Please begin again.")
-            name, role = await in_thread(self._provider.finish, dict(request.query_params), begun)
+            name, role, subject = await in_thread(self._provider.finish, dict(request.query_params), begun)
         except SignInRefused as error:
             return self._sign_in_refused(request, error)
-        request.state.note = {"event": "login"}
+        request.state.note = {"event": "login", "subject": subject}
         answer = self._begin_session(request, Viewer(name, role), begun.target)
         return self._with_cookie(answer, self._sign_in_cookie, "", 0)
 
@@ -380,9 +375,8 @@ class Auth:
 
     def _page(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
         values |= {"prefix": self._prefix, "csrf": self.csrf_token(request), "status": status}
-        text = self._templates.get_template(template).render(
-            issuer=urlsplit(self._settings.oidc_issuer).netloc, **values
-        )
+        values |= {"issuer": urlsplit(self._settings.oidc_issuer).netloc, "release": skyrl.__version__}
+        text = self._templates.get_template(template).render(**values)
         return Response(text, status, media_type="text/html")
 
     # ---- the audit log

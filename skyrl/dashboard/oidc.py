@@ -67,9 +67,9 @@ class OidcProvider:
             )
         return url, begun
 
-    def finish(self, answer: Mapping[str, str], begun: SignIn) -> tuple[str, str]:
-        """(name, role) of the person of the provider's answer, its query. The caller forgets `begun` first: an answer
-        counts once. Raises SignInRefused."""
+    def finish(self, answer: Mapping[str, str], begun: SignIn) -> tuple[str, str, str]:
+        """(name, role, subject) of the person of the provider's answer, its query. Names may be chosen freely at some
+        providers, the subject not. The caller forgets `begun` first: an answer counts once. Raises SignInRefused."""
         if begun.expires < time.time():
             raise SignInRefused(400, f"This sign-in took too long. {ASK_AGAIN}")
         if not hmac.compare_digest(answer.get("state", "").encode(), begun.state.encode()):
@@ -88,7 +88,7 @@ class OidcProvider:
                 if told.get("sub") == claims["sub"]:  # another's must not be used
                     groups = _groups(told, self._settings.oidc_groups_claim)
         name = next(str(claims[key]) for key in ("email", "preferred_username", "name", "sub") if claims.get(key))[:200]
-        return name, self._role(name, groups or [])
+        return name, self._role(name, groups or []), str(claims["sub"])
 
     def _role(self, name: str, groups: list[str]) -> str:
         for role, allowed in (("admin", self._settings.admin_groups), ("viewer", self._settings.viewer_groups)):

@@ -221,6 +221,11 @@ def skyrl_tx(name: str, rest: list[str], needs: list[str]) -> None:
         plan(mode, tuple(args), flags.nodes * (flags.gpus or flags.nproc or 1))
     elif name == "feedback-server":
         plan("serve", (f"feedback.folder={rest[0]}", "feedback.enabled=true", *rest[1:]), 1)
+    elif name == "dashboard":
+        flags = {"--host": "host", "--port": "port", "--path-prefix": "path_prefix"}
+        given = [f"dashboard.{flags[one]}={value}" for one, value in zip(rest, rest[1:], strict=False) if one in flags]
+        given += [one for one in rest if one.startswith("dashboard.")]
+        plan("serve", ("dashboard.enabled=true", *given), 1)
     elif name == "stage":
         plan("train", tuple(one for one in rest[1:] if not one.startswith("-")), 1)
     elif name == "get-model":

@@ -96,7 +96,8 @@ def test_sign_in_with_pkce(auth, provider):
     assert base64.b64decode(authorization.removeprefix("Basic ")) == b"skyrl:hush-hush"
     written = (auth.state / "audit.jsonl").read_text()
     assert asked["state"] not in written and "code=" not in written and "hush" not in written
-    assert [line["viewer"] for line in audit_of(auth) if line.get("event") == "login"] == ["alice@example.org"]
+    logins = [(line["viewer"], line["subject"]) for line in audit_of(auth) if line.get("event") == "login"]
+    assert logins == [("alice@example.org", "alice")]
 
 
 def test_a_token_logs_nobody_in_where_people_sign_in(auth):
