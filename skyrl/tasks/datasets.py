@@ -58,7 +58,8 @@ class DataRows(Task):
 
 @register_environment("chat")
 class Conversations(DataRows):
-    """Conversations to imitate: rows with "messages", or "prompt" and "completion" (texts or lists of messages).
+    """Conversations to imitate: rows with "messages", or "prompt" and "completion" (texts or lists of messages); what
+    ends without an answer of the assistant is a prompt, for distillation.
 
     train_on: "all" turns of the assistant, or the "last" one. digits: of the sums that are made without data.path: of
     two turns, the second adds one more number.
@@ -78,13 +79,14 @@ class Conversations(DataRows):
         whole = row.fields.get("messages") is not None
         if whole and (both := next((name for name in ("prompt", "completion") if row.fields.get(name)), "")):
             raise UserError(f"{row.source}: has both 'messages' and {both!r}; keep one")
-        fields = [("messages", "user")] if whole else [("prompt", "user"), ("completion", "assistant")]
-        said = [message for field, role in fields for message in said_in(row, field, role)]
-        if said[-1]["role"] != "assistant":
-            raise UserError(f"{row.source}: ends with {said[-1]['role']!r}, wanted an assistant's answer")
+        said = said_in(row, "messages" if whole else "prompt", "user")
+        if not whole and row.fields.get("completion") is not None:
+            said = [*said, *said_in(row, "completion", "assistant")]
         for before, message in zip([{"role": "assistant"}, *said], said, strict=False):
             if message["role"] == before["role"] == "assistant":
                 raise UserError(f"{row.source}: an assistant's message answers nothing; put a user's before it")
+        if said[-1]["role"] != "assistant":  # to answer, and not to learn
+            return said, {}
         return said[:-1], {"solution": said[-1]["content"], "all_turns": self.train_on == "all"}
 
 

@@ -59,7 +59,8 @@ class PromptCheck:
             longest, option = row_tokens - 1, f"and rows of {row_tokens} must have room for an answer"
         supervised = cfg.warmup.num_steps > 0 or cfg.trainer == "sft"
         supervised |= cfg.trainer == "distill" and cfg.distill.on_policy < 1
-        return cls(split, longest, option, row_tokens, split == "train" and supervised, rows_of(cfg))
+        supervised &= split == "train" or (cfg.trainer, cfg.env.name) == ("sft", "chat")
+        return cls(split, longest, option, row_tokens, supervised, rows_of(cfg))
 
     def run(
         self, chat: Chat, prompts: Iterable[tuple[int, Prompt]], progress: Progress = lambda done: None

@@ -69,6 +69,8 @@ def measure(run: Run, prompts: Sequence[Prompt], prefix: str = "") -> tuple[list
         row.weights = row.weights * (-slope / count)
     found = {"loss": losses, "rewards/accuracies": right, "rewards/chosen": rewards[liked]}
     found |= {"rewards/rejected": rewards[~liked], "logps/chosen": policy[liked], "logps/rejected": policy[~liked]}
+    if cfg.loss != "kto":  # whether the policy itself finds the better answer likelier
+        found["logps/accuracies"] = policy[liked] > policy[~liked]
     for key, values in found.items():
         sums.add(f"{prefix}{key}:mean", float(np.sum(values)), float(len(values)))
     metrics = sums.result(run.world)

@@ -1,0 +1,151 @@
+"""What the trainers beside RL do to a pretrained model on small data made here: preference accuracy of DPO and of a
+reward model on held-out pairs, a student's divergence from its teacher on held-out answers, before and after.
+
+    python benchmarks/trainers.py models/smollm2-135m --write              # and --only dpo, reward_model or distill
+
+Pairs: a question about one of 40 things, answered right and answered with a property of another thing, so that the
+better answer is known and no answer of the held-out questions was seen. The student is every second layer of the model.
+Each run is one process. Numbers go to baselines/<hardware>/trainers.json; runs to --folder, where they go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import baseline, write
+
+from skyrl.run_dir import read_metrics
+
+COLOURS = {
+    "yellow": "banana lemon canary sunflower butter corn mustard daffodil chick straw",
+    "red": "tomato cherry strawberry ruby blood brick cranberry rose ladybird poppy",
+    "green": "grass frog spinach emerald pea cucumber lime leaf cactus lettuce",
+    "white": "snow milk salt cotton swan chalk rice egg polar-bear ivory",
+}
+ASKED = (
+    "What colour is {article} {thing}? Answer with one word.",
+    "Name the usual colour of {article} {thing}.",
+    "In one word, which colour does {article} {thing} have?",
+)
+
+
+def pairs(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to learn from, and held-out ones: of each colour two things that no other row is about."""
+    rng, train, held_out = random.Random(seed), [], []
+    for colour, things in COLOURS.items():
+        for number, thing in enumerate(things.split()):
+            article = "" if thing in ("snow", "milk", "salt", "corn", "straw", "grass", "rice") else "a"
+            for question in ASKED:
+                wrong = rng.choice([other for other in COLOURS if other != colour])
+                asked = question.format(article=article, thing=thing.replace("-", " ")).replace("  ", " ")
+                row = {"prompt": asked, "chosen": colour.capitalize(), "rejected": wrong.capitalize()}
+                (held_out if number >= 8 else train).append(row)
+    return train, held_out
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A .jsonl file of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def halve(model: Path, folder: Path) -> Path:
+    """A model folder with every second layer of `model`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").exists():
+        whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        whole.model.layers = torch.nn.ModuleList(list(whole.model.layers)[::2])
+        whole.config.num_hidden_layers = len(whole.model.layers)
+        whole.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def runs(model: Path, folder: Path) -> dict[str, list[str]]:
+    """The options of each run."""
+    train, held_out = pairs()
+    files = [f"data.path={write_rows(folder / 'train.jsonl', train)}"]
+    files.append(f"data.eval_path={write_rows(folder / 'test.jsonl', held_out)}")
+    both = [
+        "model=hub",
+        "model.dtype=bfloat16",
+        "warmup.num_steps=0",
+        "optim.warmup_steps=2",
+        "checkpoint.every_steps=10",
+    ]
+    both += ["checkpoint.export=false", "checkpoint.keep_best=false", "run.hang_seconds=0", "eval.every_steps=10"]
+    answers = [f"data.{name}={write_rows(folder / f'{kind}-chat.jsonl', chat(rows))}" for name, kind, rows in (
+        ("path", "train", train), ("eval_path", "test", held_out))]  # fmt: skip
+    mine = [f"model.path={model}", *both]
+    return {
+        "dpo": ["experiment=dpo", *mine, *files, "batch.num_steps=30", "batch.prompts_per_step=12", "optim.lr=5e-6"],
+        "reward_model": [
+            "experiment=reward_model", *mine[:-1], *files, "batch.num_steps=40", "batch.prompts_per_step=12",
+            "optim.lr=2e-5", "eval.every_steps=10",
+        ],
+        "distill": [
+            "experiment=distill", f"model.path={folder / 'student'}", *both,
+            *answers, f"distill.teacher={model}", "distill.teacher_top_k=64", "distill.on_policy=0.5",
+            "distill.beta=0.5", "batch.num_steps=40", "batch.prompts_per_step=12", "batch.samples_per_prompt=1",
+            "sampler.max_new_tokens=12", "eval.num_prompts=24", "eval.temperature=1", "optim.lr=1e-4",
+            "checkpoint.best_metric=eval/divergence:mean",
+        ],
+    }  # fmt: skip
+
+
+def chat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The better answers as rows to imitate."""
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """The evaluations of a run: metric -> [step, value] pairs; and the seconds of its steps."""
+    records = read_metrics(folder / "metrics.jsonl")
+    keys = ("accuracy", "loss", "rewards/margins", "logps/accuracies", "margin", "divergence")
+    curves = {
+        f"eval/{key}": [[r["step"], r[f"eval/{key}:mean"]] for r in records if f"eval/{key}:mean" in r] for key in keys
+    }
+    return {
+        **{key: curve for key, curve in curves.items() if curve},
+        "seconds_of_steps": round(sum(r.get("time/step_seconds:sum", 0.0) for r in records), 1),
+        "steps": records[-1]["step"],
+    }
+
+
+def main() -> None:
+    """Runs what is asked for, prints its evaluations, and keeps them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("runs/trainers"))
+    parser.add_argument("--only", choices=["dpo", "reward_model", "distill"], action="append")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    halve(args.model, args.folder / "student")
+    known = json.loads(baseline("trainers").read_text())["runs"] if args.write and baseline("trainers").exists() else {}
+    for name, options in runs(args.model, args.folder).items():
+        if args.only and name not in args.only:
+            continue
+        place = args.folder / name
+        command = [sys.executable, "-m", "skyrl.train", *options, f"run.dir={place}", "tracking.console=lines"]
+        subprocess.run(command, check=True)
+        found = {**figures(place), "load_average": os.getloadavg()[0]}
+        plain = [o.replace(str(args.model), "MODEL").replace(str(args.folder), "FOLDER") for o in options]
+        known[name] = {"options": plain, **found}
+        print(name, json.dumps(found))
+        if args.write:
+            sys.argv[1:] = ["MODEL", *(f"--only {one}" for one in args.only or ()), "--write"]
+            print(write("trainers", {"runs": known}))
+
+
+if __name__ == "__main__":
+    main()
