@@ -10,6 +10,7 @@ from gloo import run_ranks
 from small import SMALL, distance, weights_of
 from small_tokenizers import byte_level
 
+from skyrl.checkpoint.folder import latest
 from skyrl.config.load import load_config
 from skyrl.distributed.collectives import MetricSums
 from skyrl.engine import ModelSpec
@@ -73,7 +74,9 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize(("train_on", "learned"), [("all", "Hi.^4 it is^"), ("last", "4 it is^")])
+@pytest.mark.parametrize(
+    ("train_on", "learned"), [("all", "Hi.^4 it is^"), pytest.param("last", "4 it is^", marks=pytest.mark.slow)]
+)
 def test_rows_of_conversations_and_epochs(tmp_path, train_on, learned):
     cfg = chat_config(tmp_path, CHATS, "data.epochs=2", f"env.options.train_on={train_on}", "data.shuffle=false")
     kept, real = [], sft.solution_row
@@ -99,7 +102,7 @@ def test_rows_of_conversations_and_epochs(tmp_path, train_on, learned):
         ({"prompt": "2"}, ":4: no solution to learn from; give it one"),
         ({"messages": [{"role": "User", "content": "2"}]}, ":4: field 'messages' has role 'User' in entry 0"),
         ({"messages": [*TURNS[1:4], {"role": "assistant", "content": ""}]}, ":4: field 'messages' has an empty text"),
-        ({"prompt": "2", "completion": "9" * 5000}, ":4: 5003 tokens with its solution, and rows end at 4096"),
+        ({"prompt": "2", "completion": "9" * 5000}, ":4: 5002 tokens with its solution, and rows end at 4096"),
     ],
 )
 def test_a_bad_conversation_is_named(tmp_path, row, said):
@@ -134,7 +137,7 @@ def made_rows():
     return rows
 
 
-@pytest.mark.parametrize(("beta", "top_k"), [(1.0, 0), (0.0, 5), (0.4, 5)])
+@pytest.mark.parametrize(("beta", "top_k"), [(1.0, 0), (0.4, 5), pytest.param(0.0, 5, marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_the_divergence_of_both_models(tmp_path, beta, top_k):
     cfg = distill_config(tmp_path, f"distill.beta={beta}", f"distill.teacher_top_k={top_k}", "sampler.temperature=0.8")
     with open_run(cfg) as run:
@@ -202,16 +205,16 @@ def test_a_student_comes_nearer_and_goes_on_bit_for_bit(tmp_path):
     """Half of the steps on its own answers, half on solutions; the teacher is in no checkpoint."""
     more = ["distill.on_policy=0.5", "distill.beta=0.5", "distill.teacher_top_k=20", "optim.lr=5e-3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    wanted = distilled(distill_config(whole, *more, "batch.num_steps=6", "checkpoint.every_steps=1"))
+    wanted = distilled(distill_config(whole, *more, "batch.num_steps=6"))
     for steps in (2, 6):
-        found = distilled(distill_config(parts, *more, f"batch.num_steps={steps}", "checkpoint.every_steps=1"))
+        found = distilled(distill_config(parts, *more, f"batch.num_steps={steps}"))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     records = read_metrics(whole / "run" / "metrics.jsonl")
     assert records[-1]["eval/divergence:mean"] < 0.8 * records[0]["eval/divergence:mean"]
     sampled = [r.get("sampled_tokens:sum", 0) > 0 for r in records if r["step"]]
     assert any(sampled) and not all(sampled)
-    state = json.loads(next((whole / "run" / "checkpoints").glob("*/state.json")).read_text())
-    assert state["models"] == ["policy"]
+    newest = latest(whole / "run" / "checkpoints")
+    assert newest is not None and newest.state["models"] == ["policy"]
 
 
 @pytest.mark.slow
