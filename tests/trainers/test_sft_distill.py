@@ -201,6 +201,7 @@ def distilled(cfg):
     return kept[0]
 
 
+@pytest.mark.slow
 def test_a_student_comes_nearer_and_goes_on_bit_for_bit(tmp_path):
     """Half of the steps on its own answers, half on solutions; the teacher is in no checkpoint."""
     more = ["distill.on_policy=0.5", "distill.beta=0.5", "distill.teacher_top_k=20", "optim.lr=5e-3"]
