@@ -33,6 +33,9 @@ def test_wheel_holds_all_modules_and_all_of_conf(wheel):
         assert f"skyrl/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
     for path in (ROOT / "skyrl").rglob("*.py"):
         assert path.relative_to(ROOT).as_posix() in names
+    for path in (ROOT / "skyrl" / "dashboard").rglob("*.*"):  # templates, scripts, the demo
+        assert "__pycache__" in path.parts or path.is_dir() or path.relative_to(ROOT).as_posix() in names, path
+    assert "skyrl/docs/metrics.md" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) or "__pycache__" in name for name in names)
 
 

@@ -107,18 +107,14 @@ class Dashboard:
         if self.streams >= MAX_STREAMS:
             raise HttpError(503, f"{MAX_STREAMS} pages are live already; this one can be loaded again by hand")
 
-        def now() -> Any:
-            entry = next((one for one in self.index.entries() if one.run.name == name), None)
-            return self.index.version if entry is None else [entry.stamp, entry.about.get("state")]
-
         async def stream() -> AsyncIterator[str]:
             self.streams += 1
             try:
-                told, at = now(), time.monotonic()
+                told, at = self.index.mark(name), time.monotonic()
                 yield "retry: 5000\n\n"
                 while not self.closing:
                     await anyio.sleep(EVENT_SECONDS)
-                    if (new := now()) != told:
+                    if (new := self.index.mark(name)) != told:
                         told, at = new, time.monotonic()
                         yield "event: changed\ndata: {}\n\n"
                     elif time.monotonic() - at > SILENT_SECONDS:

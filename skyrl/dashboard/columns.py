@@ -230,12 +230,15 @@ def thin(values: np.ndarray, points: int) -> np.ndarray:
 def mean_and_spread(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(steps, mean, standard deviation of a sample) over runs that have the same options but for the seed; at each step
     over those runs that have it. NaN where only one does."""
-    steps, place = np.unique(np.concatenate([x for x, _ in series]), return_inverse=True)
-    values = np.concatenate([y for _, y in series])
-    counts = np.bincount(place, minlength=len(steps))
-    mean = np.bincount(place, values, len(steps)) / counts
-    squares = np.bincount(place, (values - mean[place]) ** 2, len(steps))
-    spread = np.full(len(steps), np.nan)
-    several = counts > 1
-    spread[several] = np.sqrt(squares[several] / (counts[several] - 1))
-    return steps, mean, spread
+    steps = max((x for x, _ in series), key=len)
+    same = all(np.array_equal(x, steps[: len(x)]) for x, _ in series)  # as a rule: they began at the same step
+    steps = steps if same else np.unique(np.concatenate([x for x, _ in series]))
+    places: list[Any] = [slice(len(x)) if same else np.searchsorted(steps, x) for x, _ in series]
+    counts, sums, squares = np.zeros((3, len(steps)))
+    for place, (_, y) in zip(places, series, strict=True):
+        counts[place] += 1
+        sums[place] += y
+    mean = sums / counts
+    for place, (_, y) in zip(places, series, strict=True):
+        squares[place] += (y - mean[place]) ** 2
+    return steps, mean, np.sqrt(squares / np.where(counts > 1, counts - 1, np.nan))

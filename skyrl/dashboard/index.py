@@ -214,13 +214,18 @@ class RunIndex:
         """All runs, newest first, as far as they are read."""
         return list(self._entries.values())
 
+    def mark(self, name: str | None) -> Any:
+        """What is another value after a change of a run, or without a name of any."""
+        entry = self._entries.get(name or "")
+        return self.version if entry is None else [entry.stamp, entry.about.get("state")]
+
     def get(self, name: str) -> RunEntry | None:
         """A run, read to its end; None where there is none of that name."""
         entry = self._entries.get(name)
         if entry is None or not entry.run.path.is_dir():
             return None
         self._refresh(entry)
-        return self.whole(entry)
+        return self.whole(entry) if entry.about else None
 
     def whole(self, entry: RunEntry) -> RunEntry:
         """The entry with all of its metrics: those of a run that was not looked at may be in the store but for the

@@ -14,6 +14,7 @@ from skyrl.dashboard.series import board_of
 from skyrl.web.http import HttpError, whole_number
 
 PAGE_EPISODES = 50
+MOST_DUMPS = 200  # the newest, of those that are searched together
 COLOURS = ("logprob", "advantage", "none")
 SHOWN_TOKENS = 20_000  # of one turn, token by token; a browser is slow beyond
 SHOWN_CHARACTERS = 200_000
@@ -30,7 +31,7 @@ def episodes(request: Request) -> Response:
         raise HttpError(404, f"this run has no dumped step {dump[:60]!r}; there are {', '.join(dumps[-5:]) or 'none'}")
     text, uid, flag, order = (given.get(name, "") for name in ("q", "uid", "flag", "order"))
     query = Query(text, uid, flag, _number(given, "least"), _number(given, "most"), order)
-    looked_at = dumps[::-1] if dump == "all" else [dump] if dump else []
+    looked_at = dumps[: -MOST_DUMPS - 1 : -1] if dump == "all" else [dump] if dump else []
     found = query.pick([one for name in looked_at for one in summaries(entry.run, name)])
     at = whole_number(request, "page", 0)
     return board.page(
@@ -74,7 +75,7 @@ def episode(request: Request) -> Response:
     colour = request.query_params.get("colour", "logprob")
     colour = colour if colour in COLOURS else "logprob"
     shown = shown_episode(entry, listed[place], colour)
-    same = [one for name in entry.run.dumps() if name != dump for one in _of_prompt(entry, name, shown["one"].uid)]
+    others = [name for name in entry.run.dumps_with(shown["one"].uid) if name != dump]
     return board.page(
         request,
         "episode.html",
@@ -85,13 +86,9 @@ def episode(request: Request) -> Response:
         before=listed[place - 1] if place else None,
         after=listed[place + 1] if place + 1 < len(listed) else None,
         group=[one for one in listed if one.uid == shown["one"].uid],
-        other_dumps=list(dict.fromkeys(one.dump for one in same)),
+        other_dumps=others,
         **shown,
     )
-
-
-def _of_prompt(entry: RunEntry, dump: str, uid: str) -> list[EpisodeSummary]:
-    return [one for one in summaries(entry.run, dump) if one.uid == uid]
 
 
 def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str, Any]:
@@ -127,13 +124,13 @@ def pair(request: Request) -> Response:
     """The episodes of one prompt at two dumped steps, side by side. Query: uid, a, b (dumps), i, j (which episode)."""
     board, given = board_of(request), request.query_params
     entry, uid = board.entry(request), given.get("uid", "")
-    having = [name for name in entry.run.dumps() if _of_prompt(entry, name, uid)]
+    having = entry.run.dumps_with(uid)
     if not having:
         raise HttpError(404, f"no dumped step of this run has the prompt {uid[:100]!r}")
     sides = []
     for name, default, which in (("a", having[0], "i"), ("b", having[-1], "j")):
         dump = given.get(name, "") if given.get(name) in having else default
-        found = _of_prompt(entry, dump, uid)
+        found = [one for one in summaries(entry.run, dump) if one.uid == uid]
         place = min(whole_number(request, which, 0), len(found) - 1)
         sides.append({"dump": dump, "found": found, "place": place, **shown_episode(entry, found[place], "logprob")})
     return board.page(request, "pair.html", entry=entry, uid=uid, having=having, sides=sides, flags=FLAGS)

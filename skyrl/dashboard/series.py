@@ -184,12 +184,15 @@ def compare_series(request: Request) -> Response:
     points = max(40, min(POINTS, ALL_POINTS // max(1, len(groups))))
     found = []
     for name, group in groups.items():
-        lines = [line_of(entry.metrics, metric, axis) for entry in group]
-        lines = [line for line in lines if len(line[0])]
-        if len(lines) == 1:
-            found.append(as_json(name.strip(), *lines[0][:2], points))
-        elif lines:
+        having = [entry.metrics for entry in group if metric in entry.metrics.names]
+        if len(having) == 1:
+            found.append(as_json(name.strip(), *line_of(having[0], metric, axis)[:2], points))
+        elif having:
+            lines = [line_of(columns, metric, "step") for columns in having]
             x, mean, spread = mean_and_spread([(x, y) for x, y, _ in lines])
+            if axis != "step":  # runs meet at their steps, which are then drawn at the mean of their places
+                places = [line_of(columns, metric, axis)[0] for columns in having]
+                x = mean_and_spread([(x, place) for (x, *_), place in zip(lines, places, strict=True)])[1]
             label = f"{name.strip()} (mean of {len(lines)})"
             found.append(as_json(label, x, mean, points, (mean - spread, mean + spread)))
     return reply({"axis": axis, "series": found, "said": explain(metric)})

@@ -161,6 +161,17 @@ class RunReader:
                         yield rank, start, episode
                     start += len(line)
 
+    def dumps_with(self, uid: str, most: int = 200) -> list[str]:
+        """Of the newest `most` dumps those with an episode of a prompt; only the beginnings of lines are looked at."""
+        start, found = b'{"uid": ' + json.dumps(uid, ensure_ascii=False).encode() + b",", []
+        for name in self.dumps()[-most:]:
+            for path in self.dump_files(name):
+                with open(path, "rb") as stream:
+                    if any(line.startswith(start) for line in stream):
+                        found.append(name)
+                        break
+        return found
+
     def dump_files(self, name: str) -> list[Path]:
         """Each rank's part of a dump, ranks in order."""
         return [path for _, path in _rank_files(self.path / "rollouts", name)]

@@ -135,3 +135,6 @@ def test_mean_and_spread_over_seeds_of_unequal_length():
     steps, mean, spread = mean_and_spread([first, second])
     assert steps.tolist() == [1, 2, 3] and mean.tolist() == [1.0, 3.0, 2.0]
     assert np.allclose(spread[:2], [np.std([0, 2], ddof=1), np.std([1, 5], ddof=1)]) and np.isnan(spread[2])
+    gap = (np.array([1.0, 3.0]), np.array([4.0, 6.0]))  # one that has another step
+    steps, mean, spread = mean_and_spread([first, gap])
+    assert steps.tolist() == [1, 2, 3] and mean.tolist() == [2.0, 1.0, 4.0] and np.isnan(spread).tolist() == [0, 1, 0]

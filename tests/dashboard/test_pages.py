@@ -131,6 +131,8 @@ def test_seeds_of_one_point_are_drawn_as_their_mean_and_spread(client):
     assert low["y"] == pytest.approx([0.15, 0.3, 0.45, 0.6, 0.75])
     assert low["hi"][0] - low["y"][0] == pytest.approx(0.0707107, abs=1e-6)
     assert [one["label"] for one in told if one is not low] == ["optim.lr=1e-3"]
+    hours = client.get("/compare/series?metric=reward:mean&run=low-1&run=low-2&axis=hours").json()["series"][0]
+    assert hours["x"] == pytest.approx([n * 2 / 3600 for n in range(1, 6)]) and hours["y"] == low["y"]
     each = client.get("/compare/series?metric=reward:mean&by=runs").json()["series"]
     assert sorted(one["label"] for one in each) == sorted([NAME, "low-1", "low-2", "high-1"])
     page = client.get("/compare?run=low-1&run=high-1").text

@@ -1,5 +1,6 @@
 """Dumped episodes: exact, atomic, and enough to recompute what was logged."""
 
+import json
 import math
 import os
 
@@ -38,7 +39,9 @@ def groups():
 
 def test_every_token_and_number_comes_back(tmp_path):
     path = write_rollouts(tmp_path / "rollouts", "000007", groups(), Letters(), rank=0)
-    assert path.name == "000007-r0.jsonl" and os.listdir(path.parent) == [path.name]
+    assert path.name == "000007-r0.jsonl" and sorted(os.listdir(path.parent)) == [path.name, "tokens-r0.json"]
+    sampled = json.loads((path.parent / "tokens-r0.json").read_text())
+    assert {int(token): text for token, text in sampled.items()} == {ord(letter): letter for letter in "123é456"}
     episodes = list(read_rollouts(tmp_path / "rollouts", "000007"))
     assert [(e["uid"], e["index"]) for e in episodes] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     for line, given in zip(episodes, [e for group in groups() for e in group], strict=True):
@@ -104,4 +107,4 @@ def test_trouble_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device.*tracking.rollouts_every=0"):
         write_rollouts(tmp_path, "000001", [], Letters(), rank=0)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == [path.name, "tokens-r0.json"]
