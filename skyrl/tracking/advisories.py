@@ -116,7 +116,7 @@ def _stalled(h: History) -> str:
 def _entropy_collapse(h: History) -> str:
     now, first, rewards = h.mean("entropy:mean", FEW), h.start("entropy:mean"), h.values("reward:mean", 2 * FEW)
     rises = not rewards or sum(rewards[FEW:]) > sum(rewards[:FEW])
-    if rises or not (now < 0.1 * first and h.mean("accuracy:mean", FEW) < SOLVED):
+    if rises or not (now < 0.05 * first and h.mean("accuracy:mean", FEW) < SOLVED):
         return ""
     return f"the policy's entropy has fallen from {first:.3g} to {now:.3g} nats, and the reward rises no more"
 

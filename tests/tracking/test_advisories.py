@@ -105,7 +105,7 @@ def names(records):
     ("name", "values"),
     [
         ("stalled", {"reward:mean": lambda t: 0.5 if t < 0.5 else 0.499}),
-        ("entropy_collapse", {"entropy:mean": lambda t: 1.0 - 0.97 * t, "reward:mean": lambda t: min(0.5, 0.3 + t)}),
+        ("entropy_collapse", {"entropy:mean": lambda t: 1.0 - 0.999 * t, "reward:mean": lambda t: min(0.5, 0.3 + t)}),
         ("logprob_gap_rising", {"logprob_gap:mean": lambda t: 0.01 + 0.1 * t}),
         ("truncation_rate", {"cut_by_length:mean": lambda t: 0.6 * t}),
         ("reward_up_evaluation_down", {"eval/accuracy:mean": lambda t: 0.8 - abs(t - 0.4) if int(t * 200) % 10 == 9
