@@ -97,10 +97,11 @@ def _values(run: Run, rows: list[Row], *, bootstrap: bool) -> tuple[list[Floats]
     """The critic's values [L] of each row, and with `bootstrap` its value after the last token of rows that a length
     limit cut (else 0): such a row is scored with that token as well."""
     data, cut = _to_score(rows), [bootstrap and row.stop == "length" for row in rows]
-    for i, row in enumerate(rows):
-        if cut[i]:
-            tokens, padded = np.append(row.tokens, row.targets[-1:]), np.append(row.targets, 0)
-            data[i] = Datum(tokens, padded, np.ones(len(tokens), np.float32), name=row.name)
+    if bootstrap:
+        longer = [
+            np.append(row.tokens, row.targets[-1:]) if c else row.tokens for row, c in zip(rows, cut, strict=True)
+        ]
+        data = [Datum(x, x, np.ones(len(x), np.float32), name=r.name) for x, r in zip(longer, rows, strict=True)]
     values = run.engine.score(data, 1.0, model="critic").values
     assert values is not None
     last_D = np.array([v[-1] if c else 0.0 for v, c in zip(values, cut, strict=True)], np.float32)
