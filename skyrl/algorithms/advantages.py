@@ -413,7 +413,9 @@ VTRACE = Advantage(
     off_policy=True,
     paper="1802.01561",
     rule=lambda params, samples: (
-        "" if params["c_max"] <= params["rho_max"] else "params.c_max: must be at most params.rho_max; lower it"
+        ""
+        if params["c_max"] <= params["rho_max"]
+        else f"params.c_max={params['c_max']:g}: must be at most params.rho_max={params['rho_max']:g}; lower it"
     ),
 )
 

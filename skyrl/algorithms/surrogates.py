@@ -119,7 +119,9 @@ FRACTION = Param(2e-4, "Part of the batch's tokens that is selected, at least on
     "2505.22617",
     selects=True,
     rule=lambda params, samples: (
-        "" if params["cov_low"] < params["cov_high"] else "params.cov_low: must be below params.cov_high"
+        ""
+        if params["cov_low"] < params["cov_high"]
+        else f"params.cov_low={params['cov_low']:g}: must be below params.cov_high={params['cov_high']:g}; lower it"
     ),
     clip_low=PPO.params["clip_low"],
     clip_high=PPO.params["clip_high"],

@@ -175,6 +175,74 @@ def test_tables_name_only_options_that_exist():
             "algorithm.loss.correction_cap=1: token_mask keeps ratios between 1 / cap and cap",
         ),
         (
+            "algorithm.loss.correction=token_truncate algorithm.loss.correction_cap=0.5",
+            "algorithm.loss.correction_cap=0.5: below 1 it shrinks every weight",
+        ),
+        (
+            "algorithm.loss.correction=token_mask algorithm.loss.correction_low=1.2",
+            "algorithm.loss.correction_low=1.2: allowed are 0 (no bound) or more, and below 1",
+        ),
+        ("algorithm.loss.correction_low=0.5", "algorithm.loss.correction_low=0.5: has an effect only with"),
+        ("algorithm.loss.rejected=dropped", "algorithm.loss.rejected=dropped: has an effect only with"),
+        (
+            "algorithm.loss.correction=geometric_mask algorithm.loss.correction_normalise=true",
+            "algorithm.loss.correction_normalise=True: has an effect only with",
+        ),
+        (
+            "algorithm.loss.correction=token_mask algorithm.loss.rejected=dropped",
+            "algorithm.loss.rejected=dropped: needs the weights of a whole optimizer step before it begins; set",
+        ),
+        (
+            "algorithm.loss.correction=token_truncate algorithm.loss.correction_normalise=true",
+            "algorithm.loss.correction_normalise=true: needs the weights of a whole optimizer step",
+        ),
+        ("algorithm.loss.top_entropy=0", "algorithm.loss.top_entropy=0.0: must be above 0"),
+        ("algorithm.filters.overlong_buffer=1.5", "algorithm.filters.overlong_buffer=1.5: must lie between 0 and 1"),
+        (
+            "algorithm=gdpo algorithm.filters.overlong_buffer=0.2",
+            "algorithm.filters.overlong_buffer=0.2: with algorithm.objectives.normalise=true",
+        ),
+        (
+            "algorithm=pass_at_k batch.samples_per_prompt=3",
+            "algorithm.advantage.params.k=4: above batch.samples_per_prompt=3",
+        ),
+        (
+            "algorithm=pass_at_k algorithm.advantage.params.k=2.5",
+            "algorithm.advantage.params.k=2.5: pass_at_k allows whole numbers, 1 or more (default 4)",
+        ),
+        ("algorithm.advantage.params.ddof=2", "algorithm.advantage.params.ddof=2.0: grpo allows whole numbers, 0 to 1"),
+        (
+            "algorithm=vtrace algorithm.advantage.params.c_max=2",
+            "algorithm.advantage.params.c_max=2: must be at most params.rho_max=1",
+        ),
+        (
+            "algorithm=vtrace algorithm.loss.recompute_old_logprobs=false",
+            "algorithm.advantage.name=vtrace: weighs by the policy's probabilities over the sampler's",
+        ),
+        (
+            "algorithm=vtrace algorithm.loss.correction=token_mask",
+            "algorithm.loss.correction=token_mask: vtrace has these weights in its advantages",
+        ),
+        (
+            "algorithm=opo batch.samples_per_prompt=1",
+            "batch.samples_per_prompt=1: algorithm.advantage.name=opo compares",
+        ),
+        ("algorithm=opo batch.epochs_per_batch=2", "algorithm.loss.name=reinforce: has no ratio"),
+        ("algorithm=clip_cov algorithm.loss.params.cov_low=9", "algorithm.loss.params.cov_low=9: must be below"),
+        (
+            "algorithm=dual_clip algorithm.loss.params.dual_clip=1.1",
+            "algorithm.loss.params.dual_clip=1.1: must be above",
+        ),
+        (
+            "algorithm=sapo algorithm.loss.params.tau_neg=0",
+            "algorithm.loss.params.tau_neg=0.0: sapo allows 0.001 or more",
+        ),
+        (
+            "algorithm.kl.coef=0.1 algorithm.kl.estimator=k1",
+            "algorithm.kl.estimator=k1: as a term of the loss its expected gradient is 0; use k2, k3 or k1+",
+        ),
+        ("algorithm=vapo model.lora.rank=4", "algorithm.advantage.name=vapo: its critic is a second model"),
+        (
             "algorithm.advantage.params.eps=0",
             "algorithm.advantage.params.eps=0.0: grpo allows 1e-12 or more (default 1e-06)",
         ),
@@ -222,6 +290,12 @@ def test_rules_about_the_number_of_ranks(overrides, world_size, start):
         "sampler.temperature=1e-6 eval.temperature=0 run.hang_seconds=0 optim.eps=1e-15 optim.weight_decay=0.1",
         "algorithm.loss.correction=token_mask algorithm.loss.correction_cap=1.5 algorithm.advantage.params.eps=1e-8",
         "algorithm.loss.correction=token_truncate algorithm.loss.correction_cap=1",
+        "algorithm.loss.correction=token_mask algorithm.loss.correction_low=0.5 algorithm.loss.correction_cap=5",
+        "algorithm=icepop algorithm.loss.rejected=dropped algorithm.loss.correction_normalise=true",
+        "algorithm.loss.top_entropy=0.2 algorithm.loss.rejected=dropped",
+        "algorithm.kl.coef=0.1 algorithm.kl.estimator=k3_ratio",
+        "algorithm=mt_grpo algorithm.kl.coef=0.1 algorithm.kl.estimator=k1 algorithm.kl.placement=reward",
+        "algorithm=gmpo batch.epochs_per_batch=2",
     ],
 )
 def test_what_fits_together_is_accepted(overrides):
