@@ -434,6 +434,7 @@ class Row:
     objectives: dict[str, Floats] = field(default_factory=dict)
     support: TokenSupport | None = None
     selected: Floats | None = None
+    baseline: float | None = None
 
     def datum(self, weights: Floats) -> Datum:
         """What the engine trains on: this row with its weights, which are mask and reduction in one."""
@@ -512,6 +513,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         valid=not episode.invalid,
         scales=scales,
         objectives=objectives,
+        baseline=episode.baseline,
         support=join_support(length, [(start, split_support(one)) for start, one in supports]) if supports else None,
     )
 

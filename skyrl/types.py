@@ -140,7 +140,8 @@ class Turn:
 @dataclass
 class Episode:
     """A prompt played to its end. `reward` is the sum over turns; `invalid`: why it is no score (masked, counted).
-    `done`: the environment ended it, not a limit."""
+    `done`: the environment ended it, not a limit. `baseline`: the reward of a greedy answer to its prompt, NaN where
+    that has none; None where the advantage asks for no such answer."""
 
     prompt: Prompt
     index: int  # which of the G samples of its prompt
@@ -152,6 +153,7 @@ class Episode:
     seed: int = 0  # that the environment's reset was given, if it takes one
     calls: Metrics = field(default_factory=dict)  # what had to be done beside plain calls: retries, replays, ...
     done: bool = False
+    baseline: float | None = None
 
     @property
     def objectives(self) -> dict[str, float]:

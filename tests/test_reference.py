@@ -81,3 +81,20 @@ def test_two_ranks_move_it_alike(tmp_path):
     one, two = (run_loop(tmp_path / str(n), *MOVES, "batch.num_steps=4", size=n) for n in (1, 2))
     for a, b in zip(one.rl, two.rl, strict=True):
         assert a["kl/behaviour_reference:mean"] == pytest.approx(b["kl/behaviour_reference:mean"], rel=1e-3, abs=1e-6)
+
+
+def test_several_references_count_by_their_weights(tmp_path):
+    """In one step on the same rows: the log-probabilities that the loss sees are the weighted means."""
+    other = tmp_path / "other"
+    make_engine("auto", "float32", "seed=5").export("policy", other)
+    more = ["algorithm.kl.coef=0.1", "algorithm.kl.estimator=k2", "batch.num_steps=1"]
+    seen = {}
+    for weight in (0.0, 0.3, 1.0):
+        models = [f"algorithm.reference.models={{{other}: {weight}}}"] if weight else []
+        run = run_loop(tmp_path / str(weight), *more, *models)
+        seen[weight] = run.updates()[0]
+    for name, row in seen[0.3].items():
+        trained = row.weights != 0
+        own, theirs = seen[0.0][name].reference[trained], seen[1.0][name].reference[trained]
+        assert abs(own - theirs).max() > 0.01
+        assert abs(row.reference[trained] - (0.7 * own + 0.3 * theirs)).max() < 1e-6

@@ -17,6 +17,7 @@ from skyrl.algorithms.declare import LOSSES, Advantage, Loss, policy_losses
 from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.reductions import REDUCTIONS
+from skyrl.config import policy_rules
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 
@@ -139,10 +140,7 @@ def algorithm_problems(cfg: RunConfig) -> Iterator[str]:
             "would count twice; leave it at none"
         )
     if advantage.greedy_baseline:
-        yield (
-            f"algorithm.advantage.name={advantage.name}: its baseline is a greedy answer to each prompt, which this "
-            "loop does not sample; use rloo, or dr_grpo"
-        )
+        yield from policy_rules.greedy(cfg)
     if updates > 1 and loss.ratio and corrected and not recomputed:
         yield (
             f"algorithm.loss.correction={algorithm.loss.correction}: with {updates} updates of one batch the loss "

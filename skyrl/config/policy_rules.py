@@ -55,6 +55,24 @@ def references(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def several(cfg: RunConfig) -> Iterator[str]:
+    """What several references cannot be had with."""
+    models, kl = cfg.algorithm.reference.models, cfg.algorithm.kl
+    for path, weight in models.items():
+        if not 0 < weight <= 1:
+            yield f"algorithm.reference.models: {path}: {weight}: must be above 0 and at most 1"
+    if sum(models.values()) > 1 + 1e-9:
+        yield (
+            f"algorithm.reference.models={dict(models)}: the weights are above 1 together; the reference that the run "
+            "makes has what is left of 1"
+        )
+    if models and kl.placement == "loss" and kl.estimator not in ("k2", "k1+"):
+        yield (
+            f"algorithm.kl.estimator={kl.estimator}: with algorithm.reference.models only k2 and k1+ have the gradient "
+            "of the weighted sum of their KLs; use one of them, or algorithm.kl.placement=reward"
+        )
+
+
 def imitation(cfg: RunConfig) -> Iterator[str]:
     """What self-imitation cannot do."""
     given = cfg.algorithm.self_imitation
@@ -93,3 +111,18 @@ def optimizers(cfg: RunConfig) -> Iterator[str]:
         )
     if name == "adamw8bit" and cfg.model.dtype == "float64":
         yield "optim.name=adamw8bit: bitsandbytes has no float64 (model.dtype); use optim.name=adamw"
+
+
+def greedy(cfg: RunConfig) -> Iterator[str]:
+    """What an advantage with a greedy answer as its baseline (ReMax) cannot be had with."""
+    name = cfg.algorithm.advantage.name
+    if cfg.feedback.enabled:
+        yield (
+            f"algorithm.advantage.name={name}: needs a greedy answer to each prompt, which nobody rates with "
+            "feedback.enabled=true; use reinforce++"
+        )
+    if cfg.algorithm.objectives.normalise:
+        yield (
+            f"algorithm.advantage.name={name}: its baseline is one reward, and algorithm.objectives.normalise=true "
+            "looks at each objective by itself; use algorithm.advantage.name=grpo, or leave it at false"
+        )

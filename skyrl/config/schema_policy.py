@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The reference that algorithm.kl measures to, where it does not stay what it was at first."""
+    """The reference that algorithm.kl measures to, where it is not one model that stays what it was at first."""
 
     sync_every: int = 0
     """Steps after which it takes the policy's weights over; 0 = never."""
     ema: float = 0.0
     """What it keeps of its own weights then: ema * reference + (1 - ema) * policy. 0 = a copy of the policy."""
+    models: dict[str, float] = field(default_factory=dict)
+    """Further frozen references with the same tokenizer, each with its weight, 'models={path: 0.5}'; the reference
+    above has what is left of 1. KL is then the weighted sum of theirs, with estimator k2 or k1+, or in the reward."""
 
 
 @dataclass(frozen=True)

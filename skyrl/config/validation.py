@@ -207,6 +207,7 @@ def check(cfg: RunConfig) -> None:
         _sampling,
         policy_rules.cuts,
         policy_rules.references,
+        policy_rules.several,
         policy_rules.imitation,
         policy_rules.optimizers,
         _batches,

@@ -372,6 +372,7 @@ def estimate(
     # FSDP2 lays out what is frozen beside DeepSpeed.
     beside = "fsdp" if strategy.startswith("zero") else strategy
     frozen = _shares(cfg, sizes, world_size, compute, master, beside, device)[0]
+    others = len(cfg.algorithm.reference.models) * frozen  # taken to be as large as the policy
     whole = beside not in ("fsdp", "hsdp")  # whose shards are masters in any case, as a mean of weights has them
     averaged = sizes.num_parameters * master if cfg.algorithm.reference.ema and compute < master and whole else 0
     sharded = strategy in ("fsdp", "hsdp", "zero3")
@@ -407,7 +408,8 @@ def estimate(
         gradients=gradients,
         optimizer=optimizer,
         adapter=adapter,
-        reference=(frozen + averaged if needs_reference(cfg) and not lora.rank else 0)
+        reference=others
+        + (frozen + averaged if needs_reference(cfg) and not lora.rank else 0)
         + _teacher(cfg, world_size, compute, sharded),
         critic=critic,
         activations=kept * compute,

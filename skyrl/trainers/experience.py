@@ -18,23 +18,60 @@ from skyrl.algorithms.filters import overlong_penalty, trained_masks
 from skyrl.algorithms.losses import LOSSES
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.algorithms.selection import SELECTIONS, covariances, top_entropy
-from skyrl.distributed.collectives import all_reduce_sum, gather_objects
+from skyrl.config.schema import ModelConfig
+from skyrl.distributed.collectives import agree, all_reduce_sum, gather_objects
+from skyrl.distributed.phases import LOADING, inside
+from skyrl.engine import ModelSpec
 from skyrl.models.packed import collate
 from skyrl.rollout import Row, draw_seed
 from skyrl.run import Run, Step
+from skyrl.text.tokenizer import load_tokenizer
 from skyrl.tracking.flops import ModelShape, causal_attended, train_flops
-from skyrl.types import Datum, Floats
+from skyrl.types import Datum, Floats, UserError
+
+
+def create_references(run: Run) -> None:
+    """Loads the further references of algorithm.reference.models. Raises UserError, on all ranks, for one with another
+    tokenizer. They never change, so no checkpoint has them. Collective."""
+    for path in run.cfg.algorithm.reference.models:
+        source = replace(run.cfg.model, path=path, revision="", tokenizer="", chat_template="")
+
+        def same(source: ModelConfig = source) -> None:
+            if load_tokenizer(source).get_vocab() != run.engine.tokenizer.get_vocab():
+                raise UserError(
+                    f"algorithm.reference.models: {source.path} has another tokenizer than the policy, so its "
+                    "log-probabilities are of other tokens; leave it out"
+                )
+
+        agree(run.world, same)
+        with inside(LOADING, run.state.global_step):
+            run.engine.create(f"reference {path}", ModelSpec(trainable=False, source=source))
+
+
+def _references(run: Run) -> dict[str, float]:
+    """The engine's names of all references that count, and their weights, which sum to 1."""
+    others = run.cfg.algorithm.reference.models
+    own = 1.0 - sum(others.values())
+    named = {f"reference {path}": weight for path, weight in others.items()}
+    return named if own < 1e-9 else {run.plan.reference: own, **named}
 
 
 def add_reference(run: Run, step: Step, rows: list[Row]) -> tuple[list[Row], float]:
-    """Rows with log-probabilities under the frozen reference, and the mean KL per sampled token (the k1 estimate,
-    log pi - log ref over the policy's own samples). As they are, and 0, without a KL term."""
+    """Rows with log-probabilities under the reference, and the mean KL per sampled token (the k1 estimate,
+    log pi - log ref over the policy's own samples). As they are, and 0, without a KL term.
+
+    Of several references it is the weighted mean of their log-probabilities: log pi minus that is the weighted sum of
+    the k1 estimates, and the gradient of its square that of the weighted sum of the k2."""
     if not run.cfg.algorithm.kl.coef:
         return rows, 0.0
-    scored = run.engine.score(_to_score(rows), run.cfg.sampler.temperature, model=run.plan.reference)
-    rows = [replace(row, reference=logprobs) for row, logprobs in zip(rows, scored.logprobs, strict=True)]
+    weights, data = _references(run), _to_score(rows)
+    scored = [run.engine.score(data, run.cfg.sampler.temperature, model=model).logprobs for model in weights]
+    means = scored[0]
+    if len(weights) > 1:
+        means = [sum(w * one for w, one in zip(weights.values(), of, strict=True)) for of in zip(*scored, strict=True)]
+    rows = [replace(row, reference=logprobs) for row, logprobs in zip(rows, means, strict=True)]
     sums = np.zeros(2)
-    for row, logprobs in zip(rows, scored.logprobs, strict=True):
+    for row, logprobs in zip(rows, means, strict=True):
         gap = (row.sampling_logprobs - logprobs)[row.mask].sum(dtype=np.float64)
         sums += [float(gap), row.mask.sum()]
     sums = all_reduce_sum(run.world, sums)
@@ -60,6 +97,7 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
     if run.plan.needs_critic:
         values, bootstrap_D = _values(run, rows, bootstrap=bool(params.get("bootstrap")))
     names = run.objectives.names
+    baselines = [row.baseline for row in rows if row.baseline is not None]
     reward_rows = RewardRows(
         group_D=np.array([row.group for row in rows], np.int64),
         episode_D=np.array([row.episode for row in rows], np.int64),
@@ -67,6 +105,7 @@ def add_advantages(run: Run, rows: list[Row]) -> list[Row]:
         masks=masks,
         valid_D=np.array([row.valid for row in rows], bool),
         values=values,
+        baseline_D=np.array(baselines) if len(baselines) == len(rows) else None,
         scales=[row.scales for row in rows] if names else None,  # type: ignore[misc]
         objectives={k: [row.objectives.get(k, np.zeros(len(row.rewards))) for row in rows] for k in names},
         bootstrap_D=bootstrap_D,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from skyrl.algorithms.declare import ADVANTAGES
 from skyrl.algorithms.filters import dropped_by, filter_metrics, zero_variance_groups
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
 from skyrl.rollout import Group, episode_metrics, rollout
@@ -32,6 +34,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     """
     cfg, state, world = run.cfg, run.state, run.world
     filters, wanted = cfg.algorithm.filters, cfg.batch.prompts_per_step
+    asks_greedy = ADVANTAGES.get(cfg.algorithm.advantage.name).greedy_baseline
     kept: list[Group] = []
     sampled: list[list[Episode]] = []
     probe: Probe | None = None
@@ -46,13 +49,19 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
                 sampler = opened.enter_context(sampling(run, step))
             positions = step.deal(range(state.position, state.position + wanted))
             prompts, config = [(i, run.stream.at(i)) for i in positions], run.rollout_config("train")
+            params = replace(config.params, temperature=0.0)
+            greedy_config = replace(config, params=params, group_size=1, key=(cfg.seed, "greedy"))
             with step.part("rollout"):
                 groups = rollout(sampler, prompts, config, run.engine.chat)
+            greedy = rollout(sampler, prompts, greedy_config, run.engine.chat) if asks_greedy else []
             step.check_stop()
             if run.has_judges():  # which may need the memory
                 sampler = None
                 opened.close()
                 run.score_batch(groups, config)
+                run.score_batch(greedy, greedy_config)
+            _add_baselines(step, groups, greedy)
+            _count_sampled(run, step, greedy)
             state.position += wanted
             sampled += groups
             _note_objectives(run, groups)
@@ -108,6 +117,17 @@ def _measure(run: Run, step: Step, groups: list[list[Episode]]) -> None:
         every = gather_objects(run.world, mine)
         run.objectives.measured = {k: [score for part in every for score in part[k]] for k in bounded}
         step.log({f"multiplier/{k}:mean": value for k, value in run.objectives.multipliers.items()})
+
+
+def _add_baselines(step: Step, groups: list[list[Episode]], greedy: list[list[Episode]]) -> None:
+    """Gives the episodes of each group the reward of its greedy answer (ReMax, Li et al. 2024, arXiv 2310.10505), where
+    there are such answers."""
+    for group, (answer,) in zip(groups, greedy, strict=bool(greedy)):
+        known = bool(answer.turns) and not answer.invalid
+        for one in group:
+            one.baseline = answer.reward if known else math.nan
+        if known:
+            step.sums.add("greedy_reward:mean", answer.reward)
 
 
 def note_groups(run: Run, step: Step, groups: list[list[Episode]]) -> list[bool]:

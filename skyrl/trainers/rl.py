@@ -23,6 +23,7 @@ from skyrl.trainers.experience import (
     apply_reduction,
     correction_scale,
     count_flops,
+    create_references,
     select_tokens,
     trained_tokens,
 )
@@ -50,6 +51,7 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
         )
     sft_warmup(run)
     run.create_models()  # the frozen reference is the policy as it is now
+    create_references(run)
     for step in run.steps("rl", total, evaluate_every=run.cfg.eval.every_steps, evaluate_first=True):
         with step.phase("generation", "collect"):
             groups, num_groups = collect(run, step)

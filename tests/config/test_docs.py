@@ -184,8 +184,8 @@ BUDGET = {
     "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),
     "optim": (11, "which one, AdamW (5), its schedule (4), Muon's momentum"),
     "algorithm": (
-        36,
-        "eight parts: advantage, loss with its correction (6), KL, how the reference moves (2), own successes (4), "
+        37,
+        "eight parts: advantage, loss with its correction (6), KL, the reference (3), own successes (4), "
         "filters, critic, "
         "and how objectives add up (3)",
     ),

@@ -113,6 +113,18 @@ def test_tables_name_only_options_that_exist():
             "algorithm.kl.coef=0.1 algorithm.reference.ema=0.5",
             "algorithm.reference.ema=0.5: has an effect only with algorithm.ref",
         ),
+        (
+            "algorithm.kl.coef=0.1 algorithm.reference.models={a:0.7,b:0.6} algorithm.kl.estimator=k2",
+            "algorithm.reference.models={'a': 0.7, 'b': 0.6}: the weights are above 1 together",
+        ),
+        (
+            "algorithm.kl.coef=0.1 algorithm.reference.models={a:0.5}",
+            "algorithm.kl.estimator=k3: with algorithm.reference.models only k2 and k1+ have the gradient",
+        ),
+        (
+            "algorithm.advantage.name=remax algorithm.objectives.normalise=true",
+            "algorithm.advantage.name=remax: its baseline is one reward",
+        ),
         ("algorithm.self_imitation.size=9", "algorithm.self_imitation.size=9: has an effect only with"),
         (
             "algorithm.self_imitation.coef=1 algorithm.self_imitation.size=9",
