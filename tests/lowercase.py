@@ -14,12 +14,13 @@ from skyrl.types import Message, Prompt
 class Lowercase(Environment):
     """Episodes of `turns` turns; the last share counts, as a whole number of `levels` (0: as it is).
 
+    `endings`: a prompt ends in one of these letters, so that greedy answers of random models differ.
     `broken`: prompts whose number is a multiple of it raise in their first step (0: none).
     """
 
     in_process = True
 
-    def __init__(self, *, turns: int = 1, levels: int = 0, broken: int = 0) -> None:
+    def __init__(self, *, turns: int = 1, levels: int = 0, broken: int = 0, endings: str = "=") -> None:
         self.turns, self.levels, self.broken = turns, levels, broken
 
     def reset(self, prompt: Prompt) -> list[Message]:
@@ -42,11 +43,12 @@ class Lowercase(Environment):
     @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
         """100 prompts to train on, 20 held out."""
+        ends = options.get("endings", "=")
         return [
             Prompt(
                 f"{cls.name}/{split}/{n}",
                 cls.name,
-                [{"role": "user", "content": f"{split[1]}{n:02d}" + "." * (n % 4) + "="}],
+                [{"role": "user", "content": f"{split[1]}{n:02d}" + "." * (n % 4) + ends[n % len(ends)]}],
                 {"number": n, "solution": "abc"},
             )
             for n in range(100 if split == "train" else 20)

@@ -10,13 +10,14 @@ from skyrl.config.schema import DataConfig
 from skyrl.tracking.rollouts import read_rollouts
 from skyrl.types import SampleRequest, SamplingParams
 
+ENDS = {"endings": "=ab7"}
 REMAX = ["algorithm=remax", "batch.samples_per_prompt=2", "batch.num_steps=1"]
 
 
 def greedy_rewards(uids):
     """What the greedy answers of the fresh model to these prompts are worth, by hand."""
     engine = make_engine()
-    prompts = {prompt.uid: prompt for prompt in Lowercase.dataset({}, DataConfig(), "train", 1)}
+    prompts = {prompt.uid: prompt for prompt in Lowercase.dataset(ENDS, DataConfig(), "train", 1)}
     found = {}
     with engine.sampling() as sampler:
         for uid in uids:
@@ -31,7 +32,7 @@ def greedy_rewards(uids):
 
 
 def test_the_advantage_is_the_reward_above_the_greedy_answer_s(tmp_path):
-    seen = run_loop(tmp_path / "run", *REMAX)
+    seen = run_loop(tmp_path / "run", *REMAX, env=ENDS)
     rewards = {(e["uid"], e["index"]): e["reward"] for e in read_rollouts(tmp_path / "run" / "rollouts", "000001")}
     want = greedy_rewards({uid for uid, _ in rewards})
     assert len(rewards) == 8 and len(set(want.values())) > 1, "the greedy answer is neither dumped nor one of all"
@@ -52,6 +53,6 @@ def test_one_sample_of_a_prompt_is_enough(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_two_ranks_have_the_same_baselines(tmp_path):
-    one, two = (run_loop(tmp_path / str(n), *REMAX, size=n) for n in (1, 2))
+    one, two = (run_loop(tmp_path / str(n), *REMAX, size=n, env=ENDS) for n in (1, 2))
     for name, row in one.updates()[0].items():
         np.testing.assert_array_equal(row.advantages, two.updates()[0][name].advantages)
