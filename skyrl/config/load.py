@@ -69,7 +69,7 @@ def _schema() -> DictConfig:
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
-    do a template's variables, a server's aliases, losses and objectives; parameters of a loss and an advantage
+    do a template's variables, a server's aliases, losses, references and objectives; parameters of a loss and an advantage
     are checked against their declarations.
     """
     node = OmegaConf.structured(RunConfig)
@@ -81,6 +81,7 @@ def _schema() -> DictConfig:
         node.algorithm.loss.params,
         node.algorithm.objectives.weights,
         node.algorithm.objectives.constraints,
+        node.algorithm.reference.models,
         node.service.aliases,
         node.service.loss_substitutes,
     ):
@@ -168,12 +169,15 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     return finish(composed, overrides, mode=mode)
 
 
+NAMED = ("algorithm.reference.models", "service.aliases", "service.loss_substitutes")  # whose keys may have dots
+
+
 def as_overrides(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Options that a script has as values, nested or by path, written as on the command line. Hydra's grammar quotes
     texts, but not the names in a mapping."""
     for name, value in options.items():
         path = prefix + name
-        if isinstance(value, Mapping) and path not in ("service.aliases", "service.loss_substitutes"):
+        if isinstance(value, Mapping) and path not in NAMED:
             yield from as_overrides(value, f"{path}.")
         else:
             yield f"{path}={_as_typed(value)}"
