@@ -69,8 +69,8 @@ def _schema() -> DictConfig:
 
     OmegaConf marks what it makes from a frozen dataclass as read-only, which would refuse every override; the mark
     goes, types and the refusal of unknown keys stay. env.options belongs to the environment and takes any key, and so
-    do a template's variables, a server's aliases, losses, references and objectives; parameters of a loss and an advantage
-    are checked against their declarations.
+    do a template's variables, a server's aliases, losses, references and objectives; parameters of a loss and an
+    advantage are checked against their declarations.
     """
     node = OmegaConf.structured(RunConfig)
     _thaw(node)
