@@ -14,6 +14,7 @@ def options_markdown() -> str:
         "Parameters of advantages and losses are declared in `skyrl/algorithms/`.",
         "How options are set is in [config.md](config.md). `skyrl.sft` reads all but `algorithm`, `service` and what",
         "is about steps and updates of RL alone (`batch.num_steps`, `optim.lr`, ...), and refuses these;",
+        "`skyrl.evaluate` reads none of what is about training;",
         "`skyrl.serve` reads `service` and what is named in [the server](#the-server).",
     ]
     for group, names in config_groups().items():

@@ -146,7 +146,7 @@ def _typed(run: Path) -> str:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    **{mode: partial(_run, mode) for mode in ("train", "sft", "serve")},
+    **{mode: partial(_run, mode) for mode in ("train", "sft", "serve", "evaluate")},
     "feedback-server": partial(_elsewhere, "skyrl.feedback.door:serve_feedback"),
     "export": _export,
     "runs": _runs,

@@ -6,8 +6,9 @@ A loop (trainers/) is a function of an open Run. `run_loop` is all that surround
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.run_rules import closed_until
 from skyrl.config.schema import DashboardConfig, RunConfig
-from skyrl.data import PromptStream, make_splits
+from skyrl.data import PromptStream
 from skyrl.distributed import env
 from skyrl.distributed.agreement import is_allowed
 from skyrl.distributed.collectives import agree, gather_objects, on_leader
@@ -30,6 +31,7 @@ from skyrl.distributed.phases import FINISHING, LOADING, collectives, heartbeat,
 from skyrl.distributed.stop import STOP_FILE, TEMPORARY, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
+from skyrl.evaluation.sets import EvalSet, all_prompts, named_sets
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
@@ -61,15 +63,20 @@ ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_secon
 
 
 def run_loop(
-    cfg: RunConfig, loop: Callable[[Run], None], *, supervised: bool = False, hooks: Sequence[Any] = ()
+    cfg: RunConfig,
+    loop: Callable[[Run], None],
+    *,
+    supervised: bool = False,
+    trains: bool = True,
+    hooks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """The whole run: opened or resumed, `loop`, last checkpoint, export, curves. Every trainer is one call of this.
-    `supervised`: there is no RL in it. `hooks`: see tracking/hooks.py. Returns what result.json
-    holds besides the numbers of metrics.jsonl.
+    `supervised`: there is no RL in it. `trains`: False for an evaluation alone. `hooks`: see tracking/hooks.py.
+    Returns what result.json holds besides the numbers of metrics.jsonl.
 
     Raises StopRun, when all is saved, after a signal or at a deadline; UserError and RunError as what they call does.
     """
-    with open_run(cfg, supervised) as run:
+    with open_run(cfg, supervised, trains) as run:
         try:
             run.take_hooks(hooks)
             options = cfg.dashboard if run.world.is_leader else DashboardConfig()
@@ -92,6 +99,8 @@ def _finish(run: Run) -> None:
     if cfg.checkpoint.export:
         run.engine.export("policy", folder.export)
     run.tracker.offset()  # syncs
+    if not run.plan.trains:
+        return
     picture = folder.path / "curves.png"
     if run.drawing is not None:
         run.drawing.wait()  # an older picture must not come after the last one
@@ -111,14 +120,15 @@ def _finish(run: Run) -> None:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
 
 
-def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
+def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True) -> Run:
     """The run as it should go on: fresh, or resumed.
 
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
     """
     assert not cfg.dry_run, "main.py has planned it"
     world, sizes = meet(cfg)
-    plan = agree(world, lambda: make_plan(cfg, world.size, model_sizes=sizes, device=world.choice))
+    made = partial(make_plan, cfg, world.size, model_sizes=sizes, device=world.choice, trains=trains)
+    plan = agree(world, made)
     if plan.memory is not None:  # each rank has looked at its own GPU; the fullest decides for all
         keeps = all(gather_objects(world, plan.memory.keeps_sampling))
         plan = replace(plan, memory=replace(plan.memory, keeps_sampling=keeps))
@@ -137,11 +147,13 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
     try:
         chat = agree(world, lambda: chat_of(cfg))
         chat.vocab_size = sizes.vocab_size
-        parts, held_out = agree(world, lambda: _prompts(cfg))
+        parts, held_out = agree(world, lambda: all_prompts(cfg, not trains))
         hosts, facts = compare_nodes(cfg, world, parts)
-        *prompts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
+        parts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
         left_out = [line for line in (held_out, *left_out) if line]
-        cfg, plan = _with_epochs(cfg, plan, len(prompts[0]))
+        cfg, plan = _with_epochs(cfg, plan, len(parts.get("train", ())))
+        sets, told = agree(world, lambda: named_sets(cfg, parts))
+        left_out += told
         folder = _claim_folder(cfg, world, hosts, facts)
         watch.claim()
     except UserError:
@@ -150,12 +162,12 @@ def open_run(cfg: RunConfig, supervised: bool = False) -> Run:
     try:
         info = on_leader(world, lambda: _checkpoint(cfg, folder))
         if world.is_leader:
-            data = f"{len(prompts[0])} prompts to train on, {min(len(prompts[1]), cfg.eval.num_prompts)} held out"
-            more = [("data", data), *(("", line) for line in left_out), *_about_start(cfg, chat, folder, info)]
+            more = [("data", line) for line in _about_data(parts, sets)]
+            more += [*(("", line) for line in left_out), *_about_start(cfg, chat, folder, info, trains)]
             print(describe_start(cfg, plan, more, supervised=supervised, device_name=world.choice.name), flush=True)
             for line in (*world.choice.notes, *chat.warnings()):
                 print(f"warning: {line}", flush=True)
-        return _open(cfg, world, plan, chat, (prompts[0], prompts[1]), folder, watch, info, left_out, supervised)
+        return _open(cfg, world, plan, chat, parts, sets, folder, watch, info, left_out, supervised)
     except BaseException:
         folder.close()
         watch.disarm()
@@ -272,14 +284,14 @@ def _open(
     world: World,
     plan: Plan,
     chat: Chat,
-    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    parts: dict[str, Sequence[Prompt]],
+    sets: Sequence[EvalSet],
     folder: RunFolder,
     watch: Watchdog,
     info: CheckpointInfo | None,
     left_out: list[str],
     supervised: bool,
 ) -> Run:
-    train_prompts, held_out = prompts
     engine = agree(world, lambda: _policy_engine(cfg, world, plan, chat))
     adaptive = cfg.algorithm.kl
     run = Run(
@@ -288,8 +300,9 @@ def _open(
         world=world,
         folder=folder,
         engine=engine,
-        stream=PromptStream(train_prompts, cfg.seed, cfg.data.shuffle),
-        held_out=[held_out[i] for i in range(min(len(held_out), cfg.eval.num_prompts))],
+        stream=PromptStream(parts["train"] if "train" in parts else sets[0].prompts, cfg.seed, cfg.data.shuffle),
+        held_out=next((one.prompts for one in sets if not one.config.name), []),
+        sets=sets,
         tracker=Tracker([]),
         checkpointer=Checkpointer(
             folder.checkpoints,
@@ -319,14 +332,30 @@ def _open(
     return run
 
 
-def _about_start(cfg: RunConfig, chat: Chat, folder: RunFolder, info: CheckpointInfo | None) -> list[tuple[str, str]]:
+def _about_data(parts: dict[str, Sequence[Prompt]], sets: Sequence[EvalSet]) -> Iterator[str]:
+    """What is trained on and what is evaluated, and how."""
+    held_out = next((len(one.prompts) for one in sets if not one.config.name), 0)
+    if "train" in parts:
+        yield f"{len(parts['train'])} prompts to train on, {held_out} held out"
+    for one in sets:
+        if one.config.name or "train" not in parts:
+            how = "greedy" if one.config.temperature == 0 else f"temperature {one.config.temperature:g}"
+            many = f"{len(one.prompts)} prompts x {one.config.samples_per_prompt}"
+            yield f"evaluated: {one.title}, {many}, {how}, at most {one.config.max_new_tokens} tokens a turn"
+
+
+def _about_start(
+    cfg: RunConfig, chat: Chat, folder: RunFolder, info: CheckpointInfo | None, trains: bool
+) -> list[tuple[str, str]]:
     """Lines of the table at the start: what is sampled how, and what is resumed."""
     sampler = cfg.sampler
     resumed = "nothing: a new run"
     if info is not None:
         state = RunState.from_checkpoint(info.state)
         resumed = f"resuming from {info.path}: {state.phase} step {state.global_step}"
-        if not _is_own(info, folder) and _changes(cfg, info):
+        if not trains:
+            resumed = f"nothing: the weights of {info.path} ({state.phase} step {state.global_step})"
+        elif not _is_own(info, folder) and _changes(cfg, info):
             what = "weights and optimizer state" if cfg.run.resume_optimizer else "weights"
             resumed = f"nothing: a new run with the {what} of {info.path} ({state.phase} step {state.global_step})"
     return [
@@ -336,19 +365,10 @@ def _about_start(cfg: RunConfig, chat: Chat, folder: RunFolder, info: Checkpoint
     ]
 
 
-def _prompts(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
-    """Training and held-out prompts as the environment gives them, of the latter those that are played; and a line
-    about where these are from, if there is no file of them."""
-    parts, line = make_splits(cfg)
-    if not cfg.data.filter:  # what is not played need not fit
-        parts["test"] = parts["test"][: cfg.eval.num_prompts]
-    return parts, line
-
-
 def _fitting_prompts(
     cfg: RunConfig, world: World, chat: Chat, row_tokens: int, parts: dict[str, Sequence[Prompt]]
-) -> tuple[Sequence[Prompt], Sequence[Prompt], list[str]]:
-    """Training and held-out prompts that can be played, and a line for each split that counts what data.filter left
+) -> tuple[dict[str, Sequence[Prompt]], list[str]]:
+    """The prompts of each part that can be played, and a line for each part that counts what data.filter left
     out. Each rank looks at its share; all know the same afterwards. Collective. Raises UserError, on all ranks."""
     found = []
     for split, part in parts.items():
@@ -364,8 +384,8 @@ def _fitting_prompts(
         check = PromptCheck.of(cfg, split, row_tokens)
         found += check.run(chat, ((index, part[index]) for index in mine), progress)
     everything = [one for found in gather_objects(world, found) for one in found]
-    (train, first), (test, second) = (leave_out(cfg, split, part, everything) for split, part in parts.items())
-    return train, test, [line for line in (first, second) if line]
+    left = {split: leave_out(cfg, split, part, everything) for split, part in parts.items()}
+    return {split: kept for split, (kept, _) in left.items()}, [line for _, line in left.values() if line]
 
 
 def _start_tracking(run: Run, offset: int | None) -> None:
@@ -413,7 +433,7 @@ def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engi
         memory=plan.memory,
         chat=chat,
     )
-    create_policy(engine)
+    create_policy(engine, trainable=plan.trains)
     return engine
 
 
@@ -444,7 +464,7 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     """Puts everything back as the checkpoint says; returns where its metrics.jsonl ended, 0 for another run's."""
     check_base(run.state.base, info, run.cfg)
     own = _is_own(info, run.folder)
-    if not own and agree(run.world, lambda: _changes(run.cfg, info)):
+    if not own and (not run.plan.trains or agree(run.world, lambda: _changes(run.cfg, info))):
         _branch(run, info)
         return 0
     run.state = RunState.from_checkpoint(info.state)
@@ -476,7 +496,7 @@ def _branch(run: Run, info: CheckpointInfo) -> None:
         run.state.phase = run.plan.phase
     if run.plan.needs_critic and "critic" in parent.models:
         run.engine.create("critic", ModelSpec(head="value"))
-    optimizer = run.cfg.run.resume_optimizer
+    optimizer = run.cfg.run.resume_optimizer and run.plan.trains
     tensors = run.engine.state(optimizer=optimizer)
     run.checkpointer.load(info.path, tensors, partial=True)
     run.engine.load_state(tensors, optimizer=optimizer)

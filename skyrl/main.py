@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -29,6 +30,7 @@ from omegaconf import DictConfig
 import skyrl
 from skyrl import sweep
 from skyrl.config.args import expand_home
+from skyrl.config.eval_sets import evaluation_options
 from skyrl.config.load import (
     COMPOSE_ERRORS,
     VERSION_BASE,
@@ -307,6 +309,8 @@ class _Entry:
         # Without it Hydra prints its own error and exits; we want the exception, to say it in one line.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         flags, overrides = split_args(self.args)
+        if self.mode == "evaluate":
+            overrides = evaluation_options(overrides)
         self.sweep = "-m" in flags or "--multirun" in flags
         if self.sweep and self.mode == "serve":
             raise UserError("-m: a server does not end by itself, so there is no sweep; start one at a time")
@@ -362,12 +366,15 @@ class _Entry:
             self._serve(cfg)
             return None
         if cfg.dry_run:
+            from skyrl.evaluation.sets import all_prompts
             from skyrl.planner.plan import describe, dry_run
             from skyrl.text.fit import check_task
 
-            plan = dry_run(cfg, cfg.run.world_size or world_size())
+            evaluates = self.mode == "evaluate"
+            plan = dry_run(cfg, cfg.run.world_size or world_size(), trains=not evaluates)
             # For another machine's plan the data need not be here.
-            lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size)
+            parts = partial(all_prompts, evaluates=evaluates)
+            lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size, prompts=parts)
             with quiet_pipe():
                 if rank() == 0:
                     print(describe(cfg, plan, chat, supervised=cfg.trainer == "sft"), *lines, sep="\n", flush=True)

@@ -60,7 +60,7 @@ class RolloutConfig:
     `params.seed` is not used: each turn's seed comes from `key`, the prompt's position, the sample and the turn.
     `combine` makes one reward of named objectives, with its scale (algorithms.objectives).
     `stop_requested` says whether this rank shall stop playing. `progress` hears of every episode that has ended: how
-    many, and of how many.
+    many, and of how many; `finished` of every group that has, by its place among the prompts.
     """
 
     env: EnvConfig
@@ -72,6 +72,7 @@ class RolloutConfig:
     combine: Callable[[dict[str, float]], tuple[float, float]] = Objectives().combine
     stop_requested: Callable[[], bool] = lambda: False
     progress: Callable[[int, int], None] = lambda done, total: None
+    finished: Callable[[int, list[Episode]], None] = lambda group, episodes: None
 
 
 @dataclass
@@ -140,7 +141,8 @@ class _Rollout:
         self._called: dict[int, ActiveEpisode] = {}  # by key, until they end
         self._sampled: dict[str, int] = {}  # uid of a request -> key
         self._scored = bool(group_rewards_of(config.env))
-        self._scoring: dict[int, list[Episode]] = {}  # by key: episodes whose rewards as a group are asked for
+        # By key: a group's place, and those of its episodes whose rewards as a group are asked for.
+        self._scoring: dict[int, tuple[int, list[Episode]]] = {}
         self._ended, self._total = 0, num_groups * config.group_size
         self._openings: dict[int, tuple[list[Message], Ints]] = {}  # of each group, the last one: most are alike
 
@@ -261,22 +263,26 @@ class _Rollout:
         self.calls.close(key)
         self._ended += 1
         self.config.progress(self._ended, self._total)
-        if self._scored and None not in group:
-            scored = [one for one in group if one is not None and one.turns and not one.invalid]
-            if scored:
-                key = next(_KEYS)
-                self._scoring[key] = scored
-                self.calls.score(key, episode.prompt, [one.turns[-1].text for one in scored])
+        if None in group:
+            return
+        scored = [one for one in group if one is not None and one.turns and not one.invalid]
+        if self._scored and scored:
+            key = next(_KEYS)
+            self._scoring[key] = episode.group, scored
+            self.calls.score(key, episode.prompt, [one.turns[-1].text for one in scored])
+        else:
+            self.config.finished(episode.group, cast(list[Episode], group))
 
     def _take_scores(self, answer: Answer) -> None:
         """Adds what rewards of a whole group have said to the last turns of its episodes."""
-        episodes = self._scoring.pop(answer.key)
+        place, episodes = self._scoring.pop(answer.key)
         scores = cast(list[dict[str, float]], answer.outcome.value or [{}] * len(episodes))
         for name, value in answer.counts.items():
             episodes[0].calls[name] = episodes[0].calls.get(name, 0.0) + value
         for episode, score in zip(episodes, scores, strict=True):
             episode.invalid = answer.outcome.invalid
             _add_scores(episode, score, self.config)
+        self.config.finished(place, cast(list[Episode], self.groups[place]))
 
 
 def _add_scores(episode: Episode, score: dict[str, float], config: RolloutConfig) -> None:

@@ -27,8 +27,9 @@ from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import latest
+from skyrl.config.eval_sets import EvalSetConfig, own_set
 from skyrl.config.load import to_dict
-from skyrl.config.schema import RunConfig
+from skyrl.config.schema import EnvConfig, RunConfig
 from skyrl.data import PromptStream
 from skyrl.distributed.collectives import MetricSums, all_reduce_sum, broadcast_object, gather_objects, on_leader
 from skyrl.distributed.failure import ignore_sigterm, is_lost_peer
@@ -38,9 +39,11 @@ from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest
 from skyrl.distributed.watchdog import Watchdog, mark_requeue
 from skyrl.engine import Engine, ModelSpec
 from skyrl.envs.base import group_rewards_of
+from skyrl.evaluation.measure import look_whether_to_end, play_and_measure
+from skyrl.evaluation.sets import EvalSet
 from skyrl.files import write_atomic
 from skyrl.planner.plan import Plan
-from skyrl.rollout import Judges, RolloutConfig, episode_metrics, rank_tools, rollout, score_batch
+from skyrl.rollout import Judges, RolloutConfig, rank_tools, score_batch
 from skyrl.run_dir import RESULT, STOPS, RunFolder
 from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.advisories import Advisories, Advisory, History
@@ -74,7 +77,8 @@ class RunState:
     `unrecorded`: the last step is learned, but its evaluation and its record, of which `pending` is the part that is
     known, are still to come. `advisories`: what was said so far. `parent`: the checkpoint that it began from, if that
     is another run's. `base`: fingerprint of the frozen model under an adapter, which is not saved.
-    `successes`: bytes of Run.successes, which lie beside the models.
+    `successes`: bytes of Run.successes, which lie beside the models. `best`: the best `score` so far, `waited`:
+    evaluations since; `stopped_by`: eval.stop_when and eval.patience by which training has ended early.
     """
 
     phase: str = "warmup"
@@ -96,6 +100,9 @@ class RunState:
     advisories: Advisories = field(default_factory=Advisories)
     parent: str = ""
     successes: int = 0
+    best: float | None = None
+    waited: int = 0
+    stopped_by: list[Any] = field(default_factory=list)
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any]) -> RunState:
@@ -168,6 +175,7 @@ class Run:
     engine: Engine
     stream: PromptStream
     held_out: Sequence[Prompt]
+    sets: Sequence[EvalSet]  # what is evaluated; the held-out prompts first, if there are any
     tracker: Tracker
     checkpointer: Checkpointer
     state: RunState
@@ -181,7 +189,7 @@ class Run:
     drawing: subprocess.Popen[bytes] | None = None  # what draws the curves so far
     draw_at: float = 0.0  # when they are drawn next; 0 before the first step
     draw_every: float = DRAW_SECONDS[0] / 2
-    judges: Judges | None = None  # rewards of whole batches, once they are needed
+    judges: list[tuple[EnvConfig, Judges]] = field(default_factory=list)  # rewards of whole batches, once needed
     saved: tuple[int, bool] = (0, False)  # `global_step` and `unrecorded` of the newest checkpoint, or of the start
     hooks: Hooks | None = None  # None where no rank has any
     history: History = field(default_factory=History)  # what advisories compare; on rank 0
@@ -242,24 +250,25 @@ class Run:
         state = self.state
         if state.phase != phase:
             return
-        if evaluate_first and state.global_step == 0 and self.held_out:
+        if evaluate_first and state.global_step == 0 and self.sets:
             self.evaluate()
             self.finish_step(0, called or phase)
         if then and state.step > total:
             raise UserError(
                 f"{total} steps of {phase}: this run has done {state.step} already; give at least that many"
             )
-        while state.step < total or state.unrecorded or then:
-            if state.step < total and not state.unrecorded:
+        while (state.step < total and not self.ends_early) or state.unrecorded or then:
+            if state.step < total and not state.unrecorded and not self.ends_early:
                 self.before_step = dataclasses.asdict(state)
                 self.check_stop()
                 step = Step(self, state.step)
                 with self.profiled(step):
                     yield step
                 self._end_step(step)
-            last, every = state.step == total, self.cfg.checkpoint.every_steps
-            if last or (evaluate_every and state.step % evaluate_every == 0):
+            every = self.cfg.checkpoint.every_steps
+            if state.step == total or (evaluate_every and state.step % evaluate_every == 0):
                 self.evaluate()
+            last = state.step == total or self.ends_early
             metrics = self.finish_step(state.global_step, called or phase)
             state.unrecorded = False
             if self.hooks is not None:
@@ -351,20 +360,24 @@ class Run:
             self.backend = sampler.backend
             self.say(f"{'sampler':<12}{BACKENDS.get(self.backend, self.backend)}")
 
-    def rollout_config(self, kind: Literal["train", "eval"]) -> RolloutConfig:
-        """How episodes are played; the key says what each draw belongs to."""
+    def rollout_config(self, kind: Literal["train", "eval"], one: EvalSetConfig | None = None) -> RolloutConfig:
+        """How episodes are played, in an evaluation those of the set `one`; the key says what each draw belongs to."""
         cfg, training = self.cfg, kind == "train"
+        one = one or own_set(cfg)
+        combine = self.objectives.combine if one.own else Objectives().combine
+        drawn = dataclasses.replace(self.plan.eval_sampling, temperature=one.temperature, max_tokens=one.max_new_tokens)
+        what = "sampling" if training else f"evaluating {one.name}".rstrip()
         share = f" of {self.world.size} ranks' first" if self.world.size > 1 else ""
         return RolloutConfig(
-            env=cfg.env,
-            params=self.plan.sampling if training else self.plan.eval_sampling,
-            group_size=cfg.batch.samples_per_prompt if training else cfg.eval.samples_per_prompt,
+            env=one.env,
+            params=self.plan.sampling if training else drawn,
+            group_size=cfg.batch.samples_per_prompt if training else one.samples_per_prompt,
             max_row_tokens=self.engine.max_row_tokens,
             key=(cfg.seed, kind),
             plugins=cfg.plugins,
-            combine=partial(self.objectives.combine, constrained=training),
+            combine=partial(combine, constrained=training),
             stop_requested=self.watch.stop_requested,
-            progress=partial(self.tracker.progress, f"{'sampling' if training else 'evaluating'} episodes{share}"),
+            progress=partial(self.tracker.progress, f"{what} episodes{share}"),
         )
 
     @contextlib.contextmanager
@@ -380,17 +393,21 @@ class Run:
             raise StopRun
 
     def evaluate(self) -> Metrics:
-        """Measures the policy on the held-out prompts without learning: plays them or, with `measure`, does as that
-        says. Adds global metrics to the current step, keeps the accuracy, and returns the metrics.
+        """Measures the policy on the held-out prompts and on eval.sets without learning: plays them or, for the former
+        with `measure`, does as that says. Adds global metrics to the current step, keeps the accuracy, and returns the
+        metrics.
 
         "eval/accuracy:mean" is the mean of the environment's "correct:mean", else of the reward above 0. Prompts are
         dealt to the ranks; which rank plays one changes nothing. Ranks that were asked to stop leave when they have
-        played. Nothing without held-out prompts. Collective.
+        played. Nothing without held-out prompts and sets. Collective.
         """
-        if not self.held_out:
+        if not self.sets:
             return {}
+        metrics: Metrics = {}
         with self.phase("evaluation", "evaluate", self.state.global_step):
-            metrics = self.play_held_out()[1] if self.measure is None else self.measure(self)
+            for one in self.sets:
+                own = None if one.config.name else self.measure
+                metrics |= play_and_measure(self, one)[1] if own is None else own(self)
             self.check_stop()
         self.tracker.add(metrics)
         self.state.score = self._score(metrics)
@@ -398,6 +415,9 @@ class Run:
         self.state.accuracy = metrics.get("eval/accuracy:mean")
         if self.state.first_accuracy is None:
             self.state.first_accuracy = self.state.accuracy
+        if self.state.phase != "warmup" or self.supervised:
+            if reason := look_whether_to_end(self.cfg, self.state, metrics):
+                self.say(f"step {self.state.global_step}: training ends here: {reason}")
         self.tell_hooks("on_evaluate", self.state.global_step, metrics)
         return metrics
 
@@ -410,30 +430,29 @@ class Run:
     def play_held_out(self) -> tuple[list[list[Episode]], Metrics]:
         """This rank's groups of held-out episodes, written down where rollouts are, and all ranks' metrics.
         Collective."""
-        sums, config = MetricSums(), self.rollout_config("eval")
-        mine = self.world.deal(list(enumerate(self.held_out)))
-        with self.engine.sampling("policy") as sampler:
-            self.note_sampler(sampler)
-            groups = rollout(sampler, mine, config, self.engine.chat)
-        self.check_stop()
-        self.score_batch(groups, config)
-        episode_metrics(sums, groups, prefix="eval/")
-        if self.cfg.tracking.rollouts_every:
-            self.write_rollouts(groups, f"eval-{self.state.global_step:06d}")
-        return groups, sums.result(self.world)
+        return play_and_measure(self, self.sets[0])
 
-    def has_judges(self) -> bool:
-        """Whether some rewards are of whole batches. They live as long as the run."""
-        if self.judges is None:
-            self.judges = [(one, one(**params)) for one, params in group_rewards_of(self.cfg.env, batch=True)]
-        return bool(self.judges)
+    @property
+    def ends_early(self) -> bool:
+        """Whether training has ended by eval.stop_when or eval.patience, as they are now."""
+        return self.state.stopped_by == [self.cfg.eval.stop_when, self.cfg.eval.patience]
+
+    def has_judges(self, env: EnvConfig | None = None) -> bool:
+        """Whether some rewards of an environment, by default the run's, are of whole batches; they live as it does."""
+        return bool(self._judges_of(env or self.cfg.env))
+
+    def _judges_of(self, env: EnvConfig) -> Judges:
+        if (found := next((judges for known, judges in self.judges if known == env), None)) is None:
+            found = [(one, one(**params)) for one, params in group_rewards_of(env, batch=True)]
+            self.judges.append((env, found))
+        return found
 
     def score_batch(self, groups: list[list[Episode]], config: RolloutConfig) -> None:
         """Adds the rewards of whole batches, if there are any, to this rank's episodes. The frozen reference is what it
         will be, the policy as it is now, until RL begins. Collective, outside of sampling."""
-        if self.has_judges():
+        if judges := self._judges_of(config.env):
             reference = self.plan.reference if self.plan.reference in self.engine.models else "policy"
-            score_batch(self.judges or (), groups, config, rank_tools(self.engine, reference))
+            score_batch(judges, groups, config, rank_tools(self.engine, reference))
 
     def _score(self, metrics: Metrics) -> float | None:
         """What checkpoints are compared by; None where nothing was measured. For a metric that evaluations do not have

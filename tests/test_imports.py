@@ -40,6 +40,7 @@ LEVELS = {
     "engine": 5.1,
     "checkpoint": 6,
     "rollout": 6.1,
+    "evaluation": 6.2,
     "weight_check": 7,
     "run": 7.1,
     "loop": 7.2,
@@ -52,6 +53,7 @@ LEVELS = {
     "tinker": 9.1,
     "launch": 9.1,
     "train": 9.2,
+    "evaluate": 9.2,
     "sft": 9.2,
     "serve": 9.2,
     "api": 9.2,
@@ -62,7 +64,7 @@ WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
     + "answers dashboard judges launch main planner registry run_dir sandbox".split()
-    + "sft sweep tasks text tinker tracking train types web workers".split()
+    + "evaluate sft sweep tasks text tinker tracking train types web workers".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.
 UPWARDS_BY_STRING: set[tuple[str, str]] = set()

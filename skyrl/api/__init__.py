@@ -1,7 +1,5 @@
 """What a user's script or plugin imports. Imports without torch."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,31 +77,18 @@ def train(*options: str) -> Path:
 
 
 def evaluate(*options: str) -> Metrics:
-    """Plays the held-out prompts with the weights of model.path and trains nothing. Collective.
+    """Runs `python -m skyrl.evaluate` with these options in this program. Collective.
 
-    Options are those of `python -m skyrl.train`. Returns the metrics whose names begin with "eval/"; the rollouts lie
-    in the run's folder. Raises as `train` does.
+    Returns the metrics whose names begin with "eval/", the same on every rank; results and rollouts lie in the run's
+    folder. Raises as `train` does.
     """
     from skyrl.config.load import load_config
-    from skyrl.distributed.env import rank
-    from skyrl.distributed.place import take_place
-    from skyrl.files import write_atomic
-    from skyrl.loop import run_loop
     from skyrl.main import set_torch_defaults
-    from skyrl.run import Run
-    from skyrl.run_dir import OBJECTIVE, RESULT, final_values
-
-    def play(run: Run) -> None:
-        run.evaluate()
-        run.tracker.finish_step(0, "rl")
+    from skyrl.run_dir import final_values
+    from skyrl.sweep import play
 
     set_torch_defaults()
-    take_place()
-    cfg = load_config(options)
-    run_loop(replace(cfg, checkpoint=replace(cfg.checkpoint, export=False)), play)
-    folder = Path(cfg.run.dir)
-    found = final_values(folder / "metrics.jsonl")
-    if rank() == 0:  # without a digest: a run of the same options has its steps before it
-        told = {"name": cfg.run.name, "state": "evaluated", "accuracy": found.get(OBJECTIVE)}
-        write_atomic(folder / RESULT, json.dumps(told, indent=1) + "\n")
+    cfg = load_config(options, mode="evaluate")
+    play(cfg, "evaluate", sweep=False)
+    found = final_values(Path(cfg.run.dir) / "metrics.jsonl")
     return {name: value for name, value in found.items() if name.startswith("eval/")}

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from skyrl.config.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
+from skyrl.config.eval_sets import NOTHING, evaluation_options, longest_answer, options_of_model, with_run
 from skyrl.config.options import (
     RENAMED,
     UNREAD,
@@ -35,7 +36,7 @@ from skyrl.config.options import (
     short_names,
     unknown_option,
 )
-from skyrl.config.schema import RunConfig
+from skyrl.config.schema import RunConfig, WarmupConfig
 from skyrl.config.validation import (
     CHOICES,
     check_serve,
@@ -160,6 +161,8 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     Raises: UserError for an unknown option, group or recipe, or a value of the wrong type.
     """
     register_schema()
+    if mode == "evaluate":
+        overrides = evaluation_options(overrides)
     overrides = [quote_text(override) for override in overrides]
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
@@ -219,6 +222,8 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         if key in UNREAD[mode] or (key in {option.path for option in all_options()} and not reads(mode, key)):
             raise UserError(unknown_option(key, mode=mode))
     cfg = with_params(cfg)
+    if mode == "evaluate":
+        cfg, overrides = _finish_evaluate(cfg, overrides)
     check_typed(cfg, typed)
     name = cfg.run.name or default_name(cfg, overrides, mode=mode)
     if "/" in name or name.startswith("."):
@@ -236,6 +241,19 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
             f"run.dir: its path is {length} bytes long, and the system allows {MAX_PATH_BYTES} for a folder"
         )
     return dataclasses.replace(cfg, run=dataclasses.replace(run, dir=str(folder)))
+
+
+def _finish_evaluate(cfg: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, Sequence[str]]:
+    """An evaluation's config, with the options of the run whose model it is where none are typed; and the overrides by
+    which it is named, with that model."""
+    overrides = [one for one in overrides if one not in NOTHING]
+    if (run := options_of_model(cfg)) is not None:
+        typed = [key for key in typed_options(overrides) if key != "model"]
+        cfg = from_dict(with_run(dataclasses.asdict(cfg), to_dict(from_dict(run)), typed))
+        overrides = [*overrides, f"model={cfg.model.path if cfg.run.resume == 'auto' else cfg.run.resume}"]
+    sampler = dataclasses.replace(cfg.sampler, max_new_tokens=longest_answer(cfg))
+    batch = dataclasses.replace(cfg.batch, prompts_per_step=MANY_PROMPTS)
+    return dataclasses.replace(cfg, sampler=sampler, batch=batch, warmup=WarmupConfig()), overrides
 
 
 def _finish_serve(cfg: RunConfig) -> RunConfig:

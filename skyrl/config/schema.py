@@ -356,6 +356,18 @@ class EvalConfig:
     """Episodes of each."""
     temperature: float = 0.0
     """0 = greedy."""
+    sets: list[Any] = field(default_factory=list)
+    """What is evaluated besides the run's own held-out prompts (skyrl.evaluate: in their place): environments or
+    recipes by name, or mappings {name, env, path, options, num_prompts, samples_per_prompt, temperature,
+    max_new_tokens, max_turns}. Their metrics are eval/<name>/..."""
+    k: list[int] = field(default_factory=list)
+    """Of pass@k and majority@k of these sets; [] = 1, 2, 4, ... up to the samples of a prompt."""
+    group_by: list[str] = field(default_factory=lambda: ["difficulty", "level", "data_source", "source"])
+    """Fields of a prompt by whose values results are shown too; of source all but its line number."""
+    stop_when: str = ""
+    """Training ends at the evaluation where this holds, for example "eval/accuracy:mean >= 0.95"; "" = never."""
+    patience: int = 0
+    """Training ends after so many evaluations in a row without a better checkpoint.best_metric; 0 = never."""
 
 
 @dataclass(frozen=True)

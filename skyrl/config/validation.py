@@ -27,6 +27,7 @@ from skyrl.config.algorithm_rules import (
     param_problems,
     those,
 )
+from skyrl.config.eval_sets import eval_problems
 from skyrl.config.options import alias_problems, all_options
 from skyrl.config.plugins import import_plugins
 from skyrl.config.run_rules import run_problems
@@ -210,6 +211,7 @@ def check(cfg: RunConfig) -> None:
         policy_rules.several,
         policy_rules.imitation,
         policy_rules.optimizers,
+        eval_problems,
         _batches,
         algorithm_problems,
         objective_problems,
@@ -471,7 +473,8 @@ def ignored_on_resume(path: str, schedule: str) -> bool:
 
 RESUME_GROUPS = ("run.", "tracking.", "alerts.", "checkpoint.", "strategy.", "service.", "dashboard.")
 RESUME_OPTIONS = frozenset(
-    "dry_run eval.every_steps batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
+    "dry_run eval.every_steps eval.sets eval.k eval.group_by eval.stop_when eval.patience "
+    "batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "
     "sampler.prefix_cache sampler.cuda_graphs sampler.keep_memory debug.check_replicas_every "
     "debug.check_weights_every".split()

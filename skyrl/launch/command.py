@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags of `skyrl-tx launch`."""
     p = Parser(
         prog="skyrl-tx launch",
-        usage="skyrl-tx launch [flags] -- train|sft|serve [option=value ...]",
+        usage="skyrl-tx launch [flags] -- train|sft|evaluate|serve [option=value ...]",
         description="Starts a rank on each GPU, or on each core where there is none.",
         epilog=help_of("launch"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,7 +69,7 @@ def ranks_arg(text: str) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What to run: train, sft or serve with its arguments, and the run folder where that is known."""
+    """What to run: train, sft, evaluate or serve with its arguments, and the run folder where that is known."""
 
     mode: str
     args: tuple[str, ...]

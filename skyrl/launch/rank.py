@@ -1,4 +1,4 @@
-"""`python -m skyrl.launch.rank train|sft|serve [option=value ...]`: what a launcher starts on each device.
+"""`python -m skyrl.launch.rank train|sft|evaluate|serve [option=value ...]`: what a launcher starts on each device.
 
 Finds its place (torchrun's or Slurm's variables), stays on its own cores, keeps kernels' caches on this node, and does
 what `python -m skyrl.<mode>` does. Exit codes are those of run_entry.
@@ -23,7 +23,7 @@ from skyrl.main import run_entry
 from skyrl.types import UserError
 
 AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
-MODES = ("train", "sft", "serve")
+MODES = ("train", "sft", "evaluate", "serve")
 BIND, CACHE, WARM = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE"
 # Variables of libraries that say where they keep compiled kernels, and our names of these folders. On a shared file
 # system they slow down or break the ranks of other nodes.

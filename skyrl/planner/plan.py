@@ -13,6 +13,7 @@ from typing import Literal
 
 from skyrl.algorithms.losses import check_spec
 from skyrl.config import policy_rules, validation
+from skyrl.config.eval_sets import longest_answer
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
 from skyrl.planner.device import DeviceChoice, choose, look
 from skyrl.planner.memory import (
@@ -62,6 +63,7 @@ class Plan:
     eval_sampling: SamplingParams
     sizes: ModelSizes | None = None
     memory: MemoryEstimate | None = None
+    trains: bool = True
 
     @property
     def reference(self) -> str:
@@ -157,10 +159,12 @@ def make_plan(
     *,
     model_sizes: ModelSizes | None = None,
     device: DeviceChoice | str | None = None,
+    trains: bool = True,
 ) -> Plan:
     """The plan of `cfg` on `world_size` ranks. `device`: what a rank has chosen, or cpu or cuda; None =
     strategy.device, or what is here.
 
+    `trains`: False for an evaluation, whose weights have neither gradients nor an optimizer.
     With model sizes also the row limit and the memory estimate; then a model that does not fit in this machine is
     refused, unless run.world_size says that another machine is meant. Raises UserError for every broken rule.
     """
@@ -177,11 +181,9 @@ def make_plan(
     row_tokens, memory = cfg.batch.max_row_tokens, None
     if model_sizes is not None:
         row_tokens = max_row_tokens(cfg, model_sizes)
-        if cfg.sampler.max_new_tokens >= row_tokens:
-            raise UserError(
-                f"sampler.max_new_tokens={cfg.sampler.max_new_tokens}: leaves no room for a prompt in rows of "
-                f"{row_tokens} tokens; lower it"
-            )
+        if (longest := longest_answer(cfg)) >= row_tokens:
+            where = "sampler.max_new_tokens" if longest == cfg.sampler.max_new_tokens else "eval.sets: max_new_tokens"
+            raise UserError(f"{where}={longest}: leaves no room for a prompt in rows of {row_tokens} tokens; lower it")
         _check_against_model(cfg, model_sizes, dtype)
         memory = estimate(
             cfg,
@@ -192,6 +194,9 @@ def make_plan(
             device=device,
             row_tokens=_typical_row(cfg, row_tokens),
         )
+        if not trains:
+            kept = replace(memory, masters=0, gradients=0, optimizer=0)
+            memory = replace(kept, activations=0, logits=0, transient=0, update=0)
         if not cfg.run.world_size:
             memory = with_room(cfg, memory, device)
             check_fits(cfg, model_sizes, memory, device)
@@ -212,6 +217,7 @@ def make_plan(
         eval_sampling=_sampling(cfg, cfg.eval.temperature),
         sizes=model_sizes,
         memory=memory,
+        trains=trains,
     )
 
 
@@ -244,10 +250,10 @@ def _check_against_model(cfg: RunConfig, sizes: ModelSizes, dtype: str) -> None:
         )
 
 
-def dry_run(cfg: RunConfig, world_size: int) -> Plan:
+def dry_run(cfg: RunConfig, world_size: int, *, trains: bool = True) -> Plan:
     """The plan, with everything checked that can be checked without building. Raises UserError."""
     make_plan(cfg, world_size)  # the rules first: a model may take a while to look at
-    return make_plan(cfg, world_size, model_sizes=model_sizes(cfg))
+    return make_plan(cfg, world_size, model_sizes=model_sizes(cfg), trains=trains)
 
 
 def _device(cfg: RunConfig, kind: str) -> DeviceChoice:
@@ -272,7 +278,7 @@ def _device(cfg: RunConfig, kind: str) -> DeviceChoice:
 def _typical_row(cfg: RunConfig, limit: int) -> int:
     """Tokens of one row for the cache's estimate: all turns, and prompts as long as they may be, or as long again as
     the answers where there is no limit."""
-    answers = cfg.sampler.max_new_tokens * cfg.env.max_turns
+    answers = longest_answer(cfg) * cfg.env.max_turns
     return min(limit, answers + (cfg.data.max_prompt_tokens or max(answers, 128)))
 
 
@@ -320,7 +326,7 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
         first, last = (plan.warmup_adam_at(step).lr for step in (0, cfg.warmup.num_steps - 1))
         what = [("SFT", steps), ("lr", f"{first:.3g} first, {cfg.warmup.lr:.3g} peak, {last:.3g} last")]
     else:
-        what = [*_describe_rl(cfg, plan), ("warm-up", steps)]
+        what = [*_describe_rl(cfg, plan), ("warm-up", steps)] if plan.trains else []
     return [
         ("run", f"{cfg.run.name} in {cfg.run.dir}"),
         ("ranks", describe_ranks(plan, device_name)),
@@ -407,7 +413,7 @@ def describe_peak(plan: Plan) -> str:
     shown = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if size >= 0.005)
     room = available(plan.device)
     there = f" of {room[0] / GIB:.1f}" if room is not None else ""
-    return f"{plan.memory.peak / GIB:.2f}{there} GiB ({shown})"
+    return f"{plan.memory.peak / GIB:.2f}{there} GiB" + f" ({shown})" * bool(shown)
 
 
 def _describe_model(plan: Plan, sizes: ModelSizes) -> tuple[str, str]:

@@ -28,8 +28,8 @@ from skyrl.config.args import hide_in_command
 from skyrl.files import disk_reason, write_atomic
 from skyrl.types import UserError
 
-# "000010-r0.jsonl", "eval-000010-r1.jsonl": what was played, the step, the rank that played it
-ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
+# "000010-r0.jsonl", "eval-000010-r1.jsonl", "eval-gsm8k-000010-r1.jsonl" of a set: what was played, step, rank
+ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+(?:-[A-Za-z][\w.]*)?)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
 RESULT = "result.json"
 REQUEUE_FILE = "requeue"  # the same command should be started again
 ADVISORIES = "advisories.jsonl"

@@ -286,7 +286,8 @@ def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     for _, path in _rank_files(folder, name):
         with open(path, encoding="utf-8") as stream:
             for line in stream:
-                yield json.loads(line)
+                if line.endswith("\n"):  # else it is being written
+                    yield json.loads(line)
 
 
 def _rank_files(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -180,17 +180,24 @@ def say_progress(what: str, total: int, say: Callable[[str], None]) -> Progress:
     return progress
 
 
-def check_task(cfg: RunConfig, row_tokens: int, *, files: bool) -> tuple[list[str], Chat | None]:
+Parts = tuple[dict[str, Sequence[Prompt]], str]
+
+
+def check_task(
+    cfg: RunConfig, row_tokens: int, *, files: bool, prompts: Callable[[RunConfig], Parts] = make_splits
+) -> tuple[list[str], Chat | None]:
     """What a dry run can say of the task: plugins, the environment and its options, and with `files` the prompts as
-    they will be played. Returns lines about what was left out or not looked at, and the Chat where it was loaded.
+    they will be played, where `prompts` gives them. Returns lines about what was left out or not looked at, and the
+    Chat where it was loaded.
 
     Raises UserError for what is wrong. Imports plugins, and no torch unless they do.
     """
     import_plugins(cfg.plugins)
-    make_environment(cfg.env)
+    if cfg.env.name:  # an evaluation may have sets alone
+        make_environment(cfg.env)
     if not files:
         return [], None
-    parts, line = make_splits(cfg)
+    parts, line = prompts(cfg)
     try:
         chat = chat_of(cfg)
     except ImportError as error:

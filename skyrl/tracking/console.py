@@ -70,6 +70,8 @@ class ConsoleSink(Sink):
     def write(self, record: Record) -> None:
         """Shows one finished step."""
         phase, step = str(record["phase"]), int(record["step"])
+        if phase == "evaluate":  # of which there is a table
+            return
         if phase != self._phase:
             self._begin_phase(phase)
         evaluated = any(key.startswith("eval/") for key in record)

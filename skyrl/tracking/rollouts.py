@@ -60,6 +60,16 @@ def _keep_token_texts(path: Path, groups: Sequence[Sequence[Episode]], tokenizer
         write_atomic(path, json.dumps(dict(sorted(known.items())), ensure_ascii=False))
 
 
+def append_rollouts(path: Path, group: Sequence[Episode], tokenizer: Any) -> None:
+    """Adds the episodes of one prompt to a file of this rank's, in one piece. Raises UserError when it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as stream:
+            stream.write("".join(to_json(_episode_entry(one, tokenizer)) + "\n" for one in group).encode())
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be written ({disk_reason(problem, path)}); free some space") from None
+
+
 def show_rollouts(folder: Path, name: str, count: int) -> str:
     """The first `count` episodes of a dump for eyes: what was asked, drawn and expected, and what it was worth."""
     lines = []

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def run_trainer(mode: str, cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Runs the loop that cfg.trainer names, or with `mode` "sft" (`python -m skyrl.sft`) that one; returns what
-    `run_loop` does. Imports torch only here: a login node has none."""
-    trainer = "sft" if mode == "sft" else "live" if cfg.feedback.enabled else cfg.trainer
+    """Runs the loop that cfg.trainer names, or the one of another `mode` than "train" (`python -m skyrl.sft`,
+    `.evaluate`); returns what `run_loop` does. Imports torch only here: a login node has none."""
+    trainer = mode if mode != "train" else "live" if cfg.feedback.enabled else cfg.trainer
     names = {"rl": "train", "live": "train_live"}
     loop = getattr(importlib.import_module(f"skyrl.trainers.{trainer}"), names.get(trainer, trainer))
     result: dict[str, Any] = loop(cfg, hooks)

@@ -36,7 +36,8 @@ def test_pages_are_up_to_date():
 def commands():
     """(page, words) of every command of skyrl in the pages, in blocks and in running text."""
     start = re.compile(
-        r"(?:-m skyrl\.(?:train|sft|serve)|skyrl-tx [a-z-]+|\b(?:train|serve)\.sbatch|examples/evaluate\.py)(?=[ `\n])"
+        r"(?:-m skyrl\.(?:train|sft|evaluate|serve)|skyrl-tx [a-z-]+|\b(?:train|serve)\.sbatch|examples/evaluate\.py)"
+        r"(?=[ `\n])"
     )
     for page, text in READ.items():
         for line in text.replace("\\\n", " ").splitlines():
@@ -195,7 +196,7 @@ BUDGET = {
     "reward_model": (1, "how rewards are kept around 0"),
     "distill": (4, "who teaches, on whose answers, which divergence, over how many tokens"),
     "chat": (2, "what the template is told, and what rewards read"),
-    "eval": (4, "when, on what, how"),
+    "eval": (9, "when, on what (6), how sure, and when training ends by it (2)"),
     "warmup": (5, "as little as a supervised phase needs: how long, how much, its rate and schedule (3)"),
     "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
     "tracking": (11, "one switch for each place numbers go to, and the words it is found by"),

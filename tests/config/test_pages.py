@@ -181,13 +181,14 @@ def check(words: list[str], needs: list[str], ranks: int = 1) -> None:
         check(rest[at:] if rest[at] in ("skyrl-tx", "python") else ["python", *rest[at:]], needs, ranks)
     elif name == "python" and "--help" in rest:
         pass  # tests/config/test_entry.py
-    elif name == "python" and rest[0] == "-m" and (mode := re.fullmatch(r"skyrl\.(train|sft|serve)", rest[1])):
-        plan(mode[1], tuple(rest[2:]), ranks)
+    elif name == "python" and rest[0] == "-m" and (mode := re.fullmatch(r"skyrl\.(train|sft|evaluate|serve)", rest[1])):
+        if not (mode[1] == "evaluate" and "run" in needs):  # whose options the run has
+            plan(mode[1], tuple(rest[2:]), ranks)
     elif name == "python" and rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]), rest[1]
     elif name == "python" and (ROOT / rest[0]).is_file():
         if rest[0] == "examples/evaluate.py":
-            plan("train", tuple(rest[1:]), ranks)  # the others are started by tests/test_examples.py
+            plan("evaluate", tuple(rest[1:]), ranks)  # the others are started by tests/test_examples.py
     elif name == "make":
         for one in rest:
             variable, equals, _ = one.partition("=")
@@ -210,7 +211,7 @@ def check(words: list[str], needs: list[str], ranks: int = 1) -> None:
 
 def skyrl_tx(name: str, rest: list[str], needs: list[str]) -> None:
     assert name in cli.COMMANDS, name
-    if name in ("train", "sft", "serve"):
+    if name in ("train", "sft", "evaluate", "serve"):
         plan(name, tuple(rest), 1)
     elif name == "launch":
         flags = command.parser().parse_args(rest[: rest.index("--")])

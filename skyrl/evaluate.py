@@ -1,0 +1,12 @@
+"""Evaluation alone: `python -m skyrl.evaluate model=... eval.sets=[...]`, or the same under torchrun."""
+
+from skyrl.main import run_entry
+
+
+def main() -> None:
+    """Runs the command line."""
+    run_entry("evaluate")
+
+
+if __name__ == "__main__":
+    main()
