@@ -130,7 +130,7 @@ class RunIndex:
 
     def start(self) -> None:
         """Begins to read; what an earlier process knew is there at once."""
-        self._scan()
+        self.unread = sum(not entry.about for entry in self._scan())
         self._thread = threading.Thread(target=self._work, name="skyrl-runs", daemon=True)
         self._thread.start()
 

@@ -16,6 +16,14 @@
     return Number(v.toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 6 });
   }
 
+  // A number beside an axis, where there is little room.
+  function tick(v) {
+    const a = Math.abs(v);
+    if (a !== 0 && a < 1e-3) return v.toExponential(2).replace(/\.?0*e/, "e");
+    const unit = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]].find(([from]) => a >= from);
+    return unit ? Number((v / (unit[1] === "k" ? 1e3 : unit[0])).toPrecision(4)) + unit[1] : short(v);
+  }
+
   // The axis of values that are all equal.
   const around = (v) => (v === 0 ? [0, 1] : v > 0 ? [0, 1.25 * v] : [1.25 * v, 0]);
 
@@ -104,8 +112,8 @@
         legend: { show: false },
         scales: { x: { time: false }, y: log ? { distr: 3 } : { range: (u, low, high) => (low == null ? [0, 1] : low === high ? around(low) : uPlot.rangeNum(low, high, 0.08, true)) } },
         axes: [
-          { ...axis, values: (u, vs) => vs.map(short) },
-          { ...axis, size: 62, values: (u, vs) => vs.map((v) => (v == null ? "" : short(v))) },
+          { ...axis, values: (u, vs) => vs.map((v) => (Math.abs(v) < 1e7 ? short(v) : tick(v))) },
+          { ...axis, size: 62, values: (u, vs) => vs.map((v) => (v == null ? "" : tick(v))) },
         ],
         cursor: { drag: { x: true, y: false }, sync: { key: "all", setSeries: false }, points: { size: 7 } },
         hooks: {
