@@ -77,7 +77,7 @@ test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on two real Slurms of
 	SKYRL_TEST_SLURM=1 OMP_NUM_THREADS=1 SLURM_TEST_CLUSTERS=2 tests/slurm/cluster.sh run \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -m slurm --timeout 1800 tests/slurm $(ARGS)
 
-test-browser: $(TEST_STAMP) ## the dashboard in a real headless Chromium, which must be installed; makes docs/images/dashboard-*.png
+test-browser: $(TEST_STAMP) ## the dashboard in a real headless Chromium, which must be installed (SKYRL_WRITE_IMAGES=1 renews its pictures in docs/images)
 	$(PIP) -e '.[browser]'
 	SKYRL_TEST_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/dashboard $(ARGS)
 

@@ -57,12 +57,13 @@ def runs(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def dashboard(runs, state, *options):
+def dashboard(runs, state, *options, cwd=ROOT):
     """The first line that `skyrl-tx dashboard` prints, while it serves; then what it said besides."""
     environment = {**os.environ, "XDG_STATE_HOME": str(state / "state"), "XDG_CACHE_HOME": str(state / "cache")}
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-m", "skyrl", "dashboard", *runs, *options]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         line = process.stdout.readline()
@@ -317,26 +318,29 @@ def test_sign_in_on_the_page_of_a_provider(browse, runs, tmp_path):
 
 
 def test_pictures_of_the_documentation(browse, tmp_path):
-    """The images that the pages show, of the recorded runs that come with skyrl; looked at before they are kept."""
-    with dashboard(["--demo"], tmp_path, "--port", "0") as line:
+    """The images that the pages show, of the recorded runs that come with skyrl. SKYRL_WRITE_IMAGES=1 keeps them, to be
+    looked at before they are committed."""
+    shutil.copytree(ROOT / "skyrl" / "dashboard" / "demo", tmp_path / "runs")
+    laptop, run = {"width": 1280, "height": 860}, "/runs/objectives-seed1"
+    with dashboard(["runs"], tmp_path, "--port", "0", cwd=tmp_path) as line:
         link = re.search(r"http\S+", line)[0]
-        page = browse(also=[urlsplit(link).netloc], base_url=link.partition("/login")[0])
-        page.set_viewport_size({"width": 1280, "height": 860})
+        home = link.partition("/login")[0]
+        page = browse(also=[urlsplit(link).netloc], base_url=home)
         page.goto(link)
         page.wait_for_selector("tbody tr")
-        names = [name.split("\n")[0] for name in page.locator("tbody th[scope=row] a").all_inner_texts()]
-        run = f"/runs/{quote(names[0], safe='')}"
-        shots = [("runs", "/", "light", None), ("run", run, "light", None), ("run-dark", run, "dark", PHONE)]
-        shots.append(("rollouts", f"{run}/rollouts", "light", None))
+        page.goto(home + "/runs/guess_number-seed1/rollouts?dump=000016")
+        episode = urlsplit(page.locator(".episodes a").first.get_attribute("href")).path
+        shots = [("-runs", "/", "light", laptop), ("", run, "light", laptop), ("-phone", run, "dark", PHONE)]
+        shots.append(("-episode", episode, "light", laptop))
         for name, path, scheme, size in shots:
             page.emulate_media(color_scheme=scheme)
-            page.set_viewport_size(size or {"width": 1280, "height": 860})
-            page.goto(link.partition("/login")[0] + path)
+            page.set_viewport_size(size)
+            page.goto(home + path)
             page.wait_for_load_state("load")
-            if name.startswith("run-") or name == "run":
+            if path == run:
                 page.wait_for_selector("canvas")
             page.wait_for_timeout(500)  # curves that come into view are drawn
-            shot = tmp_path / f"dashboard-{name}.png"
+            shot = tmp_path / f"dashboard{name}.png"
             page.screenshot(path=shot)
             assert 5_000 < shot.stat().st_size < 200_000
             if os.environ.get("SKYRL_WRITE_IMAGES") == "1":
