@@ -34,7 +34,7 @@ def is_secure_url(url: Any) -> bool:
 
 def dashboard_problems(page: DashboardConfig) -> Iterator[str]:
     """One line for each option of the dashboard that cannot be kept, and for a package that it needs and lacks."""
-    needed = ("starlette", "uvicorn", "jinja2", *(("authlib", "joserfc") if page.oidc_issuer else ()))
+    needed = ("starlette", "uvicorn", "jinja2", *(("authlib", "httpx2", "joserfc") if page.oidc_issuer else ()))
     for package in needed if page.enabled else ():
         if importlib.util.find_spec(package) is None:
             yield f"dashboard: the package {package} is missing; pip install 'skyrl-spmd[dashboard]'"
