@@ -12,6 +12,7 @@ own process (wandb-core) is not counted.
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import json
 import os
@@ -19,9 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,15 @@ from common import ROOT, write
 PORT = 9461
 ALL = ("wandb=offline", "tensorboard=true", "trackio=true", f"prometheus_port={PORT}", "console=lines")
 OFF = ("console=off", "system=false")
+FETCH = f"""
+import time, urllib.request
+while True:
+    time.sleep(1.0)
+    try:
+        urllib.request.urlopen("http://127.0.0.1:{PORT}/metrics", timeout=5).read()
+    except OSError:
+        pass
+"""
 
 
 def measured(args: argparse.Namespace) -> None:
@@ -79,7 +87,8 @@ def measured(args: argparse.Namespace) -> None:
         for cls, part in ((ConsoleSink, "console"), (TensorBoardSink, "tensorboard")):
             timed(cls, "write", part)
         timed(WandbSink, "write", "wandb"), timed(TrackioSink, "write", "trackio")
-        threading.Thread(target=_fetch, daemon=True).start()
+        fetching = subprocess.Popen([sys.executable, "-c", FETCH])
+        atexit.register(fetching.kill)
     each: list[dict[str, float]] = []
     finish = Run.finish_step
 
@@ -106,15 +115,6 @@ def measured(args: argparse.Namespace) -> None:
     steps = [{key: b.get(key, 0.0) - a.get(key, 0.0) for key in b} for a, b in zip(rl, rl[1:], strict=False)]
     medians = {key: statistics.median(one[key] for one in steps) for key in steps[0] if key != "rl"}
     print("RESULT", json.dumps({key: round(1000 * value, 4) for key, value in medians.items()}), flush=True)
-
-
-def _fetch() -> None:
-    while True:
-        time.sleep(1.0)
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=5).read()
-        except OSError:
-            pass
 
 
 def main() -> None:
