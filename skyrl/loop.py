@@ -36,6 +36,7 @@ from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, m
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
     ADVISORIES,
+    PROFILE_REQUEST,
     REQUEUE_FILE,
     RESULT,
     RunFolder,
@@ -196,7 +197,7 @@ def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]
         lines = folder.open(to_dict(cfg), hosts=hosts, check=refuse)
         try:
             lines += clean_leftovers(folder.checkpoints)
-            for mark in (REQUEUE_FILE, STOP_FILE, RESULT):  # of the last start
+            for mark in (REQUEUE_FILE, STOP_FILE, RESULT, PROFILE_REQUEST):  # of the last start
                 (folder.path / mark).unlink(missing_ok=True)
         except UserError:
             folder.close()

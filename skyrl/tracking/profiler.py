@@ -97,4 +97,4 @@ def profile_command(args: list[str]) -> None:
         write_atomic(request, json.dumps({"rank": given.rank, "steps": given.steps}))
     except OSError as problem:
         raise UserError(f"profile: {request} cannot be written ({problem.strerror})") from None
-    print(f"asked rank {given.rank} for {given.steps} steps; then see {run.path / 'profiles'}")
+    print(f"asked rank {given.rank} for {given.steps} step(s); then see {run.path / 'profiles'}")

@@ -55,16 +55,16 @@ class SystemRecorder:
         self._process = psutil.Process()
         self._process.cpu_percent()  # the first call has nothing to compare with
         self._gpu = _open_gpu(gpu) if gpu else None
-        self._before = self._counters()
         self._file = -1
         try:
+            self._before = self._counters()
             self.path.parent.mkdir(exist_ok=True)
             for path in self.path.parent.glob("*.jsonl"):
                 name = SYSTEM_NAME.fullmatch(path.name)
                 if name is not None and (int(name[1]) == rank or (rank == 0 and int(name[1]) >= world_size)):
                     keep_steps(path, last_step)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError as problem:
+        except (OSError, psutil.Error) as problem:
             self._end(problem)
 
     def span(self, name: str, start: float, end: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 import urllib.request
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_a_port_answers_with_what_is_newest_and_is_given_back(tmp_path):
         PrometheusExporter("127.0.0.1", port, tracker.values, {})
     tracker.close()
     PrometheusExporter("127.0.0.1", port, tracker.values, {}).close()
+
+
+def test_a_run_whose_port_is_taken_is_refused_before_its_first_step(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"tracking.prometheus_port={port}: cannot listen"):
+            run_loop(tmp_path, f"tracking.prometheus_port={port}")
+    assert RunReader(tmp_path).metrics()[0] == []
 
 
 def test_the_dashboard_asks_for_what_runs_and_servers_tell(tmp_path):
