@@ -82,6 +82,7 @@ print(run, [(one["step"], one.get("rl/reward.mean")) for one in SQLiteStorage.ge
 """
 
 
+@pytest.mark.slow
 def test_trackio_keeps_one_run_in_its_folder_and_calls_nobody(tmp_path):
     pytest.importorskip("trackio")
     with socket.create_server(("127.0.0.1", 0)) as server:
