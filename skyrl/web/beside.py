@@ -28,11 +28,14 @@ def dashboard_beside(dashboard: DashboardConfig, runs: Path) -> Iterator[None]:
     given = list(as_overrides(asdict(options), "dashboard."))
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "skyrl", "dashboard", options.runs, BESIDE, *given],
-        stdin=subprocess.PIPE,
-        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    command = [sys.executable, "-m", "skyrl", "dashboard", options.runs, BESIDE, *given]
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    except OSError as error:  # no memory or no processes left: the run goes on
+        print(f"warning: no dashboard: {error.strerror}", flush=True)
+        yield
+        return
     try:
         yield
     finally:
