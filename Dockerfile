@@ -24,6 +24,7 @@ ARG TORCH_INDEX=
 RUN pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY conf conf
+COPY docs/metrics.md docs/metrics.md
 COPY launch launch
 COPY skyrl skyrl
 ARG EXTRAS=serve,dashboard

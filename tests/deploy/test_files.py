@@ -41,6 +41,9 @@ def test_what_the_dockerfile_copies_is_in_its_context():
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M) for word in line.split()}
+    forced = re.search(r"force-include\]\n((?:.*=.*\n)+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    packaged = {name for name in re.findall(r'^"?([\w./-]+)"? = ', forced, re.M)}
+    assert packaged and all(any(name == one or name.startswith(f"{one}/") for one in copied) for name in packaged)
     assert copied == kept and all((ROOT / name).exists() for name in kept)
     extras = re.search(r"^ARG EXTRAS=(.*)$", text, re.M)[1].split(",") + re.findall(
         r"^ARG CUDA_EXTRAS=(.*)$", text, re.M
