@@ -412,14 +412,14 @@ class Engine:
         self._check_adapter(model)
         self._get(model).strategy.offload()
 
-    def export(self, model: str, folder: Path) -> None:
+    def export(self, model: str, folder: Path, about: str = "") -> None:
         """Writes `model` as a Hugging Face folder, with the files beside the weights as in `model.path`, by rank 0;
         collective. An adapter is merged into its base, and stands besides in <folder>/adapter as the peft package
-        loads it.
+        loads it. `about`: how it was trained, for the card, README.md.
 
         Raises UserError, on every rank, when it cannot be written."""
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
-        self._loaded(model).export(folder, self.tokenizer, dtype, source=self.cfg.model)
+        self._loaded(model).export(folder, self.tokenizer, dtype, source=self.cfg.model, about=about)
 
     def check_replicas(self, model: str = "policy") -> None:
         """Raises RunError unless all ranks hold the same weights (replicated strategies). Collective."""

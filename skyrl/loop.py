@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import skyrl
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
@@ -98,7 +99,7 @@ def _finish(run: Run) -> None:
     for line in run.checkpointer.poll():
         run.say(line)
     if cfg.checkpoint.export:
-        run.engine.export("policy", folder.export)
+        run.engine.export("policy", folder.export, _how_trained(cfg, state))
     run.tracker.offset()  # syncs
     if not run.plan.trains:
         return
@@ -119,6 +120,24 @@ def _finish(run: Run) -> None:
         run.say(f"  model       {folder.export}   (transformers.AutoModel{loads}.from_pretrained)")
         if cfg.model.lora.rank:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
+
+
+def _how_trained(cfg: RunConfig, state: RunState) -> str:
+    """What a model's card says about its training: on what, how, how long, how well."""
+    data = cfg.data.path or "made by the environment"
+    rows = {
+        "trainer": cfg.trainer,
+        "task": f"env.name={cfg.env.name}, data: {data}",
+        "algorithm": f"{cfg.algorithm.advantage.name}, {cfg.algorithm.loss.name}" if cfg.trainer == "rl" else "",
+        "steps": f"{state.global_step}, seed {cfg.seed}",
+        "optimizer": f"{cfg.optim.name}, learning rate {cfg.optim.lr:g}",
+        "adapter": f"LoRA of rank {cfg.model.lora.rank}, merged" if cfg.model.lora.rank else "",
+        "held-out accuracy": f"{state.accuracy:.4f}" if state.accuracy is not None else "not measured",
+        "before training": f"{state.first_accuracy:.4f}" if state.first_accuracy is not None else "",
+        "made by": f"skyrl {skyrl.__version__}, torch {torch.__version__}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
+    return "\n".join(["| | |", "|---|---|", *lines]) + "\n\n"
 
 
 def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True) -> Run:
@@ -525,4 +544,4 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     )
     reader.load(checkpoint, tensors, partial=True)
     engine.load_state(tensors, optimizer=False)
-    engine.export("policy", folder)
+    engine.export("policy", folder, _how_trained(cfg, RunState.from_checkpoint(info.state)))

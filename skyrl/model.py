@@ -257,10 +257,11 @@ class Model:
         self.strategy.load_state_dict(own, optimizer=self.spec.trainable)
 
     def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: ModelConfig
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: ModelConfig, about: str
     ) -> None:
         """Writes a Hugging Face folder in `dtype`, by rank 0; what is not weights is that of `source`. An adapter is
-        merged into its base, and stands besides in <folder>/adapter as the peft package loads it.
+        merged into its base, and stands besides in <folder>/adapter as the peft package loads it. `about`: how it
+        was trained, for the card.
 
         Raises UserError, on every rank, when it cannot be written."""
         lora, net = self.spec.lora, self.whole.strategy.module
@@ -268,16 +269,16 @@ class Model:
         state.update((name, buffer.cpu()) for name, buffer in persistent_buffers(net).items())
         weights = {} if lora is None else self.strategy.full_state_dict(torch.float32)
 
+        place = (tokenizer, folder, dtype)
+
         def write() -> None:
             if lora is None:
                 reward = self.spec.head == "reward"
-                export_model(state, net.config, tokenizer, folder, dtype, source=source, classifier=reward)
+                export_model(state, net.config, *place, source=source, classifier=reward, about=about)
                 return
             config, written, heads = merge_adapter(state, weights, lora, net)
             more = partial(write_adapter, weights=written, spec=lora, base=source.path, heads=heads)
-            export_model(
-                state, config, tokenizer, folder, dtype, source=source, more=lambda part: more(part / "adapter")
-            )
+            export_model(*(state, config, *place), source=source, more=lambda part: more(part / "adapter"), about=about)
 
         on_leader(self.world, write)
 

@@ -63,6 +63,7 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     more: Callable[[Path], None] = lambda part: None,
     classifier: bool = False,
+    about: str = "",
 ) -> None:
     """Writes `folder`, which AutoModelForCausalLM and AutoTokenizer load and which gives the same log-probabilities.
 
@@ -71,8 +72,8 @@ def export_model(
     and its other files as they are. Without it, or for `tiny`, `config` and `tokenizer` are written instead. Written
     under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name is replaced.
     `more` is called with the folder before that, and may add files. A `classifier`'s value head is its one label, and
-    AutoModelForSequenceClassification loads it. Raises: UserError when the disk does not take it,
-    with what was there before left as it was.
+    AutoModelForSequenceClassification loads it. `about`: how it was trained, for the card. Raises: UserError when the
+    disk does not take it, with what was there before left as it was.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -93,7 +94,7 @@ def export_model(
             origin = _origin(source.path, source.revision)
             _write_config(config, part, origin, dtype, architecture, changes)
             _copy_side_files(part, origin, source, tokenizer, config.model_type)
-            _write_card(part, origin, source.path, "" if classifier else str(folder))
+            _write_card(part, origin, source.path, "" if classifier else str(folder), about)
             more(part)
     except OSError as error:
         raise UserError(
@@ -257,8 +258,9 @@ def _copy(origin: Path, part: Path, wanted: tuple[str, ...], but: tuple[str, ...
             shutil.copyfile(file, part / file.name)
 
 
-def _write_card(part: Path, origin: Path | None, base: str, folder: str) -> None:
-    """README.md: what it is, the base and its licence as the base's own card says, and how it is loaded and served."""
+def _write_card(part: Path, origin: Path | None, base: str, folder: str, how: str) -> None:
+    """README.md: what it is, the base and its licence as the base's own card says, `how` it was trained, and how it is
+    loaded and served."""
     about: dict[str, Any] = {"library_name": "transformers", "tags": ["skyrl", "reinforcement-learning"]}
     card = origin / "README.md" if origin is not None else None
     found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card and card.is_file() else None
@@ -272,7 +274,7 @@ def _write_card(part: Path, origin: Path | None, base: str, folder: str) -> None
     (part / "README.md").write_text(
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from "
         f"{'a random model' if base == TINY else base}. {'The licence of that model applies. ' * (base != TINY)}\n\n"
-        f"{use if folder else reward}",
+        f"{how}{use if folder else reward}",
         encoding="utf-8",
     )
 

@@ -34,6 +34,15 @@ def test_one_process_prints_where_everything_is_and_the_export_answers_as_the_sa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    card = (run / "export" / "README.md").read_text()
+    for row in (
+        "| trainer | rl |",
+        "| task | env.name=",
+        "| algorithm | grpo, ppo |",
+        "| held-out accuracy | 0",
+        "| steps | ",
+    ):
+        assert row in card, card
     model, tokenizer = (kind.from_pretrained(run / "export") for kind in (AutoModelForCausalLM, AutoTokenizer))
     played = list(read_rollouts(run / "rollouts", "eval-000010"))
     assert len(played) == 8
