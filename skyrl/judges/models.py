@@ -106,6 +106,8 @@ class RewardModel(HeldModel):
 
     def __init__(self, *, model: str, label: int = 0, batch_tokens: int = 16384) -> None:
         super().__init__(model, batch_tokens)
+        if label < 0:
+            raise UserError(f"reward reward_model: label={label}: wanted 0 or more, one of the model's outputs")
         self.label = label
 
     def score(self, episodes: Sequence[Episode], tools: RankTools) -> list[Score]:

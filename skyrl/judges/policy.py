@@ -8,7 +8,7 @@ from dataclasses import replace
 from skyrl.envs.rewards.base import register_reward
 from skyrl.judges.batch import DIGITS, BatchReward, RankTools, Score, conversation
 from skyrl.judges.rubric import RUBRIC, criteria_of, grading_messages, parse_grades
-from skyrl.types import Episode
+from skyrl.types import Episode, UserError
 
 
 @register_reward("likelihood", batch=True, objectives=["likelihood"])
@@ -38,6 +38,8 @@ class SelfRubric(BatchReward):
 
     def __init__(self, *, rubric: str | dict[str, str] = RUBRIC, max_tokens: int = 256) -> None:
         criteria_of(rubric)  # says what is wrong with it
+        if max_tokens < 1:
+            raise UserError(f"reward self_rubric: max_tokens={max_tokens}: wanted 1 or more, enough for the grades")
         self.rubric, self.max_tokens = rubric, max_tokens
 
     def score(self, episodes: Sequence[Episode], tools: RankTools) -> list[Score]:

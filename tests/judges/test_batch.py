@@ -13,6 +13,7 @@ from skyrl.config.schema import EnvConfig
 from skyrl.data import make_prompts
 from skyrl.engine import ModelSpec
 from skyrl.envs.base import group_rewards_of
+from skyrl.envs.rewards.base import REWARDS
 from skyrl.judges.batch import RankTools
 from skyrl.judges.policy import SelfRubric
 from skyrl.planner.memory import needs_reference
@@ -157,5 +158,9 @@ def test_a_reward_that_fails_as_a_whole_is_one_line():
     with pytest.raises(UserError, match="batch=True is for a class with a method score"):
         register_reward("test_none", batch=True)(lambda text, prompt: 1.0)
     bad = small_config("env.options.reward={name:self_rubric,rubric:''}")
+    with pytest.raises(UserError, match="self_rubric: max_tokens=0: wanted 1 or more"):
+        REWARDS.get("self_rubric")(max_tokens=0)
+    with pytest.raises(UserError, match="reward_model: label=-1: wanted 0 or more"):
+        REWARDS.get("reward_model")(model="x", label=-1)
     with pytest.raises(UserError, match="rubric='': wanted a text"):
         make_prompts(bad, "train")
