@@ -53,7 +53,10 @@ class OidcProvider:
 
     def __init__(self, settings: DashboardConfig) -> None:
         """Raises UserError for a client secret that cannot be read."""
+        import httpx2
+
         self._settings, self._secret = settings, _read_secret(settings.oidc_client_secret_file)
+        self._trusted = httpx2.create_ssl_context()  # once: it reads all certificates
 
     def begin(self, target: str) -> tuple[str, SignIn]:
         """(address at the provider where a person signs in, what the answer must fit). Raises SignInRefused."""
@@ -108,6 +111,7 @@ class OidcProvider:
             redirect_uri=self._settings.public_url.rstrip("/") + "/callback",
             code_challenge_method="S256",
             timeout=PROVIDER_SECONDS,
+            verify=self._trusted,
         )
 
     def _metadata(self, client: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from skyrl.config.schema_server import DashboardConfig  # noqa: E402
 from skyrl.dashboard.auth import Auth  # noqa: E402
 
 URL = "http://127.0.0.1:6007"
+ELSEWHERE = httpx.Client(trust_env=False, verify=False)  # the browser at the provider's page
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def answer_of(client, user, **query):
     """The address to which the provider sends the browser back, after `user` has signed in on the provider's page."""
     begun = client.get("/login/oidc", params=query)
     assert begun.status_code == 303, begun.text
-    return httpx.post(begun.headers["location"], data={"sub": user}, trust_env=False).headers["location"]
+    return ELSEWHERE.post(begun.headers["location"], data={"sub": user}).headers["location"]
 
 
 def sign_in(client, user, **query):
@@ -87,7 +88,7 @@ def test_sign_in_with_pkce(auth, provider):
     assert asked["response_type"] == "code" and asked["redirect_uri"] == f"{URL}/callback"
     assert asked["code_challenge_method"] == "S256" and len(asked["nonce"]) >= 32 and len(asked["state"]) >= 32
     assert "HttpOnly" in begun.headers["set-cookie"] and "SameSite=lax" in begun.headers["set-cookie"]
-    back = httpx.post(begun.headers["location"], data={"sub": "alice"}, trust_env=False).headers["location"]
+    back = ELSEWHERE.post(begun.headers["location"], data={"sub": "alice"}).headers["location"]
     answer = client.get(back)
     assert answer.headers["location"] == "/compare" and client.get("/compare").text == "alice@example.org sees /compare"
     form, authorization = provider.seen[-1]
@@ -177,7 +178,7 @@ def test_tokens_that_the_provider_did_not_sign(auth, provider):
     client = client_of(auth)
     provider.change_claims, provider.key = set_claims(), RSAKey.generate_key(2048)
     is_refused(sign_in(client, "alice"), client, "not valid")
-    public = httpx.get(auth._settings.oidc_issuer + "/jwks", trust_env=False).text
+    public = ELSEWHERE.get(auth._settings.oidc_issuer + "/jwks").text
     provider.algorithm, provider.key = "HS256", OctKey.import_key(public)
     is_refused(sign_in(client, "alice"), client, "not valid")
     none = [base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in (b'{"alg":"none"}', b'{"sub":"alice"}')]
