@@ -61,6 +61,7 @@ from skyrl.types import LoraSpec, Prompt, StopRun, UserError, few
 from skyrl.web.beside import dashboard_beside
 from skyrl.weight_check import fingerprint
 
+Prompts = tuple[Sequence[Prompt], Sequence[EvalSet]]  # to train on, and what is evaluated
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
 
 
@@ -312,15 +313,31 @@ def _open(
     left_out: list[str],
     supervised: bool,
 ) -> Run:
-    engine = agree(world, lambda: _policy_engine(cfg, world, plan, chat))
-    adaptive = cfg.algorithm.kl
-    run = Run(
+    engine = agree(world, lambda: make_engine(cfg, world, plan, chat))
+    agree(world, lambda: create_policy(engine, trainable=plan.trains))
+    prompts = parts["train"] if "train" in parts else sets[0].prompts
+    run = make_run(cfg, plan, engine, (prompts, sets), folder, watch)
+    run.left_out, run.supervised = left_out, supervised
+    if cfg.model.lora.rank:
+        with inside(LOADING, 0):
+            run.state.base = fingerprint(engine, "base")
+    offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
+    agree(world, lambda: _start_tracking(run, offset))
+    run.tracker.restore(run.state.pending)
+    run.saved = (run.state.global_step, run.state.unrecorded)
+    return run
+
+
+def make_run(cfg: RunConfig, plan: Plan, engine: Engine, prompts: Prompts, folder: RunFolder, watch: Watchdog) -> Run:
+    """A run before its first step, that nobody hears of: it has no sinks, and nothing is written."""
+    (train_prompts, sets), world, adaptive = prompts, engine.world, cfg.algorithm.kl
+    return Run(
         cfg=cfg,
         plan=plan,
         world=world,
         folder=folder,
         engine=engine,
-        stream=PromptStream(parts["train"] if "train" in parts else sets[0].prompts, cfg.seed, cfg.data.shuffle),
+        stream=PromptStream(train_prompts, cfg.seed, cfg.data.shuffle),
         held_out=next((one.prompts for one in sets if not one.config.name), []),
         sets=sets,
         tracker=Tracker([]),
@@ -336,20 +353,10 @@ def _open(
             best=Best(cfg.checkpoint.best_metric, cfg.checkpoint.best_mode),
         ),
         state=RunState(phase="warmup" if cfg.warmup.num_steps else plan.phase),
-        supervised=supervised,
         kl=AdaptiveKL(adaptive.coef, adaptive.target, adaptive.horizon) if adaptive.target > 0 else None,
         objectives=Objectives(cfg.algorithm.objectives.weights, cfg.algorithm.objectives.constraints),
         watch=watch,
-        left_out=left_out,
     )
-    if cfg.model.lora.rank:
-        with inside(LOADING, 0):
-            run.state.base = fingerprint(engine, "base")
-    offset = _resume(run, info) if info is not None else (0 if cfg.run.resume == "auto" else None)
-    agree(world, lambda: _start_tracking(run, offset))
-    run.tracker.restore(run.state.pending)
-    run.saved = (run.state.global_step, run.state.unrecorded)
-    return run
 
 
 def _about_data(parts: dict[str, Sequence[Prompt]], sets: Sequence[EvalSet]) -> Iterator[str]:
@@ -443,8 +450,9 @@ def _start_tracking(run: Run, offset: int | None) -> None:
             run.history.add(record)
 
 
-def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engine:
-    engine = Engine(
+def make_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engine:
+    """The engine of a plan, without a model."""
+    return Engine(
         cfg,
         world,
         dtype=plan.dtype,
@@ -453,8 +461,6 @@ def _policy_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engi
         memory=plan.memory,
         chat=chat,
     )
-    create_policy(engine, trainable=plan.trains)
-    return engine
 
 
 def create_policy(engine: Engine, *, trainable: bool = True) -> None:
@@ -487,9 +493,17 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     if not own and (not run.plan.trains or agree(run.world, lambda: _changes(run.cfg, info))):
         _branch(run, info)
         return 0
-    run.state = RunState.from_checkpoint(info.state)
+    load_checkpoint(run, info)
     if not own:
         run.state.parent = str(info.path)
+    if run.world.is_leader and own:
+        drop_rollouts(run.folder.rollouts, run.state.global_step)
+    return run.state.metrics_offset if own else 0
+
+
+def load_checkpoint(run: Run, info: CheckpointInfo) -> None:
+    """Puts state, models and all that changes by the step back as the checkpoint has them. Collective; only reads."""
+    run.state = RunState.from_checkpoint(info.state)
     if len(run.state.models) > 1:
         run.create_models()
     tensors = run.engine.state()
@@ -501,9 +515,6 @@ def _resume(run: Run, info: CheckpointInfo) -> int | None:
     if run.kl is not None and run.state.kl:
         run.kl.load_state_dict(run.state.kl)
     run.objectives.load_state_dict(run.state.multipliers)
-    if run.world.is_leader and own:
-        drop_rollouts(run.folder.rollouts, run.state.global_step)
-    return run.state.metrics_offset if own else 0
 
 
 def _branch(run: Run, info: CheckpointInfo) -> None:

@@ -258,6 +258,7 @@ class _Rollout:
         reward, _ = score_of(turn.reward for turn in episode.turns)
         whole = Episode(episode.prompt, episode.index, episode.turns, reward, stop, episode.metrics.merged(), invalid)
         whole.seed, whole.calls, whole.done = episode.seed, episode.calls.merged(), episode.done
+        whole.position = episode.position
         group = self.groups[episode.group]
         group[episode.index] = whole
         self.calls.close(key)

@@ -141,7 +141,7 @@ class Turn:
 class Episode:
     """A prompt played to its end. `reward` is the sum over turns; `invalid`: why it is no score (masked, counted).
     `done`: the environment ended it, not a limit. `baseline`: the reward of a greedy answer to its prompt, NaN where
-    that has none; None where the advantage asks for no such answer."""
+    that has none; None where the advantage asks for no such answer. `position`: of its prompt in the stream."""
 
     prompt: Prompt
     index: int  # which of the G samples of its prompt
@@ -154,6 +154,7 @@ class Episode:
     calls: Metrics = field(default_factory=dict)  # what had to be done beside plain calls: retries, replays, ...
     done: bool = False
     baseline: float | None = None
+    position: int = 0
 
     @property
     def objectives(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ import pytest
 
 import skyrl
 from skyrl import cli
+from skyrl.report.show import runs_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,13 +102,13 @@ def test_runs_shows_last_step_and_accuracy(tmp_path):
     command = ["train.py", "hydra/job_logging=none", "optim.lr=1e-5", "run.name=one", "experiment=custom"]
     (tmp_path / "one" / "versions.json").write_text(json.dumps([{"command": command}]))
     (tmp_path / "two" / "result.json").write_text("{}")
-    rows = {line.split()[0]: line.split()[1:] for line in cli.runs_table(tmp_path).splitlines()[1:]}
+    rows = {line.split()[0]: line.split()[1:] for line in runs_table(tmp_path).splitlines()[1:]}
     assert rows == {
         "one": ["2", "0.500", "yes", "unfinished", "optim.lr=1e-5", "experiment=custom"],
         "two": ["7", "-", "-", "finished"],
         "none": ["-", "-", "-", "unfinished"],
     }
-    assert cli.runs_table(tmp_path / "one") == f"no runs in {tmp_path / 'one'}"
+    assert runs_table(tmp_path / "one") == f"no runs in {tmp_path / 'one'}"
 
 
 def test_plugins_of_the_current_folder_are_found_as_with_python_m(tmp_path):

@@ -50,6 +50,7 @@ LEVELS = {
     "sweep": 8.1,
     "main": 9,
     "dashboard": 9.05,
+    "report": 9.05,
     "tinker": 9.1,
     "launch": 9.1,
     "train": 9.2,
@@ -64,6 +65,7 @@ WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
     for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
     + "answers dashboard judges launch main planner registry run_dir sandbox".split()
+    + "report.charts report.compare report.page report.show report.top".split()
     + "evaluate sft sweep tasks text tinker tracking train types web workers".split()
 )
 # (file, module of a higher level that it imports by a string). May only shrink.

@@ -282,12 +282,14 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The episodes of `name` (see write_rollouts) from all ranks' files, ranks in order."""
+    """The episodes of `name` (see write_rollouts) of all ranks, in order. Raises UserError for a line that is none."""
     for _, path in _rank_files(folder, name):
-        with open(path, encoding="utf-8") as stream:
-            for line in stream:
-                if line.endswith("\n"):  # else it is being written
-                    yield json.loads(line)
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.endswith(b"\n"):  # else it is being written
+                    if (episode := _parsed(line)) is None:
+                        raise UserError(f"{path}, line {number}: not an episode; move that file away")
+                    yield episode
 
 
 def _rank_files(folder: Path, name: str) -> list[tuple[int, Path]]:

@@ -74,14 +74,14 @@ def show_rollouts(folder: Path, name: str, count: int) -> str:
     """The first `count` episodes of a dump for eyes: what was asked, drawn and expected, and what it was worth."""
     lines = []
     for number, episode in zip(range(count), read_rollouts(folder, name), strict=False):
-        reward = f"reward {episode['reward']:g}{named(episode.get('objectives', {}))}"
+        reward = f"reward {float(episode['reward']):g}{named(episode.get('objectives', {}))}"
         said = f"{episode['uid']} sample {episode['index']}: {reward}, ended by {episode['stop']}"
         lines.append(f"{'=' * 8} {number + 1}. {said}")
         seen = ""
         for turn in episode["turns"]:
             context = turn["context_text"]
             lines += ["--- prompt" if not seen else "--- answer of the environment", context.removeprefix(seen)]
-            reward = f"reward {turn['reward']:g}{named(turn.get('objectives', {}))}"
+            reward = f"reward {float(turn['reward']):g}{named(turn.get('objectives', {}))}"
             lines += [f"--- drawn ({len(turn['tokens'])} tokens, {reward})", turn["text"]]
             seen = context + turn["text"]
         if episode.get("expected") is not None:
@@ -114,6 +114,7 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
             "context": turn.context.tolist(),
             "tokens": turn.sample.tokens.tolist(),
             "logprobs": turn.sample.logprobs.tolist(),
+            **({k: v.tolist() for k, v in vars(turn.sample.support).items()} if turn.sample.support else {}),
         }
         for turn in episode.turns
     ]
@@ -123,12 +124,14 @@ def _episode_entry(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "uid": episode.prompt.uid,
         "env": episode.prompt.env,
         "index": episode.index,
+        "position": episode.position,
         "seed": episode.seed,
         "expected": _readable(expected),
         "extra": _readable(episode.prompt.extra),
         "reward": float(episode.reward),
         **({"objectives": episode.objectives} if episode.objectives else {}),
         "stop": episode.stop,
+        **({} if episode.baseline is None else {"baseline": episode.baseline}),
         "invalid": episode.invalid,
         "metrics": {key: float(value) for key, value in episode.metrics.items()},
         "turns": turns,

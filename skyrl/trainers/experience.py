@@ -147,6 +147,17 @@ def _values(run: Run, rows: list[Row], *, bootstrap: bool) -> tuple[list[Floats]
     return [v[: len(row.tokens)] for v, row in zip(values, rows, strict=True)], last_D
 
 
+def note_advantages(step: Step, rows: list[Row]) -> None:
+    """Adds the advantages of the tokens that are trained to the step's metrics."""
+    parts = [row.advantages[row.trained] for row in rows if row.advantages is not None and row.trained is not None]
+    found = np.concatenate([np.zeros(0), *parts])
+    if len(found):
+        step.sums.add("advantage:mean", float(found.sum()), len(found))
+        step.sums.add("advantage_abs:mean", float(np.abs(found).sum()), len(found))
+        step.sums.add("advantage:max", float(found.max()))
+        step.sums.add("advantage:min", float(found.min()))
+
+
 def add_old_logprobs(run: Run, rows: list[Row]) -> list[Row]:
     """Rows with the policy's log-probabilities before the first update of the batch, from a training forward pass.
 

@@ -64,7 +64,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
             _count_sampled(run, step, greedy)
             state.position += wanted
             sampled += groups
-            _note_objectives(run, groups)
+            note_objectives(run, groups)
             keep_P = note_groups(run, step, groups)
             run.invalid = run.invalid or next((e.invalid for group in groups for e in group if e.invalid), "")
             kept += [(i, group) for i, group, keep in zip(positions, groups, keep_P, strict=True) if keep]
@@ -74,7 +74,14 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     if probe is not None:
         check_probe(run.engine, probe)
     record_episodes(run, step, sampled)
-    everyone = sorted(i for part in gather_objects(world, [i for i, _ in kept]) for i in part)[:wanted]
+    return first_groups(run, kept)
+
+
+def first_groups(run: Run, kept: list[Group]) -> tuple[list[Group], int]:
+    """Of groups by their place in the stream those of the batch, by their place in it, and how many all ranks have.
+    Collective."""
+    every = gather_objects(run.world, [i for i, _ in kept])
+    everyone = sorted(i for part in every for i in part)[: run.cfg.batch.prompts_per_step]
     place = {position: number for number, position in enumerate(everyone)}
     return [(place[i], group) for i, group in kept if i in place], len(everyone)
 
@@ -98,7 +105,7 @@ def record_episodes(run: Run, step: Step, groups: list[list[Episode]]) -> None:
         run.write_rollouts(groups, f"{step.number:06d}")
 
 
-def _note_objectives(run: Run, groups: list[list[Episode]]) -> None:
+def note_objectives(run: Run, groups: list[list[Episode]]) -> None:
     """Keeps the names of the objectives that all ranks' episodes have. Raises UserError for options that speak of
     others. Collective."""
     mine = {name for group in groups for e in group if not e.invalid for name in e.objectives}

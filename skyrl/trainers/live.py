@@ -95,6 +95,9 @@ class _Live:
         for one in taken:
             groups.setdefault(one.prompt.tobytes(), []).append(_episode(run, one))
         mine = step.deal(list(enumerate(groups.values())))
+        for place, group in mine:
+            for episode in group:
+                episode.position = place
         keep_P = note_groups(run, step, [group for _, group in mine])
         record_episodes(run, step, [group for _, group in mine])
         if self.service is not None:

@@ -24,6 +24,7 @@ from skyrl.trainers.experience import (
     correction_scale,
     count_flops,
     create_references,
+    note_advantages,
     select_tokens,
     trained_tokens,
 )
@@ -56,28 +57,34 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
         with step.phase("generation", "collect"):
             groups, num_groups = collect(run, step)
         with step.phase("training", "train"):
-            if num_groups == 0:  # on all ranks
-                run.say(
-                    f"step {step.number}: in every group all rewards were equal, nothing to learn from "
-                    "(see filters/* and the rollouts)"
-                )
-                step.skip_updates(run.plan.updates_per_step)
-                step.commit()
-                run.objectives.update()
-                sync_reference(run, step)
-                continue
-            with step.part("experience"):
-                rows, kl = add_reference(run, step, to_rows(groups))
-                step.check_stop()
-                rows = add_advantages(run, add_old_logprobs(run, rows))
-                step.check_stop()
-            update(run, step, rows, num_groups)
-            remember(run, groups)
-            count_flops(run, step, rows)
-            run.objectives.update()  # last, as below: the whole step used the multipliers that were logged
-            if run.kl is not None:
-                run.kl.update(kl, run.cfg.batch.prompts_per_step * run.cfg.batch.samples_per_prompt)
-            sync_reference(run, step)
+            train_step(run, step, groups, num_groups)
+
+
+def train_step(run: Run, step: Step, groups: list[Group], num_groups: int) -> None:
+    """All that is learned of a batch: `groups` are this rank's, `num_groups` those of all ranks. Collective."""
+    if num_groups == 0:  # on all ranks
+        run.say(
+            f"step {step.number}: in every group all rewards were equal, nothing to learn from "
+            "(see filters/* and the rollouts)"
+        )
+        step.skip_updates(run.plan.updates_per_step)
+        step.commit()
+        run.objectives.update()
+        sync_reference(run, step)
+        return
+    with step.part("experience"):
+        rows, kl = add_reference(run, step, to_rows(groups))
+        step.check_stop()
+        rows = add_advantages(run, add_old_logprobs(run, rows))
+        note_advantages(step, rows)
+        step.check_stop()
+    update(run, step, rows, num_groups)
+    remember(run, groups)
+    count_flops(run, step, rows)
+    run.objectives.update()  # last, as below: the whole step used the multipliers that were logged
+    if run.kl is not None:
+        run.kl.update(kl, run.cfg.batch.prompts_per_step * run.cfg.batch.samples_per_prompt)
+    sync_reference(run, step)
 
 
 def sync_reference(run: Run, step: Step) -> None:
