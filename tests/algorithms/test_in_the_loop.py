@@ -144,7 +144,7 @@ def test_recipes_that_ask_for_more_run_and_learn(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"remax"}))
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs(tmp_path, name: str) -> None:
     seen = run_loop(tmp_path, f"algorithm={name}", turns=2 if name == "mt_grpo" else 1)
     assert len(seen.rl) == 2 and all(np.isfinite(record["loss:sum"]) for record in seen.rl)
