@@ -131,6 +131,12 @@ class RunIndex:
     def start(self) -> None:
         """Begins to read; what an earlier process knew is there at once."""
         self.unread = sum(not entry.about for entry in self._scan())
+        if self.only is None and self._store is not None and self._guard >= 0:
+            for state in self._states.values():  # of runs that were deleted meanwhile
+                with contextlib.suppress(KeyError, TypeError, OSError):
+                    for kept in (state["metrics"], *state["system"].values()):
+                        (self._store / f"{kept['generation']}.f8").unlink(missing_ok=True)
+            self._states, self._unsaved = {}, True
         self._thread = threading.Thread(target=self._work, name="skyrl-runs", daemon=True)
         self._thread.start()
 
@@ -147,10 +153,13 @@ class RunIndex:
     def _scan(self) -> list[RunEntry]:
         """The runs that are there now, newest first."""
         found: dict[str, RunEntry] = {}
-        with contextlib.suppress(OSError):
+        try:
+            self.runs.stat()  # a disk that is away for a moment is not a folder without runs
             for run in reversed(find_runs(self.runs)):
                 if self.only in (None, run.name):
                     found[run.name] = self._entries.get(run.name) or self._made(run)
+        except OSError:
+            return list(self._entries.values())
         for gone in self._entries.keys() - found.keys():
             for columns in self._entries[gone].columns():
                 columns.drop_store()

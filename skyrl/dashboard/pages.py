@@ -28,6 +28,8 @@ PANELS = (
     ("Held-out accuracy", (OBJECTIVE,)),
     ("Objectives", ("reward/*:mean",)),
     ("Held-out reward and objectives", ("eval/reward:mean", "eval/reward/*:mean")),
+    ("Held-out avg@k, pass@k and majority@k", ("eval/*@*:mean",)),
+    ("Held-out sets", ("eval/*/accuracy:mean",)),
     ("Multipliers of bounds", ("multiplier/*",)),
     ("Loss", ("loss:sum", "loss:mean", "nll:*", "loss/*", "value_loss:*", "critic/*")),
     ("KL", ("kl_reference:mean", "kl/*:mean", "approx_kl:mean")),

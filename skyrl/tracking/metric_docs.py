@@ -10,13 +10,14 @@ from pathlib import Path
 def explain(key: str) -> str:
     """What the metric `key` ("reward:mean", "eval/env/format:mean") is, as plain text; "" for one that no table of
     docs/metrics.md has."""
-    held_out = key.startswith("eval/")
-    for name in (key, key.removeprefix("eval/")) if held_out else (key,):
+    rest = key.removeprefix("eval/")
+    # Its own row first, then that of the same metric in training, then one with a gap that it fits: eval/<set>/...
+    for name, gaps in ((key, False), (rest, True), (key, True)):
         for pattern, said in _rows():
-            if re.fullmatch(pattern, name):
-                said = said.replace("of training episodes", "of episodes") if held_out else said
-                return f"of held-out prompts: {said}" if held_out and name != key else said
-    return "of held-out prompts" if held_out else ""
+            if (gaps or "+" not in pattern) and re.fullmatch(pattern, name):
+                trained = said.replace("of training episodes", "of episodes")
+                return f"of held-out prompts: {trained}" if name != key else trained if rest != key else said
+    return "of held-out prompts" if rest != key else ""
 
 
 @lru_cache(maxsize=1)

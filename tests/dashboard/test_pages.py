@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from viewing import HTML, Anyone, add_rollouts, add_system, client_of, make_run, record
 
-from skyrl.dashboard import board
+from skyrl.dashboard import board, columns
 from skyrl.dashboard.command import DEMO
 from skyrl.dashboard.index import RunIndex
 from skyrl.dashboard.series import wilson
@@ -245,6 +245,27 @@ def test_a_run_that_is_deleted_or_appears_is_noticed(tmp_path):
     for entry in index._scan():
         index._refresh(entry)
     assert re.findall(r'name="run" value="([^"]*)"', client.get("/").text) == ["two"]
+
+
+def test_blocks_of_runs_that_are_gone_are_deleted_and_a_disk_that_is_away_deletes_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "BLOCK_ROWS", 2)
+    runs, cache = tmp_path / "runs", tmp_path / "cache"
+    for name in ("one", "two", "three"):
+        make_run(runs, name)
+    index = RunIndex(runs, cache)
+    client = client_of(index)
+    runs.rename(tmp_path / "away")
+    assert len(index._scan()) == 3 and client.get("/runs/one").status_code == 404
+    (tmp_path / "away").rename(runs)
+    shutil.rmtree(runs / "one")
+    assert len(index._scan()) == 2 and client.get("/runs/two").status_code == 200
+    index.close()
+    assert len([*cache.glob("*/*.f8")]) == 2
+    shutil.rmtree(runs / "two")
+    again = RunIndex(runs, cache)
+    again.start()
+    again.close()
+    assert len([*cache.glob("*/*.f8")]) == 1
 
 
 def test_the_index_survives_a_restart_and_two_at_once(tmp_path):
