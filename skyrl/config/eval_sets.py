@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -92,6 +93,8 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     env = replace(env, options=options, max_turns=entry.get("max_turns", env.max_turns))
     given = {key: value for key, value in entry.items() if key in EvalSetConfig.__annotations__ and key != "env"}
     one = replace(own, **{"env": env, "data": data, "max_new_tokens": length, **given, "name": name})
+    close = difflib.get_close_matches(source, RECIPES, n=3, cutoff=0.6)
+    meant = f"; or did you mean one of: {', '.join(close)}?" if close and source not in RECIPES else ""
     above = [k for k in cfg.eval.k if k > one.samples_per_prompt]
     for wrong, problem in (
         (one.temperature < 0, f"temperature={one.temperature}; wanted 0 (greedy) or more"),
@@ -99,7 +102,10 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
             one.temperature == 0 and one.samples_per_prompt > 1,
             f"{one.samples_per_prompt} greedy episodes of one prompt are all equal; give a temperature above 0",
         ),
-        (one.max_new_tokens < 1, "has no length of an answer; give it max_new_tokens, or sampler.max_new_tokens"),
+        (
+            one.max_new_tokens < 1,
+            f"has no length of an answer; give it max_new_tokens, or sampler.max_new_tokens{meant}",
+        ),
         (above, f"eval.k={above} is above its samples_per_prompt={one.samples_per_prompt}; draw more, or lower k"),
     ):
         if wrong:

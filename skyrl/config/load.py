@@ -306,14 +306,14 @@ def typed_options(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train") -> str:
-    """ "<experiment>[-sft]-seed<seed>[-<other overrides>]": the same command finds the same folder again.
+    """ "<experiment>[-sft|-evaluate]-seed<seed>[-<other overrides>]": the same command finds the same folder again.
 
     The order of the overrides does not matter; of two for one option the last counts, as it does in Hydra. Characters
     that are unsafe in a file name become one "_". What is beyond 120 characters becomes 6 hex digits of a hash.
     """
     typed = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
     kept = {key: hide_secrets(value, key) if key.startswith(ENV_OPTIONS) else value for key, value in typed.items()}
-    named = f"-{mode}" if mode == "sft" or "trainer" in typed_options(overrides) else ""
+    named = f"-{mode}" if mode in ("sft", "evaluate") or "trainer" in typed_options(overrides) else ""
     name = f"{cfg.experiment}{named}-seed{cfg.seed}"
     if not kept:
         return name

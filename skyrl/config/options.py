@@ -201,7 +201,7 @@ def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train"
     known = {option.path for option in all_options()} | set(groups())
     if path in known and not reads(mode, path):
         own = {"batch.num_steps": "warmup.num_steps", "optim.lr": "warmup.lr"}.get(path, "") if mode == "sft" else ""
-        who = f"skyrl.{mode}" if mode in ("train", "sft", "serve") else f"trainer={mode}"
+        who = f"skyrl.{mode}" if mode in ("train", "sft", "evaluate", "serve") else f"trainer={mode}"
         return f"{path}: {who} does not read it; " + (f"its own is {own}" if own else "leave it out")
     meant = suggest(path, folders, mode)
     return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")

@@ -132,6 +132,9 @@ def test_model_names_a_run_a_checkpoint_or_a_model(tmp_path):
         evaluation_options([f"model={tmp_path}/new"])
     with pytest.raises(UserError, match="manifest.json: cannot be read .*damaged"):
         load_config([f"model={checkpoint}", "eval.sets=[arithmetic]"], mode="evaluate")
+    with pytest.raises(UserError, match="gsm8kk: has no length of an answer; .* did you mean one of: gsm8k"):
+        load_config(["model=tiny", "eval.sets=[gsm8kk]"], mode="evaluate")
+    assert load_config(["experiment=arithmetic"], mode="evaluate").run.name == "arithmetic-evaluate-seed1"
     with pytest.raises(UserError, match="optim.lr: skyrl.evaluate does not read it; leave it out"):
         load_config(["model=tiny", "optim.lr=1"], mode="evaluate")
 
