@@ -51,14 +51,14 @@ def remember(run: Run, groups: Sequence[Group]) -> None:
 
 def imitate(run: Run, step: Step, number: int) -> None:
     """Adds the gradient of update `number` of a step on answers that are kept; nothing before the first. Collective."""
-    given = run.cfg.algorithm.self_imitation
-    if given.coef == 0 or not run.successes:
+    settings = run.cfg.algorithm.self_imitation
+    if settings.coef == 0 or not run.successes:
         return
     rng = np.random.default_rng(draw_seed(run.cfg.seed, "self_imitation", step.index, number))
-    drawn = rng.choice(len(run.successes), min(given.rows_per_step, len(run.successes)), replace=False)
+    drawn = rng.choice(len(run.successes), min(settings.rows_per_step, len(run.successes)), replace=False)
     entries = [run.successes[i] for i in sorted(drawn.tolist())]
     total = sum(sum(mask) for entry in entries for _, _, mask in entry["rows"])
-    data = [_datum(entry, row, given.coef / total) for entry in step.deal(entries) for row in entry["rows"]]
+    data = [_datum(entry, row, settings.coef / total) for entry in step.deal(entries) for row in entry["rows"]]
     spec = LossSpec("cross_entropy", temperature=run.cfg.sampler.temperature)
     metrics = run.engine.forward_backward(rebalance(run.world, data), spec).metrics
     step.log({f"self_imitation/{key}": metrics[key] for key in ("loss:sum", "nll:mean", "trained_tokens:sum")})
