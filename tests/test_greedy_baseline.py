@@ -44,6 +44,7 @@ def test_the_advantage_is_the_reward_above_the_greedy_answer_s(tmp_path):
     assert seen.rl[0]["sampled_tokens:sum"] > seen.rl[0]["trained_tokens:sum"]
 
 
+@pytest.mark.slow
 def test_one_sample_of_a_prompt_is_enough(tmp_path):
     seen = run_loop(tmp_path / "run", *REMAX, "batch.samples_per_prompt=1", "env.on_error=mask", env={"broken": 2})
     kept = [name for name, row in seen.updates()[0].items() if row.weights.any()]

@@ -63,6 +63,7 @@ def test_every_layout_has_the_same_mean(kind):
     assert distance(found, want) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_reference(tmp_path):
     whole = run_loop(tmp_path / "whole", *MOVES, "batch.num_steps=5")
     synced = [record.get("kl/reference_synced:sum", 0.0) for record in whole.rl]
@@ -83,6 +84,7 @@ def test_two_ranks_move_it_alike(tmp_path):
         assert a["kl/behaviour_reference:mean"] == pytest.approx(b["kl/behaviour_reference:mean"], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_several_references_count_by_their_weights(tmp_path):
     """In one step on the same rows: the log-probabilities that the loss sees are the weighted means."""
     other = tmp_path / "other"

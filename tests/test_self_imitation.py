@@ -79,6 +79,7 @@ def test_the_best_answers_are_kept_and_learned_from(tmp_path):
     assert "self_imitation/loss:sum" not in seen.rl[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_what_was_kept(tmp_path):
     whole = run_loop(tmp_path / "whole", *OWN)
     run_loop(tmp_path / "parts", *OWN, "batch.num_steps=2")

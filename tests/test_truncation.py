@@ -81,7 +81,7 @@ def drawn_rows(engine, params, model="policy", count=6):
     return rows
 
 
-@pytest.mark.parametrize("backend", ["auto", "module"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("module", marks=pytest.mark.slow)])
 def test_the_trainer_sees_what_the_sampler_drew_from(backend):
     engine = make_engine("auto", "float32", f"sampler.backend={backend}")
     params = SamplingParams(12, temperature=0.8, processed_logprobs=True, **CUTS)
@@ -124,7 +124,12 @@ def step_of(*options, lora=False):
 
 
 @pytest.mark.parametrize(
-    "options", [["batch.share_prefixes=true"], ["batch.packing=false"], ["model.logits_chunk_tokens=1"]]
+    "options",
+    [
+        ["batch.share_prefixes=true"],
+        pytest.param(["batch.packing=false"], marks=pytest.mark.slow),
+        ["model.logits_chunk_tokens=1"],
+    ],
 )
 def test_the_layout_of_rows_changes_nothing(options):
     want, gradient, _ = step_of()

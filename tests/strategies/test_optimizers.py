@@ -96,8 +96,9 @@ def on_kinds(kinds, dtype):
     return {kind: learn(kind, dtype, MUON) for kind in kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_and_copies_learn_what_one_process_does(dtype):
     alone = learn("single", dtype, MUON)
     assert distance(alone, learn("single", dtype)) > 1e-3, "the optimizers do the same: the test shows nothing"
@@ -113,8 +114,8 @@ def test_four_ranks_in_two_copies_learn_the_same():
     assert distance(found["hsdp/2"], learn("single", "float32", MUON)) < 1e-5
 
 
-@pytest.mark.parametrize("options", [[MUON], [EIGHT]], ids=["muon", "adamw8bit"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [[MUON], pytest.param([EIGHT], marks=pytest.mark.slow)], ids=["muon", "adamw8bit"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_resumed_run_is_the_same_bit_for_bit(options, dtype, tmp_path):
     if EIGHT in options:
         pytest.importorskip("bitsandbytes")
@@ -142,6 +143,7 @@ def load_body(folder):
     return learn("fsdp", "float32", MUON, steps=2, load=folder, first=2)
 
 
+@pytest.mark.slow
 def test_eight_bits_are_near_to_adamw():
     pytest.importorskip("bitsandbytes")
     start = weights_of(make_engine("auto", "float32"))
@@ -153,6 +155,7 @@ def test_eight_bits_are_near_to_adamw():
     assert kept["state1"].dtype == torch.uint8 and len(kept["absmax1"]) == -(-len(kept["state1"]) // 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[MUON], [EIGHT]], ids=["muon", "adamw8bit"])
 def test_an_update_that_is_not_finite_is_taken_back(options):
     if EIGHT in options:
