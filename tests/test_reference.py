@@ -8,6 +8,7 @@ from small import ADAM, SPEC, dealt, distance, make_engine, make_rows, weights_o
 
 from skyrl.engine import ModelSpec
 from skyrl.tracking.base import without_wall_clock
+from skyrl.types import UserError
 
 MOVES = [
     "algorithm.kl.coef=0.1",
@@ -82,6 +83,13 @@ def test_two_ranks_move_it_alike(tmp_path):
     one, two = (run_loop(tmp_path / str(n), *MOVES, "batch.num_steps=4", size=n) for n in (1, 2))
     for a, b in zip(one.rl, two.rl, strict=True):
         assert a["kl/behaviour_reference:mean"] == pytest.approx(b["kl/behaviour_reference:mean"], rel=1e-3, abs=1e-6)
+
+
+def test_a_reference_that_is_not_there_ends_the_run_before_any_work(tmp_path):
+    given = ["algorithm.kl.coef=0.1", "algorithm.kl.estimator=k2", "warmup.num_steps=3"]
+    with pytest.raises(UserError, match=r"^algorithm.reference.models: no/such: .*no/such"):
+        run_loop(tmp_path / "run", *given, "algorithm.reference.models={no/such: 0.5}")
+    assert "warmup" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -31,21 +31,23 @@ from skyrl.types import Datum, Floats, UserError
 
 
 def create_references(run: Run) -> None:
-    """Loads the further references of algorithm.reference.models. Raises UserError, on all ranks, for one with another
-    tokenizer. They never change, so no checkpoint has them. Collective."""
+    """Loads the further references of algorithm.reference.models. Raises UserError, on all ranks, for one that cannot
+    be loaded or has another tokenizer. They never change, so no checkpoint has them. Collective."""
+
+    def check(source: ModelConfig) -> None:
+        if load_tokenizer(source).get_vocab() != run.engine.tokenizer.get_vocab():
+            raise UserError(
+                "another tokenizer than the policy's, so its probabilities are of other tokens; leave it out"
+            )
+
     for path in run.cfg.algorithm.reference.models:
         source = replace(run.cfg.model, path=path, revision="", tokenizer="", chat_template="")
-
-        def same(source: ModelConfig = source) -> None:
-            if load_tokenizer(source).get_vocab() != run.engine.tokenizer.get_vocab():
-                raise UserError(
-                    f"algorithm.reference.models: {source.path} has another tokenizer than the policy, so its "
-                    "log-probabilities are of other tokens; leave it out"
-                )
-
-        agree(run.world, same)
-        with inside(LOADING, run.state.global_step):
-            run.engine.create(f"reference {path}", ModelSpec(trainable=False, source=source))
+        try:
+            agree(run.world, partial(check, source))
+            with inside(LOADING, run.state.global_step):
+                run.engine.create(f"reference {path}", ModelSpec(trainable=False, source=source))
+        except UserError as error:
+            raise UserError(f"algorithm.reference.models: {path}: {error}") from error
 
 
 def _references(run: Run) -> dict[str, float]:

@@ -50,9 +50,9 @@ def train_rl(run: Run, collect: Callable[[Run, Step], tuple[list[Group], int]] =
             f"finished already: step {run.total_of('rl')} of {run.total_of('rl')}; give more batch.num_steps to go on, "
             "or another run.name to start anew"
         )
+    create_references(run)  # before any work, since they may not be there
     sft_warmup(run)
     run.create_models()  # the frozen reference is the policy as it is now
-    create_references(run)
     for step in run.steps("rl", total, evaluate_every=run.cfg.eval.every_steps, evaluate_first=True):
         with step.phase("generation", "collect"):
             groups, num_groups = collect(run, step)
