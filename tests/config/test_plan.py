@@ -121,7 +121,7 @@ WITH_ALL = ("arithmetic", "arithmetic_lora", "gsm8k")  # of each kind one; the o
 )
 def test_every_algorithm_fits_every_kind_of_recipe(recipe, algorithm):
     overrides = [f"experiment={recipe}", "model.path=tiny", f"algorithm={algorithm}", *ASKED.get(recipe, ())]
-    if algorithm in ("rloo", "opo", "maxrl", "vtrace"):  # without a ratio
+    if algorithm in ("rloo", "opo", "maxrl", "vtrace", "remax"):  # without a ratio
         overrides.append("batch.optim_steps_per_batch=1")
     if algorithm in ("ppo", "vapo", "vtrace") and "lora" in recipe:  # which is refused: tests/config/test_rules.py
         overrides.append("model.lora.rank=0")
