@@ -151,10 +151,9 @@ def _ranks(reader: RunReader, columns: int, most: int) -> list[str]:
         for one in reader.lines(file, max(0, reader.size(file) - TAIL))[0][-1:]:
             found = one.get("spans", [])
             spans = [s for s in found if not any(o[1] <= s[1] and s[2] <= o[2] for o in found if o is not s)]
-            gpus = [
-                f"gpu {gpu['util']}% {gpu['memory_gib']:.0f} GiB" for gpu in one.get("gpus") or () if gpu.get("util")
-            ]
-            load = " ".join([f"cpu {one.get('cpu', 0):.0f}% {one.get('memory_gib', 0):.1f} GiB", *gpus])
+            loads = [("cpu", one.get("cpu"), one.get("memory_gib"))]
+            loads += [("gpu", gpu.get("util"), gpu.get("memory_gib")) for gpu in one.get("gpus") or ()]
+            load = " ".join(f"{name} {used or 0:.0f}% {gib or 0:.1f} GiB" for name, used, gib in loads)
             width, total = max(10, columns - len(load) - 12), sum(s[2] - s[1] for s in spans) or 1.0
             sizes = [(str(s[0]), round((s[2] - s[1]) / total * width)) for s in spans]
             bar = "".join(cut(name, size).ljust(size, ".") for name, size in sizes)
