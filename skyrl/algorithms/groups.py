@@ -101,7 +101,10 @@ def remax(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     group=True,
     paper="2508.10751",
     rule=lambda params, samples: (
-        f"params.k={params['k']:g}: above batch.samples_per_prompt={samples}" if params["k"] > samples else ""
+        f"params.k={params['k']:g}: has to be below batch.samples_per_prompt={samples}, or the only subset is all of "
+        "them, and no sample is better than another"
+        if params["k"] >= samples
+        else ""
     ),
 )
 def pass_at_k(rows: RewardRows, all_reduce_sum: AllSum, *, k: float, eps: float) -> Advantages:

@@ -215,8 +215,8 @@ def test_tables_name_only_options_that_exist():
             "algorithm.filters.overlong_buffer=0.2: with algorithm.objectives.normalise=true",
         ),
         (
-            "algorithm=pass_at_k batch.samples_per_prompt=3",
-            "algorithm.advantage.params.k=4: above batch.samples_per_prompt=3",
+            "algorithm=pass_at_k batch.samples_per_prompt=4",
+            "algorithm.advantage.params.k=4: has to be below batch.samples_per_prompt=4",
         ),
         (
             "algorithm=pass_at_k algorithm.advantage.params.k=2.5",
