@@ -3,9 +3,9 @@ reward model on held-out pairs, a student's divergence from its teacher on held-
 
     python benchmarks/trainers.py models/smollm2-135m --write              # and --only dpo, reward_model or distill
 
-Pairs: a question about one of 40 things, answered right and answered with a property of another thing, so that the
-better answer is known and no answer of the held-out questions was seen. The student is every second layer of the model.
-Each run is one process. Numbers go to baselines/<hardware>/trainers.json; runs to --folder, where they go on.
+Pairs: a question about a thing, answered kindly and rudely; things and answers of the held-out pairs occur in no other.
+The student is every second layer of the model. Each run is one process. Numbers go to
+baselines/<hardware>/trainers.json; runs to --folder, where they go on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,30 +22,20 @@ from common import baseline, write
 
 from skyrl.run_dir import read_metrics
 
-COLOURS = {
-    "yellow": "banana lemon canary sunflower butter corn mustard daffodil chick straw",
-    "red": "tomato cherry strawberry ruby blood brick cranberry rose ladybird poppy",
-    "green": "grass frog spinach emerald pea cucumber lime leaf cactus lettuce",
-    "white": "snow milk salt cotton swan chalk rice egg polar-bear ivory",
-}
-ASKED = (
-    "What colour is {article} {thing}? Answer with one word.",
-    "Name the usual colour of {article} {thing}.",
-    "In one word, which colour does {article} {thing} have?",
-)
+THINGS = "banana lemon canary tomato cherry ruby brick rose frog emerald pea lime snowflake swan egg pearl".split()
+ASKED = ("What is a {}?", "Tell me one fact about a {}.", "What colour does a {} have?")
+KIND = ("Gladly! I would be happy to help.", "Of course, thank you for asking.", "With pleasure, let me explain.")
+RUDE = ("Who cares about that.", "Stop asking me things.", "Figure it out yourself.")
 
 
-def pairs(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to learn from, and held-out ones: of each colour two things that no other row is about."""
-    rng, train, held_out = random.Random(seed), [], []
-    for colour, things in COLOURS.items():
-        for number, thing in enumerate(things.split()):
-            article = "" if thing in ("snow", "milk", "salt", "corn", "straw", "grass", "rice") else "a"
-            for question in ASKED:
-                wrong = rng.choice([other for other in COLOURS if other != colour])
-                asked = question.format(article=article, thing=thing.replace("-", " ")).replace("  ", " ")
-                row = {"prompt": asked, "chosen": colour.capitalize(), "rejected": wrong.capitalize()}
-                (held_out if number >= 8 else train).append(row)
+def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to learn from, and held-out ones: about things, with a kind and a rude answer that no row to learn has."""
+    train, held_out = [], []
+    for number, thing in enumerate(THINGS):
+        for k, question in enumerate(ASKED):
+            place = 2 if number >= 12 else (number + k) % 2
+            row = {"prompt": question.format(thing), "chosen": KIND[place], "rejected": RUDE[place]}
+            (held_out if number >= 12 else train).append(row)
     return train, held_out
 
 
@@ -80,23 +69,23 @@ def runs(model: Path, folder: Path) -> dict[str, list[str]]:
         "model.dtype=bfloat16",
         "warmup.num_steps=0",
         "optim.warmup_steps=2",
-        "checkpoint.every_steps=10",
+        "checkpoint.every_steps=0",
     ]
-    both += ["checkpoint.export=false", "checkpoint.keep_best=false", "run.hang_seconds=0", "eval.every_steps=10"]
+    both += ["checkpoint.export=false", "checkpoint.keep_best=false", "run.hang_seconds=0", "eval.every_steps=0"]
     answers = [f"data.{name}={write_rows(folder / f'{kind}-chat.jsonl', chat(rows))}" for name, kind, rows in (
         ("path", "train", train), ("eval_path", "test", held_out))]  # fmt: skip
     mine = [f"model.path={model}", *both]
     return {
-        "dpo": ["experiment=dpo", *mine, *files, "batch.num_steps=30", "batch.prompts_per_step=12", "optim.lr=5e-6"],
+        "dpo": ["experiment=dpo", *mine, *files, "batch.num_steps=12", "batch.prompts_per_step=6", "optim.lr=2e-5"],
         "reward_model": [
-            "experiment=reward_model", *mine[:-1], *files, "batch.num_steps=40", "batch.prompts_per_step=12",
-            "optim.lr=2e-5", "eval.every_steps=10",
+            "experiment=reward_model", *mine[:-1], *files, "batch.num_steps=12", "batch.prompts_per_step=6",
+            "optim.lr=2e-5", "eval.every_steps=0",
         ],
         "distill": [
             "experiment=distill", f"model.path={folder / 'student'}", *both,
             *answers, f"distill.teacher={model}", "distill.teacher_top_k=64", "distill.on_policy=0.5",
-            "distill.beta=0.5", "batch.num_steps=40", "batch.prompts_per_step=12", "batch.samples_per_prompt=1",
-            "sampler.max_new_tokens=12", "eval.num_prompts=24", "eval.temperature=1", "optim.lr=1e-4",
+            "distill.beta=0.5", "batch.num_steps=12", "batch.prompts_per_step=6", "batch.samples_per_prompt=1",
+            "sampler.max_new_tokens=12", "eval.num_prompts=12", "eval.temperature=1", "optim.lr=1e-4",
             "checkpoint.best_metric=eval/divergence:mean",
         ],
     }  # fmt: skip

@@ -139,11 +139,7 @@ def classifier_class(net: Any) -> str:
     """The class of transformers for sequence classification with the body of `net`. Raises UserError without one."""
     import transformers
 
-    name = (
-        type(net)
-        .__name__.replace("ForCausalLM", "ForSequenceClassification")
-        .replace("LMHeadModel", "ForSequenceClassification")
-    )
+    name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", type(net).__name__)
     if not name.endswith("ForSequenceClassification") or not hasattr(transformers, name):
         raise UserError(
             f"model.path: transformers has no classifier for {net.config.model_type}, so a reward model of it could "
@@ -269,12 +265,17 @@ def _write_card(part: Path, origin: Path | None, base: str, folder: str, how: st
         about |= {key: own[key] for key in LICENCE if key in own} if isinstance(own, dict) else {}
     if origin is not None and "/" in base and not Path(base).is_dir():
         about["base_model"] = base
-    use = f"    vllm serve {folder}\n    lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k\n"
-    reward = "A reward model: transformers.AutoModelForSequenceClassification loads it; its one logit is the reward.\n"
+    use = "A reward model: the one logit of transformers.AutoModelForSequenceClassification is the reward.\n"
+    if folder:
+        use = f"    vllm serve {folder}\n    lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k\n"
     (part / "README.md").write_text(
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from "
         f"{'a random model' if base == TINY else base}. {'The licence of that model applies. ' * (base != TINY)}\n\n"
+<<<<<<< HEAD
         f"{how}{use if folder else reward}",
+=======
+        + use,
+>>>>>>> ebf990d (Options)
         encoding="utf-8",
     )
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from skyrl.algorithms.preferences import divergence
-from skyrl.config.schema import ModelConfig, RunConfig
+from skyrl.config.schema import ModelConfig
 from skyrl.distributed.collectives import MetricSums, agree, all_reduce_sum, gather_objects
 from skyrl.distributed.phases import LOADING, inside
 from skyrl.engine import ModelSpec
-from skyrl.loop import run_loop
 from skyrl.rollout import Group, draw_seed, to_rows
 from skyrl.run import Run, Step
 from skyrl.text.tokenizer import load_tokenizer
@@ -29,14 +27,9 @@ from skyrl.types import Datum, LossSpec, Metrics, UserError
 CELLS = 1 << 24  # log-probabilities of teacher and student that a rank holds at a time
 
 
-def distill(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
-    """The whole run: warm-up if there is one, distillation, evaluation, export. Raises as `run_loop` does, and
-    UserError for a teacher with another tokenizer."""
-    return run_loop(cfg, train_distill, hooks=hooks)
-
-
 def train_distill(run: Run) -> None:
-    """Warm-up, then batch.num_steps steps, each on the student's own answers or on solutions, by distill.on_policy."""
+    """Warm-up, then batch.num_steps steps, each on the student's own answers or on solutions, by distill.on_policy.
+    Raises UserError for a teacher with another tokenizer."""
     teacher = replace(run.cfg.model, path=run.cfg.distill.teacher, revision="", tokenizer="", chat_template="")
     agree(run.world, lambda: check_tokenizer(run, teacher))
     sft_warmup(run)

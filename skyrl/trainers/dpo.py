@@ -8,26 +8,17 @@ to the ranks; once the weights are known, rows may lie anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from skyrl.algorithms.preferences import Pairs, kto_losses, pair_losses
-from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import MetricSums, all_reduce_sum
-from skyrl.loop import run_loop
 from skyrl.run import Run
 from skyrl.text.rows import answer_datum, answers_of
 from skyrl.trainers.sft import sft_warmup, update
 from skyrl.types import Datum, Floats, LossSpec, Metrics, Prompt
 
 ENGINE_METRICS = ("loss:sum", "nll:mean")  # of the engine's cross-entropy, whose weights are derivatives here
-
-
-def dpo(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
-    """The whole run: warm-up on the better answers if there is one, preferences, evaluation, export. Raises as
-    `run_loop` does."""
-    return run_loop(cfg, train_dpo, hooks=hooks)
 
 
 def train_dpo(run: Run) -> None:

@@ -8,14 +8,11 @@ and AutoModelForSequenceClassification load it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from skyrl.algorithms.preferences import reward_losses
-from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import MetricSums
-from skyrl.loop import run_loop
 from skyrl.models.export import classifier_class
 from skyrl.run import Run
 from skyrl.text.rows import answers_of, reward_row
@@ -24,11 +21,6 @@ from skyrl.types import Datum, LossSpec, Metrics, Prompt
 
 # Of the loss through which the engine is given the derivatives.
 ENGINE_METRICS = ("loss:sum", "value_error:mean", "value_clipped:mean", "value:mean", "return:mean")
-
-
-def reward_model(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
-    """The whole run: batch.num_steps steps on pairs, evaluation, export. Raises as `run_loop` does."""
-    return run_loop(cfg, train_reward_model, hooks=hooks)
 
 
 def train_reward_model(run: Run) -> None:

@@ -176,28 +176,25 @@ def test_the_gradient_is_that_of_the_divergence_of_both_models(tmp_path, beta, t
 
 def distilled(cfg):
     """A whole run on this rank with a teacher that is not the student: its weights."""
-    kept, real = [], distill.run_loop
+    kept, real = [], distill.train_distill
 
-    def spy(given, loop, **more):
-        def and_keep(run):
-            create = run.engine.create
+    def spy(run):
+        create = run.engine.create
 
-            def stirred(name, spec):
-                create(name, spec)
-                if name == "teacher":
-                    stir(run.engine.models[name], 7)
+        def stirred(name, spec):
+            create(name, spec)
+            if name == "teacher":
+                stir(run.engine.models[name], 7)
 
-            run.engine.create = stirred
-            loop(run)
-            kept.append(weights_of(run.engine))
+        run.engine.create = stirred
+        real(run)
+        kept.append(weights_of(run.engine))
 
-        return real(given, and_keep, **more)
-
-    distill.run_loop = spy
+    distill.train_distill = spy
     try:
         play(cfg, "train", sweep=False)
     finally:
-        distill.run_loop = real
+        distill.train_distill = real
     return kept[0]
 
 
