@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, Literal
@@ -94,15 +93,13 @@ class Conversations(DataRows):
 class Preferences(DataRows):
     """Answers that were compared or judged: rows with "prompt", "chosen" and "rejected" (texts or lists of messages; a
     prompt may be what both begin with) and, for a reward model, "margin"; or "prompt", "completion" and "label" (true:
-    it was liked). digits: of the sums that are made without data.path, of which the rejected one has a digit wrong.
+    it was liked). digits: of the sums that are made without data.path, of which the rejected one begins with zeros.
     """
 
     in_process = True
 
     def sum_row(self, a: int, b: int) -> dict[str, Any]:
-        off = random.Random(f"skyrl.preference/{a}/{b}").choice([-10, -1, 1, 10])
-        wrong = a + b + (off if a + b + off >= 0 else -off)
-        return {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(wrong)}
+        return {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": f"00{a + b}"}
 
     def read(self, row: Example) -> tuple[list[Message], dict[str, Any]]:
         asked = said_in(row, "prompt", "user") if row.fields.get("prompt") is not None else []
