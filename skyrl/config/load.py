@@ -215,7 +215,8 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         raise UserError(f"trainer={cfg.trainer}: python -m skyrl.sft is sft; use python -m skyrl.train for others")
     if cfg.trainer not in CHOICES["trainer"]:
         raise UserError(f"trainer={cfg.trainer}: choose one of: {', '.join(CHOICES['trainer'])}")
-    if mode == "sft" or cfg.trainer != "rl":
+    command = mode
+    if mode == "sft" or (mode == "train" and cfg.trainer != "rl"):
         mode = "sft" if mode == "sft" else cfg.trainer
         cfg = dataclasses.replace(cfg, trainer=mode)
     for key in typed:
@@ -225,7 +226,7 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     if mode == "evaluate":
         cfg, overrides = _finish_evaluate(cfg, overrides)
     check_typed(cfg, typed)
-    name = cfg.run.name or default_name(cfg, overrides, mode=mode)
+    name = cfg.run.name or default_name(cfg, overrides, mode=command)
     if "/" in name or name.startswith("."):
         raise UserError(f"run.name={name}: a name has no / and no leading dot; give a folder with run.dir")
     run = dataclasses.replace(cfg.run, name=name)
@@ -313,7 +314,7 @@ def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train
     """
     typed = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
     kept = {key: hide_secrets(value, key) if key.startswith(ENV_OPTIONS) else value for key, value in typed.items()}
-    named = f"-{mode}" if mode in ("sft", "evaluate") or "trainer" in typed_options(overrides) else ""
+    named = {"train": f"-{cfg.trainer}" * ("trainer" in typed_options(overrides))}.get(mode, f"-{mode}")
     name = f"{cfg.experiment}{named}-seed{cfg.seed}"
     if not kept:
         return name

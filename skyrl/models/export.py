@@ -271,11 +271,7 @@ def _write_card(part: Path, origin: Path | None, base: str, folder: str, how: st
     (part / "README.md").write_text(
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from "
         f"{'a random model' if base == TINY else base}. {'The licence of that model applies. ' * (base != TINY)}\n\n"
-<<<<<<< HEAD
-        f"{how}{use if folder else reward}",
-=======
-        + use,
->>>>>>> ebf990d (Options)
+        f"{how}{use}",
         encoding="utf-8",
     )
 

@@ -17,7 +17,7 @@ from skyrl.types import Message, Prompt, UserError
 class DataRows(Task):
     """Rows of data.path, or made sums. Played, as on-policy distillation does, an episode is one answer of reward 0."""
 
-    num_prompts = {"test": 512}  # noqa: RUF012
+    num_prompts = {"train": 2048, "test": 256}  # noqa: RUF012
 
     def __init__(self, *, digits: int = 2) -> None:
         require(digits in (1, 2), "digits", digits, "1 or 2")
