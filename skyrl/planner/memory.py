@@ -442,7 +442,10 @@ def _teacher(cfg: RunConfig, world_size: int, compute: int, sharded: bool) -> in
     """Bytes of a teacher's weights, frozen and laid out as the student's."""
     if cfg.trainer != "distill":
         return 0
-    sizes = model_sizes(replace(cfg, model=replace(cfg.model, path=cfg.distill.teacher, revision="")))
+    try:
+        sizes = model_sizes(replace(cfg, model=replace(cfg.model, path=cfg.distill.teacher, revision="")))
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "distill.teacher=", 1)) from error
     return sizes.num_parameters * compute // (world_size if sharded else 1)
 
 
