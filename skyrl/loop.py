@@ -89,7 +89,7 @@ def run_loop(
             raise run.save_and_exit() from None
         with inside(FINISHING, run.state.global_step):
             _finish(run)
-        export = str(run.folder.export) if cfg.checkpoint.export else None
+        export = str(run.folder.export) if cfg.checkpoint.export and trains else None
         return {"export": export, "parent": run.state.parent or None, "advisories": run.state.advisories.said}
 
 
@@ -99,7 +99,7 @@ def _finish(run: Run) -> None:
     run.checkpointer.wait()
     for line in run.checkpointer.poll():
         run.say(line)
-    if cfg.checkpoint.export:
+    if cfg.checkpoint.export and run.plan.trains:
         run.engine.export("policy", folder.export, _how_trained(cfg, state))
     run.tracker.offset()  # syncs
     if not run.plan.trains:

@@ -52,11 +52,11 @@ class SystemRecorder:
         self._spans: list[Span] = []
         self._lines: list[str] = []
         self._flushed = self._sampled = -1e9
-        self._process = psutil.Process()
-        self._process.cpu_percent()  # the first call has nothing to compare with
         self._gpu = _open_gpu(gpu) if gpu else None
         self._file = -1
         try:
+            self._process = psutil.Process()  # there is none where /proc is not mounted
+            self._process.cpu_percent()  # the first call has nothing to compare with
             self._before = self._counters()
             self.path.parent.mkdir(exist_ok=True)
             for path in self.path.parent.glob("*.jsonl"):

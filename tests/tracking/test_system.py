@@ -111,6 +111,18 @@ def nvml(uuids=("GPU-1234",)):
     )
 
 
+def test_a_machine_that_does_not_tell_ends_the_recording_and_not_the_run(tmp_path, monkeypatch, caplog):
+    def hidden():
+        raise psutil.NoSuchProcess(1)
+
+    warn_fallback.cache_clear()
+    monkeypatch.setattr(psutil, "Process", hidden)  # a container without /proc
+    recorder = SystemRecorder(tmp_path, 0)
+    recorder.finish_step(1, "rl")
+    recorder.flush()
+    assert not list(tmp_path.glob("system/*.jsonl")) and "not written any more" in caplog.text
+
+
 def test_a_gpu_is_read_by_its_uuid_and_what_it_does_not_tell_is_left_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     one = SystemRecorder(tmp_path, 0, gpu="1234")

@@ -208,7 +208,7 @@ def test_a_student_comes_nearer_and_goes_on_bit_for_bit(tmp_path):
         found = distilled(distill_config(parts, *more, f"batch.num_steps={steps}"))
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     records = read_metrics(whole / "run" / "metrics.jsonl")
-    assert records[-1]["eval/divergence:mean"] < 0.8 * records[0]["eval/divergence:mean"]
+    assert records[-1]["eval/divergence:mean"] < 0.9 * records[0]["eval/divergence:mean"]
     sampled = [r.get("sampled_tokens:sum", 0) > 0 for r in records if r["step"]]
     assert any(sampled) and not all(sampled)
     newest = latest(whole / "run" / "checkpoints")
