@@ -1,6 +1,7 @@
 """The loop: what reaches the engine and what is logged, recomputed by other means. Survival: tests/system."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from loop import loop_config, run_loop, train_here
 from benchmarks.recompute_metrics import recompute_metrics
 from skyrl.checkpoint.folder import read_checkpoint
 from skyrl.config import validation
+from skyrl.config.load import load_config
 from skyrl.run import Run
 from skyrl.run_dir import read_metrics, read_rollouts
 from skyrl.tracking.base import without_wall_clock
@@ -22,6 +24,9 @@ PARTS = [  # advantage, loss, reduction, correction, further options
     ("reinforce++", "cispo", "sequence_mean", "sequence_truncate"),
     ("gae", "gspo", "token_mean", "none"),
     ("grpo", "dro", "sequence_mean", "none"),
+    ("grpo", "dppo_kl", "prompt_sequence_mean", "geometric_truncate"),
+    ("rloo", "ppo", "token_mean", "geometric_mask"),
+    ("dr_grpo", "ppo", "token_mean", "sequence_mask"),
 ]
 
 
@@ -62,8 +67,14 @@ def test_every_registered_part_makes_a_real_step(advantage, loss, reduction, cor
     assert ("critic/value_error:mean" in record) == (advantage == "gae")
 
 
-def test_the_list_above_has_every_name():
+def test_every_name_is_in_the_list_above_or_in_a_recipe():
+    """Each recipe runs in tests/algorithms/test_in_the_loop.py."""
     columns = [set(column) for column in zip(*PARTS, strict=True)]
+    for path in (Path(__file__).parents[1] / "conf" / "algorithm").glob("*.yaml"):
+        part = load_config([f"algorithm={path.stem}"]).algorithm
+        names = (part.advantage.name, part.loss.name, part.loss.reduction, part.loss.correction)
+        for column, name in zip(columns, names, strict=True):
+            column.add(name)
     assert columns == [
         set(validation.REGISTERED["algorithm.advantage.name"]()),
         set(validation.REGISTERED["algorithm.loss.name"]()),

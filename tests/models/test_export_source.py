@@ -202,7 +202,7 @@ def test_names_of_transformers_4_change_nothing_for_5(kind, tmp_path):
     getattr(tf, kind)(**KINDS[kind]).save_pretrained(source)
     config = tf.AutoConfig.from_pretrained(source)
     out.mkdir()
-    _write_config(config, out, source, torch.float32, "Own")
+    _write_config(config, out, source, torch.float32, "Own", {})
     got, want = tf.AutoConfig.from_pretrained(out).to_dict(), config.to_dict()
     assert got["architectures"] == ["Own"]
     changed = {key for key in want if got[key] != want[key]}

@@ -87,7 +87,7 @@ def posted(client: ServiceClient, updates: list[Update], rank: int) -> tuple[str
             low, high = loss.params["clip_low"], loss.params["clip_high"]
             config = {"clip_low_threshold": 1.0 - low, "clip_high_threshold": 1.0 + high}
         model.forward_backward([as_datum(row, loss.name) for row in rows], loss.name, config)
-        params = {"learning_rate" if key == "lr" else key: value for key, value in adam.items()}
+        params = {"learning_rate" if key == "lr" else key: value for key, value in adam.items() if key != "momentum"}
         norms.append(model.optim_step(AdamParams(**params)).result().metrics["grad_norm"])
     return model.save_state("end").result().path, norms
 

@@ -33,7 +33,10 @@ def refused(done, *words, code=2):
     [
         (["optim.lrr=1"], ["optim.lrr: no such option; did you mean optim.lr?"]),
         (["optim.lr=fast"], ["optim.lr=fast: needs a value of type float"]),
-        (["algorithm.critic.lr=1"], ["algorithm.critic.lr=1.0: has an effect only with algorithm.advantage.name=gae"]),
+        (
+            ["algorithm.critic.lr=1"],
+            ["algorithm.critic.lr=1.0: has an effect only with an advantage that has a critic"],
+        ),
         (["sampler.top_k=1"], ["sampler.top_k=1: leaves one token to draw"]),
         (["batch.optim_steps_per_batch=3"], ["does not divide batch.prompts_per_step=4", "1, 2, 4"]),
         (["env.options.letters=1"], ["env.options.letters", "no such option", "trouble"]),

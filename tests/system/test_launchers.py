@@ -80,7 +80,7 @@ def test_what_is_killed_ends_the_job_and_the_same_command_goes_on(warm, tmp_path
     assert wait_for(lambda: processes_of(tmp_path) == [], 10)
     told = (tmp_path / "stdout").read_text()
     assert (tmp_path / "stderr").read_text() == "" and "resuming from" in told
-    assert [line for line in told.splitlines() if len(line) > 110 and not line.startswith(("notice ", "run  "))] == []
+    assert [line for line in told.splitlines() if len(line) > 110 and not line.startswith(("advisory ", "run  "))] == []
     longer = lines_in(metrics)
     done = warm.run(*LETTERS, *same, f"batch.num_steps={longer}", cwd=tmp_path, ranks=2)
     assert done.code == 0 and done.stderr == "" and "resuming from" in done.stdout, done.stderr

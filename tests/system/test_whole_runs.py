@@ -29,7 +29,7 @@ def test_one_process_prints_where_everything_is_and_the_export_answers_as_the_sa
     run = tmp_path / "run"
     assert "curves      run/curves.png" in done.stdout and (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "model       run/export" in done.stdout and "done: held-out accuracy" in done.stdout
-    assert all(len(line) < 110 for line in done.stdout.splitlines() if not line.startswith(("notice ", "run  ")))
+    assert all(len(line) < 110 for line in done.stdout.splitlines() if not line.startswith(("advisory ", "run  ")))
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

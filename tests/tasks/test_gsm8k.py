@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,17 +92,9 @@ def test_real_problems(gsm8k):
             assert step(prompt, f"#### {prompt.extra['answer']}1") == (0.0, 0.0), prompt
 
 
-def test_folder_through_the_datasets_package(files, tmp_path_factory, monkeypatch):
-    pytest.importorskip("datasets")
-    folder = tmp_path_factory.mktemp("local") / "gsm_copy"
-    shutil.copytree(files, folder)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    from_folder, from_file = dataset(folder), dataset(files / "train.jsonl")
-    assert [p.extra["answer"] for p in from_folder] == [p.extra["answer"] for p in from_file]
-    assert from_folder[1].extra["source"] == f"{folder}[train]:2"
-    assert len(dataset(folder, "test")) == 1 and len(dataset(folder, max_prompts=1)) == 1
-    with pytest.raises(UserError, match="data.eval_path=.*cannot be loaded"):
-        dataset(folder, "test", eval_path=tmp_path_factory.mktemp("empty"))
+def test_a_folder_is_refused_with_the_name_of_a_file_in_it(files):
+    with pytest.raises(UserError, match="is a folder; give one of its files, such as test.jsonl"):
+        dataset(files)
 
 
 def test_data_set_id_without_the_package():

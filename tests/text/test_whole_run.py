@@ -54,7 +54,7 @@ def test_turns_end_where_generation_config_says_from_warm_up_to_export(tmp_path)
         assert row.targets[row.weights > 0].tolist()[1:] == [END] and row.tokens[0] == 1
     learned = [row.targets[row.weights != 0] for row in updated.rows]
     assert all((ids[:-1] != END).all() for ids in learned if len(ids))
-    files = sorted((tmp_path / "run" / "rollouts").iterdir())  # of the step, and of two evaluations
+    files = sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))  # of the step, and of two evaluations
     episodes = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     turns = [turn for episode in episodes for turn in episode["turns"]]
     ended = [turn["tokens"][-1] for turn in turns if turn["stop"] == "stop"]
