@@ -39,13 +39,13 @@ def top(args: Sequence[str]) -> None:
     view = LiveRun(find_run(given.run, "top"))
     if given.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         view.poll()
-        print("\n".join(line.rstrip() for line in frame(view, *shutil.get_terminal_size((80, 24)))))
+        print("\n".join(line.rstrip() for line in frame(view, *_size())))
         return
     with contextlib.suppress(KeyboardInterrupt), _screen():
         left = False
         while not left:
             view.poll()
-            shown = "\x1b[K\r\n".join(frame(view, *shutil.get_terminal_size((80, 24))))
+            shown = "\x1b[K\r\n".join(frame(view, *_size()))
             sys.stdout.write(f"\x1b[H{shown}\x1b[K\x1b[J")
             sys.stdout.flush()
             left = _wait(SECONDS)
@@ -74,8 +74,8 @@ def _screen() -> Iterator[None]:
 
 def _wait(seconds: float) -> bool:
     """Until the next look, a key or another size of the window; whether q was pressed, or there is no keyboard."""
-    size, end = shutil.get_terminal_size(), time.monotonic() + seconds
-    while time.monotonic() < end and shutil.get_terminal_size() == size:
+    size, end = _size(), time.monotonic() + seconds
+    while time.monotonic() < end and _size() == size:
         if select.select([sys.stdin], [], [], 0.2)[0]:
             keys = os.read(sys.stdin.fileno(), 64)
             return not keys or b"q" in keys.lower() or b"\x03" in keys
@@ -170,3 +170,11 @@ def _rollouts(reader: RunReader, count: int, columns: int) -> list[str]:
             text = one["turns"][-1]["text"] if one["turns"] else one["invalid"]
             lines.append(cut(f"{float(one['reward']):>7.3g} {one['stop']:<7} {one['uid']}: {text[:1000]}", columns))
     return [f"rollouts of step {int(names[-1])}", *lines] if lines else []
+
+
+def _size() -> os.terminal_size:
+    """Columns and lines of the terminal now. COLUMNS and LINES, which may be from before a resize, count in a pipe."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        return shutil.get_terminal_size((80, 24))

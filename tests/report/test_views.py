@@ -231,7 +231,8 @@ def test_top_gives_the_terminal_back(end, tmp_path):
         seen = read_until(ours, b"q leaves")
         assert seen.startswith(ENTER.encode())
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
-        assert read_until(ours, b"q leaves").count(b"\r\n") == 19
+        frames = (read_until(ours, b"q leaves").count(b"\r\n") for _ in range(20))  # one of before may still come
+        assert 19 in frames
         process.send_signal(end) if isinstance(end, signal.Signals) else os.write(ours, end)
         seen = read_until(ours, LEAVE.encode())
         assert process.wait(20) == (128 + signal.SIGTERM if isinstance(end, signal.Signals) else 0)
