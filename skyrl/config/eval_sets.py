@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from skyrl.config.args import config_dir, expand_home
+from skyrl.config.conditions import read_condition
 from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
 from skyrl.types import UserError
 
@@ -113,16 +114,9 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     return replace(one, prefix=f"eval/{name}/", dump=f"eval-{name}")
 
 
-def stop_rule(cfg: RunConfig) -> tuple[str, str, float] | None:
-    """(metric, relation, number) of eval.stop_when; None without one, or where it cannot be read."""
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-    found = re.fullmatch(rf"\s*(\S+?)\s*(>=|<=|>|<)\s*({number})\s*", cfg.eval.stop_when)
-    return (found[1], found[2], float(found[3])) if found else None
-
-
 def eval_problems(cfg: RunConfig) -> Iterator[str]:
     """One line for each rule that the options of evaluation break. Raises UserError for an entry of eval.sets."""
-    if cfg.eval.stop_when and stop_rule(cfg) is None:
+    if cfg.eval.stop_when and read_condition(cfg.eval.stop_when) is None:
         wanted = 'a metric, one of >= <= > <, and a number, such as "eval/accuracy:mean >= 0.95"'
         yield f"eval.stop_when={cfg.eval.stop_when}: wanted {wanted}"
     if (cfg.eval.stop_when or cfg.eval.patience) and cfg.eval.every_steps == 0:

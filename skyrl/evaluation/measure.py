@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from skyrl.config.eval_sets import stop_rule
+from skyrl.config.conditions import RELATIONS, read_condition
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import MetricSums, gather_objects
 from skyrl.distributed.init import World
@@ -15,8 +14,6 @@ from skyrl.evaluation.scores import as_metrics, score_prompt, summary
 from skyrl.evaluation.sets import EvalSet
 from skyrl.rollout import episode_metrics, rollout
 from skyrl.types import Episode, Metrics, Prompt, UserError
-
-RELATIONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 def play_set(run: Any, one: EvalSet, mine: Sequence[tuple[int, Prompt]], **more: Any) -> list[list[Episode]]:
@@ -60,7 +57,7 @@ def look_whether_to_end(cfg: RunConfig, state: Any, metrics: Metrics) -> str:
     """Why training ends at this evaluation by eval.stop_when or eval.patience, "" where it goes on; the same on every
     rank. Keeps it, and the best score, in `state`, a RunState. Raises UserError for a metric that evaluations lack."""
     best, reason = cfg.checkpoint, ""
-    if (rule := stop_rule(cfg)) is not None:
+    if (rule := read_condition(cfg.eval.stop_when)) is not None:
         name, relation, bound = rule
         if name not in metrics:
             raise UserError(f"eval.stop_when: the evaluation has no {name}; it has: {', '.join(sorted(metrics))}")

@@ -8,14 +8,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import operator
-import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from skyrl.config.args import Parser, path_arg
+from skyrl.config.conditions import RELATIONS, read_condition
 from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD
 from skyrl.files import disk_reason, write_atomic
 from skyrl.run_dir import RunReader, find_run, is_run
@@ -26,13 +24,6 @@ HOLDS, FAILS, AGAIN, LATE = 0, 1, 75, 124  # of `wait`; 124 is what timeout(1) e
 POLL_SECONDS = 1.0
 LOST_SECONDS = 30.0  # a run without a lock and without a result may be between two starts
 ENDED = ("finished", "evaluated")
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-}
-CONDITION = re.compile(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*(\S+)\s*")
 
 
 def wait(args: list[str]) -> int:
@@ -116,9 +107,9 @@ def gate(args: list[str]) -> int:
         values |= {key: value for key, value in record.items() if key != "phase" and value is not None}
     judged = []
     for text in given.condition:
-        key, comparison, bound = _condition(text, values, run.path)
-        holds = COMPARISONS[comparison](values[key], bound)  # of NaN nothing holds
-        judged.append({"metric": key, "value": values[key], "condition": f"{comparison}{bound:g}", "holds": holds})
+        key, relation, bound = _condition(text, values, run.path)
+        holds = RELATIONS[relation](values[key], bound)  # of NaN nothing holds
+        judged.append({"metric": key, "value": values[key], "condition": f"{relation}{bound:g}", "holds": holds})
     passed = all(one["holds"] for one in judged)
     if given.json:
         told = {"run": str(run.path), "state": state, "passed": passed, "conditions": judged}
@@ -130,17 +121,13 @@ def gate(args: list[str]) -> int:
 
 
 def _condition(text: str, values: dict[str, float], where: Path) -> tuple[str, str, float]:
-    """(metric, comparison, bound) of a condition; a metric may be named without its reduction. Raises UserError."""
-    parts = CONDITION.fullmatch(text)
-    try:
-        assert parts is not None
-        name, comparison, bound = parts[1], parts[2], float(parts[3])
-        assert math.isfinite(bound)
-    except (AssertionError, ValueError):
-        raise UserError(f'gate: {text!r}: give a metric, <, <=, > or >=, and a number: "eval/accuracy>=0.9"') from None
+    """(metric, relation, bound) of a condition; a metric may be named without its reduction. Raises UserError."""
+    if (parts := read_condition(text)) is None:
+        raise UserError(f'gate: {text!r}: give a metric, <, <=, > or >=, and a number: "eval/accuracy>=0.9"')
+    name, relation, bound = parts
     found = [name] if name in values else [key for key in values if key.rpartition(":")[0] == name]
     if len(found) == 1:
-        return found[0], comparison, bound
+        return found[0], relation, bound
     if found:
         raise UserError(f"gate: {name}: {where} has several; choose one of: {', '.join(sorted(found))}")
     close = difflib.get_close_matches(name, values, 3, 0.5)

@@ -13,16 +13,15 @@ from dataclasses import replace
 import numpy as np
 
 from skyrl.algorithms.preferences import divergence
-from skyrl.config.schema import ModelConfig
-from skyrl.distributed.collectives import MetricSums, agree, all_reduce_sum, gather_objects
+from skyrl.distributed.collectives import MetricSums, all_reduce_sum, gather_objects
 from skyrl.distributed.phases import LOADING, inside
 from skyrl.engine import ModelSpec
 from skyrl.rollout import Group, draw_seed, to_rows
 from skyrl.run import Run, Step
-from skyrl.text.tokenizer import load_tokenizer
+from skyrl.trainers.experience import frozen_source
 from skyrl.trainers.generation import generate_groups
 from skyrl.trainers.sft import sft_warmup, solution_row
-from skyrl.types import Datum, LossSpec, Metrics, UserError
+from skyrl.types import Datum, LossSpec, Metrics
 
 CELLS = 1 << 24  # log-probabilities of teacher and student that a rank holds at a time
 
@@ -30,8 +29,7 @@ CELLS = 1 << 24  # log-probabilities of teacher and student that a rank holds at
 def train_distill(run: Run) -> None:
     """Warm-up, then batch.num_steps steps, each on the student's own answers or on solutions, by distill.on_policy.
     Raises UserError for a teacher with another tokenizer."""
-    teacher = replace(run.cfg.model, path=run.cfg.distill.teacher, revision="", tokenizer="", chat_template="")
-    agree(run.world, lambda: check_tokenizer(run, teacher))
+    teacher = frozen_source(run, run.cfg.distill.teacher, "distill.teacher")
     sft_warmup(run)
     with inside(LOADING, run.state.global_step):
         run.engine.create("teacher", ModelSpec(trainable=False, source=teacher))
@@ -52,18 +50,6 @@ def train_distill(run: Run) -> None:
                 step.log(run.engine.optim_step("policy", run.plan.adam_at(step.index)))
             else:
                 step.skip_updates(1)
-
-
-def check_tokenizer(run: Run, teacher: ModelConfig) -> None:
-    """Raises UserError unless the teacher's tokens are the student's, id by id."""
-    own, other = run.engine.tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
-    if own != other:
-        odd = min(own.keys() ^ other.keys() or (t for t in own if own[t] != other[t]))
-        raise UserError(
-            f"distill.teacher={teacher.path}: its tokenizer is not the student's ({len(other)} tokens and {len(own)}; "
-            f"{odd!r} is {other.get(odd, 'none')} there and {own.get(odd, 'none')} here): distillation between "
-            "tokenizers is not supported; give a teacher of the same family"
-        )
 
 
 def collect(run: Run, step: Step) -> list[Datum]:

@@ -30,20 +30,34 @@ from skyrl.tracking.flops import ModelShape, causal_attended, train_flops
 from skyrl.types import Datum, Floats, UserError
 
 
+def frozen_source(run: Run, path: str, option: str) -> ModelConfig:
+    """The weights at `path`, for a frozen model beside the policy. Raises UserError, on all ranks, that begins with
+    `option`, unless its tokens are the policy's, id by id. Collective."""
+    source = replace(run.cfg.model, path=path, revision="", tokenizer="", chat_template="")
+
+    def check() -> None:
+        try:
+            own, other = run.engine.tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
+        except UserError as error:
+            raise UserError(f"{option}: {path}: {error}") from error
+        if own != other:
+            odd = min(own.keys() ^ other.keys() or (t for t in own if own[t] != other[t]))
+            raise UserError(
+                f"{option}: {path} has another tokenizer than the policy ({len(other)} tokens and {len(own)}; {odd!r} "
+                f"is {other.get(odd, 'none')} there and {own.get(odd, 'none')} here), so its probabilities are of "
+                "other tokens; give a model of the same family"
+            )
+
+    agree(run.world, check)
+    return source
+
+
 def create_references(run: Run) -> None:
     """Loads the further references of algorithm.reference.models. Raises UserError, on all ranks, for one that cannot
     be loaded or has another tokenizer. They never change, so no checkpoint has them. Collective."""
-
-    def check(source: ModelConfig) -> None:
-        if load_tokenizer(source).get_vocab() != run.engine.tokenizer.get_vocab():
-            raise UserError(
-                "another tokenizer than the policy's, so its probabilities are of other tokens; leave it out"
-            )
-
     for path in run.cfg.algorithm.reference.models:
-        source = replace(run.cfg.model, path=path, revision="", tokenizer="", chat_template="")
+        source = frozen_source(run, path, "algorithm.reference.models")
         try:
-            agree(run.world, partial(check, source))
             with inside(LOADING, run.state.global_step):
                 run.engine.create(f"reference {path}", ModelSpec(trainable=False, source=source))
         except UserError as error:

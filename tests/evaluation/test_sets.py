@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from skyrl.config.eval_sets import eval_sets, evaluation_options, longest_answer, stop_rule
+from skyrl.config.conditions import read_condition
+from skyrl.config.eval_sets import eval_sets, evaluation_options, longest_answer
 from skyrl.config.load import load_config
 from skyrl.config.validation import check
 from skyrl.evaluation.sets import all_prompts, named_sets, overlapping, text_keys
@@ -151,4 +152,4 @@ def test_model_names_a_run_a_checkpoint_or_a_model(tmp_path):
     ],
 )
 def test_stop_rule(text, rule):
-    assert stop_rule(config(stop_when=text)) == rule
+    assert read_condition(text) == rule

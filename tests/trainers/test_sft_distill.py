@@ -20,6 +20,7 @@ from skyrl.run_dir import read_metrics
 from skyrl.sweep import play
 from skyrl.text.chat import Chat
 from skyrl.trainers import distill, sft
+from skyrl.trainers.experience import frozen_source
 from skyrl.types import Datum, UserError
 
 QUIET = [
@@ -227,5 +228,8 @@ def test_a_teacher_with_another_tokenizer_is_refused_by_name(tmp_path):
     tokenizer.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     cfg = distill_config(tmp_path)
-    with open_run(cfg) as run, pytest.raises(UserError, match="its tokenizer is not the student's .* not supported"):
-        distill.check_tokenizer(run, load_config(["model=hub", f"model.path={tmp_path / 'other'}"]).model)
+    with (
+        open_run(cfg) as run,
+        pytest.raises(UserError, match="distill.teacher: .* has another tokenizer than"),
+    ):
+        frozen_source(run, str(tmp_path / "other"), "distill.teacher")
