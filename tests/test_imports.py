@@ -56,6 +56,7 @@ LEVELS = {
     "train": 9.2,
     "evaluate": 9.2,
     "sft": 9.2,
+    "control": 9.2,
     "serve": 9.2,
     "api": 9.2,
     "cli": 9.3,
