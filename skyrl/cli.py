@@ -81,7 +81,7 @@ def _get_model(args: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    **{mode: partial(_run, mode) for mode in ("train", "sft", "serve", "evaluate")},
+    **{mode: partial(_run, mode) for mode in ("train", "sft", "control", "serve", "evaluate")},
     "feedback-server": partial(_elsewhere, "skyrl.feedback.door:serve_feedback"),
     "export": _export,
     "dashboard": partial(_elsewhere, "skyrl.dashboard.command:dashboard"),

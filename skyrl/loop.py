@@ -19,6 +19,7 @@ from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
+from skyrl.config.eval_sets import own_set
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.run_rules import closed_until
 from skyrl.config.schema import DashboardConfig, RunConfig
@@ -62,6 +63,7 @@ from skyrl.web.beside import dashboard_beside
 from skyrl.weight_check import fingerprint
 
 Prompts = tuple[Sequence[Prompt], Sequence[EvalSet]]  # to train on, and what is evaluated
+MakeEngine = Callable[[RunConfig, World, Plan], Any]  # what stands for an Engine in a run without a language model
 ENV_SECONDS = 6.0  # by which an environment's call may exceed env.timeout_seconds before it is a hang
 
 
@@ -72,14 +74,16 @@ def run_loop(
     supervised: bool = False,
     trains: bool = True,
     hooks: Sequence[Any] = (),
+    make: MakeEngine | None = None,
 ) -> dict[str, Any]:
     """The whole run: opened or resumed, `loop`, last checkpoint, export, curves. Every trainer is one call of this.
-    `supervised`: there is no RL in it. `trains`: False for an evaluation alone. `hooks`: see tracking/hooks.py.
+    `supervised`: there is no RL in it. `trains`: False for an evaluation alone. `hooks`: see tracking/hooks.py. `make`:
+    what owns the weights of a run without a language model, which has no chat and no prompts.
     Returns what result.json holds besides the numbers of metrics.jsonl.
 
     Raises StopRun, when all is saved, after a signal or at a deadline; UserError and RunError as what they call does.
     """
-    with open_run(cfg, supervised, trains) as run:
+    with open_run(cfg, supervised, trains, make) as run:
         try:
             run.take_hooks(hooks)
             options = cfg.dashboard if run.world.is_leader else DashboardConfig()
@@ -108,15 +112,20 @@ def _finish(run: Run) -> None:
     if run.drawing is not None:
         run.drawing.wait()  # an older picture must not come after the last one
     curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
-    accuracy = f"{state.accuracy:.3f}" if state.accuracy is not None else "not measured"
+    measured = state.score if cfg.trainer == "control" else state.accuracy
+    accuracy = f"{measured:.3f}" if measured is not None else "not measured"
     before = "before RL" if run.plan.phase == "rl" else "at first"
     first = f" ({before} {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
-    run.say(f"done: held-out accuracy {accuracy}{first}")
+    run.say(
+        f"done: {'held-out accuracy' if cfg.trainer != 'control' else cfg.checkpoint.best_metric} {accuracy}{first}"
+    )
     for line in run.left_out:
         run.say(f"  data        {line}")
     run.say(f"  run folder  {folder.path}")
     run.say(f"  curves      {curves}")
-    if cfg.checkpoint.export:
+    if cfg.checkpoint.export and cfg.trainer == "control":
+        run.say(f"  policy      {folder.export}   (skyrl.trainers.control.load_policy)")
+    elif cfg.checkpoint.export:
         loads = "ForSequenceClassification" if cfg.trainer == "reward_model" else "ForCausalLM"
         run.say(f"  model       {folder.export}   (transformers.AutoModel{loads}.from_pretrained)")
         if cfg.model.lora.rank:
@@ -141,14 +150,15 @@ def _how_trained(cfg: RunConfig, state: RunState) -> str:
     return "\n".join(["| | |", "|---|---|", *lines]) + "\n\n"
 
 
-def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True) -> Run:
-    """The run as it should go on: fresh, or resumed.
+def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make: MakeEngine | None = None) -> Run:
+    """The run as it should go on: fresh, or resumed. Arguments as of `run_loop`.
 
     Everything that can be refused is refused here, before the first step: plan, data, folder, model, checkpoint.
     """
     assert not cfg.dry_run, "main.py has planned it"
     world, sizes = meet(cfg)
-    made = partial(make_plan, cfg, world.size, model_sizes=sizes, device=world.choice, trains=trains)
+    given = sizes if make is None else None
+    made = partial(make_plan, cfg, world.size, model_sizes=given, device=world.choice, trains=trains)
     plan = agree(world, made)
     if plan.memory is not None:  # each rank has looked at its own GPU; the fullest decides for all
         keeps = all(gather_objects(world, plan.memory.keeps_sampling))
@@ -166,15 +176,22 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True) -> R
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
     watch.start()
     try:
-        chat = agree(world, lambda: chat_of(cfg))
-        chat.vocab_size = sizes.vocab_size
-        parts, held_out = agree(world, lambda: all_prompts(cfg, not trains))
+        chat, parts, held_out = None, dict[str, Sequence[Prompt]](), ""
+        if make is None:
+            chat = agree(world, lambda: chat_of(cfg))
+            chat.vocab_size = sizes.vocab_size
+            parts, held_out = agree(world, lambda: all_prompts(cfg, not trains))
         hosts, facts = compare_nodes(cfg, world, parts)
-        parts, left_out = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
-        left_out = [line for line in (held_out, *left_out) if line]
+        left_out = [held_out] if held_out else []
+        if chat is not None:
+            parts, told = _fitting_prompts(cfg, world, chat, plan.max_row_tokens, parts)
+            left_out += [line for line in told if line]
         cfg, plan = _with_epochs(cfg, plan, len(parts.get("train", ())))
-        sets, told = agree(world, lambda: named_sets(cfg, parts))
-        left_out += told
+        if make is None:
+            sets, told = agree(world, lambda: named_sets(cfg, parts))
+            left_out += told
+        else:  # what it plays stands for its prompts
+            sets = [EvalSet(own_set(cfg), [Prompt(cfg.control.env_id, cfg.trainer, [])], cfg.control.env_id)]
         folder = _claim_folder(cfg, world, hosts, facts)
         watch.claim()
     except UserError:
@@ -183,12 +200,13 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True) -> R
     try:
         info = on_leader(world, lambda: _checkpoint(cfg, folder))
         if world.is_leader:
-            more = [("data", line) for line in _about_data(parts, sets)]
+            more = [("data", line) for line in _about_data(parts, sets)] if chat is not None else []
             more += [*(("", line) for line in left_out), *_about_start(cfg, chat, folder, info, trains)]
             print(describe_start(cfg, plan, more, supervised=supervised, device_name=world.choice.name), flush=True)
-            for line in (*world.choice.notes, *chat.warnings()):
+            for line in (*world.choice.notes, *(chat.warnings() if chat is not None else ())):
                 print(f"warning: {line}", flush=True)
-        return _open(cfg, world, plan, chat, parts, sets, folder, watch, info, left_out, supervised)
+        engine = agree(world, lambda: (make or partial(make_engine, chat=chat))(cfg, world, plan))
+        return _open(engine, plan, parts, sets, folder, watch, info, left_out, supervised)
     except BaseException:
         folder.close()
         watch.disarm()
@@ -301,10 +319,8 @@ def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> 
 
 
 def _open(
-    cfg: RunConfig,
-    world: World,
+    engine: Engine,
     plan: Plan,
-    chat: Chat,
     parts: dict[str, Sequence[Prompt]],
     sets: Sequence[EvalSet],
     folder: RunFolder,
@@ -313,8 +329,9 @@ def _open(
     left_out: list[str],
     supervised: bool,
 ) -> Run:
-    engine = agree(world, lambda: make_engine(cfg, world, plan, chat))
-    agree(world, lambda: create_policy(engine, trainable=plan.trains))
+    cfg, world = plan.cfg, engine.world
+    if not engine.models:
+        agree(world, lambda: create_policy(engine, trainable=plan.trains))
     prompts = parts["train"] if "train" in parts else sets[0].prompts
     run = make_run(cfg, plan, engine, (prompts, sets), folder, watch)
     run.left_out, run.supervised = left_out, supervised
@@ -372,7 +389,7 @@ def _about_data(parts: dict[str, Sequence[Prompt]], sets: Sequence[EvalSet]) -> 
 
 
 def _about_start(
-    cfg: RunConfig, chat: Chat, folder: RunFolder, info: CheckpointInfo | None, trains: bool
+    cfg: RunConfig, chat: Chat | None, folder: RunFolder, info: CheckpointInfo | None, trains: bool
 ) -> list[tuple[str, str]]:
     """Lines of the table at the start: what is sampled how, and what is resumed."""
     sampler = cfg.sampler
@@ -385,6 +402,8 @@ def _about_start(
         elif not _is_own(info, folder) and _changes(cfg, info):
             what = "weights and optimizer state" if cfg.run.resume_optimizer else "weights"
             resumed = f"nothing: a new run with the {what} of {info.path} ({state.phase} step {state.global_step})"
+    if chat is None:
+        return [("resume", resumed)]
     return [
         ("sampler", f"backend {sampler.backend}, temperature {sampler.temperature:g}"),
         ("turns end", f"with {chat.describe_ends()}"),
@@ -450,7 +469,7 @@ def _start_tracking(run: Run, offset: int | None) -> None:
             run.history.add(record)
 
 
-def make_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat) -> Engine:
+def make_engine(cfg: RunConfig, world: World, plan: Plan, chat: Chat | None) -> Engine:
     """The engine of a plan, without a model."""
     return Engine(
         cfg,

@@ -30,9 +30,9 @@ from omegaconf import DictConfig
 import skyrl
 from skyrl import sweep
 from skyrl.config.args import expand_home
-from skyrl.config.eval_sets import evaluation_options
 from skyrl.config.load import (
     COMPOSE_ERRORS,
+    ENTRY_OPTIONS,
     VERSION_BASE,
     config_dir,
     explain,
@@ -309,8 +309,8 @@ class _Entry:
         # Without it Hydra prints its own error and exits; we want the exception, to say it in one line.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         flags, overrides = split_args(self.args)
-        if self.mode == "evaluate":
-            overrides = evaluation_options(overrides)
+        if self.mode in ENTRY_OPTIONS:
+            overrides = ENTRY_OPTIONS[self.mode](overrides)
         self.sweep = "-m" in flags or "--multirun" in flags
         if self.sweep and self.mode == "serve":
             raise UserError("-m: a server does not end by itself, so there is no sweep; start one at a time")
@@ -372,9 +372,11 @@ class _Entry:
 
             evaluates = self.mode == "evaluate"
             plan = dry_run(cfg, cfg.run.world_size or world_size(), trains=not evaluates)
+            lines, chat = list[str](), None
             # For another machine's plan the data need not be here.
             parts = partial(all_prompts, evaluates=evaluates)
-            lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size, prompts=parts)
+            if cfg.trainer != "control":
+                lines, chat = check_task(cfg, plan.max_row_tokens, files=not cfg.run.world_size, prompts=parts)
             with quiet_pipe():
                 if rank() == 0:
                     print(describe(cfg, plan, chat, supervised=cfg.trainer == "sft"), *lines, sep="\n", flush=True)

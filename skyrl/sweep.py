@@ -53,7 +53,8 @@ def play(cfg: RunConfig, mode: str, *, sweep: bool, hooks: Sequence[Any] = ()) -
         return done["accuracy"]
     start = time.time()
     told = run_trainer(mode, cfg, hooks)
-    accuracy = final_values(folder / "metrics.jsonl").get(OBJECTIVE)
+    last = final_values(folder / "metrics.jsonl")
+    accuracy = last.get(OBJECTIVE, last.get(cfg.checkpoint.best_metric))
     if leader and folder.is_dir():
         result = {
             "name": cfg.run.name,

@@ -37,6 +37,7 @@ from skyrl.config.options import (
     unknown_option,
 )
 from skyrl.config.schema import RunConfig, WarmupConfig
+from skyrl.config.trainers import control_options, with_control_steps
 from skyrl.config.validation import (
     CHOICES,
     check_serve,
@@ -60,6 +61,8 @@ TYPICAL_ROW = 1024
 MAX_SUFFIX = 120
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 3900  # of the 4096 for a file in it
+# Command -> from what was typed to the options that every command has.
+ENTRY_OPTIONS = {"evaluate": evaluation_options, "control": control_options}
 # Overrides that do not say what a run computes, or that its name already holds.
 UNNAMED = ("seed", "run", "tracking", "alerts", "dashboard", "experiment", "debug", "dry_run", "hydra", "trainer")
 
@@ -77,6 +80,8 @@ def _schema() -> DictConfig:
     _thaw(node)
     for free in (
         node.env.options,
+        node.control.env_kwargs,
+        node.control.policy_options,
         node.chat.template_kwargs,
         node.algorithm.advantage.params,
         node.algorithm.loss.params,
@@ -161,8 +166,8 @@ def load_config(overrides: Sequence[str] = (), *, mode: str = "train") -> RunCon
     Raises: UserError for an unknown option, group or recipe, or a value of the wrong type.
     """
     register_schema()
-    if mode == "evaluate":
-        overrides = evaluation_options(overrides)
+    if mode in ENTRY_OPTIONS:
+        overrides = ENTRY_OPTIONS[mode](overrides)
     overrides = [quote_text(override) for override in overrides]
     try:
         with initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
@@ -216,13 +221,17 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
     if cfg.trainer not in CHOICES["trainer"]:
         raise UserError(f"trainer={cfg.trainer}: choose one of: {', '.join(CHOICES['trainer'])}")
     command = mode
+    if mode == "control" and cfg.trainer != mode:
+        raise UserError(
+            f"trainer={cfg.trainer}: python -m skyrl.control is control; use a recipe of it, or skyrl.train"
+        )
     if mode == "sft" or (mode == "train" and cfg.trainer != "rl"):
         mode = "sft" if mode == "sft" else cfg.trainer
         cfg = dataclasses.replace(cfg, trainer=mode)
     for key in typed:
         if key in UNREAD[mode] or (key in {option.path for option in all_options()} and not reads(mode, key)):
             raise UserError(unknown_option(key, mode=mode))
-    cfg = with_params(cfg)
+    cfg = with_control_steps(with_params(cfg))
     if mode == "evaluate":
         cfg, overrides = _finish_evaluate(cfg, overrides)
     check_typed(cfg, typed)
@@ -314,7 +323,7 @@ def default_name(cfg: RunConfig, overrides: Sequence[str], *, mode: str = "train
     """
     typed = {key: value for key, value in typed_options(overrides).items() if key.split(".")[0] not in UNNAMED}
     kept = {key: hide_secrets(value, key) if key.startswith(ENV_OPTIONS) else value for key, value in typed.items()}
-    named = {"train": f"-{cfg.trainer}" * ("trainer" in typed_options(overrides))}.get(mode, f"-{mode}")
+    named = {"train": f"-{cfg.trainer}" * ("trainer" in typed_options(overrides)), "control": ""}.get(mode, f"-{mode}")
     name = f"{cfg.experiment}{named}-seed{cfg.seed}"
     if not kept:
         return name

@@ -43,6 +43,15 @@ EVALUATE_UNREAD = (
     "debug.check_replicas_every debug.check_weights_every tracking.rollouts_every trainer preference reward_model "
     "distill data.epochs"
 ).split()
+CONTROL_UNREAD = (
+    "service feedback model.path model.revision model.tokenizer model.chat_template model.trust_remote_code "
+    "model.head_dtype model.activation_checkpointing model.logits_chunk_tokens model.lora model.tiny sampler batch env "
+    "algorithm.kl algorithm.reference algorithm.self_imitation algorithm.filters algorithm.objectives "
+    "algorithm.critic.lr algorithm.critic.warmup_steps algorithm.loss.reduction algorithm.loss.correction "
+    "algorithm.loss.top_entropy algorithm.loss.recompute_old_logprobs data chat warmup preference reward_model distill "
+    "eval.num_prompts eval.samples_per_prompt eval.temperature eval.sets eval.k eval.group_by tracking.rollouts_every "
+    "debug.check_weights_every"
+).split()
 UNREAD: dict[str, Sequence[str]] = {
     "train": TRAIN_UNREAD,
     "sft": SFT_UNREAD,
@@ -50,6 +59,7 @@ UNREAD: dict[str, Sequence[str]] = {
     "serve": ("model.lora",),
     **dict.fromkeys(("dpo", "reward_model"), PAIRS_UNREAD),
     "distill": DISTILL_UNREAD,
+    "control": CONTROL_UNREAD,
 }
 # Names of an earlier release -> the ones of today. They are refused with the new name.
 RENAMED = {
@@ -93,22 +103,13 @@ def reads(mode: str, path: str) -> bool:
 def _docstrings() -> dict[tuple[str, str], str]:
     """(class, field) -> the string literal that follows the field, in one line."""
     found: dict[tuple[str, str], str] = {}
-    for node in (
-        node
-        for part in (schema, schema_policy, schema_server, trainers)
-        for node in ast.parse(inspect.getsource(part)).body
-    ):
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for item, after in zip(node.body, node.body[1:] + [None], strict=True):
-            if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
-                continue
-            if (
-                isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-                and isinstance(after.value.value, str)
-            ):
-                found[node.name, item.target.id] = " ".join(after.value.value.split())
+    parts = (schema, schema_policy, schema_server, trainers)
+    nodes = (node for part in parts for node in ast.parse(inspect.getsource(part)).body)
+    for node in (node for node in nodes if isinstance(node, ast.ClassDef)):
+        for item, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
+                if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                    found[node.name, item.target.id] = " ".join(after.value.value.split())
     return found
 
 
@@ -201,7 +202,7 @@ def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train"
     known = {option.path for option in all_options()} | set(groups())
     if path in known and not reads(mode, path):
         own = {"batch.num_steps": "warmup.num_steps", "optim.lr": "warmup.lr"}.get(path, "") if mode == "sft" else ""
-        who = f"skyrl.{mode}" if mode in ("train", "sft", "evaluate", "serve") else f"trainer={mode}"
+        who = f"skyrl.{mode}" if mode in ("train", "sft", "evaluate", "serve", "control") else f"trainer={mode}"
         return f"{path}: {who} does not read it; " + (f"its own is {own}" if own else "leave it out")
     meant = suggest(path, folders, mode)
     return f"{path}: no such option; " + (f"did you mean {meant}?" if meant else "--help lists all options")

@@ -310,6 +310,59 @@ class EnvConfig:
 
 
 @dataclass(frozen=True)
+class ControlConfig:
+    """Classic control, games and robots from Gymnasium (trainer=control). A step of the loop is n_envs * n_steps steps
+    of environments, from which is learned in minibatches, `epochs` times."""
+
+    env_id: str = ""
+    """The environment's registered id: CartPole-v1, HalfCheetah-v5, ALE/Pong-v5, or module:Name-v0."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of gymnasium.make for it."""
+    n_envs: int = 8
+    """Environments that are stepped together, over all ranks."""
+    vectorization: str = "sync"
+    """sync: a rank's environments in its own process; async: each in a process beside it, where a step takes long."""
+    max_episode_steps: int = 0
+    """Steps after which an episode is cut; 0 = as the environment is registered."""
+    preprocess: str = "none"
+    """none, or atari: the standard wrappers of Atari games."""
+    frame_size: int = 84
+    """atari: pixels on each side of a frame."""
+    frame_stack: int = 1
+    """Observations that the policy sees at a time, the newest last."""
+    normalize_observations: bool = False
+    """Subtracts the running mean of observations and divides by their running standard deviation, over all ranks."""
+    normalize_rewards: bool = False
+    """Divides rewards by the running standard deviation of the discounted return, over all ranks."""
+    total_steps: int = 100_000
+    """Steps of environments in the run, rounded up to whole steps of the loop."""
+    n_steps: int = 256
+    """Steps of each environment in a step of the loop."""
+    minibatch_size: int = 64
+    """Steps that one optimizer step learns from, over all ranks; divides n_envs * n_steps."""
+    epochs: int = 10
+    """Passes over the n_envs * n_steps steps; 1 with minibatch_size = n_envs * n_steps is A2C."""
+    value_coef: float = 1.0
+    """Weight of the value loss, which is half the squared error: 1 is vf_coef=0.5 elsewhere."""
+    target_kl: float = 0.0
+    """A step of the loop ends when a minibatch's approximate KL is 1.5 times this; 0 = never."""
+    policy: str = "mlp"
+    """mlp, cnn, recurrent, or a plugin's (register_policy)."""
+    policy_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the policy; an unknown one is refused."""
+    critic: str = ""
+    """Policy whose kind the critic is of, where the policy returns no values itself; "" = the policy's own."""
+    squash: bool = False
+    """Continuous actions are the tanh of a normal number, within their bounds, instead of one clipped to them."""
+    initial_std: float = 1.0
+    """Standard deviation of continuous actions at first."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation, with the likeliest actions."""
+    record_every: int = 0
+    """Evaluations between recorded episodes, in <run folder>/episodes; 0 = none."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where prompts come from. Environments that make their own need nothing here."""
 
@@ -507,7 +560,7 @@ class RunConfig:
     dry_run: bool = False
     """Checks the plan, prints it with a memory estimate, and stops."""
     trainer: str = "rl"
-    """rl, sft (as skyrl.sft), dpo (preferences), reward_model or distill."""
+    """rl, sft (as skyrl.sft), dpo (preferences), reward_model, distill, or control (Gymnasium, as skyrl.control)."""
     experiment: str = "arithmetic"
     """Set by the recipes in conf/experiment; names the run."""
     plugins: list[str] = field(default_factory=list)
@@ -527,6 +580,7 @@ class RunConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from skyrl.config.schema_server import PathStr
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from skyrl.config.schema import RunConfig
 
 CHOICES = {
-    "trainer": ("rl", "sft", "dpo", "reward_model", "distill"),
+    "trainer": ("rl", "sft", "dpo", "reward_model", "distill", "control"),
+    "control.vectorization": ("sync", "async"),
+    "control.preprocess": ("none", "atari"),
     "preference.loss": ("dpo", "ipo", "simpo", "orpo", "kto"),
 }
 # Path or group -> (where it has an effect, what that is in words), as in validation.py.
@@ -29,6 +31,8 @@ APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     ),
     "reward_model": (lambda cfg: cfg.trainer == "reward_model", "with trainer=reward_model"),
     "distill": (lambda cfg: cfg.trainer == "distill", "with trainer=distill"),
+    "control": (lambda cfg: cfg.trainer == "control", "with trainer=control"),
+    "control.frame_size": (lambda cfg: cfg.control.preprocess == "atari", "with control.preprocess=atari"),
 }
 
 
@@ -72,6 +76,20 @@ class DistillConfig:
     """Between KL(teacher || student), 0, and KL(student || teacher), 1: the generalised Jensen-Shannon divergence."""
     teacher_top_k: int = 0
     """The teacher's likeliest tokens that are told apart, the rest counting as one; 0 = the whole vocabulary."""
+
+
+def control_options(overrides: Sequence[str]) -> list[str]:
+    """What was typed for skyrl.control, with env=<id> as control.env_id; without a recipe that of the same name."""
+    found = [f"control.env_id={one[4:]}" if one.startswith("env=") else one for one in overrides]
+    return found if any(one.startswith("experiment=") for one in found) else ["experiment=control", *found]
+
+
+def with_control_steps(cfg: RunConfig) -> RunConfig:
+    """`cfg` with the steps of the loop that control.total_steps are; of another trainer itself."""
+    if cfg.trainer != "control":
+        return cfg
+    steps = -(-cfg.control.total_steps // max(1, cfg.control.n_envs * cfg.control.n_steps))
+    return replace(cfg, batch=replace(cfg.batch, num_steps=max(1, steps)))
 
 
 def problems(cfg: RunConfig) -> Iterator[str]:

@@ -68,13 +68,14 @@ AT_LEAST_ONE = (
     "algorithm.self_imitation.size algorithm.self_imitation.rows_per_step "
     "warmup.rows_per_step run.collective_timeout_seconds run.join_seconds service.max_models "
     "service.max_resident_models service.max_rank service.max_queued_samples service.max_request_mib "
-    "service.max_tokens_per_request feedback.rate_per_minute"
+    "service.max_tokens_per_request feedback.rate_per_minute control.n_envs control.n_steps control.minibatch_size "
+    "control.total_steps control.epochs control.eval_episodes control.frame_stack control.frame_size"
 ).split()
 ABOVE_ZERO = (
     "model.lora.alpha optim.lr optim.eps algorithm.loss.correction_cap algorithm.loss.top_entropy algorithm.kl.horizon "
     "algorithm.critic.lr sampler.top_p warmup.lr env.timeout_seconds service.gap_seconds service.slice_seconds "
     "feedback.max_seconds "
-    "feedback.reward_limit feedback.max_share"
+    "feedback.reward_limit feedback.max_share control.initial_std"
 ).split()
 NO_LENGTH = (
     "sampler.max_new_tokens: has no default for a task of your own; give the most tokens that one answer may have (64 "
@@ -284,10 +285,10 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
             f"strategy.shard_size={shards}: does not divide the {world_size} ranks; give a divisor of {world_size}, or "
             f"start a multiple of {shards} processes"
         )
-    prompts = cfg.batch.prompts_per_step
-    if prompts < world_size:
+    path = "control.n_envs" if cfg.trainer == "control" else "batch.prompts_per_step"
+    if option(cfg, path) < world_size:
         raise UserError(
-            f"batch.prompts_per_step={prompts}: fewer than the {world_size} ranks, so some would have nothing to do; "
+            f"{path}={option(cfg, path)}: fewer than the {world_size} ranks, so some would have nothing to do; "
             f"give at least {world_size}, or start fewer processes"
         )
 
@@ -466,7 +467,7 @@ def ignored_on_resume(path: str, schedule: str) -> bool:
     They change where or how fast, not what is computed. batch.num_steps may, if no learning rate depends on it
     (`schedule` is optim.schedule).
     """
-    if path == "batch.num_steps":
+    if path in ("batch.num_steps", "control.total_steps"):
         return schedule == "constant"
     return path.startswith(RESUME_GROUPS) or path in RESUME_OPTIONS
 
@@ -477,5 +478,5 @@ RESUME_OPTIONS = frozenset(
     "batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "
     "sampler.prefix_cache sampler.cuda_graphs sampler.keep_memory debug.check_replicas_every "
-    "debug.check_weights_every".split()
+    "debug.check_weights_every control.vectorization control.record_every".split()
 )

@@ -36,14 +36,16 @@ POLICIES: Registry[Callable[[], Any]] = Registry("policy")
 
 
 def register_policy(name: str) -> Callable[[Any], Any]:
-    """Decorator: makes a Policy, or a function that returns what `Policy.load` does, known as model.path=<name>.
+    """Decorator: makes a Policy, or a function that returns what `Policy.load` does, known as model.path=<name>; or a
+    torch.nn.Module class, or a function that makes one of two spaces, as control.policy=<name>: docs/control.md.
 
-    Raises UserError for a name that is taken and for anything else than a class with `load` or a function.
+    Raises UserError for a name that is taken and for anything else than such a class or a function.
     """
 
     def keep(thing: Any) -> Any:
-        if not callable(thing) or (isinstance(thing, type) and not hasattr(thing, "load")):
-            raise UserError(f"register_policy({name!r}): {thing!r} is no subclass of skyrl.Policy and no function")
+        known = not isinstance(thing, type) or hasattr(thing, "load") or hasattr(thing, "forward")
+        if not (callable(thing) and known):
+            raise UserError(f"register_policy({name!r}): {thing!r} is no skyrl.Policy, torch.nn.Module or function")
         return POLICIES.register(name)(thing)
 
     return keep

@@ -23,7 +23,7 @@ from skyrl.main import run_entry
 from skyrl.types import UserError
 
 AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
-MODES = ("train", "sft", "evaluate", "serve")
+MODES = ("train", "sft", "control", "evaluate", "serve")
 BIND, CACHE, WARM = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE"
 # Variables of libraries that say where they keep compiled kernels, and our names of these folders. On a shared file
 # system they slow down or break the ranks of other nodes.

@@ -15,6 +15,7 @@ from skyrl.algorithms.losses import check_spec
 from skyrl.config import policy_rules, validation
 from skyrl.config.eval_sets import longest_answer
 from skyrl.config.schema import AlgorithmConfig, CriticConfig, OptimConfig, RunConfig
+from skyrl.planner.control import control_problems, describe_control, find_environment
 from skyrl.planner.device import DeviceChoice, choose, look
 from skyrl.planner.memory import (
     GIB,
@@ -170,7 +171,11 @@ def make_plan(
     """
     validation.check(cfg)
     validation.check_world(cfg, world_size)
+    for problem in control_problems(cfg) if cfg.trainer == "control" else ():
+        raise UserError(problem)
     if not cfg.run.world_size:  # else the plan is for another machine
+        if cfg.trainer == "control":
+            find_environment(cfg)
         validation.check_machine(cfg)
         policy_rules.check_packages(cfg)
     choice = device if isinstance(device, DeviceChoice) else _device(cfg, device or "")
@@ -252,7 +257,9 @@ def _check_against_model(cfg: RunConfig, sizes: ModelSizes, dtype: str) -> None:
 
 def dry_run(cfg: RunConfig, world_size: int, *, trains: bool = True) -> Plan:
     """The plan, with everything checked that can be checked without building. Raises UserError."""
-    make_plan(cfg, world_size)  # the rules first: a model may take a while to look at
+    plan = make_plan(cfg, world_size)  # the rules first: a model may take a while to look at
+    if cfg.trainer == "control":
+        return plan
     return make_plan(cfg, world_size, model_sizes=model_sizes(cfg), trains=trains)
 
 
@@ -309,8 +316,10 @@ def describe_start(
     cfg: RunConfig, plan: Plan, more: list[tuple[str, str]], *, supervised: bool, device_name: str
 ) -> str:
     """The same for a run that begins: its memory in one line, and what only a run knows (`more`)."""
-    assert plan.sizes is not None  # a run has looked at its model
-    lines = [*_describe_run(cfg, plan, supervised, device_name), _describe_model(plan, plan.sizes)]
+    lines = _describe_run(cfg, plan, supervised, device_name)
+    if plan.sizes is None:  # no language model
+        return _as_table([*lines, *more])
+    lines.append(_describe_model(plan, plan.sizes))
     lines += [*_describe_adapter(plan, plan.sizes), ("memory", describe_peak(plan)), *more]
     return _as_table(lines)
 
@@ -320,6 +329,9 @@ def _as_table(lines: list[tuple[str, str]]) -> str:
 
 
 def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str = "") -> list[tuple[str, str]]:
+    head = [("run", f"{cfg.run.name} in {cfg.run.dir}"), ("ranks", describe_ranks(plan, device_name))]
+    if cfg.trainer == "control":
+        return [*head, *describe_control(cfg)]
     longest = f"at most {plan.max_row_tokens} tokens" if plan.max_row_tokens else "the limit of the model"
     steps = f"{cfg.warmup.num_steps} SFT steps x {cfg.warmup.rows_per_step} rows" if cfg.warmup.num_steps else "none"
     if supervised and cfg.warmup.num_steps:
@@ -327,12 +339,7 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
         what = [("SFT", steps), ("lr", f"{first:.3g} first, {cfg.warmup.lr:.3g} peak, {last:.3g} last")]
     else:
         what = [*_describe_rl(cfg, plan), ("warm-up", steps)] if plan.trains else []
-    return [
-        ("run", f"{cfg.run.name} in {cfg.run.dir}"),
-        ("ranks", describe_ranks(plan, device_name)),
-        *what,
-        ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn"),
-    ]
+    return [*head, *what, ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn")]
 
 
 def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:

@@ -42,6 +42,15 @@ _COLUMNS = {
         Column("gap", 7, ("logprob_gap:mean",), "{:.1e}", 3),
         _SPEED,
     ),
+    "control": (
+        Column("reward", 9, ("reward:mean",), "{:,.1f}", 0),
+        Column("held-out", 9, ("eval/reward:mean",), "{:,.1f}", 0),
+        Column("length", 7, ("length:mean",), "{:,.1f}", 1),
+        _ENTROPY,
+        Column("KL", 7, ("approx_kl:mean",), "{:.1e}", 2),
+        _GRADIENT,
+        Column("steps/s", 8, ("speed/env_steps_per_second:mean",), "{:,.0f}", 2),
+    ),
     **dict.fromkeys(("warmup", "sft", "dpo", "reward_model", "distill"), _SUPERVISED),
 }
 _LEFT = 7

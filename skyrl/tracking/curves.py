@@ -45,6 +45,10 @@ class _Panel:
 
 
 _REWARD = _Panel("Reward, and its spread within groups", (("mean", ("reward:mean",), "#2563eb"),))
+_RETURN = _Panel(
+    "Return of an episode",
+    (("training", ("reward:mean",), "#2563eb"), ("held-out", ("eval/reward:mean",), "#059669")),
+)
 _LOSSES = ("loss:mean", "distill/divergence:mean", "nll:mean", "loss:sum")
 _LOSS = _Panel("Loss (supervised steps: nats per token)", (("loss", _LOSSES, "#7c3aed"),))
 _PANELS = (
@@ -101,7 +105,8 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
     figure.subplots_adjust(left=0.04, right=0.96, top=0.89, bottom=0.075, wspace=0.24, hspace=0.29)
     FigureCanvasAgg(figure)  # no window, no global state, whatever backend the user has set
     xs = [shorten(x) for x in positions]
-    for axes, panel in zip(figure.subplots(2, 4).flat, (_REWARD if learned else _LOSS, *_PANELS), strict=True):
+    first = _RETURN if records[-1]["phase"] == "control" else _REWARD if learned else _LOSS
+    for axes, panel in zip(figure.subplots(2, 4).flat, (first, *_PANELS), strict=True):
         _draw(axes, panel, records, xs)
         _style(axes, panel, spans, shorten)
     title = title or ": ".join(filter(None, (_whose(metrics), _summary(records))))

@@ -159,7 +159,7 @@ def plan(mode: str, args: tuple[str, ...], ranks: int) -> None:
     ranks = cfg.run.world_size or ranks
     cfg = dataclasses.replace(cfg, dry_run=True, run=dataclasses.replace(cfg.run, world_size=ranks))
     made = make_plan(cfg, ranks)
-    if mode != "serve":
+    if mode != "serve" and cfg.trainer != "control":
         check_task(cfg, made.max_row_tokens, files=False)
 
 
@@ -181,7 +181,11 @@ def check(words: list[str], needs: list[str], ranks: int = 1) -> None:
         check(rest[at:] if rest[at] in ("skyrl-tx", "python") else ["python", *rest[at:]], needs, ranks)
     elif name == "python" and "--help" in rest:
         pass  # tests/config/test_entry.py
-    elif name == "python" and rest[0] == "-m" and (mode := re.fullmatch(r"skyrl\.(train|sft|evaluate|serve)", rest[1])):
+    elif (
+        name == "python"
+        and rest[0] == "-m"
+        and (mode := re.fullmatch(r"skyrl\.(train|sft|control|evaluate|serve)", rest[1]))
+    ):
         if not (mode[1] == "evaluate" and "run" in needs):  # whose options the run has
             plan(mode[1], tuple(rest[2:]), ranks)
     elif name == "python" and rest[0] == "-m":
@@ -211,7 +215,7 @@ def check(words: list[str], needs: list[str], ranks: int = 1) -> None:
 
 def skyrl_tx(name: str, rest: list[str], needs: list[str]) -> None:
     assert name in cli.COMMANDS, name
-    if name in ("train", "sft", "evaluate", "serve"):
+    if name in ("train", "sft", "control", "evaluate", "serve"):
         plan(name, tuple(rest), 1)
     elif name == "launch":
         flags = command.parser().parse_args(rest[: rest.index("--")])

@@ -1,0 +1,200 @@
+"""PPO on Gymnasium environments beside stable-baselines3's: the same hyperparameters, environments and evaluations.
+
+curves: each seed is trained by both; every so many steps ten episodes are played with the likeliest actions. speed:
+steps of environments per second of training, in turns in one process, and on two ranks. Needs the extras `control` and
+`benchmarks`.
+
+    python benchmarks/control.py curves cartpole --seeds 5 --write
+    python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --write
+    python benchmarks/control.py speed --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from common import ROOT, write
+
+from skyrl.config.load import load_config
+from skyrl.config.schema import RunConfig
+from skyrl.run_dir import read_metrics
+from skyrl.trainers.control import control
+
+EPISODES = 10
+COLOURS = {"skyrl": "#2563eb", "stable-baselines3": "#d97706"}
+
+
+def options(recipe: str, steps: int, seed: int, folder: str, every: int) -> list[str]:
+    """The command line of one run of ours, without what costs time beside training."""
+    return [
+        f"experiment={recipe}", f"control.total_steps={steps}", f"seed={seed}", f"run.dir={folder}", "run.threads=1",
+        f"eval.every_steps={every}", f"control.eval_episodes={EPISODES}", "checkpoint.every_steps=0",
+        "checkpoint.export=false", "checkpoint.keep_best=false", "tracking.console=off", "tracking.system=false",
+    ]  # fmt: skip
+
+
+def ours(recipe: str, steps: int, seed: int, every: int) -> dict[str, Any]:
+    """Steps, mean returns of the evaluations, and steps per second without these."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = load_config(options(recipe, steps, seed, f"{folder}/run", every), mode="control")
+        control(cfg)
+        records = read_metrics(Path(folder, "run", "metrics.jsonl"))
+    batch = cfg.control.n_envs * cfg.control.n_steps
+    found = [(r["step"] * batch, r["eval/reward:mean"]) for r in records if "eval/reward:mean" in r and r["step"]]
+    speed = statistics.median(r["speed/env_steps_per_second:mean"] for r in records if r["step"])
+    return {
+        "steps": [s for s, _ in found],
+        "returns": [round(v, 2) for _, v in found],
+        "steps_per_second": round(speed),
+    }
+
+
+def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, Any]:
+    """The same of stable-baselines3's PPO, whose defaults are set to the options of `cfg`."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+
+    c, gae = cfg.control, cfg.algorithm.advantage.params
+    env: Any = make_vec_env(c.env_id, c.n_envs, seed=seed)
+    held: Any = make_vec_env(c.env_id, 1, seed=seed + 10_000)
+    if c.normalize_observations or c.normalize_rewards:
+        given = {"norm_obs": c.normalize_observations, "gamma": gae["gamma"]}
+        env = VecNormalize(env, norm_reward=c.normalize_rewards, **given)
+        held = VecNormalize(held, norm_reward=False, training=False, **given)
+    model = PPO(
+        "MlpPolicy", env, learning_rate=cfg.optim.lr, n_steps=c.n_steps, batch_size=c.minibatch_size, n_epochs=c.epochs,
+        gamma=gae["gamma"], gae_lambda=gae["lam"], clip_range=cfg.algorithm.loss.params["clip_high"],
+        ent_coef=cfg.algorithm.loss.entropy_coef, vf_coef=0.5 * c.value_coef, max_grad_norm=cfg.optim.grad_clip_norm,
+        seed=seed, device="cpu",
+    )  # fmt: skip
+    found: list[tuple[int, float]] = []
+    spent = 0.0
+
+    class Evaluate(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:  # an iteration has been learned from, but for the first time
+            nonlocal spent
+            begun, batch = time.perf_counter(), c.n_envs * c.n_steps
+            if self.num_timesteps and self.num_timesteps // batch % every == 0:
+                measure(self.num_timesteps)
+            spent += time.perf_counter() - begun
+
+    def measure(at: int) -> None:
+        if isinstance(env, VecNormalize):
+            sync_envs_normalization(env, held)
+        found.append((at, float(evaluate_policy(model, held, EPISODES, deterministic=True, warn=False)[0])))
+
+    begun = time.perf_counter()
+    model.learn(steps, callback=Evaluate())
+    speed = model.num_timesteps / (time.perf_counter() - begun - spent)
+    if not found or found[-1][0] != model.num_timesteps:
+        measure(model.num_timesteps)
+    return {
+        "steps": [s for s, _ in found],
+        "returns": [round(v, 2) for _, v in found],
+        "steps_per_second": round(speed),
+    }
+
+
+def curves(recipe: str, steps: int, seeds: int) -> dict[str, Any]:
+    """Both on each seed, in turns."""
+    cfg = load_config([f"experiment={recipe}"], mode="control")
+    batch = cfg.control.n_envs * cfg.control.n_steps
+    every = max(1, steps // batch // 20)
+    runs: dict[str, list[dict[str, Any]]] = {"skyrl": [], "stable-baselines3": []}
+    for seed in range(1, seeds + 1):
+        runs["skyrl"].append(ours(recipe, steps, seed, every))
+        runs["stable-baselines3"].append(reference(cfg, steps, seed, every))
+        print(
+            seed,
+            {name: (one[-1]["returns"][-1], one[-1]["steps_per_second"]) for name, one in runs.items()},
+            flush=True,
+        )
+    last = {name: [one["returns"][-1] for one in found] for name, found in runs.items()}
+    told: dict[str, Any] = {"env": cfg.control.env_id, "total_steps": steps, "seeds": seeds, "runs": runs}
+    told["final_mean"] = {name: round(statistics.fmean(values), 1) for name, values in last.items()}
+    if recipe == "cartpole":
+        told["first_at_475"] = {
+            name: [next((at for at, v in zip(one["steps"], one["returns"], strict=True) if v >= 475), None)
+                   for one in found]
+            for name, found in runs.items()
+        }  # fmt: skip
+    return told
+
+
+def draw(told: dict[str, Any], path: Path) -> None:
+    """Mean and range over seeds of both, as an SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, found in told["runs"].items():
+        values = np.array([one["returns"] for one in found])
+        axes.fill_between(found[0]["steps"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.18, lw=0)
+        axes.plot(found[0]["steps"], values.mean(0), color=COLOURS[name], label=f"{name}, {len(found)} seeds")
+    axes.set(title=told["env"], xlabel="steps of environments", ylabel="return, 10 greedy episodes")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def speed(rounds: int, steps: int) -> dict[str, Any]:
+    """Medians over rounds in which both are run in turns, and of our own on two ranks."""
+    told: dict[str, Any] = {}
+    for recipe in ("cartpole", "halfcheetah", "hopper"):
+        cfg = load_config([f"experiment={recipe}"], mode="control")
+        found: dict[str, list[int]] = {"skyrl": [], "stable-baselines3": [], "skyrl, two ranks": []}
+        for seed in range(rounds):
+            found["skyrl"].append(ours(recipe, steps, seed, 10**6)["steps_per_second"])
+            found["stable-baselines3"].append(reference(cfg, steps, seed, 10**6)["steps_per_second"])
+            with tempfile.TemporaryDirectory() as folder:
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "skyrl.control"]
+                line = [*torchrun, *options(recipe, steps, seed, f"{folder}/run", 10**6)]
+                subprocess.run(line, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+                records = read_metrics(Path(folder, "run", "metrics.jsonl"))
+                rates = [r["speed/env_steps_per_second:mean"] for r in records if r["step"]]
+                found["skyrl, two ranks"].append(round(statistics.median(rates)))
+        told[recipe] = {name: {"median": statistics.median(rates), "all": rates} for name, rates in found.items()}
+        print(recipe, json.dumps(told[recipe]), flush=True)
+    return told
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("curves", "speed"))
+    p.add_argument("recipe", nargs="?", default="cartpole")
+    p.add_argument("--steps", type=int, default=60_000)
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--write", action="store_true")
+    given = p.parse_args()
+    torch.set_num_threads(1)
+    gym.logger.min_level = gym.logger.ERROR
+    if given.what == "speed":
+        told = speed(3, given.steps if given.steps != 60_000 else 16_384)
+    else:
+        told = curves(given.recipe, given.steps, given.seeds)
+    print(json.dumps({key: value for key, value in told.items() if key != "runs"}))
+    if given.write:
+        write("control_speed" if given.what == "speed" else f"control_{given.recipe}", told)
+        if given.what == "curves":
+            draw(told, ROOT / "docs" / "images" / f"control_{given.recipe}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Reinforcement learning in Gymnasium environments; see README.md here."""
+
+from skyrl.trainers.control.engine import load_policy
+from skyrl.trainers.control.train import control, train_control
+
+__all__ = ["control", "load_policy", "train_control"]

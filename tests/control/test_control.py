@@ -1,0 +1,276 @@
+"""trainer=control: learning, resume, ranks, statistics, and what is refused before the first step."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from skyrl.checkpoint.folder import latest
+from skyrl.config.load import config_dir, load_config
+from skyrl.planner.plan import describe, dry_run, make_plan
+from skyrl.run_dir import read_metrics
+from skyrl.types import UserError
+
+gym = pytest.importorskip("gymnasium", reason="the extra `control` is not installed")
+
+from skyrl.trainers.control import control, load_policy  # noqa: E402
+from skyrl.trainers.control.environments import KeyedEnv, make_env, make_envs  # noqa: E402
+from skyrl.trainers.control.normalize import RunningMoments, discounted_sums  # noqa: E402
+from skyrl.trainers.control.policies import make_actor_critic  # noqa: E402
+from skyrl.trainers.control.train import minibatches  # noqa: E402
+
+SMALL = [
+    "control.n_envs=4", "control.n_steps=32", "control.minibatch_size=32", "control.epochs=2",
+    "control.eval_episodes=3", "eval.every_steps=0", "checkpoint.every_steps=0", "checkpoint.export=false",
+    "checkpoint.async_save=false", "tracking.console=off", "tracking.system=false", "run.threads=1",
+]  # fmt: skip
+RECIPES = [path.stem for path in (config_dir() / "experiment").glob("*.yaml") if "control" in path.read_text().split()]
+
+
+class Walk(gym.Env):
+    """A walk of two places: a reward is what was stepped, and 7 steps are an episode's limit."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+    def __init__(self, odd=""):
+        self.odd = odd
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(size=2) * 5 + 100
+        return self.place.copy(), {}
+
+    def step(self, action):
+        self.place = self.place + float(action[0]) + self.np_random.normal(size=2) * 0.1
+        seen = self.place * np.nan if self.odd == "broken" else self.place.copy()
+        return seen, float(action[0]), bool(self.np_random.random() < 0.05), False, {}
+
+
+class Pair(Walk):
+    observation_space = gym.spaces.Dict({"place": gym.spaces.Box(-1, 1, (2,))})
+
+
+class Told(Walk):
+    action_space = gym.spaces.Text(3)
+
+
+for name, kind in (("Walk-v0", Walk), ("Pair-v0", Pair), ("Told-v0", Told)):
+    gym.register(f"skyrl-test/{name}", kind, max_episode_steps=7)
+WALK = ["env=skyrl-test/Walk-v0", "control.normalize_observations=true", "control.normalize_rewards=true"]
+
+
+def run(folder, *options, mode="control"):
+    cfg = load_config([*SMALL, f"run.dir={folder}", *options], mode=mode)
+    told = control(cfg)
+    return told, read_metrics(folder / "metrics.jsonl")
+
+
+def weights(folder):
+    """The weights and statistics of the newest checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    path = latest(folder / "checkpoints").path
+    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(one.size, dtype=one.properties.dtype)
+        for name, one in known.items()
+        if isinstance(one, TensorStorageMetadata)
+    }
+    dcp.load(found, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return found
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name, one in a.items():
+        gap = float((one.double() - b[name].double()).abs().max()) if one.numel() else 0.0
+        assert gap <= tolerance, (name, gap)
+
+
+def test_cartpole_is_learned(tmp_path):
+    """Training episodes grow from 20 steps to more than 60 within 6,144 steps of environments: some seconds."""
+    _, records = run(
+        tmp_path, "env=CartPole-v1", "control.n_envs=8", "control.n_steps=128", "control.minibatch_size=128",
+        "control.epochs=5", "optim.lr=2e-3", "control.total_steps=6_144",
+    )  # fmt: skip
+    assert records[1]["reward:mean"] < 35 and records[-1]["reward:mean"] > 60
+    assert sum(record.get("env_steps:sum", 0) for record in records) == 6_144
+
+
+@pytest.mark.parametrize("more", [[], ["control.squash=true", "algorithm.loss.entropy_coef=0.01"]])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, more):
+    """Statistics, episodes under way and draws included: bit for bit."""
+    steps = 4 * 32
+    run(tmp_path / "whole", *WALK, *more, f"control.total_steps={4 * steps}")
+    run(tmp_path / "parts", *WALK, *more, f"control.total_steps={2 * steps}")
+    run(tmp_path / "parts", *WALK, *more, f"control.total_steps={4 * steps}")
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_statistics_of_another_environment_are_refused(tmp_path):
+    run(tmp_path / "walk", *WALK, "control.total_steps=128")
+    gym.register("skyrl-test/Other-v0", Walk, max_episode_steps=7)
+    child = [f"run.resume={tmp_path / 'walk'}", "control.total_steps=128", "env=skyrl-test/Other-v0"]
+    with pytest.raises(UserError, match="the running statistics of another environment; set control.normalize_obs"):
+        run(tmp_path / "child", *WALK, *child)
+    run(tmp_path / "plain", *child)  # without normalisation it begins with the weights
+
+
+def test_export_plays_as_the_run_does(tmp_path):
+    run(tmp_path, *WALK, "control.total_steps=128", "checkpoint.export=true")
+    play, env = load_policy(tmp_path / "export"), Walk()
+    observation, _ = env.reset(seed=1)
+    action = play(observation)
+    assert action.shape == (1,) and action.dtype == np.float32 and np.isfinite(action).all()
+    found = weights(tmp_path)
+    mean = found["statistics/observations_mean"]
+    assert float((mean - 100).abs().max()) < 20  # places begin at 100
+    with pytest.raises(UserError, match="give the folder `export` of a run"):
+        load_policy(tmp_path / "nowhere")
+
+
+def test_minibatches_are_disjoint_and_keyed():
+    parts = minibatches(1, 2, 3, 24, 6)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(24)) and len(parts) == 4
+    again = minibatches(1, 2, 3, 24, 6)
+    assert all((a == b).all() for a, b in zip(parts, again, strict=True))
+    assert any((a != b).any() for a, b in zip(parts, minibatches(1, 2, 4, 24, 6), strict=True))
+    whole = minibatches(1, 2, 3, 24, 12, unit=6)  # 6 steps of 4 environments: two environments in each
+    assert all(len(set((part % 4).tolist())) == 2 and len(part) == 12 for part in whole)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    rng = np.random.default_rng(0)
+    values = rng.normal(1e4, 0.1, (300, 3))
+    parts = RunningMoments((3,))
+    for part in np.split(values, [7, 50, 51]):
+        parts.update(part, lambda x: x)
+    np.testing.assert_allclose(parts.std, values.std(0), rtol=1e-3)
+    np.testing.assert_allclose(parts.mean, values.mean(0), rtol=1e-6)
+    done = np.array([[False], [True], [False]])
+    sums = discounted_sums(np.ones((3, 1)), done, np.array([2.0]), 0.5)
+    assert sums.ravel().tolist() == [2.0, 2.0, 1.0]
+
+
+def test_an_episode_follows_from_its_key_and_its_actions_alone():
+    cfg = load_config([*SMALL, *WALK], mode="control")
+    envs, alone = make_envs(cfg, [0, 3]), make_env(cfg, 3)
+    first, _ = envs.reset()
+    assert (alone.reset()[0] == first[1]).all()
+    for _ in range(10):  # an episode ends after 7
+        action = np.full((2, 1), 0.5, np.float32)
+        seen = envs.step(action)[0]
+    episode, taken = envs.call("progress")[1]
+    assert episode >= 1
+    back = KeyedEnv(Walk(), alone.key)
+    assert (back.reset(options={"progress": {3: (episode, taken)}})[0] == seen[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["env=CartPole-v9"], "control.env_id=CartPole-v9: no environment of this id is registered; did you mean"),
+        (["control.total_steps=9"], "control.env_id: no environment is named"),
+        (["env=nowhere:Walk-v0"], "control.env_id=nowhere:Walk-v0: nowhere cannot be imported"),
+        (["env=CartPole-v1", "control.minibatch_size=48"], "does not divide control.n_envs * control.n_steps"),
+        (["env=CartPole-v1", "control.n_envs=1", "world=2"], "control.n_envs=1: fewer than the 2 ranks"),
+        (["env=CartPole-v1", "algorithm.advantage.params.bootstrap=0"], "would count as ended"),
+        (["env=CartPole-v1", "algorithm.loss.name=reinforce"], "has no ratio"),
+        (["env=CartPole-v1", "algorithm.loss.name=clip_cov"], "needs selected"),
+        (["env=CartPole-v1", "strategy.name=fsdp"], "whole on every rank"),
+    ],
+)  # fmt: skip
+def test_the_plan_refuses(options, said):
+    ranks = 2 if "world=2" in options else 1
+    with pytest.raises(UserError) as error:
+        make_plan(load_config([*SMALL, *(one for one in options if one != "world=2")], mode="control"), ranks)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["env=skyrl-test/Pair-v0"], "observations are a Dict, and a policy reads one array"),
+        (["env=skyrl-test/Told-v0"], "its action space is Text"),
+        ([*WALK, "control.env_kwargs.odd=broken"], "environment 0 gave an observation that is not finite"),
+        ([*WALK, "control.env_kwargs.even=1"], "control.env_kwargs={'even': 1}"),
+        (["env=CartPole-v1", "control.squash=true"], "control.squash=true: the action space Discrete(2)"),
+        (["env=CartPole-v1", "control.policy=mpl"], "control.policy: no policy called 'mpl'; choose one of"),
+        (["env=CartPole-v1", "control.policy_options.width=3"], "control.policy_options.width: mlp has no such option"),
+        (["env=CartPole-v1", "control.policy_options.activation=x"], "activation=x: choose one of: tanh"),
+    ],
+)  # fmt: skip
+def test_a_run_refuses_before_its_first_step(tmp_path, options, said):
+    with pytest.raises(UserError) as error:
+        run(tmp_path, *options, "control.total_steps=128")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_of_language_models_is_no_beginning():
+    cfg = load_config(["trainer=control", "control.env_id=CartPole-v1"])
+    with pytest.raises(UserError, match="experiment=arithmetic: is a recipe for language models"):
+        make_plan(cfg, 1)
+
+
+def test_a_missing_package_names_its_extra(monkeypatch):
+    cfg = load_config([*SMALL, "env=CartPole-v1"], mode="control")
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(UserError, match=r"gymnasium is not installed; install the extra with .*skyrl-spmd\[control\]"):
+        make_plan(cfg, 1)
+
+
+def test_a_policy_that_does_not_fit_is_told_what_is_needed():
+    import skyrl
+
+    @skyrl.register_policy("three")
+    class Three(torch.nn.Module):
+        def __init__(self, observation_space, action_space):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3)
+
+        def forward(self, observations):
+            return self.layer(observations)
+
+    spaces = (gym.spaces.Box(-1, 1, (4,), np.float32), gym.spaces.Discrete(2))
+    with pytest.raises(
+        UserError, match=r"control.policy=three: returns \[2, 3\] for 2 observations; .* needs \[2, 2\]"
+    ):
+        make_actor_critic("three", {}, "", *spaces, seed=0)
+    with pytest.raises(UserError, match=r"control.critic=three: returns \[2, 3\] for 2 observations, but a value is"):
+        make_actor_critic("three", {}, "", spaces[0], gym.spaces.Discrete(3), seed=0)
+    made = make_actor_critic("three", {}, "mlp", spaces[0], gym.spaces.Discrete(3), seed=0)
+    parameters, values = made(torch.zeros(5, 4))
+    assert parameters.shape == (5, 3) and values.shape == (5,) and made.initial_state(1) is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_dry_run(recipe):
+    cfg = load_config(
+        [f"experiment={recipe}", "dry_run=true", "run.world_size=2", *["env=CartPole-v1"] * (recipe == "control")],
+        mode="control",
+    )
+    text = describe(cfg, dry_run(cfg, 2))
+    assert "2 x" in text and cfg.control.env_id in text and cfg.run.name.startswith(recipe)
+
+
+def _on_rank(folder, options):
+    control(load_config([*SMALL, *WALK, "model.dtype=float64", f"run.dir={folder}", *options], mode="control"))
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["control.target_kl=0.01", "control.n_envs=5", "control.minibatch_size=40"]])
+def test_ranks_change_rounding_and_nothing_else(tmp_path, more):
+    from gloo import run_ranks
+
+    options = ["control.total_steps=640", *more]
+    for size in (1, 2, 3):
+        run_ranks(size, _on_rank, str(tmp_path / f"{size}"), options)
+    one = weights(tmp_path / "1")
+    for size in (2, 3):
+        same(one, weights(tmp_path / f"{size}"), 1e-9)
+    records = [read_metrics(tmp_path / f"{size}" / "metrics.jsonl") for size in (1, 2)]
+    assert [r["reward:mean"] for r in records[0][1:]] == pytest.approx([r["reward:mean"] for r in records[1][1:]])
