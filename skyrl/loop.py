@@ -34,6 +34,7 @@ from skyrl.distributed.stop import STOP_FILE, TEMPORARY, save_by
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.evaluation.sets import EvalSet, all_prompts, named_sets
+from skyrl.evaluation.weight_check import fingerprint
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
@@ -60,7 +61,6 @@ from skyrl.tracking.prometheus import PrometheusExporter
 from skyrl.tracking.system import SystemRecorder
 from skyrl.types import LoraSpec, Prompt, StopRun, UserError, few
 from skyrl.web.beside import dashboard_beside
-from skyrl.weight_check import fingerprint
 
 Prompts = tuple[Sequence[Prompt], Sequence[EvalSet]]  # to train on, and what is evaluated
 MakeEngine = Callable[[RunConfig, World, Plan], Any]  # what stands for an Engine in a run without a language model

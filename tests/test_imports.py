@@ -41,7 +41,6 @@ LEVELS = {
     "checkpoint": 6,
     "rollout": 6.1,
     "evaluation": 6.2,
-    "weight_check": 7,
     "run": 7.1,
     "loop": 7.2,
     "feedback": 2.2,

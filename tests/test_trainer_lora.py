@@ -16,10 +16,10 @@ from small import distance, make_engine, make_rows, small_config
 from transformers import AutoModelForCausalLM
 from users import live_config, served, taken
 
-from skyrl import weight_check
 from skyrl.checkpoint.folder import digest, latest
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine
+from skyrl.evaluation import weight_check
 from skyrl.loop import create_policy, export_checkpoint
 from skyrl.run_dir import read_metrics
 from skyrl.types import AdamParams, LossSpec, RunError, UserError

@@ -5,7 +5,7 @@ import torch
 from gloo import run_ranks
 from small import ADAM, SPEC, dealt, make_engine, make_rows
 
-from skyrl import weight_check
+from skyrl.evaluation import weight_check
 from skyrl.types import RunError
 
 

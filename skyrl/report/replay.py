@@ -29,6 +29,7 @@ from skyrl.distributed.init import World
 from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine
 from skyrl.envs.base import group_rewards_of
+from skyrl.evaluation.weight_check import fingerprint
 from skyrl.loop import check_base, create_policy, load_checkpoint, make_engine, make_run
 from skyrl.planner.plan import make_plan, model_sizes
 from skyrl.rollout import rollout, to_rows
@@ -42,7 +43,6 @@ from skyrl.trainers.experience import add_advantages, create_references, note_ad
 from skyrl.trainers.generation import first_groups, note_groups, note_objectives, record_episodes
 from skyrl.trainers.rl import train_step
 from skyrl.types import Episode, Prompt, Sample, SampleRequest, TokenSupport, Turn, UserError, few
-from skyrl.weight_check import fingerprint
 
 PHASES = ("reward", "advantage", "loss")
 GROUPS = ("algorithm", "optim", "env", "plugins", "debug")  # options that act on rollouts that are there

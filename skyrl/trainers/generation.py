@@ -13,13 +13,13 @@ import numpy as np
 from skyrl.algorithms.declare import ADVANTAGES
 from skyrl.algorithms.filters import dropped_by, filter_metrics, zero_variance_groups
 from skyrl.distributed.collectives import all_reduce_sum, gather_objects
+from skyrl.evaluation.weight_check import Probe, check_copies, check_probe, sample_probe
 from skyrl.rollout import Group, episode_metrics, rollout
 from skyrl.run import Run, Step
 from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.flops import forward_flops, sample_attended
 from skyrl.trainers.experience import model_shape
 from skyrl.types import Episode
-from skyrl.weight_check import Probe, check_copies, check_probe, sample_probe
 
 FIRST_ROLLOUTS = 3  # steps of RL whose rollouts are kept whatever tracking.rollouts_every says: people look at these
 
