@@ -4,7 +4,7 @@ curves: each seed is trained by both; every so many steps ten episodes are playe
 steps of environments per second of training, in turns in one process, and on two ranks. Needs the extras `control` and
 `benchmarks`.
 
-    python benchmarks/control.py curves cartpole --seeds 5 --write
+    python benchmarks/control.py curves cartpole --steps 45_056 --seeds 5 --write
     python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --write
     python benchmarks/control.py speed --write
 """
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from common import ROOT, write
@@ -112,30 +111,30 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
     }
 
 
-def curves(recipe: str, steps: int, seeds: int) -> dict[str, Any]:
-    """Both on each seed, in turns."""
+def curves(recipe: str, steps: int, seeds: int, beside: int, keep: bool) -> dict[str, Any]:
+    """Both on each seed, in turns, the reference on the first `beside` of them; written after each seed where asked."""
     cfg = load_config([f"experiment={recipe}"], mode="control")
-    batch = cfg.control.n_envs * cfg.control.n_steps
-    every = max(1, steps // batch // 20)
+    every = max(1, steps // (cfg.control.n_envs * cfg.control.n_steps) // 20)
     runs: dict[str, list[dict[str, Any]]] = {"skyrl": [], "stable-baselines3": []}
+    told: dict[str, Any] = {}
     for seed in range(1, seeds + 1):
         runs["skyrl"].append(ours(recipe, steps, seed, every))
-        runs["stable-baselines3"].append(reference(cfg, steps, seed, every))
-        print(
-            seed,
-            {name: (one[-1]["returns"][-1], one[-1]["steps_per_second"]) for name, one in runs.items()},
-            flush=True,
-        )
-    last = {name: [one["returns"][-1] for one in found] for name, found in runs.items()}
-    told: dict[str, Any] = {"env": cfg.control.env_id, "total_steps": steps, "seeds": seeds, "runs": runs}
-    told["final_mean"] = {name: round(statistics.fmean(values), 1) for name, values in last.items()}
-    if recipe == "cartpole":
-        told["first_at_475"] = {
-            name: [next((at for at, v in zip(one["steps"], one["returns"], strict=True) if v >= 475), None)
-                   for one in found]
-            for name, found in runs.items()
-        }  # fmt: skip
+        if seed <= beside:
+            runs["stable-baselines3"].append(reference(cfg, steps, seed, every))
+        told = {"env": cfg.control.env_id, "total_steps": steps, "runs": runs}
+        told["final_mean"] = {k: round(statistics.fmean(r["returns"][-1] for r in v), 1) for k, v in runs.items() if v}
+        if recipe == "cartpole":
+            told["first_at_475"] = {name: [first_at(one, 475) for one in found] for name, found in runs.items()}
+        print(seed, json.dumps({key: value for key, value in told.items() if key != "runs"}), flush=True)
+        if keep:
+            write(f"control_{recipe}", told)
+            draw(told, ROOT / "docs" / "images" / f"control_{recipe}.svg")
     return told
+
+
+def first_at(run: dict[str, Any], bound: float) -> int | None:
+    """Steps at the first evaluation that reaches the bound."""
+    return next((at for at, value in zip(run["steps"], run["returns"], strict=True) if value >= bound), None)
 
 
 def draw(told: dict[str, Any], path: Path) -> None:
@@ -144,7 +143,7 @@ def draw(told: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, found in told["runs"].items():
+    for name, found in ((name, found) for name, found in told["runs"].items() if found):
         values = np.array([one["returns"] for one in found])
         axes.fill_between(found[0]["steps"], values.min(0), values.max(0), color=COLOURS[name], alpha=0.18, lw=0)
         axes.plot(found[0]["steps"], values.mean(0), color=COLOURS[name], label=f"{name}, {len(found)} seeds")
@@ -181,19 +180,17 @@ def main() -> None:
     p.add_argument("recipe", nargs="?", default="cartpole")
     p.add_argument("--steps", type=int, default=60_000)
     p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--reference-seeds", type=int, default=-1, help="-1: all of them")
     p.add_argument("--write", action="store_true")
     given = p.parse_args()
     torch.set_num_threads(1)
-    gym.logger.min_level = gym.logger.ERROR
-    if given.what == "speed":
-        told = speed(3, given.steps if given.steps != 60_000 else 16_384)
-    else:
-        told = curves(given.recipe, given.steps, given.seeds)
-    print(json.dumps({key: value for key, value in told.items() if key != "runs"}))
+    if given.what == "curves":
+        beside = given.seeds if given.reference_seeds < 0 else given.reference_seeds
+        curves(given.recipe, given.steps, given.seeds, beside, given.write)
+        return
+    told = speed(3, given.steps if given.steps != 60_000 else 16_384)
     if given.write:
-        write("control_speed" if given.what == "speed" else f"control_{given.recipe}", told)
-        if given.what == "curves":
-            draw(told, ROOT / "docs" / "images" / f"control_{given.recipe}.svg")
+        write("control_speed", told)
 
 
 if __name__ == "__main__":
