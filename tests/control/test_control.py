@@ -1,5 +1,6 @@
 """trainer=control: learning, resume, ranks, statistics, and what is refused before the first step."""
 
+import re
 import sys
 
 import numpy as np
@@ -14,10 +15,14 @@ from skyrl.types import UserError
 
 gym = pytest.importorskip("gymnasium", reason="the extra `control` is not installed")
 
+from skyrl.distributed.init import World  # noqa: E402
+from skyrl.run import Step  # noqa: E402
 from skyrl.trainers.control import control, load_policy  # noqa: E402
+from skyrl.trainers.control.engine import ControlEngine  # noqa: E402
 from skyrl.trainers.control.environments import KeyedEnv, make_env, make_envs  # noqa: E402
 from skyrl.trainers.control.normalize import RunningMoments, discounted_sums  # noqa: E402
 from skyrl.trainers.control.policies import make_actor_critic  # noqa: E402
+from skyrl.trainers.control.rollout import collect  # noqa: E402
 from skyrl.trainers.control.train import minibatches  # noqa: E402
 
 SMALL = [
@@ -25,7 +30,8 @@ SMALL = [
     "control.eval_episodes=3", "eval.every_steps=0", "checkpoint.every_steps=0", "checkpoint.export=false",
     "checkpoint.async_save=false", "tracking.console=off", "tracking.system=false", "run.threads=1",
 ]  # fmt: skip
-RECIPES = [path.stem for path in (config_dir() / "experiment").glob("*.yaml") if "control" in path.read_text().split()]
+FILES = {path.stem: path.read_text(encoding="utf-8") for path in (config_dir() / "experiment").glob("*.yaml")}
+RECIPES = sorted(name for name, text in FILES.items() if re.search("^(trainer: control|control:)$", text, re.M))
 
 
 class Walk(gym.Env):
@@ -203,9 +209,11 @@ def test_the_plan_refuses(options, said):
         (["env=CartPole-v1", "control.policy_options.activation=x"], "activation=x: choose one of: tanh"),
     ],
 )  # fmt: skip
-def test_a_run_refuses_before_its_first_step(tmp_path, options, said):
+def test_a_run_refuses_before_its_first_step(options, said):
+    cfg = load_config([*SMALL, *options], mode="control")
     with pytest.raises(UserError) as error:
-        run(tmp_path, *options, "control.total_steps=128")
+        engine = ControlEngine(cfg, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")), make_plan(cfg, 1))
+        collect(engine, Step(None, 0))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -26,7 +26,7 @@ ROWS = 4096  # of one forward pass without a gradient
 class ControlBatch:
     """T steps of this rank's N environments. Tensors [T, N, ...]; `hidden` [N, S]: a recurrent policy's state before
     the first step. `last` [T, N] is the critic's value of what comes after a step where an episode was cut or the batch
-    ends, else 0; `done` where an episode has ended, `starts` where one begins."""
+    ends, else 0; `done` where an episode has ended, `starts` where one begins. The last three are [T * N]."""
 
     observations: Tensor
     actions: Tensor
@@ -37,6 +37,7 @@ class ControlBatch:
     last: np.ndarray
     logprobs: Tensor | None = None
     values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 def uniform_draws(engine: ControlEngine, index: int) -> Tensor:
@@ -121,8 +122,8 @@ def score(engine: ControlEngine, batch: ControlBatch) -> None:
     batch.values = torch.cat([part[2] for part in parts])
 
 
-def advantages_of(engine: ControlEngine, batch: ControlBatch) -> tuple[np.ndarray, np.ndarray]:
-    """(advantages of the whole run's environments [T, n_envs], returns of this rank's [T, N]), float64.
+def advantages_of(engine: ControlEngine, batch: ControlBatch) -> np.ndarray:
+    """The advantages of the whole run's environments [T, n_envs], float64; fills in the batch's returns.
 
     The rewards are divided by the running spread of returns where the run does that. Each environment's steps are cut
     into the parts between ends of episodes, which the run's Advantage takes as episodes: it bootstraps where one was
@@ -154,7 +155,8 @@ def advantages_of(engine: ControlEngine, batch: ControlBatch) -> tuple[np.ndarra
     advantages, returns = np.zeros((T, cfg.control.n_envs)), np.zeros((T, N))
     for (n, a, b), advantage, target in zip(spans, found.advantages, found.returns, strict=True):
         advantages[a:b, engine.places[n]], returns[a:b, n] = advantage, target
-    return engine.all_sum(advantages), returns
+    batch.returns = torch.from_numpy(returns).flatten().to(batch.values)
+    return engine.all_sum(advantages)
 
 
 def _between(ends: np.ndarray, length: int) -> list[tuple[Any, Any]]:

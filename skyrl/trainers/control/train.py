@@ -9,7 +9,8 @@ Differs: A2C here has AdamW as everything else, not RMSprop; advantages are norm
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from skyrl.trainers.control.environments import ended_episodes, make_env, make_e
 from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect, evaluate_actions, score
 from skyrl.types import ForwardOutput, LossSpec, Metrics, Microbatch, UserError
 
+Specs = tuple[LossSpec, LossSpec]  # of the policy and of the critic
+
 
 def control(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     """The whole run: environments, learning, evaluations, export. Resumes where its folder says. Raises as run_loop."""
@@ -40,7 +43,7 @@ def train_control(run: Run) -> None:
     engine: Any = run.engine
     run.measure = measure
     if run.cfg.control.record_every:
-        agree(run.world, lambda: check_recording(run.cfg))
+        agree(run.world, lambda: record(run.cfg, run.folder.path))
     for step in run.steps("control", run.plan.num_steps, evaluate_every=run.cfg.eval.every_steps, evaluate_first=True):
         begun = time.perf_counter()
         with step.phase("generation", "collect"):
@@ -67,8 +70,7 @@ def update(run: Run, step: Step, engine: ControlEngine, batch: ControlBatch) -> 
     """All optimizer steps on a batch; commits the step before the first of them. Collective."""
     cfg, world, control = run.cfg, run.world, run.cfg.control
     score(engine, batch)
-    advantages, returns = advantages_of(engine, batch)
-    targets = torch.from_numpy(returns).flatten().to(engine.world.device, engine.dtype)
+    advantages = advantages_of(engine, batch)
     T, N = batch.rewards.shape
     total, everyone = T * control.n_envs, advantages.reshape(-1)
     specs = (make_spec(cfg.algorithm, 1.0), make_value_spec(cfg.algorithm.critic))
@@ -81,10 +83,8 @@ def update(run: Run, step: Step, engine: ControlEngine, batch: ControlBatch) -> 
             own = whiten([own], [float(np.abs(own).max())], EPS.default, lambda x: x)[0]
             place = picked % control.n_envs
             mine = place % world.size == world.rank
-            rows = torch.from_numpy((picked // control.n_envs * N + place // world.size)[mine]).to(targets.device)
-            kl = 0.0
-            if len(rows):
-                kl = learn(engine, step, batch, rows, targets[rows], own[mine], specs)
+            rows = torch.from_numpy((picked // control.n_envs * N + place // world.size)[mine]).to(world.device)
+            kl = learn(engine, step, batch, rows, own[mine], specs) if len(rows) else 0.0
             if control.target_kl and engine.all_sum(np.array([kl]))[0] > 1.5 * control.target_kl * len(picked):
                 strategy.clear_gradient()
                 stopped = True
@@ -103,17 +103,11 @@ def update(run: Run, step: Step, engine: ControlEngine, batch: ControlBatch) -> 
 
 
 def learn(
-    engine: ControlEngine,
-    step: Step,
-    batch: ControlBatch,
-    rows: Tensor,
-    returns: Tensor,
-    advantages: np.ndarray,
-    specs: tuple[LossSpec, LossSpec],
+    engine: ControlEngine, step: Step, batch: ControlBatch, rows: Tensor, advantages: np.ndarray, specs: Specs
 ) -> float:
     """Adds the gradient of policy, value and entropy terms of this rank's part of a minibatch, and its metrics; returns
     the sum of the steps' approximate KL."""
-    assert batch.logprobs is not None and batch.values is not None
+    assert batch.logprobs is not None and batch.values is not None and batch.returns is not None
     logprobs, entropy, values = evaluate_actions(engine, batch, rows)
     count, one = len(rows), torch.ones_like(logprobs)
     index = torch.arange(count + 1, device=rows.device)
@@ -122,7 +116,7 @@ def learn(
         sampling_logprobs_T=batch.logprobs[rows],
         advantages_T=torch.from_numpy(advantages).to(logprobs),
         values_T=batch.values[rows],
-        returns_T=returns,
+        returns_T=batch.returns[rows],
     )
     policy_T, metrics = compute_loss(ForwardOutput(logprobs, entropy), data, specs[0])
     value_T, of_values = compute_loss(ForwardOutput(logprobs, None, values), data, specs[1])
@@ -160,26 +154,20 @@ def measure(run: Run) -> Metrics:
         envs.close()
     every = control.record_every * max(1, run.cfg.eval.every_steps)
     if every and run.state.global_step % every == 0 and run.world.is_leader:
-        record(run, engine)
+        record(run.cfg, run.folder.path / "episodes" / f"{run.state.global_step:06d}.gif", engine.player())
     return sums.result(run.world)
 
 
-def check_recording(cfg: RunConfig) -> None:
-    """Raises UserError where an episode of the run's environment cannot be recorded."""
-    from skyrl.trainers.control.record import render_problem
+def record(cfg: RunConfig, path: Path, play: Callable[[Any], Any] | None = None) -> None:
+    """Writes the first episode of an evaluation, as `play` acts, to `path`; without `play` looks whether that can be
+    done, and raises UserError where it cannot."""
+    from skyrl.trainers.control.record import record_episode, render_problem
 
     env = make_env(cfg, 0, "eval", render_mode="rgb_array")
-    problem = render_problem(env)
+    problem = render_problem(env) if play is None else ""
+    if play is not None:
+        record_episode(env, play, path)
     env.close()
     if problem:
         where = f"control.record_every={cfg.control.record_every}: {cfg.control.env_id}"
         raise UserError(f"{where} cannot be recorded: {problem}; leave it at 0")
-
-
-def record(run: Run, engine: ControlEngine) -> None:
-    """Writes the first episode of the evaluation, with the policy as it is now, to <run folder>/episodes."""
-    from skyrl.trainers.control.record import record_episode
-
-    env = make_env(run.cfg, 0, "eval", render_mode="rgb_array")
-    record_episode(env, engine.player(), run.folder.path / "episodes" / f"{run.state.global_step:06d}.gif")
-    env.close()
