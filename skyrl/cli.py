@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
 import os
 import signal
 import sys
@@ -11,6 +13,7 @@ from functools import partial
 
 import skyrl
 from skyrl.config.args import Parser, help_of, path_arg
+from skyrl.report.charts import printable, replace_unknown
 from skyrl.types import UserError
 
 
@@ -18,6 +21,10 @@ def main() -> None:
     """Runs the command line; 0, or 2 with one line for what a person can fix."""
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # plugins of the folder one is in are found, as with python -m
+    codecs.register_error("skyrl", replace_unknown)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="skyrl")
     try:
         try:
             _call(sys.argv[1:])
@@ -27,7 +34,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end has a place to go
         sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
-        print(f"skyrl: error: {error}", file=sys.stderr, flush=True)
+        print(f"skyrl: error: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

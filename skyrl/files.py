@@ -12,9 +12,10 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 READ_BYTES = 8 << 20
 
@@ -74,6 +75,19 @@ def to_trash(folder: Path) -> Path:
     target = folder.with_name(f"{folder.name}.trash-{secrets.token_hex(4)}")
     folder.rename(target)
     return target
+
+
+def open_plain(path: Path, root: Path) -> IO[bytes]:
+    """A file in the folder `root`, where others may write, to read. Raises OSError, also for a pipe or a device, which
+    would keep the reader for ever, and where a link leads to a file of neither its owner nor the reader: who shows the
+    folder to its writers would show them files that they may not read."""
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    told, parts = os.fstat(stream.fileno()), [path, *path.parents]
+    links = [part for part in parts[: parts.index(root) + 1 if root in parts else 1] if part.is_symlink()]
+    if stat.S_ISREG(told.st_mode) and all(os.lstat(link).st_uid in (told.st_uid, os.geteuid(), 0) for link in links):
+        return stream
+    stream.close()
+    raise PermissionError(errno.EACCES, "a link to a file of somebody else, or no plain file", str(path))
 
 
 def text_of(path: Path) -> str:

@@ -16,7 +16,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,7 +56,6 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -100,12 +98,12 @@ class Auth:
         self._cookie, self._sign_in_cookie = f"skyrl_{name}", f"skyrl_login_{name}"
         self._templates = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
         self.routes = [
-            Route("/login", self._told(self._login), methods=["GET", "POST"]),
-            Route("/login/oidc", self._told(self._begin)),
-            Route("/callback", self._told(self._callback)),
-            Route("/logout", self._told(self._logout), methods=["POST"]),
-            Route("/share", self._told(self._open_link)),
-            Route("/links", self._told(self._manage_links), methods=["GET", "POST"]),
+            Route("/login", self._login, methods=["GET", "POST"]),
+            Route("/login/oidc", self._begin),
+            Route("/callback", self._callback),
+            Route("/logout", self._logout, methods=["POST"]),
+            Route("/share", self._open_link),
+            Route("/links", self._manage_links, methods=["GET", "POST"]),
         ]
 
     # ---- for the app
@@ -130,6 +128,10 @@ class Auth:
         """What the hidden field `csrf` of every form that is posted must hold; "" without a session."""
         name = request.state.session
         return self._signer.token(f"csrf:{name}", seconds=int(self._settings.session_hours * 3600)) if name else ""
+
+    def is_logged_in(self, request: Request) -> bool:
+        """Whether the session of a request still lasts: a live page must not outlive it."""
+        return self._session_of(request)[1] is not None
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
         """`app` behind the login. It finds request.state.viewer, and what a POST has brought in request.state.form."""
@@ -167,15 +169,6 @@ class Auth:
             return error_reply(error)
         return self._page(request, "refused.html", status=error.status, reason=error.detail)
 
-    def _told(self, handler: Handler) -> Handler:
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except HttpError as error:
-                return self.refuse(request, error)
-
-        return handle
-
     # ---- what is let in
 
     async def _check(self, request: Request) -> Response | None:
@@ -184,7 +177,7 @@ class Auth:
         if not self._is_our_name(request.headers.get("host", "")):
             raise HttpError(400, "the dashboard is not known under that name; open it by the address that it printed")
         path = request.scope["path"].removeprefix(self._prefix) or "/"
-        if ".." in path.split("/") or "\\" in path or "\0" in path:
+        if ".." in path.split("/") or "\0" in path:
             raise HttpError(404, "there is no such page")
         name, session = await in_thread(self._session_of, request)
         viewer = request.state.viewer = session.viewer if session else None

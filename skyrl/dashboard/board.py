@@ -23,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 import skyrl
 from skyrl.config.schema import DashboardConfig
 from skyrl.dashboard.index import RunEntry, RunIndex
+from skyrl.tracking.console import duration
 from skyrl.tracking.metric_docs import explain
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, error_reply
@@ -44,26 +45,18 @@ class Dashboard:
             loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
         self._templates.filters |= {
-            "num": number,
-            "size": size,
-            "ago": ago,
-            "when": when,
-            "span": duration,
-            "explain": explain,
-        }
+            "num": number, "size": size, "ago": ago, "when": when, "span": duration, "explain": explain,
+        }  # fmt: skip
         version = max(path.stat().st_mtime_ns for path in (HERE / "static").iterdir())
         self._templates.globals |= {
-            "url": self.url,
-            "explain": explain,
-            "release": skyrl.__version__,
-            "version": f"{version:x}",
-        }
+            "url": self.url, "explain": explain, "release": skyrl.__version__, "version": f"{version:x}",
+        }  # fmt: skip
 
     def url(self, *parts: Any, **query: Any) -> str:
         """An address of this dashboard; what is None or "" is left out of the query."""
-        path = "/".join(quote(str(part), safe="") for part in parts)
+        path = "/".join(quote(str(part), safe="", errors="surrogateescape") for part in parts)
         kept = {key: value for key, value in query.items() if value not in (None, "")}
-        return f"{self.prefix}/{path}" + (f"?{urlencode(kept, doseq=True)}" if kept else "")
+        return f"{self.prefix}/{path}" + (f"?{urlencode(kept, doseq=True, errors='replace')}" if kept else "")
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
         """A template as an answer."""
@@ -72,7 +65,7 @@ class Dashboard:
         text = self._templates.get_template(template).render(
             viewer=viewer, csrf=csrf, unread=self.index.unread, **values
         )
-        return Response(text, status, media_type="text/html")
+        return Response(text.encode("utf-8", "replace"), status, media_type="text/html")  # half a pair of UTF-16 too
 
     def entry(self, request: Request) -> RunEntry:
         """The run of the request's path. Raises HttpError."""
@@ -93,8 +86,12 @@ class Dashboard:
             error = HttpError(error.status_code, "there is no such page" if error.status_code == 404 else error.detail)
         elif isinstance(error, UserError):
             error = HttpError(400, str(error))
+        elif isinstance(error, OSError):
+            error = HttpError(404, f"its files are not there any more, or cannot be read ({error.strerror})")
         assert isinstance(error, HttpError)
-        if "text/html" not in request.headers.get("accept", "") or request.state.viewer is None:
+        if request.state.viewer is None:
+            return self.auth.refuse(request, error)
+        if "text/html" not in request.headers.get("accept", ""):
             return error_reply(error)
         title = WORDS.get(error.status, "Refused")
         return self.page(request, "error.html", error.status, title=title, reason=error.detail)
@@ -112,7 +109,7 @@ class Dashboard:
             try:
                 told, at = self.index.mark(name), time.monotonic()
                 yield "retry: 5000\n\n"
-                while not self.closing:
+                while not self.closing and await anyio.to_thread.run_sync(self.auth.is_logged_in, request):
                     await anyio.sleep(EVENT_SECONDS)
                     if (new := self.index.mark(name)) != told:
                         told, at = new, time.monotonic()
@@ -159,15 +156,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as seconds, minutes or hours, whichever are few."""
-    if seconds is None or seconds != seconds:
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def ago(at: float | None) -> str:

@@ -128,8 +128,9 @@ class Columns:
         rows = [[*map(record.get, self.names)] for record in records]
         try:
             new = np.array(rows, np.float64)  # None becomes NaN
-        except (TypeError, ValueError):  # a list, or words
-            new = np.array([[v if isinstance(v, (int, float)) else None for v in row] for row in rows], np.float64)
+        except (TypeError, ValueError, OverflowError):  # a list, words, or more digits than a float has
+            plain = [[v if isinstance(v, (int, float)) and abs(v) < 1e300 else None for v in row] for row in rows]
+            new = np.array(plain, np.float64)
         new = new.reshape(len(records), len(self.names)).T
         old = np.full((len(self.names), self._tail.shape[1]), np.nan)
         old[: len(self._tail)] = self._tail
@@ -204,13 +205,8 @@ class Columns:
     def last(self, name: str) -> float | None:
         """The newest value of a column, None without."""
         with self.lock:
-            if (
-                name in self.names
-                and self._tail.shape[1]
-                and not np.isnan(value := self._tail[self.names.index(name)][-1])
-            ):
-                return float(value)
-            values = self.series(name)[1]
+            tail = self._tail[self.names.index(name)] if name in self.names and self._tail.size else ()
+            values = tail if len(tail) and not np.isnan(tail[-1]) else self.series(name)[1]
         return float(values[-1]) if len(values) else None
 
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from skyrl.algorithms.advantages import ADVANTAGES, RewardRows
 from skyrl.run_dir import RunReader
-from skyrl.types import UserError
 
 SHOWN_CHARACTERS = 600  # of a prompt and of an answer: kept in memory, searched, and shown in lists
 KEPT_DUMPS = 200
 # Text that deflate makes smaller than this part of it says the same again and again; prose and code stay above 0.3.
 REPETITIVE, REPETITION_CHARACTERS = 0.16, 200
 SAME_ANSWERS = 3  # different prompts with one paid answer
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo")  # one advantage for all tokens of an episode, from its group's rewards
 FLAGS = {
     "repetition": "says the same again and again: its text compresses to less than a sixth",
     "truncation": "a token limit ended it",
@@ -60,18 +57,21 @@ class EpisodeSummary:
 
 
 def summaries(run: RunReader, dump: str) -> list[EpisodeSummary]:
-    """Every episode of a dump, in its order, with its flags, and where the advantage follows from the group's rewards,
-    with that. Dumps that were looked at last are remembered."""
-    return _summaries(run, dump, sum(path.stat().st_size for path in run.dump_files(dump)))
+    """Every episode of a dump, in its order, with its flags and, where it was trained on, the mean advantage of its
+    tokens. Dumps that were looked at last are remembered."""
+    files = [file for path in run.dump_files(dump) for file in path.parent.glob(f"{path.name}*")]
+    told = [path.stat() for path in files]
+    return _summaries(run, dump, tuple((one.st_size, one.st_mtime_ns) for one in told))
 
 
 @lru_cache(maxsize=KEPT_DUMPS)
-def _summaries(run: RunReader, dump: str, size: int) -> list[EpisodeSummary]:
+def _summaries(run: RunReader, dump: str, stamp: Any) -> list[EpisodeSummary]:
     found: list[EpisodeSummary] = []
     correct: list[float | None] = []
+    rows = run.trained(dump)
     for rank, start, episode in run.episodes(dump):
-        turns = [turn for turn in episode["turns"] if isinstance(turn, dict)]
-        answer = "\n".join(str(turn.get("text", "")) for turn in turns)
+        turns = episode["turns"]
+        answer = "\n".join(str(turn["text"]) for turn in turns)
         one = EpisodeSummary(
             dump=dump,
             rank=rank,
@@ -85,13 +85,15 @@ def _summaries(run: RunReader, dump: str, size: int) -> list[EpisodeSummary]:
             prompt=str(turns[0].get("context_text", ""))[-SHOWN_CHARACTERS:] if turns else "",
             answer=answer[:SHOWN_CHARACTERS],
         )
+        row = rows.get(f"{one.uid}/{one.index}/0") or {}
+        if known := [value for value in row.get("advantages", ()) if value is not None]:
+            one.advantage = sum(known) / len(known)
         cut = any(stop == "length" for stop in (one.stop, *(turn.get("stop") for turn in turns)))
         told = {"truncation": cut, "repetition": is_repetitive(answer), "invalid": bool(episode.get("invalid"))}
         one.flags += [flag for flag, there in told.items() if there]
         correct.append((episode.get("metrics") or {}).get("correct:mean"))
         found.append(one)
     _flag_hacking(found, correct)
-    _add_advantages(run, found)
     return found
 
 
@@ -114,35 +116,6 @@ def _flag_hacking(found: list[EpisodeSummary], correct: list[float | None]) -> N
         wrong = value is not None and value <= 0 and one.reward > 0 and one.reward >= enough
         if wrong or (one.reward > 0 and len(prompts[one.answer]) >= SAME_ANSWERS):
             one.flags.append("reward hacking?")
-
-
-def _add_advantages(run: RunReader, found: list[EpisodeSummary]) -> None:
-    algorithm = run.config().get("algorithm") or {}
-    name = (algorithm.get("advantage") or {}).get("name")
-    by_objective = (algorithm.get("objectives") or {}).get("normalise") and (algorithm.get("objectives") or {}).get(
-        "weights"
-    )
-    kl = algorithm.get("kl") or {}
-    if name not in GROUP_ESTIMATORS or by_objective or (kl.get("coef") and kl.get("placement") == "reward"):
-        return
-    played = sorted((one for one in found if one.kind == "train"), key=lambda one: (one.rank, one.uid, one.index))
-    groups = {key: number for number, key in enumerate(dict.fromkeys((one.rank, one.uid) for one in played))}
-    if not played or max(Counter((one.rank, one.uid, one.index) for one in played).values()) > 1:
-        return  # a prompt that was played in two groups of a step: which episode is of which is not in the dump
-    rows = RewardRows(
-        group_D=np.array([groups[one.rank, one.uid] for one in played]),
-        episode_D=np.array([one.index for one in played]),
-        rewards=[np.array([one.reward]) for one in played],
-        masks=[np.array([True])] * len(played),
-        valid_D=np.array(["invalid" not in one.flags and math.isfinite(one.reward) for one in played]),
-    )
-    params = (algorithm.get("advantage") or {}).get("params") or {}
-    try:
-        result = ADVANTAGES.get(name, "algorithm.advantage.name").compute(rows, lambda sums: sums, params=params)
-    except (UserError, TypeError):  # options of another release
-        return
-    for one, advantage in zip(played, result.advantages, strict=True):
-        one.advantage = float(advantage[0])
 
 
 @dataclass
@@ -181,9 +154,23 @@ class TokenSpan:
     title: str = ""
 
 
-def turn_spans(turn: dict[str, Any], texts: dict[int, str], colour: str, advantage: float | None) -> list[TokenSpan]:
-    """The text of a turn, token by token with their tones; one span without tones where the tokens' texts are not
-    known. colour: "logprob", "advantage" or "none"."""
+def add_trained(episode: dict[str, Any], rows: dict[str, Any]) -> None:
+    """Gives each turn "advantages" and "trained", the trainer's log-probs, of its tokens, None where a token has none.
+    rows: from `RunReader.trained`."""
+    known, part = None, -1
+    for turn in episode["turns"]:
+        context, tokens = turn["context"], turn["tokens"]
+        part += bool(tokens) and (known is None or context[: len(known)] != known)  # as rollout.to_rows cuts rows
+        known = context + tokens if tokens else known
+        row = rows.get(f"{episode['uid']}/{episode['index']}/{part}") or {"first": 0}
+        start = len(context) - 1 - row["first"]
+        for name, values in (("advantages", row.get("advantages", ())), ("trained", row.get("logprobs", ()))):
+            turn[name] = [values[i] if 0 <= i < len(values) else None for i in range(start, start + len(tokens))]
+
+
+def turn_spans(turn: dict[str, Any], texts: dict[int, str], colour: str) -> list[TokenSpan]:
+    """The text of a turn (after add_trained), token by token with their tones; one span without tones where the tokens'
+    texts are not known. colour: "logprob", "advantage", "gap" or "none"."""
     text, tokens = str(turn.get("text", "")), turn.get("tokens") or []
     logprobs = turn.get("logprobs") or []
     if colour == "none" or not tokens or any(token not in texts for token in tokens):
@@ -197,13 +184,19 @@ def turn_spans(turn: dict[str, Any], texts: dict[int, str], colour: str, advanta
         if place == len(tokens) - 1:
             end = len(text)
         value = logprobs[place] if place < len(logprobs) else None
-        spans.append(TokenSpan(text[at:end], tone_of(value, advantage, colour), _title(token, value, advantage)))
+        advantage, trained = turn["advantages"][place], turn["trained"][place]
+        gap = None if value is None or trained is None else value - trained
+        said = _title(token, value, advantage) + (f", sampler above trainer by {gap:+.2g}" if gap is not None else "")
+        spans.append(TokenSpan(text[at:end], tone_of(value, advantage, colour, gap), said))
         at = end
     return spans
 
 
-def tone_of(logprob: Any, advantage: float | None, colour: str) -> str:
-    """A class of the style sheet: "lp0" (certain) to "lp6" (e^-6 and less); "ad-3" to "ad3" for advantages to 1.5."""
+def tone_of(logprob: Any, advantage: float | None, colour: str, gap: float | None = None) -> str:
+    """A class of the style sheet: "lp0" (certain) to "lp6" (e^-6 and less); for a gap "lp0" (1e-4 nats and less) to
+    "lp6" (0.1 and more); "ad-3" to "ad3" for advantages to 1.5."""
+    if colour == "gap":
+        return "" if gap is None else f"lp{max(0, min(6, round(2 * math.log10(max(abs(gap), 1e-9)) + 8)))}"
     if colour == "advantage":
         return "" if advantage is None else f"ad{round(max(-3.0, min(3.0, 2 * advantage)))}"
     if not isinstance(logprob, (int, float)) or not math.isfinite(logprob):

@@ -30,6 +30,7 @@ TAIL_BYTES = 256 << 20  # of all runs in memory
 IDLE_SECONDS = 60.0  # after which the tail of a run that does not grow goes to the store
 SAVE_SECONDS = 30.0
 LISTED = ("step", OBJECTIVE, "reward:mean", "loss:sum")  # what the table of runs shows
+UNKNOWN = {"state": "unfinished", "typed": {}, "tags": [], "seed": None, "changed": 0.0, "last": dict.fromkeys(LISTED)}
 
 
 class RunEntry:
@@ -157,7 +158,9 @@ class RunIndex:
             self.runs.stat()  # a disk that is away for a moment is not a folder without runs
             for run in reversed(find_runs(self.runs)):
                 if self.only in (None, run.name):
-                    found[run.name] = self._entries.get(run.name) or self._made(run)
+                    found[run.name] = self._entries.get(run.name) or RunEntry(
+                        run, self._store, self._guard >= 0, self._states.pop(run.name, None)
+                    )
         except OSError:
             return list(self._entries.values())
         for gone in self._entries.keys() - found.keys():
@@ -167,9 +170,6 @@ class RunIndex:
             self.version += 1
         self._entries = found
         return list(found.values())
-
-    def _made(self, run: RunReader) -> RunEntry:
-        return RunEntry(run, self._store, self._guard >= 0, self._states.pop(run.name, None))
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -187,13 +187,18 @@ class RunIndex:
             self._stop.wait(max(1.0, 10 * (time.perf_counter() - begun)))
 
     def _refresh(self, entry: RunEntry) -> None:
-        with contextlib.suppress(OSError):  # it is being deleted
+        try:
             if entry.refresh():
                 self.version += 1
                 self._unsaved = True
             elif entry.metrics.memory and time.time() - entry.about.get("changed", 0.0) > IDLE_SECONDS:
                 entry.metrics.flush()
                 self._unsaved = True
+        except OSError:  # it is being deleted
+            pass
+        except Exception as error:  # whatever its files hold: the other runs go on
+            problem = f"its files cannot be read ({type(error).__name__}: {error})"
+            entry.about = {**UNKNOWN, "point": entry.run.name, **entry.about, "problem": problem}
         self._remember(entry)
 
     def _remember(self, entry: RunEntry) -> None:

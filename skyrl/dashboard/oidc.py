@@ -176,11 +176,9 @@ def _groups(claims: Mapping[str, Any], name: str) -> list[str] | None:
 
 def _read_secret(file: str) -> str | None:
     try:
-        secret = Path(file).read_text(encoding="utf-8").strip() if file else None
+        secret, why = Path(file).read_text(encoding="utf-8").strip() if file else None, "is empty"
     except (OSError, ValueError) as error:
         secret, why = "", getattr(error, "strerror", None) or "is no text"
-    else:
-        why = "is empty"
     if secret == "":
         raise UserError(
             f"dashboard.oidc_client_secret_file={file}: {why}; give a file that holds the client secret alone"

@@ -14,7 +14,7 @@ from skyrl.checkpoint.folder import Best, read_checkpoint
 from skyrl.config.load import flat
 from skyrl.dashboard.index import RunEntry, differing
 from skyrl.dashboard.series import board_of
-from skyrl.run_dir import OBJECTIVE
+from skyrl.run_dir.reader import OBJECTIVE, total_steps
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, whole_number
 
@@ -76,18 +76,11 @@ def runs(request: Request) -> Response:
     ]
     at = whole_number(request, "page", 0)
     return board.page(
-        request,
-        "runs.html",
-        entries=kept[at * PAGE_RUNS : (at + 1) * PAGE_RUNS],
-        count=len(kept),
-        all_count=len(entries),
-        at=at,
-        pages=-(-len(kept) // PAGE_RUNS),
-        query={"q": query.get("q", ""), "state": state, "tag": tag},
-        states=states,
-        tags=tags,
+        request, "runs.html", entries=kept[at * PAGE_RUNS : (at + 1) * PAGE_RUNS], count=len(kept),
+        all_count=len(entries), at=at, pages=-(-len(kept) // PAGE_RUNS),
+        query={"q": query.get("q", ""), "state": state, "tag": tag}, states=states, tags=tags,
         folder=board.index.runs,
-    )
+    )  # fmt: skip
 
 
 def _searched(entry: RunEntry) -> str:
@@ -109,18 +102,10 @@ def run(request: Request) -> Response:
     ranks = entry.run.system_ranks()
     config = entry.run.config()
     return board.page(
-        request,
-        "run.html",
-        entry=entry,
-        panels=panels,
-        more=sorted(set(names) - used),
-        system=_system_panels(entry, ranks),
-        ranks=ranks,
-        facts=facts(entry, config, len(ranks)),
-        advisories=entry.run.advisories(),
-        seeds=seeds_of(board.index.entries(), entry),
-        steps=PHASE_STEPS,
-    )
+        request, "run.html", entry=entry, panels=panels, more=sorted(set(names) - used),
+        system=_system_panels(entry, ranks), ranks=ranks, facts=facts(entry, config, len(ranks)),
+        advisories=entry.run.advisories(), seeds=seeds_of(board.index.entries(), entry), steps=PHASE_STEPS,
+    )  # fmt: skip
 
 
 def seeds_of(entries: list[RunEntry], entry: RunEntry) -> list[str]:
@@ -145,11 +130,11 @@ def _system_panels(entry: RunEntry, ranks: list[int]) -> list[tuple[str, list[st
 def facts(entry: RunEntry, config: dict[str, Any], ranks: int) -> list[tuple[str, Any, str]]:
     """(what, value, explanation) for the head of a run's page."""
     last, total_of = entry.metrics.last, entry.metrics.sum
-    steps = (config.get("batch") or {}).get("num_steps", 0), (config.get("warmup") or {}).get("num_steps", 0)
-    total = sum(step for step in steps if isinstance(step, int))
+    total = total_steps(config, "evaluate" if entry.about["state"] == "evaluated" else "")
     seconds = total_of("time/step_seconds:sum")
     step = last("step")
-    device = "GPU" if any(name.startswith("gpu") for name in _system_names(entry, ranks)) else "Device"
+    names = entry.system(entry.run.system_ranks()[0]).names if ranks else []
+    device = "GPU" if any(name.startswith("gpu") for name in names) else "Device"
     return [
         (
             "Step",
@@ -164,10 +149,6 @@ def facts(entry: RunEntry, config: dict[str, Any], ranks: int) -> list[tuple[str
         ("Tokens trained", total_of("tokens:sum"), "through training forward passes, in all steps"),
         (f"{device}-hours", seconds * max(1, ranks) / 3600, f"seconds of all steps on {max(1, ranks)} ranks"),
     ]
-
-
-def _system_names(entry: RunEntry, ranks: int) -> list[str]:
-    return entry.system(entry.run.system_ranks()[0]).names if ranks else []
 
 
 def phases(request: Request) -> Response:

@@ -8,14 +8,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from skyrl.dashboard.episodes import FLAGS, EpisodeSummary, Query, summaries, turn_spans
+from skyrl.dashboard.episodes import FLAGS, EpisodeSummary, Query, add_trained, summaries, turn_spans
 from skyrl.dashboard.index import RunEntry
 from skyrl.dashboard.series import board_of
 from skyrl.web.http import HttpError, whole_number
 
 PAGE_EPISODES = 50
 MOST_DUMPS = 200  # the newest, of those that are searched together
-COLOURS = ("logprob", "advantage", "none")
+COLOURS = ("logprob", "advantage", "gap", "none")
 SHOWN_TOKENS = 20_000  # of one turn, token by token; a browser is slow beyond
 SHOWN_CHARACTERS = 200_000
 
@@ -35,19 +35,10 @@ def episodes(request: Request) -> Response:
     found = query.pick([one for name in looked_at for one in summaries(entry.run, name)])
     at = whole_number(request, "page", 0)
     return board.page(
-        request,
-        "rollouts.html",
-        entry=entry,
-        dumps=dumps,
-        dump=dump,
-        query=query,
-        flags=FLAGS,
-        found=found[at * PAGE_EPISODES : (at + 1) * PAGE_EPISODES],
-        count=len(found),
-        at=at,
-        pages=-(-len(found) // PAGE_EPISODES),
-        rewards=[one.reward for one in found if not math.isnan(one.reward)],
-    )
+        request, "rollouts.html", entry=entry, dumps=dumps, dump=dump, query=query, flags=FLAGS,
+        found=found[at * PAGE_EPISODES : (at + 1) * PAGE_EPISODES], count=len(found), at=at,
+        pages=-(-len(found) // PAGE_EPISODES), rewards=[one.reward for one in found if not math.isnan(one.reward)],
+    )  # fmt: skip
 
 
 def _number(given: Any, name: str) -> float | None:
@@ -77,18 +68,10 @@ def episode(request: Request) -> Response:
     shown = shown_episode(entry, listed[place], colour)
     others = [name for name in entry.run.dumps_with(shown["one"].uid) if name != dump]
     return board.page(
-        request,
-        "episode.html",
-        entry=entry,
-        colour=colour,
-        colours=COLOURS,
-        flags=FLAGS,
-        before=listed[place - 1] if place else None,
-        after=listed[place + 1] if place + 1 < len(listed) else None,
-        group=[one for one in listed if one.uid == shown["one"].uid],
-        other_dumps=others,
-        **shown,
-    )
+        request, "episode.html", entry=entry, colour=colour, colours=COLOURS, flags=FLAGS,
+        before=listed[place - 1] if place else None, after=listed[place + 1] if place + 1 < len(listed) else None,
+        group=[one for one in listed if one.uid == shown["one"].uid], other_dumps=others, **shown,
+    )  # fmt: skip
 
 
 def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str, Any]:
@@ -97,27 +80,27 @@ def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str
     if found is None:
         raise HttpError(404, "there is no such episode in this step any more")
     texts, turns, seen = entry.run.token_texts(), [], ""
+    add_trained(found, entry.run.trained(one.dump))
     for turn in found["turns"]:
-        context = str(turn.get("context_text", ""))
+        context, text = str(turn["context_text"]), str(turn["text"])
         new = context[len(seen) :] if context.startswith(seen) else context
         many = len(turn.get("tokens") or ()) > SHOWN_TOKENS
-        spans = turn_spans(turn, texts, "none" if many else colour, one.advantage)
-        coloured = len(spans) > 1 or bool(spans and spans[0].tone)
-        if not coloured:
+        spans = turn_spans(turn, texts, "none" if many else colour)
+        whole = len(spans) == 1
+        if whole:
             spans[0].text = spans[0].text[:SHOWN_CHARACTERS]
         turns.append(
             {
                 "given": new[-SHOWN_CHARACTERS:],
                 "given_cut": max(0, len(new) - SHOWN_CHARACTERS),
                 "spans": spans,
-                "coloured": coloured,
-                "cut": max(0, len(str(turn.get("text", ""))) - SHOWN_CHARACTERS) if not coloured else 0,
-                "turn": {"reward": None, "stop": "", "version": None, "tokens": [], **turn},
+                "coloured": any(span.tone for span in spans),
+                "cut": max(0, len(text) - SHOWN_CHARACTERS) if whole else 0,
+                "turn": turn,
             }
         )
-        seen = context + str(turn.get("text", ""))
-    parts: dict[str, Any] = {"objectives": {}, "metrics": {}, "expected": None, "invalid": ""}
-    return {"one": one, "episode": parts | found, "turns": turns}
+        seen = context + text
+    return {"one": one, "episode": found, "turns": turns}
 
 
 def pair(request: Request) -> Response:

@@ -89,7 +89,7 @@ def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def as_json(label: str, x: np.ndarray, y: np.ndarray, points: int, band: Band = None, **more: Any) -> dict[str, Any]:
     """A line thinned to about `points`."""
     at = thin(y, points)
-    found = {"label": label, "x": _plain(x[at]), "y": _plain(y[at]), **more}
+    found = {"label": label.encode("utf-8", "replace").decode(), "x": _plain(x[at]), "y": _plain(y[at]), **more}
     if band is not None:
         found |= {"lo": _plain(band[0][at]), "hi": _plain(band[1][at])}
     return found
@@ -154,19 +154,11 @@ def compare(request: Request) -> Response:
         rows.append({"name": name.strip(), "values": values, "mean": mean, "spread": spread, "runs": group})
     differ = list(differing({entry.run.name: entry.run.config() for entry in entries})) if len(entries) <= 20 else []
     return board_of(request).page(
-        request,
-        "compare.html",
-        entries=entries,
-        left_out=left_out,
-        metric=metric,
-        metrics=names,
-        grouped=grouped,
-        axis=axis_of(request),
-        axes=list(AXES),
+        request, "compare.html", entries=entries, left_out=left_out, metric=metric, metrics=names, grouped=grouped,
+        axis=axis_of(request), axes=list(AXES),
         rows=sorted(rows, key=lambda row: -math.inf if row["mean"] is None else row["mean"], reverse=True),
-        differ=differ,
-        picked=request.query_params.getlist("run"),
-    )
+        differ=differ, picked=request.query_params.getlist("run"),
+    )  # fmt: skip
 
 
 def _usual_metric(entries: list[RunEntry]) -> str:

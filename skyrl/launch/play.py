@@ -14,6 +14,7 @@ from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
+from skyrl.report.charts import printable
 from skyrl.run_dir import dumps, read_rollouts
 from skyrl.tracking.rollouts import named
 from skyrl.types import Message, Prompt, UserError
@@ -78,7 +79,7 @@ def _play(cfg: RunConfig, prompt: Prompt, seed: int, turns: Sequence[dict[str, A
                 break
             calls.step(0, turn["read"])
             outcome = _answer(calls)
-            print(f"--- turn {number}: the model\n{turn['read']}")
+            print(printable(f"--- turn {number}: the model\n{turn['read']}"))
             if outcome.value is None:
                 opening = outcome
                 break
@@ -99,7 +100,7 @@ def _play(cfg: RunConfig, prompt: Prompt, seed: int, turns: Sequence[dict[str, A
             if result.done:
                 break
         calls.close(0)
-    print(f"======== invalid: {opening.invalid}" if opening.invalid else f"======== reward {total:g}")
+    print(printable(f"======== invalid: {opening.invalid}") if opening.invalid else f"======== reward {total:g}")
 
 
 def _answer(calls: LocalCalls | WorkerPool) -> Outcome:
@@ -110,4 +111,4 @@ def _answer(calls: LocalCalls | WorkerPool) -> Outcome:
 
 def _show(messages: list[Message]) -> None:
     for message in messages:
-        print(f"--- {message['role']}\n{message['content']}")
+        print(printable(f"--- {message['role']}\n{message['content']}"))

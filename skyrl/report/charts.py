@@ -13,6 +13,7 @@ from typing import Any
 
 Points = Sequence[tuple[float, float]]  # (step, value), steps rising
 BLOCKS = "▁▂▃▄▅▆▇█"
+SIMPLE = {**{block: str(n) for n, block in enumerate(BLOCKS, start=1)}, "\u2800": " ", "…": "~"}
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, by column and row
 # What people look at first: a title, and metrics of which the first that a run has counts.
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -94,6 +95,13 @@ def svg(title: str, points: Points, width: int = 420, height: int = 150) -> str:
 def printable(text: str) -> str:
     """The text with control and direction characters written out: what a model writes must not steer a terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def replace_unknown(error: UnicodeError) -> tuple[str, int]:
+    """An error handler (codecs.register_error) for a terminal without UTF-8: it shows curves by letters that it has."""
+    assert isinstance(error, UnicodeEncodeError)
+    lost = error.object[error.start : error.end]
+    return "".join("*" if "\u2800" < c < "\u2900" else SIMPLE.get(c, "?") for c in lost), error.end
 
 
 def cut(text: str, width: int) -> str:

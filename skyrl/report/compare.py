@@ -13,7 +13,7 @@ import numpy as np
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import config_diff, flat
 from skyrl.report.charts import printable
-from skyrl.run_dir.folder import FINGERPRINT, changed_facts
+from skyrl.run_dir.folder import FINGERPRINT, changed_facts, read_json
 from skyrl.run_dir.reader import RunReader, find_run, find_runs
 from skyrl.sweep import DEFAULT_METRICS, read_points
 from skyrl.tracking.base import without_wall_clock
@@ -59,11 +59,8 @@ def compare_runs(a: RunReader, b: RunReader) -> dict[str, Any]:
     old, new, options = flat(before), flat(now), config_diff(before, now)
     counted = {line.partition(":")[0] for line in options}
     versions = [{k: v for k, v in (run.starts() or [{}])[-1].items() if k not in NOT_VERSIONS} for run in (a, b)]
-    try:
-        facts = json.loads((b.path / FINGERPRINT).read_text(encoding="utf-8"))
-        files = [name for part in changed_facts(a.path, facts) for name in part]
-    except (OSError, ValueError, AttributeError):
-        files = []
+    facts = read_json(b.path, FINGERPRINT)
+    files = [name for part in changed_facts(a.path, facts) for name in part] if isinstance(facts, dict) else []
     records = [{(r["phase"], r["step"]): without_wall_clock(r) for r in run.metrics()[0]} for run in (a, b)]
     shared = [name for name in a.dumps() if name in set(b.dumps())]
     found: dict[str, Any] = {

@@ -43,14 +43,13 @@ def report(args: Sequence[str]) -> None:
     given = p.parse_args(list(args))
     reader = find_run(given.run, "report")
     out = given.out or type(reader.path)(f"{reader.path.resolve().name}.html")
-    if out.is_dir() or out.resolve().is_relative_to(reader.path.resolve()):
-        raise UserError(f"report: --out={out}: give a file outside of the run's folder, which is the run's alone")
-    text = page(reader)
+    reader.check_outside(out, f"report: --out={out}")
+    text = page(reader).encode("utf-8", "replace")
     try:
         write_atomic(out, text)
     except OSError as problem:
         raise UserError(f"report: {out}: cannot be written ({disk_reason(problem, out)}); give another --out") from None
-    print(f"wrote {out}: {len(text.encode()) / 1000:,.0f} kB")
+    print(f"wrote {out}: {len(text) / 1000:,.0f} kB")
 
 
 def page(reader: RunReader) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from skyrl.config.args import Parser, path_arg
 from skyrl.report.charts import curves_of, printable, sparkline
-from skyrl.run_dir.reader import OBJECTIVE, RunReader, final_values, find_run, find_runs
+from skyrl.run_dir.reader import OBJECTIVE, RunReader, final_values, find_run, find_runs, total_steps
 from skyrl.sweep import summary
 from skyrl.tracking.console import duration
 from skyrl.tracking.rollouts import show_rollouts
@@ -45,19 +45,20 @@ def facts(reader: RunReader) -> dict[str, Any]:
     config, starts, state = reader.config(), reader.starts(), reader.state()
     last, newest = (records[-1] if records else {}), (starts[-1] if starts else {})
     phase, step = str(last.get("phase", "")), int(last.get("step", 0))
-    total = total_steps(config, records)
+    total = total_steps(config, phase)
     seconds = step_seconds(records)
     names = ("tokens_per_second", "mfu")
     speed = {name: last[f"speed/{name}:mean"] for name in names if f"speed/{name}:mean" in last}
     export, checkpoints = reader.path / "export", [path.name for path in reader.checkpoints()]
     crashes, command = [str(path) for path in reader.crashes()], command_of(reader, phase)
     parts = [(config.get("algorithm") or {}).get(part) or {} for part in ("advantage", "loss")]
-    algorithm = ", ".join(str(part["name"]) for part in parts if "name" in part) or None
+    trainer = "" if phase == "evaluate" else config.get("trainer", "rl")
+    algorithm = trainer if trainer != "rl" else ", ".join(str(part["name"]) for part in parts if "name" in part)
     return {
         "run": str(reader.path), "name": reader.name, "state": state, "phase": phase, "step": step, "total": total,
         "seconds_left": seconds * (total - step) if seconds and total and state == "running" else None,
         "experiment": config.get("experiment"), "model": (config.get("model") or {}).get("path"),
-        "env": (config.get("env") or {}).get("name"), "algorithm": algorithm, "command": command,
+        "env": (config.get("env") or {}).get("name"), "algorithm": algorithm or None, "command": command,
         "starts": len(starts), "started": newest.get("started"), "host": newest.get("host"),
         "versions": {name: newest.get(name) for name in ("skyrl", "commit", "torch", "transformers", "python")},
         "results": summary(reader.path / "metrics.jsonl"), "speed": {**speed, "step_seconds": seconds},
@@ -74,18 +75,10 @@ def step_seconds(records: Sequence[dict[str, Any]]) -> float | None:
     return statistics.fmean(found) if found else None
 
 
-def total_steps(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> int | None:
-    """The last step of the phase under way, as the console counts; None where that is not known."""
-    phase = records[-1]["phase"] if records else ""
-    steps = {name: int((config.get(name) or {}).get("num_steps", 0)) for name in ("warmup", "batch")}
-    first = next((int(r["step"]) for r in records if r["phase"] == "rl" and r["step"] > 0), steps["warmup"] + 1)
-    return (steps["batch"] + first - 1 if phase in ("rl", "") else steps["warmup"]) or None
-
-
 def command_of(reader: RunReader, phase: str = "") -> str:
     """The command of the last start, as a person would type it; "" where it is not known."""
     words = (reader.starts() or [{}])[-1].get("command") or []
-    mode = "sft" if phase == "sft" or words and Path(str(words[0])).stem == "sft" else "train"
+    mode = phase if phase in ("sft", "evaluate") else "sft" if words and Path(str(words[0])).stem == "sft" else "train"
     typed = [str(word) for word in words[1:] if "=" in str(word) and str(word)[0] not in "-h"]
     return shlex.join(["skyrl-tx", mode, *typed]) if words else ""
 
@@ -137,7 +130,7 @@ def runs(args: Sequence[str]) -> None:
     if not Path(given.folder).is_dir():
         raise UserError(f"runs: no folder {given.folder} here; give one, or start a run first")
     found = [_row(reader) for reader in find_runs(Path(given.folder))] if given.json else []
-    print(json.dumps(found, indent=1) if given.json else runs_table(Path(given.folder)))
+    print(json.dumps(found, indent=1) if given.json else printable(runs_table(Path(given.folder))))
 
 
 def _row(reader: RunReader) -> dict[str, Any]:

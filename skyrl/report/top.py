@@ -20,8 +20,8 @@ from typing import Any
 
 from skyrl.config.args import Parser, path_arg
 from skyrl.report.charts import braille, curves_of, cut
-from skyrl.report.show import step_seconds, total_steps
-from skyrl.run_dir.reader import RunReader, find_run
+from skyrl.report.show import step_seconds
+from skyrl.run_dir.reader import RunReader, find_run, total_steps
 from skyrl.tracking.console import duration
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the second screen without a cursor, and back
@@ -115,8 +115,9 @@ def frame(view: LiveRun, columns: int, lines: int) -> list[str]:
 
 def _head(view: LiveRun, columns: int) -> str:
     last, state = (view.records or [{}])[-1], view.reader.state()
-    total, step = total_steps(view.reader.config(), view.records), int(last.get("step", 0))
-    text = f"{view.reader.name}  {state}  {last.get('phase', '')} step {step}" + (f"/{total}" if total else "")
+    phase, step = str(last.get("phase", "")), int(last.get("step", 0))
+    total = total_steps(view.reader.config(), phase)
+    text = f"{view.reader.name}  {state}  {phase} step {step}" + (f"/{total}" if total else "")
     if (seconds := step_seconds(view.records)) and total and state == "running":
         text += f"  {duration(seconds * (total - step))} left"
     with contextlib.suppress(OSError):
@@ -165,7 +166,7 @@ def _rollouts(reader: RunReader, count: int, columns: int) -> list[str]:
     """The last episodes that were dumped, one a line: reward, and how the last answer ends."""
     names = [name for name in reader.dumps() if name.isdecimal()]
     lines = []
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):  # it is cut back at this moment
+    with contextlib.suppress(OSError, ValueError, IndexError, TypeError):  # damaged, or cut back at this moment
         for one in islice(reader.rollouts(names[-1]), count):
             text = one["turns"][-1]["text"] if one["turns"] else one["invalid"]
             lines.append(cut(f"{float(one['reward']):>7.3g} {one['stop']:<7} {one['uid']}: {text[:1000]}", columns))

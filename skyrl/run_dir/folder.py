@@ -25,11 +25,14 @@ import yaml
 
 import skyrl
 from skyrl.config.args import hide_in_command
-from skyrl.files import disk_reason, write_atomic
+from skyrl.files import disk_reason, open_plain, write_atomic
 from skyrl.types import UserError
 
-# "000010-r0.jsonl", "eval-000010-r1.jsonl", "eval-gsm8k-000010-r1.jsonl" of a set: what was played, step, rank
-ROLLOUT_NAME = re.compile(r"(?:(?P<kind>[a-z]+(?:-[A-Za-z][\w.]*)?)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl")
+# "000010-r0.jsonl", "eval-000010-r1.jsonl", "eval-gsm8k-000010-r1.jsonl" of a set: what was played, step, rank; and
+# beside it, as "000010-r0.jsonl.trained", advantages and the trainer's log-probs
+ROLLOUT_NAME = re.compile(
+    r"(?:(?P<kind>[a-z]+(?:-[A-Za-z][\w.]*)?)-)?(?P<step>\d+)-r(?P<rank>\d+)\.jsonl(?:\.trained)?"
+)
 RESULT = "result.json"
 REQUEUE_FILE = "requeue"  # the same command should be started again
 ADVISORIES = "advisories.jsonl"
@@ -154,7 +157,7 @@ class RunFolder:
 def is_locked(folder: Path) -> bool:
     """Whether a live run holds the folder's lock, as far as this machine can tell."""
     try:
-        with open(folder / "lock", "rb") as handle:
+        with open_plain(folder / "lock", folder) as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back with the file
         return False
     except BlockingIOError:
@@ -179,9 +182,7 @@ def changed_facts(folder: Path, facts: dict[str, str]) -> tuple[list[str], list[
     """What a run's folder remembers otherwise than `facts` says: names of what the user gave (code, data, model, files
     of the environment), and of what computes (versions, skyrl itself). Modules that one start alone had loaded count as
     equal: they are loaded when they are first needed. Nothing for a folder without a fingerprint."""
-    try:
-        before = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not isinstance(before := read_json(folder, FINGERPRINT), dict):
         return [], []
     found = [
         name
@@ -194,11 +195,17 @@ def changed_facts(folder: Path, facts: dict[str, str]) -> tuple[list[str], list[
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """What a run has left in its result.json; None without, or for a file that cannot be read."""
-    try:
-        told = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    told = read_json(folder, RESULT)
     return told if isinstance(told, dict) else None
+
+
+def read_json(folder: Path, file: str) -> Any:
+    """What a JSON file of a run holds; None without it, or for one that cannot be read."""
+    try:
+        with open_plain(folder / file, folder) as stream:
+            return json.load(stream)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def keep_fingerprint(folder: Path, facts: dict[str, str]) -> None:
@@ -267,7 +274,7 @@ def _step_of(line: bytes) -> float:
 
 def drop_rollouts(folder: Path, step: int) -> None:
     """Deletes dumped episodes of steps after `step`: after a change of world size, old parts would stay among new."""
-    for path in Path(folder).glob("*.jsonl"):
+    for path in Path(folder).glob("*.jsonl*"):
         name = ROLLOUT_NAME.fullmatch(path.name)
         if name is not None and int(name["step"]) > step:
             path.unlink()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from skyrl.files import open_plain
 from skyrl.run_dir.folder import (
     ADVISORIES,
     REQUEUE_FILE,
@@ -18,12 +21,21 @@ from skyrl.run_dir.folder import (
     STOPS,
     SYSTEM_NAME,
     is_locked,
+    read_json,
     read_result,
     system_path,
 )
 from skyrl.types import UserError
 
 OBJECTIVE = "eval/accuracy:mean"
+SECTIONS = (
+    "run model env data batch warmup algorithm eval checkpoint tracking".split()
+)  # of config.yaml, that viewers read
+# What each line of these has at least; one without is damaged.
+METRICS_HAVE, SYSTEM_HAS, ADVISORIES_HAVE = ("step", "phase"), ("step",), ("name", "step", "text", "remedy")
+# What an episode and a turn have that do not say it themselves.
+EPISODE = {"uid": "", "index": 0, "stop": "", "expected": None, "invalid": "", "metrics": {}, "objectives": {}}
+TURN = {"context_text": "", "text": "", "context": [], "tokens": [], "logprobs": [], "stop": "", "version": None}
 
 
 @dataclass(frozen=True)
@@ -46,19 +58,18 @@ class RunReader:
         """All options of the last start, or of an earlier one that config.<number>.yaml keeps; {} if unreadable."""
         name = "config.yaml" if number is None else f"config.{number}.yaml"
         try:
-            text = (self.path / name).read_text(encoding="utf-8")
-            told = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except (OSError, ValueError, yaml.YAMLError):
+            with open_plain(self.path / name, self.path) as stream:
+                told = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return {}
-        return told if isinstance(told, dict) else {}
+        whole = isinstance(told, dict) and all(isinstance(told.get(name) or {}, dict) for name in SECTIONS)
+        return told if whole else {}
 
     def starts(self) -> list[dict[str, Any]]:
         """Versions, command and host of every start, oldest first."""
-        try:
-            told = json.loads((self.path / "versions.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return []
-        return [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
+        told = read_json(self.path, "versions.json")
+        starts = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
+        return [one for one in starts if isinstance(one.get("command") or [], list)]
 
     def result(self) -> dict[str, Any]:
         """result.json of a run that has ended by itself; {} without."""
@@ -68,11 +79,7 @@ class RunReader:
         """The records from byte `start` on, and the byte where the next call goes on. A resumed run may cut the file
         back: a `start` behind its end reads it from the beginning, which the returned byte then shows."""
         path = self.path / "metrics.jsonl"
-        try:
-            size = path.stat().st_size
-        except OSError:
-            return [], 0
-        return _read_lines(path, start if start <= size else 0)
+        return _read_lines(path, start if start <= self.size("metrics.jsonl") else 0) if path.exists() else ([], 0)
 
     def system_ranks(self) -> list[int]:
         """The ranks of which tracking/system.py has kept something, in order."""
@@ -83,11 +90,12 @@ class RunReader:
         """One line for each step of a rank, or of all ranks, one after the other: {"rank", "step", "phase", "time",
         "spans", "cpu", ...}. Times are Unix seconds; bytes are those of the step."""
         ranks = self.system_ranks() if rank is None else [rank]
-        return [{"rank": one, **line} for one in ranks for line in _readable_lines(system_path(self.path, one))]
+        return [{"rank": one, **line} for one in ranks for line in self.lines(system_path(Path(), one))[0]]
 
     def advisories(self) -> list[dict[str, Any]]:
         """What the run has said of itself, each once: {"name", "step", "text", "remedy"}."""
-        return list({line["name"]: line for line in _readable_lines(self.path / ADVISORIES) if "name" in line}.values())
+        found = _readable_lines(self.path / ADVISORIES, ADVISORIES_HAVE)
+        return list({str(line["name"]): line for line in found}.values())
 
     def stops(self) -> list[dict[str, Any]]:
         """Its stops, oldest first: {"reason", "rank", "phase", "step", "done", "at", ...}."""
@@ -97,8 +105,9 @@ class RunReader:
         """The records of another file of JSON lines, or a part of `limit` bytes or one line if that is longer, from
         byte `start` on; and the byte after them. Lines that are no records are left out; ([], 0) without the file.
         Raises UserError where what is to be read of metrics.jsonl begins with such a line."""
+        needs = METRICS_HAVE if file == "metrics.jsonl" else SYSTEM_HAS
         try:
-            return _read_lines(self.path / file, start, limit, strict=file == "metrics.jsonl")
+            return _read_lines(self.path / file, start, limit, needs, self.path)
         except OSError:
             return [], 0
 
@@ -106,7 +115,7 @@ class RunReader:
         """The `count` bytes of a file that end at byte `end`: those that were read last are there again, unless the
         file was cut back and grew anew. b"" where it is shorter than `end`."""
         try:
-            with open(self.path / file, "rb") as stream:
+            with open_plain(self.path / file, self.path) as stream:
                 stream.seek(max(0, end - count))
                 data = stream.read(min(end, count))
         except OSError:
@@ -119,6 +128,11 @@ class RunReader:
             return os.stat(self.path / file).st_size
         except OSError:
             return 0
+
+    def check_outside(self, out: Path, option: str) -> None:
+        """Raises UserError for a file to write that lies in the run's folder, or is a folder itself."""
+        if out.is_dir() or out.resolve().is_relative_to(self.path.resolve()):
+            raise UserError(f"{option}: give a file outside of the run's folder, which is the run's alone")
 
     def logs(self) -> list[str]:
         """Names of the logs that a launcher has left in the folder."""
@@ -154,22 +168,18 @@ class RunReader:
     def episodes(self, name: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """(rank, byte of its line, episode) of one dump, ranks in order; lines that are no episodes are left out."""
         for rank, path in _rank_files(self.path / "rollouts", name):
-            with open(path, "rb") as stream:
-                start = 0
-                for line in stream:
-                    if (episode := _parsed(line)) is not None and "turns" in episode:
-                        yield rank, start, episode
-                    start += len(line)
+            start = 0
+            for line in _lines_of(path):
+                if (episode := _episode(line)) is not None:
+                    yield rank, start, episode
+                start += len(line)
 
     def dumps_with(self, uid: str, most: int = 200) -> list[str]:
         """Of the newest `most` dumps those with an episode of a prompt; only the beginnings of lines are looked at."""
         start, found = b'{"uid": ' + json.dumps(uid, ensure_ascii=False).encode() + b",", []
         for name in self.dumps()[-most:]:
-            for path in self.dump_files(name):
-                with open(path, "rb") as stream:
-                    if any(line.startswith(start) for line in stream):
-                        found.append(name)
-                        break
+            if any(line.startswith(start) for path in self.dump_files(name) for line in _lines_of(path)):
+                found.append(name)
         return found
 
     def dump_files(self, name: str) -> list[Path]:
@@ -179,21 +189,29 @@ class RunReader:
     def episode(self, name: str, rank: int, start: int) -> dict[str, Any] | None:
         """The episode whose line begins at a byte of a rank's part of a dump; None without."""
         path = dict(_rank_files(self.path / "rollouts", name)).get(rank)
-        if path is None:
-            return None
-        with open(path, "rb") as stream:
-            stream.seek(start)
-            episode = _parsed(stream.readline())
-        return episode if episode is not None and "turns" in episode else None
+        with contextlib.suppress(OSError):
+            if path is not None:
+                with open_plain(path, self.path) as stream:
+                    stream.seek(start)
+                    return _episode(stream.readline())
+        return None
 
     def token_texts(self) -> dict[int, str]:
         """Token id -> its text alone, of the tokens that were dumped; {} for a run of an earlier release."""
         found: dict[int, str] = {}
         for path in (self.path / "rollouts").glob("tokens-r*.json"):
-            try:
-                found |= {int(token): str(text) for token, text in json.loads(path.read_text("utf-8")).items()}
-            except (OSError, ValueError, AttributeError):
-                continue
+            with contextlib.suppress(ValueError, AttributeError):
+                told = read_json(self.path, f"rollouts/{path.name}")
+                found |= {int(token): str(text) for token, text in told.items()}
+        return found
+
+    def trained(self, dump: str) -> dict[str, Any]:
+        """Row of a dumped step ("<uid>/<sample>/<part>", as rollout.to_rows calls it) -> {"first": place of its first
+        trained token, "advantages", "logprobs": from there on} (tracking.rollouts.write_trained); {} without."""
+        found: dict[str, Any] = {}
+        for path in self.dump_files(dump):
+            told = read_json(self.path, f"rollouts/{path.name}.trained") or {}
+            found |= {name: None if name in found else row for name, row in told.items()}  # of two: which, is not known
         return found
 
     def checkpoints(self) -> list[Path]:
@@ -203,7 +221,7 @@ class RunReader:
 
     def crashes(self) -> list[Path]:
         """Folders of crash bundles (see tracking/crash_report.py), oldest first."""
-        return sorted(path for path in self.path.glob("crash-*") if path.is_dir())
+        return sorted(path for path in self.path.glob("crash-*") if path.is_dir() and not path.is_symlink())
 
 
 def find_runs(folder: Path) -> list[RunReader]:
@@ -235,6 +253,15 @@ def find_run(given: Path, what: str) -> RunReader:
     return RunReader(path)
 
 
+def total_steps(config: dict[str, Any], phase: str) -> int | None:
+    """The last step of a phase ("" = of the run), counted over all phases as everywhere; None where the options do not
+    say it, as with data.epochs."""
+    if phase == "evaluate" or (config.get("data") or {}).get("epochs"):
+        return None
+    warmup, batch = ((config.get(name) or {}).get("num_steps", 0) for name in ("warmup", "batch"))
+    return warmup + (0 if phase in ("warmup", "sft") or config.get("trainer") == "sft" else batch) or None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in order, with "nan", "inf" and "-inf" as floats again.
 
@@ -243,16 +270,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_lines(Path(path), 0)[0]
 
 
-def _read_lines(path: Path, start: int, limit: int = -1, *, strict: bool = True) -> tuple[list[dict[str, Any]], int]:
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        data = stream.read(limit)
-        while limit > 0 and b"\n" not in data and (more := stream.read(limit)):
-            data += more
+def _read_lines(
+    path: Path, start: int, limit: int = -1, needs: Collection[str] = METRICS_HAVE, root: Path | None = None
+) -> tuple[list[dict[str, Any]], int]:
+    strict = needs is METRICS_HAVE
+    try:
+        with open_plain(path, root or path.parent) as stream:
+            stream.seek(start)
+            data = stream.read(limit)
+            while limit > 0 and b"\n" not in data and (more := stream.read(limit)):
+                data += more
+    except OSError as problem:
+        if strict and not isinstance(problem, FileNotFoundError):
+            raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
+        raise
     records: list[dict[str, Any]] = []
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
-        record = _parsed(line)
+        record = _parsed(line, needs)
         if record is not None:
             if b'nan"' in line or b'inf"' in line:
                 record = {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()}
@@ -265,31 +300,46 @@ def _read_lines(path: Path, start: int, limit: int = -1, *, strict: bool = True)
     return records, start + len(data) - len(lines[-1])
 
 
-def _readable_lines(path: Path) -> list[dict[str, Any]]:
+def _readable_lines(path: Path, needs: Collection[str] = ()) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; [] without it. Torn and damaged lines are left out."""
     try:
-        return _read_lines(path, 0, strict=False)[0]
+        return _read_lines(path, 0, needs=needs)[0]
     except OSError:
         return []
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a part of a dump; none where it is no more, or not to be read."""
+    with contextlib.suppress(OSError), open_plain(path, path.parent.parent) as stream:
+        yield from stream
+
+
+def _parsed(line: bytes, needs: Collection[str] = ()) -> dict[str, Any] | None:
     try:
         told = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) else None
+    whole = isinstance(told, dict) and all(name in told for name in needs) and isinstance(told.get("step", 0), int)
+    return told if whole else None
+
+
+def _episode(line: bytes) -> dict[str, Any] | None:
+    told = _parsed(line, ("turns",)) or {"turns": None}
+    if not isinstance(told["turns"], list) or not all(isinstance(turn, dict) for turn in told["turns"]):
+        return None
+    turns = [{**TURN, **turn, "reward": turn.get("reward") or 0.0} for turn in told["turns"]]
+    reward = math.nan if told.get("reward") is None else told["reward"]
+    return {**EPISODE, **told, "reward": reward, "turns": turns}
 
 
 def read_rollouts(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """The episodes of `name` (see write_rollouts) of all ranks, in order. Raises UserError for a line that is none."""
     for _, path in _rank_files(folder, name):
-        with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.endswith(b"\n"):  # else it is being written
-                    if (episode := _parsed(line)) is None:
-                        raise UserError(f"{path}, line {number}: not an episode; move that file away")
-                    yield episode
+        for number, line in enumerate(_lines_of(path), start=1):
+            if line.endswith(b"\n"):  # else it is being written
+                if (episode := _episode(line)) is None:
+                    raise UserError(f"{path}, line {number}: not an episode; move that file away")
+                yield episode
 
 
 def _rank_files(folder: Path, name: str) -> list[tuple[int, Path]]:

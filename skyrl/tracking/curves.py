@@ -110,7 +110,7 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
         _draw(axes, panel, records, xs)
         _style(axes, panel, spans, shorten)
     title = title or ": ".join(filter(None, (_whose(metrics), _summary(records))))
-    figure.suptitle(title, x=0.01, y=0.98, ha="left", fontsize=12, color=_INK, fontweight="bold")
+    figure.suptitle(title, parse_math=False, x=0.01, y=0.98, ha="left", fontsize=12, color=_INK, fontweight="bold")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
@@ -153,21 +153,12 @@ class _Shortened:
 
 
 def _axis(records: list[Record]) -> tuple[list[int], list[tuple[str, int, int]]]:
-    """Positions of the records on the common axis, and (phase, first, last) of each stretch of one phase.
-
-    Steps count over all phases. Those of a release that counted each phase from 1 follow the phase before.
-    """
-    positions: list[int] = []
+    """Positions of the records on the common axis, and (phase, first, last) of each stretch of one phase."""
+    positions = [int(record["step"]) for record in records]
     spans: list[tuple[str, int, int]] = []
-    end = 0
-    for phase, part in itertools.groupby(records, key=lambda record: record["phase"]):
-        start, last = end, 0
-        for record in part:
-            step = int(record["step"])
-            positions.append(step if step > start or step == end else start + step)
-            last = positions[-1]
-            end = max(end, last)
-        spans.append((phase, start, end))
+    for phase, part in itertools.groupby(zip(records, positions, strict=True), key=lambda pair: pair[0]["phase"]):
+        start = spans[-1][2] if spans else 0
+        spans.append((phase, start, max(start, *(step for _, step in part))))
     return positions, spans
 
 

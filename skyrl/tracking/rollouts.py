@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from skyrl.files import disk_reason, write_atomic
 from skyrl.run_dir import read_rollouts
 from skyrl.tracking.jsonl import plain, to_json
-from skyrl.types import Episode, UserError
+from skyrl.types import Datum, Episode, Floats, UserError
 
 EXPECTED = ("answer", "target", "solution", "ground_truth", "label")  # fields of a prompt that hold what is wanted
 
@@ -45,6 +49,28 @@ def write_rollouts(
             "tracking.rollouts_every=0"
         ) from None
     return path
+
+
+def write_trained(folder: Path, step: int, rows: Sequence[tuple[Datum, Floats | None]], *, rank: int) -> None:
+    """Writes what rows that this rank has trained on say of the dumped tokens: {row: {"first": place of the first one
+    that is trained, "advantages": from there on, "logprobs": by the trainer before its update, which the sampler's are
+    compared with; null where a token is not trained}}. rows: with those log-probs, None for later updates of the step.
+    Rows of a prompt that was played twice have one name and are left out. Raises UserError when it cannot be written.
+    """
+    count, found = Counter(row.name for row, _ in rows), {}
+    for row, logprobs in rows:
+        if count[row.name] > 1 or not len(at := np.flatnonzero(row.weights)):
+            continue
+        one = found[row.name] = {"first": int(at[0])}
+        for key, values in (("advantages", row.advantages), ("logprobs", logprobs)):
+            if values is not None:
+                kept = np.where(row.weights == 0, np.nan, np.round(np.asarray(values, np.float64), 5))
+                one[key] = [value if math.isfinite(value) else None for value in kept[at[0] : at[-1] + 1].tolist()]
+    path = Path(folder) / f"{step:06d}-r{rank}.jsonl.trained"
+    try:
+        write_atomic(path, json.dumps(found))
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be written ({disk_reason(problem, path)}); free some space") from None
 
 
 def _keep_token_texts(path: Path, groups: Sequence[Sequence[Episode]], tokenizer: Any) -> None:
@@ -84,7 +110,7 @@ def show_rollouts(folder: Path, name: str, count: int) -> str:
             reward = f"reward {float(turn['reward']):g}{named(turn.get('objectives', {}))}"
             lines += [f"--- drawn ({len(turn['tokens'])} tokens, {reward})", turn["text"]]
             seen = context + turn["text"]
-        if episode.get("expected") is not None:
+        if episode["expected"] is not None:
             lines += ["--- expected", str(episode["expected"])]
         if episode["invalid"]:
             lines += ["--- invalid", episode["invalid"]]

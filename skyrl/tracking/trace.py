@@ -52,10 +52,11 @@ def trace(args: list[str]) -> None:
     p.add_argument("-o", "--output", type=path_arg, default="trace.json", help="the file to write (trace.json)")
     given = p.parse_args(args)
     run = find_run(given.run, "trace")
-    lines = run.system()
+    run.check_outside(given.output, f"trace -o {given.output}")
+    lines = [line for line in run.system() if line.get("spans") and line.keys() >= {"time", "phase"}]
     if not lines:
         raise UserError(f"trace: {run.path} has no system/rank-*.jsonl: was it run with tracking.system=false?")
-    steps = sorted({line["step"] for line in lines if "spans" in line})
+    steps = sorted({line["step"] for line in lines})
     match = re.fullmatch(r"(\d+):(\d+)", given.steps or f"{max(steps[-20:][0], 0)}:{steps[-1]}")
     wanted = [one for one in steps if match and int(match[1]) <= one <= int(match[2])]
     if not wanted:

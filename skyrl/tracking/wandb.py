@@ -38,16 +38,10 @@ class WandbSink(Sink):
             ) from None
         try:
             self._run = wandb.init(
-                project=cfg.tracking.wandb_project,
-                name=cfg.run.name or Path(folder).name,
-                id=run_id(Path(folder)),
-                tags=list(cfg.tracking.tags),
-                dir=str(folder),
-                mode=mode,
-                resume="allow",
-                config=to_dict(cfg),
+                project=cfg.tracking.wandb_project, name=cfg.run.name or Path(folder).name, id=run_id(Path(folder)),
+                tags=list(cfg.tracking.tags), dir=str(folder), mode=mode, resume="allow", config=to_dict(cfg),
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
-            )
+            )  # fmt: skip
         except (wandb.errors.Error, OSError) as problem:
             text = " ".join(str(problem).split())
             raise UserError(
@@ -86,14 +80,9 @@ class TrackioSink(Sink):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it advertises itself
                 self._run = trackio.init(
-                    project=cfg.tracking.wandb_project,
-                    name=name,
-                    config=to_dict(cfg),
-                    resume="allow",
-                    embed=False,
-                    auto_log_gpu=False,
-                    auto_log_cpu=False,
-                )
+                    project=cfg.tracking.wandb_project, name=name, config=to_dict(cfg), resume="allow", embed=False,
+                    auto_log_gpu=False, auto_log_cpu=False,
+                )  # fmt: skip
         except (OSError, ValueError, RuntimeError) as problem:
             raise UserError(f"tracking.trackio=true: trackio did not start ({problem})") from None
 

@@ -103,6 +103,7 @@ def record_episodes(run: Run, step: Step, groups: list[list[Episode]]) -> None:
     run.tell_hooks("on_rollouts", step.number, groups)
     if run.plan.due("rollouts", step.number) or (run.cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
         run.write_rollouts(groups, f"{step.number:06d}")
+        step.dumped = True
 
 
 def note_objectives(run: Run, groups: list[list[Episode]]) -> None:

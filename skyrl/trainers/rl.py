@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from skyrl.config.schema import RunConfig
@@ -16,6 +17,7 @@ from skyrl.loop import run_loop
 from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.rollout import Group, Row, to_rows
 from skyrl.run import Run, Step
+from skyrl.tracking.rollouts import write_trained
 from skyrl.trainers.experience import (
     add_advantages,
     add_old_logprobs,
@@ -31,6 +33,7 @@ from skyrl.trainers.experience import (
 from skyrl.trainers.generation import generate_groups
 from skyrl.trainers.self_imitation import imitate, remember
 from skyrl.trainers.sft import sft_warmup
+from skyrl.types import Datum, Floats
 
 
 def train(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
     spec = make_spec(cfg.algorithm, cfg.sampler.temperature)
     if run.kl is not None and spec.kl_coef:
         spec = dataclasses.replace(spec, kl_coef=run.kl.coef)
-    parts, moved = cfg.batch.optim_steps_per_batch, False
+    parts, moved, trained = cfg.batch.optim_steps_per_batch, False, list[tuple[Datum, Floats | None]]()
     for number in range(plan.updates_per_step):
         part = [row for row in rows if row.group * parts // num_groups == number % parts]
         part = select_tokens(run, step, part, number)
@@ -120,10 +123,11 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
             continue
         data = apply_reduction(run, part)
         spec = dataclasses.replace(spec, correction_scale=correction_scale(run, data))
-        data = rebalance(run.world, data)
+        data, logprobs = rebalance(run.world, data), []
         if plan.policy_learns(step.index):
             with step.part("forward_backward"):
-                metrics = engine.forward_backward(data, spec).metrics
+                out = engine.forward_backward(data, spec)
+            metrics, logprobs = out.metrics, out.logprobs
             if moved:  # later updates see a policy that has moved: only the first is the sampler/trainer gap
                 metrics = {k: v for k, v in metrics.items() if not k.startswith("logprob_gap")}
             step.log(metrics)
@@ -138,6 +142,10 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
                 step.commit()
             critic |= engine.optim_step("critic", plan.critic_adam_at(step.index))
             step.log({f"critic/{key}": value for key, value in critic.items()})
+        if number < parts:  # later passes see the same rows
+            trained += zip_longest(data, () if moved else logprobs)
         moved = True
+    if step.dumped:
+        write_trained(run.folder.rollouts, step.number, trained, rank=run.world.rank)
     if not moved:
         step.commit()

@@ -30,21 +30,13 @@ M = TypeVar("M", bound="JsonMessage")
 
 # What is allowed where pydantic finds something else, by the type of its error.
 _ALLOWED = {
-    "int_type": "an integer",
-    "float_type": "a finite number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "string_unicode": "text that is valid Unicode",
+    "int_type": "an integer", "float_type": "a finite number", "finite_number": "a finite number",
+    "bool_type": "true or false", "string_type": "a string", "string_unicode": "text that is valid Unicode",
     "string_too_short": "a string of {min_length} or more characters",
-    "string_too_long": "a string of at most {max_length} characters",
-    "too_long": "at most {max_length} entries",
-    "list_type": "a list",
-    "dict_type": "a map",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "{le} or less",
-    "literal_error": "{expected}",
-}
+    "string_too_long": "a string of at most {max_length} characters", "too_long": "at most {max_length} entries",
+    "list_type": "a list", "dict_type": "a map", "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less", "literal_error": "{expected}",
+}  # fmt: skip
 
 
 def short_repr(value: Any) -> str:

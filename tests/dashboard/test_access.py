@@ -3,6 +3,7 @@
 import json
 import re
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 from skyrl.config.schema_server import DashboardConfig
 from skyrl.dashboard import auth as auth_module
+from skyrl.dashboard import board
 from skyrl.dashboard.app import create_app
 from skyrl.dashboard.auth import Auth
 from skyrl.dashboard.index import RunIndex
@@ -441,3 +443,19 @@ def test_a_link_to_one_run_opens_no_other_by_any_route(runs):
     assert guest.get("/runs/first/config?with=first-longer").status_code == 403
     for tab in ("", "/rollouts", "/checkpoints", "/config", "/logs"):  # nor does a page name another
         assert "second run" not in guest.get(f"/runs/first{tab}").text
+
+
+def test_a_live_page_ends_with_its_session(runs, monkeypatch):
+    monkeypatch.setattr(board, "EVENT_SECONDS", 0.05)
+    settings = DashboardConfig(runs=runs)
+    auth, index = Auth(settings), RunIndex(Path(runs))
+    for entry in index._scan():
+        index._refresh(entry)
+    app, _ = create_app(settings, auth, index)
+    guest = client_of(app)
+    link, token = auth.links.make("first", 1, "me")
+    guest.get(f"/share?link={token}")
+    threading.Timer(0.3, auth.links.revoke, [link.id]).start()
+    answer = guest.get("/runs/first/events")  # which comes back when the stream has ended
+    assert answer.status_code == 200 and answer.text.startswith("retry:")
+    assert guest.get("/runs/first/events").status_code == 303

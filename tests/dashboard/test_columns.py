@@ -76,7 +76,7 @@ def test_a_file_that_was_cut_back_and_grew_again_is_read_anew(tmp_path):
 def test_a_torn_last_line_waits_and_a_damaged_one_is_told(tmp_path):
     write(tmp_path, made(0, 3))
     with open(tmp_path / "metrics.jsonl", "a") as stream:
-        stream.write('{"step": 3, "m0"')
+        stream.write('{"step": 3, "phase": "rl", "m0"')
     one = Columns(RunReader(tmp_path), "metrics.jsonl")
     one.update_all()
     assert one.rows == 3
@@ -110,7 +110,7 @@ def test_a_process_that_may_not_write_reads_what_another_one_stored(tmp_path):
 def test_sums_hold_over_restarts_and_tails_that_are_dropped(tmp_path):
     store = tmp_path / "cache"
     store.mkdir()
-    write(tmp_path, [{"step": i, "sampled_tokens:sum": 10} for i in range(11)])
+    write(tmp_path, [{"step": i, "phase": "rl", "sampled_tokens:sum": 10} for i in range(11)])
     one = Columns(RunReader(tmp_path), "metrics.jsonl", store=store)
     one.update_all()
     one.drop_tail()

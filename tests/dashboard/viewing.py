@@ -15,8 +15,8 @@ from skyrl.dashboard.app import create_app
 from skyrl.dashboard.index import RunIndex
 from skyrl.run_dir import RunFolder
 from skyrl.tracking.jsonl import JsonlSink
-from skyrl.tracking.rollouts import write_rollouts
-from skyrl.types import Episode, Prompt, Sample, Turn
+from skyrl.tracking.rollouts import write_rollouts, write_trained
+from skyrl.types import Datum, Episode, Prompt, Sample, Turn
 
 HTML = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 PAGE = {"accept": "text/html,*/*"}
@@ -40,6 +40,9 @@ class OpenDoor:
     def csrf_token(self, request):
         return "token"
 
+    def is_logged_in(self, request):
+        return True
+
     def middleware(self, app):
         async def guarded(scope, receive, send):
             if scope["type"] == "http":
@@ -60,6 +63,15 @@ def played(uid: str, index: int, answer: str, reward: float, *, asked: str = "1+
     logprobs = np.linspace(-0.1, -3.0, len(tokens)).astype(np.float32)
     turn = Turn(np.array([ord(letter) for letter in asked]), Sample(uid, tokens, logprobs, stop, 1), reward)
     return Episode(Prompt(uid, "toy", [], {"answer": "2"}), index, [turn], reward, stop=stop, metrics=metrics)
+
+
+def trained_row(episode: Episode, advantage: float) -> Datum:
+    """What the loop trains on of an episode of one turn."""
+    (turn,) = episode.turns
+    ids, first = np.concatenate([turn.context, turn.sample.tokens]), len(turn.context) - 1
+    weights = (np.arange(len(ids) - 1) >= first).astype(np.float64)
+    name = f"{episode.prompt.uid}/{episode.index}/0"
+    return Datum(ids[:-1], ids[1:], weights, advantages=advantage * weights, name=name)
 
 
 def record(step: int, value: float = 0.5, **more) -> dict:
@@ -91,6 +103,12 @@ def add_rollouts(run: Path) -> None:
         episode.metrics = {"correct:mean": 0.0}
     for name in ("000001", "000005", "eval-000005"):
         write_rollouts(run / "rollouts", name, [group, other], Letters(), rank=0)
+    write_trained(
+        run / "rollouts",
+        5,
+        [(trained_row(one, sign), None) for one, sign in zip(group, (1.0, -1.0), strict=True)],
+        rank=0,
+    )
 
 
 def add_system(run: Path, steps: int = 5) -> None:

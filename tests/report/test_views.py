@@ -125,7 +125,7 @@ def test_no_run_and_damaged_metrics_are_one_line(command, tmp_path):
         cli._call([command, str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match=f"^{command}: .* is no run: it has neither"):
         cli._call([command, str(tmp_path)])
-    make(tmp_path / "bad", records=[]).path.joinpath("metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    make(tmp_path / "bad", records=[]).path.joinpath("metrics.jsonl").write_text(json.dumps(record(1)) + "\nnonsense\n")
     if command != "rollouts":
         with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a record of metrics"):
             cli._call([command, str(tmp_path / "bad")])
@@ -329,3 +329,52 @@ def test_folders_of_runs_are_compared_over_seeds(tmp_path, capsys):
         cli._call(["compare", str(tmp_path / "a"), str(tmp_path / "b" / "s1")])
     with pytest.raises(UserError, match="--metric=x: no finished run has it; there are .*reward:mean"):
         cli._call(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--metric", "x"])
+
+
+# ---- bad input of all of them
+
+
+@pytest.mark.parametrize(
+    "command", [["show"], ["top", "--once"], ["report", "-o", "x.html"], ["rollouts"], ["runs"], ["trace"]]
+)
+def test_lines_that_lack_something_end_no_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reader = make(tmp_path / "runs" / "one", 3, episodes=[{"turns": [{}]}, {"turns": [], "reward": "inf"}])
+    (reader.path / "advisories.jsonl").write_text('{"name": "a"}\n{"name": "b", "step": 1, "text": 3, "remedy": []}\n')
+    (reader.path / "versions.json").write_text('[{"command": {"x": 1}}]')
+    (reader.path / "system").mkdir()
+    (reader.path / "system" / "rank-0.jsonl").write_text('{"step": 1}\n{"step": 2, "phase": "rl", "time": 2.0}\n')
+    place = tmp_path / "runs" if command[0] == "runs" else reader.path
+    try:
+        cli._call([command[0], str(place), *command[1:]])
+    except UserError as error:
+        assert command == ["trace"] and "tracking.system" in str(error)
+
+
+def test_nothing_is_written_into_a_run(tmp_path):
+    reader = make(tmp_path / "one")
+    for command, flag in (("report", "-o"), ("trace", "-o")):
+        for name in ("config.yaml", "new.html", "deep/new.json", "."):
+            with pytest.raises(UserError, match="give a file outside of the run's folder"):
+                cli._call([command, str(reader.path), flag, str(reader.path / name)])
+    assert not (reader.path / "new.html").exists()
+
+
+def test_names_and_errors_steer_no_terminal(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "runs" / "a\x1b[31mb", 2)
+    assert "\x1b" not in (out := call(capsys, "runs", tmp_path / "runs")) and "a\\x1b[31mb" in out
+    monkeypatch.setattr(sys, "argv", ["skyrl-tx", "show", "\x1b[31m"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "\\x1b[31m" in (said := capsys.readouterr().err) and "\x1b" not in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_utf8(encoding, tmp_path):
+    make(tmp_path / "one", 8, episodes=[episode(text="漢字 é")])
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    for command in (["top", "--once"], ["show"]):
+        command = [sys.executable, "-m", "skyrl.cli", command[0], str(tmp_path / "one"), *command[1:]]
+        done = subprocess.run(command, env=env, capture_output=True, timeout=60)
+        text = done.stdout.decode(encoding)
+        assert done.returncode == 0 and done.stderr == b"" and ("**" in text or "12345678" in text), (text, done.stderr)
