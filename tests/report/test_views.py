@@ -278,6 +278,8 @@ def test_runs_that_do_not_part(tmp_path):
     )
     found = compare_runs(a, b)
     assert found["metric"] is None and found["rollout"] is None and found["why"] == "they do not part"
+    often = [record(n, **({"eval/accuracy:mean": 0.5} if n % 2 else {})) for n in range(1, 8)]
+    assert compare_runs(a, make(tmp_path / "c", records=often))["metric"] is None  # it was only evaluated more often
 
 
 def test_the_first_step_metric_and_rollout_and_why(tmp_path, capsys):
