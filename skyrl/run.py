@@ -122,7 +122,6 @@ class Step:
     run: Run
     index: int
     sums: MetricSums = field(default_factory=MetricSums)  # of this rank; summed over ranks when the step ends
-    dumped: bool = False  # its episodes are in the run folder
 
     @property
     def number(self) -> int:

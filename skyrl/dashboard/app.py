@@ -50,12 +50,7 @@ def create_app(settings: DashboardConfig, auth: Any, index: RunIndex) -> tuple[S
         Mount("/static", _Static(directory=HERE / "static"), name="static"),
     ]
     routes: list[Any] = [Mount(settings.path_prefix, routes=inner)] if settings.path_prefix else inner
-    handlers: Any = {
-        HttpError: board.refuse,
-        UserError: board.refuse,
-        HTTPException: board.refuse,
-        OSError: board.refuse,
-    }
+    handlers: Any = dict.fromkeys((HttpError, UserError, HTTPException, OSError), board.refuse)
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.board = board
     app.add_middleware(auth.middleware)

@@ -205,7 +205,7 @@ class Columns:
     def last(self, name: str) -> float | None:
         """The newest value of a column, None without."""
         with self.lock:
-            tail = self._tail[self.names.index(name)] if name in self.names and self._tail.size else ()
+            tail = self._tail[self.names.index(name)] if name in self.names and self._tail.size else np.empty(0)
             values = tail if len(tail) and not np.isnan(tail[-1]) else self.series(name)[1]
         return float(values[-1]) if len(values) else None
 

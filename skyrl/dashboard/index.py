@@ -30,7 +30,14 @@ TAIL_BYTES = 256 << 20  # of all runs in memory
 IDLE_SECONDS = 60.0  # after which the tail of a run that does not grow goes to the store
 SAVE_SECONDS = 30.0
 LISTED = ("step", OBJECTIVE, "reward:mean", "loss:sum")  # what the table of runs shows
-UNKNOWN = {"state": "unfinished", "typed": {}, "tags": [], "seed": None, "changed": 0.0, "last": dict.fromkeys(LISTED)}
+UNKNOWN: dict[str, Any] = {
+    "state": "unfinished",
+    "typed": {},
+    "tags": [],
+    "seed": None,
+    "changed": 0.0,
+    "last": dict.fromkeys(LISTED),
+}
 
 
 class RunEntry:

@@ -28,14 +28,17 @@ from skyrl.run_dir.folder import (
 from skyrl.types import UserError
 
 OBJECTIVE = "eval/accuracy:mean"
-SECTIONS = (
-    "run model env data batch warmup algorithm eval checkpoint tracking".split()
-)  # of config.yaml, that viewers read
+# Sections of config.yaml that viewers read.
+SECTIONS = "run model env data batch warmup algorithm eval checkpoint tracking".split()
 # What each line of these has at least; one without is damaged.
 METRICS_HAVE, SYSTEM_HAS, ADVISORIES_HAVE = ("step", "phase"), ("step",), ("name", "step", "text", "remedy")
 # What an episode and a turn have that do not say it themselves.
-EPISODE = {"uid": "", "index": 0, "stop": "", "expected": None, "invalid": "", "metrics": {}, "objectives": {}}
-TURN = {"context_text": "", "text": "", "context": [], "tokens": [], "logprobs": [], "stop": "", "version": None}
+EPISODE: dict[str, Any] = {
+    "uid": "", "index": 0, "stop": "", "expected": None, "invalid": "", "metrics": {}, "objectives": {},
+}  # fmt: skip
+TURN: dict[str, Any] = {
+    "context_text": "", "text": "", "context": [], "tokens": [], "logprobs": [], "stop": "", "version": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class RunReader:
         """One line for each step of a rank, or of all ranks, one after the other: {"rank", "step", "phase", "time",
         "spans", "cpu", ...}. Times are Unix seconds; bytes are those of the step."""
         ranks = self.system_ranks() if rank is None else [rank]
-        return [{"rank": one, **line} for one in ranks for line in self.lines(system_path(Path(), one))[0]]
+        return [{"rank": one, **line} for one in ranks for line in self.lines(str(system_path(Path(), one)))[0]]
 
     def advisories(self) -> list[dict[str, Any]]:
         """What the run has said of itself, each once: {"name", "step", "text", "remedy"}."""

@@ -53,33 +53,17 @@ _LOSSES = ("loss:mean", "distill/divergence:mean", "nll:mean", "loss:sum")
 _LOSS = _Panel("Loss (supervised steps: nats per token)", (("loss", _LOSSES, "#7c3aed"),))
 _PANELS = (
     _Panel("Held-out accuracy", (("accuracy", (_ACCURACY,), "#059669"),), unit_range=True, sparse=True),
-    _Panel(
-        "Response length (tokens), truncated share",
-        (("length", ("length:mean",), "#0f766e"),),
-        (("truncated", ("cut_by_length:mean",), "#f59e0b"),),
-        from_zero=True,
-    ),
-    _Panel(
-        "Entropy (nats per token), KL",
-        (("entropy", ("entropy:mean",), "#db2777"),),
-        (("KL", ("kl_reference:mean", "kl/behaviour_reference:mean", "approx_kl:mean"), "#9333ea"),),
-    ),
+    _Panel("Response length (tokens), truncated share", (("length", ("length:mean",), "#0f766e"),),
+           (("truncated", ("cut_by_length:mean",), "#f59e0b"),), from_zero=True),
+    _Panel("Entropy (nats per token), KL", (("entropy", ("entropy:mean",), "#db2777"),),
+           (("KL", ("kl_reference:mean", "kl/behaviour_reference:mean", "approx_kl:mean"), "#9333ea"),)),
     _Panel("Gradient norm, before clipping", (("norm", ("grad_norm:mean",), "#475569"),), from_zero=True),
-    _Panel(
-        "Log-prob gap, sampler to trainer (nats)",
-        (("mean", ("logprob_gap:mean",), "#d97706"), ("max", ("logprob_gap:max",), "#fbbf77")),
-        log=True,
-    ),
-    _Panel(
-        "Tokens per second",
-        (
-            ("whole step", ("speed/tokens_per_second:mean",), "#0891b2"),
-            ("sampling alone", ("speed/sampled_tokens_per_second:mean",), "#a5d8e2"),
-        ),
-        from_zero=True,
-    ),
+    _Panel("Log-prob gap, sampler to trainer (nats)",
+           (("mean", ("logprob_gap:mean",), "#d97706"), ("max", ("logprob_gap:max",), "#fbbf77")), log=True),
+    _Panel("Tokens per second", (("whole step", ("speed/tokens_per_second:mean",), "#0891b2"),
+           ("sampling alone", ("speed/sampled_tokens_per_second:mean",), "#a5d8e2")), from_zero=True),
     _Panel("Groups whose rewards are all equal (share)", (("equal", ("equal_groups",), "#b91c1c"),), unit_range=True),
-)
+)  # fmt: skip
 
 
 def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:

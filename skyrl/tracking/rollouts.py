@@ -57,7 +57,7 @@ def write_trained(folder: Path, step: int, rows: Sequence[tuple[Datum, Floats | 
     compared with; null where a token is not trained}}. rows: with those log-probs, None for later updates of the step.
     Rows of a prompt that was played twice have one name and are left out. Raises UserError when it cannot be written.
     """
-    count, found = Counter(row.name for row, _ in rows), {}
+    count, found = Counter(row.name for row, _ in rows), dict[str, dict[str, Any]]()
     for row, logprobs in rows:
         if count[row.name] > 1 or not len(at := np.flatnonzero(row.weights)):
             continue

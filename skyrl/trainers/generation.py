@@ -101,9 +101,14 @@ def record_episodes(run: Run, step: Step, groups: list[list[Episode]]) -> None:
     _count_sampled(run, step, groups)
     _measure(run, step, groups)
     run.tell_hooks("on_rollouts", step.number, groups)
-    if run.plan.due("rollouts", step.number) or (run.cfg.tracking.rollouts_every and step.index < FIRST_ROLLOUTS):
+    if is_dumped(run, step):
         run.write_rollouts(groups, f"{step.number:06d}")
-        step.dumped = True
+
+
+def is_dumped(run: Run, step: Step) -> bool:
+    """Whether the episodes of a step are written down."""
+    every = run.cfg.tracking.rollouts_every
+    return run.plan.due("rollouts", step.number) or every > 0 and step.index < FIRST_ROLLOUTS
 
 
 def note_objectives(run: Run, groups: list[list[Episode]]) -> None:

@@ -30,7 +30,7 @@ from skyrl.trainers.experience import (
     select_tokens,
     trained_tokens,
 )
-from skyrl.trainers.generation import generate_groups
+from skyrl.trainers.generation import generate_groups, is_dumped
 from skyrl.trainers.self_imitation import imitate, remember
 from skyrl.trainers.sft import sft_warmup
 from skyrl.types import Datum, Floats
@@ -145,7 +145,7 @@ def update(run: Run, step: Step, rows: list[Row], num_groups: int) -> None:
         if number < parts:  # later passes see the same rows
             trained += zip_longest(data, () if moved else logprobs)
         moved = True
-    if step.dumped:
+    if is_dumped(run, step):
         write_trained(run.folder.rollouts, step.number, trained, rank=run.world.rank)
     if not moved:
         step.commit()
