@@ -5,6 +5,7 @@ Nothing in it is asked for elsewhere, nothing is a script, and what the model wr
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import html
 import time
@@ -18,11 +19,13 @@ from skyrl.config.schema import RunConfig
 from skyrl.files import disk_reason, write_atomic
 from skyrl.report.charts import curves_of, svg
 from skyrl.report.show import facts, rows_of
+from skyrl.run_dir.folder import RECORDINGS
 from skyrl.run_dir.reader import RunReader, find_run
 from skyrl.types import UserError
 
 EPISODES, LONGEST = 4, 4000  # of each of two dumps; characters of a text
 LARGEST = 2_000_000
+PICTURES = 800_000  # bytes of recorded episodes, as the page holds them
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--ink:#2563eb}
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
@@ -63,8 +66,11 @@ def page(reader: RunReader) -> str:
         f'<h2>Curves</h2><div class="curves">{curves or "No step has ended yet."}</div>',
         f"<h2>Options that differ from the defaults</h2>{_table(changed.items())}",
     ]
+    if recordings := _recordings(reader):
+        parts.append(f"<h2>Recorded episodes</h2>{recordings}")
     room = LARGEST - 100_000 - sum(len(part.encode()) for part in parts)
-    parts.append(f"<h2>Sample rollouts</h2>{_rollouts(reader, room)}")
+    if reader.dumps() or not recordings:
+        parts.append(f"<h2>Sample rollouts</h2>{_rollouts(reader, room)}")
     head = f'<meta charset="utf-8"><title>{_e(found["name"])}</title><style>{STYLE}</style>'
     body = "".join(parts)
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
@@ -93,6 +99,23 @@ def _rollouts(reader: RunReader, room: int) -> str:
                 return f"{out}<p>Further episodes are left out: they are too long for this page.</p>"
             out += part
     return out or "<p>None were dumped.</p>"
+
+
+def _recordings(reader: RunReader) -> str:
+    """The first recorded episode and the newest ones, as far as PICTURES goes; "" where there are none."""
+    found, room = reader.recordings(), PICTURES
+    figures, left_out = dict[str, str](), 0
+    for path in dict.fromkeys([*found[-1:], *found[:1], *found[-2:0:-1]]):  # what matters most takes its room first
+        data = base64.b64encode(path.read_bytes()).decode()
+        if len(data) > room or len(figures) == 8:
+            left_out += 1
+            continue
+        room -= len(data)
+        picture = f'<img src="data:image/gif;base64,{data}" alt="an episode of step {int(path.stem)}">'
+        figures[path.stem] = f"<figure>{picture}<figcaption>step {int(path.stem)}</figcaption></figure>"
+    shown = "".join(figures[name] for name in sorted(figures))
+    more = f"<p>{left_out} more are in the run's folder {RECORDINGS}.</p>" if left_out else ""
+    return f'<div class="curves">{shown}</div>{more}' if found else ""
 
 
 def _e(value: Any) -> str:

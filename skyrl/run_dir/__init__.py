@@ -4,6 +4,7 @@ from skyrl.run_dir.folder import (
     ADVISORIES,
     FINGERPRINT,
     PROFILE_REQUEST,
+    RECORDINGS,
     REQUEUE_FILE,
     RESULT,
     ROLLOUT_NAME,
@@ -37,6 +38,7 @@ from skyrl.run_dir.reader import (
 __all__ = [
     "ADVISORIES",
     "PROFILE_REQUEST",
+    "RECORDINGS",
     "STOPS",
     "SYSTEM_NAME",
     "keep_steps",

@@ -38,6 +38,7 @@ REQUEUE_FILE = "requeue"  # the same command should be started again
 ADVISORIES = "advisories.jsonl"
 SYSTEM_NAME = re.compile(r"rank-(\d+)\.jsonl")  # in the folder "system"
 STOPS = "stops.jsonl"
+RECORDINGS = "episodes"  # <step with six digits>.gif: episodes as they looked
 PROFILE_REQUEST = "profile"  # asks a rank of the live run to profile some steps (tracking/profiler.py)
 FINGERPRINT = "fingerprint.json"  # name -> digest of all that the last start read and computed with
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)

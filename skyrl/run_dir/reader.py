@@ -16,6 +16,7 @@ import yaml
 from skyrl.files import open_plain
 from skyrl.run_dir.folder import (
     ADVISORIES,
+    RECORDINGS,
     REQUEUE_FILE,
     ROLLOUT_NAME,
     STOPS,
@@ -73,6 +74,10 @@ class RunReader:
         told = read_json(self.path, "versions.json")
         starts = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
         return [one for one in starts if isinstance(one.get("command") or [], list)]
+
+    def recordings(self) -> list[Path]:
+        """The recorded episodes, <step>.gif, by step."""
+        return sorted(path for path in self.path.glob(f"{RECORDINGS}/*.gif") if path.stem.isdecimal())
 
     def result(self) -> dict[str, Any]:
         """result.json of a run that has ended by itself; {} without."""

@@ -48,8 +48,9 @@ class KeyedEnv(gym.Wrapper):  # type: ignore[misc]
         self.taken.append(np.array(action))
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.total += float(reward)
-        if terminated or truncated:
-            info = {**info, "episode_return": self.total, "episode_length": float(len(self.taken))}
+        if (terminated or truncated) and not info.get("life_lost"):
+            whole = info.get("episode") or {"r": self.total, "l": len(self.taken)}  # a game's: not of its last life
+            info = {**info, "episode_return": float(whole["r"]), "episode_length": float(whole["l"])}
         return observation, float(reward), terminated, truncated, info
 
     def progress(self) -> tuple[int, list[np.ndarray]]:
@@ -115,8 +116,8 @@ def last_observations(observations: np.ndarray, done: np.ndarray, infos: dict[st
 
 def ended_episodes(infos: dict[str, Any]) -> list[tuple[float, float]]:
     """(return, length) of the episodes that have ended in this step, in the order of their environments."""
-    final = infos.get("final_info")
-    if final is None:
+    final = infos.get("final_info", {})
+    if "_episode_return" not in final:  # none, or lives of a game that goes on
         return []
     mask = final["_episode_return"]
     return list(zip(final["episode_return"][mask].tolist(), final["episode_length"][mask].tolist(), strict=True))

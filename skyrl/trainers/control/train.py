@@ -25,6 +25,7 @@ from skyrl.loop import run_loop
 from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.rollout import draw_seed
 from skyrl.run import Run, Step
+from skyrl.run_dir import RECORDINGS
 from skyrl.trainers.control.engine import ControlEngine
 from skyrl.trainers.control.environments import ended_episodes, make_env, make_envs
 from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect, evaluate_actions, score
@@ -154,7 +155,7 @@ def measure(run: Run) -> Metrics:
         envs.close()
     every = control.record_every * max(1, run.cfg.eval.every_steps)
     if every and run.state.global_step % every == 0 and run.world.is_leader:
-        record(run.cfg, run.folder.path / "episodes" / f"{run.state.global_step:06d}.gif", engine.player())
+        record(run.cfg, run.folder.path / RECORDINGS / f"{run.state.global_step:06d}.gif", engine.player())
     return sums.result(run.world)
 
 
