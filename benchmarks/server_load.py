@@ -4,7 +4,8 @@ beside one with many requests in flight.
     python benchmarks/server_load.py [--write] [--live 100000] [--recorded 200000] [--rounds 3]
 
 One CPU rank with the tiny model, in a process of its own, so that a step hardly computes and what is measured is the
-server. Everything is measured alternately with and without, for a shared machine's minutes differ. Prints JSON.
+server. The door: what a request of 16 clients costs in processor time of the server's threads. The rest is measured
+alternately with and without, for a shared machine's minutes differ. Prints JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from common import ROOT, write
 
 MODEL = ("model.path=tiny", "run.threads=1")
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 21))}]}
+DOOR_CLIENTS, DOOR_REQUESTS = 16, 1600
 CROWD = 64  # requests that the large client has in flight
 SMALL = {"max_tokens": 8, "stop": []}
 CROWDS = {"long": (4, {"max_tokens": 64, "stop": []}), "short": (1, {"max_tokens": 4, "stop": []})}
@@ -78,8 +80,8 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[int, float]]:
-    """(port, seconds from its start until it answers) of a server that keeps its state in `folder`."""
+def serving(folder: Path) -> Iterator[tuple[int, float, int]]:
+    """(port, seconds from its start until it answers, process) of a server that keeps its state in `folder`."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -96,7 +98,7 @@ def serving(folder: Path) -> Iterator[tuple[int, float]]:
                     if process.poll() is not None or time.monotonic() > start + 300:
                         raise RuntimeError(folder.with_suffix(".log").read_text()[-2000:]) from None
                     time.sleep(0.02)
-            yield port, time.monotonic() - start
+            yield port, time.monotonic() - start, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
 
@@ -133,7 +135,7 @@ async def steps(port: int, count: int) -> list[float]:
     return took[5:]
 
 
-async def samples(port: int, count: int, settings: dict[str, Any]) -> list[float]:
+async def samples(port: int, count: int, settings: dict[str, Any], pause: float = 0.01) -> list[float]:
     """Seconds of one-sample requests, one after the other."""
     client, took = Client(port), []
     sampler = await client.sampler()
@@ -143,7 +145,7 @@ async def samples(port: int, count: int, settings: dict[str, Any]) -> list[float
             "asample", sampling_session_id=sampler, seq_id=number, prompt=PROMPT, sampling_params=settings
         )
         took.append(time.perf_counter() - start)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
     return took
 
 
@@ -200,6 +202,43 @@ async def fairness(port: int, rounds: int, count: int = 100) -> dict[str, Any]:
     return {"p95_seconds": p95, "ratio": {kind: p95[kind] / p95["alone"] for kind in CROWDS}}
 
 
+def door(port: int, pid: int) -> dict[str, float]:
+    """Processor milliseconds a request of DOOR_REQUESTS samples by DOOR_CLIENTS clients, each with one in flight: of the
+    server's threads but the main one, and of the main one (the worker, and the model). A sample is two requests of
+    HTTP. The clients run in a process of their own."""
+    before = [thread_seconds(pid, main) for main in (False, True)]
+    code = f"import asyncio, server_load; asyncio.run(server_load.many({port}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    after = [thread_seconds(pid, main) for main in (False, True)]
+    spent = [1000 * (b - a) / DOOR_REQUESTS for a, b in zip(before, after, strict=True)]
+    return {"door_ms": round(spent[0], 4), "worker_ms": round(spent[1], 4), **json.loads(done.stdout)}
+
+
+async def many(port: int) -> None:
+    """The clients of `door`; prints requests a second and the 95th percentile of a request."""
+    took: list[float] = []
+
+    async def one() -> None:
+        took.extend(await samples(port, DOOR_REQUESTS // DOOR_CLIENTS, {"max_tokens": 16, "stop": []}, pause=0.0))
+
+    start = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(DOOR_CLIENTS)))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"requests_per_second": DOOR_REQUESTS / seconds, "p95_seconds": float(np.percentile(took, 95))}))
+
+
+def thread_seconds(pid: int, main: bool) -> float:
+    """Processor seconds so far of a process's first thread, or of all others that are left."""
+    ticks = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        if (int(task.name) == pid) == main:
+            values = (task / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(values[11]) + int(values[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def quantiles(took: list[float]) -> dict[str, float]:
     """p50, p99 and the longest."""
     return {"p50": float(np.median(took)), "p99": float(np.percentile(took, 99)), "max": max(took)}
@@ -213,12 +252,15 @@ def main() -> None:
     parser.add_argument("--recorded", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--only", choices=("sessions", "fairness"))
+    parser.add_argument("--only", choices=("door", "sessions", "fairness"))
     args = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         empty, full = Path(name) / "empty", Path(name) / "full"
-        if args.only != "fairness":
+        if args.only in (None, "door"):
+            with serving(empty) as (port, _, pid):
+                figures["door"] = [door(port, pid) for _ in range(args.rounds + 1)][1:]  # the first is warm-up
+        if args.only in (None, "sessions"):
             seen: dict[str, Any] = {"empty": {"starts": [], "took": []}, "full": {"starts": [], "took": []}}
             for folder in (empty, full):
                 with serving(folder):
@@ -226,7 +268,7 @@ def main() -> None:
             fill(full, args.live, args.recorded)
             for _ in range(args.rounds):
                 for folder in (empty, full):
-                    with serving(folder) as (port, start):
+                    with serving(folder) as (port, start, _):
                         seen[folder.name]["starts"].append(start)
                         seen[folder.name]["took"] += asyncio.run(steps(port, args.steps))
             figures["sessions"] = {
@@ -237,8 +279,8 @@ def main() -> None:
                     for kind, one in seen.items()
                 },
             }
-        if args.only != "sessions":
-            with serving(empty) as (port, _):
+        if args.only in (None, "fairness"):
+            with serving(empty) as (port, *_):
                 figures["fairness"] = asyncio.run(fairness(port, args.rounds))
     print(json.dumps(figures, indent=1))
     if args.write:

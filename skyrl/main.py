@@ -24,11 +24,9 @@ from types import ModuleType
 from typing import NoReturn
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import skyrl
-from skyrl import sweep
 from skyrl.config.args import expand_home
 from skyrl.config.load import (
     COMPOSE_ERRORS,
@@ -41,15 +39,13 @@ from skyrl.config.load import (
     register_schema,
 )
 from skyrl.config.schema import RunConfig
-from skyrl.distributed import env, phases
+from skyrl.distributed import env
 from skyrl.distributed.env import rank, report_to_launcher, world_size
 from skyrl.distributed.faults import classify, describe
 from skyrl.distributed.place import take_place
 from skyrl.files import disk_reason
-from skyrl.planner.serve import dry_run_text
 from skyrl.run_dir import REQUEUE_FILE
 from skyrl.types import RunError, StopRun, UserError
-from skyrl.web.auth import read_keys
 
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun kills the other ranks as soon as one fails: rank 0's line must be out before another rank ends.
@@ -146,6 +142,8 @@ def _report(error: BaseException, mode: str) -> int:
     trace = "".join(traceback.format_exception(type(error), error, own))
     if fault is None or fault.kind == "lost":
         return _log_error(trace, FAILURE, plain=True, bundle=True)
+    from skyrl.distributed import phases
+
     phase = phases.status.phase if env.watchdog is not None else ""
     line = f"rank {rank()} on {socket.gethostname()}: {describe(fault, phase, phases.status.step, env.planned_memory)}"
     if fault.kind != "kernel":
@@ -295,7 +293,8 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 class _Entry:
-    """One command line. Hydra composes before the first job, in silence on all ranks but 0."""
+    """One command line. Hydra composes before the first job, in silence on all ranks but 0. What --help does not need
+    is imported where it is used, here and above: people wait for that text."""
 
     def __init__(self, mode: str, args: list[str]) -> None:
         self.mode = mode
@@ -305,6 +304,8 @@ class _Entry:
         self.code = 0
 
     def run(self) -> None:
+        from skyrl import sweep
+
         register_schema()
         # Without it Hydra prints its own error and exits; we want the exception, to say it in one line.
         os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -353,6 +354,8 @@ class _Entry:
             except Exception as error:
                 code = _report(error, self.mode)
                 if os.environ.get("SUBMITIT_EXECUTOR"):  # one point, for a sweep of another process
+                    from skyrl import sweep
+
                     sweep.leave(error, code)
                 if not self.sweep or world_size() > 1 or isinstance(error, StopRun):
                     # Other ranks may wait for us in a collective: only the end of the job frees them.
@@ -361,6 +364,10 @@ class _Entry:
                 return None
 
     def _run_one(self, composed: DictConfig) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        from skyrl import sweep
+
         cfg = finish(composed, HydraConfig.get().overrides.task, mode=self.mode)
         if self.mode == "serve":
             self._serve(cfg)
@@ -385,6 +392,9 @@ class _Entry:
         return sweep.play(cfg, self.mode, sweep=self.sweep)
 
     def _serve(self, cfg: RunConfig) -> None:
+        from skyrl.planner.serve import dry_run_text
+        from skyrl.web.auth import read_keys
+
         # Who may come in is looked at before any weights are.
         read_keys(cfg.service)
         if not cfg.dry_run:

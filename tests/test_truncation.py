@@ -126,7 +126,7 @@ def step_of(*options, lora=False):
 @pytest.mark.parametrize(
     "options",
     [
-        ["batch.share_prefixes=true"],
+        ["batch.share_prefixes=false"],
         pytest.param(["batch.packing=false"], marks=pytest.mark.slow),
         ["model.logits_chunk_tokens=1"],
     ],

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 
-from skyrl.types import Datum, Microbatch
+from skyrl.types import Datum
 
-WORTH = 0.75  # with more than this part of the tokens left to compute, rows are computed apart
+WORTH = 0.9  # with more than this part of the tokens left to compute, rows are computed apart
+ALIKE = 8  # rows of which one part in so many is the beginning of the one before belong together
 
 
 def shared_prefixes(rows: Sequence[Datum]) -> dict[str, np.ndarray]:
@@ -41,19 +41,18 @@ def shared_prefixes(rows: Sequence[Datum]) -> dict[str, np.ndarray]:
 
 
 def families(rows: Sequence[Datum], models: Sequence[str], budget: int) -> list[list[int]]:
-    """Indices of neighbouring rows of one model that share half of their tokens or more, as far as `budget` tokens go:
-    to be put into one micro-batch."""
+    """Indices of rows that share one part in ALIKE or more with the row of their model before them, as far as `budget`
+    tokens go: to be put into one micro-batch. A model's rows are divided as if there were no others."""
     out: list[list[int]] = []
-    room = 0
-    for i, row in enumerate(rows):
+    latest: dict[str, tuple[int, list[int], int]] = {}  # of each model: its row before, the rows of that, tokens left
+    for i, (row, model) in enumerate(zip(rows, models, strict=True)):
         length = len(row.tokens)
-        near = i > 0 and models[i] == models[i - 1] and 2 * _common(rows[i - 1].tokens, row.tokens) >= length
-        if near and length <= room:
-            out[-1].append(i)
-        else:
-            out.append([i])
-            room = budget
-        room -= length
+        before, unit, room = latest.get(model, (i, [], 0))
+        if length > room or ALIKE * _common(rows[before].tokens, row.tokens) < length:
+            unit, room = [], budget
+            out.append(unit)
+        unit.append(i)
+        latest[model] = (i, unit, room - length)
     return out
 
 
@@ -82,19 +81,3 @@ def _indices(starts: list[int], shared: list[int]) -> tuple[np.ndarray, np.ndarr
     for before, start, count in zip(starts, starts[1:], shared[1:], strict=False):
         number[start : start + count] = number[before : before + count]
     return np.flatnonzero(new), number
-
-
-class SharedAttention:
-    """`inner` for layers that see each beginning once: it runs over whole rows, and of equal results one is taken."""
-
-    def __init__(self, inner: Any, mb: Microbatch) -> None:
-        self.inner, self.place_T, self.distinct_U = inner, mb.place_T, mb.distinct_U
-
-    def attend(self, layer: int, query: Any, key: Any, value: Any, options: Any) -> Any:
-        """As models.attention.Attention.attend: of tensors [heads, U, channels]."""
-        whole = (x.transpose(0, 1)[self.place_T].transpose(0, 1) for x in (query, key, value))
-        return self.inner.attend(layer, *whole, options)[self.distinct_U]
-
-    def recur(self, layer: int, rule: Any, *given: Any) -> Any:
-        """As models.attention.Attention.recur: of tensors [U, ...]."""
-        return self.inner.recur(layer, rule, *(x[self.place_T] for x in given))[self.distinct_U]

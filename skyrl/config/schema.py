@@ -72,6 +72,10 @@ class ModelConfig:
     rounded to bfloat16, while weights and hidden states stay in it. Changes nothing for other dtypes."""
     activation_checkpointing: bool = False
     """Recomputes each decoder layer in the backward pass: about 30 % more time for much less memory."""
+    compile: bool = False
+    """Compiles the decoder layers, one program for all of them, by torch.compile for training and scoring, as
+    torchtitan does; half a minute at first. On a CPU in float32 the log-probabilities of training then are no longer
+    the sampler's to the bit. Not with float64, adapters, DeepSpeed, or without a C++ compiler (on a GPU Triton too)."""
     logits_chunk_tokens: int = 0
     """Rows of the logits that exist at once; 0 = automatic (64 MiB of float32)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -154,10 +158,10 @@ class BatchConfig:
     """Tokens of one forward pass on one rank; no effect on results."""
     packing: bool = True
     """Rows end to end without padding. false: one padded row per sequence (slow; to compare)."""
-    share_prefixes: bool = False
-    """Computes a beginning that neighbouring rows of a micro-batch share, as the samples of a prompt do, once in
-    training: up to samples_per_prompt times fewer tokens where prompts are long and answers short. Values stay the
-    same; gradients differ in rounding."""
+    share_prefixes: bool = True
+    """Computes a beginning that rows of a micro-batch share, as the samples of a prompt do, once in training and
+    scoring, where that leaves at most nine tenths of the tokens: up to samples_per_prompt times fewer where prompts are
+    long and answers short. Values stay the same; gradients differ in rounding. Needs packing. false: rows apart."""
     max_row_tokens: int = 0
     """Longest row (prompt and answers); longer episodes end with stop reason "length". 0 = the model's own limit."""
 

@@ -254,6 +254,8 @@ def _service(cfg: RunConfig) -> Iterator[str]:
             yield f"{where}: only {', '.join(NOT_PUBLIC)} is computed as another loss; leave it out"
         elif other not in (known := substitutes()):
             yield f"{where}: choose one of: {', '.join(known)}"
+    if cfg.model.compile:
+        yield "model.compile=true: clients' adapters are hooks inside of the layers, which compiled ones lack; leave it out"
     if cfg.batch.max_row_tokens == 1:
         yield "batch.max_row_tokens=1: leaves no room for an answer; give at least 2, or 0 for the model's own limit"
 
@@ -435,6 +437,14 @@ def _strategies(cfg: RunConfig) -> Iterator[str]:
         )
     if name.startswith("zero") and cfg.model.dtype == "float64":
         yield f"model.dtype=float64: DeepSpeed (strategy.name={name}) has float32 and bfloat16; use fsdp for float64"
+    if cfg.model.compile:
+        for given, why in (
+            (cfg.model.dtype == "float64" and "model.dtype=float64", "is computed without any rounding to float32"),
+            (cfg.model.lora.rank and f"model.lora.rank={cfg.model.lora.rank}", "adds adapters by hooks"),
+            (name.startswith("zero") and f"strategy.name={name}", "gathers weights by hooks"),
+        ):
+            if given:
+                yield f"model.compile=true: {given} {why} inside of the layers, which compiled ones lack; leave one out"
 
 
 def check_machine(cfg: RunConfig) -> None:
@@ -475,7 +485,7 @@ def ignored_on_resume(path: str, schedule: str) -> bool:
 RESUME_GROUPS = ("run.", "tracking.", "alerts.", "checkpoint.", "strategy.", "service.", "dashboard.")
 RESUME_OPTIONS = frozenset(
     "dry_run eval.every_steps eval.sets eval.k eval.group_by eval.stop_when eval.patience "
-    "batch.max_tokens_per_microbatch batch.packing model.activation_checkpointing "
+    "batch.max_tokens_per_microbatch batch.packing batch.share_prefixes model.activation_checkpointing model.compile "
     "model.logits_chunk_tokens sampler.kv_cache_gib sampler.block_tokens sampler.backend sampler.max_running "
     "sampler.prefix_cache sampler.cuda_graphs sampler.keep_memory debug.check_replicas_every "
     "debug.check_weights_every control.vectorization control.record_every".split()

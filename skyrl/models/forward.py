@@ -18,14 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from skyrl.algorithms.prefixes import SharedAttention
 from skyrl.algorithms.truncation import support_within
-from skyrl.models import exact_ops, latent, longrope
+from skyrl.models import compiled, exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.linear_attention import hook_delta_nets
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, Segment, low_rank
-from skyrl.models.packed import PackedAttention, PaddedAttention, collate, loss_dtype
+from skyrl.models.packed import PackedAttention, PaddedAttention, SharedAttention, collate, loss_dtype, spread
 from skyrl.models.support import decoder_of, head_spec
 from skyrl.types import ForwardOutput, Microbatch, UserError
 
@@ -65,6 +64,7 @@ class CausalLM(nn.Module):
         self.float_head = float_head  # logits from a product in float32, of weights in bfloat16
         self.router: Router | None = None  # adapters, once models.lora.install was called
         self.head_spec = head_spec(net.config)
+        self.compiles = False  # whether training and scoring go through compiled layers
         self.top_tokens = 1 << 30  # ids below this one are those that top_k looks among
         embeddings: Any = net.get_input_embeddings()
         self.vocab_size: int = embeddings.weight.shape[0]
@@ -123,6 +123,12 @@ class CausalLM(nn.Module):
         """Stays in eval mode whatever is asked: no dropout, no router noise. Gradients do not depend on the mode."""
         return super().train(False)
 
+    def compile_layers(self) -> None:
+        """Training and scoring go through layers of torch.compile from now on (models/compiled.py). Once, before
+        `checkpoint_layers` and before the layers are sharded; no new names."""
+        self.compiles = True
+        compiled.compile_layers(self.layers())
+
     def checkpoint_layers(self) -> None:
         """Recomputes each decoder layer in the backward pass. Once, before the layers are sharded; no new names."""
         for layer in self.layers():
@@ -158,7 +164,8 @@ class CausalLM(nn.Module):
             self.rope.choose(lengths_T)
         embeddings: Any = self.net.get_input_embeddings()
         weight = embeddings.weight
-        with precise(weight.dtype), exact_ops.enabled(exact_ops.is_float32_cpu(weight)):
+        exact = exact_ops.is_float32_cpu(weight) and not compiled.is_used()
+        with precise(weight.dtype), exact_ops.enabled(exact):
             out = self.decoder(
                 input_ids=tokens_T[None],
                 position_ids=positions_T[None],
@@ -205,8 +212,12 @@ class CausalLM(nn.Module):
                 f"a row of {mb.max_length} tokens is longer than the {self.max_positions} positions of this model; "
                 "lower batch.max_row_tokens"
             )
+        with compiled.using(self.compiles):
+            return self._forward(mb, temperature, entropy, packing, top_k)
+
+    def _forward(self, mb: Microbatch, temperature: float, entropy: bool, packing: bool, top_k: int) -> ForwardOutput:
         shared = packing and mb.distinct_U is not None and not top_k
-        if shared and self.rope is None:  # longrope chooses by the whole row
+        if shared and (self.rope is None or self.rope.limit):  # without a limit longrope chooses by the whole row
             return self._forward_shared(mb, temperature, entropy)
         if packing:
             lengths_T = None if self.rope is None else mb.starts_S1.diff()[mb.row_T]
@@ -235,7 +246,7 @@ class CausalLM(nn.Module):
         if cut_2N is not None and mb.pair_T is not None:
             cut_2N = cut_2N.clone()
             cut_2N[0] = mb.pair_T[cut_2N[0]]
-        hidden_PC = hidden_UC[mb.place_T[mb.scored_P]]
+        hidden_PC = spread(hidden_UC, mb.place_T[mb.scored_P])
         out = self._outputs(hidden_PC, mb.targets_T[mb.scored_P], temperature, entropy, cut_2N)
         entropy_T, values_T = (None if one is None else one[mb.pair_T] for one in (out.entropy_T, out.values_T))
         return ForwardOutput(out.logprobs_T[mb.pair_T], entropy_T, values_T)
@@ -320,12 +331,13 @@ def _never_padded(*args: Any) -> None:
 
 
 def _run_checkpointed(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    again = partial(_run_again, forward, next(layer.parameters()).dtype, exact_ops.is_enabled())
+    again = partial(_run_again, forward, next(layer.parameters()).dtype, exact_ops.is_enabled(), compiled.is_used())
     return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
-def _run_again(forward: Any, dtype: torch.dtype, careful: bool, *args: Any, **kwargs: Any) -> Any:
-    with precise(dtype), exact_ops.enabled(careful):  # the recomputation runs in the backward pass, outside of both
+def _run_again(forward: Any, dtype: torch.dtype, exact: bool, compiles: bool, *args: Any, **kwargs: Any) -> Any:
+    # the recomputation runs in the backward pass, outside of all three
+    with precise(dtype), exact_ops.enabled(exact), compiled.using(compiles):
         return forward(*args, **kwargs)
 
 

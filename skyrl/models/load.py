@@ -107,6 +107,8 @@ def build_on_meta(
     model = CausalLM(net, head, chunk_tokens=cfg.logits_chunk_tokens, float_head=float_head).to(dtype)
     if model.rope is not None and max_row_tokens is not None:
         model.rope.limit = max_row_tokens or model.max_positions
+    if cfg.compile:
+        model.compile_layers()
     if cfg.activation_checkpointing:
         model.checkpoint_layers()
     return model

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from skyrl.algorithms.prefixes import shared_prefixes
 from skyrl.algorithms.truncation import packed_support
 from skyrl.models import exact_ops
-from skyrl.models.attention import AttentionOptions
+from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
 from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
@@ -208,6 +208,53 @@ class _Gather(torch.autograd.Function):
             return grad_MC.index_select(0, ctx.back_N), None, None
         out_NC = grad_MC.new_zeros((ctx.rows, grad_MC.shape[1]))
         return out_NC.index_copy_(0, ctx.index_M, grad_MC), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """x_NC[index_M], where a row of x may be taken many times. On a CPU its gradient is summed by stretches of rows that
+    follow each other in both, in float32 for half precision: torch's own sum goes row by row and rounds each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, index_M: Tensor) -> Tensor:
+        ctx.index_M, ctx.shape = index_M, x_NC.shape
+        return x_NC.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_M,), index_M = grads, ctx.index_M
+        out_N = torch.zeros(ctx.shape, dtype=loss_dtype(grad_M.dtype), device=grad_M.device)
+        if grad_M.is_cuda:  # in a fixed order, unlike index_add_
+            return out_N.index_put_((index_M,), grad_M.to(out_N.dtype), accumulate=True).to(grad_M.dtype), None
+        borders = np.flatnonzero(np.diff(index_M.numpy()) != 1) + 1
+        for start, stop in pairwise([0, *borders.tolist(), len(index_M)]):
+            first = int(index_M[start])
+            out_N[first : first + stop - start] += grad_M[start:stop].to(out_N.dtype)
+        return out_N.to(grad_M.dtype), None
+
+
+def spread(x_NC: Tensor, index_M: Tensor) -> Tensor:
+    """x[index], [M, ...], whose gradient is quick and exact where rows are taken many times."""
+    return _Spread.apply(x_NC, index_M)
+
+
+class SharedAttention:
+    """`inner` for layers that see each beginning once (algorithms.prefixes): it runs over whole rows, and of equal
+    results one is taken."""
+
+    def __init__(self, inner: Attention, mb: Microbatch) -> None:
+        self.inner, self.place_T, self.distinct_U = inner, mb.place_T, mb.distinct_U
+
+    def attend(
+        self, layer: int, query_HUC: Tensor, key_KUC: Tensor, value_KUC: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        whole = (spread(x.transpose(0, 1), self.place_T).transpose(0, 1) for x in (query_HUC, key_KUC, value_KUC))
+        return self._one_each(self.inner.attend(layer, *whole, options))
+
+    def recur(self, layer: int, rule: DeltaRule, *given: Tensor) -> Tensor:
+        return self._one_each(self.inner.recur(layer, rule, *(spread(x, self.place_T) for x in given)))
+
+    def _one_each(self, out_T: Tensor) -> Tensor:
+        return _Gather.apply(out_T.flatten(1), self.distinct_U, None).unflatten(1, out_T.shape[1:])
 
 
 @dataclass

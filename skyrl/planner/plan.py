@@ -6,8 +6,10 @@ of ranks that does not divide prompts_per_step costs idle time on some ranks and
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import shutil
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -180,6 +182,8 @@ def make_plan(
         policy_rules.check_packages(cfg)
     choice = device if isinstance(device, DeviceChoice) else _device(cfg, device or "")
     device, dtype = choice.kind, choice.dtype
+    if cfg.model.compile and not cfg.run.world_size and (missing := compiler_problem(device)):
+        raise UserError(f"model.compile=true: {missing}, or leave it out")
     strategy = cfg.strategy.name
     if strategy == "auto":
         strategy = "single" if world_size == 1 else "ddp"
@@ -224,6 +228,27 @@ def make_plan(
         memory=memory,
         trains=trains,
     )
+
+
+def compiler_problem(device: str) -> str:
+    """What this machine lacks to compile layers for `device`, "" for nothing: the compiler that torch's inductor takes
+    (CXX, else g++, clang++), and on a GPU Triton."""
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "no Triton here; pip install triton"
+    names = (os.environ.get("CXX", ""), "g++", "clang++")
+    return "" if any(shutil.which(name) for name in names if name) else "no C++ compiler here; install g++"
+
+
+def _describe_training(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
+    """Which of the quicker ways the training forward goes, and why not."""
+    batch, why = cfg.batch, ""
+    if not batch.share_prefixes:
+        why = "batch.share_prefixes=false"
+    elif not batch.packing:
+        why = "batch.packing=false"
+    shared = f"rows apart ({why})" if why else "beginnings that rows share computed once"
+    how = "; layers compiled by torch (inductor)" if cfg.model.compile else ""
+    return [("training", f"{shared}{how}")]
 
 
 def max_row_tokens(cfg: RunConfig, sizes: ModelSizes) -> int:
@@ -339,7 +364,8 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
         what = [("SFT", steps), ("lr", f"{first:.3g} first, {cfg.warmup.lr:.3g} peak, {last:.3g} last")]
     else:
         what = [*_describe_rl(cfg, plan), ("warm-up", steps)] if plan.trains else []
-    return [*head, *what, ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn")]
+    training = _describe_training(cfg, plan) if plan.trains else []
+    return [*head, *what, *training, ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn")]
 
 
 def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:

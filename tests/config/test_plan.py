@@ -20,7 +20,7 @@ from skyrl.planner.memory import (
     tiny_sizes,
     with_room,
 )
-from skyrl.planner.plan import describe, dry_run, make_plan
+from skyrl.planner.plan import compiler_problem, describe, dry_run, make_plan
 from skyrl.sampler.cache_size import gpu_blocks
 from skyrl.types import UserError
 
@@ -423,6 +423,31 @@ def test_describe_says_that_shares_are_uneven():
     cfg = load_config(["batch.prompts_per_step=8", "algorithm.kl.coef=0.1"])
     text = describe(cfg, make_plan(cfg, 3))
     assert "2 or 3 prompts on a rank" in text and "KL 0.1 in the loss" in text and "memory" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("batch.share_prefixes=true", "training    beginnings that rows share computed once"),
+        ("batch.share_prefixes=false", "training    rows apart (batch.share_prefixes=false)"),
+        ("batch.packing=false", "training    rows apart (batch.packing=false)"),
+    ],
+)
+def test_describe_says_how_rows_are_computed(option, told):
+    cfg = load_config([option])
+    assert told in describe(cfg, make_plan(cfg, 1)).splitlines()
+
+
+def test_layers_are_compiled_where_there_is_a_compiler(monkeypatch, tmp_path):
+    cfg = load_config(["model.compile=true"])
+    if compiler_problem("cpu"):
+        pytest.skip(compiler_problem("cpu"))
+    assert "; layers compiled by torch" in describe(cfg, make_plan(cfg, 1, device="cpu"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match="^model.compile=true: no C.. compiler here; install g.., or leave it out$"):
+        make_plan(cfg, 1, device="cpu")
+    make_plan(replace(cfg, run=replace(cfg.run, world_size=2)), 2, device="cpu")  # another machine may have one
 
 
 # ---- what may change on resume

@@ -89,6 +89,7 @@ def test_overrides_aliases_and_their_file(tmp_path):
         ),
         ("service.aliases={a: b}", "service.aliases: a is to be b, but this server has one model"),
         ("run.threads=-1", "run.threads=-1: must not be negative"),
+        ("model.compile=true", "model.compile=true: clients' adapters are hooks inside of the layers"),
         ("batch.max_tokens_per_microbatch=0", "batch.max_tokens_per_microbatch=0: must be at least 1"),
         ("batch.max_row_tokens=1", "batch.max_row_tokens=1: leaves no room"),
         ("model.dtype=int8", "model.dtype=int8: choose one of"),

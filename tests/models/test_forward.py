@@ -6,8 +6,11 @@ import torch
 from families import FAMILIES, make_net
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
+from skyrl.models import compiled
 from skyrl.models.forward import CausalLM, collate
 from skyrl.models.load import build_model, check_against_transformers, plain_logprobs
+from skyrl.models.packed import PackedAttention
+from skyrl.planner.plan import compiler_problem
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, UserError
 
@@ -100,6 +103,32 @@ def test_checkpointed_layers_give_the_same_gradients():
         grads.append({n: p.grad for n, p in model.named_parameters()})
     assert grads[0].keys() == grads[1].keys()
     assert all((grads[0][n] - grads[1][n]).abs().max() < 1e-12 for n in grads[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.skipif(bool(compiler_problem("cpu")), reason="no C++ compiler")
+def test_compiled_layers_give_the_same_values_and_gradients(again):
+    plain_cfg, tokenizer = ModelConfig(tiny=SMALL), load_tokenizer(ModelConfig(tiny=SMALL))
+    cfg = ModelConfig(tiny=SMALL, compile=True, activation_checkpointing=again)
+    eager, model = build_model(plain_cfg, tokenizer), build_model(cfg, tokenizer)
+    calls = []
+    model.layers()[1].mlp.register_forward_hook(lambda *args: calls.append(compiled.is_used()))
+    for rows in (make_rows(100), make_rows(100)[:2], make_rows(100, lengths=(7, 9, 11))):  # other numbers of tokens
+        outs = []
+        for one in (eager, model):
+            one.zero_grad()
+            mb = collate(rows, torch.float32, "cpu")
+            out = one(mb)
+            (out.logprobs_T * mb.weights_T).sum().backward()
+            outs.append((out.logprobs_T.detach(), {n: p.grad.clone() for n, p in one.named_parameters()}))
+        torch.testing.assert_close(outs[1][0], outs[0][0], rtol=0, atol=1e-5)
+        for name, gradient in outs[0][1].items():
+            torch.testing.assert_close(outs[1][1][name], gradient, rtol=1e-3, atol=1e-4)
+    assert calls and all(calls)
+    tokens = torch.arange(5)
+    attention = PackedAttention(torch.tensor([0, 5], dtype=torch.int32), [5])
+    assert torch.equal(model.hidden(tokens, tokens, attention), eager.hidden(tokens, tokens, attention))  # as sampled
 
 
 def test_critic():

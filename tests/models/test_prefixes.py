@@ -9,10 +9,11 @@ from small import SPEC, make_engine
 
 from skyrl.algorithms.prefixes import families, shared_prefixes
 from skyrl.engine import ModelSpec
+from skyrl.models.packed import spread
 from skyrl.planner.plan import make_value_spec
 from skyrl.types import Datum, LoraSpec
 
-SHARE = "batch.share_prefixes=true"
+APART = "batch.share_prefixes=false"
 
 
 def make_groups(groups=2, size=4, prompt=9, seed=0):
@@ -66,7 +67,7 @@ SPECS = {
 def test_values_and_gradients_are_those_of_rows_apart(spec, budget):
     rows = make_groups()
     size = f"batch.max_tokens_per_microbatch={budget}"
-    apart, shared = outcome(rows, spec, size), outcome(rows, spec, size, SHARE)
+    apart, shared = outcome(rows, spec, size, APART), outcome(rows, spec, size)
     np.testing.assert_allclose(shared[0], apart[0], rtol=0, atol=1e-12)
     assert torch.linalg.norm(shared[2] - apart[2]) <= 1e-12 * torch.linalg.norm(apart[2])
     assert torch.linalg.norm(apart[2]) > 0
@@ -92,10 +93,26 @@ def test_samples_of_a_prompt_share_a_micro_batch():
     assert families(rows, ["policy"] * 6, 100) == [[0, 1], [2, 3], [4, 5]]
     assert families(rows, ["a", "b", *["a"] * 4], 100) == [[0], [1], [2, 3], [4, 5]]
     assert families(rows, ["policy"] * 6, 30) == [[0], [1], [2], [3], [4], [5]]  # no more than the budget
+    mixed = [one for pair in zip(rows, rows, strict=True) for one in pair]  # a model's rows among another's
+    assert families(mixed, ["a", "b"] * 6, 100) == [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_of_what_is_taken_many_times_is_the_sum(dtype):
+    torch.manual_seed(0)
+    index = torch.tensor([0, 1, 2, 3, 0, 1, 4, 0, 1, 2, 5, 1])
+    x = torch.randn(6, 2, 3, dtype=dtype, requires_grad=True)
+    given = torch.randn(len(index), 2, 3, dtype=dtype)
+    out = spread(x, index)
+    assert torch.equal(out, x[index])
+    out.backward(given)
+    want = torch.zeros(6, 2, 3, dtype=torch.float64).index_add_(0, index, given.double())
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(x.grad, want.to(dtype), rtol=1e-14 if dtype == torch.float64 else 0, atol=0)
 
 
 def test_fewer_tokens_go_through_the_layers():
-    engine = make_engine("auto", "float32", SHARE)
+    engine = make_engine("auto", "float32")
     seen = []
     layer = engine.models["policy"].strategy.module.layers()[0]
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))

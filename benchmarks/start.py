@@ -1,0 +1,123 @@
+"""From the command to the first optimizer step of the default run, in parts; and what --help and a dry run take.
+
+The command is `python -m skyrl.train`, one process, all defaults but a run folder of its own. The parts are marks on the
+way, each with seconds of the wall and of the processor: the command line is imported; options are composed and checked;
+the loops (with torch and transformers) are imported; the run is open (plan, prompts, folder, model, tracking); its first
+optimizer step, which is one of the supervised warm-up, is done. What comes before it and is work, not start: a first
+evaluation where a recipe has one before its first step; the default has it after the warm-up. File caches are warm from
+a first round that is not counted, and compiled kernels are in their cache.
+
+    python benchmarks/start.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from common import ROOT, write
+
+COMMANDS = {"help": ["--help"], "dry_run": ["dry_run=true"]}
+
+
+def child(options: list[str]) -> None:
+    """The measured process: the real command line, with marks; it ends after the first optimizer step."""
+    begun = float(os.environ["START_BEGUN"])
+    marks: list[tuple[str, float, float]] = []
+
+    def mark(name: str) -> None:
+        marks.append((name, time.time() - begun, time.process_time()))
+
+    mark("interpreter")
+    import skyrl.main as main
+
+    mark("command line imported")
+    play = main.sweep.play
+
+    def playing(*args: Any, **kwargs: Any) -> Any:
+        mark("options composed and checked")
+        import skyrl.loop as loop
+        import skyrl.trainers.rl  # noqa: F401
+        from skyrl.model import Model
+
+        mark("loops imported")
+        opened, stepped = loop.open_run, Model.optim_step
+
+        def opening(*args: Any, **kwargs: Any) -> Any:
+            run = opened(*args, **kwargs)
+            mark("run open")
+            return run
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            stepped(*args, **kwargs)
+            mark("first optimizer step")
+            print("MARKS", json.dumps(marks), flush=True)
+            os._exit(0)
+
+        loop.open_run, Model.optim_step = opening, first
+        return play(*args, **kwargs)
+
+    main.sweep.play = playing
+    sys.argv[1:] = options
+    main.run_entry("train")
+
+
+def measure(options: list[str], folder: str) -> dict[str, list[float]]:
+    """{part: [seconds of the wall, of the processor]} of one start."""
+    command = [sys.executable, __file__, "--child", *options, f"run.dir={folder}/run", "checkpoint.export=false"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "START_BEGUN": str(time.time())}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("MARKS ")]
+    if not lines:
+        raise SystemExit(f"the run ended before its first step:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    marks = json.loads(lines[0].removeprefix("MARKS "))
+    before, parts = (0.0, 0.0), {}
+    for name, wall, cpu in marks:
+        parts[name], before = [wall - before[0], cpu - before[1]], (wall, cpu)
+    return {**parts, "all": list(before)}
+
+
+def command_seconds(options: list[str]) -> list[float]:
+    """[wall, processor] seconds of `python -m skyrl.train` with these."""
+    begun, used = time.time(), os.times()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "skyrl.train", *options], env=env, check=True, capture_output=True)
+    now = os.times()
+    spent = now.children_user + now.children_system - used.children_user - used.children_system
+    return [time.time() - begun, spent]
+
+
+def main() -> None:
+    """Measures, prints medians, and writes them with --write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
+    args, more = parser.parse_known_args()
+    if args.child is not None:
+        child([*args.child, *more])
+        return
+    found: dict[str, list[list[float]]] = {}
+    for number in range(args.rounds + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            parts = measure(more, folder)
+        parts |= {name: command_seconds(options) for name, options in COMMANDS.items()}
+        if number:
+            for name, pair in parts.items():
+                found.setdefault(name, []).append(pair)
+    middle = {name: [round(statistics.median(one), 3) for one in zip(*pairs)] for name, pairs in found.items()}
+    for name, (wall, cpu) in middle.items():
+        print(f"{name:<30} {wall:7.2f} s, processor {cpu:7.2f} s")
+    if args.write:
+        print(write("start", {"seconds_wall_and_processor": middle, "rounds": found}))
+
+
+if __name__ == "__main__":
+    main()
