@@ -31,7 +31,7 @@ from common import ROOT, write
 
 MODEL = ("model.path=tiny", "run.threads=1")
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 21))}]}
-DOOR_CLIENTS, DOOR_REQUESTS = 16, 1600
+DOOR_CLIENTS, DOOR_REQUESTS = 16, 640
 CROWD = 64  # requests that the large client has in flight
 SMALL = {"max_tokens": 8, "stop": []}
 CROWDS = {"long": (4, {"max_tokens": 64, "stop": []}), "short": (1, {"max_tokens": 4, "stop": []})}
@@ -203,9 +203,9 @@ async def fairness(port: int, rounds: int, count: int = 100) -> dict[str, Any]:
 
 
 def door(port: int, pid: int) -> dict[str, float]:
-    """Processor milliseconds a request of DOOR_REQUESTS samples by DOOR_CLIENTS clients, each with one in flight: of the
-    server's threads but the main one, and of the main one (the worker, and the model). A sample is two requests of
-    HTTP. The clients run in a process of their own."""
+    """Processor milliseconds for each of DOOR_REQUESTS samples by DOOR_CLIENTS clients, each with one in flight: of
+    the server's threads but the main one, and of the main one (the worker, and the model). A sample is two requests
+    of HTTP. The clients run in a process of their own."""
     before = [thread_seconds(pid, main) for main in (False, True)]
     code = f"import asyncio, server_load; asyncio.run(server_load.many({port}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -1,9 +1,9 @@
 """What it brings to compute a prompt once for all its samples (batch.share_prefixes) in the training pass.
 
 Rows of groups as the trainer makes them: `--groups` prompts with 8 and 16 samples each, prompts of 1/4, 1/2 and 3/4 of
-rows of `--tokens` tokens. forward_backward of the same rows with and without, in turn, by the processor seconds of this
-process (which a busy machine changes little); the ratio is the median over rounds of without / with. `score` is the same
-for the pass without a gradient that old and reference log-probabilities take.
+rows of `--tokens` tokens. forward_backward of the same rows with and without, in turn, by the processor seconds of
+this process (which a busy machine changes little); the ratio is the median over rounds of without / with. `score` is
+the same for the pass without a gradient that old and reference log-probabilities take.
 
     python benchmarks/shared_prefixes.py --write
     python benchmarks/shared_prefixes.py --model folder/of/SmolLM2-135M --dtype bfloat16 --groups 2 --rounds 3 --write

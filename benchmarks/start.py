@@ -1,11 +1,11 @@
 """From the command to the first optimizer step of the default run, in parts; and what --help and a dry run take.
 
-The command is `python -m skyrl.train`, one process, all defaults but a run folder of its own. The parts are marks on the
-way, each with seconds of the wall and of the processor: the command line is imported; options are composed and checked;
-the loops (with torch and transformers) are imported; the run is open (plan, prompts, folder, model, tracking); its first
-optimizer step, which is one of the supervised warm-up, is done. What comes before it and is work, not start: a first
-evaluation where a recipe has one before its first step; the default has it after the warm-up. File caches are warm from
-a first round that is not counted, and compiled kernels are in their cache.
+The command is `python -m skyrl.train`, one process (`--ranks 2`: under torchrun, rank 0), all defaults but a run folder
+of its own. The parts are marks on the way, each with seconds of the wall and of the processor: the command line is
+imported; options are composed and checked; the loops (with torch and transformers) are imported; the run is open (plan,
+prompts, folder, model, tracking); its first optimizer step, which is one of the supervised warm-up, is done. A recipe
+without a warm-up evaluates first, which is work and not start; the default does so after its warm-up. File caches are
+warm from a first round that is not counted, and compiled kernels are in their cache.
 
     python benchmarks/start.py --write
 """
@@ -20,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from common import ROOT, write
+ROOT = Path(__file__).resolve().parent.parent
 
+RANKS = 1
 COMMANDS = {"help": ["--help"], "dry_run": ["dry_run=true"]}
 
 
@@ -36,10 +38,10 @@ def child(options: list[str]) -> None:
         marks.append((name, time.time() - begun, time.process_time()))
 
     mark("interpreter")
-    import skyrl.main as main
+    from skyrl import main, sweep
 
     mark("command line imported")
-    play = main.sweep.play
+    play = sweep.play
 
     def playing(*args: Any, **kwargs: Any) -> Any:
         mark("options composed and checked")
@@ -58,20 +60,22 @@ def child(options: list[str]) -> None:
         def first(*args: Any, **kwargs: Any) -> Any:
             stepped(*args, **kwargs)
             mark("first optimizer step")
-            print("MARKS", json.dumps(marks), flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print("MARKS", json.dumps(marks), flush=True)
             os._exit(0)
 
         loop.open_run, Model.optim_step = opening, first
         return play(*args, **kwargs)
 
-    main.sweep.play = playing
+    sweep.play = playing
     sys.argv[1:] = options
     main.run_entry("train")
 
 
 def measure(options: list[str], folder: str) -> dict[str, list[float]]:
     """{part: [seconds of the wall, of the processor]} of one start."""
-    command = [sys.executable, __file__, "--child", *options, f"run.dir={folder}/run", "checkpoint.export=false"]
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"] if RANKS > 1 else []
+    command = [sys.executable, *ranks, __file__, "--child", *options, f"run.dir={folder}/run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "START_BEGUN": str(time.time())}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)
     lines = [line for line in done.stdout.splitlines() if line.startswith("MARKS ")]
@@ -98,12 +102,15 @@ def main() -> None:
     """Measures, prints medians, and writes them with --write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=1, help="2: under torchrun, as `make train` is")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     args, more = parser.parse_known_args()
     if args.child is not None:
         child([*args.child, *more])
         return
+    global RANKS
+    RANKS = args.ranks
     found: dict[str, list[list[float]]] = {}
     for number in range(args.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -112,11 +119,16 @@ def main() -> None:
         if number:
             for name, pair in parts.items():
                 found.setdefault(name, []).append(pair)
-    middle = {name: [round(statistics.median(one), 3) for one in zip(*pairs)] for name, pairs in found.items()}
+    middle = {
+        name: [round(statistics.median(one), 3) for one in zip(*pairs, strict=True)] for name, pairs in found.items()
+    }
     for name, (wall, cpu) in middle.items():
         print(f"{name:<30} {wall:7.2f} s, processor {cpu:7.2f} s")
     if args.write:
-        print(write("start", {"seconds_wall_and_processor": middle, "rounds": found}))
+        from common import write  # it imports torch, which would be counted
+
+        name = "start" if RANKS == 1 else f"start_{RANKS}_ranks"
+        print(write(name, {"seconds_wall_and_processor": middle, "rounds": found}))
 
 
 if __name__ == "__main__":

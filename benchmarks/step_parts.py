@@ -1,9 +1,9 @@
 """What of a step at the tiny size is work on tokens, and what is the frame around it, by the loop's own processor time.
 
-The default recipe on one rank, every step saved and written down (checkpoint.every_steps=1, rollouts_every=1), which is
-more than a run does. Timed by the thread's own clock, each inside the loop and once: sampling (the sampler's steps),
-environment calls, forward and backward, the optimizer; and the overheads: the rest of the collection (episodes, rewards,
-rows), packing of micro-batches, moving rows between ranks, tracking, checkpoints.
+The default recipe on one rank, every step saved and written down (checkpoint.every_steps=1, rollouts_every=1), which
+is more than a run does. Timed by the thread's own clock, each inside the loop and once: sampling (the sampler's steps),
+environment calls, forward and backward, the optimizer; and the overheads: the rest of the collection (episodes,
+rewards, rows), packing of micro-batches, moving rows between ranks, tracking, checkpoints.
 
     python benchmarks/step_parts.py --write
 """
@@ -101,9 +101,8 @@ def main() -> None:
     own += ["checkpoint.every_steps=1", "tracking.rollouts_every=1"]
     run_trainer("train", load_config([*own, *args.options]))
     counted_steps = each[args.skip :]
-    steps = [
-        {key: b.get(key, 0.0) - a.get(key, 0.0) for key in b} for a, b in zip(counted_steps, counted_steps[1:], strict=False)
-    ]
+    pairs = zip(counted_steps, counted_steps[1:], strict=False)
+    steps = [{key: b.get(key, 0.0) - a.get(key, 0.0) for key in b} for a, b in pairs]
     middle = {key: statistics.median(one[key] for one in steps) for key in steps[0]}
     middle["the rest"] = middle["step"] - sum(value for key, value in middle.items() if key != "step")
     overhead = sum(value for key, value in middle.items() if key not in (*WORK, "step"))

@@ -92,7 +92,8 @@ def main() -> None:
     print("processor seconds without the profiler:", {key: round(value, 3) for key, value in seconds.items()})
     for title, table in (("phases (wall)", phases), ("kinds (own time)", kinds)):
         print(title, {key: round(value, 3) for key, value in sorted(table.items(), key=lambda pair: -pair[1])})
-    top = [{"operator": key, "seconds": round(own, 4), "calls": n} for own, key, n in sorted(operators)[::-1][: args.top]]
+    slowest = sorted(operators)[::-1][: args.top]
+    top = [{"operator": key, "seconds": round(own, 4), "calls": n} for own, key, n in slowest]
     for one in top:
         print(one)
     if args.write:

@@ -255,7 +255,7 @@ def _service(cfg: RunConfig) -> Iterator[str]:
         elif other not in (known := substitutes()):
             yield f"{where}: choose one of: {', '.join(known)}"
     if cfg.model.compile:
-        yield "model.compile=true: clients' adapters are hooks inside of the layers, which compiled ones lack; leave it out"
+        yield "model.compile=true: clients' adapters are hooks inside of the layers, which compiled ones lack; drop it"
     if cfg.batch.max_row_tokens == 1:
         yield "batch.max_row_tokens=1: leaves no room for an answer; give at least 2, or 0 for the model's own limit"
 

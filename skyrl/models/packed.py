@@ -211,8 +211,9 @@ class _Gather(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """x_NC[index_M], where a row of x may be taken many times. On a CPU its gradient is summed by stretches of rows that
-    follow each other in both, in float32 for half precision: torch's own sum goes row by row and rounds each time."""
+    """x_NC[index_M], where a row of x may be taken many times. On a CPU its gradient is summed by stretches of rows
+    that follow each other in both, in float32 for half precision: torch's own sum goes row by row and rounds each
+    time."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, index_M: Tensor) -> Tensor:
@@ -242,13 +243,15 @@ class SharedAttention:
     results one is taken."""
 
     def __init__(self, inner: Attention, mb: Microbatch) -> None:
+        assert mb.place_T is not None
         self.inner, self.place_T, self.distinct_U = inner, mb.place_T, mb.distinct_U
 
     def attend(
         self, layer: int, query_HUC: Tensor, key_KUC: Tensor, value_KUC: Tensor, options: AttentionOptions
     ) -> Tensor:
-        whole = (spread(x.transpose(0, 1), self.place_T).transpose(0, 1) for x in (query_HUC, key_KUC, value_KUC))
-        return self._one_each(self.inner.attend(layer, *whole, options))
+        given = (query_HUC, key_KUC, value_KUC)
+        query, key, value = (spread(x.transpose(0, 1), self.place_T).transpose(0, 1) for x in given)
+        return self._one_each(self.inner.attend(layer, query, key, value, options))
 
     def recur(self, layer: int, rule: DeltaRule, *given: Tensor) -> Tensor:
         return self._one_each(self.inner.recur(layer, rule, *(spread(x, self.place_T) for x in given)))

@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
 from pydantic import create_model
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -95,10 +94,11 @@ class AppState:
         if self.closed:
             return
         self.waiting.add(event)
+        timer = loop.call_later(seconds, event.set)
         try:
-            with anyio.move_on_after(seconds):
-                await event.wait()
+            await event.wait()
         finally:
+            timer.cancel()
             self.waiting.discard(event)
 
     def add_audit(self, owner: str, event: str, **details: Any) -> None:

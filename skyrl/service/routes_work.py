@@ -55,14 +55,14 @@ def work_routes(state: AppState) -> list[Route]:
     submits = [
         route(state, "POST", name, partial(submit, kind=kind)) for name, kind in REQUESTS.items() if name != "asample"
     ]
-    return [
-        *submits,
+    return [  # in the order of how often they are asked, in which they are tried
+        route(state, "POST", "retrieve_future", retrieve_safely(partial(retrieve_future, feeds=feeds))),
         # Repetitions are known by their number; old releases sample without a session, and without one.
         route(state, "POST", "asample", once(partial(sample, feeds=feeds))),
         route(state, "POST", "forward_backward", partial(train, forward_only=False)),
         route(state, "POST", "forward", partial(train, forward_only=True)),
+        *submits,
         route(state, "POST", "create_custom_loss", create_custom_loss),
-        route(state, "POST", "retrieve_future", retrieve_safely(partial(retrieve_future, feeds=feeds))),
         route(state, "POST", "retrieve_futures", partial(retrieve_futures, feeds=feeds)),
         route(state, "POST", "cancel_future", cancel_future),
     ]

@@ -148,14 +148,12 @@ class JsonMessage(BaseModel):
     @classmethod
     def parse(cls: type[M], json: Any, **context: Any) -> M:
         """A message from a JSON value; validators find `context` in their info. Raises UserError, one line."""
-        known: dict[str, Any] = {}
-        if cls.identity is not None:
-            known = dict(cls.identity.read(json, cls.operation))
         try:
             return cls.read(json, cls.operation, {"strict": True, **context})
         except UserError as error:
             if cls.identity is None:
                 raise
+            known = dict(cls.identity.read(json, cls.operation))
             return cls.model_construct(**{**cls.blank, **known, "problem": str(error)})
 
     @classmethod

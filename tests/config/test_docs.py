@@ -181,7 +181,10 @@ def test_suggestions():
 # brings them with what reads them.
 BUDGET = {
     "": (5, "seed, dry_run, trainer, experiment, plugins"),
-    "model": (20, "which weights in which numbers (the head's too), with the shape of tiny (6) and adapters (5)"),
+    "model": (
+        21,
+        "which weights in which numbers (the head's too), compiled or not, the shape of tiny (6), adapters (5)",
+    ),
     "strategy": (5, "one layout, its device, and one number for each layout that needs it"),
     "sampler": (14, "what is drawn (7), the memory it takes and when (7)"),
     "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),

@@ -92,7 +92,7 @@ def test_tables_name_only_options_that_exist():
             "model.lora.rank=4 strategy.name=zero2 strategy.offload=optimizer",
             "strategy.offload=optimizer: with model.lora.rank=4 the frozen model has no optimizer that could move",
         ),
-        ("model.compile=true model.lora.rank=4", "model.compile=true: model.lora.rank=4 adds adapters by hooks inside of"),
+        ("model.compile=true model.lora.rank=4", "model.compile=true: model.lora.rank=4 adds adapters by hooks"),
         ("model.compile=true model.dtype=float64", "model.compile=true: model.dtype=float64 is computed without any"),
         ("model.compile=true strategy.name=zero2", "model.compile=true: strategy.name=zero2 gathers weights by hooks"),
         ("model.revision=main", "model.revision=main: has an effect only with"),
