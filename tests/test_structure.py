@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # models/ and sampler/ have room for families with linear attention, sinks and compressed caches.
 TOTAL_LINES = 55_700
 FOLDER_LINES = 3_000
-LARGER_FOLDERS = {"config": 3_080, "service": 7_860, "models": 3_813, "sampler": 3_070}
+LARGER_FOLDERS = {"config": 3_080, "service": 7_860, "models": 3_810, "sampler": 3_070}
 # Python files side by side in one folder; where there are more, the ceiling of today.
 FOLDER_FILES = 20
 FULLER_FOLDERS: dict[str, int] = {}

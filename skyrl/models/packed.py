@@ -243,7 +243,7 @@ class SharedAttention:
     results one is taken."""
 
     def __init__(self, inner: Attention, mb: Microbatch) -> None:
-        assert mb.place_T is not None
+        assert mb.place_T is not None and mb.distinct_U is not None
         self.inner, self.place_T, self.distinct_U = inner, mb.place_T, mb.distinct_U
 
     def attend(
@@ -251,13 +251,10 @@ class SharedAttention:
     ) -> Tensor:
         given = (query_HUC, key_KUC, value_KUC)
         query, key, value = (spread(x.transpose(0, 1), self.place_T).transpose(0, 1) for x in given)
-        return self._one_each(self.inner.attend(layer, query, key, value, options))
+        return spread(self.inner.attend(layer, query, key, value, options), self.distinct_U)
 
     def recur(self, layer: int, rule: DeltaRule, *given: Tensor) -> Tensor:
-        return self._one_each(self.inner.recur(layer, rule, *(spread(x, self.place_T) for x in given)))
-
-    def _one_each(self, out_T: Tensor) -> Tensor:
-        return _Gather.apply(out_T.flatten(1), self.distinct_U, None).unflatten(1, out_T.shape[1:])
+        return spread(self.inner.recur(layer, rule, *(spread(x, self.place_T) for x in given)), self.distinct_U)
 
 
 @dataclass
