@@ -562,6 +562,10 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise UserError(f"export: {folder} exists; give a new folder")
     info = read_checkpoint(checkpoint)
     cfg = from_dict(info.state["config"])
+    if cfg.trainer == "control":
+        raise UserError(
+            f"export: {checkpoint} is a policy for control, which its run exports: {checkpoint.parents[1]}/export"
+        )
     cfg = replace(cfg, strategy=replace(cfg.strategy, name="single", device="cpu"))
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     plan = make_plan(cfg, 1, model_sizes=model_sizes(cfg), device="cpu")

@@ -260,6 +260,10 @@ def _finish_evaluate(cfg: RunConfig, overrides: Sequence[str]) -> tuple[RunConfi
     if (run := options_of_model(cfg)) is not None:
         typed = [key for key in typed_options(overrides) if key != "model"]
         cfg = from_dict(with_run(dataclasses.asdict(cfg), to_dict(from_dict(run)), typed))
+        if cfg.trainer == "control":
+            raise UserError(
+                f"model: {cfg.run.resume} is a policy for control; skyrl.trainers.control.load_policy plays it"
+            )
         overrides = [*overrides, f"model={cfg.model.path if cfg.run.resume == 'auto' else cfg.run.resume}"]
     sampler = dataclasses.replace(cfg.sampler, max_new_tokens=longest_answer(cfg))
     batch = dataclasses.replace(cfg.batch, prompts_per_step=MANY_PROMPTS)

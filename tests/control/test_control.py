@@ -264,6 +264,13 @@ def test_recipes_dry_run(recipe):
     assert "2 x" in text and cfg.control.env_id in text and cfg.run.name.startswith(recipe)
 
 
+@pytest.mark.slow
+def test_processes_for_environments_change_nothing(tmp_path):
+    run(tmp_path / "sync", *WALK, "control.total_steps=256")
+    run(tmp_path / "async", *WALK, "control.total_steps=256", "control.vectorization=async")
+    same(weights(tmp_path / "sync"), weights(tmp_path / "async"))
+
+
 def _on_rank(folder, options):
     control(load_config([*SMALL, *WALK, "model.dtype=float64", f"run.dir={folder}", *options], mode="control"))
 

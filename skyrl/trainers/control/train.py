@@ -21,6 +21,7 @@ from skyrl.algorithms.advantages import EPS, whiten
 from skyrl.algorithms.losses import compute_loss
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import MetricSums, agree
+from skyrl.distributed.phases import heartbeat
 from skyrl.loop import run_loop
 from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.rollout import draw_seed
@@ -143,6 +144,7 @@ def measure(run: Run) -> Metrics:
         observations, _ = envs.reset()
         state, left = engine.module.initial_state(len(places)), np.ones(len(places), bool)
         while left.any():
+            heartbeat()
             actions, state = engine.act(observations, state)
             observations, _, ended, cut, infos = envs.step(actions)
             done = ended | cut
