@@ -111,25 +111,23 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
     }
 
 
-def curves(recipe: str, steps: int, seeds: int, beside: int, keep: bool) -> dict[str, Any]:
-    """Both on each seed, in turns, the reference on the first `beside` of them; written after each seed where asked."""
+def curves(recipe: str, steps: int, seeds: range, beside: int, keep: str) -> None:
+    """Both on each seed, in turns, the reference on the first `beside` of them; written as `keep` after each seed."""
     cfg = load_config([f"experiment={recipe}"], mode="control")
     every = max(1, steps // (cfg.control.n_envs * cfg.control.n_steps) // 20)
     runs: dict[str, list[dict[str, Any]]] = {"skyrl": [], "stable-baselines3": []}
-    told: dict[str, Any] = {}
-    for seed in range(1, seeds + 1):
+    for seed in seeds:
         runs["skyrl"].append(ours(recipe, steps, seed, every))
-        if seed <= beside:
+        if len(runs["skyrl"]) <= beside:
             runs["stable-baselines3"].append(reference(cfg, steps, seed, every))
-        told = {"env": cfg.control.env_id, "total_steps": steps, "runs": runs}
+        told: dict[str, Any] = {"env": cfg.control.env_id, "total_steps": steps, "seeds": [*seeds], "runs": runs}
         told["final_mean"] = {k: round(statistics.fmean(r["returns"][-1] for r in v), 1) for k, v in runs.items() if v}
         if recipe == "cartpole":
             told["first_at_475"] = {name: [first_at(one, 475) for one in found] for name, found in runs.items()}
         print(seed, json.dumps({key: value for key, value in told.items() if key != "runs"}), flush=True)
         if keep:
-            write(f"control_{recipe}", told)
-            draw(told, ROOT / "docs" / "images" / f"control_{recipe}.svg")
-    return told
+            write(keep, told)
+            draw(told, ROOT / "docs" / "images" / f"{keep}.svg")
 
 
 def first_at(run: dict[str, Any], bound: float) -> int | None:
@@ -181,12 +179,16 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=60_000)
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--reference-seeds", type=int, default=-1, help="-1: all of them")
+    p.add_argument("--first-seed", type=int, default=1)
+    p.add_argument("--name", default="", help="of the file; by default control_<recipe>")
     p.add_argument("--write", action="store_true")
     given = p.parse_args()
     torch.set_num_threads(1)
     if given.what == "curves":
         beside = given.seeds if given.reference_seeds < 0 else given.reference_seeds
-        curves(given.recipe, given.steps, given.seeds, beside, given.write)
+        seeds = range(given.first_seed, given.first_seed + given.seeds)
+        name = given.name or f"control_{given.recipe}"
+        curves(given.recipe, given.steps, seeds, beside, name if given.write else "")
         return
     told = speed(3, given.steps if given.steps != 60_000 else 16_384)
     if given.write:
