@@ -1,8 +1,8 @@
 """PPO on Gymnasium environments beside stable-baselines3's: the same hyperparameters, environments and evaluations.
 
 curves: each seed is trained by both; every so many steps ten episodes are played with the likeliest actions. speed:
-steps of environments per second of training, in turns in one process, and on two ranks. Needs the extras `control` and
-`benchmarks`.
+steps of environments per second of a process's own time on a CPU, which others on the machine hardly change, over whole
+steps of the loop, in turns. Needs the extras `control` and `benchmarks`.
 
     python benchmarks/control.py curves cartpole --steps 45_056 --seeds 5 --write
     python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --write
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -44,19 +42,23 @@ def options(recipe: str, steps: int, seed: int, folder: str, every: int) -> list
 
 
 def ours(recipe: str, steps: int, seed: int, every: int) -> dict[str, Any]:
-    """Steps, mean returns of the evaluations, and steps per second without these."""
+    """Steps, mean returns of the evaluations, and steps per CPU second of a step of the loop (median)."""
+    clock: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         cfg = load_config(options(recipe, steps, seed, f"{folder}/run", every), mode="control")
-        control(cfg)
+        control(cfg, [lambda step, metrics: clock.append(time.process_time())])
         records = read_metrics(Path(folder, "run", "metrics.jsonl"))
     batch = cfg.control.n_envs * cfg.control.n_steps
-    found = [(r["step"] * batch, r["eval/reward:mean"]) for r in records if "eval/reward:mean" in r and r["step"]]
-    speed = statistics.median(r["speed/env_steps_per_second:mean"] for r in records if r["step"])
-    return {
-        "steps": [s for s, _ in found],
-        "returns": [round(v, 2) for _, v in found],
-        "steps_per_second": round(speed),
-    }
+    return result(
+        [(r["step"] * batch, r["eval/reward:mean"]) for r in records if "eval/reward:mean" in r], clock, batch
+    )
+
+
+def result(found: list[tuple[int, float]], clock: list[float], batch: int) -> dict[str, Any]:
+    """What is kept of a run, from (steps, return) of its evaluations and the CPU time at the end of each step."""
+    seconds = [b - a for a, b in zip(clock[:-1], clock[1:], strict=True)]
+    told = {"steps": [at for at, _ in found if at], "returns": [round(value, 2) for at, value in found if at]}
+    return {**told, "steps_per_cpu_second": round(batch / statistics.median(seconds))}
 
 
 def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, Any]:
@@ -81,34 +83,27 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
         seed=seed, device="cpu",
     )  # fmt: skip
     found: list[tuple[int, float]] = []
-    spent = 0.0
+    clock: list[float] = []
+    batch = c.n_envs * c.n_steps
 
     class Evaluate(BaseCallback):
         def _on_step(self) -> bool:
             return True
 
         def _on_rollout_start(self) -> None:  # an iteration has been learned from, but for the first time
-            nonlocal spent
-            begun, batch = time.perf_counter(), c.n_envs * c.n_steps
             if self.num_timesteps and self.num_timesteps // batch % every == 0:
                 measure(self.num_timesteps)
-            spent += time.perf_counter() - begun
+            clock.append(time.process_time())
 
     def measure(at: int) -> None:
         if isinstance(env, VecNormalize):
             sync_envs_normalization(env, held)
         found.append((at, float(evaluate_policy(model, held, EPISODES, deterministic=True, warn=False)[0])))
 
-    begun = time.perf_counter()
     model.learn(steps, callback=Evaluate())
-    speed = model.num_timesteps / (time.perf_counter() - begun - spent)
     if not found or found[-1][0] != model.num_timesteps:
         measure(model.num_timesteps)
-    return {
-        "steps": [s for s, _ in found],
-        "returns": [round(v, 2) for _, v in found],
-        "steps_per_second": round(speed),
-    }
+    return result(found, clock, batch)
 
 
 def curves(recipe: str, steps: int, seeds: range, beside: int, keep: str) -> None:
@@ -152,31 +147,24 @@ def draw(told: dict[str, Any], path: Path) -> None:
 
 
 def speed(rounds: int, steps: int) -> dict[str, Any]:
-    """Medians over rounds in which both are run in turns, and of our own on two ranks."""
+    """Medians over rounds in which both are run in turns, without evaluations between."""
     told: dict[str, Any] = {}
     for recipe in ("cartpole", "halfcheetah", "hopper"):
         cfg = load_config([f"experiment={recipe}"], mode="control")
-        found: dict[str, list[int]] = {"skyrl": [], "stable-baselines3": [], "skyrl, two ranks": []}
+        found: dict[str, list[int]] = {"skyrl": [], "stable-baselines3": []}
         for seed in range(rounds):
-            found["skyrl"].append(ours(recipe, steps, seed, 10**6)["steps_per_second"])
-            found["stable-baselines3"].append(reference(cfg, steps, seed, 10**6)["steps_per_second"])
-            with tempfile.TemporaryDirectory() as folder:
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "skyrl.control"]
-                line = [*torchrun, *options(recipe, steps, seed, f"{folder}/run", 10**6)]
-                subprocess.run(line, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-                records = read_metrics(Path(folder, "run", "metrics.jsonl"))
-                rates = [r["speed/env_steps_per_second:mean"] for r in records if r["step"]]
-                found["skyrl, two ranks"].append(round(statistics.median(rates)))
+            found["skyrl"].append(ours(recipe, steps, seed, 10**6)["steps_per_cpu_second"])
+            found["stable-baselines3"].append(reference(cfg, steps, seed, 10**6)["steps_per_cpu_second"])
         told[recipe] = {name: {"median": statistics.median(rates), "all": rates} for name, rates in found.items()}
         print(recipe, json.dumps(told[recipe]), flush=True)
-    return told
+    return {"unit": "steps of environments per CPU second", **told}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("curves", "speed"))
     p.add_argument("recipe", nargs="?", default="cartpole")
-    p.add_argument("--steps", type=int, default=60_000)
+    p.add_argument("--steps", type=int, default=16_384)
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--reference-seeds", type=int, default=-1, help="-1: all of them")
     p.add_argument("--first-seed", type=int, default=1)
@@ -190,7 +178,7 @@ def main() -> None:
         name = given.name or f"control_{given.recipe}"
         curves(given.recipe, given.steps, seeds, beside, name if given.write else "")
         return
-    told = speed(3, given.steps if given.steps != 60_000 else 16_384)
+    told = speed(3, given.steps)
     if given.write:
         write("control_speed", told)
 
