@@ -69,7 +69,9 @@ def test_every_command_of_the_pages_can_be_typed():
             elif name == "experiment":
                 exists = (config_dir() / name / f"{value}.yaml").is_file() or value in ("mine", "...")
             else:
-                exists = name in known or name.startswith(("hydra", "env.options.", "chat.template_kwargs."))
+                exists = name in known or name.startswith(
+                    ("hydra", "env.options.", "chat.template_kwargs.", "control.policy_options.")
+                )
                 exists = exists or bool(re.match(r"algorithm\.(loss|advantage)\.params\.", name)) or "lrr" in name
             if not exists:
                 wrong.append((page, word))
@@ -203,6 +205,10 @@ BUDGET = {
     "chat": (2, "what the template is told, and what rewards read"),
     "eval": (9, "when, on what (6), how sure, and when training ends by it (2)"),
     "warmup": (5, "as little as a supervised phase needs: how long, how much, its rate and schedule (3)"),
+    "control": (
+        23,
+        "the environment (5), how it is seen (5), a step and its minibatches (6), the policy (5), evaluations (2)",
+    ),
     "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
     "tracking": (11, "one switch for each place numbers go to, and the words it is found by"),
     "alerts": (2, "an address, a program"),
