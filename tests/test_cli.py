@@ -91,7 +91,9 @@ def test_train_and_sft_reach_the_same_command_line(tmp_path):
 def test_runs_shows_last_step_and_accuracy(tmp_path):
     def write(name: str, rows: list[dict], end: str = "") -> None:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + end)
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps({"phase": "rl", **r}) + "\n" for r in rows) + end
+        )
 
     write("one", [{"step": 0, "eval/accuracy:mean": 0.25}, {"step": 1}, {"step": 2, "eval/accuracy:mean": 0.5}], '{"st')
     write("two", [{"step": 7}])

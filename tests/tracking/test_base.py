@@ -111,9 +111,9 @@ def test_floats_come_back_bit_for_bit_and_what_is_not_finite_as_itself(tmp_path)
 
 def test_bad_lines_are_named_and_a_torn_last_one_is_none(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    path.write_text('{"step": 1, "phase": "rl"}\n{"step": 2, "phase": "rl"}\n{"st')
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    path.write_text('{"step": 1, "phase": "rl"}\n{"st\n{"step": 3, "phase": "rl"}\n')
     with pytest.raises(UserError, match="line 2: not a record"):
         read_metrics(path)
 
