@@ -64,7 +64,7 @@ def write_trained(folder: Path, step: int, rows: Sequence[tuple[Datum, Floats | 
         one = found[row.name] = {"first": int(at[0])}
         for key, values in (("advantages", row.advantages), ("logprobs", logprobs)):
             if values is not None:
-                kept = np.where(row.weights == 0, np.nan, np.round(np.asarray(values, np.float64), 5))
+                kept = np.where(row.weights == 0, np.nan, np.asarray(values, np.float64))
                 one[key] = [value if math.isfinite(value) else None for value in kept[at[0] : at[-1] + 1].tolist()]
     path = Path(folder) / f"{step:06d}-r{rank}.jsonl.trained"
     try:

@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import lowercase  # noqa: F401
+import numpy as np
 import pytest
 from gloo import run_ranks
 from loop import loop_config, run_loop, train_here
 
+from skyrl.dashboard.episodes import add_trained
 from skyrl.envs.base import register_environment
 from skyrl.report.replay import replay, replay_step
 from skyrl.run_dir.reader import RunReader
@@ -156,3 +158,23 @@ def test_a_run_of_two_ranks_is_replayed_by_one(tmp_path):
     found = replay_step(RunReader(tmp_path / "run"), 3, "loss")
     assert {k for k, how in found["compared"].items() if how == "differs"} <= {"microbatches:max"}
     assert len(found["compared"]) > 20
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_a_step_has_trained_on_lies_beside_its_episodes(ranks, plain, tmp_path):
+    """By both ways the same numbers: the logged means, and those over the tokens that pages colour."""
+    reader = plain
+    if ranks == 2:
+        run_ranks(2, run_loop, tmp_path / "run", *KEPT)
+        reader = RunReader(tmp_path / "run")
+    for step in (1, 2, 3):
+        rows, gaps, advantages = reader.trained(f"{step:06d}"), [], []
+        for one in reader.rollouts(f"{step:06d}"):
+            add_trained(one, rows)
+            for turn in one["turns"]:
+                assert len(turn["trained"]) == len(turn["advantages"]) == len(turn["tokens"])
+                gaps += [abs(a - b) for a, b in zip(turn["logprobs"], turn["trained"], strict=True) if b is not None]
+                advantages += [abs(one) for one in turn["advantages"] if one is not None]
+        told = logged(reader, step)
+        assert np.mean(gaps) == pytest.approx(told["logprob_gap:mean"], rel=1e-4, abs=1e-7)
+        assert np.mean(advantages) == pytest.approx(told["advantage_abs:mean"], rel=1e-6) and len(gaps) > 20
