@@ -6,7 +6,7 @@ steps of the loop, in turns. Needs the extras `control` and `benchmarks`.
 
     python benchmarks/control.py curves cartpole --steps 45_056 --seeds 5 --write
     python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --write
-    python benchmarks/control.py speed --write
+    python benchmarks/control.py speed --seeds 3 --write
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def main() -> None:
         name = given.name or f"control_{given.recipe}"
         curves(given.recipe, given.steps, seeds, beside, name if given.write else "")
         return
-    told = speed(3, given.steps)
+    told = speed(given.seeds, given.steps)
     if given.write:
         write("control_speed", told)
 
