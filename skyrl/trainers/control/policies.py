@@ -177,7 +177,14 @@ def _make(name: str, options: dict[str, Any], observations: Any, actions: Any, w
     if unknown := [key for key in options if key not in takes and not anything]:
         known = ", ".join(takes) or "none"
         raise UserError(f"control.policy_options.{unknown[0]}: {name} has no such option; its options are: {known}")
-    made = thing(observations, actions, **options, **{k: v for k, v in more.items() if k in takes and k not in options})
+    given = {**options, **{k: v for k, v in more.items() if k in takes and k not in options}}
+    try:
+        made = thing(observations, actions, **given)
+    except UserError:
+        raise
+    except Exception as error:  # of foreign code
+        told = "; control.critic=mlp gives the policy another critic" if where.startswith("control.critic") else ""
+        raise UserError(f"{where}: making it for {actions} raised {type(error).__name__}: {error}{told}") from error
     if not isinstance(made, nn.Module):
         raise UserError(f"{where}: made a {type(made).__name__}; wanted a torch.nn.Module")
     return made
