@@ -58,7 +58,7 @@ def test_group_choice_on_the_command_line_beats_the_recipe():
         ("optim.lr=1,2", "a sweep over values needs -m"),
         ("optim.lr=(]", "cannot read 'optim.lr=(]'"),
         ("foo", "cannot read 'foo'"),
-        ("experiment=nothing", "experiment=nothing: no such file in conf/experiment; choose one of: arithmetic"),
+        ("experiment=nothing", "experiment=nothing: no such file in conf/experiment; choose one of: acrobot"),
         ("run.name=a/b", "run.name=a/b"),
     ],
 )
