@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
 # docker build --target cpu -t skyrl:cpu .          docker build --target cuda -t skyrl:cuda .
+# For drivers of CUDA 11: docker build --target cuda11 -t skyrl:cuda11 .
+# A release: --build-arg VERSION=0.2.0 --build-arg REVISION="$(git rev-parse HEAD)"; without VERSION it is 0.0.0, since there is no git here.
 # Behind an air gap: --build-arg BASE=registry.local/python:3.12-slim --build-arg PIP_INDEX_URL=https://pypi.local/simple
-# What is tested is pinned by constraints.txt; torch's wheels bring their own CUDA libraries, so that both targets have one base.
+# What is tested is pinned by constraints.txt; torch's wheels bring their own CUDA libraries, so that all targets have one base.
 ARG BASE=python:3.12-slim
 
 # hadolint ignore=DL3006
@@ -24,14 +26,17 @@ COPY constraints.txt ./
 FROM build AS build-cpu
 # The index of builds without CUDA, which are 4 GB smaller.
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install -c constraints.txt --index-url "${TORCH_CPU_INDEX}" torch
+# Beside the other index and not instead of it, since it lacks most pinned packages; 2.13.0+cpu counts as newer than 2.13.0.
+RUN pip install -c constraints.txt --extra-index-url "${TORCH_CPU_INDEX}" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY conf conf
 COPY docs/metrics.md docs/metrics.md
 COPY launch launch
 COPY skyrl skyrl
 ARG EXTRAS=serve,dashboard
-RUN pip install -c constraints.txt ".[${EXTRAS}]"
+# The version comes from the tag, and the context has no git.
+ARG VERSION=0.0.0
+RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} pip install -c constraints.txt ".[${EXTRAS}]"
 
 FROM build AS build-cuda
 RUN pip install -c constraints.txt torch
@@ -41,10 +46,27 @@ COPY docs/metrics.md docs/metrics.md
 COPY launch launch
 COPY skyrl skyrl
 ARG CUDA_EXTRAS=serve,dashboard,deepspeed
-RUN pip install -c constraints.txt ".[${CUDA_EXTRAS}]"
+ARG VERSION=0.0.0
+RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} pip install -c constraints.txt ".[${CUDA_EXTRAS}]"
+
+FROM build AS build-cuda11
+# The last release of torch with wheels for CUDA 11; all else is pinned as elsewhere.
+ARG TORCH_CUDA11=2.7.1
+ARG TORCH_CUDA11_INDEX=https://download.pytorch.org/whl/cu118
+RUN sed -i "s/^torch==.*/torch==${TORCH_CUDA11}+cu118/" constraints.txt \
+    && pip install -c constraints.txt --extra-index-url "${TORCH_CUDA11_INDEX}" torch
+COPY pyproject.toml README.md LICENSE ./
+COPY conf conf
+COPY docs/metrics.md docs/metrics.md
+COPY launch launch
+COPY skyrl skyrl
+ARG CUDA_EXTRAS=serve,dashboard,deepspeed
+ARG VERSION=0.0.0
+RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} \
+    pip install -c constraints.txt --extra-index-url "${TORCH_CUDA11_INDEX}" ".[${CUDA_EXTRAS}]"
 
 FROM base AS final
-ARG VERSION=dev
+ARG VERSION=0.0.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="skyrl" \
       org.opencontainers.image.description="Reinforcement learning for language models on your own GPUs" \
@@ -62,6 +84,10 @@ CMD ["skyrl-tx", "--help"]
 
 FROM final AS cpu
 COPY --from=build-cpu /opt/skyrl /opt/skyrl
+
+FROM final AS cuda11
+COPY --from=build-cuda11 /opt/skyrl /opt/skyrl
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM final AS cuda
 COPY --from=build-cuda /opt/skyrl /opt/skyrl

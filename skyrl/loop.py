@@ -35,6 +35,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.evaluation.sets import EvalSet, all_prompts, named_sets
 from skyrl.evaluation.weight_check import fingerprint
+from skyrl.hub.push import HubUpload, make_repository
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
@@ -92,13 +93,18 @@ def run_loop(
         except StopRun:
             raise run.save_and_exit() from None
         with inside(FINISHING, run.state.global_step):
-            _finish(run)
+            hub = _finish(run)
         export = str(run.folder.export) if cfg.checkpoint.export and trains else None
-        return {"export": export, "parent": run.state.parent or None, "advisories": run.state.advisories.said}
+        return {
+            "export": export,
+            "hub": hub,
+            "parent": run.state.parent or None,
+            "advisories": run.state.advisories.said,
+        }
 
 
-def _finish(run: Run) -> None:
-    """Exports the policy, draws the curves and says where everything is. Safe to call again on a finished run."""
+def _finish(run: Run) -> str | None:
+    """Exports the policy, draws curves and says where all is, again on a finished run; what push_to_hub came to."""
     cfg, folder, state = run.cfg, run.folder, run.state
     run.checkpointer.wait()
     for line in run.checkpointer.poll():
@@ -107,7 +113,7 @@ def _finish(run: Run) -> None:
         run.engine.export("policy", folder.export, _how_trained(cfg, state))
     run.tracker.offset()  # syncs
     if not run.plan.trains:
-        return
+        return None
     picture = folder.path / "curves.png"
     if run.drawing is not None:
         run.drawing.wait()  # an older picture must not come after the last one
@@ -130,6 +136,19 @@ def _finish(run: Run) -> None:
         run.say(f"  model       {folder.export}   (transformers.AutoModel{loads}.from_pretrained)")
         if cfg.model.lora.rank:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
+    if not cfg.checkpoint.push_to_hub:
+        return None
+    run.say(f"  hub         {(told := _push(run, cfg.checkpoint.push_to_hub))}")
+    return told
+
+
+def _push(run: Run, name: str) -> str:
+    """Sends the export; the address, or what failed. Ranks ask together how it goes: none waits past its patience."""
+    message = f"skyrl: {run.folder.path.name}, step {run.state.global_step}"
+    upload = HubUpload(run.folder.export, name, message) if run.world.is_leader else None
+    while (told := on_leader(run.world, lambda: upload.wait() if upload is not None else None)) is None:
+        heartbeat()
+    return told
 
 
 def _how_trained(cfg: RunConfig, state: RunState) -> str:
@@ -199,11 +218,14 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make
         raise
     try:
         info = on_leader(world, lambda: _checkpoint(cfg, folder))
+        pushed = cfg.checkpoint.push_to_hub if trains else ""
+        unheard = on_leader(world, partial(make_repository, pushed, cfg.checkpoint.hub_private)) if pushed else ""
         if world.is_leader:
             more = [("data", line) for line in _about_data(parts, sets)] if chat is not None else []
             more += [*(("", line) for line in left_out), *_about_start(cfg, chat, folder, info, trains)]
             print(describe_start(cfg, plan, more, supervised=supervised, device_name=world.choice.name), flush=True)
-            for line in (*world.choice.notes, *(chat.warnings() if chat is not None else ())):
+            said = chat.warnings() if chat is not None else ()
+            for line in (*world.choice.notes, *said, *filter(None, [unheard])):
                 print(f"warning: {line}", flush=True)
         engine = agree(world, lambda: (make or partial(make_engine, chat=chat))(cfg, world, plan))
         return _open(engine, plan, parts, sets, folder, watch, info, left_out, supervised)

@@ -78,6 +78,7 @@ class Checkpointer:
         self.pending: _Save | None = None  # that was begun, and that nobody has waited for
         self._lines: list[str] = []
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP of torch 2.7 itself uses it
 
     def save(
         self, tag: str, tensors: dict[str, Any], state: dict[str, Any], *, score: float | None, block: bool = False

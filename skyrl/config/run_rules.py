@@ -1,4 +1,4 @@
-"""Rules of the group run, and run.window: the times of the day between which a run works."""
+"""Rules of the group run and of checkpoint.push_to_hub; run.window, the times of the day between which a run works."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from skyrl.types import UserError
 
 WINDOW = re.compile(r"(\d\d?:\d\d(?::\d\d)?)-(\d\d?:\d\d(?::\d\d)?)")
 DAY_SECONDS = 86400.0
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?=[A-Za-z0-9])[\w.-]{1,96}(?<![-.])", re.ASCII)
 
 
 def run_problems(cfg: RunConfig) -> Iterator[str]:
@@ -30,6 +31,14 @@ def run_problems(cfg: RunConfig) -> Iterator[str]:
             f"run.world_size={cfg.run.world_size}: only for a dry run; a real run counts its processes (torchrun "
             "--nproc_per_node), or add dry_run=true"
         )
+    if name := cfg.checkpoint.push_to_hub:
+        if not HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
+            yield (
+                f"checkpoint.push_to_hub={name}: a repository of the hub is owner/name, of letters, digits, _, - and . "
+                "(no -- or ..), the name of at most 96 and without .git at its end"
+            )
+        if not cfg.checkpoint.export:
+            yield f"checkpoint.push_to_hub={name}: sends the export, which checkpoint.export=false leaves out"
 
 
 @dataclass(frozen=True)

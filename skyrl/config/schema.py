@@ -464,6 +464,11 @@ class CheckpointConfig:
     export: bool = True
     """Writes the final weights in Hugging Face format to <run folder>/export; with model.lora the base with the adapter
     merged in, and the adapter alone, as peft loads it, to <run folder>/export/adapter."""
+    push_to_hub: str = ""
+    """Sends the export to this repository of the Hugging Face Hub, owner/name, at the end of the run. It is made at
+    the start, so that a token without the right to write is refused then (HF_TOKEN, or `hf auth login`)."""
+    hub_private: bool = True
+    """A repository that push_to_hub makes is private; one that is there stays as it is."""
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,18 @@ def _connect(host: str, port: int, keeps: bool, seconds: int, until: float) -> t
         multi_tenant=True,
         wait_for_workers=False,
     )
-    # torchrun may keep one store over its restarts
+    return _of_this_start(store), here, there
+
+
+def _of_this_start(store: Any) -> Any:  # torchrun may keep one store over its restarts
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return dist.PrefixStore(f"skyrl/{attempt}", store), here, there
+    return (dist.PrefixStore if hasattr(dist.Store, "clone") else _OlderStore)(f"skyrl/{attempt}", store)
+
+
+class _OlderStore(dist.PrefixStore):  # of torch 2.7, where a store has no clone: a connection for another thread
+    def clone(self) -> Any:
+        tcp: Any = self.underlying_store
+        return _of_this_start(dist.TCPStore(tcp.host, tcp.port, None, False, tcp.timeout))
 
 
 def _check_port(port: int) -> None:

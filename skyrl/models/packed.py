@@ -170,6 +170,8 @@ def varlen_refusal(query_HTC: Tensor, value_KTC: Tensor, softcap: float | None, 
         return "the model has attention sinks"
     if channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
         return f"heads of {channels} and {value_KTC.shape[-1]} channels (it takes equal multiples of 8 up to 256)"
+    if not {"scale", "window_size"} <= varlen()[1]:
+        return f"torch {torch.__version__} has none of the form that is needed (2.11 and newer do)"
     return _device_refusal(query_HTC.device)
 
 
@@ -183,10 +185,13 @@ def _device_refusal(device: torch.device) -> str:
 
 @cache
 def varlen() -> tuple[Callable[..., Any], frozenset[str]]:
-    """torch's variable-length attention and the names of its arguments: grouped heads and paged keys came with 2.13.
-    Its module imports half of torch's compiler, 1.5 s of a process that may never use it."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """torch's variable-length attention and the names of its arguments, none where this torch has no such function
+    (2.7); grouped heads and paged keys came with 2.13. Its module imports half of torch's compiler, 1.5 s of a process
+    that may never use it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return torch.nn.functional.scaled_dot_product_attention, frozenset()
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 

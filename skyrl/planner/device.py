@@ -21,6 +21,7 @@ from skyrl.types import UserError, few
 
 # CUDA's major version -> the first driver that runs it (minor versions are compatible within a major one).
 DRIVERS = {11: 450, 12: 525, 13: 580}
+OLDEST = "install torch==2.7.1 built for CUDA 11.8, the last release with such a build"
 NVIDIA_FILES = ("dev/nvidia[0-9]*", "dev/nvidiactl", "proc/driver/nvidia", "usr/lib/wsl/lib/libcuda.so")
 DRIVER = re.compile(r"Kernel Module(?: for \S+)?\s+(\d+\.\d[\d.]*)")  # in /proc/driver/nvidia/version
 NO_DEVICE = re.compile(r"no NVIDIA driver|No (CUDA|HIP) GPUs", re.IGNORECASE)  # as machines without a GPU say
@@ -179,10 +180,11 @@ def _why_not(facts: DeviceFacts) -> tuple[str, str]:
         return f"torch {facts.torch} is built for the CPU alone", wheel
     said = f"{'ROCm' if facts.hip else 'CUDA'} {facts.hip or facts.cuda} does not start ({problem or 'no GPU visible'})"
     needed = DRIVERS.get(int(facts.cuda.partition(".")[0] or 0), 0)
+    older = f", or {OLDEST}" if _for_driver(["11.8"], facts.driver) else ""
     if facts.cuda and facts.driver and not _for_driver([facts.cuda], facts.driver):
         return (
             f"driver {facts.driver} is too old for torch {facts.torch}, which is built for CUDA {facts.cuda}",
-            f"update the driver to {needed} or later" + (f", or {wheel}" if wheels != ["CUDA"] else ""),
+            f"update the driver to {needed} or later" + (f", or {wheel}" if wheels != ["CUDA"] else older),
         )
     for pattern, remedy in _REMEDIES:
         if re.search(pattern, problem, re.IGNORECASE):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -347,10 +348,26 @@ def layer_values(sizes: ModelSizes, *, half: bool) -> int:
     return 7 * sizes.hidden_size + 4 * heads + 4 * sizes.ffn_size + (2 * sizes.hidden_size + heads if half else 0)
 
 
+def torch_has_varlen() -> bool:
+    """Whether the torch of this machine has variable-length attention as it is needed: 2.11 and newer. A machine
+    without torch plans for one that has it."""
+    try:
+        release = tuple(int(part) for part in version("torch").split(".")[:2])
+    except PackageNotFoundError:
+        return True
+    return release >= (2, 11)
+
+
 def kept_scores(sizes: ModelSizes, tokens: int, row_tokens: int, *, dtype: str) -> int:
     """Numbers that one layer's attention keeps on a GPU besides layer_values(): none where FlashAttention takes the
     model (models/packed.py, varlen_refusal), else its weights up to KEEP_SCORES, of capped scores these as well."""
-    if dtype == "bfloat16" and not sizes.capped and sizes.head_size <= 256 and sizes.head_size % 8 == 0:
+    if (
+        dtype == "bfloat16"
+        and torch_has_varlen()
+        and not sizes.capped
+        and sizes.head_size <= 256
+        and sizes.head_size % 8 == 0
+    ):
         return 0
     return min(KEEP_SCORES, sizes.num_heads * tokens * row_tokens) * (2 if sizes.capped else 1)
 

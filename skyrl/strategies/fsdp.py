@@ -14,7 +14,7 @@ shards live in CPU memory, where AdamW runs too; a layer visits the device while
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,10 +73,7 @@ class FSDPStrategy(Strategy):
             shard(layer, reshard_after_forward=reshard_after_forward)
         shard(module)
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
-        for unit in self._units:
-            unit.set_gradient_divide_factor(1.0)  # sum over ranks: the loss carries every denominator
-            if world.device.type == "cpu":
-                unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        sum_gradients(self._units, world.device)
         fill(module, torch.device("cpu") if offload else world.device)
         if offload:
             for part in module.modules():  # registered again, since FSDP keeps them where the shards are
@@ -170,6 +167,22 @@ class FSDPStrategy(Strategy):
         if optimizer and self._optimizer is not None:
             for _, p in self._named:
                 self._optimizer.state[p]["step"].copy_(state["step"])
+
+
+def sum_gradients(units: Sequence[FSDPModule], device: torch.device) -> None:
+    """Gradients of the units are summed over all ranks, copies included, and not averaged: the loss carries every
+    denominator."""
+    if not hasattr(FSDPModule, "set_gradient_divide_factor"):
+        # torch 2.7: its factor is NCCL's alone, and HSDP averages over the copies whatever it is. Factors of 1 before
+        # and after make both reductions plain sums, on any backend; for the whole process, where all units are ours.
+        from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+        vars(_fsdp_collectives)["_get_gradient_divide_factors"] = lambda *args: (1.0, 1.0)
+        return
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        if device.type == "cpu":
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:

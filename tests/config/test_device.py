@@ -88,6 +88,7 @@ def at(facts: DeviceFacts, **changes) -> DeviceFacts:
             ["built for CUDA 12.6, and update the driver to 525 or later, or strategy"],
         ),
         (at(CUDA_WHEEL, nvidia=NODE, driver="390.1", problem=TOO_OLD), ["to 580 or later, or strategy.device"]),
+        (at(CUDA_WHEEL, nvidia=NODE, driver="470.57", problem=TOO_OLD), ["torch==2.7.1 built for CUDA 11.8, the last"]),
         (at(CUDA_WHEEL, nvidia=WSL, problem="Error 500: named symbol not found"), ["wsl --update"]),
         (at(CUDA_WHEEL, nvidia=WSL, problem="Error 35: x"), ["see whether nvidia-smi works here"]),
         (at(ROCM, problem="HIP error: unknown error"), ["ROCm 6.4 does not start", "see whether rocm-smi works"]),

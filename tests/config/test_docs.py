@@ -209,7 +209,7 @@ BUDGET = {
         23,
         "the environment (5), how it is seen (5), a step and its minibatches (6), the policy (5), evaluations (2)",
     ),
-    "checkpoint": (7, "when, what is kept (4: the best by which metric), how it is written"),
+    "checkpoint": (9, "when, what is kept (4: the best by which metric), how it is written, where the export goes (2)"),
     "tracking": (11, "one switch for each place numbers go to, and the words it is found by"),
     "alerts": (2, "an address, a program"),
     "debug": (3, "one switch for each doubt"),

@@ -16,6 +16,7 @@ kubernetes_validate = pytest.importorskip("kubernetes_validate")
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "launch" / "helm"
 CASES = sorted(path for path in (Path(__file__).parent / "helm").glob("*.yaml"))
+OIDC = {"issuer": "https://id.example", "clientId": "skyrl", "viewerGroups": ["ml"]}
 OURS = {"JobSet"}  # kinds that are no part of Kubernetes itself
 
 
@@ -62,6 +63,16 @@ def test_lint():
         ({"serve": {"enabled": True}}, "serve.keysSecret: name a secret"),
         ({"train": {"queue": "q", "offPeak": {"enabled": True}}}, "choose one"),
         ({"ingress": {"enabled": True}}, "nothing to reach"),
+        ({"dashboard": {"enabled": True}}, "set dashboard.oidc.issuer, or dashboard.allowRemoteToken"),
+        (
+            {"dashboard": {"enabled": True, "oidc": {"clientId": "x"}, "allowRemoteToken": True}},
+            "only with dashboard.oidc",
+        ),
+        ({"dashboard": {"enabled": True, "oidc": OIDC}}, "needs dashboard.publicUrl"),
+        ({"dashboard": {"enabled": True, "oidc": OIDC, "allowRemoteToken": True}}, "choose one"),
+        ({"dashboard": {"publicUrl": "http://runs.example"}}, "publicUrl"),
+        ({"dashboard": {"oidc": {"isuer": "https://id.example"}}}, "isuer"),
+        ({"dashboard": {"options": ["dashboard.oidc_issuer=https://id.example"]}}, "options"),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused_before_anything_starts(values, words):
@@ -87,6 +98,23 @@ def test_the_commands_of_the_pods_are_ones_that_skyrl_takes():
     assert shlex.join(serve["command"]) == "skyrl-tx launch --nproc=1 -- serve"
     cfg = load_config(serve["args"], mode="serve")
     assert (cfg.service.folder, cfg.service.port) == ("/runs/tinker", 8000)
+
+
+def test_the_dashboard_of_a_pod_takes_what_the_chart_gives_it():
+    from skyrl.config.access import dashboard_problems
+    from skyrl.config.load import load_config
+
+    more = {
+        "enabled": True,
+        "publicUrl": "https://runs.example/ml/x",
+        "oidc": {**OIDC, "adminGroups": ["ml leads", "b"]},
+    }
+    pod = containers({"train": {"enabled": False}, "dashboard": more}, "Deployment")
+    told = {one.partition("=")[0].removeprefix("--"): one.partition("=")[2] for one in pod["command"][3:]}
+    page = load_config([*pod["args"], f"dashboard.host={told['host']}", f"dashboard.port={told['port']}"]).dashboard
+    assert list(dashboard_problems(page)) == []
+    assert (page.path_prefix, page.viewer_groups, page.admin_groups) == ("/ml/x", ["ml"], ["ml leads", "b"])
+    assert page.oidc_issuer == OIDC["issuer"] and page.oidc_client_secret_file == "" and not page.allow_remote_token
 
 
 def test_stops_are_no_failures_and_mistakes_end_the_job():

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistStoreError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -69,6 +70,13 @@ def test_after_a_signal_before_rank_0_has_begun_it_ends_as_signals_do(quiet):
     with pytest.raises(SystemExit) as end:
         quiet(SignalException("told to end", signal.SIGINT))
     assert end.value.code == 130 and not os.path.exists(os.environ[env.EXIT_FILE])
+
+
+def test_nodes_that_do_not_meet_are_one_line(quiet, capsys):
+    with pytest.raises(SystemExit) as end:
+        quiet(DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.\nC++ stack"))
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and err.count("\n") == 1 and "did not meet (Timed out after 601 seconds" in err
 
 
 def test_an_error_of_torchrun_itself_is_shown(quiet, capsys):

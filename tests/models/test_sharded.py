@@ -37,14 +37,13 @@ def shard(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    from skyrl.strategies.fsdp import sum_gradients
+
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.layers():
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+    sum_gradients([part for part in model.modules() if isinstance(part, FSDPModule)], torch.device("cpu"))
     return model
 
 
