@@ -18,6 +18,7 @@ import skyrl
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
+from skyrl.checkpoint.export import prepare_export, send_export
 from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
 from skyrl.config.eval_sets import own_set
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
@@ -35,7 +36,6 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.evaluation.sets import EvalSet, all_prompts, named_sets
 from skyrl.evaluation.weight_check import fingerprint
-from skyrl.hub.push import HubUpload, make_repository
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
@@ -136,18 +136,9 @@ def _finish(run: Run) -> str | None:
         run.say(f"  model       {folder.export}   (transformers.AutoModel{loads}.from_pretrained)")
         if cfg.model.lora.rank:
             run.say(f"  adapter     {folder.export / 'adapter'}   (peft.PeftModel.from_pretrained)")
-    if not cfg.checkpoint.push_to_hub:
-        return None
-    run.say(f"  hub         {(told := _push(run, cfg.checkpoint.push_to_hub))}")
-    return told
-
-
-def _push(run: Run, name: str) -> str:
-    """Sends the export; the address, or what failed. Ranks ask together how it goes: none waits past its patience."""
-    message = f"skyrl: {run.folder.path.name}, step {run.state.global_step}"
-    upload = HubUpload(run.folder.export, name, message) if run.world.is_leader else None
-    while (told := on_leader(run.world, lambda: upload.wait() if upload is not None else None)) is None:
-        heartbeat()
+    told = send_export(run.world, cfg.checkpoint, folder.export, f"{folder.path.name}, step {state.global_step}")
+    if told is not None:
+        run.say(f"  hub         {told}")
     return told
 
 
@@ -218,14 +209,13 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make
         raise
     try:
         info = on_leader(world, lambda: _checkpoint(cfg, folder))
-        pushed = cfg.checkpoint.push_to_hub if trains else ""
-        unheard = on_leader(world, partial(make_repository, pushed, cfg.checkpoint.hub_private)) if pushed else ""
+        unheard = prepare_export(world, cfg.checkpoint) if trains else ()
         if world.is_leader:
             more = [("data", line) for line in _about_data(parts, sets)] if chat is not None else []
             more += [*(("", line) for line in left_out), *_about_start(cfg, chat, folder, info, trains)]
             print(describe_start(cfg, plan, more, supervised=supervised, device_name=world.choice.name), flush=True)
             said = chat.warnings() if chat is not None else ()
-            for line in (*world.choice.notes, *said, *filter(None, [unheard])):
+            for line in (*world.choice.notes, *said, *unheard):
                 print(f"warning: {line}", flush=True)
         engine = agree(world, lambda: (make or partial(make_engine, chat=chat))(cfg, world, plan))
         return _open(engine, plan, parts, sets, folder, watch, info, left_out, supervised)
