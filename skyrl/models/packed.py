@@ -24,6 +24,7 @@ from skyrl.algorithms.truncation import packed_support
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
+from skyrl.planner.memory import torch_has_varlen
 from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
 
@@ -37,8 +38,6 @@ BUCKET_RATIO = 0.75
 INTEGER_FIELDS = ("tokens_T", "targets_T", "positions_T", "row_T")
 ALIGNMENT = 64  # bytes between which the arrays of one copy lie
 FILLED_FIELDS = ("clip_low", "clip_high", "ratio_mask")  # a row may lack them where others have them
-
-
 # Stands in where a rank has no row and a sharded forward pass needs one: a token of weight 0.
 PADDING_ROW = Datum(
     tokens=np.zeros(1, np.int64), targets=np.zeros(1, np.int64), weights=np.zeros(1, np.float32), name="padding"
@@ -164,14 +163,12 @@ def varlen_refusal(query_HTC: Tensor, value_KTC: Tensor, softcap: float | None, 
     channels = query_HTC.shape[-1]
     if query_HTC.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(query_HTC.dtype).removeprefix('torch.')} (it takes bfloat16 and float16)"
-    if softcap:
-        return "the model caps its scores"
-    if sinks_H is not None:
-        return "the model has attention sinks"
+    if softcap or sinks_H is not None:
+        return "the model caps its scores" if softcap else "the model has attention sinks"
+    if not torch_has_varlen():
+        return f"torch {torch.__version__} has none of the form that is needed (2.11 and newer do)"
     if channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
         return f"heads of {channels} and {value_KTC.shape[-1]} channels (it takes equal multiples of 8 up to 256)"
-    if not {"scale", "window_size"} <= varlen()[1]:
-        return f"torch {torch.__version__} has none of the form that is needed (2.11 and newer do)"
     return _device_refusal(query_HTC.device)
 
 
@@ -185,13 +182,10 @@ def _device_refusal(device: torch.device) -> str:
 
 @cache
 def varlen() -> tuple[Callable[..., Any], frozenset[str]]:
-    """torch's variable-length attention and the names of its arguments, none where this torch has no such function
-    (2.7); grouped heads and paged keys came with 2.13. Its module imports half of torch's compiler, 1.5 s of a process
-    that may never use it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return torch.nn.functional.scaled_dot_product_attention, frozenset()
+    """torch's variable-length attention and the names of its arguments: grouped heads and paged keys came with 2.13.
+    Its module imports half of torch's compiler, 1.5 s of a process that may never use it."""
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 

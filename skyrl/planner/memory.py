@@ -11,6 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,7 @@ def layer_values(sizes: ModelSizes, *, half: bool) -> int:
     return 7 * sizes.hidden_size + 4 * heads + 4 * sizes.ffn_size + (2 * sizes.hidden_size + heads if half else 0)
 
 
+@cache
 def torch_has_varlen() -> bool:
     """Whether the torch of this machine has variable-length attention as it is needed: 2.11 and newer. A machine
     without torch plans for one that has it."""

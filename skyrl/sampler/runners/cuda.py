@@ -25,6 +25,7 @@ from torch import Tensor
 
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.packed import banned, varlen
+from skyrl.planner.memory import torch_has_varlen
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
 from skyrl.tracking.advisories import warn_fallback
@@ -55,7 +56,7 @@ def paged_kernel(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device
         return f"it is for CUDA, not for {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if "block_table" not in varlen()[1]:
+    if not torch_has_varlen() or "block_table" not in varlen()[1]:
         return f"varlen_attn of torch {torch.__version__} takes no block table (that of 2.13 does)"
     if any(call.state is not None for call in calls):
         return "some of the model's layers keep states (linear attention)"
