@@ -77,14 +77,13 @@ def keep_quiet() -> None:
 def exit_code(error: BaseException, told: str) -> int | None:
     """The code for what torchrun ends by, and a line where no rank could tell anything; None for an error of its own.
     `told`: what the local rank 0 has left as its code, which counts after a signal."""
-    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     if isinstance(error, SignalException):
         return int(told or 128 + error.sigval)
-    if isinstance(error, (DistError, RendezvousError)):
+    if isinstance(error, RendezvousError) or type(error).__name__ in ("DistStoreError", "DistNetworkError"):
         what = " ".join((str(error) or type(error).__name__).split("\n")[0].split())
         line = f"the nodes of this job did not meet ({what}); torchrun must run on as many nodes as --nnodes says, and"
         print(f"skyrl: error: {line} all must reach the one that --master-addr names", file=sys.stderr, flush=True)
