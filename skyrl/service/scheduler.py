@@ -48,6 +48,7 @@ WAITING_REQUESTS = 4096  # of one model
 CLOSED_MODELS = 4096  # closed models of which the scheduler itself knows why; of older ones the record does
 LARGE_SAMPLE = 64  # a request for more samples takes the place of so many: it is drawn in parts
 CHUNK_ROWS, CHUNK_BYTES = 1024, 5_000_000  # clients cut a forward_backward into requests of at most so much
+SCALARS = (str, int, float, bool, type(None))
 CANCELLED = "cancelled by the client"
 ENDED = "its session has ended; go on with a new service client"
 
@@ -522,7 +523,7 @@ def _array_bytes(thing: Any) -> int:
     if isinstance(thing, np.ndarray):
         return 128 + thing.nbytes
     parts = thing if isinstance(thing, (list, tuple)) else thing.values() if isinstance(thing, dict) else ()
-    return sum(map(_array_bytes, parts or getattr(thing, "__dict__", {}).values()))
+    return sum(_array_bytes(x) for x in parts or getattr(thing, "__dict__", {}).values() if type(x) not in SCALARS)
 
 
 def makes_model(request: Request) -> bool:
