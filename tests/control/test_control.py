@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from skyrl.trainers.control.engine import ControlEngine  # noqa: E402
 from skyrl.trainers.control.environments import KeyedEnv, make_env, make_envs  # noqa: E402
 from skyrl.trainers.control.normalize import RunningMoments, discounted_sums  # noqa: E402
 from skyrl.trainers.control.policies import make_actor_critic  # noqa: E402
-from skyrl.trainers.control.rollout import collect  # noqa: E402
+from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect  # noqa: E402
 from skyrl.trainers.control.train import minibatches  # noqa: E402
 
 SMALL = [
@@ -106,13 +107,12 @@ def test_cartpole_is_learned(tmp_path):
     assert sum(record.get("env_steps:sum", 0) for record in records) == 6_144
 
 
-@pytest.mark.parametrize("more", [[], ["control.squash=true", "algorithm.loss.entropy_coef=0.01"]])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, more):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     """Statistics, episodes under way and draws included: bit for bit."""
-    steps = 4 * 32
-    run(tmp_path / "whole", *WALK, *more, f"control.total_steps={4 * steps}")
-    run(tmp_path / "parts", *WALK, *more, f"control.total_steps={2 * steps}")
-    run(tmp_path / "parts", *WALK, *more, f"control.total_steps={4 * steps}")
+    more = [*WALK, "control.squash=true", "algorithm.loss.entropy_coef=0.01"]
+    run(tmp_path / "whole", *more, "control.total_steps=384")
+    run(tmp_path / "parts", *more, "control.total_steps=128")
+    run(tmp_path / "parts", *more, "control.total_steps=384")
     same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
@@ -136,6 +136,29 @@ def test_export_plays_as_the_run_does(tmp_path):
     assert float((mean - 100).abs().max()) < 20  # places begin at 100
     with pytest.raises(UserError, match="give the folder `export` of a run"):
         load_policy(tmp_path / "nowhere")
+
+
+def test_advantages_are_gae_with_the_value_of_what_was_cut():
+    """Against the recursion written step by step: done without a value after it, cut and end of the batch with one."""
+    cfg = load_config([*SMALL, *WALK, "control.normalize_rewards=false"], mode="control")
+    rng, T, places = np.random.default_rng(0), 12, [0, 3]
+    done, last = np.zeros((T, 2), bool), np.zeros((T, 2))
+    done[[3, 7, 11], [0, 1, 1]], last[[7, 11], [1, 0]] = True, (5.0, -2.0)  # an end, a cut, an end at the last step
+    rewards, values = rng.normal(size=(T, 2)), rng.normal(size=(T, 2))
+    batch = ControlBatch(*[torch.zeros(T, 2)] * 4, rewards, done, last, values=torch.from_numpy(values).flatten())
+    engine = SimpleNamespace(cfg=cfg, places=places, all_sum=lambda x: x)
+    found = advantages_of(engine, batch)
+    wanted, gamma, lam = np.zeros((T, 2)), 0.99, 0.95
+    for n in range(2):
+        later = 0.0
+        for t in reversed(range(T)):
+            ends = done[t, n] or t == T - 1
+            following = last[t, n] if ends else values[t + 1, n]
+            later = rewards[t, n] + gamma * following - values[t, n] + (0.0 if ends else gamma * lam * later)
+            wanted[t, n] = later
+    np.testing.assert_allclose(batch.returns.view(T, 2).numpy(), wanted + values, rtol=1e-12)
+    np.testing.assert_allclose(found[:, places], (wanted - wanted.mean()) / wanted.std(), rtol=1e-4)
+    assert not found[:, [1, 2]].any()  # other ranks' environments
 
 
 def test_minibatches_are_disjoint_and_keyed():
