@@ -1,7 +1,10 @@
 """trainer=control: learning, resume, ranks, statistics, and what is refused before the first step."""
 
+import os
 import re
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +15,7 @@ from skyrl.checkpoint.folder import latest
 from skyrl.config.load import config_dir, load_config
 from skyrl.planner.plan import describe, dry_run, make_plan
 from skyrl.run_dir import read_metrics
-from skyrl.types import UserError
+from skyrl.types import StopRun, UserError
 
 gym = pytest.importorskip("gymnasium", reason="the extra `control` is not installed")
 
@@ -59,11 +62,22 @@ class Pair(Walk):
     observation_space = gym.spaces.Dict({"place": gym.spaces.Box(-1, 1, (2,))})
 
 
+class Stopped(Walk):
+    steps, at = 0, -1  # of all environments; the one in which this process is asked to stop
+
+    def step(self, action):
+        Stopped.steps += 1
+        if Stopped.steps == Stopped.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5)  # the watchdog looks twice a second
+        return super().step(action)
+
+
 class Told(Walk):
     action_space = gym.spaces.Text(3)
 
 
-for name, kind in (("Walk-v0", Walk), ("Pair-v0", Pair), ("Told-v0", Told)):
+for name, kind in (("Walk-v0", Walk), ("Pair-v0", Pair), ("Told-v0", Told), ("Stopped-v0", Stopped)):
     gym.register(f"skyrl-test/{name}", kind, max_episode_steps=7)
 WALK = ["env=skyrl-test/Walk-v0", "control.normalize_observations=true", "control.normalize_rewards=true"]
 
@@ -285,6 +299,21 @@ def test_recipes_dry_run(recipe):
     )
     text = describe(cfg, dry_run(cfg, 2))
     assert "2 x" in text and cfg.control.env_id in text and cfg.run.name.startswith(recipe)
+
+
+@pytest.mark.slow
+def test_a_step_that_a_signal_takes_back_leaves_no_trace(tmp_path, monkeypatch):
+    """Stopped in the middle of the second step's episodes, the run goes on from the first, bit for bit."""
+    options = ["env=skyrl-test/Stopped-v0", *WALK[1:], "control.total_steps=384"]
+    run(tmp_path / "whole", *options)
+    monkeypatch.setattr(Stopped, "steps", 0)
+    monkeypatch.setattr(Stopped, "at", 188)
+    with pytest.raises(StopRun):
+        run(tmp_path / "parts", *options)
+    assert latest(tmp_path / "parts" / "checkpoints").tag == "000001"
+    monkeypatch.setattr(Stopped, "at", -1)
+    run(tmp_path / "parts", *options)
+    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 @pytest.mark.slow
