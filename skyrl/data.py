@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ def make_prompts(cfg: RunConfig, split: Split) -> Sequence[Prompt]:
         prompts = prompts[: cfg.data.max_prompts]
     if not len(prompts):
         raise UserError(f"env.name={cfg.env.name}: its dataset() has no {split} prompts")
-    _check(prompts, cfg.env.name, split)
+    _check(prompts, cfg.env.name, split, cls.row_checks(options))
     return prompts
 
 
@@ -126,7 +126,9 @@ def make_splits(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
         return {"train": kept, "test": held_out}, line
 
 
-def _check(prompts: Sequence[Prompt], env: str, split: str) -> None:
+def _check(
+    prompts: Sequence[Prompt], env: str, split: str, checks: Sequence[Callable[[Prompt], object]]
+) -> None:
     uids: set[str] = set()
     for index, prompt in enumerate(prompts):
         place = f"env.name={env}: {split} prompt {index} of its dataset()"
@@ -140,6 +142,8 @@ def _check(prompts: Sequence[Prompt], env: str, split: str) -> None:
         if problem:
             raise UserError(f"{place}: messages {problem}")
         uids.add(prompt.uid)
+        for check in checks:
+            check(prompt)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

@@ -192,9 +192,9 @@ class Engine:
         """Log-probabilities (and values) of every position of the rows, without a loss and without a gradient. With
         `top_k` `logprobs` are [L, 2 * top_k]: those of the likeliest next tokens, then the ids of these tokens; with
         `entropy` they are the entropies of the policy there, in nats."""
-        spec = LossSpec("", temperature=temperature, entropy_coef=float(entropy))
         with torch.no_grad():
-            return self._run(rows, spec, model, backward=False, top_k=top_k)
+            spec = LossSpec("", temperature=temperature)
+            return self._run(rows, spec, model, backward=False, top_k=top_k, entropy=entropy)
 
     def forward_backward(
         self,
@@ -228,6 +228,7 @@ class Engine:
         mix: bool = False,
         strict: bool = True,
         top_k: int = 0,
+        entropy: bool = False,
     ) -> TrainOutput:
         if backward and not self.keeps_sampling:
             for entry in self.models.values():  # also what a check has gathered since
@@ -237,7 +238,7 @@ class Engine:
         for number in range(call.count):
             picked = call.microbatches[number] if number < len(call.microbatches) else []
             assert call.model is not None
-            given: Any = {"backward": backward, "layout": self.cfg.batch, "top_k": top_k}
+            given: Any = {"backward": backward, "layout": self.cfg.batch, "top_k": top_k, "entropy": entropy}
             call.model.run_microbatch(results, picked, call.adapters, loss, **given)
         if strict:
             self._check_finite(results)

@@ -88,11 +88,12 @@ class Model:
         backward: bool,
         layout: BatchConfig,
         top_k: int = 0,
+        entropy: bool = False,
     ) -> None:
         """Forward pass, loss and backward pass of the rows `picked` of `results.rows`, each through its adapter (one
         for every row of the call), laid out as `layout` says. With `top_k` log-probabilities and ids of the likeliest
-        tokens instead of those of the targets. Without any row one token of weight 0, for the sake of
-        collectives."""
+        tokens instead of those of the targets, with `entropy` the policy's entropies. Without any row one token of
+        weight 0, for the sake of collectives."""
         rows, is_critic = [results.rows[i] for i in picked] or [PADDING_ROW], self.spec.head != "logits"
         batch = collate(
             rows,
@@ -102,12 +103,10 @@ class Model:
             share=layout.share_prefixes and len({id(adapters[i]) for i in picked}) == 1,
         )
         with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
-            scores_entropy = not loss.name and loss.entropy_coef > 0  # Engine.score
-            entropy = (bool(loss.name) or scores_entropy) and not is_critic
             given: Any = {"temperature": loss.temperature, "packing": layout.packing, "top_k": top_k}
-            out = self.strategy.module(batch, entropy=entropy, **given)
+            out = self.strategy.module(batch, entropy=(bool(loss.name) or entropy) and not is_critic, **given)
             if picked:
-                scored_T = out.entropy_T if scores_entropy else out.logprobs_T
+                scored_T = out.entropy_T if entropy else out.logprobs_T
                 results.add_output(picked, out.values_T if is_critic else scored_T)
             if not loss.name:
                 return

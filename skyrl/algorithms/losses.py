@@ -77,12 +77,13 @@ def ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> To
     }
 
 
-def clipped_surrogate(ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
-    """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0."""
-    advantages_T = present(rows.advantages_T)
+def clipped_surrogate(log_ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
+    """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0: also where
+    the ratio is infinite, since its logarithm is taken out before exp (0 times infinity would be NaN)."""
+    advantages_T, ratio_T = present(rows.advantages_T), log_ratio_T.detach().exp()
     clipped_T = ((advantages_T > 0) & (ratio_T > high_T)) | ((advantages_T < 0) & (ratio_T < low_T))
     bounded_T = ratio_T.detach().maximum(low_T).minimum(high_T)
-    return -bounded_T.where(clipped_T, ratio_T) * advantages_T, clipped_T
+    return -bounded_T.where(clipped_T, log_ratio_T.where(~clipped_T, 0.0).exp()) * advantages_T, clipped_T
 
 
 # ---- losses
@@ -177,13 +178,11 @@ def ppo(
     separate bounds: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.1; dual clip: Ye et al. 2020, arXiv 1912.09729.
     """
     log_ratio_T = log_ratios(outputs, rows, max_log_ratio)
-    ratio_T = log_ratio_T.exp()
+    ratio_T, advantages_T = log_ratio_T.detach().exp(), present(rows.advantages_T)
+    beyond_T = (advantages_T < 0) & (ratio_T > dual_clip) if dual_clip else nowhere(ratio_T)
     bounds = clip_bounds(clip_low, clip_high, ratio_T, rows)
-    loss_T, clipped_T = clipped_surrogate(ratio_T, rows, *bounds)
-    if dual_clip:
-        advantages_T = present(rows.advantages_T)
-        beyond_T = (advantages_T < 0) & (ratio_T > dual_clip)
-        loss_T, clipped_T = (-dual_clip * advantages_T).where(beyond_T, loss_T), clipped_T | beyond_T
+    loss_T, clipped_T = clipped_surrogate(log_ratio_T.where(~beyond_T, 0.0), rows, *bounds)
+    loss_T, clipped_T = (-dual_clip * advantages_T).where(beyond_T, loss_T), clipped_T | beyond_T
     return loss_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
@@ -273,12 +272,12 @@ def gspo(
     log_ratio_T = log_ratios(outputs, rows).detach()
     count_S = sum_by_row(counted_T.to(log_ratio_T.dtype), rows).clamp(min=1.0)
     log_sequence_T = (sum_by_row(log_ratio_T.where(counted_T, 0.0), rows) / count_S)[rows.row_T]
+    log_sequence_T = log_sequence_T + (outputs.logprobs_T - outputs.logprobs_T.detach())
     if max_log_ratio:
         log_sequence_T = log_sequence_T.clamp(-max_log_ratio, max_log_ratio)
-    ratio_T = log_sequence_T.exp() * (outputs.logprobs_T - outputs.logprobs_T.detach()).exp()
-    bounds = clip_bounds(clip_low, clip_high, ratio_T, rows)
-    loss_T, clipped_T = clipped_surrogate(ratio_T, rows, *bounds)
-    return loss_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
+    bounds = clip_bounds(clip_low, clip_high, log_sequence_T, rows)
+    loss_T, clipped_T = clipped_surrogate(log_sequence_T, rows, *bounds)
+    return loss_T, ratio_metrics(log_sequence_T.exp(), clipped_T, log_ratio_T)
 
 
 VALUE = Loss(

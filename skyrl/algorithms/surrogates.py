@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Result = tuple[Tensor, dict[str, Tensor]]
 
-TINY = 1e-300  # keeps the logarithm of 1 - p finite
+GATE_END = 50.0  # a log-ratio from which on sapo's gate is open in every digit; exp of more may be infinite
 
 
 def _declare(name: str, paper: str, *, selects: bool = False, rule: Rule | None = None, **params: Param) -> Loss:
@@ -47,7 +47,7 @@ def sapo(outputs: ForwardOutput, rows: Microbatch, *, tau_pos: float, tau_neg: f
     loss.reduction=sequence_mean.
     """
     log_ratio_T = log_ratios(outputs, rows, max_log_ratio)
-    ratio_T, advantages_T = log_ratio_T.exp(), present(rows.advantages_T)
+    ratio_T, advantages_T = log_ratio_T.clamp(max=GATE_END).exp(), present(rows.advantages_T)
     tau_T = ratio_T.new_tensor(tau_pos).where(advantages_T > 0, ratio_T.new_tensor(tau_neg))
     gate_T = (tau_T * (ratio_T - 1.0)).sigmoid() * (4.0 / tau_T)
     return -gate_T * advantages_T, ratio_metrics(ratio_T, nowhere(ratio_T), log_ratio_T)
@@ -78,9 +78,10 @@ def gmpo(outputs: ForwardOutput, rows: Microbatch, *, log_clip_low: float, log_c
 def _within(outputs: ForwardOutput, rows: Microbatch, limit: float, divergence_T: Tensor, delta: float) -> Result:
     """-r A, and 0 for tokens that move away from the base while they are further than delta."""
     log_ratio_T, advantages_T = log_ratios(outputs, rows, limit), present(rows.advantages_T)
-    ratio_T = log_ratio_T.exp()
     beyond_T = (advantages_T * log_ratio_T.detach() > 0) & (divergence_T > delta)
-    return (-ratio_T * advantages_T).where(~beyond_T, 0.0), ratio_metrics(ratio_T, beyond_T, log_ratio_T)
+    ratio_T = log_ratio_T.where(~beyond_T, 0.0).exp()
+    metrics = ratio_metrics(log_ratio_T.exp(), beyond_T, log_ratio_T)
+    return (-ratio_T * advantages_T).where(~beyond_T, 0.0), metrics
 
 
 def _delta(default: float) -> Param:
@@ -106,8 +107,8 @@ def dppo_kl(outputs: ForwardOutput, rows: Microbatch, *, delta: float, max_log_r
     Source: Qi et al. 2026, arXiv 2602.04879, DPPO-Binary-KL. Differs: as dppo_tv.
     """
     logprobs_T, base_T = outputs.logprobs_T.detach(), base_logprobs(rows)
-    rest_T, base_rest_T = (-x.expm1() for x in (logprobs_T, base_T))  # 1 - p
-    other_T = base_rest_T * (base_rest_T.clamp(min=TINY).log() - rest_T.clamp(min=TINY).log())
+    rest_T, base_rest_T = ((-x.expm1()).clamp(min=0.0) for x in (logprobs_T, base_T))  # 1 - p
+    other_T = (base_rest_T * (base_rest_T.log() - rest_T.log())).where(base_rest_T > 0, 0.0)  # 0 log 0 is 0
     return _within(outputs, rows, max_log_ratio, base_T.exp() * (base_T - logprobs_T) + other_T, delta)
 
 
@@ -139,7 +140,8 @@ def clip_cov(
     """
     log_ratio_T, selected_T = log_ratios(outputs, rows), present(rows.selected_T) != 0
     ratio_T = log_ratio_T.exp()
-    loss_T, clipped_T = clipped_surrogate(ratio_T, rows, *clip_bounds(clip_low, clip_high, ratio_T, rows))
+    bounds = clip_bounds(clip_low, clip_high, ratio_T, rows)
+    loss_T, clipped_T = clipped_surrogate(log_ratio_T.where(~selected_T, 0.0), rows, *bounds)
     return loss_T.where(~selected_T, 0.0), ratio_metrics(ratio_T, clipped_T | selected_T, log_ratio_T)
 
 

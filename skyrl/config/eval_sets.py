@@ -98,7 +98,10 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     meant = f"; or did you mean one of: {', '.join(close)}?" if close and source not in RECIPES else ""
     above = [k for k in cfg.eval.k if k > one.samples_per_prompt]
     for wrong, problem in (
-        (one.temperature < 0, f"temperature={one.temperature}; wanted 0 (greedy) or more"),
+        (
+            not (one.temperature == 0 or 1e-6 <= one.temperature < float("inf")),
+            f"temperature={one.temperature}; wanted 0 (greedy), or 1e-6 or more",
+        ),
         (
             one.temperature == 0 and one.samples_per_prompt > 1,
             f"{one.samples_per_prompt} greedy episodes of one prompt are all equal; give a temperature above 0",
@@ -123,6 +126,8 @@ def eval_problems(cfg: RunConfig) -> Iterator[str]:
         yield "eval.every_steps=0: eval.stop_when and eval.patience look at evaluations; raise it, or leave them out"
     if any(k < 1 for k in cfg.eval.k):
         yield f"eval.k={cfg.eval.k}: wanted numbers of samples, 1 or more"
+    if (above := [k for k in cfg.eval.k if k > cfg.eval.samples_per_prompt]) and not cfg.eval.sets:
+        yield f"eval.k={above} is above eval.samples_per_prompt={cfg.eval.samples_per_prompt}; draw more, or lower k"
     eval_sets(cfg)
 
 

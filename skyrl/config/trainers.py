@@ -111,5 +111,10 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     if trainer == "reward_model" and (lora or cfg.warmup.num_steps):
         what = f"model.lora.rank={lora}" if lora else f"warmup.num_steps={cfg.warmup.num_steps}"
         yield f"{what}: trainer=reward_model trains all weights, with a head that says no tokens; leave it at 0"
+    if trainer == "dpo" and cfg.preference.loss == "kto" and cfg.batch.prompts_per_step < 2:
+        yield (
+            f"batch.prompts_per_step={cfg.batch.prompts_per_step}: preference.loss=kto pairs each prompt with the "
+            "answer to another one of the step, to estimate the KL; give at least 2"
+        )
     if trainer == "distill" and not cfg.distill.teacher:
         yield "distill.teacher: no teacher is named; give a folder in Hugging Face format or a hub name"

@@ -105,6 +105,12 @@ class Environment:
         return []
 
     @classmethod
+    def row_checks(cls, options: dict[str, Any]) -> list[Callable[[Prompt], object]]:
+        """Functions that are called with each prompt at the start and raise UserError for one that cannot be scored.
+        Here: none."""
+        return []
+
+    @classmethod
     def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
         """The prompts of this environment for "train" or "test"; uids "<env>/<split>/<n>". Options are checked already.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from skyrl.config.schema import DataConfig
-from skyrl.envs.base import Environment, Split, StepResult, chosen_rewards, register_environment
+from skyrl.envs.base import Environment, StepResult, chosen_rewards, register_environment
 from skyrl.envs.rewards.base import Reward, RewardOption, add_objectives, reference, reward_names
 from skyrl.types import Prompt, UserError
 
@@ -62,13 +63,10 @@ class SingleTurn(Environment):
         return [{**params, "name": reward.name} for reward, params in chosen]
 
     @classmethod
-    def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
-        """Rows of a file; where the reward compares with their answers, each has one, else UserError by file:line."""
-        prompts = super().dataset(options, data, split, seed)
-        needed = any(reward.answer for reward, _ in _chosen(cls, options))
-        for prompt in prompts if needed else ():
-            reference(prompt)
-        return prompts
+    def row_checks(cls, options: dict[str, Any]) -> list[Callable[[Prompt], object]]:
+        """What its rewards read of a row: an answer to compare with, or what their `check` asks for."""
+        chosen = [(reward, params) for reward, params in _chosen(cls, options) if reward.answer or reward.check]
+        return [functools.partial(one.check, **params) if one.check else reference for one, params in chosen]
 
     def step(self, text: str) -> StepResult:
         """Scores the answer; always the last step. Awaited where a reward is `async def`."""

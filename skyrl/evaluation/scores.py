@@ -32,8 +32,8 @@ def score_prompt(place: int, group: Sequence[Episode], ks: Sequence[int], by: Se
     if n:
         values = {"reward": math.fsum(one.reward for one in valid) / n, f"avg@{len(group)}": math.fsum(correct) / n}
     values |= {f"pass@{k}": pass_at_k(n, c, k) for k in ks if k <= n}
-    if isinstance(wanted := extra.get("answer"), str):
-        answers = [answer_of(one, wanted) for one in valid]
+    if isinstance(wanted := extra.get("answer"), (str, int, float)):
+        answers = [answer_of(one, str(wanted)) for one in valid]
         values |= {f"majority@{k}": majority(answers[:k], correct[:k]) for k in ks if 1 < k <= n}
     fields = {name: str(extra[name]) for name in by if isinstance(extra.get(name), (str, int, float))}
     if "source" in fields:  # a file and its line

@@ -31,18 +31,23 @@ _NO_NAMES = frozenset(
 )
 
 
-@register_reward("unsupported_claims")
+def context_of(prompt: Prompt, *, field: str = "context") -> list[str]:
+    """The texts in the row's field `field`; none where it has no such field. Raises UserError for anything else."""
+    given = prompt.extra.get(field, [])
+    texts = [given] if isinstance(given, str) else given
+    if not (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
+        raise UserError(f"{prompt.place}: field {field!r} is {str(given)[:60]!r}, wanted a text or a list of texts")
+    return texts
+
+
+@register_reward("unsupported_claims", check=context_of)
 def count_unsupported(text: str, prompt: Prompt, *, field: str = "context") -> float:
     """Minus the number of claims that the context does not support, 0 to -20; see `unsupported_claims`.
 
     The context is the row's field `field`, a text or a list of texts, where it has one, and what the prompt's messages
     say. As a constraint: on average not more than so many of them in an answer.
     """
-    given = prompt.extra.get(field, [])
-    texts = [given] if isinstance(given, str) else given
-    if not (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
-        raise UserError(f"{prompt.place}: field {field!r} is {str(given)[:60]!r}, wanted a text or a list of texts")
-    context = "\n".join([*texts, *(str(message["content"]) for message in prompt.messages)])
+    context = "\n".join([*context_of(prompt, field=field), *(str(message["content"]) for message in prompt.messages)])
     return -float(min(len(unsupported_claims(text, context)), MOST_CLAIMS))
 
 

@@ -131,7 +131,14 @@ class RewardModel(HeldModel):
         return conversation_ids(self.tokenizer, conversation(episode))
 
 
-@register_reward("similarity", batch=True, objectives=["similarity"])
+def _compared_with(prompt: Prompt, *, corpus: str = "", context: str = "", **others: Any) -> Sequence[str]:
+    """The texts that `similarity` holds an answer against. Raises UserError where there is none."""
+    if context and not _sentences(prompt.extra.get(context)):
+        raise UserError(f"{prompt.place}: field {context!r} holds no text, and reward similarity needs it")
+    return _sentences(prompt.extra.get(context)) if context else references(prompt, corpus)
+
+
+@register_reward("similarity", batch=True, objectives=["similarity"], check=_compared_with)
 class Similarity(HeldModel):
     """How near an answer is in meaning to reference texts: the largest cosine of sentence embeddings, -1 to 1; 0 for an
     empty one.
@@ -157,9 +164,7 @@ class Similarity(HeldModel):
         for episode in episodes:
             text, row = episode.turns[-1].text, episode.prompt
             given.append(_sentences(text) if self.context else [text] * bool(text.strip()))
-            wanted.append(references(row, self.corpus) if not self.context else _sentences(row.extra.get(self.context)))
-            if not wanted[-1]:
-                raise UserError(f"{row.place}: field {self.context!r} holds no text, and reward similarity needs it")
+            wanted.append(_compared_with(row, corpus=self.corpus, context=self.context))
         self.known |= self.embed({text for texts in wanted for text in texts} - self.known.keys())
         said = self.embed({text for texts in given for text in texts})
         return [

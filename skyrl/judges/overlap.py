@@ -13,7 +13,7 @@ from skyrl.types import Prompt
 CHARACTER_ORDER, BETA = 6, 2.0  # of chrF (Popovic 2015): n-grams up to this n; recall counts so many times as precision
 
 
-@register_reward("rouge_l")
+@register_reward("rouge_l", check=references)
 def rouge_l(text: str, prompt: Prompt, *, corpus: str = "") -> float:
     """F1 of the longest common subsequence of words, letter case aside (ROUGE-L), 0 to 1.
 
@@ -26,7 +26,7 @@ def rouge_l(text: str, prompt: Prompt, *, corpus: str = "") -> float:
     return best
 
 
-@register_reward("chrf")
+@register_reward("chrf", check=references)
 def chrf(text: str, prompt: Prompt, *, corpus: str = "") -> float:
     """F2 of common n-grams of 1 to 6 characters, white space left out (chrF), 0 to 1: nearer to what a reader calls
     alike than words are, in any language.

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from skyrl.envs.base import RetryableError
 from skyrl.envs.rewards.base import register_reward
@@ -70,7 +71,15 @@ def parse_grades(said: str, rubric: str | Mapping[str, str]) -> float | dict[str
     return grades["score"] if isinstance(rubric, str) else grades
 
 
-@register_reward("rubric")
+def _check_judge(prompt: Prompt, *, rubric: str | Mapping[str, str] = RUBRIC, base_url: str = "", **others: Any) -> None:
+    """Raises UserError for a rubric or an address that no judge can be asked with."""
+    criteria_of(rubric)
+    url = urlsplit(base_url)
+    if base_url and (url.scheme not in ("http", "https") or not url.hostname):
+        raise UserError(f"reward rubric: base_url={base_url!r}: wanted an address such as http://127.0.0.1:8000/v1")
+
+
+@register_reward("rubric", check=_check_judge)
 async def rubric_score(
     text: str,
     prompt: Prompt,

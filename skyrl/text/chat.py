@@ -347,6 +347,11 @@ class Chat:
                 f"the model has {self.vocab_size} tokens and the tokenizer {len(self.tokenizer)}: it seems to be "
                 "another model's, and what it does not have would be drawn and read as nothing; give model.tokenizer"
             )
+        if not self.has_template and getattr(self.tokenizer, "name_or_path", ""):  # a tiny model's has no name
+            lines.append(
+                "the tokenizer has no chat template: messages stand end to end, without roles, which suits a base model "
+                "that goes on with a text; for a chat give model.chat_template=FILE, or the chat model of the family"
+            )
         if self._drops_thoughts():
             lines.append(
                 "the chat template drops what earlier answers thought (<think>); later turns of a game keep it, as "

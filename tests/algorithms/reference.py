@@ -93,10 +93,8 @@ def policy_losses(name, lp, rows, p):
         if name == "kl_cov":
             return -exp(x) * a + (p["penalty"] * absolute(x) if rows["selected"][t] else 0.0)
         if name == "gspo":
-            s = math.exp(sum(sg(lp[u] - base[u]) for u in of_row(t)) / len(of_row(t)))
-            if limit:
-                s = clip(s, math.exp(-limit), math.exp(limit))
-            return clipped(s * exp(lp[t] - sg(lp[t])), a)
+            x = sum(sg(lp[u] - base[u]) for u in of_row(t)) / len(of_row(t)) + lp[t] - sg(lp[t])
+            return clipped(exp(clip(x, -limit, limit) if limit else x), a)
         if name == "dro":
             return -(a * lp[t] - p["beta"] / 2 * (lp[t] - base[t]) ** 2)
         if name == "dro_sequence":

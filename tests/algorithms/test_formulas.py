@@ -117,6 +117,37 @@ def test_the_cases_above_reach_every_branch() -> None:
         assert seen == {0.0, 1.0}, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["ppo", "gspo", "sapo", "dppo_tv", "dppo_kl", "clip_cov", "cispo", "vespo"])
+def test_a_ratio_beyond_all_numbers_has_the_gradient_that_the_formula_gives(name: str, dtype: torch.dtype) -> None:
+    """Clipped, masked or closed by the gate: 0 at that token, and what it is elsewhere; no 0 times infinity."""
+    far = -200.0 if dtype == torch.float32 else -2000.0
+    advantages = {"sapo": [1.0, -1.0], "ppo": [1.0, -1.0]}.get(name, [1.0])  # ppo's dual clip bounds the other side
+    for a in advantages:
+        params = {"dual_clip": 3.0} if name == "ppo" else {}
+        one = Datum(
+            np.zeros(2, int), np.zeros(2, int), np.ones(2), sampling_logprobs=np.array([far, -1.0]),
+            advantages=np.full(2, a), selected=np.zeros(2),
+        )  # fmt: skip
+        x = torch.tensor([-0.1, -1.0], dtype=dtype, requires_grad=True)
+        loss_T, _ = compute_loss(ForwardOutput(x), collate([one], dtype, "cpu"), LossSpec(name, params))
+        loss_T.sum().backward()
+        row = name in ("gspo", "vespo")  # the ratio is the whole row's
+        assert torch.isfinite(loss_T).all()
+        wanted = [-4.0 * a if name == "cispo" else 0.0, 0.0 if row else -a]
+        torch.testing.assert_close(x.grad, torch.tensor(wanted, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dppo_kl_of_a_token_that_was_certain(dtype: torch.dtype) -> None:
+    """KL of (1, 0) and (p, 1 - p) is -log p: a token of base 1 is held back at p = 1/e, and not at 0.99."""
+    for now, gradient in ((-1.0, 0.0), (math.log(0.99), 0.99)):
+        one = Datum(np.zeros(1, int), np.zeros(1, int), np.ones(1), sampling_logprobs=np.zeros(1), advantages=-np.ones(1))
+        x = torch.tensor([now], dtype=dtype, requires_grad=True)
+        compute_loss(ForwardOutput(x), collate([one], dtype, "cpu"), LossSpec("dppo_kl"))[0].sum().backward()
+        assert x.grad.item() == pytest.approx(gradient, rel=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", CORRECTIONS.names())
 def test_corrections(name: str, case: str) -> None:

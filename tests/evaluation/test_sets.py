@@ -55,6 +55,8 @@ def test_an_entry_is_the_runs_environment_a_recipe_or_an_environment():
         ({"name": "gsm8k", "num_prompts": 0}, {}, "num_prompts=0; wanted 1 or more"),
         ({"name": "gsm8k", "num_prompts": True}, {}, "num_prompts=True"),
         ({"name": "gsm8k", "temperature": -1}, {}, "temperature=-1; wanted 0"),
+        ({"name": "gsm8k", "temperature": float("nan")}, {}, "temperature=nan; wanted 0"),
+        ({"name": "gsm8k", "temperature": 1e-9}, {}, "temperature=1e-09; wanted 0"),
         ({"name": "gsm8k", "samples_per_prompt": 4}, {}, "gsm8k: 4 greedy episodes of one prompt are all equal"),
         ("gsm8k", {"k": [2]}, r"eval.k=\[2\] is above its samples_per_prompt=1; draw more"),
         ("gsm8k", {"k": [0]}, r"eval.k=\[0\]: wanted numbers of samples"),

@@ -1,9 +1,12 @@
 """Rewards by rules: overlap with references, and claims that a context does not support."""
 
+import json
 import time
 
 import pytest
 
+from skyrl.config.load import load_config
+from skyrl.data import make_prompts
 from skyrl.judges.claims import count_unsupported, unsupported_claims
 from skyrl.judges.overlap import character_ngrams, chrf, common_subsequence, rouge_l
 from skyrl.types import Prompt, UserError
@@ -99,3 +102,25 @@ def test_the_context_is_the_row_s_field_and_the_messages():
     assert count_unsupported(" ".join(f"it{i} {i * 1000}" for i in range(9, 99)), row) == -20.0
     with pytest.raises(UserError, match="prompt p/1: field 'context' is '7'"):
         count_unsupported("a", prompt(context=7))
+
+
+@pytest.mark.parametrize(
+    ("reward", "row", "said"),
+    [
+        ("rouge_l", {}, "{file}:1: field 'answer' is missing"),
+        ("{name: chrf}", {"references": []}, "{file}:1: field 'references' is '\\[\\]', wanted a list of texts"),
+        ("{name: chrf, corpus: NONE.jsonl}", {}, "data file 'NONE.jsonl': does not exist"),
+        ("[exact, {name: unsupported_claims, field: facts}]", {"answer": "4", "facts": 3}, "{file}:1: field 'facts' is '3'"),
+        ("{name: similarity, model: m, context: facts}", {"answer": "4"}, "{file}:1: field 'facts' holds no text"),
+        ("{name: rubric, model: m, base_url: 'localhost:8000'}", {}, "base_url='localhost:8000': wanted an address such as"),
+        ("{name: rubric, model: m, base_url: 'http://'}", {}, "base_url='http://': wanted an address such as"),
+        ("{name: rubric, model: m, rubric: {}}", {}, "rubric={}: wanted a text"),
+    ],
+)
+def test_what_no_answer_could_be_scored_with_is_named_before_anything_is_played(tmp_path, reward, row, said):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "2+2=", **row}) + "\n")
+    given = ["env.name=single_turn", f"env.options={{reward: {reward}}}", f"data.path={file}", "sampler.max_new_tokens=8"]
+    cfg = load_config(["experiment=custom", "model=tiny", *given])
+    with pytest.raises(UserError, match=said.format(file=file)):
+        make_prompts(cfg, "train")

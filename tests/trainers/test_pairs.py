@@ -290,6 +290,10 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, row, said):
         (["experiment=dpo", "trainer=rl"], "env.name=preference: its rows are to be learned and give no reward"),
         (["experiment=distill"], "distill.teacher: no teacher is named"),
         (
+            ["experiment=dpo", "preference.loss=kto", "batch.prompts_per_step=1"],
+            "batch.prompts_per_step=1: preference.loss=kto pairs each prompt with the answer to another one",
+        ),
+        (
             ["experiment=reward_model", "model.lora.rank=4"],
             "model.lora.rank=4: trainer=reward_model trains all weights",
         ),

@@ -25,6 +25,7 @@ class Reward:
     batch: bool = False
     rate: str = ""
     objectives: tuple[str, ...] = ()
+    check: RewardFunction | None = None
 
     def __post_init__(self) -> None:
         self.__module__ = str(getattr(self.fn, "__module__", ""))
@@ -56,6 +57,7 @@ def register_reward(
     batch: bool = False,
     rate: str = "",
     objectives: Iterable[str] = (),
+    check: RewardFunction | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator: makes a function known as env.options.reward=<name>, alone or with others in a list.
 
@@ -68,7 +70,8 @@ def register_reward(
 
     answer: it reads `reference(prompt)`; a row without an answer is then refused at the start. rate: the share of texts
     with another number than 0 is logged as env/<rate>. objectives: the names that it returns, so that options that
-    speak of others are refused at the start. Raises UserError when the name is taken.
+    speak of others are refused at the start. check: `check(prompt, **parameters)`, called for each row at the start,
+    raises UserError for one that the reward cannot score. Raises UserError when the name is taken.
     """
 
     def keep(fn: RewardFunction) -> RewardFunction:
@@ -76,7 +79,7 @@ def register_reward(
             raise UserError(f"reward {name!r}: {fn!r} is no function of a text and a prompt")
         if batch and not hasattr(fn, "score"):
             raise UserError(f"reward {name!r}: batch=True is for a class with a method score(episodes, tools)")
-        REWARDS.register(name)(Reward(str(name), fn, answer, group, batch, rate, tuple(objectives)))
+        REWARDS.register(name)(Reward(str(name), fn, answer, group, batch, rate, tuple(objectives), check))
         return fn
 
     return keep
