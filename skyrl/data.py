@@ -126,9 +126,7 @@ def make_splits(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
         return {"train": kept, "test": held_out}, line
 
 
-def _check(
-    prompts: Sequence[Prompt], env: str, split: str, checks: Sequence[Callable[[Prompt], object]]
-) -> None:
+def _check(prompts: Sequence[Prompt], env: str, split: str, checks: Sequence[Callable[[Prompt], object]]) -> None:
     uids: set[str] = set()
     for index, prompt in enumerate(prompts):
         place = f"env.name={env}: {split} prompt {index} of its dataset()"

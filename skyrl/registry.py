@@ -52,7 +52,10 @@ class Registry(Generic[T]):
             self._things[name] = self._import(name, where)
         if name not in self._things:
             place = f"{where}: " if where else ""
-            raise UserError(f"{place}no {self.kind} called {name!r}; choose one of: {', '.join(self.names())}")
+            known = (
+                f"choose one of: {', '.join(self.names())}" if self._things else "a plugin may register some (plugins)"
+            )
+            raise UserError(f"{place}no {self.kind} called {name!r}; {known}")
         return self._things[name]
 
     def _import(self, name: str, where: str) -> T:

@@ -458,10 +458,10 @@ class Run:
         """What checkpoints are compared by; None where nothing was measured. For a metric that evaluations do not have
         raises UserError before the first step; later, when work would be lost, it is said."""
         name = self.cfg.checkpoint.best_metric
-        if name not in metrics and self.cfg.checkpoint.keep_best and "eval/reward:mean" in metrics:
+        if name not in metrics and self.cfg.checkpoint.keep_best and metrics:
             known = ", ".join(sorted(metrics))
             text = f"checkpoint.best_metric={name}: the evaluation has no such metric; it has: {known}"
-            if self.state.global_step == 0:
+            if self.state.global_step == 0 and "eval/reward:mean" in metrics:  # where nothing was scored it may come
                 raise UserError(text)
             self.say(text)
         return metrics.get(name)

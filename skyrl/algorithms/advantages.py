@@ -390,8 +390,8 @@ def vapo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, **given: float
 
     A TD error reaches a constant part of the answer, however long it is, and the critic's targets do not decay. Up to
     1 / alpha tokens lambda is 0. Source: Yue et al. 2025 (VAPO), arXiv 2504.05118, length-adaptive and decoupled GAE.
-    Differs: whitened as gae's; to pretrain the critic there is critic.warmup_steps; the paper's likelihood term on right
-    answers is self_imitation.coef, on those of earlier steps.
+    Differs: whitened as gae's; to pretrain the critic there is critic.warmup_steps; the paper's likelihood term on
+    right answers is self_imitation.coef, on those of earlier steps.
     """
     gamma, alpha = given["gamma"], given["alpha"]
     errors = TDErrors(rows, "vapo", gamma, given["bootstrap"])

@@ -96,6 +96,8 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     one = replace(own, **{"env": env, "data": data, "max_new_tokens": length, **given, "name": name})
     close = difflib.get_close_matches(source, RECIPES, n=3, cutoff=0.6)
     meant = f"; or did you mean one of: {', '.join(close)}?" if close and source not in RECIPES else ""
+    if env.name in ("chat", "preference"):
+        raise UserError(f"{where}: rows of env.name={env.name} are to be learned and give no reward; leave the set out")
     above = [k for k in cfg.eval.k if k > one.samples_per_prompt]
     for wrong, problem in (
         (

@@ -232,9 +232,11 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         if key in UNREAD[mode] or (key in {option.path for option in all_options()} and not reads(mode, key)):
             raise UserError(unknown_option(key, mode=mode))
     cfg = with_control_steps(with_params(cfg))
+    if mode == "evaluate" and "algorithm" in typed:  # a recipe; of the group objectives are read
+        raise UserError("algorithm: skyrl.evaluate does not read it; leave it out")
     if mode == "evaluate":
         cfg, overrides = _finish_evaluate(cfg, overrides)
-    check_typed(cfg, typed)
+    check_typed(cfg, [key for key in typed if mode != "evaluate" or not key.startswith("eval.")])
     name = cfg.run.name or default_name(cfg, overrides, mode=command)
     if "/" in name or name.startswith("."):
         raise UserError(f"run.name={name}: a name has no / and no leading dot; give a folder with run.dir")

@@ -111,6 +111,11 @@ def problems(cfg: RunConfig) -> Iterator[str]:
     if trainer == "reward_model" and (lora or cfg.warmup.num_steps):
         what = f"model.lora.rank={lora}" if lora else f"warmup.num_steps={cfg.warmup.num_steps}"
         yield f"{what}: trainer=reward_model trains all weights, with a head that says no tokens; leave it at 0"
+    given = cfg.preference
+    if trainer == "dpo" and not (given.desirable_weight or given.undesirable_weight):
+        yield "preference.desirable_weight=0: preference.undesirable_weight is 0 too, so nothing is learned; raise one"
+    if trainer == "sft" and not (cfg.warmup.num_steps or cfg.data.epochs):
+        yield "warmup.num_steps=0: supervised training needs at least 1 step, or data.epochs"
     if trainer == "dpo" and cfg.preference.loss == "kto" and cfg.batch.prompts_per_step < 2:
         yield (
             f"batch.prompts_per_step={cfg.batch.prompts_per_step}: preference.loss=kto pairs each prompt with the "

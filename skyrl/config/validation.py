@@ -181,6 +181,8 @@ APPLIES_TYPED: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "warmup.rows_per_step": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "service": (lambda cfg: cfg.feedback.enabled, "with feedback.enabled=true, where the run serves its policy"),
     "warmup.lr": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
+    "eval.k": (lambda cfg: bool(cfg.eval.sets), "with eval.sets, or in python -m skyrl.evaluate"),
+    "eval.group_by": (lambda cfg: bool(cfg.eval.sets), "with eval.sets, or in python -m skyrl.evaluate"),
     "warmup.schedule": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "warmup.warmup_ratio": (lambda cfg: cfg.warmup.num_steps > 0, "with warmup.num_steps above 0"),
     "strategy.reshard_after_forward": (

@@ -71,7 +71,9 @@ def parse_grades(said: str, rubric: str | Mapping[str, str]) -> float | dict[str
     return grades["score"] if isinstance(rubric, str) else grades
 
 
-def _check_judge(prompt: Prompt, *, rubric: str | Mapping[str, str] = RUBRIC, base_url: str = "", **others: Any) -> None:
+def _check_judge(
+    prompt: Prompt, *, rubric: str | Mapping[str, str] = RUBRIC, base_url: str = "", **others: Any
+) -> None:
     """Raises UserError for a rubric or an address that no judge can be asked with."""
     criteria_of(rubric)
     url = urlsplit(base_url)

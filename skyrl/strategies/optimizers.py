@@ -91,7 +91,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=TINY)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + TINY)
     for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x

@@ -109,7 +109,9 @@ class Preferences(DataRows):
             asked = [a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(*answers, strict=False))]
             answers = [messages[len(asked) :] for messages in answers]
         if not asked:
-            raise UserError(f"{row.source}: {' and '.join(map(repr, names))} answers no prompt; give a field 'prompt'")
+            raise UserError(
+                f"{row.source}: nothing is asked before {' and '.join(map(repr, names))}; give a field 'prompt'"
+            )
         learned: dict[str, Any] = {}
         for name, messages in zip(names, answers, strict=True):
             if [message["role"] for message in messages] != ["assistant"]:
@@ -133,6 +135,8 @@ def said_in(row: Example, field: str, role: str) -> list[Message]:
     if value is None:
         known = ", ".join(sorted(row.fields)) or "none"
         raise UserError(f"{row.source}: field {field!r} is missing; fields of this row: {known}")
+    if not isinstance(value, (str, list)):
+        raise UserError(f"{row.source}: field {field!r} is {value!r}, wanted a text or a list of messages")
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     if problem := messages_problem(messages):
         raise UserError(f"{row.source}: field {field!r} {problem}")

@@ -349,7 +349,7 @@ class Chat:
             )
         if not self.has_template and getattr(self.tokenizer, "name_or_path", ""):  # a tiny model's has no name
             lines.append(
-                "the tokenizer has no chat template: messages stand end to end, without roles, which suits a base model "
+                "the tokenizer has no chat template: messages stand end to end, without roles, as suits a base model "
                 "that goes on with a text; for a chat give model.chat_template=FILE, or the chat model of the family"
             )
         if self._drops_thoughts():

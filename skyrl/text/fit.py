@@ -39,14 +39,14 @@ class Unfit:
 
 @dataclass(frozen=True)
 class PromptCheck:
-    """What is asked of the prompts of a split: `longest` prompt in tokens and the option that says so; with `learned`
-    their solutions are rows of supervised training, of at most `row_tokens`."""
+    """What is asked of the prompts of a split: `longest` prompt in tokens and the option that says so; with `learned`,
+    which says what to do without them, their solutions are rows of supervised training, of at most `row_tokens`."""
 
     split: str
     longest: int
     option: str
     row_tokens: int
-    learned: bool = False
+    learned: str = ""
     rows: RowsOf | None = None
 
     @classmethod
@@ -57,9 +57,13 @@ class PromptCheck:
             longest, option = limit, f"above data.max_prompt_tokens={limit}"
         else:
             longest, option = row_tokens - 1, f"and rows of {row_tokens} must have room for an answer"
-        supervised = cfg.warmup.num_steps > 0 or cfg.trainer == "sft"
-        supervised |= cfg.trainer == "distill" and cfg.distill.on_policy < 1
-        supervised &= split == "train" or (cfg.trainer, cfg.env.name) == ("sft", "chat")
+        supervised = "set warmup.num_steps=0" if cfg.warmup.num_steps else ""
+        if cfg.trainer == "distill" and cfg.distill.on_policy < 1:
+            supervised = "set distill.on_policy=1"
+        if cfg.trainer == "sft":
+            supervised = "leave it out"
+        if split != "train" and (cfg.trainer, cfg.env.name) != ("sft", "chat"):
+            supervised = ""
         return cls(split, longest, option, row_tokens, supervised, rows_of(cfg))
 
     def run(
@@ -131,7 +135,7 @@ class PromptCheck:
                 return None
             solution = prompt.extra.get("solution")
             if not isinstance(solution, str):
-                return "", "no solution to learn from; give it one, or set warmup.num_steps=0"
+                return "", f"no solution to learn from; give it one, or {self.learned}"
             count += len(chat.answer(prompt.messages, solution))
         except UserError as error:
             return "refused", str(error)

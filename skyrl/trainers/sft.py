@@ -22,8 +22,6 @@ from skyrl.types import AdamParams, Datum, LossSpec, Metrics, Prompt, UserError
 def sft(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     """Supervised training alone: `warmup.num_steps` steps, or data.epochs, evaluation, export. Raises as `run_loop`
     does."""
-    if cfg.warmup.num_steps == 0 and not cfg.data.epochs:
-        raise UserError("warmup.num_steps=0: supervised training needs at least 1 step, or data.epochs")
     return run_loop(cfg, _train, supervised=True, hooks=hooks)
 
 

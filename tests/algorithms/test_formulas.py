@@ -142,7 +142,9 @@ def test_a_ratio_beyond_all_numbers_has_the_gradient_that_the_formula_gives(name
 def test_dppo_kl_of_a_token_that_was_certain(dtype: torch.dtype) -> None:
     """KL of (1, 0) and (p, 1 - p) is -log p: a token of base 1 is held back at p = 1/e, and not at 0.99."""
     for now, gradient in ((-1.0, 0.0), (math.log(0.99), 0.99)):
-        one = Datum(np.zeros(1, int), np.zeros(1, int), np.ones(1), sampling_logprobs=np.zeros(1), advantages=-np.ones(1))
+        one = Datum(
+            np.zeros(1, int), np.zeros(1, int), np.ones(1), sampling_logprobs=np.zeros(1), advantages=-np.ones(1)
+        )
         x = torch.tensor([now], dtype=dtype, requires_grad=True)
         compute_loss(ForwardOutput(x), collate([one], dtype, "cpu"), LossSpec("dppo_kl"))[0].sum().backward()
         assert x.grad.item() == pytest.approx(gradient, rel=1e-6)

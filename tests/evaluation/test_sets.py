@@ -57,6 +57,7 @@ def test_an_entry_is_the_runs_environment_a_recipe_or_an_environment():
         ({"name": "gsm8k", "temperature": -1}, {}, "temperature=-1; wanted 0"),
         ({"name": "gsm8k", "temperature": float("nan")}, {}, "temperature=nan; wanted 0"),
         ({"name": "gsm8k", "temperature": 1e-9}, {}, "temperature=1e-09; wanted 0"),
+        ("preference", {}, "rows of env.name=preference are to be learned and give no reward"),
         ({"name": "gsm8k", "samples_per_prompt": 4}, {}, "gsm8k: 4 greedy episodes of one prompt are all equal"),
         ("gsm8k", {"k": [2]}, r"eval.k=\[2\] is above its samples_per_prompt=1; draw more"),
         ("gsm8k", {"k": [0]}, r"eval.k=\[0\]: wanted numbers of samples"),
@@ -140,6 +141,13 @@ def test_model_names_a_run_a_checkpoint_or_a_model(tmp_path):
     assert load_config(["experiment=arithmetic"], mode="evaluate").run.name == "arithmetic-evaluate-seed1"
     with pytest.raises(UserError, match="optim.lr: skyrl.evaluate does not read it; leave it out"):
         load_config(["model=tiny", "optim.lr=1"], mode="evaluate")
+    with pytest.raises(UserError, match="algorithm: skyrl.evaluate does not read it; leave it out"):
+        load_config(["model=tiny", "eval.sets=[arithmetic]", "algorithm=ppo"], mode="evaluate")
+    with pytest.raises(
+        UserError, match=r"eval.k=\[1\]: has an effect only with eval.sets, or in python -m skyrl.evaluate"
+    ):
+        load_config(["eval.k=[1]"])
+    assert load_config(["model=tiny", "experiment=arithmetic", "eval.k=[1]"], mode="evaluate").eval.k == [1]
 
 
 @pytest.mark.parametrize(

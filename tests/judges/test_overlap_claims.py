@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -104,23 +105,29 @@ def test_the_context_is_the_row_s_field_and_the_messages():
         count_unsupported("a", prompt(context=7))
 
 
-@pytest.mark.parametrize(
-    ("reward", "row", "said"),
-    [
-        ("rouge_l", {}, "{file}:1: field 'answer' is missing"),
-        ("{name: chrf}", {"references": []}, "{file}:1: field 'references' is '\\[\\]', wanted a list of texts"),
-        ("{name: chrf, corpus: NONE.jsonl}", {}, "data file 'NONE.jsonl': does not exist"),
-        ("[exact, {name: unsupported_claims, field: facts}]", {"answer": "4", "facts": 3}, "{file}:1: field 'facts' is '3'"),
-        ("{name: similarity, model: m, context: facts}", {"answer": "4"}, "{file}:1: field 'facts' holds no text"),
-        ("{name: rubric, model: m, base_url: 'localhost:8000'}", {}, "base_url='localhost:8000': wanted an address such as"),
-        ("{name: rubric, model: m, base_url: 'http://'}", {}, "base_url='http://': wanted an address such as"),
-        ("{name: rubric, model: m, rubric: {}}", {}, "rubric={}: wanted a text"),
-    ],
-)
-def test_what_no_answer_could_be_scored_with_is_named_before_anything_is_played(tmp_path, reward, row, said):
+def test_what_no_answer_could_be_scored_with_is_named_before_anything_is_played(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": "2+2=", **row}) + "\n")
-    given = ["env.name=single_turn", f"env.options={{reward: {reward}}}", f"data.path={file}", "sampler.max_new_tokens=8"]
+    given = ["env.name=single_turn", "env.options.reward=exact", f"data.path={file}", "sampler.max_new_tokens=8"]
     cfg = load_config(["experiment=custom", "model=tiny", *given])
-    with pytest.raises(UserError, match=said.format(file=file)):
-        make_prompts(cfg, "train")
+    for reward, row, said in (
+        ("rouge_l", {}, "FILE:1: field 'answer' is missing"),
+        ({"name": "chrf"}, {"references": []}, "FILE:1: field 'references' is '[]', wanted a list of texts"),
+        ({"name": "chrf", "corpus": "NONE.jsonl"}, {}, "data file 'NONE.jsonl': does not exist"),
+        (
+            ["exact", "unsupported_claims"],
+            {"answer": "4", "context": 3},
+            "FILE:1: field 'context' is '3', wanted a text",
+        ),
+        ({"name": "similarity", "model": "m", "context": "facts"}, {}, "FILE:1: field 'facts' holds no text"),
+        (
+            {"name": "rubric", "model": "m", "base_url": "localhost:8000"},
+            {},
+            "base_url='localhost:8000': wanted an addr",
+        ),
+        ({"name": "rubric", "model": "m", "base_url": "http://"}, {}, "base_url='http://': wanted an address such as"),
+        ({"name": "rubric", "model": "m", "rubric": {}}, {}, "rubric={}: wanted a text"),
+    ):
+        file.write_text(json.dumps({"prompt": "2+2=", **row}) + "\n")
+        with pytest.raises(UserError) as refused:
+            make_prompts(replace(cfg, env=replace(cfg.env, options={"reward": reward})), "train")
+        assert said.replace("FILE", str(file)) in str(refused.value)

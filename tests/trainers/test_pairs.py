@@ -247,9 +247,12 @@ def test_the_export_is_the_judge_and_transformers_classifier(tmp_path):
     [
         ({"prompt": "1+1=", "chosen": "2"}, ":7: field 'rejected' is missing; fields of this row: chosen, prompt"),
         ({"prompt": "1+1=", "chosen": "2", "rejected": "2"}, ":7: 'chosen' and 'rejected' are the same text"),
-        ({"prompt": "1+1=", "chosen": "2", "rejected": 3}, ":7: field 'rejected' must be a list with at least one"),
+        ({"prompt": "1+1=", "chosen": "2", "rejected": 3}, ":7: field 'rejected' is 3, wanted a text or a list of messages"),
         ({"prompt": "1+1=", "chosen": "2", "rejected": " "}, ":7: field 'rejected' has an empty text of 'assistant'"),
-        ({"chosen": "2", "rejected": "3"}, ":7: 'chosen' and 'rejected' answers no prompt"),
+        (
+            {"chosen": "2", "rejected": "3"},
+            ":7: nothing is asked before 'chosen' and 'rejected'; give a field 'prompt'",
+        ),
         ({"prompt": "1+1=", "completion": "2", "label": "yes"}, ":7: field 'label' is 'yes', wanted true"),
         (
             {"prompt": "1+1=", "completion": "2", "label": True},
@@ -289,6 +292,14 @@ def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, row, said):
         (["preference.beta=0.5"], "preference.beta=0.5: has an effect only with trainer=dpo"),
         (["experiment=dpo", "trainer=rl"], "env.name=preference: its rows are to be learned and give no reward"),
         (["experiment=distill"], "distill.teacher: no teacher is named"),
+        (
+            ["experiment=sft_chat", "warmup.num_steps=0"],
+            "warmup.num_steps=0: supervised training needs at least 1 step",
+        ),
+        (
+            ["experiment=dpo", "preference.loss=kto", *(f"preference.{name}desirable_weight=0" for name in ("", "un"))],
+            "preference.desirable_weight=0: preference.undesirable_weight is 0 too",
+        ),
         (
             ["experiment=dpo", "preference.loss=kto", "batch.prompts_per_step=1"],
             "batch.prompts_per_step=1: preference.loss=kto pairs each prompt with the answer to another one",
