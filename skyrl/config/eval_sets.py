@@ -16,6 +16,7 @@ import yaml
 from skyrl.config.args import config_dir, expand_home
 from skyrl.config.conditions import read_condition
 from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
+from skyrl.config.trainers import NO_REWARD
 from skyrl.types import UserError
 
 NAME = re.compile(r"(?!(?:reward|env|workers)$)[A-Za-z][A-Za-z0-9_.]*")  # "eval/reward/<objective>" is a metric already
@@ -96,7 +97,7 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     one = replace(own, **{"env": env, "data": data, "max_new_tokens": length, **given, "name": name})
     close = difflib.get_close_matches(source, RECIPES, n=3, cutoff=0.6)
     meant = f"; or did you mean one of: {', '.join(close)}?" if close and source not in RECIPES else ""
-    if env.name in ("chat", "preference"):
+    if env.name in NO_REWARD:
         raise UserError(f"{where}: rows of env.name={env.name} are to be learned and give no reward; leave the set out")
     above = [k for k in cfg.eval.k if k > one.samples_per_prompt]
     for wrong, problem in (

@@ -37,7 +37,7 @@ from skyrl.config.options import (
     unknown_option,
 )
 from skyrl.config.schema import RunConfig, WarmupConfig
-from skyrl.config.trainers import control_options, with_control_steps
+from skyrl.config.trainers import NO_REWARD, control_options, with_control_steps
 from skyrl.config.validation import (
     CHOICES,
     check_serve,
@@ -267,6 +267,8 @@ def _finish_evaluate(cfg: RunConfig, overrides: Sequence[str]) -> tuple[RunConfi
                 f"model: {cfg.run.resume} is a policy for control; skyrl.trainers.control.load_policy plays it"
             )
         overrides = [*overrides, f"model={cfg.model.path if cfg.run.resume == 'auto' else cfg.run.resume}"]
+    if cfg.env.name in NO_REWARD:  # of the run, whose model is evaluated on something else
+        cfg = dataclasses.replace(cfg, env=dataclasses.replace(cfg.env, name="", options={}))
     sampler = dataclasses.replace(cfg.sampler, max_new_tokens=longest_answer(cfg))
     batch = dataclasses.replace(cfg.batch, prompts_per_step=MANY_PROMPTS)
     return dataclasses.replace(cfg, sampler=sampler, batch=batch, warmup=WarmupConfig()), overrides

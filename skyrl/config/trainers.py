@@ -11,6 +11,7 @@ from skyrl.config.schema_server import PathStr
 if TYPE_CHECKING:
     from skyrl.config.schema import RunConfig
 
+NO_REWARD = ("chat", "preference")  # environments whose rows are learned from as they are
 CHOICES = {
     "trainer": ("rl", "sft", "dpo", "reward_model", "distill", "control"),
     "control.vectorization": ("sync", "async"),
@@ -95,7 +96,7 @@ def with_control_steps(cfg: RunConfig) -> RunConfig:
 def problems(cfg: RunConfig) -> Iterator[str]:
     """A line for each rule between the options of trainers that `cfg` breaks."""
     trainer, lora = cfg.trainer, cfg.model.lora.rank
-    if trainer == "rl" and cfg.env.name in ("chat", "preference") and not cfg.feedback.enabled:
+    if trainer == "rl" and cfg.env.name in NO_REWARD and not cfg.feedback.enabled:
         right = "sft" if cfg.env.name == "chat" else "dpo or reward_model"
         yield f"env.name={cfg.env.name}: its rows are to be learned and give no reward; set trainer={right}"
     if not cfg.preference.beta > 0:

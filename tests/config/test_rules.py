@@ -153,7 +153,6 @@ def test_tables_name_only_options_that_exist():
             "sampler.top_p=0.9: with feedback.enabled=true answers are drawn as clients ask",
         ),
         ("eval.samples_per_prompt=4 eval.temperature=0", "eval.samples_per_prompt=4: greedy episodes"),
-        ("eval.k=[64]", "eval.k=[64] is above eval.samples_per_prompt=1; draw more, or lower k"),
         ("batch.max_row_tokens=4 sampler.max_new_tokens=8", "batch.max_row_tokens=4: leaves no room"),
         (
             "batch.max_row_tokens=40 sampler.max_new_tokens=20 data.max_prompt_tokens=30",

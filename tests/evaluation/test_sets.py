@@ -148,6 +148,12 @@ def test_model_names_a_run_a_checkpoint_or_a_model(tmp_path):
     ):
         load_config(["eval.k=[1]"])
     assert load_config(["model=tiny", "experiment=arithmetic", "eval.k=[1]"], mode="evaluate").eval.k == [1]
+    with pytest.raises(UserError, match=r"eval.k=\[64\] is above eval.samples_per_prompt=1; draw more, or lower k"):
+        check(load_config(["model=tiny", "experiment=arithmetic", "eval.k=[64]"], mode="evaluate"))
+    # what a run of rows to learn from has made is evaluated on something else
+    of_chat = load_config(["model=tiny", "env.name=chat", "eval.sets=[arithmetic]"], mode="evaluate")
+    check(of_chat)
+    assert of_chat.env.name == ""
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def newton_schulz(matrix):
     x = matrix.double().numpy()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    x = x / max(np.sqrt((x * x).sum()), 1e-7)
+    x = x / (np.sqrt((x * x).sum()) + 1e-7)  # as the published code; torch.optim.Muon holds the norm above 1e-7
     for _ in range(5):
         y = x @ x.T
         x = 3.4445 * x + (-4.7750 * y + 2.0315 * (y @ y)) @ x

@@ -247,7 +247,10 @@ def test_the_export_is_the_judge_and_transformers_classifier(tmp_path):
     [
         ({"prompt": "1+1=", "chosen": "2"}, ":7: field 'rejected' is missing; fields of this row: chosen, prompt"),
         ({"prompt": "1+1=", "chosen": "2", "rejected": "2"}, ":7: 'chosen' and 'rejected' are the same text"),
-        ({"prompt": "1+1=", "chosen": "2", "rejected": 3}, ":7: field 'rejected' is 3, wanted a text or a list of messages"),
+        (
+            {"prompt": "1+1=", "chosen": "2", "rejected": 3},
+            ":7: field 'rejected' is 3, wanted a text or a list of messages",
+        ),
         ({"prompt": "1+1=", "chosen": "2", "rejected": " "}, ":7: field 'rejected' has an empty text of 'assistant'"),
         (
             {"chosen": "2", "rejected": "3"},
