@@ -23,7 +23,9 @@ NAME = re.compile(r"(?!(?:reward|env|workers)$)[A-Za-z][A-Za-z0-9_.]*")  # "eval
 COUNTS = ("num_prompts", "samples_per_prompt", "max_new_tokens", "max_turns")
 KINDS: dict[str, Any] = {"name": str, "env": str, "path": str, "options": dict, "temperature": (int, float)}
 KINDS |= dict.fromkeys(COUNTS, int)
-OF_START = ("run", "tracking", "strategy", "debug", "dry_run", "batch", "checkpoint", "warmup", "trainer")
+OF_START = tuple(
+    "run tracking strategy debug dry_run batch checkpoint warmup trainer preference reward_model distill".split()
+)
 NOTHING = ["experiment=custom", "env.name=''"]  # of the default recipe is left, where none is named
 RECIPES = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
 

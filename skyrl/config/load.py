@@ -260,6 +260,10 @@ def _finish_evaluate(cfg: RunConfig, overrides: Sequence[str]) -> tuple[RunConfi
     which it is named, with that model."""
     overrides = [one for one in overrides if one not in NOTHING]
     if (run := options_of_model(cfg)) is not None:
+        if run.get("trainer") == "reward_model":
+            raise UserError(
+                "model: a reward model writes no answers; evaluate a policy, with it as a reward of the task"
+            )
         typed = [key for key in typed_options(overrides) if key != "model"]
         cfg = from_dict(with_run(dataclasses.asdict(cfg), to_dict(from_dict(run)), typed))
         if cfg.trainer == "control":

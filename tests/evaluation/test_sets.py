@@ -5,10 +5,11 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
 from skyrl.config.conditions import read_condition
 from skyrl.config.eval_sets import eval_sets, evaluation_options, longest_answer
-from skyrl.config.load import load_config
+from skyrl.config.load import load_config, to_dict
 from skyrl.config.validation import check
 from skyrl.evaluation.sets import all_prompts, named_sets, overlapping, text_keys
 from skyrl.types import Prompt, UserError
@@ -169,3 +170,23 @@ def test_model_names_a_run_a_checkpoint_or_a_model(tmp_path):
 )
 def test_stop_rule(text, rule):
     assert read_condition(text) == rule
+
+
+def test_what_other_trainers_have_made_is_evaluated_on_named_sets_and_a_reward_model_is_not(tmp_path):
+    """Their own options, which have an effect only with them, are left behind."""
+    for trainer, *own in (
+        ("dpo", "preference.loss=ipo", "env.name=preference"),
+        ("distill", "distill.teacher=tiny", "env.name=chat"),
+        ("reward_model", "reward_model.center_coef=0.01", "env.name=preference"),
+    ):
+        (tmp_path / trainer / "export").mkdir(parents=True)
+        run = load_config([f"trainer={trainer}", "warmup.num_steps=0", "model=tiny", *own])
+        (tmp_path / trainer / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
+        words = [f"model={tmp_path}/{trainer}/export", "eval.sets=[arithmetic]"]
+        if trainer == "reward_model":
+            with pytest.raises(UserError, match="a reward model writes no answers"):
+                load_config(words, mode="evaluate")
+        else:
+            cfg = load_config(words, mode="evaluate")
+            check(cfg)
+            assert cfg.env.name == "" and cfg.trainer == "rl"
