@@ -260,16 +260,14 @@ def _finish_evaluate(cfg: RunConfig, overrides: Sequence[str]) -> tuple[RunConfi
     which it is named, with that model."""
     overrides = [one for one in overrides if one not in NOTHING]
     if (run := options_of_model(cfg)) is not None:
-        if run.get("trainer") == "reward_model":
-            raise UserError(
-                "model: a reward model writes no answers; evaluate a policy, with it as a reward of the task"
-            )
+        other = {
+            "reward_model": "a reward model writes no answers; evaluate a policy, which may have it as a reward",
+            "control": f"{cfg.run.resume} is a policy for control; skyrl.trainers.control.load_policy plays it",
+        }
+        if (trainer := run.get("trainer")) in other:
+            raise UserError(f"model: {other[trainer]}")
         typed = [key for key in typed_options(overrides) if key != "model"]
         cfg = from_dict(with_run(dataclasses.asdict(cfg), to_dict(from_dict(run)), typed))
-        if cfg.trainer == "control":
-            raise UserError(
-                f"model: {cfg.run.resume} is a policy for control; skyrl.trainers.control.load_policy plays it"
-            )
         overrides = [*overrides, f"model={cfg.model.path if cfg.run.resume == 'auto' else cfg.run.resume}"]
     if cfg.env.name in NO_REWARD:  # of the run, whose model is evaluated on something else
         cfg = dataclasses.replace(cfg, env=dataclasses.replace(cfg.env, name="", options={}))

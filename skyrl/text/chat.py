@@ -347,7 +347,7 @@ class Chat:
                 f"the model has {self.vocab_size} tokens and the tokenizer {len(self.tokenizer)}: it seems to be "
                 "another model's, and what it does not have would be drawn and read as nothing; give model.tokenizer"
             )
-        if not self.has_template and getattr(self.tokenizer, "name_or_path", ""):  # a tiny model's has no name
+        if not self.has_template and getattr(self.tokenizer, "name_or_path", None):  # a tiny model's has no name
             lines.append(
                 "the tokenizer has no chat template: messages stand end to end, without roles, as suits a base model "
                 "that goes on with a text; for a chat give model.chat_template=FILE, or the chat model of the family"
