@@ -85,8 +85,16 @@ def exit_code(error: BaseException, told: str) -> int | None:
         return int(told or 128 + error.sigval)
     if isinstance(error, RendezvousError) or type(error).__name__ in ("DistStoreError", "DistNetworkError"):
         what = " ".join((str(error) or type(error).__name__).split("\n")[0].split())
-        line = f"the nodes of this job did not meet ({what}); torchrun must run on as many nodes as --nnodes says, and"
-        print(f"skyrl: error: {line} all must reach the one that --master-addr names", file=sys.stderr, flush=True)
+        line = (
+            f"the nodes of this job did not meet ({what[:160]}); torchrun must run on as many nodes as --nnodes says, "
+        )
+        line += "and all must reach the one that --master-addr names"
+        if "EADDRINUSE" in what:
+            line = (
+                "another launcher or program has this machine's port for the rendezvous (29500, if --master-port does "
+            )
+            line += "not say another); give another port, or --standalone where this machine is the only one"
+        print(f"skyrl: error: {line}", file=sys.stderr, flush=True)
         return 1
     if not isinstance(error, ChildFailedError):
         return None

@@ -29,7 +29,7 @@ from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, sq
 from skyrl.strategies.base import Strategy, full_tensor, put_state
 from skyrl.strategies.optimizers import make_optimizer, matrix_names
 from skyrl.strategies.whole import WholeCopy
-from skyrl.types import AdamParams, Metrics
+from skyrl.types import AdamParams, Metrics, UserError
 
 
 class FSDPStrategy(Strategy):
@@ -189,5 +189,9 @@ def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:
     """All ranks in one dimension "dp_shard"; with `shard_size`, "dp_replicate" x "dp_shard" of that many neighbours."""
     if not shard_size:
         return init_device_mesh(world.device.type, (world.dp_size,), mesh_dim_names=("dp_shard",))
+    if world.device.type == "cpu" and not hasattr(FSDPModule, "set_gradient_divide_factor"):
+        # An assertion in torch's own code fails, about an event that only GPUs have.
+        what = f"strategy.name=hsdp: torch {torch.__version__} cannot sum over copies on a CPU"
+        raise UserError(f"{what}; take fsdp, or a newer torch")
     shape = (world.dp_size // shard_size, shard_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from torch.distributed import DistStoreError
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -72,11 +72,21 @@ def test_after_a_signal_before_rank_0_has_begun_it_ends_as_signals_do(quiet):
     assert end.value.code == 130 and not os.path.exists(os.environ[env.EXIT_FILE])
 
 
-def test_nodes_that_do_not_meet_are_one_line(quiet, capsys):
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.\nC++ stack"),
+            "did not meet (T",
+        ),
+        (DistNetworkError("The server socket has failed to listen. port: 29500, name: EADDRINUSE"), "or --standalone"),
+    ],
+)
+def test_nodes_that_do_not_meet_are_one_line(quiet, capsys, error, told):
     with pytest.raises(SystemExit) as end:
-        quiet(DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.\nC++ stack"))
+        quiet(error)
     err = capsys.readouterr().err
-    assert end.value.code == 1 and err.count("\n") == 1 and "did not meet (Timed out after 601 seconds" in err
+    assert end.value.code == 1 and err.count("\n") == 1 and told in err
 
 
 def test_an_error_of_torchrun_itself_is_shown(quiet, capsys):
