@@ -284,7 +284,7 @@ def main() -> None:
                 figures["fairness"] = asyncio.run(fairness(port, args.rounds))
     print(json.dumps(figures, indent=1))
     if args.write:
-        print(write("server_load", figures))
+        print(write("server_load" + (f"_{args.only}" if args.only else ""), figures))
 
 
 if __name__ == "__main__":
