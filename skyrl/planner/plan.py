@@ -234,7 +234,7 @@ def compiler_problem(device: str) -> str:
     """What this machine lacks to compile layers for `device`, "" for nothing: the compiler that torch's inductor takes
     (CXX, else g++, clang++), and on a GPU Triton."""
     if device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "no Triton here; pip install triton"
+        return "no Triton here, which torch brings for GPUs"
     names = (os.environ.get("CXX", ""), "g++", "clang++")
     return "" if any(shutil.which(name) for name in names if name) else "no C++ compiler here; install g++"
 
