@@ -329,7 +329,14 @@ def _on_rank(folder, options):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["control.target_kl=0.01", "control.n_envs=5", "control.minibatch_size=40"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["control.squash=true"],
+        ["control.target_kl=0.01", "control.n_envs=5", "control.minibatch_size=40"],
+        ["control.policy=recurrent", "control.minibatch_size=64"],
+    ],
+)
 def test_ranks_change_rounding_and_nothing_else(tmp_path, more):
     from gloo import run_ranks
 
