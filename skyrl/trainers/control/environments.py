@@ -23,7 +23,7 @@ class KeyedEnv(gym.Wrapper):  # type: ignore[misc]
     """Seeds each reset by `key` and the number of the episode, and remembers the actions of the episode under way. A
     reset with options {"progress": {place: (episode, actions)}} plays them again, which brings that episode back.
 
-    The info of an episode's last step has "episode_return" and "episode_length".
+    The info of an episode's last step has "episode_return" and "episode_length", and nothing else.
     """
 
     def __init__(self, env: Any, key: tuple[Any, ...]) -> None:
@@ -35,23 +35,23 @@ class KeyedEnv(gym.Wrapper):  # type: ignore[misc]
         given = dict(options or {})
         self.episode, taken = given.pop("progress", {}).get(self.key[-1], (self.episode + 1, ()))
         self.taken, self.total = [], 0.0
-        found = self.env.reset(seed=draw_seed(*self.key, self.episode) >> 32, options=given or None)
+        observation, _ = self.env.reset(seed=draw_seed(*self.key, self.episode) >> 32, options=given or None)
         for action in taken:
-            observation, _, terminated, truncated, info = self.step(action)
-            found = (observation, info)
+            observation, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:  # one that its seed and actions do not determine: the next begins
                 return self.reset()
-        return found
+        return observation, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """As the environment's, with what the info has besides."""
+        """As the environment's. Of its info nothing is passed on, which a vector would put together key by key."""
         self.taken.append(np.array(action))
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.total += float(reward)
+        told: dict[str, Any] = {}
         if (terminated or truncated) and not info.get("life_lost"):
             whole = info.get("episode") or {"r": self.total, "l": len(self.taken)}  # a game's: not of its last life
-            info = {**info, "episode_return": float(whole["r"]), "episode_length": float(whole["l"])}
-        return observation, float(reward), terminated, truncated, info
+            told = {"episode_return": float(whole["r"]), "episode_length": float(whole["l"])}
+        return observation, float(reward), terminated, truncated, told
 
     def progress(self) -> tuple[int, list[np.ndarray]]:
         """The episode under way, and its actions so far."""
