@@ -78,9 +78,13 @@ def replay_step(reader: RunReader, step: int | None, phase: str, overrides: Sequ
         raise UserError("replay: --phase reward: the rewards of this run came from its users; replay advantage or loss")
     logged = {int(record["step"]): record for record in reader.metrics()[0] if record.get("phase") == "rl"}
     there = [int(name) for name in reader.dumps() if name.isdecimal() and int(name) in logged]
-    step = max(there, default=0) if step is None else step
+    if not there:
+        raise UserError(
+            f"replay: {reader.path} has no step of RL with its rollouts (tracking.rollouts_every keeps them)"
+        )
+    step = max(there) if step is None else step
     if step not in there:
-        raise UserError(f"replay: --step={step}: {reader.path} has rollouts of steps {few(there, 12) or 'none'} alone")
+        raise UserError(f"replay: --step={step}: {reader.path} has rollouts of steps {few(there, 12)} alone")
     start = _start(reader, cfg, there, step) if phase == "loss" else None
     begin = f"checkpoint {start.tag}" if start else "the initial weights" if phase == "loss" else "the rollouts alone"
     out: dict[str, Any] = {"run": str(reader.path), "step": step, "phase": phase, "from": begin}
