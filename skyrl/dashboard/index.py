@@ -107,7 +107,8 @@ class RunIndex:
         self.runs, self.only = Path(runs), only
         self.version, self.unread = 0, 0
         self._entries: dict[str, RunEntry] = {}
-        self._recent: OrderedDict[int, Columns] = OrderedDict()
+        self._recent: OrderedDict[int, tuple[Columns, int]] = OrderedDict()
+        self._held = 0  # bytes of these; a sum over ten thousand runs for each of them would take minutes
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._store: Path | None = None
@@ -212,13 +213,13 @@ class RunIndex:
         """Bounds the memory of all tails."""
         with self._lock:
             for columns in entry.columns():
-                self._recent.pop(id(columns), None)
-                if columns.memory:
-                    self._recent[id(columns)] = columns
-            total = sum(columns.memory for columns in self._recent.values())
-            while total > TAIL_BYTES and len(self._recent) > 1:
-                _, columns = self._recent.popitem(last=False)
-                total -= columns.memory
+                self._held -= self._recent.pop(id(columns), (columns, 0))[1]
+                if size := columns.memory:
+                    self._recent[id(columns)] = columns, size
+                    self._held += size
+            while self._held > TAIL_BYTES and len(self._recent) > 1:
+                _, (columns, size) = self._recent.popitem(last=False)
+                self._held -= size
                 columns.flush()
                 columns.drop_tail()
 

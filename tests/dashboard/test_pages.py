@@ -12,6 +12,7 @@ import pytest
 from viewing import HTML, Anyone, add_rollouts, add_system, client_of, make_run, record
 
 from skyrl.dashboard import board, columns
+from skyrl.dashboard import index as index_module
 from skyrl.dashboard.command import DEMO
 from skyrl.dashboard.index import RunIndex
 from skyrl.dashboard.series import wilson
@@ -413,3 +414,18 @@ def test_tokens_are_coloured_by_the_gap_between_sampler_and_trainer(tmp_path):
         and found[2][1] == "-0.01"
         and len(found) == len(text) - 1
     )
+
+
+def test_what_is_held_of_all_runs_is_bounded_and_counted(tmp_path, monkeypatch):
+    for number in range(4):
+        make_run(tmp_path / "runs", f"run{number}")
+    index = RunIndex(tmp_path / "runs", tmp_path / "cache")
+    client = client_of(index)
+    one = index.entries()[0].metrics.memory
+    assert index._held == sum(entry.metrics.memory for entry in index.entries()) == 4 * one > 0
+    monkeypatch.setattr(index_module, "TAIL_BYTES", 2 * one)
+    for name in ("run0", "run1", "run2", "run3"):  # what was looked at last stays in memory, the others are on disk
+        told = client.get(f"/runs/{name}/series?key=reward:mean").json()
+        assert told["series"][0]["x"] == [1, 2, 3, 4, 5]
+    assert index._held == sum(entry.metrics.memory for entry in index.entries()) <= 2 * one
+    index.close()
