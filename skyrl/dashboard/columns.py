@@ -223,6 +223,7 @@ def thin(values: np.ndarray, points: int) -> np.ndarray:
     return np.unique(np.minimum(chosen, count - 1))
 
 
+@np.errstate(invalid="ignore")  # of values that are infinite
 def mean_and_spread(series: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(steps, mean, standard deviation of a sample) over runs that have the same options but for the seed; at each step
     over those runs that have it. NaN where only one does."""
