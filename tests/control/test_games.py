@@ -70,11 +70,24 @@ def test_a_restart_in_the_middle_of_an_episode_remembers(tmp_path):
 
 
 def test_whole_sequences_are_asked_for_and_frames_that_cannot_be_drawn(tmp_path):
-    with pytest.raises(UserError, match="learns from whole sequences; give a multiple of control.n_steps=32"):
-        played(tmp_path / "a", "control.policy=recurrent", "control.n_envs=7", "control.n_steps=32")
+    with pytest.raises(UserError, match="learns from whole sequences; give a multiple of control.n_steps=64"):
+        played(
+            tmp_path / "a",
+            "control.policy=recurrent",
+            "control.n_envs=7",
+            "control.n_steps=64",
+            "control.total_steps=448",
+        )
     with pytest.raises(UserError, match="^control.record_every=1: Blind-v0 cannot be recorded: .*leave it at 0"):
         gymnasium.register("Blind-v0", lambda: catch.Catch())
-        played(tmp_path / "b", "env=Blind-v0", "control.n_envs=7", "control.n_steps=32", "control.record_every=1")
+        played(
+            tmp_path / "b",
+            "env=Blind-v0",
+            "control.n_envs=7",
+            "control.n_steps=32",
+            "control.record_every=1",
+            "control.total_steps=224",
+        )
 
 
 def test_a_life_is_no_episode_of_the_metrics(tmp_path):
