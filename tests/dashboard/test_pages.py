@@ -331,6 +331,8 @@ def test_the_demo_is_a_small_run_with_everything_to_see(tmp_path):
         shown = client.get(f"/runs/{run}/rollouts/{dump}/{rank}/{start}").text
         assert f"<h2>{one['uid']}" in shown and 'class="lp' in shown
     assert shown.count('<section class="turn"') == len(one["turns"]) > 1
+    rank, start, _ = next(reader.episodes("000016"))
+    assert 'class="ad-1"' in client.get(f"/runs/{run}/rollouts/000016/{rank}/{start}?colour=advantage").text
 
 
 def test_a_run_whose_files_nobody_foresaw_takes_no_other_with_it(tmp_path):
