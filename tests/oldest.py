@@ -68,6 +68,7 @@ def install(folder: Path, more: list[str]) -> list[str]:
         "-c",
         str(constraints(folder)),
     ]
+    subprocess.run([*pip, "-U", "pip"], check=True)  # an old Python brings one that searches for a quarter of an hour
     asked = []
     for name, floor in floors((ROOT / "pyproject.toml").read_text(encoding="utf-8")).items():
         wanted = newest_patch(name, floor)
