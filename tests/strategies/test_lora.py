@@ -2,7 +2,7 @@
 
 import pytest
 from gloo import run_ranks
-from kinds import needs_deepspeed, options_of
+from kinds import needs_deepspeed, needs_hsdp, options_of
 from small import ADAM, SPEC, dealt, distance, make_rows, small_config
 
 from skyrl.distributed.init import init_distributed
@@ -39,6 +39,7 @@ def hold_equal(found):
             assert distance(weights, want) < 1e-5, kind
 
 
+@needs_hsdp
 def test_a_tenant_over_hsdp_and_over_shards_in_cpu_memory():
     hold_equal(run_ranks(2, tenant_body, ["hsdp/1", "fsdp+all"]))
 

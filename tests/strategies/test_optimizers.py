@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
-from kinds import checkpointer, engine_of
+from kinds import checkpointer, engine_of, needs_hsdp
 from small import ADAM, SPEC, dealt, distance, make_engine, make_rows, weights_of
 
 from skyrl.strategies.optimizers import matrix_names, orthogonal
@@ -109,6 +109,7 @@ def test_shards_and_copies_learn_what_one_process_does(dtype):
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@needs_hsdp
 def test_four_ranks_in_two_copies_learn_the_same():
     (found, *_) = run_ranks(4, on_kinds, ["hsdp/2"], "float32")
     assert distance(found["hsdp/2"], learn("single", "float32", MUON)) < 1e-5
