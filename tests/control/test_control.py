@@ -130,13 +130,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_statistics_of_another_environment_are_refused(tmp_path):
-    run(tmp_path / "walk", *WALK, "control.total_steps=128")
+def engine_of(*options):
+    cfg = load_config([*SMALL, *options], mode="control")
+    return ControlEngine(cfg, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")), make_plan(cfg, 1))
+
+
+def test_statistics_of_another_environment_are_refused():
     gym.register("skyrl-test/Other-v0", Walk, max_episode_steps=7)
-    child = [f"run.resume={tmp_path / 'walk'}", "control.total_steps=128", "env=skyrl-test/Other-v0"]
+    walk, other = engine_of(*WALK, "seed=2"), engine_of(*WALK, "env=skyrl-test/Other-v0")
     with pytest.raises(UserError, match="the running statistics of another environment; set control.normalize_obs"):
-        run(tmp_path / "child", *WALK, *child)
-    run(tmp_path / "plain", *child)  # without normalisation it begins with the weights
+        other.load_state(walk.state(optimizer=True), optimizer=True)
+    plain = engine_of("env=skyrl-test/Other-v0")  # without normalisation it begins with the weights
+    before = [p.detach().clone() for p in plain.module.parameters()]
+    plain.load_state(walk.state(optimizer=True), optimizer=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.module.parameters(), walk.module.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(plain.module.parameters(), before, strict=True))
 
 
 def test_export_plays_as_the_run_does(tmp_path):
@@ -247,10 +255,8 @@ def test_the_plan_refuses(options, said):
     ],
 )  # fmt: skip
 def test_a_run_refuses_before_its_first_step(options, said):
-    cfg = load_config([*SMALL, *options], mode="control")
     with pytest.raises(UserError) as error:
-        engine = ControlEngine(cfg, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")), make_plan(cfg, 1))
-        collect(engine, Step(None, 0))
+        collect(engine_of(*options), Step(None, 0))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
