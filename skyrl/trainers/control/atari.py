@@ -55,17 +55,17 @@ class AtariLives(gymnasium.Wrapper):  # type: ignore[misc]
         self.episodic, self.ale = episodic, env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.fire: int | None = meanings.index("FIRE") if "FIRE" in meanings else None
-        self.lives, self.over = 0, True
+        self.lives, self.goes_on = 0, False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """The first observation of a life or a game."""
-        done = self.over
-        if not done:
+        done = not self.goes_on
+        if self.goes_on:
             observation, _, terminated, truncated, info = self.env.step(0 if self.fire is None else self.fire)
             done = terminated or truncated
         if done:
             observation, info = self._begin(seed, options)
-        self.lives, self.over = self.ale.lives(), False
+        self.lives, self.goes_on = self.ale.lives(), False
         return observation, info
 
     def _begin(self, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
@@ -80,13 +80,12 @@ class AtariLives(gymnasium.Wrapper):  # type: ignore[misc]
         """One step; see the class for what is different from the game's own."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         lives = self.ale.lives()
-        lost, self.over = 0 < lives < self.lives, terminated or truncated
-        self.lives = lives
-        if lost and not self.over:
+        lost, self.lives = 0 < lives < self.lives, lives
+        if lost and not (terminated or truncated):
             if self.episodic:
+                self.goes_on = True
                 return observation, reward, True, False, {**info, "life_lost": True}
             if self.fire is not None:
                 observation, more, terminated, truncated, info = self.env.step(self.fire)
-                reward, self.over = float(reward) + float(more), terminated or truncated
-                self.lives = self.ale.lives()
+                reward, self.lives = float(reward) + float(more), self.ale.lives()
         return observation, reward, terminated, truncated, info
