@@ -105,6 +105,8 @@ class Preferences(DataRows):
         asked = said_in(row, "prompt", "user") if row.fields.get("prompt") is not None else []
         names = ("completion",) if row.fields.get("completion") is not None else ("chosen", "rejected")
         answers = [said_in(row, name, "assistant") for name in names]
+        if len(names) == 1 and (pair := [name for name in ("chosen", "rejected") if row.fields.get(name) is not None]):
+            raise UserError(f"{row.source}: has both 'completion' and {pair[0]!r}; keep one")
         if not asked and len(answers) == 2:
             asked = [a for a, _ in takewhile(lambda ab: ab[0] == ab[1], zip(*answers, strict=False))]
             answers = [messages[len(asked) :] for messages in answers]

@@ -258,6 +258,10 @@ def test_the_export_is_the_judge_and_transformers_classifier(tmp_path):
         ),
         ({"prompt": "1+1=", "completion": "2", "label": "yes"}, ":7: field 'label' is 'yes', wanted true"),
         (
+            {"prompt": "1+1=", "completion": "2", "label": True, "chosen": "3", "rejected": "4"},
+            ":7: has both 'completion' and 'chosen'; keep one",
+        ),
+        (
             {"prompt": "1+1=", "completion": "2", "label": True},
             ":7: no 'chosen' and 'rejected' to learn from; a single",
         ),
