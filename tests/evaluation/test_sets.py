@@ -180,6 +180,7 @@ def test_what_other_trainers_have_made_is_evaluated_on_named_sets_and_a_reward_m
         ("reward_model", "reward_model.center_coef=0.01", "env.name=preference"),
     ):
         (tmp_path / trainer / "export").mkdir(parents=True)
+        (tmp_path / trainer / "export" / "config.json").write_text("{}")
         run = load_config([f"trainer={trainer}", "warmup.num_steps=0", "model=tiny", *own])
         (tmp_path / trainer / "config.yaml").write_text(yaml.safe_dump(to_dict(run)))
         words = [f"model={tmp_path}/{trainer}/export", "eval.sets=[arithmetic]"]
