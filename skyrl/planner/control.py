@@ -11,7 +11,10 @@ from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.types import UserError
 
-EXTRA = "install the extra with pip install 'skyrl-spmd[{}]'"
+EXTRA = {
+    "control": "install the extra with pip install 'skyrl-spmd[control]'",
+    "atari": "install the extra with pip install 'skyrl-spmd[atari]'",
+}
 
 
 def control_problems(cfg: RunConfig) -> Iterator[str]:
@@ -57,14 +60,14 @@ def find_environment(cfg: RunConfig) -> None:
     try:
         import gymnasium
     except ImportError:
-        raise UserError(f"trainer=control: gymnasium is not installed; {EXTRA.format('control')}") from None
+        raise UserError(f"trainer=control: gymnasium is not installed; {EXTRA['control']}") from None
     import_plugins(cfg.plugins)
     module, _, own = name.rpartition(":")
     if name.startswith("ALE/"):
         try:
             gymnasium.register_envs(importlib.import_module("ale_py"))
         except ImportError:
-            raise UserError(f"control.env_id={name}: ale_py is not installed; {EXTRA.format('atari')}") from None
+            raise UserError(f"control.env_id={name}: ale_py is not installed; {EXTRA['atari']}") from None
     elif module:
         try:
             importlib.import_module(module)

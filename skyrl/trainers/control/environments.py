@@ -70,7 +70,7 @@ def make_env(cfg: RunConfig, place: int, phase: str = "train", **more: Any) -> K
         env: Any = gym.make(control.env_id, max_episode_steps=limit, disable_env_checker=True, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         extra = "atari" if control.env_id.startswith("ALE/") else "control"
-        raise UserError(f"{name}: {_line(error)}; {EXTRA.format(extra)}") from error
+        raise UserError(f"{name}: {_line(error)}; {EXTRA[extra]}") from error
     except Exception as error:  # of foreign code
         raise UserError(f"{name}: control.env_kwargs={control.env_kwargs}: {_line(error)}") from error
     if control.preprocess == "atari":
