@@ -77,15 +77,17 @@ def update(run: Run, step: Step, engine: ControlEngine, batch: ControlBatch) -> 
     total, everyone = T * control.n_envs, advantages.reshape(-1)
     specs = (make_spec(cfg.algorithm, 1.0), make_value_spec(cfg.algorithm.critic))
     strategy, adam = engine.models["policy"].strategy, run.plan.adam_at(step.index)
+    columns = np.full(control.n_envs, -1)  # where this rank has an environment; -1: another rank has it
+    columns[engine.places] = np.arange(N)
     committed, stopped = False, False
     for epoch in range(control.epochs):
         unit = T if batch.hidden is not None else 1
         for picked in minibatches(cfg.seed, step.index, epoch, total, control.minibatch_size, unit):
             own = everyone[picked]
             own = whiten([own], [float(np.abs(own).max())], EPS.default, lambda x: x)[0]
-            place = picked % control.n_envs
-            mine = place % world.size == world.rank
-            rows = torch.from_numpy((picked // control.n_envs * N + place // world.size)[mine]).to(world.device)
+            column = columns[picked % control.n_envs]
+            mine = column >= 0
+            rows = torch.from_numpy((picked // control.n_envs * N + column)[mine]).to(world.device)
             kl = learn(engine, step, batch, rows, own[mine], specs) if len(rows) else 0.0
             if control.target_kl and engine.all_sum(np.array([kl]))[0] > 1.5 * control.target_kl * len(picked):
                 strategy.clear_gradient()
