@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from skyrl.api import Environment, Prompt, StepResult, UserError, register_environment, register_reward
-from skyrl.config.schema import DataConfig, EnvConfig
+from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
+from skyrl.data import make_prompts
 from skyrl.envs import ENVIRONMENTS, Guard, make_environment
 from skyrl.envs.base import chosen_rewards, group_rewards_of
 from skyrl.envs.rewards import REWARDS
@@ -138,10 +139,14 @@ def test_names_are_known_where_rewards_say_them():
 def test_a_row_without_an_answer_is_refused_for_one_of_several_rewards(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n')
-    rows = ENVIRONMENTS.get("single_turn").dataset
+
+    def rows(*rewards):
+        cfg = RunConfig(env=EnvConfig("single_turn", {"reward": [*rewards]}), data=DataConfig(path=str(path)))
+        return make_prompts(cfg, "train")
+
     with pytest.raises(UserError, match="rows.jsonl:2: field 'answer' is missing"):
-        rows({"reward": ["tags", "exact"]}, DataConfig(path=str(path)), "train", 0)
-    assert len(rows({"reward": ["tags", "repetition"]}, DataConfig(path=str(path)), "train", 0)) == 2
+        rows("tags", "exact")
+    assert len(rows("tags", "repetition")) == 2
 
 
 # ---- rewards of a whole group

@@ -44,7 +44,7 @@ def test_a_dry_run_prints_the_whole_command_and_starts_nothing(capsys, tmp_path,
 
 
 def test_mistakes_are_found_before_anything_starts():
-    assert "say what to run after --, one of: train, sft, evaluate, serve" in refused()
+    assert "say what to run after --, one of: train, sft, control, evaluate, serve" in refused()
     assert "walk: say what to run" in refused("--", "walk")
     assert "did you mean optim.lr?" in refused("--", "train", "optim.lrr=1")
     assert "service.prt: no such option" in refused("serve", "service.prt=1")
