@@ -4,7 +4,7 @@ curves: each seed is trained by both; every so many steps ten episodes are playe
 steps of environments per second of a process's own time on a CPU, which others on the machine hardly change, over whole
 steps of the loop, in turns. Needs the extras `control` and `benchmarks`.
 
-    python benchmarks/control.py curves cartpole --steps 45_056 --seeds 5 --write
+    python benchmarks/control.py curves cartpole --steps 60_000 --seeds 5 --write
     python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --write
     python benchmarks/control.py speed --seeds 3 --write
 """
@@ -76,8 +76,11 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
         given = {"norm_obs": c.normalize_observations, "gamma": gae["gamma"]}
         env = VecNormalize(env, norm_reward=c.normalize_rewards, **given)
         held = VecNormalize(held, norm_reward=False, training=False, **given)
+    rate = cfg.optim.lr
+    falling = {"linear": lambda left: rate * (cfg.optim.final_lr_ratio + (1 - cfg.optim.final_lr_ratio) * left)}
     model = PPO(
-        "MlpPolicy", env, learning_rate=cfg.optim.lr, n_steps=c.n_steps, batch_size=c.minibatch_size, n_epochs=c.epochs,
+        "MlpPolicy", env, learning_rate=falling.get(cfg.optim.schedule, rate),
+        n_steps=c.n_steps, batch_size=c.minibatch_size, n_epochs=c.epochs,
         gamma=gae["gamma"], gae_lambda=gae["lam"], clip_range=cfg.algorithm.loss.params["clip_high"],
         ent_coef=cfg.algorithm.loss.entropy_coef, vf_coef=0.5 * c.value_coef, max_grad_norm=cfg.optim.grad_clip_norm,
         seed=seed, device="cpu",
