@@ -107,11 +107,14 @@ def make_splits(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
 
     Data without a held-out file gives some of its own rows: those whose messages have the least hashes, a tenth but no
     more than eval.num_prompts (rows with the same messages stay together). With eval.every_steps=0 all rows are trained
-    on and nothing is evaluated. Raises UserError as make_prompts does.
+    on and nothing is evaluated. Raises UserError as make_prompts does, and for one made task that would be both.
     """
     train = make_prompts(cfg, "train")
     try:
-        return {"train": train, "test": make_prompts(cfg, "test")}, ""
+        test = make_prompts(cfg, "test")
+        if not (cfg.data.path or cfg.data.eval_path) and len(train) == len(test) == 1:
+            _refuse_equal(cfg.env.name, train[0], test[0])
+        return {"train": train, "test": test}, ""
     except NoHeldOut as error:
         if cfg.eval.every_steps == 0:
             return {"train": train, "test": []}, "no held-out rows (eval.every_steps=0): nothing is evaluated"
@@ -124,6 +127,13 @@ def make_splits(cfg: RunConfig) -> tuple[dict[str, Sequence[Prompt]], str]:
         held_out = [prompt for prompt, digest in zip(train, digests, strict=True) if digest <= limit]
         line = f"held out by hash: {len(held_out)} of the {len(train)} rows of {cfg.data.path} ({error.looked})"
         return {"train": kept, "test": held_out}, line
+
+
+def _refuse_equal(env: str, train: Prompt, test: Prompt) -> None:
+    if canonical([train.messages, train.extra]) == canonical([test.messages, test.extra]):
+        text = repr(train.messages[-1]["content"])[:60]
+        remedy = "set eval.every_steps=0 to train without an evaluation, or env.options so that it makes more"
+        raise NoHeldOut(f"env.name={env} makes one task, {text}, which would be trained on and held out", remedy)
 
 
 def _check(prompts: Sequence[Prompt], env: str, split: str, checks: Sequence[Callable[[Prompt], object]]) -> None:

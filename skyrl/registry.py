@@ -80,6 +80,17 @@ class Registry(Generic[T]):
         return name in self._things
 
 
+def import_extra(module: str, where: str, extra: str, otherwise: str) -> Any:
+    """A module of a package that skyrl does without, imported when it is needed. Raises UserError that begins with
+    `where`, names the extra that brings the package, and says what to do `otherwise`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0].replace("_", "-")
+        get = f"run pip install 'skyrl-spmd[{extra}]', or {otherwise}"
+        raise UserError(f"{where}: the package {name!r} is not installed; {get}") from error
+
+
 def origin(thing: Any) -> str:
     """Where something that a person has written is defined: "file:line", or its module where there is no file."""
     code = inspect.unwrap(getattr(thing, "fn", thing))

@@ -164,6 +164,18 @@ def test_without_a_held_out_file_rows_are_held_out_by_hash(tmp_path):
     assert len(never[0]["train"]) == 40 and never[0]["test"] == [] and "nothing is evaluated" in never[1]
 
 
+def test_one_made_task_is_not_trained_on_and_held_out():
+    game = EnvConfig(name="tic_tac_toe", options={"opening": 0}, max_turns=6)
+    with pytest.raises(
+        UserError, match="env.name=tic_tac_toe makes one task, 'You are X.*trained on and held out: set ev"
+    ):
+        make_splits(RunConfig(env=game))
+    parts, line = make_splits(RunConfig(env=game, eval=EvalConfig(every_steps=0)))
+    assert len(parts["train"]) == 1 and parts["test"] == [] and "nothing is evaluated" in line
+    assert len(make_splits(RunConfig(env=dataclasses.replace(game, options={})))[0]["test"]) > 1
+    assert len(make_prompts(RunConfig(env=game), "test")) == 1, "another model may be evaluated on it"
+
+
 def test_a_dataset_that_fails_is_one_line_with_its_place(monkeypatch):
     cfg = RunConfig(env=EnvConfig(name="test_given"))
     for give, said in ((lambda: 1 / 0, "raised ZeroDivisionError: division by zero at "), (lambda: None, "a NoneType")):

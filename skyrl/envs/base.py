@@ -57,10 +57,12 @@ class Environment:
     Subclasses write `step`; the keyword arguments of their constructor are the options a user sets as env.options.<x>,
     checked against the annotations (a `Path` comes with its `~` expanded). A constructor argument called `max_turns`
     receives env.max_turns. Instances are made per episode, so keep constructors cheap (files and models belong in
-    module level caches).
+    module level caches). What a constructor takes as **more is unchecked, or has the names, types and defaults of the
+    arguments of `more_options`.
     """
 
     name: ClassVar[str] = ""  # set by register_environment
+    more_options: ClassVar[Callable[..., Any] | None] = None
     in_process: ClassVar[bool] = False  # calls are fast and safe, and made in the rank itself; not inherited
     retries: ClassVar[int] = 0  # above 0: a call that raises anything is made again so often, as for RetryableError
     prompt: Prompt
@@ -178,8 +180,8 @@ def check_options(
             raise UserError(f"{where}.{key}={value!r}: {who} wants {_spell(hint)} here")
         is_path = isinstance(value, str) and Path in _alternatives(hint)
         options[key] = Path(expand_home(value, f"{where}.{key}")) if is_path else value
-    for key, (hint, required) in allowed.items():
-        if required and key not in options:
+    for key, (hint, default) in allowed.items():
+        if default is NEEDED and key not in options:
             raise UserError(f"{where}.{key}: {who} needs it; give it {_spell(hint)}")
     return options
 
@@ -235,17 +237,19 @@ def options_of(thing: Callable[..., Any]) -> dict[str, str]:
     """Every option of an environment, or parameter of a reward's function, with its default in words; "(needed)"
     without one."""
     allowed, _ = _signature(thing)
-    given = inspect.signature(thing).parameters if allowed else {}
     return {
-        name: "(needed)" if required else repr(given[name].default)
-        for name, (_, required) in allowed.items()
+        name: "(needed)" if default is NEEDED else repr(default)
+        for name, (_, default) in allowed.items()
         if name != "max_turns"
     }
 
 
+NEEDED = inspect.Parameter.empty  # in the place of a default
+
+
 @functools.cache
-def _signature(thing: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """Options of a class, or of a function behind text and prompt: {name: (type, required)}, and whether it takes
+def _signature(thing: Callable[..., Any]) -> tuple[dict[str, tuple[Any, Any]], bool]:
+    """Options of a class, or of a function behind text and prompt: {name: (type, default)}, and whether it takes
     any. Cached: made once for each."""
     call: Any = thing.__init__ if isinstance(thing, type) else thing  # type: ignore[misc]
     if call is object.__init__:
@@ -254,14 +258,16 @@ def _signature(thing: Callable[..., Any]) -> tuple[dict[str, tuple[Any, bool]], 
         hints = typing.get_type_hints(call)
     except (NameError, TypeError):  # a name that exists for type checkers only, written in C: options go unchecked
         hints = {}
-    allowed: dict[str, tuple[Any, bool]] = {}
+    allowed: dict[str, tuple[Any, Any]] = {}
     open_ended = False
     for parameter in list(inspect.signature(call).parameters.values())[1 if isinstance(thing, type) else 2 :]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            open_ended = True
+            more = getattr(thing, "__dict__", {}).get(
+                "more_options"
+            )  # of the class itself: a subclass has a ** of its own
+            allowed, open_ended = (allowed | _signature(more)[0], False) if more else (allowed, True)
         elif parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
-            required = parameter.default is inspect.Parameter.empty
-            allowed[parameter.name] = (hints.get(parameter.name, Any), required)
+            allowed[parameter.name] = (hints.get(parameter.name, Any), parameter.default)
     return allowed, open_ended
 
 

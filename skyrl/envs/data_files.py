@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from skyrl.config.schema import DataConfig
+from skyrl.registry import import_extra
 from skyrl.types import Message, Prompt, UserError
 
 MAX_LINE_BYTES = 16 * 2**20  # one row; a longer line is a file of another kind, not a prompt
@@ -86,13 +87,9 @@ def read_examples(path: str | Path, max_rows: int = 0) -> Iterator[Example]:
 
 
 def _parquet(path: Path) -> Iterator[Example]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(
-            f"data file {str(path)!r}: reading parquet needs the package pyarrow; run pip install 'skyrl-spmd[data]', "
-            "or write the rows as .jsonl"
-        ) from None
+    import_extra("pyarrow", f"data file {str(path)!r}, which is parquet", "data", "write the rows as .jsonl")
+    from pyarrow import ArrowException, parquet
+
     number = 0
     try:
         with parquet.ParquetFile(path) as table:
@@ -154,13 +151,7 @@ def _opened(path: Path, head: bytes) -> BinaryIO:
             return cast(BinaryIO, module.open(path, "rb"))
     if not head.startswith(b"\x28\xb5\x2f\xfd"):
         return path.open("rb")
-    try:
-        import zstandard  # noqa: F401
-    except ImportError:
-        raise UserError(
-            f"data file {str(path)!r}: reading zstd needs the package zstandard; pip install 'skyrl-spmd[data]', or "
-            "unpack the file with zstd -d"
-        ) from None
+    import_extra("zstandard", f"data file {str(path)!r}, which is zstd", "data", "unpack it with zstd -d")
     return cast(BinaryIO, io.BufferedReader(_ZstdFile(path)))
 
 
@@ -299,10 +290,10 @@ def is_file_path(path: str) -> bool:
 
 
 class NoHeldOut(UserError):
-    """There is no file of held-out rows: skyrl.data.make_splits takes some of the training rows. `looked`: why."""
+    """There are no held-out rows: skyrl.data.make_splits takes some of the training rows. `looked`: why."""
 
-    def __init__(self, looked: str) -> None:
-        super().__init__(f"{looked}: give a .jsonl or .parquet file with held-out rows")
+    def __init__(self, looked: str, remedy: str = "give a .jsonl or .parquet file with held-out rows") -> None:
+        super().__init__(f"{looked}: {remedy}")
         self.looked = looked
 
 

@@ -232,20 +232,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         raise _Interrupt
 
 
-_SAID: set[str] = set()  # environments, and reward functions, whose own alarm was spoken of
+_SAID: set[str] = set()
+
+
+def say_once(text: str, who: str) -> None:
+    """Warns of what code of the user does, once for each who it is: "<who>: <text>". On rank 0."""
+    if who not in _SAID:
+        _SAID.add(who)
+        log.log(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG, f"{who}: {text}")
 
 
 def _say_alarm(who: tuple, running: bool) -> None:
     method, prompt, what, timeout_seconds = who
-    name = blame(method, prompt, what).partition(", prompt ")[0]
-    if name not in _SAID:
-        _SAID.add(name)
-        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG
-        log.log(
-            level,
-            f"{name}: sets an alarm (SIGALRM) of its own; env.timeout_seconds={timeout_seconds:g} holds beside it"
-            + (", and the alarm that it left running is cleared after each call" if running else ""),
-        )
+    text = f"sets an alarm (SIGALRM) of its own; env.timeout_seconds={timeout_seconds:g} holds beside it"
+    text += ", and the alarm that it left running is cleared after each call" if running else ""
+    say_once(text, blame(method, prompt, what).partition(", prompt ")[0])
 
 
 def method_of(env: Environment, name: str, **more: Any) -> Callable:

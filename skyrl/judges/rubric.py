@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from skyrl.envs.base import RetryableError
 from skyrl.envs.rewards.base import register_reward
 from skyrl.files import write_atomic
+from skyrl.registry import import_extra
 from skyrl.types import Message, Prompt, UserError
 
 CACHE = "SKYRL_JUDGE_CACHE"  # names the folder of grades that are known; set and empty: none are kept
@@ -135,18 +136,13 @@ _CLIENTS: Any = weakref.WeakKeyDictionary()
 
 
 def _client(base_url: str, key_variable: str, max_retries: int) -> Any:
-    try:
-        from openai import AsyncOpenAI
-    except ImportError:
-        raise UserError("reward rubric: needs the openai client; pip install 'skyrl-spmd[judges]'") from None
+    client = import_extra("openai", "reward rubric", "judges", "take another reward").AsyncOpenAI
     key = os.environ.get(key_variable, "")
     if not key and not base_url:
         raise UserError(f"reward rubric: ${key_variable} is not set; export the judge's API key, or name a base_url")
     clients, about = _CLIENTS.setdefault(asyncio.get_running_loop(), {}), (base_url, key, max_retries)
     if about not in clients:
-        clients[about] = AsyncOpenAI(
-            base_url=base_url or None, api_key=key or "none", max_retries=max_retries, timeout=None
-        )
+        clients[about] = client(base_url=base_url or None, api_key=key or "none", max_retries=max_retries, timeout=None)
     return clients[about]
 
 

@@ -12,7 +12,6 @@ from skyrl.envs.base import Environment, Split, StepResult
 from skyrl.envs.single_turn import no_files, require
 from skyrl.types import Message, Metrics, Prompt, UserError
 
-HELD_OUT = 10  # one made task in so many
 Tasks = Sequence[tuple[str, dict[str, Any]]]  # what is asked, and the other fields of its row; all different
 
 
@@ -22,6 +21,8 @@ class Task(Environment):
 
     files: ClassVar[bool] = True  # whether rows may come from data.path
     num_prompts: Mapping[str, int] = {}  # of made ones, at most; all where a split is not named
+    held_out: ClassVar[int] = 10  # one made task in so many
+    order_by_seed: ClassVar[bool] = True  # of made ones to train on; else the same for all seeds
 
     def prepare(self) -> None:
         """Raises UserError at the start of a run for what would fail at the first answer."""
@@ -48,9 +49,9 @@ class Task(Environment):
         tasks = env.made()
         order = list(range(len(tasks)))
         random.Random(f"skyrl.{cls.name}").shuffle(order)
-        cut = max(1, len(order) // HELD_OUT)
-        order = order[:cut] if split == "test" else order[cut:] or order  # a single one is both
-        if split == "train":
+        cut = max(1, len(order) // cls.held_out)
+        order = order[:cut] if split == "test" else order[cut:] or order  # a single one is both: data.py refuses it
+        if split == "train" and cls.order_by_seed:
             random.Random(f"skyrl.{cls.name}/{seed}").shuffle(order)
         asked = [tasks[index] for index in order[: env.num_prompts.get(split)]]
         return [

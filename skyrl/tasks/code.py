@@ -30,9 +30,11 @@ class Code(Task):
     parses, compiles, within_limits, passes: what each stage adds to the reward; a stage counts when those before it do.
     parses: it is Python; compiles: running it defines the function; within_limits: no limit ended it; passes: all tests
     do, with `partial` the part of them that does (of a list; asserts are one test). complete: the answer goes on where
-    the prompt's last message ends. cpu_seconds, wall_seconds, memory_mb: limits of all tests of one answer together.
-    level: of the sandbox; "" = the best that the machine allows. num_train, num_test: made tasks.
+    the prompt's last message ends. level: of the sandbox; "" = the best that the machine allows. num_train, num_test:
+    made tasks. cpu_seconds, wall_seconds, memory_mb and the other limits: of all tests of one answer together.
     """
+
+    more_options = Limits
 
     def __init__(
         self,
@@ -43,18 +45,16 @@ class Code(Task):
         passes: float = 0.9,
         partial: bool = True,
         complete: bool = False,
-        cpu_seconds: float = 5.0,
-        wall_seconds: float = 10.0,
-        memory_mb: int = 512,
         level: str = "",
         num_train: int = 2000,
         num_test: int = 200,
+        **limits: Any,
     ) -> None:
         self.weights = require_weights(parses=parses, compiles=compiles, within_limits=within_limits, passes=passes)
         require(0 < num_train <= LARGEST_SPLIT, "num_train", num_train, f"1 to {LARGEST_SPLIT}")
         require(0 < num_test <= LARGEST_SPLIT, "num_test", num_test, f"1 to {LARGEST_SPLIT}")
         self.partial, self.complete, self.level = partial, complete, level or None
-        self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+        self.limits = Limits(**limits)
         self.num_prompts = {"train": num_train, "test": num_test}
 
     def prepare(self) -> None:

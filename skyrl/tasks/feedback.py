@@ -22,5 +22,5 @@ class LiveUsers(Environment):
         """One prompt that is never played, and none held out."""
         no_files("feedback", data)
         if split == "test":
-            raise NoHeldOut("env.name=feedback has no held-out prompts; set eval.every_steps=0, or name another env")
+            raise NoHeldOut("env.name=feedback has no held-out prompts", "set eval.every_steps=0, or name another env")
         return [Prompt("user", "feedback", [{"role": "user", "content": "?"}])]

@@ -13,6 +13,7 @@ from skyrl.envs.data_files import Example, data_file, is_file_path, read_example
 from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.math import extract_answer
 from skyrl.envs.single_turn import SingleTurn
+from skyrl.registry import import_extra
 from skyrl.types import Prompt, UserError
 
 INSTRUCTION = 'Think step by step. End with "#### " and the answer as a number.'
@@ -81,13 +82,9 @@ def gsm8k_rows(data: DataConfig, split: Split) -> Iterable[Example]:
 
 
 def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Example]:
-    try:
-        import datasets  # optional, and slow to import
-    except ImportError as error:
-        raise UserError(
-            f"{where}={source!r} is a data set id and the package 'datasets' is not installed; "
-            "run pip install 'skyrl-spmd[data]', or give the path of a .jsonl file"
-        ) from error
+    datasets = import_extra(
+        "datasets", f"{where}={source!r} is a data set id", "data", "give the path of a .jsonl file"
+    )
     name, _, config = source.partition(":")
     if not config and name.lower().endswith("/gsm8k"):
         config = "main"

@@ -13,6 +13,7 @@ from skyrl.envs.data_files import Example
 from skyrl.envs.rewards import register_reward
 from skyrl.envs.rewards.base import RewardOption, reference, reward_names
 from skyrl.envs.rewards.math import extract_answer
+from skyrl.registry import import_extra
 from skyrl.tasks.gsm8k import ANNOTATION, Gsm8k
 from skyrl.types import Prompt, UserError
 
@@ -75,11 +76,5 @@ def math_verify_reward(text: str, prompt: Prompt) -> float:
 
 @functools.cache
 def _verifier() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    try:
-        from math_verify import parse, verify  # optional, and slow to import
-    except ImportError as error:
-        raise UserError(
-            "env.options.reward='math_verify': the package 'math-verify' is not installed; run pip install "
-            "'skyrl-spmd[math]'"
-        ) from error
-    return parse, verify
+    package = import_extra("math_verify", "env.options.reward='math_verify'", "math", "take reward=math")
+    return package.parse, package.verify

@@ -12,6 +12,7 @@ from typing import Any
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Environment, Split, StepResult, register_environment
 from skyrl.envs.single_turn import no_files, require
+from skyrl.registry import import_extra
 from skyrl.types import Message, Prompt, UserError
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -91,13 +92,7 @@ class ReasoningGym(Environment):
 @lru_cache(maxsize=64)
 def _entries(name: str, config: str, seed: int, size: int) -> Any:
     """The package's data set; its items depend on the seed and their index alone."""
-    try:
-        import reasoning_gym  # optional, and slow to import
-    except ImportError as error:
-        raise UserError(
-            "env.name='reasoning_gym': the package 'reasoning-gym' is not installed; run pip install "
-            "'skyrl-spmd[reasoning-gym]'"
-        ) from error
+    reasoning_gym = import_extra("reasoning_gym", "env.name=reasoning_gym", "reasoning-gym", "name another environment")
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **json.loads(config))
     except Exception as error:  # of the data set's own check of its options: assertions, TypeError, ValueError

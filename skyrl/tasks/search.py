@@ -15,6 +15,7 @@ from typing import Any, Literal
 from skyrl.config.schema import DataConfig
 from skyrl.envs.base import Split, register_environment
 from skyrl.envs.data_files import read_examples
+from skyrl.registry import import_extra
 from skyrl.tasks.base import Tasks, TurnedTask, field_of, require_counts, require_weights, staged, wrong_field
 from skyrl.types import Message, Metrics, Prompt, UserError
 
@@ -147,13 +148,8 @@ def _retriever(corpus: Path | None, index: str) -> Retrieve:
     texts = texts_of(corpus)
     if index == "bm25":
         return bm25([normalised(text).split() for text in texts])
-    try:
-        import bm25s  # optional
-    except ImportError as error:
-        raise UserError(
-            "env.options.index='bm25s': the package 'bm25s' is not installed; run pip install 'skyrl-spmd[search]', or "
-            "take index=bm25, for up to some ten thousand texts"
-        ) from error
+    otherwise = "take index=bm25, for up to some ten thousand texts"
+    bm25s = import_extra("bm25s", "env.options.index='bm25s'", "search", otherwise)
     searcher, quiet = bm25s.BM25(k1=K1, b=B), {"show_progress": False}
     searcher.index(bm25s.tokenize([normalised(text) for text in texts], stopwords=None, **quiet), **quiet)
 

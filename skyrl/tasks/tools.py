@@ -44,8 +44,10 @@ class ToolAgent(TurnedTask, SingleTurn):
     false where the template is given the tools (chat.template_kwargs.tools). role: whose words results are, "user", or
     "tool" for templates that know it. reward: scores the answer, as for single_turn. malformed: what each
     call that cannot be read costs, of several objectives one of its own.
-    cpu_seconds, wall_seconds, memory_mb, level: of the sandbox. max_output: characters of a result.
+    level, cpu_seconds, wall_seconds and other limits: of the sandbox. max_output: characters of a result.
     """
+
+    more_options = Limits
 
     def __init__(
         self,
@@ -56,12 +58,10 @@ class ToolAgent(TurnedTask, SingleTurn):
         role: Literal["user", "tool"] = "user",
         reward: RewardOption = "math_last_number",
         malformed: float = 0.0,
-        cpu_seconds: float = 5.0,
-        wall_seconds: float = 10.0,
-        memory_mb: int = 512,
         level: str = "",
         max_output: int = 1000,
         max_turns: int = 4,
+        **limits: Any,
     ) -> None:
         TurnedTask.__init__(self, max_turns)
         SingleTurn.__init__(self, reward=reward)
@@ -71,7 +71,7 @@ class ToolAgent(TurnedTask, SingleTurn):
         require_weights(malformed=malformed)
         require_counts(max_output=max_output)
         self.format, self.instruct, self.role, self.malformed = format, instruct, role, malformed
-        self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+        self.limits = Limits(**limits)
         self.level, self.max_output = level or None, max_output
 
     @classmethod

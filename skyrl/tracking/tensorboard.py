@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from skyrl.registry import import_extra
 from skyrl.tracking.base import Record, Sink
 from skyrl.tracking.wandb import run_id
-from skyrl.types import UserError
 
 
 class TensorBoardSink(Sink):
@@ -17,13 +17,9 @@ class TensorBoardSink(Sink):
 
     def __init__(self, folder: Path) -> None:
         """Raises: UserError when tensorboard is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tracking.tensorboard=true: the package tensorboard is not installed; "
-                'pip install "skyrl-spmd[tensorboard]" or give tracking.tensorboard=false'
-            ) from None
+        import_extra("tensorboard", "tracking.tensorboard=true", "tensorboard", "give tracking.tensorboard=false")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
         self._writer.add_text("run_id", run_id(folder.parent))
 

@@ -34,7 +34,7 @@ import cloudpickle
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import clock
 from skyrl.envs.base import Environment, group_rewards_of
-from skyrl.envs.guard import Outcome, place_in, place_of_call, raise_stop
+from skyrl.envs.guard import Outcome, place_in, place_of_call, raise_stop, say_once
 from skyrl.envs.rewards.base import REWARDS, reward_names
 from skyrl.envs.wrappers import WRAPPERS, classes_of, is_async
 from skyrl.types import Prompt, UserError
@@ -122,6 +122,13 @@ class _Template:
             return ""
         said = json.loads(read_frame(self.sock) or '{"problem": "its template process ended"}')
         problem = said["problem"]
+        if problem in ("", "threads") and said["torch"]:
+            whose = f"each of its {env.workers} workers" if problem else "the process that workers are forked from"
+            cost = f"{said['seconds']:.1f} s at the start and {said['memory'] >> 20} MiB"
+            remedy = "import it in the function that needs it, or keep the environment in a file that does without"
+            say_once(
+                f"imports torch, for which {whose} pays on every rank: {cost}; {remedy}", f"environment {env.name}"
+            )
         if problem == "threads":
             return problem
         if not problem and env.worker_memory_gib * 2**30 * NEARLY_FULL < said["memory"] and env.worker_memory_gib:

@@ -20,6 +20,7 @@ import resource
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -88,10 +89,17 @@ def main(control_fd: int, preload: bool) -> None:
         signal.signal(number, lambda *_: None)
     control = socket.socket(fileno=control_fd)
     setup: WorkerSetup = pickle.loads(read_frame(control))
+    began = time.monotonic()
     problem = _prepare(setup) if preload else ""
     if not problem and threading.active_count() > 1:
         problem = "threads"
-    control.sendall(frame(json.dumps({"problem": problem, "memory": memory_bytes()}).encode()))
+    said = {
+        "problem": problem,
+        "memory": memory_bytes(),
+        "seconds": time.monotonic() - began,
+        "torch": "torch" in sys.modules,
+    }
+    control.sendall(frame(json.dumps(said).encode()))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 16, 2)
         if message[:1] == FORK and len(descriptors) == 2:

@@ -128,7 +128,7 @@ def test_formats_that_are_not_read_say_what_to_do(write):
     assert "write its table as parquet" in complaint(write(b"ARROW1\0\0", "rows.arrow"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "zstandard", None)
-        assert "needs the package zstandard; pip install 'skyrl-spmd[data]'" in complaint(
+        assert "the package 'zstandard' is not installed; run pip install 'skyrl-spmd[data]'" in complaint(
             write(zstandard.ZstdCompressor().compress(TEXT))
         )
         patch.setitem(sys.modules, "pyarrow", None)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import threading
 
@@ -217,6 +218,23 @@ def test_what_a_worker_cannot_import_is_one_line(tmp_path, monkeypatch):
     assert rewards == {0: [2.0]}, "each worker imports for itself what a fork of the template would lack"
     with pytest.raises(UserError, match=r"plugins=\[absent\]: no module 'absent'; .*env.workers=0"):
         play([["2"]], config(), plugins=("absent",), first=1800)
+
+
+def test_torch_in_workers_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "brings_torch.py").write_text("import torch\n")
+    for first, plugins in (
+        (1900, ("troubled", "brings_torch")),
+        (1950, ("troubled",)),
+        (1970, ("troubled", "brings_torch")),
+    ):
+        assert play([["2"]], config(), plugins=plugins, first=first)[1] == {0: [2.0]}
+    (line,) = [one.getMessage() for one in caplog.records if "torch" in one.getMessage()]
+    assert re.fullmatch(
+        r"environment troubled: imports torch, for which the process that workers are forked from pays on every rank: "
+        r"\d+\.\d s at the start and \d+ MiB; import it in the function that needs it, .*",
+        line,
+    )
 
 
 def test_stop_requests_are_heard_while_calls_are_out():

@@ -1,14 +1,15 @@
 """The environment that judges functions: stages, rows of both kinds, hostile answers."""
 
 import json
+from dataclasses import fields
 from unittest.mock import Mock
 
 import pytest
 
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs import make_environment
-from skyrl.envs.base import ENVIRONMENTS, RetryableError
-from skyrl.sandbox import Sandbox, SandboxError
+from skyrl.envs.base import ENVIRONMENTS, RetryableError, check_options, options_of
+from skyrl.sandbox import Limits, Sandbox, SandboxError
 from skyrl.tasks import code
 from skyrl.tasks.code import INPUTS, judge, program_of
 from skyrl.types import UserError
@@ -41,6 +42,20 @@ def played(prompt, text, **options):
     metrics = result.metrics
     stages = [metrics[f"{name}:mean"] for name in ("parses", "compiles", "within_limits", "passes")]
     return round(result.reward, 6), stages, metrics["correct:mean"]
+
+
+def test_all_limits_of_the_sandbox_are_options():
+    for name in ("code", "tools"):
+        assert {one.name for one in fields(Limits)} <= options_of(ENVIRONMENTS.get(name)).keys()
+        assert options_of(ENVIRONMENTS.get(name))["wall_seconds"] == "10.0"
+        made = make_environment(EnvConfig(name=name, options={"disk_mb": 4, "cpu_seconds": 1}))
+        assert made.limits == Limits(disk_mb=4, cpu_seconds=1)
+        with pytest.raises(UserError, match=r"env.options.files='x': .* wants int here"):
+            make_environment(EnvConfig(name=name, options={"files": "x"}))
+        with pytest.raises(UserError, match=r"env.options.cpu_second: .* no such option; it has: .*cpu_seconds"):
+            make_environment(EnvConfig(name=name, options={"cpu_second": 1}))
+    own = type("Own", (code.Code,), {"__init__": lambda self, **more: None})
+    assert check_options(own, {"any": 1}, "env.options", "own", ()) == {"any": 1}, "a subclass has a ** of its own"
 
 
 @pytest.mark.parametrize(
