@@ -29,6 +29,7 @@ from skyrl.distributed.balance import pack_by_model
 from skyrl.distributed.collectives import agree, gather_objects
 from skyrl.distributed.init import World, init_distributed
 from skyrl.model import Model, ModelSpec, OpenSampler
+from skyrl.models.experts import routing_of
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
@@ -84,7 +85,12 @@ class Engine:
         self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
         self._make_sampler = partial(
-            make_sampler, cfg=cfg.sampler, decode=self.chat.decode, max_length=max_row_tokens, memory=memory
+            make_sampler,
+            cfg=cfg.sampler,
+            decode=self.chat.decode,
+            max_length=max_row_tokens,
+            memory=memory,
+            record_experts=cfg.algorithm.router.replay,
         )
         self.models: dict[str, Model] = {}
         self.adapters: dict[str, Adapter] = {}  # frozen, by name: to sample from and to score with
@@ -112,6 +118,8 @@ class Engine:
         self.models[model] = created
         if model in ("policy", "base"):
             check_against_transformers(created.strategy.gathered())
+            if self.cfg.algorithm.router.aux_coef:
+                routing_of(created.strategy.module)  # refused now, not at the first update
             if not self.keeps_sampling:
                 created.free_sampling()  # supervised training may come first, and samples nothing
 

@@ -21,6 +21,7 @@ from skyrl.algorithms.losses import LOSSES, compute_loss
 from skyrl.config.schema import BatchConfig, ModelConfig
 from skyrl.distributed.collectives import gather_objects, on_leader
 from skyrl.distributed.init import World
+from skyrl.models.experts import replaying
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
 from skyrl.models.lora import Adapter, Segment, install, routed
@@ -102,7 +103,9 @@ class Model:
             fill={**LOSSES.get(loss.name).defaults(), **loss.params} if loss.name else {},
             share=layout.share_prefixes and len({id(adapters[i]) for i in picked}) == 1,
         )
-        with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward):
+        balance = bool(loss.name and loss.router_aux_coef)
+        choices = nullcontext() if is_critic else replaying(self.strategy.module, batch, balance=balance)
+        with self._routed(rows, [adapters[i] for i in picked] or [None], connect=backward), choices as routing:
             given: Any = {"temperature": loss.temperature, "packing": layout.packing, "top_k": top_k}
             out = self.strategy.module(batch, entropy=(bool(loss.name) or entropy) and not is_critic, **given)
             if picked:
@@ -112,6 +115,11 @@ class Model:
                 return
             loss_T, metrics = compute_loss(out, batch, loss)
             total = (loss_T * batch.weights_T).sum()
+            if balance and routing is not None:
+                balance_T = routing.balance_D()[batch.row_T]
+                weights_T = batch.weights_T if batch.weights_T.ndim == 1 else batch.weights_T.sum(1)
+                total = total + loss.router_aux_coef * (balance_T * weights_T).sum()
+                metrics["router_balance:mean"] = balance_T
             if backward:
                 self.strategy.backward(total)
             if picked:

@@ -335,7 +335,7 @@ def rank_tools(engine: Engine, reference: str) -> RankTools:
     """What rewards of whole batches are given of the engine."""
 
     def reference_logprobs(episodes: Sequence[Episode]) -> list[Floats]:
-        rows = [replace(row, support=None) for row in to_rows([(0, list(episodes))])]  # of the whole distribution
+        rows = [replace(row, support=None, experts=None) for row in to_rows([(0, list(episodes))])]  # of all tokens
         scored = engine.score([row.datum(row.mask.astype(np.float32)) for row in rows], 1.0, model=reference).logprobs
         found: list[list[Floats]] = [[np.zeros(0)] for _ in episodes]
         for row, logprobs in zip(rows, scored, strict=True):
@@ -440,6 +440,7 @@ class Row:
     scales: Floats | None = None
     objectives: dict[str, Floats] = field(default_factory=dict)
     support: TokenSupport | None = None
+    experts: Ints | None = None
     selected: Floats | None = None
     baseline: float | None = None
 
@@ -458,6 +459,7 @@ class Row:
             selected=self.selected,
             name=self.name,
             support=self.support,
+            experts=self.experts,
         )
 
 
@@ -522,6 +524,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         objectives=objectives,
         baseline=episode.baseline,
         support=join_support(length, [(start, split_support(one)) for start, one in supports]) if supports else None,
+        experts=turns[-1].sample.experts,
     )
 
 

@@ -118,6 +118,7 @@ class Sample:
     stop: StopReason
     version: int
     support: TokenSupport | None = None  # what could be drawn, where the log-probabilities are of nothing else
+    experts: Ints | None = None  # int16 [context + L - 1, layers, k]: a mixture's choices, where they are recorded
 
 
 @dataclass
@@ -181,6 +182,7 @@ class Datum:
     `ratio_mask`: the tokens (not 0) whose log-ratios make up GSPO's sequence mean; without it the trained ones.
     `support`: log-probabilities, entropy and gradient of each position are those of the softmax over these tokens.
     `selected`: the tokens (not 0) that clip_cov and kl_cov treat otherwise (algorithms.selection).
+    `experts` [L, layers, k] int16: the experts that each token goes to, -1 = those that the routers choose.
     """
 
     tokens: Ints
@@ -199,10 +201,12 @@ class Datum:
     ratio_mask: Floats | None = None
     support: TokenSupport | None = None
     selected: Floats | None = None
+    experts: Ints | None = None
 
     def __post_init__(self) -> None:
         length = len(self.tokens)
         assert self.support is None or len(self.support.counts) == length
+        assert self.experts is None or len(self.experts) == length
         for key in ROW_FIELDS:
             value = getattr(self, key)
             if value is not None and len(value) != length:
@@ -222,9 +226,10 @@ class Microbatch:
     """Rows packed end to end: T tokens of S sequences. `starts_S1` [S+1] int32 are the borders, `lengths` their
     differences as numbers, `row_T` [T] int64 the sequence of each token. Optional fields are None when no row of the
     batch has them; float tensors have the dtype of the loss (float32, or float64 for a float64 model). `targets_T` and
-    `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0. The last
-    fields are indices, int64: of beginnings that rows share (algorithms.prefixes), and `support_2N`, a token and an
-    entry of the vocabulary that its softmax is over (tokens without any: over all of it)."""
+    `weights_T` are [T, K] when any row has several targets; cells that a row lacks are target 0 with weight 0.
+    `experts_TLK` int16 are the experts of each token by layer, -1 = free. The last fields are indices, int64: of
+    beginnings that rows share (algorithms.prefixes), and `support_2N`, a token and an entry of the vocabulary that its
+    softmax is over (tokens without any: over all of it)."""
 
     tokens_T: Tensor
     targets_T: Tensor
@@ -243,6 +248,7 @@ class Microbatch:
     clip_high_T: Tensor | None = None
     ratio_mask_T: Tensor | None = None
     selected_T: Tensor | None = None
+    experts_TLK: Tensor | None = None
     distinct_U: Tensor | None = None
     place_T: Tensor | None = None
     scored_P: Tensor | None = None
@@ -272,7 +278,8 @@ class LossSpec:
     loss_T = policy_T * correction_T + kl_coef * kl_T - entropy_coef * entropy_T, then weighted and summed.
     `params` are the keyword arguments of the named loss. `correction` is algorithms.corrections.CORRECTIONS' name for
     the sampler/trainer mismatch, between `correction_low` and `correction_cap`, times `correction_scale`. `temperature`
-    is the one the rows were sampled at.
+    is the one the rows were sampled at. `router_aux_coef` times how unevenly each row uses a mixture's experts
+    (models.experts) is added, with the sum of the row's weights.
     """
 
     name: str
@@ -285,6 +292,7 @@ class LossSpec:
     correction_cap: float = 2.0
     correction_low: float = 0.0
     correction_scale: float = 1.0
+    router_aux_coef: float = 0.0
 
 
 @dataclass(frozen=True)

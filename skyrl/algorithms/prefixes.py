@@ -24,7 +24,7 @@ def shared_prefixes(rows: Sequence[Datum]) -> dict[str, np.ndarray]:
     all, `place_T`, the one of each token; `scored_P`, positions whose pairs of beginning and target stand for all,
     `pair_T`, the one of each position. Each row is compared with the one before it."""
     starts = list(accumulate((len(row.tokens) for row in rows), initial=0))
-    tokens = [0, *(_common(a.tokens, b.tokens) for a, b in pairwise(rows))]
+    tokens = [0, *(_alike(a, b) for a, b in pairwise(rows))]
     if sum(tokens) < (1 - WORTH) * starts[-1]:
         return {}
     whole = [_uncut(row) for row in rows]  # what is before the first token whose softmax is over some tokens only
@@ -54,6 +54,13 @@ def families(rows: Sequence[Datum], models: Sequence[str], budget: int) -> list[
         unit.append(i)
         latest[model] = (i, unit, room - length)
     return out
+
+
+def _alike(a: Datum, b: Datum) -> int:
+    """Tokens that two rows begin with alike, and send to the same experts."""
+    if a.experts is None or b.experts is None:
+        return _common(a.tokens, b.tokens) if a.experts is b.experts else 0
+    return min(_common(a.tokens, b.tokens), _common(a.experts, b.experts))
 
 
 def _uncut(row: Datum) -> int:

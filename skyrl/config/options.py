@@ -46,7 +46,7 @@ EVALUATE_UNREAD = (
 CONTROL_UNREAD = (
     "service feedback model.path model.revision model.tokenizer model.chat_template model.trust_remote_code "
     "model.head_dtype model.activation_checkpointing model.logits_chunk_tokens model.lora model.tiny sampler batch env "
-    "algorithm.kl algorithm.reference algorithm.self_imitation algorithm.filters algorithm.objectives "
+    "algorithm.kl algorithm.reference algorithm.self_imitation algorithm.filters algorithm.router algorithm.objectives "
     "algorithm.critic.lr algorithm.critic.warmup_steps algorithm.loss.reduction algorithm.loss.correction "
     "algorithm.loss.top_entropy algorithm.loss.recompute_old_logprobs data chat warmup preference reward_model distill "
     "eval.num_prompts eval.samples_per_prompt eval.temperature eval.sets eval.k eval.group_by tracking.rollouts_every "

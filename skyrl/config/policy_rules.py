@@ -83,6 +83,15 @@ def imitation(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def routers(cfg: RunConfig) -> Iterator[str]:
+    """What the options for a mixture's routers cannot be had with."""
+    given = cfg.algorithm.router
+    for wanted, option in ((given.replay, "replay=true"), (given.aux_coef > 0, f"aux_coef={given.aux_coef}")):
+        for broken, what in ((not cfg.batch.packing, "batch.packing=false"), (cfg.model.compile, "model.compile=true")):
+            if wanted and broken:
+                yield f"algorithm.router.{option}: cannot be had with {what}; leave one of them out"
+
+
 def check_packages(cfg: RunConfig) -> None:
     """Raises UserError for a package that the optimizer needs and this machine lacks. Imports none."""
     if cfg.optim.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:

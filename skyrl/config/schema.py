@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyrl.config.schema_policy import OptimConfig, ReferenceConfig, SelfImitationConfig
+from skyrl.config.schema_policy import (
+    ObjectivesConfig,
+    OptimConfig,
+    ReferenceConfig,
+    RouterConfig,
+    SelfImitationConfig,
+)
 from skyrl.config.schema_server import DashboardConfig, FeedbackConfig, PathStr, ServiceConfig
 from skyrl.config.trainers import DistillConfig, PreferenceConfig, RewardModelConfig
 
@@ -257,20 +263,6 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
-class ObjectivesConfig:
-    """How rewards that are named objectives ({"accuracy": 1.0, "safety": 0.5}) become one."""
-
-    weights: dict[str, float] = field(default_factory=dict)
-    """Factor of each objective in the sum; one that is not named here counts 1, or 0 if it has a constraint."""
-    normalise: bool = False
-    """Estimates the advantage of each objective by itself, then sums by weight and whitens over the batch (GDPO, arXiv
-    2601.05242): an objective's range does not decide how much it counts."""
-    constraints: dict[str, Any] = field(default_factory=dict)
-    """Bounds on means, for example {safety: {min: 0.95, step: 0.1}}: min or max, the step by which the multiplier moves
-    per unit beyond the bound (0.1), and where it starts (start, 0)."""
-
-
-@dataclass(frozen=True)
 class AlgorithmConfig:
     """The algorithm as independent parts; conf/algorithm holds named combinations."""
 
@@ -281,6 +273,7 @@ class AlgorithmConfig:
     self_imitation: SelfImitationConfig = field(default_factory=SelfImitationConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class RouterConfig:
+    """The routers of a mixture of experts."""
+
+    replay: bool = False
+    """Trained rows go to the experts that the sampler's routers chose (rollout routing replay): rounding then cannot
+    send a token another way in training. The reference keeps its own choices."""
+    aux_coef: float = 0.0
+    """Weight of a loss that evens out the use of experts within each row (DeepSeek-V3's); 0 = off."""
+
+
+@dataclass(frozen=True)
 class SelfImitationConfig:
     """Supervised learning on the policy's own successes, added to each of its updates."""
 
@@ -61,3 +73,17 @@ class SelfImitationConfig:
     """Prompts whose best answer is kept; the one that was found first goes first."""
     rows_per_step: int = 32
     """Answers that one update learns from, over all ranks, drawn anew each time."""
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """How rewards that are named objectives ({"accuracy": 1.0, "safety": 0.5}) become one."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Factor of each objective in the sum; one that is not named here counts 1, or 0 if it has a constraint."""
+    normalise: bool = False
+    """Estimates the advantage of each objective by itself, then sums by weight and whitens over the batch (GDPO, arXiv
+    2601.05242): an objective's range does not decide how much it counts."""
+    constraints: dict[str, Any] = field(default_factory=dict)
+    """Bounds on means, for example {safety: {min: 0.95, step: 0.1}}: min or max, the step by which the multiplier moves
+    per unit beyond the bound (0.1), and where it starts (start, 0)."""

@@ -213,6 +213,7 @@ def check(cfg: RunConfig) -> None:
         policy_rules.references,
         policy_rules.several,
         policy_rules.imitation,
+        policy_rules.routers,
         policy_rules.optimizers,
         eval_problems,
         _batches,

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from skyrl.config.eval_sets import RECIPES, EvalSetConfig, eval_sets, options_of_model, own_set
 from skyrl.config.load import from_dict
-from skyrl.config.schema import ObjectivesConfig, RunConfig
+from skyrl.config.schema import RunConfig
+from skyrl.config.schema_policy import ObjectivesConfig
 from skyrl.data import make_prompts, make_splits
 from skyrl.envs.base import ENVIRONMENTS
 from skyrl.envs.data_files import NoHeldOut

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from skyrl.algorithms.truncation import support_within
 from skyrl.models import compiled, exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
+from skyrl.models.experts import Routing
 from skyrl.models.linear_attention import hook_delta_nets
 from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
 from skyrl.models.lora import Router, Segment, low_rank
@@ -63,6 +64,7 @@ class CausalLM(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.float_head = float_head  # logits from a product in float32, of weights in bfloat16
         self.router: Router | None = None  # adapters, once models.lora.install was called
+        self.routing: Routing | None = None  # of a mixture's experts, once models.experts.routing_of was called
         self.head_spec = head_spec(net.config)
         self.compiles = False  # whether training and scoring go through compiled layers
         self.top_tokens = 1 << 30  # ids below this one are those that top_k looks among
@@ -240,6 +242,8 @@ class CausalLM(nn.Module):
         assert mb.distinct_U is not None and mb.place_T is not None and mb.scored_P is not None
         if self.router is not None:
             self.router.share(len(mb.distinct_U), len(mb.scored_P))
+        if self.routing is not None:
+            self.routing.shared = True
         attention = SharedAttention(PackedAttention(mb.starts_S1, mb.lengths), mb)
         hidden_UC = self.hidden(mb.tokens_T[mb.distinct_U], mb.positions_T[mb.distinct_U], attention)
         cut_2N = mb.support_2N

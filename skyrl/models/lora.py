@@ -50,6 +50,7 @@ class AdaptableModel(Protocol):
 
     net: Any
     router: Router | None
+    routing: Any
 
     @property
     def config(self) -> Any:
@@ -241,7 +242,7 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[nn.Module]], dict[str
             kind = "attn" if id(module) in inside else "mlp"
             if type(module) in (nn.Linear, Conv1D) or experts_of(module):
                 out[kind].append(module)
-            elif type(module) not in (nn.Embedding, nn.Conv1d) and not _is_router(path, layer):
+            elif type(module) not in (nn.Embedding, nn.Conv1d) and not is_router(path, layer):
                 if any(sum(n > 1 for n in p.shape) > 1 for p in module.parameters(recurse=False)):
                     strange.setdefault(kind, f"{type(module).__name__} {path} of layer {number}")
     output = model.net.get_output_embeddings()
@@ -250,7 +251,7 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[nn.Module]], dict[str
     return out, strange
 
 
-def _is_router(path: str, layer: nn.Module) -> bool:
+def is_router(path: str, layer: nn.Module) -> bool:
     """Whether a module of a layer stands beside experts and chooses among them."""
     beside = layer.get_submodule(path.rpartition(".")[0])
     return path.rpartition(".")[2] in ("gate", "router") and any(experts_of(one) for one in beside.children())

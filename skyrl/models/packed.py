@@ -86,6 +86,10 @@ def collate(
             for name, arrays in fields.items()
         }
     packed |= packed_support(rows)
+    if any(row.experts is not None for row in rows):
+        shape = next(row.experts.shape[1:] for row in rows if row.experts is not None)
+        free = (np.full((len(row.tokens), *shape), -1) if row.experts is None else row.experts for row in rows)
+        packed["experts_TLK"] = np.concatenate([one.astype(np.int16) for one in free])
     if share:
         packed |= shared_prefixes(rows)
     device = torch.device(device)

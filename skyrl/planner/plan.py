@@ -131,6 +131,7 @@ def make_spec(cfg: AlgorithmConfig, temperature: float) -> LossSpec:
         correction=cfg.loss.correction,
         correction_cap=cfg.loss.correction_cap,
         correction_low=cfg.loss.correction_low,
+        router_aux_coef=cfg.router.aux_coef,
     )
     check_spec(spec)
     return spec
@@ -273,6 +274,9 @@ def _check_against_model(cfg: RunConfig, sizes: ModelSizes, dtype: str) -> None:
             f"sampler.stop_token_ids={cfg.sampler.stop_token_ids}: {outside[0]} is never drawn, the model has "
             f"{sizes.vocab_size} tokens; remove it"
         )
+    router = cfg.algorithm.router
+    if cfg.trainer == "rl" and (router.replay or router.aux_coef) and not sizes.num_experts:
+        raise UserError(f"algorithm.router: {cfg.model.path} has no experts; leave replay and aux_coef out")
     tiny = cfg.model.tiny.vocab_size
     if cfg.model.path == "tiny" and 0 < tiny < len(TINY_VOCABULARY) and cfg.model.tokenizer in ("", "tiny"):
         raise UserError(

@@ -76,6 +76,10 @@ def replay_step(reader: RunReader, step: int | None, phase: str, overrides: Sequ
     changed = _with_overrides(values, overrides) if overrides else None
     if cfg.feedback.enabled and phase == "reward":
         raise UserError("replay: --phase reward: the rewards of this run came from its users; replay advantage or loss")
+    if cfg.algorithm.router.replay and phase == "loss":
+        raise UserError(
+            "replay: --phase loss: algorithm.router.replay=true, and rollouts keep no experts; replay advantage"
+        )
     logged = {int(record["step"]): record for record in reader.metrics()[0] if record.get("phase") == "rl"}
     there = [int(name) for name in reader.dumps() if name.isdecimal() and int(name) in logged]
     if not there:

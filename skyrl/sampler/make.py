@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.attention_calls import LayerCall, layer_calls, signature
+from skyrl.models.experts import routing_of
 from skyrl.planner.memory import MemoryEstimate, running_limit
 from skyrl.sampler.blocks import BlockPool
 from skyrl.sampler.cache_size import num_blocks
@@ -42,6 +43,7 @@ def make_sampler(
     adapters: Mapping[str, Adapter] | None = None,
     base_name: str = "policy",
     memory: MemoryEstimate | None = None,
+    record_experts: bool = False,
 ) -> Sampler:
     """A sampler over the parameters of `model`, which it reads live: call refresh(version) after they change.
 
@@ -78,11 +80,14 @@ def make_sampler(
         None if call.state is None else call.state.empty(max_running + 1, parameter.dtype, parameter.device)
         for call in calls
     ]
-    each = KVCache.block_bytes(shapes, size, parameter.dtype)
+    routing = routing_of(model) if record_experts else None
+    choices = None if routing is None else (routing.layers, routing.k)
+    each = KVCache.block_bytes(shapes, size, parameter.dtype) + (2 * size * math.prod(choices) if choices else 0)
     blocks = num_blocks(
         cfg, each, size, max_running, max_length, parameter.device, memory, partial(warn_fallback, every_rank=True)
     )
-    cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, tokens_first=paging, states=states)
+    given: Any = {"tokens_first": paging, "states": states, "choices": choices}
+    cache = KVCache(shapes, blocks, size, parameter.dtype, parameter.device, **given)
     scheduler = Scheduler(
         BlockPool(blocks, size),
         max_running=max_running,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -218,8 +219,10 @@ class Sampler:
         for index, reason in running.append(tokens_B, logprobs_B):
             sequence = running.sequences[index]
             if sequence.cache_key not in broken:
+                experts = self._cache.experts_of(sequence)  # before its blocks are another's
                 self._scheduler.finish(sequence)
-                samples.append(self._take_out(sequence, sequence.length, reason))
+                order, sample = self._take_out(sequence, sequence.length, reason)
+                samples.append((order, replace(sample, experts=experts)))
         if broken:
             running.flush()
             self._running = None

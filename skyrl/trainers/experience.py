@@ -80,7 +80,7 @@ def add_reference(run: Run, step: Step, rows: list[Row]) -> tuple[list[Row], flo
     the k1 estimates, and the gradient of its square that of the weighted sum of the k2."""
     if not run.cfg.algorithm.kl.coef:
         return rows, 0.0
-    weights, data = _references(run), _to_score(rows)
+    weights, data = _references(run), [replace(one, experts=None) for one in _to_score(rows)]  # routers of its own
     scored = [run.engine.score(data, run.cfg.sampler.temperature, model=model).logprobs for model in weights]
     means = scored[0]
     if len(weights) > 1:

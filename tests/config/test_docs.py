@@ -192,10 +192,9 @@ BUDGET = {
     "batch": (9, "a step is prompts, samples, updates; the rest is memory and what is computed once"),
     "optim": (11, "which one, AdamW (5), its schedule (4), Muon's momentum"),
     "algorithm": (
-        37,
-        "eight parts: advantage, loss with its correction (6), KL, the reference (3), own successes (4), "
-        "filters, critic, "
-        "and how objectives add up (3)",
+        39,
+        "nine parts: advantage, loss with its correction (6), KL, the reference (3), own successes (4), "
+        "filters, critic, a mixture's routers (2), and how objectives add up (3)",
     ),
     "env": (10, "which task, its own options, what is put around it, its limits (4), the processes that call it (3)"),
     "data": (7, "two sources, an order, two limits, what is left out, and how often all of it is read"),

@@ -37,7 +37,8 @@ def text(tokens, after=None) -> str:
 
 def sampler(model: CausalLM, **changes) -> Sampler:
     """A sampler with the module path unless told otherwise."""
-    given = {"max_length": 128} | {key: changes.pop(key) for key in ("max_length", "adapters") if key in changes}
+    ours = [key for key in ("max_length", "adapters", "record_experts") if key in changes]
+    given = {"max_length": 128} | {key: changes.pop(key) for key in ours}
     return make_sampler(model, SamplerConfig(**{"backend": "module", **changes}), decode=text, **given)
 
 

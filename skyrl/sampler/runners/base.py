@@ -24,7 +24,9 @@ from skyrl.types import SamplingParams
 class KVCache:
     """Keys [blocks, K, block_tokens, C] and values of every layer, or with `tokens_first` [blocks, block_tokens, K, C]
     as paged kernels want them. Block 0 takes the writes of padding. `states`: what a layer of linear attention keeps of
-    each sequence, number 0 of which nobody has; None for other layers.
+    each sequence, number 0 of which nobody has; None for other layers. `experts` [blocks, block_tokens, layers, k] are
+    a mixture's choices for each token, where they are recorded (`choices`: layers, k): they belong to a token as its
+    keys do, so that whoever takes over its block has them.
 
     Zero-filled: a key that is masked out still meets the products, and 0 * NaN is NaN.
     """
@@ -39,6 +41,7 @@ class KVCache:
         *,
         tokens_first: bool = False,
         states: list[States | None] | None = None,
+        choices: tuple[int, int] | None = None,
     ) -> None:
         self.shapes, self.block_tokens, self.dtype, self.device = shapes, block_tokens, dtype, device
 
@@ -58,6 +61,10 @@ class KVCache:
                 self.keys.append(self.keys[shape.same_as])
                 self.values.append(self.values[shape.same_as])
         self.states = states or [None] * len(shapes)
+        self.experts: Tensor | None = None
+        if choices:
+            self.experts = torch.zeros(num_blocks + 1, block_tokens, *choices, dtype=torch.int16, device=device)
+            self._own.append(self.experts)
 
     @staticmethod
     def block_bytes(shapes: list[LayerShape], block_tokens: int, dtype: torch.dtype) -> int:
@@ -65,6 +72,19 @@ class KVCache:
         own = [shape for shape in shapes if shape.same_as is None]
         channels = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in own)
         return channels * block_tokens * dtype.itemsize
+
+    def put_experts(self, slots_T: Tensor, chosen: dict[int, Tensor]) -> None:
+        """Stores what the routers of each layer chose for a step's tokens."""
+        assert self.experts is not None
+        new_TLK = torch.stack([chosen[layer] for layer in range(len(chosen))], 1)
+        self.experts.flatten(0, 1).index_copy_(0, slots_T, new_TLK.to(self.experts.dtype))
+
+    def experts_of(self, sequence: Sequence) -> np.ndarray | None:
+        """The recorded choices of a sequence's tokens but the last, which has not been computed; None without any."""
+        if self.experts is None:
+            return None
+        blocks = torch.tensor(sequence.blocks, device=self.device)
+        return self.experts.index_select(0, blocks).flatten(0, 1)[: sequence.length - 1].cpu().numpy()
 
     def clear(self, blocks: list[int]) -> None:
         """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""

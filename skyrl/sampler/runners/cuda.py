@@ -144,7 +144,7 @@ class VarlenAttention(Attention):
         table: Tensor,
     ) -> None:
         device = table.device
-        self._kernel, self._cache, self._slots_T, self._table_BW = kernel, cache, slots_T, table
+        self._kernel, self._cache, self.slots_T, self._table_BW = kernel, cache, slots_T, table
         self._firsts = torch.as_tensor(firsts, dtype=torch.int32, device=device)  # [B + 1], borders of the queries
         self._lengths = torch.as_tensor(lengths, dtype=torch.int32, device=device)  # [B], keys of each
         self._max_query, self._max_keys = max_query, max_keys
@@ -156,7 +156,7 @@ class VarlenAttention(Attention):
         assert self._cache is not None
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         for cache, new in ((keys, key_KTC), (values, value_KTC)):
-            cache.flatten(0, 1).index_copy_(0, self._slots_T, new.transpose(0, 1))
+            cache.flatten(0, 1).index_copy_(0, self.slots_T, new.transpose(0, 1))
         return self.over(query_HTC.transpose(0, 1).contiguous(), keys, values, options.scale, options.window)
 
     def over(self, query_THC: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
+from skyrl.models.experts import recording
 from skyrl.models.latent import Latent
 from skyrl.models.linear_attention import DeltaRule
 from skyrl.models.lora import Segment, routed
@@ -92,7 +93,7 @@ class PagedAttention:
     """Attention of one step: stores the new keys and values, then attends over the blocks of each sequence."""
 
     def __init__(self, cache: KVCache, slots_T: Tensor, groups: list[Group]) -> None:
-        self.cache, self._slots_T, self.groups = cache, slots_T, groups
+        self.cache, self.slots_T, self.groups = cache, slots_T, groups
         self._writes: dict[int, Tensor] = {}
 
     def attend(
@@ -152,8 +153,8 @@ class PagedAttention:
         """Stores the step's keys and values in their slots."""
         heads, size = key_TKC.shape[1], self.cache.block_tokens
         if heads not in self._writes:
-            head_K = torch.arange(heads, device=self._slots_T.device)
-            block_T1, offset_T1 = (self._slots_T // size).unsqueeze(1), (self._slots_T % size).unsqueeze(1)
+            head_K = torch.arange(heads, device=self.slots_T.device)
+            block_T1, offset_T1 = (self.slots_T // size).unsqueeze(1), (self.slots_T % size).unsqueeze(1)
             self._writes[heads] = ((block_T1 * heads + head_K) * size + offset_T1).flatten()
         for cache, new in ((self.cache.keys[layer], key_TKC), (self.cache.values[layer], value_TKC)):
             if new is None:
@@ -309,8 +310,14 @@ class ModuleRunner(PagedRunner):
         self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, segments: list[Segment] | None = None
     ) -> Tensor:
         """Final, normed hidden states [T, channels of the model]."""
+        step: Any = attention  # PagedAttention or cuda.VarlenAttention: both know where the step's tokens lie
         with nullcontext() if segments is None else routed(self._model, segments):
-            return self._model.hidden(tokens_T, positions_T, attention)
+            if self._cache.experts is None:
+                return self._model.hidden(tokens_T, positions_T, attention)
+            with recording(self._model) as chosen:
+                hidden_TC = self._model.hidden(tokens_T, positions_T, attention)
+            self._cache.put_experts(step.slots_T, chosen)
+            return hidden_TC
 
     def logits(self, hidden_TC: Tensor, segments: list[Segment] | None = None) -> Tensor:
         """Logits [T, V] float32."""
