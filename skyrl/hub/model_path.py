@@ -16,7 +16,10 @@ ENDINGS = {
 }
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".bz2", ".7z", ".nemo")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # what transformers dequantises as it loads
+DEQUANTISED = (
+    "mxfp4",
+    "fp8",
+)  # quant_method in config.json: some models are published so alone; hub.quantised reads them
 ORIGINAL = "give the model that it was made from, a folder in Hugging Face format or a hub name"
 
 
@@ -39,10 +42,9 @@ def config_problem(config: dict[str, Any]) -> str:
     given = config.get("quantization_config") or config.get("compression_config")
     if given:
         method = given.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in given else "")
-        how = DEQUANTISED.get(method, "")  # some of these are published in no other form
-        load = f"AutoModelForCausalLM.from_pretrained(..., quantization_config=transformers.{how}(dequantize=True))"
-        other = f"load it once with {load}, save_pretrained, and give that folder" if how else ORIGINAL
-        return f"its weights are quantised{f' ({method})' if method else ''}, which cannot be trained; {other}"
+        if method in DEQUANTISED:
+            return ""
+        return f"its weights are quantised{f' ({method})' if method else ''}, which cannot be trained; {ORIGINAL}"
     if isinstance(config.get("quantization"), dict):
         return f"its weights are quantised for Apple's MLX, which cannot be trained; {ORIGINAL}"
     return ""

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from skyrl.hub.quantised import block_of, dequantise, quantised_names, whole_shape
 from skyrl.types import UserError, few
 
 Region = tuple[slice, ...]
@@ -27,6 +28,7 @@ class Checkpoint:
     The files are those that transformers takes: one safetensors file, else an index with its shards, else the same as
     .bin; or the one that `named` is (config.json's `transformers_weights`). All tensors of a file count, whether an
     index names them or not. `files`: name -> file; `again`: (name, file) of those that a further file holds as well.
+    Weights in 4 or 8 bits (hub.quantised) are there under their own names, dequantised when they are read.
     """
 
     def __init__(self, folder: Path, named: str | None = None) -> None:
@@ -64,6 +66,11 @@ class Checkpoint:
             raise UserError(
                 f"model.path: {there[0]} in {folder} names {few(lost)}, which no file holds; download the model again"
             )
+        self._where, self.quantised = self.files, quantised_names(self.files)
+        self._block = block_of(folder)
+        parts = {key for pair in self.quantised.values() for key in pair}
+        self.files = {key: file for key, file in self._where.items() if key not in parts}
+        self.files |= {name: self._where[codes] for name, (codes, _) in self.quantised.items()}
 
     def _weight_map(self, name: str) -> dict[str, str]:
         """Tensor -> file as an index says, or for a file itself "" -> file."""
@@ -98,13 +105,30 @@ class Checkpoint:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the tensor called `key`."""
-        file = self._file(self.files[key])
+        if pair := self.quantised.get(key):
+            return whole_shape(*(self._shape(one) for one in pair))
+        return self._shape(key)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        file = self._file(self._where[key])
         return tuple(file[key].shape if isinstance(file, dict) else file.get_slice(key).get_shape())
 
     def read(self, key: str, region: Region | None = None, *, file: str = "") -> Tensor:
         """The tensor called `key` on the CPU in its own dtype, or a part of it; a part reads only that part. `file`: of
         several that hold it."""
-        opened = self._file(file or self.files[key])
+        if pair := self.quantised.get(key):
+            # FSDP's parts are along the first dimension, that of experts; of a matrix all is read, since blocks are cut
+            first = region[:1] if region and len(region) > 2 else None
+            try:
+                codes, scales = (self._read(one, first) for one in pair)
+                whole = dequantise(codes, scales, self._block)
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"model.path: {pair[1]} in {self.folder} does not fit {pair[0]}: {error}") from error
+            return whole[(slice(None), *region[1:])] if region and first else whole[region or ...]
+        return self._read(key, region, file)
+
+    def _read(self, key: str, region: Region | None, file: str = "") -> Tensor:
+        opened = self._file(file or self._where[key])
         if isinstance(opened, dict):
             return opened[key][region or ...]
         return opened.get_slice(key)[region] if region else opened.get_tensor(key)

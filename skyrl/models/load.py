@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from skyrl.config.schema import ModelConfig
 from skyrl.hub.locate import locate
+from skyrl.hub.model_path import DEQUANTISED
 from skyrl.hub.tensor_files import Checkpoint, reason_of
 from skyrl.hub.text_part import text_part
 from skyrl.models.attention import NAME, AttentionOptions, register
@@ -54,9 +55,14 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
 def _whole_config(cfg: ModelConfig) -> Any:
     """What transformers makes of the folder's config.json: of a model that takes images, not of its text part alone."""
     try:
-        return AutoConfig.from_pretrained(  # the file's own dtype may be "auto", which is none
+        config = AutoConfig.from_pretrained(  # the file's own dtype may be "auto", which is none
             locate(cfg.path, cfg.revision), trust_remote_code=cfg.trust_remote_code, dtype=torch.float32
         )
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+        if method in DEQUANTISED:
+            warn_fallback(f"model.path={cfg.path}: its weights are in {method}; they are dequantised and trained whole")
+            del config.quantization_config
+        return config
     except UserError:
         raise
     except Exception as error:  # whatever a class makes of values that it did not expect, and code of the folder
