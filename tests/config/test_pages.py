@@ -306,12 +306,14 @@ def test_there_is_one_way_to_install():
     """`pip install .` in a clone; extras by the distribution's name, which is not `skyrl`: that is another project."""
     places = [*pages(), *ROOT.glob("skyrl/**/*.py"), *ROOT.glob("conf/**/*.yaml"), *ROOT.glob("examples/*.*")]
     # torch's builds, what no extra brings, and a text that goes on in the next line.
-    right = r"""(-[a-z] \S+ )*(-e )?\.|['"]skyrl-spmd\[[\w,-]+\]['"]|torch\b|sentencepiece|pre-commit|ipykernel|"$"""
+    right = r"""(-[a-z] \S+ )*(-e )?\.|['"]skyrl-spmd\[([\w,-]+|{extra})\]['"]"""
+    right += r'|torch\b|sentencepiece|pre-commit|ipykernel|"$'
     wrong, extras = [], set()
     for path in places:
         text = path.read_text(encoding="utf-8")
         told = re.findall(r"pip install (.{1,40})", text.replace("`", " "))
         wrong += [(path.name, one) for one in told if not re.match(right, one)]
         extras |= {one for names in re.findall(r"skyrl-spmd\[([\w,-]+)\]", text) for one in names.split(",")}
+        extras |= set(re.findall(r'import_extra\(\s*"[^"]+",\s*[^,]+,\s*"([\w-]+)"', text))  # which says {extra}
     assert [one for one in wrong if one[0] not in ("LOG.md", "CHANGELOG.md", "wandb.py")] == []
     assert len(extras) > 4 and {one for one in extras if f"\n{one} = [" not in PYPROJECT} == set()
