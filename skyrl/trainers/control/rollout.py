@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,15 @@ def collect(engine: ControlEngine, step: Step) -> ControlBatch:
     rewards, last, done, starts = np.zeros((T, N)), np.zeros((T, N)), np.zeros((T, N), bool), np.zeros((T, N), bool)
     seen: list[Tensor] = []
     taken: list[Tensor] = []
-    fresh: list[np.ndarray] = []  # observations that the statistics have not seen
+    unseen: list[np.ndarray] = []  # observations that the statistics have not taken up
     for t in range(T):
         heartbeat()
         starts[t] = engine.starts
+        if control.normalize_observations:
+            unseen.append(engine.observations)
+            if is_due(first + t + 1):
+                moments.update(np.concatenate(unseen), engine.all_sum)
+                unseen = []
         if engine.hidden is not None:
             reset = torch.from_numpy(engine.starts).to(engine.hidden.device)[:, None]
             fresh_N: Any = module.initial_state(N)
@@ -84,11 +90,8 @@ def collect(engine: ControlEngine, step: Step) -> ControlBatch:
             step.sums.add("length:mean", length)
             step.sums.add("episodes:sum", 1.0)
         engine.observations, engine.starts = observations, done[t]
-        if control.normalize_observations:
-            fresh.append(after)
-            if is_due(first + t + 1) or t == T - 1:
-                moments.update(np.concatenate(fresh), engine.all_sum)
-                fresh = []
+    if control.normalize_observations and not is_due(first + T):
+        moments.update(np.concatenate(unseen), engine.all_sum)
     check_numbers("a reward", rewards.T, engine.places, control.env_id)
     tensors = (torch.stack(seen), torch.stack(taken), begun, torch.from_numpy(starts).to(engine.world.device))
     return ControlBatch(*tensors, rewards, done, last)
@@ -139,7 +142,8 @@ def advantages_of(engine: ControlEngine, batch: ControlBatch) -> np.ndarray:
         rewards = np.clip(rewards / engine.return_moments.std, -CLIP, CLIP)
     assert batch.values is not None
     values = batch.values.view(T, N).double().cpu().numpy()
-    spans = [(n, int(a), int(b)) for n in range(N) for a, b in _between(np.flatnonzero(batch.done[:, n]) + 1, T)]
+    borders = [np.unique([0, *(np.flatnonzero(batch.done[:, n]) + 1), T]).tolist() for n in range(N)]
+    spans = [(n, a, b) for n in range(N) for a, b in itertools.pairwise(borders[n])]
     rows = RewardRows(
         group_D=np.array([engine.places[n] for n, _, _ in spans]),
         episode_D=np.arange(len(spans)),
@@ -157,9 +161,3 @@ def advantages_of(engine: ControlEngine, batch: ControlBatch) -> np.ndarray:
         advantages[a:b, engine.places[n]], returns[a:b, n] = advantage, target
     batch.returns = torch.from_numpy(returns).flatten().to(batch.values)
     return engine.all_sum(advantages)
-
-
-def _between(ends: np.ndarray, length: int) -> list[tuple[Any, Any]]:
-    """[a, b) from each end to the next one, the last one to `length`."""
-    borders = [0, *ends.tolist(), *([length] if not len(ends) or ends[-1] < length else [])]
-    return list(zip(borders[:-1], borders[1:], strict=True))
