@@ -1,11 +1,12 @@
 """PPO on Gymnasium environments beside stable-baselines3's: the same hyperparameters, environments and evaluations.
 
-curves: each seed is trained by both; every so many steps ten episodes are played with the likeliest actions. speed:
+curves: each seed is trained by both; every so many steps ten episodes are played with the likeliest actions. What the
+file has of other seeds, and with --only of the other library, stays: each run has the commit it was made at. speed:
 steps of environments per second of a process's own time on a CPU, which others on the machine hardly change, over whole
 steps of the loop, in turns. Needs the extras `control` and `benchmarks`.
 
     python benchmarks/control.py curves cartpole --steps 60_000 --seeds 5 --write
-    python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --write
+    python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --only skyrl --write
     python benchmarks/control.py speed --seeds 3 --write
 """
 
@@ -21,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, write
+from common import ROOT, baseline, provenance, write
+from filelock import FileLock
 
 from skyrl.config.load import load_config
 from skyrl.config.schema import RunConfig
@@ -109,23 +111,37 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
     return result(found, clock, batch)
 
 
-def curves(recipe: str, steps: int, seeds: range, beside: int, keep: str) -> None:
-    """Both on each seed, in turns, the reference on the first `beside` of them; written as `keep` after each seed."""
+def curves(recipe: str, steps: int, seeds: range, libraries: list[str], keep: str) -> None:
+    """The libraries on each seed, in turns; after each run the file `keep` has it beside those that it had."""
     cfg = load_config([f"experiment={recipe}"], mode="control")
     every = max(1, steps // (cfg.control.n_envs * cfg.control.n_steps) // 20)
-    runs: dict[str, list[dict[str, Any]]] = {"skyrl": [], "stable-baselines3": []}
+    commit = provenance()["commit"]
+    told: dict[str, Any] = {"env": cfg.control.env_id, "total_steps": steps, "runs": {}}
     for seed in seeds:
-        runs["skyrl"].append(ours(recipe, steps, seed, every))
-        if len(runs["skyrl"]) <= beside:
-            runs["stable-baselines3"].append(reference(cfg, steps, seed, every))
-        told: dict[str, Any] = {"env": cfg.control.env_id, "total_steps": steps, "seeds": [*seeds], "runs": runs}
-        told["final_mean"] = {k: round(statistics.fmean(r["returns"][-1] for r in v), 1) for k, v in runs.items() if v}
-        if recipe == "cartpole":
-            told["first_at_475"] = {name: [first_at(one, 475) for one in found] for name, found in runs.items()}
-        print(seed, json.dumps({key: value for key, value in told.items() if key != "runs"}), flush=True)
-        if keep:
-            write(keep, told)
-            draw(told, ROOT / "docs" / "images" / f"{keep}.svg")
+        for library in libraries:
+            made = ours(recipe, steps, seed, every) if library == "skyrl" else reference(cfg, steps, seed, every)
+            run = {"seed": seed, "commit": commit, **made}
+            with FileLock(f"{tempfile.gettempdir()}/{keep or 'unkept'}.lock"):  # others may measure other seeds
+                if keep and baseline(keep).exists():
+                    told["runs"] = json.loads(baseline(keep).read_text())["runs"]
+                others = [one for one in told["runs"].get(library, []) if one["seed"] != seed]
+                told["runs"][library] = sorted([*others, run], key=lambda one: one["seed"])
+                told |= summary(told["runs"], recipe)
+                if keep:
+                    write(keep, told)
+                    draw(told, ROOT / "docs" / "images" / f"{keep}.svg")
+            print(library, seed, json.dumps({key: value for key, value in told.items() if key != "runs"}), flush=True)
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], recipe: str) -> dict[str, Any]:
+    """Seeds, and what is read from the runs of each library: the mean at the end and the deviation between seeds."""
+    finals = {name: [one["returns"][-1] for one in found] for name, found in runs.items()}
+    told: dict[str, Any] = {"seeds": {name: [one["seed"] for one in found] for name, found in runs.items()}}
+    told["final_mean"] = {name: round(statistics.fmean(values), 1) for name, values in finals.items()}
+    told["final_deviation"] = {k: round(statistics.stdev(v), 1) for k, v in finals.items() if len(v) > 1}
+    if recipe == "cartpole":
+        told["first_at_475"] = {name: [first_at(one, 475) for one in found] for name, found in runs.items()}
+    return told
 
 
 def first_at(run: dict[str, Any], bound: float) -> int | None:
@@ -169,17 +185,17 @@ def main() -> None:
     p.add_argument("recipe", nargs="?", default="cartpole")
     p.add_argument("--steps", type=int, default=16_384)
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--reference-seeds", type=int, default=-1, help="-1: all of them")
+    p.add_argument("--only", default="", choices=("", *COLOURS), help="one of the libraries")
     p.add_argument("--first-seed", type=int, default=1)
     p.add_argument("--name", default="", help="of the file; by default control_<recipe>")
     p.add_argument("--write", action="store_true")
     given = p.parse_args()
     torch.set_num_threads(1)
     if given.what == "curves":
-        beside = given.seeds if given.reference_seeds < 0 else given.reference_seeds
         seeds = range(given.first_seed, given.first_seed + given.seeds)
         name = given.name or f"control_{given.recipe}"
-        curves(given.recipe, given.steps, seeds, beside, name if given.write else "")
+        libraries = [given.only] if given.only else list(COLOURS)
+        curves(given.recipe, given.steps, seeds, libraries, name if given.write else "")
         return
     told = speed(given.seeds, given.steps)
     if given.write:
