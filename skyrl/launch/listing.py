@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from skyrl.config.plugins import import_plugins
 from skyrl.config.validation import REGISTERED  # which imports every algorithm
 from skyrl.envs.base import options_of
 from skyrl.envs.rewards.base import Reward
+from skyrl.planner.control import EXTRA
 from skyrl.registry import Registry, origin
 from skyrl.types import UserError
 
@@ -31,8 +33,13 @@ def list_things(args: Sequence[str]) -> None:
     if given.kind and given.kind not in kinds:
         raise UserError(f"list {given.kind}: no such kind; choose one of: {', '.join(kinds)}")
     import_plugins(given.plugin)
+    if given.kind in ("", "policies"):  # with torch, which nothing else here needs
+        try:
+            import skyrl.trainers.control  # noqa: F401
+        except ImportError as error:
+            print(f"policies of trainer=control are not here: {error}; {EXTRA['control']}", file=sys.stderr)
     found = {
-        kind: [_entry(name, thing) for name, thing in registry.items()]
+        kind: [_entry(name, thing, kind) for name, thing in registry.items()]
         for kind, registry in kinds.items()
         if given.kind in ("", kind)
     }
@@ -47,12 +54,11 @@ def list_things(args: Sequence[str]) -> None:
             print(f"  {entry['name']:<{width}}  {entry['from']:<12}  {options or '-'}")
 
 
-def _entry(name: str, thing: Any) -> dict[str, Any]:
+def _entry(name: str, thing: Any, kind: str) -> dict[str, Any]:
     code = getattr(thing, "fn", thing)
     ours = str(getattr(code, "__module__", "")).startswith("skyrl.")
-    if hasattr(thing, "params"):
-        options = thing.defaults()
-    else:
-        options = options_of(code) if isinstance(thing, Reward) or hasattr(thing, "dataset") else {}
+    has_options = isinstance(thing, Reward) or hasattr(thing, "dataset") or kind == "policies"
+    options = thing.defaults() if hasattr(thing, "params") else options_of(code) if has_options else {}
+    options = {name: value for name, value in options.items() if name not in ("observation_space", "action_space")}
     about = (getattr(code, "__doc__", None) or "").strip().partition("\n")[0]
     return {"name": name, "from": "skyrl" if ours else origin(thing), "about": about, "options": options}

@@ -1,6 +1,7 @@
 """skyrl-tx list: names, whose they are, options."""
 
 import json
+import sys
 
 import pytest
 
@@ -10,6 +11,8 @@ from skyrl.types import UserError
 
 
 def test_everything_is_listed_with_options_and_whose_it_is(tmp_path, capsys, monkeypatch):
+    list_things([])  # which imports what registers things, before registries are exchanged
+    assert "\npolicies\n" in capsys.readouterr().out
     for registry in Registry.all:
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     plugin = tmp_path / "listed_plugin.py"
@@ -34,3 +37,13 @@ def test_everything_is_listed_with_options_and_whose_it_is(tmp_path, capsys, mon
     assert "  exact " in capsys.readouterr().out
     with pytest.raises(UserError, match="list reward: no such kind; choose one of: "):
         list_things(["reward"])
+
+
+def test_policies_of_control_are_listed_with_their_options(capsys, monkeypatch):
+    pytest.importorskip("skyrl.trainers.control", reason="the extra control is not installed", exc_type=ImportError)
+    list_things(["policies"])
+    listed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert listed["cnn"].split() == ["skyrl", "features=512", "channels=32"] and {"mlp", "recurrent"} <= listed.keys()
+    monkeypatch.setitem(sys.modules, "skyrl.trainers.control", None)  # as without gymnasium
+    list_things(["policies"])
+    assert "install the extra with pip install 'skyrl-spmd[control]'" in capsys.readouterr().err
