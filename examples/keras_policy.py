@@ -24,7 +24,6 @@ def make(observation_space: Any, action_space: Any, *, units: int = 64) -> Any:
         raise UserError(
             f"KERAS_BACKEND={keras.backend.backend()}: a policy needs torch; set it before Keras is imported"
         )
-    keras.utils.clear_session()  # weights are saved by names, which otherwise count all layers that were made before
     return keras.Sequential(
         [
             keras.Input(observation_space.shape),

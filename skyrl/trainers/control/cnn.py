@@ -13,18 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from skyrl.trainers.control.distributions import parameters_of
-from skyrl.trainers.control.policies import register_policy
+from skyrl.trainers.control.policies import initialised, register_policy
 from skyrl.types import UserError
 
 NATURE = ((1, 8, 4), (2, 4, 2), (2, 3, 1))  # channels in those of the first layer, kernel, stride
 SMALLEST, LEFT = 64, 6  # pixels on a side: below which the small network is taken, and what it leaves
-
-
-def initialised(layer: Any, gain: float = 2.0**0.5) -> Any:
-    """The layer, linear or convolution, with orthogonal weights times `gain`, and biases of 0."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ImageEncoder(nn.Module):

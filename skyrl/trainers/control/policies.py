@@ -16,6 +16,7 @@ critic beside it (control.critic). A recurrent policy has `initial_state(n)` -> 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,13 @@ from skyrl.types import UserError
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU}
 
 
+def initialised(layer: Any, gain: float = 2.0**0.5) -> Any:
+    """The layer, linear or convolution, with orthogonal weights times `gain`, and biases of 0."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def layers(sizes: Sequence[int], activation: str, gain: float) -> nn.Sequential:
     """Linear layers of these sizes with an activation between any two; orthogonal weights, those of the last one times
     `gain`, biases 0 (Engstrom et al. 2020, arXiv 2005.12729)."""
@@ -46,9 +54,7 @@ def layers(sizes: Sequence[int], activation: str, gain: float) -> nn.Sequential:
     parts: list[nn.Module] = []
     for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         last = i == len(sizes) - 2
-        linear = nn.Linear(a, b)
-        nn.init.orthogonal_(linear.weight, gain if last else 2.0**0.5)
-        nn.init.zeros_(linear.bias)
+        linear = initialised(nn.Linear(a, b), gain if last else 2.0**0.5)
         parts += [linear] if last else [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*parts)
 
@@ -74,6 +80,25 @@ class MLP(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """[B, *shape] -> [B, P]."""
         return self.net(observations.flatten(1).to(next(self.parameters()).dtype))
+
+
+class KerasModule(nn.Module):
+    """A built Keras model with weights that are numbered in the order in which its layers were made. Keras names them
+    by a count of all layers of the process, and torch takes them in the order of these names (dense_10 before dense_9):
+    a checkpoint could not be read, or be mixed up, where other models were made before. Raises UserError for a model
+    that keeps more than trainable weights: what was sampled could not be computed again."""
+
+    def __init__(self, model: Any, where: str) -> None:
+        super().__init__()
+        if kept := [one.path for one in model.non_trainable_variables]:
+            raise UserError(f"{where}: keeps {kept[0]} beside trainable weights; leave Dropout, BatchNormalization out")
+        self.call = model.__call__  # the model is no submodule, whose weights would have Keras's names
+        self.weights = nn.ParameterList(one.value for one in model.trainable_variables)
+        self.__dict__ |= {name: getattr(model, name) for name in ("initial_state", "sequence") if hasattr(model, name)}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """As the model's."""
+        return self.call(*inputs)
 
 
 class ActorCritic(nn.Module):
@@ -163,7 +188,13 @@ def make_actor_critic(
                     f"control.critic={name}: returns {list(found.shape)} for 2 observations, but a value is a number; "
                     "give another (control.critic=mlp), or let the policy return (parameters, values)"
                 )
-    return ActorCritic(policy, beside, action_space, **more)
+            beside = _numbered(beside, f"control.critic={name}")
+    return ActorCritic(_numbered(policy, where), beside, action_space, **more)
+
+
+def _numbered(module: nn.Module, where: str) -> nn.Module:
+    keras: Any = sys.modules.get("keras")
+    return KerasModule(module, where) if keras is not None and isinstance(module, keras.layers.Layer) else module
 
 
 def _make(name: str, options: dict[str, Any], observations: Any, actions: Any, where: str, **more: Any) -> nn.Module:

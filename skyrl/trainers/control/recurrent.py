@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skyrl.trainers.control.cnn import ImageEncoder, initialised
+from skyrl.trainers.control.cnn import ImageEncoder
 from skyrl.trainers.control.distributions import parameters_of
-from skyrl.trainers.control.policies import register_policy
+from skyrl.trainers.control.policies import initialised, register_policy
 
 
 @register_policy("recurrent")
