@@ -427,11 +427,6 @@ class Run:
         self.state.position += count
         return [self.stream.at(position) for position in range(first, first + count)]
 
-    def play_held_out(self) -> tuple[list[list[Episode]], Metrics]:
-        """This rank's groups of held-out episodes, written down where rollouts are, and all ranks' metrics.
-        Collective."""
-        return play_and_measure(self, self.sets[0])
-
     @property
     def ends_early(self) -> bool:
         """Whether training has ended by eval.stop_when or eval.patience, as they are now."""
@@ -554,11 +549,6 @@ class Run:
                 self.engine.create("reference", ModelSpec(trainable=False, copy_of="policy", averaged=averaged))
             if self.plan.needs_critic and "critic" not in self.engine.models:
                 self.engine.create("critic", ModelSpec(head="value"))
-
-    def weight_check_due(self) -> bool:
-        """Whether the step under way checks that the sampler draws from the trained weights; the first one does."""
-        every = self.cfg.debug.check_weights_every
-        return every > 0 and self.state.step % every == 0
 
     def kl_coef(self) -> float:
         """The KL coefficient in force."""

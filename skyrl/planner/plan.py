@@ -195,6 +195,7 @@ def make_plan(
             where = "sampler.max_new_tokens" if longest == cfg.sampler.max_new_tokens else "eval.sets: max_new_tokens"
             raise UserError(f"{where}={longest}: leaves no room for a prompt in rows of {row_tokens} tokens; lower it")
         _check_against_model(cfg, model_sizes, dtype)
+        answers = longest * cfg.env.max_turns
         memory = estimate(
             cfg,
             model_sizes,
@@ -202,7 +203,8 @@ def make_plan(
             dtype=dtype,
             strategy=strategy,
             device=device,
-            row_tokens=_typical_row(cfg, row_tokens),
+            # for the cache: prompts as long as they may be, or as long again as the answers where there is no limit
+            row_tokens=min(row_tokens, answers + (cfg.data.max_prompt_tokens or max(answers, 128))),
         )
         if not trains:
             kept = replace(memory, masters=0, gradients=0, optimizer=0)
@@ -309,13 +311,6 @@ def _device(cfg: RunConfig, kind: str) -> DeviceChoice:
     if dtype == "auto":
         dtype = "bfloat16" if kind == "cuda" else "float32"
     return DeviceChoice(kind, dtype)
-
-
-def _typical_row(cfg: RunConfig, limit: int) -> int:
-    """Tokens of one row for the cache's estimate: all turns, and prompts as long as they may be, or as long again as
-    the answers where there is no limit."""
-    answers = longest_answer(cfg) * cfg.env.max_turns
-    return min(limit, answers + (cfg.data.max_prompt_tokens or max(answers, 128)))
 
 
 def _sampling(cfg: RunConfig, temperature: float) -> SamplingParams:

@@ -16,6 +16,7 @@ from skyrl.algorithms.preferences import divergence
 from skyrl.distributed.collectives import MetricSums, all_reduce_sum, gather_objects
 from skyrl.distributed.phases import LOADING, inside
 from skyrl.engine import ModelSpec
+from skyrl.evaluation.measure import play_and_measure
 from skyrl.rollout import Group, draw_seed, to_rows
 from skyrl.run import Run, Step
 from skyrl.trainers.experience import frozen_source
@@ -103,6 +104,6 @@ def learn(run: Run, rows: list[Datum], count: float, sums: MetricSums, *, backwa
 def measure(run: Run) -> Metrics:
     """Held-out prompts as any evaluation plays them, and the divergence from the teacher along these answers,
     "eval/divergence:mean" in nats a token. Collective."""
-    (groups, metrics), sums = run.play_held_out(), MetricSums()
+    (groups, metrics), sums = play_and_measure(run, run.sets[0]), MetricSums()
     learn(run, drawn_rows(list(enumerate(groups))), 1.0, sums, backward=False)
     return {**metrics, "eval/divergence:mean": sums.result(run.world).get("distill/divergence:mean", 0.0)}

@@ -41,7 +41,7 @@ def generate_groups(run: Run, step: Step) -> tuple[list[Group], int]:
     run.objectives.names = []
     with contextlib.ExitStack() as opened:
         sampler: Any = opened.enter_context(sampling(run, step))
-        if run.weight_check_due():
+        if (every := cfg.debug.check_weights_every) and state.step % every == 0:  # the first step too
             probe = sample_probe(run.engine, sampler, step.index)
             check_copies(run.engine)  # here, where the very copy is there that is sampled from
         for number in range(filters.max_refill_rounds if filters.refill else 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, SupportsFloat
 
 import gymnasium
+import numpy as np
 
 from skyrl.types import UserError
 
@@ -36,11 +37,7 @@ def wrap_atari(env: Any, cfg: Any, *, training: bool = True) -> Any:
     except gymnasium.error.DependencyNotInstalled:
         raise UserError(f"{where}: needs opencv; pip install 'skyrl-spmd[atari]'") from None
     env = AtariLives(env, episodic=training)
-    return wrappers.TransformReward(env, _sign) if training else env
-
-
-def _sign(reward: SupportsFloat) -> float:
-    return float((float(reward) > 0) - (float(reward) < 0))
+    return wrappers.TransformReward(env, lambda reward: float(np.sign(float(reward)))) if training else env
 
 
 class AtariLives(gymnasium.Wrapper):  # type: ignore[misc]

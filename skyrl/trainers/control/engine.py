@@ -23,7 +23,7 @@ from skyrl.distributed.init import World
 from skyrl.engine import DTYPES
 from skyrl.files import write_atomic
 from skyrl.model import Model, ModelSpec
-from skyrl.planner.plan import Plan
+from skyrl.planner.plan import Plan, make_spec, make_value_spec
 from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.trainers.control.distributions import draws_of, to_env
 from skyrl.trainers.control.environments import LONGEST, check_numbers, make_envs
@@ -107,6 +107,7 @@ class ControlEngine(ControlPolicy):
             )
         strategy = ReplicatedStrategy(self.module, world, optimizer=cfg.optim.name)
         self.models = {"policy": Model("policy", ModelSpec(), strategy, world)}
+        self.specs = make_spec(cfg.algorithm, 1.0), make_value_spec(cfg.algorithm.critic)
         self.return_moments = RunningMoments(())
         self.discounted = np.zeros(len(self.places))  # sum of rewards of the episode under way, for their spread
         self.hidden: Tensor | None = self.module.initial_state(len(self.places))
@@ -183,16 +184,13 @@ class ControlEngine(ControlPolicy):
         for i, place in enumerate(self.places):
             episode, length = int(part["episode"][place]), int(part["length"][place])
             if length <= part["actions"].shape[1] and control.preprocess == "none":
-                progress[place] = (episode, self._as_taken(part["actions"][place, :length]))
+                taken = part["actions"][place, :length].reshape(-1, *self.action_space.shape)
+                progress[place] = (episode, list(taken.astype(self.action_space.dtype)))
             else:  # too long, or a life of a game that began before: the next one begins
                 progress[place], self.discounted[i] = (episode + 1, ()), 0.0
         if self.hidden is not None:
             self.hidden = torch.from_numpy(part["hidden"][self.places]).to(self.hidden)
         self._reset(progress)
-
-    def _as_taken(self, actions: np.ndarray) -> list[Any]:
-        space = self.action_space
-        return [row.reshape(space.shape).astype(space.dtype)[()] for row in actions]
 
     def check_replicas(self, model: str = "policy") -> None:
         """Raises RunError unless all ranks hold the same weights. Collective."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,13 @@ from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import MetricSums, agree
 from skyrl.distributed.phases import heartbeat
 from skyrl.loop import run_loop
-from skyrl.planner.plan import make_spec, make_value_spec
 from skyrl.rollout import draw_seed
 from skyrl.run import Run, Step
 from skyrl.run_dir import RECORDINGS
 from skyrl.trainers.control.engine import ControlEngine
 from skyrl.trainers.control.environments import ended_episodes, make_env, make_envs
 from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect, evaluate_actions, score
-from skyrl.types import ForwardOutput, LossSpec, Metrics, Microbatch, UserError
-
-Specs = tuple[LossSpec, LossSpec]  # of the policy and of the critic
+from skyrl.types import ForwardOutput, Metrics, Microbatch, UserError
 
 
 def control(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -45,7 +41,7 @@ def train_control(run: Run) -> None:
     engine: Any = run.engine
     run.measure = measure
     if run.cfg.control.record_every:
-        agree(run.world, lambda: record(run.cfg, run.folder.path))
+        agree(run.world, lambda: record(run))
     for step in run.steps("control", run.plan.num_steps, evaluate_every=run.cfg.eval.every_steps, evaluate_first=True):
         begun = time.perf_counter()
         with step.phase("generation", "collect"):
@@ -53,9 +49,11 @@ def train_control(run: Run) -> None:
             step.check_stop()
         with step.phase("training", "train"):
             update(run, step, engine, batch)
-        steps = run.cfg.control.n_envs * run.cfg.control.n_steps
-        step.log({"env_steps:sum": float(steps)})
-        step.log({"speed/env_steps_per_second:mean": steps / (time.perf_counter() - begun)})
+        steps = float(run.cfg.control.n_envs * run.cfg.control.n_steps)
+        speed = steps / (time.perf_counter() - begun)
+        step.log({"env_steps:sum": steps, "speed/env_steps_per_second:mean": speed})
+    if run.cfg.control.record_every and run.world.is_leader:  # of the policy that the run ends with, whenever that is
+        record(run, engine.player())
 
 
 def minibatches(seed: int, index: int, epoch: int, total: int, size: int, unit: int = 1) -> list[np.ndarray]:
@@ -69,17 +67,18 @@ def minibatches(seed: int, index: int, epoch: int, total: int, size: int, unit: 
 
 
 def update(run: Run, step: Step, engine: ControlEngine, batch: ControlBatch) -> None:
-    """All optimizer steps on a batch; commits the step before the first of them. Collective."""
+    """Commits the step; all optimizer steps on its batch. Collective."""
     cfg, world, control = run.cfg, run.world, run.cfg.control
     score(engine, batch)
     advantages = advantages_of(engine, batch)
     T, N = batch.rewards.shape
     total, everyone = T * control.n_envs, advantages.reshape(-1)
-    specs = (make_spec(cfg.algorithm, 1.0), make_value_spec(cfg.algorithm.critic))
     strategy, adam = engine.models["policy"].strategy, run.plan.adam_at(step.index)
     columns = np.full(control.n_envs, -1)  # where this rank has an environment; -1: another rank has it
     columns[engine.places] = np.arange(N)
-    committed, stopped = False, False
+    stopped = False
+    step.commit()
+    engine.keep()
     for epoch in range(control.epochs):
         unit = T if batch.hidden is not None else 1
         for picked in minibatches(cfg.seed, step.index, epoch, total, control.minibatch_size, unit):
@@ -88,30 +87,22 @@ def update(run: Run, step: Step, engine: ControlEngine, batch: ControlBatch) -> 
             column = columns[picked % control.n_envs]
             mine = column >= 0
             rows = torch.from_numpy((picked // control.n_envs * N + column)[mine]).to(world.device)
-            kl = learn(engine, step, batch, rows, own[mine], specs) if len(rows) else 0.0
+            kl = learn(engine, step, batch, rows, own[mine]) if len(rows) else 0.0
             if control.target_kl and engine.all_sum(np.array([kl]))[0] > 1.5 * control.target_kl * len(picked):
                 strategy.clear_gradient()
                 stopped = True
                 break
-            if not committed:  # the last place where the step can be taken back
-                step.commit()
-                engine.keep()
-                committed = True
             step.log(engine.models["policy"].optim_step(adam))
         if stopped:
             break
-    if not committed:
-        step.commit()
-        engine.keep()
     step.log({"epochs:mean": float(epoch + (not stopped))})
 
 
-def learn(
-    engine: ControlEngine, step: Step, batch: ControlBatch, rows: Tensor, advantages: np.ndarray, specs: Specs
-) -> float:
+def learn(engine: ControlEngine, step: Step, batch: ControlBatch, rows: Tensor, advantages: np.ndarray) -> float:
     """Adds the gradient of policy, value and entropy terms of this rank's part of a minibatch, and its metrics; returns
     the sum of the steps' approximate KL."""
     assert batch.logprobs is not None and batch.values is not None and batch.returns is not None
+    control = engine.cfg.control
     logprobs, entropy, values = evaluate_actions(engine, batch, rows)
     count, one = len(rows), torch.ones_like(logprobs)
     index = torch.arange(count + 1, device=rows.device)
@@ -122,9 +113,8 @@ def learn(
         values_T=batch.values[rows],
         returns_T=batch.returns[rows],
     )
-    policy_T, metrics = compute_loss(ForwardOutput(logprobs, entropy), data, specs[0])
-    value_T, of_values = compute_loss(ForwardOutput(logprobs, None, values), data, specs[1])
-    control = engine.cfg.control
+    policy_T, metrics = compute_loss(ForwardOutput(logprobs, entropy), data, engine.specs[0])
+    value_T, of_values = compute_loss(ForwardOutput(logprobs, None, values), data, engine.specs[1])
     loss = (policy_T + control.value_coef * value_T).sum() / control.minibatch_size
     engine.models["policy"].strategy.backward(loss)
     metrics = {**metrics, **{f"critic/{key}": value for key, value in of_values.items()}}
@@ -152,25 +142,26 @@ def measure(run: Run) -> Metrics:
             done = ended | cut
             for i, (total, length) in zip(np.flatnonzero(done), ended_episodes(infos), strict=True):
                 if left[i]:
-                    for name, value in (("reward:mean", total), ("reward:min", total), ("reward:max", total)):
-                        sums.add(f"eval/{name}", value)
+                    for name in ("reward:mean", "reward:min", "reward:max"):
+                        sums.add(f"eval/{name}", total)
                     sums.add("eval/length:mean", length)
             left &= ~done
         envs.close()
     every = control.record_every * max(1, run.cfg.eval.every_steps)
     if every and run.state.global_step % every == 0 and run.world.is_leader:
-        record(run.cfg, run.folder.path / RECORDINGS / f"{run.state.global_step:06d}.gif", engine.player())
+        record(run, engine.player())
     return sums.result(run.world)
 
 
-def record(cfg: RunConfig, path: Path, play: Callable[[Any], Any] | None = None) -> None:
-    """Writes the first episode of an evaluation, as `play` acts, to `path`; without `play` looks whether that can be
-    done, and raises UserError where it cannot."""
+def record(run: Run, play: Callable[[Any], Any] | None = None) -> None:
+    """Writes the first episode of an evaluation, as `play` acts, under the number of this step; without `play` looks
+    whether that can be done, and raises UserError where it cannot."""
     from skyrl.trainers.control.record import record_episode, render_problem
 
+    cfg, path = run.cfg, run.folder.path / RECORDINGS / f"{run.state.global_step:06d}.gif"
     env = make_env(cfg, 0, "eval", render_mode="rgb_array")
     problem = render_problem(env) if play is None else ""
-    if play is not None:
+    if play is not None and not path.exists():
         record_episode(env, play, path)
     env.close()
     if problem:
