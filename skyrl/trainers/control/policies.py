@@ -97,7 +97,7 @@ class KerasModule(nn.Module):
         self.__dict__ |= {name: getattr(model, name) for name in ("initial_state", "sequence") if hasattr(model, name)}
 
     def forward(self, *inputs: Tensor) -> Any:
-        """As the model's."""
+        """[B, *shape], and a state [B, S] where there is one, to what the model returns."""
         return self.call(*inputs)
 
 
