@@ -15,55 +15,25 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/skyrl/bin:$PATH PYTHONUNBUFFERED=1 HF_HUB_DISABLE_TELEMETRY=1
 
-FROM base AS build
+# skyrl itself, once for all targets. The version comes from the tag, and the context has no git.
+FROM base AS wheel
+ARG PIP_INDEX_URL=https://pypi.org/simple
+ARG VERSION=0.0.0
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY conf conf
+COPY docs/metrics.md docs/metrics.md
+COPY launch launch
+COPY skyrl skyrl
+RUN python3 -m venv /tmp/pip \
+    && PIP_INDEX_URL=${PIP_INDEX_URL} SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} /tmp/pip/bin/pip wheel --no-cache-dir --no-deps -w /wheels .
+
+FROM base AS packages
 ARG PIP_INDEX_URL=https://pypi.org/simple
 ENV PIP_INDEX_URL=${PIP_INDEX_URL} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python3 -m venv /opt/skyrl
 COPY constraints.txt ./
-
-# torch first and alone, so that a change of skyrl's own code does not load it again.
-FROM build AS build-cpu
-# The index of builds without CUDA, which are 4 GB smaller.
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-# Beside the other index and not instead of it, since it lacks most pinned packages; 2.13.0+cpu counts as newer than 2.13.0.
-RUN pip install -c constraints.txt --extra-index-url "${TORCH_CPU_INDEX}" torch
-COPY pyproject.toml README.md LICENSE ./
-COPY conf conf
-COPY docs/metrics.md docs/metrics.md
-COPY launch launch
-COPY skyrl skyrl
-ARG EXTRAS=serve,dashboard
-# The version comes from the tag, and the context has no git.
-ARG VERSION=0.0.0
-RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} pip install -c constraints.txt ".[${EXTRAS}]"
-
-FROM build AS build-cuda
-RUN pip install -c constraints.txt torch
-COPY pyproject.toml README.md LICENSE ./
-COPY conf conf
-COPY docs/metrics.md docs/metrics.md
-COPY launch launch
-COPY skyrl skyrl
-ARG CUDA_EXTRAS=serve,dashboard,deepspeed
-ARG VERSION=0.0.0
-RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} pip install -c constraints.txt ".[${CUDA_EXTRAS}]"
-
-FROM build AS build-cuda11
-# The last release of torch with wheels for CUDA 11; all else is pinned as elsewhere.
-ARG TORCH_CUDA11=2.7.1
-ARG TORCH_CUDA11_INDEX=https://download.pytorch.org/whl/cu118
-RUN sed -i "s/^torch==.*/torch==${TORCH_CUDA11}+cu118/" constraints.txt \
-    && pip install -c constraints.txt --extra-index-url "${TORCH_CUDA11_INDEX}" torch
-COPY pyproject.toml README.md LICENSE ./
-COPY conf conf
-COPY docs/metrics.md docs/metrics.md
-COPY launch launch
-COPY skyrl skyrl
-ARG CUDA_EXTRAS=serve,dashboard,deepspeed
-ARG VERSION=0.0.0
-RUN SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION} \
-    pip install -c constraints.txt --extra-index-url "${TORCH_CUDA11_INDEX}" ".[${CUDA_EXTRAS}]"
 
 FROM base AS final
 ARG VERSION=0.0.0
@@ -82,13 +52,40 @@ HEALTHCHECK --interval=30s --timeout=10s --start-period=10m \
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["skyrl-tx", "--help"]
 
+# A target installs torch first and alone, so that a change of skyrl's own code does not load it again. Its index stands beside the other
+# and not instead of it, since it lacks most pinned packages. 2.13.0+cpu counts as newer than 2.13.0: the builds without CUDA are 4 GB smaller.
+FROM packages AS packages-cpu
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_EXTRA_INDEX_URL=${TORCH_CPU_INDEX}
+RUN pip install -c constraints.txt torch
+COPY --from=wheel /wheels /wheels
+ARG EXTRAS=serve,dashboard
+RUN pip install -c constraints.txt "$(echo /wheels/*.whl)[${EXTRAS}]"
+
 FROM final AS cpu
-COPY --from=build-cpu /opt/skyrl /opt/skyrl
+COPY --from=packages-cpu /opt/skyrl /opt/skyrl
 
-FROM final AS cuda11
-COPY --from=build-cuda11 /opt/skyrl /opt/skyrl
+FROM final AS gpu
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-FROM final AS cuda
-COPY --from=build-cuda /opt/skyrl /opt/skyrl
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# The last release of torch with wheels for CUDA 11; all else is pinned as elsewhere.
+FROM packages AS packages-cuda11
+ARG TORCH_CUDA11=2.7.1+cu118
+ARG TORCH_CUDA11_INDEX=https://download.pytorch.org/whl/cu118
+ENV PIP_EXTRA_INDEX_URL=${TORCH_CUDA11_INDEX}
+RUN sed -i "s/^torch==.*/torch==${TORCH_CUDA11}/" constraints.txt && pip install -c constraints.txt torch
+COPY --from=wheel /wheels /wheels
+ARG CUDA_EXTRAS=serve,dashboard,deepspeed
+RUN pip install -c constraints.txt "$(echo /wheels/*.whl)[${CUDA_EXTRAS}]"
+
+FROM gpu AS cuda11
+COPY --from=packages-cuda11 /opt/skyrl /opt/skyrl
+
+FROM packages AS packages-cuda
+RUN pip install -c constraints.txt torch
+COPY --from=wheel /wheels /wheels
+ARG CUDA_EXTRAS=serve,dashboard,deepspeed
+RUN pip install -c constraints.txt "$(echo /wheels/*.whl)[${CUDA_EXTRAS}]"
+
+FROM gpu AS cuda
+COPY --from=packages-cuda /opt/skyrl /opt/skyrl

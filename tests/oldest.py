@@ -1,8 +1,9 @@
 """`make test-oldest`: the suite on the oldest Python that this machine has, and the oldest torch, transformers,
 accelerate and DeepSpeed that pyproject.toml allows; all else as constraints.txt pins it, where that goes together.
 
-python tests/oldest.py FOLDER [--pip "..."] [pytest's own words]: FOLDER gets an environment of its own, once. What
-could not be had is listed at the end, and is no failure: the line says that it was not tried.
+python tests/oldest.py FOLDER [--pip "..."] [--resume] [pytest's own words]: FOLDER gets an environment of its own,
+once. What could not be had is listed at the end, and is no failure: the line says that it was not tried. In passed.txt
+are the tests that passed or were skipped; with --resume these are left out, so that an hour may be spent in parts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("torch", "transformers", "accelerate", "deepspeed")
 # Pins of what these bring themselves, which newer ones of constraints.txt do not fit.
 THEIRS = (*PARTS, "tokenizers", "huggingface-hub", "hf-xet", "peft", "setuptools")
+PASSED = "SKYRL_OLDEST_PASSED"  # the path of passed.txt, for pytest, to which this module is a plugin
 LEFT_OUT = "slow or gpu or tinker or slurm or browser"
 
 
@@ -82,10 +84,25 @@ def install(folder: Path, more: list[str]) -> list[str]:
     return missing
 
 
+def pytest_collection_modifyitems(config, items):
+    """Of pytest: leaves out what has passed in the parts before."""
+    done = set(Path(os.environ[PASSED]).read_text(encoding="utf-8").splitlines())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_runtest_logreport(report):
+    """Of pytest: keeps what has passed or was skipped; of several processes the one that hears of all."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and (report.skipped or (report.when == "call" and report.passed)):
+        with open(os.environ[PASSED], "a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=lambda text: Path(text).absolute())
     parser.add_argument("--pip", type=shlex.split, default=[], help="options for pip, in one word")
+    parser.add_argument("--resume", action="store_true", help="only what has not passed yet")
     given, words = parser.parse_known_args()
     folder = given.folder
     if not (folder / "not-tried.txt").exists():
@@ -93,9 +110,22 @@ def main() -> int:
         install(folder, given.pip)
     python = str(folder / "bin" / "python")
     # A build for CUDA that has once looked for a GPU does not look again in forked ranks: none is shown to it.
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", PASSED: str(folder / "passed.txt")}
     env.setdefault("OMP_NUM_THREADS", "1")
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", f"not ({LEFT_OUT})", *words]
+    with open(env[PASSED], "a" if given.resume else "w", encoding="utf-8"):
+        pass
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.oldest",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        f"not ({LEFT_OUT})",
+        *words,
+    ]
     code = subprocess.run(command, cwd=ROOT, env=env).returncode
     shown = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True).stdout
     held = [line for line in shown.splitlines() if line.partition("==")[0] in PARTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -19,4 +20,4 @@ _CONDITION = re.compile(rf"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*({_NUMBER})\s*")
 def read_condition(text: str) -> tuple[str, str, float] | None:
     """(metric, one of RELATIONS, a finite number); None for a text that is no condition."""
     found = _CONDITION.fullmatch(text)
-    return (found[1], found[2], float(found[3])) if found else None
+    return (found[1], found[2], float(found[3])) if found and abs(float(found[3])) < math.inf else None

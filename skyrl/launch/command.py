@@ -18,14 +18,13 @@ from skyrl.config.load import load_config
 from skyrl.config.run_rules import closed_until
 from skyrl.distributed import place
 from skyrl.distributed.env import LAUNCHED
-from skyrl.distributed.stop import OF_BATCH
+from skyrl.distributed.stop import INTERRUPTED, OF_BATCH, TEMPORARY
 from skyrl.launch import hosts, machine, processes, sbatch
 from skyrl.launch.rank import BIND, MODES
 from skyrl.main import split_args
 from skyrl.run_dir import REQUEUE_FILE
 from skyrl.types import UserError
 
-AGAIN, INTERRUPTED = processes.AGAIN, processes.INTERRUPTED
 CLOCK_SLACK_SECONDS = 5.0  # a file server's clock may be behind ours
 SHUTDOWN_SECONDS = 600  # torchrun's patience with ranks that save, should it be asked to end itself
 # A task that ends first (rank 0 still writes, say) must not take the others with it, nor wait for them without end.
@@ -201,7 +200,7 @@ def _in_slurm(flags: argparse.Namespace, job: Job) -> int:
         return 0
     since = time.time()
     code, child = processes.run(command, {**environment, **extra}, through=True)
-    return exit_code(code, child.heard, job, since, left=code == AGAIN)
+    return exit_code(code, child.heard, job, since, left=code == TEMPORARY)
 
 
 def exit_code(code: int, heard: Sequence[int], job: Job, since: float, *, left: bool = False) -> int:
@@ -215,9 +214,9 @@ def exit_code(code: int, heard: Sequence[int], job: Job, since: float, *, left: 
     if signal.SIGINT in heard:
         return INTERRUPTED
     if left or (job.folder is not None and asks_again(job.folder, since)):
-        return AGAIN
+        return TEMPORARY
     if job.folder is None and set(OF_BATCH) & set(heard):
-        return AGAIN
+        return TEMPORARY
     return code
 
 

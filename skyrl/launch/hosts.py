@@ -7,6 +7,7 @@ and when the connection ends, so do they, after a save.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from skyrl.config.args import is_secret
 from skyrl.distributed.network import COUNT, FIRST, is_free, job_port
+from skyrl.distributed.stop import INTERRUPTED, TEMPORARY
 from skyrl.launch import processes
 from skyrl.types import UserError
 
@@ -95,8 +97,8 @@ def _command(
 ) -> list[str]:
     host = hosts[place]
     own = [sys.executable, "-m", "skyrl.cli", "launch", "--remote-commands", f"--nproc={host.ranks or 'auto'}"]
-    own += [f"--nnodes={len(hosts)}"]
-    own += [f"--node-rank={place}", f"--rendezvous={hosts[0].address}:{port}", f"--address={host.address}"]
+    own += [f"--nnodes={len(hosts)}", f"--node-rank={place}"]
+    own += [f"--rendezvous={hosts[0].address}:{port}", f"--address={host.address}"]
     own += [f"--max-restarts={flags.max_restarts}"] + ["--no-bind"] * flags.no_bind
     line = _line([*own, "--", mode, *args])
     return _reach(flags.rsh, host, line)
@@ -153,11 +155,9 @@ class _Hosts:
         self.heard.append(number)
         for child in self.children:
             assert child.stdin is not None
-            try:
+            with contextlib.suppress(OSError, ValueError):  # this one has ended
                 child.stdin.write(f"{signal.Signals(number).name}\n")
                 child.stdin.flush()
-            except (OSError, ValueError):  # this one has ended
-                continue
 
     def wait(self) -> int:
         """The exit code: that of the first host that failed, 75 when all that did not end well ask to go on."""
@@ -166,7 +166,7 @@ class _Hosts:
         with processes.passing(self.send):
             while any(child.poll() is None for child in self.children):
                 for host, child in zip(self.hosts, self.children, strict=True):
-                    if first is None and child.poll() not in (None, 0, processes.AGAIN):
+                    if first is None and child.poll() not in (None, 0, TEMPORARY):
                         first, failed_at = (host.name, child.returncode), time.monotonic()
                 if first is not None:
                     self._end_others(time.monotonic() - failed_at)
@@ -176,13 +176,13 @@ class _Hosts:
             assert child.stdin is not None
             child.stdin.close()
         if signal.SIGINT in self.heard:
-            return processes.INTERRUPTED
+            return INTERRUPTED
         if first is None and not any(codes):
             return 0
-        if all(code in (0, processes.AGAIN) for code in codes):
-            return processes.AGAIN
+        if all(code in (0, TEMPORARY) for code in codes):
+            return TEMPORARY
         name, code = first or next(
-            (host.name, code) for host, code in zip(self.hosts, codes, strict=True) if code not in (0, processes.AGAIN)
+            (host.name, code) for host, code in zip(self.hosts, codes, strict=True) if code not in (0, TEMPORARY)
         )
         print(f"launch: {name} ended first, with code {code}", file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code

@@ -5,6 +5,7 @@ All three know the run by its folder alone, so they work from any machine that s
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import math
@@ -14,13 +15,13 @@ from pathlib import Path
 
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.conditions import RELATIONS, read_condition
-from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD
+from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD, TEMPORARY
 from skyrl.files import disk_reason, write_atomic
 from skyrl.run_dir import RunReader, find_run, is_run
 from skyrl.tracking.jsonl import plain
 from skyrl.types import UserError
 
-HOLDS, FAILS, AGAIN, LATE = 0, 1, 75, 124  # of `wait`; 124 is what timeout(1) ends with
+HOLDS, FAILS, LATE = 0, 1, 124  # of `wait`; 124 is what timeout(1) ends with
 POLL_SECONDS = 1.0
 LOST_SECONDS = 30.0  # a run without a lock and without a result may be between two starts
 ENDED = ("finished", "evaluated")
@@ -33,12 +34,14 @@ def wait(args: list[str]) -> int:
     p.add_argument(
         "run", type=path_arg, help="a run folder, also one that is still to come, or the name of one in runs"
     )
-    p.add_argument("--timeout", type=float, default=math.inf, help="seconds, after which the exit code is 124 (none)")
+    p.add_argument(
+        "--timeout", type=_seconds, default=math.inf, help="seconds, after which the exit code is 124 (none)"
+    )
     p.add_argument("--stopped", action="store_true", help="a run that was stopped and saved has ended (exit code 75)")
     given = p.parse_args(args)
-    if not given.timeout > 0:
-        raise UserError(f"wait: --timeout={given.timeout:g}: give seconds above 0")
     path = given.run if given.run.is_dir() or given.run.parent != Path(".") else Path("runs") / given.run
+    if path.exists() and not path.is_dir():
+        raise UserError(f"wait: {path} is a file; give the folder of a run")
     end, lost, told = time.monotonic() + given.timeout, None, ""
     while True:
         run = RunReader(path)
@@ -52,7 +55,7 @@ def wait(args: list[str]) -> int:
         if state == "stopped" and run.result().get("state") == "stopped":  # by a notice: nobody starts it again
             return FAILS
         if state == "stopped" and given.stopped:
-            return AGAIN
+            return TEMPORARY
         if lost is not None and time.monotonic() - lost > LOST_SECONDS:
             print(f"wait: {path} has ended without a result; its log and crash-* say why", file=sys.stderr, flush=True)
             return FAILS
@@ -68,7 +71,7 @@ def stop(args: list[str]) -> int:
     p.add_argument("run", type=path_arg, help="a run folder, or the name of one in runs")
     p.add_argument("--requeue", action="store_true", help="with exit code 75: a Slurm job queues itself again")
     p.add_argument("--wait", action="store_true", help="until it has left")
-    p.add_argument("--timeout", type=float, default=600.0, help="seconds that --wait waits (600)")
+    p.add_argument("--timeout", type=_seconds, default=600.0, help="seconds that --wait waits (600)")
     given = p.parse_args(args)
     run = find_run(given.run, "stop")
     if run.state() != "running":
@@ -118,6 +121,13 @@ def gate(args: list[str]) -> int:
     for one in judged:
         print(f"{'holds' if one['holds'] else 'FAILS'}  {one['metric']} = {one['value']:g}, wanted {one['condition']}")
     return HOLDS if passed else FAILS
+
+
+def _seconds(text: str) -> float:
+    """The type of a flag that is a time; of argparse, whose words it raises otherwise."""
+    if not 0 < (seconds := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"give seconds above 0, not {text!r}")
+    return seconds
 
 
 def _condition(text: str, values: dict[str, float], where: Path) -> tuple[str, str, float]:

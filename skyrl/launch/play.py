@@ -15,7 +15,7 @@ from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
 from skyrl.report.charts import printable
-from skyrl.run_dir import dumps, read_rollouts
+from skyrl.run_dir import dumps, find_run, read_rollouts
 from skyrl.tracking.rollouts import named
 from skyrl.types import Message, Prompt, UserError
 from skyrl.workers.calls import LocalCalls
@@ -32,9 +32,7 @@ def play(args: list[str]) -> None:
     p.add_argument("--seed", type=int, help="that reset is given, instead of the episode's own")
     p.add_argument("--answer", action="append", help="what the model is to have written, one for each turn")
     given = p.parse_args(args)
-    run = given.run if given.run.is_dir() else Path("runs") / given.run
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"play: no run folder {given.run} here; skyrl-tx runs lists those in runs")
+    run = find_run(given.run, "play").path
     cfg = read_config(run / "config.yaml")
     episode = _dumped(run / "rollouts", given.uid, given.index, given.step)
     if episode is None and not given.answer:

@@ -20,9 +20,8 @@ from types import FrameType
 
 import psutil
 
-from skyrl.distributed.stop import SIGNALS, heard_signals
+from skyrl.distributed.stop import SIGNALS, TEMPORARY, heard_signals
 
-AGAIN, INTERRUPTED = 75, 130
 PATIENCE_SECONDS = 600.0  # from a second Ctrl-C nothing is waited for; from a first signal a save may take so long
 _PDEATHSIG = 1
 
@@ -148,6 +147,6 @@ def _end_with(parent: int) -> Callable[[], None]:
         if library is not None:
             library.prctl(_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:
-                os._exit(AGAIN)  # it died before we asked
+                os._exit(TEMPORARY)  # it died before we asked
 
     return prepare

@@ -17,12 +17,11 @@ from types import FrameType
 
 from skyrl.distributed.env import LAUNCHED
 from skyrl.distributed.place import own_place
-from skyrl.distributed.stop import heard_signals
+from skyrl.distributed.stop import TEMPORARY, heard_signals
 from skyrl.launch import machine
 from skyrl.main import run_entry
 from skyrl.types import UserError
 
-AGAIN = 75  # EX_TEMPFAIL: the same command should be started again
 MODES = ("train", "sft", "control", "evaluate", "serve")
 BIND, CACHE, WARM = "SKYRL_BIND", "SKYRL_LOCAL_CACHE", "SKYRL_WARM_CACHE"
 # Variables of libraries that say where they keep compiled kernels, and our names of these folders. On a shared file
@@ -48,7 +47,7 @@ def main() -> None:
     asked = _listen(mode)
     run_entry(mode, prepare)
     if asked:
-        sys.exit(AGAIN)
+        sys.exit(TEMPORARY)
 
 
 def bind_cpus(args: Sequence[str], environment: MutableMapping[str, str] = os.environ) -> list[str]:
@@ -128,7 +127,7 @@ def _listen(mode: str) -> list[int]:
     def leave(number: int, frame: FrameType | None) -> None:
         if os.environ.get(LAUNCHED):  # torchrun would hide the code
             os.close(os.open(os.environ[LAUNCHED], os.O_CREAT | os.O_WRONLY))
-        os._exit(AGAIN)
+        os._exit(TEMPORARY)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)

@@ -87,13 +87,13 @@ def exit_code(error: BaseException, told: str) -> int | None:
         what = " ".join((str(error) or type(error).__name__).split("\n")[0].split())
         line = (
             f"the nodes of this job did not meet ({what[:160]}); torchrun must run on as many nodes as --nnodes says, "
+            "and all must reach the one that --master-addr names"
         )
-        line += "and all must reach the one that --master-addr names"
         if "EADDRINUSE" in what:
             line = (
                 "another launcher or program has this machine's port for the rendezvous (29500, if --master-port does "
+                "not say another); give another port, or --standalone where this machine is the only one"
             )
-            line += "not say another); give another port, or --standalone where this machine is the only one"
         print(f"skyrl: error: {line}", file=sys.stderr, flush=True)
         return 1
     if not isinstance(error, ChildFailedError):

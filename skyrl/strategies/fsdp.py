@@ -73,7 +73,7 @@ class FSDPStrategy(Strategy):
             shard(layer, reshard_after_forward=reshard_after_forward)
         shard(module)
         self._units = [part for part in module.modules() if isinstance(part, FSDPModule)]
-        sum_gradients(self._units, world.device)
+        self._divided = sum_gradients(self._units, world.device, master, world.dp_size, self._copies)
         fill(module, torch.device("cpu") if offload else world.device)
         if offload:
             for part in module.modules():  # registered again, since FSDP keeps them where the shards are
@@ -102,6 +102,8 @@ class FSDPStrategy(Strategy):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         shards = [p.grad.to_local() for p in params]
+        if self._divided != 1:
+            torch._foreach_mul_(shards, self._divided)
         states = [self._optimizer.state[p] for p in params]
         local = [
             [p.detach().to_local() for p in params],
@@ -169,20 +171,22 @@ class FSDPStrategy(Strategy):
                 self._optimizer.state[p]["step"].copy_(state["step"])
 
 
-def sum_gradients(units: Sequence[FSDPModule], device: torch.device) -> None:
+def sum_gradients(
+    units: Sequence[FSDPModule], device: torch.device, dtype: torch.dtype, ranks: int, copies: int = 1
+) -> int:
     """Gradients of the units are summed over all ranks, copies included, and not averaged: the loss carries every
-    denominator."""
-    if not hasattr(FSDPModule, "set_gradient_divide_factor"):
-        # torch 2.7: its factor is NCCL's alone, and HSDP averages over the copies whatever it is. Factors of 1 before
-        # and after make both reductions plain sums, on any backend; for the whole process, where all units are ours.
-        from torch.distributed.fsdp._fully_shard import _fsdp_collectives
-
-        vars(_fsdp_collectives)["_get_gradient_divide_factors"] = lambda *args: (1.0, 1.0)
-        return
+    denominator. `dtype`: in which they are reduced. Returns what a gradient must still be multiplied by: 1 but for
+    torch 2.7, whose public factor is NCCL's alone."""
+    if hasattr(FSDPModule, "set_gradient_divide_factor"):
+        for unit in units:
+            unit.set_gradient_divide_factor(1.0)
+            if device.type == "cpu":
+                unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        return 1
     for unit in units:
-        unit.set_gradient_divide_factor(1.0)
-        if device.type == "cpu":
-            unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+        if (group := unit._get_fsdp_state()._fsdp_param_group) is not None:
+            group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # what the public factor sets, and gloo has this one
+    return copies if dtype in (torch.float32, torch.bfloat16) else ranks  # others it divides besides
 
 
 def make_mesh(world: World, shard_size: int = 0) -> DeviceMesh:

@@ -65,6 +65,27 @@ def test_options_of_the_compose_file_are_a_servers():
     assert cfg.service.folder == "/runs/tinker" and f":{cfg.service.port}:" in told["services"]["serve"]["ports"][0]
 
 
+def gate_job(where, runs, condition):
+    """The gate of the GitLab pipeline, by bash in an empty checkout, with the file's own variables."""
+    told = yaml.safe_load((ROOT / "launch/ci/gitlab.yml").read_text(encoding="utf-8"))
+    variables = {**told["variables"], "RUNS": str(runs), "CI_PIPELINE_ID": "7", "CONDITION": condition}
+    lines = ["set -eo pipefail", *(f'{name}="{value}"' for name, value in variables.items()), *told["gate"]["script"]]
+    program = f'skyrl-tx() {{ {sys.executable} -m skyrl.cli "$@"; }}\n' + "\n".join(lines)
+    where.mkdir()
+    done = subprocess.run(["bash", "-c", program], cwd=where, capture_output=True, text=True)
+    kept = [where / path for path in told["gate"]["artifacts"]["paths"]]
+    return done.returncode, [path.name for path in kept if path.exists() and path.is_relative_to(where)]
+
+
+def test_a_pipelines_gate_finds_the_run_that_another_job_has_left_and_keeps_its_export(tmp_path):
+    run = tmp_path / "runs" / "ci-7"
+    (run / "export").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "phase": "rl", "eval/accuracy:mean": 0.95}\n')
+    (run / "result.json").write_text('{"state": "finished"}')
+    assert gate_job(tmp_path / "one", run.parent, "eval/accuracy>=0.9") == (0, ["export"])
+    assert gate_job(tmp_path / "two", run.parent, "eval/accuracy>=0.99") == (1, [])
+
+
 def test_a_swarm_has_one_first_task_and_numbers_the_others_from_1():
     told = yaml.safe_load((ROOT / "launch/compose/swarm.yaml").read_text(encoding="utf-8"))["services"]
     assert told["first"]["environment"]["NODE_RANK"] == "0" and told["first"]["deploy"]["replicas"] == 1

@@ -63,6 +63,7 @@ def test_gate_judges_the_last_values(run, conditions, code, capsys):
         ("eval/accuracy=0.9", "give a metric"),
         ("eval/accuracy>=high", "give a metric"),
         ("eval/accuracy>=nan", "give a metric"),
+        ("eval/accuracy<1e400", "give a metric"),
         (">=1", "give a metric"),
         ("gap>1", "several; choose one of: gap:max, gap:mean"),
         ("eval/acuracy>1", "never logged it; did you mean eval/accuracy:mean"),
@@ -89,7 +90,7 @@ def test_wait_tells_how_a_run_ended(run, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "LOST_SECONDS", 0.05)
     assert jobs.wait([str(run)]) == jobs.FAILS and "ended without a result" in capsys.readouterr().err
     (run / "requeue").write_text("{}")
-    assert jobs.wait([str(run), "--stopped"]) == jobs.AGAIN
+    assert jobs.wait([str(run), "--stopped"]) == jobs.TEMPORARY
     assert jobs.wait([str(run), "--timeout", "0.05"]) == jobs.LATE  # it is to be started again
     live = Live(run)
     (run / "requeue").unlink()
@@ -105,8 +106,16 @@ def test_wait_tells_how_a_run_ended(run, monkeypatch, capsys):
     finish(run, "stopped")
     assert jobs.wait([str(run)]) == jobs.FAILS
     assert jobs.wait([str(run.parent / "to come"), "--timeout", "0.05"]) == jobs.LATE
-    with pytest.raises(UserError, match="--timeout=0"):
-        jobs.wait([str(run), "--timeout", "0"])
+    with pytest.raises(UserError, match="wait: .*config.yaml is a file"):
+        (run / "config.yaml").touch()
+        jobs.wait([str(run / "config.yaml")])
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.0", "-1", "nan", "inf", "ten", "²"])
+def test_seconds_that_never_pass_are_refused(run, seconds):
+    for command in (jobs.wait, jobs.stop):
+        with pytest.raises(UserError, match="--timeout: give seconds above 0, not '"):
+            command([str(run), f"--timeout={seconds}"])
 
 
 @pytest.mark.parametrize(("flags", "reason", "code"), [([], "skyrl-tx stop", 130), (["--requeue"], "stop file", 75)])

@@ -118,6 +118,7 @@ spec:
         - --node-rank=$(JOB_COMPLETION_INDEX)
         - --master-addr={{ $head }}
         - --master-port=29500
+        - --rdzv-conf=timeout=600 # seconds until nodes that do not meet are an error
         - --nproc-per-node={{ .Values.train.gpus | default .Values.train.ranks }}
         - -m
         - skyrl.train
