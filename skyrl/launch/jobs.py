@@ -35,7 +35,7 @@ def wait(args: list[str]) -> int:
         "run", type=path_arg, help="a run folder, also one that is still to come, or the name of one in runs"
     )
     p.add_argument(
-        "--timeout", type=_seconds, default=math.inf, help="seconds, after which the exit code is 124 (none)"
+        "--timeout", type=seconds, default=math.inf, help="seconds, after which the exit code is 124 (none)"
     )
     p.add_argument("--stopped", action="store_true", help="a run that was stopped and saved has ended (exit code 75)")
     given = p.parse_args(args)
@@ -71,7 +71,7 @@ def stop(args: list[str]) -> int:
     p.add_argument("run", type=path_arg, help="a run folder, or the name of one in runs")
     p.add_argument("--requeue", action="store_true", help="with exit code 75: a Slurm job queues itself again")
     p.add_argument("--wait", action="store_true", help="until it has left")
-    p.add_argument("--timeout", type=_seconds, default=600.0, help="seconds that --wait waits (600)")
+    p.add_argument("--timeout", type=seconds, default=600.0, help="seconds that --wait waits (600)")
     given = p.parse_args(args)
     run = find_run(given.run, "stop")
     if run.state() != "running":
@@ -123,11 +123,11 @@ def gate(args: list[str]) -> int:
     return HOLDS if passed else FAILS
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     """The type of a flag that is a time; of argparse, whose words it raises otherwise."""
-    if not 0 < (seconds := float(text)) < math.inf:
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"give seconds above 0, not {text!r}")
-    return seconds
+    return float(text)
 
 
 def _condition(text: str, values: dict[str, float], where: Path) -> tuple[str, str, float]:

@@ -68,7 +68,7 @@ def test_options_of_the_compose_file_are_a_servers():
 def gate_job(where, runs, condition):
     """The gate of the GitLab pipeline, by bash in an empty checkout, with the file's own variables."""
     told = yaml.safe_load((ROOT / "launch/ci/gitlab.yml").read_text(encoding="utf-8"))
-    variables = {**told["variables"], "RUNS": str(runs), "CI_PIPELINE_ID": "7", "CONDITION": condition}
+    variables = {"CI_PIPELINE_ID": "7", **told["variables"], "RUNS": str(runs), "CONDITION": condition}
     lines = ["set -eo pipefail", *(f'{name}="{value}"' for name, value in variables.items()), *told["gate"]["script"]]
     program = f'skyrl-tx() {{ {sys.executable} -m skyrl.cli "$@"; }}\n' + "\n".join(lines)
     where.mkdir()

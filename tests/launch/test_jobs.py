@@ -111,7 +111,7 @@ def test_wait_tells_how_a_run_ended(run, monkeypatch, capsys):
         jobs.wait([str(run / "config.yaml")])
 
 
-@pytest.mark.parametrize("seconds", ["0", "0.0", "-1", "nan", "inf", "ten", "²"])
+@pytest.mark.parametrize("seconds", ["0", "0.0", "-1", "nan", "inf"])
 def test_seconds_that_never_pass_are_refused(run, seconds):
     for command in (jobs.wait, jobs.stop):
         with pytest.raises(UserError, match="--timeout: give seconds above 0, not '"):
