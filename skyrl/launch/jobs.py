@@ -34,9 +34,7 @@ def wait(args: list[str]) -> int:
     p.add_argument(
         "run", type=path_arg, help="a run folder, also one that is still to come, or the name of one in runs"
     )
-    p.add_argument(
-        "--timeout", type=seconds, default=math.inf, help="seconds, after which the exit code is 124 (none)"
-    )
+    p.add_argument("--timeout", type=seconds, default=math.inf, help="seconds, after which the exit code is 124 (none)")
     p.add_argument("--stopped", action="store_true", help="a run that was stopped and saved has ended (exit code 75)")
     given = p.parse_args(args)
     path = given.run if given.run.is_dir() or given.run.parent != Path(".") else Path("runs") / given.run

@@ -184,7 +184,8 @@ def sum_gradients(
                 unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
         return 1
     for unit in units:
-        if (group := unit._get_fsdp_state()._fsdp_param_group) is not None:
+        group: Any = unit._get_fsdp_state()._fsdp_param_group
+        if group is not None:
             group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # what the public factor sets, and gloo has this one
     return copies if dtype in (torch.float32, torch.bfloat16) else ranks  # others it divides besides
 
