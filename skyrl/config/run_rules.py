@@ -11,7 +11,8 @@ from skyrl.config.options import all_options
 from skyrl.config.schema import RunConfig, RunFolderConfig
 from skyrl.types import UserError
 
-WINDOW = re.compile(r"(\d\d?:\d\d(?::\d\d)?)-(\d\d?:\d\d(?::\d\d)?)")
+_TIME = r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?"
+WINDOW = re.compile(f"{_TIME}-{_TIME}", re.ASCII)
 DAY_SECONDS = 86400.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?=[A-Za-z0-9])[\w.-]{1,96}(?<![-.])", re.ASCII)
 
@@ -59,14 +60,10 @@ def read_window(options: RunFolderConfig, now: datetime) -> Window | None:
     if not options.window:
         return None
     name, margin = f"run.window={options.window}", options.save_margin_seconds
-    parts = WINDOW.fullmatch(options.window)
-    try:
-        assert parts is not None
-        begin, end = (
-            datetime.strptime(part, "%H:%M:%S" if part.count(":") == 2 else "%H:%M") for part in parts.groups()
-        )
-    except (AssertionError, ValueError):
-        raise UserError(f"{name}: give two times of the day, as 22:00-06:00; 00:00-24:00 is no window") from None
+    if (parts := WINDOW.fullmatch(options.window)) is None:
+        raise UserError(f"{name}: give two times of the day, as 22:00-06:00; 00:00-24:00 is no window")
+    numbers = [int(part or 0) for part in parts.groups()]
+    begin, end = (now.replace(hour=h, minute=m, second=s, microsecond=0) for h, m, s in (numbers[:3], numbers[3:]))
     length = (end - begin).total_seconds() % DAY_SECONDS
     if length <= margin:
         raise UserError(
@@ -74,8 +71,7 @@ def read_window(options: RunFolderConfig, now: datetime) -> Window | None:
             "it never has time to work; give a longer window, or lower that margin"
         )
     # By the clock on the wall: on the days when it is put forward or back the window moves with it.
-    today = now.replace(hour=begin.hour, minute=begin.minute, second=begin.second, microsecond=0)
-    begins = [(today + timedelta(days=day)).timestamp() - now.timestamp() for day in (-1, 0, 1)]
+    begins = [(begin + timedelta(days=day)).timestamp() - now.timestamp() for day in (-1, 0, 1)]
     for seconds in begins:
         if seconds + length > margin:
             return Window(max(0.0, seconds), seconds + length)

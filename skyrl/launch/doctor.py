@@ -35,6 +35,7 @@ from skyrl.distributed import network as net
 from skyrl.distributed.place import in_allocation, in_step
 from skyrl.files import text_of
 from skyrl.launch import machine
+from skyrl.launch.hosts import free_port
 from skyrl.launch.rank import cache_folders
 from skyrl.types import UserError
 
@@ -383,10 +384,7 @@ def collective() -> Findings:
 
 
 def _collective(backend: str) -> Finding:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(os.getpid()), []
     for rank in range(2):
         command = [sys.executable, "-c", COLLECTIVE, backend, str(rank), "2", str(port)]
         ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))

@@ -38,8 +38,6 @@ def wait(args: list[str]) -> int:
     p.add_argument("--stopped", action="store_true", help="a run that was stopped and saved has ended (exit code 75)")
     given = p.parse_args(args)
     path = given.run if given.run.is_dir() or given.run.parent != Path(".") else Path("runs") / given.run
-    if path.exists() and not path.is_dir():
-        raise UserError(f"wait: {path} is a file; give the folder of a run")
     end, lost, told = time.monotonic() + given.timeout, None, ""
     while True:
         run = RunReader(path)

@@ -195,7 +195,6 @@ def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> No
         )
     if mode == "serve":
         return
-    ranks = flags.gpus or flags.nproc or 1
     staged: list[str] = []
     if flags.staged:
         os.environ["SKYRL_STAGED"] = str(flags.staged.absolute())  # staged options are written with it
@@ -203,7 +202,7 @@ def _check_plan(flags: argparse.Namespace, mode: str, args: Sequence[str]) -> No
             staged = (flags.staged / "options").read_text(encoding="utf-8").splitlines()
         except OSError:
             raise UserError(f"launch: --staged={flags.staged}: not made by skyrl-tx stage") from None
-    size = flags.nodes * ranks
+    size = flags.nodes * (flags.gpus or flags.nproc or 1)
     # dry_run with a number of ranks: the plan is not compared with this machine's memory
     cfg = load_config([*overrides, *staged, "dry_run=true", f"run.world_size={size}"], mode=mode)
     dry_run(cfg, size)

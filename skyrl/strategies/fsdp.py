@@ -185,8 +185,7 @@ def sum_gradients(
         return 1
     for unit in units:
         group: Any = unit._get_fsdp_state()._fsdp_param_group
-        if group is not None:
-            group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # what the public factor sets, and gloo has this one
+        group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # what the public factor sets, and gloo has this one
     return copies if dtype in (torch.float32, torch.bfloat16) else ranks  # others it divides besides
 
 
