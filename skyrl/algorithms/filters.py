@@ -17,8 +17,6 @@ from skyrl.types import Episode, Floats, Metrics, StopReason, UserError
 
 GroupFilter = Callable[[Sequence[Episode]], bool]
 FILTERS: Registry[GroupFilter] = Registry("filter")
-OVERLONG_MODES = ("keep", "mask")
-"""Values of filters.overlong."""
 
 
 def zero_variance_groups(rewards_PG: Sequence[Sequence[float]], scale_P: Sequence[float] | None = None) -> np.ndarray:
@@ -94,10 +92,8 @@ def trained_masks(
     """The masks that reductions and weights are made from: all False for rows that are not learned from.
 
     Those are the rows of episodes without a score and, with overlong="mask", of episodes cut by a length limit.
-    Source: DAPO, arXiv 2503.14476, section 3.4 (overlong filtering). Raises UserError for an unknown mode.
+    Source: DAPO, arXiv 2503.14476, section 3.4 (overlong filtering).
     """
-    if overlong not in OVERLONG_MODES:
-        raise UserError(f"algorithm.filters.overlong: {overlong!r} is none of {', '.join(OVERLONG_MODES)}")
     drop_D = ~np.asarray(valid_D, dtype=bool)
     if overlong == "mask":
         drop_D = drop_D | overlong_rows(stop_D)

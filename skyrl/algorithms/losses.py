@@ -77,13 +77,19 @@ def ratio_metrics(ratio_T: Tensor, clipped_T: Tensor, log_ratio_T: Tensor) -> To
     }
 
 
+def surrogate(log_ratio_T: Tensor, rows: Microbatch) -> Tensor:
+    """-r A, and 0 where A is 0, however large the ratio is (0 times infinity would be NaN)."""
+    advantages_T = present(rows.advantages_T)
+    return -log_ratio_T.where(advantages_T != 0, 0.0).exp() * advantages_T
+
+
 def clipped_surrogate(log_ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high_T: Tensor) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clip(ratio) A) and where the clip is active, which is where the gradient is exactly 0: also where
-    the ratio is infinite, since its logarithm is taken out before exp (0 times infinity would be NaN)."""
+    the ratio is infinite, since its logarithm is taken out before exp."""
     advantages_T, ratio_T = present(rows.advantages_T), log_ratio_T.detach().exp()
     clipped_T = ((advantages_T > 0) & (ratio_T > high_T)) | ((advantages_T < 0) & (ratio_T < low_T))
     bounded_T = ratio_T.detach().maximum(low_T).minimum(high_T)
-    return -bounded_T.where(clipped_T, log_ratio_T.where(~clipped_T, 0.0).exp()) * advantages_T, clipped_T
+    return (-bounded_T * advantages_T).where(clipped_T, surrogate(log_ratio_T.where(~clipped_T, 0.0), rows)), clipped_T
 
 
 # ---- losses
@@ -134,9 +140,8 @@ def importance_sampling(
     Source: shared by all surrogate objectives, e.g. arXiv 1707.06347 equation 6. Same as Tinker's loss of this name.
     """
     log_ratio_T = log_ratios(outputs, rows, max_log_ratio)
-    ratio_T = log_ratio_T.exp()
-    metrics = ratio_metrics(ratio_T, nowhere(ratio_T), log_ratio_T)
-    return -ratio_T * present(rows.advantages_T), metrics
+    metrics = ratio_metrics(log_ratio_T.exp(), nowhere(log_ratio_T), log_ratio_T)
+    return surrogate(log_ratio_T, rows), metrics
 
 
 PPO = Loss(

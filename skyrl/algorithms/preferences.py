@@ -90,8 +90,9 @@ def kto_losses(
     """
     sign = np.where(liked, 1.0, -1.0)
     scale = np.where(liked, *weights)
-    value = sigmoid(sign * beta * (ratios - kl))
-    return scale * (1.0 - value), -scale * sign * beta * value * (1.0 - value)
+    score = sign * beta * (ratios - kl)
+    short = sigmoid(-score)  # 1 - sigmoid(score), with all its digits
+    return scale * short, -scale * sign * beta * sigmoid(score) * short
 
 
 def reward_losses(rewards: Floats, *, margin: Floats | float = 0.0, center_coef: float = 0.0) -> tuple[Floats, Floats]:

@@ -17,6 +17,7 @@ from skyrl.algorithms.losses import (
     nowhere,
     present,
     ratio_metrics,
+    surrogate,
 )
 from skyrl.types import ForwardOutput, Microbatch
 
@@ -79,9 +80,8 @@ def _within(outputs: ForwardOutput, rows: Microbatch, limit: float, divergence_T
     """-r A, and 0 for tokens that move away from the base while they are further than delta."""
     log_ratio_T, advantages_T = log_ratios(outputs, rows, limit), present(rows.advantages_T)
     beyond_T = (advantages_T * log_ratio_T.detach() > 0) & (divergence_T > delta)
-    ratio_T = log_ratio_T.where(~beyond_T, 0.0).exp()
     metrics = ratio_metrics(log_ratio_T.exp(), beyond_T, log_ratio_T)
-    return (-ratio_T * advantages_T).where(~beyond_T, 0.0), metrics
+    return surrogate(log_ratio_T.where(~beyond_T, 0.0), rows).where(~beyond_T, 0.0), metrics
 
 
 def _delta(default: float) -> Param:
@@ -159,9 +159,8 @@ def kl_cov(outputs: ForwardOutput, rows: Microbatch, *, penalty: float, **of_row
     Source: Cui et al. 2025, arXiv 2505.22617, KL-Cov. Differs: as clip_cov.
     """
     log_ratio_T, selected_T = log_ratios(outputs, rows), present(rows.selected_T) != 0
-    ratio_T = log_ratio_T.exp()
-    loss_T = -ratio_T * present(rows.advantages_T) + (penalty * log_ratio_T.abs()).where(selected_T, 0.0)
-    return loss_T, ratio_metrics(ratio_T, selected_T, log_ratio_T)
+    loss_T = surrogate(log_ratio_T, rows) + (penalty * log_ratio_T.abs()).where(selected_T, 0.0)
+    return loss_T, ratio_metrics(log_ratio_T.exp(), selected_T, log_ratio_T)
 
 
 @_declare("dro_sequence", "2405.19107", beta=Param(0.05, "Strength of the pull to the base"))

@@ -58,8 +58,6 @@ def test_trained_masks() -> None:
         [False, False],
     ]
     assert masks[1].tolist() == [True] and masks[2].tolist() == [True, True]  # the inputs are left alone
-    with pytest.raises(UserError, match="keep, mask"):
-        trained_masks(masks, stops, valid, "drop")
 
 
 def test_counts() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS, AdaptiveKL
+from skyrl.config.load import load_config
+from skyrl.config.validation import check
 from skyrl.types import UserError
 
 
@@ -84,10 +86,12 @@ def test_adaptive_coefficient_settles_where_the_kl_meets_the_target() -> None:
 
 
 def test_adaptive_coefficient_refuses_what_cannot_work() -> None:
-    for args in [(0.0, 0.1, 100), (float("nan"), 0.1, 100), (0.1, 0.0, 100), (0.1, -1.0, 100), (0.1, 0.1, 0)]:
+    """A caller's bug; what a person gives is refused by the options' checks, which this asks too."""
+    for one in ("coef=0", "target=-1", "horizon=100"):
+        given = {"coef": "0.1", "target": "0.1", **dict([one.split("=")])}
         with pytest.raises(UserError, match=r"algorithm\.kl\."):
-            AdaptiveKL(*args)
-    with pytest.raises(UserError, match="horizon"):
+            check(load_config([f"algorithm.kl.{name}={value}" for name, value in given.items()]))
+    with pytest.raises(AssertionError):
         AdaptiveKL(0.1, 0.1, 100).update(0.1, 101)
     with pytest.raises(RuntimeError, match="nan"):
         AdaptiveKL(0.1, 0.1, 100).update(float("nan"), 10)
