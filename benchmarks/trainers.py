@@ -1,10 +1,10 @@
-"""What the trainers beside RL do to a pretrained model on small data made here: preference accuracy of DPO and of a
-reward model on held-out pairs, a student's divergence from its teacher on held-out answers, before and after.
+"""What the trainers beside RL do to a pretrained model on small data made here, before and after: how many held-out
+pairs DPO and a reward model rank right, and a student's KL to its teacher on its own answers to held-out questions.
 
     python benchmarks/trainers.py models/smollm2-135m --write              # and --only dpo, reward_model or distill
 
 Pairs: a question about a thing, answered kindly and rudely; things and answers of the held-out pairs occur in no other.
-The student is every second layer of the model. Each run is one process. Numbers go to
+The student is two of three layers of the model, and learns on its own answers. Each run is one process. Numbers go to
 baselines/<hardware>/trainers.json; runs to --folder, where they go on.
 """
 
@@ -45,26 +45,30 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def halve(model: Path, folder: Path) -> Path:
-    """A model folder with every second layer of `model`."""
+def shorten(model: Path, folder: Path) -> Path:
+    """A model folder without every third layer of `model`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").exists():
         whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-        whole.model.layers = torch.nn.ModuleList(list(whole.model.layers)[::2])
-        whole.config.num_hidden_layers = len(whole.model.layers)
+        kept = [layer for number, layer in enumerate(whole.model.layers) if number % 3 != 1]
+        whole.model.layers = torch.nn.ModuleList(kept)
+        whole.config.num_hidden_layers = len(kept)
+        if getattr(whole.config, "layer_types", None):
+            whole.config.layer_types = whole.config.layer_types[: len(kept)]
         whole.save_pretrained(folder)
         AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder
 
 
-def runs(model: Path, folder: Path) -> dict[str, list[str]]:
-    """The options of each run."""
+def runs(model: Path, folder: Path, seed: int) -> dict[str, list[str]]:
+    """The options of each run but for its folder."""
     train, held_out = pairs()
     files = [f"data.path={write_rows(folder / 'train.jsonl', train)}"]
     files.append(f"data.eval_path={write_rows(folder / 'test.jsonl', held_out)}")
     both = [
+        f"seed={seed}",
         "model=hub",
         "model.dtype=bfloat16",
         "warmup.num_steps=0",
@@ -82,10 +86,10 @@ def runs(model: Path, folder: Path) -> dict[str, list[str]]:
             "optim.lr=2e-5", "eval.every_steps=0",
         ],
         "distill": [
-            "experiment=distill", f"model.path={folder / 'student'}", *both,
-            *answers, f"distill.teacher={model}", "distill.teacher_top_k=64", "distill.on_policy=0.5",
-            "distill.beta=0.5", "batch.num_steps=12", "batch.prompts_per_step=6", "batch.samples_per_prompt=1",
-            "sampler.max_new_tokens=12", "eval.num_prompts=12", "eval.temperature=1", "optim.lr=1e-4",
+            "experiment=distill", f"model.path={folder / 'student'}", *both[:-1],
+            *answers, f"distill.teacher={model}", "distill.teacher_top_k=64", "batch.num_steps=40",
+            "batch.prompts_per_step=8", "batch.samples_per_prompt=1", "sampler.max_new_tokens=12",
+            "eval.num_prompts=12", "eval.every_steps=10", "eval.temperature=1", "optim.lr=3e-4",
             "checkpoint.best_metric=eval/divergence:mean",
         ],
     }  # fmt: skip
@@ -115,15 +119,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("runs/trainers"))
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=["dpo", "reward_model", "distill"], action="append")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    halve(args.model, args.folder / "student")
+    shorten(args.model, args.folder / "student")
     known = json.loads(baseline("trainers").read_text())["runs"] if args.write and baseline("trainers").exists() else {}
-    for name, options in runs(args.model, args.folder).items():
-        if args.only and name not in args.only:
+    for trainer, options in runs(args.model, args.folder, args.seed).items():
+        if args.only and trainer not in args.only:
             continue
+        name = trainer if args.seed == 1 else f"{trainer}_seed{args.seed}"
         place = args.folder / name
         command = [sys.executable, "-m", "skyrl.train", *options, f"run.dir={place}", "tracking.console=lines"]
         subprocess.run(command, check=True)
@@ -132,7 +138,7 @@ def main() -> None:
         known[name] = {"options": plain, **found}
         print(name, json.dumps(found))
         if args.write:
-            sys.argv[1:] = ["MODEL", *(f"--only {one}" for one in args.only or ()), "--write"]
+            sys.argv[1:] = ["MODEL", f"--seed {args.seed}", *(f"--only {one}" for one in args.only or ()), "--write"]
             print(write("trainers", {"runs": known}))
 
 
