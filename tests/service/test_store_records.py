@@ -64,7 +64,9 @@ def test_times_are_exact_to_the_microsecond():
     assert from_micros(to_micros(NOW)) == NOW
     assert to_micros(NOW.astimezone(timezone(timedelta(hours=5, minutes=30)))) == to_micros(NOW)
     for text in ("2026-01-31T12:00:00.123456Z", "2026-01-31T12:00:00.123456+00:00", "2026-01-31T13:00:00.123456+01:00"):
-        assert parse_time(text) == NOW
+        assert parse_time(text) == to_micros(NOW)
+    # of no year that Python has in UTC: earlier and later than all others
+    assert parse_time("0001-01-01T00:00:00+23:59") < to_micros(NOW) < parse_time("9999-12-31T23:59:59-23:59")
     for text in ("2026-01-31T12:00:00", "yesterday", "", "Z"):
         with pytest.raises(UserError, match="time"):
             parse_time(text)

@@ -56,13 +56,14 @@ def from_micros(micros: int) -> datetime:
     return datetime.fromtimestamp(seconds, timezone.utc).replace(microsecond=rest)
 
 
-def parse_time(text: str) -> datetime:
-    """An ISO 8601 time with a zone ("Z" too, which Python 3.10 does not read). Raises: UserError."""
+def parse_time(text: str) -> int:
+    """Microseconds since 1970 of an ISO 8601 time with a zone ("Z" too, which Python 3.10 does not read), as
+    `to_micros`: a time of year 1 or 9999 may be in none of Python's years in UTC. Raises: UserError."""
     try:
         moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
     except ValueError:
-        raise UserError(f"time {text!r}: not ISO 8601; write it as 2026-01-31T12:00:00+00:00") from None
-    return from_micros(to_micros(moment))
+        raise UserError(f"time {text[:60]!r}: not ISO 8601; write it as 2026-01-31T12:00:00+00:00") from None
+    return to_micros(moment)
 
 
 def present(**fields: Any) -> Json:
@@ -349,12 +350,14 @@ class SearchQuery(JsonMessage):
             where.append("coalesce(s.project_id, 'default') IN (SELECT value FROM json_each(:projects))")
         if self.user_metadata:
             values["metadata"] = json.dumps(self.user_metadata)
-            values["pair"] = json.dumps(dict([next(iter(self.user_metadata.items()))]))[1:-1]  # as the column has it
+            pairs = {f"pair{n}": json.dumps(dict([pair]))[1:-1] for n, pair in enumerate(self.user_metadata.items())}
+            values |= pairs  # as the column has them: most rows lack one, and are not parsed
+            where += [f"instr({table}.user_metadata, :{name})" for name in pairs]
             has_it = f"SELECT 1 FROM json_each({table}.user_metadata) h WHERE h.key = w.key AND h.value = w.value"
             lacks_one = f"SELECT 1 FROM json_each(:metadata) w WHERE NOT EXISTS ({has_it})"
-            where.append(f"instr({table}.user_metadata, :pair) AND NOT EXISTS ({lacks_one})")
+            where.append(f"NOT EXISTS ({lacks_one})")
         if last is not None:
-            values |= {"before": to_micros(parse_time(last[0])), "before_id": last[1]}
+            values |= {"before": parse_time(last[0]), "before_id": last[1]}
             where.append(f"({table}.created_at, {table}.{name}) < (:before, :before_id)")
         return where, values
 
@@ -404,12 +407,12 @@ class SessionQuery(SearchQuery, operation="sessions/search"):
             values["session"] = self.session_id
             either.append("s.session_id = :session")
         if self.display_name is not None:
-            words = list(dict.fromkeys(self.display_name.casefold().split()))
-            values |= {"words": json.dumps(words), "word": max(words, key=len, default="")}  # one is looked for first
-            lacks_one = "SELECT 1 FROM json_each(:words) w WHERE NOT instr(folded_name, w.value)"
-            either.append(f"(instr(folded_name, :word) AND NOT EXISTS ({lacks_one}))" if words else "0")
+            rarest_first = sorted(set(self.display_name.casefold().split()), key=len, reverse=True)
+            words = {f"word{n}": word for n, word in enumerate(rarest_first)}
+            values |= words
+            either.append(" AND ".join(f"instr(folded_name, :{name})" for name in words) or "0")
         if either:
-            where.append(f"({' OR '.join(either)})")
+            where.append(f"({' OR '.join(either)})")  # AND binds more tightly
         if self.statuses is not None:
             kinds = [one.type for one in self.statuses if one.reasons is None]
             values["active"] = json.dumps(active() if "active" in kinds else [])
