@@ -1,7 +1,4 @@
-"""What every endpoint shares: the state of the server, who asks, their message, and errors as answers.
-
-The event loop never waits for the disk or for a long computation: those run in threads. Nothing here imports torch.
-"""
+"""What every endpoint shares: the state of the server, who asks, their message, and errors as answers. No torch."""
 
 from __future__ import annotations
 
@@ -130,16 +127,26 @@ class RequestContext:
         """A parameter of the query."""
         return self.request.query_params.get(name, default)
 
+    @property
+    def sender(self) -> str:
+        """Who shares the room for large things: the owner of a key, without keys an address."""
+        client = self.request.client
+        return self.owner if self.state.keys.required or client is None else client.host
+
     async def read(self, read: Callable[[bytes], T], *, kind: type[JsonMessage] | None = None, quick: bool = True) -> T:
         """What `read` makes of the body, in the event loop only where both are small and `read` is `quick`. Raises
         HttpError 413 before more than service.max_request_mib is in memory, or SMALL_BODY for a `kind` that is never
         large."""
-        state, client = self.state, self.request.client
+        state = self.state
         max_bytes, limit = state.max_bytes, "service.max_request_mib"
         if kind is not None and not kind.large and max_bytes > SMALL_BODY:
             max_bytes, limit = SMALL_BODY, f"in {kind.operation}"
-        sender = self.owner if state.keys.required or client is None else client.host
-        return await state.bodies.parse(self.request, sender, read, max_bytes=max_bytes, limit=limit, quick=quick)
+        return await state.bodies.parse(self.request, self.sender, read, max_bytes=max_bytes, limit=limit, quick=quick)
+
+    async def search(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The result of a search or a listing, which may read all records: one of each sender at a time, so that many
+        of them leave threads, and processor time, to whoever only asks for a thing by its name."""
+        return await self.state.bodies.in_turn(self.sender, call, *args, **kwargs)
 
     async def message(self, kind: type[M]) -> M:
         """The body as a message. Raises UserError for bytes that are no JSON, and for what the message refuses."""

@@ -1,9 +1,6 @@
 """What clients ask and what they are told: requests, checked when they are read, and results. Neither torch nor a web
 framework is imported here.
 
-    bytes -> codec -> request (this file) -> scheduler (order, futures) -> worker (rank 0's main thread) -> commands to
-    all ranks -> engine; the results at the end of this file go back through the scheduler and codec.
-
 A request has to say which model, or session, and which number of its count it is. Without that the submission is
 refused (UserError, HTTP 400). Anything else that is wrong becomes the request's `problem`: it is accepted, its future
 fails with that text, category "user", and nothing is run. A refusal at submission would use up the client's seq_id, and
@@ -558,7 +555,6 @@ class RequestOutcome:
     result: Result | None = None
     error: str = ""
     category: Category = "unknown"
-    queue_state: Literal["active", "paused_capacity", "paused_rate_limit"] = "active"
     reason: str = ""
 
 

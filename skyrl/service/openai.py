@@ -1,11 +1,8 @@
 """OpenAI-style endpoints for agents and evaluation tools: /v1/models, /v1/completions, /v1/chat/completions, and the
 same under /oai/api/v1. The model is a name that is served here or a tinker:// path of weights.
 
-A body becomes sampling requests, one per prompt; a Writer makes the answer of what is drawn, whole or in pieces. With
-stream=true text is sent while it is drawn, some pieces a second (after each slice of sampling, at most
-service.slice_seconds long): never half a character, never a part of a stop string. Log-probabilities, where asked for,
-come with the last piece of each sample. While nothing is drawn, comments keep the connection open. What is not done
-here is refused by name.
+A body becomes sampling requests, one per prompt; a Writer makes the answer of what is drawn, whole or in pieces, with
+comments between them that keep the connection open. What is not done here is refused by name.
 """
 
 from __future__ import annotations
@@ -449,7 +446,7 @@ def openai_routes(state: AppState, chat: Chat | None) -> list[Route]:
 async def models(context: RequestContext) -> Response:
     """Names that are served, and the caller's checkpoints that can be sampled, newest first."""
     names = [_model(name, 0) for name in context.state.info.aliases]
-    page = await in_thread(context.state.store.list_checkpoints, context.owner, limit=LISTED)
+    page = await context.search(context.state.store.list_checkpoints, context.owner, limit=LISTED)
     saved = [one for one in page.items if one.path.kind != "external_weights"]
     names += [_model(one.path.uri, int(one.created_at.timestamp())) for one in saved]
     return reply({"object": "list", "data": names})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import date, datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from starlette.routing import Route
 
 from skyrl.service.app import AppState, RequestContext, once, route
 from skyrl.service.messages import Count
-from skyrl.service.storage.archive import TarStream
 from skyrl.service.storage.records import CheckpointPath, CheckpointQuery, CheckpointRecord, present
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
@@ -81,17 +80,13 @@ def checkpoint_routes(state: AppState) -> list[Route]:
 # ---- listings
 
 
-def _scope(context: RequestContext) -> Any:
-    return context.query("access_scope", "owned")
-
-
 async def list_runs(context: RequestContext) -> Response:
-    page = await in_thread(
+    page = await context.search(
         context.state.store.list_runs,
         context.owner,
         limit=whole_number(context.request, "limit", 20),
         offset=whole_number(context.request, "offset", 0),
-        scope=_scope(context),
+        scope=context.query("access_scope", "owned"),
         project_id=context.query("project_id") or None,
     )
     return reply({"training_runs": [run.to_json() for run in page.items], "cursor": page.cursor()})
@@ -99,7 +94,7 @@ async def list_runs(context: RequestContext) -> Response:
 
 async def get_run(context: RequestContext) -> Response:
     """One run. Also another owner's that has published something: who loads from it needs its base and rank."""
-    scope = _scope(context) if "access_scope" in context.request.query_params else "accessible"
+    scope = context.query("access_scope", "accessible")
     run = await in_thread(context.state.store.get_run, context.path("run_id"), context.owner, scope=scope)
     return reply(run.to_json())
 
@@ -117,14 +112,15 @@ async def list_checkpoints(context: RequestContext) -> Response:
     """The owner's checkpoints of all runs, newest first."""
     limit, offset = whole_number(context.request, "limit", 100), whole_number(context.request, "offset", 0)
     kinds = None if _knows_external(context) else ("weights", "sampler_weights")
-    page = await in_thread(context.state.store.list_checkpoints, context.owner, limit=limit, offset=offset, kinds=kinds)
+    listing = context.state.store.list_checkpoints
+    page = await context.search(listing, context.owner, limit=limit, offset=offset, kinds=kinds)
     return reply({"checkpoints": [one.to_json() for one in page.items], "cursor": page.cursor()})
 
 
 async def search_checkpoints(context: RequestContext) -> Response:
     """The owner's checkpoints that match, newest first."""
     query = await context.message(CheckpointQuery)
-    page = await in_thread(context.state.store.search_checkpoints, context.owner, query)
+    page = await context.search(context.state.store.search_checkpoints, context.owner, query)
     return reply(present(checkpoints=[one.to_json() for one in page.items], next_cursor=page.next_cursor))
 
 
@@ -253,9 +249,11 @@ async def download(context: RequestContext) -> Response:
     checkpoint = CheckpointPath.of_id(run_id, f"{kind}/{name}")
     if file == "archive.tar":
         tar = await in_thread(context.state.checkpoints.archive.tar, checkpoint, version)
-        return _stream(_tar_parts(tar), tar.size, f"{name}.tar", "application/x-tar")
+        return _stream(_parts(iter(tar), tar.close), tar.size, f"{name}.tar", "application/x-tar")
     opened, size = await in_thread(_open, context.state, checkpoint, version, file)
-    return _stream(_file_parts(opened), size, Path(file).name, "application/octet-stream")
+    return _stream(
+        _parts(iter(partial(opened.read, CHUNK), b""), opened.close), size, Path(file).name, "application/octet-stream"
+    )
 
 
 def _open(state: AppState, path: CheckpointPath, version: str, file: str) -> tuple[BinaryIO, int]:
@@ -273,21 +271,12 @@ def _stream(parts: AsyncIterator[bytes], size: int, name: str, kind: str) -> Res
     return StreamingResponse(parts, media_type=kind, headers=headers)
 
 
-async def _file_parts(stream: BinaryIO) -> AsyncIterator[bytes]:
-    try:
-        while part := await in_thread(stream.read, CHUNK):
-            yield part
-    finally:
-        stream.close()
-
-
-async def _tar_parts(tar: TarStream) -> AsyncIterator[bytes]:
-    parts = iter(tar)
+async def _parts(parts: Iterator[bytes], close: Callable[[], None]) -> AsyncIterator[bytes]:
     try:
         while (part := await in_thread(next, parts, None)) is not None:
             yield part
     finally:
-        tar.close()
+        close()
 
 
 # ---- what an organisation asks for
@@ -317,5 +306,5 @@ async def usage_events(context: RequestContext) -> Response:
 
 async def usage_now(context: RequestContext) -> Response:
     """What the caller's checkpoints take; there is no price."""
-    found = await in_thread(context.state.store.usage, context.owner, context.query("project_id") or None)
+    found = await context.search(context.state.store.usage, context.owner, context.query("project_id") or None)
     return reply({"data": found})

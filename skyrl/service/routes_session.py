@@ -169,12 +169,14 @@ async def create_session(context: RequestContext) -> Response:
 
 
 async def heartbeat(context: RequestContext) -> Response:
-    """Notes that a client lives; 410 for a session that is unknown, which ends its heartbeats quietly."""
-    session_id = await context.text("session_heartbeat", "session_id")
-    try:
-        await in_thread(context.state.store.heartbeat, session_id, context.owner)
-    except NotFound as error:
-        raise HttpError(410, str(error)) from error
+    """Notes that a client lives, in memory: neither a disk nor a queue for threads makes one look silent. 410 for a
+    session that is unknown, which ends its heartbeats quietly."""
+    session_id, store = await context.text("session_heartbeat", "session_id"), context.state.store
+    if not store.live.touch(session_id, context.owner):
+        try:
+            await in_thread(store.heartbeat, session_id, context.owner)  # which says why
+        except NotFound as error:
+            raise HttpError(410, str(error)) from error
     return reply({"type": "session_heartbeat"})
 
 
@@ -285,7 +287,7 @@ async def get_sampler(context: RequestContext) -> Response:
 async def list_sessions(context: RequestContext) -> Response:
     _scope(context)
     limit, offset = whole_number(context.request, "limit", 20), whole_number(context.request, "offset", 0)
-    page = await in_thread(context.state.store.list_sessions, context.owner, limit=limit, offset=offset)
+    page = await context.search(context.state.store.list_sessions, context.owner, limit=limit, offset=offset)
     return reply({"sessions": page.items, "cursor": page.cursor()})
 
 
@@ -339,5 +341,5 @@ async def metrics(context: RequestContext) -> Response:
 async def search_sessions(context: RequestContext) -> Response:
     """Sessions that match, newest first."""
     query = await context.message(SessionQuery)
-    page = await in_thread(context.state.store.search_sessions, context.owner, query)
+    page = await context.search(context.state.store.search_sessions, context.owner, query)
     return reply(present(sessions=[one.summary_json() for one in page.items], next_cursor=page.next_cursor))

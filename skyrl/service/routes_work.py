@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.app import AppState, Handler, RequestContext, once, route
+from skyrl.service.app import AppState, RequestContext, once, route
 from skyrl.service.codec import REQUESTS, encode_result, parse_train
 from skyrl.service.messages import (
     CreateModel,
@@ -25,7 +25,7 @@ from skyrl.service.messages import (
 from skyrl.service.pending import PendingRequest
 from skyrl.service.routes_session import find_weights
 from skyrl.types import UserError
-from skyrl.web.http import FAULT, HttpError, in_thread, log_fault, reply
+from skyrl.web.http import FAULT, HttpError, error_reply, in_thread, reply
 from skyrl.web.message import INT64_MAX, JsonMessage, Text
 
 POLL_SECONDS = 30.0  # clients give up after 45
@@ -56,7 +56,7 @@ def work_routes(state: AppState) -> list[Route]:
         route(state, "POST", name, partial(submit, kind=kind)) for name, kind in REQUESTS.items() if name != "asample"
     ]
     return [  # in the order of how often they are asked, in which they are tried
-        route(state, "POST", "retrieve_future", retrieve_safely(partial(retrieve_future, feeds=feeds))),
+        route(state, "POST", "retrieve_future", partial(retrieve_future, feeds=feeds), write_error=_never_500),
         # Repetitions are known by their number; old releases sample without a session, and without one.
         route(state, "POST", "asample", once(partial(sample, feeds=feeds))),
         route(state, "POST", "forward_backward", partial(train, forward_only=False)),
@@ -116,19 +116,9 @@ async def create_custom_loss(context: RequestContext) -> Response:
 # ---- futures
 
 
-def retrieve_safely(handler: Handler) -> Handler:
-    """Never a 500: clients would ask again at once, for ever. A fault is told as the failure of the request."""
-
-    async def safe(context: RequestContext) -> Response:
-        try:
-            return await handler(context)
-        except (UserError, HttpError):
-            raise
-        except Exception as error:
-            log_fault(context.request, error)
-            return reply({"error": FAULT, "category": "server"})
-
-    return safe
+def _never_500(error: HttpError) -> Response:
+    """Clients would ask again at once, for ever. A fault is told as the failure of the request."""
+    return reply({"error": FAULT, "category": "server"}) if error.status == 500 else error_reply(error)
 
 
 async def retrieve_future(context: RequestContext, *, feeds: Feeds) -> Response:
@@ -145,7 +135,7 @@ async def answer(context: RequestContext, request_id: str, outcome: RequestOutco
     if outcome.state == "unknown":
         raise HttpError(410, f"request {request_id[:100]}: unknown, or thrown away long after it was done")
     if outcome.state == "pending":
-        text = {"queue_state": outcome.queue_state, "queue_state_reason": outcome.reason}
+        text = {"queue_state": "active", "queue_state_reason": outcome.reason}
         return reply({**text, "type": "try_again", "request_id": request_id}, 408)
     if outcome.state == "failed":
         return reply({"error": outcome.error, "category": outcome.category})

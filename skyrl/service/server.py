@@ -176,19 +176,15 @@ def make_app(state: AppState, chat: Chat | None = None) -> Starlette:
     routes = [*openai_routes(state, chat), *(door.routes() if door is not None else ())]
     if door is None or not door.weights:
         routes = [*work_routes(state), *session_routes(state), *checkpoint_routes(state), *routes]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint, Exception: _fault})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _error, Exception: _error})
     app.router.redirect_slashes = False
     return app
 
 
-async def _no_such_endpoint(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return error_reply(HttpError(404, f"{request.method} {request.url.path[:200]}: no such endpoint"))
-    return error_reply(HttpError(error.status_code, str(error.detail), error.headers))
-
-
-async def _fault(request: Request, error: Exception) -> Response:
+async def _error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        told = f"{request.method} {request.url.path[:200]}: no such endpoint"
+        error = HttpError(error.status_code, told if error.status_code == 404 else str(error.detail), error.headers)
     return error_reply(http_error(request, error))
 
 

@@ -38,7 +38,7 @@ from skyrl.web.message import short_repr
 log = logging.getLogger("skyrl.web")
 
 JSON = "application/json"
-BODY_SECONDS = 120.0  # a client that sends more slowly is cut off
+BODY_SECONDS, STALL_SECONDS = 120.0, 10.0  # a client that sends more slowly, or so long nothing, is cut off
 SMALL_BYTES = 1 << 15  # a body is parsed where it is up to here, decompressed: a thread would cost more
 LARGE_BODIES = 8  # of one owner in memory
 PARSING_THREADS = 2
@@ -49,7 +49,7 @@ START_SECONDS = 30.0
 # How long a thread that runs Python keeps the others waiting. torch gives the interpreter away at each operation: with
 # Python's 5 ms a busy event loop makes a step of the model, and with it everybody's tokens, several times slower.
 SWITCH_SECONDS = 5e-4
-STOP_SECONDS = 5.0
+STOP_SECONDS = 1  # for what is being sent or received when the server stops; then it is cut off
 # Above the pools of the clients, so that they close idle connections and never send into one that closes.
 KEEP_ALIVE_SECONDS = 120
 FAULT = "the server failed on this request; its log says why"
@@ -96,15 +96,20 @@ async def read_body(request: Request, *, max_bytes: int, limit: str, keep: bool 
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_large(f"{announced} bytes")
-    body, size, late = bytearray(), 0, False
+    body, size, seen, late = bytearray(), 0, 0, False
     task: Any = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    until = loop.time() + BODY_SECONDS
 
-    def end() -> None:
-        nonlocal late
+    def look() -> None:
+        nonlocal seen, late, timer
+        if size > seen and loop.time() < until:
+            seen, timer = size, loop.call_later(STALL_SECONDS, look)
+            return
         late = True
         task.cancel()
 
-    timer = asyncio.get_running_loop().call_later(BODY_SECONDS, end)  # a tenth of what a cancel scope of anyio costs
+    timer = loop.call_later(STALL_SECONDS, look)  # a tenth of what a cancel scope of anyio costs
     try:
         async for part in request.stream():
             size += len(part)
@@ -117,7 +122,8 @@ async def read_body(request: Request, *, max_bytes: int, limit: str, keep: bool 
             raise
         if hasattr(task, "uncancel"):  # Python 3.11
             task.uncancel()
-        raise HttpError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", CLOSE) from None
+        told = f"the body did not arrive within {BODY_SECONDS:.0f} s, or nothing of it came for {STALL_SECONDS:.0f}"
+        raise HttpError(408, told, CLOSE) from None
     finally:
         timer.cancel()
     return bytes(body)
@@ -131,7 +137,7 @@ class _Sender:
 
 
 class BodyReader:
-    """Reads and parses the bodies of all requests, so that a large one holds up nobody else.
+    """Reads and parses the bodies of all requests, so that a large one, or a long search, holds up nobody else.
 
     A body that is small when it is decompressed is parsed in the event loop. Larger ones are decompressed and parsed in
     two threads of their own, one of each sender at a time, and at most eight of one sender are in memory.
@@ -166,8 +172,13 @@ class BodyReader:
 
             if size_of(body, encoding) <= SMALL_BYTES:
                 return parse() if quick else await in_thread(parse)
-            await held.enter_async_context(own.turn)
-            return await in_thread(parse, limiter=self._threads)
+            return await self.in_turn(sender, parse)
+
+    async def in_turn(self, sender: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The result of a call that takes long: one of each sender at a time, in the threads for large bodies."""
+        own = self._senders.setdefault(sender, _Sender())
+        async with own.turn:
+            return await in_thread(call, *args, limiter=self._threads, **kwargs)
 
 
 def size_of(body: bytes, encoding: str) -> float:
@@ -325,8 +336,11 @@ class HttpServer:
     def stop(self) -> None:
         """Takes no new requests, wakes those that wait, and returns when all are answered, or after some seconds."""
         self._close()
+        told = logging.getLogger("uvicorn.error")
+        told.disabled = True  # it has a traceback for each request that is cut off
         self._server.should_exit = True
         self._thread.join(STOP_SECONDS + 5.0)
+        told.disabled = False
 
 
 def serve_in_thread(app: Starlette, host: str, port: int, *, close: Callable[[], None], options: str) -> HttpServer:
@@ -346,7 +360,7 @@ def serve_in_thread(app: Starlette, host: str, port: int, *, close: Callable[[],
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(STOP_SECONDS),
+        timeout_graceful_shutdown=STOP_SECONDS,
     )
     server = uvicorn.Server(config)
     loops: list[asyncio.AbstractEventLoop] = []
