@@ -104,6 +104,7 @@ class ClientUsage:
 
     samples: deque[PendingSample] = field(default_factory=deque)  # that wait
     num_samples: int = 0  # in them
+    served: int = 0  # when a request of one of its models last had its turn
     request_bytes: int = 0  # of requests that wait or run
     settled: OrderedDict[str, PendingRequest] = field(default_factory=OrderedDict)  # that are kept, oldest first
     kept_bytes: int = 0  # of these

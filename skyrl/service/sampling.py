@@ -30,7 +30,7 @@ from skyrl.service.messages import (
     TopK,
 )
 from skyrl.service.pending import PendingSample
-from skyrl.service.scheduler import ENDED, LARGE_SAMPLE, RequestScheduler
+from skyrl.service.scheduler import ENDED, LARGE_SAMPLE, RECENT_SECONDS, RequestScheduler
 from skyrl.service.storage.checkpoints import CheckpointService, Snapshots
 from skyrl.service.validation import (
     CELL,
@@ -45,7 +45,7 @@ from skyrl.service.validation import (
 from skyrl.types import Sample, SampleRequest, UserError
 
 T = TypeVar("T")
-RECENT_SECONDS = 5.0  # a client that asked for samples so lately shares the ranks with the others
+SHARED_SLICES = 8  # a sample is told when a slice ends: beside others a short one would wait for most of a long slice
 RECORDED_SECONDS, RECORDED_BYTES = 86400.0, 1 << 30  # of the sequences that are recorded
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
@@ -127,6 +127,7 @@ class Sampling:
         self._waiting: deque[PendingSample] = deque()  # taken from the scheduler, not begun
         self._filled = ""  # whose whole weights are sampled, where all parameters are trained
         self._pace, self._seen = Pace(), dict[str, float]()  # when each client last asked for samples
+        self._token_seconds = 0.0  # that a token of a question took last
         self._leaving: list[str] = []  # adapters of cancelled requests, which the ranks still draw from
         self.held = False  # nothing more is handed to the ranks
 
@@ -143,10 +144,15 @@ class Sampling:
         """Whether ranks have something to draw, or something about drawn tokens is to be scored."""
         return bool(any(self._load) or self._questions)
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether several clients asked for samples lately."""
-        return len(self._seen) > 1
+    def slice_seconds(self) -> float:
+        """The longest stretch of sampling, or of answering questions, after which others have their turn."""
+        return self.cfg.service.slice_seconds / (SHARED_SLICES if len(self._sharing()) > 1 else 1)
+
+    def _sharing(self) -> set[str]:
+        """The clients that have samples under way, or asked for some lately."""
+        oldest = time.monotonic() - RECENT_SECONDS
+        self._seen = {client: at for client, at in self._seen.items() if at >= oldest}
+        return self._seen.keys() | {pending.client for pending in self._active.values()}
 
     def sessions(self) -> set[str]:
         """Sessions that have samples, recorded sequences, or snapshots without a name."""
@@ -197,13 +203,7 @@ class Sampling:
         check_prompt(request, self.facts)
         longest = 0 if full else self.facts.max_context - len(request.prompt)
         longest = longest if wanted is None else min(longest, wanted)
-        service = self.cfg.service
-        check_sample(
-            request,
-            longest,
-            max_request_tokens=service.max_tokens_per_request,
-            max_samples=service.max_queued_samples,
-        )
+        check_sample(request, longest, self.cfg.service)
         params = [] if full else sampling_params(request, self.facts, pending.request_id)
         size = answer_bytes(request, longest)
         if self._active and self._bytes + size > FLIGHT_BYTES:
@@ -286,37 +286,41 @@ class Sampling:
 
     def _allowances(self) -> dict[str, int]:
         """How many more sequences each client may draw now; {} while one is alone, who may have all the room."""
-        oldest = time.monotonic() - RECENT_SECONDS
+        if (sharing := len(self._sharing())) < 2:
+            return {}
         own = Counter({client: 0 for client in self._unsent})
         for pending in self._active.values():
             own[pending.client] += len(pending.ranks)
-        self._seen = {client: at for client, at in self._seen.items() if at >= oldest or client in own}
-        if len(self._seen) < 2:
-            return {}
         most = self._pace.room() * len(self._load)
-        return {client: most // len(self._seen) + 1 - count for client, count in own.items()}
+        return {client: most // sharing + 1 - count for client, count in own.items()}
 
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
     def _score(self) -> None:
         """Answers questions in one command, spread over the ranks by their tokens: as many as fit into its budgets,
-        one client's after the other's. The rest comes with the next turn."""
+        while several clients are there for about a slice, one client's after the other's. The rest comes with the next
+        turn."""
         if not self._questions:
             return
         world = self.leader.world
         ordered = round_robin((pair[0].client, pair) for pair in self._questions)
         asked: list[tuple[PendingSample, PromptLogprobsRequest]] = []
-        tokens, cells = 0, 0
+        tokens, cells, most = 0, 0, SCORE_TOKENS * world.dp_size
+        if self._token_seconds and len(self._sharing()) > 1:
+            most = min(most, int(self.slice_seconds() / self._token_seconds))
         for pending, question in ordered:
             tokens += len(question.tokens)
             cells += _table_bytes(question)
-            if asked and (tokens > SCORE_TOKENS * world.dp_size or cells > SCORE_BYTES):
+            if asked and (tokens > most or cells > SCORE_BYTES):
                 break
             asked.append((pending, question))
         self._questions = ordered[len(asked) :]
         dealt = deal_by_length(world, [len(question.tokens) for _, question in asked])
         parts = [[asked[index][1] for index in part] for part in dealt]
-        for part, results in zip(dealt, self.leader.call("score", parts=parts), strict=True):
+        begun = time.monotonic()
+        answers = self.leader.call("score", parts=parts)
+        self._token_seconds = (time.monotonic() - begun) / sum(len(question.tokens) for _, question in asked)
+        for part, results in zip(dealt, answers, strict=True):
             for index, result in zip(part, results, strict=True):
                 pending, question = asked[index]
                 if pending.request_id in self._active:  # no earlier answer has ended it

@@ -46,6 +46,7 @@ RESULT_BYTES = 2 << 30  # results that wait to be fetched; beyond it the oldest 
 WAITING_BYTES = 2 << 30  # of requests that wait or run, shared by the owners that have some
 WAITING_REQUESTS = 4096  # of one model
 CLOSED_MODELS = 4096  # closed models of which the scheduler itself knows why; of older ones the record does
+RECENT_SECONDS = 5.0  # a client that asked for something so lately shares the ranks with the others
 LARGE_SAMPLE = 64  # a request for more samples takes the place of so many: it is drawn in parts
 CHUNK_ROWS, CHUNK_BYTES = 1024, 5_000_000  # clients cut a forward_backward into requests of at most so much
 SCALARS = (str, int, float, bool, type(None))
@@ -79,6 +80,7 @@ class RequestScheduler:
         self._clients: dict[str, ClientUsage] = {}  # that have anything
         self._turns: OrderedDict[str, ClientUsage] = OrderedDict()  # those whose samples wait, the next one first
         self._posting: set[str] = set()  # those with requests that wait or run
+        self._seen: dict[str, float] = {}  # when each client asked for something, unless that is long ago
         self._waiting_samples, self._request_bytes, self._kept_bytes = 0, 0, 0  # of all clients together
         self._queues: dict[str, ModelQueue] = {}  # of models that are open, or being made
         self._ready: dict[str, ModelQueue] = {}  # those with work to take
@@ -141,6 +143,7 @@ class RequestScheduler:
             usage.request_bytes += size
             self._request_bytes += size
             self._posting.add(client)
+            self._seen[client] = pending.arrived
             self._requests[request_id] = pending
             if key is not None:
                 self._by_key[key] = pending
@@ -306,18 +309,23 @@ class RequestScheduler:
                 seconds = min(seconds, self.gap_seconds / 4) if self._gaps else seconds
                 self._lock.wait(min(seconds, self._hold_seconds / 4) if self._held else seconds)
 
-    def has_pending_work(self) -> bool:
-        """Whether something waits to be taken. Without the lock: it is asked at every step of the sampler."""
-        return bool(self._cancelled or self._turns or self._ready)
+    def has_pending_work(self, *, training: bool = True) -> bool:
+        """Whether something waits to be taken; `training` False: of samples alone. Without the lock: it is asked at
+        every step of the sampler."""
+        return bool(self._cancelled or self._turns or training and self._ready)
 
     def take_training(self, batch_key: Callable[[TrainRequest], Any], max_tokens: int) -> list[PendingRequest]:
         """The next work of models: the request that waited longest for its turn and, when that is a TrainRequest, the
-        first request of every other model with an equal `batch_key`, up to `max_tokens` tokens in all. [] when
-        idle."""
+        first request of every other model with an equal `batch_key`, up to `max_tokens` tokens in all; while several
+        clients are there, one of each. Clients have their turns, and each one's models in theirs. [] when idle."""
         with self._locked():
-            self._tell_failures(clock.now())
+            now = clock.now()
+            self._tell_failures(now)
             self._give_up_gaps()
-            queues = sorted(self._ready.items(), key=lambda pair: pair[1].served)
+            self._seen = {one: at for one, at in self._seen.items() if now - at < RECENT_SECONDS}
+            alone = len(self._seen.keys() | self._posting) < 2
+            usage = {model_id: self._clients[queue.ready[0].client] for model_id, queue in self._ready.items()}
+            queues = sorted(self._ready.items(), key=lambda pair: (usage[pair[0]].served, pair[1].served))
             batch: list[PendingRequest] = []
             tokens = 0
             for model_id, queue in queues:
@@ -327,7 +335,9 @@ class RequestScheduler:
                 if batch:
                     if not joins or batch_key(request) != batch_key(batch[0].request) or tokens + size > max_tokens:
                         continue
-                queue.served = next(self._clock)
+                    if not alone and queue.ready[0].client in {one.client for one in batch}:
+                        continue
+                usage[model_id].served = queue.served = next(self._clock)
                 batch.append(queue.ready.popleft())
                 batch[-1].started = clock.now()
                 self._note(model_id, queue)

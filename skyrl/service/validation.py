@@ -15,6 +15,7 @@ import numpy as np
 
 from skyrl.algorithms.declare import Loss
 from skyrl.algorithms.losses import LOSSES
+from skyrl.config.schema import ServiceConfig
 from skyrl.config.validation import LEAST
 from skyrl.rollout import draw_seed
 from skyrl.service.messages import (
@@ -366,17 +367,15 @@ def answer_bytes(query: SamplingRequest, max_tokens: int) -> int:
     return drawn + prompt * (8 + asked) + targets
 
 
-def check_sample(query: SamplingRequest, max_tokens: int, *, max_request_tokens: int, max_samples: int) -> None:
+def check_sample(query: SamplingRequest, max_tokens: int, service: ServiceConfig) -> None:
     """Raises RequestFailed for a request that is too large by itself."""
-    if query.num_samples > max_samples:
-        raise RequestFailed(
-            f"num_samples={query.num_samples}; at most {max_samples} may wait (service.max_queued_samples)"
-        )
+    if query.num_samples > (most := service.max_queued_samples):
+        raise RequestFailed(f"num_samples={query.num_samples}; at most {most} may wait (service.max_queued_samples)")
     each = len(query.prompt) + max_tokens
-    if query.num_samples * each > max_request_tokens:
+    if query.num_samples * each > service.max_tokens_per_request:
         raise RequestFailed(
             f"{query.num_samples} samples of up to {each} tokens are more than "
-            f"service.max_tokens_per_request={max_request_tokens}"
+            f"service.max_tokens_per_request={service.max_tokens_per_request}"
         )
     size = answer_bytes(query, max_tokens)
     if size > ANSWER_BYTES:

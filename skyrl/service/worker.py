@@ -1,8 +1,4 @@
-"""Rank 0's main loop: takes work from the scheduler, checks it, turns it into commands, settles the futures.
-
-Training and sampling alternate: after a training command sampling gets about as long a stretch, and the other way
-round, so that neither starves. All refusals happen before a command is sent.
-"""
+"""Rank 0's main loop: takes work from the scheduler, checks it, turns it into commands, settles the futures."""
 
 from __future__ import annotations
 
@@ -45,9 +41,8 @@ IDLE_SECONDS = 0.25  # so long a signal to stop may go unseen
 LOOK_SECONDS = 0.5  # between looks, in memory, at which sessions have ended
 TICK_SECONDS = 5.0
 SILENT_SECONDS = 120.0  # clients beat every 10: after this a session gives way when there is no room for a new model
-SHARED_SLICES = 8  # a sample is told when a slice ends: beside others a short one would wait for most of a long slice
 LONGEST_STRETCH = 2.0  # of sampling, after a training command that took long
-TOKENS_PER_COMMAND = 65536  # training requests of several models join up to here
+TOKENS_PER_COMMAND = 65536  # training requests of several models join up to here, and to about LONGEST_STRETCH
 
 
 class Worker:
@@ -69,10 +64,14 @@ class Worker:
         self.sampling = Sampling(
             cfg, leader, scheduler, checkpoints, facts, Snapshots(leader, checkpoints, self.models.base_content)
         )
-        self._stopping = ""
+        self._stopping, self._told = "", ""
         self._next_look, self._next_tick = 0.0, 0.0
         self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
-        leader.context.has_pending_work = lambda: bool(self._stopping) or scheduler.has_pending_work()
+        self._token_seconds = 0.0  # that a token of a training command took last
+        self._sampling_until = 0.0  # until then what is to be trained waits
+        leader.context.has_pending_work = lambda: (
+            bool(self._stopping) or scheduler.has_pending_work(training=time.monotonic() >= self._sampling_until)
+        )
 
     def stop(self, why: str) -> None:
         """Ends `run` after the work in hand; safe from a signal handler."""
@@ -102,17 +101,22 @@ class Worker:
         self.leader.stop()
 
     def step(self) -> None:
-        """One turn: at most one training command, then a stretch of sampling."""
+        """One turn: at most one training command, then sampling for as long as that took, or while nothing else is
+        there, for a slice."""
         started = time.monotonic()
-        batch = self.scheduler.take_training(batch_key, TOKENS_PER_COMMAND)
+        most = LONGEST_STRETCH / max(self._token_seconds, LONGEST_STRETCH / TOKENS_PER_COMMAND)
+        batch = self.scheduler.take_training(batch_key, int(most))
         if batch:
             self._execute(batch)
-        took = time.monotonic() - started
+        now = time.monotonic()
+        self._sampling_until = now + min(now - started, LONGEST_STRETCH) if batch else now
         self.sampling.admit()
-        if self.sampling.active:
-            longest = self.cfg.service.slice_seconds / (SHARED_SLICES if self.sampling.is_shared else 1)
-            self.sampling.draw(min(max(took, longest), LONGEST_STRETCH) if batch else longest)
-        elif not batch:
+        while self.sampling.active:
+            self.sampling.draw(self.sampling.slice_seconds())
+            if time.monotonic() >= self._sampling_until or self._stopping or not self.sampling.drawing:
+                break
+            self.sampling.admit()
+        if not (batch or self.sampling.active):
             self.leader.idle()
             self.scheduler.wait(IDLE_SECONDS)
         now = time.monotonic()
@@ -137,7 +141,9 @@ class Worker:
             try:
                 self._close(model.model_id, "its session has ended")
             except UserError as error:  # a full disk: it is open as before, and the next look tries again
-                log.warning("%s stays open: %s", model.model_id, error)
+                before, self._told = self._told, f"{model.model_id} stays open: {error}"
+                if self._told != before:
+                    log.warning(self._told)
         for session in ended:
             self.sampling.snapshots.forget_session(session)
             self.sampling.recordings.forget_session(session)
@@ -275,7 +281,10 @@ class Worker:
                 part += [(number, index) for index in indices]
         parts = [[requests[number][index] for number, index in part] for part in dealt]
         found: dict[tuple[int, int], tuple[Floats, float]] = {}
-        for part, (logprobs, losses) in zip(dealt, self.leader.call("train", *args, parts=parts), strict=True):
+        begun = time.monotonic()
+        answers = self.leader.call("train", *args, parts=parts)
+        self._token_seconds = (time.monotonic() - begun) / sum(len(row.tokens) for rows in requests for row in rows)
+        for part, (logprobs, losses) in zip(dealt, answers, strict=True):
             found.update(zip(part, zip(logprobs, losses, strict=True), strict=True))
         return [[found[number, index] for index in range(len(rows))] for number, rows in enumerate(requests)]
 

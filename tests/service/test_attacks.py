@@ -12,6 +12,7 @@ from inprocess import ADAM, draw, drawn, logprobs_of, on_ranks, open_client, pro
 from requests_made import create_model, optim_step, sampling_request
 from tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 
+from skyrl.config.schema import ServiceConfig
 from skyrl.engine import ModelSpec
 from skyrl.service import scheduler as schedulers
 from skyrl.service.commands import BASE, Leader
@@ -58,8 +59,8 @@ def test_a_temperature_that_logits_do_not_survive_is_refused(temperature):
 
 
 def test_answers_that_would_not_fit_are_refused():
-    limits: dict[str, Any] = {"max_request_tokens": 1 << 22, "max_samples": 16384}
-    check_sample(query(num_samples=1000), 1000, **limits)
+    limits = ServiceConfig(max_tokens_per_request=1 << 22, max_queued_samples=16384)
+    check_sample(query(num_samples=1000), 1000, limits)
     for more in (
         {"topk_prompt_logprobs": 1024, "prompt": np.zeros(40000, np.int64)},
         {"topk_sample_logprobs": 1024, "num_samples": 16},
@@ -69,9 +70,9 @@ def test_answers_that_would_not_fit_are_refused():
         asked = query(**more)
         assert answer_bytes(asked, 4096) > ANSWER_BYTES
         with pytest.raises(RequestFailed, match="the answer could take .* MiB, at most 256 may be"):
-            check_sample(asked, 4096, **limits)
+            check_sample(asked, 4096, limits)
     with pytest.raises(RequestFailed, match="num_samples=16385; at most 16384"):
-        check_sample(query(num_samples=16385), 1, **limits)
+        check_sample(query(num_samples=16385), 1, limits)
 
 
 def test_stop_strings_are_bounded_together():

@@ -53,6 +53,7 @@ def test_requests_run_by_number_not_by_arrival():
     model = make_model(scheduler)
     for seq in (2, 3, 1, 5):
         scheduler.submit(train(model, seq), owner="a")
+    assert scheduler.has_pending_work() and not scheduler.has_pending_work(training=False)
     assert [seq for _, seq in taken(scheduler)] == [1, 2, 3]
     scheduler.submit(optim_step(model, 4), owner="a")
     assert [seq for _, seq in taken(scheduler)] == [4, 5]
@@ -94,6 +95,22 @@ def test_equal_losses_of_several_models_join_and_others_wait():
     while batch := scheduler.take_training(batch_key, 10**6):
         groups.append([(pending.model_id, pending.request.seq_id) for pending in batch])
     assert groups == [[(a, 1), (b, 1)], [(c, 1)], [(a, 2)]]
+
+
+def test_clients_take_turns_however_many_models_they_have(monkeypatch):
+    scheduler = RequestScheduler(by_session=True)
+    many, one = [make_model(scheduler, "s", number) for number in range(3)], make_model(scheduler, "t")
+    for model, seq in [(model, seq) for model in (*many, one) for seq in (1, 2)]:
+        scheduler.submit(train(model, seq), owner="a")
+    groups = []
+    for _ in range(3):
+        groups.append([(done.model_id, done.request.seq_id) for done in scheduler.take_training(batch_key, 10**6)])
+    assert groups == [[(many[0], 1), (one, 1)], [(many[1], 1), (one, 2)], [(many[2], 1)]]
+    monkeypatch.setattr(schedulers, "RECENT_SECONDS", 0.0)
+    for pending in [*scheduler._requests.values()]:
+        if pending.client == "t":
+            scheduler.done(pending, {"metrics": {}})
+    assert [done.model_id for done in scheduler.take_training(batch_key, 10**6)] == many  # alone now
 
 
 def test_a_token_budget_bounds_a_joined_call():

@@ -235,3 +235,21 @@ def test_slices_are_short_while_several_clients_sample(client, monkeypatch):
     sampling._seen["another"] = time.monotonic()
     one.sample(PROMPT, 1, draw(5)).result()
     assert seconds[-1] == slice_seconds / 8
+
+
+def test_a_sample_does_not_wait_for_all_training_that_is_there(client, monkeypatch):
+    """After a command sampling has as long as that took, however much training waits."""
+    worker, commands = client.service.worker, []
+
+    def slow(batch: Any, made: Any = worker._train) -> None:
+        commands.append(batch)
+        made(batch)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(worker, "_train", slow)
+    sampler, model = client.create_sampling_client(base_model="tiny").result(), new(client, 19)
+    futures = [model.forward_backward(rows(seed), "cross_entropy") for seed in range(8)]
+    wait_until(lambda: commands)
+    sampler.sample(PROMPT, 1, draw(20)).result()
+    assert len(commands) < 8
+    results(futures)
