@@ -137,11 +137,11 @@ class RequestContext:
         """What `read` makes of the body, in the event loop only where both are small and `read` is `quick`. Raises
         HttpError 413 before more than service.max_request_mib is in memory, or SMALL_BODY for a `kind` that is never
         large."""
-        state = self.state
-        max_bytes, limit = state.max_bytes, "service.max_request_mib"
+        max_bytes, limit = self.state.max_bytes, "service.max_request_mib"
         if kind is not None and not kind.large and max_bytes > SMALL_BODY:
             max_bytes, limit = SMALL_BODY, f"in {kind.operation}"
-        return await state.bodies.parse(self.request, self.sender, read, max_bytes=max_bytes, limit=limit, quick=quick)
+        bodies = self.state.bodies
+        return await bodies.parse(self.request, self.sender, read, max_bytes=max_bytes, limit=limit, quick=quick)
 
     async def search(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The result of a search or a listing, which may read all records: one of each sender at a time, so that many

@@ -100,6 +100,7 @@ async def read_body(request: Request, *, max_bytes: int, limit: str, keep: bool 
     task: Any = asyncio.current_task()
     loop = asyncio.get_running_loop()
     until = loop.time() + BODY_SECONDS
+    timer: asyncio.TimerHandle
 
     def look() -> None:
         nonlocal seen, late, timer
