@@ -44,11 +44,6 @@ class PendingRequest:
         """Whether it is done, or has failed."""
         return self.outcome.state != "pending"
 
-    @property
-    def sequence_ids(self) -> tuple[str, ...]:
-        """A name for each sample to come."""
-        return ()
-
 
 @dataclass(eq=False)
 class PendingSample(PendingRequest):

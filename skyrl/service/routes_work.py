@@ -22,7 +22,7 @@ from skyrl.service.messages import (
     SamplingRequest,
     TrainResult,
 )
-from skyrl.service.pending import PendingRequest
+from skyrl.service.pending import PendingRequest, PendingSample
 from skyrl.service.routes_session import find_weights
 from skyrl.types import UserError
 from skyrl.web.http import FAULT, HttpError, error_reply, in_thread, reply
@@ -101,7 +101,7 @@ def accepted(done: PendingRequest) -> Response:
     answer: dict[str, Any] = {"request_id": done.request_id}
     if done.model_id:
         answer["model_id"] = done.model_id
-    if done.sequence_ids:
+    if isinstance(done, PendingSample):
         answer["sample_sequence_ids"] = list(done.sequence_ids)
     return reply(answer)
 

@@ -3,10 +3,8 @@
 Pure bookkeeping under one lock, without torch, HTTP or disk. The front doors submit and ask for outcomes from their
 threads; the worker takes work and settles futures from its own.
 
-A model's requests run by seq_id, not by arrival, because the client posts the chunks of one call in parallel. A number
-that never arrives is given up after `gap_seconds`. A repeated number finds the first request's future.
-
-What is shared is shared between clients: owners of keys, or without keys (`by_session`) sessions.
+A model's requests run by seq_id, not by arrival, because the client posts the chunks of one call in parallel. What is
+shared is shared between clients: owners of keys, or without keys (`by_session`) sessions.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import RequestFailed, SaveWeights
-from skyrl.service.storage.archive import Archive, Content, OptimizerState, check_recipients
+from skyrl.service.storage.archive import Archive, Content, OptimizerState
 from skyrl.service.storage.database import FutureLog
 from skyrl.service.storage.records import CheckpointPath, CheckpointRecord, ModelInfo, NotFound, StorageError
 from skyrl.service.storage.store import Store, check_ttl
@@ -161,7 +162,6 @@ class CheckpointService:
         options: ttl_seconds, user_metadata, overwrite. Raises: UserError (a name that is taken, ttl, recipients,
         disk), NotFound for the run; then nothing was changed.
         """
-        check_recipients(recipients)
         return self._commit(
             path,
             owner,
@@ -278,8 +278,8 @@ class CheckpointService:
         """One round of `tidy`. Each part is tried whatever becomes of the others, and again in the next round; a
         problem is told once."""
         problems = []
-        parts = (self.futures.tidy, self.expire, self._end_sessions, self.store.recover)
-        for part in (*parts, self.store.keep_reserve):
+        end_sessions = partial(self.store.end_silent_sessions, self.session_timeout)
+        for part in (self.futures.tidy, self.expire, end_sessions, self.store.recover, self.store.keep_reserve):
             try:
                 part()
             except Exception as error:
@@ -290,10 +290,6 @@ class CheckpointService:
         elif self._problem and not problem:
             log.warning("tidying up works again: everything is on record")
         self._problem = problem
-
-    def _end_sessions(self) -> None:
-        if self.session_timeout:
-            self.store.end_silent_sessions(self.session_timeout)
 
     def explain_lost(self, model_id: str, owner: str) -> str:
         """Why a model that is not open is gone, or "" when it never was this owner's."""

@@ -66,7 +66,6 @@ class Store(Database):
     """
 
     def __init__(self, path: Path | str, *, now: Callable[[], float] = time.time) -> None:
-        """now: seconds since 1970, for tests."""
         super().__init__(path, now=now)
         self._opened = self.micros()
         with self.read() as db:
@@ -105,9 +104,9 @@ class Store(Database):
             raise NotFound(f"session {session_id}: has ended ({ended.get('detail') or ended.get('type')})")
 
     def end_silent_sessions(self, seconds: float) -> int:
-        """Ends the sessions that were silent for so long: first on record, then in memory. Returns how many."""
+        """Ends the sessions that were silent for so long (0 = none), first on record, then in memory; how many."""
         ended, told = 0, json.dumps({"detail": f"its client was silent for {seconds:g} s"})
-        while part := self.live.silent(seconds, SESSIONS_AT_ONCE):  # looked at anew: some may be heard meanwhile
+        while seconds and (part := self.live.silent(seconds, SESSIONS_AT_ONCE)):  # anew: some may be heard meanwhile
             with self.write() as db:
                 db.executemany(
                     "UPDATE sessions SET status = 'cancelled', detail = ?, last_heartbeat = max(last_heartbeat, ?)"
