@@ -46,6 +46,7 @@ from skyrl.types import Sample, SampleRequest, UserError
 
 T = TypeVar("T")
 SHARED_SLICES = 8  # a sample is told when a slice ends: beside others a short one would wait for most of a long slice
+LONGEST_STRETCH = 2.0  # of work that nothing interrupts, and of sampling after it
 RECORDED_SECONDS, RECORDED_BYTES = 86400.0, 1 << 30  # of the sequences that are recorded
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
@@ -169,7 +170,7 @@ class Sampling:
             self.scheduler.failed(pending, RequestFailed(why))
 
     def admit(self) -> None:
-        """Takes requests from the scheduler as far as there is room, and answers questions about their prompts."""
+        """Takes requests from the scheduler as far as there is room."""
         for pending in self.scheduler.take_cancelled():
             if pending.request_id in self._active:
                 self._take_out(pending, RequestFailed(pending.cancelled))
@@ -188,7 +189,6 @@ class Sampling:
             except (RequestFailed, UserError) as error:
                 self.scheduler.failed(pending, error)
         self._waiting.extendleft(reversed(later))
-        self._score()
 
     def _begin(self, pending: PendingSample, request: SamplingRequest) -> bool:
         """Starts a request; False when it has to wait: for those under way, which draw from other whole weights, or
@@ -296,18 +296,19 @@ class Sampling:
 
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
-    def _score(self) -> None:
-        """Answers questions in one command, spread over the ranks by their tokens: as many as fit into its budgets,
-        while several clients are there for about a slice, one client's after the other's. The rest comes with the next
-        turn."""
+    def score(self) -> None:
+        """Answers questions in one command, spread over the ranks by their tokens: as many as fit into its budgets and
+        about LONGEST_STRETCH (while several clients are there: a slice), one client's after the other's. The rest
+        comes with the next turn."""
         if not self._questions:
             return
         world = self.leader.world
         ordered = round_robin((pair[0].client, pair) for pair in self._questions)
         asked: list[tuple[PendingSample, PromptLogprobsRequest]] = []
-        tokens, cells, most = 0, 0, SCORE_TOKENS * world.dp_size
-        if self._token_seconds and len(self._sharing()) > 1:
-            most = min(most, int(self.slice_seconds() / self._token_seconds))
+        tokens, cells, most = 0, 0, float(SCORE_TOKENS * world.dp_size)
+        if self._token_seconds:
+            seconds = self.slice_seconds() if len(self._sharing()) > 1 else LONGEST_STRETCH
+            most = min(most, seconds / self._token_seconds)
         for pending, question in ordered:
             tokens += len(question.tokens)
             cells += _table_bytes(question)
@@ -347,11 +348,11 @@ class Sampling:
 
     # ---- draws -----------------------------------------------------------------------------------------------------
 
-    def draw(self, seconds: float) -> None:
-        """A stretch of sampling on all ranks; settles what is complete."""
+    def draw(self, seconds: float) -> bool:
+        """A stretch of sampling on all ranks; settles what is complete. False when there was nothing to draw."""
         self._hand_over()
         if not any(self._load) and not any(batch.cancelled for batch in self._batches) and not self._leaving:
-            return  # what was begun is complete, and what waits begins at the next turn
+            return False  # what was begun is complete, and what waits begins at the next turn
         batches, self._batches = self._batches, self._empty_batches()
         for pending in self._active.values():
             if pending.request.stream:
@@ -374,7 +375,7 @@ class Sampling:
                 if (growing := self._active.get(_request_id(uid))) is not None:
                     growing.known[uid] = growing.known.get(uid, 0) + len(tokens)
                     self.scheduler.progress(growing, _index(uid), tokens)
-        self._score()
+        return True
 
     def _ended(self, uid: str) -> PendingSample | None:
         """The request of a draw that no rank has any more; None when it was taken out."""

@@ -29,7 +29,7 @@ from skyrl.service.messages import (
 )
 from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.pending import PendingRequest
-from skyrl.service.sampling import Sampling
+from skyrl.service.sampling import LONGEST_STRETCH, Sampling
 from skyrl.service.scheduler import ENDED, RequestScheduler, makes_model
 from skyrl.service.storage.checkpoints import CheckpointService, Snapshots
 from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, substituted, to_rows
@@ -41,7 +41,6 @@ IDLE_SECONDS = 0.25  # so long a signal to stop may go unseen
 LOOK_SECONDS = 0.5  # between looks, in memory, at which sessions have ended
 TICK_SECONDS = 5.0
 SILENT_SECONDS = 120.0  # clients beat every 10: after this a session gives way when there is no room for a new model
-LONGEST_STRETCH = 2.0  # of sampling, after a training command that took long
 TOKENS_PER_COMMAND = 65536  # training requests of several models join up to here, and to about LONGEST_STRETCH
 
 
@@ -101,19 +100,19 @@ class Worker:
         self.leader.stop()
 
     def step(self) -> None:
-        """One turn: at most one training command, then sampling for as long as that took, or while nothing else is
-        there, for a slice."""
+        """One turn: at most one training command and one that answers questions about tokens, then draws for as long as
+        these took; without any, for a slice."""
         started = time.monotonic()
         most = LONGEST_STRETCH / max(self._token_seconds, LONGEST_STRETCH / TOKENS_PER_COMMAND)
         batch = self.scheduler.take_training(batch_key, int(most))
         if batch:
             self._execute(batch)
-        now = time.monotonic()
-        self._sampling_until = now + min(now - started, LONGEST_STRETCH) if batch else now
         self.sampling.admit()
-        while self.sampling.active:
-            self.sampling.draw(self.sampling.slice_seconds())
-            if time.monotonic() >= self._sampling_until or self._stopping or not self.sampling.drawing:
+        self.sampling.score()
+        now = time.monotonic()
+        self._sampling_until = now + min(now - started, LONGEST_STRETCH)
+        while self.sampling.draw(self.sampling.slice_seconds()):
+            if time.monotonic() >= self._sampling_until or self._stopping:
                 break
             self.sampling.admit()
         if not (batch or self.sampling.active):

@@ -228,7 +228,7 @@ def test_slices_are_short_while_several_clients_sample(client, monkeypatch):
     """A sample is told when a slice ends; beside others a short one would wait for most of a long slice."""
     sampling, slice_seconds = client.service.worker.sampling, client.service.cfg.service.slice_seconds
     seconds, one = [], client.create_sampling_client(base_model="tiny").result()
-    monkeypatch.setattr(sampling, "draw", lambda length, made=sampling.draw: (seconds.append(length), made(length)))
+    monkeypatch.setattr(sampling, "draw", lambda length, made=sampling.draw: seconds.append(length) or made(length))
     sampling._seen.clear()
     one.sample(PROMPT, 1, draw(5)).result()
     assert set(seconds) == {slice_seconds}
@@ -253,3 +253,24 @@ def test_a_sample_does_not_wait_for_all_training_that_is_there(client, monkeypat
     sampler.sample(PROMPT, 1, draw(20)).result()
     assert len(commands) < 8
     results(futures)
+
+
+def test_a_sample_does_not_wait_for_all_questions_that_are_there(client, monkeypatch):
+    """Nor for all that one client asks about its prompts, which are answered in parts once their time is known."""
+    sampling, commands = client.service.worker.sampling, []
+
+    def slow(made: Any = sampling.score) -> None:
+        commands.extend([0] * bool(sampling._questions))
+        made()
+        if commands and commands[-1] == 0:
+            commands[-1] = time.sleep(0.2)
+        sampling._token_seconds = 1.0
+
+    sampling._token_seconds = 1.0
+    monkeypatch.setattr(sampling, "score", slow)
+    one, other = (client.create_sampling_client(base_model="tiny").result() for _ in range(2))
+    futures = [one.compute_logprobs(prompt(*range(5, 25))) for _ in range(8)]
+    wait_until(lambda: commands)
+    other.sample(PROMPT, 1, draw(20)).result()
+    assert len(commands) < 8
+    assert all(len(future.result(20)) == 20 for future in futures) and len(commands) == 8
