@@ -29,13 +29,13 @@ _REFUSED = {
     "lookup_dcookie": (212, 18), "migrate_pages": (256, 238), "move_pages": (279, 239), "memfd_create": (319, 279),
     "shmget": (29, 194), "shmat": (30, 196), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
-    "mlock": (149, 228), "mlock2": (325, 284), "mlockall": (151, 230),
+    "mlock": (149, 228), "mlock2": (325, 284), "mlockall": (151, 230), "io_setup": (206, 0), "sync": (162, 81),
     "pidfd_send_signal": (424, 424), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "mount_setattr": (442, 442), "quotactl_fd": (443, 443),
     "memfd_secret": (447, 447), "process_mrelease": (448, 448), "statmount": (457, 457), "listmount": (458, 458),
-    "open_tree_attr": (467, 467),
+    "open_tree_attr": (467, 467), "syncfs": (306, 267),
 }  # fmt: skip
 _REFUSED_SINGLE = {
     "fork": (57, -1), "vfork": (58, -1), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
