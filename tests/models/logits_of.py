@@ -5,6 +5,7 @@ usage: logits_of.py FOLDER...
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -13,11 +14,17 @@ IDS = [5, 17, 3, 90, 41, 8, 8, 60, 33, 2, 71, 19, 54, 23, 11, 7, 64, 29, 12, 80,
 
 
 def read(folder):
-    """What this transformers makes of a folder: logits of IDS, ids of a text, a templated chat, end tokens."""
+    """What this transformers makes of a folder: logits of IDS, ids of a text, a templated chat, end tokens; of a family
+    that came later, its name."""
+    kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        return {"version": transformers.__version__, "unknown": kind}
     net = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", attn_implementation="eager")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        logits = net.eval()(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+        # With a mask, which Llama 4 needed at first; with a cache where layers took the keys of others from it.
+        ids, shared = torch.tensor([IDS]), hasattr(net.config, "num_kv_shared_layers")
+        logits = net.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=shared).logits[0]
     return {
         "version": transformers.__version__,
         "dtype": str(net.dtype),
