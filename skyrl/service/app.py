@@ -145,7 +145,7 @@ class RequestContext:
 
     async def search(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The result of a search or a listing, which may read all records: one of each sender at a time, so that many
-        of them leave threads, and processor time, to whoever only asks for a thing by its name."""
+        leave threads to whoever asks for a thing by its name."""
         return await self.state.bodies.in_turn(self.sender, call, *args, **kwargs)
 
     async def message(self, kind: type[M]) -> M:

@@ -1,10 +1,8 @@
 """Commands from rank 0 to all ranks, and what each rank does for one. Only here the service touches the engine.
 
-Rank 0 broadcasts a command with its arguments and each rank's own part, all ranks run the same function, and rank 0
-gathers the answers. Commands come from fixed tables, never from a name that a client sent, and one is sent only after
-everything in it was checked. A UserError that it raises all the same, before anything has changed, is a refusal if all
-ranks have it. Any other exception ends its process, and with it the job, because the other ranks cannot know how far
-it came.
+Commands come from fixed tables, never from a name that a client sent, and one is sent only after everything in it was
+checked. A UserError that it raises all the same, before anything has changed, is a refusal if all ranks have it. Any
+other exception ends its process, and with it the job, because the other ranks cannot know how far it came.
 """
 
 from __future__ import annotations

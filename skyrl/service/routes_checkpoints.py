@@ -196,7 +196,11 @@ def _copy(context: RequestContext, source: CheckpointPath, body: CopyWeights) ->
     run = store.create_run(session_id, owner, body.model_seq_id or 0, found.info)
     store.close_run(run.run_id, owner)
     target = CheckpointPath(run.run_id, source.kind, source.name)
-    return context.state.checkpoints.copy(source, owner, target, ttl_seconds=body.ttl_seconds)
+    try:
+        return context.state.checkpoints.copy(source, owner, target, ttl_seconds=body.ttl_seconds)
+    except UserError:  # the same may be asked for again
+        store.forget_run(run.run_id)
+        raise
 
 
 async def refuse_upload(context: RequestContext) -> Response:

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from skyrl.service.app import AppState, RequestContext, once, route
 from skyrl.service.messages import METADATA_NAMES, Count, check_metadata
 from skyrl.service.storage.records import CheckpointPath, NotFound, SessionQuery, present
+from skyrl.service.storage.store import seen
 from skyrl.tracking.prometheus import exposition
 from skyrl.types import UserError, few
 from skyrl.web.http import HttpError, in_thread, reply, whole_number
@@ -285,22 +286,15 @@ async def get_sampler(context: RequestContext) -> Response:
 
 
 async def list_sessions(context: RequestContext) -> Response:
-    _scope(context)
+    seen(context.query("access_scope", "owned"))
     limit, offset = whole_number(context.request, "limit", 20), whole_number(context.request, "offset", 0)
     page = await context.search(context.state.store.list_sessions, context.owner, limit=limit, offset=offset)
     return reply({"sessions": page.items, "cursor": page.cursor()})
 
 
-def _scope(context: RequestContext) -> str:
-    scope = context.query("access_scope", "owned")
-    if scope not in ("owned", "accessible"):
-        raise UserError(f"access_scope={scope[:60]!r}; allowed: owned, accessible")
-    return scope
-
-
 async def get_session(context: RequestContext) -> Response:
     """Runs and samplers of a session."""
-    _scope(context)
+    seen(context.query("access_scope", "owned"))
     session = await in_thread(context.state.store.get_session, context.path("session_id"), context.owner)
     return reply(session.to_json())
 

@@ -297,9 +297,8 @@ class Sampling:
     # ---- questions about tokens that are there already -------------------------------------------------------------
 
     def score(self) -> None:
-        """Answers questions in one command, spread over the ranks by their tokens: as many as fit into its budgets and
-        about LONGEST_STRETCH (while several clients are there: a slice), one client's after the other's. The rest
-        comes with the next turn."""
+        """Answers questions in one command, spread over the ranks by their tokens: what fits its budgets and takes
+        LONGEST_STRETCH (with several clients a slice), one client's after the other's. The rest comes next turn."""
         if not self._questions:
             return
         world = self.leader.world

@@ -308,8 +308,7 @@ class RequestScheduler:
                 self._lock.wait(min(seconds, self._hold_seconds / 4) if self._held else seconds)
 
     def has_pending_work(self, *, training: bool = True) -> bool:
-        """Whether something waits to be taken; `training` False: of samples alone. Without the lock: it is asked at
-        every step of the sampler."""
+        """Whether something waits; `training` False: of samples alone. No lock: each step of the sampler asks."""
         return bool(self._cancelled or self._turns or training and self._ready)
 
     def take_training(self, batch_key: Callable[[TrainRequest], Any], max_tokens: int) -> list[PendingRequest]:

@@ -1,7 +1,5 @@
 """From what clients send to what the engine takes. Everything is checked here, before any command reaches a rank:
 after that there is no recoverable error.
-
-A refusal names the loss, the datum and the field; it goes through the request's future and touches no other tenant.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ RELEASES = {
 # Families that came after them.
 UNKNOWN = {"4.57.6": {"gemma4_text", "kimi_linear", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text"}}
 UNKNOWN["4.51.3"] = UNKNOWN["4.57.6"] | {"gemma3n_text", "gpt_oss", "qwen3_next"}
+# Llama 4 turns positions there by the number of a layer, whatever its config says.
+OTHERWISE = {("4.51.3", "llama4_text")}
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 EXTRA = {
     "preprocessor_config.json": "{}",
@@ -186,7 +188,8 @@ def test_earlier_releases_read_what_is_exported(release, tmp_path):
         assert got["version"] == release
         if "unknown" in got:
             continue
-        assert (torch.tensor(got["logits"]) - logits).abs().max() < 1e-4, name
+        equal = (torch.tensor(got["logits"]) - logits).abs().max() < 1e-4
+        assert equal == ((release, name) not in OTHERWISE), name
         assert got["ids"] == tokenizer("1+2=3<|end|>")["input_ids"] and got["text"] == "<user>hi"
         assert got["end"] == [1, [1, 2]] and got["dtype"] == "torch.float32"
 

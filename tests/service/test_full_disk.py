@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from skyrl.service.app import http_error
 from skyrl.service.models import OpenModels, TrainableModel
+from skyrl.service.routes_checkpoints import CopyWeights, _copy
 from skyrl.service.storage import checkpoints, database
 from skyrl.service.storage.archive import Content
 from skyrl.service.storage.checkpoints import CheckpointService
@@ -155,6 +156,29 @@ def test_a_server_starts_on_a_full_disk_and_says_so(disk, leave, caplog):
     assert disk.names() == ["a"] and "was lost" in disk.service.explain_lost(disk.run, "o")
     disk.service.delete(disk.path("a"), "o")
     disk.save("b")
+
+
+def test_a_server_says_that_its_disk_takes_no_further_file(disk):
+    disk.service.close()
+    found = os.statvfs(disk.root)
+    used = f"remount,nr_inodes={found.f_files - found.f_ffree + 2}"  # for the files that SQLite has open
+    subprocess.run(["mount", "-o", used, disk.root], check=True)
+    assert any("all inodes of that disk are used" in line for line in disk.open().lines)
+
+
+def test_a_copy_that_the_disk_refuses_may_be_asked_for_again(disk):
+    """There is room for a row, and none for the files: the row is taken back."""
+    large = Content(ModelInfo("base"), {"w": torch.zeros(300_000)})
+    disk.service.save(disk.path("a"), "o", large)
+    disk.fill(65536)
+    state = SimpleNamespace(store=disk.service.store, checkpoints=disk.service)
+    body = CopyWeights(source_path=disk.path("a").uri, session_id=disk.session, model_seq_id=7)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="cannot be written"):
+            _copy(SimpleNamespace(state=state, owner="o"), disk.path("a"), body)
+    disk.filler.unlink()
+    copied = _copy(SimpleNamespace(state=state, owner="o"), disk.path("a"), body)
+    assert copied.path.run_id == f"{disk.session}:train:7"
 
 
 def test_a_fresh_folder_on_a_full_disk_is_one_line(disk):

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from skyrl.files import disk_lack
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import RequestFailed, SaveWeights
 from skyrl.service.storage.archive import Archive, Content, OptimizerState
@@ -110,11 +111,12 @@ class CheckpointService:
     def _check_space(self) -> list[str]:
         """Sets aside what deleting needs, and tells of a disk that is nearly full. Raises: StorageError."""
         self.store.keep_reserve()
-        if (free := self.store.free_bytes()) >= NEARLY_FULL:
+        lack = disk_lack(self.folder)
+        if (free := self.store.free_bytes()) >= NEARLY_FULL and not lack:
             return []
         return [
-            f"{self.folder}: {free / 2**20:.1f} MiB are free on this disk; saves will be refused when it is full, "
-            "training and sampling go on: free space there, or delete checkpoints, which works in any case"
+            f"{self.folder}: {lack or f'{free / 2**20:.1f} MiB are free on this disk'}; saves will be refused when it "
+            "is full, training and sampling go on: free space there, or delete checkpoints, which works in any case"
         ]
 
     # ---- saving ----------------------------------------------------------------------------------------------------

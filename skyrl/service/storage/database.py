@@ -278,8 +278,7 @@ class FutureLog:
     """What of the scheduler's memory outlives the process. Thread-safe.
 
     Only requests with a lasting effect are recorded, and only once they are done: whoever asks for the future of one of
-    these after a restart finds that it was run, and nobody runs it again. A sample, a forward_backward or an optim_step
-    changes nothing that a restart keeps, so none of them costs a write to the database.
+    these after a restart finds that it was run, and nobody runs it again.
     """
 
     def __init__(self, database: Database) -> None:

@@ -210,6 +210,23 @@ class CheckpointRecord:
         )
 
 
+def checkpoint_of(row: Any) -> CheckpointRecord:
+    """The record of a row of the store's table."""
+    return CheckpointRecord(
+        path=CheckpointPath(row["run_id"], row["kind"], row["name"]),
+        owner=row["owner"],
+        version=row["version"],
+        created_at=from_micros(row["created_at"]),
+        size_bytes=row["size_bytes"],
+        public=bool(row["public"]),
+        expires_at=None if row["expires_at"] is None else from_micros(row["expires_at"]),
+        user_metadata=json.loads(row["user_metadata"]),
+        info=ModelInfo.parse(json.loads(row["facts"])),
+        has_optimizer=bool(row["has_optimizer"]),
+        missing=bool(row["missing"]),
+    )
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """A training run: a model that a session made. lost: it was open when a server died, and can train no more."""

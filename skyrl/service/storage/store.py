@@ -34,6 +34,7 @@ from skyrl.service.storage.records import (
     SessionQuery,
     StorageError,
     TrainingRun,
+    checkpoint_of,
     from_micros,
     present,
 )
@@ -97,8 +98,7 @@ class Store(Database):
         return self.get_session(session_id, owner)
 
     def heartbeat(self, session_id: str, owner: str) -> None:
-        """Notes that the session's client lives: in memory alone, until it has ended. Raises: NotFound, also when
-        it has ended."""
+        """Notes, in memory alone, that the session's client lives. Raises: NotFound, also when it has ended."""
         if not self.live.touch(session_id, owner):
             ended = self.get_session(session_id, owner).status or {}
             raise NotFound(f"session {session_id}: has ended ({ended.get('detail') or ended.get('type')})")
@@ -293,7 +293,7 @@ class Store(Database):
         """One run with its newest checkpoints, of another owner's run only published ones. Raises: NotFound."""
         with self.read() as db:
             values = {"id": run_id, "owner": owner, "now": self.micros()}
-            row = db.execute(f"SELECT * FROM runs WHERE run_id = :id AND {_seen(scope)}", values).fetchone()
+            row = db.execute(f"SELECT * FROM runs WHERE run_id = :id AND {seen(scope)}", values).fetchone()
             if row is None:
                 raise NotFound(f"training run {run_id}: not found")
             return self._with_latest(db, _run(row, self.touched), owner)
@@ -301,7 +301,7 @@ class Store(Database):
     def list_runs(self, owner: str, *, limit: int = 100, offset: int = 0, scope: Scope = "owned",
                   project_id: str | None = None) -> Page[TrainingRun]:  # fmt: skip
         """Runs, newest first. accessible: other owners' too that have a published checkpoint."""
-        where = _seen(scope)
+        where = seen(scope)
         if project_id is not None:
             where += (
                 " AND session_id IN (SELECT session_id FROM sessions WHERE coalesce(project_id, 'default') = :project)"
@@ -320,6 +320,12 @@ class Store(Database):
             done = db.execute("UPDATE runs SET state = ? WHERE run_id = ? AND owner = ?", (state, run_id, owner))
         if not done.rowcount:
             raise NotFound(f"training run {run_id}: not found")
+
+    def forget_run(self, run_id: str) -> None:
+        """Takes back a run of which nothing came."""
+        self.make_room()
+        with self.write() as db:
+            db.execute("DELETE FROM runs WHERE run_id = ?", (run_id,))
 
     def run_checkpoints(self, run_id: str, owner: str) -> list[CheckpointRecord]:
         """All checkpoints of a run, newest first; of another owner's run the published ones. Raises: NotFound when
@@ -548,7 +554,8 @@ def _no_session(session_id: str) -> NotFound:
     return NotFound(f"session {session_id}: not found")
 
 
-def _seen(scope: Scope) -> str:
+def seen(scope: str) -> str:
+    """The SQL condition of what may be seen. Raises: UserError for another word."""
     if scope not in _SEEN:
         raise UserError(f"access_scope={scope!r}; give one of {', '.join(_SEEN)}")
     return _SEEN[scope]
@@ -568,23 +575,6 @@ def check_ttl(seconds: int | None) -> None:
     """Raises: UserError unless None or 3600 to 315576000 (ten years)."""
     if seconds is not None and not MIN_TTL <= seconds <= MAX_TTL:
         raise UserError(f"ttl_seconds={seconds}: give {MIN_TTL} to {MAX_TTL}, or null to keep it for ever")
-
-
-def checkpoint_of(row: Row) -> CheckpointRecord:
-    """The record of a row of the table."""
-    return CheckpointRecord(
-        path=CheckpointPath(row["run_id"], row["kind"], row["name"]),
-        owner=row["owner"],
-        version=row["version"],
-        created_at=from_micros(row["created_at"]),
-        size_bytes=row["size_bytes"],
-        public=bool(row["public"]),
-        expires_at=None if row["expires_at"] is None else from_micros(row["expires_at"]),
-        user_metadata=json.loads(row["user_metadata"]),
-        info=ModelInfo.parse(json.loads(row["facts"])),
-        has_optimizer=bool(row["has_optimizer"]),
-        missing=bool(row["missing"]),
-    )
 
 
 def _expiry(now: int, ttl_seconds: int | None) -> int | None:
