@@ -16,6 +16,6 @@ def test_it_runs_to_its_end_and_gives_each_check_a_verdict(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found["checks"]) == 12 and found["commit"]
+    assert len(found["checks"]) == 14 and found["commit"]
     wrong = {name: check for name, check in found["checks"].items() if check["verdict"] not in ("ok", "skipped")}
     assert not wrong and all(check["verdict"] == "ok" or check["reason"] for check in found["checks"].values())
