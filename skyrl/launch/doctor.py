@@ -50,14 +50,14 @@ TORCH = """
 import json, torch
 from skyrl.planner.device import choose, look
 from skyrl.types import UserError
-out = {"version": torch.__version__, "cuda": torch.version.cuda, "count": torch.cuda.device_count()}
-out["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
-for index in range(out["count"]):
-    x = torch.randn(512, 512, device=f"cuda:{index}", dtype=torch.float32)
-    error = (x @ x - (x.double() @ x.double()).float()).abs().max().item()
-    out.setdefault("errors", []).append(error)
+facts = look("auto", 0)
+out = {"version": facts.torch, "cuda": facts.cuda, "count": facts.count, "nccl": facts.nccl}
 try:
-    out["notes"] = choose("auto", "auto", look("auto", 0)).notes
+    out["notes"] = choose("auto", "auto", facts).notes
+    for index in range(out["count"]):
+        x = torch.randn(512, 512, device=f"cuda:{index}", dtype=torch.float32)
+        error = (x @ x - (x.double() @ x.double()).float()).abs().max().item()
+        out.setdefault("errors", []).append(error)
 except UserError as error:
     out["refused"] = str(error)
 print(json.dumps(out))
