@@ -39,7 +39,8 @@ class HeldModel(BatchReward):
         if self.model is not None:
             return
         transformers.utils.logging.disable_progress_bar()
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        fast = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = torch.bfloat16 if fast else torch.float32  # on ROCm the numbers are 9 and above
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path)
             load = getattr(transformers, self.auto_class).from_pretrained
