@@ -41,7 +41,7 @@ from skyrl.config.load import (
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env
 from skyrl.distributed.env import rank, report_to_launcher, world_size
-from skyrl.distributed.faults import classify, describe
+from skyrl.distributed.faults import ALLOCATOR, ALLOCATOR_OPTIONS, classify, describe
 from skyrl.distributed.place import take_place
 from skyrl.files import disk_reason
 from skyrl.run_dir import REQUEUE_FILE
@@ -104,8 +104,8 @@ def set_torch_defaults() -> None:
     # the one line that says why is lost.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Training and sampling take blocks of other sizes in turns: segments of a GPU that can grow leave no gaps between.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name; torch would read both
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not any(name in os.environ for name in ALLOCATOR_OPTIONS):  # torch would read all of them
+        os.environ[ALLOCATOR] = "expandable_segments:True"
 
 
 @contextlib.contextmanager

@@ -12,12 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from skyrl.planner.device import torch_release
+
 Kind = Literal["memory", "gpu", "kernel", "setup", "lost"]
 LONGEST = 4000  # characters of an error that are looked at; symbolised C++ frames may follow
 FRAGMENTED = 0.1  # of the device's memory, reserved and not allocated
 HELD = 0.1  # of the device's memory: another process that holds less is not to blame
-# Where torch's allocator is told its options; the first that is set counts, and the last is the name of today.
+# Where torch's allocator is told its options; the first that is set counts, and the last is the name since torch 2.9.
 ALLOCATOR_OPTIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+ALLOCATOR = ALLOCATOR_OPTIONS[-1 if torch_release() >= (2, 9) else 0]
 SIZE = r"(?P<size>(?P<number>[\d.]+) (?P<unit>\wiB))"
 UNITS = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
 OVER_MORE_RANKS = "strategy.name=fsdp or zero3 over more ranks"
@@ -167,7 +170,7 @@ def remedy_of(fault: Fault, phase: str) -> str:
     """What to do about a fault of this rank in `phase`; STARTING is the time before anything is loaded."""
     if fault.kind != "memory":
         return fault.remedy
-    text, name = fault.what, next((name for name in ALLOCATOR_OPTIONS if name in os.environ), ALLOCATOR_OPTIONS[-1])
+    text, name = fault.what, next((name for name in ALLOCATOR_OPTIONS if name in os.environ), ALLOCATOR)
     capacity = _gib(re.search(rf"total capacity of {SIZE}", text))
     # In a container this process stands in the list as another; sizes that are not known are far too large.
     processes = re.finditer(rf"Process (?P<pid>\d+) has {SIZE} memory in use", text)
@@ -181,8 +184,8 @@ def remedy_of(fault: Fault, phase: str) -> str:
     idle = _gib(re.search(rf"{SIZE} is reserved by PyTorch but unallocated", text))
     expandable = re.search(r"expandable_segments\s*:\s*True", os.environ.get(name, ""))
     if idle > FRAGMENTED * capacity > 0 and not expandable:
-        instead = "" if name == ALLOCATOR_OPTIONS[-1] else f" in place of {name}"
-        remedy = f"{ALLOCATOR_OPTIONS[-1]}=expandable_segments:True{instead} (memory lies in pieces), {remedy}"
+        instead = "" if name == ALLOCATOR else f" in place of {name}"
+        remedy = f"{ALLOCATOR}=expandable_segments:True{instead} (memory lies in pieces), {remedy}"
     return f"{remedy}; dry_run=true shows what needs how much"
 
 

@@ -23,7 +23,7 @@ from skyrl.models import compiled, exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.experts import Routing
 from skyrl.models.linear_attention import hook_delta_nets
-from skyrl.models.logprobs import finish_logits, log_probs, matmul_float
+from skyrl.models.logprobs import finish_logits, log_probs, matmul_float, sums_in_float32
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, SharedAttention, collate, loss_dtype, spread
 from skyrl.models.support import decoder_of, head_spec
@@ -185,7 +185,8 @@ class CausalLM(nn.Module):
         weight_VC, bias_V = self.output_weight()
         with torch.no_grad():
             rows = hidden.reshape(-1, hidden.shape[-1])
-            product = matmul_float(rows.float() if self.float_head and not rows.is_cuda else rows, weight_VC, bias_V)
+            wide = rows.float() if self.float_head and not sums_in_float32(rows) else rows
+            product = matmul_float(wide, weight_VC, bias_V)
             for start, stop, adapter in segments or ():
                 if adapter is not None and adapter.head is not None:
                     down, up = adapter.pairs[adapter.head]

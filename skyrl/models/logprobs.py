@@ -11,6 +11,8 @@ from torch import Tensor
 
 from skyrl.algorithms.truncation import cut_logits
 from skyrl.models import exact_ops
+from skyrl.planner.device import torch_release
+from skyrl.tracking.advisories import warn_fallback
 
 # float32 logits that exist at once. On a CPU a block that stays in the cache is 1.8 times as fast as one of 64 MiB.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
@@ -25,20 +27,30 @@ class HeadSpec:
     softcap: float = 0.0
 
 
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether products of half-precision inputs on the device of `x` come in float32 without a cast before."""
+    return x.is_cuda and torch_release() >= (2, 8)
+
+
 def matmul_float(hidden_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """hidden @ weight.T + bias in float32 (float64 for float64), [T, V].
 
-    On CUDA half-precision inputs are summed and returned in float32; on a CPU they are rounded once to the input's
-    dtype first, as transformers does, because a float32 result would need float32 inputs, at five times the price.
+    On CUDA half-precision inputs are summed and returned in float32 (torch 2.8 and newer); elsewhere they are rounded
+    once to the input's dtype first, as transformers does, because a float32 result would need float32 inputs, at five
+    times the price on a CPU.
     With hidden states in float32 a half-precision head is cast to it (model.head_dtype=float32).
     """
     weight_VC, bias_V = weight_VC.to(hidden_TC.dtype), None if bias_V is None else bias_V.to(hidden_TC.dtype)
     half = hidden_TC.dtype in (torch.bfloat16, torch.float16)
-    if half and hidden_TC.is_cuda:
+    if half and sums_in_float32(hidden_TC):
         out = torch.mm(hidden_TC, weight_VC.t(), out_dtype=torch.float32)
         return out if bias_V is None else out.add_(bias_V.float())
     if exact_ops.is_float32_cpu(hidden_TC) and exact_ops.is_float32_cpu(weight_VC):
         return exact_ops.product(hidden_TC, weight_VC, bias_V)
+    if half and hidden_TC.is_cuda:
+        warn_fallback(
+            f"logits are rounded to half precision: torch {torch.__version__} has no other product (2.8 does)"
+        )
     out = torch.nn.functional.linear(hidden_TC, weight_VC, bias_V)
     return out.float() if half else out
 

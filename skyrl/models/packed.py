@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,8 @@ from skyrl.algorithms.truncation import packed_support
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
-from skyrl.planner.memory import torch_has_varlen
+from skyrl.planner.device import torch_release
+from skyrl.planner.memory import VARLEN_RELEASE
 from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
 
@@ -68,8 +69,7 @@ def collate(
     if not rows:
         raise ValueError("a microbatch needs at least one row")
     lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    starts = np.zeros(len(rows) + 1, dtype=np.int32)
-    starts[1:] = np.cumsum(lengths)
+    starts = np.cumsum([0, *lengths], dtype=np.int32)
 
     floats = np.float64 if dtype == torch.float64 else np.float32
     fields = {
@@ -92,17 +92,28 @@ def collate(
         packed["experts_TLK"] = np.concatenate([one.astype(np.int16) for one in free])
     if share:
         packed |= shared_prefixes(rows)
-    device = torch.device(device)
-    move = move_together if device.type == "cuda" else move_each
-    return Microbatch(**move({**packed, "starts_S1": starts}, device), lengths=tuple(lengths.tolist()))
+    moved = move({**packed, "starts_S1": starts}, torch.device(device))
+    return Microbatch(**moved, lengths=tuple(lengths.tolist()))
 
 
-def move_each(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Tensors on the device; on a CPU they are the arrays themselves."""
+def move(arrays: dict[Any, np.ndarray], device: torch.device) -> dict[Any, Tensor]:
+    """Tensors on the device; on a CPU they are the arrays themselves. The host does not wait for a GPU."""
+    if device.type == "cuda":
+        return move_together(arrays, device)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def move_together(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+def move_all(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """`move` of arrays without names."""
+    return list(move(dict(enumerate(arrays)), device).values())
+
+
+def to_device(values: Any, device: torch.device, dtype: Any = None) -> Tensor:
+    """`move` of one array, or of what numpy makes an array of."""
+    return move_all(device, np.ascontiguousarray(values, dtype))[0]
+
+
+def move_together(arrays: dict[Any, np.ndarray], device: torch.device) -> dict[Any, Tensor]:
     """The same by one copy out of pinned memory that the host does not wait for: a micro-batch has a dozen arrays, each
     of which would hold up the host until the GPU has done what was queued before."""
     ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values()])
@@ -169,19 +180,11 @@ def varlen_refusal(query_HTC: Tensor, value_KTC: Tensor, softcap: float | None, 
         return f"{str(query_HTC.dtype).removeprefix('torch.')} (it takes bfloat16 and float16)"
     if softcap or sinks_H is not None:
         return "the model caps its scores" if softcap else "the model has attention sinks"
-    if not torch_has_varlen():
+    if torch_release() < VARLEN_RELEASE:
         return f"torch {torch.__version__} has none of the form that is needed (2.11 and newer do)"
     if channels > 256 or channels % 8 or value_KTC.shape[-1] != channels:
         return f"heads of {channels} and {value_KTC.shape[-1]} channels (it takes equal multiples of 8 up to 256)"
-    return _device_refusal(query_HTC.device)
-
-
-@lru_cache(maxsize=16)
-def _device_refusal(device: torch.device) -> str:
-    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
-        return ""
-    capability = torch.cuda.get_device_capability(device)
-    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} (it needs 8.0)"
+    return ""  # an older GPU computes in float32: planner.device refuses bfloat16 there
 
 
 @cache
@@ -320,8 +323,7 @@ class PackedAttention:
                 back[token_BL[real_BL]] = place_BHL.transpose(0, 2, 1)[real_BL]
                 out.append(source_BHL.reshape(-1))
                 base += source_BHL.size
-            to = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
-            self._layouts[heads] = _Layout(to(np.concatenate(out)), to(back.reshape(-1)))
+            self._layouts[heads] = _Layout(*move_all(self.device, np.concatenate(out), back.reshape(-1)))
         return self._layouts[heads]
 
     def attend(
@@ -342,7 +344,7 @@ class PackedAttention:
         """The same tokens with every row cut into pieces of `chunk` tokens."""
         if chunk not in self._pieces:
             lengths = [min(chunk, length - at) for length in self._lengths for at in range(0, length, chunk)]
-            starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device)
+            starts = to_device([0, *accumulate(lengths)], self.device, np.int32)
             self._pieces[chunk] = PackedAttention(starts, lengths)
         return self._pieces[chunk]
 
@@ -469,7 +471,10 @@ class PackedAttention:
             mixed, gates = mixed.view(rows, longest, -1), gates.view(rows, longest, -1)
             for some, gate in zip(mixed.split(step), gates.split(step), strict=True):
                 given = rule, some, *gate.split([decay_TH.shape[1], beta_TH.shape[1]], -1)
-                outs.append(checkpoint(_rows_anew, *given, use_reentrant=False, preserve_rng_state=False).flatten(0, 1))
+                out = checkpoint(
+                    lambda rule, *x: rule.run(*x)[0], *given, use_reentrant=False, preserve_rng_state=False
+                )
+                outs.append(out.flatten(0, 1))
         packed = (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
         out = _Gather.apply(packed, layout.back, None if len(packed) != len(mixed_TC) else layout.out_N)
         return out.unflatten(1, (rule.shape.num_heads, -1))
@@ -494,10 +499,6 @@ def _sinks_of(sinks_H: Tensor | None, rows: int, kv_heads: int, queries: int) ->
     if sinks_H is None:
         return None
     return sinks_H.view(1, kv_heads, -1, 1).expand(rows, -1, -1, queries).reshape(rows * kv_heads, -1, 1)
-
-
-def _rows_anew(rule: DeltaRule, mixed_BLC: Tensor, decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:
-    return rule.run(mixed_BLC, decay_BLH, beta_BLH)[0]
 
 
 class PaddedAttention:

@@ -77,17 +77,14 @@ class RowResults:
 
     def metrics(self) -> MetricSums:
         """This rank's metrics of the loss."""
-        out = MetricSums()
+        out, always = MetricSums(), {"loss:sum": self._totals, "trained_tokens:sum": self._trained}
         if not self._totals:
             return out
-        trained = float(torch.stack(self._trained).sum())
-        out.add("loss:sum", float(torch.stack(self._totals).double().sum()))
-        out.add("trained_tokens:sum", trained)
-        if trained == 0:
-            return out
-        for key, parts in self._sums.items():
-            value = float(_reduced(torch.stack(parts).double(), key))
-            out.add(key, value, trained if _kind(key) == "mean" else 1.0)
+        sums = {key: _reduced(torch.stack(parts).double(), key) for key, parts in {**always, **self._sums}.items()}
+        values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        trained = values["trained_tokens:sum"]
+        for key in values if trained else always:
+            out.add(key, values[key], trained if _kind(key) == "mean" else 1.0)
         return out
 
     def _spans(self, picked: list[int]) -> list[tuple[int, int]]:

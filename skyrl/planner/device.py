@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from skyrl.files import text_of
@@ -31,6 +33,16 @@ HIDDEN = ("", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that let no device
 # Of CUDA, of ROCm: the variable that hides devices, what shows them, and the driver's files.
 NAMES = (("CUDA_VISIBLE_DEVICES", "nvidia-smi", "/dev/nvidia*"), ("HIP_VISIBLE_DEVICES", "rocm-smi", "/dev/kfd"))
 OVERRULE = "or strategy.device=cpu to compute on the CPU"
+
+
+@cache
+def torch_release() -> tuple[int, ...]:
+    """Major and minor number of the torch of this machine; of none a later one than any, since a machine without torch
+    plans for one that has everything."""
+    try:
+        return tuple(int(part) for part in version("torch").split(".")[:2])
+    except PackageNotFoundError:
+        return (99, 0)
 
 
 @dataclass(frozen=True)
@@ -257,7 +269,7 @@ def look(device: str, local_rank: int, root: Path = Path("/")) -> DeviceFacts:
 
 def first_line(error: BaseException) -> str:
     """An error's first line, at most 300 characters; its type where it has no text."""
-    return " ".join(str(error).split("\n")[0].split())[:300] or type(error).__name__
+    return " ".join(str(error).strip().split("\n")[0].split())[:300] or type(error).__name__
 
 
 def machine_facts(root: Path = Path("/")) -> dict[str, tuple[str, ...] | str]:

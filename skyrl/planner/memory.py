@@ -11,8 +11,6 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.hub.text_part import text_part
+from skyrl.planner.device import torch_release
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 
@@ -32,6 +31,7 @@ GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 LOGITS_CHUNK_BYTES = 64 << 20
 KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
+VARLEN_RELEASE = (2, 11)  # the first torch with variable-length attention as it is needed
 CPU_CACHE_LIMIT = GIB
 STATES_LIMIT = (GIB, 8 * GIB)  # of linear attention, where the number of sequences is not given: on a CPU, on a GPU
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
@@ -44,8 +44,9 @@ CONTEXT = GIB  # of the CUDA context and the interpreter, before anything of thi
 class ModelSizes:
     """What the plan has to know about a model. `num_parameters` counts tied weights once; `matmul_parameters` are those
     that one token goes through: without an untied input embedding, and with the experts that it visits only. `capped`:
-    attention caps its scores. `linear_layers` keep, in place of keys and values, `state_numbers` of their matrices and
-    `state_inputs` of their convolution, each, of a sequence of any length."""
+    attention caps its scores. `plain_heads`: it has no sinks, and queries and values of equal sizes. `linear_layers`
+    keep, in place of keys and values, `state_numbers` of their matrices and `state_inputs` of their convolution, each,
+    of a sequence of any length."""
 
     name: str
     num_parameters: int
@@ -59,6 +60,7 @@ class ModelSizes:
     vocab_size: int
     max_positions: int
     capped: bool = False
+    plain_heads: bool = True
     linear_layers: int = 0
     state_numbers: int = 0
     state_inputs: int = 0
@@ -184,6 +186,9 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         vocab_size=text.vocab_size,
         max_positions=_first(text, "max_position_embeddings") or 1 << 30,
         capped=bool(_first(text, "attn_logit_softcapping")),
+        plain_heads=not (
+            _first(text, "kv_lora_rank") or any(n.endswith(".sinks") for n, _ in module.named_parameters())
+        ),
         cache_numbers=_cache_numbers(text, 1 if _first(text, "multi_query") else heads),
         num_experts=experts,
         expert_size=ffn if experts else 0,
@@ -349,27 +354,11 @@ def layer_values(sizes: ModelSizes, *, half: bool) -> int:
     return 7 * sizes.hidden_size + 4 * heads + 4 * sizes.ffn_size + (2 * sizes.hidden_size + heads if half else 0)
 
 
-@cache
-def torch_has_varlen() -> bool:
-    """Whether the torch of this machine has variable-length attention as it is needed: 2.11 and newer. A machine
-    without torch plans for one that has it."""
-    try:
-        release = tuple(int(part) for part in version("torch").split(".")[:2])
-    except PackageNotFoundError:
-        return True
-    return release >= (2, 11)
-
-
 def kept_scores(sizes: ModelSizes, tokens: int, row_tokens: int, *, dtype: str) -> int:
     """Numbers that one layer's attention keeps on a GPU besides layer_values(): none where FlashAttention takes the
     model (models/packed.py, varlen_refusal), else its weights up to KEEP_SCORES, of capped scores these as well."""
-    if (
-        dtype == "bfloat16"
-        and torch_has_varlen()
-        and not sizes.capped
-        and sizes.head_size <= 256
-        and sizes.head_size % 8 == 0
-    ):
+    fused = dtype == "bfloat16" and torch_release() >= VARLEN_RELEASE and sizes.plain_heads and not sizes.capped
+    if fused and sizes.head_size <= 256 and sizes.head_size % 8 == 0:
         return 0
     return min(KEEP_SCORES, sizes.num_heads * tokens * row_tokens) * (2 if sizes.capped else 1)
 

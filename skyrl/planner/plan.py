@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -183,6 +184,8 @@ def make_plan(
         policy_rules.check_packages(cfg)
     choice = device if isinstance(device, DeviceChoice) else _device(cfg, device or "")
     device, dtype = choice.kind, choice.dtype
+    if cfg.trainer == "control" and cfg.model.dtype == "auto":  # small networks, for which bfloat16 is too coarse
+        dtype = "float32"
     if cfg.model.compile and not cfg.run.world_size and (missing := compiler_problem(device)):
         raise UserError(f"model.compile=true: {missing}, or leave it out")
     strategy = cfg.strategy.name
@@ -242,14 +245,10 @@ def compiler_problem(device: str) -> str:
     return "" if any(shutil.which(name) for name in names if name) else "no C++ compiler here; install g++"
 
 
-def _describe_training(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:
+def _describe_training(cfg: RunConfig) -> list[tuple[str, str]]:
     """Which of the quicker ways the training forward goes, and why not."""
-    batch, why = cfg.batch, ""
-    if not batch.share_prefixes:
-        why = "batch.share_prefixes=false"
-    elif not batch.packing:
-        why = "batch.packing=false"
-    shared = f"rows apart ({why})" if why else "beginnings that rows share computed once"
+    why = next((name for name in ("share_prefixes", "packing") if not getattr(cfg.batch, name)), "")
+    shared = f"rows apart (batch.{why}=false)" if why else "beginnings that rows share computed once"
     how = "; layers compiled by torch (inductor)" if cfg.model.compile else ""
     return [("training", f"{shared}{how}")]
 
@@ -295,19 +294,17 @@ def dry_run(cfg: RunConfig, world_size: int, *, trains: bool = True) -> Plan:
 
 
 def _device(cfg: RunConfig, kind: str) -> DeviceChoice:
-    """This machine's device, unless `kind` or strategy.device say another; a plan for another machine only looks at
-    which one is here. Raises UserError for GPUs that cannot be used, if the plan is for this machine."""
-    kind = kind or cfg.strategy.device
-    dtype = cfg.model.dtype
-    if kind == "auto":
-        try:
+    """This machine's device, unless `kind` says another; a plan for another machine only looks at which one is here.
+    strategy.device=cuda may be planned for where no GPU is. Raises UserError for GPUs that cannot be used, if the plan
+    is for this machine."""
+    dtype, facts = cfg.model.dtype, None
+    if not kind and (kind := cfg.strategy.device) != "cpu":
+        with suppress(ImportError):  # a login node
             facts = look(kind, int(os.environ.get("LOCAL_RANK", "0")))
-        except ImportError:  # a login node
-            kind = "cpu"
-        else:
-            if not cfg.run.world_size:
-                return choose(kind, dtype, facts)
-            kind = "cuda" if facts.count and not facts.problem else "cpu"
+        if facts and not cfg.run.world_size and (kind == "auto" or facts.count or facts.nvidia or facts.amd):
+            return choose(kind, dtype, facts)
+        if kind == "auto":
+            kind = "cuda" if facts and facts.count and not facts.problem else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if kind == "cuda" else "float32"
     return DeviceChoice(kind, dtype)
@@ -363,7 +360,7 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
         what = [("SFT", steps), ("lr", f"{first:.3g} first, {cfg.warmup.lr:.3g} peak, {last:.3g} last")]
     else:
         what = [*_describe_rl(cfg, plan), ("warm-up", steps)] if plan.trains else []
-    training = _describe_training(cfg, plan) if plan.trains else []
+    training = _describe_training(cfg) if plan.trains else []
     return [*head, *what, *training, ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn")]
 
 

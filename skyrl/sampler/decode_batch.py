@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from skyrl.models.lora import segments_of
+from skyrl.models.packed import to_device
 from skyrl.sampler.runners import sampling
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, Runner, Sequence
 from skyrl.types import StopReason
@@ -50,14 +51,17 @@ class DecodeBatch:
 
     def sample(self, runner: Runner, logits_BV: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Draws one token of each sequence from its row: tokens, log-probabilities."""
-        uniforms_B = torch.from_numpy(sampling.uniforms(self._streams_B, self.lengths_B - self._starts_B))
-        given = logits_BV, self._params, uniforms_B.to(self._device)
+        uniforms_B = to_device(sampling.uniforms(self._streams_B, self.lengths_B - self._starts_B), self._device)
+        given = logits_BV, self._params, uniforms_B
         if self._params.processed_B is None:
             tokens_B, logprobs_B = runner.sample(*given)
         else:
             tokens_B, logprobs_B, supports = sampling.sample_with_support(*given)
             self._supports.append(supports)
-        return tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
+        if self._device.type == "cpu":
+            return tokens_B.numpy(), logprobs_B.numpy()
+        both = torch.stack((tokens_B.double(), logprobs_B.double())).cpu().numpy()  # by one copy; exact
+        return both[0].astype(np.int64), both[1].astype(np.float32)
 
     def append(self, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> list[tuple[int, StopReason]]:
         """Adds a token to each sequence; returns (index, stop reason) of those that end."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skyrl.distributed.balance import pack
 from skyrl.models.lora import Adapter, routed, segments_of
-from skyrl.models.packed import PackedAttention
+from skyrl.models.packed import PackedAttention, move_all, to_device
 from skyrl.sampler.runners import sampling
 from skyrl.types import Floats, Ints
 
@@ -144,8 +144,8 @@ def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, A
     starts = np.cumsum([0, *lengths])
     tokens = np.concatenate([np.asarray(query.tokens, dtype=np.int64) for query, _, _ in members])
     positions = np.concatenate([np.arange(length) for length in lengths])
-    attention = PackedAttention(torch.from_numpy(starts.astype(np.int32)).to(device), lengths)
-    tokens_T, positions_T = (torch.from_numpy(x).to(device) for x in (tokens, positions))
+    starts_S1, tokens_T, positions_T = move_all(device, starts.astype(np.int32), tokens, positions)
+    attention = PackedAttention(starts_S1, lengths)
     used = [adapters[query.model] if query.model else None for query, _, _ in members]
     segments = segments_of(used, lengths)
     with nullcontext() if segments is None else routed(model, segments):
@@ -155,7 +155,7 @@ def _score_pack(model: CausalLM, members: list[Member], adapters: Mapping[str, A
     step = max(1, LOGITS_BYTES // (4 * model.vocab_size))
     for at in range(0, len(rows), step):
         chunk = slice(at, at + step)
-        hidden_NC = hidden_TC.index_select(0, torch.from_numpy(rows[chunk]).to(device))
+        hidden_NC = hidden_TC.index_select(0, to_device(rows[chunk], device))
         parts = segments_of([used[owner] for owner in owners[chunk]])
         _answer(model.logits(hidden_NC, parts), owners[chunk], rows[chunk] + 1 - starts[owners[chunk]], members)
 
@@ -172,11 +172,11 @@ def _answer(logits_NV: Tensor, owners: np.ndarray, places: np.ndarray, members: 
             _ranked(query, answer, z_NV if query.temperature == 1 else z_NV / query.temperature, at, inside)
         if answer.targets is not None and query.targets is not None and query.targets.shape[1]:
             named_NK = np.asarray(query.targets, dtype=np.int64)[at - 1]
-            ids_NK = torch.from_numpy(named_NK.clip(0)).to(z_NV.device)
+            ids_NK = to_device(named_NK.clip(0), z_NV.device)
             logprob_NK = (z_NV.gather(1, ids_NK) - z_NV.logsumexp(1, keepdim=True)).float().cpu().numpy()
             answer.targets[at - 1] = np.where(named_NK >= 0, logprob_NK, np.float32(0))
         if query.alternatives and inside.any():
-            _drawn(query, answer, z_NV[torch.from_numpy(inside).to(z_NV.device)], at[inside])
+            _drawn(query, answer, z_NV[to_device(np.flatnonzero(inside), z_NV.device)], at[inside])
 
 
 def _ranked(
@@ -185,7 +185,7 @@ def _ranked(
     """Log-probabilities of the tokens, and the likeliest ones."""
     norm_N1 = z_NV.logsumexp(1, keepdim=True)
     if answer.logprobs is not None:
-        token_N1 = torch.from_numpy(np.asarray(query.tokens, dtype=np.int64)[at]).to(z_NV.device).unsqueeze(1)
+        token_N1 = to_device(np.asarray(query.tokens)[at], z_NV.device, np.int64).unsqueeze(1)
         answer.logprobs[at[inside]] = (z_NV.gather(1, token_N1) - norm_N1).squeeze(1).float().cpu().numpy()[inside]
     if answer.topk_ids is not None and answer.topk_logprobs is not None:
         count = min(query.topk, z_NV.shape[1])
@@ -198,7 +198,9 @@ def _ranked(
 def _drawn(query: PromptLogprobsRequest, answer: PromptLogprobsResult, z_NV: Tensor, at: np.ndarray) -> None:
     """Draws by inverting the cumulative distribution, as sampling.sample does."""
     assert answer.alt_tokens is not None and answer.alt_logprobs is not None
-    points = _points(query, at).to(z_NV.device)
+    state = int(sampling.stream([query.seed])[0])  # draw number `position` of stream j of the seed
+    streams = sampling.stream([state + j for j in range(query.alternatives)])
+    points = to_device(sampling.uniforms(streams[None, :], at[:, None]), z_NV.device)  # float64 [N, alternatives]
     shifted_NV = z_NV - z_NV.amax(1, keepdim=True)
     sums_NV = shifted_NV.exp().cumsum(1, dtype=torch.float64)
     total_N1 = sums_NV[:, -1:]
@@ -206,10 +208,3 @@ def _drawn(query: PromptLogprobsRequest, answer: PromptLogprobsResult, z_NV: Ten
     tokens_NK = torch.searchsorted(sums_NV, points, right=True).clamp_(max=z_NV.shape[1] - 1)
     answer.alt_tokens[at - 1] = tokens_NK.cpu().numpy()
     answer.alt_logprobs[at - 1] = (shifted_NV.gather(1, tokens_NK) - total_N1.log()).float().cpu().numpy()
-
-
-def _points(query: PromptLogprobsRequest, places: np.ndarray) -> Tensor:
-    """Numbers in [0, 1), float64 [N, alternatives]: draw number `position` of stream j of the seed."""
-    state = int(sampling.stream([query.seed])[0])
-    streams = sampling.stream([state + j for j in range(query.alternatives)])
-    return torch.from_numpy(sampling.uniforms(streams[None, :], places[:, None]))

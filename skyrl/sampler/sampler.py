@@ -10,6 +10,7 @@ import torch
 
 from skyrl.algorithms.truncation import join_support
 from skyrl.models.lora import Adapter
+from skyrl.models.packed import to_device
 from skyrl.sampler.adapters import AdapterRegistry
 from skyrl.sampler.blocks import BASE_KEY
 from skyrl.sampler.decode_batch import DecodeBatch
@@ -184,7 +185,7 @@ class Sampler:
         sequences = [fork.sequence for fork in forks]
         if len(sequences) > len(groups):
             rows = [row for row, group in enumerate(groups) for _ in group]
-            logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
+            logits = logits.index_select(0, to_device(rows, logits.device))
         drawing = DecodeBatch(sequences, self._cache, self._vocab_size)
         return self._accept(drawing, *drawing.sample(self._runner, logits))
 

@@ -61,8 +61,7 @@ class FSDPStrategy(Strategy):
         self._dtype = dtype
         self._copies = world.dp_size // shard_size if shard_size else 1
         mesh = make_mesh(world, shard_size)
-        gpu = world.device.type == "cuda"
-        offload_policy = CPUOffloadPolicy(pin_memory=gpu) if offload else OffloadPolicy()
+        offload_policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
         master = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         module = build().to(master)
         policy = (

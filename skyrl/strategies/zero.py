@@ -351,7 +351,8 @@ def _prepare(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = _config(stage, model, world, dtype, offload)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    with _quiet(), _accelerate_environment(world):
+    # DeepSpeed prints banners and build messages to stdout, which belongs to our own lines.
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), _accelerate_environment(world):
         AcceleratorState._reset_state(reset_partial_state=True)  # it is of the whole process; each model has a plugin
         plugin = DeepSpeedPlugin(hf_ds_config=config)
         accelerator = Accelerator(
@@ -389,13 +390,6 @@ def _accelerate_environment(world: World) -> Iterator[None]:
         for key in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
             del os.environ[key]
         os.environ.update(kept)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints banners and build messages to stdout, which belongs to our own lines."""
-    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-        yield
 
 
 def _config(stage: int, model: nn.Module, world: World, dtype: torch.dtype, offload: str) -> dict[str, Any]:

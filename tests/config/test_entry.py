@@ -11,6 +11,7 @@ import yaml
 from skyrl.config.docs import config_groups
 from skyrl.config.load import load_config, to_dict
 from skyrl.config.options import all_options, reads
+from skyrl.distributed.faults import ALLOCATOR
 from skyrl.main import set_torch_defaults, split_args
 from skyrl.types import UserError
 
@@ -256,7 +257,8 @@ def test_flags_and_overrides_may_come_in_any_order():
 @pytest.mark.parametrize(
     ("given", "want"),
     [
-        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, {ALLOCATOR: "expandable_segments:True"}),
+        ({"PYTORCH_HIP_ALLOC_CONF": "x:1"}, {"PYTORCH_HIP_ALLOC_CONF": "x:1"}),
         ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
         ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
     ],

@@ -9,13 +9,17 @@ import pytest
 
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
 from skyrl.config.schema import TinyModelConfig
+from skyrl.planner import plan
+from skyrl.planner.device import DeviceChoice, DeviceFacts, torch_release
 from skyrl.planner.memory import (
     GIB,
     SPARE,
+    VARLEN_RELEASE,
     ModelSizes,
     available,
     check_fits,
     estimate,
+    kept_scores,
     model_sizes,
     tiny_sizes,
     with_room,
@@ -23,6 +27,7 @@ from skyrl.planner.memory import (
 from skyrl.planner.plan import compiler_problem, describe, dry_run, make_plan
 from skyrl.sampler.cache_size import gpu_blocks
 from skyrl.types import UserError
+from tests.families import make_net
 
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in (config_dir() / "experiment").glob("*.yaml")}
 # those of trainer=control have no language model: tests/control/test_control.py
@@ -88,6 +93,29 @@ def test_automatic_choices_are_resolved():
     assert plan_of("strategy.name=fsdp", "model.dtype=float64").dtype == "float64"
     assert not plan_of().needs_reference and plan_of("algorithm.kl.coef=0.1").needs_reference
     assert not plan_of().needs_critic and plan_of("algorithm=ppo").needs_critic
+
+
+def test_a_plan_for_a_gpu_of_this_machine_is_for_what_it_can(monkeypatch):
+    """strategy.device=cuda is planned for what is here; where no GPU is, and with run.world_size, for a newer one."""
+    t4 = DeviceFacts("2.13.0", cuda="13.0", count=1, name="Tesla T4", capability=(7, 5))
+    facts = {"here": t4}
+    monkeypatch.setattr(plan, "look", lambda device, rank: facts["here"])
+    monkeypatch.setattr(plan, "check_fits", lambda *args: None)
+    assert plan_of("strategy.device=cuda", "dry_run=true").dtype == "float32"
+    assert plan_of("strategy.device=cuda", "dry_run=true", "run.world_size=1").dtype == "bfloat16"
+    facts["here"] = DeviceFacts("2.13.0+cpu")
+    assert plan_of("strategy.device=cuda", "dry_run=true").dtype == "bfloat16"
+    facts["here"] = DeviceFacts("2.13.0+cpu", nvidia=("/dev/nvidia0",))
+    with pytest.raises(UserError, match="built for the CPU alone"):
+        plan_of("strategy.device=cuda", "dry_run=true")
+
+
+def test_a_policy_of_a_control_run_is_in_float32_on_a_gpu_too():
+    pytest.importorskip("gymnasium")
+    given = "experiment=control", "control.env_id=CartPole-v1"
+    gpu = DeviceChoice("cuda", "bfloat16")
+    assert plan_of(*given, device=gpu).dtype == "float32"
+    assert plan_of(*given, "model.dtype=bfloat16", device=gpu).dtype == "bfloat16"
 
 
 def test_sampling_parameters_reach_both_kinds():
@@ -200,6 +228,15 @@ def test_sizes_of_families_with_names_of_their_own(kind, options, ffn, kv_heads,
     sizes = model_sizes(load_config([f"model.path='{tmp_path}'"]))
     assert (sizes.num_layers, sizes.hidden_size, sizes.head_size, sizes.ffn_size) == (2, 32, 8, ffn)
     assert (sizes.num_kv_heads, sizes.max_positions) == (kv_heads, positions)
+
+
+@pytest.mark.parametrize(("family", "plain"), [("gpt_oss", False), ("deepseek_v3", False), ("qwen3", True)])
+def test_heads_that_flash_attention_does_not_take_are_known(family, plain, tmp_path):
+    """Sinks; queries and values of other sizes: what their layers keep of attention is in the plan."""
+    make_net(family).config.save_pretrained(tmp_path)
+    sizes = model_sizes(load_config([f"model.path='{tmp_path}'"]))
+    assert sizes.plain_heads is plain
+    assert (kept_scores(sizes, 64, 32, dtype="bfloat16") == 0) is (plain and torch_release() >= VARLEN_RELEASE)
 
 
 def test_a_token_goes_through_the_experts_it_visits_only(tmp_path):

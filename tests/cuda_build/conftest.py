@@ -7,6 +7,7 @@ those are for benchmarks/gpu_smoke.py.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+class Operators(OperatorCounts):
+    """Counts copies between host and device besides for which the host waits, by operator, in `blocking`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocking: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            source = args[1] if func._schema.name == "aten::copy_" else args[0]
+            waits = not (args[2:] or (kwargs or {}).get("non_blocking", False))
+            if waits and {source.device.type, out.device.type} == {"cpu", "cuda"}:
+                self.blocking[f"{func} from {source.device.type}"] += 1
+        return out
+
+
 @pytest.fixture
-def operators() -> OperatorCounts:
-    """`with operators: ...`, then operators.counts["aten._local_scalar_dense.default"]."""
-    return OperatorCounts()
+def operators() -> Operators:
+    """`with operators: ...`, then operators.counts["aten._local_scalar_dense.default"], operators.blocking."""
+    return Operators()
 
 
 @pytest.fixture

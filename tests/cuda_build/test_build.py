@@ -23,6 +23,13 @@ def test_synchronisations_show_on_fake_tensors(fake_cuda, operators):
     with operators:
         out = layer(torch.ones(2, 4, device="cuda:0"))
     assert out.device == torch.device("cuda", 0) and operators.counts["aten._local_scalar_dense.default"] == 0
+    assert not operators.blocking
+    with operators:
+        out.cpu()
+        out.copy_(torch.ones(2, 3), non_blocking=True)
+        torch.ones(3).to("cuda:0", non_blocking=True)
+        torch.tensor([1.0], device="cuda:0")
+    assert sum(operators.blocking.values()) == 2
 
 
 def test_meta_tensors_take_the_branches_of_a_gpu(meta_is_cuda):

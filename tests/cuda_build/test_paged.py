@@ -57,7 +57,8 @@ def test_steps_of_decoding_and_prefill_are_taken(flash2, count, window):
     table = torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
     keys = torch.randn(4, 256, 8, 128).bfloat16()
     form = cuda.PagedKernel(256, key_borders=True)
-    step = cuda.VarlenAttention(form, None, table[:0], [0, count, count + 1], [300, 9], count, 512, table)
+    borders, lengths = (torch.tensor(x, dtype=torch.int32) for x in ([0, count, count + 1], [300, 9]))
+    step = cuda.VarlenAttention(form, None, table[:0], borders, lengths, count, 512, table)
     with pytest.raises(RuntimeError, match=DRIVER):
         step.over(torch.randn(count + 1, 16, 128).bfloat16(), keys, keys, 0.1, window)
 
@@ -88,11 +89,12 @@ def test_a_step_is_on_the_device_and_never_waits_for_it(asked, with_adapter, fak
                 for i, p in enumerate(params)]  # fmt: skip
         segments = [(0, 1, None), (1, 2, one)] if one else None
         batch = DecodeInputs(np.array([1, 2]), np.array([8, 8]), np.array([[1], [2]], dtype=np.int32), segments)
-        rules = sampling.BatchSamplingParams.of(params, model.vocab_size, device)
         with torch.no_grad(), operators:
+            rules = sampling.BatchSamplingParams.of(params, model.vocab_size, device)
+            cache.copy([(1, 3)])
             for logits in (runner.prefill([PrefillChunk(s, 0, 8) for s in each]), runner.decode(batch)):
                 assert logits.dtype == torch.float32 and logits.device == device
                 tokens, logprobs = runner.sample(logits, rules, torch.zeros(2, dtype=torch.float64, device=device))
                 assert tokens.device == logprobs.device == device
     assert operators.counts["torch_attn._varlen_attn.default"] > 0
-    assert not operators.counts["aten._local_scalar_dense.default"]
+    assert not operators.counts["aten._local_scalar_dense.default"] and not operators.blocking

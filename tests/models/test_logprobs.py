@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from skyrl import kernels
+from skyrl.models import logprobs
 from skyrl.models.logprobs import HeadSpec, log_probs, matmul_float
+from skyrl.tracking.advisories import warn_fallback
 
 T, C, V = 13, 8, 300
 
@@ -208,6 +210,21 @@ def test_product_is_float32():
     assert matmul_float(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.bfloat16)).dtype == (
         torch.float32
     )
+
+
+def test_a_torch_without_such_products_on_a_gpu_rounds_logits_and_says_so(monkeypatch, caplog):
+    """torch 2.7, whose mm has no out_dtype: tensors of a CPU that say they are a GPU's."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(logprobs, "torch_release", lambda: (2, 7))
+    warn_fallback.cache_clear()
+    x, weight, bias = torch.randn(5, 8).bfloat16(), torch.randn(7, 8).bfloat16(), torch.randn(7).bfloat16()
+    for _ in range(2):
+        out = matmul_float(x, weight, bias)
+    assert out.dtype == torch.float32 and torch.equal(out, torch.nn.functional.linear(x, weight, bias).float())
+    assert ["logits are rounded to half precision" in r.message for r in caplog.records] == [True]
+    assert not logprobs.sums_in_float32(x)  # so that model.head_dtype=float32 casts before
+    monkeypatch.setattr(logprobs, "torch_release", lambda: (2, 8))
+    assert logprobs.sums_in_float32(x)
 
 
 def test_a_float32_head_is_that_of_the_same_numbers_in_float32():

@@ -253,7 +253,7 @@ def test_one_copy_of_a_micro_batch_carries_what_single_ones_do(dtype, monkeypatc
         for n in (1, 7, 30)
     ]  # fmt: skip
     want = vars(collate(rows, dtype, "cpu"))
-    monkeypatch.setattr(packed, "move_each", packed.move_together)
+    monkeypatch.setattr(packed, "move", packed.move_together)
     found = vars(collate(rows, dtype, "cpu"))
     tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     assert len({value.untyped_storage().data_ptr() for value in tensors.values()}) == 1 and len(tensors) == 7

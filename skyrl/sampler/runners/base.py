@@ -17,6 +17,7 @@ from torch import Tensor
 from skyrl.models.attention_calls import LayerShape
 from skyrl.models.linear_attention import States
 from skyrl.models.lora import Adapter, Segment, segments_of
+from skyrl.models.packed import to_device
 from skyrl.sampler.runners.sampling import BatchSamplingParams, sample
 from skyrl.types import SamplingParams
 
@@ -89,24 +90,23 @@ class KVCache:
     def clear(self, blocks: list[int]) -> None:
         """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""
         if blocks:
-            index = torch.tensor(sorted(set(blocks)), device=self.device)
+            index = to_device(sorted(set(blocks)), self.device)
             for tensor in self._own:
                 tensor.index_fill_(0, index, 0)
 
     def copy_states(self, pairs: list[tuple[int, int]]) -> None:
         """Copies the states of sequences: (from, to) each."""
-        if pairs:
-            source, target = torch.tensor(pairs, device=self.device).unbind(1)
-            for tensor in (tensor for states in self.states if states for tensor in states):
-                tensor.index_copy_(0, target, tensor.index_select(0, source))
+        self._copy(pairs, [tensor for states in self.states if states for tensor in states])
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies blocks: (from, to) each."""
-        if not pairs:
-            return
-        source, target = torch.tensor(pairs, device=self.device).unbind(1)
-        for tensor in self._own:
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
+        self._copy(pairs, self._own)
+
+    def _copy(self, pairs: list[tuple[int, int]], tensors: list[Tensor]) -> None:
+        if pairs:
+            source, target = to_device(pairs, self.device).unbind(1)
+            for tensor in tensors:
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 
 @dataclass(eq=False)
@@ -213,4 +213,4 @@ def last_rows(hidden_TC: Tensor, chunks: list[PrefillChunk]) -> Tensor:
     """The rows of `hidden_TC` that give the logits of complete chunks."""
     ends = np.cumsum([p.end - p.start for p in chunks]) - 1
     rows = [int(end) for end, p in zip(ends, chunks, strict=True) if p.complete]
-    return hidden_TC.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden_TC.device))
+    return hidden_TC.index_select(0, to_device(rows, hidden_TC.device, np.int64))

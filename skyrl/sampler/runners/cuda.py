@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from skyrl.models.attention import Attention, AttentionOptions
-from skyrl.models.packed import banned, varlen
-from skyrl.planner.memory import torch_has_varlen
+from skyrl.models.packed import banned, move_all, to_device, varlen
+from skyrl.planner.device import first_line, torch_release
+from skyrl.planner.memory import VARLEN_RELEASE
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
 from skyrl.tracking.advisories import warn_fallback
@@ -56,7 +57,7 @@ def paged_kernel(wanted: int, calls: list[LayerCall], dtype: torch.dtype, device
         return f"it is for CUDA, not for {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if not torch_has_varlen() or "block_table" not in varlen()[1]:
+    if torch_release() < VARLEN_RELEASE or "block_table" not in varlen()[1]:
         return f"varlen_attn of torch {torch.__version__} takes no block table (that of 2.13 does)"
     if any(call.state is not None for call in calls):
         return "some of the model's layers keep states (linear attention)"
@@ -104,14 +105,15 @@ def kernel_refusal(
     table = torch.tensor([[4, 2], [5, 0], [1, 3]], dtype=torch.int32, device=device)
     for counts in ([7, 5, 2], [1, 1, 1]):
         query, firsts = noise(sum(counts), heads, channels), np.cumsum([0, *counts])
-        step = VarlenAttention(kernel, None, table[:0], firsts, lengths, max(counts), 2 * size, table)
+        given = to_device(firsts, device, np.int32), to_device(lengths, device, np.int32), max(counts), 2 * size
+        step = VarlenAttention(kernel, None, table[:0], *given, table)
         for window in (None, PROBE_WINDOW) if windowed else (None,):
             try:
                 out = step.over(query, keys, values, scale, window)
             except torch.OutOfMemoryError:
                 raise  # which passes, and says nothing of the kernel
             except (RuntimeError, ValueError) as error:
-                return str(error).strip().splitlines()[0]
+                return first_line(error)
             for pages, first, count, length in zip(table, firsts, counts, lengths, strict=False):
                 unseen = banned(length, window, device)[None, None, -count:]
                 mask = torch.zeros_like(unseen, dtype=torch.float32).masked_fill_(unseen, float("-inf"))
@@ -119,42 +121,33 @@ def kernel_refusal(
                     x.float().transpose(0, 1)[None]
                     for x in (query[first : first + count], *(x[pages].flatten(0, 1)[:length] for x in (keys, values)))
                 )
-                want, got = (
-                    attention(q, k, v, mask, AttentionOptions(scale)),
-                    out[first : first + count].float().transpose(0, 1),
-                )
-                gap = (got - want[0]).abs()
-                if not (gap <= allowed * (1 + want[0].abs())).all():
+                want = attention(q, k, v, mask, AttentionOptions(scale))[0]
+                gap = (out[first : first + count].float().transpose(0, 1) - want).abs()
+                if not (gap <= allowed * (1 + want.abs())).all():
                     return f"with {count} queries and window {window} its result is off by {gap.max().item():.2g}"
     return ""
 
 
+@dataclass
 class VarlenAttention(Attention):
-    """Attention of one step over a cache of layout [blocks, block_tokens, K, C]."""
+    """Attention of one step over a cache of layout [blocks, block_tokens, K, C]. `borders` [B + 1] of the queries and
+    `lengths` [B], how many keys each sequence has, are int32."""
 
-    def __init__(
-        self,
-        kernel: PagedKernel,
-        cache: KVCache | None,
-        slots_T: Tensor,
-        firsts: Any,
-        lengths: Any,
-        max_query: int,
-        max_keys: int,
-        table: Tensor,
-    ) -> None:
-        device = table.device
-        self._kernel, self._cache, self.slots_T, self._table_BW = kernel, cache, slots_T, table
-        self._firsts = torch.as_tensor(firsts, dtype=torch.int32, device=device)  # [B + 1], borders of the queries
-        self._lengths = torch.as_tensor(lengths, dtype=torch.int32, device=device)  # [B], keys of each
-        self._max_query, self._max_keys = max_query, max_keys
+    kernel: PagedKernel
+    cache: KVCache | None
+    slots_T: Tensor
+    borders: Tensor
+    lengths: Tensor
+    max_query: int
+    max_keys: int
+    table_BW: Tensor
 
     def attend(
         self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         """See skyrl.models.attention.Attention; without soft cap, chunks and sinks."""
-        assert self._cache is not None
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        assert self.cache is not None
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         for cache, new in ((keys, key_KTC), (values, value_KTC)):
             cache.flatten(0, 1).index_copy_(0, self.slots_T, new.transpose(0, 1))
         return self.over(query_HTC.transpose(0, 1).contiguous(), keys, values, options.scale, options.window)
@@ -162,20 +155,20 @@ class VarlenAttention(Attention):
     def over(self, query_THC: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of queries over pages, aligned at the end: the last query of a sequence sees all its keys."""
         # one query sees all keys with or without "none to the right", and without it grouped heads are packed together
-        right = -1 if window is None and self._max_query == 1 else 0
+        right = -1 if window is None and self.max_query == 1 else 0
         return varlen()[0](
             query_THC,
             keys,
             values,
-            self._firsts,
-            self._firsts if self._kernel.key_borders else None,  # int32 [B + 1]; block table and lengths count
-            self._max_query,
-            self._max_keys,
+            self.borders,
+            self.borders if self.kernel.key_borders else None,  # int32 [B + 1]; block table and lengths count
+            self.max_query,
+            self.max_keys,
             scale=scale,
             window_size=(-1 if window is None else window - 1, right),
             enable_gqa=query_THC.shape[1] != keys.shape[2],
-            seqused_k=self._lengths,
-            block_table=self._table_BW,
+            seqused_k=self.lengths,
+            block_table=self.table_BW,
         )
 
 
@@ -198,14 +191,14 @@ class _Buffers:
         count, size = len(batch.tokens_B), len(self.tokens)
         packed = np.zeros((3, size), dtype=np.int64)
         packed[:, :count] = batch.tokens_B, batch.positions_B, batch.slots(block_tokens)
-        moved = torch.from_numpy(packed).to(self.tokens.device)
-        for buffer, row in zip((self.tokens, self.positions, self.slots), moved, strict=True):
-            buffer.copy_(row)
-        self.lengths.copy_(moved[1] + 1)
         width = min(batch.table_BW.shape[1], self.table.shape[1])
         table = np.zeros((size, self.table.shape[1]), dtype=np.int32)
         table[:count, :width] = batch.table_BW[:, :width]
-        self.table.copy_(torch.from_numpy(table))
+        moved, moved_table = move_all(self.tokens.device, packed, table)
+        for buffer, row in zip((self.tokens, self.positions, self.slots), moved, strict=True):
+            buffer.copy_(row)
+        self.lengths.copy_(moved[1] + 1)
+        self.table.copy_(moved_table)
 
 
 @dataclass
@@ -246,8 +239,11 @@ class CudaRunner(Runner):
         """Fills the cache; logits [complete chunks, V] float32 of the last token of each complete chunk, if any."""
         lengths, ends = [p.end - p.start for p in chunks], [p.end for p in chunks]
         arrays, firsts = prefill_arrays(chunks, self._cache.block_tokens), np.cumsum([0, *lengths])
-        tokens_T, positions_T, slots_T, table = (torch.from_numpy(x).to(self._cache.device) for x in arrays)
-        attention = VarlenAttention(self._kernel, self._cache, slots_T, firsts, ends, max(lengths), max(ends), table)
+        moved = move_all(self._cache.device, *arrays, firsts.astype(np.int32), np.array(ends, np.int32))
+        tokens_T, positions_T, slots_T, table, *borders = moved
+        attention = VarlenAttention(
+            self._kernel, self._cache, slots_T, *borders, max_query=max(lengths), max_keys=max(ends), table_BW=table
+        )
         return self._inner.prefill_with(chunks, tokens_T, positions_T, attention)
 
     def decode(self, batch: DecodeInputs) -> Tensor:
@@ -321,8 +317,7 @@ class CudaRunner(Runner):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             return capture(lambda: target_BV.copy_(compute()), self._pool)
         except RuntimeError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warn_fallback(f"decoding without a CUDA graph for batches of {size}: {reason}")
+            warn_fallback(f"decoding without a CUDA graph for batches of {size}: {first_line(error)}")
             self._pool = None  # what a broken recording left there is not shared with the next
             return None
 

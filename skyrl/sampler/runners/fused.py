@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
-from skyrl.models.logprobs import matmul_float
+from skyrl.models.logprobs import matmul_float, sums_in_float32
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import KVCache
 from skyrl.sampler.runners.paged import PagedAttention, PagedRunner
@@ -116,7 +116,7 @@ class FusedRunner(PagedRunner):
         """Logits [T, V] float32."""
         if self._head.packed:
             return self._head(hidden_TC, segments).to(torch.promote_types(hidden_TC.dtype, torch.float32))
-        rows_TC = hidden_TC.float() if self._plan.float_head and not hidden_TC.is_cuda else hidden_TC
+        rows_TC = hidden_TC.float() if self._plan.float_head and not sums_in_float32(hidden_TC) else hidden_TC
         logits_TV = matmul_float(rows_TC, self._plan.head.weight, self._plan.head.bias)
         return self._head.add(hidden_TC, logits_TV, segments)
 

@@ -24,7 +24,7 @@ from skyrl.models.experts import recording
 from skyrl.models.latent import Latent
 from skyrl.models.linear_attention import DeltaRule
 from skyrl.models.lora import Segment, routed
-from skyrl.models.packed import MAX_SCORES, softmax_with_sinks
+from skyrl.models.packed import MAX_SCORES, move_all, softmax_with_sinks, to_device
 from skyrl.sampler.runners.base import (
     DecodeInputs,
     KVCache,
@@ -219,11 +219,10 @@ def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tenso
         valid = column < lengths[members, None]
         rows, where = (np.where(valid, first[members, None] + column, 0) for first in (firsts, starts))
         table = table_BW[members, : -(-ends[members].max() // cache.block_tokens)].astype(np.int64)
-        real = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(cache.device)
-        rows_nL, where_nL, table_nW = (torch.from_numpy(x).to(cache.device) for x in (rows, where, table))
-        state_n = torch.tensor([chunks[member].sequence.state for member in members], device=cache.device)
-        groups.append(Group(rows_nL, where_nL, table_nW, state_n, real))
-    tokens_T, positions_T, slots_T = (torch.from_numpy(x).to(cache.device) for x in (tokens, positions, slots))
+        state = np.array([chunks[member].sequence.state for member in members])
+        real = None if valid.all() else to_device(np.flatnonzero(valid), cache.device)
+        groups.append(Group(*move_all(cache.device, rows, where, table, state), real))
+    tokens_T, positions_T, slots_T = move_all(cache.device, tokens, positions, slots)
     return tokens_T, positions_T, PagedAttention(cache, slots_T, groups)
 
 
@@ -243,12 +242,12 @@ def _alike(lengths: list[int]) -> list[list[int]]:
 
 def decode_attention(cache: KVCache, batch: DecodeInputs) -> tuple[Tensor, Tensor, PagedAttention]:
     """tokens_B, positions_B and the attention of a decode step."""
-    device, width = cache.device, int(batch.positions_B.max()) // cache.block_tokens + 1
+    width = int(batch.positions_B.max()) // cache.block_tokens + 1
     arrays = batch.tokens_B.copy(), batch.positions_B.copy(), batch.slots(cache.block_tokens)
-    tokens, positions, slots_B = (torch.from_numpy(x).to(device) for x in arrays)
-    table = torch.from_numpy(batch.table_BW[:, :width].astype(np.int64)).to(device)
-    rows = torch.arange(len(tokens), device=device).unsqueeze(1)
-    state = torch.zeros_like(tokens) if batch.state_B is None else torch.from_numpy(batch.state_B).to(device)
+    state_B = np.zeros_like(arrays[0]) if batch.state_B is None else batch.state_B
+    table_BW = batch.table_BW[:, :width].astype(np.int64)
+    tokens, positions, slots_B, table, state = move_all(cache.device, *arrays, table_BW, state_B)
+    rows = torch.arange(len(tokens), device=cache.device).unsqueeze(1)
     return tokens, positions, PagedAttention(cache, slots_B, [Group(rows, positions.unsqueeze(1), table, state, None)])
 
 

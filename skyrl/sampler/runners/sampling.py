@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skyrl.algorithms.truncation import kept, support_of
 from skyrl.models import exact_ops
+from skyrl.models.packed import to_device
 from skyrl.types import SamplingParams, UserError
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -78,14 +79,14 @@ class BatchSamplingParams:
         # a cut has no effect on a greedy row: the likeliest token survives every cut
         cut, processed = any(p.cuts for p in params), [p.cuts and p.processed_logprobs for p in params]
         return BatchSamplingParams(
-            temperature_B1=None if all(t == 1 for t in heat) else torch.tensor(heat, device=device).unsqueeze(1),
-            greedy_B=torch.tensor(greedy, device=device) if any(greedy) else None,
-            top_k_B=torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
-            top_p_B=torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64),
-            min_p_B=torch.tensor([p.min_p for p in params], device=device),
+            temperature_B1=None if all(t == 1 for t in heat) else to_device(heat, device, np.float32).unsqueeze(1),
+            greedy_B=to_device(greedy, device) if any(greedy) else None,
+            top_k_B=to_device([min(p.top_k or vocab_size, vocab_size) for p in params], device),
+            top_p_B=to_device([p.top_p for p in params], device, np.float64),
+            min_p_B=to_device([p.min_p for p in params], device, np.float32),
             cut=cut,
             temperatures=np.array([p.temperature for p in params], dtype=np.float32),
-            processed_B=torch.tensor(processed, device=device) if any(processed) else None,
+            processed_B=to_device(processed, device) if any(processed) else None,
         )
 
     def rows(self, index: slice) -> BatchSamplingParams:

@@ -98,8 +98,7 @@ class ControlEngine(ControlPolicy):
         control, self.world = cfg.control, world
         self.places = world.deal(range(control.n_envs))
         self.envs: Any = make_envs(cfg, self.places)
-        dtype = torch.float32 if cfg.model.dtype == "auto" else DTYPES[plan.dtype]
-        super().__init__(cfg, self.envs, world.device, dtype)
+        super().__init__(cfg, self.envs, world.device, DTYPES[plan.dtype])
         if self.module.is_recurrent and control.minibatch_size % control.n_steps:
             raise UserError(
                 f"control.minibatch_size={control.minibatch_size}: policy {control.policy} learns from whole "
