@@ -47,7 +47,7 @@ from skyrl.planner.device import machine_facts  # noqa: E402
 KINDS = "ddp,fsdp,fsdp+all,hsdp/2,zero3,zero3+all"
 RESUME_LIMIT = 1e-3  # of a metric after a kill against the same run without one, relative
 NOT_COMPARED = ("time/", "speed/", "memory/")  # metrics of the clock and the machine
-HANGS_SECONDS = 150.0  # without a word from a process of checks
+HANGS_SECONDS = 240.0  # without a word from a process of checks
 
 
 def run_limited(command: list[str], seconds: float, cwd: str | None = None) -> tuple[int | None, str, str]:

@@ -80,8 +80,8 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
     ),
     (
         "setup",
-        r"no kernel image is available|invalid device function",
-        "this torch holds no kernels for the GPU: install a build that does (a run names it at its start)",
+        r"no kernel image is available|invalid device function|kernel image is invalid|unsupported toolchain",
+        "this torch has no kernels for the GPU and its driver: update that, or install the build that a run names",
     ),
     (
         "kernel",
@@ -127,7 +127,9 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
 )
 # What gloo, NCCL and the store say of a rank that is gone or late. A text that is none of theirs is not looked at: a
 # user's "connection reset" is about something else.
-_OF_A_GROUP = re.compile(r"/gloo/[\w/]+\.\w+:\d+|\[Gloo\]|\b(Work)?NCCL\b|\bnccl[A-Z]|ProcessGroup|c10d")
+_OF_A_GROUP = re.compile(
+    r"/gloo/[\w/]+\.\w+:\d+|\[Gloo\]|WorkNCCL|NCCL (error|communicator)|\bnccl[A-Z]|ProcessGroup|c10d"
+)
 _LOST = re.compile(
     r"Connection (closed|reset|refused|aborted|timed out)|Broken pipe|pair closure|closed by (remote )?peer|"
     r"ncclRemoteError|remote process exited|Timed out waiting|collective operation timeout|before timing out|"

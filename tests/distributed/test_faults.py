@@ -194,7 +194,10 @@ HERE = [
     (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/x"), "setup", "/dev/shm/x"),
     (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "setup", "unable to write"),
     (of_system("Error: failed to extend /dev/shm/nccl-3Xq1 to 9637892 bytes"), "setup", "extend"),
+    (RuntimeError("CUDA error: the provided PTX was compiled with an unsupported toolchain." + SEARCH), "setup", "PTX"),
+    (RuntimeError("CUDA error: device kernel image is invalid" + SEARCH), "setup", "invalid"),
     # none of these is a fault that one line explains: they keep their traceback
+    (ValueError("no judge for 'What is an NCCL timeout?': Connection refused by http://localhost:8000"), None, ""),
     (OSError(errno.ENOSPC, "No space left on device", "/scratch/x"), None, ""),
     (RuntimeError("Parent directory /dev/shm/run1 does not exist."), None, ""),
     (RuntimeError("Expected all tensors on the same device, found cuda:0 and cpu! /dev/shm/hf_cache"), None, ""),

@@ -240,10 +240,9 @@ class CudaRunner(Runner):
         lengths, ends = [p.end - p.start for p in chunks], [p.end for p in chunks]
         arrays, firsts = prefill_arrays(chunks, self._cache.block_tokens), np.cumsum([0, *lengths])
         moved = move_all(self._cache.device, *arrays, firsts.astype(np.int32), np.array(ends, np.int32))
-        tokens_T, positions_T, slots_T, table, *borders = moved
-        attention = VarlenAttention(
-            self._kernel, self._cache, slots_T, *borders, max_query=max(lengths), max_keys=max(ends), table_BW=table
-        )
+        tokens_T, positions_T, slots_T, table, borders, keys = moved
+        given = slots_T, borders, keys, max(lengths), max(ends), table
+        attention = VarlenAttention(self._kernel, self._cache, *given)
         return self._inner.prefill_with(chunks, tokens_T, positions_T, attention)
 
     def decode(self, batch: DecodeInputs) -> Tensor:

@@ -37,7 +37,8 @@ class FusedRunner(PagedRunner):
     def __init__(self, plan: DecodePlan, cache: KVCache) -> None:
         super().__init__(cache)
         self._plan = plan
-        weights = sum(p.nbytes for p in _linear_weights(plan))
+        linears = [linear for layer in plan.layers for linear in (*layer.qkv, layer.out, *layer.gate_up, layer.down)]
+        weights = sum(linear.weight.nbytes for linear in (*linears, plan.head))
         on_cpu = cache.device.type == "cpu"
         pack = on_cpu and weights <= PACK_LIMIT and exact_ops.has_packed_product(cache.dtype)
         if on_cpu and not pack:
@@ -273,8 +274,3 @@ def _qk_scale(plan: DecodePlan, norms: tuple[Any, Any] | None) -> Tensor | None:
         return None
     query, key = (norm.weight.detach() for norm in norms)
     return torch.cat([query.expand(plan.heads, -1), key.expand(plan.kv_heads, -1)])
-
-
-def _linear_weights(plan: DecodePlan) -> list[Tensor]:
-    linears = [linear for layer in plan.layers for linear in (*layer.qkv, layer.out, *layer.gate_up, layer.down)]
-    return [linear.weight for linear in (*linears, plan.head)]

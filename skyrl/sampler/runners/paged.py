@@ -221,7 +221,8 @@ def prefill_attention(cache: KVCache, chunks: list[PrefillChunk]) -> tuple[Tenso
         table = table_BW[members, : -(-ends[members].max() // cache.block_tokens)].astype(np.int64)
         state = np.array([chunks[member].sequence.state for member in members])
         real = None if valid.all() else to_device(np.flatnonzero(valid), cache.device)
-        groups.append(Group(*move_all(cache.device, rows, where, table, state), real))
+        rows_nL, where_nL, table_nW, state_n = move_all(cache.device, rows, where, table, state)
+        groups.append(Group(rows_nL, where_nL, table_nW, state_n, real))
     tokens_T, positions_T, slots_T = move_all(cache.device, tokens, positions, slots)
     return tokens_T, positions_T, PagedAttention(cache, slots_T, groups)
 
