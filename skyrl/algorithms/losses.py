@@ -43,7 +43,7 @@ def clip_bounds(clip_low: Bound, clip_high: Bound, like_T: Tensor, rows: Microba
     are sanitised here as the rows are elsewhere."""
     given = (clip_low if rows.clip_low_T is None else rows.clip_low_T, rows.clip_high_T)
     low_T, high_T = (
-        (like_T.new_tensor(c) if isinstance(c, (int, float)) else c.to(like_T)).where(trained_tokens(rows), 0.0)
+        (like_T.new_full((), c) if isinstance(c, (int, float)) else c.to(like_T)).where(trained_tokens(rows), 0.0)
         for c in (given[0], clip_high if given[1] is None else given[1])
     )
     return 1.0 - low_T, 1.0 + high_T

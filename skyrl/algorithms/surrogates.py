@@ -49,7 +49,7 @@ def sapo(outputs: ForwardOutput, rows: Microbatch, *, tau_pos: float, tau_neg: f
     """
     log_ratio_T = log_ratios(outputs, rows, max_log_ratio)
     ratio_T, advantages_T = log_ratio_T.clamp(max=GATE_END).exp(), present(rows.advantages_T)
-    tau_T = ratio_T.new_tensor(tau_pos).where(advantages_T > 0, ratio_T.new_tensor(tau_neg))
+    tau_T = ratio_T.new_full((), tau_pos).where(advantages_T > 0, ratio_T.new_full((), tau_neg))
     gate_T = (tau_T * (ratio_T - 1.0)).sigmoid() * (4.0 / tau_T)
     return -gate_T * advantages_T, ratio_metrics(ratio_T, nowhere(ratio_T), log_ratio_T)
 
@@ -195,8 +195,8 @@ def vespo(outputs: ForwardOutput, rows: Microbatch, *, max_log_ratio: float, **s
     log_ratio_T, advantages_T = log_ratios(outputs, rows, max_log_ratio).detach(), present(rows.advantages_T)
     log_weight_T = sum_by_row(log_ratio_T.where(trained_tokens(rows), 0.0), rows)[rows.row_T]
     k_T, lambda_T = (
-        log_ratio_T.new_tensor(shape[f"{name}_pos"]).where(
-            advantages_T >= 0, log_ratio_T.new_tensor(shape[f"{name}_neg"])
+        log_ratio_T.new_full((), shape[f"{name}_pos"]).where(
+            advantages_T >= 0, log_ratio_T.new_full((), shape[f"{name}_neg"])
         )
         for name in ("k", "lambda")
     )

@@ -14,7 +14,7 @@ from skyrl.models.forward import CausalLM
 from skyrl.models.packed import collate
 from skyrl.models.results import RowResults
 from skyrl.strategies.adam import make_adam
-from skyrl.types import Datum, LossSpec
+from skyrl.types import Datum, ForwardOutput, LossSpec
 from tests.families import make_net
 
 
@@ -49,6 +49,18 @@ def test_an_update_copies_nothing_that_the_host_waits_for(model, fake_cuda, oper
         results.add_output([0, 1, 2], out.logprobs_T)
         results.add_loss((loss_T * batch.weights_T).sum(), loss_T, metrics, batch)
     assert operators.counts["torch_attn._varlen_attn.default"] > 0
+    assert not operators.counts["aten._local_scalar_dense.default"] and not operators.blocking
+
+
+@pytest.mark.parametrize("name", "importance_sampling reinforce ppo cispo sapo dppo_tv gspo gmpo vespo dro".split())
+def test_a_loss_copies_nothing_to_the_gpu(name, fake_cuda, operators):
+    """Its parameters are numbers of the host."""
+    rows = [Datum(np.arange(n), np.arange(n), np.ones(n), advantages=np.ones(n), old_logprobs=-np.ones(n),
+                  sampling_logprobs=-np.ones(n)) for n in (9, 17)]  # fmt: skip
+    batch = collate(rows, torch.float32, "cuda:0")
+    out = ForwardOutput(-torch.ones(26, device="cuda:0"), torch.ones(26, device="cuda:0"))
+    with operators:
+        compute_loss(out, batch, LossSpec(name, entropy_coef=0.1, correction="sequence_mask"))
     assert not operators.counts["aten._local_scalar_dense.default"] and not operators.blocking
 
 
