@@ -41,9 +41,10 @@ from skyrl.config.load import (
 from skyrl.config.schema import RunConfig
 from skyrl.distributed import env
 from skyrl.distributed.env import rank, report_to_launcher, world_size
-from skyrl.distributed.faults import ALLOCATOR, ALLOCATOR_OPTIONS, classify, describe
+from skyrl.distributed.faults import classify, describe
 from skyrl.distributed.place import take_place
 from skyrl.files import disk_reason
+from skyrl.planner.device import ALLOCATOR, ALLOCATOR_OPTIONS
 from skyrl.run_dir import REQUEUE_FILE
 from skyrl.types import RunError, StopRun, UserError
 

@@ -12,15 +12,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from skyrl.planner.device import torch_release
+from skyrl.planner.device import ALLOCATOR, ALLOCATOR_OPTIONS
 
 Kind = Literal["memory", "gpu", "kernel", "setup", "lost"]
 LONGEST = 4000  # characters of an error that are looked at; symbolised C++ frames may follow
 FRAGMENTED = 0.1  # of the device's memory, reserved and not allocated
 HELD = 0.1  # of the device's memory: another process that holds less is not to blame
-# Where torch's allocator is told its options; the first that is set counts, and the last is the name since torch 2.9.
-ALLOCATOR_OPTIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-ALLOCATOR = ALLOCATOR_OPTIONS[-1 if torch_release() >= (2, 9) else 0]
 SIZE = r"(?P<size>(?P<number>[\d.]+) (?P<unit>\wiB))"
 UNITS = {"KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0, "TiB": 2.0**10}
 OVER_MORE_RANKS = "strategy.name=fsdp or zero3 over more ranks"
@@ -127,9 +124,7 @@ _RULES: tuple[tuple[Kind, str, str], ...] = (
 )
 # What gloo, NCCL and the store say of a rank that is gone or late. A text that is none of theirs is not looked at: a
 # user's "connection reset" is about something else.
-_OF_A_GROUP = re.compile(
-    r"/gloo/[\w/]+\.\w+:\d+|\[Gloo\]|WorkNCCL|NCCL (error|communicator)|\bnccl[A-Z]|ProcessGroup|c10d"
-)
+_OF_A_GROUP = re.compile(r"/gloo/[\w/]+\.\w+:\d+|\[Gloo\]|WorkNCCL|NCCL (error|comm)|\bnccl[A-Z]|ProcessGroup|c10d")
 _LOST = re.compile(
     r"Connection (closed|reset|refused|aborted|timed out)|Broken pipe|pair closure|closed by (remote )?peer|"
     r"ncclRemoteError|remote process exited|Timed out waiting|collective operation timeout|before timing out|"

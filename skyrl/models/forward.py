@@ -56,7 +56,7 @@ class CausalLM(nn.Module):
             net.set_attn_implementation(NAME)
         exact_ops.hook_norms(net)
         hook_delta_nets(net)
-        decoder_of(net).warn_if_padding_and_no_attention_mask = _never_padded
+        decoder_of(net).warn_if_padding_and_no_attention_mask = lambda *args: None  # it would wait for the device
         latent.install(net)
         self.rope = longrope.install(net)  # None where no choice is to be made
         self.net = net
@@ -329,10 +329,6 @@ def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """For float64 models: no step inside is rounded to float32, as norms, rotary embeddings and routers of transformers
     are; without it two layouts of the same float64 computation differ by 1e-8. Nothing for other dtypes."""
     return _StayDouble() if dtype == torch.float64 else nullcontext()
-
-
-def _never_padded(*args: Any) -> None:
-    """In place of transformers' look for padding, which waits for the device in every forward pass of some families."""
 
 
 def _run_checkpointed(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate, pairwise
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from skyrl.algorithms.truncation import packed_support
 from skyrl.models import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
-from skyrl.planner.device import torch_release
-from skyrl.planner.memory import VARLEN_RELEASE
+from skyrl.planner.device import VARLEN_RELEASE, torch_release
 from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
 
@@ -55,7 +53,7 @@ def collate(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
-    fill: Mapping[str, float] = MappingProxyType({}),
+    fill: Mapping[str, float] | None = None,
     share: bool = False,
 ) -> Microbatch:
     """Rows packed end to end in the order given; positions restart at 0 in each.
@@ -78,7 +76,7 @@ def collate(
         "positions_T": [np.arange(n) for n in lengths],
         "row_T": [np.repeat(np.arange(len(rows)), lengths)],
         "weights_T": _widened([row.weights for row in rows]),
-        **{f"{key}_T": arrays for key in ROW_FIELDS[2:] if (arrays := _optional(rows, key, fill)) is not None},
+        **{f"{key}_T": arrays for key in ROW_FIELDS[2:] if (arrays := _optional(rows, key, fill or {})) is not None},
     }
     with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which the loss finds
         packed = {
@@ -312,14 +310,12 @@ class PackedAttention:
             out, back, base = [], np.zeros((self._starts[-1], heads), dtype=np.int64), 0
             for rows in self._buckets():
                 longest = self._lengths[rows[0]]
-                first = np.array([self._starts[s] for s in rows])
-                length = np.array([self._lengths[s] for s in rows])
+                first, length = (np.array([x[s] for s in rows]) for x in (self._starts, self._lengths))
+                real_BL = np.arange(longest)[None, :] < length[:, None]
                 # Padding repeats the row's first token: finite, never seen by a real query, dropped on the way back.
-                offset = np.where(np.arange(longest)[None, :] < length[:, None], np.arange(longest)[None, :], 0)
-                token_BL = first[:, None] + offset
+                token_BL = first[:, None] + np.where(real_BL, np.arange(longest)[None, :], 0)
                 source_BHL = token_BL[:, None, :] * heads + np.arange(heads)[None, :, None]
                 place_BHL = base + np.arange(source_BHL.size).reshape(source_BHL.shape)
-                real_BL = np.arange(longest)[None, :] < length[:, None]
                 back[token_BL[real_BL]] = place_BHL.transpose(0, 2, 1)[real_BL]
                 out.append(source_BHL.reshape(-1))
                 base += source_BHL.size

@@ -130,7 +130,8 @@ def _assign(net: Any, checkpoint: Checkpoint, names: Callable[[str], str] = lamb
     copies: dict[str, str] = {}
     made: set[str] = set()
     spare: list[str] = []
-    for key in sorted(checkpoint.files, key=_natural):
+    natural = lambda key: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split(".")]  # noqa: E731
+    for key in sorted(checkpoint.files, key=natural):
         name, pattern = rename_source_key(key, renamings, converters, net.base_model_prefix, known)
         if name not in known and key in known:
             name, pattern = key, None
@@ -294,10 +295,6 @@ def _ignorable(net: Any, key: str) -> bool:
     patterns.append(r"\.(attn|attention)\.masked_bias$")  # -10,000, which GPT-2's relatives stored in each layer
     dropped = [name for name, module in net.named_modules() if isinstance(module, nn.Identity)]
     return any(re.search(p, key) for p in patterns) or any(key.startswith(f"{name}.") for name in dropped)
-
-
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -45,6 +45,12 @@ def torch_release() -> tuple[int, ...]:
         return (99, 0)
 
 
+VARLEN_RELEASE = (2, 11)  # the first torch with variable-length attention as it is needed
+# Where torch's allocator is told its options; the first that is set counts, and the last is the name since torch 2.9.
+ALLOCATOR_OPTIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+ALLOCATOR = ALLOCATOR_OPTIONS[-1 if torch_release() >= (2, 9) else 0]
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What one process finds. `count` devices are visible to torch; `name`, `capability` and `uuid` are those of this

@@ -23,7 +23,7 @@ from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.hub.text_part import text_part
-from skyrl.planner.device import torch_release
+from skyrl.planner.device import VARLEN_RELEASE, torch_release
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 
@@ -31,7 +31,6 @@ GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 LOGITS_CHUNK_BYTES = 64 << 20
 KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
-VARLEN_RELEASE = (2, 11)  # the first torch with variable-length attention as it is needed
 CPU_CACHE_LIMIT = GIB
 STATES_LIMIT = (GIB, 8 * GIB)  # of linear attention, where the number of sequences is not given: on a CPU, on a GPU
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number

@@ -11,8 +11,8 @@ import yaml
 from skyrl.config.docs import config_groups
 from skyrl.config.load import load_config, to_dict
 from skyrl.config.options import all_options, reads
-from skyrl.distributed.faults import ALLOCATOR
 from skyrl.main import set_torch_defaults, split_args
+from skyrl.planner.device import ALLOCATOR
 from skyrl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

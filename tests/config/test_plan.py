@@ -10,11 +10,10 @@ import pytest
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
 from skyrl.config.schema import TinyModelConfig
 from skyrl.planner import plan
-from skyrl.planner.device import DeviceChoice, DeviceFacts, torch_release
+from skyrl.planner.device import VARLEN_RELEASE, DeviceChoice, DeviceFacts, torch_release
 from skyrl.planner.memory import (
     GIB,
     SPARE,
-    VARLEN_RELEASE,
     ModelSizes,
     available,
     check_fits,

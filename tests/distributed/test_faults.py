@@ -10,7 +10,8 @@ import torch.distributed as dist
 from skyrl import main
 from skyrl.distributed import env
 from skyrl.distributed.failure import is_lost_peer
-from skyrl.distributed.faults import ALLOCATOR_OPTIONS, classify, describe
+from skyrl.distributed.faults import classify, describe
+from skyrl.planner.device import ALLOCATOR_OPTIONS
 
 NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.29.7\n{}\nLast error:\n{}"

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.packed import banned, move_all, to_device, varlen
-from skyrl.planner.device import first_line, torch_release
-from skyrl.planner.memory import VARLEN_RELEASE
+from skyrl.planner.device import VARLEN_RELEASE, first_line, torch_release
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, prefill_arrays
 from skyrl.sampler.runners.paged import PagedRunner, attention
 from skyrl.tracking.advisories import warn_fallback
