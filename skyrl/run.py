@@ -35,8 +35,8 @@ from skyrl.distributed.collectives import MetricSums, all_reduce_sum, broadcast_
 from skyrl.distributed.failure import ignore_sigterm, is_lost_peer
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import BETWEEN_PHASES, IN_HOOK, LOADING, SAVING, enter, inside
-from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest
-from skyrl.distributed.watchdog import Watchdog, mark_requeue
+from skyrl.distributed.stop import STOP_FILE, StopRequest
+from skyrl.distributed.watchdog import Watchdog, mark_stop
 from skyrl.engine import Engine, ModelSpec
 from skyrl.envs.base import group_rewards_of
 from skyrl.evaluation.measure import look_whether_to_end, play_and_measure
@@ -502,8 +502,7 @@ class Run:
         """All ranks have agreed to stop: takes the step under way back, saves what is not saved yet, and tells people
         and launcher. Collective.
 
-        Returns what `run_loop` raises then. In the run folder: a line in stops.jsonl, and the file `requeue` when the
-        same command should be started again.
+        Returns what `run_loop` raises then. In the run folder: a line in stops.jsonl, and what `mark_stop` leaves.
         """
         if self.before_step is not None:
             vars(self.state).update({**self.before_step, "advisories": Advisories(**self.before_step["advisories"])})
@@ -532,8 +531,7 @@ class Run:
         }
         with open(self.folder.path / STOPS, "a") as file:
             file.write(json.dumps(record) + "\n")
-        if request.exit_code != INTERRUPTED:
-            mark_requeue(self.folder.path)
+        mark_stop(self.folder.path, request)
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         self.say(
             f"stopped by {request.reason} on rank {request.rank} in {request.phase}; saved and left after "

@@ -29,13 +29,13 @@ from skyrl.distributed.stop import (
     INTERRUPTED,
     SIGNALS,
     STOP_FILE,
-    TEMPORARY,
     StopRequest,
     asked_by_file,
     heard_signals,
 )
 from skyrl.envs import clock
-from skyrl.run_dir import REQUEUE_FILE
+from skyrl.files import write_atomic
+from skyrl.run_dir import REQUEUE_FILE, RESULT
 
 LISTEN_SECONDS = 0.1
 EXCHANGE_SECONDS = 0.5
@@ -235,10 +235,10 @@ class Watchdog:
     def _leave_at_once(self, code: int) -> None:
         """Nothing has been done yet that could be lost: loading is not waited for."""
         if self.world.is_leader:
-            if self.claimed and code == TEMPORARY:
-                with contextlib.suppress(OSError):
-                    mark_requeue(self.folder)
             assert self.stop_request is not None
+            if self.claimed:
+                with contextlib.suppress(OSError):
+                    mark_stop(self.folder, self.stop_request)
             _say(f"stopped by {self.stop_request.reason} while opening; the same command starts again")
         elif self.store is not None:
             time.sleep(2 * EXCHANGE_SECONDS)
@@ -263,8 +263,13 @@ def _say(text: str) -> None:
     os.write(2, f"skyrl: {text}\n".encode())
 
 
-def mark_requeue(folder: Path) -> None:
-    """Leaves the file `requeue` in the run folder: this command should be started again. It says by whom the run was
-    started, so that a restart by the same torchrun does not go on working."""
+def mark_stop(folder: Path, request: StopRequest) -> None:
+    """Leaves in the run folder how a stopped run has ended. After a person's stop: result.json, by which viewers and
+    `skyrl-tx wait` know that nobody starts it again. After any other: the file `requeue`, since this command should be
+    started again; it says by whom the run was started, so that a restart by the same torchrun does not go on."""
+    if request.exit_code == INTERRUPTED:
+        told = {"state": "stopped", "stopped_by": request.reason, "exit_code": INTERRUPTED}
+        write_atomic(folder / RESULT, json.dumps(told, indent=1) + "\n")
+        return
     text = {"host": socket.gethostname(), "launcher": os.getppid(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     (folder / REQUEUE_FILE).write_text(json.dumps(text) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.conditions import RELATIONS, read_condition
 from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD, TEMPORARY
-from skyrl.files import disk_reason, write_atomic
+from skyrl.files import explain_write, write_atomic
 from skyrl.run_dir import RunReader, find_run, is_run
 from skyrl.tracking.jsonl import plain
 from skyrl.types import UserError
@@ -28,8 +28,9 @@ ENDED = ("finished", "evaluated")
 
 
 def wait(args: list[str]) -> int:
-    """Waits until a run has ended. Returns 0 when it has finished, 1 when it ended otherwise, 75 when it has saved and
-    asks to be started again (with --stopped; else that is waited for too), 124 after --timeout."""
+    """Waits until a run has ended. Returns 0 when it has finished, 130 when a person has stopped it, 1 when it ended
+    otherwise, 75 when it has saved and asks to be started again (with --stopped; else that is waited for too), 124
+    after --timeout."""
     p = Parser(prog="skyrl-tx wait", description="Waits until a run has ended; the exit code says how.")
     p.add_argument(
         "run", type=path_arg, help="a run folder, also one that is still to come, or the name of one in runs"
@@ -48,8 +49,8 @@ def wait(args: list[str]) -> int:
         lost = (lost or time.monotonic()) if state == "unfinished" else None
         if state in ENDED:
             return HOLDS
-        if state == "stopped" and run.result().get("state") == "stopped":  # by a notice: nobody starts it again
-            return FAILS
+        if state == "stopped" and (result := run.result()):  # by a person or an advisory: nobody starts it again
+            return int(result.get("exit_code", FAILS))
         if state == "stopped" and given.stopped:
             return TEMPORARY
         if lost is not None and time.monotonic() - lost > LOST_SECONDS:
@@ -72,10 +73,8 @@ def stop(args: list[str]) -> int:
     run = find_run(given.run, "stop")
     if run.state() != "running":
         raise UserError(f"stop: {run.path} is {run.state()}: no process that can be seen from here holds it")
-    try:
+    with explain_write(run.path / STOP_FILE, "only who may write into the run's folder can ask", "stop"):
         write_atomic(run.path / STOP_FILE, "" if given.requeue else STOP_FOR_GOOD)
-    except OSError as problem:
-        raise UserError(f"stop: {run.path / STOP_FILE}: cannot be written ({disk_reason(problem)})") from None
     print(f"{run.path}: asked to save and leave", flush=True)
     end = time.monotonic() + given.timeout
     while given.wait and run.state() == "running":

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from skyrl.distributed.stop import STOP_FILE, StopRequest, asked_by_file
+from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest, asked_by_file
+from skyrl.distributed.watchdog import mark_stop
 from skyrl.launch import jobs
+from skyrl.run_dir import run_state
 from skyrl.types import UserError
 
 
@@ -105,6 +107,10 @@ def test_wait_tells_how_a_run_ended(run, monkeypatch, capsys):
     assert "running, step 3\n" in (told := capsys.readouterr().out) and told.endswith("finished, step 3\n")
     finish(run, "stopped")
     assert jobs.wait([str(run)]) == jobs.FAILS
+    (run / "result.json").unlink()
+    mark_stop(run, StopRequest("SIGINT", 0, "training", 3))
+    assert jobs.wait([str(run), "--timeout", "60"]) == INTERRUPTED and run_state(run) == "stopped"
+    assert "stopped, step 3\n" in capsys.readouterr().out
     assert jobs.wait([str(run.parent / "to come"), "--timeout", "0.05"]) == jobs.LATE
 
 
