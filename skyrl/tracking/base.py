@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.schema import RunConfig
+from skyrl.run_dir import read_metrics
 from skyrl.tracking.prometheus import PrometheusExporter
 from skyrl.tracking.system import SystemRecorder
 from skyrl.types import Metrics
@@ -50,6 +51,23 @@ class Sink:
 
     def close(self) -> None:
         """Called once, at the end of the run, however it ends."""
+
+
+class HistorySink(Sink):
+    """A tracker with a history of its own, in which each step is to be once, in order, however its run was killed and
+    resumed. A subclass writes `log`, and sets `last_step` to the last one that an earlier start has handed over: these
+    are left out, since a resumed run computes equal numbers again. make_tracker gives it all records that
+    metrics.jsonl has, so what a kill has kept from arriving is made up for."""
+
+    last_step = -1
+
+    def log(self, record: Record) -> None:
+        """Takes a record whose step is not there yet."""
+        raise NotImplementedError
+
+    def write(self, record: Record) -> None:
+        if record["step"] > self.last_step:
+            self.log(record)
 
 
 class Tracker:
@@ -245,19 +263,24 @@ def make_tracker(
 
     options, folder = cfg.tracking, Path(folder)
     lines = JsonlSink(folder / "metrics.jsonl", resume_from=resume_from)
-    sinks: list[Sink] = [lines]
+    others: list[Sink] = []
     if options.wandb != "off":
         from skyrl.tracking.wandb import WandbSink
 
-        sinks.append(WandbSink(cfg, folder))
+        others.append(WandbSink(cfg, folder))
     if options.trackio:
         from skyrl.tracking.wandb import TrackioSink
 
-        sinks.append(TrackioSink(cfg, folder))
+        others.append(TrackioSink(cfg, folder))
+    kept = read_metrics(lines.path) if others or options.tensorboard else []
     if options.tensorboard:
         from skyrl.tracking.tensorboard import TensorBoardSink
 
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
+        others.append(TensorBoardSink(folder / "tensorboard", kept[-1]["step"] if kept else -1))
+    for record in kept:
+        for sink in others:
+            sink.write(record)
+    sinks: list[Sink] = [lines, *others]
     if options.console != "off":
         if totals is None:
             totals = {"warmup": cfg.warmup.num_steps, "rl": cfg.warmup.num_steps + cfg.batch.num_steps}

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from skyrl.registry import import_extra
-from skyrl.tracking.base import Record, Sink
+from skyrl.tracking.base import HistorySink, Record
 from skyrl.tracking.wandb import run_id
+from skyrl.types import UserError
 
 
-class TensorBoardSink(Sink):
-    """Writes each record's numbers under "<phase>/<key>" at its step.
+class TensorBoardSink(HistorySink):
+    """Writes each record's numbers under "<phase>/<key>" at its step. A resumed run adds an event file, which takes the
+    steps back that are computed again: `sync` has handed over all before them."""
 
-    A resumed run adds an event file; where steps were written twice, TensorBoard shows both points.
-    """
+    def __init__(self, folder: Path, last_step: int) -> None:
+        """last_step: the last one that stays; -1 for a new run. Raises: UserError when tensorboard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "tracking.tensorboard=true: the package tensorboard is not installed; "
+                'pip install "skyrl-spmd[tensorboard]" or give tracking.tensorboard=false'
+            ) from None
+        self.last_step = last_step if any(folder.glob("events.*")) else -1
+        # Its readers take a first start of a session for the beginning, and a second one for a restart from its step.
+        self._writer = SummaryWriter(str(folder), purge_step=self.last_step + 1)
+        if self.last_step < 0:
+            self._writer.add_text("run_id", run_id(folder.parent))
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: UserError when tensorboard is not installed."""
-        import_extra("tensorboard", "tracking.tensorboard=true", "tensorboard", "give tracking.tensorboard=false")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder))
-        self._writer.add_text("run_id", run_id(folder.parent))
-
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         for key, value in record.items():
             if key not in ("step", "phase"):
                 self._writer.add_scalar(f"{record['phase']}/{key.replace(':', '.')}", value, record["step"])
