@@ -464,14 +464,6 @@ def _at(values: dict[str, Any], path: str, *, make: bool = False) -> dict[str, A
     return values if isinstance(values, dict) else {}
 
 
-def read_config(path: Path) -> RunConfig:
-    """The config.yaml that a run has left. Raises UserError for what is no mapping, or has unknown names."""
-    values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a config; expected a YAML mapping")
-    return from_dict({str(key): value for key, value in values.items()})
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, "group.option" -> value."""
     out: dict[str, Any] = {}

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from skyrl.algorithms.objectives import Objectives
 from skyrl.config.args import Parser, path_arg
-from skyrl.config.load import read_config
+from skyrl.config.load import from_dict
 from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
 from skyrl.report.charts import printable
-from skyrl.run_dir import dumps, find_run, read_rollouts
+from skyrl.run_dir import RunReader, find_run
 from skyrl.tracking.rollouts import named
 from skyrl.types import Message, Prompt, UserError
 from skyrl.workers.calls import LocalCalls
@@ -32,13 +31,13 @@ def play(args: list[str]) -> None:
     p.add_argument("--seed", type=int, help="that reset is given, instead of the episode's own")
     p.add_argument("--answer", action="append", help="what the model is to have written, one for each turn")
     given = p.parse_args(args)
-    run = find_run(given.run, "play").path
-    cfg = read_config(run / "config.yaml")
-    episode = _dumped(run / "rollouts", given.uid, given.index, given.step)
+    run = find_run(given.run, "play")
+    cfg = from_dict(run.options("play"))
+    episode = _dumped(run, given.uid, given.index, given.step)
     if episode is None and not given.answer:
         raise UserError(
-            f"play: {run} has no dump of {given.uid} sample {given.index}; skyrl-tx rollouts {run} --list names the "
-            "steps that were dumped, and --answer TEXT plays an answer of your own"
+            f"play: {run.path} has no dump of {given.uid} sample {given.index}; skyrl-tx rollouts {run.path} --list "
+            "names the steps that were dumped, and --answer TEXT plays an answer of your own"
         )
     import_plugins(cfg.plugins)
     turns = [{"read": text} for text in given.answer] if given.answer else (episode or {})["turns"]
@@ -46,13 +45,13 @@ def play(args: list[str]) -> None:
     _play(cfg, _prompt(cfg, given.uid), seed, turns)
 
 
-def _dumped(folder: Path, uid: str, index: int, step: int | None) -> dict[str, Any] | None:
+def _dumped(run: RunReader, uid: str, index: int, step: int | None) -> dict[str, Any] | None:
     """The newest dump of an episode."""
-    for name in reversed(dumps(folder)):
+    for name in reversed(run.dumps()):
         if step is None or int(name.rpartition("-")[2]) == step:
-            for episode in read_rollouts(folder, name):
+            for episode in run.rollouts(name):
                 if (episode["uid"], episode["index"]) == (uid, index):
-                    print(f"{folder}: {name}")
+                    print(f"{run.path}/rollouts: {name}")
                     return episode
     return None
 

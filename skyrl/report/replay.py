@@ -68,9 +68,7 @@ def replay_step(reader: RunReader, step: int | None, phase: str, overrides: Sequ
     """What `skyrl-tx replay --json` prints: "logged", "replayed" and, with overrides, "overridden" metrics of the step,
     how the first two compare, and lines about "episodes" whose reward is another one now. Raises UserError for a step,
     phase or option that cannot be replayed."""
-    values = reader.config()
-    if not values:
-        raise UserError(f"replay: {reader.path / 'config.yaml'} is missing or damaged, so nobody knows what was run")
+    values = reader.options("replay")
     cfg = from_dict(values)
     import_plugins(cfg.plugins)
     changed = _with_overrides(values, overrides) if overrides else None
@@ -141,9 +139,11 @@ def _start(reader: RunReader, cfg: RunConfig, there: list[int], step: int) -> Ch
     if before(step) in starts:
         return starts[before(step)]
     can = few([number for number in there if before(number) in starts], 12) or "none"
-    raise UserError(f"replay: --step={step} --phase loss: the weights before it are not there, and no checkpoint from "
-                    f"which on every step has its rollouts; steps that can be replayed: {can} (checkpoint.keep_last=0 "
-                    "and tracking.rollouts_every=1 keep all)")  # fmt: skip
+    raise UserError(
+        f"replay: --step={step} --phase loss: the weights before it are not there, and no checkpoint from "
+        f"which on every step has its rollouts; steps that can be replayed: {can} (checkpoint.keep_last=0 "
+        "and tracking.rollouts_every=1 keep all)"
+    )
 
 
 class _DumpSampler:
@@ -160,8 +160,10 @@ class _DumpSampler:
         turn = self.drawn.get(request.uid)
         if turn is None or not np.array_equal(turn.context, request.tokens):
             what = "goes on for longer" if turn is None else "says something else"
-            raise UserError(f"replay: episode {request.uid} (position/sample/turn): the environment {what} than in the "
-                            "run; is it the run's code, data and tokenizer? --phase advantage needs none")  # fmt: skip
+            raise UserError(
+                f"replay: episode {request.uid} (position/sample/turn): the environment {what} than in the "
+                "run; is it the run's code, data and tokenizer? --phase advantage needs none"
+            )
         self.asked.append(replace(turn.sample, uid=request.uid))
 
     def step(self) -> list[Sample]:
@@ -240,8 +242,10 @@ class _Replay:
         needed = {run.plan.reference: run.plan.needs_reference, "critic": run.plan.needs_critic}
         for name in [name for name, is_needed in needed.items() if is_needed and name not in run.engine.models]:
             if self.phase == "loss" and run.state.step:
-                raise UserError(f"replay: these options need a {name} model, which this run did not have; replay its "
-                                "first step of RL, where that model is made")  # fmt: skip
+                raise UserError(
+                    f"replay: these options need a {name} model, which this run did not have; replay its "
+                    "first step of RL, where that model is made"
+                )
         if self.phase == "loss":
             run.create_models()
         return run

@@ -34,12 +34,10 @@ SECTIONS = "run model env data batch warmup algorithm eval checkpoint tracking".
 # What each line of these has at least; one without is damaged.
 METRICS_HAVE, SYSTEM_HAS, ADVISORIES_HAVE = ("step", "phase"), ("step",), ("name", "step", "text", "remedy")
 # What an episode and a turn have that do not say it themselves.
-EPISODE: dict[str, Any] = {
-    "uid": "", "index": 0, "stop": "", "expected": None, "invalid": "", "metrics": {}, "objectives": {},
-}  # fmt: skip
-TURN: dict[str, Any] = {
-    "context_text": "", "text": "", "context": [], "tokens": [], "logprobs": [], "stop": "", "version": None,
-}  # fmt: skip
+EPISODE: dict[str, Any] = {"index": 0, "expected": None, "metrics": {}, "objectives": {}}
+EPISODE |= dict.fromkeys(("uid", "stop", "invalid"), "")
+TURN: dict[str, Any] = {"context": [], "tokens": [], "logprobs": [], "version": None}
+TURN |= dict.fromkeys(("context_text", "text", "stop"), "")
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,12 @@ class RunReader:
             return {}
         whole = isinstance(told, dict) and all(isinstance(told.get(name) or {}, dict) for name in SECTIONS)
         return told if whole else {}
+
+    def options(self, what: str) -> dict[str, Any]:
+        """`config` for a command, `what`, that goes by it. Raises UserError for none."""
+        if not (found := self.config()):
+            raise UserError(f"{what}: {self.path / 'config.yaml'} is missing or damaged, so nobody knows what was run")
+        return found
 
     def starts(self) -> list[dict[str, Any]]:
         """Versions, command and host of every start, oldest first."""

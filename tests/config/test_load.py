@@ -14,6 +14,7 @@ from skyrl.config.options import all_options
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import option
 from skyrl.main import split_args
+from skyrl.run_dir import RunReader
 from skyrl.tracking import crash_report
 from skyrl.types import UserError
 
@@ -143,7 +144,7 @@ def test_secrets_of_an_environment_are_neither_shown_nor_kept(tmp_path, monkeypa
 def test_resolved_config_survives_storage(tmp_path):
     cfg = load_config(["optim.lr=1e-6", "sampler.stop=['#','a: b']", "env.options={digits: 2, ops: ['+','*']}"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(load.to_dict(cfg), allow_unicode=True))
-    assert load.read_config(tmp_path / "config.yaml") == cfg
+    assert load.from_dict(RunReader(tmp_path).options("play")) == cfg
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["batch"]["num_steps"] == cfg.batch.num_steps
     assert load.from_dict(load.to_dict(cfg)) == cfg
     with pytest.raises(UserError, match="optim.lrr: no such option"):
