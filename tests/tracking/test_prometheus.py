@@ -1,9 +1,12 @@
 """Numbers at a port: those of a real run's rank and of the server are what the Grafana dashboard asks for."""
 
+import contextlib
 import json
+import math
 import re
 import socket
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -13,9 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from skyrl.config.schema import RunConfig, TrackingConfig
 from skyrl.run_dir import RunReader
-from skyrl.service.scheduler import RequestScheduler
-from skyrl.tracking import make_tracker
-from skyrl.tracking.prometheus import PrometheusExporter, exposition, metric_name
+from skyrl.tracking import Tracker, make_tracker
+from skyrl.tracking.prometheus import PrometheusExporter, exposition
 from skyrl.tracking.system import SystemRecorder
 from skyrl.types import UserError
 
@@ -57,19 +59,54 @@ def test_a_run_whose_port_is_taken_is_refused_before_its_first_step(tmp_path):
     assert RunReader(tmp_path).metrics()[0] == []
 
 
-def test_the_dashboard_asks_for_what_runs_and_servers_tell(tmp_path):
-    run_loop(tmp_path, "batch.num_steps=1")
-    reader = RunReader(tmp_path)
-    records, (line, *_) = reader.metrics()[0], reader.system(0)
-    told = {key for record in records for key in record} | {f"system/{key}" for key in line}
-    told |= {f"system/gpu/{key}" for key in GPU} | {"speed/mfu:mean"}  # where there is a GPU
-    kinds = ("TrainRequest", "OptimStep", "SamplingRequest")
-    told |= {*RequestScheduler().values(), *(f"requests/{kind}/done:total" for kind in kinds)}
+EXPRESSION = re.compile(r"(?:rate\(|100 \* )?(skyrl_\w+)(?:\{(\w+)=~\"\$run\"\})?(?:\[5m\]\))?")
+
+
+def scraped_while(url, work):
+    """Does `work`; the last answer of `url` meanwhile."""
+    answers, over = [], threading.Event()
+
+    def scrape():
+        while not over.wait(0.01):
+            with contextlib.suppress(OSError):
+                answers.append(read(urllib.request.urlopen(url).read()))
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    work()
+    over.set()
+    thread.join()
+    return answers[-1]
+
+
+def test_every_expression_of_the_grafana_dashboard_finds_something_of_a_real_run_or_server(tmp_path):
+    from inprocess import ADAM, draw, open_client, prompt, rows  # skips where the client is not here
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = f"tracking.prometheus_port={port}", "tracking.peak_tflops=1", "run.name=mine", "eval.every_steps=1"
+    told = scraped_while(f"http://127.0.0.1:{port}/metrics", lambda: run_loop(tmp_path / "run", *options))
+    assert told["skyrl_step"] == (2.0, {"run": "mine", "rank": "0"})
+    with open_client(tmp_path / "server") as client:
+        model = client.create_lora_training_client("tiny", rank=4)
+        model.forward_backward(rows(1), "cross_entropy").result()
+        model.optim_step(ADAM).result()
+        model.save_weights_and_get_sampling_client().sample(prompt(3, 4), 1, draw()).result()
+        server = read(exposition(client.service.scheduler.values, {"model": "tiny"}))
+    recorder = SystemRecorder(tmp_path, 0)
+    recorder.last = {"gpus": [dict.fromkeys(GPU, 1.0)]}  # as a machine with one would have it
+    gpu = read(exposition(Tracker([], recorder=recorder).values, {"run": "mine", "rank": "0"}))
     dashboard = json.loads(DASHBOARD.read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    queries += [one["query"]["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
-    asked = {name for query in queries for name in re.findall(r"skyrl_\w+", query)}
-    assert asked <= {metric_name(key) for key in told} and len(asked) > 20
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(targets) > 20
+    for target in targets:
+        name, label = EXPRESSION.fullmatch(target["expr"]).groups()
+        found = [one[name] for one in (told, server, gpu) if name in one]
+        assert found and math.isfinite(found[0][0]), target["expr"]
+        labels = {label, *re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])} - {None}
+        assert labels <= found[0][1].keys(), target
+    asked = [one["query"]["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
+    assert asked == ["label_values(skyrl_step, run)"]
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
