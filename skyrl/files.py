@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from skyrl.types import UserError
+
 READ_BYTES = 8 << 20
 
 
@@ -108,6 +110,16 @@ def disk_reason(problem: BaseException, place: Path | None = None) -> str:
     place = place or Path(getattr(problem, "filename", None) or ".")
     full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return text + (f"; {lack}" if full and (lack := disk_lack(place)) else "")
+
+
+@contextlib.contextmanager
+def explain_write(path: Path, remedy: str = "free some space", what: str = "") -> Iterator[None]:
+    """Around what writes a file: an OSError becomes a UserError of one line, `what` (a command or option) first."""
+    try:
+        yield
+    except OSError as problem:
+        what = f"{what}: {path}" if what else str(path)
+        raise UserError(f"{what}: cannot be written ({disk_reason(problem, path)}); {remedy}") from None
 
 
 def disk_lack(place: Path) -> str:

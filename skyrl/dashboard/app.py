@@ -6,25 +6,16 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from skyrl.config.schema import DashboardConfig
 from skyrl.dashboard import pages, rollouts, series
-from skyrl.dashboard.board import HERE, Dashboard
+from skyrl.dashboard.board import Dashboard
 from skyrl.dashboard.index import RunIndex
+from skyrl.dashboard.render import HERE
 from skyrl.types import UserError
 from skyrl.web.http import HttpError
-
-
-class _Static(StaticFiles):
-    """Addresses of these files change with their content, so browsers may keep them."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        answer = super().file_response(*args, **kwargs)
-        answer.headers["cache-control"] = "private, max-age=86400"
-        return answer
 
 
 def create_app(settings: DashboardConfig, auth: Any, index: RunIndex) -> tuple[Starlette, Dashboard]:
@@ -47,7 +38,7 @@ def create_app(settings: DashboardConfig, auth: Any, index: RunIndex) -> tuple[S
         Route("/runs/{run}/logs", pages.logs),
         Route("/runs/{run}/logs/{file:path}", pages.log_file),
         *auth.routes,
-        Mount("/static", _Static(directory=HERE / "static"), name="static"),
+        Mount("/static", StaticFiles(directory=HERE / "static"), name="static"),
     ]
     routes: list[Any] = [Mount(settings.path_prefix, routes=inner)] if settings.path_prefix else inner
     handlers: Any = dict.fromkeys((HttpError, UserError, HTTPException, OSError), board.refuse)

@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-from jinja2 import Environment, FileSystemLoader
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import skyrl
 from skyrl.config.access import dashboard_problems, is_loopback
 from skyrl.config.schema_server import DashboardConfig
 from skyrl.dashboard.oidc import SIGN_IN_SECONDS, OidcProvider, SignIn, SignInRefused
+from skyrl.dashboard.render import make_templates
 from skyrl.dashboard.shares import ShareLinks
 from skyrl.files import disk_reason
 from skyrl.run_dir.reader import find_run
@@ -96,7 +95,7 @@ class Auth:
         # Browsers send a cookie to every port of a host: dashboards side by side must not overwrite each other's.
         name = hashlib.sha256(f"{self.state}\n{settings.port}".encode()).hexdigest()[:8]
         self._cookie, self._sign_in_cookie = f"skyrl_{name}", f"skyrl_login_{name}"
-        self._templates = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+        self._templates = make_templates(self._prefix)
         self.routes = [
             Route("/login", self._login, methods=["GET", "POST"]),
             Route("/login/oidc", self._begin),
@@ -146,8 +145,9 @@ class Auth:
                 nonlocal begun
                 if message["type"] == "http.response.start":
                     begun = True
-                    _add_headers(message)
-                    await self._audit(request, message["status"])
+                    path = request.scope["path"].removeprefix(self._prefix)
+                    _add_headers(message, path.startswith("/static/"))
+                    await self._audit(request, path, message["status"])
                 await send(message)
 
             try:
@@ -367,16 +367,16 @@ class Auth:
         return f"{home.rstrip('/')}/share?link={token}"
 
     def _page(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
-        values |= {"prefix": self._prefix, "csrf": self.csrf_token(request), "status": status}
-        values |= {"issuer": urlsplit(self._settings.oidc_issuer).netloc, "release": skyrl.__version__}
+        always = {"csrf": self.csrf_token(request), "issuer": urlsplit(self._settings.oidc_issuer).netloc}
+        values = {"said": "", "target": "", "status": status, **always, **values}
         text = self._templates.get_template(template).render(**values)
         return Response(text, status, media_type="text/html")
 
     # ---- the audit log
 
-    async def _audit(self, request: Request, status: int) -> None:
+    async def _audit(self, request: Request, path: str, status: int) -> None:
         """One line of audit.jsonl before any answer goes out, static files apart."""
-        path, viewer = request.scope["path"].removeprefix(self._prefix), request.state.viewer
+        viewer = request.state.viewer
         if path.startswith("/static/"):
             return
         line = {
@@ -405,11 +405,11 @@ class Auth:
             _write_private(path, os.O_APPEND, line)
 
 
-def _add_headers(message: Message) -> None:
-    """Strict headers, in place of the app's own; what is shown is kept nowhere unless the app says so."""
+def _add_headers(message: Message, static: bool) -> None:
+    """Strict headers, in place of the app's own. What is shown is kept nowhere; of `static` files the addresses change
+    with their content, so browsers may keep them."""
     kept = [(name, value) for name, value in message["headers"] if name.decode().lower() not in HEADERS]
-    if b"cache-control" not in dict(kept):
-        kept.append((b"cache-control", b"no-store"))
+    kept.append((b"cache-control", b"private, max-age=86400" if static else b"no-store"))
     message["headers"] = kept + [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
 

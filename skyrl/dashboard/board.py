@@ -9,30 +9,40 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import anyio
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-import skyrl
 from skyrl.config.schema import DashboardConfig
 from skyrl.dashboard.index import RunEntry, RunIndex
-from skyrl.tracking.console import duration
-from skyrl.tracking.metric_docs import explain
+from skyrl.dashboard.render import make_templates
 from skyrl.types import UserError
 from skyrl.web.http import HttpError, error_reply
 
-HERE = Path(__file__).parent
 EVENT_SECONDS = 1.0
 SILENT_SECONDS = 15.0  # after which a proxy may close a stream on which nothing comes
 MAX_STREAMS = 256
 WORDS = {404: "Not found", 400: "This cannot be shown", 403: "Not for you"}
+
+
+class _Events(StreamingResponse):
+    """A live page's events, which the dashboard counts until the page is left, also before the first of them."""
+
+    def __init__(self, board: Dashboard, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self.board = board
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.board.streams -= 1
 
 
 class Dashboard:
@@ -41,16 +51,8 @@ class Dashboard:
     def __init__(self, settings: DashboardConfig, auth: Any, index: RunIndex) -> None:
         self.prefix, self.auth, self.index = settings.path_prefix, auth, index
         self.closing, self.streams = False, 0
-        self._templates = Environment(
-            loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-        )
-        self._templates.filters |= {
-            "num": number, "size": size, "ago": ago, "when": when, "span": duration, "explain": explain,
-        }  # fmt: skip
-        version = max(path.stat().st_mtime_ns for path in (HERE / "static").iterdir())
-        self._templates.globals |= {
-            "url": self.url, "explain": explain, "release": skyrl.__version__, "version": f"{version:x}",
-        }  # fmt: skip
+        self._templates = make_templates(self.prefix)
+        self._templates.globals["url"] = self.url
 
     def url(self, *parts: Any, **query: Any) -> str:
         """An address of this dashboard; what is None or "" is left out of the query."""
@@ -104,24 +106,21 @@ class Dashboard:
         if self.streams >= MAX_STREAMS:
             raise HttpError(503, f"{MAX_STREAMS} pages are live already; this one can be loaded again by hand")
 
-        async def stream() -> AsyncIterator[str]:
-            self.streams += 1
-            try:
-                told, at = self.index.mark(name), time.monotonic()
-                yield "retry: 5000\n\n"
-                while not self.closing and await anyio.to_thread.run_sync(self.auth.is_logged_in, request):
-                    await anyio.sleep(EVENT_SECONDS)
-                    if (new := self.index.mark(name)) != told:
-                        told, at = new, time.monotonic()
-                        yield "event: changed\ndata: {}\n\n"
-                    elif time.monotonic() - at > SILENT_SECONDS:
-                        at = time.monotonic()
-                        yield ": still here\n\n"
-            finally:
-                self.streams -= 1
+        self.streams += 1  # here, before anything is waited for: many may ask at once
 
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
+        async def stream() -> AsyncIterator[str]:
+            told, at = self.index.mark(name), time.monotonic()
+            yield "retry: 5000\n\n"
+            while not self.closing and await anyio.to_thread.run_sync(self.auth.is_logged_in, request):
+                await anyio.sleep(EVENT_SECONDS)
+                if (new := self.index.mark(name)) != told:
+                    told, at = new, time.monotonic()
+                    yield "event: changed\ndata: {}\n\n"
+                elif time.monotonic() - at > SILENT_SECONDS:
+                    at = time.monotonic()
+                    yield ": still here\n\n"
+
+        return _Events(self, stream())
 
     def close(self) -> None:
         """Ends the live pages, so that the server can."""
@@ -131,38 +130,3 @@ class Dashboard:
 def cache_folder() -> Path:
     """Where the dashboards of this user keep their caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "dashboard"
-
-
-# ---- how things are written
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """A number for eyes: as many digits as tell something, thousands apart; "–" for none."""
-    if value is None or value == "":
-        return "–"
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return str(value)
-    if value != value or value in (float("inf"), float("-inf")):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.{digits}g}"
-
-
-def size(count: float) -> str:
-    """Bytes in the largest unit of which there is at least one."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def ago(at: float | None) -> str:
-    """How long ago a moment was; a moment in the future, by a clock that was set, counts as now."""
-    return "–" if not at else f"{duration(max(0.0, time.time() - at))} ago"
-
-
-def when(at: float | None) -> str:
-    """A moment in UTC."""
-    return "–" if not at else datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -75,12 +75,10 @@ def runs(request: Request) -> Response:
         and all(word in _searched(entry) for word in words)
     ]
     at = whole_number(request, "page", 0)
-    return board.page(
-        request, "runs.html", entries=kept[at * PAGE_RUNS : (at + 1) * PAGE_RUNS], count=len(kept),
-        all_count=len(entries), at=at, pages=-(-len(kept) // PAGE_RUNS),
-        query={"q": query.get("q", ""), "state": state, "tag": tag}, states=states, tags=tags,
-        folder=board.index.runs,
-    )  # fmt: skip
+    asked: dict[str, Any] = {"states": states, "tags": tags, "folder": board.index.runs}
+    asked |= {"query": {"q": query.get("q", ""), "state": state, "tag": tag}, "all_count": len(entries)}
+    asked |= {"entries": kept[at * PAGE_RUNS : (at + 1) * PAGE_RUNS], "count": len(kept), "at": at}
+    return board.page(request, "runs.html", **asked, pages=-(-len(kept) // PAGE_RUNS))
 
 
 def _searched(entry: RunEntry) -> str:
@@ -101,17 +99,11 @@ def run(request: Request) -> Response:
             used.update(panels[-1][1])
     ranks = entry.run.system_ranks()
     config = entry.run.config()
-    return board.page(
-        request, "run.html", entry=entry, panels=panels, more=sorted(set(names) - used),
-        system=_system_panels(entry, ranks), ranks=ranks, facts=facts(entry, config, len(ranks)),
-        advisories=entry.run.advisories(), seeds=seeds_of(board.index.entries(), entry), steps=PHASE_STEPS,
-    )  # fmt: skip
-
-
-def seeds_of(entries: list[RunEntry], entry: RunEntry) -> list[str]:
-    """Names of the runs with the options of this one but for the seed, itself included; [] where it is alone."""
-    same = [one.run.name for one in entries if one.about.get("point") == entry.about["point"]]
-    return same if len(same) > 1 else []
+    same = [one.run.name for one in board.index.entries() if one.about.get("point") == entry.about["point"]]
+    about: dict[str, Any] = {"facts": facts(entry, config, len(ranks)), "seeds": same if len(same) > 1 else []}
+    about |= {"advisories": entry.run.advisories(), "ranks": ranks, "steps": PHASE_STEPS, "panels": panels}
+    about |= {"more": sorted(set(names) - used), "system": _system_panels(entry, ranks)}
+    return board.page(request, "run.html", entry=entry, **about)
 
 
 def _system_panels(entry: RunEntry, ranks: list[int]) -> list[tuple[str, list[str]]]:
@@ -238,11 +230,8 @@ def logs(request: Request) -> Response:
         (bundle.name, [(name, entry.run.size(name)) for name in _files_of(entry, bundle)])
         for bundle in reversed(entry.run.crashes())
     ]
-    starts = [one for one in reversed(entry.run.starts())]
-    advisories = entry.run.advisories()
-    return board.page(
-        request, "logs.html", entry=entry, files=files, bundles=bundles, starts=starts, advisories=advisories
-    )
+    told: dict[str, Any] = {"starts": entry.run.starts()[::-1], "advisories": entry.run.advisories()}
+    return board.page(request, "logs.html", entry=entry, files=files, bundles=bundles, **told)
 
 
 def _files_of(entry: RunEntry, bundle: Path) -> list[str]:

@@ -34,11 +34,10 @@ def episodes(request: Request) -> Response:
     looked_at = dumps[: -MOST_DUMPS - 1 : -1] if dump == "all" else [dump] if dump else []
     found = query.pick([one for name in looked_at for one in summaries(entry.run, name)])
     at = whole_number(request, "page", 0)
-    return board.page(
-        request, "rollouts.html", entry=entry, dumps=dumps, dump=dump, query=query, flags=FLAGS,
-        found=found[at * PAGE_EPISODES : (at + 1) * PAGE_EPISODES], count=len(found), at=at,
-        pages=-(-len(found) // PAGE_EPISODES), rewards=[one.reward for one in found if not math.isnan(one.reward)],
-    )  # fmt: skip
+    asked: dict[str, Any] = {"dumps": dumps, "dump": dump, "query": query, "flags": FLAGS}
+    asked["rewards"] = [one.reward for one in found if not math.isnan(one.reward)]
+    asked |= {"found": found[at * PAGE_EPISODES : (at + 1) * PAGE_EPISODES], "count": len(found), "at": at}
+    return board.page(request, "rollouts.html", entry=entry, **asked, pages=-(-len(found) // PAGE_EPISODES))
 
 
 def _number(given: Any, name: str) -> float | None:
@@ -67,11 +66,11 @@ def episode(request: Request) -> Response:
     colour = colour if colour in COLOURS else "logprob"
     shown = shown_episode(entry, listed[place], colour)
     others = [name for name in entry.run.dumps_with(shown["one"].uid) if name != dump]
-    return board.page(
-        request, "episode.html", entry=entry, colour=colour, colours=COLOURS, flags=FLAGS,
-        before=listed[place - 1] if place else None, after=listed[place + 1] if place + 1 < len(listed) else None,
-        group=[one for one in listed if one.uid == shown["one"].uid], other_dumps=others, **shown,
-    )  # fmt: skip
+    group = [one for one in listed if one.uid == shown["one"].uid]
+    after = listed[place + 1] if place + 1 < len(listed) else None
+    shown |= {"before": listed[place - 1] if place else None, "after": after, "group": group, "other_dumps": others}
+    shown |= {"colour": colour, "colours": COLOURS, "flags": FLAGS}
+    return board.page(request, "episode.html", entry=entry, **shown)
 
 
 def shown_episode(entry: RunEntry, one: EpisodeSummary, colour: str) -> dict[str, Any]:

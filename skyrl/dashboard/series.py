@@ -142,10 +142,10 @@ def points_of(entries: list[RunEntry]) -> dict[str, list[RunEntry]]:
 def compare(request: Request) -> Response:
     """The page that compares runs: a chart of one metric, final values, and the options in which they differ."""
     entries, left_out = chosen(request)
-    metric = request.query_params.get("metric", "") or _usual_metric(entries)
     names = sorted({name for entry in entries for name in entry.metrics.names if name not in ("step", "phase")})
-    grouped = request.query_params.get("by", "seeds") == "seeds"
-    rows = []
+    usual = next((name for name in (OBJECTIVE, "reward:mean", "loss:sum") if name in names), "reward:mean")
+    metric, grouped = request.query_params.get("metric") or usual, request.query_params.get("by", "seeds") == "seeds"
+    rows = list[dict[str, Any]]()
     for name, group in points_of(entries).items():
         values = {entry.run.name: entry.metrics.last(metric) for entry in group}
         numbers = [value for value in values.values() if value is not None]
@@ -153,17 +153,10 @@ def compare(request: Request) -> Response:
         mean = float(np.mean(numbers)) if numbers else None
         rows.append({"name": name.strip(), "values": values, "mean": mean, "spread": spread, "runs": group})
     differ = list(differing({entry.run.name: entry.run.config() for entry in entries})) if len(entries) <= 20 else []
-    return board_of(request).page(
-        request, "compare.html", entries=entries, left_out=left_out, metric=metric, metrics=names, grouped=grouped,
-        axis=axis_of(request), axes=list(AXES),
-        rows=sorted(rows, key=lambda row: -math.inf if row["mean"] is None else row["mean"], reverse=True),
-        differ=differ, picked=request.query_params.getlist("run"),
-    )  # fmt: skip
-
-
-def _usual_metric(entries: list[RunEntry]) -> str:
-    known = {name for entry in entries for name in entry.metrics.names}
-    return next((name for name in (OBJECTIVE, "reward:mean", "loss:sum") if name in known), "reward:mean")
+    rows.sort(key=lambda row: -math.inf if row["mean"] is None else row["mean"], reverse=True)
+    asked: dict[str, Any] = {"metric": metric, "metrics": names, "grouped": grouped, "axis": axis_of(request)}
+    asked |= {"axes": list(AXES), "picked": request.query_params.getlist("run"), "left_out": left_out}
+    return board_of(request).page(request, "compare.html", entries=entries, rows=rows, differ=differ, **asked)
 
 
 def compare_series(request: Request) -> Response:

@@ -17,14 +17,20 @@ SIMPLE = {**{block: str(n) for n, block in enumerate(BLOCKS, start=1)}, "\u2800"
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, by column and row
 # What people look at first: a title, and metrics of which the first that a run has counts.
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("reward", ("reward:mean",)), ("held-out accuracy", ("eval/accuracy:mean",)),
+    ("reward", ("reward:mean",)),
+    ("held-out accuracy", ("eval/accuracy:mean",)),
     ("held-out reward", ("eval/reward:mean",)),
-    ("supervised loss (nats)", ("nll:mean",)), ("entropy (nats)", ("entropy:mean",)),
-    ("length (tokens; trainer=control: steps)", ("length:mean",)), ("tokens/s", ("speed/tokens_per_second:mean",)),
-    ("truncated (share)", ("cut_by_length:mean",)), ("log-prob gap (nats)", ("logprob_gap:mean",)),
+    ("supervised loss (nats)", ("nll:mean",)),
+    ("entropy (nats)", ("entropy:mean",)),
+    ("length (tokens; trainer=control: steps)", ("length:mean",)),
+    ("tokens/s", ("speed/tokens_per_second:mean",)),
+    ("truncated (share)", ("cut_by_length:mean",)),
+    ("log-prob gap (nats)", ("logprob_gap:mean",)),
     ("KL (nats)", ("kl_reference:mean", "kl/behaviour_reference:mean", "approx_kl:mean")),
-    ("gradient norm", ("grad_norm:mean",)), ("critic loss", ("critic/loss:sum",)), ("MFU", ("speed/mfu:mean",)),
-)  # fmt: skip
+    ("gradient norm", ("grad_norm:mean",)),
+    ("critic loss", ("critic/loss:sum",)),
+    ("MFU", ("speed/mfu:mean",)),
+)
 
 
 def curves_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[float, float]]]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from skyrl.config.args import Parser, path_arg
-from skyrl.config.load import config_diff, flat
+from skyrl.config.load import config_diff
 from skyrl.report.charts import printable
-from skyrl.run_dir.folder import FINGERPRINT, changed_facts, read_json
+from skyrl.run_dir.folder import FINGERPRINT, changed_facts, config_changes, read_json
 from skyrl.run_dir.reader import RunReader, find_run, find_runs
 from skyrl.sweep import DEFAULT_METRICS, read_points
 from skyrl.tracking.base import without_wall_clock
@@ -22,8 +22,12 @@ from skyrl.types import UserError, few
 NOT_VERSIONS = ("started", "command", "hosts", "host", "platform")
 # What is known first in a step comes first: what was drawn, what it was worth, what was learned.
 ORDER = ("sampled_tokens", "length", "reward", "filters/", "advantage", "kl/", "logprob_gap", "loss", "grad_norm")
-REASONS = {"options": "other options", "fingerprint": "other code, data or files", "versions": "other versions",
-           "places": "another layout or place, which changes rounding at most"}  # fmt: skip
+REASONS = {
+    "options": "other options",
+    "fingerprint": "other code, data or files",
+    "versions": "other versions",
+    "places": "another layout or place, which changes rounding at most",
+}
 
 
 def compare(args: Sequence[str]) -> None:
@@ -56,39 +60,35 @@ def compare_runs(a: RunReader, b: RunReader) -> dict[str, Any]:
     (None where they do not), wall-clock keys left out; "options" that compute something else, "places" that do not,
     "versions", and names of the "fingerprint" that differ; "why" in words."""
     before, now = a.config(), b.config()
-    old, new, options = flat(before), flat(now), config_diff(before, now)
+    options = config_diff(before, now)
     counted = {line.partition(":")[0] for line in options}
     versions = [{k: v for k, v in (run.starts() or [{}])[-1].items() if k not in NOT_VERSIONS} for run in (a, b)]
     facts = read_json(b.path, FINGERPRINT)
     files = [name for part in changed_facts(a.path, facts) for name in part] if isinstance(facts, dict) else []
     records = [{(r["phase"], r["step"]): without_wall_clock(r) for r in run.metrics()[0]} for run in (a, b)]
     shared = [name for name in a.dumps() if name in set(b.dumps())]
-    found: dict[str, Any] = {
-        "a": str(a.path), "b": str(b.path), "steps": [len(one) for one in records], "dumps": len(shared),
-        "metric": _first_metric(*records), "rollout": _first_rollout(a, b, shared), "options": options,
-        "places": _changes(old, new, counted), "versions": _changes(versions[0], versions[1]), "fingerprint": files,
-    }  # fmt: skip
+    places = [line for line in config_changes(before, now) if line.partition(":")[0] not in counted]
+    found: dict[str, Any] = {"a": str(a.path), "b": str(b.path), "steps": [len(one) for one in records]}
+    found |= {"dumps": len(shared), "metric": _first_metric(*records), "rollout": _first_rollout(a, b, shared)}
+    found |= {"options": options, "places": places, "versions": config_changes(*versions), "fingerprint": files}
     reason = next((f"{what}: {few(found[key])}" for key, what in REASONS.items() if found[key]), "")
     if not found["metric"] and not found["rollout"]:
         reason = "they do not part" if records[0].keys() & records[1].keys() else "they have no step in common"
     return {**found, "why": reason or "nothing that is recorded tells; debug.deterministic=true leaves out chance"}
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any], without: Collection[str] = ()) -> list[str]:
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in without]
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
-
-
 def _first_metric(a: dict[Any, dict[str, Any]], b: dict[Any, dict[str, Any]]) -> dict[str, Any] | None:
     """The first step that both have and that differs, with every metric that does."""
     for place in [place for place in a if place in b]:
         old, new = a[place], b[place]
-        # nan is equal to itself here, as text is; one may have been evaluated more often
-        keys = [key for key in dict.fromkeys([*old, *new]) if repr(old.get(key)) != repr(new.get(key))
-                and not (key.startswith("eval/") and None in (old.get(key), new.get(key)))]  # fmt: skip
+        both = {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])}
+        keys = [key for key, pair in both.items() if repr(pair[0]) != repr(pair[1])]  # nan is equal to itself here
+        keys = [
+            key for key in keys if not key.startswith("eval/") or None not in both[key]
+        ]  # one is evaluated more often
         if keys:
             keys.sort(key=lambda key: next((n for n, word in enumerate(ORDER) if key.startswith(word)), len(ORDER)))
-            differ = {key: [old.get(key), new.get(key)] for key in keys}
+            differ = {key: list(both[key]) for key in keys}
             return {"phase": place[0], "step": place[1], "differ": differ, "equal": len(old) - len(keys)}
     return None
 
@@ -153,8 +153,8 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str]) -> dict[str, Any]:
     if unknown := [name for name in metrics if name not in (*known, *DEFAULT_METRICS)]:
         raise UserError(f"compare: --metric={unknown[0]}: no finished run has it; there are {', '.join(known)}")
     within = {"seed", *pairs[0][0].options}
-    options = [line for line in config_diff(*(find_runs(path)[0].config() for path in (a, b)))
-               if line.partition(":")[0] not in within]  # fmt: skip
+    lines = config_diff(*(find_runs(path)[0].config() for path in (a, b)))
+    options = [line for line in lines if line.partition(":")[0] not in within]
     rows: list[dict[str, Any]] = []
     for x, y, name in ((x, y, name) for x, y in pairs for name in metrics):
         p, q = x.spread(name), y.spread(name)
@@ -169,8 +169,8 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str]) -> dict[str, Any]:
 def _describe_folders(found: dict[str, Any]) -> str:
     lines = [f"a  {found['a']}", f"b  {found['b']}", *(f"   {line}" for line in found["options"])]
     for row in found["rows"]:
-        cells = [f"{s['mean']:.4f} +- {s['std'] or 0:.4f} of {len(s['values'])}" if s else "-"
-                 for s in (row["a"], row["b"])]  # fmt: skip
+        sides = row["a"], row["b"]
+        cells = [f"{s['mean']:.4f} +- {s['std'] or 0:.4f} of {len(s['values'])}" if s else "-" for s in sides]
         gap = f"b - a = {row['difference']:+.4f}" if "difference" in row else ""
         gap += f" (standard error {row['error']:.4f})" if "error" in row else ""
         point = " ".join(f"{key}={value}" for key, value in row["options"].items())

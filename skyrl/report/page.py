@@ -16,12 +16,11 @@ from typing import Any
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import flat
 from skyrl.config.schema import RunConfig
-from skyrl.files import disk_reason, write_atomic
+from skyrl.files import explain_write, write_atomic
 from skyrl.report.charts import curves_of, svg
 from skyrl.report.show import facts, rows_of
 from skyrl.run_dir.folder import RECORDINGS
 from skyrl.run_dir.reader import RunReader, find_run
-from skyrl.types import UserError
 
 EPISODES, LONGEST = 4, 4000  # of each of two dumps; characters of a text
 LARGEST = 2_000_000
@@ -48,10 +47,8 @@ def report(args: Sequence[str]) -> None:
     out = given.out or type(reader.path)(f"{reader.path.resolve().name}.html")
     reader.check_outside(out, f"report: --out={out}")
     text = page(reader).encode("utf-8", "replace")
-    try:
+    with explain_write(out, "give another --out", "report"):
         write_atomic(out, text)
-    except OSError as problem:
-        raise UserError(f"report: {out}: cannot be written ({disk_reason(problem, out)}); give another --out") from None
     print(f"wrote {out}: {len(text) / 1000:,.0f} kB")
 
 

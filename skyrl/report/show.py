@@ -32,9 +32,10 @@ def show(args: Sequence[str]) -> None:
     if given.json:
         print(json.dumps(found, indent=1, default=str))
         return
-    curves = [(title, f"{sparkline(points)}  {points[0][1]:.4g} -> {points[-1][1]:.4g}")
-              for title, points in curves_of(reader.metrics()[0])]  # fmt: skip
-    for name, text in [*rows_of(found), *curves, ("next", found["next"])]:
+    rows = rows_of(found)
+    for title, points in curves_of(reader.metrics()[0]):
+        rows.append((title, f"{sparkline(points)}  {points[0][1]:.4g} -> {points[-1][1]:.4g}"))
+    for name, text in [*rows, ("next", found["next"])]:
         print(f"{name[:24]:<25}{printable(text)}")
 
 
@@ -54,24 +55,23 @@ def facts(reader: RunReader) -> dict[str, Any]:
     parts = [(config.get("algorithm") or {}).get(part) or {} for part in ("advantage", "loss")]
     trainer = "" if phase == "evaluate" else config.get("trainer", "rl")
     algorithm = trainer if trainer != "rl" else ", ".join(str(part["name"]) for part in parts if "name" in part)
-    return {
-        "run": str(reader.path), "name": reader.name, "state": state, "phase": phase, "step": step, "total": total,
-        "seconds_left": seconds * (total - step) if seconds and total and state == "running" else None,
-        "experiment": config.get("experiment"), "model": (config.get("model") or {}).get("path"),
-        "env": (config.get("env") or {}).get("name"), "algorithm": algorithm or None, "command": command,
-        "starts": len(starts), "started": newest.get("started"), "host": newest.get("host"),
-        "versions": {name: newest.get(name) for name in ("skyrl", "commit", "torch", "transformers", "python")},
-        "results": summary(reader.path / "metrics.jsonl"), "speed": {**speed, "step_seconds": seconds},
-        "checkpoints": checkpoints, "rollouts": reader.dumps(), "crashes": crashes,
-        "export": str(export) if (export / "config.json").is_file() else None, "advisories": reader.advisories(),
-        "next": _next(reader, state, command, checkpoints, crashes),
-    }  # fmt: skip
+    left = seconds * (total - step) if seconds and total and state == "running" else None
+    out: dict[str, Any] = {"run": str(reader.path), "name": reader.name, "state": state, "phase": phase}
+    out |= {"step": step, "total": total, "seconds_left": left, "experiment": config.get("experiment")}
+    out |= {"model": (config.get("model") or {}).get("path"), "env": (config.get("env") or {}).get("name")}
+    out |= {"algorithm": algorithm or None, "command": command, "starts": len(starts)}
+    out |= {name: newest.get(name) for name in ("started", "host")}
+    out["versions"] = {name: newest.get(name) for name in ("skyrl", "commit", "torch", "transformers", "python")}
+    out |= {"results": summary(reader.path / "metrics.jsonl"), "speed": {**speed, "step_seconds": seconds}}
+    out |= {"checkpoints": checkpoints, "rollouts": reader.dumps(), "crashes": crashes}
+    out |= {"export": str(export) if (export / "config.json").is_file() else None, "advisories": reader.advisories()}
+    return out | {"next": _next(reader, state, command, checkpoints, crashes)}
 
 
 def step_seconds(records: Sequence[dict[str, Any]]) -> float | None:
     """Mean seconds of the last steps of the phase under way; None before the first."""
-    found = [float(r["time/step_seconds:sum"]) for r in records[-RECENT:]
-             if r["step"] > 0 and r["phase"] == records[-1]["phase"] and "time/step_seconds:sum" in r]  # fmt: skip
+    last = [r for r in records[-RECENT:] if r["step"] > 0 and r["phase"] == records[-1]["phase"]]
+    found = [float(r["time/step_seconds:sum"]) for r in last if "time/step_seconds:sum" in r]
     return statistics.fmean(found) if found else None
 
 
@@ -96,8 +96,8 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     results, speed = found["results"], found["speed"]
     of = f" of {found['total']}" if found["total"] else ""
     left = f", {duration(found['seconds_left'])} left" if found["seconds_left"] else ""
-    measured = {"held-out accuracy": results["accuracy"], "before": results["accuracy_before"],
-                "reward": results["reward"]}  # fmt: skip
+    measured = {"held-out accuracy": results["accuracy"], "before": results["accuracy_before"]}
+    measured["reward"] = results["reward"]
     rates = [f"{speed['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in speed else []
     rates += [f"{speed['step_seconds']:.3g} s a step"] if speed["step_seconds"] else []
     rates += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
@@ -140,11 +140,10 @@ def _row(reader: RunReader) -> dict[str, Any]:
     except UserError as error:
         values, problem = {}, str(error)
     options = [f"{name}={value}" for name, value in reader.typed().items()]
-    return {
-        "name": reader.name, "step": int(values["step"]) if "step" in values else None,
-        "accuracy": values.get(OBJECTIVE), "reward": values.get("reward:mean"), "state": reader.state(),
-        "export": (reader.path / "export" / "config.json").is_file(), "options": options, "problem": problem,
-    }  # fmt: skip
+    step = int(values["step"]) if "step" in values else None
+    out: dict[str, Any] = {"name": reader.name, "step": step, "state": reader.state()}
+    out |= {"accuracy": values.get(OBJECTIVE), "reward": values.get("reward:mean"), "options": options}
+    return out | {"export": (reader.path / "export" / "config.json").is_file(), "problem": problem}
 
 
 def runs_table(folder: Path) -> str:

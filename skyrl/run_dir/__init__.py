@@ -1,5 +1,7 @@
 """A run's folder: `folder.py` writes it, `reader.py` reads it, for every viewer. Nothing else knows its files."""
 
+# ruff: noqa: F401  # what is imported here is for those who import from this package
+
 from skyrl.run_dir.folder import (
     ADVISORIES,
     FINGERPRINT,
@@ -34,36 +36,3 @@ from skyrl.run_dir.reader import (
     read_rollouts,
     run_state,
 )
-
-__all__ = [
-    "ADVISORIES",
-    "PROFILE_REQUEST",
-    "RECORDINGS",
-    "STOPS",
-    "SYSTEM_NAME",
-    "keep_steps",
-    "system_path",
-    "FINGERPRINT",
-    "OBJECTIVE",
-    "REQUEUE_FILE",
-    "RESULT",
-    "ROLLOUT_NAME",
-    "RunFolder",
-    "RunReader",
-    "changed_facts",
-    "collect_versions",
-    "config_changes",
-    "cut_metrics",
-    "drop_rollouts",
-    "dumps",
-    "final_values",
-    "find_run",
-    "find_runs",
-    "is_locked",
-    "is_run",
-    "keep_fingerprint",
-    "read_metrics",
-    "read_result",
-    "read_rollouts",
-    "run_state",
-]

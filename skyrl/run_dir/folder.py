@@ -167,16 +167,13 @@ def is_locked(folder: Path) -> bool:
         return False
 
 
-def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One "path: old -> new" for each value that differs, in the order of `now`."""
-    changes = []
-    for key in [*now, *(key for key in before if key not in now)]:
-        old, new = before.get(key, "(absent)"), now.get(key, "(absent)")
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += config_changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(f"{prefix}{key}: {old} -> {new}")
-    return changes
+    from skyrl.config.load import flat  # it imports Hydra, which no reader of runs waits for
+
+    old, new = flat(before), flat(now)
+    pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in dict.fromkeys([*new, *old])]
+    return [f"{key}: {was} -> {value}" for key, was, value in pairs if was != value]
 
 
 def changed_facts(folder: Path, facts: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.args import is_secret
-from skyrl.run_dir import collect_versions
+from skyrl.run_dir import RunReader, collect_versions
 
 METRICS_BYTES = 64 << 10
 # Variables that say how the job was started, but for secrets (SLURM_JWT). Others may hold anything.
@@ -38,21 +38,18 @@ def write_bundle(run_folder: Path, report: str, table: dict[int, dict[str, Any]]
             (folder / "stacks" / f"rank-{rank}.txt").write_text(stack)
         if (run_folder / "config.yaml").exists():
             shutil.copyfile(run_folder / "config.yaml", folder / "config.yaml")
-        _tail(run_folder / "metrics.jsonl", folder / "metrics.jsonl")
+        if lines := _last_lines(run_folder):
+            (folder / "metrics.jsonl").write_bytes(lines)
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     except OSError as problem:
         return f"no crash bundle: {problem.strerror or problem}"
     return str(folder)
 
 
-def _tail(source: Path, target: Path) -> None:
-    if not source.exists():
-        return
-    with open(source, "rb") as stream:
-        start = max(0, stream.seek(0, os.SEEK_END) - METRICS_BYTES)
-        stream.seek(start)
-        data = stream.read()
-    target.write_bytes(data[data.find(b"\n") + 1 :] if start else data)
+def _last_lines(run: Path) -> bytes:
+    reader, file = RunReader(run), "metrics.jsonl"
+    data = reader.before(file, reader.size(file), METRICS_BYTES)
+    return data if len(data) < METRICS_BYTES else data[data.find(b"\n") + 1 :]
 
 
 def _environment() -> dict[str, Any]:

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from skyrl.files import disk_reason, write_atomic
-from skyrl.run_dir import read_metrics
+from skyrl.files import explain_write, write_atomic
+from skyrl.run_dir import RunReader, read_metrics
 from skyrl.tracking.base import Record
-from skyrl.types import UserError
 
 _ACCURACY = "eval/accuracy:mean"
 _SPREAD = "reward_std:mean"
@@ -51,22 +49,24 @@ _RETURN = _Panel(
 )
 _LOSSES = ("loss:mean", "distill/divergence:mean", "nll:mean", "loss:sum")
 _LOSS = _Panel("Loss (supervised steps: nats per token)", (("loss", _LOSSES, "#7c3aed"),))
+_CUT: _Line = ("truncated", ("cut_by_length:mean",), "#f59e0b")
+_KL: _Line = ("KL", ("kl_reference:mean", "kl/behaviour_reference:mean", "approx_kl:mean"), "#9333ea")
+_GAPS: tuple[_Line, ...] = (("mean", ("logprob_gap:mean",), "#d97706"), ("max", ("logprob_gap:max",), "#fbbf77"))
+_SAMPLING: _Line = ("sampling alone", ("speed/sampled_tokens_per_second:mean",), "#a5d8e2")
+_SPEEDS: tuple[_Line, ...] = (("whole step", ("speed/tokens_per_second:mean",), "#0891b2"), _SAMPLING)
+_LENGTHS = "Response length (tokens), truncated share"
 _PANELS = (
     _Panel("Held-out accuracy", (("accuracy", (_ACCURACY,), "#059669"),), unit_range=True, sparse=True),
-    _Panel("Response length (tokens), truncated share", (("length", ("length:mean",), "#0f766e"),),
-           (("truncated", ("cut_by_length:mean",), "#f59e0b"),), from_zero=True),
-    _Panel("Entropy (nats per token), KL", (("entropy", ("entropy:mean",), "#db2777"),),
-           (("KL", ("kl_reference:mean", "kl/behaviour_reference:mean", "approx_kl:mean"), "#9333ea"),)),
+    _Panel(_LENGTHS, (("length", ("length:mean",), "#0f766e"),), (_CUT,), from_zero=True),
+    _Panel("Entropy (nats per token), KL", (("entropy", ("entropy:mean",), "#db2777"),), (_KL,)),
     _Panel("Gradient norm, before clipping", (("norm", ("grad_norm:mean",), "#475569"),), from_zero=True),
-    _Panel("Log-prob gap, sampler to trainer (nats)",
-           (("mean", ("logprob_gap:mean",), "#d97706"), ("max", ("logprob_gap:max",), "#fbbf77")), log=True),
-    _Panel("Tokens per second", (("whole step", ("speed/tokens_per_second:mean",), "#0891b2"),
-           ("sampling alone", ("speed/sampled_tokens_per_second:mean",), "#a5d8e2")), from_zero=True),
+    _Panel("Log-prob gap, sampler to trainer (nats)", _GAPS, log=True),
+    _Panel("Tokens per second", _SPEEDS, from_zero=True),
     _Panel("Groups whose rewards are all equal (share)", (("equal", ("equal_groups",), "#b91c1c"),), unit_range=True),
-)  # fmt: skip
+)
 
 
-def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
+def write_curves(metrics: Path, out: Path) -> Path | None:
     """Draws `metrics` (a metrics.jsonl) as a PNG at `out` and returns that path; None when there is nothing to draw.
 
     Phases follow each other on one axis; what comes before RL is shaded. Panels without numbers say so.
@@ -93,27 +93,21 @@ def write_curves(metrics: Path, out: Path, *, title: str = "") -> Path | None:
     for axes, panel in zip(figure.subplots(2, 4).flat, (first, *_PANELS), strict=True):
         _draw(axes, panel, records, xs)
         _style(axes, panel, spans, shorten)
-    title = title or ": ".join(filter(None, (_whose(metrics), _summary(records))))
+    title = f"{_whose(metrics)}: {_summary(records)}".removeprefix(": ")
     figure.suptitle(title, parse_math=False, x=0.01, y=0.98, ha="left", fontsize=12, color=_INK, fontweight="bold")
-    try:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    with explain_write(out, what="the curves"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=120, format="png")
         write_atomic(out, picture.getvalue())  # whoever looks meanwhile sees a whole one
-    except OSError as problem:
-        raise UserError(
-            f"{out}: the curves cannot be written ({disk_reason(problem, out)}); free some space there"
-        ) from None
     return out
 
 
 def _whose(metrics: Path) -> str:
     """ "<run name> (<model>)", as the config.yaml beside the metrics says; "" without one."""
-    try:
-        config = yaml.safe_load(metrics.with_name("config.yaml").read_text(encoding="utf-8"))
-        return f"{config['run']['name']} ({config['model']['path']})"
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return ""
+    config = RunReader(metrics.parent).config()
+    run, model = (config.get(part) or {} for part in ("run", "model"))
+    return f"{run.get('name')} ({model.get('path')})" if config else ""
 
 
 class _Shortened:
@@ -227,10 +221,8 @@ def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]], shorten:
     for phase, start, end in spans:
         if phase != "rl" and end > start:
             axes.axvspan(shorten(start), shorten(end), color=_SHADE, zorder=0, lw=0)
-            axes.text(
-                shorten(start), 1.0, f" {phase} ({end - start})", transform=axes.get_xaxis_transform(), fontsize=8,
-                color=_MUTED, va="top",
-            )  # fmt: skip
+            words = axes.text(shorten(start), 1.0, f" {phase} ({end - start})", transform=axes.get_xaxis_transform())
+            words.set(fontsize=8, color=_MUTED, va="top")
     axes.set_xlabel("step", fontsize=8, color=_MUTED)
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Dense bf16 matmul peak in TFLOP/s, from the makers' data sheets (no sparsity). Longest matching name wins.
-PEAK_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "GH200": 989.0,
-    "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0,
-    "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX 6000 Ada": 182.0, "RTX 4090": 165.2,
-    "RTX 3090": 71.0, "MI300X": 1307.4, "MI250X": 383.0,
-}  # fmt: skip
+_BLACKWELL = {"B200": 2250.0}
+_HOPPER = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H20": 148.0,
+    **dict.fromkeys(("H100", "H200", "GH200", "H800"), 989.0),
+}
+_ADA = {"L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX 6000 Ada": 182.0, "RTX 4090": 165.2}
+_AMPERE = {"A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0, "A10": 125.0, "RTX 3090": 71.0}
+_AMD = {"MI300X": 1307.4, "MI250X": 383.0}
+PEAK_TFLOPS = {**_BLACKWELL, **_HOPPER, **_ADA, **_AMPERE, **_AMD}
 
 
 @dataclass(frozen=True)

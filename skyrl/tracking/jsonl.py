@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from skyrl.files import disk_reason
+from skyrl.files import explain_write
 from skyrl.run_dir import cut_metrics
 from skyrl.tracking.base import Record, Sink
 from skyrl.types import UserError
@@ -22,6 +21,8 @@ class JsonlSink(Sink):
     def __init__(self, path: Path, *, resume_from: int | None = None) -> None:
         """resume_from: length in bytes to which the file is cut back first; None = it must be empty or absent."""
         self.path, self.notes = Path(path), []  # lines worth showing
+        remedy = "free some space, make it writable, or give a run.dir on another disk"
+        self._explained = partial(explain_write, self.path, remedy)
         with self._explained():
             if resume_from is not None:
                 self.notes = cut_metrics(self.path, resume_from)
@@ -47,16 +48,6 @@ class JsonlSink(Sink):
     def close(self) -> None:
         self.sync()
         os.close(self._file)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            raise UserError(
-                f"{self.path}: cannot be written ({disk_reason(problem, self.path)}); free some space, make it "
-                "writable, or give a run.dir on another disk"
-            ) from None
 
 
 def to_json(record: Record) -> str:

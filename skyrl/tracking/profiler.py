@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.config.args import Parser, path_arg
-from skyrl.files import write_atomic
+from skyrl.files import explain_write, write_atomic
 from skyrl.run_dir import PROFILE_REQUEST, find_run
 from skyrl.types import UserError
 
@@ -88,13 +88,12 @@ def profile_command(args: list[str]) -> None:
     if not 1 <= given.steps <= MOST_STEPS:
         raise UserError(f"profile --steps {given.steps}: give 1 to {MOST_STEPS}")
     if given.rank not in ranks or given.rank < 0:
-        raise UserError(f"profile --rank {given.rank}: {run.name} has ranks {ranks[0]} to {ranks[-1]}")
+        known = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]} alone"
+        raise UserError(f"profile --rank {given.rank}: {run.name} has {known}")
     if run.state() != "running":
         raise UserError(f"profile: {run.name} is not running (as far as this machine sees): {run.state()}")
     if request.exists():
         raise UserError(f"profile: {request} asks for one already; wait for it, or remove that file")
-    try:
+    with explain_write(request, "only who may write into the run's folder can ask", "profile"):
         write_atomic(request, json.dumps({"rank": given.rank, "steps": given.steps}))
-    except OSError as problem:
-        raise UserError(f"profile: {request} cannot be written ({problem.strerror})") from None
     print(f"asked rank {given.rank} for {given.steps} step(s); then see {run.path / 'profiles'}")

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.files import disk_reason, write_atomic
+from skyrl.files import explain_write, write_atomic
 from skyrl.run_dir import read_rollouts
 from skyrl.tracking.jsonl import plain, to_json
-from skyrl.types import Datum, Episode, Floats, UserError
+from skyrl.types import Datum, Episode, Floats
 
 EXPECTED = ("answer", "target", "solution", "ground_truth", "label")  # fields of a prompt that hold what is wanted
 
@@ -39,15 +39,10 @@ def write_rollouts(
     """
     path = Path(folder) / f"{name}-r{rank}.jsonl"
     lines = (to_json(_episode_entry(episode, tokenizer)) + "\n" for group in groups for episode in group)
-    try:
+    with explain_write(path, "free some space, or give tracking.rollouts_every=0"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, "".join(lines))
         _keep_token_texts(path.with_name(f"tokens-r{rank}.json"), groups, tokenizer)
-    except OSError as problem:
-        raise UserError(
-            f"{path}: cannot be written ({disk_reason(problem, path)}); free some space, or give "
-            "tracking.rollouts_every=0"
-        ) from None
     return path
 
 
@@ -67,10 +62,8 @@ def write_trained(folder: Path, step: int, rows: Sequence[tuple[Datum, Floats | 
                 kept = np.where(row.weights == 0, np.nan, np.asarray(values, np.float64))
                 one[key] = [value if math.isfinite(value) else None for value in kept[at[0] : at[-1] + 1].tolist()]
     path = Path(folder) / f"{step:06d}-r{rank}.jsonl.trained"
-    try:
+    with explain_write(path):
         write_atomic(path, json.dumps(found))
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be written ({disk_reason(problem, path)}); free some space") from None
 
 
 def _keep_token_texts(path: Path, groups: Sequence[Sequence[Episode]], tokenizer: Any) -> None:
@@ -88,12 +81,10 @@ def _keep_token_texts(path: Path, groups: Sequence[Sequence[Episode]], tokenizer
 
 def append_rollouts(path: Path, group: Sequence[Episode], tokenizer: Any) -> None:
     """Adds the episodes of one prompt to a file of this rank's, in one piece. Raises UserError when it cannot be."""
-    try:
+    with explain_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as stream:
             stream.write("".join(to_json(_episode_entry(one, tokenizer)) + "\n" for one in group).encode())
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be written ({disk_reason(problem, path)}); free some space") from None
 
 
 def show_rollouts(folder: Path, name: str, count: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skyrl.config.args import Parser, path_arg
-from skyrl.files import write_atomic
+from skyrl.files import explain_write, write_atomic
 from skyrl.run_dir import find_run
 from skyrl.types import UserError
 
@@ -64,10 +64,8 @@ def trace(args: list[str]) -> None:
             f"trace --steps {given.steps}: give A:B within {steps[0]}:{steps[-1]}, the steps that were kept"
         )
     made = chrome_trace(line for line in lines if line["step"] in wanted)
-    try:
+    with explain_write(given.output, "give another -o", "trace"):
         write_atomic(given.output, json.dumps(made))
-    except OSError as problem:
-        raise UserError(f"trace -o {given.output}: cannot be written ({problem.strerror})") from None
     print(f"wrote {given.output}: steps {wanted[0]} to {wanted[-1]}; open it in ui.perfetto.dev or chrome://tracing")
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.request
 
+import anyio
 import pytest
 from viewing import client_of, make_run, record
 
@@ -71,6 +72,33 @@ def test_live_pages_are_told_when_the_run_has_changed(tmp_path, monkeypatch):
     assert told.headers["content-type"].startswith("text/event-stream")
     assert told.text.startswith("retry:") and told.text.count("event: changed") == 1
     assert client.get("/runs/none/events").status_code == 404
+
+
+def test_no_more_pages_are_live_than_the_bound_however_many_ask_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "MAX_STREAMS", 3)
+    app = client_of(RunIndex(tmp_path)).app
+    shared, statuses, left = app.state.board, [], anyio.Event()
+    scope = {"type": "http", "method": "GET", "path": "/events", "query_string": b"", "headers": [], "root_path": ""}
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            await anyio.sleep(0)
+            statuses.append(message["status"])
+            if len(statuses) == 10:
+                assert shared.streams == 3
+                left.set()
+
+    async def ask_all():
+        async with anyio.create_task_group() as group:
+            for _ in range(10):
+                group.start_soon(app, dict(scope), receive, send)
+
+    anyio.run(ask_all)
+    assert sorted(statuses) == [200] * 3 + [503] * 7 and shared.streams == 0
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from viewing import HTML, Anyone, add_rollouts, add_system, client_of, make_run, record
 
-from skyrl.dashboard import board, columns
+from skyrl.dashboard import board, columns, render
 from skyrl.dashboard import index as index_module
 from skyrl.dashboard.command import DEMO
 from skyrl.dashboard.index import RunIndex
@@ -19,7 +19,7 @@ from skyrl.dashboard.series import wilson
 from skyrl.run_dir import RunReader
 from skyrl.tracking.metric_docs import explain
 
-STATIC = board.HERE / "static"
+STATIC = render.HERE / "static"
 UPLOT = {  # uplot 1.6.32 from npm: dist/uPlot.iife.min.js, dist/uPlot.min.css, LICENSE
     "uplot-1.6.32.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",
     "uplot-1.6.32.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",

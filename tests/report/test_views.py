@@ -119,14 +119,15 @@ def test_show_says_what_it_is_and_what_to_do_next(tmp_path, capsys):
     assert f"skyrl-tx report {reader.path}" in out and "\x1b" not in out and "all_truncated" in out
 
 
-@pytest.mark.parametrize("command", ["show", "top", "report", "replay", "rollouts"])
+@pytest.mark.parametrize("command", ["show", "top", "report", "replay", "rollouts", "play", "trace", "profile"])
 def test_no_run_and_damaged_metrics_are_one_line(command, tmp_path):
+    more = ["--uid", "x"] if command == "play" else []
     with pytest.raises(UserError, match=f"^{command}: no run folder .*nowhere here"):
-        cli._call([command, str(tmp_path / "nowhere")])
+        cli._call([command, str(tmp_path / "nowhere"), *more])
     with pytest.raises(UserError, match=f"^{command}: .* is no run: it has neither"):
-        cli._call([command, str(tmp_path)])
+        cli._call([command, str(tmp_path), *more])
     make(tmp_path / "bad", records=[]).path.joinpath("metrics.jsonl").write_text(json.dumps(record(1)) + "\nnonsense\n")
-    if command != "rollouts":
+    if command in ("show", "top", "report", "replay"):
         with pytest.raises(UserError, match=r"metrics.jsonl, line 2: not a record of metrics"):
             cli._call([command, str(tmp_path / "bad")])
 
@@ -305,7 +306,7 @@ def test_files_and_versions_are_reasons_too(tmp_path):
     a, b = make(tmp_path / "a"), make(tmp_path / "b", records=[record(n, x=1) for n in range(1, 8)])
     assert compare_runs(a, b)["why"].startswith("nothing that is recorded tells")
     (b.path / "versions.json").write_text(json.dumps([{"torch": "3.0"}]))
-    assert "other versions: skyrl: 0.1.0 -> None, torch: None -> 3.0" in compare_runs(a, b)["why"]
+    assert "other versions: torch: (absent) -> 3.0, skyrl: 0.1.0 -> (absent)" in compare_runs(a, b)["why"]
     (a.path / "fingerprint.json").write_text('{"data.train": "1", "code.x.py": "2"}')
     (b.path / "fingerprint.json").write_text('{"data.train": "2", "code.x.py": "2"}')
     assert compare_runs(a, b)["why"] == "other code, data or files: data.train"

@@ -106,5 +106,5 @@ def test_title_tells_the_way_from_before_rl_to_now():
 
 def test_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="the curves cannot be written"):
+    with pytest.raises(UserError, match="the curves: .*curves.png: cannot be written"):
         draw(tmp_path, records(1, 1))

@@ -71,7 +71,7 @@ def test_steps_that_are_not_there_are_refused(run, steps):
 def test_what_cannot_be_asked_is_refused(run, tmp_path):
     for args, words in (
         ([str(run), "--steps", "0"], "give 1 to 100"),
-        ([str(run), "--rank", "1"], "has ranks 0 to 0"),
+        ([str(run), "--rank", "1"], "has rank 0 alone"),
         ([str(run)], "is not running"),
         ([str(tmp_path)], "is no run"),
     ):
