@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from skyrl.registry import import_extra
 from skyrl.tracking.base import HistorySink, Record
 from skyrl.tracking.wandb import run_id
-from skyrl.types import UserError
 
 
 class TensorBoardSink(HistorySink):
@@ -15,13 +15,9 @@ class TensorBoardSink(HistorySink):
 
     def __init__(self, folder: Path, last_step: int) -> None:
         """last_step: the last one that stays; -1 for a new run. Raises: UserError when tensorboard is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tracking.tensorboard=true: the package tensorboard is not installed; "
-                'pip install "skyrl-spmd[tensorboard]" or give tracking.tensorboard=false'
-            ) from None
+        import_extra("tensorboard", "tracking.tensorboard=true", "tensorboard", "give tracking.tensorboard=false")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.last_step = last_step if any(folder.glob("events.*")) else -1
         # Its readers take a first start of a session for the beginning, and a second one for a restart from its step.
         self._writer = SummaryWriter(str(folder), purge_step=self.last_step + 1)

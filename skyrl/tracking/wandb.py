@@ -14,6 +14,7 @@ from typing import Any
 from skyrl.config.load import to_dict
 from skyrl.config.schema import RunConfig
 from skyrl.files import write_atomic
+from skyrl.registry import import_extra
 from skyrl.tracking.base import HistorySink, Record
 from skyrl.types import UserError
 
@@ -75,13 +76,7 @@ class TrackioSink(HistorySink):
 
     def __init__(self, cfg: RunConfig, folder: Path) -> None:
         """Raises: UserError when trackio is not installed or does not start."""
-        try:
-            import trackio
-        except ImportError:
-            raise UserError(
-                'tracking.trackio=true: the package trackio is not installed; pip install "skyrl-spmd[trackio]" or '
-                "give tracking.trackio=false"
-            ) from None
+        trackio = import_extra("trackio", "tracking.trackio=true", "trackio", "give tracking.trackio=false")
         self._finish = trackio.finish  # of the run that is open in this process
         name = f"{cfg.run.name or folder.name}-{run_id(folder)}"
         try:
