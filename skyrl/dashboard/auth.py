@@ -146,8 +146,9 @@ class Auth:
                 if message["type"] == "http.response.start":
                     begun = True
                     path = request.scope["path"].removeprefix(self._prefix)
-                    _add_headers(message, path.startswith("/static/"))
-                    await self._audit(request, path, message["status"])
+                    _add_headers(message, static := path.startswith("/static/"))
+                    if not static:
+                        await self._audit(request, path, message["status"])
                 await send(message)
 
             try:
@@ -375,10 +376,8 @@ class Auth:
     # ---- the audit log
 
     async def _audit(self, request: Request, path: str, status: int) -> None:
-        """One line of audit.jsonl before any answer goes out, static files apart."""
+        """One line of audit.jsonl before any answer goes out."""
         viewer = request.state.viewer
-        if path.startswith("/static/"):
-            return
         line = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "viewer": viewer.name if viewer else None,

@@ -98,9 +98,8 @@ def run(request: Request) -> Response:
             panels.append((title, list(dict.fromkeys(keys))[:12]))
             used.update(panels[-1][1])
     ranks = entry.run.system_ranks()
-    config = entry.run.config()
     same = [one.run.name for one in board.index.entries() if one.about.get("point") == entry.about["point"]]
-    about: dict[str, Any] = {"facts": facts(entry, config, len(ranks)), "seeds": same if len(same) > 1 else []}
+    about: dict[str, Any] = {"facts": facts(entry, len(ranks)), "seeds": same if len(same) > 1 else []}
     about |= {"advisories": entry.run.advisories(), "ranks": ranks, "steps": PHASE_STEPS, "panels": panels}
     about |= {"more": sorted(set(names) - used), "system": _system_panels(entry, ranks)}
     return board.page(request, "run.html", entry=entry, **about)
@@ -119,20 +118,17 @@ def _system_panels(entry: RunEntry, ranks: list[int]) -> list[tuple[str, list[st
     return found
 
 
-def facts(entry: RunEntry, config: dict[str, Any], ranks: int) -> list[tuple[str, Any, str]]:
+def facts(entry: RunEntry, ranks: int) -> list[tuple[str, Any, str]]:
     """(what, value, explanation) for the head of a run's page."""
     last, total_of = entry.metrics.last, entry.metrics.sum
-    total = total_steps(config, "evaluate" if entry.about["state"] == "evaluated" else "")
+    total = total_steps(entry.run.config(), "evaluate" if entry.about["state"] == "evaluated" else "")
     seconds = total_of("time/step_seconds:sum")
     step = last("step")
+    done = None if step is None else f"{step:.0f}" + (f" of {total}" if total else "")
     names = entry.system(entry.run.system_ranks()[0]).names if ranks else []
     device = "GPU" if any(name.startswith("gpu") for name in names) else "Device"
     return [
-        (
-            "Step",
-            None if step is None else f"{step:.0f}" + (f" of {total}" if total else ""),
-            "finished, over all phases",
-        ),
+        ("Step", done, "finished, over all phases"),
         ("Reward", last("reward:mean"), "of the last step"),
         ("Held-out accuracy", last(OBJECTIVE), "of the last evaluation"),
         ("Tokens per second", last("speed/tokens_per_second:mean"), "of the last step"),

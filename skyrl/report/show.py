@@ -96,8 +96,8 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
     results, speed = found["results"], found["speed"]
     of = f" of {found['total']}" if found["total"] else ""
     left = f", {duration(found['seconds_left'])} left" if found["seconds_left"] else ""
-    measured = {"held-out accuracy": results["accuracy"], "before": results["accuracy_before"]}
-    measured["reward"] = results["reward"]
+    measured = {"held-out accuracy": "accuracy", "before": "accuracy_before", "reward": "reward"}
+    scores = [f"{name} {results[key]:.4g}" for name, key in measured.items() if results[key] is not None]
     rates = [f"{speed['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in speed else []
     rates += [f"{speed['step_seconds']:.3g} s a step"] if speed["step_seconds"] else []
     rates += [f"MFU {speed['mfu']:.1%}"] if "mfu" in speed else []
@@ -110,7 +110,7 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("command", found["command"]),
         ("started", f"{found['started']} on {found['host']}, start {found['starts']}" if found["starts"] else ""),
         ("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value)),
-        ("results", ", ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None)),
+        ("results", ", ".join(scores)),
         ("speed", ", ".join(rates) if results["steps"] else ""),
         ("checkpoints", few(found["checkpoints"], 6)),
         ("rollouts", few(found["rollouts"][::-1], 6)),

@@ -69,7 +69,7 @@ def test_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UserError, match=r'tracking.tensorboard=true: .*pip install .skyrl-spmd\[tensorboard\].'):
+    with pytest.raises(UserError, match=r"tracking.tensorboard=true: .*pip install .skyrl-spmd\[tensorboard\]."):
         make_tracker(config(tensorboard=True), tmp_path, 0)
 
 
@@ -86,7 +86,7 @@ def test_wandb_is_not_imported_when_off(tmp_path, monkeypatch):
 
 def test_missing_trackio_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(UserError, match=r'tracking.trackio=true: .*pip install .skyrl-spmd\[trackio\].'):
+    with pytest.raises(UserError, match=r"tracking.trackio=true: .*pip install .skyrl-spmd\[trackio\]."):
         make_tracker(config(trackio=True), tmp_path, 0)
 
 
