@@ -36,7 +36,7 @@ from skyrl.distributed.failure import ignore_sigterm, is_lost_peer
 from skyrl.distributed.init import World
 from skyrl.distributed.phases import BETWEEN_PHASES, IN_HOOK, LOADING, SAVING, enter, inside
 from skyrl.distributed.stop import STOP_FILE, StopRequest
-from skyrl.distributed.watchdog import Watchdog, mark_stop
+from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec
 from skyrl.envs.base import group_rewards_of
 from skyrl.evaluation.measure import look_whether_to_end, play_and_measure
@@ -44,7 +44,7 @@ from skyrl.evaluation.sets import EvalSet
 from skyrl.files import write_atomic
 from skyrl.planner.plan import Plan
 from skyrl.rollout import Judges, RolloutConfig, rank_tools, score_batch
-from skyrl.run_dir import RESULT, STOPS, RunFolder
+from skyrl.run_dir import RESULT, STOPS, RunFolder, mark_stop
 from skyrl.sampler.sampler import Sampler
 from skyrl.tracking.advisories import Advisories, Advisory, History
 from skyrl.tracking.alerts import Alerts
@@ -531,7 +531,7 @@ class Run:
         }
         with open(self.folder.path / STOPS, "a") as file:
             file.write(json.dumps(record) + "\n")
-        mark_stop(self.folder.path, request)
+        mark_stop(self.folder.path, request.reason, request.exit_code)
         (self.folder.path / STOP_FILE).unlink(missing_ok=True)
         self.say(
             f"stopped by {request.reason} on rank {request.rank} in {request.phase}; saved and left after "

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from skyrl.config.run_rules import read_window
 from skyrl.config.schema import RunFolderConfig
+from skyrl.run_dir.folder import INTERRUPTED
 from skyrl.types import UserError
 
-TEMPORARY, INTERRUPTED = 75, 130  # EX_TEMPFAIL: start me again; the shell's code for Ctrl-C
+TEMPORARY = 75  # EX_TEMPFAIL: start me again
 # What batch systems send besides SIGTERM: SIGUSR1 or SIGUSR2 before a time limit, SIGXCPU at one of CPU time, SIGHUP at
 # the end of a terminal.
 OF_BATCH = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)

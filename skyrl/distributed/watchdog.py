@@ -34,8 +34,7 @@ from skyrl.distributed.stop import (
     heard_signals,
 )
 from skyrl.envs import clock
-from skyrl.files import write_atomic
-from skyrl.run_dir import REQUEUE_FILE, RESULT
+from skyrl.run_dir import mark_stop
 
 LISTEN_SECONDS = 0.1
 EXCHANGE_SECONDS = 0.5
@@ -238,7 +237,7 @@ class Watchdog:
             assert self.stop_request is not None
             if self.claimed:
                 with contextlib.suppress(OSError):
-                    mark_stop(self.folder, self.stop_request)
+                    mark_stop(self.folder, self.stop_request.reason, self.stop_request.exit_code)
             _say(f"stopped by {self.stop_request.reason} while opening; the same command starts again")
         elif self.store is not None:
             time.sleep(2 * EXCHANGE_SECONDS)
@@ -261,15 +260,3 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 def _say(text: str) -> None:
     # not print: the main thread may hold the stream's lock
     os.write(2, f"skyrl: {text}\n".encode())
-
-
-def mark_stop(folder: Path, request: StopRequest) -> None:
-    """Leaves in the run folder how a stopped run has ended. After a person's stop: result.json, by which viewers and
-    `skyrl-tx wait` know that nobody starts it again. After any other: the file `requeue`, since this command should be
-    started again; it says by whom the run was started, so that a restart by the same torchrun does not go on."""
-    if request.exit_code == INTERRUPTED:
-        told = {"state": "stopped", "stopped_by": request.reason, "exit_code": INTERRUPTED}
-        write_atomic(folder / RESULT, json.dumps(told, indent=1) + "\n")
-        return
-    text = {"host": socket.gethostname(), "launcher": os.getppid(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    (folder / REQUEUE_FILE).write_text(json.dumps(text) + "\n")

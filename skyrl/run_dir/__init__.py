@@ -21,6 +21,7 @@ from skyrl.run_dir.folder import (
     is_locked,
     keep_fingerprint,
     keep_steps,
+    mark_stop,
     read_result,
     system_path,
 )

@@ -41,6 +41,7 @@ STOPS = "stops.jsonl"
 RECORDINGS = "episodes"  # <step with six digits>.gif: episodes as they looked
 PROFILE_REQUEST = "profile"  # asks a rank of the live run to profile some steps (tracking/profiler.py)
 FINGERPRINT = "fingerprint.json"  # name -> digest of all that the last start read and computed with
+INTERRUPTED = 130  # what a run ends with that a person has stopped, as the shell does after Ctrl-C
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -247,6 +248,18 @@ def cut_metrics(path: Path, num_bytes: int) -> list[str]:
         )
     write_atomic(path, kept)
     return []
+
+
+def mark_stop(folder: Path, reason: str, exit_code: int) -> None:
+    """Leaves in the run folder how a stopped run has ended. After a person's stop (130): result.json, by which viewers
+    and `skyrl-tx wait` know that nobody starts it again. After any other: the file `requeue`, since this command should
+    be started again; it says by whom the run was started, so that a restart by the same torchrun does not go on."""
+    if exit_code == INTERRUPTED:
+        told = {"state": "stopped", "stopped_by": reason, "exit_code": exit_code}
+        write_atomic(folder / RESULT, json.dumps(told, indent=1) + "\n")
+        return
+    text = {"host": socket.gethostname(), "launcher": os.getppid(), "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    (folder / REQUEUE_FILE).write_text(json.dumps(text) + "\n")
 
 
 def system_path(folder: Path, rank: int) -> Path:

@@ -13,7 +13,8 @@ import torch
 from skyrl.distributed import hang_monitor, phases
 from skyrl.distributed.init import World
 from skyrl.distributed.stop import SIGNALS, StopRequest, heard_signals
-from skyrl.distributed.watchdog import Watchdog, mark_stop
+from skyrl.distributed.watchdog import Watchdog
+from skyrl.run_dir import mark_stop
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_a_bundle_that_cannot_be_written_does_not_hide_the_error(watch, tmp_path
 
 
 def test_the_mark_names_its_launcher(tmp_path):
-    mark_stop(tmp_path, StopRequest("SIGTERM", 0, "training", 3))
+    mark_stop(tmp_path, "SIGTERM", StopRequest("SIGTERM", 0, "training", 3).exit_code)
     assert f'"launcher": {os.getppid()}' in (tmp_path / "requeue").read_text()
 
 

@@ -8,9 +8,8 @@ import time
 import pytest
 
 from skyrl.distributed.stop import INTERRUPTED, STOP_FILE, StopRequest, asked_by_file
-from skyrl.distributed.watchdog import mark_stop
 from skyrl.launch import jobs
-from skyrl.run_dir import run_state
+from skyrl.run_dir import mark_stop, run_state
 from skyrl.types import UserError
 
 
@@ -108,7 +107,7 @@ def test_wait_tells_how_a_run_ended(run, monkeypatch, capsys):
     finish(run, "stopped")
     assert jobs.wait([str(run)]) == jobs.FAILS
     (run / "result.json").unlink()
-    mark_stop(run, StopRequest("SIGINT", 0, "training", 3))
+    mark_stop(run, "SIGINT", StopRequest("SIGINT", 0, "training", 3).exit_code)
     assert jobs.wait([str(run), "--timeout", "60"]) == INTERRUPTED and run_state(run) == "stopped"
     assert "stopped, step 3\n" in capsys.readouterr().out
     assert jobs.wait([str(run.parent / "to come"), "--timeout", "0.05"]) == jobs.LATE
