@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES, make_net
+from families import FAMILIES, REFUSED, make_net
 from safetensors.torch import load_file, save_file
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
@@ -149,7 +149,7 @@ def test_rope_that_depends_on_the_batch_is_refused():
     [
         ("BloomConfig", "attention interface"),
         ("FalconConfig", "falcon"),
-        ("MambaConfig", "linear attention is not"),
+        ("MambaConfig", "linear attention is not|layers of type mamba"),  # transformers 5.5 calls its layers that
         ("MiniMaxConfig", "linear attention is not"),
     ],
 )
@@ -158,6 +158,14 @@ def test_families_that_show_only_when_built(kind, match, tmp_path):
     getattr(tf, kind)(**sizes).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=match):
         build_on_meta(ModelConfig(path=str(tmp_path)), Entries(96))
+
+
+@pytest.mark.skipif(not REFUSED, reason="this transformers computes them as we do")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_an_older_transformers_computes_otherwise_is_refused(name, tmp_path):
+    make_net(name, refused=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is not supported: (packed log-probabilities differ|its )"):
+        check_against_transformers(build_model(ModelConfig(path=str(tmp_path)), Entries(96)))
 
 
 def test_probe_finds_a_head_and_a_window_that_are_not_what_they_seem():
@@ -220,6 +228,10 @@ def test_tiny_is_read_without_files():
     assert read_config(ModelConfig()).model_type == "qwen3" and read_config(ModelConfig()).vocab_size == 100
 
 
+@pytest.mark.skipif(
+    not tf.DiffLlamaPreTrainedModel._supports_attention_backend,
+    reason="this transformers has no attention interface in DiffLlama: refused for that",
+)
 def test_a_layer_that_attends_twice_is_refused(tmp_path):
     """Its packed forward is right, and the sampler would keep the keys and values of the second time alone."""
     sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
