@@ -13,9 +13,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CUDA_TORCH ?= .cuda-torch/$(TORCH)
 # Processes of `make train` and `make serve`.
 RANKS ?= 2
-# learning.py reads finished runs, gpu_smoke.py and gpu_checks.py want a GPU, slurm.py a Slurm, tinker_*.py the clients, server_load.py takes
-# many minutes: started by hand.
-BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py gpu_smoke.py gpu_checks.py server_load.py slurm.py chaos.py tinker_matrix.py tinker_cookbook.py tinker_door.py),$(sort $(wildcard benchmarks/*.py)))
+# learning.py reads finished runs, learning_tasks.py wants a task, gpu_smoke.py and gpu_checks.py a GPU, slurm.py a Slurm,
+# tinker_*.py the clients, server_load.py takes many minutes: started by hand.
+BENCH ?= $(filter-out $(addprefix benchmarks/,common.py learning.py learning_tasks.py gpu_smoke.py gpu_checks.py server_load.py slurm.py chaos.py tinker_matrix.py tinker_cookbook.py tinker_door.py),$(sort $(wildcard benchmarks/*.py)))
 
 BIN := $(VENV)/bin
 # What `make train` and `make serve` need, and what the tests need on top of it: DeepSpeed, the SDK, linters.
