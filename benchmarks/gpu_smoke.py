@@ -128,7 +128,11 @@ def killed_rank(args: argparse.Namespace) -> dict[str, Any]:
                 saved: list[int] = []
                 while max(saved, default=0) < 5 and process.poll() is None and time.monotonic() < until:
                     time.sleep(0.05)
-                    saved = [int(path.name) for path in Path(folder).glob("killed/checkpoints/[0-9]*")]
+                    found = [path.name for path in Path(folder).glob("killed/checkpoints/*")]
+                    saved = [int(name) for name in found if name.isdigit()]
+                if max(saved, default=0) < 5:
+                    end_so_far = Path(f"{folder}/output").read_text().splitlines()[-12:]
+                    raise Failed("no fifth step in time", {"device": device, "saved": saved, "end": end_so_far})
                 begun, ranks = time.monotonic(), psutil.Process(process.pid).children()
                 for rank in ranks[-1:]:
                     rank.kill()
@@ -146,11 +150,11 @@ def killed_rank(args: argparse.Namespace) -> dict[str, Any]:
         if len(errors) != 1 or "ended without a message" not in errors[0]:
             raise Failed("the killed rank is not named in one line", {**figures, "end": told[-12:]})
         told = end("killed") + end("quiet")
-        found, wanted = metrics("killed"), metrics("quiet")
-        figures["steps"] = [len(found), len(wanted)]
-        if len(found) != len(wanted):
+        ours, wanted = metrics("killed"), metrics("quiet")
+        figures["steps"] = [len(ours), len(wanted)]
+        if len(ours) != len(wanted):
             raise Failed("the same command did not come to the end", {**figures, "end": told[-12:]})
-        pairs = zip(found, wanted, strict=True)
+        pairs = zip(ours, wanted, strict=True)
         differ = [(k, one.get(k), v) for one, other in pairs for k, v in other.items() if not _close(one.get(k), v)]
         if differ:
             raise Failed("the run goes on in another way than without the kill", {**figures, "differ": differ[:8]})
