@@ -192,7 +192,7 @@ def gpus() -> Findings:
 
 def check_gpus(visible: Sequence[machine.Gpu], count: int, torch: dict[str, Any]) -> Findings:
     """Whether `torch` (what TORCH printed) sees all `count` devices, multiplies right, and they are of one kind."""
-    build = f"{torch['version']}, CUDA {torch['cuda']}, NCCL {torch['nccl'] or 'not asked'}" if torch["cuda"] else torch["version"]
+    build = torch["version"] + (f", CUDA {torch['cuda']}, NCCL {torch['nccl'] or 'not asked'}" if torch["cuda"] else "")
     if refused := torch.get("refused", ""):  # as a run would be
         seen, _, todo = refused.partition("; ")
         yield Finding("torch", "fail", f"{build}: {seen}", todo)
