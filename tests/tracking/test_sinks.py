@@ -124,9 +124,9 @@ def kill_and_resume(name, folder):
         env |= {"HTTP_PROXY": address, "HTTPS_PROXY": address, "ALL_PROXY": address}
         env |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
         command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder / "run"), name]
-        killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
         assert killed.returncode == -9, killed.stderr
-        done = subprocess.run([*command, killed.stdout.strip()], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, killed.stdout.strip()], env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         with pytest.raises(BlockingIOError):
             server.accept()
