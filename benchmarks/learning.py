@@ -7,9 +7,10 @@ Prints one row per folder; with --write keeps the whole curves under baselines/<
 --plot a picture beside it.
 
 --began: folders whose exports the runs began from, in the same order: what these cost counts. --beside: runs of
-supervised training alone, in the same order, that are read up to the same budget. A budget is the floating-point
-operations of the model in training and sampling (flops/train, flops/sample; evaluations are left out), which a busy
-machine does not change. --show: further metrics of evaluations, such as parses.
+supervised training alone, in the same order, that are read up to the same budget. A budget is counted in passes of a
+token through the model, which a busy machine does not change: one for each that is sampled or read before sampling,
+three for each that is trained (forward, and twice as much backward). Evaluations are left out. --show: further metrics
+of evaluations, such as env/parses.
 """
 
 from __future__ import annotations
@@ -30,16 +31,22 @@ from skyrl.run_dir import read_metrics
 EVALUATED = re.compile(r"eval/([^/]+/)?accuracy:mean")  # of the run's own prompts, or of its one set of eval.sets
 
 
+def passes(record: dict[str, Any]) -> float:
+    """Of tokens through the model in one step."""
+    sampled = record.get("sampler/tokens:sum", 0.0) + record.get("sampler/prefill_tokens:sum", 0.0)
+    return 3 * record.get("tokens:sum", 0.0) + sampled
+
+
 def evaluations(folder: Path, names: list[str], spent: float = 0.0) -> list[dict[str, Any]]:
     """Each evaluation of a run: phase, step in it, what was spent until then (after `spent` of another run), and its
     metrics."""
     found = []
     for record in read_metrics(folder / "metrics.jsonl"):
-        spent += record.get("flops/train:sum", 0.0) + record.get("flops/sample:sum", 0.0)
+        spent += passes(record)
         prefix = next((key.removesuffix("accuracy:mean") for key in record if EVALUATED.fullmatch(key)), None)
         if prefix is not None:
             metrics = {name: record[f"{prefix}{name}:mean"] for name in ("accuracy", *names)}
-            found.append({"phase": record["phase"], "step": record["step"], "flops": spent, **metrics})
+            found.append({"phase": record["phase"], "step": record["step"], "passes": spent, **metrics})
     return found
 
 
@@ -50,7 +57,7 @@ def read_run(folder: Path, names: list[str], began: Path | None, beside: Path | 
     start = json.loads((folder / "versions.json").read_text())[-1]
     curve = [(r["step"], r["eval/accuracy:mean"]) for r in records if r["phase"] == "rl" and "eval/accuracy:mean" in r]
     warm = [r["eval/accuracy:mean"] for r in records if r["phase"] == "warmup" and "eval/accuracy:mean" in r]
-    if not curve or curve[-1][0] != config["batch"]["num_steps"]:
+    if not curve or curve[-1][0] != config["warmup"]["num_steps"] + config["batch"]["num_steps"]:
         raise SystemExit(f"{folder}: not finished")
     run = {
         "seed": config["seed"],
@@ -66,25 +73,20 @@ def read_run(folder: Path, names: list[str], began: Path | None, beside: Path | 
         "versions": {key: start.get(key) for key in ("skyrl", "torch", "transformers", "python", "commit")},
     }
     first = evaluations(began, names) if began else []
-    spent = _spent(began) if began else 0.0
+    spent = sum(map(passes, read_metrics(began / "metrics.jsonl"))) if began else 0.0
     told = evaluations(folder, names, spent)
     run["evaluations"] = [*first, *told]
     if began:  # what the first run was given, and what of it this one began with
         run["steps"]["warmup"] = yaml.safe_load((began / "config.yaml").read_text())["warmup"]["num_steps"]
     if beside:
         alone = evaluations(beside, names)
-        inside = [one for one in alone if one["flops"] < told[-1]["flops"]]
+        inside = [one for one in alone if one["passes"] < told[-1]["passes"]]
         if len(inside) == len(alone):
             raise SystemExit(
-                f"{beside}: has spent {alone[-1]['flops']:.3g}, less than {folder}: {told[-1]['flops']:.3g}"
+                f"{beside}: has spent {alone[-1]['passes']:.3g}, less than {folder}: {told[-1]['passes']:.3g}"
             )
         run["supervised"] = alone[: len(inside) + 1]  # the first one that has spent as much, or more
     return run
-
-
-def _spent(folder: Path) -> float:
-    records = read_metrics(folder / "metrics.jsonl")
-    return sum(r.get("flops/train:sum", 0.0) + r.get("flops/sample:sum", 0.0) for r in records)
 
 
 def summary(runs: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -132,9 +134,9 @@ def plot(name: str, runs: list[dict[str, Any]], names: list[str]) -> Path:
             ]
             for label, color, points in parts:
                 if points:
-                    line = [one["flops"] / 1e12 for one in points], [one[metric] for one in points]
+                    line = [one["passes"] / 1e6 for one in points], [one[metric] for one in points]
                     panel.plot(*line, color=color, marker=".", linewidth=1, label=label if run is runs[0] else None)
-        panel.set_xlabel("10^12 operations, training and sampling")
+        panel.set_xlabel("10^6 passes of a token, training and sampling")
         panel.set_ylabel(f"held-out {metric}")
         panel.grid(alpha=0.3)
         panel.legend()

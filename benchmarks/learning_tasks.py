@@ -6,7 +6,7 @@ Each seed makes three runs, all from the same random weights and the same few de
 tasks; conversations of a scripted expert where there are several turns):
 first: a short supervised warm-up.
 rl: RL from the warm-up's export, on all training tasks, of which it sees rewards and no solutions.
-alone: supervised training alone on the demonstrations, until it has spent as many operations as the other two.
+alone: supervised training alone on the demonstrations, until it has spent as many passes as the other two.
 The runs stay in --folder, and one that is finished is not made again. benchmarks/learning.py, whose figures these are,
 says what is counted. --only: some of the three, to try numbers out. Further words are options of all three.
 """
