@@ -1,10 +1,7 @@
 """trainer=control: learning, resume, ranks, statistics, and what is refused before the first step."""
 
-import os
 import re
-import signal
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,67 +16,24 @@ from skyrl.types import StopRun, UserError
 
 gym = pytest.importorskip("gymnasium", reason="the extra `control` is not installed")
 
-from skyrl.distributed.init import World  # noqa: E402
+from walk import SMALL, WALK, Stopped, Walk, engine_of  # noqa: E402
+
 from skyrl.run import Step  # noqa: E402
 from skyrl.trainers.control import control, load_policy  # noqa: E402
-from skyrl.trainers.control.engine import ControlEngine  # noqa: E402
 from skyrl.trainers.control.environments import KeyedEnv, make_env, make_envs  # noqa: E402
 from skyrl.trainers.control.normalize import RunningMoments, discounted_sums  # noqa: E402
 from skyrl.trainers.control.policies import make_actor_critic  # noqa: E402
 from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect  # noqa: E402
 from skyrl.trainers.control.train import minibatches  # noqa: E402
 
-SMALL = [
-    "control.n_envs=4", "control.n_steps=32", "control.minibatch_size=32", "control.epochs=2",
-    "control.eval_episodes=3", "eval.every_steps=0", "checkpoint.every_steps=0", "checkpoint.export=false",
-    "checkpoint.async_save=false", "tracking.console=off", "tracking.system=false", "run.threads=1",
-]  # fmt: skip
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in (config_dir() / "experiment").glob("*.yaml")}
 RECIPES = sorted(name for name, text in FILES.items() if re.search("^(trainer: control|control:)$", text, re.M))
 
 
-class Walk(gym.Env):
-    """A walk of two places: a reward is what was stepped, and 7 steps are an episode's limit."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
-
-    def __init__(self, odd=""):
-        self.odd = odd
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place = self.np_random.normal(size=2) * 5 + 100
-        return self.place.copy(), {}
-
-    def step(self, action):
-        self.place = self.place + float(action[0]) + self.np_random.normal(size=2) * 0.1
-        seen = self.place * np.nan if self.odd == "broken" else self.place.copy()
-        return seen, float(action[0]), bool(self.np_random.random() < 0.05), False, {}
-
-
-class Pair(Walk):
-    observation_space = gym.spaces.Dict({"place": gym.spaces.Box(-1, 1, (2,))})
-
-
-class Stopped(Walk):
-    steps, at = 0, -1  # of all environments; the one in which this process is asked to stop
-
-    def step(self, action):
-        Stopped.steps += 1
-        if Stopped.steps == Stopped.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1.5)  # the watchdog looks twice a second
-        return super().step(action)
-
-
-class Told(Walk):
-    action_space = gym.spaces.Text(3)
-
-
-for name, kind in (("Walk-v0", Walk), ("Pair-v0", Pair), ("Told-v0", Told), ("Stopped-v0", Stopped)):
-    gym.register(f"skyrl-test/{name}", kind, max_episode_steps=7)
-WALK = ["env=skyrl-test/Walk-v0", "control.normalize_observations=true", "control.normalize_rewards=true"]
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Their picture at the end costs as much as all else of these runs; test_games.py has it drawn."""
+    monkeypatch.setattr("skyrl.loop.write_curves", lambda *given: None)
 
 
 def run(folder, *options, mode="control"):
@@ -112,9 +66,9 @@ def same(a, b, tolerance=0.0):
 
 
 def test_cartpole_is_learned(tmp_path):
-    """Training episodes grow from 20 steps to more than 60 within 6,144 steps of environments: some seconds."""
+    """Training episodes grow from 20 steps to more than 60 within 6,144 steps of environments."""
     _, records = run(
-        tmp_path, "env=CartPole-v1", "control.n_envs=8", "control.n_steps=128", "control.minibatch_size=128",
+        tmp_path, "env=CartPole-v1", "control.n_envs=32", "control.n_steps=32", "control.minibatch_size=128",
         "control.epochs=5", "optim.lr=2e-3", "control.total_steps=6_144",
     )  # fmt: skip
     assert records[1]["reward:mean"] < 35 and records[-1]["reward:mean"] > 60
@@ -122,17 +76,24 @@ def test_cartpole_is_learned(tmp_path):
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    """Statistics, episodes under way and draws included: bit for bit."""
-    more = [*WALK, "control.squash=true", "algorithm.loss.entropy_coef=0.01"]
-    run(tmp_path / "whole", *more, "control.total_steps=384")
-    run(tmp_path / "parts", *more, "control.total_steps=128")
-    run(tmp_path / "parts", *more, "control.total_steps=384")
-    same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-
-
-def engine_of(*options):
-    cfg = load_config([*SMALL, *options], mode="control")
-    return ControlEngine(cfg, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")), make_plan(cfg, 1))
+    """Statistics, episodes under way, what a policy remembers of them, and draws: bit for bit. (Without a memory:
+    test_a_step_that_a_signal_takes_back_leaves_no_trace.) The export plays on its own."""
+    more = [
+        *WALK, "control.squash=true", "algorithm.loss.entropy_coef=0.01", "control.policy=recurrent",
+        "control.policy_options.hidden=8", "control.n_steps=10", "control.minibatch_size=20",
+    ]  # fmt: skip
+    _, whole = run(tmp_path / "whole", *more, "control.total_steps=120", "checkpoint.export=true")
+    run(tmp_path / "parts", *more, "control.total_steps=80")
+    _, parts = run(tmp_path / "parts", *more, "control.total_steps=120")
+    found = weights(tmp_path / "whole")
+    same(found, weights(tmp_path / "parts"))
+    assert whole[-1]["grad_norm:mean"] == parts[-1]["grad_norm:mean"] > 0 and found["episodes/hidden"].abs().max() > 0
+    assert float((found["statistics/observations_mean"] - 100).abs().max()) < 20  # places begin at 100
+    play, env = load_policy(tmp_path / "whole" / "export"), Walk()
+    action = play(env.reset(seed=1)[0])
+    assert action.shape == (1,) and action.dtype == np.float32 and np.isfinite(action).all()
+    with pytest.raises(UserError, match="give the folder `export` of a run"):
+        load_policy(tmp_path / "nowhere")
 
 
 def test_statistics_of_another_environment_are_refused():
@@ -145,19 +106,6 @@ def test_statistics_of_another_environment_are_refused():
     plain.load_state(walk.state(optimizer=True), optimizer=True)
     assert all(torch.equal(a, b) for a, b in zip(plain.module.parameters(), walk.module.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(plain.module.parameters(), before, strict=True))
-
-
-def test_export_plays_as_the_run_does(tmp_path):
-    run(tmp_path, *WALK, "control.total_steps=128", "checkpoint.export=true")
-    play, env = load_policy(tmp_path / "export"), Walk()
-    observation, _ = env.reset(seed=1)
-    action = play(observation)
-    assert action.shape == (1,) and action.dtype == np.float32 and np.isfinite(action).all()
-    found = weights(tmp_path)
-    mean = found["statistics/observations_mean"]
-    assert float((mean - 100).abs().max()) < 20  # places begin at 100
-    with pytest.raises(UserError, match="give the folder `export` of a run"):
-        load_policy(tmp_path / "nowhere")
 
 
 def test_advantages_are_gae_with_the_value_of_what_was_cut():

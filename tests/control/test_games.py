@@ -10,8 +10,11 @@ from skyrl.types import UserError
 gymnasium = pytest.importorskip("gymnasium", reason="the extra control is not installed")
 
 import catch  # noqa: E402
+from walk import engine_of  # noqa: E402
 
+from skyrl.run import Step  # noqa: E402
 from skyrl.trainers.control import control, load_policy  # noqa: E402
+from skyrl.trainers.control.rollout import collect  # noqa: E402
 
 QUICK = [
     "checkpoint.every_steps=0", "checkpoint.export=false", "checkpoint.async_save=false", "tracking.console=off",
@@ -29,11 +32,13 @@ def played(folder, *options):
 def test_pixels_are_learned_recorded_and_played_on(tmp_path):
     """From a third of the balls to nearly all: 9,856 steps."""
     reader, records = played(
-        tmp_path, "control.policy=cnn", "control.policy_options={features: 64, channels: 16}", "control.n_envs=16",
-        "control.n_steps=56", "control.total_steps=9_856", "control.record_every=1", "checkpoint.export=true",
+        tmp_path, "control.policy=cnn", "control.policy_options={features: 64, channels: 16}", "control.n_envs=64",
+        "control.n_steps=14", "control.total_steps=9_856", "control.record_every=2", "checkpoint.export=true",
+        "eval.every_steps=4",
     )  # fmt: skip
     assert records[0]["eval/reward:mean"] < 0 and records[-1]["eval/reward:mean"] > 0.7
-    assert [path.stem for path in reader.recordings()] == ["000000", "000011"]
+    assert [path.stem for path in reader.recordings()] == ["000000", "000008", "000011"]  # the last one in any case
+    assert (tmp_path / "curves.png").stat().st_size > 1000
     act, env = load_policy(tmp_path / "export"), gymnasium.make("Catch-v0")
     caught = []
     for seed in range(20):
@@ -53,20 +58,6 @@ def test_what_has_to_be_remembered_is_learned_with_a_state(tmp_path):
         "control.n_steps=28", "control.total_steps=20_000", "control.env_kwargs.hidden=true",
     )  # fmt: skip
     assert records[-1]["eval/reward:mean"] > 0.7
-
-
-def test_a_restart_in_the_middle_of_an_episode_remembers(tmp_path):
-    """A recurrent policy ends with the same numbers with and without a stop in between."""
-    options = [
-        "control.policy=recurrent", "control.policy_options.hidden=8", "control.n_envs=4", "control.n_steps=10",
-        "control.minibatch_size=20", "control.epochs=2", "control.env_kwargs.hidden=true",
-    ]  # fmt: skip
-    _, whole = played(tmp_path / "whole", *options, "control.total_steps=120")
-    played(tmp_path / "parts", *options, "control.total_steps=80")
-    _, parts = played(tmp_path / "parts", *options, "control.total_steps=120")
-    kept = ("grad_norm:mean", "entropy:mean", "critic/loss:sum", "eval/reward:mean")
-    assert {key: whole[-1].get(key) for key in kept} == {key: parts[-1].get(key) for key in kept}
-    assert whole[-1]["grad_norm:mean"] > 0
 
 
 class Blind(catch.Catch):
@@ -93,14 +84,14 @@ def test_whole_sequences_are_asked_for_and_frames_that_cannot_be_drawn(tmp_path)
         played(tmp_path / "b", "env=Blind-v0", "control.n_envs=7", "control.n_steps=32", "control.record_every=1")
 
 
-def test_a_life_is_no_episode_of_the_metrics(tmp_path):
+def test_a_life_is_no_episode_of_the_metrics():
     """reward:mean is of whole games with their own points, although training sees lives and signs."""
     pytest.importorskip("ale_py", reason="the extra atari is not installed")
     pytest.importorskip("cv2", reason="the extra atari is not installed")
-    _, records = played(
-        tmp_path, "experiment=breakout", "env=ALE/Breakout-v5", "control.total_steps=1024", "control.eval_episodes=1",
-        "control.n_steps=128", "control.n_envs=4", "control.minibatch_size=256", "control.epochs=1", "optim.lr=1e-4",
-    )  # fmt: skip
-    found = [record for record in records if "reward:mean" in record]
-    games = sum(record["episodes:sum"] for record in found)
-    assert 1 <= games <= 12 and all(record["length:mean"] > 400 for record in found)  # frames; a life has about 150
+    options = ["experiment=breakout", "control.n_steps=320", "control.n_envs=2", "control.minibatch_size=320"]
+    engine = engine_of(*options)
+    step = Step(None, 0)
+    batch = collect(engine, step)
+    lives, found = int(batch.done.sum()), step.sums.result(engine.world)
+    assert 1 <= found["episodes:sum"] <= 8 and lives > 3 * found["episodes:sum"]
+    assert found["length:mean"] > 400  # frames; a life has about 150

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("gymnasium", reason="the extra control is not installed")
 sb3 = pytest.importorskip("stable_baselines3", reason="the extra benchmarks is not installed")
 
-from test_control import WALK, engine_of  # noqa: E402
+from walk import WALK, engine_of  # noqa: E402
 
 from skyrl.planner.plan import make_plan  # noqa: E402
 from skyrl.run import Step  # noqa: E402
