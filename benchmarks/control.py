@@ -3,18 +3,23 @@
 curves: each seed is trained by both; every so many steps ten episodes are played with the likeliest actions. What the
 file has of other seeds, and with --only of the other library, stays: each run has the commit it was made at. speed:
 steps of environments per second of a process's own time on a CPU, which others on the machine hardly change, over whole
-steps of the loop, in turns. Needs the extras `control` and `benchmarks`.
+steps of the loop, in turns. ranks: the same on one rank and on two. Needs the extras `control` and `benchmarks`.
 
     python benchmarks/control.py curves cartpole --steps 60_000 --seeds 5 --write
     python benchmarks/control.py curves halfcheetah --steps 150000 --seeds 3 --only skyrl --write
     python benchmarks/control.py speed --seeds 3 --write
+    python benchmarks/control.py ranks --seeds 3 --steps 8192 --write
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -179,9 +184,41 @@ def speed(rounds: int, steps: int) -> dict[str, Any]:
     return {"unit": "steps of environments per CPU second", **told}
 
 
+def ranks(rounds: int, steps: int) -> dict[str, Any]:
+    """One rank and two in turns under torchrun, without evaluations: steps of environments per second on the wall, and
+    per second of rank 0's own time on a CPU, which is what cores that nobody else uses would give at most."""
+    told: dict[str, Any] = {}
+    for recipe in ("cartpole", "halfcheetah"):
+        found: dict[str, list[Any]] = {"1": [], "2": []}
+        for seed, size in ((seed, size) for seed in range(rounds) for size in found):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+            command += [__file__, "rank", recipe, f"--steps={steps}", f"--first-seed={seed}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[size].append(json.loads(next(x for x in done.stdout.splitlines() if x.startswith("{"))))
+        told[recipe] = {f"{size} ranks": rates for size, rates in found.items()}
+        for name in found["1"][0]:
+            one, two = (statistics.median(rate[name] for rate in found[size]) for size in found)
+            told[recipe][f"gain_{name}"] = round(two / one, 2)
+        print(recipe, json.dumps(told[recipe]), flush=True)
+    return {"unit": "steps of environments per second, all ranks together", **told}
+
+
+def one_rank(recipe: str, steps: int, seed: int) -> None:
+    """A rank of `ranks`: prints its rates, medians over steps of the loop."""
+    clock: list[tuple[float, float]] = []
+    folder = f"{tempfile.gettempdir()}/skyrl-ranks-{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['MASTER_PORT']}"
+    cfg = load_config(options(recipe, steps, seed, folder, 10**6), mode="control")
+    control(cfg, [lambda step, metrics: clock.append((time.perf_counter(), time.process_time()))])
+    if clock:  # of rank 0, which writes the records besides
+        seconds = np.median(np.diff(np.array(clock), axis=0), axis=0)
+        wall, cpu = (cfg.control.n_envs * cfg.control.n_steps / seconds).round()
+        print(json.dumps({"per_second": wall, "per_cpu_second": cpu}), flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("curves", "speed"))
+    p.add_argument("what", choices=("curves", "speed", "ranks", "rank"))
     p.add_argument("recipe", nargs="?", default="cartpole")
     p.add_argument("--steps", type=int, default=16_384)
     p.add_argument("--seeds", type=int, default=5)
@@ -195,11 +232,12 @@ def main() -> None:
         seeds = range(given.first_seed, given.first_seed + given.seeds)
         name = given.name or f"control_{given.recipe}"
         libraries = [given.only] if given.only else list(COLOURS)
-        curves(given.recipe, given.steps, seeds, libraries, name if given.write else "")
-        return
-    told = speed(given.seeds, given.steps)
+        return curves(given.recipe, given.steps, seeds, libraries, name if given.write else "")
+    if given.what == "rank":
+        return one_rank(given.recipe, given.steps, given.first_seed)
+    told = (speed if given.what == "speed" else ranks)(given.seeds, given.steps)
     if given.write:
-        write("control_speed", told)
+        write(f"control_{given.what}", told)
 
 
 if __name__ == "__main__":
