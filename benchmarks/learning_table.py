@@ -43,8 +43,9 @@ WARM_UP = (
     "model.tiny.ffn_size=352 warmup.num_steps=200 eval.every_steps=0"
 ).split()
 BUDGET = (
-    "model=hub model.activation_checkpointing=false warmup.num_steps=0 optim.lr=2e-4 batch.num_steps=32 "
-    "batch.prompts_per_step=32 batch.samples_per_prompt=8 eval.every_steps=0 checkpoint.export=false "
+    "model=hub model.activation_checkpointing=false warmup.num_steps=0 optim.lr=1e-4 optim.warmup_steps=4 "
+    "batch.num_steps=16 "
+    "batch.prompts_per_step=16 batch.samples_per_prompt=8 eval.every_steps=0 checkpoint.export=false "
     "algorithm.kl.coef=1e-9 algorithm.kl.estimator=k2"  # a weight that does nothing: the distance is measured
 ).split()
 # Two pictures a run would take longer than its steps.
@@ -56,7 +57,7 @@ MADE_FOR = {"gdpo": ["env.options.reward=[exact, characters]"]}
 def warm_up(seed: int, folder: Path) -> Path:
     """The export of the supervised warm-up of this seed, made where it is not there yet."""
     place = folder / f"warm-up-seed{seed}"
-    if not (place / "result.json").exists():
+    if not (place / "export" / "config.json").exists():
         run_trainer("sft", load_config([*QUIET, *WARM_UP, f"seed={seed}", f"run.dir={place}"]))
     return place / "export"
 
@@ -137,7 +138,7 @@ def main() -> None:
         parser.error(f"no recipe {unknown[0]}; choose of: {', '.join(known)}")
     args.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    for recipe, seed in ((recipe, seed) for recipe in args.recipes or known for seed in args.seeds):
+    for seed, recipe in ((seed, recipe) for seed in args.seeds for recipe in args.recipes or known):
         if time.monotonic() - began < 60 * args.minutes:
             run = learn(recipe, seed, args.folder)
             print({key: value for key, value in run.items() if key not in ("options", "rewards", "commit")}, flush=True)
