@@ -262,7 +262,9 @@ def device_figures() -> dict[str, Any]:
     found |= {"capability": f"{about.major}.{about.minor}", "driver": machine_facts()["driver"]}
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
     found["environment"] = {name: os.environ[name] for name in names if name in os.environ}
-    return found | {"cuda": torch.version.cuda or torch.version.hip, "nccl": str(torch.cuda.nccl.version())}
+    with contextlib.suppress(AttributeError):  # a build without NCCL
+        found["nccl"] = str(torch.cuda.nccl.version())
+    return found | {"cuda": torch.version.cuda or torch.version.hip}
 
 
 def main() -> None:
