@@ -11,7 +11,7 @@ from skyrl import main
 from skyrl.distributed import env
 from skyrl.distributed.failure import is_lost_peer
 from skyrl.distributed.faults import classify, describe
-from skyrl.planner.device import ALLOCATOR_OPTIONS
+from skyrl.planner.device import ALLOCATOR_OPTIONS, torch_release
 
 NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.29.7\n{}\nLast error:\n{}"
@@ -23,6 +23,10 @@ SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library
 REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
 INVALID = "ncclInvalidUsage: This usually reflects invalid usage of NCCL library."
 GLOO = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/{}"
+needs_alloc_conf = pytest.mark.skipif(
+    torch_release() < (2, 9), reason="an older torch reads PYTORCH_CUDA_ALLOC_CONF, which the advice names there"
+)
+AcceleratorError = getattr(torch, "AcceleratorError", RuntimeError)  # torch 2.7 raises the plain one
 SEARCH = "\nSearch for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api for more information.\n"
 OOM = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.12 GiB is "
@@ -84,7 +88,7 @@ HERE = [
         "memory",
         "CUDA out of memory. Tried to allocate 20.00 GiB",
     ),
-    (torch.AcceleratorError("CUDA error: out of memory" + SEARCH), "memory", "CUDA error: out of memory"),
+    (AcceleratorError("CUDA error: out of memory" + SEARCH), "memory", "CUDA error: out of memory"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory", "CUBLAS"),
     (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "memory", "CUDNN"),
     (
@@ -99,21 +103,21 @@ HERE = [
     (MemoryError(), "memory", "no memory is left"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory", "Cannot allocate memory"),
     (of_cuda("Cuda failure 2 'out of memory'"), "memory", "Cuda failure 2"),
-    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered" + SEARCH), "gpu", "ECC"),
+    (AcceleratorError("CUDA error: uncorrectable ECC error encountered" + SEARCH), "gpu", "ECC"),
     (of_cuda("Cuda failure 214 'uncorrectable ECC error encountered'"), "gpu", "Cuda failure 214"),
     (
-        torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution" + SEARCH),
+        AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution" + SEARCH),
         "gpu",
         "NVLink",
     ),
     (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable" + SEARCH), "gpu", "busy"),
     (
-        torch.AcceleratorError("CUDA error: an illegal memory access was encountered" + SEARCH),
+        AcceleratorError("CUDA error: an illegal memory access was encountered" + SEARCH),
         "kernel",
         "illegal memory",
     ),
-    (torch.AcceleratorError("CUDA error: misaligned address" + SEARCH), "kernel", "misaligned"),
-    (torch.AcceleratorError("CUDA error: unspecified launch failure" + SEARCH), "kernel", "unspecified"),
+    (AcceleratorError("CUDA error: misaligned address" + SEARCH), "kernel", "misaligned"),
+    (AcceleratorError("CUDA error: unspecified launch failure" + SEARCH), "kernel", "unspecified"),
     (RuntimeError("CUDA error: device-side assert triggered" + SEARCH), "kernel", "assert"),
     (
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, ...)`"),
@@ -295,6 +299,7 @@ def test_another_process_is_blamed_only_for_what_it_surely_holds(processes, know
         assert "another process" not in line and "; lower batch.max_tokens_per_microbatch" in line
 
 
+@needs_alloc_conf
 @pytest.mark.parametrize(
     "options, idle, advised",
     [
@@ -330,6 +335,7 @@ def test_a_full_shared_memory_is_told_with_how_to_enlarge_it(capsys):
     assert "free some space there" in capsys.readouterr().err
 
 
+@needs_alloc_conf
 def test_what_a_person_sees_of_a_fault(capsys, monkeypatch):
     """One line with rank and host; for a kernel's fault also where the program was, before it."""
     monkeypatch.setattr(env, "planned_memory", "1.00 GiB")
