@@ -107,5 +107,5 @@ def test_data_set_id_without_the_package():
     )
     env = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("data.path='openai/gsm8k' is a data set id and the package 'datasets' is not"), done
+    assert done.stdout.startswith("data.path='openai/gsm8k' is a data set id: the package 'datasets' is not"), done
     assert "pip install 'skyrl-spmd[data]'" in done.stdout
