@@ -24,7 +24,7 @@ from skyrl.trainers.control.environments import KeyedEnv, make_env, make_envs  #
 from skyrl.trainers.control.normalize import RunningMoments, discounted_sums  # noqa: E402
 from skyrl.trainers.control.policies import make_actor_critic  # noqa: E402
 from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect  # noqa: E402
-from skyrl.trainers.control.train import minibatches  # noqa: E402
+from skyrl.trainers.control.train import measure, minibatches  # noqa: E402
 
 FILES = {path.stem: path.read_text(encoding="utf-8") for path in (config_dir() / "experiment").glob("*.yaml")}
 RECIPES = sorted(name for name, text in FILES.items() if re.search("^(trainer: control|control:)$", text, re.M))
@@ -195,6 +195,8 @@ def test_the_plan_refuses(options, said):
         (["env=skyrl-test/Pair-v0"], "observations are a Dict, and a policy reads one array"),
         (["env=skyrl-test/Told-v0"], "its action space is Text"),
         ([*WALK, "control.env_kwargs.odd=broken"], "environment 0 gave an observation that is not finite"),
+        ([*WALK, "control.env_kwargs.odd=raises"], "step() of environment 0 raised OSError: the motor is gone at "),
+        ([*WALK, "control.env_kwargs.odd=longer"], "observed an array of shape (3,); its space says (2,)"),
         ([*WALK, "control.env_kwargs.even=1"], "control.env_kwargs={'even': 1}"),
         (["env=CartPole-v1", "control.squash=true"], "control.squash=true: the action space Discrete(2)"),
         (["env=CartPole-v1", "control.policy=mpl"], "control.policy: no policy called 'mpl'; choose one of"),
@@ -206,6 +208,14 @@ def test_a_run_refuses_before_its_first_step(options, said):
     with pytest.raises(UserError) as error:
         collect(engine_of(*options), Step(None, 0))
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_evaluation_without_an_end_is_told(monkeypatch):
+    monkeypatch.setattr("skyrl.trainers.control.train.ENDLESS", 3)
+    engine = engine_of(*WALK, "control.max_episode_steps=9")
+    run = SimpleNamespace(engine=engine, world=engine.world, cfg=engine.cfg)
+    with pytest.raises(UserError, match="has not ended after 3 steps; set control.max_episode_steps"):
+        measure(run)
 
 
 def test_a_recipe_of_language_models_is_no_beginning():

@@ -36,7 +36,9 @@ class Walk(gym.Env):
 
     def step(self, action):
         self.place = self.place + float(action[0]) + self.np_random.normal(size=2) * 0.1
-        seen = self.place * np.nan if self.odd == "broken" else self.place.copy()
+        if self.odd == "raises":
+            raise OSError("the motor is gone")
+        seen = {"broken": self.place * np.nan, "longer": np.zeros(3)}.get(self.odd, self.place.copy())
         return seen, float(action[0]), bool(self.np_random.random() < 0.05), False, {}
 
 

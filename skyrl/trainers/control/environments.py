@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from skyrl.config.schema import RunConfig
+from skyrl.envs.guard import describe_error
 from skyrl.planner.control import EXTRA, find_environment
 from skyrl.rollout import draw_seed
 from skyrl.types import UserError
@@ -23,7 +24,8 @@ class KeyedEnv(gym.Wrapper):  # type: ignore[misc]
     """Seeds each reset by `key` and the number of the episode, and remembers the actions of the episode under way. A
     reset with options {"progress": {place: (episode, actions)}} plays them again, which brings that episode back.
 
-    The info of an episode's last step has "episode_return" and "episode_length", and nothing else.
+    The info of an episode's last step has "episode_return" and "episode_length", and nothing else. Raises UserError
+    where the environment raises, or observes something of another shape than its space says.
     """
 
     def __init__(self, env: Any, key: tuple[Any, ...]) -> None:
@@ -35,7 +37,7 @@ class KeyedEnv(gym.Wrapper):  # type: ignore[misc]
         given = dict(options or {})
         self.episode, taken = given.pop("progress", {}).get(self.key[-1], (self.episode + 1, ()))
         self.taken, self.total = [], 0.0
-        observation, _ = self.env.reset(seed=draw_seed(*self.key, self.episode) >> 32, options=given or None)
+        observation, _ = self._call("reset", seed=draw_seed(*self.key, self.episode) >> 32, options=given or None)
         for action in taken:
             observation, _, terminated, truncated, _ = self.step(action)
             if terminated or truncated:  # one that its seed and actions do not determine: the next begins
@@ -45,13 +47,25 @@ class KeyedEnv(gym.Wrapper):  # type: ignore[misc]
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """As the environment's. Of its info nothing is passed on, which a vector would put together key by key."""
         self.taken.append(np.array(action))
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self._call("step", action)
         self.total += float(reward)
         told: dict[str, Any] = {}
         if (terminated or truncated) and not info.get("life_lost"):
             whole = info.get("episode") or {"r": self.total, "l": len(self.taken)}  # a game's: not of its last life
             told = {"episode_return": float(whole["r"]), "episode_length": float(whole["l"])}
         return observation, float(reward), terminated, truncated, told
+
+    def _call(self, name: str, *given: Any, **more: Any) -> Any:
+        where = f"control.env_id={self.spec.id if self.spec else self.env}: {name}() of environment {self.key[-1]}"
+        try:
+            out = getattr(self.env, name)(*given, **more)
+        except Exception as error:  # of foreign code
+            raise UserError(f"{where} raised {describe_error(error)}") from error
+        if (shape := np.shape(out[0])) != self.observation_space.shape:
+            raise UserError(
+                f"{where} observed an array of shape {shape}; its space says {self.observation_space.shape}"
+            )
+        return out
 
     def progress(self) -> tuple[int, list[np.ndarray]]:
         """The episode under way, and its actions so far."""

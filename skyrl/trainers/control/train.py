@@ -30,6 +30,8 @@ from skyrl.trainers.control.environments import ended_episodes, make_env, make_e
 from skyrl.trainers.control.rollout import ControlBatch, advantages_of, collect, evaluate_actions, score
 from skyrl.types import ForwardOutput, Metrics, Microbatch, UserError
 
+ENDLESS = 100_000  # steps of an episode that is evaluated; a game of Atari has at most 27,000
+
 
 def control(cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:
     """The whole run: environments, learning, evaluations, export. Resumes where its folder says. Raises as run_loop."""
@@ -134,8 +136,13 @@ def measure(run: Run) -> Metrics:
     if places:
         envs = make_envs(run.cfg, places, "eval")
         observations, _ = envs.reset()
-        state, left = engine.module.initial_state(len(places)), np.ones(len(places), bool)
+        state, left, steps = engine.module.initial_state(len(places)), np.ones(len(places), bool), 0
         while left.any():
+            if (steps := steps + 1) > ENDLESS:
+                raise UserError(
+                    f"control.env_id={control.env_id}: an episode of the evaluation has not ended after {ENDLESS:,} "
+                    "steps; set control.max_episode_steps"
+                )
             heartbeat()
             actions, state = engine.act(observations, state)
             observations, _, ended, cut, infos = envs.step(actions)
