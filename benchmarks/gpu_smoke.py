@@ -109,7 +109,7 @@ def killed_rank(args: argparse.Namespace) -> dict[str, Any]:
             return [*launcher, "-m", "skyrl.train", *options, f"run.dir={folder}/{name}"]
 
         def end(name: str) -> list[str]:
-            code, out, err = run_limited(command(name), min(120.0, args.left()), folder)
+            code, out, err = run_limited(command(name), min(300.0, args.left()), folder)
             if code is None:
                 what = f"the run {name!r} did not end" if args.left() > 0 else "no time left"
                 raise (Failed if args.left() > 0 else Skipped)(what, {"end": (out + err).splitlines()[-12:]})
@@ -124,7 +124,7 @@ def killed_rank(args: argparse.Namespace) -> dict[str, Any]:
                 command("killed"), cwd=folder, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
             )
             try:
-                until = time.monotonic() + max(1.0, min(120.0, args.left()))
+                until = time.monotonic() + max(1.0, min(300.0, args.left()))
                 saved: list[int] = []
                 while max(saved, default=0) < 5 and process.poll() is None and time.monotonic() < until:
                     time.sleep(0.05)
