@@ -117,8 +117,7 @@ class Model:
             total = (loss_T * batch.weights_T).sum()
             if balance and routing is not None:
                 balance_T = routing.balance_D()[batch.row_T]
-                weights_T = batch.weights_T if batch.weights_T.ndim == 1 else batch.weights_T.sum(1)
-                total = total + loss.router_aux_coef * (balance_T * weights_T).sum()
+                total = total + loss.router_aux_coef * (balance_T * batch.weights_T).sum()
                 metrics["router_balance:mean"] = balance_T
             if backward:
                 self.strategy.backward(total)

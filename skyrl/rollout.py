@@ -335,7 +335,8 @@ def rank_tools(engine: Engine, reference: str) -> RankTools:
     """What rewards of whole batches are given of the engine."""
 
     def reference_logprobs(episodes: Sequence[Episode]) -> list[Floats]:
-        rows = [replace(row, support=None, experts=None) for row in to_rows([(0, list(episodes))])]  # of all tokens
+        # Over the whole distribution, and by the reference's own routers.
+        rows = [replace(row, support=None, experts=None) for row in to_rows([(0, list(episodes))])]
         scored = engine.score([row.datum(row.mask.astype(np.float32)) for row in rows], 1.0, model=reference).logprobs
         found: list[list[Floats]] = [[np.zeros(0)] for _ in episodes]
         for row, logprobs in zip(rows, scored, strict=True):

@@ -16,10 +16,7 @@ ENDINGS = {
 }
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".xz", ".bz2", ".7z", ".nemo")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-DEQUANTISED = (
-    "mxfp4",
-    "fp8",
-)  # quant_method in config.json: some models are published so alone; hub.quantised reads them
+DEQUANTISED = ("mxfp4", "fp8")  # quant_method of what is published so alone; hub.quantised reads it
 ORIGINAL = "give the model that it was made from, a folder in Hugging Face format or a hub name"
 
 
