@@ -1,8 +1,8 @@
 """What tracking costs: the CPU time of its own calls within the steps of a real run, all sinks on, against the steps.
 
-The default recipe with a quarter of its prompts, so that steps are short, on one rank: metrics.jsonl, console lines,
-system metrics, advisories, wandb (offline), TensorBoard, Trackio and Prometheus (fetched once a second) together, and
-each part by itself. What the loop calls is timed by its thread's own CPU clock. Threads of the sinks are what the
+The default recipe on one rank (--prompts 16: a quarter of its prompts, so that steps are shorter): metrics.jsonl,
+console lines, system metrics, advisories, wandb (offline), TensorBoard, Trackio and Prometheus (fetched once a second)
+together, and each part by itself. What the loop calls is timed by its thread's own CPU clock. Threads of the sinks are what the
 process has used beside the loop's thread, less the same in a second run in which all is off but metrics.jsonl. They go
 by the clock (Prometheus once a second, Trackio's sender), so they are set against the time of a step on the wall, which
 on a busy machine is many times its CPU time. wandb's own process (wandb-core) is not counted.
@@ -105,7 +105,7 @@ def measured(args: argparse.Namespace) -> None:
     options = [f"tracking.{one}" for one in args.options]
     run = [f"run.dir={folder}", "run.threads=1", f"batch.num_steps={args.steps}", "warmup.num_steps=4"]
     quiet = [
-        "batch.prompts_per_step=16",
+        *([f"batch.prompts_per_step={args.prompts}"] if args.prompts else []),
         "eval.every_steps=0",
         "eval.num_prompts=1",
         "checkpoint.every_steps=0",
@@ -121,7 +121,8 @@ def measured(args: argparse.Namespace) -> None:
 def main() -> None:
     """Runs both processes in turn and prints what share of a step tracking takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--prompts", type=int, help="a step; those of the recipe where it is not given")
     parser.add_argument("--warmup", type=int, default=5, help="first steps that are not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true")
@@ -133,7 +134,8 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {"all": [], "off": []}
     for _ in range(args.rounds):
         for name, options in (("all", ALL), ("off", OFF)):
-            command = [sys.executable, __file__, "--steps", str(args.steps), "--warmup", str(args.warmup), "--options"]
+            command = [sys.executable, __file__, "--steps", str(args.steps), "--warmup", str(args.warmup)]
+            command += [*(["--prompts", str(args.prompts)] if args.prompts else []), "--options"]
             env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
             with tempfile.TemporaryDirectory() as home:
                 env |= {"TRACKIO_DIR": str(Path(home) / "trackio")}
