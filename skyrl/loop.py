@@ -116,7 +116,8 @@ def _finish(run: Run) -> str | None:
         return None
     picture = folder.path / "curves.png"
     if run.drawing is not None:
-        run.drawing.wait()  # an older picture must not come after the last one
+        run.drawing.kill()  # an older picture must not come after the last one, and on a busy machine it takes minutes
+        run.drawing.wait()
     curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
     measured = state.score if cfg.trainer == "control" else state.accuracy
     accuracy = f"{measured:.3f}" if measured is not None else "not measured"

@@ -130,11 +130,12 @@ class RunIndex:
             self._guard = -1
 
     def _load(self) -> dict[str, Any]:
+        if self._store is None:
+            return {}
         try:
-            assert self._store is not None
             told = json.loads((self._store / "index.json").read_text(encoding="utf-8"))
             return dict(told["runs"]) if told["version"] == VERSION else {}
-        except (AssertionError, OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def start(self) -> None:

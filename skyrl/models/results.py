@@ -77,9 +77,10 @@ class RowResults:
 
     def metrics(self) -> MetricSums:
         """This rank's metrics of the loss."""
-        out, always = MetricSums(), {"loss:sum": self._totals, "trained_tokens:sum": self._trained}
+        out = MetricSums()
         if not self._totals:
             return out
+        always = {"loss:sum": self._totals, "trained_tokens:sum": self._trained}  # also where no token was trained
         sums = {key: _reduced(torch.stack(parts).double(), key) for key, parts in {**always, **self._sums}.items()}
         values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         trained = values["trained_tokens:sum"]

@@ -115,6 +115,11 @@ class Assignment:
     spare: list[str]
 
 
+def _by_numbers(key: str) -> list[tuple[int, int, str]]:
+    """What sorts the names of tensors so that layer 10 comes after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
 def _assign(net: Any, checkpoint: Checkpoint, names: Callable[[str], str] = lambda name: name) -> Assignment:
     """Of a checkpoint of `net`, by the names that `names` gives the targets."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -130,8 +135,7 @@ def _assign(net: Any, checkpoint: Checkpoint, names: Callable[[str], str] = lamb
     copies: dict[str, str] = {}
     made: set[str] = set()
     spare: list[str] = []
-    natural = lambda key: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in key.split(".")]  # noqa: E731
-    for key in sorted(checkpoint.files, key=natural):
+    for key in sorted(checkpoint.files, key=_by_numbers):
         name, pattern = rename_source_key(key, renamings, converters, net.base_model_prefix, known)
         if name not in known and key in known:
             name, pattern = key, None
