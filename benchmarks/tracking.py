@@ -2,10 +2,10 @@
 
 The default recipe on one rank (--prompts 16: a quarter of its prompts, so that steps are shorter): metrics.jsonl,
 console lines, system metrics, advisories, wandb (offline), TensorBoard, Trackio and Prometheus (fetched once a second)
-together, and each part by itself. What the loop calls is timed by its thread's own CPU clock. Threads of the sinks are what the
-process has used beside the loop's thread, less the same in a second run in which all is off but metrics.jsonl. They go
-by the clock (Prometheus once a second, Trackio's sender), so they are set against the time of a step on the wall, which
-on a busy machine is many times its CPU time. wandb's own process (wandb-core) is not counted.
+together, and each part by itself. What the loop calls is timed by its thread's own CPU clock. Threads of the sinks are
+what the process has used beside the loop's thread, less the same in a second run in which all is off but metrics.jsonl.
+They go by the clock (Prometheus once a second, Trackio's sender), so they are set against the time of a step on the
+wall, which on a busy machine is many times its CPU time. wandb's own process (wandb-core) is not counted.
 
     python benchmarks/tracking.py --write
 """
