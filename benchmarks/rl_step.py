@@ -2,9 +2,12 @@
 
 8 prompts x 8 samples x 64 tokens, 3.1M parameters (Qwen3, 4 layers, hidden 256, vocabulary 512), bfloat16, 2 ranks with
 1 thread each, no reference model. Both draw exactly the same number of tokens: nothing ends early. skyrl keeps float32
-masters and moments, TRL updates bfloat16 weights; both score with a trivial reward.
+masters and moments, TRL updates bfloat16 weights; both score with a trivial reward. With --model the weights and the
+tokenizer of that folder, without its chat template, stand in for the random ones; with --lora an adapter of that rank
+on all linear layers is trained. The most memory that rank 0 has held is told in GiB.
 
     python benchmarks/rl_step.py --write
+    python benchmarks/rl_step.py --model smollm2-135m --prompt-tokens 48 --steps 3 --warmup 1 --rounds 2 --write
 """
 
 from __future__ import annotations
@@ -12,21 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, write
+from rl_prompts import prompt_texts
 
 SHAPE = dict(layers=4, hidden=256, heads=4, kv_heads=2, ffn=704, vocab=512)
 
 
 def ours(args: argparse.Namespace) -> None:
     """The measured process: a real run, opened as a user's, with the end token among ordinary tokens."""
-    import numpy as np
-
     from skyrl.api import Environment, StepResult, register_environment
     from skyrl.config.load import load_config
     from skyrl.distributed.init import shutdown
@@ -41,31 +46,31 @@ def ours(args: argparse.Namespace) -> None:
 
         @classmethod
         def dataset(cls, options, data, split, seed):
-            letters = np.random.default_rng(0).integers(97, 123, (512, args.prompt_tokens))
-            texts = ["".join(map(chr, row)) for row in letters]
+            texts = prompt_texts(args.model, 512, args.prompt_tokens)
             return [
                 Prompt(f"{split}/{i}", "even_characters", [{"role": "user", "content": t}]) for i, t in enumerate(texts)
             ]
 
-    folder = tempfile.mkdtemp() if os.environ.get("RANK", "0") == "0" else "unused"
     tiny = dict(hidden_size=SHAPE["hidden"], num_layers=SHAPE["layers"], num_heads=SHAPE["heads"])
     tiny.update(num_kv_heads=SHAPE["kv_heads"], ffn_size=SHAPE["ffn"], vocab_size=SHAPE["vocab"])
     cfg = load_config(
         [
-            f"run.dir={folder}",
+            f"run.dir={args.folder}",
             f"run.threads={args.threads}",
             "algorithm=dapo",
             "algorithm.filters.zero_variance=false",
             "algorithm.filters.refill=false",
             "algorithm.filters.overlong=keep",
             "experiment=custom",
-            "model=tiny",
+            *([f"model.path={args.model}"] if args.model else ["model=tiny"]),
+            f"model.lora.rank={args.lora}",
             "env.name=even_characters",
             f"model.dtype={args.dtype}",
-            *(f"model.tiny.{key}={value}" for key, value in tiny.items()),
+            *(f"model.tiny.{key}={value}" for key, value in tiny.items() if not args.model),
             f"batch.num_steps={args.steps + args.warmup}",
             f"batch.prompts_per_step={args.prompts}",
             f"batch.samples_per_prompt={args.samples}",
+            f"batch.max_tokens_per_microbatch={args.microbatch}",
             f"sampler.max_new_tokens={args.new_tokens}",
             "optim.lr=1e-4",
             "warmup.num_steps=0",
@@ -88,22 +93,40 @@ def ours(args: argparse.Namespace) -> None:
         # the last step holds the closing evaluation and checkpoint
         keep = [r for r in records if "time/evaluate_seconds:sum" not in r]
         step = [r["time/step_seconds:sum"] for r in keep]
-        print(json.dumps({"step": step, "sample": [r["time/collect_seconds:sum"] for r in keep]}), flush=True)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        told = {"step": step, "sample": [r["time/collect_seconds:sum"] for r in keep], "gib": memory}
+        print(json.dumps(told), flush=True)
     shutdown()
 
 
-def measure(side: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """One process group of one side; its per-step seconds."""
+def without_template(model: Path, folder: Path) -> Path:
+    """The model in `folder` without its chat template, so that a prompt is its text and nothing else on both sides."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("chat_template*", "*.safetensors"), dirs_exist_ok=True)
+    for weights in model.glob("*.safetensors"):
+        (folder / weights.name).symlink_to(weights.resolve())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+    return folder
+
+
+def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One process group of one side; its per-step seconds and its memory."""
     own = ["--steps", str(args.steps), "--warmup", str(args.warmup), "--threads", str(args.threads)]
     own += ["--prompts", str(args.prompts), "--samples", str(args.samples), "--new-tokens", str(args.new_tokens)]
     own += ["--prompt-tokens", str(args.prompt_tokens), "--dtype", args.dtype]
+    own += ["--model", args.model, "--lora", str(args.lora)]
     if side == "skyrl":
         target = [str(Path(__file__)), "--side", "skyrl", *own]
+        target += ["--folder", tempfile.mkdtemp(), "--microbatch", str(args.microbatch)]
     else:
         shape = [x for k, v in SHAPE.items() for x in (f"--{k.replace('_', '-')}", str(v))]
         target = [str(ROOT / "benchmarks" / "peers" / "trl_grpo.py"), *own, *shape]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(args.threads),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     environment.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true", TRL_EXPERIMENTAL_SILENCE="1")
     done = subprocess.run([*command, *target], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -120,22 +143,34 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--side", default="", help="internal: skyrl")
+    parser.add_argument(
+        "--microbatch", type=int, default=8192, help="tokens in one pass of skyrl; TRL takes all at once"
+    )
+    parser.add_argument("--folder", default="", help="internal: the run's, the same on all ranks")
     parser.add_argument("--only", default="", help="measure one side: skyrl or trl")
+    parser.add_argument("--model", default="", help="a folder with pretrained weights")
+    parser.add_argument("--lora", type=int, default=0, help="the rank of an adapter; 0: all weights are trained")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     if args.side:
         ours(args)
         return
+    own_model = Path(args.model).name
+    if args.model:
+        args.model = str(without_template(Path(args.model), Path(tempfile.mkdtemp()) / own_model))
     sides = [args.only] if args.only else ["trl", "skyrl"]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(args.rounds):
         for side in sides:
             times = measure(side, args)
             step, sample = statistics.median(times["step"]), statistics.median(times["sample"])
-            found[side].append({"step_s": step, "sample_s": sample, "train_s": step - sample})
-            print(f"round {number} {side:6s} step {step:.3f} s, sampling {sample:.3f} s", flush=True)
+            memory = times["gib"]
+            found[side].append({"step_s": step, "sample_s": sample, "train_s": step - sample, "gib": memory})
+            print(f"round {number} {side:6s} step {step:.3f} s, sampling {sample:.3f} s, {memory:.1f} GiB", flush=True)
     figures = {
-        "shape": {**SHAPE, **{k: v for k, v in vars(args).items() if k not in ("side", "only", "write")}},
+        "shape": ({} if own_model else SHAPE)
+        | {k: v for k, v in vars(args).items() if k not in ("side", "folder", "only", "write")}
+        | {"model": own_model},
         "rounds": found,
     }
     if len(sides) == 2:
@@ -148,7 +183,8 @@ def main() -> None:
             }
             print(f"{key}: {statistics.median(ratios):.2f}x faster than trl ({min(ratios):.2f} to {max(ratios):.2f})")
     if args.write:
-        print(write("rl_step", figures))
+        name = f"rl_step_{own_model}" if own_model else "rl_step"
+        print(write(f"{name}_lora" if args.lora else name, figures))
 
 
 if __name__ == "__main__":

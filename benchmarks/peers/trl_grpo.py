@@ -2,7 +2,9 @@
 
 bfloat16 weights, a static key/value cache, no reference model, no gradient checkpointing, one forward for a rank's
 whole batch, the end token held back until the last position so that every completion has the same length. Prints one
-line of JSON from rank 0: seconds of each measured step, sampling and the rest.
+line of JSON from rank 0: seconds of each measured step, sampling and the rest, and the most memory it has held in GiB.
+--model: pretrained weights of a folder in place of the random ones; --lora: with an adapter of this rank on all linear
+layers.
 
     torchrun --nproc_per_node=2 benchmarks/peers/trl_grpo.py --threads 1
 """
@@ -12,14 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for rl_prompts
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from rl_prompts import prompt_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 
@@ -31,6 +47,8 @@ def arguments() -> argparse.Namespace:
     for name, default in dict(layers=4, hidden=256, heads=4, kv_heads=2, ffn=704, vocab=512, threads=1).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--model", default="")
+    parser.add_argument("--lora", type=int, default=0)
     return parser.parse_args()
 
 
@@ -45,14 +63,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def main() -> None:
-    """Trains a few steps and prints their times."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore")
-    tokenizer = byte_tokenizer()
-    config = Qwen3Config(
+def random_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Of the random model."""
+    return Qwen3Config(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
         intermediate_size=args.ffn,
@@ -66,9 +79,23 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
-    model = Qwen3ForCausalLM(config).to(getattr(torch, args.dtype))
-    letters = torch.randint(97, 123, (args.prompts * (args.steps + args.warmup) + 64, args.prompt_tokens))
-    data = Dataset.from_list([{"prompt": "".join(map(chr, row))} for row in letters.tolist()])
+
+
+def main() -> None:
+    """Trains a few steps and prints their times."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
+    else:
+        tokenizer = byte_tokenizer()
+        model = Qwen3ForCausalLM(random_config(args, tokenizer)).to(dtype)
+    count = args.prompts * (args.steps + args.warmup) + 64
+    data = Dataset.from_list([{"prompt": text} for text in prompt_texts(args.model, count, args.prompt_tokens)])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     per_rank = args.prompts * args.samples // world
     clock = {"step": 0.0, "sample": 0.0}
@@ -123,10 +150,15 @@ def main() -> None:
         train_dataset=data,
         processing_class=tokenizer,
         callbacks=[Steps()],
+        peft_config=LoraConfig(r=args.lora, lora_alpha=args.lora, target_modules="all-linear") if args.lora else None,
     ).train()
     if int(os.environ.get("RANK", "0")) == 0:
         measured = rows[args.warmup :]
-        print(json.dumps({"step": [r[0] for r in measured], "sample": [r[1] for r in measured]}), flush=True)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            json.dumps({"step": [r[0] for r in measured], "sample": [r[1] for r in measured], "gib": memory}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
