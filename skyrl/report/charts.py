@@ -15,6 +15,7 @@ Points = Sequence[tuple[float, float]]  # (step, value), steps rising
 BLOCKS = "▁▂▃▄▅▆▇█"
 SIMPLE = {**{block: str(n) for n, block in enumerate(BLOCKS, start=1)}, "\u2800": " ", "…": "~"}
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, by column and row
+LENGTH = "length (tokens)"
 # What people look at first: a title, and metrics of which the first that a run has counts.
 CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward:mean",)),
@@ -22,7 +23,7 @@ CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("held-out reward", ("eval/reward:mean",)),
     ("supervised loss (nats)", ("nll:mean",)),
     ("entropy (nats)", ("entropy:mean",)),
-    ("length (tokens; trainer=control: steps)", ("length:mean",)),
+    (LENGTH, ("length:mean",)),
     ("tokens/s", ("speed/tokens_per_second:mean",)),
     ("truncated (share)", ("cut_by_length:mean",)),
     ("log-prob gap (nats)", ("logprob_gap:mean",)),
@@ -41,6 +42,7 @@ def curves_of(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[f
         for key in keys:
             pairs = [(float(r["step"]), r[key]) for r in records if isinstance(r.get(key), (int, float))]
             if points := [pair for pair in pairs if math.isfinite(pair[1])]:
+                title = "length (steps)" if title == LENGTH and "env_steps:sum" in records[-1] else title
                 found.setdefault(title, points)
     return list(found.items())
 

@@ -55,11 +55,12 @@ def replay(args: Sequence[str]) -> int:
     p = Parser(prog="skyrl-tx replay", description="A step again from its dumped rollouts, by the loop's own code.")
     p.add_argument("run", type=path_arg, help="a run folder, or the name of one in runs")
     p.add_argument("overrides", nargs="*", help="option=value: what these would have done on the same rollouts")
+    p.add_argument("--config", dest="more", nargs="+", default=[], metavar="OPTION=VALUE", help="overrides as well")
     p.add_argument("--step", type=int, help="step, as the console counts (default: the newest that was dumped)")
     p.add_argument("--phase", choices=PHASES, default="advantage", help="how far (advantage)")
     p.add_argument("--json", action="store_true", help="every number, for programs")
     given = p.parse_intermixed_args(list(args))
-    found = replay_step(find_run(given.run, "replay"), given.step, given.phase, given.overrides)
+    found = replay_step(find_run(given.run, "replay"), given.step, given.phase, [*given.overrides, *given.more])
     print(json.dumps(found, indent=1) if given.json else describe(found))
     return int("differs" in found["compared"].values())
 
