@@ -1,10 +1,20 @@
 """Tokens per second of the sampler against transformers' generate with a static cache, in turns in one process.
 
     python benchmarks/sampler_speed.py [--sizes tiny,m12,m100] [--dtype bfloat16] [--threads 1] [--repeats 3] [--write]
+    python benchmarks/sampler_speed.py --sizes smollm2-135m --batch 16 --llama BUILD/bin/llama-batched-bench --write
 
-Every turn draws `--new` tokens for `--batch` different prompts of `--prompt` tokens at temperature 1, no stop. The
-best turn of each side counts (both are disturbed by the same machine), the medians are kept beside it. --write stores
-the result under benchmarks/baselines/<device>/sampler_speed.json.
+Every turn draws `--new` tokens for `--batch` different prompts of `--prompt` tokens at temperature 1, no stop. A size
+is one of common.py's, with random weights, or a model's folder. The best turn of each side counts (both are disturbed
+by the same machine), the medians are kept beside it.
+
+limit: what the machine could do at most, measured in the same run: prompts at the rate of the fastest product of large
+matrices, then each step of decoding in the longer of two times, its products at that rate and one reading of all weights
+at the rate at which they are summed up. Attention and drawing are not in it.
+
+--llama: llama.cpp's own benchmark of a batch, built by whoever wants to compare, on the same weights in the same number
+format (--gguf, made by its convert_hf_to_gguf.py; beside the folder as <folder>.gguf if not given). It draws nothing, so
+its time lacks what sampling costs. --write stores the result under benchmarks/baselines/<device>/sampler_speed.json, of
+a folder's model under sampler_speed_<folder>_<batch>.json.
 """
 
 from __future__ import annotations
@@ -13,11 +23,14 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from common import SHAPES, qwen3, write
 
 from skyrl.config.schema import SamplerConfig
@@ -26,9 +39,16 @@ from skyrl.sampler.make import make_sampler
 from skyrl.types import SampleRequest, SamplingParams
 
 
+def model_of(size: str, dtype: str) -> transformers.PreTrainedModel:
+    """A model of a named size, or the one in a folder."""
+    if size in SHAPES:
+        return qwen3(size, getattr(torch, dtype))
+    return transformers.AutoModelForCausalLM.from_pretrained(size, dtype=getattr(torch, dtype)).eval()
+
+
 def peer(size: str, args: argparse.Namespace, ids: torch.Tensor) -> Callable[[], int]:
     """One turn of generate with a static cache."""
-    net = qwen3(size, getattr(torch, args.dtype))
+    net = model_of(size, args.dtype)
 
     def turn() -> int:
         out = net.generate(
@@ -43,7 +63,7 @@ def peer(size: str, args: argparse.Namespace, ids: torch.Tensor) -> Callable[[],
 
 def ours(size: str, args: argparse.Namespace, ids: torch.Tensor, backend: str) -> tuple[Callable[[], int], str]:
     """One turn of the sampler, prefill included, and the name of the path that ran."""
-    model = CausalLM(qwen3(size, getattr(torch, args.dtype)))
+    model = CausalLM(model_of(size, args.dtype))
     length = args.prompt + args.new
     sampler = make_sampler(model, SamplerConfig(backend=backend), decode=str, max_length=length)
     version = 0
@@ -63,28 +83,77 @@ def ours(size: str, args: argparse.Namespace, ids: torch.Tensor, backend: str) -
     return turn, sampler.backend
 
 
+def limit(size: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds that a turn takes at least, and the two rates that say so: products per second and bytes per second."""
+    dtype = getattr(torch, args.dtype)
+    weights = sum(p.numel() for p in model_of(size, args.dtype).parameters())  # tied ones once: the head's count
+    square = torch.randn(2048, 2048, dtype=dtype)
+    many = torch.randint(0, 1 << 30, (2**26,))  # 512 MiB of int64: more than any cache holds
+    best = {"flops": 0.0, "bytes": 0.0}
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(square, square)
+        middle = time.perf_counter()
+        many.sum()
+        best["flops"] = max(best["flops"], 2 * 2048**3 / (middle - start))
+        best["bytes"] = max(best["bytes"], many.nbytes / (time.perf_counter() - middle))
+    prefill = 2 * weights * args.batch * args.prompt / best["flops"]
+    step = max(2 * weights * args.batch / best["flops"], weights * dtype.itemsize / best["bytes"])
+    return {**best, "seconds": prefill + (args.new - 1) * step}
+
+
+def llama(args: argparse.Namespace, size: str) -> float:
+    """Seconds of llama.cpp for the same prompts and tokens, without drawing: the best of its runs."""
+    gguf = args.gguf or str(Path(size).resolve()) + ".gguf"
+    shape = [
+        "-npp",
+        args.prompt,
+        "-ntg",
+        args.new,
+        "-npl",
+        args.batch,
+        "-c",
+        args.batch * (args.prompt + args.new) + 64,
+    ]
+    command = [args.llama, "-m", gguf, *map(str, shape), "-t", str(args.threads), "-tb", str(args.threads)]
+    told = subprocess.run([*command, "--output-format", "jsonl"], capture_output=True, text=True, check=True)
+    return min(json.loads(line)["t"] for line in told.stdout.splitlines() if line.startswith("{"))
+
+
 def compare(size: str, args: argparse.Namespace) -> dict[str, object]:
     """Both sides in turns after one warm-up each."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, SHAPES[size][-1], (args.batch, args.prompt), generator=generator)
+    vocab = SHAPES[size][-1] if size in SHAPES else 49_152
+    ids = torch.randint(3, vocab, (args.batch, args.prompt), generator=generator)
     turn, backend = ours(size, args, ids, args.backend)
     sides = {"sampler": turn, "generate_static": peer(size, args, ids)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     tokens = {name: turn() for name, turn in sides.items()}
+    others: list[float] = []
+    least: list[dict[str, float]] = []
     for _ in range(args.repeats):
+        least.append(limit(size, args))
+        if args.llama:
+            others.append(llama(args, size))
         for name, turn in sides.items():
             start = time.perf_counter()
             assert turn() == tokens[name] == args.batch * args.new
             seconds[name].append(time.perf_counter() - start)
     result: dict[str, object] = {
-        "size": size,
-        "parameters": sum(p.numel() for p in qwen3(size, torch.float32).parameters()),
+        "size": Path(size).name,
+        "parameters": sum(p.numel() for p in model_of(size, "bfloat16").parameters()),
         "backend": backend,
     }
     for name, times in seconds.items():
         result[f"{name}_tokens_per_second"] = round(tokens[name] / min(times))
         result[f"{name}_tokens_per_second_median"] = round(tokens[name] / statistics.median(times))
     result["ratio"] = round(min(seconds["generate_static"]) / min(seconds["sampler"]), 2)
+    bound = min(least, key=lambda one: one["seconds"])
+    result["limit"] = {key: round(value, 4) for key, value in bound.items()}
+    result["share_of_limit"] = round(bound["seconds"] / min(seconds["sampler"]), 3)
+    if others:
+        result["llama_cpp_tokens_per_second"] = round(args.batch * args.new / min(others))
+        result["ratio_to_llama_cpp"] = round(min(others) / min(seconds["sampler"]), 2)
     result["load"] = round(os.getloadavg()[0], 2)
     return result
 
@@ -100,6 +169,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", default="auto", choices=["auto", "fused", "module"])
+    parser.add_argument("--llama", default="", help="path of llama-batched-bench")
+    parser.add_argument("--gguf", default="", help="the model in llama.cpp's format")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.threads = args.threads or len(os.sched_getaffinity(0))
@@ -111,7 +182,8 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
     if args.write:
         workload = {key: getattr(args, key) for key in ("dtype", "batch", "prompt", "new", "repeats", "threads")}
-        print(write("sampler_speed", {"workload": workload, "results": results}))
+        folder = "" if args.sizes.split(",")[0] in SHAPES else f"_{Path(args.sizes).name}_{args.batch}"
+        print(write(f"sampler_speed{folder}", {"workload": workload, "results": results}))
 
 
 if __name__ == "__main__":
