@@ -8,11 +8,11 @@ is one of common.py's, with random weights, or a model's folder. The best turn o
 by the same machine), the medians are kept beside it.
 
 limit: what the machine could do at most, measured in the same run: prompts at the rate of the fastest product of large
-matrices, then each step of decoding in the longer of two times, its products at that rate and one reading of all weights
+matrices, then each step of decoding in the longer of two times, its products at that rate and one reading of weights
 at the rate at which they are summed up. Attention and drawing are not in it.
 
---llama: llama.cpp's own benchmark of a batch, built by whoever wants to compare, on the same weights in the same number
-format (--gguf, made by its convert_hf_to_gguf.py; beside the folder as <folder>.gguf if not given). It draws nothing, so
+--llama: llama.cpp's own benchmark of a batch, built by whoever wants to compare, on the same weights and number
+format (--gguf, by its convert_hf_to_gguf.py; by default <folder>.gguf). It draws nothing, so
 its time lacks what sampling costs. --write stores the result under benchmarks/baselines/<device>/sampler_speed.json, of
 a folder's model under sampler_speed_<folder>_<batch>.json.
 """
