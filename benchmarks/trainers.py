@@ -1,11 +1,14 @@
 """What the trainers beside RL do to a pretrained model on small data made here, before and after: how many held-out
-pairs DPO and a reward model rank right, and a student's KL to its teacher on its own answers to held-out questions.
+pairs DPO and a reward model rank right; how many held-out sums a student adds right, and its KL to its teacher on its
+own answers to them.
 
     python benchmarks/trainers.py models/smollm2-135m --write              # and --only dpo, reward_model or distill
 
 Pairs: a question about a thing, answered kindly and rudely; things and answers of the held-out pairs occur in no other.
-The student is two of three layers of the model, and learns on its own answers. Each run is one process. Numbers go to
-baselines/<hardware>/trainers.json; runs to --folder, where they go on.
+The teacher is the model after supervised training on sums of two digits, the run `teacher`; the student is the model
+as it was, and learns from the teacher alone, at what it answers itself. Both are asked the same held-out sums, at
+temperature 1. Each run is one process. Numbers go to baselines/<hardware>/trainers.json; runs to --folder, where they
+go on.
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ THINGS = "banana lemon canary tomato cherry ruby brick rose frog emerald pea lim
 ASKED = ("What is a {}?", "Tell me one fact about a {}.", "What colour does a {} have?")
 KIND = ("Gladly! I would be happy to help.", "Of course, thank you for asking.", "With pleasure, let me explain.")
 RUDE = ("Who cares about that.", "Stop asking me things.", "Figure it out yourself.")
+SUMS = (  # as experiment=smollm2_arithmetic asks them, right when the answer is the sum and nothing else
+    "env.name=arithmetic",
+    "env.options={min_digits: 2, max_digits: 2, before: [{role: system, content: ''}], "
+    "template: 'What is {a} {op} {b}? Reply with the number only.'}",
+)
 
 
 def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -45,59 +53,37 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def shorten(model: Path, folder: Path) -> Path:
-    """A model folder without every third layer of `model`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (folder / "config.json").exists():
-        whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-        kept = [layer for number, layer in enumerate(whole.model.layers) if number % 3 != 1]
-        whole.model.layers = torch.nn.ModuleList(kept)
-        whole.config.num_hidden_layers = len(kept)
-        if getattr(whole.config, "layer_types", None):
-            whole.config.layer_types = whole.config.layer_types[: len(kept)]
-        whole.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
-
-
 def runs(model: Path, folder: Path, seed: int) -> dict[str, list[str]]:
     """The options of each run but for its folder."""
     train, held_out = pairs()
     files = [f"data.path={write_rows(folder / 'train.jsonl', train)}"]
     files.append(f"data.eval_path={write_rows(folder / 'test.jsonl', held_out)}")
-    both = [
-        f"seed={seed}",
-        "model=hub",
-        "model.dtype=bfloat16",
-        "warmup.num_steps=0",
-        "optim.warmup_steps=2",
-        "checkpoint.every_steps=0",
-    ]
-    both += ["checkpoint.export=false", "checkpoint.keep_best=false", "run.hang_seconds=0", "eval.every_steps=0"]
-    answers = [f"data.{name}={write_rows(folder / f'{kind}-chat.jsonl', chat(rows))}" for name, kind, rows in (
-        ("path", "train", train), ("eval_path", "test", held_out))]  # fmt: skip
-    mine = [f"model.path={model}", *both]
+    both = [f"seed={seed}", "model=hub", f"model.path={model}", "model.dtype=bfloat16"]
+    both += ["checkpoint.every_steps=0", "checkpoint.keep_best=false", "run.hang_seconds=0", "eval.every_steps=0"]
+    ranked = [*both, *files, "warmup.num_steps=0", "checkpoint.export=false"]
+    ranked += ["batch.num_steps=12", "batch.prompts_per_step=6", "optim.lr=2e-5", "optim.warmup_steps=2"]
+    sums = [*both, *SUMS, "model.activation_checkpointing=false", "batch.max_tokens_per_microbatch=2048"]
+    sums += ["sampler.max_new_tokens=8", "eval.num_prompts=128", "eval.temperature=1"]
+    teacher = folder / name_of("teacher", seed)
     return {
-        "dpo": ["experiment=dpo", *mine, *files, "batch.num_steps=12", "batch.prompts_per_step=6", "optim.lr=2e-5"],
-        "reward_model": [
-            "experiment=reward_model", *mine[:-1], *files, "batch.num_steps=12", "batch.prompts_per_step=6",
-            "optim.lr=2e-5", "eval.every_steps=0",
+        "dpo": ["experiment=dpo", *ranked],
+        "reward_model": ["experiment=reward_model", *ranked],
+        "teacher": [
+            "trainer=sft", *sums, "checkpoint.export=true",
+            "warmup.num_steps=80", "warmup.rows_per_step=32", "warmup.lr=1e-4", "warmup.schedule=linear",
         ],
         "distill": [
-            "experiment=distill", f"model.path={folder / 'student'}", *both[:-1],
-            *answers, f"distill.teacher={model}", "distill.teacher_top_k=64", "batch.num_steps=40",
-            "batch.prompts_per_step=8", "batch.samples_per_prompt=1", "sampler.max_new_tokens=12",
-            "eval.num_prompts=12", "eval.every_steps=10", "eval.temperature=1", "optim.lr=3e-4",
-            "checkpoint.best_metric=eval/divergence:mean",
+            "experiment=distill", *sums, "warmup.num_steps=0", "checkpoint.export=false",
+            f"distill.teacher={teacher / 'export'}", "distill.teacher_top_k=64",
+            "batch.num_steps=60", "batch.prompts_per_step=32", "batch.samples_per_prompt=1",
+            "optim.lr=1e-4", "optim.schedule=linear", "optim.warmup_steps=2",
         ],
     }  # fmt: skip
 
 
-def chat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The better answers as rows to imitate."""
-    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+def name_of(trainer: str, seed: int) -> str:
+    """The name of a run and of its folder."""
+    return trainer if seed == 1 else f"{trainer}_seed{seed}"
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -124,12 +110,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    shorten(args.model, args.folder / "student")
     known = json.loads(baseline("trainers").read_text())["runs"] if args.write and baseline("trainers").exists() else {}
     for trainer, options in runs(args.model, args.folder, args.seed).items():
-        if args.only and trainer not in args.only:
+        if args.only and {"teacher": "distill"}.get(trainer, trainer) not in args.only:
             continue
-        name = trainer if args.seed == 1 else f"{trainer}_seed{args.seed}"
+        name = name_of(trainer, args.seed)
         place = args.folder / name
         command = [sys.executable, "-m", "skyrl.train", *options, f"run.dir={place}", "tracking.console=lines"]
         subprocess.run(command, check=True)
