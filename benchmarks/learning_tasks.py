@@ -43,8 +43,8 @@ SMALL = ["model=tiny", "model.tiny.hidden_size=96", "model.tiny.num_layers=2", "
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its options, those of supervised runs and of RL, and how many demonstrations there are. `expert`: an
-    answer to (the turn's number, the prompt's extra, what was said last); None: the task's solutions, of one turn."""
+    """One task: its options, how many demonstrations there are, those of supervised runs and of RL, further metrics to
+    show, and who demonstrates: an answer to (the turn's number, the prompt's extra, what was said last)."""
 
     options: list[str]
     demonstrations: int
@@ -52,7 +52,7 @@ class Task:
     alone: list[str]
     rl: list[str]
     show: list[str] = field(default_factory=list)
-    expert: Callable[[int, dict, str], str] | None = None
+    expert: Callable[[int, dict, str], str] = lambda turn, extra, said: extra["solution"]
 
 
 def tool_expert(turn: int, extra: dict, said: str) -> str:
@@ -68,10 +68,10 @@ def support_expert(turn: int, extra: dict, said: str) -> str:
 TASKS = {
     "code": Task(
         options=["eval.num_prompts=200"],
-        demonstrations=100,
+        demonstrations=64,
         first=["warmup.num_steps=80", "eval.every_steps=1000"],
-        alone=["warmup.num_steps=200", "eval.every_steps=40"],
-        rl=["batch.num_steps=80", "batch.prompts_per_step=8", "eval.every_steps=40", "optim.lr=1e-3"],
+        alone=["warmup.num_steps=320", "warmup.lr=5e-4", "eval.every_steps=40"],  # 2e-3 does no better
+        rl=["batch.num_steps=100", "batch.prompts_per_step=16", "eval.every_steps=25", "optim.lr=2e-4"],
         show=["env/parses"],
     ),
     "tools": Task(
@@ -93,22 +93,20 @@ TASKS = {
 }
 
 
-def conversations(task: str, seed: int, count: int, options: list[str]) -> list[dict]:
-    """Rows of experiment=sft_chat: the expert's episodes on the first training prompts of this seed."""
-    expert = TASKS[task].expert
-    assert expert is not None
+def conversations(task: str, seed: int, count: int, options: list[str]) -> list[str]:
+    """Rows of experiment=sft_chat as JSON: the expert's episodes on the first training prompts of this seed."""
     cfg = load_config([f"experiment={task}", "model=tiny", *options, f"seed={seed}"])
     rows = []
     for prompt in make_prompts(cfg, "train")[:count]:
         env = make_environment(EnvConfig(name=cfg.env.name, options=cfg.env.options, max_turns=cfg.env.max_turns))
         messages, turn, done = list(env.reset(prompt)), 0, False
         while not done:
-            text = expert(turn, prompt.extra, str(messages[-1]["content"]))
+            text = TASKS[task].expert(turn, prompt.extra, str(messages[-1]["content"]))
             result = env.step(text)
             messages += [{"role": "assistant", "content": text}, *result.observation]
             turn, done = turn + 1, result.done
         assert result.metrics["correct:mean"] == 1.0, messages
-        rows.append({"messages": messages})
+        rows.append(json.dumps({"messages": messages}) + "\n")
     return rows
 
 
@@ -117,29 +115,16 @@ def commands(name: str, seed: int, folder: Path, more: list[str]) -> dict[str, l
     task = TASKS[name]
     place = {part: folder / f"{name}-{part}-seed{seed}" for part in ("first", "rl", "alone")}
     common = [*EVERYWHERE, f"seed={seed}"]
-    random = [*SMALL, "warmup.rows_per_step=64"]
-    if task.expert is None:
-        shown = ["skyrl.sft", f"experiment={name}", *random, *common, *task.options]
-        shown.append(f"env.options.num_train={task.demonstrations}")
-    else:
-        rows = folder / f"{name}-seed{seed}.jsonl"
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        made = conversations(name, seed, task.demonstrations + 1, task.options)  # the last one is what nll is of
-        rows.write_text("".join(json.dumps(row) + "\n" for row in made[:-1]))
-        held_out = rows.with_name(f"{name}-seed{seed}-held-out.jsonl")
-        held_out.write_text(json.dumps(made[-1]) + "\n")
-        cfg = load_config([f"experiment={name}", "model=tiny", *task.options])
-        played = {"name": name, "env": name, "num_prompts": cfg.eval.num_prompts, "max_turns": cfg.env.max_turns}
-        played |= {"max_new_tokens": cfg.sampler.max_new_tokens, "options": dict(cfg.env.options)}
-        shown = [
-            "skyrl.sft",
-            "experiment=sft_chat",
-            *random,
-            *common,
-            f"data.path={rows}",
-            f"data.eval_path={held_out}",
-        ]
-        shown += [f"eval.sets=[{_flow(played)}]", "checkpoint.best_metric=eval/nll:mean"]
+    cfg = load_config([f"experiment={name}", "model=tiny", *task.options])
+    played = {"name": name, "env": name, "num_prompts": cfg.eval.num_prompts, "max_turns": cfg.env.max_turns}
+    played |= {"max_new_tokens": cfg.sampler.max_new_tokens, "options": dict(cfg.env.options)}
+    rows, held_out = folder / f"{name}-seed{seed}.jsonl", folder / f"{name}-seed{seed}-held-out.jsonl"
+    *made, last = conversations(name, seed, task.demonstrations + 1, task.options)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows.write_text("".join(made))
+    held_out.write_text(last)  # what nll is of
+    shown = ["skyrl.sft", "experiment=sft_chat", *SMALL, *common, f"data.path={rows}", f"data.eval_path={held_out}"]
+    shown += [f"eval.sets=[{_flow(played)}]", "checkpoint.best_metric=eval/nll:mean"]
     rl = ["skyrl.train", f"experiment={name}", *common, *task.options, "warmup.num_steps=0"]
     rl.append(f"model.path={place['first']}/export")
     return {

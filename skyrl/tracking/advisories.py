@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import yaml
 
 from skyrl.config.args import config_dir
@@ -45,20 +46,10 @@ class Advisory:
         return f"advisory {self.name}: {self.text}; {self.remedy}"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """In words: what a rule looks at, why that matters, what to do."""
-
-    looks_at: str
-    reason: str
-    remedy: str
-
-
 @lru_cache
-def rules() -> dict[str, Rule]:
-    """Every rule by its name."""
-    words = yaml.safe_load((config_dir() / "advisories.yaml").read_text(encoding="utf-8"))
-    return {name: Rule(**about) for name, about in words.items()}
+def rules() -> dict[str, dict[str, str]]:
+    """Every rule by its name, in words: what it looks_at, the reason why that matters, the remedy."""
+    return yaml.safe_load((config_dir() / "advisories.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 class History:
@@ -111,6 +102,16 @@ def _stalled(h: History) -> str:
     if not rewards or 2 * now * MANY > sum(rewards) or h.mean("accuracy:mean", MANY) >= SOLVED:
         return ""
     return f"the mean reward of the last {MANY} steps ({now:.3g}) is no higher than that of the {MANY} before"
+
+
+def _reward_collapse(h: History) -> str:
+    rewards = list(h.last.get("reward:mean", ()))
+    parts = [rewards[n : n + FEW] for n in range(len(rewards) - FEW + 1)]
+    best, now = max(parts[:-FEW], key=sum, default=[]), parts[-1] if parts else []  # without a step in common
+    most, mean = sum(best) / FEW, sum(now) / FEW
+    noise = math.sqrt((np.var(best) + np.var(now)) / FEW) if best else math.inf
+    collapsed = most - mean > max(0.5 * abs(most), 4 * noise)
+    return f"the mean reward of {FEW} steps fell from {most:.3g} to {mean:.3g}" if collapsed else ""
 
 
 def _entropy_collapse(h: History) -> str:
@@ -168,6 +169,7 @@ def _sequences_preempted(h: History) -> str:
 # Rules over the steps so far; each gives its text, "" while all is well. The others are in Advisories.look.
 CHECKS = {
     "stalled": _stalled,
+    "reward_collapse": _reward_collapse,
     "entropy_collapse": _entropy_collapse,
     "logprob_gap_rising": _gap_rising,
     "truncation_rate": _truncation,
@@ -228,7 +230,7 @@ class Advisories:
 
     def _new(self, step: int, found: dict[str, str]) -> list[Advisory]:
         new = {name: text for name, text in found.items() if text and name not in self.said}
-        told = [Advisory(name, step, text, rules()[name].remedy) for name, text in new.items()]
+        told = [Advisory(name, step, text, rules()[name]["remedy"]) for name, text in new.items()]
         self.said |= {one.name: one.line for one in told}
         return told
 

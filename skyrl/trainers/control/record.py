@@ -29,9 +29,7 @@ def render_problem(env: Any) -> str:
     return "" if np.ndim(frame) == 3 else f"its render() returned {type(frame).__name__}, not a picture [H, W, 3]"
 
 
-def record_episode(
-    env: Any, act: Callable[[Any], Any], path: Path, *, seed: int | None = None, max_steps: int = 27_000
-) -> float:
+def record_episode(env: Any, act: Callable[[Any], Any], path: Path, *, max_steps: int = 27_000) -> float:
     """Plays one episode of `env` (made with render_mode="rgb_array"), writes it to `path` as a GIF and returns its
     return.
 
@@ -39,7 +37,7 @@ def record_episode(
     every second, fourth, ... frame, so that the file has at most FRAMES and lasts as long as the episode.
     Raises UserError when the file cannot be written.
     """
-    observation, _ = env.reset(seed=seed)
+    observation, _ = env.reset()
     frames, every, total, over = [shrink(env.render())], 1, 0.0, False
     for step in range(1, max_steps + 1):
         observation, reward, terminated, truncated, _ = env.step(act(observation))
