@@ -132,10 +132,13 @@ def spread_over(rows: RewardRows, score_of_row_D: np.ndarray) -> Advantages:
     return Advantages([np.where(mask, a, 0.0) for mask, a in zip(rows.masks, score_of_row_D, strict=True)])
 
 
-def per_group(rows: RewardRows, centre: Callable[..., np.ndarray], *, lengths: bool = False) -> Advantages:
+def per_group(
+    rows: RewardRows, centre: Callable[..., np.ndarray], *, lengths: bool = False, shift: bool = False
+) -> Advantages:
     """Gives every sampled token of an episode `centre(scores of its group)[episode]`. Groups without variance, such as
     groups of one, get exactly 0, and `centre` is not asked about them. With `lengths` it is also given how many tokens
-    each episode sampled."""
+    each episode sampled. With `shift` the group's first score is taken off all of them, for a `centre` that goes by
+    differences alone: the mean of scores of 1e8 that differ by 1 is rounded to 1e-8 otherwise."""
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
     members: dict[int, list[int]] = {}
     for e, (first, _) in enumerate(spans):
@@ -145,18 +148,16 @@ def per_group(rows: RewardRows, centre: Callable[..., np.ndarray], *, lengths: b
     length_E = np.array([sum(int(mask.sum()) for mask in rows.masks[a:b]) for a, b in spans])
     advantage_D = np.zeros(len(rows.rewards))
     for group_E in members.values():
-        if is_rounding(np.ptp(score_E[group_E]), scale_E[group_E].max()):
+        score_G = score_E[group_E]
+        if is_rounding(np.ptp(score_G), scale_E[group_E].max()):
             continue
         more = (length_E[group_E],) if lengths else ()
-        for e, advantage in zip(group_E, centre(score_E[group_E], *more), strict=True):
+        for e, advantage in zip(group_E, centre(score_G - score_G[0] * shift, *more), strict=True):
             advantage_D[spans[e][0] : spans[e][1]] = advantage
     return spread_over(rows, advantage_D)
 
 
-GRPO = Advantage("grpo", params={"eps": EPS, "ddof": DDOF}, group=True, paper="2402.03300")
-
-
-@GRPO
+@Advantage("grpo", params={"eps": EPS, "ddof": DDOF}, group=True, paper="2402.03300")
 def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, ddof: float) -> Advantages:
     """(R - mean) / (std + eps) over the scores R of a group, the same for every sampled token of the episode.
 
@@ -165,33 +166,27 @@ def grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, ddof: float) -
     Differs: the paper does not say which std; ours is that of a sample (n - 1), as torch.std, or with ddof 0 that of a
     population.
     """
-    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=int(ddof)) + eps))
+    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (score_G.std(ddof=int(ddof)) + eps), shift=True)
 
 
-DR_GRPO = Advantage("dr_grpo", group=True, paper="2503.20783")
-
-
-@DR_GRPO
+@Advantage("dr_grpo", group=True, paper="2503.20783")
 def dr_grpo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     """R - mean over the scores of a group, without dividing by their spread.
 
     Source: Liu et al. 2025 (Understanding R1-Zero-Like Training), arXiv 2503.20783, section 3. Differs: the paper's
     other half, no division by the answer's length, is loss.reduction=constant.
     """
-    return per_group(rows, lambda score_G: score_G - score_G.mean())
+    return per_group(rows, lambda score_G: score_G - score_G.mean(), shift=True)
 
 
-RLOO = Advantage("rloo", group=True, paper="2402.14740")
-
-
-@RLOO
+@Advantage("rloo", group=True, paper="2402.14740")
 def rloo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     """R minus the mean score of the other episodes of its group: dr_grpo times n / (n - 1).
 
     Groups of one have no others and get 0. Source: Kool et al. 2019 (Buy 4 REINFORCE Samples, Get a Baseline for
     Free!); Ahmadian et al. 2024, arXiv 2402.14740.
     """
-    return per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)))
+    return per_group(rows, lambda score_G: (score_G - score_G.mean()) * (len(score_G) / (len(score_G) - 1)), shift=True)
 
 
 def whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduce_sum: AllSum) -> list[np.ndarray]:
@@ -204,11 +199,12 @@ def whiten(tokens: list[np.ndarray], scales: list[float], eps: float, all_reduce
     scale = sum(len(x) * scale for x, scale in zip(tokens, scales, strict=True))
     count, total, scale = all_reduce_sum(np.array([len(flat), flat.sum(), scale], dtype=np.float64))
     mean, scale = total / max(count, 1.0), scale / max(count, 1.0)
-    (squares,) = all_reduce_sum(np.array([np.square(flat - mean).sum()], dtype=np.float64))
+    flat -= mean
+    squares, rest = all_reduce_sum(np.array([np.square(flat).sum(), flat.sum()], dtype=np.float64))
     std = np.sqrt(squares / max(count, 1.0))
     if is_rounding(std, scale):
         return [np.zeros_like(x) for x in tokens]
-    flat -= mean
+    flat -= rest / max(count, 1.0)  # what rounding left of the mean: much, of large numbers close together
     flat /= std + eps
     return np.split(flat, np.cumsum([len(x) for x in tokens])[:-1]) if tokens else []
 
@@ -287,10 +283,7 @@ def decoupled(
     return Advantages(split_tokens(spread, spans, rows.masks))
 
 
-REINFORCE_PP = Advantage("reinforce++", params={"gamma": GAMMA, "eps": EPS}, token_rewards=True, paper="2501.03262")
-
-
-@REINFORCE_PP
+@Advantage("reinforce++", params={"gamma": GAMMA, "eps": EPS}, token_rewards=True, paper="2501.03262")
 def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, eps: float) -> Advantages:
     """Discounted sum of the rewards from each token to the end of its episode, whitened over the whole batch.
 
@@ -305,16 +298,13 @@ def reinforce_plus_plus(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: floa
     return Advantages(split_tokens(whiten(returns, scales, eps, all_reduce_sum), spans, rows.masks))
 
 
-GAE = Advantage(
+@Advantage(
     "gae",
     params={"gamma": GAMMA, "lam": LAM, "eps": EPS, "bootstrap": BOOTSTRAP},
     token_rewards=True,
     critic=True,
     paper="1506.02438",
 )
-
-
-@GAE
 def gae(
     rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, eps: float, bootstrap: float
 ) -> Advantages:
@@ -369,7 +359,7 @@ class TDErrors:
         return Advantages(split_tokens(whitened, spans, masks), split_tokens(returns, self.spans, masks))
 
 
-VAPO = Advantage(
+@Advantage(
     "vapo",
     params={
         "gamma": GAMMA,
@@ -382,16 +372,14 @@ VAPO = Advantage(
     critic=True,
     paper="2504.05118",
 )
-
-
-@VAPO
 def vapo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, **given: float) -> Advantages:
     """GAE whose lambda grows with the episode's length, 1 - 1 / (alpha l), and whose critic has a lambda of its own.
 
     A TD error reaches a constant part of the answer, however long it is, and the critic's targets do not decay. Up to
-    1 / alpha tokens lambda is 0. Source: Yue et al. 2025 (VAPO), arXiv 2504.05118, length-adaptive and decoupled GAE.
-    Differs: whitened as gae's; to pretrain the critic there is critic.warmup_steps; the paper's likelihood term on
-    right answers is self_imitation.coef, on those of earlier steps.
+    1 / alpha tokens lambda is 0: the default, the paper's, is for long answers, the recipe's 1 for any.
+    Source: Yue et al. 2025 (VAPO), arXiv 2504.05118, length-adaptive and decoupled GAE. Differs: whitened as gae's; the
+    critic is pretrained by critic.warmup_steps; the paper's likelihood term on right answers is self_imitation.coef, on
+    those of earlier steps.
     """
     gamma, alpha = given["gamma"], given["alpha"]
     errors = TDErrors(rows, "vapo", gamma, given["bootstrap"])
@@ -400,7 +388,7 @@ def vapo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, **given: float
     return errors.result(sums_to_come(errors.deltas, discounts), to_values, eps, all_reduce_sum)
 
 
-VTRACE = Advantage(
+@Advantage(
     "vtrace",
     params={
         "gamma": GAMMA,
@@ -419,9 +407,6 @@ VTRACE = Advantage(
         else f"params.c_max={params['c_max']:g}: must be at most params.rho_max={params['rho_max']:g}; lower it"
     ),
 )
-
-
-@VTRACE
 def vtrace(rows: RewardRows, all_reduce_sum: AllSum, *, gamma: float, lam: float, **given: float) -> Advantages:
     """rho_t (r_t + gamma v_{t+1} - V_t), where v are the V-trace targets, which are also the critic's returns.
 

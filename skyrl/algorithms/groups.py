@@ -31,7 +31,7 @@ def grpo_batch_std(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, ddof
     count, total = all_reduce_sum(np.array([len(score_E), score_E.sum()], dtype=np.float64))
     (squares,) = all_reduce_sum(np.array([np.square(score_E - total / max(count, 1.0)).sum()], dtype=np.float64))
     std = np.sqrt(squares / max(count - ddof, 1.0))
-    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (std + eps))
+    return per_group(rows, lambda score_G: (score_G - score_G.mean()) / (std + eps), shift=True)
 
 
 @Advantage("reinforce++_baseline", params={"eps": EPS}, group=True, paper="2501.03262")
@@ -41,7 +41,7 @@ def reinforce_plus_plus_baseline(rows: RewardRows, all_reduce_sum: AllSum, *, ep
     Source: Hu et al. 2025 (REINFORCE++), arXiv 2501.03262, its variant with a group baseline. Differs: population std
     over the tokens of all ranks; its k2 penalty is kl.estimator=k2.
     """
-    centred = per_group(rows, lambda score_G: score_G - score_G.mean()).advantages
+    centred = per_group(rows, lambda score_G: score_G - score_G.mean(), shift=True).advantages
     spans = [span for span in rows.episodes() if rows.valid_D[span[0]]]
     tokens = [base.join_tokens(centred[a:b], rows.masks[a:b]) for a, b in spans]
     whitened = base.whiten(tokens, [rows.scale(a, b) for a, b in spans], eps, all_reduce_sum)
@@ -56,7 +56,7 @@ def opo(rows: RewardRows, all_reduce_sum: AllSum) -> Advantages:
     2025 (On-Policy RL with Optimal Reward Baseline), arXiv 2505.23585.
     """
     return per_group(
-        rows, lambda score_G, length_G: score_G - (length_G * score_G).sum() / length_G.sum(), lengths=True
+        rows, lambda score_G, length_G: score_G - (length_G * score_G).sum() / length_G.sum(), lengths=True, shift=True
     )
 
 
@@ -129,7 +129,7 @@ def pass_at_k(rows: RewardRows, all_reduce_sum: AllSum, *, k: float, eps: float)
                 out[order[i]] = ((comb(i, k - 1) * x[i] + above) / comb(n - 1, k - 1) - mean) / (std + eps)
         return out
 
-    return per_group(rows, centre)
+    return per_group(rows, centre, shift=True)
 
 
 @Advantage(
@@ -156,7 +156,7 @@ def mt_grpo(rows: RewardRows, all_reduce_sum: AllSum, *, eps: float, outcome_coe
             compared.setdefault(key, []).append((a, float(rows.rewards[d][t].sum()), rows.scale(a, b)))
     normal: dict[tuple[int, int], float] = {}  # (episode, turn; -1 the last)
     for (_, j), given in compared.items():
-        reward = np.array([x for _, x, _ in given])
+        reward = np.array([x for _, x, _ in given]) - given[0][1]  # as per_group shifts scores
         flat = is_rounding(np.ptp(reward), max(scale for _, _, scale in given))
         centred = np.zeros(len(given)) if flat else (reward - reward.mean()) / (reward.std(ddof=1) + eps)
         normal.update({(episode, j): float(x) for (episode, _, _), x in zip(given, centred, strict=True)})
