@@ -306,7 +306,7 @@ class Run:
         self.state.step += 1
         self.state.global_step += 1
         self.state.unrecorded = True
-        of_groups = ADVANTAGES.get(self.cfg.algorithm.advantage.name).group
+        of_groups = self.cfg.trainer == "rl" and ADVANTAGES.get(self.cfg.algorithm.advantage.name).group
         self.advise(self.state.advisories.look(self.state.global_step, metrics, of_groups=of_groups))
         if self.state.advisories.hopeless:
             self._stop_without_verifiers()
