@@ -6,7 +6,8 @@ start, length.
 
 Two-digit sums with their work, as in the default recipe, and a model of half a million parameters instead of three.
 Each seed has one supervised warm-up, whose export all its recipes begin from; then all have the same number of steps,
-prompts and samples and one learning rate, with the recipe's own parameters. Losses that have a ratio take two updates
+prompts and samples and one learning rate, with the recipe's own parameters; steps in which a recipe trains its critic
+alone come on top. Losses that have a ratio take two updates
 per batch (what clips has nothing to clip in the first), those without one take one, as they must. It says whether a
 recipe learns, not which one is best: nothing was tuned.
 
@@ -65,8 +66,10 @@ def warm_up(seed: int, folder: Path) -> Path:
 def options_of(recipe: str, seed: int) -> list[str]:
     """The options of a run but for its folders."""
     options = [*QUIET, *BUDGET, *MADE_FOR.get(recipe, []), f"algorithm={recipe}", f"seed={seed}"]
-    loss = load_config([f"algorithm={recipe}"]).algorithm.loss.name
-    return [*options, f"batch.optim_steps_per_batch={2 if LOSSES.get(loss).ratio else 1}"]
+    algorithm = load_config([f"algorithm={recipe}"]).algorithm
+    if algorithm.critic.warmup_steps:
+        options.append(f"batch.num_steps={16 + algorithm.critic.warmup_steps}")
+    return [*options, f"batch.optim_steps_per_batch={2 if LOSSES.get(algorithm.loss.name).ratio else 1}"]
 
 
 def learn(recipe: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -129,6 +129,17 @@ def algorithm_problems(cfg: RunConfig) -> Iterator[str]:
                 f"algorithm.loss.{what}: needs the weights of a whole optimizer step before it begins; set "
                 "algorithm.loss.recompute_old_logprobs=true"
             )
+    if advantage.name == "maxrl" and algorithm.filters.overlong_buffer:
+        yield (
+            f"algorithm.filters.overlong_buffer={algorithm.filters.overlong_buffer:g}: its penalty makes scores below "
+            "0, and maxrl divides by their mean; leave it at 0.0, or use algorithm.advantage.name=dr_grpo"
+        )
+    longest, alpha = cfg.sampler.max_new_tokens * cfg.env.max_turns, algorithm.advantage.params.get("alpha", 0.05)
+    if advantage.name == "vapo" and alpha * longest <= 1:
+        yield (
+            f"algorithm.advantage.params.alpha={alpha:g}: lambda is 0 up to 1 / alpha tokens, and an episode has at "
+            f"most {longest}, so all that is learned is the critic's error; give more than {1 / longest:.2g}, such as 1"
+        )
     if advantage.off_policy and not recomputed:
         yield (
             f"algorithm.advantage.name={advantage.name}: weighs by the policy's probabilities over the sampler's, and "

@@ -148,6 +148,7 @@ def test_recipes_that_ask_for_more_run_and_learn(tmp_path) -> None:
 def test_every_recipe_runs(tmp_path, name: str) -> None:
     more = ["algorithm.advantage.params.k=2"] if name == "pass_at_k" else []
     more += ["algorithm.filters.overlong=keep"] if name == "dapo" else []  # all answers are cut here
+    more += ["algorithm.critic.warmup_steps=1"] if name == "vapo" else []
     seen = run_loop(tmp_path, f"algorithm={name}", *more, turns=2 if name == "mt_grpo" else 1)
     assert len(seen.rl) == 2 and all(np.isfinite(record["loss:sum"]) for record in seen.rl)
 
@@ -159,6 +160,8 @@ def test_two_ranks_learn_from_the_same_tokens_as_one(tmp_path, name: str) -> Non
     options = [f"algorithm={name}", "batch.num_steps=1", "algorithm.filters.refill=false", "model.dtype=float64"]
     if name.endswith("cov"):
         options.append("algorithm.loss.params.fraction=0.1")
+    if name == "vapo":
+        options.append("algorithm.critic.warmup_steps=0")
     if name == "clip_cov":
         options.append("algorithm.loss.params.cov_low=0.0")
     one, two = (run_loop(tmp_path / str(size), *options, size=size).updates() for size in (1, 2))

@@ -218,6 +218,14 @@ def test_tables_name_only_options_that_exist():
             "algorithm.filters.overlong_buffer=0.2: with algorithm.objectives.normalise=true",
         ),
         (
+            "algorithm=maxrl algorithm.filters.overlong_buffer=0.2",
+            "algorithm.filters.overlong_buffer=0.2: its penalty makes scores below 0, and maxrl divides by their mean",
+        ),
+        (
+            "algorithm=vapo algorithm.advantage.params.alpha=0.05",
+            "algorithm.advantage.params.alpha=0.05: lambda is 0 up to 1 / alpha tokens, and an episode has at most 16",
+        ),
+        (
             "algorithm=pass_at_k batch.samples_per_prompt=4",
             "algorithm.advantage.params.k=4: has to be below batch.samples_per_prompt=4",
         ),
