@@ -12,7 +12,7 @@ weights, so micro-batches, packing, world size and strategy change nothing but r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from skyrl.distributed.balance import pack_by_model
 from skyrl.distributed.collectives import agree, gather_objects
 from skyrl.distributed.init import World, init_distributed
 from skyrl.model import Model, ModelSpec, OpenSampler
-from skyrl.models.experts import routing_of
+from skyrl.models.experts import recording
 from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
@@ -117,9 +117,9 @@ class Engine:
             created.copy_weights(self._loaded(spec.copy_of))
         self.models[model] = created
         if model in ("policy", "base"):
-            check_against_transformers(created.strategy.gathered())
-            if self.cfg.algorithm.router.aux_coef:
-                routing_of(created.strategy.module)  # refused now, not at the first update
+            whole, router = created.strategy.gathered(), self.cfg.algorithm.router
+            with recording(whole) if router.replay or router.aux_coef else nullcontext():  # refused now, if at all
+                check_against_transformers(whole)
             if not self.keeps_sampling:
                 created.free_sampling()  # supervised training may come first, and samples nothing
 

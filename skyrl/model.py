@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from skyrl.distributed.init import World
 from skyrl.models.experts import replaying
 from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
-from skyrl.models.lora import Adapter, Segment, install, routed
+from skyrl.models.lora import Adapter, install, routed, segments_of
 from skyrl.models.packed import PADDING_ROW, collate, loss_dtype
 from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
@@ -131,8 +130,7 @@ class Model:
         module = self.strategy.module
         if module.router is None:
             return nullcontext()
-        ends = list(accumulate((len(row.tokens) for row in rows), initial=0))
-        segments: list[Segment] = list(zip(ends[:-1], ends[1:], adapters, strict=True))
+        segments = segments_of(adapters, [len(row.tokens) for row in rows]) or []
         # ranks may train adapters of other kinds at the same time, or none: their backward collectives must agree
         return routed(module, segments, connect=connect and self.strategy.is_sharded)
 
@@ -201,8 +199,7 @@ class Model:
             self.whole.strategy.free_gathered()
 
     def open_sampler(self, make: MakeSampler, adapters: Mapping[str, Adapter]) -> OpenSampler:
-        """A frozen model open for sampling from now on, over `adapters` (a live mapping). Collective at the first call
-        (a sharded model is gathered and stays so), local afterwards. Of a model that is trained what `sampling` has
+        """As Engine.open_sampler, over `adapters` (a live mapping). Of a model that is trained what `sampling` has
         opened, inside its block; raises UserError elsewhere."""
         if self.open is None:
             if self.spec.trainable:
@@ -214,8 +211,7 @@ class Model:
         return self.open
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Other whole weights for a frozen model, the same on every rank; its open sampler goes on with them.
-        Raises UserError for weights that do not fit, RuntimeError while samples are under way."""
+        """As Engine.replace_base: its open sampler goes on with the new weights."""
         if self.open is not None and self.open.sampler.unfinished():
             raise RuntimeError(f"model {self.name!r} cannot be replaced: samples are under way")
         self.load_whole_state({"weights": weights}, optimizer=False)
@@ -237,15 +233,13 @@ class Model:
         self.strategy.load_state_dict(parts, optimizer=optimizer and self.spec.trainable)
 
     def whole_state(self, *, optimizer: bool) -> dict[str, Any]:
-        """Whole tensors as copies on the CPU of every rank, in full precision: "weights" and, with `optimizer`,
-        "exp_avg" and "exp_avg_sq" by parameter name, and "step". A pending gradient is not part of it."""
+        """Whole tensors as copies on the CPU of every rank, as Engine.model_state has them."""
         parts = self.strategy.state_dict(optimizer=optimizer)
         step = {"step": parts.pop("step").detach().clone().cpu()} if "step" in parts else {}
         return {key: {name: _whole(t) for name, t in part.items()} for key, part in parts.items()} | step
 
     def load_whole_state(self, state: Mapping[str, Any], *, optimizer: bool) -> None:
-        """Takes what `whole_state` gave, the same on every rank; drops the pending gradient. Without `optimizer` the
-        moments start at 0 again: they belong to other weights. Raises UserError for tensors that do not fit."""
+        """Takes what `whole_state` gave, the same on every rank, as Engine.load_model_state does."""
         own = self.strategy.state_dict(optimizer=self.spec.trainable)
         step = own.pop("step", None)
         given = {key: state.get(key) if optimizer or key == "weights" else None for key in own}
@@ -265,11 +259,7 @@ class Model:
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, *, source: ModelConfig, about: str
     ) -> None:
-        """Writes a Hugging Face folder in `dtype`, by rank 0; what is not weights is that of `source`. An adapter is
-        merged into its base, and stands besides in <folder>/adapter as the peft package loads it. `about`: how it
-        was trained, for the card.
-
-        Raises UserError, on every rank, when it cannot be written."""
+        """As Engine.export, in `dtype`; what is not weights is that of `source`."""
         lora, net = self.spec.lora, self.whole.strategy.module
         state = self.whole.strategy.full_state_dict(dtype)
         state.update((name, buffer.cpu()) for name, buffer in persistent_buffers(net).items())

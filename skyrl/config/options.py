@@ -37,11 +37,11 @@ TRAIN_UNREAD = (  # a run that serves has one model, whose checkpoints are the r
 PAIRS_UNREAD = [path for path in SFT_UNREAD if path not in ("batch.num_steps", "optim.lr", "optim.warmup_steps")]
 DISTILL_UNREAD = "service feedback algorithm batch.optim_steps_per_batch batch.epochs_per_batch".split()
 EVALUATE_UNREAD = (
-    "service feedback algorithm.advantage algorithm.loss algorithm.kl algorithm.filters algorithm.critic optim warmup "
-    "batch.num_steps batch.prompts_per_step batch.samples_per_prompt batch.optim_steps_per_batch "
-    "batch.epochs_per_batch checkpoint run.resume_optimizer eval.every_steps eval.stop_when eval.patience "
-    "debug.check_replicas_every debug.check_weights_every tracking.rollouts_every trainer preference reward_model "
-    "distill data.epochs"
+    "service feedback algorithm.advantage algorithm.loss algorithm.kl algorithm.filters algorithm.critic "
+    "algorithm.router optim warmup batch.num_steps batch.prompts_per_step batch.samples_per_prompt "
+    "batch.optim_steps_per_batch batch.epochs_per_batch checkpoint run.resume_optimizer eval.every_steps "
+    "eval.stop_when eval.patience debug.check_replicas_every debug.check_weights_every tracking.rollouts_every trainer "
+    "preference reward_model distill data.epochs"
 ).split()
 CONTROL_UNREAD = (
     "service feedback model.path model.revision model.tokenizer model.chat_template model.trust_remote_code "

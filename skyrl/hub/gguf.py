@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,20 +152,16 @@ def _split_as_trained(tokenizer: Any, reader: GGUFReader, where: str, file: Path
     if value("tokenizer.ggml.model") != "gpt2":
         return
     rule = value("tokenizer.ggml.pre") or "default"
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as known
+    except ImportError:  # older releases apply none
+        known = {}
     if rule in DIGITS_ALONE:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    elif rule not in AS_GPT2 and rule not in _rules_of_transformers():
+    elif rule not in AS_GPT2 and rule not in known:
         raise UserError(
             f"{where}={file}: its tokenizer splits text by the rule {rule!r}, which is not known here, so the tokens "
             "would not be those of its training; give the Hugging Face folder of the model"
         )
-
-
-def _rules_of_transformers() -> Container[str]:
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:  # older releases apply none
-        return ()
-    return GGUF_PRE_TOKENIZER_SPLITS

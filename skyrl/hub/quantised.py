@@ -49,7 +49,7 @@ def dequantise(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
         values = torch.tensor([*FP4, *(-x for x in FP4)], dtype=torch.bfloat16)
         both = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], -1).flatten(-2)
         return torch.ldexp(both, scales.int().unsqueeze(-1) - 127).flatten(-2).transpose(-2, -1)
-    if scales.ndim == 0:
+    if scales.numel() == 1:
         return codes.float() * scales.float()
     rows, columns = codes.shape[-2:]
     if tuple(scales.shape) != (*codes.shape[:-2], -(-rows // block[0]), -(-columns // block[1])):

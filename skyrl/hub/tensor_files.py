@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -125,13 +127,32 @@ class Checkpoint:
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"model.path: {pair[1]} in {self.folder} does not fit {pair[0]}: {error}") from error
             return whole[(slice(None), *region[1:])] if region and first else whole[region or ...]
-        return self._read(key, region, file)
+        found = self._read(key, region, file)
+        if found.dtype.itemsize == 1 and found.dtype != torch.bool:
+            raise UserError(
+                f"model.path: {key} in {self.folder} is {str(found.dtype)[6:]} without the factors that belong to it; "
+                "download the model again, or give the model that it was made from"
+            )
+        return found
 
     def _read(self, key: str, region: Region | None, file: str = "") -> Tensor:
         opened = self._file(file or self._where[key])
         if isinstance(opened, dict):
             return opened[key][region or ...]
         return opened.get_slice(key)[region] if region else opened.get_tensor(key)
+
+
+def kept_in_float32(net: Any, dtype: torch.dtype) -> frozenset[str]:
+    """The parameters of a transformers model that it has in float32 where the rest is `dtype`: those that the family
+    declares (_keep_in_fp32_modules_strict: routers of ERNIE 4.5, say), and those that it makes so (A_log of OLMo
+    Hybrid)."""
+    if dtype != torch.bfloat16:
+        return frozenset()
+    with init_empty_weights(include_buffers=False):
+        probe = type(net)._from_config(copy.deepcopy(net.config), dtype=dtype)
+    declared = [glob.replace("*", ".*") for glob in net._keep_in_fp32_modules_strict or ()]
+    own = {name for name, p in probe.named_parameters() if p.dtype == torch.float32}
+    return frozenset(n for n, _ in net.named_parameters() if n in own or any(re.search(one, n) for one in declared))
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,9 +1,8 @@
 """Decoder layers compiled one by one (model.compile=true), as torchtitan compiles its blocks.
 
-One layer at a time, because all layers are one program with other weights: it is compiled once, in seconds, and
-sharding and recomputation, which work by layers too, stay as they are. Attention stays outside: it is this project's
-own, over rows whose number and lengths change with every micro-batch. Only training and scoring go through the compiled
-layers; sampling has kernels and graphs of its own.
+All layers are one program with other weights: it is compiled once, in seconds, and sharding and recomputation, which
+work by layers too, stay as they are. Attention stays outside: its rows change in number and length with every
+micro-batch. Only training and scoring go through compiled layers; sampling has kernels and graphs of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Float32 on a CPU, rounded as the sampler rounds.
 
-Two correct float32 computations of one log-probability differ by what a trained model makes of their roundings: up to
-2e-5 even if both are careful (docs/LOG.md). So where there are kernels (skyrl.kernels), training computes products,
-norms, activations and attention with the very code that samples. A token's result then does not depend on the rows
-beside it, and the layers of a model that has a decode plan give the sampler's numbers to the bit.
+Two correct float32 computations of one log-probability differ by up to 2e-5 (docs/LOG.md). So where there are kernels
+(skyrl.kernels), training computes products, norms, activations and attention with the very code that samples. A token's
+result then does not depend on the rows beside it, and a model with a decode plan gives the sampler's bits.
 
 Without kernels both sides take oneDNN's packed product, in which a row's result does not depend on the rows or columns
 beside it either (the plain product's does), and compute what lies between the products in float64, or in operations

@@ -1,9 +1,7 @@
 """Which experts a mixture's routers choose: recorded by the sampler, replayed in training, evened out by a loss.
 
-A router sends each token to the k experts with the highest scores. Where two scores nearly tie, rounding decides, and a
-token that goes another way in training than in sampling has another log-probability, as no rounding of a product would
-give it. With replay (rollout routing replay, arXiv 2510.11370) a trained row goes the way it was sampled: the choice is
-the sampler's, and the weights of the chosen experts are computed, with their gradient, as ever.
+With replay (rollout routing replay, arXiv 2510.11370) a trained row goes the way it was sampled: the choice is the
+sampler's, and the weights of the chosen experts are computed, with their gradient, as ever. Why: docs/models.md.
 
 All routers of transformers that are met here choose by one torch.topk over their experts, which is where we step in.
 """
@@ -28,7 +26,7 @@ class Routing:
     `replaying`. Each layer writes at its own number, so layers that are computed again change nothing."""
 
     def __init__(self, routers: list[Any]) -> None:
-        self.layers, self.k, self.experts = len(routers), int(routers[0].top_k), int(routers[0].weight.shape[0])
+        self.layers, self.k, self.experts = len(routers), int(routers[0].top_k), experts_behind(routers[0])
         self.chosen: dict[int, Tensor] | None = None  # [T, k] of each layer, while they are recorded
         self.batch: Microbatch | None = None
         self.shared = False  # whether the layers see each shared beginning of the batch once
@@ -55,7 +53,8 @@ class Routing:
         return torch.stack([self.balance[layer] for layer in range(self.layers)]).mean(0)
 
     def add_balance(self, layer: int, logits: Tensor, chosen: Tensor, sigmoid: bool) -> None:
-        """Adds a layer's part: its router's logits [T, experts] and choices [T, k]."""
+        """Adds a layer's part: its router's logits [T, experts], its choices [T, k], and whether sigmoids are its
+        scores."""
         assert self.batch is not None and self.balance is not None
         probs = logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)
         probs = probs / probs.sum(-1, keepdim=True)
@@ -74,13 +73,18 @@ def routing_of(model: AdaptableModel) -> Routing:
     """The routers of a model, hooked once. Raises UserError for a model without any, or with others than we know."""
     if model.routing is None:
         found = [m for layer in model.layers() for path, m in layer.named_modules() if path and is_router(path, layer)]
-        if not found or not all(hasattr(router, "top_k") for router in found):
+        if not found or not all(hasattr(router, "top_k") and experts_behind(router) for router in found):
             raise UserError(
                 f"algorithm.router: model type {model.config.model_type!r} has no experts behind routers of "
                 "transformers' interface; leave algorithm.router.replay and algorithm.router.aux_coef out"
             )
         model.routing = Routing(found)
     return model.routing
+
+
+def experts_behind(router: Any) -> int:
+    """How many experts a router chooses among; 0 where it does not say. ZeRO-3 leaves its weight no shape to ask."""
+    return int(getattr(router, "n_routed_experts", 0) or getattr(router, "num_experts", 0))
 
 
 @contextmanager
@@ -113,16 +117,22 @@ def replaying(model: AdaptableModel, batch: Microbatch, *, balance: bool) -> Ite
 
 
 class _TopK(TorchFunctionMode):
-    """The top-k over all experts inside: notes its choice, which is `given` where that is not below 0."""
+    """The top-k over all experts inside: notes its choice, which is `given` where that is not below 0, and whether
+    scores are sigmoids. Where a choice is given no group of experts is left out before it (DeepSeek V2 would give the
+    experts of other groups than its own the weight 0)."""
 
     def __init__(self, experts: int, k: int, given: Tensor | None) -> None:
         super().__init__()
-        self.shape, self.given = (experts, k), given
+        self.shape, self.given, self.sigmoid = (experts, k), given, False
         self.chosen: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") != "topk" or args[0].ndim != 2:
+        out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        if name == "sigmoid":
+            self.sigmoid = True
+        elif name == "masked_fill" and self.given is not None and out.shape == (len(self.given), self.shape[0]):
+            return torch.where(self.given[:, :1] < 0, out, args[0])
+        if name != "topk" or args[0].ndim != 2:
             return out
         if (args[0].shape[-1], out.indices.shape[-1]) != self.shape:
             return out  # over groups of experts, which choose first
@@ -134,12 +144,12 @@ class _TopK(TorchFunctionMode):
         return out
 
 
-def _route(module: Any, plain: Any, hidden: Tensor) -> Any:
+def _route(module: Any, plain: Any, *args: Any) -> Any:
     routing, layer = module.skyrl_routing
     if routing.chosen is None and routing.batch is None:
-        return plain(hidden)
+        return plain(*args)
     with _TopK(routing.experts, routing.k, routing.given(layer)) as choice:
-        out = plain(hidden)
+        out = plain(*args)
     if choice.chosen is None:
         raise UserError(
             f"algorithm.router: {type(module).__name__} does not choose by one top-k over its experts; leave it out"
@@ -147,5 +157,5 @@ def _route(module: Any, plain: Any, hidden: Tensor) -> Any:
     if routing.chosen is not None:
         routing.chosen[layer] = choice.chosen
     if routing.balance is not None:
-        routing.add_balance(layer, out[0], choice.chosen, hasattr(module, "e_score_correction_bias"))
+        routing.add_balance(layer, out[0], choice.chosen, choice.sigmoid)
     return out

@@ -69,11 +69,10 @@ def export_model(
 
     `state`: whole weights on the CPU in `dtype`, and persistent buffers, named as in CausalLM ("net.model..."), tied
     ones once; a value head is left out. `source` says which model it was: its config with what `config` has changed,
-    and its other files as they are. Without it, or for `tiny`, `config` and `tokenizer` are written instead. Written
-    under a temporary name beside `folder`, flushed to disk, then renamed; an earlier export of that name is replaced.
-    `more` is called with the folder before that, and may add files. A `classifier`'s value head is its one label, and
-    AutoModelForSequenceClassification loads it. `about`: how it was trained, for the card. Raises: UserError when the
-    disk does not take it, with what was there before left as it was.
+    and its other files as they are. Without it, or for `tiny`, `config` and `tokenizer` are written instead. `folder`
+    appears whole, in the place of an earlier export; `more` is called with it before that, and may add files. A
+    `classifier`'s value head is its one label, and AutoModelForSequenceClassification loads it. `about`: how it was
+    trained, for the card. Raises: UserError when the disk does not take it; what was there before stays.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from skyrl.algorithms.truncation import support_within
+from skyrl.hub.tensor_files import kept_in_float32
 from skyrl.models import compiled, exact_ops, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.experts import Routing
@@ -27,6 +28,7 @@ from skyrl.models.logprobs import finish_logits, log_probs, matmul_float, sums_i
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, SharedAttention, collate, loss_dtype, spread
 from skyrl.models.support import decoder_of, head_spec
+from skyrl.models.weights import aliases_of, path_of
 from skyrl.types import ForwardOutput, Microbatch, UserError
 
 __all__ = ["CausalLM", "collate"]
@@ -136,13 +138,20 @@ class CausalLM(nn.Module):
         for layer in self.layers():
             exact_ops.replace_forward(layer, _run_checkpointed)
 
+    def kept(self, dtype: torch.dtype) -> frozenset[str]:
+        """The parameters that stay in float32 in a model in `dtype` (hub.tensor_files), by their names here."""
+        return frozenset(f"net.{name}" for name in kept_in_float32(self.net, dtype))
+
     def to(self, *args: Any, **kwargs: Any) -> CausalLM:
-        """As nn.Module.to, but a dtype is for parameters only: rotary frequencies lose digits when they are cast."""
+        """As nn.Module.to, but a dtype is for parameters only: rotary frequencies lose digits when they are cast; and
+        not for those that are `kept` in float32."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        buffers = {id(buffer) for buffer in self.buffers()}
+        buffers, kept = {id(buffer) for buffer in self.buffers()}, self.kept(dtype)
+        wide = {id(p) for name, p in self.named_parameters() if name in kept}
 
         def move(t: Tensor) -> Tensor:
-            cast = None if id(t) in buffers or not t.is_floating_point() else dtype
+            as_it_is = id(t) in buffers or not t.is_floating_point()
+            cast = None if as_it_is else torch.float32 if id(t) in wide else dtype
             return t.to(device if not t.is_meta else None, cast, non_blocking)
 
         return _keep_ties(self, lambda: self._apply(move))
@@ -344,23 +353,15 @@ def _run_again(forward: Any, dtype: torch.dtype, exact: bool, compiles: bool, *a
 
 def _drop_output(net: PreTrainedModel) -> None:
     """Takes the output embedding out of a critic, so that no unused weight is trained, sharded or saved."""
-    output = net.get_output_embeddings()
-    for name, module in list(net.named_modules()):
-        if module is output and output is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(net.get_submodule(parent), leaf, nn.Identity())
+    parent, _, leaf = path_of(net, net.get_output_embeddings()).rpartition(".")
+    setattr(net.get_submodule(parent), leaf, nn.Identity())
 
 
 def _keep_ties(module: CausalLM, change: Any) -> CausalLM:
     """Runs `change`, which may replace parameters, and makes names that shared one parameter share it again."""
-    shared: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name)
+    ties = aliases_of(module)
     change()
-    for names in shared.values():
-        first = module.get_parameter(names[0])
-        for name in names[1:]:
-            owner, _, leaf = name.rpartition(".")
-            if getattr(module.get_submodule(owner), leaf) is not first:
-                setattr(module.get_submodule(owner), leaf, first)
+    for name, first in ties.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, module.get_parameter(first))
     return module

@@ -1,9 +1,6 @@
-"""Multi-head latent attention over a compressed cache, which keeps what the keys and values of a token are made from.
-
-DeepSeek's layers make the keys and values of all heads from one small vector a token (`kv_lora_rank` numbers, by
-kv_b_proj) and one rotated part of the key that all heads share. Training computes them as transformers does. A sampler
-keeps the small vector and the rotated part alone: the part of kv_b_proj that makes keys is applied to the queries, the
-part that makes values to the result, so that attention is over vectors of that size with one key head.
+"""Multi-head latent attention over a compressed cache, which keeps what the keys and values of a token are made from:
+a small vector and a rotated part of the key that all heads share. Attention is over these, with one key head: kv_b_proj
+is applied to queries and results (docs/models.md).
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ The module's projections and norm stay transformers' own. What lies between them
 is a DeltaRule that the module hands to the `recur` of `skyrl_attention`: training starts it anew at each packed row,
 sampling goes on from a sequence's states. transformers' own code for a CPU would carry one row's state into the next.
 
-The rule computes in float64 where products in float32 on a CPU are exact (models/exact_ops.py), else in float32, and so
-do the states: chunks of any length, a token alone among them, then give the same numbers but for the last roundings.
+The rule and the states are in float64 where products in float32 on a CPU are exact (models/exact_ops.py), else float32.
 Kernels for CUDA (flash-linear-attention) would take the place of DeltaRule.run, and of nothing else.
 
 Letters: B rows, L tokens of each, C channels of the convolution, W its width, H heads of values, K and V the channels

@@ -35,10 +35,9 @@ def sums_in_float32(x: Tensor) -> bool:
 def matmul_float(hidden_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """hidden @ weight.T + bias in float32 (float64 for float64), [T, V].
 
-    On CUDA half-precision inputs are summed and returned in float32 (torch 2.8 and newer); elsewhere they are rounded
-    once to the input's dtype first, as transformers does, because a float32 result would need float32 inputs, at five
-    times the price on a CPU.
-    With hidden states in float32 a half-precision head is cast to it (model.head_dtype=float32).
+    Half-precision inputs are summed in float32 on CUDA (torch 2.8 and newer); elsewhere the result is rounded once to
+    their dtype first, as transformers does: another would need float32 inputs, at five times the price on a CPU. With
+    hidden states in float32 a half-precision head is cast to it (model.head_dtype=float32).
     """
     weight_VC, bias_V = weight_VC.to(hidden_TC.dtype), None if bias_V is None else bias_V.to(hidden_TC.dtype)
     half = hidden_TC.dtype in (torch.bfloat16, torch.float16)

@@ -1,9 +1,6 @@
 """Rotary embeddings of type longrope: short or long factors for each row, never by what else is in the batch.
 
-transformers takes the long factors for a whole batch when its longest row is longer than the length of pretraining.
-Here each row is rotated as transformers rotates it alone. Where rows grow (`limit`: a run's longest row, a sampler's
-longest sequence) nobody knows a row's length when its first token is drawn, so that limit decides for all rows, in
-sampling, training and scoring alike, as vLLM does it by max_model_len.
+Each row is rotated as if alone; where rows grow, the longest that can be (`limit`) decides for all (docs/models.md).
 """
 
 from __future__ import annotations

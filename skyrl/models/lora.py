@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skyrl.models import exact_ops
 from skyrl.models.linear_attention import is_delta_net
-from skyrl.models.weights import generator_of
+from skyrl.models.weights import generator_of, path_of
 from skyrl.types import LoraSpec, UserError
 
 
@@ -225,7 +225,7 @@ def _check_weights(name: str, linears: dict[str, Product], rank: int, weights: M
 def output_path(model: AdaptableModel) -> str | None:
     """The path of the output embedding in `model.net`; None for a critic."""
     output = model.net.get_output_embeddings()
-    return next((path for path, module in model.net.named_modules() if module is output), None)
+    return None if output is None else path_of(model.net, output)
 
 
 def _groups(model: AdaptableModel) -> tuple[dict[str, list[nn.Module]], dict[str, str]]:

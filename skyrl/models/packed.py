@@ -272,12 +272,9 @@ class _Layout:
 class PackedAttention:
     """Causal attention inside each packed row; exact and differentiable.
 
-    CUDA in half precision: torch's varlen kernel, except with softcap or sinks. Otherwise (said once on CUDA) rows of
-    similar length are padded together in buckets. In float32 on a CPU each query is computed as the sampler does it, by
-    the same kernels, where there are any and rows are not long (kernels.LONGEST). Else scores are computed with batched
-    matrix products, because on a CPU the fused kernel's bfloat16 backward is about ten times slower (and equal in
-    float32), unless they would take too much memory: then by the fused kernel, and in blocks of queries where they are
-    capped or have sinks, which the fused kernel cannot do.
+    Which way is taken where: docs/models.md. In buckets scores are computed with batched matrix products, because on a
+    CPU the fused kernel's bfloat16 backward is about ten times slower (and equal in float32), unless they would take
+    too much memory: then by the fused kernel, or in blocks of queries where that cannot do it.
     """
 
     def __init__(self, starts_S1: Tensor, lengths: Sequence[int]) -> None:

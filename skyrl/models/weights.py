@@ -125,7 +125,7 @@ def _assign(net: Any, checkpoint: Checkpoint, names: Callable[[str], str] = lamb
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    wanted, aliases = targets(net), _aliases(net)
+    wanted, aliases = targets(net), aliases_of(net)
     transforms = get_model_conversion_mapping(net)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings: list[Any] = [t for t in transforms if not isinstance(t, WeightConverter)]
@@ -170,12 +170,12 @@ def _assign_part(net: Any, checkpoint: Checkpoint, whole: Any) -> Assignment:
             f"weights are named ({reason_of(error)})"
         ) from error
     owner.tie_weights()
-    theirs, ours = (_path_of(n, n.get_input_embeddings()).split(".") for n in (owner, net))
+    theirs, ours = (path_of(n, n.get_input_embeddings()).split(".") for n in (owner, net))
     while theirs and ours and theirs[-1] == ours[-1]:
         theirs, ours = theirs[:-1], ours[:-1]
     places = {".".join([*theirs, ""]): ".".join([*ours, ""])}
     if net.get_output_embeddings() is not None:
-        places[_path_of(owner, owner.get_output_embeddings())] = _path_of(net, net.get_output_embeddings())
+        places[path_of(owner, owner.get_output_embeddings())] = path_of(net, net.get_output_embeddings())
 
     def names(name: str) -> str:
         for place, own in places.items():
@@ -192,7 +192,8 @@ def _assign_part(net: Any, checkpoint: Checkpoint, whole: Any) -> Assignment:
     )
 
 
-def _path_of(net: Any, module: nn.Module) -> str:
+def path_of(net: Any, module: nn.Module) -> str:
+    """The name of a module inside `net`."""
     return next(path for path, other in net.named_modules() if other is module)
 
 
@@ -280,15 +281,11 @@ def generator_of(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _aliases(net: nn.Module) -> dict[str, str]:
+def aliases_of(net: nn.Module) -> dict[str, str]:
     """Other names of tied parameters -> their first name."""
     first: dict[int, str] = {}
-    out = {}
-    for name, param in net.named_parameters(remove_duplicate=False):
-        if id(param) in first:
-            out[name] = first[id(param)]
-        first.setdefault(id(param), name)
-    return out
+    names = {name: first.setdefault(id(p), name) for name, p in net.named_parameters(remove_duplicate=False)}
+    return {name: kept for name, kept in names.items() if name != kept}
 
 
 def _ignorable(net: Any, key: str) -> bool:

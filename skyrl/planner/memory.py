@@ -33,7 +33,9 @@ LOGITS_CHUNK_BYTES = 64 << 20
 KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
 CPU_CACHE_LIMIT = GIB
 STATES_LIMIT = (GIB, 8 * GIB)  # of linear attention, where the number of sequences is not given: on a CPU, on a GPU
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
+# What configs call the number of experts, and of those that a token visits.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+VISITED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 # Part of a GPU's memory that no plan spends: what the allocator cannot use between its blocks, workspaces of libraries.
 SPARE = 0.05
 CONTEXT = GIB  # of the CUDA context and the interpreter, before anything of this process is counted
@@ -108,13 +110,9 @@ def tiny_sizes(tiny: TinyModelConfig) -> ModelSizes:
     )
 
 
-def _is_cached(name: str) -> bool:
+def _sizes_of(cfg: RunConfig) -> ModelSizes:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
-def _sizes_of(cfg: RunConfig) -> ModelSizes:
     import_plugins(cfg.plugins)
     path = policy_path(cfg.model.path) if cfg.model.path in POLICIES else cfg.model.path
     folder = Path(path)
@@ -122,7 +120,8 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         raise UserError(NO_MODEL)
     local = path.startswith((".", "/", "~")) or path.count("/") > 1
     # What begins with a folder of ours is a mistyped path more often than a hub name, which the hub's cache would have.
-    doubtful = not local and "/" in path and Path(folder.parts[0]).is_dir() and not _is_cached(path)
+    doubtful = not local and "/" in path and Path(folder.parts[0]).is_dir()
+    doubtful = doubtful and not isinstance(try_to_load_from_cache(path, "config.json"), str)
     if (local or doubtful) and not folder.exists():
         fetched = f", fetched before (hf download {path})" * doubtful
         raise UserError(
@@ -171,7 +170,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     ffn = _first(text, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
     ffn = ffn or 4 * text.hidden_size
     experts = _first(text, *EXPERTS) or 0
-    active = getattr(text, "num_experts_per_tok", None) or 1
+    active = _first(text, *VISITED) or 1
     return ModelSizes(
         name=text.model_type,
         num_parameters=sum(p.numel() for p in module.parameters()),
@@ -249,7 +248,7 @@ def _matmul_parameters(module: Any, text: Any) -> int:
     experts = sum(p.numel() for name, p in module.named_parameters() if ".experts." in name)
     total = _first(text, *EXPERTS)
     if experts and total:
-        count -= experts * (total - text.num_experts_per_tok) // total
+        count -= experts * (total - (_first(text, *VISITED) or total)) // total
     return count
 
 
@@ -367,11 +366,9 @@ def estimate(
 ) -> MemoryEstimate:
     """Memory of one rank.
 
-    Weights are in `dtype`, masters, gradient sums and Adam's two moments in float32 (float64 for float64); _shares says
-    what each strategy divides by how many ranks. Sharded weights have a whole copy to sample from. What is offloaded
-    to CPU memory is not counted on a GPU. A decoder layer keeps layer_values() of each token; with activation
-    checkpointing one hidden state, and one layer whole at a time. The critic is a second policy without logits. A model
-    under LoRA has weights alone and is its own reference; the adapter is whole on every rank and never offloaded.
+    The sums are those of docs/sizing.md; _shares says what each strategy divides by how many ranks. A decoder layer
+    keeps layer_values() of each token; with activation checkpointing one hidden state, and one layer whole at a time.
+    A model under LoRA has weights alone and is its own reference; the adapter is whole on every rank.
     """
     compute, master = BYTES[dtype], max(4, BYTES[dtype])
     shares = _shares(cfg, sizes, world_size, compute, master, strategy, device)

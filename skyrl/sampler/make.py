@@ -53,9 +53,8 @@ def make_sampler(
 
     `decode` turns token ids into text, for stop strings. `max_length` bounds context and drawn tokens together (stop
     reason "length"). `memory` is the run's plan, by which the cache is sized on a GPU. No token ends a sequence by
-    itself: put the end-of-sequence ids into SamplingParams.stop_token_ids. cfg.backend "fused" raises UserError where
-    the architecture has no fused plan or the plan disagrees with the module; "auto" then uses the module and logs one
-    line.
+    itself: put the end-of-sequence ids into SamplingParams.stop_token_ids. Raises UserError for cfg.backend "fused"
+    where there is no fused plan, or one that disagrees with the module, which "auto" uses then.
     """
     if max_length > model.max_positions:
         raise UserError(f"batch.max_row_tokens={max_length}: the model has {model.max_positions} positions; lower it")

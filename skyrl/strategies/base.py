@@ -27,9 +27,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 class Strategy(ABC):
     """Sums gradients over micro-batches, calls and ranks; never averages. Every method is collective.
 
-    Why sums: a mean needs a denominator, and with rows of unequal length every way of cutting the batch into ranks and
-    micro-batches would give another one. Here the denominators are in the rows' weights, computed once for the whole
-    batch, so any way of adding the parts up gives the same gradient.
+    Denominators are in the rows' weights, so any way of adding the parts up gives the same gradient.
 
     `module` is what forward passes call. Gradients add up from one `backward` to the next until `optim_step`.
     `is_sharded`: forward or backward passes are collectives, so all ranks have to make equally many of them, through
@@ -83,11 +81,12 @@ class Strategy(ABC):
         """Takes back what `state_dict` gave, after it was filled."""
 
     def full_state_dict(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Whole weights on the CPU of rank 0 ({} elsewhere), named as in the module; gathered one by one."""
-        out = {}
+        """Whole weights on the CPU of rank 0 ({} elsewhere), named as in the module, gathered one by one; those that a
+        model in `dtype` has in float32 in that."""
+        out, kept = {}, self.module.kept(dtype) if hasattr(self.module, "kept") else ()
         for name, tensor in self._weights():
             if self.world.is_leader:
-                out[name] = tensor.to("cpu", dtype, copy=True)
+                out[name] = tensor.to("cpu", torch.float32 if name in kept else dtype, copy=True)
         return out
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,6 @@
 """FSDP2: weights, gradients and optimizer state in shards; each layer is gathered where it is needed.
 
-What moves, for each micro-batch and each unit (a decoder layer, or the embeddings, head and norm together): before its
-forward pass an all-gather of its weights, freed after it (reshard_after_forward); before its backward pass the same
-again; after its backward pass a reduce-scatter that leaves every rank the sum of its own shard's gradient. AdamW then
-touches local shards only, and nothing more is sent but the norm for clipping. This is what ZeRO calls stage 3. Where
-ddp sends each gradient once a step, this sends weights twice and gradients once a micro-batch, and keeps 1/N of it all.
+A unit is a decoder layer, or the embeddings, head and norm together. What it sends and when: docs/strategies.md.
 
 Masters are float32 shards (float64 for a float64 model); a bfloat16 model computes in gathered bfloat16 and reduces
 gradients in float32. Gradients are summed over ranks, not averaged. HSDP is the same over a mesh of two dimensions:
@@ -29,7 +25,8 @@ from skyrl.strategies.adam import MOMENTS, all_finite, checked_step, largest, sq
 from skyrl.strategies.base import Strategy, full_tensor, put_state
 from skyrl.strategies.optimizers import make_optimizer, matrix_names
 from skyrl.strategies.whole import WholeCopy
-from skyrl.types import AdamParams, Metrics, UserError
+from skyrl.tracking.advisories import warn_fallback
+from skyrl.types import AdamParams, Metrics, UserError, few
 
 
 class FSDPStrategy(Strategy):
@@ -67,7 +64,16 @@ class FSDPStrategy(Strategy):
         policy = (
             MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if dtype != master else MixedPrecisionPolicy()
         )
-        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload_policy)
+        shard = partial(fully_shard, mesh=mesh, offload_policy=offload_policy)
+        kept, self._exact = module.kept(dtype), set[str]()
+        for path, part in module.named_modules():  # what is float32 as a whole (a router) is a unit of its own
+            names = {f"{path}.{name}" for name, _ in part.named_parameters()}
+            if names and names <= kept and not names & self._exact:
+                self._exact |= names
+                shard(part, reshard_after_forward=reshard_after_forward)
+        if rounded := sorted(kept - self._exact):
+            warn_fallback(f"fsdp rounds to bfloat16 what ddp has in float32: {few(rounded)}")
+        shard = partial(shard, mp_policy=policy)
         for layer in module.layers():
             shard(layer, reshard_after_forward=reshard_after_forward)
         shard(module)
@@ -148,7 +154,8 @@ class FSDPStrategy(Strategy):
         for name, p in self._named:
             # rounded before the gather: half the bytes, and the very values that training computes with; on the device,
             # so that a gather of offloaded weights does not go over the CPU's network
-            targets[name].copy_(full_tensor(p.detach().to(self._dtype).to(self.world.device)))
+            low = p.detach().to(p.dtype if name in self._exact else self._dtype)
+            targets[name].copy_(full_tensor(low.to(self.world.device)))
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """DTensors by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"."""

@@ -14,6 +14,8 @@ from skyrl.strategies.base import Strategy
 from skyrl.strategies.fsdp import FSDPStrategy
 from skyrl.strategies.replicated import ReplicatedStrategy
 from skyrl.strategies.zero import ZeroStrategy
+from skyrl.tracking.advisories import warn_fallback
+from skyrl.types import few
 
 
 def make_strategy(
@@ -40,6 +42,10 @@ def make_strategy(
         stage = int(name[-1])
         home = torch.device("cpu") if stage == 3 else world.device
         model = build_model(cfg.model, tokenizer, device=home, dtype=dtype, seed=cfg.seed, **given)
+        if kept := sorted(model.kept(dtype)):
+            warn_fallback(f"DeepSpeed rounds to bfloat16 what ddp has in float32: {few(kept)}")
+        for p in map(model.get_parameter, kept):
+            p.data = p.data.to(dtype)
         return ZeroStrategy(stage, model, partial(build, dtype=dtype), world, dtype=dtype, offload=offload)
     if name in ("single", "ddp"):
         module = build_model(cfg.model, tokenizer, device=world.device, dtype=dtype, seed=cfg.seed, **given)

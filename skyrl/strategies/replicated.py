@@ -2,9 +2,8 @@
 
 All parameters live in one flat buffer, and so do the gradients' sums, the masters and Adam's moments: each parameter
 of the module is a view. Why one buffer: an all-reduce or an AdamW kernel costs about the same for ten numbers as for a
-million, and a model has hundreds of tensors. One optimizer step is then one all-reduce and a handful of kernels
-(torch's DDP reaches the same with buckets), and moving an idle model to host memory is a handful of copies. Whoever
-reads the module's parameters (the sampler) sees the trained weights themselves, without a copy.
+million, and a model has hundreds of tensors. Whoever reads the module's parameters (the sampler) sees the trained
+weights themselves, without a copy.
 """
 
 from __future__ import annotations
@@ -29,12 +28,10 @@ _ALIGN = 64  # elements: each view starts on a cache line and on a boundary that
 
 
 class ReplicatedStrategy(Strategy):
-    """A strategy over flat buffers.
-
-    With bfloat16 parameters, gradients are added into a float32 buffer after every backward, and AdamW works on
-    float32 masters that are rounded into the parameters after each step. With float32 or float64 the parameters are
-    the masters. Ranks only sum: the all-reduce happens once, in `optim_step`. A frozen model has `masters` only where
-    they are asked for.
+    """A strategy over flat buffers. With bfloat16 parameters, gradients are added into a float32 buffer after every
+    backward, and AdamW works on float32 masters that are rounded into the parameters after each step; parameters that
+    are float32 beside them are a part of the masters. With float32 or float64 the parameters are the masters. Ranks
+    only sum, once, in `optim_step`. A frozen model has `masters` only where they are asked for.
     """
 
     is_sharded = False
@@ -56,8 +53,9 @@ class ReplicatedStrategy(Strategy):
         # tied weights appear once; Muon's matrices lie at the end, so that all else is one buffer still
         self._named = sorted(module.named_parameters(), key=lambda one: one[0] in matrices)
         dtype = self._named[0][1].dtype
-        if any(p.dtype != dtype for _, p in self._named):
-            raise RuntimeError("parameters of mixed dtypes")
+        low = dtype in (torch.bfloat16, torch.float16)
+        self._kept = {name for name, p in self._named if p.dtype != dtype}  # in float32, beside `flat`
+        assert low or not self._kept, "parameters of mixed dtypes"
         self._spans: dict[str, tuple[int, int]] = {}
         size = 0
         for name, p in self._named:
@@ -65,12 +63,14 @@ class ReplicatedStrategy(Strategy):
             size += -(-p.numel() // _ALIGN) * _ALIGN
         self.flat = torch.zeros(size, dtype=dtype, device=self._named[0][1].device)
         for name, p in self._named:
-            view = self._view(self.flat, name, p)
-            view.copy_(p.detach())
-            p.data = view
+            self._view(self.flat, name, p).copy_(p.detach())
             p.requires_grad_(trainable)
-        low = dtype in (torch.bfloat16, torch.float16)
         self._master = nn.Parameter(self.flat.float() if low and masters else self.flat, requires_grad=trainable)
+        for name, p in self._named:
+            if name not in self._kept:
+                p.data = self._view(self.flat, name, p)
+            elif not self._shared:  # a part of the masters itself; without them it stays where it is
+                p.data = self._view(self._master.detach(), name, p).copy_(p.detach())
         self._optimizer: torch.optim.Optimizer | None = None
         if trainable:
             self._prepare_training(low, optimizer, matrices)
@@ -78,6 +78,10 @@ class ReplicatedStrategy(Strategy):
     def _view(self, flat: Tensor, name: str, like: Tensor) -> Tensor:
         start, count = self._spans[name]
         return flat[start : start + count].view(like.shape)
+
+    @property
+    def _shared(self) -> bool:
+        return self._master.data_ptr() == self.flat.data_ptr()
 
     def _prepare_training(self, low: bool, optimizer: str, matrices: set[str]) -> None:
         self._grad = torch.zeros_like(self._master)
@@ -94,7 +98,7 @@ class ReplicatedStrategy(Strategy):
             optimizer, [self._stepped], list(self._matrices.values()), self.flat.device, fused=True
         )
         for name, p in self._named:
-            if low:
+            if low and name not in self._kept:
                 p.register_post_accumulate_grad_hook(_adds_into(weakref.ref(self), name))
             else:
                 p.grad = self._view(self._grad, name, p)  # autograd then accumulates in place
@@ -128,7 +132,7 @@ class ReplicatedStrategy(Strategy):
         tensors = [self._master.data, *(t for state in states for t in state.values())]
         checked_step(self._optimizer, adam, [self._grad], measures, tensors, self._is_finite)
         self._grad.zero_()
-        if self._master.data_ptr() != self.flat.data_ptr():
+        if not self._shared:
             self.flat.copy_(self._master.detach())
         return {"grad_norm:mean": measures[0]}
 
@@ -176,7 +180,7 @@ class ReplicatedStrategy(Strategy):
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
         """Puts every flat buffer through `move` and makes the parameters views of the new ones."""
-        shared = self._master.data_ptr() == self.flat.data_ptr()
+        shared = self._shared
         self.flat = move(self.flat)
         for name, p in self._named:
             p.grad = None  # a gradient must lie where its parameter lies, also for a moment
@@ -201,7 +205,9 @@ class ReplicatedStrategy(Strategy):
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """Views by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"; masters where there are any.
         Moments in 8 bits as they lie in the buffer, {"quantised"}."""
-        out: dict[str, Any] = {"weights": {n: self._view(self._master.detach(), n, p) for n, p in self._named}}
+        whole = self._master.detach()
+        weights = {n: p.detach() if n in self._kept else self._view(whole, n, p) for n, p in self._named}
+        out: dict[str, Any] = {"weights": weights}
         if optimizer and self._optimizer is not None:
             state = self._optimizer.state[self._stepped]
             parts = {key: self._moments(key) for key in MOMENTS}
@@ -216,7 +222,7 @@ class ReplicatedStrategy(Strategy):
         if optimizer and self._optimizer is not None:
             for part in self._optimizer.state.values():
                 part["step"].copy_(state["step"])
-        if self._master.data_ptr() != self.flat.data_ptr():
+        if not self._shared:
             self.flat.copy_(self._master.detach())
 
 

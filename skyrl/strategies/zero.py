@@ -1,19 +1,9 @@
 """DeepSpeed ZeRO 1, 2 and 3, set up through accelerate's plugin.
 
-zero1 shards the optimizer: gradients are summed once a step, each rank steps its part, and weights are all-gathered
-after the step. zero2 shards gradients too: each is reduced, during the backward pass, to the one rank that steps it.
-zero3 shards weights too: they are gathered for each forward and backward pass of a layer, as FSDP2 does. DeepSpeed owns
-flat buffers, hooks and collectives; this file holds it to the engine's meaning, by these switches of its
-configuration:
-
-- managed_gradient_accumulation=false: any number of `backward` calls, and `step` alone is the boundary.
-- gradient_allreduce_op=sum for 1 and 2. 3 always averages, so its loss is multiplied by the number of ranks first.
-- data_types and communication_data_type in float32: a bfloat16 model adds and reduces gradients in float32.
-- a torch AdamW also for offload (zero_force_ds_cpu_optimizer=false): no compiler on the node, the same arithmetic.
-- bf16.check_grad_overflow: a step whose gradient is not finite is not made.
-
-No loss scale. Clipping is ours, in a hook of AdamW: DeepSpeed's own adds 1e-6 to the norm. DeepSpeed copies masters
-into working weights nowhere but in `step`; after a load a step of size zero does that. None of its code is compiled.
+DeepSpeed owns flat buffers, hooks and collectives; its configuration holds it to the engine's meaning. What is asked of
+it and why, and what each stage sends: docs/strategies.md. Clipping is ours, in a hook of AdamW: DeepSpeed's own adds
+1e-6 to the norm. It copies masters into working weights nowhere but in `step`; after a load a step of size zero does
+that.
 """
 
 from __future__ import annotations
@@ -58,9 +48,7 @@ class ZeroStrategy(Strategy):
     rank's part to the device. `build` makes another module on the meta device, for the whole copy that zero3 samples
     from. offload: "optimizer" keeps masters, moments and the step in CPU memory, "all" zero3's weights too.
 
-    Checkpoints have the names, shapes and kinds of FSDP2's: each tensor is gathered on its own and cut into this rank's
-    rows. That moves all masters and moments over the network once per save and load (FSDP2 moves nothing), and holds
-    this rank's rows a second time until they are written; never more than one whole tensor.
+    Checkpoints have the names, shapes and kinds of FSDP2's: each tensor is gathered and cut into this rank's rows.
     """
 
     is_sharded = True
@@ -393,7 +381,8 @@ def _accelerate_environment(world: World) -> Iterator[None]:
 
 
 def _config(stage: int, model: nn.Module, world: World, dtype: torch.dtype, offload: str) -> dict[str, Any]:
-    """DeepSpeed's configuration; module docstring for why."""
+    """DeepSpeed's configuration: `step` alone ends an update, gradients are summed (zero3 averages, see `backward`) in
+    float32, and a step whose gradient is not finite is not made."""
     gpu = world.device.type == "cuda"
     # Buffers are taken whole at every step, whatever the size of the model.
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

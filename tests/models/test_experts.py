@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from families import make_net
 from gloo import run_ranks
 from small import dealt, distance, make_engine, weights_of
 
+from benchmarks.survey import KINDS, sizes, small
 from skyrl.config.load import load_config
 from skyrl.config.validation import check
 from skyrl.distributed.init import init_distributed
@@ -104,6 +106,59 @@ def test_the_sampler_records_what_the_routers_chose(family):
         whole = np.concatenate([request.tokens, sample.tokens])
         assert sample.experts.dtype == np.int16
         assert np.array_equal(np.sort(sample.experts), np.sort(choices_of(model, whole[:-1])))
+
+
+# Routers that are written otherwise: what makes scores of their logits.
+OTHERS = {
+    "hy_v3": torch.sigmoid,  # is given the bias of its experts beside the tokens
+    "afmoe": torch.sigmoid,  # has its weight in a module of its own
+    "flint": torch.sigmoid,  # without a bias
+    "ernie4_5_moe": lambda logits: logits.softmax(-1),  # with one
+    "kolibri1": torch.sigmoid,  # of the chosen logits alone
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_routers_of_other_families(kind):
+    """They are replayed, and their balance is that of their own scores."""
+    if kind not in KINDS:
+        pytest.skip(f"transformers {tf.__version__} has no {kind}")
+    net = small(kind)
+    model = CausalLM(net)
+    tokens = np.random.default_rng(0).integers(3, 96, 17)
+    own = choices_of(model, tokens[:-1])
+    plain = logprobs(model, [datum(tokens)])
+    np.testing.assert_allclose(logprobs(model, [datum(tokens, own)]), plain, atol=1e-6, rtol=0)
+    assert np.abs(logprobs(model, [datum(tokens, (own + 1) % 4)]) - plain).max() > 0.01
+    seen, batch = [], collate([datum(tokens)], torch.float32, "cpu")
+    for router in (m for m in net.modules() if hasattr(m, "skyrl_routing")):
+        router.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    with torch.no_grad(), replaying(model, batch, balance=True) as routing:
+        model(batch)
+        got = float(routing.balance_D())
+    want = []
+    for logits, chosen in zip(seen, torch.from_numpy(own).unbind(1), strict=True):
+        probs = OTHERS[kind](logits)
+        probs = probs / probs.sum(-1, keepdim=True)
+        want.append((torch.bincount(chosen.flatten().long(), minlength=4) / 16 * 2 * probs.mean(0)).sum())
+    assert got == pytest.approx(float(sum(want)) / len(want), abs=1e-5)
+
+
+def test_experts_of_a_group_that_is_not_chosen_keep_their_weight():
+    """DeepSeek V2 multiplies by scores that are 0 outside of the groups that it chooses itself."""
+    groups = dict(n_group=2, topk_group=1, topk_method="group_limited_greedy")
+    net = tf.AutoModelForCausalLM.from_config(tf.DeepseekV2Config(**sizes("deepseek_v2") | groups))
+    model = CausalLM(net.float().eval())
+    tokens = np.random.default_rng(0).integers(3, 96, 17)
+    given = (choices_of(model, tokens[:-1]) + 2) % 4  # two experts in each group
+    outs, seen = [m for m in net.modules() if hasattr(m, "skyrl_routing")], []
+    for router in outs:
+        router.register_forward_hook(lambda module, args, out: seen.append(out))
+    logprobs(model, [datum(tokens, given)])
+    for (logits, weights, chosen), to, router in zip(seen, torch.from_numpy(given).unbind(1), outs, strict=True):
+        assert torch.equal(chosen, to.long())
+        want = logits.softmax(-1).gather(1, to.long()) * router.routed_scaling_factor
+        assert (weights - want).abs().max() < 1e-6 and weights.min() > 0
 
 
 # ---- in the engine
@@ -214,13 +269,17 @@ def test_sharded_over_ranks_it_is_the_same(mixture):
     assert other["router_balance:mean"] == pytest.approx(metrics["router_balance:mean"], abs=1e-6)
 
 
-def test_what_cannot_be_is_refused(mixture):
+def test_what_cannot_be_is_refused(mixture, tmp_path):
     with pytest.raises(UserError, match="algorithm.router: model type 'qwen3' has no experts"):
         make_engine("auto", "float32", "algorithm.router.aux_coef=0.1")
     engine = engine_of(mixture)
     rows = [replace(row, experts=row.experts[:, :1]) for row in sent_rows()]
     with pytest.raises(UserError, match="rows name 1x2 experts a token, the model has 2x2"):
         engine.forward_backward(rows, SPEC)
+    if "phimoe" in KINDS:
+        small("phimoe").save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="PhimoeTopKRouter does not choose by one top-k"):  # before any step
+            engine_of(tmp_path, "algorithm.router.replay=true", dtype="float32")
     for option in ("batch.packing=false", "model.compile=true"):
         with pytest.raises(UserError, match=f"algorithm.router.replay=true: cannot be had with {option}"):
             check(load_config(["algorithm.router.replay=true", option]))

@@ -98,6 +98,7 @@ def on_ranks(folder):
         ("fp8", lambda key, t: t[:, :1].expand(-1, 7).contiguous(), "_scale_inv in .* does not fit .* factors for"),
         ("mxfp4", lambda key, t: t[:, :-1].contiguous(), "_scales in .* does not fit"),
         ("mxfp4", None, "has no place for .*_scales|has no place for .*_blocks"),
+        ("fp8", None, "is float8_e4m3fn without the factors"),
     ],
 )
 def test_scales_that_do_not_fit(method, change, said, tmp_path):

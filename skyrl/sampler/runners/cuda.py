@@ -4,10 +4,8 @@ Used where the installed torch has the paged form (argument `block_table`) and i
 elsewhere CUDA runs the gathered attention of paged.py, with a warning that says why. A decode step is padded to one of
 a few batch sizes; padding rows write to block 0, see one key and are cut off.
 
-A step whose sequences all have one adapter is replayed as well: its graph reads a copy of the adapter at fixed
-addresses, which is filled again when another adapter of its shape (rank, alpha, products) comes or the weights have
-changed; graphs of MAX_COPIES shapes are kept. Steps over several adapters, or over an adapter and the base, run call by
-call, which costs about a graph's gain: a model of small layers decodes several times slower then, a large one hardly.
+A step whose sequences all have one adapter is replayed as well, from a copy of the adapter at fixed addresses; steps
+over several run call by call (docs/sampler.md).
 
 Legend: T tokens of a step, B sequences, W blocks of a sequence, H heads, K key/value heads, C channels, V vocabulary.
 """

@@ -100,35 +100,31 @@ class PagedAttention:
         self, layer: int, query_HTC: Tensor, key_KTC: Tensor, value_KTC: Tensor, options: AttentionOptions
     ) -> Tensor:
         self.write(layer, key_KTC.transpose(0, 1), value_KTC.transpose(0, 1))
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        out_THC = query_HTC.new_empty(query_HTC.shape[1], query_HTC.shape[0], values.shape[-1])
+        return self._over_groups(query_HTC, self.cache.keys[layer], self.cache.values[layer], options)
+
+    def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
+        """See skyrl.models.attention.LatentAttention: queries of all heads over one kept vector a token."""
+        self.write(layer, latent.kept_TC.unsqueeze(1), None)
+        kept, options = self.cache.keys[layer], AttentionOptions(scale)
+        return latent.values(self._over_groups(latent.queries(query_HTC), kept, None, options, latent.rank))
+
+    def _over_groups(
+        self, query_HTC: Tensor, keys: Tensor, values: Tensor | None, options: AttentionOptions, size: int = 0
+    ) -> Tensor:
+        """[T, H, C]; without `values` these are the first `size` channels of the keys, of which there is one head."""
+        heads, tokens, _ = query_HTC.shape
+        out_THC = query_HTC.new_empty(tokens, heads, size if values is None else values.shape[-1])
         for group in self.groups:
-            (count, length), heads = group.rows_nL.shape, query_HTC.shape[0]
-            rows = group.rows_nL.flatten()
+            (count, length), rows = group.rows_nL.shape, group.rows_nL.flatten()
             q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
-            k_nKSC, v_nKSC = group.gather(keys), group.gather(values)
+            k_nKSC = group.gather(keys)
+            if values is None and length > 1:
+                k_nKSC = k_nKSC.expand(-1, heads, -1, -1)  # a view: attention() would copy it for every head
+            v_nKSC = k_nKSC[..., :size] if values is None else group.gather(values)
             mask = group.mask(options.window, options.chunk, k_nKSC.shape[2], query_HTC.dtype)
             out = attention(q_nHLC, k_nKSC, v_nKSC, mask, options).transpose(1, 2).flatten(0, 1)
             group.put(out_THC, out)
         return out_THC
-
-    def attend_latent(self, layer: int, query_HTC: Tensor, latent: Latent, *, scale: float) -> Tensor:
-        """See skyrl.models.attention.LatentAttention: queries of all heads over one kept vector a token."""
-        options = AttentionOptions(scale)
-        self.write(layer, latent.kept_TC.unsqueeze(1), None)
-        query_HTC = latent.queries(query_HTC)
-        heads, tokens, _ = query_HTC.shape
-        out_THR = query_HTC.new_empty(tokens, heads, latent.rank)
-        for group in self.groups:
-            (count, length), rows = group.rows_nL.shape, group.rows_nL.flatten()
-            q_nHLC = query_HTC.index_select(1, rows).view(heads, count, length, -1).transpose(0, 1)
-            kept = group.gather(self.cache.keys[layer])
-            mask = group.mask(None, None, kept.shape[2], query_HTC.dtype)
-            if length > 1:
-                kept = kept.expand(-1, heads, -1, -1)  # a view: attention() would copy it for every head
-            out = attention(q_nHLC, kept, kept[..., : latent.rank], mask, options).transpose(1, 2).flatten(0, 1)
-            group.put(out_THR, out)
-        return latent.values(out_THR)
 
     def recur(self, layer: int, rule: DeltaRule, mixed_TC: Tensor, decay_TH: Tensor, beta_TH: Tensor) -> Tensor:
         """Goes on from the states of each sequence, from none at its first token, and stores those after the step."""
