@@ -8,14 +8,16 @@ import yaml
 
 from skyrl.algorithms import advantages, corrections, filters, kl, losses, objectives, reductions, selection
 from skyrl.config.args import config_dir
+from skyrl.trainers import rl, self_imitation
 
 HEAD = """# Papers, functions, settings
 
 Generated from the declarations in `skyrl/algorithms/` and from `conf/algorithm/`: `python docs/papers.py >
 docs/papers.md`. One line per named piece: what it computes, where it comes from, the parameters with their defaults,
 the recipes that use it (`algorithm=<name>`), and where we differ from the paper. Parts combine freely unless a line
-says otherwise; `dry_run=true` refuses what does not fit. Every piece is tested to 1e-10 against plain Python loops
-(`tests/algorithms/reference.py`), values and gradients. What is not here: [What we do not do](not-here.md).
+says otherwise; `dry_run=true` refuses what does not fit. Advantages, losses, corrections, reductions and KL are tested
+to 1e-10 against plain Python loops (`tests/algorithms/reference.py`), values and gradients. DPO and its kin, reward
+models and distillation: [trainers](trainers.md). What is not here: [What we do not do](not-here.md).
 """
 ADVANTAGES = """R is an episode's score: the sum of its rewards over all turns. An episode whose verifier failed has
 no score; it is in no baseline and gets advantage 0. Groups of equal scores, but for rounding, get exactly 0."""
@@ -32,9 +34,7 @@ filters leave; a token that a clip or a mask sets to 0 later is still counted (b
 KL = """As a term of the loss (`kl.placement=loss`), for `kl.coef` above 0. In the reward (`kl.placement=reward`) it
 is always k1: Ziegler et al. 2019, arXiv 1909.08593. `k1` in the loss is refused: its expected gradient is 0. Expected
 gradients on-policy (Tang and Munos 2025, arXiv 2506.09477; Liu et al. 2025, arXiv 2510.01555): `k2` and the forms
-with a + that of KL(pi, ref), `k3` that of KL(ref, pi), `k3_ratio` that of KL(pi, ref) off-policy too. Adaptive
-coefficient (`kl.target`, `kl.horizon`): Ziegler et al. 2019, 2.2; `AdaptiveKL`, with means per token instead of sums
-per episode."""
+with a + that of KL(pi, ref), `k3` that of KL(ref, pi), `k3_ratio` that of KL(pi, ref) off-policy too."""
 OTHER = [
     ("objectives.normalise", advantages.decoupled),
     ("objectives.constraints", objectives.Objectives),
@@ -45,6 +45,9 @@ OTHER = [
     ("loss.name=clip_cov", selection.clip_cov_tokens),
     ("loss.name=kl_cov", selection.kl_cov_tokens),
     ("kl.placement=reward", advantages.kl_rewards),
+    ("kl.target, kl.horizon", kl.AdaptiveKL),
+    ("reference.sync_every, reference.ema", rl.sync_reference),
+    ("self_imitation.coef", self_imitation),
 ]
 
 
@@ -57,6 +60,12 @@ def recipes() -> dict[str, dict]:
 def users(group: str, key: str, name: str) -> str:
     """The recipes in which the option `group`.`key` has the value `name`."""
     return ", ".join(f"`{file}`" for file, given in recipes().items() if given.get(group, {}).get(key) == name)
+
+
+def user(options: str) -> str:
+    """The recipes that set the first of these options."""
+    group, _, key = options.split(",")[0].split("=")[0].partition(".")
+    return ", ".join(f"`{file}`" for file, given in recipes().items() if key in given.get(group, {}) and key != "name")
 
 
 def parts(function) -> tuple[str, str, str]:
@@ -80,7 +89,7 @@ def table(rows: list[tuple[str, object, str, str]]) -> list[str]:
     ]
     for name, function, params, used in rows:
         what, source, differs = (cell(text) or "-" for text in parts(function))
-        named = f"`{function.__name__}`"
+        named = f"`{function.__name__.rpartition('.')[2]}`"
         lines.append(f"| `{name}` | {what} | {source} | {named} | {params or '-'} | {used or '-'} | {differs} |")
     return lines
 
@@ -121,7 +130,12 @@ def page() -> str:
     ):
         rows = [(name, function, "", users(group, key, name)) for name, function in registry.items()]
         lines += ["", f"## {title}", "", text, "", *table(rows)]
-    lines += ["", "## Objectives, filters and tokens", "", *table([(name, of, "", "") for name, of in OTHER])]
+    lines += [
+        "",
+        "## Objectives, filters, tokens and what stands beside the loss",
+        "",
+        *table([(name, of, "", user(name)) for name, of in OTHER]),
+    ]
     lines += ["", "## Recipes (`algorithm=<name>`)", "", "All without KL; add `kl.coef` where the paper has it.", ""]
     lines += ["| algorithm | options under `algorithm.` |", "|---|---|"]
     lines += [f"| `{name}` | `{options_of(given)}` |" for name, given in recipes().items()]
