@@ -37,6 +37,7 @@ install: $(STAMP) ## makes .venv with the pinned versions
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("skyrl: error: Python 3.10 or newer is needed, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'skyrl: pip says nothing for some minutes now; where there is no GPU, an index of CPU builds saves gigabytes (README, Install)'
 	$(PIP) torch
 	$(PIP) -e '.[serve]'
 	@touch $@

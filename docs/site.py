@@ -123,14 +123,16 @@ def main() -> None:
     if "--api" in sys.argv:
         print(api_markdown(), end="")
         return
+    builder = shutil.which("zensical", path=Path(sys.executable).parent)
+    if builder is None:
+        sys.exit("skyrl: error: the builder of the site is not installed; `make docs` installs it and builds")
     shutil.rmtree(PAGES, ignore_errors=True)
     PAGES.mkdir(parents=True)
     pages = gather()
     for name, text in pages.items():
         (PAGES / name).write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "docs" / "images", PAGES / "images", dirs_exist_ok=True)
-    command = [str(Path(sys.executable).parent / "zensical"), "build", "--strict", "--clean"]
-    if code := subprocess.run(command, cwd=ROOT).returncode:
+    if code := subprocess.run([builder, "build", "--strict", "--clean"], cwd=ROOT).returncode:
         sys.exit(code)
     listed = [
         "# skyrl",
@@ -140,7 +142,8 @@ def main() -> None:
         "## Pages",
         "",
     ]
-    for name, text in pages.items():
+    nav = (ROOT / "zensical.toml").read_text(encoding="utf-8")  # in which the first hour comes first and the log last
+    for name, text in sorted(pages.items(), key=lambda page: nav.find(f'"{page[0]}"')):
         (SITE / name).write_text(text, encoding="utf-8")
         listed.append(f"- [{text.partition(chr(10))[0].lstrip('# ')}]({name})")
     (SITE / "llms.txt").write_text("\n".join(listed) + "\n", encoding="utf-8")

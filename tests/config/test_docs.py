@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from skyrl import cli
 from skyrl.config.load import config_dir
@@ -101,6 +102,29 @@ def test_options_of_other_trainers_lead_to_options_of_ours():
     assert [
         name for name in named if name not in known and ".params." not in name and name != "env.options.reward"
     ] == []
+    elsewhere = yaml.safe_load((config_dir() / "elsewhere.yaml").read_text(encoding="utf-8"))
+    assert [name for name in elsewhere if name not in known] == ["env.options.reward"]
+    theirs = [name for names in elsewhere.values() for name in names.split()]
+    assert [name for name in theirs if theirs.count(name) > 1 or name in known] == []
+
+
+def test_tables_are_whole():
+    """Every row belongs to a table with a head and has as many cells as that: a blank line inside ends a table, and
+    what follows is shown as plain text with bars."""
+    wrong = []
+    for page, text in {**READ, "LOG.md": (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")}.items():
+        cells = 0
+        for number, line in enumerate(
+            re.sub(r"```.*?```", lambda f: "\n" * f[0].count("\n"), text, flags=re.S).splitlines(), 1
+        ):
+            row = line.startswith("|")
+            count = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) if row else 0
+            if row and cells and count != cells:
+                wrong.append((page, number, f"{count - 1} cells instead of {cells - 1}"))
+            if row and not cells and not re.search(rf"^.*\n{re.escape(line)}\n\|[-| :]+\|$", "\n" + text, flags=re.M):
+                wrong.append((page, number, "no head above it"))
+            cells = count
+    assert wrong == []
 
 
 def test_links_lead_somewhere():
