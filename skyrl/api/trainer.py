@@ -171,14 +171,10 @@ def _with_given(config: Any, given: dict[str, Any]) -> RunConfig:
     if given.get("model.path") == "tiny":
         words.insert(0, "model=tiny")
     if "env.name" in given and "experiment" not in typed:
-        words.insert(0, f"experiment={_recipe_of(given['env.name'])}")
+        name = given["env.name"].removesuffix("_model")  # support_model: the customer of `support`, played by a model
+        known_recipe = name.isidentifier() and (config_dir() / "experiment" / f"{name}.yaml").is_file()
+        words.insert(0, f"experiment={name if known_recipe else 'custom'}")
     return load_config([*words, *as_overrides(known)])
-
-
-def _recipe_of(environment: str) -> str:
-    """The recipe that an environment is played by where none is named: that of its own name, else `custom`."""
-    name = environment.removesuffix("_model")  # support_model: the customer of `support`, played by a model
-    return name if name.isidentifier() and (config_dir() / "experiment" / f"{name}.yaml").is_file() else "custom"
 
 
 def _policy_name(policy: Any) -> str:

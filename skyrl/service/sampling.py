@@ -310,7 +310,9 @@ class Sampling:
             most = min(most, seconds / self._token_seconds)
         for pending, question in ordered:
             tokens += len(question.tokens)
-            cells += _table_bytes(question)
+            targets = 0 if question.targets is None else question.targets.size
+            columns = 1 + question.topk + 2 * question.alternatives
+            cells += CELL * (len(question.tokens) * columns + 2 * targets)  # the tables of an answer, on its rank
             if asked and (tokens > most or cells > SCORE_BYTES):
                 break
             asked.append((pending, question))
@@ -478,12 +480,6 @@ def _prompt_question(pending: PendingSample, request: SamplingRequest) -> Prompt
         alternatives=request.prompt_alt_tokens_k,
         seed=draw_seed("alternatives", pending.request_id if seed is None else seed),
     )
-
-
-def _table_bytes(question: PromptLogprobsRequest) -> int:
-    """What the tables of an answer take on the rank that makes them."""
-    targets = 0 if question.targets is None else question.targets.size
-    return CELL * (len(question.tokens) * (1 + question.topk + 2 * question.alternatives) + 2 * targets)
 
 
 def _is_finite(question: PromptLogprobsRequest, result: PromptLogprobsResult) -> bool:

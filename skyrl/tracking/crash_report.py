@@ -38,18 +38,13 @@ def write_bundle(run_folder: Path, report: str, table: dict[int, dict[str, Any]]
             (folder / "stacks" / f"rank-{rank}.txt").write_text(stack)
         if (run_folder / "config.yaml").exists():
             shutil.copyfile(run_folder / "config.yaml", folder / "config.yaml")
-        if lines := _last_lines(run_folder):
-            (folder / "metrics.jsonl").write_bytes(lines)
+        reader, file = RunReader(run_folder), "metrics.jsonl"
+        if lines := reader.before(file, reader.size(file), METRICS_BYTES):
+            (folder / file).write_bytes(lines if len(lines) < METRICS_BYTES else lines[lines.find(b"\n") + 1 :])
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     except OSError as problem:
         return f"no crash bundle: {problem.strerror or problem}"
     return str(folder)
-
-
-def _last_lines(run: Path) -> bytes:
-    reader, file = RunReader(run), "metrics.jsonl"
-    data = reader.before(file, reader.size(file), METRICS_BYTES)
-    return data if len(data) < METRICS_BYTES else data[data.find(b"\n") + 1 :]
 
 
 def _environment() -> dict[str, Any]:

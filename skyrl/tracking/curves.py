@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +200,9 @@ def _draw_line(axes: Any, points: list[tuple[float, float]], colour: str, label:
         axes.plot(xs, ys, color=colour, lw=1.6, label=label, **marker)
     else:
         axes.plot(xs, ys, color=colour, lw=0.8, alpha=0.35)
-        axes.plot(xs, _smooth(ys), color=colour, lw=1.8, label=label)
+        # A running median of nine: one wild step does not bend the line.
+        smooth = [statistics.median_high(ys[max(0, i - 4) : i + 5]) for i in range(len(ys))]
+        axes.plot(xs, smooth, color=colour, lw=1.8, label=label)
 
 
 def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]], shorten: _Shortened) -> None:
@@ -224,12 +225,6 @@ def _style(axes: Any, panel: _Panel, spans: list[tuple[str, int, int]], shorten:
             words = axes.text(shorten(start), 1.0, f" {phase} ({end - start})", transform=axes.get_xaxis_transform())
             words.set(fontsize=8, color=_MUTED, va="top")
     axes.set_xlabel("step", fontsize=8, color=_MUTED)
-
-
-def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred running median: one wild step does not bend the line."""
-    half = window // 2
-    return [statistics.median_high(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def _summary(records: list[Record]) -> str:

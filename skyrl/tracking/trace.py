@@ -29,7 +29,8 @@ def chrome_trace(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for line in lines:
         whole = [f"step {line['step']} ({line['phase']})", min(span[1] for span in line["spans"]), line["time"]]
         for name, begin, end in [whole, *sorted(line["spans"], key=lambda span: (span[1], -span[2]))]:
-            events.append(_complete(name, line["rank"], 0, begin - start, end - start))
+            times = {"ts": round((begin - start) * 1e6, 1), "dur": round(max(0.0, end - begin) * 1e6, 1)}
+            events.append({"ph": "X", "name": name, "pid": line["rank"], "tid": 0, **times})
         curves = {key: line[key] for key in SHOWN if key in line}
         for number, gpu in enumerate(line.get("gpus", ())):
             curves |= {f"gpu {number} {key}": value for key, value in gpu.items()}
@@ -37,11 +38,6 @@ def chrome_trace(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             at = round((line["time"] - start) * 1e6, 1)
             events.append({"ph": "C", "pid": line["rank"], "name": name, "ts": at, "args": {"value": value}})
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"start": start}}
-
-
-def _complete(name: str, pid: int, tid: int, begin: float, end: float) -> dict[str, Any]:
-    times = {"ts": round(begin * 1e6, 1), "dur": round(max(0.0, end - begin) * 1e6, 1)}
-    return {"ph": "X", "name": name, "pid": pid, "tid": tid, **times}
 
 
 def trace(args: list[str]) -> None:

@@ -432,7 +432,8 @@ class WorkerPool:
                 continue
             (began,) = struct.unpack("<d", os.pread(worker.crash, BEAT_BYTES, 0))
             if time.monotonic() - began <= allowed:  # it goes on; late is what takes no notice of being cancelled
-                late = {key for key in late if self._async and now - worker.calls[key] > self._many(key) * allowed}
+                many = {key: 4 + len(self._played[key].past) for key in late}  # calls that one request may be
+                late = {key for key in late if self._async and now - worker.calls[key] > many[key] * allowed}
                 if not late:
                     continue
             place = self._end(worker, show=True)
@@ -444,10 +445,6 @@ class WorkerPool:
                 played.count("killed")
                 self._done(played, Outcome(None, f"{self._blame(played)}: {line}", "late"))
             self._lost(worker, late, line)
-
-    def _many(self, key: int) -> int:
-        """How many calls one request of this episode may be."""
-        return 4 + len(self._played[key].past)
 
     def _end(self, worker: _Worker, show: bool = False) -> str:
         """Ends a worker with its children; returns in words how it ended, or with `show` where it stood."""

@@ -369,7 +369,9 @@ class Snapshots:
 
     def _keep(self, name: str, content: Content) -> None:
         self._host[name] = content
-        while sum(map(_num_bytes, self._host.values())) > HOST_BYTES and len(self._host) > 1:
+        while len(self._host) > 1 and HOST_BYTES < sum(
+            tensor.nbytes for held in self._host.values() for tensor in held.weights.values()
+        ):
             old, weights = next(iter(self._host.items()))
             try:
                 self._folder.mkdir(exist_ok=True)
@@ -471,7 +473,3 @@ class Snapshots:
         if entry is not None and entry.uses == 0:
             del self._resident[name]
             self.leader.call("delete_adapter", name)
-
-
-def _num_bytes(content: Content) -> int:
-    return sum(tensor.nbytes for tensor in content.weights.values())
