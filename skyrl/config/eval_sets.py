@@ -99,6 +99,7 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     one = replace(own, **{"env": env, "data": data, "max_new_tokens": length, **given, "name": name})
     close = difflib.get_close_matches(source, RECIPES, n=3, cutoff=0.6)
     meant = f"; or did you mean one of: {', '.join(close)}?" if close and source not in RECIPES else ""
+    unknown = "" if source in RECIPES else f", which a recipe would have, and none is called {source}"
     if env.name in NO_REWARD:
         raise UserError(f"{where}: rows of env.name={env.name} are to be learned and give no reward; leave the set out")
     above = [k for k in cfg.eval.k if k > one.samples_per_prompt]
@@ -113,7 +114,7 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
         ),
         (
             one.max_new_tokens < 1,
-            f"has no length of an answer; give it max_new_tokens, or sampler.max_new_tokens{meant}",
+            f"has no length of an answer{unknown}; give it max_new_tokens, or sampler.max_new_tokens{meant}",
         ),
         (above, f"eval.k={above} is above its samples_per_prompt={one.samples_per_prompt}; draw more, or lower k"),
     ):
@@ -149,6 +150,10 @@ def evaluation_options(overrides: Sequence[str]) -> list[str]:
             found.append(override)
             continue
         folder = Path(expand_home(value, "model"))
+        if value.startswith(("runs/", "./", "/")) and not folder.exists():
+            raise UserError(
+                f"model={value}: nothing is there; give a run, a checkpoint or a model, skyrl-tx runs lists runs"
+            )
         if (folder / "checkpoints").is_dir():
             whole = [path for path in sorted(folder.glob("checkpoints/*")) if path.name.isdecimal()]
             if not whole:

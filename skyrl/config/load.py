@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -24,6 +25,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
+from skyrl.config.algorithm_rules import option as value_of
 from skyrl.config.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
 from skyrl.config.eval_sets import NOTHING, evaluation_options, longest_answer, options_of_model, with_run
 from skyrl.config.options import (
@@ -218,8 +220,11 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         return _finish_serve(cfg)
     if mode == "sft" and typed.get("trainer", "sft") != "sft":
         raise UserError(f"trainer={cfg.trainer}: python -m skyrl.sft is sft; use python -m skyrl.train for others")
-    if cfg.trainer not in CHOICES["trainer"]:
-        raise UserError(f"trainer={cfg.trainer}: choose one of: {', '.join(CHOICES['trainer'])}")
+    for path in ("trainer", "strategy.device"):  # by which others are checked
+        if value_of(cfg, path) not in CHOICES[path]:
+            raise UserError(f"{path}={value_of(cfg, path)}: choose one of: {', '.join(CHOICES[path])}")
+    if typed.get("model") == "tiny" and cfg.model.path != "tiny":
+        raise UserError(f"model=tiny: model.path={cfg.model.path} names another model; leave one of the two out")
     command = mode
     if mode == "control" and cfg.trainer != mode:
         raise UserError(
@@ -391,8 +396,12 @@ def explain(error: BaseException, mode: str = "train") -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if name in ("submitit_slurm", "submitit_local", "optuna"):
             return f"{group}={name}: its package is not installed; get the extra: pip install 'skyrl-spmd[sweep]'"
-        known = ", ".join(sorted(str(option) for option in error.options or []))
-        return f"{group or 'config'}={name}: no such file in conf/{group}; choose one of: {known}"
+        known = sorted(str(option) for option in error.options or [])
+        meant = difflib.get_close_matches(name, known, n=1)
+        if name in CHOICES.get(f"{group}.name", ()):
+            meant = [f"{group}.name={name}"]
+        hint = f"did you mean {meant[0]}? There are" if meant else "choose one of"
+        return f"{group or 'config'}={name}: no such file in conf/{group}; {hint}: {', '.join(known)}"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -420,6 +429,8 @@ def _wrong_value(path: str, value: str | None, cause: OmegaConfBaseException, mo
         if path.startswith(f"{option.path}.") and option.type == "dict[str, float]":
             return f"{text}: needs a number"
         if option.path == path:
+            if option.type.startswith("list") and value:
+                return f"{text}: needs a list, in brackets: {path}=[{value}]"
             return f"{text}: needs a value of type {option.type} (default {option.default!r}): {option.doc}"
     if path in groups(mode):
         names = ", ".join(option.path for option in all_options(mode) if option.path.startswith(path + "."))

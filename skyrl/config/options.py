@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import yaml
+
 from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.algorithms.losses import LOSSES
 from skyrl.config import schema, schema_policy, schema_server, trainers
+from skyrl.config.args import config_dir
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (
@@ -61,7 +64,7 @@ UNREAD: dict[str, Sequence[str]] = {
     "distill": DISTILL_UNREAD,
     "control": CONTROL_UNREAD,
 }
-# Names of an earlier release -> the ones of today. They are refused with the new name.
+# Names of an earlier release -> the ones of today, as which saved configs are read.
 RENAMED = {
     "algorithm.loss.recompute_anchor": "algorithm.loss.recompute_old_logprobs",
     "algorithm.loss.clip_low": "algorithm.loss.params.clip_low",
@@ -69,14 +72,6 @@ RENAMED = {
     "algorithm.advantage.gamma": "algorithm.advantage.params.gamma",
     "algorithm.advantage.lam": "algorithm.advantage.params.lam",
     "algorithm.advantage.eps": "algorithm.advantage.params.eps",
-}
-SERVER_RENAMED = {
-    "max_tokens_per_microbatch": "batch.max_tokens_per_microbatch",
-    "max_row_tokens": "batch.max_row_tokens",
-    "collective_timeout_seconds": "run.collective_timeout_seconds",
-    "world_size": "run.world_size",
-    "threads": "run.threads",
-    "deterministic": "debug.deterministic",
 }
 
 
@@ -184,19 +179,19 @@ def suggest(path: str, extra: tuple[str, ...] = (), mode: str = "train") -> str:
     """The option or group that was probably meant by `path`; "" when nothing is close."""
     known = [option.path for option in (*all_options(mode), *parameters()) if reads(mode, option.path)]
     known += [*groups(mode), *extra]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
-    if close:
-        return close[0]
-    # A right name in the wrong or no group: lr, loss.reduction, model.num_layers.
     last = path.rsplit(".", 1)[-1]
+    for ours, theirs in yaml.safe_load((config_dir() / "elsewhere.yaml").read_text(encoding="utf-8")).items():
+        if reads(mode, ours) and {path, last} & {*theirs.split()}:
+            return ours
+    # A right name in the wrong or no group: lr, loss.reduction, model.num_layers.
     same_name = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    return same_name[0] if len(same_name) == 1 else " or ".join(same_name[:3])
+    inside = [name for name in same_name if name.startswith(path.removesuffix(last))]
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
+    return close[0] if close and not inside else " or ".join((inside or same_name)[:3])
 
 
 def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train") -> str:
     """The one line for an option that command `mode` does not have. `folders` are conf's groups of files."""
-    if new := (SERVER_RENAMED if mode == "serve" else {}).get(path, RENAMED.get(path)):
-        return f"{path} is now {new}"
     if mode == "serve" and path.startswith("model.lora"):
         return f"{path}: clients of a server ask for adapters themselves (create_lora_training_client); leave it out"
     known = {option.path for option in all_options()} | set(groups())

@@ -37,7 +37,8 @@ def import_plugins(plugins: Sequence[str]) -> None:
                 "start where it is, or put its folder on PYTHONPATH"
             ) from error
         except Exception as error:  # whatever a user's module does when it is imported
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            place: Any = traceback.extract_tb(error.__traceback__)[-1]
+            place = error if isinstance(error, SyntaxError) else place  # else the place in Python's own importer
             what = " ".join(str(error).split())
             raise UserError(
                 f"plugins=[{plugin}]: importing it raised {type(error).__name__}: {what} at {place.filename}:"

@@ -124,7 +124,7 @@ def doctor(args: Sequence[str]) -> int:
     else:
         print(text(findings))
         warned = sum(finding.status == "warn" for finding in findings)
-        print(f"{len(findings)} findings, {warned} warnings, {failed} failures, {seconds:.1f} s")
+        print(f"{len(findings)} findings, warnings: {warned}, failures: {failed}, {seconds:.1f} s")
     return 1 if failed else 0
 
 

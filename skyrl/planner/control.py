@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 from skyrl.config.algorithm_rules import advantage_of, loss_of, those
 from skyrl.config.plugins import import_plugins
@@ -53,14 +54,18 @@ def control_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"strategy.name={cfg.strategy.name}: policies for control are whole on every rank; use auto or ddp"
 
 
+def import_gymnasium() -> Any:
+    """The package. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module("gymnasium")
+    except ImportError:
+        raise UserError(f"trainer=control: gymnasium is not installed; {EXTRA['control']}") from None
+
+
 def find_environment(cfg: RunConfig) -> None:
     """Makes control.env_id known to Gymnasium: imports plugins, the module before its colon, and ale_py for ALE/.
     Raises UserError for a package that is missing and for an id that does not exist, with the closest ones."""
-    name = cfg.control.env_id
-    try:
-        import gymnasium
-    except ImportError:
-        raise UserError(f"trainer=control: gymnasium is not installed; {EXTRA['control']}") from None
+    name, gymnasium = cfg.control.env_id, import_gymnasium()
     import_plugins(cfg.plugins)
     module, _, own = name.rpartition(":")
     if name.startswith("ALE/"):

@@ -109,7 +109,9 @@ def choose(device: str, dtype: str, facts: DeviceFacts) -> DeviceChoice:
         raise UserError(f"{where}: {variable}={facts.visible} hides all devices; unset it, {OVERRULE}")
     if not shown:
         build = "" if facts.cuda or facts.hip else f", and torch {facts.torch} is built for the CPU alone"
-        raise UserError(f"{where}: this machine shows no GPU (no {file}){build}; use another one, {OVERRULE}")
+        raise UserError(
+            f"{where}: this machine shows no GPU (no {file}){build}; use a machine that has one, {OVERRULE}"
+        )
     what, remedy = _why_not(facts)
     raise UserError(f"{where}: this machine has GPUs ({_found(facts)}), but {what}; {remedy}, {OVERRULE}")
 

@@ -118,14 +118,15 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     folder = Path(path)
     if not path:
         raise UserError(NO_MODEL)
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
     # What begins with a folder of ours is a mistyped path more often than a hub name, which the hub's cache would have.
     doubtful = not local and "/" in path and Path(folder.parts[0]).is_dir()
     doubtful = doubtful and not isinstance(try_to_load_from_cache(path, "config.json"), str)
     if (local or doubtful) and not folder.exists():
         fetched = f", fetched before (hf download {path})" * doubtful
         raise UserError(
-            f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name{fetched}"
+            f"model.path={path}: no such folder; give tiny, a folder in Hugging Face format or a hub name (org/name)"
+            + fetched
         )
     if problem := path_problem(path):
         raise UserError(f"model.path={path}: {problem}")
@@ -159,7 +160,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
             raise UserError(
                 f"model.path={path}: by its name {named[0]} weights, which cannot be trained; {ORIGINAL}"
             ) from error
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__} {error}".split()).partition(". ")[0][:200]
         raise UserError(
             f"model.path={path}: no model can be read there ({reason}); give tiny, a folder in Hugging Face format, or "
             "a hub name that this machine can reach or has in its cache"

@@ -245,14 +245,6 @@ def compiler_problem(device: str) -> str:
     return "" if any(shutil.which(name) for name in names if name) else "no C++ compiler here; install g++"
 
 
-def _describe_training(cfg: RunConfig) -> list[tuple[str, str]]:
-    """Which of the quicker ways the training forward goes, and why not."""
-    why = next((name for name in ("share_prefixes", "packing") if not getattr(cfg.batch, name)), "")
-    shared = f"rows apart (batch.{why}=false)" if why else "beginnings that rows share computed once"
-    how = "; layers compiled by torch (inductor)" if cfg.model.compile else ""
-    return [("training", f"{shared}{how}")]
-
-
 def max_row_tokens(cfg: RunConfig, sizes: ModelSizes) -> int:
     """The longest row, prompt with answer. Raises UserError when the option asks for more than the model has."""
     if cfg.batch.max_row_tokens > sizes.max_positions:
@@ -360,8 +352,12 @@ def _describe_run(cfg: RunConfig, plan: Plan, supervised: bool, device_name: str
         what = [("SFT", steps), ("lr", f"{first:.3g} first, {cfg.warmup.lr:.3g} peak, {last:.3g} last")]
     else:
         what = [*_describe_rl(cfg, plan), ("warm-up", steps)] if plan.trains else []
-    training = _describe_training(cfg) if plan.trains else []
-    return [*head, *what, *training, ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn")]
+    if plan.trains:  # which of the quicker ways the forward pass goes, and why not
+        why = next((name for name in ("share_prefixes", "packing") if not getattr(cfg.batch, name)), "")
+        shared = f"rows apart (batch.{why}=false)" if why else "beginnings that rows share computed once"
+        how = "; layers compiled by torch (inductor)" if cfg.model.compile else ""
+        what.append(("training", f"{shared}{how}"))
+    return [*head, *what, ("rows", f"{longest}, {cfg.sampler.max_new_tokens} a turn")]
 
 
 def _describe_rl(cfg: RunConfig, plan: Plan) -> list[tuple[str, str]]:

@@ -135,7 +135,8 @@ class PromptCheck:
                 return None
             solution = prompt.extra.get("solution")
             if not isinstance(solution, str):
-                return "", f"no solution to learn from; give it one, or {self.learned}"
+                field = "`completion`" if prompt.env == "chat" else "`solution`"
+                return "", f"no solution to learn from; give it one, or {self.learned} (its field is {field})"
             count += len(chat.answer(prompt.messages, solution))
         except UserError as error:
             return "refused", str(error)

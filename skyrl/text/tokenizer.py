@@ -78,6 +78,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
         folder = locate(source, "" if cfg.tokenizer else cfg.revision, where=where, weights=False)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers has made an empty one of the family
+                raise ValueError("the folder holds no file of one")
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             if (Path(folder) / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:

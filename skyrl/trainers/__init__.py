@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from skyrl.planner.control import import_gymnasium
+
 if TYPE_CHECKING:
     from skyrl.config.schema import RunConfig
 
@@ -14,6 +16,8 @@ def run_trainer(mode: str, cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[st
     """Runs the loop that cfg.trainer names, or the one of another `mode` than "train" (`python -m skyrl.sft`,
     `.evaluate`); returns what `run_loop` does. Imports torch only here: a login node has none."""
     trainer = mode if mode != "train" else "live" if cfg.feedback.enabled else cfg.trainer
+    if trainer == "control":  # whose modules need it
+        import_gymnasium()
     module = importlib.import_module(f"skyrl.trainers.{trainer}")
     result: dict[str, Any]
     if trainer in ("dpo", "reward_model", "distill"):  # functions of an open run, and no more

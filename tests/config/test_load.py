@@ -11,6 +11,7 @@ from skyrl.config import load
 from skyrl.config.args import hide_in_command
 from skyrl.config.load import load_config
 from skyrl.config.options import all_options
+from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import option
 from skyrl.main import split_args
@@ -53,18 +54,40 @@ def test_group_choice_on_the_command_line_beats_the_recipe():
         ("optim.lr=abc", "optim.lr=abc: needs a value of type float"),
         ("optim.lr=null", "optim.lr=null: needs a value of type float"),
         ("batch.num_steps=1.5", "batch.num_steps=1.5: needs a value of type int"),
-        ("sampler.stop=x", "sampler.stop=x: needs a value of type list[str]"),
+        ("sampler.stop=x", "sampler.stop=x: needs a list, in brackets: sampler.stop=[x]"),
         ("optim=3", "optim=3: is a group of options"),
         ("~optim.lr", "optim.lr: cannot be removed"),
         ("optim.lr=1,2", "a sweep over values needs -m"),
         ("optim.lr=(]", "cannot read 'optim.lr=(]'"),
         ("foo", "cannot read 'foo'"),
         ("experiment=nothing", "experiment=nothing: no such file in conf/experiment; choose one of: acrobot"),
+        ("experiment=gms8k", "did you mean gsm8k? There are: acrobot"),
+        (
+            "strategy=ddp",
+            "strategy=ddp: no such file in conf/strategy; did you mean strategy.name=ddp? There are: auto",
+        ),
+        ("strategy.device=gpu", "strategy.device=gpu: choose one of: auto, cpu, cuda"),
+        ("num_generations=8", "num_generations: no such option; did you mean batch.samples_per_prompt?"),
+        ("data.train_batch_size=8", "did you mean batch.prompts_per_step?"),
+        ("temperature=0.7", "did you mean sampler.temperature or eval.temperature?"),
+        ("env.reward=exact", "did you mean env.options.reward?"),
         ("run.name=a/b", "run.name=a/b"),
     ],
 )
 def test_each_mistake_is_one_line_with_its_place(override, said):
     assert said in line_of(override)
+
+
+def test_a_plugin_that_does_not_parse_is_told_with_its_own_line(tmp_path):
+    file = tmp_path / "half_written.py"
+    file.write_text("x = 1\ndef f(:\n")
+    with pytest.raises(UserError, match=rf"SyntaxError: .* at {file}:2; fix it there$"):
+        import_plugins([str(file)])
+
+
+def test_two_models_are_refused():
+    assert line_of("model=tiny", "model.path=a/b").startswith("model=tiny: model.path=a/b names another model; leave")
+    assert load_config(["experiment=custom", "model=tiny", "sampler.max_new_tokens=4"]).model.path == "tiny"
 
 
 def test_same_command_same_name_in_any_order():

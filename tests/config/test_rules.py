@@ -327,7 +327,7 @@ def test_what_fits_together_is_accepted(overrides):
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_old_names_are_refused_with_the_new_one(old, new):
-    assert line_of(f"{old}=1") == f"{old} is now {new}"
+    assert line_of(f"{old}=1") == f"{old}: no such option; did you mean {new}?"
     assert new in {option.path for option in (*all_options(), *parameters())}
 
 

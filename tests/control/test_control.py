@@ -1,6 +1,7 @@
 """trainer=control: learning, resume, ranks, statistics, and what is refused before the first step."""
 
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -229,6 +230,14 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(UserError, match=r"gymnasium is not installed; install the extra with .*skyrl-spmd\[control\]"):
         make_plan(cfg, 1)
+
+
+def test_the_command_line_without_gymnasium_ends_in_one_line():
+    """In a process of its own: this one has imported what needs it."""
+    start = "import sys; sys.modules['gymnasium'] = None; from skyrl.main import run_entry; run_entry('control')"
+    done = subprocess.run([sys.executable, "-c", start, "env=CartPole-v1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("skyrl: error: trainer=control: gymnasium is not installed; install the extra with")
 
 
 def test_a_policy_that_does_not_fit_is_told_what_is_needed():

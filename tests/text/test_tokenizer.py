@@ -152,3 +152,11 @@ def test_end_tokens_of_a_model_whose_tokenizer_names_none(tmp_path):
     (tmp_path / "model" / "generation_config.json").unlink()
     with pytest.raises(UserError, match="no end-of-sequence token, and the model's config.json and generation_config"):
         end_tokens(cfg, load_tokenizer(cfg))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """transformers makes an empty tokenizer of the family there, which would read every text as nothing."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **sizes}))
+    with pytest.raises(UserError, match=f"^model.path={tmp_path}: no tokenizer can be read there .*; set model.tokeni"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
