@@ -1,12 +1,15 @@
-"""What eval.sets names: each entry as the environment, data and sampling of one evaluation. No torch."""
+"""What eval.sets names: each entry as the environment, data and sampling of one evaluation; and conditions on
+a metric, as people type them: "eval/accuracy >= 0.9", of eval.stop_when and `skyrl-tx gate`. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
+import math
+import operator
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ from typing import Any
 import yaml
 
 from skyrl.config.args import config_dir, expand_home
-from skyrl.config.conditions import read_condition
 from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
 from skyrl.config.trainers import NO_REWARD
 from skyrl.types import UserError
@@ -28,6 +30,20 @@ OF_START = tuple(
 )
 NOTHING = ["experiment=custom", "env.name=''"]  # of the default recipe is left, where none is named
 RECIPES = sorted(file.stem for file in (config_dir() / "experiment").glob("*.yaml"))
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_CONDITION = re.compile(rf"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*({_NUMBER})\s*")
+
+
+def read_condition(text: str) -> tuple[str, str, float] | None:
+    """(metric, one of RELATIONS, a finite number); None for a text that is no condition."""
+    found = _CONDITION.fullmatch(text)
+    return (found[1], found[2], float(found[3])) if found and abs(float(found[3])) < math.inf else None
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,8 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
     given = {key: value for key, value in entry.items() if key in EvalSetConfig.__annotations__ and key != "env"}
     one = replace(own, **{"env": env, "data": data, "max_new_tokens": length, **given, "name": name})
     close = difflib.get_close_matches(source, RECIPES, n=3, cutoff=0.6)
-    meant = f"; or did you mean one of: {', '.join(close)}?" if close and source not in RECIPES else ""
-    unknown = "" if source in RECIPES else f", which a recipe would have, and none is called {source}"
+    meant = f"or did you mean one of: {', '.join(close)}?" if close else f"no recipe is called {source}"
+    meant = "" if source in RECIPES else f"; {meant}"
     if env.name in NO_REWARD:
         raise UserError(f"{where}: rows of env.name={env.name} are to be learned and give no reward; leave the set out")
     above = [k for k in cfg.eval.k if k > one.samples_per_prompt]
@@ -114,7 +130,7 @@ def _read(cfg: RunConfig, entry: Any) -> EvalSetConfig:
         ),
         (
             one.max_new_tokens < 1,
-            f"has no length of an answer{unknown}; give it max_new_tokens, or sampler.max_new_tokens{meant}",
+            f"has no length of an answer; give it max_new_tokens, or sampler.max_new_tokens{meant}",
         ),
         (above, f"eval.k={above} is above its samples_per_prompt={one.samples_per_prompt}; draw more, or lower k"),
     ):
@@ -151,9 +167,7 @@ def evaluation_options(overrides: Sequence[str]) -> list[str]:
             continue
         folder = Path(expand_home(value, "model"))
         if value.startswith(("runs/", "./", "/")) and not folder.exists():
-            raise UserError(
-                f"model={value}: nothing is there; give a run, a checkpoint or a model, skyrl-tx runs lists runs"
-            )
+            raise UserError(f"model={value}: nothing is there; skyrl-tx runs lists the runs")
         if (folder / "checkpoints").is_dir():
             whole = [path for path in sorted(folder.glob("checkpoints/*")) if path.name.isdecimal()]
             if not whole:

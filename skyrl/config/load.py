@@ -25,7 +25,6 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from skyrl.config.algorithm_rules import option as value_of
 from skyrl.config.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
 from skyrl.config.eval_sets import NOTHING, evaluation_options, longest_answer, options_of_model, with_run
 from skyrl.config.options import (
@@ -220,9 +219,8 @@ def finish(composed: DictConfig, overrides: Sequence[str], *, mode: str = "train
         return _finish_serve(cfg)
     if mode == "sft" and typed.get("trainer", "sft") != "sft":
         raise UserError(f"trainer={cfg.trainer}: python -m skyrl.sft is sft; use python -m skyrl.train for others")
-    for path in ("trainer", "strategy.device"):  # by which others are checked
-        if value_of(cfg, path) not in CHOICES[path]:
-            raise UserError(f"{path}={value_of(cfg, path)}: choose one of: {', '.join(CHOICES[path])}")
+    if cfg.trainer not in CHOICES["trainer"]:
+        raise UserError(f"trainer={cfg.trainer}: choose one of: {', '.join(CHOICES['trainer'])}")
     if typed.get("model") == "tiny" and cfg.model.path != "tiny":
         raise UserError(f"model=tiny: model.path={cfg.model.path} names another model; leave one of the two out")
     command = mode
@@ -452,12 +450,11 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     those of today. Raises UserError for an unknown key."""
     values, renamed = copy.deepcopy(values), False
     for old, new in RENAMED.items():
-        group, _, name = old.rpartition(".")
+        (group, _, name), (new_group, _, new_name) = old.rpartition("."), new.rpartition(".")
         held = _at(values, group)
         if name in held:
             renamed = True
-            path = new.split(".")
-            _at(values, ".".join(path[:-1]), make=True)[path[-1]] = held.pop(name)
+            _at(values, new_group, make=True)[new_name] = held.pop(name)
     try:
         composed = OmegaConf.merge(_schema(), _expand_homes(values))
         assert isinstance(composed, DictConfig)

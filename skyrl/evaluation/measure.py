@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from skyrl.config.conditions import RELATIONS, read_condition
+from skyrl.config.eval_sets import RELATIONS, read_condition
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.collectives import MetricSums, gather_objects
 from skyrl.distributed.init import World

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from skyrl.config.args import Parser, path_arg
-from skyrl.config.conditions import RELATIONS, read_condition
+from skyrl.config.eval_sets import RELATIONS, read_condition
 from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD, TEMPORARY
 from skyrl.files import explain_write, write_atomic
 from skyrl.run_dir import RunReader, find_run, is_run

@@ -93,6 +93,8 @@ def choose(device: str, dtype: str, facts: DeviceFacts) -> DeviceChoice:
     cpu = "float32" if dtype == "auto" else dtype
     if device == "cpu":
         return DeviceChoice("cpu", cpu)
+    if device not in ("auto", "cuda"):
+        raise UserError(f"strategy.device={device}: choose one of: auto, cpu, cuda")
     where, (variable, _, file) = f"strategy.device={device}", NAMES[bool(facts.hip)]
     if facts.count and facts.local_rank >= facts.count:
         raise UserError(f"{where}: {_too_many(facts)}")

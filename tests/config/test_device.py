@@ -114,6 +114,11 @@ def test_gpus_that_cannot_be_used_are_refused_with_what_would_do(facts, words, d
     assert choose("cpu", "auto", facts) == DeviceChoice("cpu", "float32")  # overrules all of it
 
 
+def test_a_device_of_another_name_is_refused_before_any_is_looked_for():
+    with pytest.raises(UserError, match=r"^strategy.device=gpu: choose one of: auto, cpu, cuda$"):
+        choose("gpu", "auto", CPU_WHEEL)
+
+
 def test_a_machine_without_gpus_computes_on_the_cpu():
     for facts in (CPU_WHEEL, CUDA_WHEEL, at(CUDA_WHEEL, problem="No CUDA GPUs are available")):
         assert choose("auto", "auto", facts) == DeviceChoice("cpu", "float32")

@@ -66,7 +66,6 @@ def test_group_choice_on_the_command_line_beats_the_recipe():
             "strategy=ddp",
             "strategy=ddp: no such file in conf/strategy; did you mean strategy.name=ddp? There are: auto",
         ),
-        ("strategy.device=gpu", "strategy.device=gpu: choose one of: auto, cpu, cuda"),
         ("num_generations=8", "num_generations: no such option; did you mean batch.samples_per_prompt?"),
         ("data.train_batch_size=8", "did you mean batch.prompts_per_step?"),
         ("temperature=0.7", "did you mean sampler.temperature or eval.temperature?"),

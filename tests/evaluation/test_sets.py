@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from skyrl.config.conditions import read_condition
-from skyrl.config.eval_sets import eval_sets, evaluation_options, longest_answer
+from skyrl.config.eval_sets import eval_sets, evaluation_options, longest_answer, read_condition
 from skyrl.config.load import load_config, to_dict
 from skyrl.config.validation import check
 from skyrl.evaluation.sets import all_prompts, named_sets, overlapping, text_keys
