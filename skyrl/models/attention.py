@@ -1,9 +1,8 @@
 """One attention function, registered with transformers as "skyrl": the caller says how to attend, not the model.
 
-Every decoder layer of a transformers model calls the registered function with its queries, keys and values. We hand
-them to the object in `skyrl_attention`, which comes in as a keyword argument of the model's forward: packed rows in
-training, a paged cache in sampling; `skyrl_positions_T` are the tokens' places in their rows. The model's own code is
-never changed.
+Every decoder layer of a transformers model calls it with its queries, keys and values. We hand them to the object in
+`skyrl_attention`, which comes in as a keyword argument of the model's forward: packed rows in training, a paged cache
+in sampling; `skyrl_positions_T` are the tokens' places in their rows.
 """
 
 from __future__ import annotations
@@ -107,11 +106,8 @@ def _tuned(module: Any, query: Tensor, positions_T: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Makes attn_implementation="skyrl" known to transformers. Safe to call again.
-
-    No mask function is registered: for a name without one transformers builds no mask, while with one it first looks
-    for packed rows in the positions, which waits for the device once per mask in every forward pass.
-    """
+    """Makes attn_implementation="skyrl" known to transformers; safe to call again. Without a mask function, with which
+    transformers would look for packed rows in the positions and wait for the device, once per mask and forward pass."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, forward)

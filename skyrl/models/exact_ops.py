@@ -4,9 +4,8 @@ Two correct float32 computations of one log-probability differ by up to 2e-5 (do
 (skyrl.kernels), training computes products, norms, activations and attention with the very code that samples. A token's
 result then does not depend on the rows beside it, and a model with a decode plan gives the sampler's bits.
 
-Without kernels both sides take oneDNN's packed product, in which a row's result does not depend on the rows or columns
-beside it either (the plain product's does), and compute what lies between the products in float64, or in operations
-that round once: the same numbers again, but for sums that happen to lie on a border of rounding (`uses_onednn`).
+Without kernels both sides take oneDNN's packed product, in which a row's result does not depend on those beside it
+either (the plain product's does), and compute what lies between in float64, or in operations that round once.
 
 Where there is neither, sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n)
 roundings, in blocks by a few. Other dtypes and devices are left as they are.

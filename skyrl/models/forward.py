@@ -1,14 +1,12 @@
 """A transformers model as training sees it: packed rows in, log-probabilities, entropy or values out.
 
 The model itself is unchanged; only its attention goes through skyrl.models.attention, and its head is applied in
-blocks (skyrl.models.logprobs). Dropout and router noise stay off: the sampler has none, and training log-probabilities
-have to be those of the policy that sampled.
+blocks (skyrl.models.logprobs). Dropout and router noise stay off, since the sampler has none.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -224,21 +222,19 @@ class CausalLM(nn.Module):
                 f"a row of {mb.max_length} tokens is longer than the {self.max_positions} positions of this model; "
                 "lower batch.max_row_tokens"
             )
-        with compiled.using(self.compiles):
-            return self._forward(mb, temperature, entropy, packing, top_k)
-
-    def _forward(self, mb: Microbatch, temperature: float, entropy: bool, packing: bool, top_k: int) -> ForwardOutput:
         shared = packing and mb.distinct_U is not None and not top_k
-        if shared and (self.rope is None or self.rope.limit):  # without a limit longrope chooses by the whole row
-            return self._forward_shared(mb, temperature, entropy)
-        if packing:
-            lengths_T = None if self.rope is None else mb.starts_S1.diff()[mb.row_T]
-            hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, PackedAttention(mb.starts_S1, mb.lengths), lengths_T)
-        else:
-            hidden_TC = self._hidden_padded(mb)
-        if top_k:
-            return ForwardOutput(self._top_logprobs(hidden_TC, temperature, top_k))
-        return self._outputs(hidden_TC, mb.targets_T, temperature, entropy, mb.support_2N)
+        with compiled.using(self.compiles):
+            if shared and (self.rope is None or self.rope.limit):  # without a limit longrope chooses by the whole row
+                return self._forward_shared(mb, temperature, entropy)
+            if packing:
+                lengths_T = None if self.rope is None else mb.starts_S1.diff()[mb.row_T]
+                attention = PackedAttention(mb.starts_S1, mb.lengths)
+                hidden_TC = self.hidden(mb.tokens_T, mb.positions_T, attention, lengths_T)
+            else:
+                hidden_TC = self._hidden_padded(mb)
+            if top_k:
+                return ForwardOutput(self._top_logprobs(hidden_TC, temperature, top_k))
+            return self._outputs(hidden_TC, mb.targets_T, temperature, entropy, mb.support_2N)
 
     def _top_logprobs(self, hidden_TC: Tensor, temperature: float, top_k: int) -> Tensor:
         parts = []
@@ -341,14 +337,13 @@ def precise(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 def _run_checkpointed(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    again = partial(_run_again, forward, next(layer.parameters()).dtype, exact_ops.is_enabled(), compiled.is_used())
+    dtype, exact, compiles = next(layer.parameters()).dtype, exact_ops.is_enabled(), compiled.is_used()
+
+    def again(*args: Any, **kwargs: Any) -> Any:  # in the backward pass, outside of all three
+        with precise(dtype), exact_ops.enabled(exact), compiled.using(compiles):
+            return forward(*args, **kwargs)
+
     return checkpoint(again, *args, use_reentrant=False, **kwargs)
-
-
-def _run_again(forward: Any, dtype: torch.dtype, exact: bool, compiles: bool, *args: Any, **kwargs: Any) -> Any:
-    # the recomputation runs in the backward pass, outside of all three
-    with precise(dtype), exact_ops.enabled(exact), compiled.using(compiles):
-        return forward(*args, **kwargs)
 
 
 def _drop_output(net: PreTrainedModel) -> None:

@@ -3,10 +3,10 @@
 Of a sequence such a layer keeps one matrix of each head and the last inputs of its convolution, however long it is.
 The module's projections and norm stay transformers' own. What lies between them, where tokens meet those before them,
 is a DeltaRule that the module hands to the `recur` of `skyrl_attention`: training starts it anew at each packed row,
-sampling goes on from a sequence's states. transformers' own code for a CPU would carry one row's state into the next.
+sampling goes on from a sequence's states.
 
 The rule and the states are in float64 where products in float32 on a CPU are exact (models/exact_ops.py), else float32.
-Kernels for CUDA (flash-linear-attention) would take the place of DeltaRule.run, and of nothing else.
+On CUDA in bfloat16 flash-linear-attention's kernels compute it where they are installed (`cuda_rule`).
 
 Letters: B rows, L tokens of each, C channels of the convolution, W its width, H heads of values, K and V the channels
 of one head's keys and values, N chunks of a row, S tokens of a chunk, D decays of one head and token: 1, or K of them
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from skyrl.models import exact_ops
+from skyrl.tracking.advisories import warn_fallback
 
 CHUNK = 64  # tokens that are computed together; between chunks the state is carried
 MANY_DECAYS_CHUNK = 16  # of them where each channel has a decay: a number for each two tokens and channel exists then
@@ -86,8 +88,8 @@ class DeltaRule:
 
         `mixed_BLC`: queries, keys and values before the convolution. A token first multiplies the state by exp(decay),
         then puts beta of its value in the place of what the state holds for its key. Decays are [B, L, H], or
-        [B, L, H * K] with one of each channel of the keys. `real_BL`: False in the padding
-        behind a row, whose outputs mean nothing and which leaves no trace in the states; None where they are not used.
+        [B, L, H * K] with one of each channel of the keys. `real_BL`: False in the padding behind a row, whose outputs
+        mean nothing and which leaves no trace in the states.
         """
         shape, wide = self.shape, wide_dtype(mixed_BLC.dtype, mixed_BLC.device)
         (rows, length, _), dtype = mixed_BLC.shape, mixed_BLC.dtype
@@ -110,7 +112,8 @@ class DeltaRule:
         query, key = (_unit(x).repeat_interleave(group, 1) for x in (query, key))
         decay_BHLD = decay_BLH.double().unflatten(-1, (shape.num_heads, -1)).transpose(1, 2)
         chunk = min(chunk, length, chunk if decay_BHLD.shape[-1] == 1 else MANY_DECAYS_CHUNK)
-        out_BHLV, state_BHKV = gated_delta_rule(
+        by_kernels = mixed_BLC.is_cuda and dtype == torch.bfloat16 and decay_BHLD.shape[-1] == 1 and length > 1
+        out_BHLV, state_BHKV = (cuda_rule() if by_kernels else gated_delta_rule)(
             query * shape.key_size**-0.5, key, value, decay_BHLD, beta_BLH.to(wide).transpose(1, 2),
             state_BHKV.to(wide), chunk
         )  # fmt: skip
@@ -168,6 +171,26 @@ def gated_delta_rule(
         outs.append(query[:, :, n] @ state_BHKV + seen[:, :, n] @ new)
         state_BHKV = state_BHKV * since[:, :, n, -1].unsqueeze(-1) + key[:, :, n].transpose(-1, -2) @ new
     return torch.cat(outs, 2)[:, :, :length], state_BHKV
+
+
+@cache
+def cuda_rule() -> Callable[..., tuple[Tensor, Tensor]]:
+    """gated_delta_rule by flash-linear-attention's kernels (of one decay a head; products in bfloat16, sums and states
+    in float32) where they are installed; which it is, is said once."""
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError as error:
+        warn_fallback(f"linear attention is computed by torch ({error}); pip install 'skyrl-spmd[fla]' has kernels")
+        return gated_delta_rule
+    warn_fallback("linear attention is computed by flash-linear-attention")
+
+    def rule(*given: Any) -> tuple[Tensor, Tensor]:
+        parts = [x.transpose(1, 2).contiguous() for x in given[:5]]
+        parts = [*(x.bfloat16() for x in parts[:3]), parts[3].squeeze(-1).float(), parts[4].float()]
+        out, state = chunk_gated_delta_rule(*parts, scale=1.0, initial_state=given[5].float(), output_final_state=True)
+        return out.transpose(1, 2).to(given[0].dtype), state.to(given[0].dtype)
+
+    return rule
 
 
 # ---- the modules of transformers

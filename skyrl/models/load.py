@@ -123,9 +123,8 @@ def build_on_meta(
 def load_into(model: CausalLM, cfg: ModelConfig, *, device: torch.device | str, seed: int) -> None:
     """Weights of `cfg.path` for a module from `build_on_meta`, sharded or not; `tiny` and value heads from `seed`.
 
-    Memory is taken on `device` for what is still on the meta device. Each tensor is read, cast and copied on its own;
-    a sharded parameter reads only this rank's rows, except where transformers fuses several tensors into one.
-    No communication. Raises: UserError for files that do not fit the config, naming tensors.
+    Memory is taken on `device` for what is still on the meta device. How tensors are read: docs/models.md. No
+    communication. Raises: UserError for files that do not fit the config, naming tensors.
     """
     model.to_empty(device=device)
     if cfg.path == TINY:
@@ -174,9 +173,8 @@ class _ShortWindow:
 def check_against_transformers(model: CausalLM) -> None:
     """Compares a packed forward of two short rows with transformers' own plain one; for whole, unsharded weights.
 
-    Sliding windows are shortened to 3 tokens on both sides for that, so that layers which do not hand their window to
-    the attention show. Raises: UserError with the model type when log-probabilities differ by more than
-    CHECK_TOLERANCE: the families that check_supported cannot know about.
+    Sliding windows are 3 tokens on both sides, so that layers which do not hand theirs to the attention show. Raises:
+    UserError with the model type where log-probabilities differ by more than CHECK_TOLERANCE.
     """
     if model.head != "logits":
         return

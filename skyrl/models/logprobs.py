@@ -64,9 +64,8 @@ def finish_logits(product: Tensor, head: HeadSpec) -> Tensor:
 
 
 class _LogProbs(torch.autograd.Function):
-    """Both directions walk over blocks of the vocabulary, so each weight row's gradient is one product over all T:
-    no float32 copy of the weight's gradient is needed. The backward pass recomputes the logits of each block. The
-    forward pass takes whole rows of logits instead where that gives the sampler's bits and the vocabulary is not large.
+    """Both directions walk over blocks of the vocabulary (docs/models.md), the forward pass over whole rows of logits
+    where that gives the sampler's bits and the vocabulary is not large.
 
     Optional low-rank pair: u [T, R] and B [V, R] add u B^T to the product; targets may be [T, K]."""
 
@@ -288,9 +287,8 @@ def log_probs(
     `support_2N`: tokens and entries of the vocabulary; the softmax of a token that is there is over its entries alone,
     and the log-probability of another target about -1e20.
     `low_rank`: (u [T, R], B [V, R]) adds u B^T to hidden W^T, before the family's scaling.
-    At most 64 MiB (CPU: 8 MiB) of float32 logits exist at once, or as much as `chunk_tokens` whole rows would take, but
-    no less than 128 entries of the vocabulary for all tokens.
-    Gradients are exact, for hidden, weight, bias and the pair. Raises: ValueError for a temperature not above 0.
+    At most BLOCK_BYTES of float32 logits exist at once, or as much as `chunk_tokens` whole rows would take, but no less
+    than 128 entries of the vocabulary for all tokens. Raises: ValueError for a temperature not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: log-probabilities of training need one above 0")

@@ -77,8 +77,7 @@ class Router:
         return any(adapter is not None for _, _, adapter in self.segments)
 
     def pad(self, borders: list[int], length: int) -> None:
-        """From here on the layers see each of the rows between `borders`, which segments hold whole, padded to `length`
-        tokens."""
+        """Now the layers see the rows between `borders`, which segments hold whole, each of `length` tokens."""
         row = {border: number for number, border in enumerate(borders)}
         self.places = [(row[start] * length, row[stop] * length, adapter) for start, stop, adapter in self.segments]
 

@@ -27,9 +27,8 @@ from skyrl.planner.device import VARLEN_RELEASE, torch_release
 from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import ROW_FIELDS, Datum, Microbatch, UserError
 
-# Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them. On
-# a GPU, and where they are capped, above KEEP_SCORES, which the memory plan counts (planner/memory.py). Capped ones,
-# which that kernel cannot compute, are then computed twice; no more than MAX_SCORES exist at once.
+# Above this many scores of all buckets together (B x H x L x L) the fused kernel is used, which keeps none of them; on
+# a GPU, and where they are capped, above KEEP_SCORES, which the memory plan counts. No more exist at once.
 MAX_SCORES = 1 << 26
 # Rows shorter than this part of the longest row of their bucket open a bucket of their own.
 BUCKET_RATIO = 0.75

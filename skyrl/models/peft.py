@@ -117,8 +117,7 @@ def merge_adapter(
     state: dict[str, Tensor], weights: Mapping[str, Tensor], spec: LoraSpec, model: CausalLM
 ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     """Adds alpha / rank * B A to the whole weights in `state` ("net.<path>.weight", of experts "net.<path>", on the
-    CPU), in place. Returns the
-    transformers config of what came out, and the `weights` and `heads` for write_adapter.
+    CPU), in place. Returns the transformers config of what came out, and `weights` and `heads` for write_adapter.
 
     Sums are float32 and rounded to the dtype of `state`: a bfloat16 model with its adapter merged in is not quite the
     model that was trained. An output embedding that is adapted and tied to the input embedding is no longer tied.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -89,8 +89,7 @@ class RowResults:
         return out
 
     def _spans(self, picked: list[int]) -> list[tuple[int, int]]:
-        ends = list(accumulate((len(self.rows[index].tokens) for index in picked), initial=0))
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        return list(pairwise(accumulate((len(self.rows[index].tokens) for index in picked), initial=0)))
 
 
 def _kind(key: str) -> str:

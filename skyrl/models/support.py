@@ -30,8 +30,7 @@ def head_spec(config: Any) -> HeadSpec:
 def check_supported(config: Any) -> None:
     """Raises UserError, with the model type and the reason, for a family that skyrl cannot train exactly.
 
-    What a config does not tell is found by check_module (from the built module) and by
-    load.check_against_transformers (from numbers).
+    What a config does not tell, check_module and load.check_against_transformers find in the module and its numbers.
     """
     kind = getattr(config, "model_type", type(config).__name__)
 

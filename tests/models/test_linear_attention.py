@@ -1,12 +1,22 @@
 """The gated delta rule against its formula and transformers' modules; packed rows know nothing of others."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 from families import LINEAR, make_net
 
 from skyrl.models.forward import CausalLM, collate, precise
-from skyrl.models.linear_attention import CHUNK, DeltaRule, StateShape, gated_delta_rule, is_delta_net
+from skyrl.models.linear_attention import (
+    CHUNK,
+    DeltaRule,
+    StateShape,
+    cuda_rule,
+    gated_delta_rule,
+    is_delta_net,
+)
 from skyrl.models.packed import PackedAttention
 from skyrl.types import Datum
 
@@ -50,6 +60,36 @@ def test_a_token_that_forgets_all_does_not_spoil_those_after_it():
     want = formula(*(x.double() for x in given))
     for ours, theirs in zip(gated_delta_rule(*given, CHUNK), want, strict=True):
         assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_kernels_of_flash_linear_attention(monkeypatch):
+    """They are asked with the rule's own numbers, in their layout: a stand-in computes with these. It has not run on a
+    GPU."""
+    asked = []
+
+    def chunk_gated_delta_rule(q, k, v, g, beta, *, scale, initial_state, output_final_state):
+        asked.append((q.dtype, g.dtype, beta.dtype, initial_state.dtype, output_final_state))
+        turned = [x.transpose(1, 2).float() for x in (q * scale, k, v, g.unsqueeze(-1), beta)]
+        out, state = gated_delta_rule(*turned, initial_state, 64)
+        return out.transpose(1, 2).to(q.dtype), state
+
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
+    cuda_rule.cache_clear()
+    given = [x.requires_grad_() for x in inputs(150, dtype=torch.float32)]
+    ours, theirs = cuda_rule()(*given, CHUNK), gated_delta_rule(*given, CHUNK)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and 0 < (a - b).abs().max() < 0.05
+    assert asked == [(torch.bfloat16, *[torch.float32] * 3, True)]
+    (ours[0].sum() + ours[1].sum()).backward()
+    assert all(x.grad.isfinite().all() for x in given)
+    monkeypatch.setitem(sys.modules, "fla", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "fla.ops")
+    monkeypatch.delitem(sys.modules, "fla.ops.gated_delta_rule")
+    cuda_rule.cache_clear()
+    assert cuda_rule() is gated_delta_rule
+    cuda_rule.cache_clear()
 
 
 def test_gradients():
