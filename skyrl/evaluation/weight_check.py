@@ -65,7 +65,7 @@ def check_probe(engine: Engine, probe: Probe) -> float:
     rows = []
     for number, (prompt, sample) in enumerate(zip(probe.prompts, probe.samples, strict=True)):
         ids = np.concatenate([prompt, sample.tokens])
-        rows.append(Datum(ids[:-1], ids[1:], np.zeros(len(ids) - 1), name=f"proof/{number}"))
+        rows.append(Datum(ids[:-1], ids[1:], np.zeros(len(ids) - 1), name=f"proof/{number}", experts=sample.experts))
     scored = engine.score(rows, engine.cfg.sampler.temperature).logprobs
     gaps = [
         np.abs(np.asarray(own, np.float64)[len(prompt) - 1 :] - sample.logprobs)

@@ -47,8 +47,7 @@ def gguf_file(path: Path, where: str = "model.path") -> Path | None:
 def converted(file: Path, *, where: str = "model.path") -> Path:
     """The Hugging Face folder of a GGUF file in the user's cache, made by the first process that asks for it.
 
-    The file's size and time of change are part of the folder's name, so that a changed file is converted anew. Raises:
-    UserError for what `convert` refuses.
+    A file of another size or time of change is converted anew. Raises: UserError for what `convert` refuses.
     """
     from filelock import FileLock
 
@@ -67,10 +66,9 @@ def converted(file: Path, *, where: str = "model.path") -> Path:
 def convert(file: Path, folder: Path, *, where: str = "model.path", more: Mapping[str, bytes] | None = None) -> None:
     """Writes the model of a GGUF file as a Hugging Face folder: float32 weights, tokenizer, chat template, config.
 
-    The weights are the numbers that the file's codes stand for; what quantisation lost stays lost. `more` are files to
-    lie beside, by name. `folder` appears whole or not at all. Raises: UserError, before weights are read where
-    possible, for a file that is cut or of another format, a quantisation, an architecture or a splitting rule that is
-    not known, or a missing package.
+    The weights are the numbers that the file's codes stand for. `more` are files to lie beside, by name. `folder`
+    appears whole or not at all. Raises: UserError, before weights are read where possible, for a file that is cut or of
+    another format, a quantisation, an architecture or a splitting rule that is not known, or a missing package.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

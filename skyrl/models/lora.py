@@ -253,7 +253,7 @@ def _groups(model: AdaptableModel) -> tuple[dict[str, list[nn.Module]], dict[str
 def is_router(path: str, layer: nn.Module) -> bool:
     """Whether a module of a layer stands beside experts and chooses among them."""
     beside = layer.get_submodule(path.rpartition(".")[0])
-    return path.rpartition(".")[2] in ("gate", "router") and any(experts_of(one) for one in beside.children())
+    return path.rpartition(".")[2] in ("gate", "router") and any(hasattr(m, "is_transposed") for m in beside.children())
 
 
 # ---- hooks

@@ -3,9 +3,7 @@
 A unit is a decoder layer, or the embeddings, head and norm together. What it sends and when: docs/strategies.md.
 
 Masters are float32 shards (float64 for a float64 model); a bfloat16 model computes in gathered bfloat16 and reduces
-gradients in float32. Gradients are summed over ranks, not averaged. HSDP is the same over a mesh of two dimensions:
-`shard_size` neighbouring ranks share one copy, and gradients are summed over the copies besides. With offload all
-shards live in CPU memory, where AdamW runs too; a layer visits the device while it computes.
+gradients in float32. Gradients are summed over ranks, not averaged. HSDP is the same over a mesh of two dimensions.
 """
 
 from __future__ import annotations
@@ -65,14 +63,14 @@ class FSDPStrategy(Strategy):
             MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master) if dtype != master else MixedPrecisionPolicy()
         )
         shard = partial(fully_shard, mesh=mesh, offload_policy=offload_policy)
-        kept, self._exact = module.kept(dtype), set[str]()
+        rounded, exact = set(module.kept(dtype)), set[str]()
         for path, part in module.named_modules():  # what is float32 as a whole (a router) is a unit of its own
             names = {f"{path}.{name}" for name, _ in part.named_parameters()}
-            if names and names <= kept and not names & self._exact:
-                self._exact |= names
+            if names and names <= rounded and not names & exact:
+                exact |= names
                 shard(part, reshard_after_forward=reshard_after_forward)
-        if rounded := sorted(kept - self._exact):
-            warn_fallback(f"fsdp rounds to bfloat16 what ddp has in float32: {few(rounded)}")
+        if rounded := rounded - exact:
+            warn_fallback(f"fsdp rounds to bfloat16 what ddp has in float32: {few(sorted(rounded))}")
         shard = partial(shard, mp_policy=policy)
         for layer in module.layers():
             shard(layer, reshard_after_forward=reshard_after_forward)
@@ -87,7 +85,7 @@ class FSDPStrategy(Strategy):
         for p in module.parameters():
             p.requires_grad_(trainable)
         self.module = module
-        self._whole = WholeCopy(build, module, dtype, world.device)
+        self._whole = WholeCopy(build, module, dtype, world.device, rounded)
         self._named = list(module.named_parameters())  # shards; while a unit is gathered the module has others
         self._optimizer: torch.optim.Optimizer | None = None
         if trainable:
@@ -154,8 +152,7 @@ class FSDPStrategy(Strategy):
         for name, p in self._named:
             # rounded before the gather: half the bytes, and the very values that training computes with; on the device,
             # so that a gather of offloaded weights does not go over the CPU's network
-            low = p.detach().to(p.dtype if name in self._exact else self._dtype)
-            targets[name].copy_(full_tensor(low.to(self.world.device)))
+            targets[name].copy_(full_tensor(p.detach().to(targets[name].dtype).to(self.world.device)))
 
     def state_dict(self, *, optimizer: bool) -> dict[str, Any]:
         """DTensors by parameter name: {"weights", "exp_avg", "exp_avg_sq"} and "step"."""

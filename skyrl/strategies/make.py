@@ -31,9 +31,8 @@ def make_strategy(
 ) -> Strategy:
     """A module with the weights of `model.path` under strategy `name`, ready to train or, frozen, to score with.
 
-    `masters`: of a frozen one in full precision too, since it is going to be averaged (FSDP2 always has them).
-    A frozen model beside a DeepSpeed one is laid out by FSDP2: without an optimizer ZeRO has nothing else to offer.
-    Collective. Raises UserError for a model that cannot be loaded or is not supported.
+    `masters`: of a frozen one in full precision too, since it is going to be averaged (FSDP2 always has them). A frozen
+    model beside a DeepSpeed one is FSDP2's. Collective. Raises UserError for a model that cannot be had.
     """
     offload, low = cfg.strategy.offload, dtype == torch.bfloat16
     given: Any = {"head": head, "max_row_tokens": cfg.batch.max_row_tokens}

@@ -1,13 +1,12 @@
 """The whole copy of sharded weights that sampling reads: built once, filled in place when the shards have changed.
 
-A module of its own, without hooks and collectives, so that ranks may sample at their own pace. It stays where it is, so
-that a sampler, what it has packed and its CUDA graphs, which hold addresses, stay as well; a frozen model is gathered
-once and never again.
+A module of its own, without hooks and collectives, so that ranks may sample at their own pace. It stays where it is,
+since samplers and their CUDA graphs hold its addresses; a frozen model is gathered once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -15,10 +14,13 @@ from torch import Tensor, nn
 
 
 class WholeCopy:
-    """Every weight of `source` on every rank, in `dtype` on `device`. `build` makes the module, on meta."""
+    """Every weight of `source` on every rank, in `dtype` on `device`; also those (`rounded`) that what `build` makes, on
+    meta, would have in float32, and training rounds."""
 
-    def __init__(self, build: Callable[[], Any], source: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self._build, self._source, self._dtype, self._device = build, source, dtype, device
+    def __init__(
+        self, build: Callable[[], Any], source: nn.Module, dtype: torch.dtype, device: torch.device, rounded: Set[str]
+    ) -> None:
+        self._build, self._source, self._dtype, self._device, self._rounded = build, source, dtype, device, rounded
         self._module: Any = None  # a CausalLM
         self._current = False
 
@@ -28,6 +30,8 @@ class WholeCopy:
         parameters, given by name; collective then."""
         if self._module is None:
             module = self._build().to(self._dtype)
+            for p in map(module.get_parameter, self._rounded):
+                p.data = p.data.to(self._dtype)
             module.to_empty(device=self._device)
             self._module = module.eval().requires_grad_(False)
         if not self._current:

@@ -56,7 +56,7 @@ class ZeroStrategy(Strategy):
     def __init__(
         self,
         stage: int,
-        model: nn.Module,
+        model: Any,
         build: Callable[[], nn.Module],
         world: World,
         *,
@@ -65,7 +65,7 @@ class ZeroStrategy(Strategy):
     ) -> None:
         self.world = world
         self._stage, self._dtype, self._model = stage, dtype, model
-        self._whole = WholeCopy(build, model, dtype, world.device)
+        self._whole = WholeCopy(build, model, dtype, world.device, model.kept(dtype))
         self._mesh = make_mesh(world)
         self._pending = 0
         self._given = AdamParams(lr=0.0)  # of the step under way
@@ -311,6 +311,9 @@ class _Front(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_behind"][1], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # what one of them notes (a mixture's routing) both have
+        setattr(self.__dict__["_behind"][1], name, value)
 
     def forward(self, batch: Microbatch, **options: Any) -> ForwardOutput:
         return ForwardOutput(**self._behind[0](dict(vars(batch)), options))

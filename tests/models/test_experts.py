@@ -255,6 +255,21 @@ def gradient_of(engine):
     return {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_under_deepspeed_it_is_the_same(mixture, strategy):
+    """Which wraps the model, and takes the shapes of its weights away."""
+    pytest.importorskip("deepspeed")
+    metrics, weights = learned(engine_of(mixture, dtype="float32"), sent_rows())
+    other, found = run_ranks(1, under_deepspeed, mixture, strategy)[0]
+    assert distance(found, weights) < 1e-7
+    assert other["router_balance:mean"] == pytest.approx(metrics["router_balance:mean"], abs=1e-6)
+
+
+def under_deepspeed(folder, strategy):
+    return learned(engine_of(folder, strategy=strategy, dtype="float32"), sent_rows())
+
+
 def on_ranks(folder):
     engine = engine_of(folder, "model.activation_checkpointing=true", strategy="fsdp")
     found = learned(engine, sent_rows())

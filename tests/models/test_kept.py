@@ -3,12 +3,14 @@
 import pytest
 import torch
 import transformers as tf
+from families import make_net
 from gloo import run_ranks
 from safetensors.torch import load_file
 from small import dealt, weights_of
 
 from benchmarks.survey import small
 from skyrl.engine import ModelSpec
+from skyrl.evaluation.weight_check import check_copies
 from skyrl.types import AdamParams, LossSpec
 from tests.models.test_experts import engine_of
 from tests.models.test_sharded import rows
@@ -63,6 +65,7 @@ def test_as_transformers_has_it(ernie, tmp_path):
 def on_ranks(folder):
     engine = engine_of(folder, strategy="fsdp", dtype="bfloat16")
     step(engine)
+    check_copies(engine)  # the sampler's weights are those that training computes with
     strategy = engine.models["policy"].strategy
     whole, masters = strategy.gathered(), weights_of(engine)
     if engine.world.rank > 0:
@@ -79,3 +82,19 @@ def test_in_shards(ernie):
     one, two = weights_of(single), run_ranks(2, on_ranks, ernie)[0]
     for name in wide(single.models["policy"].strategy.module):
         assert (one[name] - two[name]).abs().max() < 1e-4, name
+
+
+def rounded(folder):
+    engine = engine_of(folder, strategy="fsdp", dtype="bfloat16")
+    step(engine)
+    check_copies(engine)
+    whole = engine.models["policy"].strategy.gathered()
+    return {name: p.dtype for name, p in whole.named_parameters() if name.endswith("A_log")}
+
+
+@pytest.mark.ranks
+def test_beside_others_in_one_module_it_is_rounded(tmp_path):
+    """FSDP2 gathers a module's weights in one dtype: the sampler's copy has what training has."""
+    make_net("olmo_hybrid").save_pretrained(tmp_path)
+    found = run_ranks(1, rounded, tmp_path)[0]
+    assert found and set(found.values()) == {torch.bfloat16}
