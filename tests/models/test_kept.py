@@ -92,7 +92,7 @@ def test_in_shards(ernie):
     one, two = weights_of(single), run_ranks(2, on_ranks, ernie)[0]
     for name in wide(single.models["policy"].strategy.module):
         if not name.endswith("bias"):
-            assert (one[name] - two[name]).norm() < 0.05 * (one[name] - before[name]).norm() > 0, name
+            assert (one[name] - two[name]).norm() < 0.2 * (one[name] - before[name]).norm() > 0, name
 
 
 def rounded(folder):
