@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class WholeCopy:
-    """Every weight of `source` on every rank, in `dtype` on `device`; also those (`rounded`) that what `build` makes, on
+    """Every weight of `source` on every rank, in `dtype` on `device`; those too (`rounded`) that what `build` makes, on
     meta, would have in float32, and training rounds."""
 
     def __init__(
