@@ -135,7 +135,7 @@ def algorithm_problems(cfg: RunConfig) -> Iterator[str]:
             "0, and maxrl divides by their mean; leave it at 0.0, or use algorithm.advantage.name=dr_grpo"
         )
     longest, alpha = cfg.sampler.max_new_tokens * cfg.env.max_turns, algorithm.advantage.params.get("alpha", 0.05)
-    if advantage.name == "vapo" and alpha * longest <= 1:
+    if advantage.name == "vapo" and longest > 1 and alpha * longest <= 1:  # of one token lambda says nothing
         yield (
             f"algorithm.advantage.params.alpha={alpha:g}: lambda is 0 up to 1 / alpha tokens, and an episode has at "
             f"most {longest}, so all that is learned is the critic's error; give more than {1 / longest:.2g}, such as 1"
