@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from skyrl.answers.equal import answers_equal
-from skyrl.config.schema import DataConfig
-from skyrl.envs.base import Split, register_environment
+from skyrl.envs.base import register_environment
 from skyrl.envs.data_files import Example
 from skyrl.envs.rewards import register_reward
-from skyrl.envs.rewards.base import RewardOption, reference, reward_names
+from skyrl.envs.rewards.base import RewardOption, reference
 from skyrl.envs.rewards.math import extract_answer
 from skyrl.registry import import_extra
 from skyrl.tasks.gsm8k import ANNOTATION, Gsm8k
@@ -42,13 +41,6 @@ class MathProblems(Gsm8k):
         """Whether the marked final answer is right; with "math_verify" as that says."""
         return reward == 1.0 if self.main_reward == "math_verify" else super().is_correct(text, reward)
 
-    @classmethod
-    def dataset(cls, options: dict[str, Any], data: DataConfig, split: Split, seed: int) -> Sequence[Prompt]:
-        """Problems in the order of their file. Raises UserError as GSM8K does, and where math-verify is missing."""
-        if "math_verify" in reward_names(options.get("reward")):
-            _verifier()
-        return super().dataset(options, data, split, seed)
-
     def read(self, row: Example) -> tuple[str, str, str]:
         """Question, solution and final answer of a row. Raises UserError with file:line."""
         question, field = (next((n for n in names if row.fields.get(n) is not None), names[0]) for names in FIELDS)
@@ -61,7 +53,12 @@ class MathProblems(Gsm8k):
         return row.text(question).strip(), f"\\boxed{{{answer}}}" if solution == answer else solution, answer
 
 
-@register_reward("math_verify", answer=True)
+def _check_row(prompt: Prompt) -> None:
+    _verifier()  # the package, before the first step of whichever environment has this reward
+    reference(prompt)
+
+
+@register_reward("math_verify", answer=True, check=_check_row)
 def math_verify_reward(text: str, prompt: Prompt) -> float:
     """Like "math"; an answer that our check calls wrong is given to the package math-verify, unless it is long."""
     answer, wanted = extract_answer(text), reference(prompt)

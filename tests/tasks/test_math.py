@@ -57,8 +57,10 @@ def test_math_verify_plays_in_a_worker_and_is_named_where_it_is_missing(rows, mo
     assert env.plays_in_process({}) and not env.plays_in_process({"reward": "math_verify"})
     math._verifier.cache_clear()
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UserError, match=r"'math-verify' is not installed; run pip install 'skyrl-spmd\[math\]'"):
-        rows("math", *ROWS, options={"reward": "math_verify"})
+    for name in ("math", "single_turn", "arithmetic"):
+        (check,) = ENVIRONMENTS.get(name).row_checks({"reward": "math_verify"})
+        with pytest.raises(UserError, match=r"'math-verify' is not installed; run pip install 'skyrl-spmd\[math\]'"):
+            check(rows("math", *ROWS)[0])
 
 
 @pytest.mark.parametrize(
