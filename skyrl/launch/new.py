@@ -40,3 +40,5 @@ def new(args: Sequence[str]) -> None:
         written = written or text
     print(f"wrote {' and '.join(map(str, texts))}")
     print("\n".join(line for line in written.splitlines() if line.startswith(("Try it:", "Train it:"))))
+    if importlib.util.find_spec("pytest") is None:  # which a run does not need
+        print("pytest is not installed here: pip install pytest")

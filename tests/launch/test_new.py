@@ -53,6 +53,12 @@ def test_its_test_passes_and_its_command_is_right(kind, tmp_path, monkeypatch, c
     assert load_config(words).plugins == [f"own_{kind}.py"]
 
 
+def test_a_missing_pytest_is_told_with_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    new(["reward", "own_other", "--folder", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == "pytest is not installed here: pip install pytest"
+
+
 def test_new_pieces_train_together(tmp_path, capsys, warm):
     words = [
         word for kind in ("policy", "loss", "advantage", "environment") for word in written(kind, tmp_path, capsys)
