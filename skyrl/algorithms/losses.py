@@ -95,10 +95,7 @@ def clipped_surrogate(log_ratio_T: Tensor, rows: Microbatch, low_T: Tensor, high
 # ---- losses
 
 
-REINFORCE = Loss("reinforce", needs=("advantages",), wire=None)
-
-
-@REINFORCE
+@Loss("reinforce", needs=("advantages",), wire=None)
 def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
     """-A log pi: the plain policy gradient, right for on-policy data; a correction may weight it otherwise.
 
@@ -107,10 +104,7 @@ def reinforce(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMe
     return -present(rows.advantages_T) * outputs.logprobs_T, {}
 
 
-CROSS_ENTROPY = Loss("cross_entropy", kind="supervised", many=True, wire=Wire(optional=("weights",)))
-
-
-@CROSS_ENTROPY
+@Loss("cross_entropy", kind="supervised", many=True, wire=Wire(optional=("weights",)))
 def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, TokenMetrics]:
     """-log pi of the target in nats, or of each of K targets [T, K]. Weights may be negative.
 
@@ -122,16 +116,15 @@ def cross_entropy(outputs: ForwardOutput, rows: Microbatch) -> tuple[Tensor, Tok
 MAX_LOG_RATIO = Param(
     0.0, "|log pi - base| is held to this, and has no gradient beyond it (verl: 20); 0 = no limit", wire=False
 )
-IMPORTANCE_SAMPLING = Loss(
+
+
+@Loss(
     "importance_sampling",
     needs=("sampling_logprobs", "advantages"),
     params={"max_log_ratio": MAX_LOG_RATIO},
     ratio=True,
     paper="1707.06347",
 )
-
-
-@IMPORTANCE_SAMPLING
 def importance_sampling(
     outputs: ForwardOutput, rows: Microbatch, *, max_log_ratio: float
 ) -> tuple[Tensor, TokenMetrics]:
@@ -191,7 +184,7 @@ def ppo(
     return loss_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-CISPO = Loss(
+@Loss(
     "cispo",
     needs=("sampling_logprobs", "advantages"),
     params={
@@ -203,9 +196,6 @@ CISPO = Loss(
     paper="2506.13585",
     wire=Wire(thresholds=(0.0, 4.0)),
 )
-
-
-@CISPO
 def cispo(
     outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound, max_log_ratio: float
 ) -> tuple[Tensor, TokenMetrics]:
@@ -222,7 +212,7 @@ def cispo(
     return -weight_T * present(rows.advantages_T) * outputs.logprobs_T, ratio_metrics(ratio_T, clipped_T, log_ratio_T)
 
 
-DRO = Loss(
+@Loss(
     "dro",
     needs=("sampling_logprobs", "advantages"),
     params={"beta": Param(0.05, "Strength of the pull to the base")},
@@ -230,9 +220,6 @@ DRO = Loss(
     paper="2405.19107",
     wire=Wire(all_tokens=True),
 )
-
-
-@DRO
 def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float) -> tuple[Tensor, TokenMetrics]:
     """-(A log pi - beta / 2 (log pi - base)^2): policy gradient with a quadratic pull to the base, for stale data.
 
@@ -245,7 +232,7 @@ def dro(outputs: ForwardOutput, rows: Microbatch, *, beta: float) -> tuple[Tenso
     return loss_T, ratio_metrics(ratio_T, nowhere(ratio_T), log_ratio_T)
 
 
-GSPO = Loss(
+@Loss(
     "gspo",
     needs=("sampling_logprobs", "advantages"),
     params={
@@ -259,9 +246,6 @@ GSPO = Loss(
     # The protocol's public text gives no defaults for gspo: ppo's.
     wire=Wire(thresholds=(0.8, 1.2), optional=("sequence_ratio_mask",)),
 )
-
-
-@GSPO
 def gspo(
     outputs: ForwardOutput, rows: Microbatch, *, clip_low: Bound, clip_high: Bound, max_log_ratio: float
 ) -> tuple[Tensor, TokenMetrics]:
@@ -285,7 +269,7 @@ def gspo(
     return loss_T, ratio_metrics(log_sequence_T.exp(), clipped_T, log_ratio_T)
 
 
-VALUE = Loss(
+@Loss(
     "value",
     needs=("values", "returns"),
     params={"clip": Param(0.2, "Values may move this far from v_old; 0 = off")},
@@ -293,9 +277,6 @@ VALUE = Loss(
     paper="2005.12729",
     wire=None,
 )
-
-
-@VALUE
 def value(outputs: ForwardOutput, rows: Microbatch, *, clip: float) -> tuple[Tensor, TokenMetrics]:
     """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2; clip 0 is the plain squared error.
 
