@@ -7,7 +7,7 @@ tasks; conversations of a scripted expert where there are several turns):
 first: a short supervised warm-up.
 rl: RL from the warm-up's export, on all training tasks, of which it sees rewards and no solutions.
 alone: supervised training alone on the demonstrations, until it has spent as many passes as the other two.
-The runs stay in --folder, and one that is finished is not made again. benchmarks/learning.py, whose figures these are,
+The runs stay in --folder; one that is finished is not made again. benchmarks/learning.py, whose figures these are,
 says what is counted. --only: some of the three, to try numbers out. Further words are options of all three.
 """
 
@@ -28,7 +28,7 @@ from skyrl.config.load import load_config
 from skyrl.config.schema import EnvConfig
 from skyrl.data import make_prompts
 from skyrl.envs import make_environment
-from skyrl.trainers import run_trainer
+from skyrl.sweep import play
 
 EVERYWHERE = [
     "checkpoint.every_steps=0",
@@ -70,24 +70,24 @@ TASKS = {
         options=["eval.num_prompts=200"],
         demonstrations=64,
         first=["warmup.num_steps=80", "eval.every_steps=1000"],
-        alone=["warmup.num_steps=320", "warmup.lr=5e-4", "eval.every_steps=40"],  # 2e-3 does no better
-        rl=["batch.num_steps=100", "batch.prompts_per_step=16", "eval.every_steps=25", "optim.lr=2e-4"],
+        alone=["warmup.num_steps=420", "eval.every_steps=60"],  # at 5e-4 both seeds tried did worse
+        rl=["batch.num_steps=150", "batch.prompts_per_step=16", "eval.every_steps=25", "optim.lr=2e-4"],
         show=["env/parses"],
     ),
     "tools": Task(
         options=["env.options.instruct=false", "env.options.tools=[calculator]", "sampler.max_new_tokens=32"],
-        demonstrations=400,
-        first=["warmup.num_steps=150", "eval.every_steps=1000"],
-        alone=["warmup.num_steps=300", "eval.every_steps=50"],
-        rl=["batch.num_steps=80", "batch.prompts_per_step=8", "eval.every_steps=40", "optim.lr=1e-3"],
+        demonstrations=200,
+        first=["warmup.num_steps=200", "warmup.lr=1e-3", "eval.every_steps=1000"],
+        alone=["warmup.num_steps=400", "warmup.lr=1e-3", "eval.every_steps=50"],
+        rl=["batch.num_steps=60", "batch.prompts_per_step=16", "eval.every_steps=20", "optim.lr=1e-4"],
         expert=tool_expert,
     ),
     "support": Task(
         options=["sampler.max_new_tokens=32"],
         demonstrations=40,
-        first=["warmup.num_steps=60", "eval.every_steps=1000"],
-        alone=["warmup.num_steps=150", "eval.every_steps=30"],
-        rl=["batch.num_steps=40", "batch.prompts_per_step=8", "eval.every_steps=20", "optim.lr=1e-3"],
+        first=["warmup.num_steps=250", "warmup.lr=1e-3", "warmup.rows_per_step=16", "eval.every_steps=1000"],
+        alone=["warmup.num_steps=500", "warmup.lr=1e-3", "warmup.rows_per_step=16", "eval.every_steps=50"],
+        rl=["batch.num_steps=60", "batch.prompts_per_step=8", "eval.every_steps=20", "optim.lr=1e-4"],
         expert=support_expert,
     ),
 }
@@ -154,10 +154,10 @@ def main() -> None:
     args, more = parser.parse_known_args()
     for seed in args.seeds:
         for part, words in commands(args.task, seed, args.folder, more).items():
-            if part in args.only and not (args.folder / f"{args.task}-{part}-seed{seed}" / "result.json").exists():
+            if part in args.only:
                 print(" ".join(words), flush=True)
                 began = time.process_time()
-                run_trainer(words[0].partition(".")[2], load_config(words[1:]))
+                play(load_config(words[1:]), words[0].partition(".")[2], sweep=True)  # not again where it is done
                 print(f"{time.process_time() - began:.0f} s of this process's time", flush=True)
     if {"first", "rl", "alone"} <= {*args.only}:
         folders = {
