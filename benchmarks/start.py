@@ -1,4 +1,5 @@
-"""From the command to the first optimizer step of the default run, in parts; and what --help and a dry run take.
+"""From the command to the first optimizer step of the default run, in parts; what --help and a dry run take; and how
+long a server (`python -m skyrl.serve`) needs until its port answers, and from SIGTERM to its end.
 
 The command is `python -m skyrl.train`, one process (`--ranks 2`: under torchrun, rank 0), all defaults but a run folder
 of its own. The parts are marks on the way, each with seconds of the wall and of the processor: the command line is
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,8 +79,7 @@ def child(options: list[str]) -> None:
 
 def measure(options: list[str], folder: str) -> dict[str, list[float]]:
     """{part: [seconds of the wall, of the processor]} of one start."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"] if RANKS > 1 else []
-    command = [sys.executable, *ranks, __file__, "--child", *options, f"run.dir={folder}/run"]
+    command = [sys.executable, *launcher(), __file__, "--child", *options, f"run.dir={folder}/run"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "START_BEGUN": str(time.time())}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)
     lines = [line for line in done.stdout.splitlines() if line.startswith("MARKS ")]
@@ -86,6 +90,39 @@ def measure(options: list[str], folder: str) -> dict[str, list[float]]:
     for name, wall, cpu in marks:
         parts[name], before = [wall - before[0], cpu - before[1]], (wall, cpu)
     return {**parts, "all": list(before)}
+
+
+def launcher() -> list[str]:
+    """What stands before the program for RANKS ranks."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"] if RANKS > 1 else []
+
+
+def server_seconds(folder: str) -> dict[str, list[float]]:
+    """[wall, processor] seconds of a server of RANKS ranks until its port answers, and of SIGTERM to its launcher until
+    that has ended; the processor's are those of all its processes, and 0 for the end."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    options = [f"service.port={port}", f"service.folder={folder}/service"]
+    command = [sys.executable, *launcher(), "-m", "skyrl.serve", *options]
+    begun = time.time()
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as server:
+        while server.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.02)
+        found = {"server answers": [time.time() - begun, 0.0]}
+        parent = psutil.Process(server.pid)
+        for process in (parent, *parent.children(recursive=True)):
+            used = process.cpu_times()
+            found["server answers"][1] += used.user + used.system
+        time.sleep(1.0)  # what begins beside it has begun
+        begun = time.time()
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+        return {**found, "server ends": [time.time() - begun, 0.0]}
 
 
 def command_seconds(options: list[str]) -> list[float]:
@@ -114,7 +151,7 @@ def main() -> None:
     found: dict[str, list[list[float]]] = {}
     for number in range(args.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
-            parts = measure(more, folder)
+            parts = measure(more, folder) | server_seconds(folder)
         parts |= {name: command_seconds(options) for name, options in COMMANDS.items()}
         if number:
             for name, pair in parts.items():

@@ -394,12 +394,14 @@ class _Entry:
 
     def _serve(self, cfg: RunConfig) -> None:
         from skyrl.planner.serve import dry_run_text
+        from skyrl.trainers import importing_libraries
         from skyrl.web.auth import read_keys
 
         # Who may come in is looked at before any weights are.
         read_keys(cfg.service)
         if not cfg.dry_run:
-            from skyrl.service.server import serve  # it imports torch
+            with importing_libraries():
+                from skyrl.service.server import serve
 
             serve(cfg)
             return

@@ -1,10 +1,15 @@
-"""A user's own loss and advantage, each with a parameter of its own, from the command line to the numbers of a run."""
+"""A user's own loss and advantage, each with a parameter of its own, from the command line to the numbers of a run;
+and how libraries are imported."""
+
+import gc
+import sys
 
 import pytest
 from loop import LOOP
 from small import SMALL
 
 from skyrl.run_dir import read_metrics
+from skyrl.trainers import importing_libraries
 
 # One file each; nothing else of the library knows them.
 PLUGIN = """
@@ -62,3 +67,23 @@ def test_parameters_of_a_plugin_reach_its_loss_and_advantage(train, tmp_path):
 def test_a_mistake_is_one_line(train, option, told):
     done = train(option)
     assert done.code == 2 and done.stderr == f"skyrl: error: {told}\n"
+
+
+def test_nothing_looks_for_garbage_while_libraries_are_imported(monkeypatch):
+    """Also after an import that fails; and never in a process that has torch already, nor against a person's wish."""
+    with importing_libraries():
+        assert gc.isenabled() == ("torch" in sys.modules)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError), importing_libraries():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+        gc.disable()
+        with importing_libraries():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()
