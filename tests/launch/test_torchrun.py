@@ -25,6 +25,7 @@ def quiet(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/torchrun", "--nproc_per_node=2", "-m", "skyrl.train", "seed=1"])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setenv(env.EXIT_FILE, "")
+    monkeypatch.setattr(os, "_exit", sys.exit)
     loggers = [logging.getLogger(f"torch.distributed.elastic.{name}") for name in LOGGERS]
     entry_point()
     assert all(logger.disabled for logger in loggers)
