@@ -34,7 +34,11 @@ PROMPT = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 21))}]}
 DOOR_CLIENTS, DOOR_REQUESTS = 16, 640
 CROWD = 64  # requests that the large client has in flight
 SMALL = {"max_tokens": 8, "stop": []}
-CROWDS = {"long": (4, {"max_tokens": 64, "stop": []}), "short": (1, {"max_tokens": 4, "stop": []})}
+CROWDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "long": (4, {"max_tokens": 64, "stop": []}),
+    "short": (1, {"max_tokens": 4, "stop": []}),
+    "training": (0, {}),  # instead of samples: one model, two forward_backward of 64 rows of 128 tokens in flight
+}
 
 
 class Client:
@@ -171,14 +175,24 @@ async def crowd(port: int, kind: str) -> AsyncIterator[None]:
 async def press(port: int, number: int, settings: dict[str, Any]) -> None:
     """Keeps CROWD requests of `number` samples in flight for ever."""
     sampler, seq_ids = await Client(port).sampler(), iter(range(1 << 30))
+    if not number:
+        body = {"session_id": sampler.partition(":")[0], "model_seq_id": 0, "base_model": "tiny"}
+        model = (await Client(port).result("create_model", lora_config={"rank": 32}, **body))["model_id"]
+        next(seq_ids)
+    tokens = [5 + place % 80 for place in range(128)]
+    inputs = {"target_tokens": {"data": tokens, "dtype": "int64"}}
+    rows = [{"model_input": {"chunks": [{"tokens": tokens}]}, "loss_fn_inputs": inputs}] * 64
 
     async def one() -> None:
         client = Client(port)
+        while not number:
+            given = {"loss_fn": "cross_entropy", "data": rows}
+            await client.result("forward_backward", model_id=model, seq_id=next(seq_ids), forward_backward_input=given)
         while True:
             body = {"prompt": PROMPT, "num_samples": number, "sampling_params": settings}
             await client.result("asample", sampling_session_id=sampler, seq_id=next(seq_ids), **body)
 
-    tasks = [asyncio.ensure_future(one()) for _ in range(CROWD)]
+    tasks = [asyncio.ensure_future(one()) for _ in range(CROWD if number else 2)]
     await asyncio.sleep(2)
     print(sampler.partition(":")[0], flush=True)
     await asyncio.gather(*tasks)

@@ -11,7 +11,7 @@ weights, so micro-batches, packing, world size and strategy change nothing but r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,13 +48,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass
 class _Call:
-    """What one call of `_run` computes: with which adapter each row, and which rows together. All ranks do `count`
-    micro-batches, where a forward pass is a collective."""
+    """What one call of `_run` computes: with which adapter each row, and which rows together. All ranks do `most`
+    micro-batches where a forward pass is a collective (`count` is `most` there), and pause as often anywhere."""
 
     model: Model | None  # whose module computes; None: no rank has a row
     adapters: list[Adapter | None]
     microbatches: list[list[int]]
     count: int
+    most: int  # of any rank
 
 
 class Engine:
@@ -82,6 +83,8 @@ class Engine:
         self.max_row_tokens = max_row_tokens
         # The same on every rank: under sharding each gather is a collective.
         self.keeps_sampling = cfg.sampler.keep_memory != "never" if memory is None else memory.keeps_sampling
+        # Called between the micro-batches of a call, equally often on every rank: it may sample from frozen models.
+        self.pause: Callable[[], None] | None = None
         self.chat = chat or chat_of(cfg)
         self.tokenizer = self.chat.tokenizer
         self._make_sampler = partial(
@@ -243,7 +246,11 @@ class Engine:
                 entry.free_sampling()
         call = self._plan_call(rows, model, backward=backward, mix=mix)
         results = RowResults(rows, columns=2 * top_k)
-        for number in range(call.count):
+        for number in range(call.most):
+            if self.pause is not None and number:
+                self.pause()
+            if number >= call.count:
+                continue
             picked = call.microbatches[number] if number < len(call.microbatches) else []
             assert call.model is not None
             given: Any = {"backward": backward, "layout": self.cfg.batch, "top_k": top_k, "entropy": entropy}
@@ -286,11 +293,10 @@ class Engine:
         if len(bases) > 1:
             raise UserError(f"one call holds rows of several base models ({', '.join(bases)}); make a call for each")
         if not bases:
-            return _Call(None, [], [], 0)
-        base, count = self._get(bases[0]), len(microbatches)
-        if base.strategy.is_sharded:
-            count = max(number for _, _, number in everyone)
-        return _Call(base, [uses[name][1] for name in names], microbatches, count)
+            return _Call(None, [], [], 0, 0)
+        base, most = self._get(bases[0]), max(number for _, _, number in everyone)
+        count = most if base.strategy.is_sharded else len(microbatches)
+        return _Call(base, [uses[name][1] for name in names], microbatches, count, most)
 
     def _microbatches(self, rows: list[Datum], names: list[str], *, mix: bool) -> list[list[int]]:
         batch, budget = self.cfg.batch, self.cfg.batch.max_tokens_per_microbatch

@@ -77,7 +77,7 @@ class AppState:
         for event in self.waiting:
             event.set()
 
-    async def wait(self, when_done: Callable[[Callable[[], None]], None], seconds: float) -> None:
+    async def wait(self, when_done: Callable[[Callable[[], None]], Any], seconds: float) -> None:
         """Returns when `when_done` calls back (from any thread), when the server stops, or after so many seconds."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 

@@ -157,22 +157,13 @@ def sample(context: RankContext, part: SamplingBatch, seconds: float) -> Samplin
 def score(context: RankContext, part: list[PromptLogprobsRequest]) -> list[PromptLogprobsResult | Problem]:
     """What is asked about prompts, in their order. Keeps nothing, so one that cannot be answered harms no other: when
     they cannot be answered together, each is asked alone."""
-    engine = context.engine
-
-    def scored(requests: list[PromptLogprobsRequest]) -> list[PromptLogprobsResult]:
-        opened = engine.open_sampler(context.model)
-        return score_prompts(opened.module, context.own(requests), opened.adapters, max_tokens=context.score_tokens)
-
-    def scored_alone(request: PromptLogprobsRequest) -> PromptLogprobsResult | Problem:
-        try:
-            return scored([request])[0]
-        except torch.OutOfMemoryError:
-            return Problem(f"{len(request.tokens)} tokens and what is asked about them do not fit into memory")
-
+    opened, own = context.engine.open_sampler(context.model), context.own(part)
     try:
-        return list(scored(part))
+        return list(score_prompts(opened.module, own, opened.adapters, max_tokens=context.score_tokens))
     except torch.OutOfMemoryError:
-        return [scored_alone(request) for request in part]
+        if len(part) > 1:
+            return [score(context, [request])[0] for request in part]
+        return [Problem(f"{len(part[0].tokens)} tokens and what is asked about them do not fit into memory")]
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

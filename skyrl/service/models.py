@@ -68,8 +68,8 @@ class OpenModels:
         return {model.session for model in self._open.values()}
 
     def create(self, request: CreateModel | LoadWeights, model_id: str, owner: str) -> TrainableModel:
-        """A new model, or one from a checkpoint: rank and flags come from there. Raises RequestFailed for an unknown
-        base, a rank out of range, another optimizer, or no room."""
+        """A new model, or one from a checkpoint with its rank and flags; taken back when a rank or the record refuses.
+        Raises RequestFailed for an unknown base, a rank out of range, another optimizer, or no room."""
         assert request.session_id is not None
         if request.optimizer_config.type != "adamw":
             name = request.optimizer_config.type
@@ -81,8 +81,39 @@ class OpenModels:
             content = self.checkpoints.load(request.path, owner, optimizer=request.optimizer)
             self._check_content(content, request)
             base, lora = request.base_model or content.info.base_model, content.info.lora
-        self._check_base(base)
-        return self._open_model(TrainableModel(model_id, owner, request.session_id, base, lora), request, content)
+        if base not in self.server.aliases:
+            names = ", ".join(self.server.aliases)
+            raise RequestFailed(
+                f"base_model {base!r} is not served here; there are: {names}; add it with service.aliases"
+            )
+        if lora is None and not self.server.full_parameters:
+            raise RequestFailed(
+                "lora rank 0 asks for training of all parameters; start the server with "
+                "service.full_parameters=true for it"
+            )
+        if self.full():
+            raise RequestFailed(
+                "a model is open; training all parameters allows one at a time: unload it, or end its session"
+                if self.server.full_parameters
+                else f"{len(self._open)} models are open, at most {self.cfg.service.max_models} may be; end a session, "
+                "or raise service.max_models"
+            )
+        self.leader.call("create", model_id, ModelSpec() if lora is None else ModelSpec(lora=lora, base=BASE))
+        model = self._open[model_id] = TrainableModel(model_id, owner, request.session_id, base, lora)
+        self.use(model_id)
+        assert request.model_seq_id is not None
+        try:
+            if isinstance(request, LoadWeights):
+                assert content is not None
+                self._load(model, content, request.optimizer)
+            self.checkpoints.store.create_run(
+                model.session, model.owner, request.model_seq_id, model.info, request.user_metadata
+            )
+        except (RequestFailed, UserError):
+            del self._open[model_id]
+            self.leader.call("delete", model_id)
+            raise
+        return model
 
     def _lora(self, settings: LoraSettings) -> LoraSpec | None:
         """The adapter that is asked for; None for rank 0, all parameters. Raises RequestFailed."""
@@ -118,51 +149,6 @@ class OpenModels:
 
     def _load(self, model: TrainableModel, content: Content, optimizer: bool) -> None:
         self.leader.call("load_model_state", model.model_id, to_state(content), optimizer)
-
-    def _check_base(self, name: str) -> None:
-        if name not in self.server.aliases:
-            names = ", ".join(self.server.aliases)
-            raise RequestFailed(
-                f"base_model {name!r} is not served here; there are: {names}; add it with service.aliases"
-            )
-
-    def _open_model(
-        self, model: TrainableModel, request: CreateModel | LoadWeights, content: Content | None = None
-    ) -> TrainableModel:
-        """Makes a model on all ranks, fills it, and records it; takes it back when that is refused."""
-        limit = self.cfg.service.max_models
-        if model.model_id in self._open:
-            raise RequestFailed(f"{model.model_id}: exists already; give another model_seq_id")
-        if model.lora is None:
-            if not self.server.full_parameters:
-                raise RequestFailed(
-                    "lora rank 0 asks for training of all parameters; start the server with "
-                    "service.full_parameters=true for it"
-                )
-            limit = 1
-        if len(self._open) >= limit:
-            raise RequestFailed(
-                f"{len(self._open)} models are open, at most {limit} may be; end a session, or raise service.max_models"
-                if limit > 1
-                else "a model is open; training all parameters allows one at a time: unload it, or end its session"
-            )
-        spec = ModelSpec() if model.lora is None else ModelSpec(lora=model.lora, base=BASE)
-        self.leader.call("create", model.model_id, spec)
-        self._open[model.model_id] = model
-        self.use(model.model_id)
-        assert request.model_seq_id is not None
-        try:
-            if isinstance(request, LoadWeights):
-                assert content is not None
-                self._load(model, content, request.optimizer)
-            self.checkpoints.store.create_run(
-                model.session, model.owner, request.model_seq_id, model.info, request.user_metadata
-            )
-        except (RequestFailed, UserError):
-            del self._open[model.model_id]
-            self.leader.call("delete", model.model_id)
-            raise
-        return model
 
     def use(self, model_id: str) -> None:
         """Marks a model as used now; offloads those that were idle for longest when too many are on the device."""

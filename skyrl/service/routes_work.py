@@ -229,14 +229,10 @@ async def retrieve_futures(context: RequestContext, *, feeds: Feeds) -> Response
         feeds.fetched(request_id)
     found = _look(context, feeds, key, cursor)
     if not found[1] and seconds > 0:
-        await context.state.wait(partial(_first_of, context, feeds.waiting(key)), seconds)
+        waiting, when_done = feeds.waiting(key), context.state.scheduler.when_done
+        await context.state.wait(lambda wake: [when_done(one, wake) for one in waiting], seconds)
         found = _look(context, feeds, key, cursor)
     return reply({"cursor": found[0], "completions": found[1]})
-
-
-def _first_of(context: RequestContext, request_ids: list[str], wake: Any) -> None:
-    for request_id in request_ids:
-        context.state.scheduler.when_done(request_id, wake)
 
 
 def _look(

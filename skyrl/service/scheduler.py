@@ -131,7 +131,9 @@ class RequestScheduler:
             request_id = uuid.uuid4().hex if self._futures is None else self._futures.new_id()
             pending = PendingRequest(request_id, request, owner, client, session, model_id, key)
             if isinstance(request, SamplingRequest):
-                self._check_samples(request, client, usage)
+                own, most = usage.num_samples, self.max_queued_samples // len({*self._turns, client})
+                if own and own + request.num_samples > most:  # who has none waiting may always have some
+                    raise TooManyRequests(f"{own} samples are waiting, at most {most} may; try again in a moment")
                 number = min(request.num_samples, self.max_queued_samples)
                 pending = PendingSample(request_id, request, owner, client, session, model_id, key, num_samples=number)
                 pending.kept_bytes += NAME_BYTES * number
@@ -156,13 +158,6 @@ class RequestScheduler:
                 self._queue_for_model(pending, queue, lost)
             self._lock.notify_all()
         return pending
-
-    def _check_samples(self, request: SamplingRequest, client: str, usage: ClientUsage) -> None:
-        """Clients that have samples waiting share the places; one who has none may always have some."""
-        own = usage.num_samples
-        most = self.max_queued_samples // len({*self._turns, client})
-        if own and own + request.num_samples > most:
-            raise TooManyRequests(f"{own} samples are waiting, at most {most} may; try again in a moment")
 
     def _check_bytes(
         self, request: Request, client: str, usage: ClientUsage, queue: ModelQueue | None, size: int

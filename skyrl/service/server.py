@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -47,6 +48,7 @@ from skyrl.web.http import HttpError, HttpServer, error_reply, serve_in_thread
 log = logging.getLogger("skyrl.service")
 
 HOLD_SECONDS = 0.2  # see RequestScheduler
+CPU_TOKENS = 512  # of a micro-batch on a CPU: 2,048 are hardly faster, and others sample between two of them
 TINY_NAMES = ("tiny", "skyrl/tiny")
 
 
@@ -77,6 +79,9 @@ def open_service(cfg: RunConfig) -> Service | None:
     Everything that can be refused is refused here. Raises UserError, the same on every rank.
     """
     world, sizes = meet(cfg)
+    if world.device.type == "cpu":
+        tokens = min(cfg.batch.max_tokens_per_microbatch, CPU_TOKENS)
+        cfg = replace(cfg, batch=replace(cfg.batch, max_tokens_per_microbatch=tokens))
     if world.size > 1:
         compare_nodes(cfg, world, {})
 
@@ -91,10 +96,12 @@ def open_service(cfg: RunConfig) -> Service | None:
         on_leader(world, lambda: None)
         # The leader ends the job, after the work in hand.
         failure.leave_signals_to_leader(store_of_machines("signals"))
-        serve_commands(world, context)
+        context.engine.pause = partial(serve_commands, world, context)
+        context.engine.pause()
         return None
     made: list[Service] = []
     on_leader(world, lambda: made.append(lead(cfg, context, describe_ranks(plan, world.choice.name))))
+    context.engine.pause = made[0].worker.pause
     return made[0]
 
 

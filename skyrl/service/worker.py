@@ -67,6 +67,7 @@ class Worker:
         self._next_look, self._next_tick = 0.0, 0.0
         self.check: Callable[[], None] = lambda: None  # raises when the server cannot go on; called now and then
         self._token_seconds = 0.0  # that a token of a training command took last
+        self._trained_since = 0.0  # when the micro-batch that is computed, or was last, began
         self._sampling_until = 0.0  # until then what is to be trained waits
         leader.context.has_pending_work = lambda: (
             bool(self._stopping) or scheduler.has_pending_work(training=time.monotonic() >= self._sampling_until)
@@ -102,19 +103,12 @@ class Worker:
     def step(self) -> None:
         """One turn: at most one training command and one that answers questions about tokens, then draws for as long as
         these took; without any, for a slice."""
-        started = time.monotonic()
+        self._trained_since = time.monotonic()
         most = LONGEST_STRETCH / max(self._token_seconds, LONGEST_STRETCH / TOKENS_PER_COMMAND)
         batch = self.scheduler.take_training(batch_key, int(most))
         if batch:
             self._execute(batch)
-        self.sampling.admit()
-        self.sampling.score()
-        now = time.monotonic()
-        self._sampling_until = now + min(now - started, LONGEST_STRETCH)
-        while self.sampling.draw(self.sampling.slice_seconds()):
-            if time.monotonic() >= self._sampling_until or self._stopping:
-                break
-            self.sampling.admit()
+        self._sample(self.sampling.slice_seconds)
         if not (batch or self.sampling.active):
             self.leader.idle()
             self.scheduler.wait(IDLE_SECONDS)
@@ -127,6 +121,24 @@ class Worker:
             self.check()
             self.checkpoints.tidy()
             self.sampling.recordings.expire()
+
+    def _sample(self, stretch: Callable[[], float]) -> None:
+        """Answers questions, then draws, in stretches, for as long as these and the training before them took."""
+        self.sampling.admit()
+        self.sampling.score()
+        now = time.monotonic()
+        self._sampling_until = now + min(now - self._trained_since, LONGEST_STRETCH)
+        while self.sampling.draw(stretch()):
+            if time.monotonic() >= self._sampling_until or self._stopping:
+                break
+            self.sampling.admit()
+
+    def pause(self) -> None:
+        """Between two micro-batches of a training command (the other ranks follow until `stop`): samples have as much
+        time as the last one took. So nobody waits for longer than that, and training takes twice its time at most."""
+        self._sample(lambda: min(self.sampling.slice_seconds(), self._sampling_until - time.monotonic()))
+        self.leader.stop()
+        self._trained_since = time.monotonic()
 
     def _close_ended(self, silent_seconds: float = 0) -> None:
         """Withdraws the samples of sessions that have ended, or were silent for so long (0 = however long), and closes

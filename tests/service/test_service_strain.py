@@ -11,6 +11,8 @@ import pytest
 from inprocess import ADAM, draw, drawn, new, open_client, prompt, results, rows, same, saved, train
 from tinker import AdamParams, Datum, ModelInput, RequestFailedError
 
+from skyrl.model import Model
+
 PROMPT = prompt(5, 6, 7, 8)
 
 
@@ -253,6 +255,32 @@ def test_a_sample_does_not_wait_for_all_training_that_is_there(client, monkeypat
     sampler.sample(PROMPT, 1, draw(20)).result()
     assert len(commands) < 8
     results(futures)
+
+
+def test_a_sample_does_not_wait_for_a_large_training_request(client, monkeypatch):
+    """Between two micro-batches others sample, from weights that are loaded then; no bit of the training changes."""
+    one, control, other = (new(client, 21) for _ in range(3))
+    step(other, 5)
+    path = other.save_weights_for_sampler("beside").result().path
+    large = rows(1, count=30)
+    expected = results([control.forward_backward(large, "cross_entropy"), control.optim_step(ADAM)])
+    count: list[int] = []
+
+    def slow(*args: Any, made: Any = Model.run_microbatch, **more: Any) -> None:
+        count.append(0)
+        time.sleep(0.2)
+        made(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "run_microbatch", slow)
+        future = one.forward_backward(large, "cross_entropy")
+        wait_until(lambda: count)
+        client.create_sampling_client(path).result().sample(PROMPT, 1, draw(20)).result()
+        seen = len(count)
+        told = results([future, one.optim_step(ADAM)])
+    assert seen < len(count)
+    assert same(told, expected)
+    assert same(saved(client, one), saved(client, control))
 
 
 def test_a_sample_does_not_wait_for_all_questions_that_are_there(client, monkeypatch):
