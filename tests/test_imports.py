@@ -1,6 +1,7 @@
 """The shape of the code: who imports whom, what imports without torch, how long files and functions are."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,13 @@ def imported_by_string(path: Path) -> set[str]:
         texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str}
         found |= texts & {name_of(file) for file in FILES}
     return {module for module in found if module.startswith("skyrl.")}
+
+
+def test_the_page_of_the_architecture_has_every_unit_once():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Folders")[2]
+    cells = [line.split("|")[2] for line in page.splitlines() if re.match(r"\| \d \|", line)]
+    units = [unit for cell in cells for unit in re.findall(r"`(\w+)`", cell)]
+    assert sorted(units) == sorted(LEVELS.keys() - {"__main__"})
 
 
 def test_imports_point_downwards():
