@@ -305,9 +305,9 @@ def test_the_site_has_every_page_and_reads_its_fences():
 def test_there_is_one_way_to_install():
     """`pip install .` in a clone; extras by the distribution's name, which is not `skyrl`: that is another project."""
     places = [*pages(), *ROOT.glob("skyrl/**/*.py"), *ROOT.glob("conf/**/*.yaml"), *ROOT.glob("examples/*.*")]
-    # torch's builds, what no extra brings, and a text that goes on in the next line.
+    # torch's builds, what no extra brings (pytest: alone, without all that dev brings), and a text that goes on below.
     right = r"""(-[a-z] \S+ )*(-e )?\.|['"]skyrl-spmd\[([\w,-]+|{extra})\]['"]"""
-    right += r'|torch\b|sentencepiece|pre-commit|ipykernel|"$'
+    right += r'|torch\b|sentencepiece|pre-commit|ipykernel|pytest|"$'
     wrong, extras = [], set()
     for path in places:
         text = path.read_text(encoding="utf-8")
