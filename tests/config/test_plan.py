@@ -133,7 +133,7 @@ def test_every_recipe_dry_runs(recipe, size, tmp_path):
     if "replay: true" in FILES[recipe]:  # for mixtures alone
         with pytest.raises(UserError, match="algorithm.router: tiny has no experts"):
             dry_run(load_config([f"experiment={recipe}", "model.path=tiny", *ASKED.get(recipe, ())]), size)
-        make_net("qwen3_moe").config.save_pretrained(model := tmp_path)
+        make_net("qwen3_moe", max_position_embeddings=4096).config.save_pretrained(model := tmp_path)
     overrides = [f"experiment={recipe}", f"model.path={model}", "dry_run=true", f"run.world_size={size}"]
     cfg = load_config([*overrides, *ASKED.get(recipe, ())])
     text = describe(cfg, dry_run(cfg, size))
