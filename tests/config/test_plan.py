@@ -34,6 +34,7 @@ RECIPES = sorted(name for name, text in FILES.items() if not re.search("^(traine
 ASKED = {
     "custom": ["sampler.max_new_tokens=64"],
     "distill": ["distill.teacher=tiny"],
+    "gsm8k_moe": ["model.tokenizer=tiny"],
 }  # what a recipe has no default for
 ALGORITHMS = sorted(path.stem for path in (config_dir() / "algorithm").glob("*.yaml"))
 
