@@ -91,8 +91,8 @@ def read_run(folder: Path, names: list[str], began: Path | None, beside: Path | 
 
 def summary(runs: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
     """Of each metric, per seed and as the mean over seeds: the share of held-out prompts that fail it before RL, after,
-    and after supervised training alone with the same budget, at its end and at its best evaluation; per seed with the
-    exact 95 % interval (of greedy answers, which are right or wrong)."""
+    and after supervised training alone with the same budget, at its end and at its best evaluation, of which those of
+    the warm-up are some; per seed with the exact 95 % interval (of greedy answers, which are right or wrong)."""
     found: dict[str, Any] = {}
     for name in ("accuracy", *names):
         shares: dict[str, list[float]] = {}
@@ -103,7 +103,7 @@ def summary(runs: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
             shares.setdefault("after", []).append(1 - rl[-1])
             if alone := [one[name] for one in run.get("supervised", ())]:
                 shares.setdefault("supervised", []).append(1 - alone[-1])
-                shares.setdefault("supervised_best", []).append(1 - max(alone))
+                shares.setdefault("supervised_best", []).append(1 - max(*alone, *warm))
         prompts = int(runs[0]["held_out_prompts"])
         found[f"fails_{name}"] = {
             key: {
