@@ -255,6 +255,7 @@ def gradient_of(engine):
     return {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_under_deepspeed_it_is_the_same(mixture, strategy):

@@ -83,6 +83,7 @@ def on_ranks(folder):
     return masters
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_in_shards(ernie):
     """A unit of FSDP2 of its own, in float32; the sampler's copy has the same bits."""
