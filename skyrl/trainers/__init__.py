@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -28,6 +29,7 @@ def importing_libraries() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # the end of Python takes down what is in cycles, a user's module among it
 
 
 def run_trainer(mode: str, cfg: RunConfig, hooks: Sequence[Any] = ()) -> dict[str, Any]:

@@ -527,5 +527,6 @@ def test_a_hub_name_that_begins_like_a_folder_here_is_read_from_the_hubs_cache(t
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **more: 1 / 0)  # it was asked for
     with pytest.raises(UserError, match="no model can be read there .ZeroDivisionError"):
         model_sizes(load_config(["model.path=org/cached"]))
-    with pytest.raises(UserError, match=r"no such folder.*or a hub name, fetched before \(hf download org/typo\)"):
+    known = r"no such folder.*or a hub name \(org/name\), fetched before \(hf download org/typo\)"
+    with pytest.raises(UserError, match=known):
         model_sizes(load_config(["model.path=org/typo"]))
