@@ -311,9 +311,9 @@ class _Entry:
         # Without it Hydra prints its own error and exits; we want the exception, to say it in one line.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         flags, overrides = split_args(self.args)
-        if self.mode in ENTRY_OPTIONS:
-            overrides = ENTRY_OPTIONS[self.mode](overrides)
         self.sweep = "-m" in flags or "--multirun" in flags
+        if self.mode in ENTRY_OPTIONS:
+            overrides = [quote_text(each, sweep=self.sweep) for each in ENTRY_OPTIONS[self.mode](overrides)]
         if self.sweep and self.mode == "serve":
             raise UserError("-m: a server does not end by itself, so there is no sweep; start one at a time")
         if not any(flag.startswith(("-i", "--info", "--hydra-help")) for flag in flags):

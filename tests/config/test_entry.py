@@ -189,6 +189,17 @@ threading.Thread(target=thread).start()
     assert (done.returncode, done.stdout.split()[-3:]) == (0, ["thread", "True", "registered"])
 
 
+def test_a_run_with_equals_signs_in_its_name_can_be_evaluated(tmp_path):
+    """Runs are named by their options, and model= becomes run.resume or model.path after Hydra's quotes were put."""
+    (tmp_path / "runs" / "a-batch.num_steps=2,3" / "checkpoints" / "000002").mkdir(parents=True)
+    own = "from skyrl.main import run_entry; run_entry('evaluate')"
+    done = run(tmp_path, "model=runs/a-batch.num_steps=2,3", code=own)
+    assert done.returncode == 2 and "a-batch.num_steps=2,3/checkpoints/000002/manifest.json: cannot be" in done.stderr
+    (tmp_path / "runs" / "a-batch.num_steps=2,3" / "export").mkdir()
+    done = run(tmp_path, "model=runs/a-batch.num_steps=2,3/export", code=own)
+    assert done.returncode == 2 and "model.path=runs/a-batch.num_steps=2,3/export: " in done.stderr
+
+
 def test_recipes_of_ones_own_and_their_mistakes(tmp_path):
     folder = tmp_path / "own" / "experiment"
     folder.mkdir(parents=True)
