@@ -1,7 +1,9 @@
 """Which experts a mixture's routers choose: recorded by the sampler, replayed in training, evened out by a loss.
 
-With replay (rollout routing replay, arXiv 2510.11370) a trained row goes the way it was sampled: the choice is the
-sampler's, and the weights of the chosen experts are computed, with their gradient, as ever. Why: docs/models.md.
+Where two of a router's scores nearly tie, rounding decides, and a token that goes another way in training than in
+sampling has another log-probability, as no rounding of a product would give it. With replay (rollout routing replay,
+arXiv 2510.11370) a trained row goes the way it was sampled: the choice is the sampler's, and the weights of the chosen
+experts are computed, with their gradient, as ever.
 
 All routers of transformers that are met here choose by one torch.topk over their experts, which is where we step in.
 """

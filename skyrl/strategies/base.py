@@ -27,7 +27,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 class Strategy(ABC):
     """Sums gradients over micro-batches, calls and ranks; never averages. Every method is collective.
 
-    Denominators are in the rows' weights, so any way of adding the parts up gives the same gradient.
+    Why sums: a mean needs a denominator, and with rows of unequal length every way of cutting the batch into ranks and
+    micro-batches would give another one. Here the denominators are in the rows' weights, computed once for the whole
+    batch, so any way of adding the parts up gives the same gradient.
 
     `module` is what forward passes call. Gradients add up from one `backward` to the next until `optim_step`.
     `is_sharded`: forward or backward passes are collectives, so all ranks have to make equally many of them, through

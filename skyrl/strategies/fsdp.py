@@ -1,6 +1,10 @@
 """FSDP2: weights, gradients and optimizer state in shards; each layer is gathered where it is needed.
 
-A unit is a decoder layer, or the embeddings, head and norm together. What it sends and when: docs/strategies.md.
+What moves, for each micro-batch and each unit (a decoder layer, or the embeddings, head and norm together): before its
+forward pass an all-gather of its weights, freed after it (reshard_after_forward); before its backward pass the same
+again; after its backward pass a reduce-scatter that leaves every rank the sum of its own shard's gradient. AdamW then
+touches local shards only, and nothing more is sent but the norm for clipping. This is what ZeRO calls stage 3. Where
+ddp sends each gradient once a step, this sends weights twice and gradients once a micro-batch, and keeps 1/N of it all.
 
 Masters are float32 shards (float64 for a float64 model); a bfloat16 model computes in gathered bfloat16 and reduces
 gradients in float32. Gradients are summed over ranks, not averaged. HSDP is the same over a mesh of two dimensions.

@@ -1,7 +1,11 @@
 """DeepSpeed ZeRO 1, 2 and 3, set up through accelerate's plugin.
 
-DeepSpeed owns flat buffers, hooks and collectives; its configuration holds it to the engine's meaning. What is asked of
-it and why, and what each stage sends: docs/strategies.md. Clipping is ours, in a hook of AdamW: DeepSpeed's own adds
+zero1 shards the optimizer: gradients are summed once a step, each rank steps its part, and weights are all-gathered
+after the step. zero2 shards gradients too: each is reduced, during the backward pass, to the one rank that steps it.
+zero3 shards weights too: they are gathered for each forward and backward pass of a layer, as FSDP2 does.
+
+DeepSpeed owns flat buffers, hooks and collectives; its configuration holds it to the engine's meaning (what is asked of
+it and why: docs/strategies.md). Clipping is ours, in a hook of AdamW: DeepSpeed's own adds
 1e-6 to the norm. It copies masters into working weights nowhere but in `step`; after a load a step of size zero does
 that.
 """
