@@ -123,7 +123,7 @@ def llama(args: argparse.Namespace, size: str) -> float:
 def compare(size: str, args: argparse.Namespace) -> dict[str, object]:
     """Both sides in turns after one warm-up each."""
     generator = torch.Generator().manual_seed(1)
-    vocab = SHAPES[size][-1] if size in SHAPES else 49_152
+    vocab = model_of(size, args.dtype).config.vocab_size
     ids = torch.randint(3, vocab, (args.batch, args.prompt), generator=generator)
     turn, backend = ours(size, args, ids, args.backend)
     sides = {"sampler": turn, "generate_static": peer(size, args, ids)}
