@@ -31,8 +31,8 @@ from common import write  # noqa: E402
 from launcher import LETTERS, Warm, lines_in, when  # noqa: E402
 
 from skyrl.checkpoint.folder import list_checkpoints  # noqa: E402
+from skyrl.run_dir import read_metrics  # noqa: E402
 from skyrl.tracking.base import without_wall_clock  # noqa: E402
-from skyrl.tracking.jsonl import read_metrics  # noqa: E402
 
 SAVE_EVERY = 2  # of LETTERS
 WARMUP, STEPS = 4, 6

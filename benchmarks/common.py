@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,22 @@ SHAPES = {
 }
 
 
+def no_text(tokens: Sequence[int], after: int | None = None, skip: Set[int] = frozenset()) -> str:
+    """For a sampler whose text nobody reads; `skyrl.text.tokenizer.Decode` says what it is given."""
+    return ""
+
+
 def qwen3(size: str, dtype: torch.dtype, positions: int = 2048) -> transformers.PreTrainedModel:
     """A random Qwen3 of a named size with a tied head."""
     layers, hidden, heads, kv_heads, head, ffn, vocab = SHAPES[size]
     torch.manual_seed(0)
+    given: dict[str, Any] = {"attn_implementation": "sdpa"}  # which PreTrainedConfig takes and does not name
     config = transformers.Qwen3Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, head_dim=head,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=positions,
-        tie_word_embeddings=True, attn_implementation="sdpa",
+        tie_word_embeddings=True, **given,
     )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(config).to(dtype).eval()
+    return torch.nn.Module.to(transformers.Qwen3ForCausalLM(config), dtype).eval()
 
 
 def write_model(folder: Path, size: str, positions: int) -> None:

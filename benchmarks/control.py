@@ -80,7 +80,7 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
     env: Any = make_vec_env(c.env_id, c.n_envs, seed=seed)
     held: Any = make_vec_env(c.env_id, 1, seed=seed + 10_000)
     if c.normalize_observations or c.normalize_rewards:
-        given = {"norm_obs": c.normalize_observations, "gamma": gae["gamma"]}
+        given: dict[str, Any] = {"norm_obs": c.normalize_observations, "gamma": gae["gamma"]}
         env = VecNormalize(env, norm_reward=c.normalize_rewards, **given)
         held = VecNormalize(held, norm_reward=False, training=False, **given)
     rate = cfg.optim.lr
@@ -108,7 +108,7 @@ def reference(cfg: RunConfig, steps: int, seed: int, every: int) -> dict[str, An
     def measure(at: int) -> None:
         if isinstance(env, VecNormalize):
             sync_envs_normalization(env, held)
-        found.append((at, float(evaluate_policy(model, held, EPISODES, deterministic=True, warn=False)[0])))
+        found.append((at, float(np.mean(evaluate_policy(model, held, EPISODES, deterministic=True, warn=False)[0]))))
 
     model.learn(steps, callback=Evaluate())
     if not found or found[-1][0] != model.num_timesteps:

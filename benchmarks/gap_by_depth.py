@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, write
+from common import ROOT, no_text, write
 from logits_memory import peak_reset, resident, resident_peak
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,7 +52,7 @@ def text_ids(tokenizer: Any) -> np.ndarray:
 def draw(model: CausalLM, ids: np.ndarray, args: argparse.Namespace) -> tuple[dict[str, list[Datum]], str]:
     """Rows drawn at each depth, with the sampler's log-probabilities; and the path that drew."""
     longest = max(args.depths.values()) + args.new
-    sampler = make_sampler(model, SamplerConfig(), decode=str, max_length=longest)
+    sampler = make_sampler(model, SamplerConfig(), decode=no_text, max_length=longest)
     rows: dict[str, list[Datum]] = {}
     for name, depth in args.depths.items():
         for number in range(args.samples):

@@ -80,8 +80,14 @@ class Setup:
 
     def _make_engine(self, *overrides: str) -> Engine:
         cfg = load_config([*self.options, *overrides])
-        plan = {"dtype": self.plan.dtype, "strategy": self.plan.strategy, "memory": self.plan.memory}
-        return Engine(cfg, self.world, max_row_tokens=self.args.positions, **plan)
+        return Engine(
+            cfg,
+            self.world,
+            max_row_tokens=self.args.positions,
+            dtype=self.plan.dtype,
+            strategy=self.plan.strategy,
+            memory=self.plan.memory,
+        )
 
     def another(self, *overrides: str) -> Engine:
         """An engine without models, from the same options and these; it finds the memory of the first one's cache."""
@@ -256,9 +262,9 @@ def gradients(setup: Setup) -> dict[str, Any]:
     for window in (None, 100):
         found = []
         for dtype in (torch.bfloat16, torch.float32):
-            *leaves, up = (one.to(device, dtype) for one in drawn)
-            leaves = [leaf.requires_grad_() for leaf in leaves]
-            out = PackedAttention(starts, lengths).attend(0, *leaves, AttentionOptions(0.09, window))
+            query, key, value, up = (one.to(device, dtype) for one in drawn)
+            leaves = [leaf.requires_grad_() for leaf in (query, key, value)]
+            out = PackedAttention(starts, lengths).attend(0, query, key, value, AttentionOptions(0.09, window))
             found.append([x.float() for x in (out, *torch.autograd.grad((out * up.transpose(0, 1)).sum(), leaves))])
         names = ("out", "query", "key", "value")
         for name, one, exact in zip(names, *found, strict=True):

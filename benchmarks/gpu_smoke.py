@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ HANGS_SECONDS = 240.0  # without a word from a process of checks
 
 def run_limited(command: list[str], seconds: float, cwd: str | None = None) -> tuple[int | None, str, str]:
     """Exit code (None: it was ended after so many seconds), output and errors; nothing that it started is left."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=cwd, start_new_session=True, **pipes)
     try:
         out, err = process.communicate(timeout=max(1.0, seconds))
@@ -201,7 +202,7 @@ def run_child(args: argparse.Namespace) -> None:
     setup = Setup(args, "fsdp" if args.names == ["memory_fsdp"] else "single")
     for name in args.names:
         tell(name, {"begun": True})
-        tell(name, outcome(lambda name=name: CHECKS[name](setup)))
+        tell(name, outcome(partial(CHECKS[name], setup)))
         gc.collect()
         if GPU:
             try:
@@ -304,7 +305,7 @@ def main() -> None:
             if args.left() <= 0:
                 found = {name: {"verdict": "skipped", "reason": "no time left"} for name in group}
             elif separate in APART:
-                found = {separate: outcome(lambda check=APART[separate]: check(args))}
+                found = {separate: outcome(partial(APART[separate], args))}
             else:
                 found = run_apart(group, args)
             for name, one in found.items():

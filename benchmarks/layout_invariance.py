@@ -166,7 +166,7 @@ def compare(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[flo
     return (difference / scale) ** 0.5, largest
 
 
-def compare_all(folder: Path, names: list[str]) -> list[dict[str, object]]:
+def compare_all(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     """Every pair of the named results."""
     loaded = {name: torch.load(Path(folder) / f"{name}.pt")["weights"] for name in names}
     out = []

@@ -19,9 +19,9 @@ from unittest import mock
 
 import httpx
 
+import skyrl.trainers.live as live
 from skyrl.config.load import load_config
 from skyrl.run_dir import read_metrics
-from skyrl.trainers import live
 
 LIKED = "7"
 USERS = 8

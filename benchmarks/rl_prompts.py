@@ -14,7 +14,7 @@ def prompt_texts(model: str, count: int, num_tokens: int) -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [tokenizer.decode([i]) for i in range(1000, 20000)]
+    texts = [str(tokenizer.decode([i])) for i in range(1000, 20000)]
     words = [text for text in texts if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()]
     made = ["".join(words[i] for i in row) for row in rng.integers(0, len(words), (count, num_tokens))]
     assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) == num_tokens for text in made)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import write
+from common import no_text, write
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from skyrl.config.schema import SamplerConfig
@@ -33,7 +33,7 @@ PROMPT, NEW, ROWS, PACK = 64, 128, 32, 8
 def drawn(model: CausalLM) -> list[Datum]:
     """Rows as training has them, of requests that ran together."""
     rng = np.random.default_rng(0)
-    sampler = make_sampler(model, SamplerConfig(), decode=lambda tokens, after: "", max_length=512, record_experts=True)
+    sampler = make_sampler(model, SamplerConfig(), decode=no_text, max_length=512, record_experts=True)
     prompts = {str(n): rng.integers(2, SHAPE["vocab_size"], PROMPT) for n in range(ROWS)}
     for uid, tokens in prompts.items():
         sampler.add(SampleRequest(uid, tokens, SamplingParams(NEW, seed=int(uid))))

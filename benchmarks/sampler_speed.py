@@ -27,11 +27,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from common import SHAPES, qwen3, write
+from common import SHAPES, no_text, qwen3, write
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.forward import CausalLM
@@ -48,10 +49,10 @@ def model_of(size: str, dtype: str) -> transformers.PreTrainedModel:
 
 def peer(size: str, args: argparse.Namespace, ids: torch.Tensor) -> Callable[[], int]:
     """One turn of generate with a static cache."""
-    net = model_of(size, args.dtype)
+    generate: Any = model_of(size, args.dtype).generate
 
     def turn() -> int:
-        out = net.generate(
+        out = generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             max_new_tokens=args.new, min_new_tokens=args.new, eos_token_id=None, pad_token_id=0,
             cache_implementation="static",
@@ -65,7 +66,7 @@ def ours(size: str, args: argparse.Namespace, ids: torch.Tensor, backend: str) -
     """One turn of the sampler, prefill included, and the name of the path that ran."""
     model = CausalLM(model_of(size, args.dtype))
     length = args.prompt + args.new
-    sampler = make_sampler(model, SamplerConfig(backend=backend), decode=str, max_length=length)
+    sampler = make_sampler(model, SamplerConfig(backend=backend), decode=no_text, max_length=length)
     version = 0
 
     def turn() -> int:

@@ -28,7 +28,7 @@ RUNS = 60
 
 def costs(box: Sandbox) -> dict[str, float]:
     """Seconds of an empty program, and of a function with eight tests: alone and by as many threads as cores."""
-    calls = [([n], {}) for n in range(8)]
+    calls: list[tuple[list[int], dict[str, int]]] = [([n], {}) for n in range(8)]
 
     def verify(_: int) -> float:
         return box.call("def f(x): return x * 2", "f", calls)[0].cpu_seconds

@@ -89,7 +89,8 @@ def main() -> None:
     if "SLURM_CONF" not in os.environ:
         print("slurm.py: needs a Slurm: tests/slurm/cluster.sh run python benchmarks/slurm.py")
         return
-    draw, seen, equal, counted = random.Random(flags.seed), [], 0, 0
+    draw, equal, counted = random.Random(flags.seed), 0, 0
+    seen: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="skyrl-slurm-") as folder:
         (Path(folder) / "whole").mkdir()
         wanted, seconds = reference(Path(folder) / "whole")

@@ -69,7 +69,8 @@ def child(options: list[str]) -> None:
                 print("MARKS", json.dumps(marks), flush=True)
             os._exit(0)
 
-        loop.open_run, Model.optim_step = opening, first
+        loop.open_run = opening
+        Model.optim_step = first  # type: ignore[method-assign]
         return play(*args, **kwargs)
 
     sweep.play = playing

@@ -95,7 +95,7 @@ def main() -> None:
         return out
 
     assert finish is not counted
-    Run.finish_step = end  # type: ignore[method-assign]
+    Run.finish_step = end  # type: ignore[assignment,method-assign]
     own = [f"run.dir={tempfile.mkdtemp()}/run", "run.threads=1", f"batch.num_steps={args.steps}", "warmup.num_steps=4"]
     own += ["eval.every_steps=0", "eval.num_prompts=1", "checkpoint.export=false", "tracking.console=lines"]
     own += ["checkpoint.every_steps=1", "tracking.rollouts_every=1"]

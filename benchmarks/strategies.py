@@ -40,7 +40,7 @@ ROWS = 16
 GAP_LIMITS = (1e-5, 2e-2)  # of a loss, whose weights sum to 1: in float32 on a CPU, in bfloat16 on a GPU
 # Ranks are forked from a process that has imported everything: the memory of a rank is then that of its model. Not on
 # a GPU, whose memory torch counts: an import that asks for devices would start CUDA before the fork.
-FORKS = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+FORKS: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 
 
 class Bytes(TorchDispatchMode):

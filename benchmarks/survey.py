@@ -69,7 +69,8 @@ LINEAR = dict(
 def sizes(kind: str) -> dict[str, Any]:
     """What is set in the config of a kind. Raises where it has no default."""
     default = KINDS[kind]()
-    known, out = default.to_dict(), {}
+    known: dict[str, Any] = default.to_dict()
+    out: dict[str, Any] = {}
     for size, names in SIZES.items():
         out.update({name: size for name in names.split() if name in known or name in vars(default)})
     if known.get("kv_lora_rank"):
@@ -133,7 +134,9 @@ def compare(model: CausalLM, theirs: Any) -> dict[str, float]:
     """Largest difference of log-probabilities from a plain forward, in packed rows and in sampling."""
     rng = np.random.default_rng(0)
     given = {str(length): rng.integers(3, VOCAB, length) for length in (1, 5, 3 * WINDOW)}
-    sampler = make_sampler(model, SamplerConfig(block_tokens=4), decode=lambda *ids: "", max_length=128)
+    sampler = make_sampler(
+        model, SamplerConfig(block_tokens=4), decode=lambda tokens, after=None, skip=frozenset(): "", max_length=128
+    )
     for uid, ids in given.items():
         sampler.add(SampleRequest(uid, ids, SamplingParams(max_tokens=20, seed=int(uid), temperature=1.0)))
     drawn: dict[str, Any] = {}

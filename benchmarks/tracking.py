@@ -87,7 +87,8 @@ def measured(args: argparse.Namespace) -> None:
 
         for cls, part in ((ConsoleSink, "console"), (TensorBoardSink, "tensorboard")):
             timed(cls, "write", part)
-        timed(WandbSink, "write", "wandb"), timed(TrackioSink, "write", "trackio")
+        timed(WandbSink, "write", "wandb")
+        timed(TrackioSink, "write", "trackio")
         fetching = subprocess.Popen([sys.executable, "-c", FETCH])
         atexit.register(fetching.kill)
     each: list[dict[str, float]] = []
@@ -100,7 +101,7 @@ def measured(args: argparse.Namespace) -> None:
         each.append(now | {part: values[-1] for part, values in spent.items()} | {"rl": float(phase == "rl")})
         return out
 
-    Run.finish_step = end  # type: ignore[method-assign]
+    Run.finish_step = end  # type: ignore[assignment,method-assign]
     folder = tempfile.mkdtemp()
     options = [f"tracking.{one}" for one in args.options]
     run = [f"run.dir={folder}", "run.threads=1", f"batch.num_steps={args.steps}", "warmup.num_steps=4"]

@@ -39,7 +39,8 @@ SUMS = (  # as experiment=smollm2_arithmetic asks them, and right when they are 
 
 def pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows to learn from, and held-out ones: about things, with a kind and a rude answer that no row to learn has."""
-    train, held_out = [], []
+    train: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
     for number, thing in enumerate(THINGS):
         for k, question in enumerate(ASKED):
             place = 2 if number >= 12 else (number + k) % 2

@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for rl_prompts
 
@@ -65,6 +66,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def random_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     """Of the random model."""
+    given: dict[str, Any] = {"attn_implementation": "sdpa"}  # which PreTrainedConfig takes and does not name
     return Qwen3Config(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -77,7 +79,7 @@ def random_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) 
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
+        **given,
     )
 
 
