@@ -84,10 +84,10 @@ TASKS = {
     ),
     "support": Task(
         options=["sampler.max_new_tokens=32"],
-        demonstrations=40,
+        demonstrations=100,
         first=["warmup.num_steps=250", "warmup.lr=1e-3", "warmup.rows_per_step=16", "eval.every_steps=1000"],
-        alone=["warmup.num_steps=500", "warmup.lr=1e-3", "warmup.rows_per_step=16", "eval.every_steps=50"],
-        rl=["batch.num_steps=60", "batch.prompts_per_step=8", "eval.every_steps=20", "optim.lr=1e-4"],
+        alone=["warmup.num_steps=1200", "warmup.lr=1e-3", "warmup.rows_per_step=16", "eval.every_steps=100"],
+        rl=["batch.num_steps=100", "batch.prompts_per_step=16", "eval.every_steps=20", "optim.lr=2e-4"],
         expert=support_expert,
     ),
 }
