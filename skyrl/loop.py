@@ -119,13 +119,11 @@ def _finish(run: Run) -> str | None:
         run.drawing.kill()  # an older picture must not come after the last one, and on a busy machine it takes minutes
         run.drawing.wait()
     curves = on_leader(run.world, lambda: write_curves(folder.metrics, picture))
-    measured = state.score if cfg.trainer == "control" else state.accuracy
-    accuracy = f"{measured:.3f}" if measured is not None else "not measured"
+    scored = cfg.trainer == "control" or (state.accuracy is None and state.score is not None)
+    name, measured = (cfg.checkpoint.best_metric, state.score) if scored else ("held-out accuracy", state.accuracy)
     before = "before RL" if run.plan.phase == "rl" else "at first"
     first = f" ({before} {state.first_accuracy:.3f})" if state.first_accuracy is not None else ""
-    run.say(
-        f"done: {'held-out accuracy' if cfg.trainer != 'control' else cfg.checkpoint.best_metric} {accuracy}{first}"
-    )
+    run.say(f"done: {name} {'not measured' if measured is None else f'{measured:.3f}'}{first}")
     for line in run.left_out:
         run.say(f"  data        {line}")
     run.say(f"  run folder  {folder.path}")

@@ -44,6 +44,7 @@ TORCH_SECONDS, COLLECTIVE_SECONDS, SLURM_SECONDS = 45, 45, 20
 SYNCS, SLOW_SYNC_SECONDS, SLOW_RENAME_SECONDS = 20, 0.05, 0.05
 LEAST_FREE, LEAST_SHM, LEAST_FILES, LEAST_PROCESSES = 10 * GIB, GIB // 4, 4096, 4096
 MAX_FILE_SKEW = 2.0
+WIDTH = len("interface chosen")  # the longest name of a check
 SHARED = "nfs nfs4 lustre gpfs beegfs cephfs ceph wekafs panfs fuse.sshfs 9p virtiofs".split()
 CGROUP_MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 TORCH = """
@@ -112,17 +113,22 @@ def doctor(args: Sequence[str]) -> int:
     p.add_argument("--json", action="store_true", help="for programs")
     flags = p.parse_args(list(args))
     begun = time.monotonic()
-    checks: list[Callable[[], Findings]] = [versions, gpus, cpus, memory, limits, partial(disk, flags.folder), caches]
-    checks += [network, collective, slurm, partial(clocks, flags.folder)]
+    checks: list[Callable[[], Findings]] = [versions, cpus, memory, limits, partial(disk, flags.folder), caches]
+    checks += [network, partial(clocks, flags.folder), slurm, gpus, collective]
+    findings: list[Finding] = []
     with ThreadPoolExecutor(4) as pool:
-        findings = [finding for found in pool.map(lambda check: list(check()), checks) for finding in found]
+        # The slow ones, which are last, begin first; each is shown when those before it are.
+        running = [pool.submit(lambda check: list(check()), check) for check in reversed(checks)]
+        for found in reversed(running):
+            findings += found.result()
+            if not flags.json and found.result():
+                print(text(found.result()), flush=True)
     seconds = time.monotonic() - begun
     failed = sum(finding.status == "fail" for finding in findings)
     if flags.json:
         report = {"host": socket.gethostname(), "ok": not failed, "seconds": round(seconds, 2)}
         print(json.dumps({**report, "findings": [asdict(finding) for finding in findings]}, indent=1))
     else:
-        print(text(findings))
         warned = sum(finding.status == "warn" for finding in findings)
         print(f"{len(findings)} findings, warnings: {warned}, failures: {failed}, {seconds:.1f} s")
     return 1 if failed else 0
@@ -130,12 +136,11 @@ def doctor(args: Sequence[str]) -> int:
 
 def text(findings: Sequence[Finding]) -> str:
     """The findings for a person, what to do below what was seen."""
-    width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"{finding.status:<4}  {finding.check:<{width}}  {finding.seen}")
+        lines.append(f"{finding.status:<4}  {finding.check:<{WIDTH}}  {finding.seen}")
         if finding.todo:
-            lines.append(f"{'':<{width + 6}}  -> {finding.todo}")
+            lines.append(f"{'':<{WIDTH + 6}}  -> {finding.todo}")
     return "\n".join(lines)
 
 

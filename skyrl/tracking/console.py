@@ -23,7 +23,7 @@ class Column(NamedTuple):
     rank: int
 
 
-HELD_OUT = Column("held-out", 8, ("eval/accuracy:mean",), "{:.3f}", 0)
+HELD_OUT = Column("held-out", 8, ("eval/accuracy:mean", "eval/divergence:mean", "eval/nll:mean"), "{:.3f}", 0)
 _ENTROPY = Column("entropy", 7, ("entropy:mean",), "{:.3f}", 0)
 _GRADIENT = Column("grad norm", 9, ("grad_norm:mean",), "{:.2g}", 1)
 _SPEED = Column("tokens/s", 8, ("speed/tokens_per_second:mean",), "{:,.0f}", 2)
@@ -61,7 +61,8 @@ _STEPS_AVERAGED = 20
 
 
 class ConsoleSink(Sink):
-    """Prints step, reward, last held-out accuracy, entropy, lengths, gradient, gap, tokens/s and time left.
+    """Prints step, reward, last held-out accuracy (divergence or nll where there is none), entropy, lengths, gradient,
+    gap, tokens/s and time left.
 
     totals: the last step of each phase, for "3/100" and the time left. live: rewrites one line with ANSI codes, and
     leaves a line behind at each evaluation; otherwise prints a line at each evaluation, at the end of a phase, and at
@@ -156,7 +157,7 @@ class ConsoleSink(Sink):
         place = f"{phase} {step}" + (f"/{total}" if total else "")
         cells = [f"{place:>{self._step_width()}}"]
         for column in self._columns(phase):
-            source = self._last if column is HELD_OUT else record  # the accuracy stays until the next one
+            source = self._last if column is HELD_OUT else record  # it stays until the next one
             value = next((float(source[key]) for key in column.keys if key in source), None)
             text = "-" if value is None else column.form.format(value)
             cells.append(f"{text:>{column.width}}")

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from skyrl.algorithms.preferences import divergence
+from skyrl.config.trainers import NO_REWARD
 from skyrl.distributed.collectives import MetricSums, all_reduce_sum, gather_objects
 from skyrl.distributed.phases import LOADING, inside
 from skyrl.engine import ModelSpec
@@ -103,7 +104,9 @@ def learn(run: Run, rows: list[Datum], count: float, sums: MetricSums, *, backwa
 
 def measure(run: Run) -> Metrics:
     """Held-out prompts as any evaluation plays them, and the divergence from the teacher along these answers,
-    "eval/divergence:mean" in nats a token. Collective."""
+    "eval/divergence:mean" in nats a token; no accuracy where the environment scores nothing. Collective."""
     (groups, metrics), sums = play_and_measure(run, run.sets[0]), MetricSums()
     learn(run, drawn_rows(list(enumerate(groups))), 1.0, sums, backward=False)
+    if run.cfg.env.name in NO_REWARD:
+        metrics = {key: value for key, value in metrics.items() if key != "eval/accuracy:mean"}
     return {**metrics, "eval/divergence:mean": sums.result(run.world).get("distill/divergence:mean", 0.0)}

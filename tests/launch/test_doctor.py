@@ -83,7 +83,8 @@ def test_cores(monkeypatch):
 
 
 def test_text_and_mistakes(tmp_path):
-    assert text([Finding("a", "warn", "seen", "do")]) == "warn  a  seen\n         -> do"
+    shown = ["warn  interface chosen  seen", "                        -> do", "ok    a                 b"]
+    assert text([Finding("interface chosen", "warn", "seen", "do"), Finding("a", "ok", "b")]).splitlines() == shown
     assert file_system(tmp_path) != ""
     with pytest.raises(UserError, match="unrecognized arguments: --jsn"):
         doctor(["--jsn"])
