@@ -77,6 +77,15 @@ def test_a_narrow_terminal_shows_the_columns_that_matter(monkeypatch):
     assert "KL" not in header and len(header) <= 84  # with the codes that clear the line
 
 
+def test_held_out_is_what_an_evaluation_has():
+    """Where nothing is scored: the divergence from the teacher, or the loss on held-out rows."""
+    for key in ("eval/divergence:mean", "eval/nll:mean"):
+        stream = io.StringIO()
+        ConsoleSink({"distill": 9}, stream=stream, live=False).write({"step": 9, "phase": "distill", key: 1.25})
+        header, row = stream.getvalue().splitlines()
+        assert row.split()[header.split().index("held-out") + 1] == "1.250"
+
+
 def test_live_line_on_a_real_terminal():
     """In a pseudo-terminal: each step rewrites the line, evaluations stay, nothing wraps."""
     script = (

@@ -210,6 +210,7 @@ def test_a_student_comes_nearer_and_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     records = read_metrics(whole / "run" / "metrics.jsonl")
     assert records[-1]["eval/divergence:mean"] < 0.9 * records[0]["eval/divergence:mean"]
+    assert not any("eval/accuracy:mean" in one for one in records)  # conversations are not scored
     sampled = [r.get("sampled_tokens:sum", 0) > 0 for r in records if r["step"]]
     assert any(sampled) and not all(sampled)
     newest = latest(whole / "run" / "checkpoints")
