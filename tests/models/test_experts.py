@@ -21,7 +21,10 @@ from skyrl.models.experts import recording, replaying, routing_of
 from skyrl.models.forward import CausalLM
 from skyrl.models.packed import PackedAttention, collate
 from skyrl.planner.memory import GIB
+from skyrl.run_dir import read_metrics
 from skyrl.sampler.runners.base import KVCache
+from skyrl.sweep import play
+from skyrl.tracking.base import without_wall_clock
 from skyrl.types import AdamParams, Datum, LossSpec, UserError
 from tests.sampler.tools import requests, run, sampler
 
@@ -271,18 +274,49 @@ def under_deepspeed(folder, strategy):
     return learned(engine_of(folder, strategy=strategy, dtype="float32"), sent_rows())
 
 
-def on_ranks(folder):
-    engine = engine_of(folder, "model.activation_checkpointing=true", strategy="fsdp")
+def on_ranks(folder, strategy, dtype, options):
+    engine = engine_of(folder, "model.activation_checkpointing=true", *options, strategy=strategy, dtype=dtype)
     found = learned(engine, sent_rows())
     return found if engine.world.rank == 0 else None
 
 
 @pytest.mark.ranks
-def test_sharded_over_ranks_it_is_the_same(mixture):
-    metrics, weights = learned(engine_of(mixture), sent_rows())
-    other, found = run_ranks(2, on_ranks, mixture)[0]
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "dtype", "options"),
+    [
+        ("fsdp", 2, "float64", []),
+        pytest.param("hsdp", 4, "float64", ["strategy.shard_size=2"], marks=pytest.mark.slow),
+        pytest.param("zero2", 2, "float32", [], marks=pytest.mark.slow),
+        pytest.param("zero3", 2, "float32", [], marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_over_ranks_it_is_the_same(mixture, strategy, ranks, dtype, options):
+    metrics, weights = learned(engine_of(mixture, dtype=dtype), sent_rows())
+    other, found = run_ranks(ranks, on_ranks, mixture, strategy, dtype, options)[0]
     assert distance(found, weights) < 1e-7
     assert other["router_balance:mean"] == pytest.approx(metrics["router_balance:mean"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["sampler.block_tokens=4", "sampler.kv_cache_gib=5e-5"]])
+def test_a_run_of_several_turns_goes_on_bit_for_bit(mixture, tmp_path, more):
+    """Choices of all turns are replayed, so in float32 the gap is that of rounding; of a run that was ended half way
+    the second half is that of one that was not. Once with sequences that had to make room for others."""
+    given = [f"model.path={mixture}", "model.tokenizer=tiny", "model.dtype=float32", "run.threads=1", "optim.lr=1e-2"]
+    given += ["batch.prompts_per_step=4", "batch.samples_per_prompt=4", "eval.every_steps=0", "eval.num_prompts=1"]
+    given += ["warmup.num_steps=0", "checkpoint.every_steps=2", "checkpoint.async_save=false", "tracking.console=off"]
+    given += ["algorithm.router.replay=true", "sampler.max_new_tokens=4", "checkpoint.export=false", *more]
+    given += ["algorithm.loss.entropy_coef=0.1", "algorithm.filters.zero_variance=false"]  # nothing is guessed
+    kept = {}
+    for name, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        own = [f"run.dir={tmp_path / name}", f"batch.num_steps={steps}"]
+        play(load_config(["experiment=guess_number", "model=hub", *given, *own]), "train", sweep=False)
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        kept[name] = [without_wall_clock(one) for one in records if one["step"]]
+    for whole, parts in zip(kept["whole"], kept["parts"], strict=True):
+        assert {k: (v, parts.get(k)) for k, v in whole.items() if v != parts.get(k)} == {}
+    assert all(one["turns:mean"] > 1 and one["logprob_gap:max"] < 1e-5 for one in kept["whole"])
+    assert bool(more) == any(one.get("sampler/preemptions:sum", 0) > 0 for one in kept["whole"])
 
 
 def test_what_cannot_be_is_refused(mixture, tmp_path):
