@@ -86,15 +86,17 @@ def whole(folder):
     return metrics, before, hook.seen
 
 
-def test_one_rank_and_two_give_the_same(tmp_path):
-    (one,), (two, other) = run_ranks(1, whole, tmp_path / "1"), run_ranks(2, whole, tmp_path / "2")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_rank_and_more_give_the_same(tmp_path, ranks):
+    (one,), (two, *others) = run_ranks(1, whole, tmp_path / "1"), run_ranks(ranks, whole, tmp_path / "2")
     for name in ("loss:sum", "reward:mean", "grad_norm:mean", "eval/reward:mean"):
-        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-7) and other[0][name] == two[0][name]
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-7)
+        assert all(other[0][name] == two[0][name] for other in others)
     assert one[1]["eval/reward:mean"] == two[1]["eval/reward:mean"] == one[0]["eval/reward:mean"]
-    steps = [[one for one in found[2] if len(one) == 4] for found in (one, two, other)]
-    assert len(steps[0]) == 2 and steps[1] == steps[2]
-    played = [next(one[1] for one in found[2] if len(one) == 2) for found in (one, two, other)]
-    assert played == [16, 8, 8]
+    steps = [[one for one in found[2] if len(one) == 4] for found in (one, two, *others)]
+    assert len(steps[0]) == 2 and all(found == steps[1] for found in steps[2:])
+    played = [next(one[1] for one in found[2] if len(one) == 2) for found in (one, two, *others)]
+    assert played == [16, *[16 // ranks] * ranks]
     assert (2, "000002") in one[2] and (tmp_path / "1" / "saved" / "config.json").is_file()
     config = (tmp_path / "1" / "config.yaml").read_text()
     assert "name: test_trainer:Digits" in config or "test_trainer:Digits" in config
