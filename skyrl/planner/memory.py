@@ -19,7 +19,7 @@ from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
 from skyrl.envs.base import group_rewards_of
-from skyrl.hub.gguf import converted, gguf_file
+from skyrl.hub.locate import locate
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.hub.text_part import text_part
@@ -137,12 +137,11 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
         raise UserError(
             f"model.path={path}: its size needs torch and transformers ({error}); install skyrl whole"
         ) from error
-    file = gguf_file(folder)
-    source = str(converted(file)) if file else str(folder) if folder.is_dir() else path
+    source = locate(path, cfg.model.revision, weights=False)
     trust = cfg.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(
-            source, revision=cfg.model.revision or None, trust_remote_code=trust, dtype=torch.float32
+            source, trust_remote_code=trust, dtype=torch.float32
         )  # the file's own may be "auto", which is none
         if problem := config_problem(config.to_dict()):
             raise UserError(f"model.path={path}: {problem}")

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import transformers as tf
 
 from skyrl.config.load import config_diff, config_digest, config_dir, load_config, to_dict
 from skyrl.config.schema import TinyModelConfig
@@ -522,11 +523,13 @@ def test_more_steps_change_results_only_under_a_decaying_rate():
 def test_a_hub_name_that_begins_like_a_folder_here_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     monkeypatch.chdir(tmp_path)
-    cached = {"org/cached": "/cache/config.json"}
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: cached.get(name))
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **more: 1 / 0)  # it was asked for
-    with pytest.raises(UserError, match="no model can be read there .ZeroDivisionError"):
-        model_sizes(load_config(["model.path=org/cached"]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    held = tmp_path / "hub" / "models--org--cached"
+    (held / "refs").mkdir(parents=True)
+    (held / "refs" / "main").write_text("0" * 40)
+    tf.Qwen3Config(num_hidden_layers=3).save_pretrained(held / "snapshots" / ("0" * 40))
+    assert model_sizes(load_config(["model.path=org/cached"])).num_layers == 3
     known = r"no such folder.*or a hub name \(org/name\), fetched before \(hf download org/typo\)"
     with pytest.raises(UserError, match=known):
         model_sizes(load_config(["model.path=org/typo"]))
