@@ -22,6 +22,8 @@ PARTS = ("torch", "transformers", "accelerate", "deepspeed")
 # Pins of what these bring themselves, which newer ones of constraints.txt do not fit.
 THEIRS = (*PARTS, "tokenizers", "huggingface-hub", "hf-xet", "peft", "setuptools")
 PASSED = "SKYRL_OLDEST_PASSED"  # the path of passed.txt, for pytest, to which this module is a plugin
+# Read once: tests take variables away, and reports come while they are.
+KEEPS = "" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get(PASSED, "")
 LEFT_OUT = "slow or gpu or tinker or slurm or browser"
 
 
@@ -93,8 +95,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_logreport(report):
     """Of pytest: keeps what has passed or was skipped; of several processes the one that hears of all."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and (report.skipped or (report.when == "call" and report.passed)):
-        with open(os.environ[PASSED], "a", encoding="utf-8") as file:
+    if KEEPS and (report.skipped or (report.when == "call" and report.passed)):
+        with open(KEEPS, "a", encoding="utf-8") as file:
             file.write(f"{report.nodeid}\n")
 
 
