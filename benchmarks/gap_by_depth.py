@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,13 @@ WAYS = {
     "bfloat16, float32 head": ("bfloat16", "float32"),
 }
 MIB = 1 << 20
+
+
+def built(args: argparse.Namespace, tokenizer: Any, way: str) -> CausalLM:
+    """The model in one of the three ways."""
+    dtype, head = WAYS[way]
+    cfg = ModelConfig(path=str(args.folder), dtype=dtype, head_dtype=head)
+    return build_model(cfg, tokenizer, dtype=getattr(torch, dtype))
 
 
 def text_ids(tokenizer: Any) -> np.ndarray:
@@ -115,20 +125,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="samples at each depth")
     parser.add_argument("--depths", default=",".join(DEPTHS), help="those to measure, with commas")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--price", choices=list(WAYS), help="only that of one way: what a process of its own measures")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.depths = {name: DEPTHS[name] for name in args.depths.split(",")}
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     ids = text_ids(tokenizer)
+    if args.price:
+        print(json.dumps(price(built(args, tokenizer, args.price), ids)))
+        return
     nets = {
         name: AutoModelForCausalLM.from_pretrained(args.folder, dtype=getattr(torch, name), attn_implementation="sdpa")
         for name in ("float32", "bfloat16")
     }
     ways: dict[str, Any] = {}
-    for name, (dtype, head) in WAYS.items():
-        cfg = ModelConfig(path=str(args.folder), dtype=dtype, head_dtype=head)
-        model = build_model(cfg, tokenizer, dtype=getattr(torch, dtype))
+    for name, (dtype, _) in WAYS.items():
+        model = built(args, tokenizer, name)
         start = time.process_time()
         rows, path = draw(model, ids, args)
         seconds = time.process_time() - start
@@ -147,11 +160,12 @@ def main() -> None:
                     [a - b for a, b in zip(rounded, exact, strict=True)]
                 )
             print(name, path, depth, found["depths"][depth], flush=True)
-        found["price"] = price(model, ids)
+        del model  # what was freed is not always given back, and would hide how the peak grows
+        gc.collect()
+        command = [sys.executable, __file__, str(args.folder), "--price", name, "--threads", str(args.threads)]
+        found["price"] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(name, found["price"], f"sampling {seconds:.1f} CPU s", flush=True)
         ways[name] = found
-        del model
-        gc.collect()
     if args.write:
         print(write("gap_by_depth", {"model": args.folder.name, "threads": args.threads, "ways": ways}))
 
