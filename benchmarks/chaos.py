@@ -82,7 +82,7 @@ def strike(warm: Warm, rng: random.Random, place: Path, async_save: bool) -> dic
     def now() -> bool:
         if not seen and reached():
             # while it opens, the lines of the start before are not cut back yet
-            recorded = lines_in(run / "metrics.jsonl") if phase != "opening" else newest(run)["done"]
+            recorded = lines_in(run / "metrics.jsonl") if phase != "opening" else newest(run)["global_step"]
             seen.update(recorded=recorded, at=time.monotonic())
             return True
         return False
