@@ -124,6 +124,7 @@ def main() -> int:
         "tests.oldest",
         "-p",
         "no:cacheprovider",
+        "--ignore=tests/cuda_build",  # of today's build for a GPU, which is not tried: 2.7's fake tensors abort
         "-m",
         f"not ({LEFT_OUT})",
         *words,
