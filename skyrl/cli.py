@@ -19,7 +19,7 @@ from skyrl.types import UserError
 
 def main() -> None:
     """Runs the command line; 0, or 2 with one line for what a person can fix."""
-    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+    if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # plugins of the folder one is in are found, as with python -m
     codecs.register_error("skyrl", replace_unknown)
     for stream in (sys.stdout, sys.stderr):

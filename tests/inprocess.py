@@ -22,7 +22,8 @@ import skyrl.tinker
 from skyrl.service import server
 from skyrl.service.commands import NOT_FINITE
 
-pytest.importorskip("tinker", reason="the official SDK is not here: it needs Python 3.11", exc_type=ImportError)
+# Not "tinker", which tests/tinker would be where there is no SDK.
+pytest.importorskip("tinker.types", reason="the official SDK is not here: it needs Python 3.11", exc_type=ImportError)
 from tinker import AdamParams, Datum, ModelInput, RequestFailedError, SamplingParams, ServiceClient  # noqa: E402
 
 ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=50.0)

@@ -126,7 +126,8 @@ class Checkpoint:
                 whole = dequantise(codes, scales, self._block)
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"model.path: {pair[1]} in {self.folder} does not fit {pair[0]}: {error}") from error
-            return whole[(slice(None), *region[1:])] if region and first else whole[region or ...]
+            rest = (slice(None), *region[1:]) if region and first else region or ...
+            return whole[rest]
         found = self._read(key, region, file)
         if found.dtype.itemsize == 1 and found.dtype != torch.bool:
             raise UserError(
