@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -42,14 +43,9 @@ def check_supported(config: Any) -> None:
 
     if getattr(config, "is_encoder_decoder", False):
         refuse("it is an encoder-decoder")
-    parts = [
-        name for name in ("vision_config", "audio_config", "text_config") if getattr(config, name, None) is not None
-    ]
+    parts = [part for part in ("vision_config", "audio_config", "text_config") if getattr(config, part, None)]
     if parts:
-        refuse(
-            f"it takes more than text (its config has {', '.join(parts)}), and its text part is no causal LM of "
-            "transformers"
-        )
+        refuse(f"it takes more than text (its config has {', '.join(parts)}), and its text part is no causal LM")
     others = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if others:
         refuse(f"it has layers of type {', '.join(others)}")
@@ -90,6 +86,10 @@ def check_module(net: Any) -> None:
     told = getattr(decoder_of(net), "_supports_attention_backend", False) or getattr(net, "_is_stateful", False)
     if not told:  # by hybrid families it never is
         refuse("its attention does not go through transformers' attention interface")
+    # transformers 5.5 hands them on in a cache alone: without one, as in training, these layers would take their own.
+    sharing = [module for module in net.modules() if getattr(module, "is_kv_shared_layer", False)]
+    if any("shared_kv_states" not in signature(module.forward).parameters for module in sharing):
+        refuse("this transformers shares keys and values between layers only through a cache; take a newer one (5.23)")
     known = [module.conv1d for module in linear]
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) and module not in known for module in net.modules()):
         refuse("it has convolutions")

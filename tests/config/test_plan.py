@@ -290,6 +290,8 @@ def test_a_config_with_odd_values_is_one_line_or_a_model(odd, tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+# What a block keeps is counted as today's kernels do it.
+@pytest.mark.skipif(torch_release() < VARLEN_RELEASE, reason="an older torch keeps other tensors, and less")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(256, 704, 4, 2), (256, 768, 16, 8)])
 def test_activations_are_what_autograd_keeps(dtype, shape):
@@ -423,7 +425,8 @@ def test_memory_of_activations_and_cache_follows_the_options():
     plain, checkpointed = memory_of(), memory_of("model.activation_checkpointing=true")
     assert checkpointed.activations < plain.activations / 5
     double = memory_of("batch.max_tokens_per_microbatch=16384")
-    assert double.activations == 2 * plain.activations
+    if torch_release() >= VARLEN_RELEASE:  # before, scores of padded rows count as well
+        assert double.activations == 2 * plain.activations
     assert memory_of("sampler.kv_cache_gib=2").cache == 2 * GIB
     per_token = 2 * 36 * 8 * 128 * 2
     assert memory_of("batch.prompts_per_step=8", "batch.samples_per_prompt=2").cache == 2 * 2048 * per_token

@@ -50,7 +50,7 @@ def test_an_option_that_is_a_path_has_its_home_folder_expanded(monkeypatch):
     assert make(needed=2, file="~/a b").file == Path("/home/me/a b") and make(needed=2).file is None
     with pytest.raises(UserError, match="env.options.file=~nobody-here/x: no home folder of nobody-here"):
         make(needed=2, file="~nobody-here/x")
-    with pytest.raises(UserError, match="env.options.file=3: environment 'test_options' wants pathlib.Path | None"):
+    with pytest.raises(UserError, match=r"file=3: environment 'test_options' wants \S*pathlib.Path"):
         make(needed=2, file=3)
 
 

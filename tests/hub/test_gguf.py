@@ -14,8 +14,10 @@ from skyrl.hub.locate import locate
 from skyrl.models.load import build_model
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import UserError
+from tests.families import needs_newer
 
 gguf = pytest.importorskip("gguf")
+pytestmark = needs_newer  # which asks for the version of gguf in a way that today's does not answer
 
 WIDTH, INNER, LAYERS, HEADS = 64, 96, 2, 4
 BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]] + [chr(256 + n) for n in range(68)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from families import make_net
+from families import OLD, make_net, needs_newer
 from gloo import run_ranks
 from small import dealt, distance, make_engine, weights_of
 
@@ -29,6 +29,7 @@ from skyrl.types import AdamParams, Datum, LossSpec, UserError
 from tests.sampler.tools import requests, run, sampler
 
 MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next", "kimi_linear")
+MIXTURES = tuple(family for family in MIXTURES if not (OLD and family == "deepseek_v3"))  # has other routers there
 
 
 def datum(tokens, experts=None, weights=None):
@@ -124,8 +125,8 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_routers_of_other_families(kind):
     """They are replayed, and their balance is that of their own scores."""
-    if kind not in KINDS:
-        pytest.skip(f"transformers {tf.__version__} has no {kind}")
+    if kind not in KINDS or OLD:
+        pytest.skip(f"transformers {tf.__version__} has no {kind}, or other routers for it")
     net = small(kind)
     model = CausalLM(net)
     tokens = np.random.default_rng(0).integers(3, 96, 17)
@@ -147,6 +148,7 @@ def test_routers_of_other_families(kind):
     assert got == pytest.approx(float(sum(want)) / len(want), abs=1e-5)
 
 
+@needs_newer
 def test_experts_of_a_group_that_is_not_chosen_keep_their_weight():
     """DeepSeek V2 multiplies by scores that are 0 outside of the groups that it chooses itself."""
     groups = dict(n_group=2, topk_group=1, topk_method="group_limited_greedy")
@@ -326,7 +328,7 @@ def test_what_cannot_be_is_refused(mixture, tmp_path):
     rows = [replace(row, experts=row.experts[:, :1]) for row in sent_rows()]
     with pytest.raises(UserError, match="rows name 1x2 experts a token, the model has 2x2"):
         engine.forward_backward(rows, SPEC)
-    if "phimoe" in KINDS:
+    if "phimoe" in KINDS and not OLD:
         small("phimoe").save_pretrained(tmp_path)
         with pytest.raises(UserError, match="PhimoeTopKRouter does not choose by one top-k"):  # before any step
             engine_of(tmp_path, "algorithm.router.replay=true", dtype="float32")

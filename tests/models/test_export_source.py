@@ -208,6 +208,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_transformers_4_change_nothing_for_5(kind, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
+    if not hasattr(tf, kind):
+        pytest.skip(f"transformers {tf.__version__} has no {kind}")
     getattr(tf, kind)(**KINDS[kind]).save_pretrained(source)
     config = tf.AutoConfig.from_pretrained(source)
     out.mkdir()

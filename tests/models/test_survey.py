@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.survey import outcome, sizes
@@ -30,6 +31,8 @@ def test_families_that_were_let_in_are():
 
 
 def test_one_family_of_the_survey(tmp_path):
+    if "granite_swa" not in KINDS:
+        pytest.skip(f"transformers {tf.__version__} has no granite_swa")
     assert outcome("granite_swa", str(tmp_path)) == ("exact", "")
 
 

@@ -11,7 +11,7 @@ from skyrl.models.forward import CausalLM, collate
 from skyrl.sampler.runners import paged
 from skyrl.sampler.runners.base import KVCache
 from skyrl.types import Datum
-from tests.families import FAMILIES, WINDOW, make_net
+from tests.families import FAMILIES, WINDOW, make_net, needs_newer
 from tests.sampler.tools import TOLERANCE, adapter, merged, reference_logprobs, requests, run, sampler
 
 FUSED = {"qwen2", "qwen3", "llama3"}  # the mistral of the list has a window, so it takes the module path
@@ -117,6 +117,7 @@ def test_longrope_is_chosen_by_the_longest_sequence_and_training_chooses_the_sam
         np.testing.assert_allclose(drawn[uid].logprobs, logprobs[-8:], atol=TOLERANCE, rtol=0)
 
 
+@needs_newer
 def test_latent_attention_keeps_the_small_vector_alone():
     """Bytes of a token are those of the rank and the rotated part; an adapter of kv_b_proj counts."""
     model = CausalLM(make_net("deepseek_v3"))
