@@ -175,10 +175,10 @@ LONGROPE = _config(
 
 LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear")
 # Transformers 5.5 computes linear attention otherwise, and GPTBigCode without its attention interface, whatever torch:
-# these are refused when they are loaded (test_load.py), as are Gemma 3n and 4, whose layers share keys and values only
-# through a cache there. All are read with 5.23; the releases between were not tried.
+# these are refused when they are loaded (test_load.py), as is Gemma 3n, whose layers share keys and values only through
+# a cache there. All are read with 5.23; the releases between were not tried.
 OLD = tf.__version__.startswith("5.5.")
-REFUSED = (*LINEAR[:4], "gpt_bigcode", "gemma3n_text", "gemma4_text") if OLD else ()
+REFUSED = (*LINEAR[:4], "gpt_bigcode", "gemma3n_text") if OLD else ()
 needs_newer = pytest.mark.skipif(OLD, reason=f"what transformers {tf.__version__} lacks: docs/gpu.md")
 
 

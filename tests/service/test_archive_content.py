@@ -61,7 +61,7 @@ def test_peft_computes_the_same_model(tmp_path, head):
         wrapped = peft.PeftModel.from_pretrained(model, archive.folder(PATH, version))
         found = wrapped(ids).logits
     assert (wanted - base).abs().max() > 0.1
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-4)
     adapted = {name.split("base_model.model.")[-1].removesuffix(".lora_A.default")
                for name, _ in wrapped.named_modules() if name.endswith("lora_A.default")}  # fmt: skip
     assert adapted == set(adapters)

@@ -10,6 +10,7 @@ import pytest
 from launcher import LETTERS, environment, lines_in, torchrun, torchrun_command
 
 from skyrl.checkpoint.folder import list_checkpoints
+from skyrl.planner.device import torch_release
 
 pytestmark = pytest.mark.ranks
 
@@ -69,7 +70,8 @@ def test_what_is_killed_ends_the_job_and_the_same_command_goes_on(warm, tmp_path
     assert job.wait(30) != 0 and time.monotonic() - killed < 30
     lines = (tmp_path / "stderr").read_text().splitlines()
     told = [line for line in lines if line.startswith("skyrl: error:")]
-    assert len(told) == 1 and f"rank 1 (process {victim}) ended without a message" in told[0]
+    most = 1 if torch_release() >= (2, 8) else 2  # torchrun of 2.7 asks no handler of ours, and tells it once more
+    assert 1 <= len(told) <= most and f"rank 1 (process {victim}) ended without a message" in told[0]
     assert not any("gloo" in line for line in lines) and wait_for(lambda: processes_of(tmp_path) == [], 5)
     assert list_checkpoints(tmp_path / "run" / "checkpoints")
     job = start(tmp_path, *endless)
