@@ -73,7 +73,7 @@ def test_peft_computes_the_same_model(tmp_path, head):
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("alpha, told", [(32.0, 32), (0.5, 0.5)])
