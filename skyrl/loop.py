@@ -19,7 +19,7 @@ from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
 from skyrl.checkpoint.export import prepare_export, send_export
-from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, read_checkpoint
+from skyrl.checkpoint.folder import Best, CheckpointInfo, clean_leftovers, find_resume, latest, newest, read_checkpoint
 from skyrl.config.eval_sets import own_set
 from skyrl.config.load import config_diff, config_digest, from_dict, to_dict
 from skyrl.config.run_rules import closed_until
@@ -285,7 +285,7 @@ def _checkpoint(cfg: RunConfig, folder: RunFolder) -> CheckpointInfo | None:
     began from another's goes on from its own, by the same command."""
     setting = cfg.run.resume
     if setting not in ("auto", "never"):
-        own = latest(folder.checkpoints)
+        own = newest(folder.checkpoints)
         if own is not None and own.state.get("parent") and not _inside(Path(setting), folder.path):
             return own
         inside = latest(Path(setting) / "checkpoints")
@@ -311,7 +311,7 @@ def _refuse_edited(cfg: RunConfig, folder: RunFolder, facts: dict[str, str]) -> 
     """A folder with checkpoints goes on only with the code and data that it began with, or where run.allow_different
     names what has changed; the fingerprint is then what is read now. After a stop because no verifier worked the code
     and data are expected to be mended. Returns lines worth showing."""
-    edited, ours = changed_facts(folder.path, facts) if latest(folder.checkpoints) is not None else ([], [])
+    edited, ours = changed_facts(folder.path, facts) if newest(folder.checkpoints) else ([], [])
     last = read_result(folder.path) or {}
     said = last.get("advisories", last.get("notices", ()))  # as earlier releases call them
     no_verifier = last.get("state") == "stopped" and "all_invalid" in said

@@ -26,7 +26,7 @@ from skyrl.algorithms.declare import ADVANTAGES
 from skyrl.algorithms.kl import AdaptiveKL
 from skyrl.algorithms.objectives import Objectives
 from skyrl.checkpoint.checkpointer import Checkpointer
-from skyrl.checkpoint.folder import latest
+from skyrl.checkpoint.folder import newest
 from skyrl.config.eval_sets import EvalSetConfig, own_set
 from skyrl.config.load import to_dict
 from skyrl.config.schema import EnvConfig, RunConfig
@@ -317,9 +317,9 @@ class Run:
         if self.world.is_leader:
             if self.measured != self.saved:
                 self.measured = self.saved
-                newest = latest(self.folder.checkpoints)
+                found = newest(self.folder.checkpoints)
                 with contextlib.suppress(OSError):  # old ones are deleted meanwhile
-                    files = newest.path.rglob("*") if newest is not None else ()
+                    files = found.path.rglob("*") if found is not None else ()
                     self.history.facts["checkpoint_gib"] = sum(path.stat().st_size for path in files) / 2**30
             if self.tracker.recorder is not None:
                 self.history.facts |= {k: v for k, v in self.tracker.recorder.last.items() if k == "disk_free_gib"}
@@ -521,11 +521,11 @@ class Run:
         return StopRun(f"stopped by {request.reason} on rank {request.rank}, saved", request.exit_code)
 
     def _record_stop(self, request: StopRequest, seconds: float) -> None:
-        newest = latest(self.folder.checkpoints)
+        found = newest(self.folder.checkpoints)
         record = {
             **dataclasses.asdict(request),
             "done": self.state.global_step,
-            "checkpoint": newest.tag if newest is not None else "",
+            "checkpoint": found.tag if found is not None else "",
             "seconds": round(seconds, 3),
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }

@@ -86,8 +86,13 @@ def list_checkpoints(folder: Path) -> list[CheckpointInfo]:
 
 
 def latest(folder: Path) -> CheckpointInfo | None:
-    """The newest complete checkpoint in `folder`, or None."""
+    """The newest complete checkpoint in `folder`, or None. Raises: UserError as list_checkpoints does."""
     return max(list_checkpoints(folder), key=lambda info: info.sequence, default=None)
+
+
+def newest(folder: Path) -> CheckpointInfo | None:
+    """The same, whatever lies beside it: for those who do not resume from it."""
+    return max(survey(folder)[0], key=lambda info: info.sequence, default=None)
 
 
 def find_resume(setting: str, folder: Path) -> CheckpointInfo | None:
