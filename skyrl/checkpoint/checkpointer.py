@@ -274,9 +274,11 @@ class Checkpointer:
         return box
 
     def _verify_files(self, info: CheckpointInfo) -> None:
-        """Sizes of all files on every rank; checksums of this rank's share, largest files dealt out first."""
+        """Sizes of all files on every rank; checksums of this rank's share, largest files dealt out first, and of the
+        one that every rank reads before others can tell it that it is damaged."""
         names = sorted(info.files, key=lambda name: (-info.files[name]["bytes"], name))
-        problems = verify_manifest(info.path, info.files, hashed=names[self.rank :: self.world_size])
+        hashed = {*names[self.rank :: self.world_size], *info.files.keys() & {".metadata"}}
+        problems = verify_manifest(info.path, info.files, hashed=hashed)
         if problems:
             raise UserError(f"checkpoint {info.path}: {problems[0]}; {remedy(info.path)}")
 

@@ -153,6 +153,13 @@ def flip_a_bit(checkpoint):
     path.write_bytes(data)
 
 
+def flip_a_bit_of_what_all_read(checkpoint):
+    path = checkpoint / ".metadata"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def truncate(checkpoint):
     path = next(checkpoint.glob("*.distcp"))
     path.write_bytes(path.read_bytes()[:-100])
@@ -172,6 +179,7 @@ def spoil_the_manifest(checkpoint):
     ("harm", "words"),
     [
         (flip_a_bit, "is damaged (its checksum differs)"),
+        (flip_a_bit_of_what_all_read, "file .metadata is damaged (its checksum differs)"),
         (truncate, "bytes instead of"),
         (lose_a_file, "is missing"),
         (spoil_the_manifest, "manifest.json is damaged"),
@@ -180,7 +188,7 @@ def spoil_the_manifest(checkpoint):
 def test_a_damaged_checkpoint(warm, cut, tmp_path, harm, words):
     checkpoints = cut("000008") / "checkpoints"
     harm(checkpoints / "000008")
-    ranks = 2 if harm is flip_a_bit else 1
+    ranks = 2 if harm in (flip_a_bit, flip_a_bit_of_what_all_read) else 1
     done = warm.run(*LETTERS, "run.dir=run", cwd=tmp_path, ranks=ranks)
     refused(done, "checkpoint run/checkpoints/000008", words, "give run.resume=run/checkpoints/000006")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["000002", "000004", "000006", "000008"]
