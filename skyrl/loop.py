@@ -285,8 +285,9 @@ def _checkpoint(cfg: RunConfig, folder: RunFolder) -> CheckpointInfo | None:
     began from another's goes on from its own, by the same command."""
     setting = cfg.run.resume
     if setting not in ("auto", "never"):
-        own = newest(folder.checkpoints)
-        if own is not None and own.state.get("parent") and not _inside(Path(setting), folder.path):
+        # Of this folder's own an older one may be named, whatever has become of the newest.
+        own = None if _inside(Path(setting), folder.path) else latest(folder.checkpoints)
+        if own is not None and own.state.get("parent"):
             return own
         inside = latest(Path(setting) / "checkpoints")
         setting = str(inside.path) if inside is not None else setting
