@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -27,12 +29,13 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     """function(*args) on `size` ranks in fresh processes, with torchrun's variables set; what each returned, in order.
 
     `function` lives at the top of a module. Raises AssertionError with the traceback of the first rank that failed;
-    the others are killed then, as torchrun does, and when the time is over.
+    the others are killed then, as torchrun does, and when the time is over; that error shows where each rank stood.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+    with socket.socket() as held, tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        # Kept while the ranks run, so that no other test's socket gets this port; rank 0 may listen there all the same.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
         ranks = [
             _SERVER.Process(target=_rank, args=(rank, size, port, folder, function, args), daemon=True)
             for rank in range(size)
@@ -55,12 +58,25 @@ def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
         failed = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
         if failed:
             break
-        assert time.monotonic() < end, f"ranks still running after {timeout} s"
+        assert time.monotonic() < end, f"ranks still running after {timeout} s:\n{_stacks(ranks, folder)}"
         time.sleep(0.02)
     for rank, process in enumerate(ranks):
         if process.exitcode not in (None, 0):
             text = folder / f"{rank}.error"
             raise AssertionError(f"rank {rank}: {text.read_text() if text.exists() else f'exit {process.exitcode}'}")
+
+
+def _stacks(ranks: list[Any], folder: Path) -> str:
+    """The Python stacks of the ranks that are still there."""
+    there = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in there:
+        if (folder / f"{rank}.stacks").exists():  # else the signal would end a rank that has not come as far as _rank
+            os.kill(ranks[rank].pid, signal.SIGUSR1)
+    time.sleep(1.0)
+    files = {rank: folder / f"{rank}.stacks" for rank in there}
+    return "\n".join(
+        f"rank {rank}: {path.read_text() if path.exists() else 'not begun'}" for rank, path in files.items()
+    )
 
 
 def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -72,6 +88,8 @@ def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    stacks = (Path(folder) / f"{rank}.stacks").open("w")
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     torch.set_num_threads(1)
     try:
         result = function(*args)

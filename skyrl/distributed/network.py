@@ -28,15 +28,19 @@ def job_port(job: int, step: int = 0) -> int:
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen there now on all addresses, as those of ranks do."""
+    """Whether a server could listen there now on all addresses, as those of ranks do.
+
+    Without listening: a rank that comes at that moment would be let in, and would wait for words from nobody."""
     both = socket.has_dualstack_ipv6()
-    try:
-        socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        ).close()
-        return True
-    except (OSError, OverflowError):  # the latter for what is no port
-        return False
+    with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do; who listens is met all the same
+        try:
+            if both:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(("", port))
+            return True
+        except (OSError, OverflowError):  # the latter for what is no port
+            return False
 
 
 def interfaces() -> dict[str, list[str]]:

@@ -25,3 +25,21 @@ def test_a_port_that_is_taken_is_passed_over():
         with pytest.raises(UserError, match="all taken on this node; give one with --port"):
             free_port(job, tries=2)
     assert free_port(job) == ports.job_port(job)
+
+
+def test_who_looks_whether_a_port_is_free_lets_nobody_in(monkeypatch):
+    reached, plain = [], socket.socket
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+
+        class Watched(plain):
+            def close(self):  # somebody comes at the last moment
+                with plain() as other:
+                    reached.append(other.connect_ex(("127.0.0.1", port)) == 0)
+                super().close()
+
+        monkeypatch.setattr(ports.socket, "socket", Watched)
+        assert ports.is_free(port)
+    assert reached and not any(reached)
