@@ -35,6 +35,9 @@ _ARGUMENTS = {
     "skyrl_product": [_POINTER, _LONG, _LONG, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _INT],
     "skyrl_norm": [*[_POINTER] * 4, _LONG, _INT, _FLOAT, _INT],
     "skyrl_log_probs": [_POINTER, _LONG, _INT, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _INT],
+    "skyrl_logit_sums": [_POINTER, _LONG, _INT, _FLOAT, _POINTER, _LONG, *[_POINTER] * 4, _INT],
+    "skyrl_logit_gradient": [_POINTER, _LONG, _INT, _FLOAT, _POINTER, _LONG, *[_POINTER] * 4, _INT],
+    "skyrl_sum_rows": [_INT, _POINTER, _LONG, _INT, _INT, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT],
     "skyrl_silu": [_POINTER, _POINTER, _LONG, _INT],
     "skyrl_attend": [*[_POINTER] * 5, _LONG, _INT, _INT, _INT, _FLOAT, _INT],
 }

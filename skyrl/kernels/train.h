@@ -117,4 +117,98 @@ void skyrl_log_probs(const float* logits, int64_t count, int32_t vocab, const in
     logz[row] = float(s.top + std::log(s.total));
   }
 }
+
+// Of bfloat16 logits [count, width], a part of the vocabulary from `from` on, times `heat`: takes them into the running
+// maximum, sum of exponentials and (or null) sum of exponentials times logit of each row; the target's logit to `found`.
+void skyrl_logit_sums(const uint16_t* logits, int64_t count, int32_t width, float heat, const int64_t* targets,
+                      int64_t from, float* found, float* peak, float* total, float* moment, int32_t threads) {
+  int whole = width / LANES * LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < count; row++) {
+    const bf16* z = logits + row * width;
+    vf tops = set(peak[row]);
+    for (int at = 0; at < whole; at += LANES) {
+      vf v = get(z + at) * heat;
+      tops = v > tops ? v : tops;
+    }
+    float top = largest(tops);
+    for (int at = whole; at < width; at++) top = std::max(top, wide(z[at]) * heat);
+    vf sums{}, moments{};
+    for (int at = 0; at < whole; at += LANES) {
+      vf v = get(z + at) * heat, e = exponential(v - top);
+      sums += e;
+      moments += e * v;
+    }
+    float shrink = std::exp(peak[row] - top), mass = sum(sums), first = sum(moments);
+    for (int at = whole; at < width; at++) {
+      float v = wide(z[at]) * heat, e = std::exp(v - top);
+      mass += e;
+      first += e * v;
+    }
+    total[row] = total[row] * shrink + mass;
+    if (moment) moment[row] = moment[row] * shrink + first;
+    peak[row] = top;
+    if (targets[row] >= from && targets[row] < from + width) found[row] = wide(z[targets[row] - from]) * heat;
+  }
+}
+
+// The gradient of the same logits, in their place: heat (g (onehot - p) - h p (z - logz + entropy)), where p is
+// exp(z - logz), g the gradient of the target's log-probability and h (or null, as entropy) that of the entropy.
+void skyrl_logit_gradient(uint16_t* logits, int64_t count, int32_t width, float heat, const int64_t* targets,
+                          int64_t from, const float* logz, const float* g, const float* entropy, const float* h,
+                          int32_t threads) {
+  int whole = width / LANES * LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < count; row++) {
+    bf16* z = logits + row * width;
+    float down = -g[row], of_entropy = h ? -h[row] : 0.0f, middle = h ? entropy[row] : 0.0f;
+    int64_t target = targets[row] - from;
+    bool inside = target >= 0 && target < width;
+    float there = inside ? wide(z[target]) * heat - logz[row] : 0.0f;
+    for (int at = 0; at < whole; at += LANES) {
+      vf surprise = get(z + at) * heat - logz[row], p = exponential(surprise);
+      put(z + at, p * (down + of_entropy * (surprise + middle)) * heat);
+    }
+    for (int at = whole; at < width; at++) {
+      float surprise = wide(z[at]) * heat - logz[row];
+      vf all = set(std::exp(surprise) * (down + of_entropy * (surprise + middle)) * heat);
+      z[at] = narrow(all)[0];
+    }
+    if (inside) z[target] = narrow(set((std::exp(there) * (down + of_entropy * (there + middle)) + g[row]) * heat))[0];
+  }
+}
+
+// out [rows, parts, width] = the sums, in float32 and in order, of those rows of x [count, parts, width] whose `index`
+// names them; of bfloat16 (`half`) or float32. `stride` and `part_stride` of x are in numbers.
+void skyrl_sum_rows(int32_t half, const void* x, int64_t count, int32_t parts, int32_t width, int64_t stride,
+                    int64_t part_stride, const int64_t* index, void* out, int64_t rows, int32_t threads) {
+  std::unique_ptr<int64_t[]> ends(new int64_t[rows + 1]()), order(new int64_t[count]);
+  for (int64_t i = 0; i < count; i++) ends[index[i] + 1]++;
+  for (int64_t row = 0; row < rows; row++) ends[row + 1] += ends[row];
+  for (int64_t i = 0; i < count; i++) order[ends[index[i]]++] = i;  // afterwards ends[row] is where its list ends
+  auto all = [&](auto* to, const auto* from) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+      int64_t first = row ? ends[row - 1] : 0;
+      for (int part = 0; part < parts; part++) {
+        auto* y = to + (row * parts + part) * width;
+        const auto* base = from + part * part_stride;
+        for (int at = 0; at < width; at += LANES) {
+          int lanes = std::min(LANES, width - at);
+          alignas(64) std::remove_cv_t<std::remove_reference_t<decltype(*y)>> some[LANES] = {};
+          vf total{};
+          for (int64_t i = first; i < ends[row]; i++) {
+            const auto* here = base + order[i] * stride + at;
+            if (lanes == LANES) total += get(here);
+            else std::memcpy(some, here, lanes * sizeof *y), total += get(some);
+          }
+          if (lanes == LANES) put(y + at, total);
+          else put(some, total), std::memcpy(y + at, some, lanes * sizeof *y);
+        }
+      }
+    }
+  };
+  if (half) all(static_cast<bf16*>(out), static_cast<const bf16*>(x));
+  else all(static_cast<float*>(out), static_cast<const float*>(x));
+}
 }

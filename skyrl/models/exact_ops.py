@@ -127,12 +127,26 @@ def _product(x_NK: Tensor, weight: Tensor, bias_V: Tensor | None, columns: int, 
     out_NV, room = x_NK.new_empty(rows, columns), x_NK.new_empty(panels * kernels.PANEL * inner)
     if not inner:
         return out_NV.zero_() if bias_V is None else out_NV.copy_(bias_V.expand_as(out_NV))
-    _run("skyrl_product", x_NK, rows, inner, weight, turned, bias_V, out_NV, columns, room)
+    run("skyrl_product", x_NK, rows, inner, weight, turned, bias_V, out_NV, columns, room)
     return out_NV
 
 
-def _run(name: str, *args: Any) -> None:
-    """Calls a kernel on contiguous tensors (None: a null pointer) and numbers, with torch's number of threads."""
+def sum_rows(x_M: Tensor, index_M: Tensor, rows: int) -> Tensor | None:
+    """[rows, ...]: the sum of those x_M whose index is the row's, in float32 and in their order. None where no kernel
+    can: of bfloat16 or float32 on a CPU that has kernels, the last dimension's numbers side by side."""
+    kind = x_M.device.type == "cpu" and x_M.dtype in (torch.float32, torch.bfloat16) and x_M.ndim in (2, 3)
+    if not kind or x_M.stride(-1) != 1 or kernels.library()[0] is None:
+        return None
+    out = x_M.new_empty(rows, *x_M.shape[1:])
+    parts, part_stride = (1, 0) if x_M.ndim == 2 else (x_M.shape[1], x_M.stride(1))
+    shape = len(x_M), parts, x_M.shape[-1], x_M.stride(0), part_stride
+    run("skyrl_sum_rows", x_M.dtype == torch.bfloat16, x_M, *shape, index_M.contiguous(), out, rows)
+    return out
+
+
+def run(name: str, *args: Any) -> None:
+    """Calls a kernel on tensors, contiguous but where it is told strides (None: a null pointer), and numbers, with
+    torch's number of threads."""
     pointers = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
     getattr(kernels.library()[0], name)(*pointers, torch.get_num_threads())
 
@@ -234,7 +248,7 @@ def _attend_causal(
     (count, queries, channels), keys = q_NMC.shape, k_NLC.shape[1]
     out_NMC = torch.empty_like(q_NMC)
     p_NML = q_NMC.new_empty(count, queries, keys) if want_weights else None
-    _run("skyrl_attend", q_NMC, k_NLC, v_NLC, out_NMC, p_NML, count, queries // keys, keys, channels, scale)
+    run("skyrl_attend", q_NMC, k_NLC, v_NLC, out_NMC, p_NML, count, queries // keys, keys, channels, scale)
     return out_NMC, p_NML
 
 
@@ -263,7 +277,7 @@ class _Norm(torch.autograd.Function):
         if x.shape[-1] % kernels.MULTIPLE == 0 and uses_kernels(x, weight):
             x, scale = x.detach().contiguous(), weight.detach().contiguous()
             out, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
-            _run("skyrl_norm", x, scale, out, r, r.numel(), x.shape[-1], eps)
+            run("skyrl_norm", x, scale, out, r, r.numel(), x.shape[-1], eps)
             ctx.save_for_backward(x, weight, r)
             return out
         r = inverse_norm(x, eps)
@@ -303,7 +317,7 @@ def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) ->
     logprobs_TK, logz_T = logits_TV.new_empty(targets_TK.shape), logits_TV.new_empty(len(logits_TV))
     targets_TK = targets_TK.contiguous()
     shape = logits_TV.shape[1], targets_TK, targets_TK.shape[1], temperature
-    _run("skyrl_log_probs", logits_TV.contiguous(), len(logits_TV), *shape, logprobs_TK, logz_T)
+    run("skyrl_log_probs", logits_TV.contiguous(), len(logits_TV), *shape, logprobs_TK, logz_T)
     return logprobs_TK, logz_T
 
 
@@ -315,7 +329,7 @@ class _Silu(torch.autograd.Function):
         if kernels.library()[0] is None:
             return _PLAIN_SILU(x.double(), True).float()  # for the reason of `exp`
         out = torch.empty_like(x)
-        _run("skyrl_silu", x, out, x.numel())
+        run("skyrl_silu", x, out, x.numel())
         return out
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyrl import kernels
 from skyrl.algorithms.truncation import cut_logits
 from skyrl.models import exact_ops
 from skyrl.planner.device import torch_release
@@ -114,15 +115,25 @@ class _LogProbs(torch.autograd.Function):
         dlow = torch.zeros(low_TR.shape, dtype=logz_T.dtype, device=low_TR.device) if want[3] else None
         dup = torch.empty_like(up_VR) if want[4] else None
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR, support_2N)
+        fused = product.is_plain_half(head, targets_TK)
+        if fused:
+            grad_T = torch.zeros_like(logz_T) if grad_TK is None else grad_TK[:, 0].contiguous()
+            grad_entropy_T = None if entropy_T is None or grad_entropy_T is None else grad_entropy_T.contiguous()
+            rest = logz_T, grad_T, entropy_T, grad_entropy_T
         for start in range(0, vocab, block):
             stop = min(start + block, vocab)
-            z = product.logits(slice(None), slice(start, stop), head, temperature)
-            # at least -1 but for what is cut off, which has no gradient
-            capped = (z * (temperature / head.softcap)).clamp_(min=-1.0).square_() if head.softcap else None
-            dz = _logit_gradient(z, start, targets_TK, logz_T, entropy_T, grad_TK, grad_entropy_T)
-            if capped is not None:  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
-                dz.mul_(capped.neg_().add_(1.0))
-            dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
+            if fused:
+                dz = product.half(slice(start, stop))
+                at = head.scale / temperature, targets_TK, start
+                exact_ops.run("skyrl_logit_gradient", dz, *dz.shape, *at, *rest)
+            else:
+                z = product.logits(slice(None), slice(start, stop), head, temperature)
+                # at least -1 but for what is cut off, which has no gradient
+                capped = (z * (temperature / head.softcap)).clamp_(min=-1.0).square_() if head.softcap else None
+                dz = _logit_gradient(z, start, targets_TK, logz_T, entropy_T, grad_TK, grad_entropy_T)
+                if capped is not None:  # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
+                    dz.mul_(capped.neg_().add_(1.0))
+                dz = dz.mul_(head.scale / temperature).to(hidden_TC.dtype)
             if dhidden is not None:
                 put = dhidden.add_ if vocab > block else dhidden.copy_
                 put(exact_ops.matmul(dz, weight_VC[start:stop].to(dz.dtype)))
@@ -169,6 +180,17 @@ class _Product:
     def _packed(self) -> exact_ops.Packed:
         return exact_ops.pack(self.weight_VC)
 
+    def is_plain_half(self, head: HeadSpec, targets_TK: Tensor) -> bool:
+        """Whether kernels take what `half` gives: one target a token, nothing added to the product, cut or capped."""
+        plain = self.low_TR is None and self.support_2N is None and not head.softcap and targets_TK.shape[1] == 1
+        half = self.hidden_TC.dtype == self.weight_VC.dtype == torch.bfloat16 and self.hidden_TC.device.type == "cpu"
+        return plain and half and kernels.library()[0] is not None
+
+    def half(self, entries: slice) -> Tensor:
+        """The product for all tokens and some entries, in bfloat16, as `matmul_float` rounds it on a CPU."""
+        bias_V = None if self.bias_V is None else self.bias_V[entries].to(self.hidden_TC.dtype)
+        return torch.nn.functional.linear(self.hidden_TC, self.weight_VC[entries], bias_V)
+
     def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:
         """Logits / temperature of some tokens for some entries of the vocabulary."""
         if entries == slice(None) and exact_ops.uses_onednn(self.hidden_TC, self.weight_VC):
@@ -199,7 +221,12 @@ def _by_blocks(
     total_T = torch.zeros_like(peak_T)
     target_TK = torch.zeros(targets_TK.shape, dtype=dtype, device=hidden_TC.device)
     moment_T = torch.zeros_like(peak_T) if want_entropy else None  # sum of exp(z - peak) * z
+    fused, targets_TK = product.is_plain_half(head, targets_TK), targets_TK.contiguous()
     for start in range(0, vocab, block):
+        if fused:
+            half, at = product.half(slice(start, start + block)), (head.scale / temperature, targets_TK, start)
+            exact_ops.run("skyrl_logit_sums", half, *half.shape, *at, target_TK, peak_T, total_T, moment_T)
+            continue
         z = product.logits(slice(None), slice(start, start + block), head, temperature)
         inside_TK, place_TK = _within(targets_TK, start, z.shape[1])
         target_TK = torch.where(inside_TK, z.gather(1, place_TK), target_TK)

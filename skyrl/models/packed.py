@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -214,9 +214,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """x_NC[index_M], where a row of x may be taken many times. On a CPU its gradient is summed by stretches of rows
-    that follow each other in both, in float32 for half precision: torch's own sum goes row by row and rounds each
-    time."""
+    """x_NC[index_M], where a row of x may be taken many times. Its gradient is summed in float32 for half precision,
+    which torch's own rounds each time, and by a kernel on a CPU that has kernels."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, index_M: Tensor) -> Tensor:
@@ -226,14 +225,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_M,), index_M = grads, ctx.index_M
+        if (summed := exact_ops.sum_rows(grad_M, index_M, ctx.shape[0])) is not None:
+            return summed, None
         out_N = torch.zeros(ctx.shape, dtype=loss_dtype(grad_M.dtype), device=grad_M.device)
-        if grad_M.is_cuda:  # in a fixed order, unlike index_add_
-            return out_N.index_put_((index_M,), grad_M.to(out_N.dtype), accumulate=True).to(grad_M.dtype), None
-        borders = np.flatnonzero(np.diff(index_M.numpy()) != 1) + 1
-        for start, stop in pairwise([0, *borders.tolist(), len(index_M)]):
-            first = int(index_M[start])
-            out_N[first : first + stop - start] += grad_M[start:stop].to(out_N.dtype)
-        return out_N.to(grad_M.dtype), None
+        # in a fixed order, unlike index_add_ on CUDA
+        return out_N.index_put_((index_M,), grad_M.to(out_N.dtype), accumulate=True).to(grad_M.dtype), None
 
 
 def spread(x_NC: Tensor, index_M: Tensor) -> Tensor:

@@ -244,3 +244,56 @@ def test_a_float32_head_is_that_of_the_same_numbers_in_float32():
         torch.testing.assert_close(mixed, whole, atol=1e-5, rtol=1e-5)
     for mixed, whole in zip(*gradients, strict=True):
         torch.testing.assert_close(mixed, whole.to(mixed.dtype), atol=1e-5, rtol=1e-2)
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (1.7, 0.6)])
+def test_kernels_of_a_bfloat16_head_are_their_twins_in_torch(bias, scale, temperature, monkeypatch):
+    """Entropies and log-probabilities but for roundings of float32, gradients but for one of bfloat16; a vocabulary
+    that fills no vector, in three blocks, logits far from 0, a row that is all but certain."""
+    hidden, weight, bias_V, targets = inputs(torch.bfloat16, bias)
+    with torch.no_grad():
+        hidden[3] *= 30
+    leaves = [x for x in (hidden, weight, bias_V) if x is not None]
+    ups = torch.randn(3, 2, T)
+    ups[1, 0], ups[2, 1] = 0, 0  # the entropy's gradient alone, and none of it
+
+    def compute():
+        out = log_probs(
+            hidden,
+            weight,
+            targets,
+            bias_V=bias_V,
+            temperature=temperature,
+            head=HeadSpec(scale),
+            entropy=True,
+            chunk_tokens=1,
+        )
+        loss = [(out[0] * up[0] + out[1] * up[1]).sum() if up[1].any() else (out[0] * up[0]).sum() for up in ups]
+        return out, [torch.autograd.grad(one, leaves, retain_graph=True) for one in loss]
+
+    taken = []
+    run = logprobs.exact_ops.run
+    monkeypatch.setattr(logprobs.exact_ops, "run", lambda name, *args: (taken.append(name), run(name, *args)))
+    ours, grads = compute()
+    assert taken == ["skyrl_logit_sums"] * 3 + ["skyrl_logit_gradient"] * 9
+    monkeypatch.setattr(logprobs.kernels, "library", lambda: (None, ""))
+    want, others = compute()
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
+    for mine, theirs in zip(grads, others, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-8 * float(b.abs().max()))
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+def test_kernels_of_a_bfloat16_head_hide_no_number_that_is_none():
+    hidden, weight, _, targets = inputs(torch.bfloat16, bias=False)
+    with torch.no_grad():
+        hidden[1] = float("nan")
+        hidden[2, 0] = float("inf")
+    out, entropy = log_probs(hidden, weight, targets, entropy=True)
+    assert out.isnan().tolist() == entropy.isnan().tolist() == [row in (1, 2) for row in range(T)]
+    out.sum().backward()
+    assert hidden.grad.isnan().any(1).tolist() == [row in (1, 2) for row in range(T)]
