@@ -176,13 +176,7 @@ class Engine:
     # ---- training --------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        rows: list[Datum],
-        loss: LossSpec,
-        *,
-        model: str | None = "policy",
-        mix: bool = False,
-        strict: bool = True,
+        self, rows: list[Datum], loss: LossSpec, *, model: str | None = "policy", mix: bool = False, strict: bool = True
     ) -> TrainOutput:
         """Log-probabilities (and values) of the rows and the loss as metrics; no gradient.
 
@@ -208,13 +202,7 @@ class Engine:
             return self._run(rows, spec, model, backward=False, top_k=top_k, entropy=entropy)
 
     def forward_backward(
-        self,
-        rows: list[Datum],
-        loss: LossSpec,
-        *,
-        model: str | None = "policy",
-        mix: bool = False,
-        strict: bool = True,
+        self, rows: list[Datum], loss: LossSpec, *, model: str | None = "policy", mix: bool = False, strict: bool = True
     ) -> TrainOutput:
         """Adds the gradient of the weighted sum of losses to what is pending for `model`.
 

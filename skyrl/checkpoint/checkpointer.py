@@ -32,16 +32,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import skyrl
-from skyrl.checkpoint.folder import (
-    Best,
-    CheckpointInfo,
-    is_final,
-    publish,
-    read_checkpoint,
-    remedy,
-    retain,
-    survey,
-)
+from skyrl.checkpoint.folder import Best, CheckpointInfo, is_final, publish, read_checkpoint, remedy, retain, survey
 from skyrl.envs import clock
 from skyrl.files import disk_reason, verify_manifest
 from skyrl.types import UserError, few

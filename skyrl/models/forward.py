@@ -201,13 +201,7 @@ class CausalLM(nn.Module):
             return finish_logits(product, self.head_spec).view(*hidden.shape[:-1], -1)
 
     def forward(
-        self,
-        mb: Microbatch,
-        *,
-        temperature: float = 1.0,
-        entropy: bool = False,
-        packing: bool = True,
-        top_k: int = 0,
+        self, mb: Microbatch, *, temperature: float = 1.0, entropy: bool = False, packing: bool = True, top_k: int = 0
     ) -> ForwardOutput:
         """log pi(target) at `temperature`, with entropy if asked; from a critic values, and zeros for logprobs_T. With
         `top_k` logprobs_T is [T, 2 * top_k], the likeliest tokens' and their ids; no gradient, and no adapters.

@@ -37,13 +37,7 @@ class ReplicatedStrategy(Strategy):
     is_sharded = False
 
     def __init__(
-        self,
-        module: nn.Module,
-        world: World,
-        *,
-        trainable: bool = True,
-        masters: bool = True,
-        optimizer: str = "adamw",
+        self, module: nn.Module, world: World, *, trainable: bool = True, masters: bool = True, optimizer: str = "adamw"
     ) -> None:
         self.module = module
         self.world = world

@@ -156,11 +156,7 @@ class Chat:
 
     def _apply(self, opening: bool, continued: bool, variables: Mapping[str, Any], messages: Sequence[Message]) -> str:
         return self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=opening,
-            continue_final_message=continued,
-            **variables,
+            list(messages), tokenize=False, add_generation_prompt=opening, continue_final_message=continued, **variables
         )
 
     def after_answer(self, messages: Sequence[Message] = ()) -> str:

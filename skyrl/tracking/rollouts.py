@@ -23,14 +23,7 @@ from skyrl.types import Datum, Episode, Floats
 EXPECTED = ("answer", "target", "solution", "ground_truth", "label")  # fields of a prompt that hold what is wanted
 
 
-def write_rollouts(
-    folder: Path,
-    name: str,
-    groups: Sequence[Sequence[Episode]],
-    tokenizer: Any,
-    *,
-    rank: int,
-) -> Path:
+def write_rollouts(folder: Path, name: str, groups: Sequence[Sequence[Episode]], tokenizer: Any, *, rank: int) -> Path:
     """Writes this rank's groups to <folder>/<name>-r<rank>.jsonl, whole or not at all; returns that path.
 
     name: the step with six digits, with "<kind>-" before it for other than training ("eval-000010"). Text is decoded
