@@ -1,25 +1,27 @@
 """Files in GGUF format (llama.cpp's), made into Hugging Face folders once, with their numbers dequantised.
 
-transformers reads them. What it leaves to chance is checked here, the rule by which text is split
-(`tokenizer.ggml.pre`) above all, of which it ignores some without a word.
+transformers reads them. What it leaves to chance is checked here: the rule by which text is split
+(`tokenizer.ggml.pre`), of which it ignores some without a word, and what says how weights are used (`_lost`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl.files import write_folder_atomic
-from skyrl.types import UserError
+from skyrl.types import UserError, few
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+OTHER = "give the model in a K or legacy quantisation (Q4_K_M, Q8_0), in F16, or its Hugging Face folder"
 # What `tokenizer.ggml.pre` may say for byte-level BPE, beside the rules that transformers applies by itself: every
 # digit alone and then GPT-2's pattern, or that pattern alone (as llama.cpp has them).
 DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -34,7 +36,7 @@ def gguf_file(path: Path, where: str = "model.path") -> Path | None:
     if path.is_dir() and not any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")):
         found = sorted(path.glob("*.gguf"))
         if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+            names = few([file.name for file in found])
             raise UserError(f"{where}={path}: the folder holds several GGUF files ({names}); give the path of one")
         file = found[0] if found else None
     else:
@@ -86,12 +88,19 @@ def convert(file: Path, folder: Path, *, where: str = "model.path", more: Mappin
         read: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype="float32", output_loading_info=True
         )
-    except (ValueError, KeyError, OSError, NotImplementedError, AttributeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the package tokenizers, in Rust, raises no more special one
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where}={file}: transformers cannot convert this model: {reason}") from error
     net, loaded = read
     if missing := sorted(loaded["missing_keys"]):  # transformers draws these at random
         raise UserError(f"{where}={file}: lacks {len(missing)} weights, first {missing[0]}; fetch it again")
+    if lost := _lost(net.config, [name for name, _ in net.named_parameters()], reader):
+        raise UserError(
+            f"{where}={file}: transformers passes over {few(lost)} in it, and so would compute other numbers; give the "
+            "Hugging Face folder of the model"
+        )
     # What transformers has read is a plain model; its mark of quantisation would only keep it from being saved.
     del net.config.quantization_config
     net.hf_quantizer = None
@@ -118,37 +127,52 @@ def _open(file: Path, where: str) -> GGUFReader:
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-        size = file.stat().st_size
-        raise UserError(
-            f"{where}={file}: is no whole GGUF file ({size:,} bytes; {str(error)[:120]}); fetch it again"
-        ) from error
+        said, todo = f"is no whole GGUF file ({file.stat().st_size:,} bytes; {str(error)[:120]})", "fetch it again"
+        if "GGMLQuantizationType" in str(error):  # one that is newer than the package
+            said, todo = f"has a quantisation that the package gguf does not know ({error})", "update it, or " + OTHER
+        raise UserError(f"{where}={file}: {said}; {todo}") from error
     for tensor in reader.tensors:  # of a file that was given its size before all of it came
         if tensor.data.ndim > 1 and not tensor.data.any():
             raise UserError(f"{where}={file}: {tensor.name} holds zeros alone, as after a cut download; fetch it again")
-    unknown = set()
     for kind in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
         try:
             dequantize(kind.data[:1] if kind.data.ndim > 1 else kind.data, kind.tensor_type)
-        except NotImplementedError:
-            unknown.add(kind.tensor_type.name)
-    if unknown:
-        raise UserError(
-            f"{where}={file}: quantisation {', '.join(sorted(unknown))} cannot be dequantised here; give the model in "
-            "a K or legacy quantisation (Q4_K_M, Q8_0), in F16, or its Hugging Face folder"
-        )
+        except NotImplementedError as error:
+            name = kind.tensor_type.name
+            raise UserError(f"{where}={file}: quantisation {name} cannot be dequantised here; {OTHER}") from error
     return reader
+
+
+def _value(reader: GGUFReader, key: str) -> Any:
+    return found.contents() if (found := reader.get_field(key)) is not None else None
+
+
+def _lost(config: Any, parameters: Sequence[str], reader: GGUFReader) -> list[str]:
+    """What a file says of how its weights are used, and the `config` and `parameters` that transformers makes of it do
+    not have: it reads only the keys and tensors that it expects. No shape shows it."""
+    kind, lost = _value(reader, "general.architecture"), list[str]()
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    if rope.get("rope_type", "default") == "default":  # Llama 3.1 and Phi-3 are scaled by tensors, Gemma 3 by a factor
+        lost += [one.name for one in reader.tensors if one.name.startswith("rope_") and (one.data != 1).any()]
+        lost += ["rope.scaling.factor"] if (_value(reader, f"{kind}.rope.scaling.factor") or 1) != 1 else []
+    base, theta = _value(reader, f"{kind}.rope.freq_base"), rope.get("rope_theta")
+    lost += ["rope.freq_base"] if base and theta and abs(base / theta - 1) > 1e-6 else []  # Starcoder 2
+    window, whole = (_value(reader, f"{kind}.{key}") or 0 for key in ("attention.sliding_window", "context_length"))
+    other = 0 < window < whole and window != getattr(config, "sliding_window", None)
+    lost += ["attention.sliding_window"] if other else []  # Phi-3
+    biases = [one.name for one in reader.tensors if re.search(r"\.(attn_(q|k|v|qkv|output)|ffn_\w+)\.bias$", one.name)]
+    have = [name for name in parameters if name.endswith("bias") and "norm" not in name]
+    return lost + (biases if len(biases) > len(have) else [])
 
 
 def _split_as_trained(tokenizer: Any, reader: GGUFReader, where: str, file: Path) -> None:
     """Gives a byte-level BPE tokenizer the splitting rule that the file names."""
     from tokenizers import pre_tokenizers
 
-    def value(key: str) -> Any:
-        return found.contents() if (found := reader.get_field(key)) is not None else None
-
-    if value("tokenizer.ggml.model") != "gpt2":
+    if _value(reader, "tokenizer.ggml.model") != "gpt2":
         return
-    rule = value("tokenizer.ggml.pre") or "default"
+    rule = _value(reader, "tokenizer.ggml.pre") or "default"
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as known
     except ImportError:  # older releases apply none

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from skyrl.config.schema import ModelConfig
 from skyrl.hub.get_model import get_model
-from skyrl.hub.gguf import convert, converted, gguf_file
+from skyrl.hub.gguf import _lost, convert, converted, gguf_file
 from skyrl.hub.locate import locate
 from skyrl.models.load import build_model
 from skyrl.text.tokenizer import load_tokenizer
@@ -25,7 +26,7 @@ TOKENS = ["<|end|>", "<|start|>", *BYTES, "ĠĠ", "he", "hel"]
 MERGES = ["Ġ Ġ", "h e", "he l"]
 
 
-def write(path, *, rule="smollm", kind=gguf.GGMLQuantizationType.Q8_0, architecture="llama"):
+def write(path, *, rule="smollm", kind=gguf.GGMLQuantizationType.Q8_0, architecture="llama", more=lambda writer: None):
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -61,6 +62,7 @@ def write(path, *, rule="smollm", kind=gguf.GGMLQuantizationType.Q8_0, architect
         values[name] = torch.from_numpy(gguf.dequantize(data, kind).copy())
     for name in ["output_norm", *(f"blk.{n}.{part}_norm" for n in range(LAYERS) for part in ("attn", "ffn"))]:
         writer.add_tensor(f"{name}.weight", numpy.ones(WIDTH, numpy.float32))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,7 +116,10 @@ def test_a_changed_file_is_converted_anew(cache, tmp_path):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        ({"rule": "some-new-rule"}, "splits text by the rule 'some-new-rule', which is not known"),
+        (
+            {"rule": "some-new-rule"},
+            "m.gguf: its tokenizer splits text by the rule 'some-new-rule', which is not known",
+        ),
         ({"architecture": "nonesuch"}, "transformers cannot convert this model"),
     ],
 )
@@ -123,6 +128,59 @@ def test_what_is_not_known_is_refused_by_name(cache, tmp_path, made, said):
     with pytest.raises(UserError, match=said):
         locate(str(tmp_path / "m.gguf"))
     assert not list(cache.glob("*/")), "nothing half made is left"
+
+
+def _linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+
+
+PASSED_OVER = {
+    "frequencies, as of Llama 3.1": (
+        lambda writer: writer.add_tensor("rope_freqs.weight", numpy.linspace(1, 8, 8, dtype=numpy.float32)),
+        "rope_freqs.weight",
+    ),
+    "positions, as of Gemma 3": (_linear, "rope.scaling.factor"),
+    "a window, as of Phi-3": (lambda writer: writer.add_sliding_window(16), "attention.sliding_window"),
+    "biases": (
+        lambda writer: writer.add_tensor("blk.0.attn_q.bias", numpy.ones(WIDTH, numpy.float32)),
+        "blk.0.attn_q.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize(("more", "named"), PASSED_OVER.values(), ids=PASSED_OVER)
+def test_what_transformers_passes_over_is_refused(tmp_path, more, named):
+    """Such a model would be trained with other numbers than it has learned with, and no shape would show it."""
+    write(tmp_path / "m.gguf", more=more)
+    with pytest.raises(UserError, match=f"transformers passes over {named} in it"):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_changes_no_number_may_be_passed_over(tmp_path):
+    def more(writer):
+        writer.add_tensor("rope_freqs.weight", numpy.ones(8, numpy.float32))
+        writer.add_sliding_window(128)  # as long as the longest row
+
+    write(tmp_path / "m.gguf", more=more)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    plain = SimpleNamespace(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    assert _lost(plain, [], reader) == []
+    plain.rope_parameters["rope_theta"] = 500000.0  # a family whose base is not read, as Starcoder 2's
+    assert _lost(plain, [], reader) == ["rope.freq_base"]
+
+
+def test_a_quantisation_that_is_newer_than_the_package(tmp_path):
+    write(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    name = b"token_embd.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of its sizes, and the sizes
+    (tmp_path / "m.gguf").write_bytes(data[:at] + (999).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(
+        UserError, match="has a quantisation that the package gguf does not know .*999.*; update it, or"
+    ):
+        convert(tmp_path / "m.gguf", tmp_path / "out")
 
 
 DAMAGE = {
