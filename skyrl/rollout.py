@@ -499,6 +499,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
     logprobs, rewards, scales = np.zeros(length, np.float32), np.zeros(length), np.zeros(length)
     objectives: dict[str, Floats] = {}
     supports: list[tuple[int, TokenSupport]] = []
+    experts: list[Ints] = []
     for turn in turns:
         start = len(turn.context) - 1
         end = start + len(turn.sample.tokens)
@@ -506,6 +507,8 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         logprobs[start:end] = turn.sample.logprobs
         if turn.sample.support is not None:
             supports.append((start, turn.sample.support))
+        if turn.sample.experts is not None:  # a later turn may have read the same tokens anew, and by other experts
+            experts.append(turn.sample.experts[sum(map(len, experts)) :])
         rewards[end - 1] += turn.reward
         scales[end - 1] += max(turn.scale, abs(turn.reward))
         for name, value in turn.objectives.items():
@@ -525,7 +528,7 @@ def _row(episode: Episode, turns: list[Turn], group: int, number: int, part: int
         objectives=objectives,
         baseline=episode.baseline,
         support=join_support(length, [(start, split_support(one)) for start, one in supports]) if supports else None,
-        experts=turns[-1].sample.experts,
+        experts=np.concatenate(experts) if experts else None,
     )
 
 

@@ -78,6 +78,19 @@ def check_rows(groups, rows, tokenizer):
         assert math.fsum(row.rewards) == episode.reward
 
 
+def test_a_token_goes_to_the_experts_that_drew_it():
+    """A later turn reads the tokens of those before it: again, where the cache has them no more, and in bfloat16 then
+    perhaps by other experts than those that gave their log-probabilities."""
+
+    def turn(context, tokens, first):
+        experts = first + np.arange(len(context) + len(tokens) - 1, dtype=np.int16)[:, None, None]
+        return Turn(np.array(context), Sample("u", np.array(tokens), np.zeros(len(tokens)), "stop", 0, None, experts))
+
+    turns = [turn([4, 5], [7, 8], 0), turn([4, 5, 7, 8, 6], [9], 100), turn([4, 5, 7, 8, 6, 9, 6], [3, 2], 200)]
+    (row,) = to_rows([(0, [Episode(Prompt("p", "env", []), 0, turns, 0.0, "stop")])])
+    assert row.experts[:, 0, 0].tolist() == [0, 1, 2, 103, 104, 205, 206, 207]
+
+
 def test_rewards_of_turns_reach_the_row_as_they_are():
     """10.1 + 0.2 and 10.3, each rounded to float32, would be two scores."""
     drawn = Sample("0/0/0", np.array([7, 8]), np.zeros(2, np.float32), "stop", 0)
