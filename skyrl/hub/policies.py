@@ -80,7 +80,11 @@ def model_folder(model: Any, tokenizer: Any, where: str) -> Path:
             raise UserError(f"{where}: a model made in code has no tokenizer; give it too: (model, tokenizer)")
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(origin)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(origin)
+        except Exception as error:  # as in text.tokenizer
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"{where}: no tokenizer in {origin} ({said}); give (model, tokenizer)") from error
     import torch
 
     config = {key: value for key, value in model.config.to_dict().items() if key not in SET_BY_SAVING}

@@ -45,7 +45,7 @@ class HeldModel(BatchReward):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path)
             load = getattr(transformers, self.auto_class).from_pretrained
             model, info = load(self.path, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # as in text.tokenizer
             said = " ".join(str(error).split())[:200]
             raise UserError(f"reward model={self.path}: no {self.auto_class} ({said}); give its folder") from error
         if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):

@@ -80,8 +80,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
             if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers has made an empty one of the family
                 raise ValueError("the folder holds no file of one")
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except Exception as error:  # the package tokenizers, in Rust, raises no more special one for a damaged file
+            reason = " ".join(f"{error or type(error).__name__}".split())[:200]
             if (Path(folder) / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:
                 reason = "tokenizer.model is read by the package sentencepiece: pip install sentencepiece"
             raise UserError(
@@ -89,9 +89,11 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
             ) from error
     if cfg.chat_template:
         file = Path(cfg.chat_template)
-        if not file.is_file():
-            raise UserError(f"model.chat_template={cfg.chat_template}: no such file; give one with a Jinja template")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            said = f"model.chat_template={cfg.chat_template}: cannot be read ({getattr(error, 'strerror', error)})"
+            raise UserError(f"{said}; give a file with a Jinja template") from error
     return tokenizer
 
 

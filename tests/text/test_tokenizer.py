@@ -154,6 +154,26 @@ def test_end_tokens_of_a_model_whose_tokenizer_names_none(tmp_path):
         end_tokens(cfg, load_tokenizer(cfg))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"version": "1.0", "model": {"type": "Newer"}}', '{"version"', "version https://git-lfs.github.com/spec/v1"],
+)
+def test_a_tokenizer_file_that_cannot_be_read_is_one_line(tmp_path, content):
+    """Of a newer release, cut, or a pointer in its place: the package tokenizers raises a bare Exception."""
+    cfg = saved(tmp_path / "model", {}, {}, tiny_tokenizer())
+    (tmp_path / "model" / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="no tokenizer can be read there .*; set model.tokenizer") as caught:
+        load_tokenizer(cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_is_no_text_is_one_line(tmp_path):
+    (tmp_path / "latin.jinja").write_bytes("caf\xe9".encode("latin-1"))
+    for name in ("latin.jinja", "none.jinja", "."):
+        with pytest.raises(UserError, match=r"model.chat_template=.*: cannot be read \(.*; give a file with a Jinja"):
+            load_tokenizer(ModelConfig(path="tiny", chat_template=str(tmp_path / name)))
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     """transformers makes an empty tokenizer of the family there, which would read every text as nothing."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 50}
