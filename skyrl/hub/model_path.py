@@ -37,6 +37,8 @@ def path_problem(path: str) -> str:
 def config_problem(config: dict[str, Any]) -> str:
     """The same for the content of a model's config.json: weights that are quantised."""
     given = config.get("quantization_config") or config.get("compression_config")
+    if given and not isinstance(given, dict):
+        return "its config.json has a quantization_config that is no JSON object; put the model's own file back"
     if given:
         method = given.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in given else "")
         if method in DEQUANTISED:

@@ -49,6 +49,7 @@ def test_folders(tmp_path, files, said):
         ({"quantization_config": {"quant_method": "awq"}}, "its weights are quantised (awq)"),
         ({"quantization_config": {"load_in_4bit": True}}, "its weights are quantised (bitsandbytes)"),
         ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "its weights are quantised (fbgemm_fp8), which"),
+        ({"quantization_config": "int4"}, "its config.json has a quantization_config that is no JSON object"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, ""),  # dequantised as they are read
         ({"quantization": {"bits": 4, "group_size": 64}}, "its weights are quantised for Apple's MLX"),
     ],
