@@ -156,10 +156,14 @@ def test_end_tokens_of_a_model_whose_tokenizer_names_none(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ['{"version": "1.0", "model": {"type": "Newer"}}', '{"version"', "version https://git-lfs.github.com/spec/v1"],
+    [
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "Newer"}}',
+        '{"version"',
+        "version https://git-lfs.github.com/spec/v1",
+    ],
 )
 def test_a_tokenizer_file_that_cannot_be_read_is_one_line(tmp_path, content):
-    """Of a newer release, cut, or a pointer in its place: the package tokenizers raises a bare Exception."""
+    """Of a newer release, for which the package tokenizers raises a bare Exception; cut; a pointer in its place."""
     cfg = saved(tmp_path / "model", {}, {}, tiny_tokenizer())
     (tmp_path / "model" / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="no tokenizer can be read there .*; set model.tokenizer") as caught:
