@@ -61,7 +61,7 @@ def read_window(options: RunFolderConfig, now: datetime) -> Window | None:
         return None
     name, margin = f"run.window={options.window}", options.save_margin_seconds
     if (parts := WINDOW.fullmatch(options.window)) is None:
-        raise UserError(f"{name}: give two times of the day, as 22:00-06:00; 00:00-24:00 is no window")
+        raise UserError(f"{name}: give two times of the day, as 22:00-06:00, midnight being 00:00; all day is no window")
     numbers = [int(part or 0) for part in parts.groups()]
     begin, end = (now.replace(hour=h, minute=m, second=s, microsecond=0) for h, m, s in (numbers[:3], numbers[3:]))
     length = (end - begin).total_seconds() % DAY_SECONDS
@@ -70,16 +70,16 @@ def read_window(options: RunFolderConfig, now: datetime) -> Window | None:
             f"{name}: open for {length:.0f} s a day, of which run.save_margin_seconds={margin:g} are kept for saving: "
             "it never has time to work; give a longer window, or lower that margin"
         )
-    # By the clock on the wall: on the days when it is put forward or back the window moves with it.
-    begins = [(begin + timedelta(days=day)).timestamp() - now.timestamp() for day in (-1, 0, 1)]
-    for seconds in begins:
-        if seconds + length > margin:
-            return Window(max(0.0, seconds), seconds + length)
+    # Both ends by the clock on the wall, also in the night in which it is put forward or back.
+    for start in (begin + timedelta(days=day) for day in (-1, 0, 1, 2)):
+        begins, ends = (one.timestamp() - now.timestamp() for one in (start, start + timedelta(seconds=length)))
+        if ends - max(0.0, begins) > margin:
+            return Window(max(0.0, begins), ends)
     raise AssertionError("a window begins every day")
 
 
 def closed_until(options: RunFolderConfig, now: datetime | None = None) -> datetime | None:
     """When run.window begins, if it is closed at `now` (by default: now); None while it is open or without one."""
-    now = now or datetime.now()
-    window = read_window(options, now)
-    return now + timedelta(seconds=window.begins_in) if window is not None and window.begins_in > 0 else None
+    if (window := read_window(options, now := now or datetime.now())) is None or window.begins_in == 0:
+        return None
+    return datetime.fromtimestamp(round(now.timestamp() + window.begins_in))  # a sum of wall times knows no summer time

@@ -69,8 +69,8 @@ def save_by(options: RunFolderConfig, environment: Mapping[str, str] = os.enviro
     wall, now = time.time(), time.monotonic()
     left = _seconds_left(options.must_save_by, environment.get(END_OF_JOB, ""), wall)
     window = read_window(options, datetime.fromtimestamp(wall))
-    if window is not None and (left is None or window.ends_in < left):
-        return now + max(0.0, window.ends_in - options.save_margin_seconds)
+    if window is not None and (left is None or window.begins_in or window.ends_in < left):
+        return now + (0.0 if window.begins_in else window.ends_in - options.save_margin_seconds)
     if left is None:
         return None
     name = f"run.must_save_by={options.must_save_by}" if options.must_save_by else f"{END_OF_JOB}"
