@@ -50,7 +50,7 @@ def wait(args: list[str]) -> int:
         if state in ENDED:
             return HOLDS
         if state == "stopped" and (result := run.result()):  # by a person or an advisory: nobody starts it again
-            return int(result.get("exit_code", FAILS))
+            return code if isinstance(code := result.get("exit_code"), int) else FAILS
         if state == "stopped" and given.stopped:
             return TEMPORARY
         if lost is not None and time.monotonic() - lost > LOST_SECONDS:
@@ -102,7 +102,7 @@ def gate(args: list[str]) -> int:
         raise UserError(f"gate: {run.path} is {state}; skyrl-tx wait waits for it, --unfinished judges it as it is")
     values: dict[str, float] = {}
     for record in run.metrics()[0]:
-        values |= {key: value for key, value in record.items() if key != "phase" and value is not None}
+        values |= {key: value for key, value in record.items() if isinstance(value, int | float)}
     judged = []
     for text in given.condition:
         key, relation, bound = _condition(text, values, run.path)

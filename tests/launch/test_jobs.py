@@ -18,7 +18,7 @@ def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     lines = [{"step": 1, "phase": "rl", "eval/accuracy:mean": 0.5}, {"step": 2, "phase": "rl", "gap:max": "nan"}]
-    lines.append({"step": 3, "phase": "rl", "eval/accuracy:mean": 0.9, "gap:mean": 0.25, "loss:sum": -2.0})
+    lines.append({"step": 3, "phase": "rl", "eval/accuracy:mean": 0.9, "gap:mean": 0.25, "loss:sum": -2.0, "note": "x"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -68,6 +68,8 @@ def test_gate_judges_the_last_values(run, conditions, code, capsys):
         (">=1", "give a metric"),
         ("gap>1", "several; choose one of: gap:max, gap:mean"),
         ("eval/acuracy>1", "never logged it; did you mean eval/accuracy:mean"),
+        ("phase>1", "never logged it"),
+        ("note>1", "never logged it"),  # another tool's text among the numbers
     ],
 )
 def test_gate_refuses_what_it_cannot_judge(run, condition, words):
@@ -105,6 +107,8 @@ def test_wait_tells_how_a_run_ended(run, monkeypatch, capsys):
     assert jobs.wait([str(run)]) == jobs.HOLDS
     assert "running, step 3\n" in (told := capsys.readouterr().out) and told.endswith("finished, step 3\n")
     finish(run, "stopped")
+    assert jobs.wait([str(run)]) == jobs.FAILS
+    (run / "result.json").write_text('{"state": "stopped", "exit_code": null}')
     assert jobs.wait([str(run)]) == jobs.FAILS
     (run / "result.json").unlink()
     mark_stop(run, "SIGINT", StopRequest("SIGINT", 0, "training", 3).exit_code)
