@@ -61,7 +61,7 @@ def read_window(options: RunFolderConfig, now: datetime) -> Window | None:
         return None
     name, margin = f"run.window={options.window}", options.save_margin_seconds
     if (parts := WINDOW.fullmatch(options.window)) is None:
-        raise UserError(f"{name}: give two times of the day, as 22:00-06:00, midnight being 00:00; all day is no window")
+        raise UserError(f"{name}: give two times of the day, as 22:00-06:00, midnight being 00:00; all day is none")
     numbers = [int(part or 0) for part in parts.groups()]
     begin, end = (now.replace(hour=h, minute=m, second=s, microsecond=0) for h, m, s in (numbers[:3], numbers[3:]))
     length = (end - begin).total_seconds() % DAY_SECONDS
