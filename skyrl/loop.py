@@ -143,20 +143,20 @@ def _finish(run: Run) -> str | None:
 
 def _how_trained(cfg: RunConfig, state: RunState) -> str:
     """What a model's card says about its training: on what, how, how long, how well."""
-    data = cfg.data.path or "made by the environment"
+    rl = cfg.trainer == "rl"
+    warmup = f", the first {cfg.warmup.num_steps} of them supervised" if rl and cfg.warmup.num_steps else ""
     rows = {
         "trainer": cfg.trainer,
-        "task": f"env.name={cfg.env.name}, data: {data}",
-        "algorithm": f"{cfg.algorithm.advantage.name}, {cfg.algorithm.loss.name}" if cfg.trainer == "rl" else "",
-        "steps": f"{state.global_step}, seed {cfg.seed}",
+        "task": f"env.name={cfg.env.name}, data: {cfg.data.path or 'made by the environment'}",
+        "algorithm": f"{cfg.algorithm.advantage.name}, {cfg.algorithm.loss.name}" if rl else "",
+        "steps": f"{state.global_step}{warmup}, seed {cfg.seed}",
         "optimizer": f"{cfg.optim.name}, learning rate {cfg.optim.lr:g}",
         "adapter": f"LoRA of rank {cfg.model.lora.rank}, merged" if cfg.model.lora.rank else "",
         "held-out accuracy": f"{state.accuracy:.4f}" if state.accuracy is not None else "not measured",
-        "before training": f"{state.first_accuracy:.4f}" if state.first_accuracy is not None else "",
+        f"before {'RL' if rl else 'training'}": "" if state.first_accuracy is None else f"{state.first_accuracy:.4f}",
         "made by": f"skyrl {skyrl.__version__}, torch {torch.__version__}",
     }
-    lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
-    return "\n".join(["| | |", "|---|---|", *lines]) + "\n\n"
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value), "\n"])
 
 
 def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make: MakeEngine | None = None) -> Run:

@@ -32,8 +32,7 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{where}={path}: {looked}, and a hub name looks like org/name; give one of these, or `tiny`")
     patterns = ["*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
-    if weights:
-        patterns.append("*.safetensors")
+    patterns += ["README.md", *(["*.safetensors"] if weights else [])]  # its head says the licence, as an export's does
     try:
         found = download(path, patterns, revision)
         if weights and not any(found.glob("*.safetensors")):

@@ -256,13 +256,14 @@ def _copy(origin: Path, part: Path, wanted: tuple[str, ...], but: tuple[str, ...
 def _write_card(part: Path, origin: Path | None, base: str, folder: str, how: str) -> None:
     """README.md: what it is, the base and its licence as the base's own card says, `how` it was trained, and how it is
     loaded and served."""
-    about: dict[str, Any] = {"library_name": "transformers", "tags": ["skyrl", "reinforcement-learning"]}
-    card = origin / "README.md" if origin is not None else None
-    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card and card.is_file() else None
+    tags = ["skyrl", *(["reinforcement-learning"] if "| trainer | rl |" in how else [])]
+    about: dict[str, Any] = {"library_name": "transformers", "tags": tags}
+    card = origin / "README.md" if origin is not None else Path()
+    told = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     with suppress(yaml.YAMLError):
-        own = yaml.safe_load(found[1]) if found else None
+        own = yaml.safe_load(told[4:].partition("\n---")[0]) if told.startswith("---\n") else None
         about |= {key: own[key] for key in LICENCE if key in own} if isinstance(own, dict) else {}
-    if origin is not None and "/" in base and not Path(base).is_dir():
+    if origin is not None and base.count("/") == 1 and not Path(base).exists():  # a name of the hub
         about["base_model"] = base
     use = "A reward model: the one logit of transformers.AutoModelForSequenceClassification is the reward.\n"
     if folder:

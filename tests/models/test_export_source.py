@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+import yaml
 from families import FAMILIES, make_net
 from logits_of import IDS
 
 from skyrl.config.schema import ModelConfig
-from skyrl.models.export import _write_config, export_model
+from skyrl.hub import locate
+from skyrl.models.export import _write_card, _write_config, export_model
 from skyrl.models.forward import CausalLM
 from skyrl.text.tokenizer import tiny_tokenizer
 
@@ -62,6 +64,33 @@ def export(net, tokenizer, out, source):
     state = {name: p.detach() for name, p in model.named_parameters()}
     export_model(state, model.config, tokenizer, out, torch.float32, source=source)
     return json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("base", "how", "head"),
+    [
+        ("org/base", "| trainer | rl |", {"tags": ["skyrl", "reinforcement-learning"], "base_model": "org/base"}),
+        ("org/base", "| trainer | sft |", {"tags": ["skyrl"], "base_model": "org/base"}),
+        ("{here}/base.gguf", "| trainer | sft |", {"tags": ["skyrl"]}),  # no name of the hub, which refuses it
+    ],
+)
+@pytest.mark.parametrize("source", [b"---\r\nlicense: mit\r\n---\r\n", b"\xef\xbb\xbf---\nlicense: mit\n---\ncaf\xe9"])
+def test_a_card_says_what_is_true_of_the_model_whatever_wrote_the_base_s_card(tmp_path, base, how, head, source):
+    """A card in another encoding had ended the export, behind the last step of the run."""
+    (tmp_path / "README.md").write_bytes(source)
+    (tmp_path / "base.gguf").touch()
+    _write_card(tmp_path, tmp_path, base.format(here=tmp_path), "", how)
+    card = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert card == {"library_name": "transformers", "license": "mit", **head}
+
+
+def test_of_a_model_of_the_hub_the_card_comes_too(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(locate, "download", lambda name, patterns, revision: asked.append(patterns) or tmp_path)
+    for weights in (False, True):
+        assert locate.locate("org/base", weights=weights) == tmp_path
+        assert "README.md" in asked[0] and ("*.safetensors" in asked[0]) == weights
+        asked.clear()
 
 
 def test_files_beside_the_weights_are_the_source_s_own(tmp_path):
