@@ -20,11 +20,11 @@ OIDC = {"issuer": "https://id.example", "clientId": "skyrl", "viewerGroups": ["m
 OURS = {"JobSet"}  # kinds that are no part of Kubernetes itself
 
 
-def render(values):
+def render(values, name="mine"):
     with chart.Chart.load(CHART) as loaded:
         merged = loaded.merge_values(values)
         loaded.validate_schema(merged)
-        return {name: text for name, text in loaded.render(values=merged, name="mine").items() if text.strip()}
+        return {name: text for name, text in loaded.render(values=merged, name=name).items() if text.strip()}
 
 
 def manifests(values):
@@ -70,6 +70,7 @@ def test_lint():
         ({"train": {"offPeak": {"begin": "22:00"}}}, "begin"),
         ({"securityContext": {"runAsUser": 0}}, "runAsUser"),
         ({"serve": {"enabled": True}}, "serve.keysSecret: name a secret"),
+        ({"train": {"nodes": 2}, "runs": {"accessMode": "ReadWriteOnce"}}, "accessMode=ReadWriteOnce: train.nodes=2"),
         ({"train": {"queue": "q", "offPeak": {"enabled": True}}}, "choose one"),
         ({"ingress": {"enabled": True}}, "nothing to reach"),
         ({"dashboard": {"enabled": True}}, "set dashboard.oidc.issuer, or dashboard.allowRemoteToken"),
@@ -137,3 +138,21 @@ def test_stops_are_no_failures_and_mistakes_end_the_job():
     pod = job["spec"]["template"]["spec"]
     grace = int(next(e["value"] for e in pod["containers"][0]["env"] if e["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"))
     assert 0 < grace < pod["terminationGracePeriodSeconds"]
+
+
+def test_a_job_set_is_not_made_again_after_a_mistake_or_a_person_s_stop():
+    """Without a rule a JobSet makes a failed job again, up to maxRestarts times, whatever has failed it."""
+    (found,) = (one for one in manifests({"train": {"kind": "JobSet"}}) if one["kind"] == "JobSet")
+    (rule,) = found["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_names_of_digits_stay_texts():
+    """Kubernetes refuses a number where a name is due, and a release may be called 2026."""
+    numbers = {"runs": {"claim": "1"}, "secrets": ["2"], "image": {"repository": "r", "pullSecrets": ["3"]}}
+    numbers |= {"volumes": [{"name": "8", "claim": "4", "path": "/m"}], "train": {"queue": "5", "priorityClass": "6"}}
+    numbers |= {"serve": {"enabled": True, "keysSecret": "7"}, "ingress": {"enabled": True, "serveHost": "9.example"}}
+    for text in render(numbers, "2026").values():
+        for one in yaml.safe_load_all(text):
+            if one:
+                kubernetes_validate.validate(one, "1.29", strict=True)

@@ -4,7 +4,7 @@
 
 {{- define "skyrl.labels" -}}
 app.kubernetes.io/name: skyrl
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
@@ -31,19 +31,19 @@ securityContext:
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
 {{- end }}
 {{- end }}
 {{- end -}}
 
 {{- define "skyrl.volumes" -}}
 - name: runs
-  persistentVolumeClaim: {claimName: {{ include "skyrl.claim" . }}}
+  persistentVolumeClaim: {claimName: {{ include "skyrl.claim" . | quote }}}
 - name: tmp
   emptyDir: {}
 {{- range .Values.volumes }}
-- name: {{ .name }}
-  persistentVolumeClaim: {claimName: {{ .claim }}, readOnly: {{ .readOnly | default false }}}
+- name: {{ .name | quote }}
+  persistentVolumeClaim: {claimName: {{ .claim | quote }}, readOnly: {{ .readOnly | default false }}}
 {{- end }}
 {{- end -}}
 
@@ -51,7 +51,7 @@ imagePullSecrets:
 - {name: runs, mountPath: {{ .Values.runs.path }}}
 - {name: tmp, mountPath: /tmp}
 {{- range .Values.volumes }}
-- {name: {{ .name }}, mountPath: {{ .path }}, readOnly: {{ .readOnly | default false }}}
+- {name: {{ .name | quote }}, mountPath: {{ .path }}, readOnly: {{ .readOnly | default false }}}
 {{- end }}
 {{- end -}}
 
@@ -64,7 +64,7 @@ securityContext:
 {{- with .Values.secrets }}
 envFrom:
 {{- range . }}
-  - secretRef: {name: {{ . }}}
+  - secretRef: {name: {{ . | quote }}}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -97,7 +97,7 @@ spec:
   subdomain: {{ $name }}
   terminationGracePeriodSeconds: {{ .Values.train.graceSeconds }}
   {{- with .Values.train.priorityClass }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .Values.train.nodeSelector }}
   nodeSelector: {{- toYaml . | nindent 4 }}
