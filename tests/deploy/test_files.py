@@ -65,16 +65,50 @@ def test_options_of_the_compose_file_are_a_servers():
     assert cfg.service.folder == "/runs/tinker" and f":{cfg.service.port}:" in told["services"]["serve"]["ports"][0]
 
 
-def gate_job(where, runs, condition):
-    """The gate of the GitLab pipeline, by bash in an empty checkout, with the file's own variables."""
+def gitlab_job(where, job, commands="", **more):
+    """The script of a job of the GitLab pipeline, by bash in an empty checkout, with the file's own variables;
+    `commands` stand for those that are not here."""
     told = yaml.safe_load((ROOT / "launch/ci/gitlab.yml").read_text(encoding="utf-8"))
-    variables = {"CI_PIPELINE_ID": "7", **told["variables"], "RUNS": str(runs), "CONDITION": condition}
-    lines = ["set -eo pipefail", *(f'{name}="{value}"' for name, value in variables.items()), *told["gate"]["script"]]
-    program = f'skyrl-tx() {{ {sys.executable} -m skyrl.cli "$@"; }}\n' + "\n".join(lines)
+    variables = {"CI_PIPELINE_ID": "7", **told["variables"], **more}
+    lines = ["set -eo pipefail", *(f'{name}="{value}"' for name, value in variables.items()), *told[job]["script"]]
+    program = f'skyrl-tx() {{ {sys.executable} -m skyrl.cli "$@"; }}\n{commands}\n' + "\n".join(lines)
     where.mkdir()
     done = subprocess.run(["bash", "-c", program], cwd=where, capture_output=True, text=True)
-    kept = [where / path for path in told["gate"]["artifacts"]["paths"]]
+    kept = [where / path for path in told[job]["artifacts"]["paths"]]
     return done.returncode, [path.name for path in kept if path.exists() and path.is_relative_to(where)]
+
+
+def gate_job(where, runs, condition):
+    return gitlab_job(where, "gate", RUNS=runs, CONDITION=condition)
+
+
+# A queue that is asked three times: the controller is away, the job runs, it has left and the folder has a result.
+QUEUE = """
+launch() { echo 123; }
+skyrl-tx() { if [ "$1" = launch ]; then launch; else "$PYTHON" -m skyrl.cli "$@"; fi; }
+sleep() { :; }
+squeue() {
+    echo x >>asked
+    case $(wc -l <asked) in
+    1) echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; return 1 ;;
+    2) echo "123 gpu ci-7 RUNNING" ;;
+    *) echo "$RESULT" >"$RUN/result.json"; echo "slurm_load_jobs error: Invalid job id specified" >&2; return 1 ;;
+    esac
+}
+"""
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("stopped", 130)])
+def test_a_pipelines_training_is_judged_when_its_job_has_left_the_queue(tmp_path, state, code):
+    """A job that is retried finds what its last start has left: that a person stopped it."""
+    run = tmp_path / "runs" / "ci-7"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    (run / "result.json").write_text('{"state": "stopped", "exit_code": 130}')
+    result = f'\'{{"state": "{state}", "exit_code": {code}}}\''
+    commands = f"PYTHON={sys.executable}\nRESULT={result}\n{QUEUE}"
+    assert gitlab_job(tmp_path / "one", "train", commands, RUNS=run.parent)[0] == code
+    assert (tmp_path / "one" / "asked").read_text().count("x") == 3
 
 
 def test_a_pipelines_gate_finds_the_run_that_another_job_has_left_and_keeps_its_export(tmp_path):
