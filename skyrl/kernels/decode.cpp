@@ -485,6 +485,7 @@ void skyrl_forward(const Model* m, const Step* s) {
   }
   char* shared = room;
   auto run = [&](const Team& team) {
+    Tiles tiles;
     if (m->dtype) forward<bf16>(*m, *s, team, body, head, shared);
     else forward<float>(*m, *s, team, body, head, shared);
   };

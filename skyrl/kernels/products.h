@@ -13,6 +13,11 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define HAS_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -172,8 +177,93 @@ template <class Call> inline void with_rows(int n, Call call) {
   }
 }
 
+// Processors with AMX multiply tiles of 16 rows: a panel's layout is what they read. A row's sums depend neither on the
+// tile's other rows nor on their number, so all of a model's products of that depth go this way, or none.
+#if defined(HAS_TILES)
+constexpr int DEPTH = 32;  // of a tile
+
+struct TileConfig {  // as the processor reads it
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {0, 0, 0, 0, 0, 0, 16, 16};
+};
+
+inline bool has_tiles() {  // Linux gives a process these registers when it asks
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  return granted;
+}
+
+inline void written() { asm volatile("" ::: "memory"); }  // the compiler does not know what the instructions read
+
+thread_local int tile_rows = 0;  // for which this thread's tiles are configured
+
+struct Tiles {  // around a thread's work: torch's own library must find the configuration that it has left
+  alignas(64) TileConfig before;
+  Tiles() {
+    tile_rows = 0;
+    if (has_tiles()) _tile_storeconfig(&before);
+  }
+  ~Tiles() {
+    if (!has_tiles()) return;
+    written();
+    if (before.palette) _tile_loadconfig(&before);
+    else _tile_release();
+  }
+};
+
+inline void configure_tiles(int rows) {  // of two tiles, the first one full before the second has any
+  if (rows == tile_rows) return;
+  alignas(64) TileConfig c;
+  c.rows[0] = c.rows[1] = c.rows[4] = uint8_t(std::min(rows, 16));
+  c.rows[2] = c.rows[3] = c.rows[5] = uint8_t(std::max(rows - 16, 1));
+  written();
+  _tile_loadconfig(&c);
+  tile_rows = rows;
+}
+
+template <bool TWO, class Done> inline void tiles_of(const bf16* x, int rows, int inner, const bf16* w, Done done) {
+  alignas(64) float out[2][2][16][16];
+  size_t stride = size_t(inner) * sizeof(bf16), beside = 2 * PANEL * sizeof(bf16);
+  configure_tiles(rows);
+  written();
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (TWO) { _tile_zero(2); _tile_zero(3); }
+  for (int k = 0; k < inner; k += DEPTH, w += DEPTH * PANEL) {
+    _tile_loadd(4, x + k, stride);
+    _tile_loadd(6, w, beside);
+    _tile_loadd(7, w + PANEL, beside);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TWO) {
+      _tile_loadd(5, x + 16 * size_t(inner) + k, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out[0][0], 64);
+  _tile_stored(1, out[0][1], 64);
+  if constexpr (TWO) { _tile_stored(2, out[1][0], 64); _tile_stored(3, out[1][1], 64); }
+  for (int row = 0; row < rows; row++) done(row, get(out[row / 16][0][row % 16]), get(out[row / 16][1][row % 16]));
+}
+#else
+struct Tiles { Tiles() {} };
+#endif
+
 // Calls done(row, first LANES columns, the others) for every row of the panel.
 template <class T, class Done> inline void panel(const T* x, int count, int inner, const T* w, Done done) {
+#if defined(HAS_TILES)
+  if constexpr (sizeof(T) == 2)
+    if (inner % DEPTH == 0 && has_tiles()) {
+      for (int row = 0; row < count; row += 32) {
+        int rows = std::min(32, count - row);
+        auto here = [&](int at, vf a, vf b) { done(row + at, a, b); };
+        if (rows > 16) tiles_of<true>(x + size_t(row) * inner, rows, inner, w, here);
+        else tiles_of<false>(x + size_t(row) * inner, rows, inner, w, here);
+      }
+      return;
+    }
+#endif
   int parts = (count + ROWS - 1) / ROWS;
   for (int part = 0; part < parts; part++) {
     int row = int64_t(count) * part / parts, n = int(int64_t(count) * (part + 1) / parts) - row;

@@ -194,3 +194,17 @@ class _Own:
         group = query.shape[0] // key.shape[0]
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=options.scale).transpose(0, 1)
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40,), (3, 64), (5, 7)])
+def test_rows_are_summed_as_torch_sums_them_in_float32(dtype, shape):
+    """To the bit; rows that nobody takes are zero; of a view whose parts do not follow each other as well."""
+    index = torch.cat([torch.arange(9), torch.arange(4), torch.tensor([11, 2])])
+    plain = torch.randn(len(index), *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turned = plain.transpose(0, 1).contiguous().transpose(0, 1) if plain.ndim == 3 else plain
+    want = torch.zeros(12, *shape).index_put_((index,), plain.float(), accumulate=True).to(dtype)
+    for x in (plain, turned):
+        assert torch.equal(exact_ops.sum_rows(x, index, 12), want)
+    assert exact_ops.sum_rows(plain.double(), index, 12) is None
