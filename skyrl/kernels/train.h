@@ -20,6 +20,71 @@ inline void pack_panel(const float* w, bool turned, int64_t columns, int64_t inn
       for (int64_t k = start; k < std::min(start + STEP, inner); k++) to[k * PANEL + lane] = from[lane * inner + k];
 }
 
+inline float one(float x) { return x; }
+inline float one(bf16 x) { return wide(x); }
+inline void put_one(float* p, float x) { *p = x; }
+inline void put_one(bf16* p, float x) { *p = narrow(set(x))[0]; }
+
+// Of logits [count, width], a part of the vocabulary from `from` on, times `heat`: takes them into the running
+// maximum, sum of exponentials and (or null) sum of exponentials times logit of each row; the target's logit to `found`.
+template <class T>
+void logit_sums(const T* logits, int64_t count, int32_t width, float heat, const int64_t* targets, int64_t from,
+                float* found, float* peak, float* total, float* moment, int32_t threads) {
+  int whole = width / LANES * LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < count; row++) {
+    const T* z = logits + row * width;
+    vf tops = set(peak[row]);
+    for (int at = 0; at < whole; at += LANES) {
+      vf v = get(z + at) * heat;
+      tops = v > tops ? v : tops;
+    }
+    float top = largest(tops);
+    for (int at = whole; at < width; at++) top = std::max(top, one(z[at]) * heat);
+    vf sums{}, moments{};
+    for (int at = 0; at < whole; at += LANES) {
+      vf v = get(z + at) * heat, e = exponential(v - top);
+      sums += e;
+      moments += e * v;
+    }
+    float shrink = std::exp(peak[row] - top), mass = sum(sums), first = sum(moments);
+    for (int at = whole; at < width; at++) {
+      float v = one(z[at]) * heat, e = std::exp(v - top);
+      mass += e;
+      first += e * v;
+    }
+    total[row] = total[row] * shrink + mass;
+    if (moment) moment[row] = moment[row] * shrink + first;
+    peak[row] = top;
+    if (targets[row] >= from && targets[row] < from + width) found[row] = one(z[targets[row] - from]) * heat;
+  }
+}
+
+// The gradient of the same logits, in their place: heat (g (onehot - p) - h p (z - logz + entropy)), where p is
+// exp(z - logz), g the gradient of the target's log-probability and h (or null, as entropy) that of the entropy.
+template <class T>
+void logit_gradient(T* logits, int64_t count, int32_t width, float heat, const int64_t* targets, int64_t from,
+                    const float* logz, const float* g, const float* entropy, const float* h, int32_t threads) {
+  int whole = width / LANES * LANES;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < count; row++) {
+    T* z = logits + row * width;
+    float down = -g[row], of_entropy = h ? -h[row] : 0.0f, middle = h ? entropy[row] : 0.0f;
+    int64_t target = targets[row] - from;
+    bool inside = target >= 0 && target < width;
+    float there = inside ? one(z[target]) * heat - logz[row] : 0.0f;
+    for (int at = 0; at < whole; at += LANES) {
+      vf surprise = get(z + at) * heat - logz[row], p = exponential(surprise);
+      put(z + at, p * (down + of_entropy * (surprise + middle)) * heat);
+    }
+    for (int at = whole; at < width; at++) {
+      float surprise = one(z[at]) * heat - logz[row];
+      put_one(z + at, std::exp(surprise) * (down + of_entropy * (surprise + middle)) * heat);
+    }
+    if (inside) put_one(z + target, (std::exp(there) * (down + of_entropy * (there + middle)) + g[row]) * heat);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -63,6 +128,41 @@ void skyrl_norm(const float* x, const float* weight, float* y, float* factors, i
                 int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < count; row++) factors[row] = rms_norm(x + row * size, weight, y + row * size, size, eps);
+}
+
+// The same in bfloat16, rounded where transformers' module rounds.
+void skyrl_norm_half(const uint16_t* x, const uint16_t* weight, uint16_t* y, float* factors, int64_t count, int32_t size,
+                     float eps, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < count; row++) factors[row] = rms_norm(x + row * size, weight, y + row * size, size, eps);
+}
+
+// Its gradients, of x and, in float32, of weight, from that of y.
+void skyrl_norm_half_gradient(const uint16_t* grad, const uint16_t* x, const uint16_t* weight, const float* factors,
+                              uint16_t* dx, float* dweight, int64_t count, int32_t size, int32_t threads) {
+  std::unique_ptr<float[]> sums(new float[size_t(threads) * size]());
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int part = 0; part < threads; part++) {
+    float* own = sums.get() + size_t(part) * size;
+    for (int64_t row = count * part / threads; row < count * (part + 1) / threads; row++) {
+      const bf16 *g = grad + row * size, *from = x + row * size;
+      float r = factors[row];
+      vf both{};
+      for (int i = 0; i < size; i += LANES) {
+        vf normed = get(from + i) * r, here = get(g + i);
+        both += here * get(weight + i) * normed;
+        put(own + i, get(own + i) + here * round_to<bf16>(normed));
+      }
+      float mean = sum(both) / size;
+      for (int i = 0; i < size; i += LANES)
+        put(dx + row * size + i, (get(g + i) * get(weight + i) - get(from + i) * r * mean) * r);
+    }
+  }
+  for (int i = 0; i < size; i++) {
+    float total = 0;
+    for (int part = 0; part < threads; part++) total += sums[size_t(part) * size + i];
+    dweight[i] = total;
+  }
 }
 
 void skyrl_silu(const float* x, float* y, int64_t count, int32_t threads) {
@@ -118,64 +218,20 @@ void skyrl_log_probs(const float* logits, int64_t count, int32_t vocab, const in
   }
 }
 
-// Of bfloat16 logits [count, width], a part of the vocabulary from `from` on, times `heat`: takes them into the running
-// maximum, sum of exponentials and (or null) sum of exponentials times logit of each row; the target's logit to `found`.
-void skyrl_logit_sums(const uint16_t* logits, int64_t count, int32_t width, float heat, const int64_t* targets,
+// `half`: logits in bfloat16, else float32.
+void skyrl_logit_sums(int32_t half, const void* logits, int64_t count, int32_t width, float heat, const int64_t* targets,
                       int64_t from, float* found, float* peak, float* total, float* moment, int32_t threads) {
-  int whole = width / LANES * LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < count; row++) {
-    const bf16* z = logits + row * width;
-    vf tops = set(peak[row]);
-    for (int at = 0; at < whole; at += LANES) {
-      vf v = get(z + at) * heat;
-      tops = v > tops ? v : tops;
-    }
-    float top = largest(tops);
-    for (int at = whole; at < width; at++) top = std::max(top, wide(z[at]) * heat);
-    vf sums{}, moments{};
-    for (int at = 0; at < whole; at += LANES) {
-      vf v = get(z + at) * heat, e = exponential(v - top);
-      sums += e;
-      moments += e * v;
-    }
-    float shrink = std::exp(peak[row] - top), mass = sum(sums), first = sum(moments);
-    for (int at = whole; at < width; at++) {
-      float v = wide(z[at]) * heat, e = std::exp(v - top);
-      mass += e;
-      first += e * v;
-    }
-    total[row] = total[row] * shrink + mass;
-    if (moment) moment[row] = moment[row] * shrink + first;
-    peak[row] = top;
-    if (targets[row] >= from && targets[row] < from + width) found[row] = wide(z[targets[row] - from]) * heat;
-  }
+  auto all = [&](const auto* z) {
+    logit_sums(z, count, width, heat, targets, from, found, peak, total, moment, threads);
+  };
+  half ? all(static_cast<const bf16*>(logits)) : all(static_cast<const float*>(logits));
 }
 
-// The gradient of the same logits, in their place: heat (g (onehot - p) - h p (z - logz + entropy)), where p is
-// exp(z - logz), g the gradient of the target's log-probability and h (or null, as entropy) that of the entropy.
-void skyrl_logit_gradient(uint16_t* logits, int64_t count, int32_t width, float heat, const int64_t* targets,
+void skyrl_logit_gradient(int32_t half, void* logits, int64_t count, int32_t width, float heat, const int64_t* targets,
                           int64_t from, const float* logz, const float* g, const float* entropy, const float* h,
                           int32_t threads) {
-  int whole = width / LANES * LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < count; row++) {
-    bf16* z = logits + row * width;
-    float down = -g[row], of_entropy = h ? -h[row] : 0.0f, middle = h ? entropy[row] : 0.0f;
-    int64_t target = targets[row] - from;
-    bool inside = target >= 0 && target < width;
-    float there = inside ? wide(z[target]) * heat - logz[row] : 0.0f;
-    for (int at = 0; at < whole; at += LANES) {
-      vf surprise = get(z + at) * heat - logz[row], p = exponential(surprise);
-      put(z + at, p * (down + of_entropy * (surprise + middle)) * heat);
-    }
-    for (int at = whole; at < width; at++) {
-      float surprise = wide(z[at]) * heat - logz[row];
-      vf all = set(std::exp(surprise) * (down + of_entropy * (surprise + middle)) * heat);
-      z[at] = narrow(all)[0];
-    }
-    if (inside) z[target] = narrow(set((std::exp(there) * (down + of_entropy * (there + middle)) + g[row]) * heat))[0];
-  }
+  auto all = [&](auto* z) { logit_gradient(z, count, width, heat, targets, from, logz, g, entropy, h, threads); };
+  half ? all(static_cast<bf16*>(logits)) : all(static_cast<float*>(logits));
 }
 
 // out [rows, parts, width] = the sums, in float32 and in order, of those rows of x [count, parts, width] whose `index`

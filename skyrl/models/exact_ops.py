@@ -38,6 +38,11 @@ def is_float32_cpu(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def is_bfloat16_cpu(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a CPU, whose norms kernels take."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
 def uses_kernels(*tensors: Tensor) -> bool:
     """Whether what is computed from these is computed by the sampler's kernels: float32 on a CPU that has kernels."""
     return all(map(is_float32_cpu, tensors)) and kernels.library()[0] is not None
@@ -299,6 +304,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps)
 
 
+class _HalfNorm(torch.autograd.Function):
+    """In bfloat16, rounded forward as transformers' module rounds; gradients without roundings on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, scale = x.detach().contiguous(), weight.detach().contiguous()
+        out, r = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        run("skyrl_norm_half", x, scale, out, r, r.numel(), x.shape[-1], eps)
+        ctx.save_for_backward(x, weight, r)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+        given = grads[0].contiguous(), x, weight.contiguous(), r
+        run("skyrl_norm_half_gradient", *given, dx, dweight, r.numel(), x.shape[-1])
+        return dx, dweight.to(weight.dtype), None
+
+
 def exp(x: Tensor) -> Tensor:
     """e^x, rounded once. torch's own in float32 differs between the vectors of a tensor and its last few numbers."""
     return x.double().exp_().to(x.dtype)
@@ -414,4 +439,7 @@ def _subclass(kind: Any, forward: Callable[..., Any]) -> Any:
 def _norm(module: Any, plain: Any, x: Tensor) -> Tensor:
     if _inside and is_float32_cpu(x) and is_float32_cpu(module.weight):
         return rms_norm(x, module.weight, module.variance_epsilon)
+    if _inside and is_bfloat16_cpu(x) and is_bfloat16_cpu(module.weight) and x.shape[-1] % kernels.MULTIPLE == 0:
+        if kernels.library()[0] is not None:
+            return _HalfNorm.apply(x, module.weight, module.variance_epsilon)
     return plain(x)

@@ -173,7 +173,8 @@ class CausalLM(nn.Module):
             self.rope.choose(lengths_T)
         embeddings: Any = self.net.get_input_embeddings()
         weight = embeddings.weight
-        exact = exact_ops.is_float32_cpu(weight) and not compiled.is_used()
+        exact = exact_ops.is_float32_cpu(weight) or exact_ops.is_bfloat16_cpu(weight)
+        exact = exact and not compiled.is_used()
         with precise(weight.dtype), exact_ops.enabled(exact):
             out = self.decoder(
                 input_ids=tokens_T[None],

@@ -115,7 +115,7 @@ class _LogProbs(torch.autograd.Function):
         dlow = torch.zeros(low_TR.shape, dtype=logz_T.dtype, device=low_TR.device) if want[3] else None
         dup = torch.empty_like(up_VR) if want[4] else None
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR, support_2N)
-        fused = product.is_plain_half(head, targets_TK)
+        fused = product.takes_kernels(head, targets_TK)
         if fused:
             grad_T = torch.zeros_like(logz_T) if grad_TK is None else grad_TK[:, 0].contiguous()
             grad_entropy_T = None if entropy_T is None or grad_entropy_T is None else grad_entropy_T.contiguous()
@@ -123,9 +123,9 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, vocab, block):
             stop = min(start + block, vocab)
             if fused:
-                dz = product.half(slice(start, stop))
-                at = head.scale / temperature, targets_TK, start
-                exact_ops.run("skyrl_logit_gradient", dz, *dz.shape, *at, *rest)
+                z, at = product.raw(slice(start, stop)), (head.scale / temperature, targets_TK, start)
+                exact_ops.run("skyrl_logit_gradient", z.dtype == torch.bfloat16, z, *z.shape, *at, *rest)
+                dz = z.to(hidden_TC.dtype)
             else:
                 z = product.logits(slice(None), slice(start, stop), head, temperature)
                 # at least -1 but for what is cut off, which has no gradient
@@ -180,16 +180,20 @@ class _Product:
     def _packed(self) -> exact_ops.Packed:
         return exact_ops.pack(self.weight_VC)
 
-    def is_plain_half(self, head: HeadSpec, targets_TK: Tensor) -> bool:
-        """Whether kernels take what `half` gives: one target a token, nothing added to the product, cut or capped."""
-        plain = self.low_TR is None and self.support_2N is None and not head.softcap and targets_TK.shape[1] == 1
-        half = self.hidden_TC.dtype == self.weight_VC.dtype == torch.bfloat16 and self.hidden_TC.device.type == "cpu"
+    def takes_kernels(self, head: HeadSpec, targets_TK: Tensor) -> bool:
+        """Whether kernels take what `raw` gives: bfloat16 on a CPU, one target a token, no logits cut or capped."""
+        plain = self.support_2N is None and not head.softcap and targets_TK.shape[1] == 1
+        half = exact_ops.is_bfloat16_cpu(self.hidden_TC) and exact_ops.is_bfloat16_cpu(self.weight_VC)
         return plain and half and kernels.library()[0] is not None
 
-    def half(self, entries: slice) -> Tensor:
-        """The product for all tokens and some entries, in bfloat16, as `matmul_float` rounds it on a CPU."""
+    def raw(self, entries: slice) -> Tensor:
+        """The product for all tokens and some entries before scaling: in bfloat16, or in float32 with the low-rank
+        pair; a pair of zeros changes no bit of what kernels make of it."""
         bias_V = None if self.bias_V is None else self.bias_V[entries].to(self.hidden_TC.dtype)
-        return torch.nn.functional.linear(self.hidden_TC, self.weight_VC[entries], bias_V)
+        half = torch.nn.functional.linear(self.hidden_TC, self.weight_VC[entries], bias_V)
+        if self.low_TR is None or self.up_VR is None:
+            return half
+        return half.float().add_(matmul_float(self.low_TR, self.up_VR[entries]))
 
     def logits(self, tokens: slice, entries: slice, head: HeadSpec, temperature: float) -> Tensor:
         """Logits / temperature of some tokens for some entries of the vocabulary."""
@@ -221,11 +225,12 @@ def _by_blocks(
     total_T = torch.zeros_like(peak_T)
     target_TK = torch.zeros(targets_TK.shape, dtype=dtype, device=hidden_TC.device)
     moment_T = torch.zeros_like(peak_T) if want_entropy else None  # sum of exp(z - peak) * z
-    fused, targets_TK = product.is_plain_half(head, targets_TK), targets_TK.contiguous()
+    fused, targets_TK = product.takes_kernels(head, targets_TK), targets_TK.contiguous()
     for start in range(0, vocab, block):
         if fused:
-            half, at = product.half(slice(start, start + block)), (head.scale / temperature, targets_TK, start)
-            exact_ops.run("skyrl_logit_sums", half, *half.shape, *at, target_TK, peak_T, total_T, moment_T)
+            z, at = product.raw(slice(start, start + block)), (head.scale / temperature, targets_TK, start)
+            half = z.dtype == torch.bfloat16
+            exact_ops.run("skyrl_logit_sums", half, z, *z.shape, *at, target_TK, peak_T, total_T, moment_T)
             continue
         z = product.logits(slice(None), slice(start, start + block), head, temperature)
         inside_TK, place_TK = _within(targets_TK, start, z.shape[1])

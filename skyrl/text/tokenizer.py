@@ -92,7 +92,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            said = f"model.chat_template={cfg.chat_template}: cannot be read ({getattr(error, 'strerror', error)})"
+            why = "no such file" if not file.exists() else f"cannot be read ({getattr(error, 'strerror', error)})"
+            said = f"model.chat_template={cfg.chat_template}: {why}"
             raise UserError(f"{said}; give a file with a Jinja template") from error
     return tokenizer
 

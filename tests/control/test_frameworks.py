@@ -47,7 +47,8 @@ def test_keras_on_torch(monkeypatch):
     assert {"dense_9", "dense_10"} <= {layer.name for layer in again.policy.call.__self__.layers}
     again.load_state_dict(module.state_dict())
     given = torch.randn(5, 4)
-    assert torch.equal(again(given)[0], module(given)[0]) and torch.equal(again(given)[1], module(given)[1])
+    # not to the bit: MKL's product depends on where its inputs lie in memory
+    torch.testing.assert_close(again(given), module(given), rtol=1e-6, atol=1e-6)
 
 
 def test_keras_layers_that_keep_more_than_weights_are_refused(monkeypatch):

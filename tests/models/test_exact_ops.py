@@ -208,3 +208,36 @@ def test_rows_are_summed_as_torch_sums_them_in_float32(dtype, shape):
     for x in (plain, turned):
         assert torch.equal(exact_ops.sum_rows(x, index, 12), want)
     assert exact_ops.sum_rows(plain.double(), index, 12) is None
+
+
+def norm_of(size):
+    norm = make_net("qwen3").model.norm
+    norm.weight = torch.nn.Parameter(torch.linspace(-2, 3, size).bfloat16())
+    return norm
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("size", [16, 576])
+def test_bfloat16_norms_are_the_module_s_bits_and_their_gradients_nearer_to_float64(size, monkeypatch):
+    norm = norm_of(size)
+    x = 2 * torch.randn(3, 50, size, generator=torch.Generator().manual_seed(1))
+    up = torch.randn(3, 50, size, generator=torch.Generator().manual_seed(2))
+    plain, found = type(norm).forward, {}
+    exact_ops.hook_norms(norm)
+    for name, on in (("module", False), ("ours", True)):
+        leaf = x.bfloat16().requires_grad_()
+        with exact_ops.enabled(on):
+            out = norm(leaf)
+        assert on == ("HalfNorm" in out.grad_fn.name())
+        found[name] = out, *torch.autograd.grad(out, [leaf, norm.weight], up.bfloat16())
+    assert torch.equal(found["ours"][0], found["module"][0])
+    precise = x.bfloat16().double().requires_grad_()
+    weight = norm.weight.detach().double().requires_grad_()
+    scale = (precise.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    want = torch.autograd.grad(weight * precise * scale, [precise, weight], up.bfloat16().double())
+    for ours, theirs, exact in zip(found["ours"][1:], found["module"][1:], want, strict=True):
+        assert ours.dtype == torch.bfloat16 and off(ours, exact) < 1.4 * off(theirs, exact) < 0.01
+    assert off(found["ours"][1], want[0]) < off(found["module"][1], want[0])
+    with exact_ops.enabled(True), monkeypatch.context() as m:  # without a compiler, and for float32 inputs
+        m.setattr(kernels, "library", lambda: (None, "off in this test"))
+        assert torch.equal(norm(x.bfloat16()), plain(norm, x.bfloat16()))
