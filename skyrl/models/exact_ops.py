@@ -8,7 +8,7 @@ Without kernels both sides take oneDNN's packed product, in which a row's result
 either (the plain product's does), and compute what lies between in float64, or in operations that round once.
 
 Where there is neither, sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n)
-roundings, in blocks by a few. Other dtypes and devices are left as they are.
+roundings, in blocks by a few. Other dtypes and devices are left as they are, but for norms in bfloat16 (`_HalfNorm`).
 
 Letters: N rows, K inner, V columns; for attention N matrices, M queries, L keys, C channels.
 """

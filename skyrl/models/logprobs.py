@@ -117,6 +117,7 @@ class _LogProbs(torch.autograd.Function):
         product = _Product(hidden_TC, weight_VC, bias_V, low_TR, up_VR, support_2N)
         fused = product.takes_kernels(head, targets_TK)
         if fused:
+            targets_TK = targets_TK.contiguous()
             grad_T = torch.zeros_like(logz_T) if grad_TK is None else grad_TK[:, 0].contiguous()
             grad_entropy_T = None if entropy_T is None or grad_entropy_T is None else grad_entropy_T.contiguous()
             rest = logz_T, grad_T, entropy_T, grad_entropy_T

@@ -297,3 +297,15 @@ def test_kernels_of_a_bfloat16_head_hide_no_number_that_is_none():
     assert out.isnan().tolist() == entropy.isnan().tolist() == [row in (1, 2) for row in range(T)]
     out.sum().backward()
     assert hidden.grad.isnan().any(1).tolist() == [row in (1, 2) for row in range(T)]
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+def test_kernels_of_a_bfloat16_head_read_targets_that_do_not_lie_side_by_side():
+    hidden, weight, _, targets = inputs(torch.bfloat16, bias=False)
+    column = torch.stack([targets, targets.flip(0)], 1)[:, :1]
+    assert not column.is_contiguous()
+    found = []
+    for given in (column, targets):
+        out, _ = log_probs(hidden, weight, given)
+        found.append((out.flatten(), *torch.autograd.grad(out.sum(), [hidden, weight])))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
