@@ -192,7 +192,7 @@ class Sampler:
     def _decode_step(self) -> list[Sample]:
         running = self._running
         if running is None or running.crowded():
-            if self._scheduler.allocate_slots() or running is None:
+            if self._scheduler.allocate_slots(self._cache.keep_experts) or running is None:
                 together = sorted(self._scheduler.running, key=lambda sequence: sequence.cache_key)
                 running = DecodeBatch(together, self._cache, self._vocab_size)
             running.extend_tables()

@@ -9,6 +9,7 @@ adapter, so only sequences of one adapter share anything.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from skyrl.sampler.blocks import BlockPool
@@ -103,14 +104,16 @@ class Scheduler:
         self.running.sort()
         return forks
 
-    def allocate_slots(self) -> list[Sequence]:
-        """Gives every running sequence the block its newest token needs; returns the ones preempted for it."""
+    def allocate_slots(self, keep: Callable[[Sequence], None]) -> list[Sequence]:
+        """Gives every running sequence the block its newest token needs; returns the ones preempted for it, each of
+        which `keep` was told of while it had its blocks."""
         size, preempted = self.pool.block_tokens, []
         for sequence in list(self.running):
             if sequence.length <= len(sequence.blocks) * size or sequence.waiting:
                 continue
             while self.pool.available() == 0 and not sequence.waiting:
                 youngest = self.running.pop()
+                keep(youngest)
                 self._release(youngest)
                 self.add(youngest)
                 self.counts.preemptions += 1

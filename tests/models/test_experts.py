@@ -112,6 +112,32 @@ def test_the_sampler_records_what_the_routers_chose(family):
         assert np.array_equal(np.sort(sample.experts), np.sort(choices_of(model, whole[:-1])))
 
 
+def test_choices_are_those_of_the_first_drawing():
+    """A sequence that had to make room is computed again, and its routers may choose otherwise (here always: their
+    weights are turned around); what is replayed are the choices that its tokens were drawn from."""
+    model = CausalLM(make_net("qwen3_moe"))
+    routing, shapes = routing_of(model), [call.shape for call in layer_calls(model)]
+    each = KVCache.block_bytes(shapes, 4, torch.float32) + 2 * 4 * routing.layers * routing.k
+    engine = sampler(model, block_tokens=4, record_experts=True, kv_cache_gib=12.5 * each / GIB)
+    first: dict[str, np.ndarray] = {}
+    for request in requests([np.arange(2, 12), np.arange(20, 29)], samples=2, temperature=1.0):
+        engine.add(request)
+    samples, preempted = [], 0
+    while engine.unfinished():
+        for sequence in engine._scheduler.running:
+            seen, now = first.get(sequence.uid), engine._cache.experts_of(sequence)
+            first[sequence.uid] = now if seen is None else np.concatenate([seen, now[len(seen) :]])
+        samples += engine.step()
+        if engine._scheduler.counts.preemptions > preempted:
+            preempted = engine._scheduler.counts.preemptions
+            for layer in model.net.model.layers:
+                layer.mlp.gate.weight.data.neg_()
+    assert preempted > 0
+    for sample in samples:
+        known = first[sample.uid]
+        assert np.array_equal(sample.experts[: len(known)], known)
+
+
 # Routers that are written otherwise: what makes scores of their logits.
 OTHERS = {
     "hy_v3": torch.sigmoid,  # is given the bias of its experts beside the tokens

@@ -73,7 +73,7 @@ def play(scheduler, written):
     """One step, as the sampler does it: the sequences that draw a token."""
     chunks = scheduler.prefill()
     if not chunks:
-        preempted = scheduler.allocate_slots() if scheduler.running else []
+        preempted = scheduler.allocate_slots(lambda sequence: None) if scheduler.running else []
         assert all(s.waiting and not s.blocks for s in preempted)
         assert all(len(s.blocks) * scheduler.pool.block_tokens >= s.length for s in scheduler.running)
         for sequence in scheduler.running:
@@ -199,11 +199,11 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     assert [s.order for s in drawn] == [0, 1]  # the third would leave no spare block
     for sequence in drawn:
         sequence.length += 1
-    assert scheduler.allocate_slots() == []
+    assert scheduler.allocate_slots(lambda sequence: None) == []
     for _ in range(2):
         for sequence in drawn:
             sequence.length += 1
-    assert [s.order for s in scheduler.allocate_slots()] == [1]
+    assert [s.order for s in scheduler.allocate_slots(lambda sequence: None)] == [1]
     assert [s.order for s in scheduler.running] == [0] and scheduler.counts.preemptions == 1
     scheduler.finish(scheduler.running[0])
     assert [p.sequence.order for p in scheduler.prefill()][0] == 1

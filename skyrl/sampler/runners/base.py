@@ -85,7 +85,15 @@ class KVCache:
         if self.experts is None:
             return None
         blocks = torch.tensor(sequence.blocks, device=self.device)
-        return self.experts.index_select(0, blocks).flatten(0, 1)[: sequence.length - 1].cpu().numpy()
+        chosen = self.experts.index_select(0, blocks).flatten(0, 1)[: sequence.length - 1].cpu().numpy()
+        if sequence.experts is not None:
+            chosen[: len(sequence.experts)] = sequence.experts
+        return chosen
+
+    def keep_experts(self, sequence: Sequence) -> None:
+        """Keeps the choices of a sequence that is about to lose its blocks: its tokens are computed again, in other
+        company, and what was drawn from the first choices is replayed by these."""
+        sequence.experts = self.experts_of(sequence)
 
     def clear(self, blocks: list[int]) -> None:
         """Sets blocks to zero: what is not finite would spoil the next sequence that has the block, masked or not."""
@@ -127,6 +135,7 @@ class Sequence:
     state: int = 0  # which of the cache's states is its own, while it prefills or runs
     computed: int = 0  # tokens whose keys and values are in the cache, while prefilling
     waiting: bool = True
+    experts: np.ndarray | None = None  # choices recorded before it was preempted
     supports: list[np.ndarray] = field(default_factory=list)  # ids that each drawn token was one of, if recorded
 
     def __lt__(self, other: Sequence) -> bool:
