@@ -165,6 +165,49 @@ void skyrl_norm_half_gradient(const uint16_t* grad, const uint16_t* x, const uin
   }
 }
 
+// out [count] = silu(gate) up in bfloat16, rounded where transformers' modules round; count a multiple of LANES.
+void skyrl_gated_half(const uint16_t* gate, const uint16_t* up, uint16_t* out, int64_t count, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; i += LANES) put(out + i, round_to<bf16>(silu(get(gate + i))) * get(up + i));
+}
+
+// Its gradients, of gate and up, from that of out.
+void skyrl_gated_half_gradient(const uint16_t* grad, const uint16_t* gate, const uint16_t* up, uint16_t* dgate,
+                               uint16_t* dup, int64_t count, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; i += LANES) {
+    vf x = get(gate + i), g = get(grad + i), open = 1.0f / (1.0f + exponential(-x)), active = x * open;
+    put(dup + i, g * active);
+    put(dgate + i, g * get(up + i) * (open + active - active * open));
+  }
+}
+
+// out [count, heads, size] = x cos + (-second half of x, first half) sin in bfloat16, rounded where transformers'
+// function rounds; or, with `back`, the gradient of x from that of out, which is given as x. cos and sin are
+// [count, size], the strides are x's, in numbers, and half of size is a multiple of LANES.
+void skyrl_rotate_half(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* out, int64_t count,
+                       int32_t heads, int32_t size, int64_t stride, int64_t head_stride, int32_t back,
+                       int32_t threads) {
+  int half = size / 2;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < count; row++)
+    for (int head = 0; head < heads; head++) {
+      const bf16 *from = x + row * stride + head * head_stride, *c = cos + row * size, *s = sin + row * size;
+      bf16* to = out + (row * heads + head) * size;
+      for (int i = 0; i < half; i += LANES) {
+        vf a = get(from + i), b = get(from + half + i);
+        vf c0 = get(c + i), c1 = get(c + half + i), s0 = get(s + i), s1 = get(s + half + i);
+        if (back) {
+          put(to + i, a * c0 + b * s1);
+          put(to + half + i, b * c1 - a * s0);
+        } else {
+          put(to + i, round_to<bf16>(a * c0) - round_to<bf16>(b * s0));
+          put(to + half + i, round_to<bf16>(b * c1) + round_to<bf16>(a * s1));
+        }
+      }
+    }
+}
+
 void skyrl_silu(const float* x, float* y, int64_t count, int32_t threads) {
   int64_t whole = count / LANES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

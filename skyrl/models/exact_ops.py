@@ -8,7 +8,8 @@ Without kernels both sides take oneDNN's packed product, in which a row's result
 either (the plain product's does), and compute what lies between in float64, or in operations that round once.
 
 Where there is neither, sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n)
-roundings, in blocks by a few. Other dtypes and devices are left as they are, but for norms in bfloat16 (`_HalfNorm`).
+roundings, in blocks by a few. Other dtypes and devices are left as they are, but for what torch would make several passes over in
+bfloat16: norms, gates and rotary embeddings (`_HalfNorm`, `_HalfGate`, `_HalfRotation`).
 
 Letters: N rows, K inner, V columns; for attention N matrices, M queries, L keys, C channels.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,7 @@ def is_float32_cpu(x: Tensor) -> bool:
 
 
 def is_bfloat16_cpu(x: Tensor) -> bool:
-    """Whether x is bfloat16 on a CPU, whose norms kernels take."""
+    """Whether x is bfloat16 on a CPU, which kernels take for some operations."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
@@ -324,6 +326,46 @@ class _HalfNorm(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), None
 
 
+class _HalfGate(torch.autograd.Function):
+    """silu(gate) * up in bfloat16, one pass each way; rounded as `_HalfNorm` rounds."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.detach().contiguous(), up.detach().contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        run("skyrl_gated_half", gate, up, out, out.numel())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        given = grads[0].contiguous(), *ctx.saved_tensors
+        out = tuple(map(torch.empty_like, ctx.saved_tensors))
+        run("skyrl_gated_half_gradient", *given, *out, out[0].numel())
+        return out
+
+
+class _HalfRotation(torch.autograd.Function):
+    """Rotary embedding of halves, of x [1, H, N, C] in bfloat16, one pass each way; rounded as `_HalfNorm` rounds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _rotate(grads[0], *ctx.saved_tensors, back=True), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    _, heads, tokens, size = x.shape
+    out = x.new_empty(1, tokens, heads, size)
+    run("skyrl_rotate_half", x, cos, sin, out, tokens, heads, size, x.stride(2), x.stride(1), back)
+    return out.transpose(1, 2)
+
+
 def exp(x: Tensor) -> Tensor:
     """e^x, rounded once. torch's own in float32 differs between the vectors of a tensor and its last few numbers."""
     return x.double().exp_().to(x.dtype)
@@ -419,6 +461,81 @@ def hook_norms(net: nn.Module) -> None:
     for module in net.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             replace_forward(module, _norm)
+
+
+def hook_half_ops(net: nn.Module) -> None:
+    """Makes the gate of an MLP and the rotary embedding of an attention one pass over bfloat16 on a CPU with kernels,
+    inside of `enabled`: where the code of their classes, tried on numbers, computes just these."""
+    for module in net.modules():
+        kind: Any = type(module)
+        activation: Any = type(getattr(module, "act_fn", None))
+        if issubclass(activation, nn.Module) and _is_gate(kind, activation):
+            replace_forward(module, _gate)
+        elif _turns_halves(kind):
+            module.__class__ = _with_rotation(kind)
+
+
+def _ready(*tensors: Tensor) -> bool:
+    return _inside and all(map(is_bfloat16_cpu, tensors)) and kernels.library()[0] is not None
+
+
+@cache
+def _is_gate(kind: Any, activation: Any) -> bool:
+    """Whether forward is down_proj(silu(gate_proj(x)) * up_proj(x)), and asks nothing else of its module."""
+    a, b, c = torch.linspace(-4, 4, 24).reshape(3, 8)
+    parts = {"gate_proj": a.mul, "up_proj": b.mul, "down_proj": c.sub}
+    try:
+        found = kind.forward(SimpleNamespace(act_fn=activation(), **parts), torch.full((), 1.5))
+    except Exception:  # it is another kind of module, or of activation
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, c - F.silu(1.5 * a) * (1.5 * b))
+
+
+def _gate(module: Any, plain: Any, x: Tensor) -> Tensor:
+    if not _ready(x):
+        return plain(x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if not _ready(gate, up) or gate.shape[-1] % kernels.MULTIPLE:
+        return module.down_proj(module.act_fn(gate) * up)
+    return module.down_proj(_HalfGate.apply(gate, up))
+
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+@cache
+def _turns_halves(kind: Any) -> bool:
+    """Whether its forward calls `ROTARY` of its file, and that is x cos + (-second half, first half) sin."""
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or ROTARY not in code.co_names:
+        return False
+    q, k, cos, sin = torch.linspace(-4, 4, 96).reshape(4, 3, 8)
+    try:
+        found = kind.forward.__globals__[ROTARY](q[None, None], k[None, None], cos[None], sin[None])
+        return all(
+            torch.equal(y[0, 0], x * cos + torch.cat([-x[:, 4:], x[:, :4]], -1) * sin)
+            for x, y in zip((q, k), found, strict=True)
+        )
+    except Exception:  # of another signature
+        return False
+
+
+@cache
+def _with_rotation(kind: Any) -> Any:
+    """A subclass whose forward has `_rotary` under the name of its file's function."""
+    plain = kind.forward
+    names = {**plain.__globals__, ROTARY: partial(_rotary, plain.__globals__[ROTARY])}
+    ours = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    ours.__kwdefaults__ = plain.__kwdefaults__
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": ours})
+
+
+def _rotary(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    same = {x.shape[::3] + x.shape[2:3] for x in (q, k)} == {(1, cos.shape[-1], cos.shape[-2])}
+    if args or kwargs or not _ready(q, k, cos, sin) or not same or cos.shape[-1] % (2 * kernels.MULTIPLE):
+        return plain(q, k, cos, sin, *args, **kwargs)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return tuple(_HalfRotation.apply(x, cos, sin) for x in (q, k))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

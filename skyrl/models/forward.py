@@ -55,6 +55,7 @@ class CausalLM(nn.Module):
         if net.config._attn_implementation != NAME:
             net.set_attn_implementation(NAME)
         exact_ops.hook_norms(net)
+        exact_ops.hook_half_ops(net)
         hook_delta_nets(net)
         decoder_of(net).warn_if_padding_and_no_attention_mask = lambda *args: None  # it would wait for the device
         latent.install(net)

@@ -241,3 +241,110 @@ def test_bfloat16_norms_are_the_module_s_bits_and_their_gradients_nearer_to_floa
     with exact_ops.enabled(True), monkeypatch.context() as m:  # without a compiler, and for float32 inputs
         m.setattr(kernels, "library", lambda: (None, "off in this test"))
         assert torch.equal(norm(x.bfloat16()), plain(norm, x.bfloat16()))
+
+
+def half_parts():
+    """The MLP and the attention of one layer in bfloat16, with sizes that the kernels take; x, cos and sin."""
+    net = make_net("qwen3", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
+    model = CausalLM(net)
+    x = torch.randn(1, 37, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    cos, sin = net.model.rotary_emb(x, torch.arange(37)[None])
+    return model, net.model.layers[0].mlp, net.model.layers[0].self_attn, x, cos, sin
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("part", ["gate", "rotation"])
+def test_gates_and_rotary_embeddings_in_bfloat16_are_the_module_s(part):
+    """Rotations to the bit, gates but for a rounding here and there (another e^x); gradients nearer to float64."""
+    _, mlp, attention, x, cos, sin = half_parts()
+    mlp.down_proj = torch.nn.Identity()
+    turn = type(attention).forward.__globals__[exact_ops.ROTARY]
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(1, 37, 4, 32, generator=generator).bfloat16().transpose(1, 2)
+    k = torch.randn(1, 37, 2, 32, generator=generator).bfloat16().transpose(1, 2)
+
+    def parts(given):
+        if part == "gate":
+            return [mlp(given[0])]
+        return list(turn(*given, *(t.to(given[0].dtype) for t in (cos, sin))))
+
+    found = {}
+    for name, on, dtype in (("module", False, None), ("ours", True, None), ("float64", False, torch.float64)):
+        mlp.double() if dtype else mlp.bfloat16()
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in ([x] if part == "gate" else [q, k])]
+        with exact_ops.enabled(on):
+            out = parts(leaves)
+        assert on == ("_Half" in out[0].grad_fn.name())
+        up = [torch.cos(torch.arange(o.numel(), dtype=torch.float64)).view(o.shape).to(o.dtype) for o in out]
+        weights = [*mlp.parameters()] if part == "gate" else []
+        found[name] = out, torch.autograd.grad(out, [*leaves, *weights], up)
+    for ours, theirs in zip(found["ours"][0], found["module"][0], strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == torch.bfloat16
+        same = (ours == theirs).double().mean()
+        assert same == 1 if part == "rotation" else same > 0.995 and off(ours, theirs.double()) < 1e-3
+    for ours, theirs, exact in zip(found["ours"][1], found["module"][1], found["float64"][1], strict=True):
+        assert ours.dtype == torch.bfloat16 and off(ours, exact) < 1.1 * off(theirs, exact) < 0.02
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+def test_a_bfloat16_model_with_and_without_them(monkeypatch):
+    """The whole: log-probabilities and gradients of both are as near to float32."""
+    model = half_parts()[0]
+    rows = [Datum(t[:-1], t[1:], np.ones(len(t) - 1, np.float32)) for t in (np.arange(3, 40), np.arange(9, 20))]
+    calls, found, real = [], {}, exact_ops.run
+    for name in ("ours", "modules", "float32"):
+        with monkeypatch.context() as m:
+            if name == "modules":
+                m.setattr(exact_ops, "_ready", lambda *tensors: False)
+            m.setattr(exact_ops, "run", lambda kind, *args: (calls.append(kind), real(kind, *args)))
+            model.to(torch.float32 if name == "float32" else torch.bfloat16)
+            model.zero_grad()
+            out = model(collate(rows, torch.float32, "cpu")).logprobs_T
+            out.sum().backward()
+        found[name] = out.detach(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
+        used = {"skyrl_gated_half", "skyrl_rotate_half", "skyrl_gated_half_gradient"}
+        assert (used <= set(calls)) == (name == "ours")
+        calls.clear()
+    for ours, theirs, exact in zip(found["ours"], found["modules"], found["float32"], strict=True):
+        assert off(ours, exact.double()) < 1.2 * off(theirs, exact.double()) < 0.2
+
+
+class _Sum(torch.nn.Module):
+    act_fn = torch.nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+class _Tanh(torch.nn.Module):
+    def forward(self, x):
+        return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+def apply_rotary_pos_emb(q, k, cos, sin):
+    """Of pairs side by side, not of halves."""
+    pairs = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
+    return tuple(x * cos + pair * sin for x, pair in zip((q, k), pairs, strict=True))
+
+
+class _Pairs(torch.nn.Module):
+    def forward(self, q, k, cos, sin):
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def test_modules_that_compute_otherwise_are_left_alone():
+    """Whatever they are called, and whatever names they hold."""
+    assert not exact_ops._is_gate(_Sum, torch.nn.SiLU) and not exact_ops._is_gate(_Tanh, torch.nn.SiLU)
+    mlp = type(make_net("qwen3").model.layers[0].mlp)
+    assert exact_ops._is_gate(mlp, torch.nn.SiLU) and not exact_ops._is_gate(mlp, torch.nn.GELU)
+    assert not exact_ops._turns_halves(_Pairs) and not exact_ops._turns_halves(torch.nn.Linear)
+    for family in ("gemma2", "cohere"):  # a gate of GELU; embeddings of pairs
+        net = make_net(family)
+        before = [type(module) for module in net.modules()]
+        exact_ops.hook_half_ops(net)
+        kept = [a is b for a, b in zip(before, map(type, net.modules()), strict=True)]
+        assert all(
+            same for same, kind in zip(kept, before, strict=True)
+            if kind.__name__ == ("Gemma2MLP" if family == "gemma2" else "CohereAttention")
+        )  # fmt: skip
+        assert not all(kept)
