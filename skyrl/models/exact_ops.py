@@ -8,8 +8,8 @@ Without kernels both sides take oneDNN's packed product, in which a row's result
 either (the plain product's does), and compute what lies between in float64, or in operations that round once.
 
 Where there is neither, sums are taken in blocks: a sum of n products in one accumulator is off by about sqrt(n)
-roundings, in blocks by a few. Other dtypes and devices are left as they are, but for what torch would make several passes over in
-bfloat16: norms, gates and rotary embeddings (`_HalfNorm`, `_HalfGate`, `_HalfRotation`).
+roundings, in blocks by a few. Other dtypes and devices are left as they are, but for what torch would make several
+passes over in bfloat16: norms, gates and rotary embeddings (`_HalfNorm`, `_HalfGate`, `_HalfRotation`).
 
 Letters: N rows, K inner, V columns; for attention N matrices, M queries, L keys, C channels.
 """
