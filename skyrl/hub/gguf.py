@@ -161,6 +161,8 @@ def _lost(config: Any, parameters: Sequence[str], reader: GGUFReader) -> list[st
     window, whole = (_value(reader, f"{kind}.{key}") or 0 for key in ("attention.sliding_window", "context_length"))
     other = 0 < window < whole and window != getattr(config, "sliding_window", None)
     lost += ["attention.sliding_window"] if other else []  # Phi-3
+    scale = getattr(config, "query_pre_attn_scalar", None)  # in no file; transformers' default is Gemma's but for 27B
+    lost += ["the scale of queries of heads of another size"] if scale and scale != config.head_dim else []
     biases = [one.name for one in reader.tensors if re.search(r"\.(attn_(q|k|v|qkv|output)|ffn_\w+)\.bias$", one.name)]
     have = [name for name in parameters if name.endswith("bias") and "norm" not in name]
     return lost + (biases if len(biases) > len(have) else [])

@@ -169,6 +169,10 @@ def test_what_changes_no_number_may_be_passed_over(tmp_path):
     assert _lost(plain, [], reader) == []
     plain.rope_parameters["rope_theta"] = 500000.0  # a family whose base is not read, as Starcoder 2's
     assert _lost(plain, [], reader) == ["rope.freq_base"]
+    plain = SimpleNamespace(rope_parameters={}, query_pre_attn_scalar=256, head_dim=256)  # Gemma 2 and 3 but for 27B
+    assert _lost(plain, [], reader) == []
+    plain.head_dim = 128
+    assert _lost(plain, [], reader) == ["the scale of queries of heads of another size"]
 
 
 def test_a_quantisation_that_is_newer_than_the_package(tmp_path):
