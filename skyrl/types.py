@@ -32,6 +32,15 @@ def few(names: Sequence[Any], most: int = 4) -> str:
 class UserError(ValueError):
     """Something a person can fix: the message is one line with place, given value, allowed values and remedy."""
 
+    exit_code = 2
+
+
+class PassingError(UserError):
+    """One that may also pass by itself: a hub that does not answer, a lock that a lost node has left. The exit code is
+    that of a fault, after which schedulers try again."""
+
+    exit_code = 1
+
 
 class RunError(RuntimeError):
     """A run that must not go on, such as one whose loss is not finite: the message is one line, no traceback needed."""
