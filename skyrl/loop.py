@@ -36,6 +36,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.evaluation.sets import EvalSet, all_prompts, named_sets
 from skyrl.evaluation.weight_check import fingerprint
+from skyrl.hub.locate import name_for_others
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
@@ -145,9 +146,10 @@ def _how_trained(cfg: RunConfig, state: RunState) -> str:
     """What a model's card says about its training: on what, how, how long, how well."""
     rl = cfg.trainer == "rl"
     warmup = f", the first {cfg.warmup.num_steps} of them supervised" if rl and cfg.warmup.num_steps else ""
+    data = name_for_others(cfg.data.path) if cfg.data.path else "made by the environment"
     rows = {
         "trainer": cfg.trainer,
-        "task": f"env.name={cfg.env.name}, data: {cfg.data.path or 'made by the environment'}",
+        "task": f"env.name={cfg.env.name}, data: {data}",
         "algorithm": f"{cfg.algorithm.advantage.name}, {cfg.algorithm.loss.name}" if rl else "",
         "steps": f"{state.global_step}{warmup}, seed {cfg.seed}",
         "optimizer": f"{cfg.optim.name}, learning rate {cfg.optim.lr:g}",

@@ -56,6 +56,13 @@ def download(name: str, patterns: Sequence[str], revision: str = "", **more: Any
         raise (PassingError if may_pass(error) else UserError)(reason) from error
 
 
+def name_for_others(path: str) -> str:
+    """A model or data set as others may know it: a hub's name as it is; of a path, which means nothing to them and
+    tells who keeps what where, the last folder or file, of an export of ours the run's."""
+    hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+    return path if hub else Path(path.rstrip("/").removesuffix("/export")).resolve().name
+
+
 def may_pass(error: BaseException | None) -> bool:
     """Whether a client of a hub has failed on the way there or at a hub that is busy, so that it may work later."""
     while error is not None:

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 
-from skyrl.hub.locate import locate
+from skyrl.hub.locate import locate, name_for_others
 from skyrl.types import PassingError, UserError
 
 
@@ -52,3 +52,20 @@ def test_no_way_to_the_hub_may_pass_and_offline_mode_does_not(hub, monkeypatch):
     with pytest.raises(UserError) as told:
         locate("lab/model")
     assert told.value.exit_code == 2
+
+
+def test_others_see_no_path_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab/here").mkdir(parents=True)
+    for path, name in {
+        "lab/model": "lab/model",
+        "tiny": "tiny",
+        "lab/here": "here",
+        "/home/me/models/x/": "x",
+        "~/x.gguf": "x.gguf",
+        "runs/sft/export": "sft",
+        "../runs/sft/export/": "sft",
+        "data/of/mine.jsonl": "mine.jsonl",
+        "lab/set:main": "lab/set:main",
+    }.items():
+        assert name_for_others(path) == name
