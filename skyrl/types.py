@@ -36,8 +36,7 @@ class UserError(ValueError):
 
 
 class PassingError(UserError):
-    """One that may also pass by itself: a hub that does not answer, a lock that a lost node has left. The exit code is
-    that of a fault, after which schedulers try again."""
+    """May pass by itself, as a hub's silence or a lost node's lock: it ends as faults do, so schedulers try again."""
 
     exit_code = 1
 

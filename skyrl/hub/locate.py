@@ -19,8 +19,7 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
 
     Raises: UserError that says what was looked for, when there is neither.
     """
-    if path in POLICIES:
-        path = policy_path(path)
+    path = policy_path(path) if path in POLICIES else path
     folder = Path(path)
     if weights and (problem := path_problem(path)):
         raise UserError(f"{where}={path}: {problem}")

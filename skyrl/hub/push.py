@@ -13,11 +13,16 @@ from pathlib import Path
 from skyrl.hub.locate import may_pass
 from skyrl.types import UserError
 
+SILENCE_SECONDS = 120.0  # of the hub's client, which has no limit: a silent hub would hold the job, GPUs and all
+
 
 @contextmanager
 def _one_line(doing: str) -> Iterator[None]:
     """Whatever the hub or the way to it raises, as a UserError of one line."""
+    from huggingface_hub import get_session
+
     try:
+        get_session().timeout = SILENCE_SECONDS
         yield
     except Exception as error:  # of one of three HTTP libraries, as the release of huggingface_hub has it
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -62,10 +67,9 @@ class HubUpload:
         self._thread.start()
 
     def _send(self, folder: Path, name: str, message: str) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub import HfApi, utils
 
-        disable_progress_bars()
+        utils.disable_progress_bars()
         try:
             with _one_line(f"checkpoint.push_to_hub={name}"):
                 done = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)

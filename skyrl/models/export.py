@@ -268,10 +268,9 @@ def _write_card(part: Path, origin: Path | None, base: str, classifier: bool, ho
         about["base_model"] = known
     made_of = "a random model." if base == TINY else f"{known}. The licence of that model applies."
     use = "In this folder:\n\n    vllm serve .\n    lm_eval --model hf --model_args pretrained=. --tasks gsm8k\n"
-    if classifier:
-        use = "A reward model: the one logit of transformers.AutoModelForSequenceClassification is the reward.\n"
+    reward = "A reward model: the one logit of transformers.AutoModelForSequenceClassification is the reward.\n"
     head = f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from {made_of}\n\n"
-    (part / "README.md").write_text(f"{head}{how}{use}", encoding="utf-8")
+    (part / "README.md").write_text(f"{head}{how}{reward if classifier else use}", encoding="utf-8")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
