@@ -36,6 +36,7 @@ from skyrl.distributed.watchdog import Watchdog
 from skyrl.engine import Engine, ModelSpec, meet
 from skyrl.evaluation.sets import EvalSet, all_prompts, named_sets
 from skyrl.evaluation.weight_check import fingerprint
+from skyrl.hub.locate import name_for_others
 from skyrl.planner.plan import Plan, describe_peak, describe_start, make_plan, model_sizes
 from skyrl.run import Run, RunState
 from skyrl.run_dir import (
@@ -145,9 +146,10 @@ def _how_trained(cfg: RunConfig, state: RunState) -> str:
     """What a model's card says about its training: on what, how, how long, how well."""
     rl = cfg.trainer == "rl"
     warmup = f", the first {cfg.warmup.num_steps} of them supervised" if rl and cfg.warmup.num_steps else ""
+    data = name_for_others(cfg.data.path) if cfg.data.path else "made by the environment"
     rows = {
         "trainer": cfg.trainer,
-        "task": f"env.name={cfg.env.name}, data: {cfg.data.path or 'made by the environment'}",
+        "task": f"env.name={cfg.env.name}, data: {data}",
         "algorithm": f"{cfg.algorithm.advantage.name}, {cfg.algorithm.loss.name}" if rl else "",
         "steps": f"{state.global_step}{warmup}, seed {cfg.seed}",
         "optimizer": f"{cfg.optim.name}, learning rate {cfg.optim.lr:g}",
@@ -167,8 +169,7 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make
     assert not cfg.dry_run, "main.py has planned it"
     world, sizes = meet(cfg)
     given = sizes if make is None else None
-    made = partial(make_plan, cfg, world.size, model_sizes=given, device=world.choice, trains=trains)
-    plan = agree(world, made)
+    plan = agree(world, partial(make_plan, cfg, world.size, model_sizes=given, device=world.choice, trains=trains))
     if plan.memory is not None:  # each rank has looked at its own GPU; the fullest decides for all
         keeps = all(gather_objects(world, plan.memory.keeps_sampling))
         plan = replace(plan, memory=replace(plan.memory, keeps_sampling=keeps))
@@ -184,6 +185,7 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make
     patience = cfg.env.timeout_seconds + ENV_SECONDS
     watch = Watchdog(world, Path(cfg.run.dir), hang_seconds=cfg.run.hang_seconds, patience=patience, save_by=deadline)
     watch.start()
+    folder = RunFolder(Path(cfg.run.dir), world.rank)
     try:
         chat, parts, held_out = None, dict[str, Sequence[Prompt]](), ""
         if make is None:
@@ -201,9 +203,10 @@ def open_run(cfg: RunConfig, supervised: bool = False, trains: bool = True, make
             left_out += told
         else:  # what it plays stands for its prompts
             sets = [EvalSet(own_set(cfg), [Prompt(cfg.control.env_id, cfg.trainer, [])], cfg.control.env_id)]
-        folder = _claim_folder(cfg, world, hosts, facts)
+        _claim_folder(cfg, world, folder, hosts, facts)
         watch.claim()
     except UserError:
+        folder.close()
         watch.close()
         raise
     try:
@@ -234,9 +237,10 @@ def _with_epochs(cfg: RunConfig, plan: Plan, rows: int) -> tuple[RunConfig, Plan
     return cfg, replace(plan, cfg=cfg, num_steps=cfg.batch.num_steps)
 
 
-def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]], facts: dict[str, str]) -> RunFolder:
-    """The run folder, locked by rank 0. Raises UserError, on every rank, when it belongs to another run."""
-    folder = RunFolder(Path(cfg.run.dir), world.rank)
+def _claim_folder(
+    cfg: RunConfig, world: World, folder: RunFolder, hosts: dict[str, dict[str, Any]], facts: dict[str, str]
+) -> None:
+    """Locks the run folder, on rank 0. Raises UserError, on every rank, when it belongs to another run."""
 
     def refuse() -> list[str]:
         _refuse_other_run(cfg, folder)
@@ -244,23 +248,14 @@ def _claim_folder(cfg: RunConfig, world: World, hosts: dict[str, dict[str, Any]]
 
     def claim() -> None:
         lines = folder.open(to_dict(cfg), hosts=hosts, check=refuse)
-        try:
-            lines += clean_leftovers(folder.checkpoints)
-            for mark in (REQUEUE_FILE, STOP_FILE, RESULT, PROFILE_REQUEST):  # of the last start
-                (folder.path / mark).unlink(missing_ok=True)
-        except UserError:
-            folder.close()
-            raise
+        lines += clean_leftovers(folder.checkpoints)
+        for mark in (REQUEUE_FILE, STOP_FILE, RESULT, PROFILE_REQUEST):  # of the last start
+            (folder.path / mark).unlink(missing_ok=True)
         for line in lines:
             print(line, flush=True)
 
     on_leader(world, claim)
-    try:
-        check_shared(world, folder.path, "run.dir")
-    except UserError:
-        folder.close()
-        raise
-    return folder
+    check_shared(world, folder.path, "run.dir")
 
 
 def _refuse_other_run(cfg: RunConfig, folder: RunFolder) -> None:

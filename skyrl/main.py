@@ -89,11 +89,9 @@ def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
         _Entry(mode, [*args, *prepare()]).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except UserError as error:
-        _end(_log_error(str(error), USAGE_ERROR))
     except COMPOSE_ERRORS as error:
         _end(_log_error(explain(error, mode), USAGE_ERROR))
-    except (KeyboardInterrupt, RunError) as error:  # RunError: from a point of a sweep that ran elsewhere
+    except (KeyboardInterrupt, UserError, RunError) as error:  # RunError: from a point of a sweep that ran elsewhere
         _end(_report(error, mode))
     if world_size() > 1:
         _end(0)
@@ -122,7 +120,7 @@ def quiet_pipe() -> Iterator[None]:
 def _report(error: BaseException, mode: str) -> int:
     """Tells why the run ends, in one line where that is enough; returns the exit code."""
     if isinstance(error, UserError):
-        return _log_error(str(error), USAGE_ERROR)
+        return _log_error(str(error), error.exit_code)
     if isinstance(error, StopRun):
         report_to_launcher(str(error))
         return error.exit_code

@@ -32,6 +32,14 @@ def few(names: Sequence[Any], most: int = 4) -> str:
 class UserError(ValueError):
     """Something a person can fix: the message is one line with place, given value, allowed values and remedy."""
 
+    exit_code = 2
+
+
+class PassingError(UserError):
+    """May pass by itself, as a hub's silence or a lost node's lock: it ends as faults do, so schedulers try again."""
+
+    exit_code = 1
+
 
 class RunError(RuntimeError):
     """A run that must not go on, such as one whose loss is not finite: the message is one line, no traceback needed."""

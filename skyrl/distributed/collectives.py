@@ -95,11 +95,11 @@ def agree(world: World, action: Callable[[], T]) -> T:
     try:
         result = action()
     except UserError as failure:
-        error = (world.rank, socket.gethostname(), str(failure))
+        error = (world.rank, socket.gethostname(), failure)
     errors = [one for one in gather_objects(world, error) if one is not None]
     if errors:
-        rank, host, text = errors[0]
-        raise UserError(text if len(errors) == world.size else f"rank {rank} on {host}: {text}")
+        rank, host, first = errors[0]
+        raise first if len(errors) == world.size else type(first)(f"rank {rank} on {host}: {first}")
     return result  # type: ignore[return-value]
 
 

@@ -77,11 +77,8 @@ def convert(file: Path, folder: Path, *, where: str = "model.path", more: Mappin
     reader = _open(file, where)
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     held = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items()))
-    print(
-        f"skyrl: {where}={file}: dequantising {len(reader.tensors)} tensors ({held}) to float32, once; to {folder}",
-        file=sys.stderr,
-        flush=True,
-    )
+    doing = f"dequantising {len(reader.tensors)} tensors ({held}) to float32, once; to {folder}"
+    print(f"skyrl: {where}={file}: {doing}", file=sys.stderr, flush=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         _split_as_trained(tokenizer, reader, where, file)

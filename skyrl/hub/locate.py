@@ -9,7 +9,7 @@ from typing import Any
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.model_path import path_problem
 from skyrl.hub.policies import POLICIES, policy_path
-from skyrl.types import UserError
+from skyrl.types import PassingError, UserError
 
 
 def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:
@@ -19,8 +19,7 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
 
     Raises: UserError that says what was looked for, when there is neither.
     """
-    if path in POLICIES:
-        path = policy_path(path)
+    path = policy_path(path) if path in POLICIES else path
     folder = Path(path)
     if weights and (problem := path_problem(path)):
         raise UserError(f"{where}={path}: {problem}")
@@ -39,7 +38,7 @@ def locate(path: str, revision: str = "", *, where: str = "model.path", weights:
             download(path, ["pytorch_model*"], revision)
         return found
     except UserError as error:
-        raise UserError(
+        raise type(error)(
             f"{where}={path}: {looked}, and the hub gave no model of that name ({error}); hub names look like org/name"
         ) from error
 
@@ -48,9 +47,26 @@ def download(name: str, patterns: Sequence[str], revision: str = "", **more: Any
     """The folder with the files of a model on the hub that match `patterns`, fetched where the hub's cache lacks them.
     `more`: as snapshot_download has it. Raises UserError with the reason in one line."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), **more))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+    except Exception as error:  # of one of three HTTP libraries, as the release of huggingface_hub has it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise (PassingError if may_pass(error) else UserError)(reason) from error
+
+
+def name_for_others(path: str) -> str:
+    """A model or data set as others may know it: a hub's name as it is; of a path, which means nothing to them and
+    tells who keeps what where, the last folder or file, of an export of ours the run's."""
+    hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+    return path if hub else Path(path.rstrip("/").removesuffix("/export")).resolve().name
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a client of a hub has failed on the way there or at a hub that is busy, so that it may work later."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status or type(error).__module__.startswith(("httpx", "requests")):
+            return not status or status in (408, 429) or status >= 500
+        error = error.__cause__ or error.__context__
+    return False

@@ -10,20 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from skyrl.hub.locate import may_pass
 from skyrl.types import UserError
+
+SILENCE_SECONDS = 120.0  # of the hub's client, which has no limit: a silent hub would hold the job, GPUs and all
 
 
 @contextmanager
 def _one_line(doing: str) -> Iterator[None]:
-    """Whatever the hub or the way to it raises, as a UserError of one line; `status` of it is HTTP's, 0 without one."""
+    """Whatever the hub or the way to it raises, as a UserError of one line."""
+    from huggingface_hub import get_session
+
     try:
+        get_session().timeout = SILENCE_SECONDS
         yield
     except Exception as error:  # of one of three HTTP libraries, as the release of huggingface_hub has it
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         what = lines[0].partition(" for url")[0].rstrip(":")  # the last line is what the hub itself says
-        told = UserError(f"{doing}: {what}" + (f": {lines[-1]}" if len(lines) > 1 else ""))
-        told.status = getattr(getattr(error, "response", None), "status_code", 0)  # type: ignore[attr-defined]
-        raise told from error
+        raise UserError(f"{doing}: {what}" + (f": {lines[-1]}" if len(lines) > 1 else "")) from error
 
 
 def make_repository(name: str, private: bool) -> str:
@@ -45,7 +49,7 @@ def make_repository(name: str, private: bool) -> str:
         with _one_line(option):
             api.create_repo(name, private=private, exist_ok=True)
     except UserError as error:
-        if 400 <= getattr(error, "status", 0) < 500:
+        if not may_pass(error):
             raise UserError(f"{error} ({api.endpoint} refuses; is the token one that may write there?)") from error
         return f"{error} ({api.endpoint} gives no answer of use; the export is sent at the end of the run all the same)"
     return ""
@@ -58,16 +62,14 @@ class HubUpload:
     """
 
     def __init__(self, folder: Path, name: str, message: str) -> None:
-        self._told, self._args = "", (folder, name, message)
-        self._thread = threading.Thread(target=self._send, name="skyrl-hub", daemon=True)
+        self._told, sent = "", (folder, name, message)
+        self._thread = threading.Thread(target=self._send, args=sent, name="skyrl-hub", daemon=True)
         self._thread.start()
 
-    def _send(self) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
+    def _send(self, folder: Path, name: str, message: str) -> None:
+        from huggingface_hub import HfApi, utils
 
-        folder, name, message = self._args
-        disable_progress_bars()
+        utils.disable_progress_bars()
         try:
             with _one_line(f"checkpoint.push_to_hub={name}"):
                 done = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)

@@ -30,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from skyrl.config.schema import ModelConfig
 from skyrl.files import disk_reason, write_folder_atomic
-from skyrl.hub.locate import locate
+from skyrl.hub.locate import locate, name_for_others
 from skyrl.hub.tensor_files import INDEX
 from skyrl.models.load import build_net
 from skyrl.text.tokenizer import TINY
@@ -93,7 +93,7 @@ def export_model(
             origin = _origin(source.path, source.revision)
             _write_config(config, part, origin, dtype, architecture, changes)
             _copy_side_files(part, origin, source, tokenizer, config.model_type)
-            _write_card(part, origin, source.path, "" if classifier else str(folder), about)
+            _write_card(part, origin, source.path, classifier, about)
             more(part)
     except OSError as error:
         raise UserError(
@@ -253,9 +253,9 @@ def _copy(origin: Path, part: Path, wanted: tuple[str, ...], but: tuple[str, ...
             shutil.copyfile(file, part / file.name)
 
 
-def _write_card(part: Path, origin: Path | None, base: str, folder: str, how: str) -> None:
-    """README.md: what it is, the base and its licence as the base's own card says, `how` it was trained, and how it is
-    loaded and served."""
+def _write_card(part: Path, origin: Path | None, base: str, classifier: bool, how: str) -> None:
+    """README.md, for whoever gets this folder: what it is, the base and its licence as the base's own card says, `how`
+    it was trained, and how it is loaded and served."""
     tags = ["skyrl", *(["reinforcement-learning"] if "| trainer | rl |" in how else [])]
     about: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     card = origin / "README.md" if origin is not None else Path()
@@ -263,17 +263,14 @@ def _write_card(part: Path, origin: Path | None, base: str, folder: str, how: st
     with suppress(yaml.YAMLError):
         own = yaml.safe_load(told[4:].partition("\n---")[0]) if told.startswith("---\n") else None
         about |= {key: own[key] for key in LICENCE if key in own} if isinstance(own, dict) else {}
-    if origin is not None and base.count("/") == 1 and not Path(base).exists():  # a name of the hub
-        about["base_model"] = base
-    use = "A reward model: the one logit of transformers.AutoModelForSequenceClassification is the reward.\n"
-    if folder:
-        use = f"    vllm serve {folder}\n    lm_eval --model hf --model_args pretrained={folder} --tasks gsm8k\n"
-    (part / "README.md").write_text(
-        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from "
-        f"{'a random model' if base == TINY else base}. {'The licence of that model applies. ' * (base != TINY)}\n\n"
-        f"{how}{use}",
-        encoding="utf-8",
-    )
+    known = name_for_others(base)
+    if origin is not None and "/" in known:
+        about["base_model"] = known
+    made_of = "a random model." if base == TINY else f"{known}. The licence of that model applies."
+    use = "In this folder:\n\n    vllm serve .\n    lm_eval --model hf --model_args pretrained=. --tasks gsm8k\n"
+    reward = "A reward model: the one logit of transformers.AutoModelForSequenceClassification is the reward.\n"
+    head = f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\nTrained with skyrl from {made_of}\n\n"
+    (part / "README.md").write_text(f"{head}{how}{reward if classifier else use}", encoding="utf-8")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

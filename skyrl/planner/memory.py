@@ -140,9 +140,8 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
     source = locate(path, cfg.model.revision, weights=False)
     trust = cfg.model.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(
-            source, trust_remote_code=trust, dtype=torch.float32
-        )  # the file's own may be "auto", which is none
+        # the file's own dtype may be "auto", which is none
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust, dtype=torch.float32)
         if problem := config_problem(config.to_dict()):
             raise UserError(f"model.path={path}: {problem}")
         config = text_part(config)
@@ -449,7 +448,7 @@ def _teacher(cfg: RunConfig, world_size: int, compute: int, sharded: bool) -> in
     try:
         sizes = model_sizes(replace(cfg, model=replace(cfg.model, path=cfg.distill.teacher, revision="")))
     except UserError as error:
-        raise UserError(str(error).replace("model.path=", "distill.teacher=", 1)) from error
+        raise type(error)(str(error).replace("model.path=", "distill.teacher=", 1)) from error
     return sizes.num_parameters * compute // (world_size if sharded else 1)
 
 

@@ -26,7 +26,7 @@ import yaml
 import skyrl
 from skyrl.config.args import hide_in_command
 from skyrl.files import disk_reason, open_plain, write_atomic
-from skyrl.types import UserError
+from skyrl.types import PassingError, UserError
 
 # "000010-r0.jsonl", "eval-000010-r1.jsonl", "eval-gsm8k-000010-r1.jsonl" of a set: what was played, step, rank; and
 # beside it, as "000010-r0.jsonl.trained", advantages and the trainer's log-probs
@@ -115,7 +115,7 @@ class RunFolder:
                 return [f"run.dir={self.path}: this file system has no locks; start no second run on this folder"]
             if problem.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise UserError(
+            raise PassingError(
                 f"run.dir={self.path}: in use by another run ({holder}); wait for it, end it, or give another run.dir "
                 "or run.name"
             ) from None
@@ -147,13 +147,9 @@ class RunFolder:
         return lines
 
     def _keep_versions(self, command: list[str], hosts: dict[str, dict[str, Any]] | None) -> None:
-        path = self.path / "versions.json"
-        try:
-            starts = json.loads(path.read_text()) if path.exists() else []
-        except ValueError:
-            starts = []  # a record for people; the run does not depend on it
+        starts = read_json(self.path, "versions.json") or []  # a record for people; the run does not depend on it
         start = {**collect_versions(), "command": hide_in_command(command), **({"hosts": hosts} if hosts else {})}
-        write_atomic(path, json.dumps([*starts, start], indent=1) + "\n")
+        write_atomic(self.path / "versions.json", json.dumps([*starts, start], indent=1) + "\n")
 
 
 def is_locked(folder: Path) -> bool:
@@ -239,8 +235,7 @@ def cut_metrics(path: Path, num_bytes: int) -> list[str]:
         return [f"{path}: {there} bytes, the checkpoint knew {num_bytes}; some earlier steps are missing in it"]
     if there == num_bytes:
         return []
-    with open(path, "rb") as stream:
-        kept = stream.read(num_bytes)
+    kept = path.read_bytes()[:num_bytes]
     if kept and not kept.endswith(b"\n"):
         raise UserError(
             f"{path}: byte {num_bytes}, where the checkpoint ends, is not the end of a line: the file was changed; "
@@ -286,8 +281,7 @@ def _step_of(line: bytes) -> float:
 def drop_rollouts(folder: Path, step: int) -> None:
     """Deletes dumped episodes of steps after `step`: after a change of world size, old parts would stay among new."""
     for path in Path(folder).glob("*.jsonl*"):
-        name = ROLLOUT_NAME.fullmatch(path.name)
-        if name is not None and int(name["step"]) > step:
+        if (name := ROLLOUT_NAME.fullmatch(path.name)) and int(name["step"]) > step:
             path.unlink()
 
 

@@ -13,8 +13,9 @@ from skyrl.envs.data_files import Example, data_file, is_file_path, read_example
 from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.math import extract_answer
 from skyrl.envs.single_turn import SingleTurn
+from skyrl.hub.locate import may_pass
 from skyrl.registry import import_extra
-from skyrl.types import Prompt, UserError
+from skyrl.types import PassingError, Prompt, UserError
 
 INSTRUCTION = 'Think step by step. End with "#### " and the answer as a number.'
 ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -91,10 +92,9 @@ def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Exampl
     try:
         table = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the package raises its own and its network stack's kinds; all mean the same here
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise (PassingError if may_pass(error) else UserError)(
             f"{where}={source!r}: no such file, and as a data set id it cannot be loaded ({type(error).__name__}: "
-            f"{reason}); give a .jsonl file, or an id with a split {split!r}"
+            f"{' '.join(str(error).split())[:200]}); give a .jsonl file, or an id with a split {split!r}"
         ) from error
     count = min(max_rows, len(table)) if max_rows else len(table)
     return [Example(f"{source}[{split}]:{n + 1}", dict(table[n])) for n in range(count)]

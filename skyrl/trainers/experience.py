@@ -39,7 +39,7 @@ def frozen_source(run: Run, path: str, option: str) -> ModelConfig:
         try:
             own, other = run.engine.tokenizer.get_vocab(), load_tokenizer(source).get_vocab()
         except UserError as error:
-            raise UserError(f"{option}: {path}: {error}") from error
+            raise type(error)(f"{option}: {path}: {error}") from error
         if own != other:
             odd = min(own.keys() ^ other.keys() or (t for t in own if own[t] != other[t]))
             raise UserError(
@@ -61,7 +61,7 @@ def create_references(run: Run) -> None:
             with inside(LOADING, run.state.global_step):
                 run.engine.create(f"reference {path}", ModelSpec(trainable=False, source=source))
         except UserError as error:
-            raise UserError(f"algorithm.reference.models: {path}: {error}") from error
+            raise type(error)(f"algorithm.reference.models: {path}: {error}") from error
 
 
 def _references(run: Run) -> dict[str, float]:

@@ -4,7 +4,9 @@ SKYRL_RECORD=1 writes the reviewed texts (helm/*.golden) anew.
 """
 
 import os
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,8 @@ def test_lint():
         ({"train": {"nodes": 0}}, "nodes"),
         ({"train": {"options": ["run.dir=/tmp/x"]}}, "options"),
         ({"train": {"options": ["run.window=22:00-06:00"]}}, "options"),  # a pod would end and start again all day
+        ({"train": {"options": ["--help"]}}, "options"),  # would print, and complete the job
+        ({"serve": {"options": ["--help"]}}, "options"),
         ({"train": {"name": ".."}}, "name"),
         ({"train": {"gpus": "8"}}, "gpus"),
         ({"train": {"nodeSelector": {"gpu": True}}}, "nodeSelector"),
@@ -88,6 +92,30 @@ def test_lint():
 def test_values_that_cannot_be_meant_are_refused_before_anything_starts(values, words):
     with pytest.raises(Exception, match=words):
         render(values)
+
+
+@pytest.mark.parametrize(
+    "more", [{"offPeak": {"enabled": True}}, {"queue": "q"}, {"offPeak": {"enabled": True}, "kind": "JobSet"}]
+)
+@pytest.mark.parametrize("suspended", [True, False])
+def test_an_upgrade_leaves_it_to_the_window_and_the_queue_whether_the_job_runs(more, suspended, tmp_path):
+    """Without a cluster `lookup` finds nothing, so what it would find is written in its place."""
+    labels = '(dict "labels" (dict "kueue.x-k8s.io/queue-name" "q"))'
+    live = f'(dict "metadata" {labels} "spec" (dict "suspend" {str(suspended).lower()}))'
+    copied = Path(shutil.copytree(CHART, tmp_path / "chart"))
+    helpers = copied / "templates" / "_helpers.tpl"
+    text, count = re.subn(r"lookup \$api [^}]*? \$name", live, helpers.read_text())
+    assert count == 1
+    helpers.write_text(text)
+
+    def suspend(of, **how):
+        with chart.Chart.load(of) as loaded:
+            rendered = loaded.render(values=loaded.merge_values({"train": more}), name="mine", **how)
+        made = [one for text in rendered.values() for one in yaml.safe_load_all(text) if one]
+        return [one["spec"]["suspend"] for one in made if one["kind"] in ("Job", "JobSet")]
+
+    assert suspend(copied, is_upgrade=True) == [suspended]
+    assert suspend(copied, is_install=True) == suspend(CHART, is_upgrade=True) == [True]
 
 
 def containers(values, kind):
@@ -152,7 +180,20 @@ def test_names_of_digits_stay_texts():
     numbers = {"runs": {"claim": "1"}, "secrets": ["2"], "image": {"repository": "r", "pullSecrets": ["3"]}}
     numbers |= {"volumes": [{"name": "8", "claim": "4", "path": "/m"}], "train": {"queue": "5", "priorityClass": "6"}}
     numbers |= {"serve": {"enabled": True, "keysSecret": "7"}, "ingress": {"enabled": True, "serveHost": "9.example"}}
-    for text in render(numbers, "2026").values():
-        for one in yaml.safe_load_all(text):
-            if one:
-                kubernetes_validate.validate(one, "1.29", strict=True)
+    numbers["runs"] = {"storageClass": "true"}
+    for release in ("2026", "a.b"):
+        for text in render(numbers, release).values():
+            for one in yaml.safe_load_all(text):
+                if one:
+                    kubernetes_validate.validate(one, "1.29", strict=True)
+                    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", one["metadata"]["name"])  # of a service
+
+
+def test_large_numbers_of_a_values_file_stay_whole():
+    """The JSON of a values file has one kind of number, which templates write as 1.00068e+09."""
+    large = {"env": {"NCCL_BUFFSIZE": 8388608, "RATE": 0.5}, "securityContext": {"runAsUser": 1000680000}}
+    (job,) = (one for one in manifests(large) if one["kind"] == "Job")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsUser"] == 1000680000 and pod["securityContext"]["fsGroup"] == 1000
+    env = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+    assert (env["NCCL_BUFFSIZE"], env["RATE"]) == ("8388608", "0.5")

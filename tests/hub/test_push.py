@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -13,7 +15,7 @@ from loop import run_loop
 from small import small_config
 
 from skyrl.config.validation import check
-from skyrl.hub.push import make_repository
+from skyrl.hub.push import HubUpload, make_repository
 from skyrl.types import UserError
 
 NAME = "lab/sorts-letters"
@@ -156,6 +158,23 @@ def test_a_hub_that_does_not_answer_is_a_warning(hub, monkeypatch):
     assert "the disk is full" in make_repository(NAME, False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     assert "refused (http://127.0.0.1:1 gives no answer of use" in make_repository(NAME, False)
+
+
+def test_a_hub_that_falls_silent_holds_no_gpu(tmp_path, hub, monkeypatch):
+    """It takes the connection and never answers, as behind some firewalls."""
+    monkeypatch.setattr("skyrl.hub.push.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(huggingface_hub.get_session(), "timeout", None)  # as it was, afterwards
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None)
+    )  # between tries
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        assert "timed out" in make_repository(NAME, True)
+        told = HubUpload(tmp_path, NAME, "skyrl").wait(60.0)
+        assert (
+            told is not None and told.startswith(f"not sent: checkpoint.push_to_hub={NAME}: ") and "timed out" in told
+        )
 
 
 @pytest.mark.parametrize(

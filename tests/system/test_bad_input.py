@@ -207,10 +207,11 @@ def test_a_half_written_checkpoint_is_not_one(warm, cut, tmp_path):
 
 
 def test_two_runs_in_one_folder(warm, cut, tmp_path):
+    """With a code after which a scheduler tries again: a file server keeps the lock of a lost node for minutes."""
     run = cut("000010")
     holder = subprocess.Popen(["flock", str(run / "lock"), "sleep", "60"])
     try:
-        refused(warm.run(*LETTERS, "run.dir=run", cwd=tmp_path), "run.dir=run: in use by another run", "run.name")
+        refused(warm.run(*LETTERS, "run.dir=run", cwd=tmp_path), "run.dir=run: in use by another run", code=1)
     finally:
         holder.kill()
         holder.wait()

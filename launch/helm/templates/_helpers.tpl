@@ -1,5 +1,6 @@
+{{/* A name that a service may have: it begins with a letter and has no dots, which a release's may not and may. */}}
 {{- define "skyrl.fullname" -}}
-{{- printf "%s" .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- regexReplaceAll "^([^a-z])" (replace "." "-" .Release.Name) "skyrl-${1}" | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "skyrl.labels" -}}
@@ -22,9 +23,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 automountServiceAccountToken: false
 securityContext:
   runAsNonRoot: true
-  runAsUser: {{ .Values.securityContext.runAsUser }}
-  runAsGroup: {{ .Values.securityContext.runAsGroup }}
-  fsGroup: {{ .Values.securityContext.fsGroup }}
+  runAsUser: {{ int64 .Values.securityContext.runAsUser }}
+  runAsGroup: {{ int64 .Values.securityContext.runAsGroup }}
+  fsGroup: {{ int64 .Values.securityContext.fsGroup }}
   # Without it a volume of many checkpoints is walked through at each start.
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
@@ -76,6 +77,8 @@ envFrom:
 - {name: TRANSFORMERS_OFFLINE, value: "1"}
 {{- end }}
 {{- range $name, $value := .Values.env }}
+{{- /* A number of a values file has no kind of its own, and from a million on would be written 1e+06. */}}
+{{- if and (kindIs "float64" $value) (eq $value (floor $value)) }}{{ $value = int64 $value }}{{ end }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
 {{- end -}}
@@ -143,6 +146,23 @@ spec:
       volumeMounts:
         {{- include "skyrl.mounts" . | nindent 8 }}
         - {name: shm, mountPath: /dev/shm}
+{{- end -}}
+
+{{/* Kueue or the window has the say from the second release on: an upgrade would stop what runs until the next window. */}}
+{{- define "skyrl.train.suspend" -}}
+{{- $name := printf "%s-train" (include "skyrl.fullname" .) -}}
+{{- $api := ternary "jobset.x-k8s.io/v1alpha2" "batch/v1" (eq .Values.train.kind "JobSet") -}}
+{{- $asked := or (not (empty .Values.train.queue)) .Values.train.offPeak.enabled -}}
+{{- $suspend := $asked -}}
+{{- if and $asked .Release.IsUpgrade -}}
+{{- $live := lookup $api .Values.train.kind .Release.Namespace $name -}}
+{{- $window := lookup "batch/v1" "CronJob" .Release.Namespace (printf "%s-begin" $name) -}}
+{{- $queue := dig "metadata" "labels" "kueue.x-k8s.io/queue-name" "" ($live | default dict) -}}
+{{- if and $live (or $window $queue) -}}
+{{- $suspend = dig "spec" "suspend" false $live -}}
+{{- end -}}
+{{- end -}}
+{{- $suspend -}}
 {{- end -}}
 
 {{- define "skyrl.train.job" -}}
