@@ -11,6 +11,8 @@ from skyrl.hub.model_path import path_problem
 from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.types import PassingError, UserError
 
+SILENCE_SECONDS = 120.0  # of a hub
+
 
 def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:
     """The local folder of a model: `path` itself, the hub's copy of it, fetched if need be, or, for a file in GGUF
@@ -49,10 +51,27 @@ def download(name: str, patterns: Sequence[str], revision: str = "", **more: Any
     from huggingface_hub import snapshot_download
 
     try:
+        limit_silence()
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), **more))
     except Exception as error:  # of one of three HTTP libraries, as the release of huggingface_hub has it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise (PassingError if may_pass(error) else UserError)(reason) from error
+
+
+def limit_silence() -> None:
+    """Has the hub's client give up on a hub that is silent; by itself it waits for ever, with the job and its GPUs."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    asked = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {
+        kind: asked.get(kind) or SILENCE_SECONDS for kind in ("connect", "read", "write", "pool")
+    }
 
 
 def name_for_others(path: str) -> str:

@@ -10,19 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from skyrl.hub.locate import may_pass
+from skyrl.hub.locate import limit_silence, may_pass
 from skyrl.types import UserError
-
-SILENCE_SECONDS = 120.0  # of the hub's client, which has no limit: a silent hub would hold the job, GPUs and all
 
 
 @contextmanager
 def _one_line(doing: str) -> Iterator[None]:
     """Whatever the hub or the way to it raises, as a UserError of one line."""
-    from huggingface_hub import get_session
-
     try:
-        get_session().timeout = SILENCE_SECONDS
+        limit_silence()
         yield
     except Exception as error:  # of one of three HTTP libraries, as the release of huggingface_hub has it
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

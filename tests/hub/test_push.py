@@ -15,8 +15,9 @@ from loop import run_loop
 from small import small_config
 
 from skyrl.config.validation import check
+from skyrl.hub.locate import download
 from skyrl.hub.push import HubUpload, make_repository
-from skyrl.types import UserError
+from skyrl.types import PassingError, UserError
 
 NAME = "lab/sorts-letters"
 
@@ -162,8 +163,7 @@ def test_a_hub_that_does_not_answer_is_a_warning(hub, monkeypatch):
 
 def test_a_hub_that_falls_silent_holds_no_gpu(tmp_path, hub, monkeypatch):
     """It takes the connection and never answers, as behind some firewalls."""
-    monkeypatch.setattr("skyrl.hub.push.SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(huggingface_hub.get_session(), "timeout", None)  # as it was, afterwards
+    monkeypatch.setattr("skyrl.hub.locate.SILENCE_SECONDS", 0.3)
     monkeypatch.setattr(
         "huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None)
     )  # between tries
@@ -171,6 +171,8 @@ def test_a_hub_that_falls_silent_holds_no_gpu(tmp_path, hub, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as mute:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{mute.getsockname()[1]}")
         assert "timed out" in make_repository(NAME, True)
+        with pytest.raises(PassingError, match="."):
+            download(NAME, ["*.json"])
         told = HubUpload(tmp_path, NAME, "skyrl").wait(60.0)
         assert (
             told is not None and told.startswith(f"not sent: checkpoint.push_to_hub={NAME}: ") and "timed out" in told
