@@ -27,9 +27,7 @@ def path_problem(path: str) -> str:
         return ""
     place = Path(path)
     try:
-        if place.is_file():
-            return _file_problem(place)
-        return _folder_problem(place) if place.is_dir() else ""
+        return _file_problem(place) if place.is_file() else _folder_problem(place) if place.is_dir() else ""
     except OSError as error:
         return f"cannot be read ({error.strerror}); mend its permissions, or give another folder"
 
@@ -54,6 +52,9 @@ def _file_problem(file: Path) -> str:
         return ""  # skyrl.hub.gguf makes a folder of it
     if kind := ENDINGS.get(file.suffix.lower()):
         return f"is {kind}; {_origin(kind)}"
+    with file.open("rb") as opened:
+        if opened.read(4) == b"GGUF":  # a blob of Ollama's or of the hub's cache
+            return f"is a GGUF file, but does not end in .gguf; give a link to it that does: ln -s {file} model.gguf"
     if file.suffix.lower() in ARCHIVES:
         return "is an archive; unpack it and give the folder"
     if (file.parent / "config.json").is_file():
@@ -86,8 +87,7 @@ def _folder_problem(folder: Path) -> str:
         if name in found:
             return config_problem({"quantization_config": {"quant_method": method}})
     if kinds and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        kind = next(iter(kinds))
-        return f"holds {kind}; {_origin(kind)}"
+        return f"holds {(kind := next(iter(kinds)))}; {_origin(kind)}"
     return ""
 
 

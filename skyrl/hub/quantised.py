@@ -3,7 +3,7 @@
 MXFP4 (gpt-oss): `<name>_blocks` [..., rows, groups, 16] uint8, two codes of a sign, two bits of exponent and one of
 fraction in a byte, the low one first, and `<name>_scales` [..., rows, groups] uint8, exponents of 2 above -127, for 32
 numbers each; the weight is [..., 32 * groups, rows]. FP8 (DeepSeek V3): a `<name>` in float8 and `<name>_scale_inv`
-[rows / 128, columns / 128], a factor for each block.
+[rows / 128, columns / 128], a factor for each block; `activation_scale` beside it is for products in FP8 alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def dequantise(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
         values = torch.tensor([*FP4, *(-x for x in FP4)], dtype=torch.bfloat16)
         both = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], -1).flatten(-2)
         return torch.ldexp(both, scales.int().unsqueeze(-1) - 127).flatten(-2).transpose(-2, -1)
+    if not codes.is_floating_point():
+        raise ValueError(f"it is {str(codes.dtype)[6:]} and not float8")
     if scales.numel() == 1:
         return codes.float() * scales.float()
     rows, columns = codes.shape[-2:]

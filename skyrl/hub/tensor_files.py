@@ -70,7 +70,8 @@ class Checkpoint:
             )
         self._where, self.quantised = self.files, quantised_names(self.files)
         self._block = block_of(folder)
-        parts = {key for pair in self.quantised.values() for key in pair}
+        own = {name.removesuffix("weight") + "activation_scale" for name in self.quantised}
+        parts = own.union(*self.quantised.values())
         self.files = {key: file for key, file in self._where.items() if key not in parts}
         self.files |= {name: self._where[codes] for name, (codes, _) in self.quantised.items()}
 
@@ -84,8 +85,7 @@ class Checkpoint:
                 raise ValueError("weight_map must name a file for each tensor")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"model.path: {self.folder / name} is no index of weights ({str(error)[:100]!r}); download the model "
-                "again"
+                f"model.path: {self.folder / name} is no index of weights ({str(error)[:100]!r}); download it again"
             ) from error
         return found
 

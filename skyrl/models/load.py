@@ -7,7 +7,7 @@ of transformers to the last bit and no memory is spent before a strategy has dec
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import init_empty_weights
@@ -54,17 +54,14 @@ def read_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
 
 def _whole_config(cfg: ModelConfig) -> Any:
     """What transformers makes of the folder's config.json: of a model that takes images, not of its text part alone."""
-    try:
-        config = AutoConfig.from_pretrained(  # the file's own dtype may be "auto", which is none
-            locate(cfg.path, cfg.revision), trust_remote_code=cfg.trust_remote_code, dtype=torch.float32
-        )
+    folder = locate(cfg.path, cfg.revision)
+    try:  # the file's own dtype may be "auto", which is none
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code, dtype=torch.float32)
         method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
         if method in DEQUANTISED:
             warn_fallback(f"model.path={cfg.path}: its weights are in {method}; they are dequantised and trained whole")
             del config.quantization_config
         return config
-    except UserError:
-        raise
     except Exception as error:  # whatever a class makes of values that it did not expect, and code of the folder
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
         if "trust_remote_code=True" in str(error):
@@ -180,7 +177,7 @@ def check_against_transformers(model: CausalLM) -> None:
         return
     config = model.net.config
 
-    def refuse(reason: str) -> None:
+    def refuse(reason: str) -> NoReturn:
         raise UserError(f"model.path: model type {config.model_type!r} is not supported: {reason}")
 
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
@@ -198,8 +195,13 @@ def check_against_transformers(model: CausalLM) -> None:
         if window is not None:
             config.sliding_window = 3  # what transformers' masks are made from
         with torch.no_grad():
+            try:
+                plain = torch.cat(plain_logprobs(model.net, rows))
+            except (ValueError, RuntimeError) as error:  # more experts a token than there are, a window that is null
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                refuse(f"its own forward fails with this config.json ({reason_of(error)}); put the model's own back")
             ours = torch.log_softmax(model.logits(model.hidden(torch.cat(rows), positions, attention, lengths)), -1)
-            plain = torch.cat(plain_logprobs(model.net, rows))
     except TypeError as error:
         if "skyrl_attention" not in str(error):
             raise
@@ -220,11 +222,8 @@ def plain_logprobs(net: Any, rows: list[Tensor]) -> list[Tensor]:
     """log softmax [L, V] of each row by transformers' own forward with eager attention, one row at a time."""
     net.set_attn_implementation("eager")
     try:
-        out = []
-        for row in rows:
-            with precise(next(net.parameters()).dtype):
-                logits = net(input_ids=row[None], use_cache=False).logits[0]
-            out.append(torch.log_softmax(logits.to(loss_dtype(logits.dtype)), -1))
-        return out
+        with precise(next(net.parameters()).dtype):
+            logits = [net(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        return [torch.log_softmax(one.to(loss_dtype(one.dtype)), -1) for one in logits]
     finally:
         net.set_attn_implementation(NAME)

@@ -300,6 +300,5 @@ def _ignorable(net: Any, key: str) -> bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no infinity; in one pass, without a tensor of the same size."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    passed = not tensor.is_floating_point() or not tensor.numel()
+    return passed or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

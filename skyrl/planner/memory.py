@@ -163,8 +163,7 @@ def _sizes_of(cfg: RunConfig) -> ModelSizes:
             f"model.path={path}: no model can be read there ({reason}); give tiny, a folder in Hugging Face format, or "
             "a hub name that this machine can reach or has in its cache"
         ) from error
-    text = config
-    heads = text.num_attention_heads
+    text, heads = config, config.num_attention_heads
     # A mixture of experts runs some of its experts on each token.
     ffn = _first(text, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
     ffn = ffn or 4 * text.hidden_size
@@ -211,13 +210,14 @@ def _state_sizes(text: Any) -> dict[str, int]:
 
 def _first(config: Any, *names: str, layer: int | None = None) -> Any:
     """The first of some fields that a config has: families call the same number by several names. None: it has none.
-    Of one that differs from layer to layer (Gemma 4) that of `layer`, or the largest."""
+    Of one that differs from layer to layer (Gemma 4, a list in Gemma 3n) that of `layer`, or the largest."""
+    numbers = range(config.num_hidden_layers) if layer is None else [layer]
 
     def value_of(name: str) -> Any:
         try:
-            return getattr(config, name, None)
+            value = getattr(config, name, None)
+            return max(value[number] for number in numbers) if isinstance(value, list) else value
         except RuntimeError:  # how transformers says that there are several
-            numbers = range(config.num_hidden_layers) if layer is None else [layer]
             return max(getattr(config.per_layer_config[number], name) for number in numbers)
 
     return next((value for value in map(value_of, names) if value), None)

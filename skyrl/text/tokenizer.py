@@ -85,7 +85,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
             if (Path(folder) / "tokenizer.model").is_file() and importlib.util.find_spec("sentencepiece") is None:
                 reason = "tokenizer.model is read by the package sentencepiece: pip install sentencepiece"
             raise UserError(
-                f"{where}={source}: no tokenizer can be read there ({reason}); set model.tokenizer"
+                f"{where}={source}: no tokenizer can be read there ({reason}); set model.tokenizer, or mend the folder"
             ) from error
     if cfg.chat_template:
         file = Path(cfg.chat_template)

@@ -90,3 +90,9 @@ def test_what_may_be_trained_and_where_it_is_asked(tmp_path):
             load_config([f"model.path={tmp_path}/m.onnx"], mode=mode)
     with pytest.raises(UserError, match="model.tokenizer=.*: is a file; give its folder"):
         load_config([f"model.tokenizer={tmp_path}/config.json"])
+
+
+def test_a_gguf_file_without_its_ending_is_known_by_its_first_bytes(tmp_path):
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(b"GGUF" + bytes(20))
+    assert path_problem(str(blob)).startswith("is a GGUF file, but does not end in .gguf; give a link to it")

@@ -179,6 +179,14 @@ REFUSED = {
     "a field that no config has room for": ("qwen3", in_config(lambda c: c.update(use_return_dict=True)), "read its c"),
     "a field of another type": ("qwen3", in_config(lambda c: c.update(tie_word_embeddings=None)), "read its config"),
 }
+# Values with which transformers builds a module that it cannot run: found by the probe, in one line.
+NOT_RUN = {
+    "more experts for a token than there are": ("qwen3_moe", {"num_experts_per_tok": 8}),
+    "groups that do not divide the experts": ("deepseek_v3", {"n_group": 3}),
+    "a window that is null": ("gpt_oss", {"sliding_window": None}),
+    "chunks that are null": ("llama4_text", {"attention_chunk_size": None}),
+    "chunks of nothing": ("llama4_text", {"attention_chunk_size": 0}),
+}
 SHARDED = {name for name in (*SAME, *REFUSED) if "index" in name or "shard" in name}
 
 
@@ -210,4 +218,13 @@ def test_refused_by_the_name_of_the_tensor(case, nets, tmp_path):
     cfg, match = prepared(nets, case, tmp_path)
     with pytest.raises(UserError, match=match[0]) as caught:
         build_model(cfg, Entries(96))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "values"), NOT_RUN.values(), ids=NOT_RUN)
+def test_a_config_that_transformers_cannot_run_is_refused(name, values, tmp_path):
+    make_net(name).save_pretrained(tmp_path)
+    in_config(lambda config: config.update(values))(tmp_path)
+    with pytest.raises(UserError, match="own forward fails with this config.json .*; put the model's own") as caught:
+        check_against_transformers(build_model(ModelConfig(path=str(tmp_path)), Entries(96)))
     assert "\n" not in str(caught.value)

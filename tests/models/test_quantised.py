@@ -76,6 +76,24 @@ def test_the_last_block_may_be_cut():
         assert torch.equal(dequantise(codes, whole, (8, 8)), codes.float() * scales[0, 0])
 
 
+def test_factors_of_activations_change_no_weight(tmp_path):
+    """As in Devstral 2, of which each product has one, beside one factor for the whole matrix."""
+    make_net("qwen2").save_pretrained(tmp_path)
+    mark(tmp_path, quant_method="fp8", weight_block_size=None, activation_scheme="static")
+
+    def act(tensors):
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            tensors[name] = (4 * tensors[name]).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.tensor(0.25)
+            tensors[f"{name[:-6]}activation_scale"] = torch.tensor(0.3)
+
+    edit(tmp_path / WEIGHTS, act)
+    made = dict(build_model(ModelConfig(path=str(tmp_path)), Entries(96)).net.named_parameters())
+    for name, codes in load_file(tmp_path / WEIGHTS).items():
+        if codes.dtype == torch.float8_e4m3fn:
+            assert torch.equal(made[name], codes.float() / 4)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("method", MADE)
 def test_each_rank_has_its_part(method, tmp_path):
@@ -100,16 +118,19 @@ def on_ranks(folder):
         ("mxfp4", lambda key, t: t[:, :-1].contiguous(), "_scales in .* does not fit"),
         ("mxfp4", None, "has no place for .*_scales|has no place for .*_blocks"),
         ("fp8", None, "is float8_e4m3fn without the factors"),
+        ("bytes", lambda key, t: t, "does not fit .* it is uint8 and not float8"),
     ],
 )
 def test_scales_that_do_not_fit(method, change, said, tmp_path):
-    MADE[method](tmp_path)
+    MADE["fp8" if method == "bytes" else method](tmp_path)
 
     def act(tensors):
         key = next(key for key in sorted(tensors) if key.endswith(("_scale_inv", "_scales")))
         value = tensors.pop(key)
         if change is not None:
             tensors[key] = change(key, value)
+        if method == "bytes":  # codes that were saved by their bits
+            tensors[key[:-10]] = tensors[key[:-10]].view(torch.uint8)
 
     edit(tmp_path / WEIGHTS, act)
     with pytest.raises(UserError, match=said) as caught:

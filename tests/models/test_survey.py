@@ -8,7 +8,9 @@ import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.survey import outcome, sizes
+from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.models.support import check_supported
+from skyrl.planner.memory import adapter_parameters, layer_values, model_sizes
 from skyrl.types import UserError
 
 TABLE = json.loads(
@@ -28,6 +30,15 @@ def test_families_that_were_let_in_are():
         except UserError as error:
             refused[kind] = str(error)
     assert not refused
+
+
+def test_the_plan_counts_families_that_were_let_in(tmp_path):
+    """Their configs say sizes in many ways: Gemma 3n's of the feed-forward is a list with one of each layer."""
+    for kind in (kind for kind in TABLE["exact"] if kind in KINDS):
+        KINDS[kind](**sizes(kind)).save_pretrained(tmp_path / kind)
+        found = model_sizes(RunConfig(model=ModelConfig(path=str(tmp_path / kind))))
+        counted = layer_values(found, half=True), adapter_parameters(found, 4), found.cache_bytes_per_token("float32")
+        assert all(isinstance(number, int) and number > 0 for number in counted), kind
 
 
 def test_one_family_of_the_survey(tmp_path):
