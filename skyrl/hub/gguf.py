@@ -34,7 +34,7 @@ def gguf_file(path: Path, where: str = "model.path") -> Path | None:
     Raises: UserError for a folder that holds several, and for a file that is a part of one.
     """
     if path.is_dir() and not any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")):
-        found = sorted(path.glob("*.gguf"))
+        found = sorted(file for file in path.glob("*.gguf") if not file.name.startswith("mmproj"))  # its images
         if len(found) > 1:
             names = few([file.name for file in found])
             raise UserError(f"{where}={path}: the folder holds several GGUF files ({names}); give the path of one")

@@ -237,6 +237,7 @@ def test_a_cut_download_is_one_line(tmp_path, keep):
 
 def test_which_file_is_meant(tmp_path):
     write(tmp_path / "a.gguf")
+    shutil.copy(tmp_path / "a.gguf", tmp_path / "mmproj-a.gguf")  # what makes tokens of images
     assert gguf_file(tmp_path) == tmp_path / "a.gguf"
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
     with pytest.raises(UserError, match=r"several GGUF files \(a.gguf, b.gguf\); give the path of one"):
