@@ -339,9 +339,9 @@ class _HalfGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        given = grads[0].contiguous(), *ctx.saved_tensors
-        out = tuple(map(torch.empty_like, ctx.saved_tensors))
-        run("skyrl_gated_half_gradient", *given, *out, out[0].numel())
+        saved = ctx.saved_tensors  # once: checkpointing gives them out no second time
+        out = tuple(map(torch.empty_like, saved))
+        run("skyrl_gated_half_gradient", grads[0].contiguous(), *saved, *out, out[0].numel())
         return out
 
 
