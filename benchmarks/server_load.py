@@ -5,7 +5,8 @@ beside one with many requests in flight.
 
 One CPU rank with the tiny model, in a process of its own, so that a step hardly computes and what is measured is the
 server. The door: what a request of 16 clients costs in processor time of the server's threads. The rest is measured
-alternately with and without, for a shared machine's minutes differ. Prints JSON.
+alternately with and without, for a shared machine's minutes differ. Prints JSON. With --model FOLDER only this: the
+door with 1, 16 and 256 clients before that model in bfloat16, 16 tokens a sample (kept as server_load_FOLDER.json).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from common import ROOT, write
 MODEL = ("model.path=tiny", "run.threads=1")
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": list(range(5, 21))}]}
 DOOR_CLIENTS, DOOR_REQUESTS = 16, 640
+PRETRAINED = {1: 24, 16: 192, 256: 768}  # clients: requests of all of them
 CROWD = 64  # requests that the large client has in flight
 SMALL = {"max_tokens": 8, "stop": []}
 CROWDS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -77,19 +79,19 @@ class Client:
         """A new one."""
         return (await self.call("create_session", {"tags": []}))[1]["session_id"]
 
-    async def sampler(self) -> str:
+    async def sampler(self, model: str = "tiny") -> str:
         """A sampling session of the base model."""
-        body = {"session_id": await self.session(), "sampling_session_seq_id": 0, "base_model": "tiny"}
+        body = {"session_id": await self.session(), "sampling_session_seq_id": 0, "base_model": model}
         return (await self.call("create_sampling_session", body))[1]["sampling_session_id"]
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[int, float, int]]:
+def serving(folder: Path, options: tuple[str, ...] = MODEL) -> Iterator[tuple[int, float, int]]:
     """(port, seconds from its start until it answers, process) of a server that keeps its state in `folder`."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    command = [sys.executable, "-m", "skyrl.serve", *MODEL, f"service.port={port}", f"service.folder={folder}"]
+    command = [sys.executable, "-m", "skyrl.serve", *options, f"service.port={port}", f"service.folder={folder}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     with open(folder.with_suffix(".log"), "a") as log, subprocess.Popen(command, env=env, stderr=log) as process:
@@ -139,10 +141,12 @@ async def steps(port: int, count: int) -> list[float]:
     return took[5:]
 
 
-async def samples(port: int, count: int, settings: dict[str, Any], pause: float = 0.01) -> list[float]:
+async def samples(
+    port: int, count: int, settings: dict[str, Any], pause: float = 0.01, model: str = "tiny"
+) -> list[float]:
     """Seconds of one-sample requests, one after the other."""
     client, took = Client(port), []
-    sampler = await client.sampler()
+    sampler = await client.sampler(model)
     for number in range(count):
         start = time.perf_counter()
         await client.result(
@@ -216,31 +220,34 @@ async def fairness(port: int, rounds: int, count: int = 100) -> dict[str, Any]:
     return {"p95_seconds": p95, "ratio": {kind: p95[kind] / p95["alone"] for kind in CROWDS}}
 
 
-def door(port: int, pid: int) -> dict[str, float]:
-    """Processor milliseconds for each of DOOR_REQUESTS samples by DOOR_CLIENTS clients, each with one in flight: of
+def door(
+    port: int, pid: int, clients: int = DOOR_CLIENTS, requests: int = DOOR_REQUESTS, model: str = "tiny"
+) -> dict[str, float]:
+    """Processor milliseconds for each of `requests` samples by that many clients, each with one in flight: of
     the server's threads but the main one, and of the main one (the worker, and the model). A sample is two requests
     of HTTP. The clients run in a process of their own."""
     before = [thread_seconds(pid, main) for main in (False, True)]
-    code = f"import asyncio, server_load; asyncio.run(server_load.many({port}))"
+    code = f"import asyncio, server_load; asyncio.run(server_load.many({port}, {clients}, {requests}, {model!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     after = [thread_seconds(pid, main) for main in (False, True)]
-    spent = [1000 * (b - a) / DOOR_REQUESTS for a, b in zip(before, after, strict=True)]
+    spent = [1000 * (b - a) / requests for a, b in zip(before, after, strict=True)]
     return {"door_ms": round(spent[0], 4), "worker_ms": round(spent[1], 4), **json.loads(done.stdout)}
 
 
-async def many(port: int) -> None:
+async def many(port: int, clients: int, requests: int, model: str) -> None:
     """The clients of `door`; prints requests a second and the 95th percentile of a request."""
     took: list[float] = []
 
     async def one() -> None:
-        took.extend(await samples(port, DOOR_REQUESTS // DOOR_CLIENTS, {"max_tokens": 16, "stop": []}, pause=0.0))
+        settings = {"max_tokens": 16, "stop": []}
+        took.extend(await samples(port, requests // clients, settings, pause=0.0, model=model))
 
     start = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(DOOR_CLIENTS)))
+    await asyncio.gather(*(one() for _ in range(clients)))
     seconds = time.perf_counter() - start
-    print(json.dumps({"requests_per_second": DOOR_REQUESTS / seconds, "p95_seconds": float(np.percentile(took, 95))}))
+    print(json.dumps({"requests_per_second": requests / seconds, "p95_seconds": float(np.percentile(took, 95))}))
 
 
 def thread_seconds(pid: int, main: bool) -> float:
@@ -267,8 +274,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", choices=("door", "sessions", "fairness"))
+    parser.add_argument("--model", default="", help="a folder with pretrained weights")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
+    if args.model:
+        own = Path(args.model).absolute()
+        options = (f"model.path={own}", "model.dtype=bfloat16", "run.threads=1")
+        with tempfile.TemporaryDirectory() as name, serving(Path(name) / "state", options) as (port, _, pid):
+            for round in range(args.rounds + 1):  # the first is warm-up
+                for clients, requests in PRETRAINED.items():
+                    found = door(port, pid, clients, requests, own.name)
+                    if round:
+                        figures.setdefault(f"clients_{clients}", []).append(found)
+        print(json.dumps(figures, indent=1))
+        if args.write:
+            print(write(f"server_load_{own.name}", {"clients": figures}))
+        return
     with tempfile.TemporaryDirectory() as name:
         empty, full = Path(name) / "empty", Path(name) / "full"
         if args.only in (None, "door"):
