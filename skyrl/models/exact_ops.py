@@ -531,7 +531,7 @@ def _with_rotation(kind: Any) -> Any:
 
 
 def _rotary(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-    same = {x.shape[::3] + x.shape[2:3] for x in (q, k)} == {(1, cos.shape[-1], cos.shape[-2])}
+    same = all(len(x) == 1 and x.shape[2:] == cos.shape[-2:] for x in (q, k))  # [1, H, N, C] and [1, N, C]
     if args or kwargs or not _ready(q, k, cos, sin) or not same or cos.shape[-1] % (2 * kernels.MULTIPLE):
         return plain(q, k, cos, sin, *args, **kwargs)
     cos, sin = cos.contiguous(), sin.contiguous()
