@@ -11,7 +11,7 @@ from skyrl.hub.model_path import path_problem
 from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.types import PassingError, UserError
 
-SILENCE_SECONDS = 120.0  # of a hub
+SILENCE_SECONDS = 120.0  # after which a hub that says nothing is given up
 
 
 def locate(path: str, revision: str = "", *, where: str = "model.path", weights: bool = True) -> Path:

@@ -13,7 +13,7 @@ from skyrl.envs.data_files import Example, data_file, is_file_path, read_example
 from skyrl.envs.rewards.base import RewardOption
 from skyrl.envs.rewards.math import extract_answer
 from skyrl.envs.single_turn import SingleTurn
-from skyrl.hub.locate import may_pass
+from skyrl.hub.locate import limit_silence, may_pass
 from skyrl.registry import import_extra
 from skyrl.types import PassingError, Prompt, UserError
 
@@ -90,6 +90,7 @@ def _hub_rows(source: str, where: str, split: str, max_rows: int) -> list[Exampl
     if not config and name.lower().endswith("/gsm8k"):
         config = "main"
     try:
+        limit_silence()
         table = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the package raises its own and its network stack's kinds; all mean the same here
         raise (PassingError if may_pass(error) else UserError)(
