@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -86,8 +87,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, options: tuple[str, ...] = MODEL) -> Iterator[tuple[int, float, int]]:
-    """(port, seconds from its start until it answers, process) of a server that keeps its state in `folder`."""
+def serving(folder: Path, options: tuple[str, ...] = MODEL) -> Iterator[tuple[int, tuple[float, float], int]]:
+    """(port, seconds from its start until it answers and until its model is loaded, process) of a server that keeps its
+    state in `folder`."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -96,17 +98,26 @@ def serving(folder: Path, options: tuple[str, ...] = MODEL) -> Iterator[tuple[in
     start = time.monotonic()
     with open(folder.with_suffix(".log"), "a") as log, subprocess.Popen(command, env=env, stderr=log) as process:
         try:
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
+            seconds = []
+            for body in ('{"tags": []}', None):  # a new session; what needs the model waits for it
+                path = "create_session" if body else "get_server_capabilities"
+                while not answers(port, path, body):
                     if process.poll() is not None or time.monotonic() > start + 300:
-                        raise RuntimeError(folder.with_suffix(".log").read_text()[-2000:]) from None
+                        raise RuntimeError(folder.with_suffix(".log").read_text()[-2000:])
                     time.sleep(0.02)
-            yield port, time.monotonic() - start, process.pid
+                seconds.append(time.monotonic() - start)
+            yield port, (seconds[0], seconds[1]), process.pid
         finally:
             process.send_signal(signal.SIGTERM)
+
+
+def answers(port: int, path: str, body: str | None) -> bool:
+    """Whether this request, a GET without a body, is answered."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection), contextlib.suppress(OSError):
+        connection.request("POST" if body else "GET", f"/api/v1/{path}", body, {"Content-Type": "application/json"})
+        return connection.getresponse().status == 200
+    return False
 
 
 def fill(folder: Path, live: int, recorded: int) -> None:
@@ -296,7 +307,7 @@ def main() -> None:
             with serving(empty) as (port, _, pid):
                 figures["door"] = [door(port, pid) for _ in range(args.rounds + 1)][1:]  # the first is warm-up
         if args.only in (None, "sessions"):
-            seen: dict[str, Any] = {"empty": {"starts": [], "took": []}, "full": {"starts": [], "took": []}}
+            seen: dict[str, Any] = {name: {"starts": [], "loads": [], "took": []} for name in ("empty", "full")}
             for folder in (empty, full):
                 with serving(folder):
                     pass
@@ -304,13 +315,18 @@ def main() -> None:
             for _ in range(args.rounds):
                 for folder in (empty, full):
                     with serving(folder) as (port, start, _):
-                        seen[folder.name]["starts"].append(start)
+                        seen[folder.name]["starts"].append(start[0])
+                        seen[folder.name]["loads"].append(start[1])
                         seen[folder.name]["took"] += asyncio.run(steps(port, args.steps))
             figures["sessions"] = {
                 "live": args.live,
                 "recorded": args.recorded,
                 **{
-                    kind: {"step_seconds": quantiles(one["took"]), "start_seconds": sorted(one["starts"])}
+                    kind: {
+                        "step_seconds": quantiles(one["took"]),
+                        "start_seconds": sorted(one["starts"]),  # until it answers
+                        "loaded_seconds": sorted(one["loads"]),
+                    }
                     for kind, one in seen.items()
                 },
             }

@@ -86,6 +86,7 @@ def run_entry(mode: str, prepare: Callable[[], list[str]] = list) -> None:
         return
     try:
         take_place()  # under srun or mpirun alone, RANK and the others come from the launcher's own variables
+        env.end_with_launcher()  # before torch is imported: a launcher may be killed in these seconds
         _Entry(mode, [*args, *prepare()]).run()
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else int(end.code is not None))
@@ -398,10 +399,13 @@ class _Entry:
         # Who may come in is looked at before any weights are.
         read_keys(cfg.service)
         if not cfg.dry_run:
+            from skyrl.service.frontend import open_door
+
+            door = open_door(cfg)  # clients are answered while torch is imported and the weights are loaded
             with importing_libraries():
                 from skyrl.service.server import serve
 
-            serve(cfg)
+            serve(cfg, door)
             return
         text = dry_run_text(cfg, world_size())
         with quiet_pipe():

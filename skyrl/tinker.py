@@ -48,7 +48,8 @@ def service_client(**options: Any) -> Iterator[Any]:
     """
     global _refusal
     from skyrl.distributed.init import shutdown
-    from skyrl.service.server import open_service, start_http_server
+    from skyrl.service.frontend import start_http_server
+    from skyrl.service.server import open_service
 
     if _refusal:
         raise UserError(_refusal)

@@ -21,6 +21,7 @@ from skyrl.config.schema import FeedbackConfig, ServiceConfig
 from skyrl.feedback.door import FeedbackDoor
 from skyrl.feedback.queue import FeedbackQueue
 from skyrl.service.app import AppState
+from skyrl.service.frontend import make_app
 from skyrl.service.messages import (
     CreateModel,
     LoadWeights,
@@ -37,9 +38,8 @@ from skyrl.service.messages import (
 )
 from skyrl.service.pending import PendingRequest
 from skyrl.service.scheduler import RequestScheduler
-from skyrl.service.server import make_app
-from skyrl.service.storage.archive import Content, write_content
 from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.content import Content, write_content
 from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.text.chat import Chat
 from skyrl.types import LoraSpec, UserError
@@ -234,7 +234,9 @@ class Server:
         self.queue = None if feedback is None else FeedbackQueue(folder / "feedback", feedback)
         if self.queue is not None:
             state.feedback = FeedbackDoor(self.queue, keys, state.signer)
-        self.app = make_app(state, chat)
+        if chat is not None:
+            state.chat.set_result(chat)
+        self.app = make_app(state)
         self.serving: HttpServer = serve_in_thread(self.app, "127.0.0.1", 0, close=state.close, options="service")
         self.http = self.client()
 

@@ -4,11 +4,12 @@ group of ranks without importing torch."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
+import sys
 import time
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -51,30 +52,34 @@ def leave_exit_code(code: int) -> None:
             file.write(str(code))
 
 
-def end_launcher() -> None:
-    """Kills the torchrun that has started this process, which would print a traceback about the signal that it got,
-    whatever becomes of its ranks. Nothing where that is not our parent: a script that only handed its variables on has
-    the same error file as we. Nothing below skyrl-tx launch either, where torchrun gets no signal, nor on one machine
-    where launch/torchrun.py keeps it quiet."""
+def _torchrun() -> psutil.Process | None:
+    """The torchrun that has started this process. None where that is not our parent: a script that only handed its
+    variables on has the same error file as we."""
     mine = os.environ.get(ERROR_FILE)
-    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if mine is None or LAUNCHED in os.environ or (EXIT_FILE in os.environ and alone):
-        return
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
-        if parent.environ().get(ERROR_FILE) != mine:
+        if mine is not None and parent.environ().get(ERROR_FILE) != mine:
+            return parent
+    return None
+
+
+def end_launcher() -> None:
+    """Kills the torchrun that has started this process, which would print a traceback about the signal that it got,
+    whatever becomes of its ranks. Nothing below skyrl-tx launch, where torchrun gets no signal, nor on one machine
+    where launch/torchrun.py keeps it quiet."""
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    parent = None if LAUNCHED in os.environ or (EXIT_FILE in os.environ and alone) else _torchrun()
+    with contextlib.suppress(psutil.Error):
+        if parent is not None:
             parent.kill()
 
 
-def leave_at_signals() -> None:
-    """Until a server listens itself, SIGTERM and SIGINT end its ranks below torchrun at once, and that with them."""
-    if ERROR_FILE not in os.environ or LAUNCHED in os.environ:
+def end_with_launcher() -> None:
+    """This process ends when the launcher that started it does: a killed torchrun leaves no orphans, which would hold a
+    folder and an address until they give up waiting for each other (Linux). Nothing for a process alone."""
+    if sys.platform != "linux" or (world_size() == 1 and _torchrun() is None):
         return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if os.environ.get("LOCAL_RANK") == "0":
-            end_launcher()
-        os._exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import os
 import re
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -36,7 +34,6 @@ HEED_SECONDS = 0.25  # between looks at what ranks of other machines have heard
 SIGNALLED = "signalled"
 _processes: list[tuple[str, int]] = []  # (host, process id) of every rank
 _shared_folder: list[Path] = []  # the folder in which ranks of this machine leave word for each other
-_PR_SET_PDEATHSIG = 1
 _at_the_end: list[Callable[[], None]] = []
 reporting = False  # a thread of this process tells an error, and ends the process when it has
 find_lost: Callable[[], dict[int, str]] | None = None  # ranks on other hosts that cannot be reached, and why
@@ -75,18 +72,11 @@ def forget_ranks() -> None:
 
 
 def end_with_launcher() -> None:
-    """This process ends when the one that started it does: a killed torchrun leaves no orphans (Linux).
-
-    And when torchrun ends it because another rank was lost, it says so first."""
+    """As env.end_with_launcher; and when torchrun ends this process because another rank was lost, it says so first."""
     if threading.current_thread() is threading.main_thread():
         before = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, partial(_ended_by_launcher, before if callable(before) else signal.SIG_DFL))
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
+    env.end_with_launcher()
 
 
 def _ended_by_launcher(usual: Any, number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache, partial
@@ -21,6 +22,7 @@ from skyrl.service.messages import RequestFailed, RequestOutcome, ServerInfo, To
 from skyrl.service.scheduler import RequestScheduler
 from skyrl.service.storage.records import NotFound, StorageError
 from skyrl.service.storage.store import Store
+from skyrl.text.chat import Chat
 from skyrl.types import UserError
 from skyrl.web.auth import Keys, Signer, find_owner
 from skyrl.web.http import FAULT, BodyReader, HttpError, error_reply, log, log_fault, read_body, read_json
@@ -32,6 +34,8 @@ if TYPE_CHECKING:  # it needs torch, and most endpoints do not
 
 API = "/api/v1/"
 RETRY_SECONDS = 1  # told to clients when there is too much work
+LOADING = "the model is being loaded"
+LOAD_SECONDS = 30.0  # that a request waits for the model before it is told to come again
 AUDIT_ENTRIES = 10_000
 SMALL_BODY = 4 << 20  # of requests that hold neither tokens nor arrays
 REMEMBERED = 4096  # answers to posts that clients may repeat after a broken connection
@@ -59,6 +63,7 @@ class AppState:
     closed: bool = False
     answers: OrderedDict[tuple[str, str, str], asyncio.Future[Response]] = field(default_factory=OrderedDict)
     feedback: FeedbackDoor | None = None
+    chat: Future[Chat] = field(default_factory=Future)  # set once the model is loaded
     audit: deque[tuple[datetime, str, str, dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=AUDIT_ENTRIES))
 
     @property
@@ -97,6 +102,14 @@ class AppState:
         finally:
             timer.cancel()
             self.waiting.discard(event)
+
+    async def loaded(self) -> Chat:
+        """The model's Chat, and `info` is complete. Waits while it is loaded. Raises HttpError 503."""
+        if not self.chat.done():
+            await self.wait(lambda wake: self.chat.add_done_callback(lambda _: wake()), LOAD_SECONDS)
+        if not self.chat.done():
+            raise HttpError(503, f"{LOADING}; ask again", {"retry-after": str(RETRY_SECONDS)})
+        return self.chat.result()
 
     def add_audit(self, owner: str, event: str, **details: Any) -> None:
         """One line for the audit log."""

@@ -558,16 +558,17 @@ class RequestOutcome:
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServerInfo:
-    """What the server is, for capabilities, get_info and checks. `aliases`: every name that clients may ask for."""
+    """What the server is, for capabilities, get_info and checks. `aliases`: every name that clients may ask for. The
+    fields with defaults are the model's own, known once it is loaded (AppState.loaded)."""
 
     aliases: dict[str, Path]
     model_path: str
     tokenizer_id: str
-    arch: str
-    max_context: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    adaptable: bool  # whether LoRA is available
     full_parameters: bool
+    arch: str = ""
+    max_context: int = 0
+    vocab_size: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    adaptable: bool = False  # whether LoRA is available

@@ -9,8 +9,8 @@ from skyrl.config.schema import RunConfig
 from skyrl.engine import ModelSpec
 from skyrl.service.commands import BASE, Leader
 from skyrl.service.messages import CreateModel, LoadWeights, LoraSettings, RequestFailed, ServerInfo
-from skyrl.service.storage.archive import Content
-from skyrl.service.storage.checkpoints import CheckpointService, to_content, to_state
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.content import Content, to_content, to_state
 from skyrl.service.storage.records import ModelInfo
 from skyrl.types import LoraSpec, UserError
 

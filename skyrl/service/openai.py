@@ -424,13 +424,13 @@ def _chat_token(token: Token) -> dict[str, Any]:
 # ---- endpoints
 
 
-def openai_routes(state: AppState, chat: Chat | None) -> list[Route]:
+def openai_routes(state: AppState) -> list[Route]:
     """OpenAI-style endpoints, under both prefixes."""
     handlers = (
         ("GET", "models", models),
         ("GET", "models/{model:path}", model),
-        ("POST", "completions", partial(complete, chat=chat, kind=CompletionBody)),
-        ("POST", "chat/completions", partial(complete, chat=chat, kind=ChatBody)),
+        ("POST", "completions", partial(complete, kind=CompletionBody)),
+        ("POST", "chat/completions", partial(complete, kind=ChatBody)),
     )
 
     def write_error(error: HttpError) -> Response:
@@ -475,13 +475,9 @@ async def find_model(context: RequestContext, name: str) -> dict[str, str]:
     return {"base_model": name}
 
 
-async def complete(
-    context: RequestContext, *, chat: Chat | None, kind: type[CompletionBody] | type[ChatBody]
-) -> Response:
+async def complete(context: RequestContext, *, kind: type[CompletionBody] | type[ChatBody]) -> Response:
     """An answer to completions and chat/completions, whole or as a stream of events."""
-    if chat is None:
-        raise UserError("this server was started without a tokenizer; use asample with token ids")
-    info = context.state.info
+    chat, info = await context.state.loaded(), context.state.info
 
     def read(content: bytes) -> tuple[GenerateBody, list[SamplingRequest]]:
         body = kind.parse(read_json(content))

@@ -189,6 +189,7 @@ async def telemetry(context: RequestContext) -> Response:
 
 async def capabilities(context: RequestContext) -> Response:
     """Every name that may be asked for."""
+    await context.state.loaded()
     facts = context.state.info
     return reply(
         {
@@ -280,7 +281,8 @@ async def join_sampling_session(context: RequestContext) -> Response:
 
 
 async def get_sampler(context: RequestContext) -> Response:
-    """What a sampling session samples from."""
+    """What a sampling session samples from: clients then load its tokenizer, which the tiny model writes itself."""
+    await context.state.loaded()
     sampler = await in_thread(context.state.store.get_sampler, context.path("sampler_id"), context.owner)
     return reply(sampler.to_json())
 

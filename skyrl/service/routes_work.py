@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.app import AppState, RequestContext, once, route
+from skyrl.service.app import LOADING, AppState, RequestContext, once, route
 from skyrl.service.codec import REQUESTS, encode_result, parse_train
 from skyrl.service.messages import (
     CreateModel,
@@ -135,7 +135,8 @@ async def answer(context: RequestContext, request_id: str, outcome: RequestOutco
     if outcome.state == "unknown":
         raise HttpError(410, f"request {request_id[:100]}: unknown, or thrown away long after it was done")
     if outcome.state == "pending":
-        text = {"queue_state": "active", "queue_state_reason": outcome.reason}
+        reason = outcome.reason if context.state.chat.done() else LOADING
+        text = {"queue_state": "active", "queue_state_reason": reason}
         return reply({**text, "type": "try_again", "request_id": request_id}, 408)
     if outcome.state == "failed":
         return reply({"error": outcome.error, "category": outcome.category})

@@ -31,7 +31,8 @@ from skyrl.service.messages import (
 )
 from skyrl.service.pending import PendingSample
 from skyrl.service.scheduler import ENDED, LARGE_SAMPLE, RECENT_SECONDS, RequestScheduler
-from skyrl.service.storage.checkpoints import CheckpointService, Snapshots
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.snapshots import Snapshots
 from skyrl.service.validation import (
     CELL,
     FLIGHT_BYTES,

@@ -31,7 +31,8 @@ from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.pending import PendingRequest
 from skyrl.service.sampling import LONGEST_STRETCH, Sampling
 from skyrl.service.scheduler import ENDED, RequestScheduler, makes_model
-from skyrl.service.storage.checkpoints import CheckpointService, Snapshots
+from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.snapshots import Snapshots
 from skyrl.service.validation import adam_params, batch_key, check_width, loss_spec, substituted, to_rows
 from skyrl.types import Datum, Floats, Metrics, UserError
 

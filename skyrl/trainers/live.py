@@ -23,7 +23,8 @@ from skyrl.loop import run_loop
 from skyrl.rollout import Group
 from skyrl.run import Run, Step
 from skyrl.service.commands import RankContext, serve_commands
-from skyrl.service.server import Service, lead, start_http_server
+from skyrl.service.frontend import open_frontend, start_http_server
+from skyrl.service.server import Service, lead
 from skyrl.trainers.generation import note_groups, record_episodes, sampling
 from skyrl.trainers.rl import train_rl
 from skyrl.trainers.sft import sft_warmup
@@ -58,10 +59,11 @@ def _serving(run: Run) -> Iterator[_Live]:
             queue = run.cfg.feedback.folder or f"{run.cfg.run.dir}/feedback"
             service, feedback = replace(run.cfg.service, folder=folder), replace(run.cfg.feedback, folder=queue)
             cfg, keys = replace(run.cfg, service=service, feedback=feedback), read_keys(service)
-            live.service, live.shared = lead(cfg, live.context, ""), keys.shared
-            live.queue = live.service.feedback
-            stack.callback(live.service.close)
-            server = start_http_server(live.service, keys, weights=live.weights)
+            frontend = open_frontend(cfg)
+            stack.callback(frontend.close)
+            live.service, live.shared = lead(frontend, live.context, ""), keys.shared
+            live.queue = frontend.feedback
+            server = start_http_server(frontend, weights=live.weights)
             stack.callback(server.stop)
             stack.callback(live.service.worker.sampling.abandon, "the run ends")
             stack.callback(live.service.scheduler.close, "the run ends")

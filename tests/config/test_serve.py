@@ -17,13 +17,16 @@ from skyrl.planner.serve import dry_run_text
 from skyrl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# skyrl.service.server stands in: tells that it was called. What it is called with is the real thing.
+# skyrl.service.server stands in, behind no door: tells that it was called. What it is called with is the real thing.
 SERVER = """
 import sys, types
 sys.modules["torch"] = None
 run = types.ModuleType("skyrl.service.server")
-run.serve = lambda cfg: print("SERVES", cfg.service.port, cfg.model.path, flush=True)
+run.serve = lambda cfg, door: print("SERVES", cfg.service.port, cfg.model.path, flush=True)
 sys.modules["skyrl.service.server"] = run
+frontend = types.ModuleType("skyrl.service.frontend")
+frontend.open_door = lambda cfg: None
+sys.modules["skyrl.service.frontend"] = frontend
 from skyrl.serve import main
 main()
 """

@@ -21,7 +21,7 @@ sys.exit(subprocess.run([sys.executable, "-c", {!r}]).returncode)
 """
 LOADING = """
 import time
-from skyrl.distributed.env import leave_at_signals
+from skyrl.serve import leave_at_signals
 leave_at_signals()
 print(os.getpid(), flush=True)
 time.sleep(60)

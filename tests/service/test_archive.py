@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.service.storage.archive import MARKER, META, Archive, Content, OptimizerState
+from skyrl.service.storage.archive import MARKER, META, Archive
+from skyrl.service.storage.content import Content, OptimizerState
 from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 

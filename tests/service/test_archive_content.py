@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from skyrl.models.peft import write_adapter
 from skyrl.models.tiny import tiny_config
-from skyrl.service.storage.archive import Archive, Content
+from skyrl.service.storage.archive import Archive
+from skyrl.service.storage.content import Content
 from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import LoraSpec

@@ -7,7 +7,8 @@ import tarfile
 import pytest
 import torch
 
-from skyrl.service.storage.archive import META, Archive, Content, TarStream, check_recipients
+from skyrl.service.storage.archive import META, Archive, TarStream, check_recipients
+from skyrl.service.storage.content import Content
 from skyrl.service.storage.records import CheckpointPath, ModelInfo
 from skyrl.types import LoraSpec, UserError
 

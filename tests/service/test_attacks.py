@@ -40,7 +40,7 @@ from skyrl.service.validation import (
 from skyrl.types import LoraSpec, RunError, UserError
 from skyrl.web.tensors import Tensor
 
-FACTS = ServerInfo({}, "tiny", "", "", 4096, 100, (2,), adaptable=True, full_parameters=False)
+FACTS = ServerInfo({}, "tiny", "", False, "", 4096, 100, (2,), adaptable=True)
 TOKENS = np.array([5, 6, 7])
 
 

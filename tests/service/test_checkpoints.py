@@ -8,8 +8,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from skyrl.service.storage.archive import Content, OptimizerState
 from skyrl.service.storage.checkpoints import DATABASE, CheckpointService
+from skyrl.service.storage.content import Content, OptimizerState
 from skyrl.service.storage.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.service.storage.store import Store
 from skyrl.types import UserError

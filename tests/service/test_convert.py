@@ -12,7 +12,7 @@ from skyrl.service.messages import OptimStep, RequestFailed, ServerInfo, TrainRe
 from skyrl.service.validation import adam_params, check_prompt, loss_spec, sampling_params, served_losses, to_rows
 from skyrl.web.tensors import Tensor
 
-FACTS = ServerInfo({"m": Path("m")}, "m", "m", "qwen3", 16, 50, (2,), True, False)
+FACTS = ServerInfo({"m": Path("m")}, "m", "m", False, "qwen3", 16, 50, (2,), adaptable=True)
 
 
 def f32(*values):

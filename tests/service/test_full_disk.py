@@ -17,9 +17,9 @@ from starlette.requests import Request
 from skyrl.service.app import http_error
 from skyrl.service.models import OpenModels, TrainableModel
 from skyrl.service.routes_checkpoints import CopyWeights, _copy
-from skyrl.service.storage import checkpoints, database
-from skyrl.service.storage.archive import Content
+from skyrl.service.storage import database, snapshots
 from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.content import Content
 from skyrl.service.storage.records import CheckpointPath, ModelInfo, StorageError
 
 CONTENT = Content(ModelInfo("base"), {"w": torch.zeros(100_000)})
@@ -222,22 +222,22 @@ def test_a_limit_on_files_is_the_server_s_failure_too(tmp_path):
 
 def test_a_snapshot_that_was_promised_stays(disk, monkeypatch):
     """Ephemeral ones move to files when host memory is full: a full disk refuses the new one and costs no other."""
-    monkeypatch.setattr(checkpoints, "HOST_BYTES", 500_000)
+    monkeypatch.setattr(snapshots, "HOST_BYTES", 500_000)
     leader = SimpleNamespace(call=lambda *args: None)  # no ranks: what they would hold is not looked at
-    snapshots = checkpoints.Snapshots(leader, disk.service, lambda: CONTENT)
+    kept = snapshots.Snapshots(leader, disk.service, lambda: CONTENT)
     one, two = f"{disk.session}:sample:1", f"{disk.session}:sample:2"
-    snapshots.publish(one, CONTENT, disk.run)
+    kept.publish(one, CONTENT, disk.run)
     disk.fill()
     with pytest.raises(StorageError, match="no room for one more snapshot") as caught:
-        snapshots.publish(two, CONTENT, disk.run)
+        kept.publish(two, CONTENT, disk.run)
     assert "\n" not in str(caught.value)
-    assert snapshots._find(one) is CONTENT and two not in snapshots._host and not snapshots._spilled
+    assert kept._find(one) is CONTENT and two not in kept._host and not kept._spilled
     disk.filler.unlink()
-    snapshots.publish(two, CONTENT, disk.run)
-    assert snapshots._spilled == {one} and snapshots._find(one).weights["w"].equal(CONTENT.weights["w"])
-    snapshots._file(one).write_bytes(b"damaged")
+    kept.publish(two, CONTENT, disk.run)
+    assert kept._spilled == {one} and kept._find(one).weights["w"].equal(CONTENT.weights["w"])
+    kept._file(one).write_bytes(b"damaged")
     with pytest.raises(StorageError, match="damaged"):
-        snapshots._find(one)
+        kept._find(one)
 
 
 def test_a_model_is_dropped_only_once_that_is_on_record(disk):

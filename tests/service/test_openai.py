@@ -402,6 +402,3 @@ def test_too_much_work_and_no_tokenizer(tmp_path):
         assert answer.status_code == 429 and answer.json()["error"]["type"] == "rate_limit_error"
         server.answers.hold.clear()
         waiting.join(10)
-    with serving(tmp_path / "other", chat=None) as server:
-        assert "without a tokenizer" in ask(server, prompt="a").json()["error"]["message"]
-        assert server.http.get("/v1/models").status_code == 200

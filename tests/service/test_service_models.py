@@ -121,14 +121,14 @@ def test_snapshots_never_change_and_share_a_batch(client):
 
 
 def test_a_snapshot_that_left_the_device_comes_back(client, monkeypatch, tmp_path):
-    from skyrl.service.storage import checkpoints
+    from skyrl.service.storage import snapshots
 
     model = new(client, 3)
     results(train(model, 700))
     first = model.save_weights_and_get_sampling_client().result()
     before = drawn(first.sample(PROMPT, 2, draw(24)).result())
-    monkeypatch.setattr(checkpoints, "RESIDENT", 1)
-    monkeypatch.setattr(checkpoints, "HOST_BYTES", 1)  # and on to files
+    monkeypatch.setattr(snapshots, "RESIDENT", 1)
+    monkeypatch.setattr(snapshots, "HOST_BYTES", 1)  # and on to files
     for seed in range(3):
         results(train(model, 710 + seed, steps=1))
         model.save_weights_and_get_sampling_client().result().sample(PROMPT, 1, draw(4)).result()

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl.service.storage.archive import Content, OptimizerState
 from skyrl.service.storage.checkpoints import CheckpointService
+from skyrl.service.storage.content import Content, OptimizerState
 from skyrl.service.storage.records import CheckpointPath, ModelInfo, NotFound
 from skyrl.types import LoraSpec
 

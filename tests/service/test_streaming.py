@@ -10,7 +10,7 @@ import httpx
 import pytest
 from inprocess import open_client
 
-from skyrl.service.server import start_http_server
+from skyrl.service.frontend import start_http_server
 
 PROMPT = [5, 6, 7]
 

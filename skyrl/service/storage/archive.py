@@ -23,77 +23,26 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 import skyrl
 from skyrl.files import disk_reason, manifest_entry, remove_tree, sync_folder, verify_manifest, write_folder_atomic
-from skyrl.models.export import save_tensors
-from skyrl.models.peft import read_adapter, write_adapter
-from skyrl.service.storage.records import CheckpointPath, Json, ModelInfo, StorageError, check_part
+from skyrl.service.storage.records import OPTIMIZER, CheckpointPath, Json, ModelInfo, StorageError, check_part
 from skyrl.types import UserError
+
+if TYPE_CHECKING:  # it needs torch; only writing and reading tensors does
+    from skyrl.service.storage.content import Content
 
 log = logging.getLogger("skyrl.service")
 
 FORMAT = 1
-META, MODEL, OPTIMIZER = "meta.json", "model.safetensors", "optimizer.safetensors"
+META = "meta.json"
 MARKER = ".skyrl-store"
 CHUNK = 1 << 20  # bytes
-
-
-@dataclass
-class OptimizerState:
-    """AdamW after `step` steps: moments by the names of the weights."""
-
-    step: int
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-
-
-@dataclass
-class Content:
-    """What a checkpoint holds, on the CPU. Every dtype comes back as it was, bit for bit.
-
-    weights: of an adapter "<module path>.A" [r, in] and "<module path>.B" [out, r], with module paths as in the Hugging
-    Face model ("model.layers.0.self_attn.q_proj"); else the model's parameters, tied ones once.
-    """
-
-    info: ModelInfo
-    weights: dict[str, Tensor]
-    optimizer: OptimizerState | None = None
-
-
-def write_content(content: Content, folder: Path) -> None:
-    """Writes the tensors into an existing folder. Raises: OSError."""
-    assert content.weights, "a checkpoint of nothing"
-    if content.info.lora is not None:
-        write_adapter(folder, content.weights, content.info.lora, content.info.base_model)
-    else:
-        save_tensors(content.weights, folder / MODEL)
-    if (kept := content.optimizer) is not None:
-        groups = {"exp_avg": kept.exp_avg, "exp_avg_sq": kept.exp_avg_sq}
-        save_tensors(
-            {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()},
-            folder / OPTIMIZER,
-        )
-
-
-def read_content(folder: Path, info: ModelInfo, step: int | None) -> Content:
-    """The inverse of `write_content`, `step` None: without the optimizer's state. Checks no checksum."""
-    content = Content(info, read_adapter(folder) if info.is_lora else load_file(folder / MODEL))
-    if step is not None:
-        groups: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-        for key, tensor in load_file(folder / OPTIMIZER).items():
-            group, _, name = key.partition("/")
-            groups[group][name] = tensor
-        content.optimizer = OptimizerState(step, **groups)
-    return content
 
 
 class Archive:
@@ -143,6 +92,8 @@ class Archive:
 
         recipients: age1... keys; each file is then encrypted for all of them and named <file>.age.
         """
+        from skyrl.service.storage.content import write_content
+
         step = content.optimizer.step if content.optimizer else None
         return self._write_files(
             path, content.info, step, lambda folder: write_content(content, folder), recipients=recipients
@@ -207,6 +158,8 @@ class Archive:
 
         Raises: UserError naming the file that is damaged, or when there is no such checkpoint.
         """
+        from skyrl.service.storage.content import read_content
+
         with self.reading(path, version) as folder:
             meta = self._meta(folder, path)
             if meta["encrypted"]:

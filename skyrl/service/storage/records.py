@@ -21,6 +21,7 @@ from skyrl.web.message import JsonMessage, Text, refused
 
 KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
 CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"  # files of a checkpoint
 SCHEME = "tinker://"
 MAX_NAME = 128  # characters
 MAX_NAME_BYTES = 255  # of one folder name, on the file systems in use
