@@ -46,7 +46,7 @@ LABEL org.opencontainers.image.title="skyrl" \
 RUN useradd --uid 1000 --create-home skyrl && mkdir /runs && chown skyrl:skyrl /runs
 USER 1000:1000
 WORKDIR /runs
-# A server says where it is asked: -e SKYRL_HEALTH_URL=http://127.0.0.1:8000/api/v1/healthz. A training run has its own watchdog.
+# A server says where it is asked: -e SKYRL_HEALTH_URL=http://127.0.0.1:8000/api/v1/readyz. A training run has its own watchdog.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10m \
     CMD ["python", "-c", "import os, urllib.request as r; u = os.environ.get('SKYRL_HEALTH_URL'); u and r.urlopen(u, timeout=8)"]
 ENTRYPOINT ["tini", "-g", "--"]

@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from starlette.responses import Response
 from starlette.routing import Route
 
-from skyrl.service.app import AppState, RequestContext, once, route
+from skyrl.service.app import LOADING, AppState, RequestContext, once, route
 from skyrl.service.messages import METADATA_NAMES, Count, check_metadata
 from skyrl.service.storage.records import CheckpointPath, NotFound, SessionQuery, present
 from skyrl.service.storage.store import seen
@@ -60,6 +60,7 @@ def session_routes(state: AppState) -> list[Route]:
         route(state, "POST", "client/config", client_config),
         route(state, "POST", "client/dynamic_config", dynamic_config),
         route(state, "GET", "healthz", health, public=True),
+        route(state, "GET", "readyz", ready, public=True),
         route(state, "POST", "auth/token", token),
         route(state, "GET", "auth/apikey/me", key_info),
         route(state, "DELETE", "auth/apikey/me", revoke_key),
@@ -126,7 +127,14 @@ async def dynamic_config(context: RequestContext) -> Response:
 
 
 async def health(context: RequestContext) -> Response:
-    """For probes, without a key."""
+    """For probes, without a key: whether the server takes requests."""
+    return reply({"status": "ok"})
+
+
+async def ready(context: RequestContext) -> Response:
+    """For probes, without a key: whether the model is loaded. Ours, not the protocol's."""
+    if not context.state.chat.done():
+        raise HttpError(503, LOADING)
     return reply({"status": "ok"})
 
 

@@ -55,6 +55,7 @@ def test_records_are_answered_before_the_model_is_loaded_and_work_waits_for_it(t
             for early in (http.get("/api/v1/get_server_capabilities"), http.post("/v1/completions", json=ask)):
                 assert early.status_code == 503 and early.headers["retry-after"] == "1"
                 assert "the model is being loaded; ask again" in early.text
+            assert http.get("/api/v1/readyz").status_code == 503
             monkeypatch.undo()
 
             def wait() -> None:
@@ -71,6 +72,7 @@ def test_records_are_answered_before_the_model_is_loaded_and_work_waits_for_it(t
             waiting.join(60)
             assert found["facts"].json()["supported_models"][0]["max_context_length"] == service.engine.max_row_tokens
             assert found["text"].json()["usage"]["completion_tokens"] == 2, found["text"].text
+            assert http.get("/api/v1/readyz").json() == {"status": "ok"}
             done = post(http, "retrieve_future", request_id=made.json()["request_id"])
             assert done.json() == {"type": "create_model", "model_id": f"{session}:train:0"}
             service.worker.stop("the end")
