@@ -90,8 +90,8 @@ def packed_product(x_NK: Tensor, packed: Packed, bias_V: Tensor | None = None) -
     rows = len(x_NK)
     if rows == 1:
         x_NK = x_NK.expand(2, -1).contiguous()
-    if packed.columns == 1 and bias_V is not None:
-        bias_V = bias_V.expand(2).contiguous()
+    if bias_V is not None:  # whose strides oneDNN does not look at
+        bias_V = bias_V.expand(max(2, packed.columns)).contiguous()
     out_NV = torch.ops.mkldnn._linear_pointwise(x_NK, packed.weight, bias_V, "none", [], "")
     if rows > 1 and packed.columns > 1:
         return out_NV
@@ -132,7 +132,7 @@ def _product(x_NK: Tensor, weight: Tensor, bias_V: Tensor | None, columns: int, 
     bias_V = None if bias_V is None else bias_V.detach().contiguous()
     (rows, inner), panels = x_NK.shape, -(-columns // kernels.PANEL)
     out_NV, room = x_NK.new_empty(rows, columns), x_NK.new_empty(panels * kernels.PANEL * inner)
-    if not inner:
+    if not inner or not columns:
         return out_NV.zero_() if bias_V is None else out_NV.copy_(bias_V.expand_as(out_NV))
     run("skyrl_product", x_NK, rows, inner, weight, turned, bias_V, out_NV, columns, room)
     return out_NV
@@ -175,12 +175,16 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch.nn.functional.linear; `product` where `is_float32_cpu`, with gradients by `matmul`."""
-    if not (is_float32_cpu(x) and is_float32_cpu(weight) and x.numel()):
-        return _PLAIN_LINEAR(x, weight, bias)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch.nn.functional.linear; `product` where `is_float32_cpu`, with gradients by `matmul`. What torch would
+    refuse or broadcast is left to it, since a kernel sees no shapes."""
+    given = (input, weight) if bias is None else (input, weight, bias)
+    fits = weight.ndim == 2 and weight.shape[1:] == input.shape[-1:]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    if not (fits and input.numel() and weight.numel() and all(map(is_float32_cpu, given))):
+        return _PLAIN_LINEAR(input, weight, bias)
     # the shape is given outside: what a function of autograd returns as a view must not be added to in place
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], -1)
 
 
 def _attention_gradients(
@@ -382,8 +386,7 @@ def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) ->
         logprobs_TK = shifted_TV.gather(1, targets_TK) - mass_T1
         return logprobs_TK.float(), (top_T1 + mass_T1).float().squeeze(1)
     logprobs_TK, logz_T = logits_TV.new_empty(targets_TK.shape), logits_TV.new_empty(len(logits_TV))
-    targets_TK = targets_TK.contiguous()
-    shape = logits_TV.shape[1], targets_TK, targets_TK.shape[1], temperature
+    shape = logits_TV.shape[1], targets_TK.contiguous(), targets_TK.shape[1], temperature
     run("skyrl_log_probs", logits_TV.contiguous(), len(logits_TV), *shape, logprobs_TK, logz_T)
     return logprobs_TK, logz_T
 
@@ -404,11 +407,9 @@ class _Silu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grads[0], *ctx.saved_tensors)
 
 
-def silu(x: Tensor, inplace: bool = False) -> Tensor:
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x * sigmoid(x), where it is exact by the kernels or in float64; never in place there."""
-    if not matches_sampler(x):
-        return _PLAIN_SILU(x, inplace)
-    return _Silu.apply(x)
+    return _Silu.apply(input) if matches_sampler(input) else _PLAIN_SILU(input, inplace)
 
 
 _inside = False  # whether the forward pass that runs now is one of `enabled`
@@ -428,13 +429,11 @@ class _Operations(TorchFunctionMode):
     x.matmul(weight.t())."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _PLAIN_LINEAR:
-            return linear(*args, **(kwargs or {}))
-        if func is _PLAIN_SILU:
-            return silu(*args, **(kwargs or {}))
+        if func in (_PLAIN_LINEAR, _PLAIN_SILU):
+            func = linear if func is _PLAIN_LINEAR else silu
         if func in _MATMULS and not kwargs and args[1].ndim == 2:
             return linear(args[0], args[1].t())
-        if func is torch.addmm and not kwargs and args[1].ndim == 2:
+        if func is torch.addmm and not kwargs and args[0].shape == args[2].shape[1:]:
             return linear(args[1], args[2].t(), args[0])
         return func(*args, **(kwargs or {}))
 

@@ -91,6 +91,29 @@ def test_products_as_zero3_writes_them_are_taken_too(path):
     assert torch.equal(scores, torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25)))  # no weight in it
 
 
+ODD_CALLS = {
+    "by name": lambda x, w: F.silu(input=F.linear(input=x, weight=w, bias=w[:, 0])),
+    "a vector": lambda x, w: F.linear(x, w[0]),
+    "one bias": lambda x, w: F.linear(x, w, w[:1, 0]),
+    "added rows": lambda x, w: torch.addmm(x @ w.t() + 1, x, w.t()),
+    "an added number": lambda x, w: torch.addmm(w[0, 0], x, w.t()),
+    "no columns": lambda x, w: x @ w[:0].t(),
+}
+
+
+@pytest.mark.parametrize("call", ODD_CALLS.values(), ids=ODD_CALLS)
+def test_calls_that_torch_takes_in_other_shapes_are_torch_s(path, call):
+    """A kernel sees no shapes: of a bias that is not one number a column it would read what lies behind it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 64), torch.randn(33, 64)
+    with exact_ops.enabled(True):
+        got = call(x, weight)
+        with pytest.raises(RuntimeError):
+            F.linear(x[:, :60], weight)
+    want = call(x.double(), weight.double())
+    assert got.shape == want.shape and torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_is_rounded_once(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(exact_ops, "CHUNK_SCORES", 2 * 14 * 7)  # two matrices at a time, one in the last chunk
