@@ -467,8 +467,7 @@ def hook_half_ops(net: nn.Module) -> None:
     inside of `enabled`: where the code of their classes, tried on numbers, computes just these."""
     for module in net.modules():
         kind: Any = type(module)
-        activation: Any = type(getattr(module, "act_fn", None))
-        if issubclass(activation, nn.Module) and _is_gate(kind, activation):
+        if isinstance(getattr(module, "act_fn", None), nn.Module) and _is_gate(kind, module.act_fn):
             replace_forward(module, _gate)
         elif _turns_halves(kind):
             module.__class__ = _with_rotation(kind)
@@ -478,25 +477,37 @@ def _ready(*tensors: Tensor) -> bool:
     return _inside and all(map(is_bfloat16_cpu, tensors)) and kernels.library()[0] is not None
 
 
-@cache
-def _is_gate(kind: Any, activation: Any) -> bool:
-    """Whether forward is down_proj(silu(gate_proj(x)) * up_proj(x)), and asks nothing else of its module."""
-    a, b, c = torch.linspace(-4, 4, 24).reshape(3, 8)
-    parts = {"gate_proj": a.mul, "up_proj": b.mul, "down_proj": c.sub}
+class _Parts(SimpleNamespace):
+    """A module that has these parts and fails where it is asked for another, also by getattr with a default."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+def _computes(function: Any, given: tuple[Any, ...], want: list[Tensor]) -> bool:
+    """Whether function(*given) is `want` to the bit, in bfloat16: it is then rounded after the same operations."""
     try:
-        found = kind.forward(SimpleNamespace(act_fn=activation(), **parts), torch.full((), 1.5))
-    except Exception:  # it is another kind of module, or of activation
+        found = function(*given)
+        pairs = zip([found] if isinstance(found, Tensor) else found, want, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+    except Exception:  # it is another kind of module, or of another signature
         return False
-    return isinstance(found, Tensor) and torch.equal(found, c - F.silu(1.5 * a) * (1.5 * b))
+
+
+def _is_gate(kind: Any, activation: Any) -> bool:
+    """Whether forward is down_proj(silu(gate_proj(x)) * up_proj(x)) for numbers of all sizes, since some clamp them."""
+    a, x = torch.linspace(-12, 12, 64).sinh().bfloat16(), torch.full((), 1.5, dtype=torch.bfloat16)
+    b, c = a.roll(7), a.roll(19)
+    parts = _Parts(act_fn=activation, gate_proj=a.mul, up_proj=b.mul, down_proj=c.mul)
+    return _computes(kind.forward, (parts, x), [F.silu(a * x) * (b * x) * c])
 
 
 def _gate(module: Any, plain: Any, x: Tensor) -> Tensor:
     if not _ready(x):
         return plain(x)
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if not _ready(gate, up) or gate.shape[-1] % kernels.MULTIPLE:
-        return module.down_proj(module.act_fn(gate) * up)
-    return module.down_proj(_HalfGate.apply(gate, up))
+    fused = _ready(gate, up) and gate.shape == up.shape and gate.shape[-1] % kernels.MULTIPLE == 0
+    return module.down_proj(_HalfGate.apply(gate, up) if fused else module.act_fn(gate) * up)
 
 
 ROTARY = "apply_rotary_pos_emb"
@@ -508,15 +519,9 @@ def _turns_halves(kind: Any) -> bool:
     code = getattr(kind.forward, "__code__", None)
     if code is None or ROTARY not in code.co_names:
         return False
-    q, k, cos, sin = torch.linspace(-4, 4, 96).reshape(4, 3, 8)
-    try:
-        found = kind.forward.__globals__[ROTARY](q[None, None], k[None, None], cos[None], sin[None])
-        return all(
-            torch.equal(y[0, 0], x * cos + torch.cat([-x[:, 4:], x[:, :4]], -1) * sin)
-            for x, y in zip((q, k), found, strict=True)
-        )
-    except Exception:  # of another signature
-        return False
+    q, k, cos, sin = torch.linspace(-4, 4, 96).bfloat16().reshape(4, 1, 3, 8)
+    want = [(x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin)[None] for x in (q, k)]
+    return _computes(kind.forward.__globals__[ROTARY], (q[None], k[None], cos, sin), want)
 
 
 @cache
@@ -555,7 +560,14 @@ def _subclass(kind: Any, forward: Callable[..., Any]) -> Any:
 def _norm(module: Any, plain: Any, x: Tensor) -> Tensor:
     if _inside and is_float32_cpu(x) and is_float32_cpu(module.weight):
         return rms_norm(x, module.weight, module.variance_epsilon)
-    if _inside and is_bfloat16_cpu(x) and is_bfloat16_cpu(module.weight) and x.shape[-1] % kernels.MULTIPLE == 0:
-        if kernels.library()[0] is not None:
-            return _HalfNorm.apply(x, module.weight, module.variance_epsilon)
+    if _ready(x, module.weight) and x.shape[-1] % kernels.MULTIPLE == 0 and _rounds_first(plain.func):
+        return _HalfNorm.apply(x, module.weight, module.variance_epsilon)
     return plain(x)
+
+
+@cache
+def _rounds_first(forward: Any) -> bool:
+    """Whether a norm rounds before it multiplies by its weight: Llama's does, those of OLMo 2 and gpt-oss do not."""
+    weight, x = torch.linspace(-4, 4, 64).bfloat16().reshape(2, 32)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    return _computes(forward, (_Parts(weight=weight, variance_epsilon=1e-6), x), [weight * normed.bfloat16()])

@@ -1,5 +1,7 @@
 """Float32 operations with less rounding against float64: how far off, and their gradients."""
 
+from types import FunctionType
+
 import numpy as np
 import pytest
 import torch
@@ -266,6 +268,19 @@ def test_bfloat16_norms_are_the_module_s_bits_and_their_gradients_nearer_to_floa
         assert torch.equal(norm(x.bfloat16()), plain(norm, x.bfloat16()))
 
 
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("family", ["llama3", "olmo2", "gpt_oss"])
+def test_a_bfloat16_norm_rounds_where_its_family_does(family):
+    """Llama's rounds before it multiplies by its weight, those of OLMo 2 and gpt-oss do not."""
+    norm = make_net(family, hidden_size=64).model.norm.bfloat16()
+    x = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain = norm(x)
+    exact_ops.hook_norms(norm)
+    with exact_ops.enabled(True):
+        out = norm(x)
+    assert torch.equal(out, plain) and ("HalfNorm" in out.grad_fn.name()) == (family == "llama3")
+
+
 def half_parts():
     """The MLP and the attention of one layer in bfloat16, with sizes that the kernels take; x, cos and sin."""
     net = make_net("qwen3", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
@@ -344,6 +359,38 @@ class _Tanh(torch.nn.Module):
         return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
+class _Clamped(torch.nn.Module):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x))
+
+
+class _Limited(torch.nn.Module):
+    """Clamps by an attribute that it may have or not."""
+
+    def forward(self, x):
+        gate, limit = self.act_fn(self.gate_proj(x)), getattr(self, "limit", None)
+        return self.down_proj((gate if limit is None else gate.clamp(max=limit)) * self.up_proj(x))
+
+
+class _Wide(torch.nn.Module):
+    """As Beam's: the same numbers in float32, rounded once in bfloat16."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
+
+
+class _Slope(torch.nn.Module):
+    """SiLU as it is made without an argument."""
+
+    def __init__(self, slope=1.0):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return F.silu(self.slope * x) / self.slope
+
+
 def apply_rotary_pos_emb(q, k, cos, sin):
     """Of pairs side by side, not of halves."""
     pairs = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
@@ -355,12 +402,24 @@ class _Pairs(torch.nn.Module):
         return apply_rotary_pos_emb(q, k, cos, sin)
 
 
+def _turn_wide(q, k, cos, sin):
+    """As HunYuan's: of halves, in float32, rounded once in bfloat16."""
+    wide = (torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1).float() for x in (q, k))
+    return tuple((x.float() * cos + other * sin).to(x.dtype) for x, other in zip((q, k), wide, strict=True))
+
+
+WideRotation = type("WideRotation", (_Pairs,), {
+    "forward": FunctionType(_Pairs.forward.__code__, {"apply_rotary_pos_emb": _turn_wide}),
+})  # fmt: skip
+
+
 def test_modules_that_compute_otherwise_are_left_alone():
     """Whatever they are called, and whatever names they hold."""
-    assert not exact_ops._is_gate(_Sum, torch.nn.SiLU) and not exact_ops._is_gate(_Tanh, torch.nn.SiLU)
-    mlp = type(make_net("qwen3").model.layers[0].mlp)
-    assert exact_ops._is_gate(mlp, torch.nn.SiLU) and not exact_ops._is_gate(mlp, torch.nn.GELU)
-    assert not exact_ops._turns_halves(_Pairs) and not exact_ops._turns_halves(torch.nn.Linear)
+    mlp, silu = type(make_net("qwen3").model.layers[0].mlp), torch.nn.SiLU()
+    assert exact_ops._is_gate(mlp, silu) and not exact_ops._is_gate(mlp, torch.nn.GELU())
+    assert not exact_ops._is_gate(mlp, _Slope(1.7))
+    assert not any(exact_ops._is_gate(kind, silu) for kind in (_Sum, _Tanh, _Clamped, _Limited, _Wide))
+    assert not any(exact_ops._turns_halves(kind) for kind in (_Pairs, WideRotation, torch.nn.Linear))
     for family in ("gemma2", "cohere"):  # a gate of GELU; embeddings of pairs
         net = make_net(family)
         before = [type(module) for module in net.modules()]
