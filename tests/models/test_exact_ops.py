@@ -281,6 +281,21 @@ def test_a_bfloat16_norm_rounds_where_its_family_does(family):
     assert torch.equal(out, plain) and ("HalfNorm" in out.grad_fn.name()) == (family == "llama3")
 
 
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+def test_a_bfloat16_gate_of_every_number_there_is():
+    """Both values and gradients, as near to float64 as a rounding, down to what bfloat16 keeps no digits of."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[torch.isfinite(every) & ((every == 0) | (every.abs() > 1e-30))]
+    every = every[: len(every) // 16 * 16]
+    found = []
+    for kind in (torch.bfloat16, torch.float64):
+        gate, up = (x.to(kind).requires_grad_() for x in (every, torch.ones_like(every)))
+        out = exact_ops._HalfGate.apply(gate, up) if kind == torch.bfloat16 else F.silu(gate) * up
+        found.append((out, *torch.autograd.grad(out, [gate, up], torch.ones_like(out))))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=1e-4)
+
+
 def half_parts():
     """The MLP and the attention of one layer in bfloat16, with sizes that the kernels take; x, cos and sin."""
     net = make_net("qwen3", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
