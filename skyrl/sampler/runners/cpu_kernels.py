@@ -202,7 +202,6 @@ class CpuKernelRunner(Runner):
         self._alive.append(packed)
         if all(part.bias is None for part in parts):
             return packed.data_ptr(), None
-        bias = torch.zeros(-(-columns // 32) * 32, dtype=self._cache.dtype)
         biases = [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-        bias[:columns] = torch.cat([bias.detach() for bias in biases])
-        return packed.data_ptr(), self._live(bias)
+        bias = torch.cat([bias.detach() for bias in biases]).to(self._cache.dtype)
+        return packed.data_ptr(), self._live(nn.functional.pad(bias, (0, -columns % 32)))
