@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "decode.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 MULTIPLE = 16  # of which sizes have to be, for norms and attention; vectors are this long or shorter
 PANEL = 2 * MULTIPLE  # columns of packed weights come in panels of this many or fewer
@@ -53,8 +52,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     """The built library, or None and why there is none. Builds it at most once per machine and source."""
     if (wanted := os.environ.get("SKYRL_CPU_KERNELS", "1")).lower() in ("0", "false", "no", "off"):
         return None, f"SKYRL_CPU_KERNELS={wanted}"
-    names = (os.environ.get("CXX", ""), "g++", "c++")
-    compiler = next(filter(None, map(shutil.which, names)), None)
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), None)
     if compiler is None:
         return None, "no C++ compiler"
     if platform.system() != "Linux":
@@ -91,7 +89,7 @@ def _build(compiler: str, folder: Path) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             part = folder / f"{target.name}.{secrets.token_hex(4)}"
-            command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
+            command = [compiler, *FLAGS, "-o", str(part), str(FOLDER / "decode.cpp")]
             # torch's own OpenMP, already loaded, is the one this resolves to: no second pool of threads
             if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
                 subprocess.run(command, capture_output=True, text=True, check=True)
