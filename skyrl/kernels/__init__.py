@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "decode.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 MULTIPLE = 16  # of which sizes have to be, for norms and attention; vectors are this long or shorter
 PANEL = 2 * MULTIPLE  # columns of packed weights come in panels of this many or fewer
@@ -51,20 +50,18 @@ _ARGUMENTS = {
 @lru_cache(maxsize=1)
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The built library, or None and why there is none. Builds it at most once per machine and source."""
-    if os.environ.get("SKYRL_CPU_KERNELS", "1") == "0":
-        return None, "SKYRL_CPU_KERNELS=0"
-    compiler = next(
-        (found for name in (os.environ.get("CXX", ""), "g++", "c++") if (found := shutil.which(name))), None
-    )
+    if (wanted := os.environ.get("SKYRL_CPU_KERNELS", "1")).lower() in ("0", "false", "no", "off"):
+        return None, f"SKYRL_CPU_KERNELS={wanted}"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++"))), None)
     if compiler is None:
         return None, "no C++ compiler"
     if platform.system() != "Linux":
         return None, f"not tried on {platform.system()}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
     try:
         try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "kernels"
             loaded = ctypes.CDLL(str(_build(compiler, cache)))
-        except OSError:  # a home that is full, cannot be written to or runs no programs: anew for this process
+        except (OSError, RuntimeError):  # no home, or one that is full, cannot be written to or runs no programs
             with tempfile.TemporaryDirectory(prefix="skyrl-kernels-", ignore_cleanup_errors=True) as own:
                 loaded = ctypes.CDLL(str(_build(compiler, Path(own))))  # stays in memory when the file has gone
     except (OSError, subprocess.SubprocessError) as error:
@@ -83,17 +80,18 @@ def _build(compiler: str, folder: Path) -> Path:
     flags = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
     parts = [*(path.read_text() for path in sorted(FOLDER.glob("*.[ch]*"))), version, flags, " ".join(FLAGS)]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"decode-{name}.so"
+    if target.exists():  # also where nothing can be written
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             part = folder / f"{target.name}.{secrets.token_hex(4)}"
-            command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
+            command = [compiler, *FLAGS, "-o", str(part), str(FOLDER / "decode.cpp")]
             # torch's own OpenMP, already loaded, is the one this resolves to: no second pool of threads
-            done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True)
-            if done.returncode:
+            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
                 subprocess.run(command, capture_output=True, text=True, check=True)
             os.replace(part, target)
     return target

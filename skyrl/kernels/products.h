@@ -89,9 +89,9 @@ template <int BY = LANES / 2> inline float largest(vf v) {
   }
 }
 
-inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
+inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87, infinity above 88
   vi low = x < -87.0f, high = x > 88.0f;
-  x = (vf)(((vi)x & ~low & ~high) | ((vi)set(88.0f) & high));
+  x = (vf)((vi)x & ~low & ~high);
   vf n = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits
   vi k = (vi)n - 0x4b400000;
   n -= 12582912.0f;
@@ -102,7 +102,7 @@ inline vf exponential(vf x) {  // relative error about 1e-7; 0 below -87
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (vf)((vi)(p * (vf)((k + 127) << 23)) & ~low);
+  return (vf)(((vi)(p * (vf)((k + 127) << 23)) & ~low) | ((vi)set(INFINITY) & high));  // e^0 has no bit that infinity lacks
 }
 
 // ---- products: y = x w^T with w in panels of PANEL columns ----------------------------------------------------------

@@ -178,7 +178,7 @@ void skyrl_gated_half_gradient(const uint16_t* grad, const uint16_t* gate, const
   for (int64_t i = 0; i < count; i += LANES) {
     vf x = get(gate + i), g = get(grad + i), open = 1.0f / (1.0f + exponential(-x)), active = x * open;
     put(dup + i, g * active);
-    put(dgate + i, g * get(up + i) * (open + active - active * open));
+    put(dgate + i, g * get(up + i) * (open + active * (1.0f - open)));
   }
 }
 

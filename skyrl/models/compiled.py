@@ -50,5 +50,7 @@ def _forward(layer: nn.Module, plain: Any, *args: Any, **kwargs: Any) -> Any:
 
 @cache
 def _compiled(forward: Any) -> Any:
-    """Sizes are symbols from the start: every micro-batch has its own number of tokens."""
+    """Sizes are symbols from the start: every micro-batch has its own number of tokens. All families have one forward,
+    which is compiled for each kind of layer, with a gradient and without: more than the 8 times that torch allows."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(forward, dynamic=True)

@@ -90,8 +90,8 @@ def packed_product(x_NK: Tensor, packed: Packed, bias_V: Tensor | None = None) -
     rows = len(x_NK)
     if rows == 1:
         x_NK = x_NK.expand(2, -1).contiguous()
-    if packed.columns == 1 and bias_V is not None:
-        bias_V = bias_V.expand(2).contiguous()
+    if bias_V is not None:  # whose strides oneDNN does not look at
+        bias_V = bias_V.expand(max(2, packed.columns)).contiguous()
     out_NV = torch.ops.mkldnn._linear_pointwise(x_NK, packed.weight, bias_V, "none", [], "")
     if rows > 1 and packed.columns > 1:
         return out_NV
@@ -132,7 +132,7 @@ def _product(x_NK: Tensor, weight: Tensor, bias_V: Tensor | None, columns: int, 
     bias_V = None if bias_V is None else bias_V.detach().contiguous()
     (rows, inner), panels = x_NK.shape, -(-columns // kernels.PANEL)
     out_NV, room = x_NK.new_empty(rows, columns), x_NK.new_empty(panels * kernels.PANEL * inner)
-    if not inner:
+    if not inner or not columns:
         return out_NV.zero_() if bias_V is None else out_NV.copy_(bias_V.expand_as(out_NV))
     run("skyrl_product", x_NK, rows, inner, weight, turned, bias_V, out_NV, columns, room)
     return out_NV
@@ -175,12 +175,16 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch.nn.functional.linear; `product` where `is_float32_cpu`, with gradients by `matmul`."""
-    if not (is_float32_cpu(x) and is_float32_cpu(weight) and x.numel()):
-        return _PLAIN_LINEAR(x, weight, bias)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch.nn.functional.linear; `product` where `is_float32_cpu`, with gradients by `matmul`. What torch would
+    refuse or broadcast is left to it, since a kernel sees no shapes."""
+    given = (input, weight) if bias is None else (input, weight, bias)
+    fits = weight.ndim == 2 and weight.shape[1:] == input.shape[-1:]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    if not (fits and input.numel() and weight.numel() and all(map(is_float32_cpu, given))):
+        return _PLAIN_LINEAR(input, weight, bias)
     # the shape is given outside: what a function of autograd returns as a view must not be added to in place
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], -1)
 
 
 def _attention_gradients(
@@ -382,8 +386,7 @@ def log_softmax_at(logits_TV: Tensor, targets_TK: Tensor, temperature: float) ->
         logprobs_TK = shifted_TV.gather(1, targets_TK) - mass_T1
         return logprobs_TK.float(), (top_T1 + mass_T1).float().squeeze(1)
     logprobs_TK, logz_T = logits_TV.new_empty(targets_TK.shape), logits_TV.new_empty(len(logits_TV))
-    targets_TK = targets_TK.contiguous()
-    shape = logits_TV.shape[1], targets_TK, targets_TK.shape[1], temperature
+    shape = logits_TV.shape[1], targets_TK.contiguous(), targets_TK.shape[1], temperature
     run("skyrl_log_probs", logits_TV.contiguous(), len(logits_TV), *shape, logprobs_TK, logz_T)
     return logprobs_TK, logz_T
 
@@ -404,11 +407,9 @@ class _Silu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grads[0], *ctx.saved_tensors)
 
 
-def silu(x: Tensor, inplace: bool = False) -> Tensor:
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x * sigmoid(x), where it is exact by the kernels or in float64; never in place there."""
-    if not matches_sampler(x):
-        return _PLAIN_SILU(x, inplace)
-    return _Silu.apply(x)
+    return _Silu.apply(input) if matches_sampler(input) else _PLAIN_SILU(input, inplace)
 
 
 _inside = False  # whether the forward pass that runs now is one of `enabled`
@@ -428,13 +429,11 @@ class _Operations(TorchFunctionMode):
     x.matmul(weight.t())."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _PLAIN_LINEAR:
-            return linear(*args, **(kwargs or {}))
-        if func is _PLAIN_SILU:
-            return silu(*args, **(kwargs or {}))
+        if func in (_PLAIN_LINEAR, _PLAIN_SILU):
+            func = linear if func is _PLAIN_LINEAR else silu
         if func in _MATMULS and not kwargs and args[1].ndim == 2:
             return linear(args[0], args[1].t())
-        if func is torch.addmm and not kwargs and args[1].ndim == 2:
+        if func is torch.addmm and not kwargs and args[0].shape == args[2].shape[1:]:
             return linear(args[1], args[2].t(), args[0])
         return func(*args, **(kwargs or {}))
 
@@ -468,8 +467,7 @@ def hook_half_ops(net: nn.Module) -> None:
     inside of `enabled`: where the code of their classes, tried on numbers, computes just these."""
     for module in net.modules():
         kind: Any = type(module)
-        activation: Any = type(getattr(module, "act_fn", None))
-        if issubclass(activation, nn.Module) and _is_gate(kind, activation):
+        if isinstance(getattr(module, "act_fn", None), nn.Module) and _is_gate(kind, module.act_fn):
             replace_forward(module, _gate)
         elif _turns_halves(kind):
             module.__class__ = _with_rotation(kind)
@@ -479,25 +477,37 @@ def _ready(*tensors: Tensor) -> bool:
     return _inside and all(map(is_bfloat16_cpu, tensors)) and kernels.library()[0] is not None
 
 
-@cache
-def _is_gate(kind: Any, activation: Any) -> bool:
-    """Whether forward is down_proj(silu(gate_proj(x)) * up_proj(x)), and asks nothing else of its module."""
-    a, b, c = torch.linspace(-4, 4, 24).reshape(3, 8)
-    parts = {"gate_proj": a.mul, "up_proj": b.mul, "down_proj": c.sub}
+class _Parts(SimpleNamespace):
+    """A module that has these parts and fails where it is asked for another, also by getattr with a default."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+def _computes(function: Any, given: tuple[Any, ...], want: list[Tensor]) -> bool:
+    """Whether function(*given) is `want` to the bit, in bfloat16: it is then rounded after the same operations."""
     try:
-        found = kind.forward(SimpleNamespace(act_fn=activation(), **parts), torch.full((), 1.5))
-    except Exception:  # it is another kind of module, or of activation
+        found = function(*given)
+        pairs = zip([found] if isinstance(found, Tensor) else found, want, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+    except Exception:  # it is another kind of module, or of another signature
         return False
-    return isinstance(found, Tensor) and torch.equal(found, c - F.silu(1.5 * a) * (1.5 * b))
+
+
+def _is_gate(kind: Any, activation: Any) -> bool:
+    """Whether forward is down_proj(silu(gate_proj(x)) * up_proj(x)) for numbers of all sizes, since some clamp them."""
+    a, x = torch.linspace(-12, 12, 64).sinh().bfloat16(), torch.full((), 1.5, dtype=torch.bfloat16)
+    b, c = a.roll(7), a.roll(19)
+    parts = _Parts(act_fn=activation, gate_proj=a.mul, up_proj=b.mul, down_proj=c.mul)
+    return _computes(kind.forward, (parts, x), [F.silu(a * x) * (b * x) * c])
 
 
 def _gate(module: Any, plain: Any, x: Tensor) -> Tensor:
     if not _ready(x):
         return plain(x)
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if not _ready(gate, up) or gate.shape[-1] % kernels.MULTIPLE:
-        return module.down_proj(module.act_fn(gate) * up)
-    return module.down_proj(_HalfGate.apply(gate, up))
+    fused = _ready(gate, up) and gate.shape == up.shape and gate.shape[-1] % kernels.MULTIPLE == 0
+    return module.down_proj(_HalfGate.apply(gate, up) if fused else module.act_fn(gate) * up)
 
 
 ROTARY = "apply_rotary_pos_emb"
@@ -509,15 +519,9 @@ def _turns_halves(kind: Any) -> bool:
     code = getattr(kind.forward, "__code__", None)
     if code is None or ROTARY not in code.co_names:
         return False
-    q, k, cos, sin = torch.linspace(-4, 4, 96).reshape(4, 3, 8)
-    try:
-        found = kind.forward.__globals__[ROTARY](q[None, None], k[None, None], cos[None], sin[None])
-        return all(
-            torch.equal(y[0, 0], x * cos + torch.cat([-x[:, 4:], x[:, :4]], -1) * sin)
-            for x, y in zip((q, k), found, strict=True)
-        )
-    except Exception:  # of another signature
-        return False
+    q, k, cos, sin = torch.linspace(-4, 4, 96).bfloat16().reshape(4, 1, 3, 8)
+    want = [(x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin)[None] for x in (q, k)]
+    return _computes(kind.forward.__globals__[ROTARY], (q[None], k[None], cos, sin), want)
 
 
 @cache
@@ -556,7 +560,14 @@ def _subclass(kind: Any, forward: Callable[..., Any]) -> Any:
 def _norm(module: Any, plain: Any, x: Tensor) -> Tensor:
     if _inside and is_float32_cpu(x) and is_float32_cpu(module.weight):
         return rms_norm(x, module.weight, module.variance_epsilon)
-    if _inside and is_bfloat16_cpu(x) and is_bfloat16_cpu(module.weight) and x.shape[-1] % kernels.MULTIPLE == 0:
-        if kernels.library()[0] is not None:
-            return _HalfNorm.apply(x, module.weight, module.variance_epsilon)
+    if _ready(x, module.weight) and x.shape[-1] % kernels.MULTIPLE == 0 and _rounds_first(plain.func):
+        return _HalfNorm.apply(x, module.weight, module.variance_epsilon)
     return plain(x)
+
+
+@cache
+def _rounds_first(forward: Any) -> bool:
+    """Whether a norm rounds before it multiplies by its weight: Llama's does, those of OLMo 2 and gpt-oss do not."""
+    weight, x = torch.linspace(-4, 4, 64).bfloat16().reshape(2, 32)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    return _computes(forward, (_Parts(weight=weight, variance_epsilon=1e-6), x), [weight * normed.bfloat16()])

@@ -274,8 +274,6 @@ class CausalLM(nn.Module):
                 low = (low_rank(hidden, pair[0], pair[2]), pair[1])
             cut_2N = None if support_2N is None else support_within(support_2N, start, stop)
             parts.append(self._log_probs(hidden, targets_T[start:stop], temperature, entropy, low, cut_2N))
-        if len(parts) == 1:
-            return ForwardOutput(*parts[0])
         entropies = [e for _, e in parts if e is not None]
         return ForwardOutput(torch.cat([p for p, _ in parts]), torch.cat(entropies) if entropy else None)
 

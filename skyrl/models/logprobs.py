@@ -138,9 +138,7 @@ class _LogProbs(torch.autograd.Function):
             if dhidden is not None:
                 put = dhidden.add_ if vocab > block else dhidden.copy_
                 put(exact_ops.matmul(dz, weight_VC[start:stop].to(dz.dtype)))
-            if dweight is not None and exact_ops.is_float32_cpu(dz):
-                dweight[start:stop] = exact_ops.sum_of_outer(dz, hidden_TC)
-            elif dweight is not None:
+            if dweight is not None:
                 _put_outer(dz, hidden_TC, dweight[start:stop])
             if dbias is not None:
                 dbias[start:stop] = dz.sum(0, dtype=logz_T.dtype)
@@ -160,10 +158,10 @@ class _LogProbs(torch.autograd.Function):
 
 def _put_outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
     """out = dz^T x, rounded to the dtype of `out`."""
-    if out.dtype == dz.dtype:
+    if out.dtype == dz.dtype and not exact_ops.is_float32_cpu(dz):
         torch.mm(dz.t(), x, out=out)
     else:
-        out.copy_(dz.t() @ x)
+        out.copy_(exact_ops.sum_of_outer(dz, x))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Float32 operations with less rounding against float64: how far off, and their gradients."""
 
+from types import FunctionType
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,29 @@ def test_products_as_zero3_writes_them_are_taken_too(path):
     assert all(torch.equal(one, exact_ops.linear(x, weight)) for one in drawn)
     assert torch.equal(biased, exact_ops.linear(x, weight, bias))
     assert torch.equal(scores, torch.matmul(x.view(2, 25, 704), x.view(2, 704, 25)))  # no weight in it
+
+
+ODD_CALLS = {
+    "by name": lambda x, w: F.silu(input=F.linear(input=x, weight=w, bias=w[:, 0])),
+    "a vector": lambda x, w: F.linear(x, w[0]),
+    "one bias": lambda x, w: F.linear(x, w, w[:1, 0]),
+    "added rows": lambda x, w: torch.addmm(x @ w.t() + 1, x, w.t()),
+    "an added number": lambda x, w: torch.addmm(w[0, 0], x, w.t()),
+    "no columns": lambda x, w: x @ w[:0].t(),
+}
+
+
+@pytest.mark.parametrize("call", ODD_CALLS.values(), ids=ODD_CALLS)
+def test_calls_that_torch_takes_in_other_shapes_are_torch_s(path, call):
+    """A kernel sees no shapes: of a bias that is not one number a column it would read what lies behind it."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 64), torch.randn(33, 64)
+    with exact_ops.enabled(True):
+        got = call(x, weight)
+        with pytest.raises(RuntimeError):
+            F.linear(x[:, :60], weight)
+    want = call(x.double(), weight.double())
+    assert got.shape == want.shape and torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_rounded_once(monkeypatch):
@@ -243,6 +268,34 @@ def test_bfloat16_norms_are_the_module_s_bits_and_their_gradients_nearer_to_floa
         assert torch.equal(norm(x.bfloat16()), plain(norm, x.bfloat16()))
 
 
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("family", ["llama3", "olmo2", "gpt_oss"])
+def test_a_bfloat16_norm_rounds_where_its_family_does(family):
+    """Llama's rounds before it multiplies by its weight, those of OLMo 2 and gpt-oss do not."""
+    norm = make_net(family, hidden_size=64).model.norm.bfloat16()
+    x = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain = norm(x)
+    exact_ops.hook_norms(norm)
+    with exact_ops.enabled(True):
+        out = norm(x)
+    assert torch.equal(out, plain) and ("HalfNorm" in out.grad_fn.name()) == (family == "llama3")
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+def test_a_bfloat16_gate_of_every_number_there_is():
+    """Both values and gradients, as near to float64 as a rounding, down to what bfloat16 keeps no digits of."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[torch.isfinite(every) & ((every == 0) | (every.abs() > 1e-30))]
+    every = every[: len(every) // 16 * 16]
+    found = []
+    for kind in (torch.bfloat16, torch.float64):
+        gate, up = (x.to(kind).requires_grad_() for x in (every, torch.ones_like(every)))
+        out = exact_ops._HalfGate.apply(gate, up) if kind == torch.bfloat16 else F.silu(gate) * up
+        found.append((out, *torch.autograd.grad(out, [gate, up], torch.ones_like(out))))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=1e-4)
+
+
 def half_parts():
     """The MLP and the attention of one layer in bfloat16, with sizes that the kernels take; x, cos and sin."""
     net = make_net("qwen3", hidden_size=64, intermediate_size=96, head_dim=32).bfloat16()
@@ -321,6 +374,38 @@ class _Tanh(torch.nn.Module):
         return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
 
 
+class _Clamped(torch.nn.Module):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x))
+
+
+class _Limited(torch.nn.Module):
+    """Clamps by an attribute that it may have or not."""
+
+    def forward(self, x):
+        gate, limit = self.act_fn(self.gate_proj(x)), getattr(self, "limit", None)
+        return self.down_proj((gate if limit is None else gate.clamp(max=limit)) * self.up_proj(x))
+
+
+class _Wide(torch.nn.Module):
+    """As Beam's: the same numbers in float32, rounded once in bfloat16."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
+
+
+class _Slope(torch.nn.Module):
+    """SiLU as it is made without an argument."""
+
+    def __init__(self, slope=1.0):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return F.silu(self.slope * x) / self.slope
+
+
 def apply_rotary_pos_emb(q, k, cos, sin):
     """Of pairs side by side, not of halves."""
     pairs = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
@@ -332,12 +417,24 @@ class _Pairs(torch.nn.Module):
         return apply_rotary_pos_emb(q, k, cos, sin)
 
 
+def _turn_wide(q, k, cos, sin):
+    """As HunYuan's: of halves, in float32, rounded once in bfloat16."""
+    wide = (torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1).float() for x in (q, k))
+    return tuple((x.float() * cos + other * sin).to(x.dtype) for x, other in zip((q, k), wide, strict=True))
+
+
+WideRotation = type("WideRotation", (_Pairs,), {
+    "forward": FunctionType(_Pairs.forward.__code__, {"apply_rotary_pos_emb": _turn_wide}),
+})  # fmt: skip
+
+
 def test_modules_that_compute_otherwise_are_left_alone():
     """Whatever they are called, and whatever names they hold."""
-    assert not exact_ops._is_gate(_Sum, torch.nn.SiLU) and not exact_ops._is_gate(_Tanh, torch.nn.SiLU)
-    mlp = type(make_net("qwen3").model.layers[0].mlp)
-    assert exact_ops._is_gate(mlp, torch.nn.SiLU) and not exact_ops._is_gate(mlp, torch.nn.GELU)
-    assert not exact_ops._turns_halves(_Pairs) and not exact_ops._turns_halves(torch.nn.Linear)
+    mlp, silu = type(make_net("qwen3").model.layers[0].mlp), torch.nn.SiLU()
+    assert exact_ops._is_gate(mlp, silu) and not exact_ops._is_gate(mlp, torch.nn.GELU())
+    assert not exact_ops._is_gate(mlp, _Slope(1.7))
+    assert not any(exact_ops._is_gate(kind, silu) for kind in (_Sum, _Tanh, _Clamped, _Limited, _Wide))
+    assert not any(exact_ops._turns_halves(kind) for kind in (_Pairs, WideRotation, torch.nn.Linear))
     for family in ("gemma2", "cohere"):  # a gate of GELU; embeddings of pairs
         net = make_net(family)
         before = [type(module) for module in net.modules()]

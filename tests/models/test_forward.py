@@ -1,11 +1,14 @@
 """Every verified family: packed training log-probs and gradients against transformers' own forward, row by row."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, make_net
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
+from skyrl.models import compiled
 from skyrl.models.forward import CausalLM, collate
 from skyrl.models.load import build_model, check_against_transformers, plain_logprobs
 from skyrl.models.packed import PackedAttention
@@ -130,6 +133,28 @@ def test_compiled_layers_give_the_same_values_and_gradients(again):
     tokens = torch.arange(5)
     attention = PackedAttention(torch.tensor([0, 5], dtype=torch.int32), [5])
     assert torch.equal(model.hidden(tokens, tokens, attention), eager.hidden(tokens, tokens, attention))  # as sampled
+
+
+def test_every_kind_of_layer_stays_compiled(monkeypatch):
+    """Layers with experts and without, trained and scored, of one token and of more, of a frozen model as well."""
+    from torch._dynamo import config, reset  # it takes a second to import
+
+    reset()
+    monkeypatch.setattr(config, "recompile_limit", 8)
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled._compiled.cache_clear()
+    models = [CausalLM(make_net("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2])) for _ in range(2)]
+    models[1].requires_grad_(False)
+    for model in models:
+        model.compile_layers()
+        for lengths in ((5, 9), (1,)):
+            mb = collate(make_rows(96, lengths=lengths), torch.float32, "cpu")
+            model(mb)
+            with torch.no_grad():
+                model(mb)
+    compiled._compiled.cache_clear()
+    reset()
 
 
 def test_critic():

@@ -199,6 +199,9 @@ def test_a_file_system_without_locks_or_without_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     built = kernels._build(str(compiler), tmp_path / "cache")
     assert built.read_text() == "so\n" and kernels._build(str(compiler), tmp_path / "cache") == built
+    (built.parent / "lock").unlink()
+    (built.parent / "lock").mkdir()  # a folder in which nothing can be written any more
+    assert kernels._build(str(compiler), tmp_path / "cache") == built
     tried = []
     monkeypatch.setattr(kernels, "_build", lambda compiler, folder: tried.append(folder) or folder / "no.so")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -206,16 +209,24 @@ def test_a_file_system_without_locks_or_without_programs(tmp_path, monkeypatch):
     assert tried[0] == tmp_path / "skyrl" / "kernels" and "skyrl-kernels-" in str(tried[1])
     assert not tried[1].exists()
 
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")  # a container's user without a name
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "no.so" in kernels.library.__wrapped__()[1] and "skyrl-kernels-" in str(tried[2])
+
 
 def test_without_compiler_or_when_switched_off(tmp_path):
-    off = _python(ASK, SKYRL_CPU_KERNELS="0")
+    off, no = (_python(ASK, SKYRL_CPU_KERNELS=word) for word in ("0", "False"))
     none = _python(ASK, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path), CXX="")
     fake = tmp_path / "bad" / "c++"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
     fake.chmod(0o755)
     failing = _python(ASK, PATH=f"{fake.parent}:/bin:/usr/bin", CXX=str(fake), XDG_CACHE_HOME=str(tmp_path))
-    for process, reason in ((off, "SKYRL_CPU_KERNELS=0"), (none, "no C++ compiler"), (failing, "no such flag")):
+    reasons = "SKYRL_CPU_KERNELS=0", "SKYRL_CPU_KERNELS=False", "no C++ compiler", "no such flag"
+    for process, reason in zip((off, no, none, failing), reasons, strict=True):
         out, err = process.communicate(timeout=180)
         assert process.returncode == 0 and "None" in out and reason in out, out + err
 

@@ -152,21 +152,17 @@ class CpuKernelRunner(Runner):
         """As sampling.sample, up to rounding; rows with cuts go there, one by one if bits matter."""
         if logits_BV.dtype != torch.float32 or (params.cut and not self._exact):
             return sample(logits_BV, params, uniforms_B)
-        tokens_B, logprobs_B = self._sample(logits_BV, params, uniforms_B)
-        if params.cut:
-            cut_B = (params.top_k_B < logits_BV.shape[1]) | (params.top_p_B < 1) | (params.min_p_B > 0)
-            for row in np.flatnonzero(cut_B.numpy() & (params.temperatures > 0)):
-                one = slice(row, row + 1)
-                tokens_B[one], logprobs_B[one] = sample(logits_BV[one], params.rows(one), uniforms_B[one])
-        return tokens_B, logprobs_B
-
-    def _sample(self, logits_BV: Tensor, params: BatchSamplingParams, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         (count, vocab), logits_BV = logits_BV.shape, logits_BV.contiguous()
         tokens_B, logprobs_B = torch.empty(count, dtype=torch.int64), torch.empty(count)
         self._library.skyrl_sample(
             logits_BV.data_ptr(), count, vocab, uniforms_B.data_ptr(), params.temperatures.ctypes.data,
             tokens_B.data_ptr(), logprobs_B.data_ptr(), self._model.threads,
         )  # fmt: skip
+        if params.cut:
+            cut_B = (params.top_k_B < vocab) | (params.top_p_B < 1) | (params.min_p_B > 0)
+            for row in np.flatnonzero(cut_B.numpy() & (params.temperatures > 0)):
+                one = slice(row, row + 1)
+                tokens_B[one], logprobs_B[one] = sample(logits_BV[one], params.rows(one), uniforms_B[one])
         return tokens_B, logprobs_B
 
     def _forward(
@@ -206,7 +202,6 @@ class CpuKernelRunner(Runner):
         self._alive.append(packed)
         if all(part.bias is None for part in parts):
             return packed.data_ptr(), None
-        bias = torch.zeros(-(-columns // 32) * 32, dtype=self._cache.dtype)
         biases = [part.weight.new_zeros(part.out_features) if part.bias is None else part.bias for part in parts]
-        bias[:columns] = torch.cat([bias.detach() for bias in biases])
-        return packed.data_ptr(), self._live(bias)
+        bias = torch.cat([bias.detach() for bias in biases]).to(self._cache.dtype)
+        return packed.data_ptr(), self._live(nn.functional.pad(bias, (0, -columns % 32)))

@@ -159,7 +159,7 @@ class _ExactOps(_Ops):
     def rotate(x: Tensor, turned: Tensor, sin: Tensor) -> Tensor:
         return turned.mul_(sin).add_(x)
 
-    silu = staticmethod(exact_ops.silu)  # type: ignore[assignment]  # the argument has another name
+    silu = staticmethod(exact_ops.silu)
 
 
 class _ProductAttention(Attention):

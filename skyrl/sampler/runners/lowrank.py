@@ -105,9 +105,7 @@ class _Packed:
             if pair is not None:
                 down, up = (tensor.detach().to("cpu", self._dtype) for tensor in pair)
                 down = F.pad(down, (0, 0, 0, rank - down.shape[0])).contiguous()
-                self._library.skyrl_pack(
-                    half, packed.data_ptr(), down.data_ptr(), rank, inner, rank * number, 0, 1
-                )  # fmt: skip
+                self._library.skyrl_pack(half, packed.data_ptr(), down.data_ptr(), rank, inner, rank * number, 0, 1)
                 up_GIR.view(columns, rank)[: up.shape[0], : up.shape[1]] = up
             pairs_of = 2 if half else 1  # neighbours along the rank that lie side by side
             groups.append(up_GIR.unflatten(2, (-1, pairs_of)).transpose(1, 2).reshape(-1))
