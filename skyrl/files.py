@@ -92,6 +92,15 @@ def open_plain(path: Path, root: Path) -> IO[bytes]:
     raise PermissionError(errno.EACCES, "a link to a file of somebody else, or no plain file", str(path))
 
 
+def user_folder(variable: str, usual: str) -> Path:
+    """skyrl's folder in what XDG_CACHE_HOME or XDG_STATE_HOME names, or in the `usual` place of the user's home. Raises
+    UserError for a user who has none, as containers make them."""
+    home = os.environ.get(variable) or os.path.expanduser(usual)
+    if home.startswith("~"):
+        raise UserError(f"{variable}: not set, and this user has no home folder; set it to a folder of yours")
+    return Path(home) / "skyrl"
+
+
 def text_of(path: Path) -> str:
     """What a file of the kernel's says, without white space around it; "" where it is not there or not for us."""
     try:

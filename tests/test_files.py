@@ -12,10 +12,13 @@ from skyrl.files import (
     manifest_entry,
     remove_tree,
     sha256,
+    user_folder,
     verify_manifest,
     write_atomic,
     write_folder_atomic,
 )
+from skyrl.launch.rank import cache_folders
+from skyrl.types import UserError
 
 
 def test_a_file_is_replaced_as_a_whole_and_a_failure_leaves_the_old_one(tmp_path, monkeypatch):
@@ -88,3 +91,16 @@ def test_a_folder_whose_new_name_is_refused_keeps_what_was_there(tmp_path, monke
     with pytest.raises(OSError, match="No space"), write_folder_atomic(folder) as part:
         (part / "a").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["export"] and (folder / "a").read_text() == "old"
+
+
+def test_the_folder_of_a_user_without_a_home_has_to_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert user_folder("XDG_CACHE_HOME", "~/.cache") == tmp_path / ".cache" / "skyrl"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)  # whom the machine does not know
+    with pytest.raises(UserError, match="XDG_CACHE_HOME: not set, and this user has no home folder"):
+        user_folder("XDG_CACHE_HOME", "~/.cache")
+    assert cache_folders({})["TRITON_CACHE_DIR"].name == "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert user_folder("XDG_CACHE_HOME", "~/.cache") == tmp_path / "other" / "skyrl"

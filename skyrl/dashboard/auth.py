@@ -32,7 +32,7 @@ from skyrl.config.schema_server import DashboardConfig
 from skyrl.dashboard.oidc import SIGN_IN_SECONDS, OidcProvider, SignIn, SignInRefused
 from skyrl.dashboard.render import make_templates
 from skyrl.dashboard.shares import ShareLinks
-from skyrl.files import disk_reason
+from skyrl.files import disk_reason, user_folder
 from skyrl.run_dir.reader import find_run
 from skyrl.types import UserError
 from skyrl.web.auth import Signer
@@ -422,8 +422,8 @@ def _keep(into: dict[str, T], value: T) -> str:
 
 def _state_folder(runs: str) -> Path:
     """Where the dashboard of one folder of runs keeps its own things, for its owner's eyes alone. Raises UserError."""
-    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    folder = home / "skyrl" / "dashboard" / hashlib.sha256(os.path.realpath(runs or "runs").encode()).hexdigest()[:16]
+    digest = hashlib.sha256(os.path.realpath(runs or "runs").encode()).hexdigest()[:16]
+    folder = user_folder("XDG_STATE_HOME", "~/.local/state") / "dashboard" / digest
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

@@ -6,10 +6,8 @@ run, and no page has a script or a style of its own: the content policy refuses 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -125,8 +123,3 @@ class Dashboard:
     def close(self) -> None:
         """Ends the live pages, so that the server can."""
         self.closing = True
-
-
-def cache_folder() -> Path:
-    """Where the dashboards of this user keep their caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl" / "dashboard"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import as_overrides, load_config
+from skyrl.files import user_folder
 from skyrl.types import UserError
 from skyrl.web.beside import BESIDE
 
@@ -44,12 +45,11 @@ def dashboard(args: list[str]) -> None:
 
     from skyrl.dashboard.app import create_app
     from skyrl.dashboard.auth import Auth
-    from skyrl.dashboard.board import cache_folder
     from skyrl.dashboard.index import RunIndex
     from skyrl.web.http import serve_in_thread
 
     settings = replace(settings, runs=str(runs.absolute()))
-    auth, index = Auth(settings), RunIndex(runs, cache_folder(), only=only)
+    auth, index = Auth(settings), RunIndex(runs, user_folder("XDG_CACHE_HOME", "~/.cache") / "dashboard", only=only)
     app, board = create_app(settings, auth, index)
     server = serve_in_thread(app, settings.host, settings.port, close=board.close, options="dashboard")
     stopped = threading.Event()

@@ -7,7 +7,6 @@ transformers reads them. What it leaves to chance is checked here: the rule by w
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyrl.files import write_folder_atomic
+from skyrl.files import user_folder, write_folder_atomic
 from skyrl.types import UserError, few
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def converted(file: Path, *, where: str = "model.path") -> Path:
 
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "skyrl" / "gguf"
+    cache = user_folder("XDG_CACHE_HOME", "~/.cache") / "gguf"
     folder = cache / f"{file.stem}-{key}"
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from skyrl.files import write_folder_atomic
+from skyrl.files import user_folder, write_folder_atomic
 from skyrl.registry import Registry
 from skyrl.types import UserError
 
@@ -96,7 +95,7 @@ def model_folder(model: Any, tokenizer: Any, where: str) -> Path:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "skyrl" / "policies"
+    cache = user_folder("XDG_CACHE_HOME", "~/.cache") / "policies"
     folder = cache / f"{type(model).__name__}-{digest.hexdigest()[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

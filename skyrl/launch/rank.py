@@ -91,7 +91,7 @@ def local_caches(environment: MutableMapping[str, str] = os.environ) -> Path | N
 
 def cache_folders(environment: Mapping[str, str] = os.environ) -> dict[str, Path]:
     """Where this process keeps compiled kernels: a variable of CACHES -> folder (which may not be there)."""
-    home, temporary = Path.home(), Path(tempfile.gettempdir())
+    home, temporary = Path(os.path.expanduser("~")), Path(tempfile.gettempdir())  # also for a user without a home
     usual = {
         "TRITON_CACHE_DIR": home / ".triton" / "cache",
         "TORCHINDUCTOR_CACHE_DIR": temporary / f"torchinductor_{environment.get('USER', '')}",
