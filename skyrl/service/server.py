@@ -117,8 +117,7 @@ def serve(cfg: RunConfig, door: Future[Door]) -> None:
     """Serves behind rank 0's open door until SIGINT or SIGTERM; then finishes the work in hand and the saves, and
     returns."""
     try:
-        service = open_service(cfg, lambda: door.result().frontend)
-        if service is None:
+        if (service := open_service(cfg, lambda: door.result().frontend)) is None:
             return
         server = door.result().server
         service.worker.check = server.check

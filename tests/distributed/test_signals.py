@@ -52,6 +52,22 @@ def test_only_the_torchrun_that_started_us_is_ended(given, added, code):
     assert done.returncode == code, done.stderr
 
 
+@pytest.mark.parametrize("launcher", ["gone", "not reaped", "lives"])
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_rank_whose_torchrun_was_killed_before_it_could_ask_ends(launcher, leads, tmp_path):
+    """Without a parent that could end, it would hold an address, and answer clients, for ever. What a rank left behind
+    in a session of another stays."""
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as ended:
+        ended.stdout.read()
+        if launcher == "gone":
+            ended.wait()
+        (tmp_path / env.PID_FILE).write_text(str(os.getpid() if launcher == "lives" else ended.pid))
+        program = "from skyrl.distributed.env import end_with_launcher; end_with_launcher()"
+        given = {**os.environ, env.ERROR_FILE: "a", env.EXIT_FILE: str(tmp_path / "code")}
+        done = subprocess.run([sys.executable, "-c", program], env=given, start_new_session=leads, capture_output=True)
+    assert done.returncode == (-signal.SIGKILL if leads and launcher != "lives" else 0), done.stderr
+
+
 @pytest.fixture
 def signals(monkeypatch):
     before = {number: signal.getsignal(number) for number in SIGNALS}
