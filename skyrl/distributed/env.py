@@ -55,11 +55,11 @@ def leave_exit_code(code: int) -> None:
 
 def _torchrun() -> psutil.Process | None:
     """The torchrun that has started this process. None where that is not our parent: a script that only handed its
-    variables on has the same error file as we."""
+    variables on has the same error file as we, and whoever takes in orphans (init, systemd) is no Python."""
     mine = os.environ.get(ERROR_FILE)
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
-        if mine is not None and parent.environ().get(ERROR_FILE) != mine:
+        if mine is not None and parent.environ().get(ERROR_FILE) != mine and "python" in parent.exe():
             return parent
     return None
 

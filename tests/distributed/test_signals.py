@@ -6,6 +6,7 @@ import subprocess
 import sys
 from threading import Event
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -66,6 +67,17 @@ def test_a_rank_whose_torchrun_was_killed_before_it_could_ask_ends(launcher, lea
         given = {**os.environ, env.ERROR_FILE: "a", env.EXIT_FILE: str(tmp_path / "code")}
         done = subprocess.run([sys.executable, "-c", program], env=given, start_new_session=leads, capture_output=True)
     assert done.returncode == (-signal.SIGKILL if leads and launcher != "lives" else 0), done.stderr
+
+
+def test_who_takes_in_orphans_is_no_torchrun(monkeypatch):
+    """It has no error file either; a systemd of the same person would be killed with all that runs below it."""
+    with subprocess.Popen(["sleep", "60"]) as systemd:
+        monkeypatch.setattr(env.os, "getppid", lambda: systemd.pid)
+        monkeypatch.setenv(env.ERROR_FILE, "a")
+        env.end_launcher()
+        assert psutil.Process(systemd.pid).is_running()
+        systemd.terminate()
+        assert systemd.wait() == -signal.SIGTERM
 
 
 @pytest.fixture
