@@ -24,8 +24,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [b for b, left in enumerate(room) if left >= lengths[index]]
-        if fits:
+        if fits := [b for b, left in enumerate(room) if left >= lengths[index]]:
             best = min(fits, key=lambda b: (room[b], b))
             bins[best].append(index)
             room[best] -= lengths[index]

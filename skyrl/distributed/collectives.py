@@ -96,8 +96,7 @@ def agree(world: World, action: Callable[[], T]) -> T:
         result = action()
     except UserError as failure:
         error = (world.rank, socket.gethostname(), failure)
-    errors = [one for one in gather_objects(world, error) if one is not None]
-    if errors:
+    if errors := [one for one in gather_objects(world, error) if one is not None]:
         rank, host, first = errors[0]
         raise first if len(errors) == world.size else type(first)(f"rank {rank} on {host}: {first}")
     return result  # type: ignore[return-value]

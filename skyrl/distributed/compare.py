@@ -53,8 +53,7 @@ def compare_nodes(
     told = gather_objects(world, (versions, own))
     facts = [told[first][1] | mine for first, (_, mine) in zip(firsts, told, strict=True)]
     allowed = broadcast_object(world, cfg.run.allow_different)  # one verdict, whatever each rank was given
-    found = differences(hosts, facts, allowed)
-    if found:
+    if found := differences(hosts, facts, allowed):
         more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
         names = list(dict.fromkeys(name.partition("/")[0] for name, _ in found))
         remedy = REMEDY.get(names[0].partition(".")[0], "start all ranks with the same command")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +18,7 @@ import psutil
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun gives each rank one of its own
 LAUNCHED = "SKYRL_LEFT"  # set by skyrl-tx launch: a file that says that ranks left before they had anything to save
 EXIT_FILE = "SKYRL_EXIT_FILE"  # set by launch.torchrun: where local rank 0 leaves its exit code, which torchrun hides
+PID_FILE = "pid"  # of that torchrun, beside EXIT_FILE; both go when it ends, unless it is killed
 # Set by distributed.init and distributed.watchdog, which import torch; read by main.py, which must not.
 in_group = False  # this process is one of a group of ranks
 watchdog: Any = None  # the Watchdog that listens, while a run or a server lives
@@ -37,8 +39,7 @@ def world_size() -> int:
 
 def report_to_launcher(text: str) -> None:
     """Leaves the text where torchrun looks for it, so that its own report ends with it."""
-    path = os.environ.get(ERROR_FILE)
-    if path:
+    if path := os.environ.get(ERROR_FILE):
         with contextlib.suppress(OSError), open(path, "w") as file:
             extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
             json.dump({"message": {"message": text, "extraInfo": extra}}, file)
@@ -54,13 +55,24 @@ def leave_exit_code(code: int) -> None:
 
 def _torchrun() -> psutil.Process | None:
     """The torchrun that has started this process. None where that is not our parent: a script that only handed its
-    variables on has the same error file as we."""
+    variables on has the same error file as we, and whoever takes in orphans (init, systemd) is no Python."""
     mine = os.environ.get(ERROR_FILE)
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
-        if mine is not None and parent.environ().get(ERROR_FILE) != mine:
+        if mine is not None and parent.environ().get(ERROR_FILE) != mine and "python" in parent.exe():
             return parent
     return None
+
+
+def _torchrun_was_killed() -> bool:
+    """Whether launch/torchrun.py started this process (as the leader of a session) and was killed: its file is there,
+    and it is not."""
+    with contextlib.suppress(OSError, ValueError):
+        launcher = int(Path(os.environ.get(EXIT_FILE, "")).with_name(PID_FILE).read_text())
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return os.getsid(0) == os.getpid() and psutil.Process(launcher).status() == psutil.STATUS_ZOMBIE
+        return True
+    return False
 
 
 def end_launcher() -> None:
@@ -77,9 +89,10 @@ def end_launcher() -> None:
 def end_with_launcher() -> None:
     """This process ends when the launcher that started it does: a killed torchrun leaves no orphans, which would hold a
     folder and an address until they give up waiting for each other (Linux). Nothing for a process alone."""
-    if sys.platform != "linux" or (world_size() == 1 and _torchrun() is None):
+    killed = _torchrun_was_killed()
+    if sys.platform != "linux" or (world_size() == 1 and not killed and _torchrun() is None):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before we asked
+    if killed or os.getppid() != parent:  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)

@@ -53,8 +53,7 @@ def remember_ranks(group: Any, local_rank: int) -> None:
 
 
 def _make_shared_folder(local_rank: int) -> str:
-    file = os.environ.get(env.ERROR_FILE)
-    if file:
+    if file := os.environ.get(env.ERROR_FILE):
         return str(Path(file).parent.parent)  # torchrun's folder of one attempt, with a folder for each local rank
     try:
         return tempfile.mkdtemp(prefix="skyrl-") if local_rank == 0 else ""

@@ -177,8 +177,7 @@ class Peers:
 
     def _answer(self, knock: socket.socket) -> str | None:
         """ "" for a door that answers, else why not; None while nothing is known."""
-        code = knock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
+        if code := knock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             return "its process is gone" if code == errno.ECONNREFUSED else os.strerror(code)
         try:
             knock.getpeername()

@@ -255,8 +255,7 @@ def node_address(name: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         done = None
-    found = re.search(r"\bNodeAddr=(\S+)", done.stdout if done else "")
-    if found is not None:
+    if found := re.search(r"\bNodeAddr=(\S+)", done.stdout if done else ""):
         return found[1]
     if addresses:
         return name

@@ -179,8 +179,7 @@ def parse_gpus(text: str, sys_root: Path = Path("/sys")) -> list[Gpu]:
 
 def visible_gpus(gpus: Sequence[Gpu], environment: Mapping[str, str] = os.environ) -> tuple[tuple[Gpu, ...], int]:
     """(the GPUs that CUDA_VISIBLE_DEVICES lets through, in its order; how many devices CUDA will see)."""
-    chosen = environment.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
+    if (chosen := environment.get("CUDA_VISIBLE_DEVICES")) is None:
         return tuple(gpus), len(gpus)
     found, count = [], 0
     for name in chosen.split(","):

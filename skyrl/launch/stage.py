@@ -135,8 +135,7 @@ def check(folder: Path) -> int:
         raise UserError(f"stage --check {folder}: has no {MANIFEST}; skyrl-tx stage makes such a folder")
     files = Stage.open(folder).files
     # One at a time, so that every damaged file is named, also beside one that is missing.
-    bad = [problem for name, entry in files.items() for problem in verify_manifest(folder, {name: entry})]
-    if bad:
+    if bad := [problem for name, entry in files.items() for problem in verify_manifest(folder, {name: entry})]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(f"stage --check {folder}: {'; '.join(bad[:5])}{more}; remove these files and stage again")
     return len(files)

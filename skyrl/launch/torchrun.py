@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from skyrl.distributed.env import EXIT_FILE
+from skyrl.distributed.env import EXIT_FILE, PID_FILE
 
 ENTRIES = ("skyrl", "skyrl.train", "skyrl.sft", "skyrl.serve")
 LOGGERS = ("multiprocessing.api", "agent.server.api", "multiprocessing.errors.error_handler")
@@ -61,12 +61,13 @@ def keep_quiet() -> None:
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # their level is set again
     folder = tempfile.TemporaryDirectory(prefix="skyrl-torchrun-")
     os.environ[EXIT_FILE] = f"{folder.name}/code"
+    with contextlib.suppress(OSError):  # a full disk
+        Path(folder.name, PID_FILE).write_text(str(os.getpid()))
 
     def at_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         with folder:
             told = Path(os.environ[EXIT_FILE]).read_text() if Path(os.environ[EXIT_FILE]).exists() else ""
-        code = exit_code(error, told)
-        if code is None:
+        if (code := exit_code(error, told)) is None:
             sys.__excepthook__(kind, error, trace)
         else:
             os._exit(code)  # taking the interpreter down with torch in it takes half a second, for nothing

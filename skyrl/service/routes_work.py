@@ -195,8 +195,7 @@ class Feeds:
 
     def fetched(self, request_id: str) -> None:
         """A result was handed out: nobody has to be told of it any more."""
-        key = self._key_of.pop(request_id, None)
-        if key is None:
+        if (key := self._key_of.pop(request_id, None)) is None:
             return
         for table in (self._open, self._done):
             if key in table:

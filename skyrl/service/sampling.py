@@ -381,14 +381,12 @@ class Sampling:
 
     def _ended(self, uid: str) -> PendingSample | None:
         """The request of a draw that no rank has any more; None when it was taken out."""
-        pending = self._active.get(_request_id(uid))
-        if pending is not None:
+        if (pending := self._active.get(_request_id(uid))) is not None:
             self._load[pending.ranks.pop(uid)] -= 1
         return pending
 
     def _sampled(self, sample: Sample) -> None:
-        pending = self._ended(sample.uid)
-        if pending is None:
+        if (pending := self._ended(sample.uid)) is None:
             return
         if sample.stop == "aborted":
             self._take_out(pending, RequestFailed(NOT_FINITE))
@@ -436,8 +434,7 @@ class Sampling:
 
     def _take_out(self, pending: PendingSample, why: RequestFailed) -> None:
         for rank, batch in enumerate(self._batches):
-            mine = [uid for uid, at in pending.ranks.items() if at == rank]
-            if mine:
+            if mine := [uid for uid, at in pending.ranks.items() if at == rank]:
                 unseen = {request.uid for request in batch.requests}
                 batch.requests = [request for request in batch.requests if request.uid not in pending.ranks]
                 batch.cancelled += [uid for uid in mine if uid not in unseen]

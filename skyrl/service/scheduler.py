@@ -410,8 +410,7 @@ class RequestScheduler:
 
     def _tell_failures(self, now: float) -> None:
         """Settles those forward_backwards that failed and came long enough before `now`."""
-        due = [held for held in self._held if held[0] <= now]
-        if due:
+        if due := [held for held in self._held if held[0] <= now]:
             self._held = deque(held for held in self._held if held[0] > now)
         for _, pending, why, category in due:
             self._fail(pending, why, category)
@@ -436,8 +435,7 @@ class RequestScheduler:
         """A model is gone: what waits for it fails with `why`, and so does what comes later. forget: it never was,
         and its name does not belong to who asked for it."""
         with self._locked():
-            queue = self._queues.pop(model_id, None)
-            if queue is None:
+            if (queue := self._queues.pop(model_id, None)) is None:
                 return
             self._ready.pop(model_id, None)
             self._gaps.pop(model_id, None)

@@ -57,6 +57,9 @@ def open_service(cfg: RunConfig, frontend: Callable[[], Frontend] | None = None)
         cfg = replace(cfg, batch=replace(cfg.batch, max_tokens_per_microbatch=tokens))
     if world.size > 1:
         compare_nodes(cfg, world, {})
+    opened = list[Frontend]()
+    if frontend is not None:  # an address or a folder in use is told before any weights are loaded
+        on_leader(world, lambda: opened.append(frontend()))
 
     def make() -> tuple[Plan, RankContext]:
         plan, longest = make_plan(cfg, world.size, device=world.choice), max_row_tokens(cfg, sizes)
@@ -75,8 +78,8 @@ def open_service(cfg: RunConfig, frontend: Callable[[], Frontend] | None = None)
     made: list[Service] = []
 
     def make_service() -> None:
-        opened = frontend() if frontend is not None else open_frontend(cfg)
-        made.append(lead(replace(opened, cfg=cfg), context, describe_ranks(plan, world.choice.name)))
+        base = opened[0] if opened else open_frontend(cfg)
+        made.append(lead(replace(base, cfg=cfg), context, describe_ranks(plan, world.choice.name)))
 
     on_leader(world, make_service)
     context.engine.pause = made[0].worker.pause
@@ -117,8 +120,7 @@ def serve(cfg: RunConfig, door: Future[Door]) -> None:
     """Serves behind rank 0's open door until SIGINT or SIGTERM; then finishes the work in hand and the saves, and
     returns."""
     try:
-        service = open_service(cfg, lambda: door.result().frontend)
-        if service is None:
+        if (service := open_service(cfg, lambda: door.result().frontend)) is None:
             return
         server = door.result().server
         service.worker.check = server.check

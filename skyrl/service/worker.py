@@ -145,8 +145,7 @@ class Worker:
         """Withdraws the samples of sessions that have ended, or were silent for so long (0 = however long), and closes
         their models and snapshots."""
         sessions = self.models.sessions() | self.sampling.sessions()
-        ended = self.checkpoints.store.live.ended(sessions, silent_seconds)
-        if not ended:
+        if not (ended := self.checkpoints.store.live.ended(sessions, silent_seconds)):
             return
         self.sampling.withdraw(lambda one: one.session in ended, ENDED)
         for model in self.models.of_sessions(ended):

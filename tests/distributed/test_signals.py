@@ -6,6 +6,7 @@ import subprocess
 import sys
 from threading import Event
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -50,6 +51,33 @@ def test_only_the_torchrun_that_started_us_is_ended(given, added, code):
     program = STARTER.format(added, RANK)
     done = subprocess.run([sys.executable, "-c", program, "torch"], env={**around, **given}, capture_output=True)
     assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["gone", "not reaped", "lives"])
+@pytest.mark.parametrize("leads", [True, False])
+def test_a_rank_whose_torchrun_was_killed_before_it_could_ask_ends(launcher, leads, tmp_path):
+    """Without a parent that could end, it would hold an address, and answer clients, for ever. What a rank left behind
+    in a session of another stays."""
+    with subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE) as ended:
+        ended.stdout.read()
+        if launcher == "gone":
+            ended.wait()
+        (tmp_path / env.PID_FILE).write_text(str(os.getpid() if launcher == "lives" else ended.pid))
+        program = "from skyrl.distributed.env import end_with_launcher; end_with_launcher()"
+        given = {**os.environ, env.ERROR_FILE: "a", env.EXIT_FILE: str(tmp_path / "code")}
+        done = subprocess.run([sys.executable, "-c", program], env=given, start_new_session=leads, capture_output=True)
+    assert done.returncode == (-signal.SIGKILL if leads and launcher != "lives" else 0), done.stderr
+
+
+def test_who_takes_in_orphans_is_no_torchrun(monkeypatch):
+    """It has no error file either; a systemd of the same person would be killed with all that runs below it."""
+    with subprocess.Popen(["sleep", "60"]) as systemd:
+        monkeypatch.setattr(env.os, "getppid", lambda: systemd.pid)
+        monkeypatch.setenv(env.ERROR_FILE, "a")
+        env.end_launcher()
+        assert psutil.Process(systemd.pid).is_running()
+        systemd.terminate()
+        assert systemd.wait() == -signal.SIGTERM
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,17 @@ def test_an_address_in_use_is_one_line_on_any_number_of_ranks(ranks, tmp_path):
     lines = [line for line in told.splitlines() if line.startswith("skyrl: error")]
     assert len(lines) == 1 and f"service.port={port}" in lines[0] and "Traceback" not in lines[0], told
     assert process.returncode == 2
+
+
+def test_a_door_that_cannot_open_is_told_before_the_weights_are_loaded(tmp_path, monkeypatch):
+    """With several ranks all raise it together, which needs their meeting but not minutes of loading."""
+    cfg = load_config(as_overrides(service_options(tmp_path, "service.port=0")), mode="serve")
+    door: Future[Any] = Future()
+    door.set_exception(UserError("the address is in use"))
+    monkeypatch.setattr(server, "make_plan", lambda *args, **more: pytest.fail("the weights are loaded"))
+    with pytest.raises(UserError, match="in use"):
+        server.serve(cfg, door)
+    shutdown()
 
 
 def test_weights_that_cannot_be_loaded_close_the_door(tmp_path):

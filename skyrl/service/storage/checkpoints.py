@@ -231,8 +231,7 @@ class CheckpointService:
         try:
             version = self.store.delete_checkpoint(path, owner)
         except StorageError:
-            found = self.store.version_of(path, owner)
-            if found is None:
+            if (found := self.store.version_of(path, owner)) is None:
                 raise
             self._drop(path, found)
             version = self.store.delete_checkpoint(path, owner)
@@ -240,8 +239,7 @@ class CheckpointService:
 
     def expire(self) -> list[CheckpointRecord]:
         """Deletes every checkpoint whose time is over; returns their records. As `delete` when the disk is full."""
-        due = self.store.expired_checkpoints()
-        if due:
+        if due := self.store.expired_checkpoints():
             try:
                 self.store.forget(due)
             except StorageError:

@@ -395,8 +395,7 @@ class Store(Database):
             "has_optimizer": int(has_optimizer),
         }  # fmt: skip
         with self.write(durable=True) as db:
-            earlier = self._require_free(db, path, owner, overwrite)
-            if earlier is not None:
+            if (earlier := self._require_free(db, path, owner, overwrite)) is not None:
                 db.execute(f"DELETE FROM checkpoints WHERE {_KEY}", values)
             _insert(db, "checkpoints", values)
             row = _row(db, path)
