@@ -26,6 +26,7 @@ from skyrl.types import AdamParams, Datum, LossSpec, Metrics, RunError, Sample, 
 BASE = "base"
 NOT_FINITE = "the model of this request gives log-probabilities that are not finite"
 STOP = "stop"
+SOON = 1 / 8  # of a stretch, after which it ends for who has waited: not each step, which would cost all others
 R = TypeVar("R", SampleRequest, PromptLogprobsRequest)
 
 
@@ -49,11 +50,13 @@ class RankContext:
 @dataclass
 class SamplingBatch:
     """One rank's share of a stretch of sampling: new requests, and withdrawn ones. `watched`: how many tokens of a
-    sequence are known already, for those that somebody reads while they grow."""
+    sequence are known already, for those that somebody reads while they grow. `awaited`: sequences of clients with few,
+    beside others: the stretch ends soon after one of them does."""
 
     requests: list[SampleRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     watched: dict[str, int] = field(default_factory=dict)
+    awaited: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -141,12 +144,12 @@ def sample(context: RankContext, part: SamplingBatch, seconds: float) -> Samplin
         except UserError as error:
             refused.append((request.uid, str(error)))
     start, steps = time.monotonic(), 0
-    end = start + seconds
     try:
         while sampler.unfinished():
             samples += sampler.step()
             steps += 1
-            if time.monotonic() >= end or context.has_pending_work():
+            told = any(one.uid in part.awaited for one in samples)
+            if time.monotonic() - start >= seconds * (SOON if told else 1) or context.has_pending_work():
                 break
     except RunError:
         refused += [(uid, NOT_FINITE) for uid in sampler.abandon()]

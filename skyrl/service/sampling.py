@@ -49,6 +49,7 @@ T = TypeVar("T")
 SHARED_SLICES = 8  # a sample is told when a slice ends: beside others a short one would wait for most of a long slice
 LONGEST_STRETCH = 2.0  # of work that nothing interrupts, and of sampling after it
 RECORDED_SECONDS, RECORDED_BYTES = 86400.0, 1 << 30  # of the sequences that are recorded
+FEW = 8  # sequences of a client that are told as soon as they are drawn, beside others
 TOGETHER = LARGE_SAMPLE  # samples of one prompt that are handed over at once, to share its prefill
 NOTHING = SampledSequence(np.zeros(0, np.int64), np.zeros(0, np.float32), "length")
 
@@ -356,7 +357,14 @@ class Sampling:
         if not any(self._load) and not any(batch.cancelled for batch in self._batches) and not self._leaving:
             return False  # what was begun is complete, and what waits begins at the next turn
         batches, self._batches = self._batches, self._empty_batches()
+        shared = len(self._sharing()) > 1
+        own = Counter[str]()
         for pending in self._active.values():
+            own[pending.client] += len(pending.ranks) + len(pending.unsent)
+        for pending in self._active.values():
+            if shared and own[pending.client] <= FEW:
+                for uid, rank in pending.ranks.items():
+                    batches[rank].awaited.add(uid)
             if pending.request.stream:
                 for uid, rank in pending.ranks.items():
                     batches[rank].watched[uid] = pending.known.get(uid, 0)

@@ -9,9 +9,12 @@ import httpx
 import numpy as np
 import pytest
 from inprocess import ADAM, draw, drawn, new, open_client, prompt, results, rows, same, saved, train
-from tinker import AdamParams, Datum, ModelInput, RequestFailedError
+from tinker import AdamParams, Datum, ModelInput, RequestFailedError, ServiceClient
 
 from skyrl.model import Model
+from skyrl.sampler.sampler import Sampler
+from skyrl.service import commands
+from skyrl.service.sampling import FEW
 
 PROMPT = prompt(5, 6, 7, 8)
 
@@ -239,21 +242,40 @@ def test_slices_are_short_while_several_clients_sample(client, monkeypatch):
     assert seconds[-1] == slice_seconds / 8
 
 
+def test_a_short_sample_is_told_before_the_stretch_of_a_large_one_ends(client, monkeypatch):
+    """The stretch ends when a sequence of a client with few does; those of the large client go on after it."""
+    sampling = client.service.worker.sampling
+    monkeypatch.setattr(sampling, "slice_seconds", lambda: 600.0)
+    monkeypatch.setattr(commands, "SOON", 0)
+
+    def slow(self: Sampler, made: Any = Sampler.step) -> Any:
+        time.sleep(0.005)
+        return made(self)
+
+    monkeypatch.setattr(Sampler, "step", slow)
+    large, small = (one.create_sampling_client(base_model="tiny").result() for one in (client, ServiceClient()))
+    futures = [large.sample(PROMPT, 1, draw(800)) for _ in range(FEW + 1)]
+    wait_until(lambda: len(sampling._active) == FEW + 1)
+    assert len(drawn(small.sample(PROMPT, 1, draw(4)).result(20))[0][0]) == 4
+    assert not any(future.future().done() for future in futures)
+    assert [len(drawn(future.result(60))[0][0]) for future in futures] == [800] * (FEW + 1)
+
+
 def test_a_sample_does_not_wait_for_all_training_that_is_there(client, monkeypatch):
     """After a command sampling has as long as that took, however much training waits."""
-    worker, commands = client.service.worker, []
+    worker, batches = client.service.worker, []
 
     def slow(batch: Any, made: Any = worker._train) -> None:
-        commands.append(batch)
+        batches.append(batch)
         made(batch)
         time.sleep(0.2)
 
     monkeypatch.setattr(worker, "_train", slow)
     sampler, model = client.create_sampling_client(base_model="tiny").result(), new(client, 19)
     futures = [model.forward_backward(rows(seed), "cross_entropy") for seed in range(8)]
-    wait_until(lambda: commands)
+    wait_until(lambda: batches)
     sampler.sample(PROMPT, 1, draw(20)).result()
-    assert len(commands) < 8
+    assert len(batches) < 8
     results(futures)
 
 
