@@ -140,19 +140,19 @@ def test_every_kind_of_layer_stays_compiled(monkeypatch):
     from torch._dynamo import config, reset  # it takes a second to import
 
     reset()
-    monkeypatch.setattr(config, "recompile_limit", 8)
-    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled._compiled.cache_clear()
     models = [CausalLM(make_net("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2])) for _ in range(2)]
     models[1].requires_grad_(False)
-    for model in models:
-        model.compile_layers()
-        for lengths in ((5, 9), (1,)):
-            mb = collate(make_rows(96, lengths=lengths), torch.float32, "cpu")
-            model(mb)
-            with torch.no_grad():
+    # Not monkeypatch.setattr: these values lie outside the module's __dict__, so pytest's undo takes them away for good.
+    with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for model in models:
+            model.compile_layers()
+            for lengths in ((5, 9), (1,)):
+                mb = collate(make_rows(96, lengths=lengths), torch.float32, "cpu")
                 model(mb)
+                with torch.no_grad():
+                    model(mb)
     compiled._compiled.cache_clear()
     reset()
 
