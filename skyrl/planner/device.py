@@ -26,7 +26,7 @@ DRIVERS = {11: 450, 12: 525, 13: 580}
 OLDEST = "install torch==2.7.1 built for CUDA 11.8, the last release with such a build"
 NVIDIA_FILES = ("dev/nvidia[0-9]*", "dev/nvidiactl", "proc/driver/nvidia", "usr/lib/wsl/lib/libcuda.so")
 DRIVER = re.compile(r"Kernel Module(?: for \S+)?\s+(\d+\.\d[\d.]*)")  # in /proc/driver/nvidia/version
-NO_DEVICE = re.compile(r"no NVIDIA driver|No (CUDA|HIP) GPUs", re.IGNORECASE)  # as machines without a GPU say
+NO_DEVICE = re.compile(r"no NVIDIA driver|No (CUDA|HIP) GPUs|in forked sub", re.IGNORECASE)  # said without a GPU, too
 AMD_MEMORY = 8 << 30  # of its own; what has less is a display, or the graphics part of a CPU
 BF16_CAPABILITY = (8, 0)  # bfloat16 products and FlashAttention
 HIDDEN = ("", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that let no device through; so does a negative number
@@ -184,9 +184,8 @@ def _for_driver(versions: Sequence[str], driver: str) -> list[str]:
 
 
 def _found(facts: DeviceFacts) -> str:
-    files = (*facts.nvidia, *facts.amd) or ("as the driver says",)
-    driver = f"; NVIDIA driver {facts.driver}" if facts.driver else ""
-    return few(files, 2) + driver
+    files = few((*facts.nvidia, *facts.amd) or ("as the driver says",), 2)
+    return files + (f"; NVIDIA driver {facts.driver}" if facts.driver else "")
 
 
 def _why_not(facts: DeviceFacts) -> tuple[str, str]:
@@ -224,6 +223,7 @@ def _why_not(facts: DeviceFacts) -> tuple[str, str]:
 _REMEDIES = (
     ("driver on your system is too old|driver version is insufficient", "update the driver, or install an older build"),
     ("Error 500|named symbol", "update the NVIDIA driver of Windows and WSL (wsl --update), then wsl --shutdown"),
+    ("in forked subprocess", "the process that forked this one had started CUDA: start ranks by torchrun, or by spawn"),
     ("no NVIDIA driver", "mend the driver; in a container, libcuda.so comes with docker run --gpus all"),
     ("Error 802|not yet initialized", "start nvidia-fabricmanager on this node, or use another one"),
     ("Error 803|unsupported display driver", "library and kernel module of the driver differ: restart the node"),

@@ -11,6 +11,10 @@ WHEELS = {"12.6": (50, 60, 70, 75, 80, 86, 90), "12.9": (75, 80, 86, 90, 100, 12
 CU13 = tuple("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120".split())
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+NO_GPUS = "No CUDA GPUs are available"
+FORKED = (
+    "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the 'spawn' start"
+)
 NODE = ("/dev/nvidia0", "/dev/nvidia1", "/dev/nvidiactl", "/proc/driver/nvidia")
 CPU_WHEEL = DeviceFacts("2.13.0+cpu", wheels=WHEELS)
 CUDA_WHEEL = DeviceFacts("2.13.0+cu130", cuda="13.0", architectures=CU13, problem=NO_DRIVER, wheels=WHEELS)
@@ -42,11 +46,12 @@ def at(facts: DeviceFacts, **changes) -> DeviceFacts:
             at(CUDA_WHEEL, nvidia=NODE, driver="535.129.03", problem=TOO_OLD),
             ["driver 535.129.03 is too old", "580 or later", "CUDA 12.6 or CUDA 12.9"],
         ),
+        (at(H100, problem=FORKED), ["had started CUDA: start ranks by torchrun"]),
         (at(CUDA_WHEEL, nvidia=NODE), [NO_DRIVER, "docker run --gpus all"]),
-        (at(H100, count=0, problem="No CUDA GPUs are available", nvidia=("/proc/driver/nvidia",)), ["--gpus all"]),
-        (at(H100, count=0, problem="No CUDA GPUs are available", in_slurm_job=True), ["--gpus-per-node"]),
+        (at(H100, count=0, problem=NO_GPUS, nvidia=("/proc/driver/nvidia",)), ["--gpus all"]),
+        (at(H100, count=0, problem=NO_GPUS, in_slurm_job=True), ["--gpus-per-node"]),
         (
-            at(H100, count=0, problem="No CUDA GPUs are available", visible="9"),
+            at(H100, count=0, problem=NO_GPUS, visible="9"),
             ["CUDA_VISIBLE_DEVICES=9", "nvidia-smi lists"],
         ),
         (
@@ -120,7 +125,7 @@ def test_a_device_of_another_name_is_refused_before_any_is_looked_for():
 
 
 def test_a_machine_without_gpus_computes_on_the_cpu():
-    for facts in (CPU_WHEEL, CUDA_WHEEL, at(CUDA_WHEEL, problem="No CUDA GPUs are available")):
+    for facts in (CPU_WHEEL, CUDA_WHEEL, *(at(CUDA_WHEEL, problem=said) for said in (NO_GPUS, FORKED))):
         assert choose("auto", "auto", facts) == DeviceChoice("cpu", "float32")
         assert choose("auto", "float64", facts).dtype == "float64"
         with pytest.raises(UserError, match="strategy.device=cuda: this machine shows no GPU"):

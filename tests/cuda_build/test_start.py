@@ -1,6 +1,8 @@
 """What a run says on this build where there is no driver: the facts, the refusal, and the texts that torch raises."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,20 @@ def test_the_facts_of_this_build(tmp_path):
     facts = dataclasses.replace(look("auto", 0, tmp_path), visible=None)
     with pytest.raises(UserError, match="no NVIDIA driver.*docker run --gpus all"):
         choose("auto", "auto", facts)
+
+
+def test_a_process_that_was_forked_after_its_parent_had_asked_computes_on_the_cpu_as_well():
+    code = (
+        "import os, torch\n"
+        "from skyrl.planner.device import choose, look\n"
+        "look('auto', 0)\n"
+        "if child := os.fork():\n"
+        "    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "facts = look('auto', 0)\n"
+        "print(facts.problem, choose('auto', 'auto', facts).kind)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "in forked subprocess" in done.stdout and done.stdout.endswith(" cpu\n"), done
 
 
 def test_what_torch_raises_here_is_a_fault_of_this_machine(cuda_entry):

@@ -144,7 +144,7 @@ def test_every_kind_of_layer_stays_compiled(monkeypatch):
     compiled._compiled.cache_clear()
     models = [CausalLM(make_net("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2])) for _ in range(2)]
     models[1].requires_grad_(False)
-    # Not monkeypatch.setattr: these values lie outside the module's __dict__, so pytest's undo takes them away for good.
+    # Not monkeypatch.setattr: these values are not in the module's __dict__, so pytest's undo would take them away.
     with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         for model in models:
             model.compile_layers()
