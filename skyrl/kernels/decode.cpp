@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int MAX_GROUP = 64;  // queries of one key/value head
+constexpr int LINE = 64;  // bytes that come from memory together
 
 // Returns the factor 1 / sqrt(mean of squares + eps).
 template <class T> float rms_norm(const T* x, const T* weight, T* y, int size, float eps) {
@@ -140,10 +141,17 @@ template <int STEP = LANES / 2> inline vf sums(vf* a) {  // unrolled, or `a` liv
   }
 }
 
+// Keys that are read next: memory brings them nearer while values are summed.
+template <class T> struct Ahead {
+  const T* keys;
+  const size_t* places;
+  int count;
+};
+
 // out = sum_j p[j] value[j] / total for Q queries that share the values; N vectors of channels from `at` on.
 template <class T, int N, int Q>
 inline void mix(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
-                const float* rest, T* out, size_t stride, int at) {
+                const float* rest, T* out, size_t stride, int at, const Ahead<T>& ahead) {
   vf acc[Q][N];
 #pragma GCC unroll 8
   for (int q = 0; q < Q; q++)
@@ -151,6 +159,8 @@ inline void mix(const T* values, const size_t* places, const float* p, int padde
     for (int n = 0; n < N; n++) acc[q][n] = vf{};
   for (int j = 0; j < keys; j++) {
     const T* v = values + places[j] + at;
+    for (int c = at; j < ahead.count && c < at + N * LANES; c += LINE / sizeof(T))
+      __builtin_prefetch(ahead.keys + ahead.places[j] + c);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       vf value = get(v + n * LANES);
@@ -166,12 +176,13 @@ inline void mix(const T* values, const size_t* places, const float* p, int padde
 
 template <class T, int Q>
 inline void mix_all(const T* values, const size_t* places, const float* p, int padded, int keys, const float* inverse,
-                    const float* rest, T* out, size_t stride, int channels) {
+                    const float* rest, T* out, size_t stride, int channels, const Ahead<T>& ahead) {
   constexpr int WIDE = LANES == 16 ? 4 : 2;  // vectors at once, as many as there are registers for
   int at = 0;
   for (; at + WIDE * LANES <= channels; at += WIDE * LANES)
-    mix<T, WIDE, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
-  for (; at < channels; at += LANES) mix<T, 1, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at);
+    mix<T, WIDE, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at, ahead);
+  for (; at < channels; at += LANES)
+    mix<T, 1, Q>(values, places, p, padded, keys, inverse, rest, out, stride, at, ahead);
 }
 
 inline int padded_to_lanes(int keys) { return (keys + LANES - 1) / LANES * LANES; }
@@ -181,13 +192,16 @@ inline int padded_to_lanes(int keys) { return (keys + LANES - 1) / LANES * LANES
 // in `inverse` and `rest` the two parts of 1 / total.
 template <class T>
 void attend(const T* all_keys, const T* values, const size_t* places, int keys, int channels, int group, float scale,
-            const T* queries, T* out, size_t stride, float* scores, float* inverse, float* rest) {
+            const T* queries, T* out, size_t stride, float* scores, float* inverse, float* rest,
+            Ahead<T> ahead = {}) {
   const int padded = padded_to_lanes(keys);
   for (int g = 0; g < group; g++) {
     const T* query = queries + g * stride;
     float* s = scores + size_t(g) * padded;
     vf top = set(-INFINITY);
     for (int start = 0; start < keys; start += LANES) {
+      for (int j = 0; j < LANES && g == 0; j++)  // values are read after all keys: they come nearer meanwhile
+        for (int c = 0; c < channels; c += LINE / sizeof(T)) __builtin_prefetch(values + places[start + j] + c);
       vf partial[LANES];
 #pragma GCC unroll 16
       for (int j = 0; j < LANES; j++) partial[j] = dots(query, all_keys + places[start + j], channels);
@@ -212,31 +226,26 @@ void attend(const T* all_keys, const T* values, const size_t* places, int keys, 
     const float *p = scores + size_t(g) * padded, *i = inverse + g, *r = rest + g;
     T* to = out + g * stride;
     switch (std::min(4, group - g)) {
-      case 4: mix_all<T, 4>(values, places, p, padded, keys, i, r, to, stride, channels); break;
-      case 3: mix_all<T, 3>(values, places, p, padded, keys, i, r, to, stride, channels); break;
-      case 2: mix_all<T, 2>(values, places, p, padded, keys, i, r, to, stride, channels); break;
-      default: mix_all<T, 1>(values, places, p, padded, keys, i, r, to, stride, channels);
+      case 4: mix_all<T, 4>(values, places, p, padded, keys, i, r, to, stride, channels, ahead); break;
+      case 3: mix_all<T, 3>(values, places, p, padded, keys, i, r, to, stride, channels, ahead); break;
+      case 2: mix_all<T, 2>(values, places, p, padded, keys, i, r, to, stride, channels, ahead); break;
+      default: mix_all<T, 1>(values, places, p, padded, keys, i, r, to, stride, channels, ahead);
     }
+    ahead.count = 0;
   }
 }
 
-// The same over the cache, whose blocks of this sequence are `blocks`. `scores` has room for the whole group, `places`
-// for every key.
-template <class T>
-void attend_paged(const Model& m, const Layer& l, int head, const T* queries, const int32_t* blocks, int keys, T* out,
-                  float* scores, size_t* places) {
-  const int size = m.block_tokens, channels = m.channels, padded = padded_to_lanes(keys);
-  for (int key = 0; key < padded;) {
+// Where one head's keys and values of a sequence lie in the cache, whose blocks of it are `blocks`, as attend wants them.
+inline void find_keys(const Model& m, int head, const int32_t* blocks, int keys, size_t* places) {
+  const int size = m.block_tokens;
+  for (int key = 0, padded = padded_to_lanes(keys); key < padded;) {
     int known = std::min(key, keys - 1);  // beyond the end: the last key again
     size_t base = (size_t(blocks[known / size]) * m.kv_heads + head) * size;
     for (int in = known % size; in < size && key < padded; in++, key++) {
-      places[key] = (base + in) * channels;
+      places[key] = (base + in) * m.channels;
       if (key >= keys - 1) in--;
     }
   }
-  float inverse[MAX_GROUP], rest[MAX_GROUP];
-  attend((const T*)l.keys, (const T*)l.values, places, keys, channels, m.heads / m.kv_heads, m.scale, queries, out,
-         channels, scores, inverse, rest);
 }
 
 // `body` and `head` are the adapters of the rows and of the rows that give logits, with chunks set.
@@ -256,7 +265,7 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
   int keys_max = s.width * size + LANES;
   float* scores = (float*)room + size_t(team.rank) * keys_max * (heads / kv);
   size_t* places = (size_t*)(room + (sizeof(float) * size_t(team.size) * keys_max * (heads / kv) + 63) / 64 * 64);
-  places += size_t(team.rank) * keys_max;
+  places += size_t(team.rank) * keys_max * 2;  // of this unit of work and the one after it
   const int from = team.from(count), to = team.to(count);
   for (int t = from; t < to; t++)
     std::memcpy(x + size_t(t) * hidden, (const T*)m.embedding + size_t(s.tokens[t]) * hidden, hidden * sizeof(T));
@@ -292,11 +301,20 @@ template <class T> void forward(const Model& m, const Step& s, const Team& team,
     }
     team.wait();
     int group = heads / kv;
-    for (int unit = team.from(count * kv); unit < team.to(count * kv); unit++) {
-      int t = unit / kv, h = unit % kv;
-      size_t at = (size_t(t) * heads + h * group) * channels;
-      const int32_t* blocks = s.table + size_t(t) * s.width;
-      attend_paged(m, l, h, queries + at, blocks, int(s.positions[t]) + 1, mixed + at, scores, places);
+    int keys = 0, first = team.from(count * kv), last = team.to(count * kv);
+    auto find = [&](int unit) {
+      keys = int(s.positions[unit / kv]) + 1;
+      find_keys(m, unit % kv, s.table + size_t(unit / kv) * s.width, keys, places + unit % 2 * size_t(keys_max));
+    };
+    if (first < last) find(first);
+    for (int unit = first; unit < last; unit++) {
+      size_t at = (size_t(unit / kv) * heads + unit % kv * group) * channels;
+      float inverse[MAX_GROUP], rest[MAX_GROUP];
+      Ahead<T> ahead{(const T*)l.keys, places + (unit + 1) % 2 * size_t(keys_max), 0};
+      int here = keys;
+      if (unit + 1 < last) find(unit + 1), ahead.count = keys;
+      attend((const T*)l.keys, (const T*)l.values, places + unit % 2 * size_t(keys_max), here, channels, group, m.scale,
+             queries + at, mixed + at, channels, scores, inverse, rest, ahead);
     }
     team.wait();
     Pick of_out = [](const Adapter& a, int layer) -> const Delta& { return a.layer[layer].out; };
@@ -381,7 +399,7 @@ size_t room_size(const Model& m, const Step& s, const Low& low) {
   size_t channels = size_t(m.hidden) * 2 + size_t(3 * m.heads + 2 * m.kv_heads) * m.channels + m.ffn;
   size_t keys = size_t(s.width) * m.block_tokens + LANES;
   return channels * most * 4 + 1024 + lows +
-         m.threads * keys * (4 * size_t(m.heads / m.kv_heads) + sizeof(size_t)) + 64;
+         m.threads * keys * (4 * size_t(m.heads / m.kv_heads) + 2 * sizeof(size_t)) + 64;
 }
 
 }  // namespace

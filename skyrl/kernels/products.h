@@ -225,7 +225,9 @@ inline void configure_tiles(int rows) {  // of two tiles, the first one full bef
   tile_rows = rows;
 }
 
-template <bool TWO, class Done> inline void tiles_of(const bf16* x, int rows, int inner, const bf16* w, Done done) {
+// `ahead`: where the panel after this one begins, which is brought nearer meanwhile; 0 = nowhere.
+template <bool TWO, class Done>
+inline void tiles_of(const bf16* x, int rows, int inner, const bf16* w, size_t ahead, Done done) {
   alignas(64) float out[2][2][16][16];
   size_t stride = size_t(inner) * sizeof(bf16), beside = 2 * PANEL * sizeof(bf16);
   configure_tiles(rows);
@@ -234,6 +236,8 @@ template <bool TWO, class Done> inline void tiles_of(const bf16* x, int rows, in
   _tile_zero(1);
   if constexpr (TWO) { _tile_zero(2); _tile_zero(3); }
   for (int k = 0; k < inner; k += DEPTH, w += DEPTH * PANEL) {
+#pragma GCC unroll 32
+    for (int i = 0; ahead && i < DEPTH; i++) _mm_prefetch((const char*)(w + ahead + i * PANEL), _MM_HINT_T1);
     _tile_loadd(4, x + k, stride);
     _tile_loadd(6, w, beside);
     _tile_loadd(7, w + PANEL, beside);
@@ -261,9 +265,11 @@ template <class T, class Done> inline void panel(const T* x, int count, int inne
     if (inner % DEPTH == 0 && has_tiles()) {
       for (int row = 0; row < count; row += 32) {
         int rows = std::min(32, count - row);
+        // The first rows wait for the weights, the others find them in the cache: memory is idle then.
+        size_t ahead = row + 32 >= count ? panel_size(1, inner) : 0;
         auto here = [&](int at, vf a, vf b) { done(row + at, a, b); };
-        if (rows > 16) tiles_of<true>(x + size_t(row) * inner, rows, inner, w, here);
-        else tiles_of<false>(x + size_t(row) * inner, rows, inner, w, here);
+        if (rows > 16) tiles_of<true>(x + size_t(row) * inner, rows, inner, w, ahead, here);
+        else tiles_of<false>(x + size_t(row) * inner, rows, inner, w, ahead, here);
       }
       return;
     }
