@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -91,12 +92,16 @@ def import_extra(module: str, where: str, extra: str, otherwise: str) -> Any:
         raise UserError(f"{where}: the package {name!r} is not installed; {get}") from error
 
 
+_UNREADABLE = (OSError, SyntaxError, TypeError, tokenize.TokenError)  # no file, or one edited since it was imported
+
+
 def origin(thing: Any) -> str:
     """Where something that a person has written is defined: "file:line", or its module where there is no file."""
     code = inspect.unwrap(getattr(thing, "fn", thing))
     try:
-        return f"{inspect.getsourcefile(code)}:{inspect.getsourcelines(code)[1]}"
-    except (OSError, TypeError):
+        line = code.__code__.co_firstlineno if hasattr(code, "__code__") else inspect.findsource(code)[1] + 1
+        return f"{inspect.getsourcefile(code)}:{line}"
+    except _UNREADABLE:
         return str(getattr(code, "__module__", None) or type(thing).__module__)
 
 
@@ -120,10 +125,10 @@ def _used_source(script: Any, thing: Any) -> str:
     try:
         own = inspect.getsource(thing)
         tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
-    except (AttributeError, OSError, SyntaxError, TypeError):  # a notebook, or typed at the prompt
+    except (AttributeError, *_UNREADABLE):  # a notebook, or typed at the prompt
         try:
             return inspect.getsource(thing)
-        except (OSError, TypeError):
+        except _UNREADABLE:
             return repr(getattr(thing, "__code__", thing).co_code) if hasattr(thing, "__code__") else ""
     defined: dict[str, str] = {}
     for node in tree.body:

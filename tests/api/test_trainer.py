@@ -1,5 +1,6 @@
 """skyrl.SkyRLTrainer: what a script gives it becomes the options of a run; hooks; equal numbers on one rank and two."""
 
+import linecache
 import sys
 import types
 from pathlib import Path
@@ -12,7 +13,7 @@ from small import SMALL
 import skyrl
 from skyrl.envs.base import ENVIRONMENTS
 from skyrl.hub.locate import locate
-from skyrl.registry import Registry, script_facts
+from skyrl.registry import Registry, origin, script_facts
 from skyrl.run_dir import read_metrics
 from skyrl.tracking.hooks import Hooks, no_collectives
 
@@ -240,8 +241,6 @@ def test_code_of_a_script_is_remembered_with_what_it_uses(tmp_path, monkeypatch)
         script = types.ModuleType("__main__")
         script.__file__ = str(path)
         monkeypatch.setitem(sys.modules, "__main__", script)
-        import linecache
-
         linecache.clearcache()
         exec(compile(text, path, "exec"), vars(script))
         monkeypatch.setattr(ENVIRONMENTS, "_things", {"script.py:Mine": script.Mine})
@@ -254,6 +253,22 @@ def test_code_of_a_script_is_remembered_with_what_it_uses(tmp_path, monkeypatch)
     assert facts(text.replace("steps = 3", "steps = 4").replace("pass", "return 1")) == first
     for old, new in (("BY = 2", "BY = 3"), ("x / BY", "x * BY"), ("len(text)), True", "len(text)), False")):
         assert facts(text.replace(old, new)) != first
+
+
+@pytest.mark.parametrize("left", ["text = '''never closed\n", "def f(:\n", "x = 'one\n", ""])
+def test_a_script_that_is_edited_while_it_runs_is_no_fault_of_the_run(tmp_path, monkeypatch, left):
+    path = tmp_path / "edited.py"
+    path.write_text("class Mine:\n    pass\n\n\ndef rate(text):\n    return 1.0\n")
+    script = types.ModuleType("__main__")
+    script.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    exec(compile(path.read_text(), path, "exec"), vars(script))
+    path.write_text("#\n#\n#\n#\n" + left)
+    linecache.clearcache()
+    assert origin(script.rate) in (f"{path}:5", "__main__") and origin(script.Mine)
+    for thing in (script.rate, script.Mine):
+        monkeypatch.setattr(ENVIRONMENTS, "_things", {"script.py:Mine": thing})
+        assert list(script_facts()) == ["code.script.script.py:Mine"]
 
 
 def test_an_uncaught_error_is_told_as_on_the_command_line(monkeypatch):
