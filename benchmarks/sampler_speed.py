@@ -9,7 +9,8 @@ by the same machine), the medians are kept beside it.
 
 limit: what the machine could do at most, measured in the same run: prompts at the rate of the fastest product of large
 matrices, then each step of decoding in the longer of two times, its products at that rate and one reading of weights
-at the rate at which they are summed up. Attention and drawing are not in it.
+and of the sequences' keys and values at the rate at which numbers are summed up. The products of attention and drawing
+are not in it. weights_alone: the same without keys and values, as if attention read nothing.
 
 --llama: llama.cpp's own benchmark of a batch, built by whoever wants to compare, on the same weights and number
 format (--gguf, by its convert_hf_to_gguf.py; by default <folder>.gguf). It draws nothing, so
@@ -86,8 +87,11 @@ def ours(size: str, args: argparse.Namespace, ids: torch.Tensor, backend: str) -
 
 def limit(size: str, args: argparse.Namespace) -> dict[str, float]:
     """Seconds that a turn takes at least, and the two rates that say so: products per second and bytes per second."""
-    dtype = getattr(torch, args.dtype)
-    weights = sum(p.numel() for p in model_of(size, args.dtype).parameters())  # tied ones once: the head's count
+    model = model_of(size, args.dtype)
+    dtype, config = getattr(torch, args.dtype), model.config
+    weights = sum(p.numel() for p in model.parameters())  # tied ones once: the head's count
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * channels * dtype.itemsize  # keys and values
     square = torch.randn(2048, 2048, dtype=dtype)
     many = torch.randint(0, 1 << 30, (2**26,))  # 512 MiB of int64: more than any cache holds
     best = {"flops": 0.0, "bytes": 0.0}
@@ -98,9 +102,13 @@ def limit(size: str, args: argparse.Namespace) -> dict[str, float]:
         many.sum()
         best["flops"] = max(best["flops"], 2 * 2048**3 / (middle - start))
         best["bytes"] = max(best["bytes"], many.nbytes / (time.perf_counter() - middle))
-    prefill = 2 * weights * args.batch * args.prompt / best["flops"]
-    step = max(2 * weights * args.batch / best["flops"], weights * dtype.itemsize / best["bytes"])
-    return {**best, "seconds": prefill + (args.new - 1) * step}
+    prefill, products = (2 * weights * args.batch * n / best["flops"] for n in (args.prompt, 1))
+
+    def seconds(of_token: int) -> float:
+        read = (weights * dtype.itemsize + args.batch * (args.prompt + n) * of_token for n in range(1, args.new))
+        return prefill + sum(max(products, one / best["bytes"]) for one in read)
+
+    return {**best, "seconds": seconds(token), "weights_alone": seconds(0)}
 
 
 def llama(args: argparse.Namespace, size: str) -> float:
@@ -152,6 +160,7 @@ def compare(size: str, args: argparse.Namespace) -> dict[str, object]:
     bound = min(least, key=lambda one: one["seconds"])
     result["limit"] = {key: round(value, 4) for key, value in bound.items()}
     result["share_of_limit"] = round(bound["seconds"] / min(seconds["sampler"]), 3)
+    result["share_of_limit_weights_alone"] = round(bound["weights_alone"] / min(seconds["sampler"]), 3)
     if others:
         result["llama_cpp_tokens_per_second"] = round(args.batch * args.new / min(others))
         result["ratio_to_llama_cpp"] = round(min(others) / min(seconds["sampler"]), 2)
