@@ -19,7 +19,7 @@ from skyrl.distributed.balance import RUNNING_PER_RANK, Pace, deal_by_length
 from skyrl.envs import clock
 from skyrl.rollout import draw_seed
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
-from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
+from skyrl.service.commands import NOT_FINITE, SOON, Leader, Problem, SamplingBatch
 from skyrl.service.messages import (
     RecordedSequence,
     RequestFailed,
@@ -358,16 +358,19 @@ class Sampling:
             return False  # what was begun is complete, and what waits begins at the next turn
         batches, self._batches = self._batches, self._empty_batches()
         shared = len(self._sharing()) > 1
-        own = Counter[str]()
+        own, awaited = Counter[str](), set[str]()
         for pending in self._active.values():
             own[pending.client] += len(pending.ranks) + len(pending.unsent)
         for pending in self._active.values():
             if shared and own[pending.client] <= FEW:
-                for uid, rank in pending.ranks.items():
-                    batches[rank].awaited.add(uid)
+                awaited.update(pending.ranks)
             if pending.request.stream:
                 for uid, rank in pending.ranks.items():
                     batches[rank].watched[uid] = pending.known.get(uid, 0)
+        if len(batches) == 1:
+            batches[0].awaited = awaited
+        elif awaited:  # all ranks end together: one that ended alone would be idle, and tell nobody
+            seconds *= SOON
         outputs = self.leader.call("sample", seconds, parts=batches)
         for adapter in self._leaving:
             if adapter:
