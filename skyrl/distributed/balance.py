@@ -7,12 +7,15 @@ engine only sums.
 from __future__ import annotations
 
 import heapq
+import math
 
 from skyrl.distributed.collectives import exchange, gather_objects
 from skyrl.distributed.init import World
+from skyrl.envs import clock
 from skyrl.types import Datum
 
 SLOWDOWN = 1.5  # of a step of all that several clients draw, against one of a few sequences
+AGAIN_SECONDS = 20.0  # after which a number of sequences whose step was too slow is tried again
 RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
 
 
@@ -93,18 +96,26 @@ class Pace:
     requests would make each token of all others that much slower. So the time of a step is measured, by load."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}  # of a step of 2 ** (key - 1) to 2 ** key - 1 sequences
+        # (seconds of a step, when last noted) of 2 ** (key - 1) to 2 ** key - 1 sequences; those below 4 are a few
+        self._noted: dict[int, tuple[float, float]] = {}
 
     def note(self, load: int, seconds: float) -> None:
         """A step of so many sequences took so long."""
-        before = self._seconds.setdefault(load.bit_length(), seconds)
-        self._seconds[load.bit_length()] = 0.8 * before + 0.2 * seconds
+        key, now = max(load.bit_length(), 2), clock.now()
+        before, at = self._noted.get(key, (seconds, -math.inf))
+        weight = 1.0 if now - at >= AGAIN_SECONDS else 0.2 if seconds < before else 0.05  # one stall says little
+        self._noted[key] = (before + weight * (seconds - before), now)
 
     def room(self) -> int:
-        """The largest number whose step is not much slower than that of a few; twice the largest known one at most."""
-        least, size = min(self._seconds.values(), default=0.0), 2
-        while 1 << size < RUNNING_PER_RANK and self._seconds.get(size + 1, 0.0) <= SLOWDOWN * least:
+        """The largest number whose step is not much slower than that of a few; twice the largest known one at most.
+        What was too slow is not run any more, so it would be so for ever, had it been a stall: it is tried again."""
+        least, size = min((seconds for seconds, _ in self._noted.values()), default=0.0), 2
+        while 1 << size < RUNNING_PER_RANK:
+            seconds, at = self._noted.get(size + 1, (math.inf, -math.inf))
+            slow = seconds > SLOWDOWN * least
+            if slow and clock.now() - at < AGAIN_SECONDS:
+                break
             size += 1
-            if size not in self._seconds:
+            if slow:
                 break
         return (1 << size) - 1
