@@ -41,13 +41,9 @@ def pack_by_model(lengths: list[int], models: list[str], budget: int, *, mix: bo
     """Indices of rows per micro-batch. Without `mix` each model's rows are packed as if they were alone; with it a
     model's rows lie side by side in a micro-batch."""
     if mix:
-        packed = pack(lengths, budget)
-        return [sorted(one, key=lambda i: (models[i], i)) for one in packed]
-    out = []
-    for name in sorted(set(models)):
-        own = [i for i, model in enumerate(models) if model == name]
-        out += [[own[i] for i in one] for one in pack([lengths[i] for i in own], budget)]
-    return out
+        return [sorted(one, key=lambda i: (models[i], i)) for one in pack(lengths, budget)]
+    owned = [[i for i, model in enumerate(models) if model == name] for name in sorted(set(models))]
+    return [[own[i] for i in one] for own in owned for one in pack([lengths[i] for i in own], budget)]
 
 
 def spread(lengths: list[list[int]]) -> list[list[tuple[int, int]]]:
@@ -81,11 +77,7 @@ def rebalance(world: World, rows: list[Datum], slack: float = 1.1) -> list[Datum
     loads = [sum(part) for part in lengths]
     if max(loads) <= slack * sum(loads) / world.size:
         return rows
-    outgoing: list[list[Datum]] = [[] for _ in range(world.size)]
-    for rank, wanted in enumerate(spread(lengths)):
-        for source, index in wanted:
-            if source == world.rank:
-                outgoing[rank].append(rows[index])
+    outgoing = [[rows[index] for source, index in wanted if source == world.rank] for wanted in spread(lengths)]
     return [row for part in exchange(world, outgoing) for row in part]
 
 
@@ -109,13 +101,11 @@ class Pace:
     def room(self) -> int:
         """The largest number whose step is not much slower than that of a few; twice the largest known one at most.
         What was too slow is not run any more, so it would be so for ever, had it been a stall: it is tried again."""
-        least, size = min((seconds for seconds, _ in self._noted.values()), default=0.0), 2
-        while 1 << size < RUNNING_PER_RANK:
-            seconds, at = self._noted.get(size + 1, (math.inf, -math.inf))
-            slow = seconds > SLOWDOWN * least
-            if slow and clock.now() - at < AGAIN_SECONDS:
-                break
+        least, now, size = min((seconds for seconds, _ in self._noted.values()), default=0.0), clock.now(), 2
+        limit = SLOWDOWN * least
+        known = {key: one for key, (one, at) in self._noted.items() if one <= limit or now - at < AGAIN_SECONDS}
+        while 1 << size < RUNNING_PER_RANK and known.get(size + 1, 0.0) <= limit:
             size += 1
-            if slow:
+            if size not in known:
                 break
         return (1 << size) - 1
