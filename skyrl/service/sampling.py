@@ -367,10 +367,11 @@ class Sampling:
             if pending.request.stream:
                 for uid, rank in pending.ranks.items():
                     batches[rank].watched[uid] = pending.known.get(uid, 0)
-        if len(batches) == 1:
-            batches[0].awaited = awaited
-        elif awaited:  # all ranks end together: one that ended alone would be idle, and tell nobody
-            seconds *= SOON
+        if len(batches) > 1 and 0 < len(awaited) < sum(self._load):
+            seconds *= SOON  # all ranks end together: one that ended alone would be idle, and tell nobody
+        else:
+            for batch in batches:
+                batch.awaited = awaited
         outputs = self.leader.call("sample", seconds, parts=batches)
         for adapter in self._leaving:
             if adapter:
