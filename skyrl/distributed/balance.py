@@ -7,12 +7,15 @@ engine only sums.
 from __future__ import annotations
 
 import heapq
+import math
 
 from skyrl.distributed.collectives import exchange, gather_objects
 from skyrl.distributed.init import World
+from skyrl.envs import clock
 from skyrl.types import Datum
 
 SLOWDOWN = 1.5  # of a step of all that several clients draw, against one of a few sequences
+AGAIN_SECONDS = 20.0  # after which a number of sequences whose step was too slow is tried again
 RUNNING_PER_RANK = 512  # sequences handed to one rank's sampler; the rest waits, where turns are fair
 
 
@@ -38,13 +41,9 @@ def pack_by_model(lengths: list[int], models: list[str], budget: int, *, mix: bo
     """Indices of rows per micro-batch. Without `mix` each model's rows are packed as if they were alone; with it a
     model's rows lie side by side in a micro-batch."""
     if mix:
-        packed = pack(lengths, budget)
-        return [sorted(one, key=lambda i: (models[i], i)) for one in packed]
-    out = []
-    for name in sorted(set(models)):
-        own = [i for i, model in enumerate(models) if model == name]
-        out += [[own[i] for i in one] for one in pack([lengths[i] for i in own], budget)]
-    return out
+        return [sorted(one, key=lambda i: (models[i], i)) for one in pack(lengths, budget)]
+    owned = [[i for i, model in enumerate(models) if model == name] for name in sorted(set(models))]
+    return [[own[i] for i in one] for own in owned for one in pack([lengths[i] for i in own], budget)]
 
 
 def spread(lengths: list[list[int]]) -> list[list[tuple[int, int]]]:
@@ -78,11 +77,7 @@ def rebalance(world: World, rows: list[Datum], slack: float = 1.1) -> list[Datum
     loads = [sum(part) for part in lengths]
     if max(loads) <= slack * sum(loads) / world.size:
         return rows
-    outgoing: list[list[Datum]] = [[] for _ in range(world.size)]
-    for rank, wanted in enumerate(spread(lengths)):
-        for source, index in wanted:
-            if source == world.rank:
-                outgoing[rank].append(rows[index])
+    outgoing = [[rows[index] for source, index in wanted if source == world.rank] for wanted in spread(lengths)]
     return [row for part in exchange(world, outgoing) for row in part]
 
 
@@ -93,18 +88,24 @@ class Pace:
     requests would make each token of all others that much slower. So the time of a step is measured, by load."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}  # of a step of 2 ** (key - 1) to 2 ** key - 1 sequences
+        # (seconds of a step, when last noted) of 2 ** (key - 1) to 2 ** key - 1 sequences; those below 4 are a few
+        self._noted: dict[int, tuple[float, float]] = {}
 
     def note(self, load: int, seconds: float) -> None:
         """A step of so many sequences took so long."""
-        before = self._seconds.setdefault(load.bit_length(), seconds)
-        self._seconds[load.bit_length()] = 0.8 * before + 0.2 * seconds
+        key, now = max(load.bit_length(), 2), clock.now()
+        before, at = self._noted.get(key, (seconds, -math.inf))
+        weight = 1.0 if now - at >= AGAIN_SECONDS else 0.2 if seconds < before else 0.05  # one stall says little
+        self._noted[key] = (before + weight * (seconds - before), now)
 
     def room(self) -> int:
-        """The largest number whose step is not much slower than that of a few; twice the largest known one at most."""
-        least, size = min(self._seconds.values(), default=0.0), 2
-        while 1 << size < RUNNING_PER_RANK and self._seconds.get(size + 1, 0.0) <= SLOWDOWN * least:
+        """The largest number whose step is not much slower than that of a few; twice the largest known one at most.
+        What was too slow is not run any more, so it would be so for ever, had it been a stall: it is tried again."""
+        least, now, size = min((seconds for seconds, _ in self._noted.values()), default=0.0), clock.now(), 2
+        limit = SLOWDOWN * least
+        known = {key: one for key, (one, at) in self._noted.items() if one <= limit or now - at < AGAIN_SECONDS}
+        while 1 << size < RUNNING_PER_RANK and known.get(size + 1, 0.0) <= limit:
             size += 1
-            if size not in self._seconds:
+            if size not in known:
                 break
         return (1 << size) - 1

@@ -19,7 +19,7 @@ from skyrl.distributed.balance import RUNNING_PER_RANK, Pace, deal_by_length
 from skyrl.envs import clock
 from skyrl.rollout import draw_seed
 from skyrl.sampler.prompts import PromptLogprobsRequest, PromptLogprobsResult
-from skyrl.service.commands import NOT_FINITE, Leader, Problem, SamplingBatch
+from skyrl.service.commands import NOT_FINITE, SOON, Leader, Problem, SamplingBatch
 from skyrl.service.messages import (
     RecordedSequence,
     RequestFailed,
@@ -342,7 +342,7 @@ class Sampling:
         if result.topk_ids is not None and result.topk_logprobs is not None:
             topk = TopK(result.topk_ids, result.topk_logprobs)
         if question.uid != pending.request_id:
-            answer.sequences[_index(question.uid)].topk = topk
+            answer.sequences[_place(question.uid)[1]].topk = topk
         else:
             answer.topk_prompt, answer.prompt_logprobs = topk, result.logprobs
             answer.targets, answer.targets_csr = result.targets, pending.request.targets_csr
@@ -358,16 +358,20 @@ class Sampling:
             return False  # what was begun is complete, and what waits begins at the next turn
         batches, self._batches = self._batches, self._empty_batches()
         shared = len(self._sharing()) > 1
-        own = Counter[str]()
+        own, awaited = Counter[str](), set[str]()
         for pending in self._active.values():
             own[pending.client] += len(pending.ranks) + len(pending.unsent)
         for pending in self._active.values():
             if shared and own[pending.client] <= FEW:
-                for uid, rank in pending.ranks.items():
-                    batches[rank].awaited.add(uid)
+                awaited.update(pending.ranks)
             if pending.request.stream:
                 for uid, rank in pending.ranks.items():
                     batches[rank].watched[uid] = pending.known.get(uid, 0)
+        if len(batches) > 1 and 0 < len(awaited) < sum(self._load):
+            seconds *= SOON  # all ranks end together: one that ended alone would be idle, and tell nobody
+        else:
+            for batch in batches:
+                batch.awaited = awaited
         outputs = self.leader.call("sample", seconds, parts=batches)
         for adapter in self._leaving:
             if adapter:
@@ -382,14 +386,14 @@ class Sampling:
                 if (refused := self._ended(uid)) is not None:
                     self._take_out(refused, RequestFailed(why.partition(": ")[2] or why))
             for uid, tokens in output.new_tokens.items():
-                if (growing := self._active.get(_request_id(uid))) is not None:
+                if (growing := self._active.get(_place(uid)[0])) is not None:
                     growing.known[uid] = growing.known.get(uid, 0) + len(tokens)
-                    self.scheduler.progress(growing, _index(uid), tokens)
+                    self.scheduler.progress(growing, _place(uid)[1], tokens)
         return True
 
     def _ended(self, uid: str) -> PendingSample | None:
         """The request of a draw that no rank has any more; None when it was taken out."""
-        if (pending := self._active.get(_request_id(uid))) is not None:
+        if (pending := self._active.get(_place(uid)[0])) is not None:
             self._load[pending.ranks.pop(uid)] -= 1
         return pending
 
@@ -404,7 +408,7 @@ class Sampling:
         sequence = SampledSequence(
             sample.tokens, np.asarray(sample.logprobs, np.float32), reason, version=sample.version
         )
-        pending.answer.sequences[_index(sample.uid)] = sequence
+        pending.answer.sequences[_place(sample.uid)[1]] = sequence
         request: SamplingRequest = pending.request
         if request.topk_sample_logprobs and len(sample.tokens):
             question = PromptLogprobsRequest(
@@ -465,12 +469,10 @@ class Sampling:
         self._active.clear()
 
 
-def _request_id(uid: str) -> str:
-    return uid.rpartition(":")[0]
-
-
-def _index(uid: str) -> int:
-    return int(uid.rpartition(":")[2])
+def _place(uid: str) -> tuple[str, int]:
+    """The request of a draw, and the number of its sample."""
+    request_id, _, number = uid.rpartition(":")
+    return request_id, int(number)
 
 
 def _prompt_question(pending: PendingSample, request: SamplingRequest) -> PromptLogprobsRequest:

@@ -15,6 +15,8 @@ from tinker import AdamParams, ServiceClient
 
 from skyrl.config.load import as_overrides, load_config
 from skyrl.service import server
+from skyrl.service.commands import SOON
+from skyrl.service.sampling import FEW
 from skyrl.types import UserError
 
 LAYOUTS = [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), pytest.param((4, "ddp"), marks=pytest.mark.slow)]
@@ -83,6 +85,33 @@ def _rank_that_cannot_plan(folder: str) -> str:
 def test_what_one_rank_finds_wrong_with_the_plan_is_told_on_all(tmp_path):
     one, other = gloo.run_ranks(2, _rank_that_cannot_plan, str(tmp_path), timeout=240)
     assert one == other and one.startswith("rank 1 on ") and one.endswith(": this rank has no room")
+
+
+def _stretches(client: ServiceClient) -> tuple[set[float], set[float]]:
+    """How long stretches of a second are while a small client samples beside a large one, and while it does not."""
+    sampling, found = client.service.worker.sampling, (set(), set())
+    sampling.slice_seconds, call = lambda: 1.0, sampling.leader.call
+
+    def noted(method: str, *args: Any, **more: Any) -> Any:
+        if method == "sample":
+            alone = len({one.client for one in sampling._active.values()}) < 2
+            assert alone or not any(batch.awaited for batch in more["parts"])
+            found[alone].add(args[0])
+        return call(method, *args, **more)
+
+    large, small = (one.create_sampling_client(base_model="tiny").result() for one in (client, ServiceClient()))
+    futures = [large.sample(PROMPTS[0], 1, draw(400)) for _ in range(2 * FEW)]
+    sampling.leader.call = noted
+    small.sample(PROMPTS[0], 1, draw(4)).result()
+    [future.result() for future in futures]
+    return found
+
+
+@pytest.mark.ranks
+def test_all_ranks_end_a_stretch_together_while_a_small_client_waits(tmp_path):
+    """They wait for each other: a rank that ended alone would be idle until the others end, and tell nobody."""
+    beside, alone = on_ranks(2, _stretches, tmp_path)
+    assert beside == {SOON} and alone == {1.0}
 
 
 @pytest.fixture(scope="module")
