@@ -38,6 +38,8 @@ _ARGUMENTS = {
     "skyrl_gated_half": [*[_POINTER] * 3, _LONG, _INT],
     "skyrl_gated_half_gradient": [*[_POINTER] * 5, _LONG, _INT],
     "skyrl_rotate_half": [*[_POINTER] * 4, _LONG, _INT, _INT, _LONG, _LONG, _INT, _INT],
+    "skyrl_causal_softmax_half": [_POINTER, _LONG, _INT, _FLOAT, _INT],
+    "skyrl_causal_softmax_half_gradient": [*[_POINTER] * 3, _LONG, _INT, _FLOAT, _INT],
     "skyrl_log_probs": [_POINTER, _LONG, _INT, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, _INT],
     "skyrl_logit_sums": [_INT, _POINTER, _LONG, _INT, _FLOAT, _POINTER, _LONG, *[_POINTER] * 4, _INT],
     "skyrl_logit_gradient": [_INT, _POINTER, _LONG, _INT, _FLOAT, _POINTER, _LONG, *[_POINTER] * 4, _INT],

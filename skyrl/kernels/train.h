@@ -208,6 +208,67 @@ void skyrl_rotate_half(const uint16_t* x, const uint16_t* cos, const uint16_t* s
     }
 }
 
+// LANES numbers of a row from `at` on, of which those before `end` count; `none` stands for the others.
+inline vf part_of(const uint16_t* row, int at, int end, int length, float none) {
+  alignas(64) uint16_t last[LANES] = {};
+  const uint16_t* from = row + at;
+  if (at + LANES > length) std::memcpy(last, from, (length - at) * sizeof(uint16_t)), from = last;
+  vi there = LANE < end - at;
+  return (vf)(((vi)get(from) & there) | ((vi)set(none) & ~there));
+}
+
+inline void put_part(uint16_t* row, int at, int length, vf v) {
+  alignas(64) uint16_t last[LANES];
+  if (at + LANES <= length) return put(row + at, v);
+  put(last, v);
+  std::memcpy(row + at, last, (length - at) * sizeof(uint16_t));
+}
+
+// Softmax of `scale` times the scores x [count, length] in bfloat16, in place and rounded once. Row i is of a query that
+// sees the keys 0 .. i % length; the other weights are zero.
+void skyrl_causal_softmax_half(uint16_t* x, int64_t count, int32_t length, float scale, int32_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::unique_ptr<float[]> kept(new float[padded_to_lanes(length)]);
+    float* e = kept.get();
+#pragma omp for
+    for (int64_t i = 0; i < count; i++) {
+      uint16_t* row = x + i * length;
+      int end = int(i % length) + 1;
+      vf top = set(-INFINITY), total{};
+      for (int j = 0; j < end; j += LANES) {
+        vf v = part_of(row, j, end, length, scale < 0 ? INFINITY : -INFINITY) * scale;
+        put(e + j, v);
+        top = v > top ? v : top;
+      }
+      float most = largest(top);
+      for (int j = 0; j < end; j += LANES) {
+        vf v = exponential(get(e + j) - most);
+        put(e + j, v);
+        total += v;
+      }
+      float inverse = 1.0f / sum(total);
+      for (int j = 0; j < length; j += LANES) put_part(row, j, length, j < end ? get(e + j) * inverse : vf{});
+    }
+  }
+}
+
+// The gradient of the scores from that of the weights, which are given as they came out.
+void skyrl_causal_softmax_half_gradient(const uint16_t* grad, const uint16_t* weights, uint16_t* out, int64_t count,
+                                        int32_t length, float scale, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; i++) {
+    const uint16_t *g = grad + i * length, *w = weights + i * length;
+    int end = int(i % length) + 1;
+    vf both{};
+    for (int j = 0; j < end; j += LANES) both += part_of(g, j, end, length, 0) * part_of(w, j, end, length, 0);
+    float mean = sum(both);
+    for (int j = 0; j < length; j += LANES)
+      put_part(out + i * length, j, length,
+               j < end ? part_of(w, j, end, length, 0) * (part_of(g, j, end, length, 0) - mean) * scale : vf{});
+  }
+}
+
 void skyrl_silu(const float* x, float* y, int64_t count, int32_t threads) {
   int64_t whole = count / LANES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -370,6 +370,32 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return out.transpose(1, 2)
 
 
+class _CausalSoftmax(torch.autograd.Function):
+    """In bfloat16, in place and rounded once, its gradient as well."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, scale: float) -> Tensor:
+        ctx.mark_dirty(scores)
+        ctx.scale, length = scale, scores.shape[-1]
+        run("skyrl_causal_softmax_half", scores, scores.numel() // length, length, scale)
+        ctx.save_for_backward(scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        out, length = torch.empty_like(weights), weights.shape[-1]
+        given = grads[0].contiguous(), weights, out, out.numel() // length, length, ctx.scale
+        run("skyrl_causal_softmax_half_gradient", *given)
+        return out, None
+
+
+def causal_softmax(scores: Tensor, scale: float) -> Tensor:
+    """softmax(scale * scores) of products [B, G * L, L], of which query i % L sees the keys up to its own, written over
+    `scores`. For what `is_ready` takes."""
+    return _CausalSoftmax.apply(scores, scale)
+
+
 def exp(x: Tensor) -> Tensor:
     """e^x, rounded once. torch's own in float32 differs between the vectors of a tensor and its last few numbers."""
     return x.double().exp_().to(x.dtype)
@@ -473,7 +499,8 @@ def hook_half_ops(net: nn.Module) -> None:
             module.__class__ = _with_rotation(kind)
 
 
-def _ready(*tensors: Tensor) -> bool:
+def is_ready(*tensors: Tensor) -> bool:
+    """Whether kernels take these: of bfloat16 on a CPU, inside of `enabled`."""
     return _inside and all(map(is_bfloat16_cpu, tensors)) and kernels.library()[0] is not None
 
 
@@ -503,10 +530,10 @@ def _is_gate(kind: Any, activation: Any) -> bool:
 
 
 def _gate(module: Any, plain: Any, x: Tensor) -> Tensor:
-    if not _ready(x):
+    if not is_ready(x):
         return plain(x)
     gate, up = module.gate_proj(x), module.up_proj(x)
-    fused = _ready(gate, up) and gate.shape == up.shape and gate.shape[-1] % kernels.MULTIPLE == 0
+    fused = is_ready(gate, up) and gate.shape == up.shape and gate.shape[-1] % kernels.MULTIPLE == 0
     return module.down_proj(_HalfGate.apply(gate, up) if fused else module.act_fn(gate) * up)
 
 
@@ -536,7 +563,7 @@ def _with_rotation(kind: Any) -> Any:
 
 def _rotary(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
     same = all(len(x) == 1 and x.shape[2:] == cos.shape[-2:] for x in (q, k))  # [1, H, N, C] and [1, N, C]
-    if args or kwargs or not _ready(q, k, cos, sin) or not same or cos.shape[-1] % (2 * kernels.MULTIPLE):
+    if args or kwargs or not is_ready(q, k, cos, sin) or not same or cos.shape[-1] % (2 * kernels.MULTIPLE):
         return plain(q, k, cos, sin, *args, **kwargs)
     cos, sin = cos.contiguous(), sin.contiguous()
     return tuple(_HalfRotation.apply(x, cos, sin) for x in (q, k))
@@ -560,7 +587,7 @@ def _subclass(kind: Any, forward: Callable[..., Any]) -> Any:
 def _norm(module: Any, plain: Any, x: Tensor) -> Tensor:
     if _inside and is_float32_cpu(x) and is_float32_cpu(module.weight):
         return rms_norm(x, module.weight, module.variance_epsilon)
-    if _ready(x, module.weight) and x.shape[-1] % kernels.MULTIPLE == 0 and _rounds_first(plain.func):
+    if is_ready(x, module.weight) and x.shape[-1] % kernels.MULTIPLE == 0 and _rounds_first(plain.func):
         return _HalfNorm.apply(x, module.weight, module.variance_epsilon)
     return plain(x)
 

@@ -403,13 +403,13 @@ class PackedAttention:
             v = v.reshape(rows * kv_heads, longest, -1)
             out = exact_ops.attend(q, k, v, bias, scale)
             return out.view(rows, kv_heads, group, longest, -1)
-        bias = bias.expand(rows * kv_heads, -1, -1)
-        if softcap:
-            scores = torch.bmm(q, k.transpose(1, 2)) * scale
-            scores = torch.tanh(scores / softcap) * softcap + bias
+        bias, k = bias.expand(rows * kv_heads, -1, -1), k.transpose(1, 2)
+        if options.is_plain and options.window is None and exact_ops.is_ready(q, k):
+            weights = exact_ops.causal_softmax(torch.bmm(q, k), scale)
         else:
-            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-        weights = softmax_with_sinks(scores, _sinks_of(options.sinks_H, rows, kv_heads, longest))
+            scores = torch.bmm(q, k) * scale if softcap else torch.baddbmm(bias, q, k, alpha=scale)
+            scores = torch.tanh(scores / softcap) * softcap + bias if softcap else scores
+            weights = softmax_with_sinks(scores, _sinks_of(options.sinks_H, rows, kv_heads, longest))
         out = torch.bmm(weights, v.reshape(rows * kv_heads, longest, -1))
         return out.view(rows, kv_heads, group, longest, -1)
 

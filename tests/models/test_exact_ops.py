@@ -340,6 +340,28 @@ def test_gates_and_rotary_embeddings_in_bfloat16_are_the_module_s(part):
 
 
 @pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 80, 133])
+@pytest.mark.parametrize("group, scale", [(1, 0.125), (3, 1.7), (2, -0.5)])
+def test_a_causal_softmax_in_bfloat16_is_rounded_once_each_way(length, group, scale):
+    torch.manual_seed(length)
+    scores = (4 * torch.randn(3, group * length, length)).bfloat16()
+    scores[0, 0, 0] = 1e38  # a huge product leaves its row finite all the same
+    unseen = torch.ones(length, length).triu(1).bool().repeat(group, 1)
+    given = [scores.clone().requires_grad_(), scores.double().requires_grad_()]
+    grad = torch.randn_like(scores)
+    got = exact_ops.causal_softmax(given[0] * 1, scale)
+    want = (given[1] * scale).masked_fill(unseen, float("-inf")).softmax(-1)
+    assert (got.double() - want).detach().abs().max() < 2**-8 and not got[:, unseen].any()
+    got.backward(grad)
+    weights = got.detach().double()  # as they are kept
+    exact = weights * (grad.double() - (weights * grad.double()).sum(-1, keepdim=True)) * scale
+    worst = (given[0].grad.double() - exact).abs().max()
+    assert worst <= 2**-8 * exact.abs().max() and not given[0].grad[:, unseen].any()
+    scores[1, -1, 0] = float("nan")
+    assert exact_ops.causal_softmax(scores, scale)[1, -1].isnan().all()
+
+
+@pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
 def test_a_bfloat16_model_with_and_without_them(monkeypatch):
     """The whole: log-probabilities and gradients of both are as near to float32."""
     model = half_parts()[0]
@@ -348,7 +370,7 @@ def test_a_bfloat16_model_with_and_without_them(monkeypatch):
     for name in ("ours", "modules", "float32"):
         with monkeypatch.context() as m:
             if name == "modules":
-                m.setattr(exact_ops, "_ready", lambda *tensors: False)
+                m.setattr(exact_ops, "is_ready", lambda *tensors: False)
             m.setattr(exact_ops, "run", lambda kind, *args: (calls.append(kind), real(kind, *args)))
             model.to(torch.float32 if name == "float32" else torch.bfloat16)
             model.zero_grad()
@@ -356,6 +378,7 @@ def test_a_bfloat16_model_with_and_without_them(monkeypatch):
             out.sum().backward()
         found[name] = out.detach(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
         used = {"skyrl_gated_half", "skyrl_rotate_half", "skyrl_gated_half_gradient"}
+        used |= {"skyrl_causal_softmax_half", "skyrl_causal_softmax_half_gradient"}
         assert (used <= set(calls)) == (name == "ours")
         calls.clear()
     for ours, theirs, exact in zip(found["ours"], found["modules"], found["float32"], strict=True):
