@@ -29,7 +29,7 @@ PORT ?= 8000
 .PHONY: help install train train-pretrained serve test test-slow test-exports test-tinker test-slurm test-browser test-cuda-build test-deploy test-image test-oldest release-check chaos lint docs bench clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 18
 
 install: $(STAMP) ## makes .venv with the pinned versions
 

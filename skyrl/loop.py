@@ -412,7 +412,7 @@ def _about_start(
     if chat is None:
         return [("resume", resumed)]
     return [
-        ("sampler", f"backend {sampler.backend}, temperature {sampler.temperature:g}"),
+        ("sampler", f"backend {sampler.backend}" + (f", temperature {sampler.temperature:g}" if trains else "")),
         ("turns end", f"with {chat.describe_ends()}"),
         ("resume", resumed),
     ]

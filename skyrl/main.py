@@ -402,10 +402,14 @@ class _Entry:
             from skyrl.service.frontend import open_door
 
             door = open_door(cfg)  # clients are answered while torch is imported and the weights are loaded
+            if door.done() and not door.exception():
+                print(f"skyrl: loading {cfg.model.path}; door: {door.result().server.url}", file=sys.stderr, flush=True)
             with importing_libraries():
                 from skyrl.service.server import serve
 
             serve(cfg, door)
+            if rank() == 0:
+                print("skyrl: stopped; all that was to be saved is saved", file=sys.stderr, flush=True)
             return
         text = dry_run_text(cfg, world_size())
         with quiet_pipe():

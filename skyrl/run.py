@@ -367,7 +367,7 @@ class Run:
         combine = self.objectives.combine if one.own else Objectives().combine
         drawn = dataclasses.replace(self.plan.eval_sampling, temperature=one.temperature, max_tokens=one.max_new_tokens)
         what = "sampling" if training else f"evaluating {one.name}".rstrip()
-        share = f" of {self.world.size} ranks' first" if self.world.size > 1 else ""
+        share = f" (rank 0 of {self.world.size})" if self.world.size > 1 else ""
         return RolloutConfig(
             env=one.env,
             params=self.plan.sampling if training else drawn,

@@ -9,7 +9,6 @@ from skyrl.main import leave, run_entry
 
 
 def main() -> None:
-    """Runs the command line."""
     leave_at_signals()
     run_entry("serve")
 

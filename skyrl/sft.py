@@ -4,7 +4,6 @@ from skyrl.main import run_entry
 
 
 def main() -> None:
-    """Runs the command line."""
     run_entry("sft")
 
 

@@ -177,8 +177,7 @@ def short_names() -> dict[str, str]:
 
 def suggest(path: str, extra: tuple[str, ...] = (), mode: str = "train") -> str:
     """The option or group that was probably meant by `path`; "" when nothing is close."""
-    known = [option.path for option in (*all_options(mode), *parameters()) if reads(mode, option.path)]
-    known += [*groups(mode), *extra]
+    known = [*(one.path for one in (*all_options(mode), *parameters()) if reads(mode, one.path)), *groups(mode), *extra]
     last = path.rsplit(".", 1)[-1]
     for ours, theirs in yaml.safe_load((config_dir() / "elsewhere.yaml").read_text(encoding="utf-8")).items():
         if reads(mode, ours) and {path, last} & {*theirs.split()}:
@@ -196,7 +195,8 @@ def unknown_option(path: str, folders: tuple[str, ...] = (), mode: str = "train"
         return f"{path}: clients of a server ask for adapters themselves (create_lora_training_client); leave it out"
     known = {option.path for option in all_options()} | set(groups())
     if path in known and not reads(mode, path):
-        own = {"batch.num_steps": "warmup.num_steps", "optim.lr": "warmup.lr"}.get(path, "") if mode == "sft" else ""
+        named = {"sft batch.num_steps": "warmup.num_steps", "sft optim.lr": "warmup.lr"}
+        own = (named | {"control batch.num_steps": "control.total_steps"}).get(f"{mode} {path}", "")
         who = f"skyrl.{mode}" if mode in ("train", "sft", "evaluate", "serve", "control") else f"trainer={mode}"
         return f"{path}: {who} does not read it; " + (f"its own is {own}" if own else "leave it out")
     meant = suggest(path, folders, mode)

@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # skyrl.service.server stands in, behind no door: tells that it was called. What it is called with is the real thing.
 SERVER = """
 import sys, types
+from concurrent.futures import Future
 sys.modules["torch"] = None
 run = types.ModuleType("skyrl.service.server")
 run.serve = lambda cfg, door: print("SERVES", cfg.service.port, cfg.model.path, flush=True)
 sys.modules["skyrl.service.server"] = run
 frontend = types.ModuleType("skyrl.service.frontend")
-frontend.open_door = lambda cfg: None
+frontend.open_door = lambda cfg: Future()
 sys.modules["skyrl.service.frontend"] = frontend
 from skyrl.serve import main
 main()
@@ -140,6 +141,14 @@ def test_a_server_has_what_it_reads_and_a_run_does_not_have_the_service():
         load_config(["service.port=1"])
     with pytest.raises(UserError, match=r"^algorithm.kl.coef: skyrl.sft does not read it; leave it out$"):
         load_config(["algorithm.kl.coef=0.1"], mode="sft")
+    for mode, theirs, own in (
+        ("sft", "optim.lr", "warmup.lr"),
+        ("sft", "batch.num_steps", "warmup.num_steps"),
+        ("control", "batch.num_steps", "control.total_steps"),
+    ):
+        with pytest.raises(UserError, match=f"^{theirs}: skyrl.{mode} does not read it; its own is {own}$"):
+            load_config([f"{theirs}=1"], mode=mode)
+        assert reads(mode, own)
     assert "service" not in load.to_dict(load_config([])) and load_config(["warmup.num_steps=3"], mode="sft")
 
 
@@ -193,7 +202,8 @@ def test_dry_run_tells_memory_and_refuses_what_cannot_be():
 
 def test_the_command_line_without_torch(tmp_path):
     done = run(tmp_path, "service.port=0")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "SERVES 0 tiny\n", "")
+    told = "skyrl: stopped; all that was to be saved is saved\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SERVES 0 tiny\n", told)
     done = run(tmp_path, "--help")
     assert done.returncode == 0 and "--multirun" not in done.stdout and "lora" not in done.stdout
     assert all(f" {option.path}=" in done.stdout for option in all_options("serve"))

@@ -150,3 +150,20 @@ def test_a_signal_to_torchrun_while_the_model_is_loaded_ends_the_server_at_once(
     assert time.monotonic() - start < 10 and "Traceback" not in told, told  # all ranks have let go of stderr
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/api/v1/healthz")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loading_serving_and_the_end_are_told_once(ranks, tmp_path):
+    """Weights may take minutes to load, and a stopping server may have work in hand; silence says neither."""
+    port = free_port()
+    process = serve(tmp_path, f"service.port={port}", ranks=ranks)
+    told = ""
+    while "turns end" not in told and (line := process.stderr.readline()):
+        told += line
+    process.send_signal(signal.SIGTERM)
+    told += process.communicate(timeout=60)[1]
+    said = [line for line in told.splitlines() if line.startswith("skyrl: ")]
+    starts = [" ".join(line.split()[:2]).rstrip(";") for line in said]
+    assert starts == ["skyrl: loading", "skyrl: serving", "skyrl: clients:", "skyrl: turns", "skyrl: stopped"], told
+    assert said[0].endswith(f"door: http://127.0.0.1:{port}")

@@ -95,7 +95,7 @@ class CheckpointService:
         try:
             lines += [f"expired: {gone.path.uri}" for gone in self.expire()]
             if lost := self.store.recover():
-                lines.append(f"{lost} models were open when the last server ended; clients resume from checkpoints")
+                lines.append(f"models open when the last server ended: {lost}; clients resume from checkpoints")
         except StorageError as error:
             lines.append(f"{error}; the server starts, and tries this again every few seconds")
         return lines
