@@ -99,8 +99,8 @@ def origin(thing: Any) -> str:
     """Where something that a person has written is defined: "file:line", or its module where there is no file."""
     code = inspect.unwrap(getattr(thing, "fn", thing))
     try:
-        line = code.__code__.co_firstlineno if hasattr(code, "__code__") else inspect.findsource(code)[1] + 1
-        return f"{inspect.getsourcefile(code)}:{line}"
+        line = inspect.findsource(code)[1] + 1  # no file, no text: OSError
+        return f"{inspect.getsourcefile(code)}:{code.__code__.co_firstlineno if hasattr(code, '__code__') else line}"
     except _UNREADABLE:
         return str(getattr(code, "__module__", None) or type(thing).__module__)
 

@@ -208,13 +208,13 @@ void skyrl_rotate_half(const uint16_t* x, const uint16_t* cos, const uint16_t* s
     }
 }
 
-// LANES numbers of a row from `at` on, of which those before `end` count; `none` stands for the others.
-inline vf part_of(const uint16_t* row, int at, int end, int length, float none) {
+// LANES numbers of a row from `at` on, times `scale`, of which those before `end` count; `none` stands for the others.
+inline vf part_of(const uint16_t* row, int at, int end, int length, float scale = 1, float none = 0) {
   alignas(64) uint16_t last[LANES] = {};
   const uint16_t* from = row + at;
   if (at + LANES > length) std::memcpy(last, from, (length - at) * sizeof(uint16_t)), from = last;
   vi there = LANE < end - at;
-  return (vf)(((vi)get(from) & there) | ((vi)set(none) & ~there));
+  return (vf)(((vi)(get(from) * scale) & there) | ((vi)set(none) & ~there));
 }
 
 inline void put_part(uint16_t* row, int at, int length, vf v) {
@@ -237,7 +237,7 @@ void skyrl_causal_softmax_half(uint16_t* x, int64_t count, int32_t length, float
       int end = int(i % length) + 1;
       vf top = set(-INFINITY), total{};
       for (int j = 0; j < end; j += LANES) {
-        vf v = part_of(row, j, end, length, scale < 0 ? INFINITY : -INFINITY) * scale;
+        vf v = part_of(row, j, end, length, scale, -INFINITY);
         put(e + j, v);
         top = v > top ? v : top;
       }
@@ -261,11 +261,11 @@ void skyrl_causal_softmax_half_gradient(const uint16_t* grad, const uint16_t* we
     const uint16_t *g = grad + i * length, *w = weights + i * length;
     int end = int(i % length) + 1;
     vf both{};
-    for (int j = 0; j < end; j += LANES) both += part_of(g, j, end, length, 0) * part_of(w, j, end, length, 0);
+    for (int j = 0; j < end; j += LANES) both += part_of(g, j, end, length) * part_of(w, j, end, length);
     float mean = sum(both);
     for (int j = 0; j < length; j += LANES)
       put_part(out + i * length, j, length,
-               j < end ? part_of(w, j, end, length, 0) * (part_of(g, j, end, length, 0) - mean) * scale : vf{});
+               j < end ? part_of(w, j, end, length) * (part_of(g, j, end, length) - mean) * scale : vf{});
   }
 }
 

@@ -271,6 +271,13 @@ def test_a_script_that_is_edited_while_it_runs_is_no_fault_of_the_run(tmp_path, 
         assert list(script_facts()) == ["code.script.script.py:Mine"]
 
 
+def test_what_was_typed_at_a_prompt_is_told_by_its_module():
+    typed = {"__name__": "prompt"}
+    exec("def rate(text):\n    return 1.0\n\nclass Mine:\n    def score(self):\n        pass\n", typed)
+    assert {origin(typed["rate"]), origin(typed["Mine"]), origin(typed["Mine"].score)} == {"prompt"}
+    assert origin(test_what_was_typed_at_a_prompt_is_told_by_its_module).startswith(f"{__file__}:")
+
+
 def test_an_uncaught_error_is_told_as_on_the_command_line(monkeypatch):
     ended = []
     monkeypatch.setattr(skyrl.api.trainer, "end_now", lambda error, mode: ended.append(error))

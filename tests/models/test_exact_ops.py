@@ -341,7 +341,7 @@ def test_gates_and_rotary_embeddings_in_bfloat16_are_the_module_s(part):
 
 @pytest.mark.skipif(kernels.library()[0] is None, reason="no kernels here")
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 80, 133])
-@pytest.mark.parametrize("group, scale", [(1, 0.125), (3, 1.7), (2, -0.5)])
+@pytest.mark.parametrize("group, scale", [(1, 0.125), (3, 1.7), (2, -0.5), (2, 0.0)])
 def test_a_causal_softmax_in_bfloat16_is_rounded_once_each_way(length, group, scale):
     torch.manual_seed(length)
     scores = (4 * torch.randn(3, group * length, length)).bfloat16()
