@@ -409,7 +409,7 @@ class _Entry:
 
             serve(cfg, door)
             if rank() == 0:
-                print("skyrl: stopped; all that was to be saved is saved", file=sys.stderr, flush=True)
+                print("skyrl: stopped", file=sys.stderr, flush=True)
             return
         text = dry_run_text(cfg, world_size())
         with quiet_pipe():

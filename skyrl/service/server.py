@@ -69,7 +69,7 @@ def open_service(cfg: RunConfig, frontend: Callable[[], Frontend] | None = None)
     plan, context = agree(world, make)
     context.engine.create(BASE, ModelSpec(trainable=False))
     if not world.is_leader:
-        # The leader ends the job, after the work in hand. Said before it says that it serves: a stop may come at once.
+        # The leader ends the job, after the work in hand. Heard before it says that it serves: a stop may come at once.
         failure.leave_signals_to_leader(store_of_machines("signals"))
         on_leader(world, lambda: None)
         context.engine.pause = partial(serve_commands, world, context)

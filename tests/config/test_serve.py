@@ -202,7 +202,7 @@ def test_dry_run_tells_memory_and_refuses_what_cannot_be():
 
 def test_the_command_line_without_torch(tmp_path):
     done = run(tmp_path, "service.port=0")
-    told = "skyrl: stopped; all that was to be saved is saved\n"
+    told = "skyrl: stopped\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "SERVES 0 tiny\n", told)
     done = run(tmp_path, "--help")
     assert done.returncode == 0 and "--multirun" not in done.stdout and "lora" not in done.stdout
