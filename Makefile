@@ -70,7 +70,7 @@ test-tinker: $(TEST_STAMP) ## twelve releases of the Tinker client and its cookb
 	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m tinker --timeout 1800 tests/tinker $(ARGS)
 
 test-exports: $(TEST_STAMP) ## exports read by transformers 4.51 and 4.57, which serving stacks run; downloads them once
-	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 tests/models/test_export_source.py $(ARGS)
+	SKYRL_TEST_DOWNLOAD=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 tests/pretrained/test_export_source.py $(ARGS)
 
 test-slurm: $(TEST_STAMP) ## launch, preemption and sweeps on two real Slurms of three nodes on this machine (installs it: root)
 	$(PIP) -e '.[sweep]'

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skyrl.config.schema import ModelConfig, SamplerConfig
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.load import build_model
+from skyrl.pretrained.load import build_model
 from skyrl.sampler.make import make_sampler
 from skyrl.types import Datum, SampleRequest, SamplingParams
 

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  
 
 from skyrl.config.schema import ModelConfig, SamplerConfig  # noqa: E402
 from skyrl.models.forward import CausalLM, collate  # noqa: E402
-from skyrl.models.load import build_model, check_against_transformers  # noqa: E402
+from skyrl.pretrained.load import build_model, check_against_transformers  # noqa: E402
 from skyrl.sampler.make import make_sampler  # noqa: E402
 from skyrl.types import Datum, SampleRequest, SamplingParams, UserError  # noqa: E402
 

@@ -7,7 +7,7 @@ import re
 import yaml
 
 from skyrl.algorithms import advantages, corrections, filters, kl, losses, objectives, reductions, selection
-from skyrl.config.args import config_dir
+from skyrl.args import config_dir
 from skyrl.trainers import rl, self_imitation
 
 HEAD = """# Papers, functions, settings

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import skyrl
-from skyrl.config.args import Parser, help_of, path_arg
+from skyrl.args import Parser, help_of, path_arg
 from skyrl.report.charts import printable, replace_unknown
 from skyrl.types import UserError
 

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from skyrl.algorithms.prefixes import families
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.balance import pack_by_model
 from skyrl.distributed.collectives import agree, gather_objects
 from skyrl.distributed.init import World, init_distributed
 from skyrl.model import Model, ModelSpec, OpenSampler
 from skyrl.models.experts import recording
-from skyrl.models.load import check_against_transformers
 from skyrl.models.lora import Adapter, install
 from skyrl.models.results import RowResults
 from skyrl.planner.memory import MemoryEstimate, ModelSizes, model_sizes
+from skyrl.pretrained.load import check_against_transformers
+from skyrl.registry.plugins import import_plugins
 from skyrl.sampler.make import make_sampler
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.make import make_strategy

@@ -27,7 +27,7 @@ import hydra
 from omegaconf import DictConfig
 
 import skyrl
-from skyrl.config.args import expand_home
+from skyrl.args import expand_home
 from skyrl.config.load import (
     COMPOSE_ERRORS,
     ENTRY_OPTIONS,

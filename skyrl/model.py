@@ -21,13 +21,13 @@ from skyrl.config.schema import BatchConfig, ModelConfig
 from skyrl.distributed.collectives import gather_objects, on_leader
 from skyrl.distributed.init import World
 from skyrl.models.experts import replaying
-from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM
 from skyrl.models.lora import Adapter, install, routed, segments_of
 from skyrl.models.packed import PADDING_ROW, collate, loss_dtype
-from skyrl.models.peft import merge_adapter, write_adapter
 from skyrl.models.results import RowResults
 from skyrl.models.weights import persistent_buffers, put
+from skyrl.pretrained.export import export_model
+from skyrl.pretrained.peft import merge_adapter, write_adapter
 from skyrl.sampler.sampler import Sampler
 from skyrl.strategies.base import Strategy, full_tensor, local_tensor
 from skyrl.types import AdamParams, Datum, LoraSpec, LossSpec, Metrics, RunError, UserError

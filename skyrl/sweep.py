@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.load import config_digest, flat
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import ignored_on_resume

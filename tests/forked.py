@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from skyrl import kernels
 from skyrl.config.load import load_config
-from skyrl.models.load import build_on_meta
+from skyrl.pretrained.load import build_on_meta
 from skyrl.text.tokenizer import load_tokenizer
 
 _CONFIG = load_config().model

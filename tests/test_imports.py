@@ -15,6 +15,7 @@ FILES = sorted((ROOT / "skyrl").rglob("*.py"))
 # decimals': options first, then what reads them.
 LEVELS = {
     "types": 0,
+    "args": 0.05,
     "files": 0.1,
     "hub": 0.2,
     "kernels": 0.1,
@@ -35,6 +36,7 @@ LEVELS = {
     "distributed": 2.1,
     "web": 2.1,
     "models": 3,
+    "pretrained": 3.1,
     "strategies": 4,
     "sampler": 4,
     "model": 5,
@@ -64,7 +66,7 @@ LEVELS = {
 }
 WITHOUT_TORCH = tuple(
     f"skyrl.{name}"
-    for name in "algorithms api cli config data distributed.env distributed.network distributed.place envs".split()
+    for name in "algorithms api args cli config data distributed.env distributed.network distributed.place envs".split()
     + "answers dashboard judges launch main planner registry run_dir sandbox".split()
     + "report.charts report.compare report.page report.show report.top".split()
     + "evaluate sft sweep tasks text tinker tracking train types web workers".split()

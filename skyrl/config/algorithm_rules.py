@@ -18,8 +18,8 @@ from skyrl.algorithms.filters import FILTERS as GROUP_FILTERS
 from skyrl.algorithms.kl import KL_ESTIMATORS, NO_GRADIENT_IN_LOSS
 from skyrl.algorithms.reductions import REDUCTIONS
 from skyrl.config import policy_rules
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
+from skyrl.registry.plugins import import_plugins
 
 # Where a plugin may add names: option -> the names that are registered.
 REGISTERED: dict[str, Callable[[], list[str]]] = {

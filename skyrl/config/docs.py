@@ -6,7 +6,7 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
-from skyrl.config.args import config_dir, help_of
+from skyrl.args import config_dir, help_of
 from skyrl.config.load import SERVE_GROUPS
 from skyrl.config.options import Option, all_options, groups, parameters
 

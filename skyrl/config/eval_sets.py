@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from skyrl.config.args import config_dir, expand_home
+from skyrl.args import config_dir, expand_home
 from skyrl.config.schema import DataConfig, EnvConfig, RunConfig
 from skyrl.config.trainers import NO_REWARD
 from skyrl.types import UserError

@@ -25,7 +25,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from skyrl.config.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
+from skyrl.args import ENV_OPTIONS, config_dir, expand_home, hide_secrets
 from skyrl.config.eval_sets import NOTHING, evaluation_options, longest_answer, options_of_model, with_run
 from skyrl.config.options import (
     RENAMED,

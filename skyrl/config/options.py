@@ -17,8 +17,8 @@ import yaml
 
 from skyrl.algorithms.advantages import ADVANTAGES
 from skyrl.algorithms.losses import LOSSES
+from skyrl.args import config_dir
 from skyrl.config import schema, schema_policy, schema_server, trainers
-from skyrl.config.args import config_dir
 
 # All that a server reads besides `service`. What is drawn, and how, comes with each request.
 SERVER_READS = (

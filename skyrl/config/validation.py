@@ -29,9 +29,9 @@ from skyrl.config.algorithm_rules import (
 )
 from skyrl.config.eval_sets import eval_problems
 from skyrl.config.options import alias_problems, all_options
-from skyrl.config.plugins import import_plugins
 from skyrl.config.run_rules import run_problems
 from skyrl.config.schema import RunConfig
+from skyrl.registry.plugins import import_plugins
 from skyrl.types import UserError
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")

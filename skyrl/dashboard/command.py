@@ -9,7 +9,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.load import as_overrides, load_config
 from skyrl.files import user_folder
 from skyrl.types import UserError

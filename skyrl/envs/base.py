@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from skyrl.config.args import expand_home
+from skyrl.args import expand_home
 from skyrl.config.schema import DataConfig, EnvConfig
 from skyrl.envs.data_files import data_file, read_prompts
 from skyrl.envs.rewards.base import Reward, RewardOption, find_reward

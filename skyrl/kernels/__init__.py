@@ -26,6 +26,7 @@ MULTIPLE = 16  # of which sizes have to be, for norms and attention; vectors are
 PANEL = 2 * MULTIPLE  # columns of packed weights come in panels of this many or fewer
 LONGEST = 1024  # tokens that are attended one by one; where a row is longer, torch's tiled attention is faster
 MAX_CHANNELS, MAX_GROUP = 1024, 64  # of a head; queries of a key/value head
+KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "skyrl_packed_size": [_INT, _LONG, _LONG],

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from skyrl.config.args import Parser, help_of
+from skyrl.args import Parser, help_of
 from skyrl.config.load import load_config
 from skyrl.config.run_rules import closed_until
 from skyrl.distributed import place

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.distributed import network as net
 from skyrl.distributed.place import in_allocation, in_step
 from skyrl.files import text_of

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from skyrl.config.args import is_secret
+from skyrl.args import is_secret
 from skyrl.distributed.network import COUNT, FIRST, is_free, job_port
 from skyrl.distributed.stop import INTERRUPTED, TEMPORARY
 from skyrl.launch import processes

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.eval_sets import RELATIONS, read_condition
 from skyrl.distributed.stop import STOP_FILE, STOP_FOR_GOOD, TEMPORARY
 from skyrl.files import explain_write, write_atomic

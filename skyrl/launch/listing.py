@@ -9,13 +9,13 @@ from typing import Any
 
 import skyrl.hub.policies  # noqa: F401
 import skyrl.tasks  # noqa: F401
-from skyrl.config.args import Parser
-from skyrl.config.plugins import import_plugins
+from skyrl.args import Parser
 from skyrl.config.validation import REGISTERED  # which imports every algorithm
 from skyrl.envs.base import options_of
 from skyrl.envs.rewards.base import Reward
 from skyrl.planner.control import EXTRA
 from skyrl.registry import Registry, origin
+from skyrl.registry.plugins import import_plugins
 from skyrl.types import UserError
 
 PLURALS = {"policy": "policies", "loss": "losses"}

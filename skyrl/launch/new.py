@@ -7,7 +7,7 @@ import keyword
 from collections.abc import Sequence
 from pathlib import Path
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.files import write_atomic
 from skyrl.types import UserError
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from skyrl.algorithms.objectives import Objectives
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.load import from_dict
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.guard import Outcome
+from skyrl.registry.plugins import import_plugins
 from skyrl.report.charts import printable
 from skyrl.run_dir import RunReader, find_run
 from skyrl.tracking.rollouts import named

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from skyrl.config.args import expand_home, path_arg
+from skyrl.args import expand_home, path_arg
 from skyrl.config.load import load_config
 from skyrl.main import split_args
 from skyrl.planner.plan import dry_run

@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.load import load_config
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.data import make_prompts
 from skyrl.envs.data_files import data_file, is_file_path
@@ -35,6 +34,7 @@ from skyrl.files import manifest_entry, verify_manifest, write_atomic
 from skyrl.hub.gguf import converted, gguf_file
 from skyrl.hub.locate import download
 from skyrl.launch.rank import CACHES, cache_folders
+from skyrl.registry.plugins import import_plugins
 from skyrl.types import UserError
 
 MANIFEST, OPTIONS, ENVIRONMENT, VARIABLE = "manifest.json", "options", "environment.sh", "SKYRL_STAGED"

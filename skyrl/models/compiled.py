@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from skyrl.models import attention, exact_ops
+from skyrl.kernels import exact_ops
+from skyrl.models import attention
 
 _inside = False  # whether the forward pass that runs now is one of `using`
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.lora import AdaptableModel, is_router
 from skyrl.types import Microbatch, UserError
 

@@ -18,20 +18,25 @@ from transformers import PreTrainedModel
 
 from skyrl.algorithms.truncation import support_within
 from skyrl.hub.tensor_files import kept_in_float32
-from skyrl.models import compiled, exact_ops, latent, longrope
+from skyrl.kernels import exact_ops
+from skyrl.models import compiled, latent, longrope
 from skyrl.models.attention import NAME, Attention, register
 from skyrl.models.experts import Routing
 from skyrl.models.linear_attention import hook_delta_nets
-from skyrl.models.logprobs import finish_logits, log_probs, matmul_float, sums_in_float32
+from skyrl.models.logprobs import finish_logits, head_spec, log_probs, matmul_float, sums_in_float32
 from skyrl.models.lora import Router, Segment, low_rank
 from skyrl.models.packed import PackedAttention, PaddedAttention, SharedAttention, collate, loss_dtype, spread
-from skyrl.models.support import decoder_of, head_spec
 from skyrl.models.weights import aliases_of, path_of
 from skyrl.types import ForwardOutput, Microbatch, UserError
 
 __all__ = ["CausalLM", "collate"]
 
 TOP_ROWS = 128  # of whole logits at a time, where the likeliest tokens are looked for
+
+
+def decoder_of(net: Any) -> Any:
+    """The model without its head; Llama 4's prefix is that of the model with images, so its base_model is itself."""
+    return getattr(net, "model", net) if net.base_model is net else net.base_model
 
 
 class CausalLM(nn.Module):

@@ -5,7 +5,7 @@ The module's projections and norm stay transformers' own. What lies between them
 is a DeltaRule that the module hands to the `recur` of `skyrl_attention`: training starts it anew at each packed row,
 sampling goes on from a sequence's states.
 
-The rule and the states are in float64 where products in float32 on a CPU are exact (models/exact_ops.py), else float32.
+The rule and the states are in float64 where products in float32 on a CPU are exact (exact_ops), else float32.
 On CUDA in bfloat16 flash-linear-attention's kernels compute it where they are installed (`cuda_rule`).
 
 Letters: B rows, L tokens of each, C channels of the convolution, W its width, H heads of values, K and V the channels
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.tracking.advisories import warn_fallback
 
 CHUNK = 64  # tokens that are computed together; between chunks the state is carried
@@ -208,7 +208,7 @@ def is_delta_net(module: nn.Module) -> bool:
 
 def hook_delta_nets(net: nn.Module) -> None:
     """Makes linear attention ask the `skyrl_attention` of a forward pass; without one it stays transformers' own, so
-    the check of a model when it is loaded (models.load) compares two computations."""
+    the check of a model when it is loaded (pretrained.load) compares two computations."""
     for module in net.modules():
         if is_delta_net(module):
             exact_ops.replace_forward(module, _attend)

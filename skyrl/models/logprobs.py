@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skyrl import kernels
 from skyrl.algorithms.truncation import cut_logits
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.planner.device import torch_release
 from skyrl.tracking.advisories import warn_fallback
 
@@ -26,6 +26,18 @@ class HeadSpec:
 
     scale: float = 1.0
     softcap: float = 0.0
+
+
+def head_spec(config: Any) -> HeadSpec:
+    """Scale and soft-capping that the family applies to its logits (Gemma, Cohere, Granite, ...)."""
+    config = config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
+        scaling = float(config.logits_scaling)
+        scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return HeadSpec(scale, float(getattr(config, "final_logit_softcapping", None) or 0.0))
 
 
 def sums_in_float32(x: Tensor) -> bool:

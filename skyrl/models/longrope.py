@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 
 
 class LongRope:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.linear_attention import is_delta_net
 from skyrl.models.weights import generator_of, path_of
 from skyrl.types import LoraSpec, UserError

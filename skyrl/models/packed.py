@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skyrl.algorithms.prefixes import shared_prefixes
 from skyrl.algorithms.truncation import packed_support
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.linear_attention import CHUNK, DeltaRule
 from skyrl.planner.device import VARLEN_RELEASE, torch_release
@@ -397,21 +397,19 @@ class PackedAttention:
         """q [B, K, G, L, C], k and v [B, K, L, C] -> [B, K, G, L, C], by two batched products and a softmax."""
         rows, kv_heads, group, longest, channels = q.shape
         scale, softcap = options.scale, options.softcap
-        bias = self._causal_bias(group, longest, options.window, q.dtype)
-        q, k = q.reshape(rows * kv_heads, group * longest, channels), k.reshape(rows * kv_heads, longest, channels)
-        if exact_ops.is_float32_cpu(q) and options.is_plain:
-            v = v.reshape(rows * kv_heads, longest, -1)
-            out = exact_ops.attend(q, k, v, bias, scale)
-            return out.view(rows, kv_heads, group, longest, -1)
-        bias, k = bias.expand(rows * kv_heads, -1, -1), k.transpose(1, 2)
+        q = q.reshape(rows * kv_heads, group * longest, channels)
+        k, v = (x.reshape(rows * kv_heads, longest, -1) for x in (k, v))
         if options.is_plain and options.window is None and exact_ops.is_ready(q, k):
-            weights = exact_ops.causal_softmax(torch.bmm(q, k), scale)
-        else:
-            scores = torch.bmm(q, k) * scale if softcap else torch.baddbmm(bias, q, k, alpha=scale)
-            scores = torch.tanh(scores / softcap) * softcap + bias if softcap else scores
-            weights = softmax_with_sinks(scores, _sinks_of(options.sinks_H, rows, kv_heads, longest))
-        out = torch.bmm(weights, v.reshape(rows * kv_heads, longest, -1))
-        return out.view(rows, kv_heads, group, longest, -1)
+            weights = exact_ops.causal_softmax(torch.bmm(q, k.transpose(1, 2)), scale)
+            return torch.bmm(weights, v).view(rows, kv_heads, group, longest, -1)
+        bias = self._causal_bias(group, longest, options.window, q.dtype)
+        if exact_ops.is_float32_cpu(q) and options.is_plain:
+            return exact_ops.attend(q, k, v, bias, scale).view(rows, kv_heads, group, longest, -1)
+        bias, k = bias.expand(rows * kv_heads, -1, -1), k.transpose(1, 2)
+        scores = torch.bmm(q, k) * scale if softcap else torch.baddbmm(bias, q, k, alpha=scale)
+        scores = torch.tanh(scores / softcap) * softcap + bias if softcap else scores
+        weights = softmax_with_sinks(scores, _sinks_of(options.sinks_H, rows, kv_heads, longest))
+        return torch.bmm(weights, v).view(rows, kv_heads, group, longest, -1)
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """The same a block of queries at a time; the backward pass computes each block's scores again."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from skyrl.config.algorithm_rules import advantage_of, loss_of, those
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
+from skyrl.registry.plugins import import_plugins
 from skyrl.types import UserError
 
 EXTRA = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.algorithms.preferences import WITHOUT_REFERENCE
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig, TinyModelConfig
 from skyrl.config.validation import NO_MODEL, advantage_of
 from skyrl.envs.base import group_rewards_of
@@ -23,14 +22,15 @@ from skyrl.hub.locate import locate
 from skyrl.hub.model_path import ORIGINAL, config_problem, path_problem
 from skyrl.hub.policies import POLICIES, policy_path
 from skyrl.hub.text_part import text_part
+from skyrl.kernels import KEEP_SCORES
 from skyrl.planner.device import VARLEN_RELEASE, torch_release
+from skyrl.registry.plugins import import_plugins
 from skyrl.text.tokenizer import TINY_POSITIONS, TINY_VOCABULARY
 from skyrl.types import UserError
 
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 LOGITS_CHUNK_BYTES = 64 << 20
-KEEP_SCORES = 1 << 24  # of attention, that a layer may keep for its backward pass: 64 MiB in float32
 CPU_CACHE_LIMIT = GIB
 STATES_LIMIT = (GIB, 8 * GIB)  # of linear attention, where the number of sequences is not given: on a CPU, on a GPU
 # What configs call the number of experts, and of those that a token visits.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.load import config_diff
 from skyrl.report.charts import printable
 from skyrl.run_dir.folder import FINGERPRINT, changed_facts, config_changes, read_json

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.config.load import flat
 from skyrl.config.schema import RunConfig
 from skyrl.files import explain_write, write_atomic

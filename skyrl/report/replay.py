@@ -19,10 +19,9 @@ import numpy as np
 import torch
 
 from skyrl.algorithms.variance import score_of
+from skyrl.args import Parser, path_arg
 from skyrl.checkpoint.folder import CheckpointInfo, survey
-from skyrl.config.args import Parser, path_arg
 from skyrl.config.load import flat, from_dict, load_config, to_dict, typed_options
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.distributed.init import World
@@ -32,6 +31,7 @@ from skyrl.envs.base import group_rewards_of
 from skyrl.evaluation.weight_check import fingerprint
 from skyrl.loop import check_base, create_policy, load_checkpoint, make_engine, make_run
 from skyrl.planner.plan import make_plan, model_sizes
+from skyrl.registry.plugins import import_plugins
 from skyrl.rollout import rollout, to_rows
 from skyrl.run import Run, Step
 from skyrl.run_dir import RunFolder

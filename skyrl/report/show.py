@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.report.charts import curves_of, printable, sparkline
 from skyrl.run_dir.reader import OBJECTIVE, RunReader, final_values, find_run, find_runs, total_steps
 from skyrl.sweep import summary

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.report.charts import braille, curves_of, cut
 from skyrl.report.show import step_seconds
 from skyrl.run_dir.reader import RunReader, find_run, total_steps

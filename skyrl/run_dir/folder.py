@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 import skyrl
-from skyrl.config.args import hide_in_command
+from skyrl.args import hide_in_command
 from skyrl.files import disk_reason, open_plain, write_atomic
 from skyrl.types import PassingError, UserError
 

@@ -12,6 +12,7 @@ import torch
 
 from skyrl.config.schema import SamplerConfig
 from skyrl.models.attention_calls import LayerCall, layer_calls, signature
+from skyrl.models.decode_plan import make_decode_plan
 from skyrl.models.experts import routing_of
 from skyrl.planner.memory import MemoryEstimate, running_limit
 from skyrl.sampler.blocks import BlockPool
@@ -21,7 +22,6 @@ from skyrl.sampler.runners.cpu_kernels import CpuKernelRunner, unsupported_reaso
 from skyrl.sampler.runners.cuda import CudaRunner, PagedKernel, paged_kernel
 from skyrl.sampler.runners.fused import FusedRunner
 from skyrl.sampler.runners.paged import ModuleRunner, PagedRunner
-from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.sampler.sampler import Sampler
 from skyrl.sampler.scheduler import Scheduler
 from skyrl.sampler.stop import Decode

@@ -9,7 +9,7 @@ import torch
 
 from skyrl.config.schema import RunConfig
 from skyrl.distributed.init import World
-from skyrl.models.load import build_model, build_on_meta, load_into
+from skyrl.pretrained.load import build_model, build_on_meta, load_into
 from skyrl.strategies.base import Strategy
 from skyrl.strategies.fsdp import FSDPStrategy
 from skyrl.strategies.replicated import ReplicatedStrategy

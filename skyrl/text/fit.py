@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.data import make_splits
 from skyrl.envs.wrappers import make_environment
+from skyrl.registry.plugins import import_plugins
 from skyrl.text.chat import Chat, chat_of
 from skyrl.text.rows import RowsOf, rows_of
 from skyrl.types import Prompt, UserError

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from skyrl.config.args import config_dir
+from skyrl.args import config_dir
 from skyrl.types import Metrics
 
 log = logging.getLogger(__name__)

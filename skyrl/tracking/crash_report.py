@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.args import is_secret
+from skyrl.args import is_secret
 from skyrl.run_dir import RunReader, collect_versions
 
 METRICS_BYTES = 64 << 10

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.args import Parser, path_arg
+from skyrl.args import Parser, path_arg
 from skyrl.files import explain_write, write_atomic
 from skyrl.run_dir import PROFILE_REQUEST, find_run
 from skyrl.types import UserError

@@ -13,7 +13,7 @@ import numpy as np
 
 from skyrl.algorithms.preferences import reward_losses
 from skyrl.distributed.collectives import MetricSums
-from skyrl.models.export import classifier_class
+from skyrl.pretrained.export import classifier_class
 from skyrl.run import Run
 from skyrl.text.rows import answers_of, reward_row
 from skyrl.trainers.sft import update

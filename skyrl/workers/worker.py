@@ -26,13 +26,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import EnvConfig
 from skyrl.envs import guard
 from skyrl.envs.base import ENVIRONMENTS
 from skyrl.envs.guard import Outcome, describe_error
 from skyrl.envs.rewards import REWARDS
 from skyrl.envs.wrappers import WRAPPERS, is_async
+from skyrl.registry.plugins import import_plugins
 from skyrl.types import UserError
 from skyrl.workers.calls import Call, Player, digest, encode
 

@@ -289,7 +289,7 @@ def test_an_uncaught_error_is_told_as_on_the_command_line(monkeypatch):
 
 
 def test_a_plugin_is_a_module_a_file_or_an_entry_point(tmp_path, monkeypatch):
-    from skyrl.config.plugins import import_plugins
+    from skyrl.registry.plugins import import_plugins
 
     monkeypatch.chdir(tmp_path)
     text = "import skyrl\n@skyrl.register_reward('of_{0}')\ndef of(text, prompt): return 1.0\n"

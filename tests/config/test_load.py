@@ -7,14 +7,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
+from skyrl.args import hide_in_command
 from skyrl.config import load
-from skyrl.config.args import hide_in_command
 from skyrl.config.load import load_config
 from skyrl.config.options import all_options
-from skyrl.config.plugins import import_plugins
 from skyrl.config.schema import RunConfig
 from skyrl.config.validation import option
 from skyrl.main import split_args
+from skyrl.registry.plugins import import_plugins
 from skyrl.run_dir import RunReader
 from skyrl.tracking import crash_report
 from skyrl.types import UserError

@@ -184,7 +184,7 @@ def test_sizes_of_tiny_equal_the_built_model(shape):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from skyrl.models.tiny import tiny_config
+    from skyrl.pretrained.tiny import tiny_config
     from skyrl.text.tokenizer import tiny_tokenizer
 
     tiny = TinyModelConfig(**shape)
@@ -298,7 +298,7 @@ def test_activations_are_what_autograd_keeps(dtype, shape):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from skyrl.models.tiny import tiny_config
+    from skyrl.pretrained.tiny import tiny_config
 
     hidden, ffn, heads, kv_heads = shape
     tiny = TinyModelConfig(hidden_size=hidden, ffn_size=ffn, num_heads=heads, num_kv_heads=kv_heads, num_layers=3)

@@ -162,8 +162,8 @@ def test_plan_for_any_number_of_ranks():
 
 
 def test_adapter_parameters_are_those_of_the_layers():
-    from skyrl.models.tiny import tiny_config
     from skyrl.planner.memory import tiny_sizes
+    from skyrl.pretrained.tiny import tiny_config
 
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

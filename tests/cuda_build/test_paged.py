@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from skyrl.models.attention_calls import layer_calls
+from skyrl.models.decode_plan import make_decode_plan
 from skyrl.models.forward import CausalLM
 from skyrl.models.lora import Adapter, install
 from skyrl.sampler.runners import cuda, sampling
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Sequence
 from skyrl.sampler.runners.fused import FusedRunner
 from skyrl.sampler.runners.paged import ModuleRunner
-from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.types import LoraSpec, SamplingParams
 from tests.families import make_net
 

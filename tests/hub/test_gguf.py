@@ -12,7 +12,7 @@ from skyrl.config.schema import ModelConfig
 from skyrl.hub.get_model import get_model
 from skyrl.hub.gguf import _lost, convert, converted, gguf_file
 from skyrl.hub.locate import locate
-from skyrl.models.load import build_model
+from skyrl.pretrained.load import build_model
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import UserError
 from tests.families import needs_newer

@@ -10,9 +10,9 @@ from families import FAMILIES, make_net
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models import compiled
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.load import build_model, check_against_transformers, plain_logprobs
 from skyrl.models.packed import PackedAttention
 from skyrl.planner.plan import compiler_problem
+from skyrl.pretrained.load import build_model, check_against_transformers, plain_logprobs
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, UserError
 

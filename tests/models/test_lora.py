@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM, collate, precise
-from skyrl.models.load import build_model
 from skyrl.models.lora import Adapter, Experts, adapted, install, routed
-from skyrl.models.peft import merge_adapter, read_adapter, write_adapter
+from skyrl.pretrained.load import build_model
+from skyrl.pretrained.peft import merge_adapter, read_adapter, write_adapter
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, LoraSpec, UserError
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from skyrl.config.schema import ModelConfig
 from skyrl.hub.quantised import dequantise
-from skyrl.models.load import build_model, check_against_transformers
+from skyrl.pretrained.load import build_model, check_against_transformers
 from skyrl.types import UserError
-from tests.models.test_load_files import WEIGHTS, Entries, edit
 from tests.models.test_sharded import check
+from tests.pretrained.test_load_files import WEIGHTS, Entries, edit
 
 
 def mark(folder, **given):

@@ -11,8 +11,8 @@ from gloo import run_ranks
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import collate
-from skyrl.models.load import build_model, build_on_meta, load_into
 from skyrl.models.lora import adapted
+from skyrl.pretrained.load import build_model, build_on_meta, load_into
 from skyrl.text.tokenizer import load_tokenizer
 from skyrl.types import Datum, LoraSpec
 

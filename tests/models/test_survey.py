@@ -9,8 +9,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from benchmarks.survey import outcome, sizes
 from skyrl.config.schema import ModelConfig, RunConfig
-from skyrl.models.support import check_supported
 from skyrl.planner.memory import adapter_parameters, layer_values, model_sizes
+from skyrl.pretrained.support import check_supported
 from skyrl.types import UserError
 
 TABLE = json.loads(

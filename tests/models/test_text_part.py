@@ -7,10 +7,10 @@ from families import WITH_IMAGES, make_with_images
 from test_export import state_of
 
 from skyrl.config.schema import ModelConfig, RunConfig
-from skyrl.models.export import export_model
 from skyrl.models.forward import collate
-from skyrl.models.load import build_model, check_against_transformers, plain_logprobs
 from skyrl.planner.memory import model_sizes
+from skyrl.pretrained.export import export_model
+from skyrl.pretrained.load import build_model, check_against_transformers, plain_logprobs
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import Datum, UserError
 

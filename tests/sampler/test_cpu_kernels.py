@@ -15,6 +15,7 @@ import transformers as tf
 
 from skyrl import kernels
 from skyrl.models.attention_calls import layer_calls
+from skyrl.models.decode_plan import make_decode_plan
 from skyrl.models.forward import CausalLM
 from skyrl.planner.device import torch_release
 from skyrl.sampler.make import disagreement, rounding
@@ -22,7 +23,6 @@ from skyrl.sampler.runners import cpu_kernels
 from skyrl.sampler.runners.base import KVCache
 from skyrl.sampler.runners.fused import FusedRunner
 from skyrl.sampler.runners.paged import ModuleRunner
-from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.types import UserError
 from tests.sampler.tools import prompts, qwen3, reference_logprobs, requests, run, sampler
 
@@ -242,7 +242,7 @@ from skyrl import kernels
 kernels.FLAGS[kernels.FLAGS.index("-march=native")] = "-march=haswell"
 assert kernels.library()[0].skyrl_lanes() == 8, kernels.library()[1]
 here = ["tests/sampler/test_cpu_kernels.py", "tests/sampler/test_same_bits.py", "tests/sampler/test_adapters.py",
-        "tests/models/test_exact_ops.py"]
+        "tests/kernels/test_exact_ops.py"]
 sys.exit(pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *here]))
 """
     process = _python(code, XDG_CACHE_HOME=str(tmp_path))

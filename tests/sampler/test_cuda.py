@@ -13,6 +13,7 @@ import torch
 
 from skyrl.algorithms.losses import compute_loss
 from skyrl.models.attention_calls import layer_calls
+from skyrl.models.decode_plan import make_decode_plan
 from skyrl.models.forward import CausalLM
 from skyrl.models.lora import Adapter, install
 from skyrl.models.packed import collate
@@ -22,7 +23,6 @@ from skyrl.sampler.runners import cuda, sampling
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Sequence
 from skyrl.sampler.runners.fused import FusedRunner
 from skyrl.sampler.runners.paged import ModuleRunner
-from skyrl.sampler.runners.plan import make_decode_plan
 from skyrl.tracking import advisories
 from skyrl.types import Datum, LoraSpec, LossSpec, SamplingParams
 from tests.families import make_net

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from skyrl import kernels
-from skyrl.models import exact_ops, logprobs, packed
+from skyrl.kernels import exact_ops
+from skyrl.models import logprobs, packed
 from skyrl.models.forward import collate
 from skyrl.models.lora import routed
 from skyrl.sampler.runners import cpu_kernels

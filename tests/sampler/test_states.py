@@ -7,9 +7,9 @@ import torch
 from skyrl.config.schema import ModelConfig, RunConfig
 from skyrl.models.attention_calls import layer_calls
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.support import check_module
 from skyrl.planner import memory
 from skyrl.planner.memory import model_sizes
+from skyrl.pretrained.support import check_module
 from skyrl.sampler.runners.base import KVCache
 from skyrl.types import Datum
 from tests.families import make_net, needs_newer

@@ -7,8 +7,8 @@ import torch
 from small import small_config
 from transformers import AutoModelForCausalLM
 
-from skyrl.models.peft import write_adapter
-from skyrl.models.tiny import tiny_config
+from skyrl.pretrained.peft import write_adapter
+from skyrl.pretrained.tiny import tiny_config
 from skyrl.service.storage.archive import Archive
 from skyrl.service.storage.content import Content
 from skyrl.service.storage.records import CheckpointPath, ModelInfo

@@ -10,7 +10,7 @@ from launcher import python
 from skyrl.config.load import load_config
 from skyrl.distributed.init import init_distributed
 from skyrl.engine import Engine, ModelSpec
-from skyrl.models.exact_ops import has_packed_product
+from skyrl.kernels.exact_ops import has_packed_product
 from skyrl.sampler.runners.cpu_kernels import library
 from skyrl.types import Datum, SampleRequest, SamplingParams
 

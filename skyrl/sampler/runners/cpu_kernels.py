@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from skyrl import kernels
 from skyrl.kernels import LONGEST, MAX_CHANNELS, MAX_GROUP, MULTIPLE
+from skyrl.models.decode_plan import DecodePlan
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import DecodeInputs, KVCache, PrefillChunk, Runner, chunk_segments, prefill_arrays
 from skyrl.sampler.runners.lowrank import STRUCTS, PackedAdapters, SegmentStruct
 from skyrl.sampler.runners.paged import ModuleRunner
-from skyrl.sampler.runners.plan import DecodePlan
 from skyrl.sampler.runners.sampling import BatchSamplingParams, sample
 
 LONGEST_PREFILL = LONGEST  # tokens; longer contexts are prefilled by the module

@@ -2,7 +2,7 @@
 
 On a CPU the weights are packed for oneDNN (one copy, rebuilt by refresh, left out above PACK_LIMIT): a packed product
 is 1.2 (bfloat16) to 2.2 times (float32) faster at the sizes of a decode step. On a GPU nothing is copied.
-In float32 every operation is the one that training takes where there are no kernels (skyrl.models.exact_ops).
+In float32 every operation is the one that training takes where there are no kernels (skyrl.kernels.exact_ops).
 Rows of one adapter lie together; a product costs two more calls for each adapter of a step.
 
 Legend: T tokens of a step (B when decoding), H heads, K key/value heads, C channels of a head, S keys.
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
+from skyrl.models.decode_plan import DecodePlan
 from skyrl.models.logprobs import matmul_float, sums_in_float32
 from skyrl.models.lora import Adapter, Segment
 from skyrl.sampler.runners.base import KVCache
 from skyrl.sampler.runners.paged import PagedAttention, PagedRunner
-from skyrl.sampler.runners.plan import DecodePlan
 from skyrl.tracking.advisories import warn_fallback
 
 PACK_LIMIT = 2 << 30  # bytes of weights above which nothing is packed, for memory's sake

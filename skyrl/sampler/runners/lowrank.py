@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skyrl.kernels import MULTIPLE, PANEL
-from skyrl.sampler.runners.plan import DecodePlan
+from skyrl.models.decode_plan import DecodePlan
 
 if TYPE_CHECKING:
     from skyrl.models.lora import Adapter, Segment

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.attention import Attention, AttentionOptions
 from skyrl.models.experts import recording
 from skyrl.models.latent import Latent

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skyrl.algorithms.truncation import kept, support_of
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.packed import to_device
 from skyrl.types import SamplingParams, UserError
 

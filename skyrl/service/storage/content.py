@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from skyrl.models.export import save_tensors
-from skyrl.models.peft import read_adapter, write_adapter
+from skyrl.pretrained.export import save_tensors
+from skyrl.pretrained.peft import read_adapter, write_adapter
 from skyrl.service.storage.records import MODEL, OPTIMIZER, ModelInfo
 from skyrl.types import LoraSpec
 

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
 from skyrl.models.forward import CausalLM
-from skyrl.models.load import (
+from skyrl.models.weights import init_random
+from skyrl.pretrained.load import (
     build_model,
     build_on_meta,
     check_against_transformers,
     load_into,
     read_config,
 )
-from skyrl.models.support import check_supported
-from skyrl.models.weights import init_random
+from skyrl.pretrained.support import check_supported
 from skyrl.text.chat import load_chat
 from skyrl.text.tokenizer import load_tokenizer, tiny_tokenizer
 from skyrl.types import UserError

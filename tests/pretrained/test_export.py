@@ -10,11 +10,11 @@ import transformers as tf
 from families import FAMILIES, make_net
 
 from skyrl.config.schema import ModelConfig, TinyModelConfig
-from skyrl.models import export
-from skyrl.models.export import export_model
 from skyrl.models.forward import CausalLM, collate
-from skyrl.models.load import build_model, plain_logprobs
 from skyrl.models.weights import persistent_buffers
+from skyrl.pretrained import export
+from skyrl.pretrained.export import export_model
+from skyrl.pretrained.load import build_model, plain_logprobs
 from skyrl.text.tokenizer import load_tokenizer, tiny_tokenizer
 from skyrl.types import Datum, UserError
 

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def config_dir() -> Path:
     """The folder of YAML files: beside the modules in an installed wheel, at the root of the repository otherwise."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder

@@ -1,4 +1,4 @@
-"""Which model families are supported, and what their heads do; everything else is refused by name."""
+"""Which model families are supported; everything else is refused by name."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from skyrl.models.forward import decoder_of
 from skyrl.models.linear_attention import is_delta_net
-from skyrl.models.logprobs import HeadSpec
 from skyrl.types import UserError
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention", "linear_attention"})
-# Config fields that change logits between the hidden state and the softmax, beyond what head_spec applies.
+# Config fields that change logits between the hidden state and the softmax, beyond what logprobs.head_spec applies.
 UNKNOWN_HEAD_FIELDS = ("lm_head_multiplier", "output_multiplier_scale", "output_logit_soft_cap", "logits_soft_cap")
-
-
-def head_spec(config: Any) -> HeadSpec:
-    """Scale and soft-capping that the family applies to its logits (Gemma, Cohere, Granite, ...)."""
-    config = config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logit_scale", None):  # Cohere
-        scale *= float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
-        scaling = float(config.logits_scaling)
-        scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
-    return HeadSpec(scale, float(getattr(config, "final_logit_softcapping", None) or 0.0))
 
 
 def check_supported(config: Any) -> None:
@@ -61,11 +49,6 @@ def check_supported(config: Any) -> None:
         refuse("rope_type dynamic changes with every token beyond the first window, and cached keys do not")
     if getattr(config, "quantization_config", None) is not None:
         refuse("its weights are quantized")
-
-
-def decoder_of(net: Any) -> Any:
-    """The model without its head; Llama 4's prefix is that of the model with images, so its base_model is itself."""
-    return getattr(net, "model", net) if net.base_model is net else net.base_model
 
 
 def check_module(net: Any) -> None:

@@ -22,9 +22,9 @@ from skyrl.hub.text_part import text_part
 from skyrl.models.attention import NAME, AttentionOptions, register
 from skyrl.models.forward import CausalLM, precise
 from skyrl.models.packed import PackedAttention, loss_dtype
-from skyrl.models.support import check_module, check_supported
-from skyrl.models.tiny import tiny_config
 from skyrl.models.weights import fill_from, init_random
+from skyrl.pretrained.support import check_module, check_supported
+from skyrl.pretrained.tiny import tiny_config
 from skyrl.text.tokenizer import TINY, tiny_tokenizer
 from skyrl.tracking.advisories import warn_fallback
 from skyrl.types import UserError

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skyrl import kernels
-from skyrl.planner.memory import KEEP_SCORES
+from skyrl.kernels import KEEP_SCORES
 
 BLOCK = 32  # products summed in one accumulator: 32 halves the error of a K of 256
 CHUNK_SCORES = 1 << 19  # float64 scores of attention that exist at once, 4 MiB: stays in the cache
@@ -481,7 +481,7 @@ def enabled(on: bool) -> Iterator[None]:
 
 def hook_norms(net: nn.Module) -> None:
     """Makes plain RMS norms (weight, variance_epsilon; as Llama's) take `rms_norm` inside of `enabled`. Outside they
-    stay transformers' own, so the check of a model against plain transformers when it is loaded (models.load) also
+    stay transformers' own, so the check of a model against plain transformers when it is loaded (pretrained.load) also
     sees a norm that only looks like one."""
     for module in net.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):

@@ -17,8 +17,8 @@ from logits_of import IDS
 
 from skyrl.config.schema import ModelConfig
 from skyrl.hub import locate
-from skyrl.models.export import _write_card, _write_config, export_model
 from skyrl.models.forward import CausalLM
+from skyrl.pretrained.export import _write_card, _write_config, export_model
 from skyrl.text.tokenizer import tiny_tokenizer
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from families import make_net
 from safetensors.torch import load_file, save_file
 
 from skyrl.config.schema import ModelConfig
-from skyrl.models.load import build_model, check_against_transformers
+from skyrl.pretrained.load import build_model, check_against_transformers
 from skyrl.types import UserError
 
 WEIGHTS, EMBEDDING, HEAD, NORM = "model.safetensors", "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

@@ -5,7 +5,7 @@ import string
 import pytest
 
 from skyrl.config.schema import TinyModelConfig
-from skyrl.models.tiny import tiny_config
+from skyrl.pretrained.tiny import tiny_config
 from skyrl.text.tokenizer import tiny_tokenizer
 from skyrl.types import UserError
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from families import make_net
 
 from skyrl import kernels
-from skyrl.models import exact_ops
+from skyrl.kernels import exact_ops
 from skyrl.models.forward import CausalLM, collate
 from skyrl.types import Datum
 

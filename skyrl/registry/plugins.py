@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from skyrl.config.args import expand_home
+from skyrl.args import expand_home
 from skyrl.types import UserError
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from skyrl.models.export import PREFIX, save_tensors
 from skyrl.models.lora import Experts, adapted, output_path, shapes_of
+from skyrl.pretrained.export import PREFIX, save_tensors
 from skyrl.types import LoraSpec, UserError
 
 if TYPE_CHECKING:

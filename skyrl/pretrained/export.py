@@ -32,7 +32,7 @@ from skyrl.config.schema import ModelConfig
 from skyrl.files import disk_reason, write_folder_atomic
 from skyrl.hub.locate import locate, name_for_others
 from skyrl.hub.tensor_files import INDEX
-from skyrl.models.load import build_net
+from skyrl.pretrained.load import build_net
 from skyrl.text.tokenizer import TINY
 from skyrl.types import UserError
 
