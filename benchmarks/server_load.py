@@ -2,6 +2,7 @@
 beside one with many requests in flight.
 
     python benchmarks/server_load.py [--write] [--live 100000] [--recorded 200000] [--rounds 3]
+    python benchmarks/server_load.py --only fairness --ranks 2
 
 One CPU rank with the tiny model, in a process of its own, so that a step hardly computes and what is measured is the
 server. The door: what a request of 16 clients costs in processor time of the server's threads. The rest is measured
@@ -87,13 +88,17 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, options: tuple[str, ...] = MODEL) -> Iterator[tuple[int, tuple[float, float], int]]:
+def serving(
+    folder: Path, options: tuple[str, ...] = MODEL, ranks: int = 1
+) -> Iterator[tuple[int, tuple[float, float], int]]:
     """(port, seconds from its start until it answers and until its model is loaded, process) of a server that keeps its
-    state in `folder`."""
+    state in `folder`; with several ranks under torchrun, which is the process then."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    command = [sys.executable, "-m", "skyrl.serve", *options, f"service.port={port}", f"service.folder={folder}"]
+    torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m") if ranks > 1 else ()
+    where = (f"service.port={port}", f"service.folder={folder}")
+    command = [sys.executable, "-m", *torchrun, "skyrl.serve", *options, *where]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     with open(folder.with_suffix(".log"), "a") as log, subprocess.Popen(command, env=env, stderr=log) as process:
@@ -285,6 +290,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", choices=("door", "sessions", "fairness"))
+    parser.add_argument("--ranks", type=int, default=1, help="of the server whose fairness is measured")
     parser.add_argument("--model", default="", help="a folder with pretrained weights")
     args = parser.parse_args()
     figures: dict[str, Any] = {}
@@ -331,11 +337,12 @@ def main() -> None:
                 },
             }
         if args.only in (None, "fairness"):
-            with serving(empty) as (port, *_):
+            with serving(empty, ranks=args.ranks) as (port, *_):
                 figures["fairness"] = asyncio.run(fairness(port, args.rounds))
     print(json.dumps(figures, indent=1))
     if args.write:
-        print(write("server_load" + (f"_{args.only}" if args.only else ""), figures))
+        ranks = f"_{args.ranks}_ranks" if args.ranks > 1 else ""
+        print(write("server_load" + (f"_{args.only}" if args.only else "") + ranks, figures))
 
 
 if __name__ == "__main__":
